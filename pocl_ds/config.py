@@ -1,0 +1,449 @@
+"""A run is one recipe: YAML, checked here before anything heavy is imported.
+
+One frozen model a section. Fields marked `operational` say how a run is executed (ranks, shards, logging), not what it
+computes: changing them never invalidates finished work. Everything else enters the fingerprints in `artifacts`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pocl_ds.errors import RecipeError
+
+RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
+
+# Every loss by name, with its options and their defaults (METHOD 3). The function of the same name stands in
+# `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence.
+LOSSES: dict[str, dict[str, float | bool]] = {
+    "fkl": {},
+    "rkl": {},
+    "jsd": {"beta": 0.5},
+    "tvd": {},
+    "skl": {"skew": 0.1},
+    "srkl": {"skew": 0.1, "detach_mixture": False},
+    "akl": {"mu": 0.5},
+    "ab": {"ab_alpha": 0.2, "ab_beta": 0.7},
+    "sft": {},
+}
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Int, Field(ge=1)]
+NonNegative = Annotated[Int, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+OPERATIONAL: dict[str, Any] = {"operational": True}
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys fail, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DocumentationConfig(Section):
+    """The default corpus: docstrings of the standard library and of installed packages."""
+
+    packages: tuple[str, ...] = Field(("stdlib", "numpy", "torch"), description="`stdlib` or names of installed packages")
+    min_words: Positive = Field(4, description="shortest answer kept")
+    max_words: Positive = Field(60, description="longest answer kept")
+
+
+class DataConfig(Section):
+    """Where instruction data comes from and how it is split."""
+
+    source: str = Field("documentation", description="`documentation`, a .jsonl/.json/.parquet file, or a Hub name")
+    hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
+    hub_split: str = Field("train", description="split of a Hub data set")
+    format: Literal["auto", "alpaca", "prompt", "messages"] = Field("auto", description="form of the records")
+    fields: dict[Literal["id", "instruction", "input", "output", "prompt", "messages"], str] = Field(
+        default_factory=dict, description="our field -> the name it has in the file"
+    )
+    validation: str | None = Field(None, description="file with validation samples; else split off by hash")
+    test: str | None = Field(None, description="file with test samples; else split off by hash")
+    validation_fraction: Fraction = Field(0.05, description="share split off by hash of the id")
+    test_fraction: Fraction = Field(0.05, description="share split off by hash of the id")
+    train_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
+    validation_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
+    test_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
+    documentation: DocumentationConfig = DocumentationConfig()
+
+    @model_validator(mode="after")
+    def _fractions(self) -> DataConfig:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction leave nothing to train on: make their sum less than 1")
+        return self
+
+
+class PromptConfig(Section):
+    """How a sample becomes token ids: the same in scoring, training and evaluation."""
+
+    template: str = Field("alpaca", description="`alpaca`, `chat` (the tokenizer's own), `plain`, or a .jinja file")
+    max_prompt_tokens: Positive = Field(256, description="longer prompts keep their first tokens")
+    max_length: Positive = Field(512, description="prompt and response together")
+    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="what to do with longer samples")
+
+    @model_validator(mode="after")
+    def _room_for_a_response(self) -> PromptConfig:
+        if self.max_prompt_tokens >= self.max_length:
+            raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens} leaves no room for a response in "
+                             f"max_length={self.max_length}: make it smaller")
+        return self
+
+
+class ModelConfig(Section):
+    """A model: Hub name, folder, .gguf file, or package://PACKAGE/FILE.gguf."""
+
+    model: str = Field(description="Hub name, folder, .gguf file, or package://PACKAGE/FILE.gguf")
+    revision: str | None = Field(None, description="Hub revision")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the forward pass")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention backend")
+
+
+class TeacherConfig(ModelConfig):
+    """The model that is distilled."""
+
+    ds_config: str = Field("teacher_zero3", description="name in ds_configs/ or a JSON file")
+
+
+class PruneConfig(Section):
+    """Depth pruning: the initial student is a model without some of its layers."""
+
+    drop_layers: str = Field(description="layers to leave out, from 0: `10-19` or `1,3,5-7`")
+
+    @field_validator("drop_layers")
+    @classmethod
+    def _ranges(cls, value: str) -> str:
+        if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", value):
+            raise ValueError("write layer numbers and ranges, as in 10-19 or 1,3,5-7")
+        return value
+
+
+class StudentConfig(ModelConfig):
+    """The model that learns. `dtype` is that of its forward pass; DeepSpeed keeps float32 master weights."""
+
+    ds_config: str = Field("student_zero3", description="name in ds_configs/ or a JSON file")
+    prune: PruneConfig | None = Field(None, description="make the student from its model by leaving layers out")
+    heal_steps: NonNegative = Field(0, description="plain KD steps before scoring; 0 for pre-trained students")
+    dropout: Fraction | None = Field(None, description="set every dropout of the model; null keeps the model's own")
+    activation_checkpointing: bool = Field(False, description="recompute activations in backward")
+
+
+class GenerationConfig(Section):
+    """The engine that writes text."""
+
+    backend: Literal["vllm", "transformers"] = Field("vllm", description="transformers is the numerical reference")
+    max_sequences: Positive = Field(64, description="sequences in flight at once", json_schema_extra=OPERATIONAL)
+    max_batched_tokens: Positive = Field(8192, description="tokens of one engine step", json_schema_extra=OPERATIONAL)
+    gpu_memory_share: Fraction = Field(0.85, description="of a GPU's memory, for vLLM", json_schema_extra=OPERATIONAL)
+    tensor_parallel: Positive = Field(1, description="GPUs that share one engine", json_schema_extra=OPERATIONAL)
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="compute type of generation")
+
+
+class ScoreConfig(Section):
+    """Difficulty of each training sample under the initial student (METHOD 1)."""
+
+    generation: GenerationConfig = GenerationConfig()
+    temperature: Annotated[Float, Field(ge=0)] = Field(0.0, description="0 is greedy; the release samples at 0.01")
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 256
+    count_eos: bool = Field(True, description="cross-entropy counts the EOS; false for parity with the release")
+    shards: Positive = Field(1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL)
+
+
+class RankConfig(Section):
+    """From scores to an order, easiest first (METHOD 1.4)."""
+
+    strategy: Literal["fusion", "rouge_l", "cross_entropy", "random"] = "fusion"
+    reverse: bool = Field(False, description="hard to easy")
+    k: Annotated[Float, Field(gt=0)] = Field(60, description="constant of reciprocal rank fusion")
+
+
+class PlanConfig(Section):
+    """Subsets and stages (METHOD 2)."""
+
+    subsets: Positive = 4
+    epochs_per_stage: Positive = 8
+    scheduler: Literal["baby_step", "one_pass"] = Field("baby_step", description="cumulative, or each subset alone")
+    tau: tuple[Float, Float] = Field((1.0, 2.0), description="temperature of the first and of the last stage")
+    sft_ratio: tuple[Fraction, Fraction] = Field((0.3, 0.0), description="share of SFT in the first and the last stage")
+    tail: Literal["drop", "pad"] = Field("drop", description="the last, smaller batch of an epoch")
+
+    @field_validator("tau")
+    @classmethod
+    def _positive(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if min(value) <= 0:
+            raise ValueError("a temperature must be greater than 0, as in [1.0, 2.0]")
+        return value
+
+
+class LossConfig(Section):
+    """The divergence between teacher and student (METHOD 3)."""
+
+    name: str = Field("fkl", description=" ".join(LOSSES))
+    tau_squared: bool = Field(True, description="multiply the KD term by tau^2")
+    options: dict[str, float | bool] = Field(default_factory=dict, description="options of the divergence")
+    chunk_bytes: Annotated[Int, Field(ge=1 << 16)] = Field(
+        256 << 20, description="memory for one chunk of logits", json_schema_extra=OPERATIONAL
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> LossConfig:
+        if self.name not in LOSSES:
+            raise ValueError(f"there is no loss {self.name!r}: take one of {', '.join(LOSSES)}")
+        for option in self.options:
+            if option not in LOSSES[self.name]:
+                known = ", ".join(LOSSES[self.name]) or "no options"
+                raise ValueError(f"{self.name} has no option {option!r}: it has {known}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When training saves, and what it keeps."""
+
+    every: Positive = Field(100, description="steps between checkpoints", json_schema_extra=OPERATIONAL)
+    keep: Positive = Field(2, description="newest checkpoints kept", json_schema_extra=OPERATIONAL)
+
+
+class TrackingConfig(Section):
+    """Where training metrics go; metrics.jsonl is always written."""
+
+    tensorboard: bool = Field(True, json_schema_extra=OPERATIONAL)
+    wandb: bool = Field(False, description="log to Weights & Biases too", json_schema_extra=OPERATIONAL)
+    wandb_project: str = Field("pocl_ds", json_schema_extra=OPERATIONAL)
+
+
+class TrainConfig(Section):
+    """Optimisation (METHOD 2)."""
+
+    engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch is the numerical reference")
+    batch_size: Positive = Field(64, description="samples of one optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(8, description="samples of one forward on one rank", json_schema_extra=OPERATIONAL)
+    lr: Annotated[Float, Field(gt=0)] = 1e-4
+    lr_end: Annotated[Float, Field(ge=0)] = 1e-7
+    warmup_steps: NonNegative = 0
+    schedule: Literal["per_stage", "whole_run"] = Field(
+        "per_stage", description="optimizer and cosine restart at each stage, or carry over"
+    )
+    weight_decay: Annotated[Float, Field(ge=0)] = Field(0.01, description="none on biases and norms")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[Float, Field(gt=0)] = 1e-8
+    clip: Annotated[Float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
+    validate_samples: NonNegative = Field(64, description="validation samples looked at after each stage; 0 for none")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+class CompareConfig(Section):
+    """A baseline: plain KD on as many sample visits, at one tau and one SFT ratio."""
+
+    enabled: bool = False
+    tau: Annotated[Float, Field(gt=0)] = 1.0
+    sft_ratio: Fraction = 0.3
+
+
+class EvaluateConfig(Section):
+    """What the student is measured on (METHOD 5)."""
+
+    generation: GenerationConfig = GenerationConfig()
+    benchmarks: dict[str, str] = Field(
+        default_factory=lambda: {"test": "test"}, description="name -> a file, or `test` for the held-out split"
+    )
+    models: tuple[Literal["teacher", "initial", "student", "baseline"], ...] = ("teacher", "initial", "student")
+    seeds: tuple[Int, ...] = Field((10, 20, 30, 40, 50), min_length=1)
+    temperature: Annotated[Float, Field(ge=0)] = 1.0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 256
+    samples: Positive | None = Field(None, description="at most as many of each benchmark")
+    loss: bool = Field(True, description="also held-out loss and KL to the teacher, on the test split")
+
+    @model_validator(mode="after")
+    def _seeds_matter(self) -> EvaluateConfig:
+        if self.temperature == 0 and len(self.seeds) > 1:
+            raise ValueError("with temperature=0 every seed gives the same text: name one seed, or raise temperature")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed stands there twice: name each once")
+        return self
+
+
+class ReportConfig(Section):
+    """The page at the end."""
+
+    examples: NonNegative = Field(8, description="answers shown before and after")
+
+
+class LaunchConfig(Section):
+    """How ranks are started on one machine."""
+
+    ranks: Positive = Field(1, description="processes that share the models", json_schema_extra=OPERATIONAL)
+    threads: Positive | None = Field(None, description="CPU threads a rank; null: cores / ranks", json_schema_extra=OPERATIONAL)
+
+
+class Recipe(Section):
+    """Everything a run is."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    hardware: str = Field("", description="what the recipe expects", json_schema_extra=OPERATIONAL)
+    seed: NonNegative = 42
+    data: DataConfig = DataConfig()
+    prompt: PromptConfig = PromptConfig()
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    score: ScoreConfig = ScoreConfig()
+    rank: RankConfig = RankConfig()
+    plan: PlanConfig = PlanConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    compare: CompareConfig = CompareConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        share = self.train.micro_batch_size * self.launch.ranks
+        if self.train.batch_size % share:
+            raise ValueError(
+                f"train.batch_size={self.train.batch_size} is not a multiple of train.micro_batch_size="
+                f"{self.train.micro_batch_size} x launch.ranks={self.launch.ranks} = {share}: change one of them"
+            )
+        if self.teacher is None and self.loss.name != "sft":
+            raise ValueError(f"loss.name={self.loss.name} needs a teacher: set teacher.model, or loss.name=sft")
+        if self.teacher is None and self.student.heal_steps:
+            raise ValueError(f"student.heal_steps={self.student.heal_steps} is distillation and needs a teacher: set it to 0")
+        if self.teacher is not None and self.loss.name == "sft":
+            raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
+        if self.data.train_samples is not None and self.plan.subsets > self.data.train_samples:
+            raise ValueError(f"plan.subsets={self.plan.subsets} is more than data.train_samples="
+                             f"{self.data.train_samples}: make fewer subsets")
+        if self.train.lr_end > self.train.lr:
+            raise ValueError(f"train.lr_end={self.train.lr_end:g} is above train.lr={self.train.lr:g}: the cosine falls")
+        return self
+
+
+def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply dotted overrides.
+
+    source: a YAML file or the name of a shipped recipe. overrides: `section.field=value`, the value in YAML.
+    Raises RecipeError, one sentence with field, value and remedy.
+    """
+    tree = _read_yaml(recipe_path(source))
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return check_recipe(tree)
+
+
+def recipe_path(source: str) -> Path:
+    """The file a recipe's name or path stands for."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{source}.yaml"
+    if os.sep not in source and shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise RecipeError(f"recipe {source!r} is neither a file nor a shipped recipe ({names}): check the name")
+
+
+def check_recipe(tree: dict[str, Any]) -> Recipe:
+    """Validate a tree of plain values. Raises RecipeError naming the first field at fault."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error)) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def lasting(section: BaseModel) -> dict[str, Any]:
+    """The section without its operational fields: what its results depend on."""
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("operational"):
+            continue
+        value = getattr(section, name)
+        kept[name] = lasting(value) if isinstance(value, BaseModel) else value
+    return kept
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{where} is not valid YAML ({getattr(error, 'problem', error)}): mend it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read ({error}): check the file") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds no sections: start from a shipped recipe in launch/recipes/")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not all(key.split(".")):
+        raise RecipeError(f"override {override!r} is not of the form section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+    node = tree
+    *parents, leaf = key.split(".")
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = child
+    node[leaf] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first fault as one sentence; further ones are counted."""
+    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    fault = faults[0]  # a misspelt field first: it explains the one that is missing
+    field = ".".join(str(part) for part in fault["loc"])
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"recipe field {field} does not exist{_suggestion(fault['loc'])}{more}"
+    if kind == "missing":
+        return f"recipe field {field} is missing: add it{more}"
+    if kind == "model_type":
+        return f"recipe field {field}={fault['input']!r} is a section: write its fields below it{more}"
+    if not field:
+        return f"recipe: {message}{more}"
+    shown = "" if isinstance(fault["input"], dict) else f"={fault['input']!r}"
+    return f"recipe field {field}{shown}: {message[:1].lower()}{message[1:]}{more}"
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    section: Any = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        if section is None:
+            return ": remove it"
+    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f": did you mean {close[0]}?" if close else f": the fields here are {', '.join(section.model_fields)}"

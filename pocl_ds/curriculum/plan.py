@@ -1,0 +1,138 @@
+"""The plan: from an order, easiest first, to stages (METHOD 2). Nothing here knows of ranks.
+
+A stage is a slice of the order: Baby Step trains stage i on everything up to subset i, One Pass on subset i alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pocl_ds.curriculum.schedules import stage_values
+from pocl_ds.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: order[start:stop], its temperature and SFT ratio, its optimizer steps."""
+
+    index: int
+    start: int
+    stop: int
+    tau: float
+    alpha: float
+    epochs: int
+    steps_per_epoch: int
+    steps: int  # may end within the last epoch
+    order: Sequence[Any] = field(repr=False, compare=False)
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch, the dropped tail included."""
+        return self.stop - self.start
+
+    @property
+    def sample_ids(self) -> Sequence[Any]:
+        """Ids of the stage's samples, easiest first."""
+        return self.order[self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages of a training."""
+
+    stages: list[Stage]
+    batch_size: int
+    scheduler: str
+    tail: str
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(stage.steps for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan without the order, which lies in a file of its own."""
+        stages = []
+        for stage in self.stages:
+            tree = asdict(Stage(**{**stage.__dict__, "order": ()}))
+            stages.append({name: value for name, value in tree.items() if name != "order"})
+        return {"batch_size": self.batch_size, "scheduler": self.scheduler, "tail": self.tail,
+                "total_steps": self.total_steps, "stages": stages}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any], order: Sequence[Any]) -> Plan:
+        """The plan that `to_json` described, over its order."""
+        stages = [Stage(**stage, order=order) for stage in tree["stages"]]
+        return cls(stages, tree["batch_size"], tree["scheduler"], tree["tail"])
+
+
+def build_plan(
+    order: Sequence[Any],
+    *,
+    subsets: int = 4,
+    epochs_per_stage: int = 8,
+    batch_size: int = 64,
+    tau: tuple[float, float] = (1.0, 2.0),
+    sft_ratio: tuple[float, float] = (0.3, 0.0),
+    scheduler: str = "baby_step",
+    tail: str = "drop",
+) -> Plan:
+    """Cut an order (ids, easiest first) into stages.
+
+    Stage i ends at (i + 1) * floor(N / subsets), the last at N. Steps are epochs * floor(samples / batch_size), or the
+    ceiling where tail="pad" fills the last batch of an epoch up. Raises RecipeError, one sentence.
+    """
+    total = len(order)
+    _check(total, subsets, epochs_per_stage, batch_size, tau, sft_ratio, scheduler, tail)
+    stages = []
+    for i, (temperature, alpha) in enumerate(
+        zip(stage_values(subsets, tau), stage_values(subsets, sft_ratio), strict=True)
+    ):
+        start = 0 if scheduler == "baby_step" else i * (total // subsets)
+        stop = total if i == subsets - 1 else (i + 1) * (total // subsets)
+        per_epoch = _batches(stop - start, batch_size, tail)
+        if per_epoch == 0:
+            raise RecipeError(
+                f"stage {i} has {stop - start} samples, fewer than train.batch_size={batch_size}: make fewer subsets "
+                "(plan.subsets), smaller batches, or set plan.tail=pad"
+            )
+        stages.append(
+            Stage(i, start, stop, temperature, alpha, epochs_per_stage, per_epoch, epochs_per_stage * per_epoch, order)
+        )
+    return Plan(stages, batch_size, scheduler, tail)
+
+
+def single_stage_plan(
+    order: Sequence[Any], *, steps: int, batch_size: int, tau: float, alpha: float, tail: str = "drop"
+) -> Plan:
+    """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for baseline and healing."""
+    _check(len(order), 1, 1, batch_size, (tau, tau), (alpha, alpha), "baby_step", tail)
+    per_epoch = _batches(len(order), batch_size, tail)
+    if per_epoch == 0 or steps < 1:
+        raise RecipeError(f"{len(order)} samples do not fill one batch of train.batch_size={batch_size}: make it smaller")
+    stage = Stage(0, 0, len(order), tau, alpha, -(-steps // per_epoch), per_epoch, steps, order)
+    return Plan([stage], batch_size, "baby_step", tail)
+
+
+def _batches(samples: int, batch_size: int, tail: str) -> int:
+    return -(-samples // batch_size) if tail == "pad" else samples // batch_size
+
+
+def _check(
+    total: int, subsets: int, epochs: int, batch_size: int, tau: tuple[float, float], alpha: tuple[float, float],
+    scheduler: str, tail: str,
+) -> None:  # fmt: skip
+    if subsets < 1 or subsets > total:
+        raise RecipeError(f"plan.subsets={subsets} must lie between 1 and the number of samples, {total}")
+    if epochs < 1 or batch_size < 1:
+        raise RecipeError(f"plan.epochs_per_stage={epochs} and train.batch_size={batch_size} must be at least 1")
+    if min(tau) <= 0:
+        raise RecipeError(f"plan.tau={list(tau)}: a temperature must be greater than 0")
+    if not all(0 <= value <= 1 for value in alpha):
+        raise RecipeError(f"plan.sft_ratio={list(alpha)}: a share must lie between 0 and 1")
+    if scheduler not in ("baby_step", "one_pass"):
+        raise RecipeError(f"plan.scheduler={scheduler!r}: take baby_step or one_pass")
+    if tail not in ("drop", "pad"):
+        raise RecipeError(f"plan.tail={tail!r}: take drop or pad")

@@ -1,0 +1,100 @@
+"""Which samples a step sees: a pure function of (plan, seed, step).
+
+No rank draws a random number of its own. The global batch of a step depends on neither the number of ranks nor the
+micro-batch size, so another number of ranks can go on from any step. Lengths group samples only *inside* a global
+batch, which leaves the curriculum and the shuffle as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.curriculum.plan import Plan
+
+_GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a step stands; all from 0."""
+
+    step: int
+    stage: int
+    epoch: int  # of the stage
+    step_in_stage: int
+
+
+class Sampler:
+    """Global batches of a plan, step by step or from any step."""
+
+    def __init__(self, plan: Plan, seed: int) -> None:
+        self.plan, self.seed = plan, seed
+        self._ends = np.cumsum([stage.steps for stage in plan.stages])
+        self._epoch: tuple[int, int] | None = None
+        self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
+
+    def at(self, step: int) -> Position:
+        """Stage and epoch of a global step."""
+        if not 0 <= step < self.plan.total_steps:
+            raise IndexError(f"step {step} is outside the plan's {self.plan.total_steps} steps")
+        index = int(np.searchsorted(self._ends, step, side="right"))
+        stage = self.plan.stages[index]
+        in_stage = step - int(self._ends[index]) + stage.steps
+        return Position(step, index, in_stage // stage.steps_per_epoch, in_stage)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Positions into the plan's order of a step's global batch: [batch_size], shuffled.
+
+        A padded tail is filled with the first samples of the epoch's own shuffle, from its start as often as needed.
+        """
+        position = self.at(step)
+        stage = self.plan.stages[position.stage]
+        if self._epoch != (position.stage, position.epoch):
+            self._shuffled = stage.start + permutation(
+                stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch
+            )
+            self._epoch = (position.stage, position.epoch)
+        size = self.plan.batch_size
+        first = (position.step_in_stage % stage.steps_per_epoch) * size
+        picked = self._shuffled[first : first + size]
+        if len(picked) < size:
+            picked = np.concatenate([picked, np.resize(self._shuffled, size - len(picked))])
+        return picked
+
+
+def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
+    """A shuffle of 0 .. size-1 that follows from its arguments by arithmetic alone.
+
+    Keys are splitmix64 of consecutive numbers, a bijection of 64 bits: no two are equal, so any sort gives one result, on
+    every machine and with every release of numpy.
+    """
+    with np.errstate(over="ignore"):
+        base = np.uint64(0)
+        for word in (seed, stage, epoch):
+            base = _mix(np.array([base + np.uint64(word) + _GOLDEN], np.uint64))[0]
+        keys = _mix(np.arange(size, dtype=np.uint64) + base)
+    return np.argsort(keys)
+
+
+def share(lengths: NDArray[np.int64], *, ranks: int, micro_batch_size: int) -> list[list[NDArray[np.int64]]]:
+    """Deal a global batch to ranks: result[rank][micro] are indices into the batch.
+
+    lengths: tokens of each sample of the batch. Samples of like length come into the same micro-step of all ranks, so
+    that little is padded and ranks finish together; the longest go first, where too little memory shows at once. The
+    batch must be a multiple of ranks * micro_batch_size, so that all ranks have as many micro-batches.
+    """
+    if len(lengths) % (ranks * micro_batch_size):
+        raise ValueError(f"a batch of {len(lengths)} cannot be dealt to {ranks} ranks in micro-batches of {micro_batch_size}")
+    by_length = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    steps = by_length.reshape(-1, micro_batch_size, ranks)
+    return [[micro[:, rank] for micro in steps] for rank in range(ranks)]
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's output function."""
+    values = (values ^ (values >> np.uint64(30))) * _MIX_1
+    values = (values ^ (values >> np.uint64(27))) * _MIX_2
+    return values ^ (values >> np.uint64(31))

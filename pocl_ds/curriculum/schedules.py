@@ -1,0 +1,24 @@
+"""What rises and falls over a run: temperature and SFT ratio by stage, the learning rate by step (METHOD 2)."""
+
+from __future__ import annotations
+
+import math
+
+
+def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
+    """`stages` values on the line from ends[0] to ends[1]. A single stage takes the first."""
+    first, last = ends
+    if stages == 1:
+        return [first]
+    return [first + (last - first) * i / (stages - 1) for i in range(stages)]
+
+
+def learning_rate(step: int, total: int, *, lr: float, lr_end: float, warmup: int = 0) -> float:
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then a cosine from lr to lr_end.
+
+    As in the release: the first step after the warm-up runs at lr, and lr_end is reached after the last one.
+    """
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    share = (step - warmup) / max(total - warmup, 1)
+    return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))

@@ -1,0 +1,52 @@
+"""The stage `plan`: ranking/order.npy -> plan/plan.json, and plan/baseline.json where a baseline is asked for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest, write_json, write_manifest
+from pocl_ds.config import CompareConfig, PlanConfig
+from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
+from pocl_ds.errors import ArtifactError
+
+log = logging.getLogger("pocl_ds")
+
+
+def make_plan(
+    run: RunDirectory, plan: PlanConfig, compare: CompareConfig, *, batch_size: int, fingerprint: str
+) -> Manifest:
+    """Write the plan of POCL, and of plain KD on as many sample visits."""
+    manifest = read_manifest(run.plan)
+    if manifest and manifest.fingerprint == fingerprint:
+        return manifest
+    order = _order(run)
+    pocl = build_plan(
+        order, subsets=plan.subsets, epochs_per_stage=plan.epochs_per_stage, batch_size=batch_size, tau=plan.tau,
+        sft_ratio=plan.sft_ratio, scheduler=plan.scheduler, tail=plan.tail,
+    )
+    for stage in pocl.stages:
+        log.info("stage %d: %d samples, %d epochs, %d steps, tau %.2f, SFT ratio %.2f", stage.index + 1, stage.samples,
+                 stage.epochs, stage.steps, stage.tau, stage.alpha)
+    write_json(run.plan / "plan.json", pocl.to_json())
+    if compare.enabled:
+        baseline = single_stage_plan(
+            order, steps=pocl.total_steps, batch_size=batch_size, tau=compare.tau, alpha=compare.sft_ratio, tail=plan.tail
+        )
+        write_json(run.plan / "baseline.json", baseline.to_json())
+    info = {"samples": len(order), "steps": pocl.total_steps, "visits": pocl.total_steps * batch_size}
+    return write_manifest(run.plan, "plan", fingerprint, info=info)
+
+
+def load_plan(path: Path) -> Plan:
+    """A plan and the order it stands on."""
+    return Plan.from_json(read_json(path), _order(RunDirectory(path.parents[1])))
+
+
+def _order(run: RunDirectory) -> np.ndarray:
+    path = run.ranking / "order.npy"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: run `pocl rank` first")
+    return np.load(path, mmap_mode="r")

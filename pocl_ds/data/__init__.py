@@ -1,0 +1,1 @@
+"""From instruction files to token ids: samples, prompts, encodings, batches."""

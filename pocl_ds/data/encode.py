@@ -1,0 +1,175 @@
+"""From samples to token ids on disk, and back as memory maps: tokenised once, never a Python list of all.
+
+A sample is its prompt's ids, its response's ids, and the EOS that ends it. The prompt's ids are the same in scoring,
+training and evaluation, because the response is tokenised apart and put behind them. Lengths are kept, so that a
+padding id that equals EOS does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.config import PromptConfig
+from pocl_ds.data.prompts import load_template
+from pocl_ds.data.samples import Sample
+from pocl_ds.errors import ArtifactError, DataError, ModelError
+
+BATCH = 512  # samples tokenised together
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """ids: prompt, response and EOS; `truncated` where something was cut off."""
+
+    ids: list[int]
+    prompt_tokens: int
+    truncated: bool
+
+
+class Encoder:
+    """Encodes samples for one tokenizer and one prompt configuration."""
+
+    def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no EOS token, so a response would never end: set eos_token in its folder")
+        self.tokenizer, self.config = tokenizer, config
+        self.template = load_template(config.template, tokenizer)
+
+    def prompt(self, sample: Sample) -> list[int]:
+        """The prompt's ids, the first max_prompt_tokens of them."""
+        return self.template.ids(sample)[: self.config.max_prompt_tokens]
+
+    def sample(self, sample: Sample) -> Encoded:
+        """Prompt, response and EOS, at most max_length ids; a response that is cut has no EOS."""
+        return self._join(sample, self._response([sample])[0])
+
+    def samples(self, samples: Sequence[Sample]) -> list[Encoded | None]:
+        """As `sample`, many at once; None for what prompt.overlong=drop leaves out."""
+        responses = self._response(samples)
+        encoded: list[Encoded | None] = []
+        for sample, response in zip(samples, responses, strict=True):
+            one = self._join(sample, response)
+            encoded.append(None if one.truncated and self.config.overlong == "drop" else one)
+        return encoded
+
+    def _response(self, samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [sample.references[0] for sample in samples]
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _join(self, sample: Sample, response: list[int]) -> Encoded:
+        prompt = self.template.ids(sample)
+        limit, longest = self.config.max_prompt_tokens, self.config.max_length
+        whole = [*prompt[:limit], *response, self.tokenizer.eos_token_id]
+        truncated = len(prompt) > limit or len(whole) > longest
+        if truncated and self.config.overlong == "error":
+            raise DataError(
+                f"sample {sample.id} has {len(prompt)} prompt tokens (limit {limit}) and {len(prompt) + len(response) + 1} in "
+                f"all (limit {longest}): raise prompt.max_prompt_tokens or prompt.max_length, or set prompt.overlong"
+            )
+        return Encoded(whole[:longest], min(len(prompt), limit), truncated)
+
+
+class EncodedSplit:
+    """A split on disk, memory-mapped. Row i of every array is line i of the split's jsonl."""
+
+    def __init__(self, directory: Path, split: str) -> None:
+        paths = [directory / f"{split}.{part}" for part in ("ids.npy", "index.npy", "tokens.bin")]
+        for path in paths:
+            if not path.is_file():
+                raise ArtifactError(f"{path} is missing: run `pocl data` first")
+        self.ids: NDArray[np.bytes_] = np.load(paths[0], mmap_mode="r")
+        index = np.load(paths[1], mmap_mode="r")
+        self.starts, self.prompt_tokens, self.total_tokens = index[:, 0], index[:, 1], index[:, 2]
+        empty = paths[2].stat().st_size == 0  # nothing can be mapped there
+        self._tokens = np.empty(0, np.uint32) if empty else np.memmap(paths[2], np.uint32, "r")
+        self._by_id: NDArray[np.int64] | None = None
+        self._name = f"{directory}/{split}"
+
+    @classmethod
+    def open(cls, directory: Path, split: str) -> EncodedSplit:
+        """The split `train`, `validation` or `test` of a data directory. Raises ArtifactError where it is not there."""
+        return cls(directory, split)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, row: int) -> NDArray[np.uint32]:
+        """All ids of a sample: [total_tokens]."""
+        start = int(self.starts[row])
+        return self._tokens[start : start + int(self.total_tokens[row])]
+
+    def rows_of(self, ids: Sequence[str] | NDArray[np.bytes_]) -> NDArray[np.int64]:
+        """Rows of some ids. Raises ArtifactError naming the first that is not there."""
+        wanted = ids if isinstance(ids, np.ndarray) else np.array([name.encode() for name in ids], dtype="S")
+        if self._by_id is None:
+            self._by_id = np.argsort(self.ids, kind="stable")
+        if not len(wanted):
+            return np.empty(0, np.int64)
+        place = np.searchsorted(self.ids, wanted, sorter=self._by_id) if len(self) else np.zeros(len(wanted), np.int64)
+        rows = self._by_id[np.minimum(place, len(self) - 1)] if len(self) else place
+        wrong = self.ids[rows] != wanted if len(self) else np.ones(len(wanted), bool)
+        if wrong.any():
+            raise ArtifactError(f"sample {wanted[int(np.argmax(wrong))].decode()} is not in {self._name}: run its stage again")
+        return rows
+
+
+@dataclass
+class EncodingCounts:
+    """What became of a split's samples."""
+
+    samples: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+
+def encode_split(samples: Iterable[Sample], encoder: Encoder, directory: Path, split: str) -> EncodingCounts:
+    """Write a split's jsonl and encoding below `directory`, streaming."""
+    counts = EncodingCounts()
+    index: list[NDArray[np.int64]] = []
+    ids: list[bytes] = []
+    with (
+        (directory / f"{split}.jsonl").open("w", encoding="utf-8") as text,
+        (directory / f"{split}.tokens.bin").open("wb") as binary,
+    ):
+        for chunk in batched(samples, BATCH):
+            rows = []
+            for sample, encoded in zip(chunk, encoder.samples(chunk), strict=True):
+                if encoded is None:
+                    counts.dropped += 1
+                    continue
+                rows.append((counts.tokens, encoded.prompt_tokens, len(encoded.ids)))
+                counts.samples += 1
+                counts.tokens += len(encoded.ids)
+                counts.response_tokens += len(encoded.ids) - encoded.prompt_tokens
+                counts.truncated += encoded.truncated
+                ids.append(sample.id.encode())
+                text.write(sample.to_json() + "\n")
+                np.asarray(encoded.ids, np.uint32).tofile(binary)
+            index.append(np.array(rows, np.int64).reshape(-1, 3))
+    table = np.concatenate(index) if index else np.empty((0, 3), np.int64)
+    np.save(directory / f"{split}.index.npy", table)
+    np.save(directory / f"{split}.ids.npy", np.array(ids, dtype=f"S{max(map(len, ids), default=1)}"))
+    return counts
+
+
+def batched(items: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    """Consecutive lists of at most `size`."""
+    iterator = iter(items)
+    while True:
+        chunk: list[Sample] = []
+        with contextlib.suppress(StopIteration):
+            while len(chunk) < size:
+                chunk.append(next(iterator))
+        if not chunk:
+            return
+        yield chunk

@@ -1,0 +1,128 @@
+"""Templates: from a sample to the text, and the ids, that a model is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pocl_ds.data.samples import Sample
+from pocl_ds.errors import DataError, ModelError, RecipeError
+
+# The template of Stanford Alpaca, as MiniLLM and the POCL release use it.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class PromptTemplate(Protocol):
+    """How a sample is put to a model."""
+
+    def text(self, sample: Sample) -> str:
+        """The prompt as a person reads it."""
+
+    def ids(self, sample: Sample) -> list[int]:
+        """The prompt's token ids, special tokens included, not cut."""
+
+
+def load_template(name: str, tokenizer: Any) -> PromptTemplate:
+    """The template of a recipe: `alpaca`, `chat`, `plain`, or a .jinja file.
+
+    Raises ModelError where the tokenizer has no chat template, RecipeError for a file that is missing or broken.
+    """
+    if name == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError("prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a .jinja file")
+        return _Chat(tokenizer)
+    if name == "alpaca":
+        return _Text(tokenizer, _alpaca)
+    if name == "plain":
+        return _Text(tokenizer, _plain)
+    return _Text(tokenizer, _jinja(name))
+
+
+class _Text:
+    """A template that gives text; the tokenizer adds its own BOS."""
+
+    def __init__(self, tokenizer: Any, render: Any) -> None:
+        self.tokenizer, self.render = tokenizer, render
+
+    def text(self, sample: Sample) -> str:
+        return str(self.render(sample))
+
+    def ids(self, sample: Sample) -> list[int]:
+        ids = list(self.tokenizer(self.text(sample))["input_ids"])
+        # Some tokenizers close what they encode with EOS: a prompt is not finished.
+        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+        return ids
+
+
+class _Chat:
+    """The tokenizer's own chat template, which places every special token itself."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def text(self, sample: Sample) -> str:
+        asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
+        turns = [{"role": role, "content": content} for role, content in (*sample.history, ("user", asked))]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except jinja2.TemplateError as error:
+            raise DataError(f"sample {sample.id}: the chat template refuses its turns ({error}): mend or remove it") from None
+
+    def ids(self, sample: Sample) -> list[int]:
+        return list(self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"])
+
+
+def _alpaca(sample: Sample) -> str:
+    _no_history(sample, "alpaca")
+    template = ALPACA_WITH_INPUT if sample.input else ALPACA_WITHOUT_INPUT
+    # One pass over the template: braces in the data are data.
+    return template.replace("{instruction}", "\0").replace("{input}", sample.input).replace("\0", sample.instruction)
+
+
+def _plain(sample: Sample) -> str:
+    _no_history(sample, "plain")
+    return f"{sample.instruction}\n{sample.input}" if sample.input else sample.instruction
+
+
+def _no_history(sample: Sample, template: str) -> None:
+    if sample.history:
+        raise DataError(
+            f"sample {sample.id} has {len(sample.history)} earlier turns, which prompt.template={template} cannot show: "
+            "use prompt.template=chat or a .jinja file"
+        )
+
+
+def _jinja(name: str) -> Any:
+    path = Path(name).expanduser()
+    if path.suffix != ".jinja":
+        raise RecipeError(f"prompt.template={name!r}: take alpaca, chat, plain, or a .jinja file")
+    try:
+        source = path.read_text(encoding="utf-8")
+        template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"prompt.template {name} cannot be read ({error}): check the path") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise RecipeError(f"prompt.template {name} line {error.lineno} is not valid Jinja ({error.message}): mend it") from None
+
+    def render(sample: Sample) -> str:
+        history = [{"role": role, "content": content} for role, content in sample.history]
+        try:
+            return template.render(instruction=sample.instruction, input=sample.input, history=history)
+        except jinja2.TemplateError as error:
+            raise DataError(f"sample {sample.id}: prompt.template {name} fails ({error}): its variables are instruction, "
+                            "input and history") from None
+
+    return render

@@ -1,0 +1,273 @@
+"""Instruction samples from files and the Hub, whatever form they come in.
+
+Forms: Alpaca and Dolly records (`instruction`, `input` or `context`, `output` or `response`), prompt and completion,
+chat messages (`messages` or ShareGPT's `conversations`). The form is decided by the first record, and said in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pocl_ds.errors import DataError
+
+log = logging.getLogger("pocl_ds")
+
+MAX_ID_BYTES = 128
+FILES = (".jsonl", ".json", ".parquet")
+# What our fields are called in data sets that people use, most specific first.
+NAMES = {
+    "id": ("id",),
+    "instruction": ("instruction", "question"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion"),
+    "prompt": ("prompt",),
+    "messages": ("messages", "conversations"),
+}
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One instruction with its references; the first is the one trained on. history: earlier turns, (role, content)."""
+
+    id: str
+    instruction: str
+    input: str
+    references: tuple[str, ...]
+    history: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> str:
+        """One line of a normalised file."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @property
+    def prompt_key(self) -> str:
+        """sha256 of what the model is asked: samples that share it never lie in two splits."""
+        asked = json.dumps([self.history, self.instruction, self.input], ensure_ascii=False)
+        return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def read_samples(
+    source: str,
+    *,
+    format: str = "auto",
+    fields: Mapping[str, str] | None = None,
+    hub_subset: str | None = None,
+    hub_split: str = "train",
+) -> Iterator[Sample]:
+    """Samples of a .jsonl, .json or .parquet file, or of a data set on the Hub, one at a time.
+
+    fields: our name -> the name in the file, where they differ. Ids are the records' own, else a hash of the content.
+    Raises DataError naming file, line and remedy.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(f"data file {source} is a folder: name a {', '.join(FILES)} file in it")
+    if path.suffix in FILES:
+        records = _file_records(path)
+    elif path.exists() or source.startswith(("/", ".", "~")):
+        fault = "has an unknown ending" if path.exists() else "does not exist"
+        raise DataError(f"data file {source} {fault}: give a {', '.join(FILES)} file or a Hub name")
+    else:
+        records = _hub_records(source, hub_subset, hub_split)
+    yield from normalise(records, source, format, fields or {})
+
+
+def normalise(
+    records: Iterable[tuple[str, Any]], source: str, format: str, fields: Mapping[str, str]
+) -> Iterator[Sample]:
+    """Turn (place, record) pairs into samples."""
+    reader = None
+    seen: dict[str, str] = {}
+    contents: Counter[str] = Counter()
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise DataError(f"{place}: a record must be an object with named fields, found {type(record).__name__}")
+        if reader is None:
+            reader = _Reader(record, place, format, fields)
+            log.info("%s: read as %s", source, reader.described())
+        instruction, given, references, history = reader.read(record, place)
+        own = record.get(reader.names["id"])
+        if own is None or own == "":
+            identity = hashlib.sha256(
+                json.dumps([history, instruction, given, references], ensure_ascii=False).encode()
+            ).hexdigest()[:16]
+            contents[identity] += 1
+            if contents[identity] > 1:  # exact duplicates are numbered
+                identity = f"{identity}-{contents[identity] - 1}"
+        else:
+            identity = _checked_id(own, place)
+            if identity in seen:
+                raise DataError(f"{place}: id {identity!r} stands at {seen[identity]} too: make ids unique, or leave them out")
+            seen[identity] = place
+        yield Sample(identity, instruction, given, references, history)
+    if reader is None:
+        raise DataError(f"{source} holds no samples: check that it is the right file")
+
+
+def read_normalised(path: Path) -> Iterator[Sample]:
+    """Samples of a file that this program wrote."""
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            tree = json.loads(line)
+            history = tuple((role, content) for role, content in tree["history"])
+            yield Sample(tree["id"], tree["instruction"], tree["input"], tuple(tree["references"]), history)
+
+
+class _Reader:
+    """Reads records of one form."""
+
+    def __init__(self, record: dict[str, Any], place: str, format: str, fields: Mapping[str, str]) -> None:
+        self.names = {ours: _named(record, ours, fields) for ours in NAMES}
+        self.format = format if format != "auto" else self._recognise(record)
+        if self.format is None:
+            raise DataError(
+                f"{place}: no known form of record (fields: {', '.join(map(str, record))}): it needs instruction and output, "
+                "prompt and completion, or messages; map other names with data.fields, as in data.fields.output=answer"
+            )
+
+    def _recognise(self, record: dict[str, Any]) -> Any:
+        if self.names["messages"] in record:
+            return "messages"
+        if self.names["instruction"] in record:
+            return "alpaca"
+        return "prompt" if self.names["prompt"] in record else None
+
+    def described(self) -> str:
+        """The form and the names it uses, for the log."""
+        needed = {"alpaca": ("instruction", "input", "output"), "prompt": ("prompt", "output"), "messages": ("messages",)}
+        return f"{self.format} records ({', '.join(self.names[name] for name in needed[self.format])})"
+
+    def read(
+        self, record: dict[str, Any], place: str
+    ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """Instruction, input, references and history of a record."""
+        if self.format == "messages":
+            return self._messages(record, place)
+        asked = "instruction" if self.format == "alpaca" else "prompt"
+        instruction = self._text(record, asked, place)
+        given = ""
+        if self.format == "alpaca" and record.get(self.names["input"]) is not None:
+            given = self._text(record, "input", place)
+        output = record.get(self.names["output"])
+        if output is None:
+            raise DataError(
+                f"{place}: there is no field {self.names['output']!r} (fields: {', '.join(map(str, record))}): add it, or "
+                "name the one that holds the answer with data.fields.output"
+            )
+        references = tuple(output) if isinstance(output, list) else (output,)
+        if not references or not all(isinstance(text, str) and text.strip() for text in references):
+            raise DataError(f"{place}: {self.names['output']} must be text or a list of texts, none empty: mend or remove it")
+        return instruction, given, references, ()
+
+    def _messages(
+        self, record: dict[str, Any], place: str
+    ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+        raw = record.get(self.names["messages"])
+        turns = []
+        for turn in raw if isinstance(raw, list) else []:
+            role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(
+                turn, dict) else (None, None)
+            if not isinstance(role, str) or not isinstance(content, str):
+                raise DataError(f"{place}: each message needs a role and a text content: mend or remove the record")
+            turns.append((ROLES.get(role, role), content))
+        while turns and turns[-1][0] != "assistant":
+            turns.pop()
+        if len(turns) < 2 or turns[-2][0] != "user" or not turns[-1][1].strip():
+            raise DataError(f"{place}: messages must hold a user's turn answered by the assistant: mend or remove the record")
+        return turns[-2][1], "", (turns[-1][1],), tuple(turns[:-2])
+
+    def _text(self, record: dict[str, Any], ours: str, place: str) -> str:
+        value = record.get(self.names[ours])
+        if not isinstance(value, str) or (ours != "input" and not value.strip()):
+            found = "nothing" if value is None else "an empty text" if value == "" else type(value).__name__
+            raise DataError(f"{place}: field {self.names[ours]!r} must be text, found {found}: mend or remove the record")
+        return value
+
+
+def _named(record: dict[str, Any], ours: str, fields: Mapping[str, str]) -> str:
+    if ours in fields:
+        return fields[ours]
+    return next((name for name in NAMES[ours] if name in record), NAMES[ours][0])
+
+
+def _checked_id(value: Any, place: str) -> str:
+    identity = str(value)
+    if len(identity.encode()) > MAX_ID_BYTES or "\n" in identity or "\0" in identity:
+        raise DataError(f"{place}: an id must be at most {MAX_ID_BYTES} bytes without line breaks: shorten it or leave it out")
+    return identity
+
+
+def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist: check the path")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {path} is empty: check that it is the right file")
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_records(path)
+        elif path.suffix == ".json":
+            yield from _json_records(path)
+        else:
+            with path.open(encoding="utf-8") as stream:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield f"{path} line {number}", _json(line, f"{path} line {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"data file {path} is not UTF-8 ({error.reason}): convert it") from None
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read ({error.strerror or error}): check it") from None
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not valid JSON ({error.msg} at column {error.colno}): mend that line") from None
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    tree = _json(path.read_text(encoding="utf-8"), str(path))
+    if isinstance(tree, dict):  # {"data": [...]} and the like
+        lists = [value for value in tree.values() if isinstance(value, list)]
+        tree = lists[0] if len(lists) == 1 else None
+    if not isinstance(tree, list):
+        raise DataError(f"data file {path} must hold a list of records: convert it, or use .jsonl for a record a line")
+    for number, record in enumerate(tree, 1):
+        yield f"{path} record {number}", record
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(1024):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path} row {number}", record
+    except pa.ArrowInvalid as error:
+        raise DataError(f"data file {path} is not a Parquet file ({error}): check it") from None
+
+
+def _hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the library raises a dozen unrelated types, network ones among them
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"data set {name!r} (subset {subset}, split {split!r}) cannot be had ({type(error).__name__}: {reason}): check "
+            "the name and the network, or give a .jsonl file"
+        ) from None
+    for number, record in enumerate(found):
+        yield f"{name} record {number}", record

@@ -1,0 +1,106 @@
+"""The stage `data`: from the source to three encoded splits.
+
+A sample's split and its place in a limited selection follow from the hash of its *prompt*. So neither depends on the order
+of a file, and samples that ask the same never lie in two splits.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pocl_ds.artifacts import Manifest, RunDirectory, atomic_directory, read_manifest, write_manifest
+from pocl_ds.config import DataConfig, PromptConfig
+from pocl_ds.data.documentation import harvest
+from pocl_ds.data.encode import Encoder, encode_split
+from pocl_ds.data.samples import Sample, read_normalised, read_samples
+from pocl_ds.errors import DataError
+
+log = logging.getLogger("pocl_ds")
+
+SPLITS = ("train", "validation", "test")
+
+
+def prepare_data(
+    run: RunDirectory, data: DataConfig, prompt: PromptConfig, tokenizer: Any, fingerprint: str
+) -> Manifest:
+    """Read, split, encode; data/ appears as a whole or not at all. Raises DataError where nothing is left to train on."""
+    manifest = read_manifest(run.data)
+    if manifest and manifest.fingerprint == fingerprint:
+        return manifest
+    start = time.monotonic()
+    encoder = Encoder(tokenizer, prompt)
+    with atomic_directory(run.data) as folder:
+        parts = _divide(data, folder)
+        counts = {}
+        for split in SPLITS:
+            limit = getattr(data, f"{split}_samples")
+            counts[split] = encode_split(_limited(read_normalised(parts[split]), limit), encoder, folder, split)
+            parts[split].unlink()
+            log.info("%s: %d samples, %d tokens, %d of them responses; %d truncated, %d dropped", split, counts[split].samples,
+                     counts[split].tokens, counts[split].response_tokens, counts[split].truncated, counts[split].dropped)
+        if not counts["train"].samples:
+            raise DataError(f"data.source={data.source} leaves no training samples (data.validation_fraction, "
+                            "data.test_fraction, prompt.overlong): change these or give more data")
+        info = {
+            "source": data.source, "splits": {split: asdict(count) for split, count in counts.items()},
+            "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id, "vocabulary": len(tokenizer),
+            "seconds": time.monotonic() - start,
+        }
+        return write_manifest(folder, "data", fingerprint, info=info)
+
+
+def _divide(data: DataConfig, folder: Path) -> dict[str, Path]:
+    """Write each split's samples to a file of its own, in the order of the source."""
+    parts = {split: folder / f".{split}.samples" for split in SPLITS}
+    streams = {split: path.open("w", encoding="utf-8") for split, path in parts.items()}
+    held_out: set[str] = set()
+    leaked = 0
+    try:
+        for split, source in (("validation", data.validation), ("test", data.test)):
+            for sample in _source(source, data) if source else ():
+                streams[split].write(sample.to_json() + "\n")
+                held_out.add(sample.prompt_key)
+        for sample in _source(data.source, data):
+            split = _split_of(sample, data)
+            if split == "train" and sample.prompt_key in held_out:
+                leaked += 1
+                continue
+            streams[split].write(sample.to_json() + "\n")
+    finally:
+        for stream in streams.values():
+            stream.close()
+    if leaked:
+        log.warning("%d training samples ask what a validation or test sample asks too: left out of training", leaked)
+    return parts
+
+
+def _source(source: str, data: DataConfig) -> Iterator[Sample]:
+    if source == "documentation":
+        return harvest(data.documentation)
+    fields = {str(ours): theirs for ours, theirs in data.fields.items()}
+    return read_samples(source, format=data.format, fields=fields, hub_subset=data.hub_subset, hub_split=data.hub_split)
+
+
+def _split_of(sample: Sample, data: DataConfig) -> str:
+    """test, validation or train, by where the prompt's hash falls; nothing is split off where a file was given."""
+    place = int(sample.prompt_key[:13], 16) / 16**13
+    test = 0.0 if data.test else data.test_fraction
+    validation = 0.0 if data.validation else data.validation_fraction
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def _limited(samples: Iterable[Sample], limit: int | None) -> Iterator[Sample]:
+    """At most `limit` samples, those with the smallest hashes; the order of the source stays."""
+    if limit is None:
+        yield from samples
+        return
+    # Another part of the hash than the one that chose the split, or a limited split would be its lower edge.
+    numbered = ((sample.prompt_key[16:], sample.id, number, sample) for number, sample in enumerate(samples))
+    for _, _, _, sample in sorted(heapq.nsmallest(limit, numbered, key=lambda row: row[:2]), key=lambda row: row[2]):
+        yield sample

@@ -1,0 +1,236 @@
+"""From scores to an order, easiest first (METHOD 1.4): ranks of two metrics, fused.
+
+Everything is vectorised; ids are compared only where both metrics tie. The order is a function of ids and scores:
+neither the order of files nor the number of shards enters it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, read_manifest, write_manifest
+from pocl_ds.config import RankConfig
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.errors import ArtifactError, DataError, RecipeError
+
+log = logging.getLogger("pocl_ds")
+
+DEGENERATE = 1 / 3  # share of tied values above which a metric's ranks say little
+STRATEGIES = ("fusion", "rouge_l", "cross_entropy", "random")
+LINES = 100_000  # of a score file, joined at a time
+
+Ids = Sequence[str] | NDArray[np.bytes_]
+
+
+class Ranking:
+    """An order of samples and how it came about. Arrays are in the order of the input."""
+
+    def __init__(
+        self, ids: Ids, order_index: NDArray[np.int64], rank_rouge_l: NDArray[np.int64],
+        rank_cross_entropy: NDArray[np.int64], scores: NDArray[np.float64],
+    ) -> None:  # fmt: skip
+        self.ids, self.order_index, self.scores = ids, order_index, scores
+        self.rank_rouge_l, self.rank_cross_entropy = rank_rouge_l, rank_cross_entropy
+
+    @cached_property
+    def order(self) -> list[str]:
+        """Ids, easiest first."""
+        return [_text(self.ids[i]) for i in self.order_index]
+
+    @cached_property
+    def rrf(self) -> dict[str, float]:
+        """Reciprocal rank fusion by id; larger is easier."""
+        return {_text(name): score for name, score in zip(self.ids, self.scores.tolist(), strict=True)}
+
+
+def fuse(
+    ids: Ids,
+    rouge_l: Sequence[float] | NDArray[np.float64],
+    cross_entropy: Sequence[float] | NDArray[np.float64],
+    *,
+    k: float = 60,
+    strategy: str = "fusion",
+    reverse: bool = False,
+    seed: int = 0,
+) -> Ranking:
+    """Order samples from easy to hard.
+
+    Ranks start at 1: by rouge_l descending and by cross_entropy ascending, equal values by the other metric, then by
+    id. rrf = 1 / (k + rank_rouge_l) + 1 / (k + rank_cross_entropy) (Cormack et al. 2009); equal rrf by rank_rouge_l,
+    which is unique. `random` orders by a hash of id and seed. reverse gives hard to easy.
+    Raises DataError where ids repeat, lengths differ or a score is not finite; RecipeError for an unknown strategy.
+    """
+    if strategy not in STRATEGIES:
+        raise RecipeError(f"rank.strategy={strategy!r}: take one of {', '.join(STRATEGIES)}")
+    rouge, entropy = np.asarray(rouge_l, np.float64), np.asarray(cross_entropy, np.float64)
+    _check(ids, rouge, entropy)
+    by_rouge, by_entropy = _sorted(ids, -rouge, entropy), _sorted(ids, entropy, -rouge)
+    rank_rouge, rank_entropy = _ranks(by_rouge), _ranks(by_entropy)
+    scores = 1 / (k + rank_rouge) + 1 / (k + rank_entropy)
+    if strategy == "fusion":
+        order = np.lexsort((rank_rouge, -scores))
+    elif strategy == "random":
+        order = _sorted(ids, hash_ids(ids, seed), np.zeros(len(ids), np.uint8))
+    else:
+        order = by_rouge if strategy == "rouge_l" else by_entropy
+    order = order.astype(np.int64, copy=False)
+    return Ranking(ids, order[::-1] if reverse else order, rank_rouge, rank_entropy, scores)
+
+
+def tied_share(values: Sequence[float] | NDArray[np.float64]) -> float:
+    """Share of values that another value equals, 0 to 1."""
+    ordered = np.sort(np.asarray(values, np.float64))
+    if len(ordered) < 2:
+        return 0.0
+    same = ordered[1:] == ordered[:-1]
+    return float((np.append(same, False) | np.append(False, same)).mean())
+
+
+def hash_ids(ids: Ids, seed: int) -> NDArray[np.uint64]:
+    """64 bits an id, from its UTF-8 bytes and the seed alone (FNV-1a, then splitmix64)."""
+    table = _as_bytes(ids)
+    columns = np.ascontiguousarray(table).view(np.uint8).reshape(len(table), -1)
+    with np.errstate(over="ignore"):
+        state = np.full(len(table), np.uint64(0xCBF29CE484222325) ^ np.uint64(seed), np.uint64)
+        for column in columns.T:  # numpy pads short ids with zeros, which no id contains
+            state = np.where(column == 0, state, (state ^ column) * np.uint64(0x100000001B3))
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def rank(run: RunDirectory, config: RankConfig, *, seed: int, fingerprint: str) -> Manifest:
+    """The stage `rank`: score shards -> ranking/ranking.parquet and ranking/order.npy, joined by sample id."""
+    manifest = read_manifest(run.ranking)
+    if manifest and manifest.fingerprint == fingerprint:
+        return manifest
+    split = EncodedSplit.open(run.data, "train")
+    rouge, entropy = _join(run, split)
+    shares = {"rouge_l": tied_share(rouge), "cross_entropy": tied_share(entropy)}
+    for metric, tied in shares.items():
+        if tied > DEGENERATE:
+            log.warning("%s is degenerate: %.0f%% of its values are tied, so its ranks say little", metric, 100 * tied)
+    ranking = fuse(split.ids, rouge, entropy, k=config.k, strategy=config.strategy, reverse=config.reverse, seed=seed)
+    order = ranking.order_index
+    table = pa.table({
+        "id": pa.array(np.asarray(split.ids)[order], pa.binary()).cast(pa.string()),
+        "rouge_l": rouge[order], "cross_entropy": entropy[order],
+        "rank_rouge_l": ranking.rank_rouge_l[order], "rank_cross_entropy": ranking.rank_cross_entropy[order],
+        "rrf": ranking.scores[order],
+    })  # fmt: skip
+    with atomic_write(run.ranking / "ranking.parquet", "wb") as stream:
+        pq.write_table(table, stream)
+    with atomic_write(run.ranking / "order.npy", "wb") as stream:
+        np.save(stream, order)
+    info = {"samples": len(order), "strategy": config.strategy, "reverse": config.reverse, "tied_share": shares,
+            "mean_rouge_l": float(rouge.mean()), "mean_cross_entropy": float(entropy.mean())}  # fmt: skip
+    log.info("ranked %d samples by %s: mean ROUGE-L %.4f, mean cross-entropy %.4f", len(order), config.strategy,
+             info["mean_rouge_l"], info["mean_cross_entropy"])
+    return write_manifest(run.ranking, "rank", fingerprint, info=info)
+
+
+def _join(run: RunDirectory, split: EncodedSplit) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both metrics in the rows of data/train. Every sample must be scored exactly once."""
+    rouge, entropy = np.full(len(split), np.nan), np.full(len(split), np.nan)
+    seen = np.zeros(len(split), bool)
+    for path in _shard_files(run.scores):
+        for ids, values in _records(path):
+            rows = split.rows_of(ids)
+            twice = seen[rows]
+            if twice.any() or len(np.unique(rows)) < len(rows):
+                name = ids[int(np.argmax(twice))] if twice.any() else ids[0]
+                raise ArtifactError(f"{path} scores a sample a second time ({name}): remove {run.scores} and score again")
+            seen[rows] = True
+            rouge[rows], entropy[rows] = values[:, 0], values[:, 1]
+    if not seen.all():
+        missing = _text(split.ids[int(np.argmin(seen))])
+        raise ArtifactError(f"sample {missing} has no score ({int((~seen).sum())} of {len(split)} lack one): run `pocl score`")
+    return rouge, entropy
+
+
+def _shard_files(scores: Path) -> list[Path]:
+    """The sealed shards of one complete set."""
+    sealed = sorted(path for path in scores.glob("shard-*-of-*.jsonl") if path.with_name(path.name + ".manifest.json").is_file())
+    if not sealed:
+        raise ArtifactError(f"there are no finished scores in {scores}: run `pocl score`")
+    count = int(sealed[0].stem.rpartition("-")[2])
+    expected = [scores / f"shard-{i:05d}-of-{count:05d}.jsonl" for i in range(count)]
+    for path in expected:
+        if path not in sealed:
+            raise ArtifactError(f"{path} is missing or unfinished: run `pocl score`, it repeats only unfinished shards")
+    if len(sealed) > count:
+        raise ArtifactError(f"{scores} holds shards of more than one division: remove it and score again")
+    return expected
+
+
+def _records(path: Path) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
+    """Ids and [n, 2] scores of a shard, some lines at a time; responses are not held."""
+    ids: list[str] = []
+    values: list[tuple[float, float]] = []
+    with path.open(encoding="utf-8") as stream:
+        for line in stream:
+            record = json.loads(line)
+            ids.append(record["id"])
+            values.append((record["rouge_l"], record["cross_entropy"]))
+            if len(ids) == LINES:
+                yield ids, np.array(values, np.float64)
+                ids, values = [], []
+    if ids:
+        yield ids, np.array(values, np.float64)
+
+
+def _check(ids: Ids, rouge: NDArray[np.float64], entropy: NDArray[np.float64]) -> None:
+    if not len(ids) == len(rouge) == len(entropy):
+        raise DataError(f"{len(ids)} ids, {len(rouge)} values of rouge_l and {len(entropy)} of cross_entropy: give one each")
+    for name, values in (("rouge_l", rouge), ("cross_entropy", entropy)):
+        if not np.isfinite(values).all():
+            worst = int(np.argmin(np.isfinite(values)))
+            raise DataError(f"sample {_text(ids[worst])} has {name}={values[worst]}: score it again, or leave it out")
+    column = pa.array(ids if isinstance(ids, list) else np.asarray(ids))
+    if pc.count_distinct(column).as_py() < len(ids):
+        counts = pc.value_counts(column)
+        worst_id = counts.field("values")[pc.index(counts.field("counts"), pc.max(counts.field("counts"))).as_py()]
+        raise DataError(f"sample id {_text(worst_id.as_py())} stands there more than once: ids must be unique")
+
+
+def _sorted(ids: Ids, primary: NDArray[Any], secondary: NDArray[Any]) -> NDArray[np.int64]:
+    """Indices by primary, secondary, id, all ascending."""
+    order = np.lexsort((secondary, primary))
+    same = (primary[order][1:] == primary[order][:-1]) & (secondary[order][1:] == secondary[order][:-1])
+    if not same.any():
+        return order
+    starts = np.append(True, ~same)  # of runs of equal pairs
+    slots = np.flatnonzero(np.append(same, False) | ~starts)
+    members = order[slots]
+    names = _as_bytes([ids[i] for i in members] if isinstance(ids, list) else np.asarray(ids)[members])
+    order[slots] = members[np.lexsort((np.argsort(np.argsort(names, kind="stable")), np.cumsum(starts)[slots]))]
+    return order
+
+
+def _ranks(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(1, len(order) + 1)
+    return ranks
+
+
+def _as_bytes(ids: Ids) -> NDArray[np.bytes_]:
+    """Ids as fixed-width UTF-8: their byte order is the order of code points."""
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "S":
+        return ids
+    encoded = [str(name).encode() for name in ids]
+    return np.array(encoded, dtype=f"S{max(map(len, encoded), default=1) or 1}")
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)

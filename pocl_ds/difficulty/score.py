@@ -1,0 +1,239 @@
+"""The scoring stage: how well the initial student answers each training sample (METHOD 1.1 to 1.3).
+
+Work is cut into shards. A shard is a range of rows of data/train; its result appears as a whole, with its manifest, or
+not at all, so that an interrupted run repeats unfinished shards only, and shards can run as separate jobs. Scores are
+keyed by sample id.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from pocl_ds.artifacts import RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
+from pocl_ds.config import PromptConfig, ScoreConfig
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.samples import read_normalised
+from pocl_ds.difficulty.rank import tied_share
+from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.metrics.rouge import rouge_l_many
+from pocl_ds.models.load import load_tokenizer
+from pocl_ds.tracking import Progress
+
+log = logging.getLogger("pocl_ds")
+
+STAGE = "score"
+MANIFESTS = "shard-*-of-*.jsonl.manifest.json"
+CHUNK = 256  # samples held in memory at once, and the grain of progress
+TIED_SHARE = 1 / 3  # of equal values, from which a metric says little
+
+
+def shard_file(run: RunDirectory, shard: int, shards: int) -> Path:
+    """Where the scores of one shard lie."""
+    return run.scores / f"shard-{shard:05d}-of-{shards:05d}.jsonl"
+
+
+def shard_manifest(run: RunDirectory, shard: int, shards: int) -> str:
+    """Name of the manifest beside a shard's scores."""
+    return shard_file(run, shard, shards).name + ".manifest.json"
+
+
+def shard_rows(samples: int, shard: int, shards: int) -> range:
+    """Rows of data/train in one shard: neighbours, sizes differ by at most one."""
+    return range(shard * samples // shards, (shard + 1) * samples // shards)
+
+
+def unfinished(run: RunDirectory, config: ScoreConfig, fingerprint: str) -> list[int]:
+    """Shards without a whole result of this fingerprint, ascending.
+
+    None where all samples have been scored in another division into shards: how work is cut does not change it.
+    """
+    for shards in {shards for _, shards in _sealed(run)} - {config.shards}:
+        if not _unfinished(run, shards, fingerprint):
+            return []
+    return _unfinished(run, config.shards, fingerprint)
+
+
+def score(
+    run: RunDirectory,
+    config: ScoreConfig,
+    prompt: PromptConfig,
+    *,
+    model_path: str,
+    fingerprint: str,
+    shard: int | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> None:
+    """Score the unfinished shards, or one of them.
+
+    For each sample the student writes one response; `rouge_l` compares it with the references, `cross_entropy` is the
+    student's mean negative log-likelihood of the encoded response, in nats per token at tau = 1. One engine serves the
+    whole call. Raises RecipeError for a shard that does not exist, ArtifactError, DataError, ModelError, ResourceError.
+    """
+    if shard is not None and not 0 <= shard < config.shards:
+        last = config.shards - 1
+        raise RecipeError(f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}")
+    _discard_stale(run, fingerprint)
+    todo = [s for s in unfinished(run, config, fingerprint) if shard is None or s == shard]
+    if not todo:
+        return
+    split = EncodedSplit.open(run.data, "train")
+    if len(split) < config.shards:
+        raise RecipeError(
+            f"score.shards={config.shards} is more than the {len(split)} training samples: make fewer shards"
+        )
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, revision=revision)
+    generator = open_generator(
+        model_path,
+        config.generation,
+        tokenizer,
+        max_length=max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    try:
+        scorer = _Scorer(run, config, split, generator, int(tokenizer.eos_token_id))
+        total = sum(len(shard_rows(len(split), s, config.shards)) for s in todo)
+        with Progress(total, "samples", STAGE) as progress:
+            for number in todo:
+                scorer.shard(number, fingerprint, progress)
+    finally:
+        generator.close()
+    if not unfinished(run, config, fingerprint):
+        for path, shards in _sealed(run):  # parts of a division that was given up
+            if shards != config.shards:
+                _remove(path)
+
+
+class _Scorer:
+    """One call's engine and data, for its shards one after another."""
+
+    def __init__(
+        self, run: RunDirectory, config: ScoreConfig, split: EncodedSplit, generator: Generator, eos_id: int
+    ) -> None:
+        self.run, self.config, self.split, self.generator, self.eos_id = run, config, split, generator, eos_id
+
+    def shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
+        """Score one shard and seal it."""
+        shards = self.config.shards
+        path, manifest = shard_file(self.run, shard, shards), shard_manifest(self.run, shard, shards)
+        (self.run.scores / manifest).unlink(missing_ok=True)  # its file is damaged, else the shard were finished
+        rows = shard_rows(len(self.split), shard, shards)
+        start, tokens = time.monotonic(), self.generator.tokens
+        references = self._references(rows)
+        metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
+        with atomic_write(path) as stream:
+            for first in range(rows.start, rows.stop, CHUNK):
+                chunk = range(first, min(first + CHUNK, rows.stop))
+                self._chunk(chunk, list(itertools.islice(references, len(chunk))), stream, metrics)
+                progress.advance(len(chunk), **{name: float(np.mean(values)) for name, values in metrics.items()})
+        seconds = max(time.monotonic() - start, 1e-9)
+        tokens = self.generator.tokens - tokens
+        info: dict[str, Any] = {
+            "shard": shard,
+            "shards": shards,
+            "samples": len(rows),
+            "backend": self.config.generation.backend,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(len(rows) / seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "tied_share": self._tied(shard, metrics),
+        }
+        write_manifest(self.run.scores, STAGE, fingerprint, info=info, files=[path], name=manifest)
+
+    def _chunk(
+        self, rows: range, samples: list[tuple[str, list[str]]], stream: IO[Any], metrics: dict[str, list[float]]
+    ) -> None:
+        """Append the scores of some rows; samples: id and references of each."""
+        if len(samples) != len(rows):
+            raise ArtifactError(
+                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl data` again"
+            )
+        sequences = [[int(token) for token in self.split.tokens(row)] for row in rows]
+        prompt_tokens = [int(self.split.prompt_tokens[row]) for row in rows]
+        sampling = Sampling(
+            self.config.temperature, self.config.top_p, self.config.max_new_tokens, seed=0, first=rows.start
+        )
+        prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
+        responses = self.generator.generate(prompts, sampling)
+        if not self.config.count_eos:  # a truncated response has no EOS to leave out
+            sequences = [ids[:-1] if ids[-1] == self.eos_id else ids for ids in sequences]
+        log_probs = self.generator.log_probs(sequences, prompt_tokens)
+        rouge = rouge_l_many(responses, [references for _, references in samples])
+        for (sample, _), response, found, overlap in zip(samples, responses, log_probs, rouge, strict=True):
+            if not len(found):
+                raise DataError(
+                    f"sample {sample} has no response token to score: remove it from the data, or count the EOS "
+                    "(score.count_eos=true)"
+                )
+            loss = -float(np.mean(found, dtype=np.float64))
+            record = {"id": sample, "rouge_l": float(overlap), "cross_entropy": loss, "tokens": len(found)}
+            stream.write(json.dumps({**record, "response": response}, ensure_ascii=False) + "\n")
+            metrics["rouge_l"].append(float(overlap))
+            metrics["cross_entropy"].append(loss)
+
+    def _references(self, rows: range) -> Iterator[tuple[str, list[str]]]:
+        """Id and references of each row, read from the normalised samples; ids must agree with the encoded split."""
+        path = self.run.data / "train.jsonl"
+        samples = itertools.islice(read_normalised(path), rows.start, rows.stop)
+        for row, sample in zip(rows, samples, strict=False):
+            if bytes(self.split.ids[row]) != sample.id.encode():
+                raise ArtifactError(
+                    f"{path} line {row + 1} and train.ids.npy name different samples: run `pocl data` again"
+                )
+            yield sample.id, list(sample.references)
+
+    def _tied(self, shard: int, metrics: dict[str, list[float]]) -> dict[str, float]:
+        """Share of tied values a metric, with a warning where it is so large that ranks say little."""
+        shares = {name: round(float(tied_share(np.asarray(values))), 4) for name, values in metrics.items()}
+        for name, share in shares.items():
+            if share > TIED_SHARE:
+                log.warning(
+                    "score shard %d: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student "
+                    "first (student.heal_steps) or rank by the other metric (rank.strategy)",
+                    shard,
+                    100 * share,
+                    name,
+                )
+        return shares
+
+
+def _unfinished(run: RunDirectory, shards: int, fingerprint: str) -> list[int]:
+    return [shard for shard in range(shards) if not _finished(run, shard, shards, fingerprint)]
+
+
+def _finished(run: RunDirectory, shard: int, shards: int, fingerprint: str) -> bool:
+    manifest = read_manifest(run.scores, shard_manifest(run, shard, shards))
+    if manifest is None or manifest.fingerprint != fingerprint:
+        return False
+    return not damaged_files(run.scores, manifest, checksums=False)
+
+
+def _sealed(run: RunDirectory) -> list[tuple[Path, int]]:
+    """Manifests of shards, each with the number of shards of its division."""
+    return [(path, int(path.name.split(".")[0].rpartition("-")[2])) for path in sorted(run.scores.glob(MANIFESTS))]
+
+
+def _discard_stale(run: RunDirectory, fingerprint: str) -> None:
+    """Remove results of another fingerprint, so that no later stage takes them for current ones."""
+    for path, _ in _sealed(run):
+        manifest = read_manifest(run.scores, path.name)
+        if manifest is not None and manifest.fingerprint != fingerprint:
+            _remove(path)
+
+
+def _remove(manifest: Path) -> None:
+    manifest.unlink(missing_ok=True)  # first: scores without a manifest are nobody's
+    manifest.with_name(manifest.name.removesuffix(".manifest.json")).unlink(missing_ok=True)

@@ -1,0 +1,270 @@
+"""Engines: what holds a model's shards, runs its backward and updates it.
+
+Two behind one protocol: DeepSpeed ZeRO, for work; plain PyTorch, the numerical reference. The trainer hands over loss
+*sums*; `backward` is the one place that turns them into the mean over the optimizer step's loss tokens. DeepSpeed averages
+gradients over ranks, so the sum is multiplied by the number of ranks; accumulation is driven from here (the boundary is
+set by hand), so DeepSpeed divides by nothing else.
+
+This is the only file that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pocl_ds import distributed
+from pocl_ds.config import TrainConfig
+from pocl_ds.errors import ArtifactError, ResourceError
+
+log = logging.getLogger("pocl_ds")
+
+
+class Engine(Protocol):
+    """A student under training. Every method is called by all ranks together."""
+
+    module: nn.Module
+
+    def __call__(self, *args: Any) -> Any:
+        """The module's forward."""
+
+    def backward(self, loss_sum: Tensor, *, normaliser: int, last: bool) -> None:
+        """Accumulate gradients of loss_sum / normaliser; `last` marks the step's last micro-batch."""
+
+    def step(self, lr: float) -> float:
+        """Clip, update with this learning rate, clear gradients. Returns the gradient norm before clipping."""
+
+    def restart_optimizer(self) -> None:
+        """Forget the optimizer's moments and step count, keep the weights."""
+
+    def save(self, directory: Path) -> None:
+        """Write this rank's part of weights and optimizer below `directory`, which exists."""
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, with the same number of ranks."""
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Whole weights of a part of the module, on the CPU, on rank 0; empty elsewhere."""
+
+
+class DeepSpeedEngine:
+    """A student sharded by DeepSpeed ZeRO."""
+
+    def __init__(self, module: nn.Module, train: TrainConfig, ds_config: dict[str, Any]) -> None:
+        import deepspeed
+
+        self.zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=parameter_groups(module, train.weight_decay), config=ds_config
+        )
+        self.module = module
+        self.ranks = distributed.world_size()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def backward(self, loss_sum: Tensor, *, normaliser: int, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss_sum * (self.ranks / normaliser), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def restart_optimizer(self) -> None:
+        inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        clear_moments(inner)
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(directory), tag="zero")
+        if path is None:
+            raise ArtifactError(f"DeepSpeed found no checkpoint in {directory}: remove it, training goes on from the one before")
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        with_gather = self.zero_stage == 3
+        return _whole_state(module, gather_parameters if with_gather else _in_place)
+
+
+class TorchEngine:
+    """A student whole on every rank; gradients are summed over ranks. The reference for tests."""
+
+    def __init__(self, module: nn.Module, train: TrainConfig) -> None:
+        self.module = module.to(distributed.device())
+        self.clip = train.clip
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(module, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+        )
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def backward(self, loss_sum: Tensor, *, normaliser: int, last: bool) -> None:
+        (loss_sum / normaliser).backward()
+        if last and dist.is_initialized():
+            for parameter in self.parameters:
+                dist.all_reduce(parameter.grad)
+
+    def step(self, lr: float) -> float:
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def restart_optimizer(self) -> None:
+        clear_moments(self.optimizer)
+
+    def save(self, directory: Path) -> None:
+        if distributed.rank() == 0:
+            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, directory / "torch.pt")
+
+    def load(self, directory: Path) -> None:
+        state = torch.load(directory / "torch.pt", map_location="cpu", weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        return _whole_state(module, _in_place)
+
+
+class FrozenEngine:
+    """A model that only runs forward: the teacher. Sharded by ZeRO-3 where a configuration is given."""
+
+    def __init__(self, module: nn.Module, ds_config: dict[str, Any] | None) -> None:
+        module.eval().requires_grad_(False)
+        self.sharded = ds_config is not None
+        if ds_config is None:
+            self.module: Any = module.to(distributed.device())
+            return
+        import deepspeed
+
+        self.module, *_ = deepspeed.initialize(model=module, config=ds_config)
+
+    @torch.no_grad()
+    def __call__(self, *args: Any) -> Any:
+        return self.module(*args)
+
+    def whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        """Hold some parameters whole on every rank inside a block."""
+        return gather_parameters(parameters) if self.sharded else contextlib.nullcontext()
+
+
+def start_deepspeed() -> None:
+    """Join the process group, once, in the way DeepSpeed wants it."""
+    import deepspeed
+
+    if dist.is_initialized():
+        return
+    on_cpu = distributed.device().type == "cpu"
+    if on_cpu:
+        # The shared-memory collectives would be compiled for minutes; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        if distributed.world_size() > 1:
+            raise ResourceError("MASTER_PORT is not set: start ranks through launch/train.sh")
+        os.environ["MASTER_PORT"] = "0"
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+
+
+def stop_distributed() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def sharded_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, `from_pretrained` builds a model in shards (zero.Init): no rank ever holds it whole."""
+    if ds_config is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep
+
+
+@contextlib.contextmanager
+def gather_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Hold sharded parameters whole on every rank inside the block."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices, none on biases and norms (METHOD 2). Shapes come from ZeRO's record where it sharded."""
+    decayed, plain = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (decayed if len(shape) >= 2 else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def clear_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Set an Adam's moments and step counts to zero, in place: shards and checkpoints keep their layout."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif key == "step":
+                state[key] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+
+
+def seed_step(seed: int, step: int, micro: int) -> None:
+    """Give dropout its random numbers as a function of seed, step, micro-batch and rank: nothing to save, nothing to lose."""
+    words = np.random.SeedSequence([seed, step, micro, distributed.rank()]).generate_state(2, np.uint64)
+    torch.manual_seed(int(words[0] >> 1))
+    random.seed(int(words[1]))
+    np.random.seed(int(words[1]) & 0xFFFFFFFF)
+
+
+def _whole_state(
+    module: nn.Module, whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
+) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    keep = distributed.rank() == 0
+    for name, parameter in module.named_parameters():
+        with whole([parameter]):  # one at a time: at most one parameter more than the shards is held
+            if keep:
+                state[name] = parameter.detach().cpu().clone()
+    if keep:
+        persistent = set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        state.update({name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent})
+    return state
+
+
+def _in_place(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()

@@ -1,0 +1,221 @@
+"""Head and loss as one function: from hidden states at loss positions to loss sums, a chunk of logits at a time.
+
+Logits [tokens, ids] of teacher and student never exist as a whole. Each chunk's gradients with respect to hidden states
+and head are computed in forward, while its logits are there; backward only hands them on. A bare loop over chunks would
+save nothing, since autograd keeps every chunk until backward.
+
+Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that take part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pocl_ds.distill.divergences import FUNCTIONS, divergence_options, log_probabilities, working_type
+from pocl_ds.errors import RecipeError
+from pocl_ds.models.heads import Head
+
+# Rows of v numbers alive at once while a chunk is worked on: logits, log-probabilities and probabilities of both sides,
+# products of the divergence, and the gradient.
+ROWS_ALIVE = 10
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What the loss of one step is made of: alpha * CE + (1 - alpha) * KD at temperature tau (METHOD 3)."""
+
+    name: str
+    tau: float = 1.0
+    alpha: float = 0.0
+    tau_squared: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """The ids that take part in the softmax of both sides (METHOD 4): the first `size`, without those `masked`."""
+
+    size: int
+    masked: Tensor | None = None  # [size] bool, true where an id takes no part
+
+
+@dataclass
+class LossSums:
+    """Sums over loss tokens. `total` carries the gradient; `kd` and `ce` are for the log."""
+
+    total: Tensor
+    kd: Tensor
+    ce: Tensor
+    tokens: int
+
+
+def loss_sums(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    terms: LossTerms,
+    *,
+    ids: Ids,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Head | None = None,
+    chunk_bytes: int = 256 << 20,
+) -> LossSums:
+    """Loss sums over n tokens from hidden states and heads.
+
+    hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no gradient. n may be 0: the
+    result is 0 and every parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds
+    no row.
+    """
+    rows = chunk_rows(ids.size, chunk_bytes, working_type(hidden))
+    if terms.name != "sft" and (teacher_hidden is None or teacher_head is None):
+        raise RecipeError(f"loss.name={terms.name} needs a teacher")
+    total, kd, ce = _HeadLoss.apply(
+        hidden, head.weight, head.bias, head, labels, terms, ids, teacher_hidden, teacher_head, rows, torch.is_grad_enabled()
+    )
+    return LossSums(total, kd, ce, labels.numel())
+
+
+def chunk_rows(size: int, chunk_bytes: int, dtype: torch.dtype) -> int:
+    """Tokens of one chunk within a byte budget."""
+    row = size * dtype.itemsize * ROWS_ALIVE
+    if chunk_bytes < row:
+        raise RecipeError(f"loss.chunk_bytes={chunk_bytes} does not hold one token over {size} ids: give at least {row}")
+    return chunk_bytes // row
+
+
+class LossHead(nn.Module):
+    """The student's head as a module that owns the head's parameters, so that ZeRO-3 gathers them for its forward."""
+
+    def __init__(self, head: Head, ids: Ids, chunk_bytes: int) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+        self.scale, self.soft_cap = head.scale, head.soft_cap
+        self.size, self.chunk_bytes = ids.size, chunk_bytes
+        self.register_buffer("masked", ids.masked, persistent=False)
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | None
+    ) -> LossSums:
+        """See `loss_sums`."""
+        head = Head(weight=self.weight, bias=self.bias, scale=self.scale, soft_cap=self.soft_cap)
+        masked = self.masked if isinstance(self.masked, Tensor) else None
+        return loss_sums(
+            hidden,
+            head,
+            labels,
+            terms,
+            ids=Ids(self.size, masked),
+            teacher_hidden=teacher_hidden,
+            teacher_head=teacher_head,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Gradients in forward, as in Liger's chunked losses; here for any divergence, head and mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        labels: Tensor,
+        terms: LossTerms,
+        ids: Ids,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+        rows: int,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        options = divergence_options(terms.name, terms.options)
+        kind = working_type(hidden)
+        sums = hidden.new_zeros(3, dtype=kind)
+        # needs_input_grad does not know of torch.no_grad, and inside forward gradients are always off.
+        need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
+        # Each chunk adds to the head's gradient: float32, or small chunks would drown in bfloat16's rounding.
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=kind) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=kind) if bias is not None and need_bias else None
+        kept = weight[: ids.size]
+        for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
+            part = hidden[chunk]
+            product = head.product(part, ids.size)
+            teacher = None
+            if teacher_hidden is not None and teacher_head is not None and terms.name != "sft":
+                teacher = _masked(teacher_head.logits(teacher_hidden[chunk], ids.size), ids)
+            chunk_sums, gradient = _chunk(product, labels[chunk], teacher, head, terms, options, ids, need_hidden or need_weight)
+            sums += chunk_sums
+            if gradient is None:
+                continue
+            if grad_hidden is not None:
+                torch.mm(gradient, kept, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_product(grad_weight[: ids.size], gradient, part)
+            if grad_bias is not None:
+                grad_bias[: ids.size] += gradient.sum(0, dtype=kind)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.types = (weight.dtype, bias.dtype if bias is not None else None)
+        total, kd, ce = sums.unbind()
+        ctx.mark_non_differentiable(kd, ce)
+        return total.clone(), kd.clone(), ce.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale = outer[0]
+        weight_type, bias_type = ctx.types
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * scale).to(weight_type),
+            None if grad_bias is None else (grad_bias * scale).to(bias_type),
+            *([None] * 8),
+        )
+
+
+def _chunk(
+    product: Tensor,
+    labels: Tensor,
+    teacher: Tensor | None,
+    head: Head,
+    terms: LossTerms,
+    options: dict[str, Any],
+    ids: Ids,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Sums (total, kd, ce) of one chunk and the gradient of total with respect to hidden x head [rows, v]."""
+    kind = working_type(product)
+    with torch.set_grad_enabled(need_gradient):
+        leaf = product.detach().requires_grad_(need_gradient)
+        student = _masked(head.finish(leaf.to(kind)), ids)
+        log_q = log_probabilities(student, 1.0, kind)
+        ce = -log_q.gather(-1, labels[:, None]).sum()
+        kd = ce.new_zeros(())
+        if teacher is not None:
+            tempered = log_q if terms.tau == 1.0 else log_probabilities(student, terms.tau, kind)
+            kd = FUNCTIONS[terms.name](log_probabilities(teacher, terms.tau, kind), tempered, **options).sum()
+            if terms.tau_squared:
+                kd = kd * terms.tau**2
+        alpha = 1.0 if terms.name == "sft" else terms.alpha
+        # A term of weight 0 stays out of the graph: its gradient would be computed only to be multiplied by 0.
+        total = ce * alpha if alpha == 1.0 else kd if alpha == 0.0 else alpha * ce + (1 - alpha) * kd
+        gradient = torch.autograd.grad(total, leaf)[0] if need_gradient else None
+    return torch.stack([total.detach(), kd.detach(), ce.detach()]), gradient
+
+
+def _masked(logits: Tensor, ids: Ids) -> Tensor:
+    return logits if ids.masked is None else logits.masked_fill(ids.masked, float("-inf"))
+
+
+def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor) -> None:
+    """accumulated += gradient^T part, in the accumulator's type."""
+    if accumulated.dtype == gradient.dtype:
+        accumulated.addmm_(gradient.T, part)
+    else:
+        accumulated += torch.mm(gradient.T, part).to(accumulated.dtype)

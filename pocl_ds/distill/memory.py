@@ -1,0 +1,58 @@
+"""Does a training fit on this machine? A coarse look before anything is loaded, so that no rank dies half-way."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pocl_ds import distributed
+from pocl_ds.errors import ResourceError
+
+log = logging.getLogger("pocl_ds")
+
+# float32: weights, gradients, two moments, and ZeRO's flat copy of the weights.
+BYTES_PER_TRAINED_PARAMETER = 4 * 5
+BYTES_PER_RANK = 1 << 30  # interpreter, libraries, one gathered layer, activations of a small micro-batch
+
+
+def check_memory(student: str, teacher: str | None, *, teacher_bytes: int, chunk_bytes: int, sharded: bool) -> None:
+    """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
+
+    student, teacher: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
+    """
+    if distributed.device().type != "cpu":
+        return
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    copies = ranks / distributed.world_size() if sharded else ranks
+    models = parameters(student) * BYTES_PER_TRAINED_PARAMETER + (parameters(teacher) * teacher_bytes if teacher else 0)
+    need = int(models * copies) + ranks * (BYTES_PER_RANK + chunk_bytes)
+    free = available_bytes()
+    if need > free:
+        raise ResourceError(
+            f"{ranks} ranks on this machine need about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free: "
+            "take fewer ranks (launch.ranks), a smaller model, or a machine with more memory"
+        )
+
+
+def parameters(model: str) -> int:
+    """Number of parameters, from the configuration alone; tied weights count once."""
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in built.parameters())
+
+
+def available_bytes() -> int:
+    """Memory this process may still take: the machine's, or its control group's where that is smaller."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return free

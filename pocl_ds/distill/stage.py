@@ -1,0 +1,226 @@
+"""Trainings as stages: POCL itself, its plain-KD baseline, and the healing of a freshly pruned student."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import save_torch_state_dict
+from numpy.typing import NDArray
+
+from pocl_ds import distributed, ds_config
+from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
+from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrainConfig
+from pocl_ds.curriculum.plan import Plan, single_stage_plan
+from pocl_ds.curriculum.sampler import permutation
+from pocl_ds.curriculum.stage import load_plan
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
+from pocl_ds.distill.fused_head import Ids, chunk_rows
+from pocl_ds.distill.memory import check_memory
+from pocl_ds.distill.student import Student, ids_of
+from pocl_ds.distill.teacher import LiveTeacher
+from pocl_ds.distill.trainer import Trainer, TrainingData
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
+from pocl_ds.models.prune import parse_layers, prune_layers
+from pocl_ds.models.vocabulary import reconcile
+
+log = logging.getLogger("pocl_ds")
+
+HEAL_TAU, HEAL_SFT_RATIO = 1.0, 0.3  # plain KD: what the baseline of the paper does
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: which student learns what from whom, and where that is written."""
+
+    directory: Path
+    fingerprint: str
+    label: str
+    plan: Plan
+    order: NDArray[np.int64]
+    student_path: str
+    student: StudentConfig
+    teacher_path: str | None
+    teacher: TeacherConfig | None
+    loss: LossConfig
+    train: TrainConfig
+    seed: int
+
+
+def train(
+    run: RunDirectory,
+    *,
+    which: str,
+    student: StudentConfig,
+    teacher: TeacherConfig | None,
+    loss: LossConfig,
+    train: TrainConfig,
+    seed: int,
+    fingerprint: str,
+) -> None:
+    """The stage `train` (which="plan") or its plain-KD baseline (which="baseline"). All ranks call it."""
+    models = read_json(run.models / "models.json")
+    order = np.load(run.ranking / "order.npy", mmap_mode="r")
+    job = Job(
+        directory=run.train if which == "plan" else run.baseline,
+        fingerprint=fingerprint,
+        label="train" if which == "plan" else "baseline",
+        plan=load_plan(run.plan / f"{which}.json"),
+        order=order,
+        student_path=models["student"],
+        student=student,
+        teacher_path=models["teacher"] if teacher else None,
+        teacher=teacher,
+        loss=loss,
+        train=train,
+        seed=seed,
+    )
+    fit(run, job)
+
+
+def prepare(
+    run: RunDirectory,
+    *,
+    student: StudentConfig,
+    teacher: TeacherConfig | None,
+    train: TrainConfig,
+    loss: LossConfig,
+    seed: int,
+    fingerprint: str,
+) -> None:
+    """The stage `prepare`: the teacher's folder and the initial student, pruned and healed as the recipe says."""
+    manifest = read_manifest(run.models)
+    if manifest and manifest.fingerprint == fingerprint:
+        return
+    watch = distributed.Stopwatch()
+    teacher_path = resolve_model(teacher) if teacher else None
+    student_path, info = resolve_model(student), {}
+    if student.prune:
+        pruned = run.models / "pruned"
+        if distributed.rank() == 0:
+            info = _prune(student_path, pruned, student)
+        distributed.barrier()
+        student_path = str(pruned)
+    if student.heal_steps:
+        start_deepspeed()
+        split = EncodedSplit.open(run.data, "train")
+        order = permutation(len(split), seed=seed, stage=0, epoch=0)  # a random part: the plan walks it once
+        plan = single_stage_plan(
+            order, steps=student.heal_steps, batch_size=train.batch_size, tau=HEAL_TAU, alpha=HEAL_SFT_RATIO
+        )
+        healing = train.model_copy(update={"schedule": "whole_run"})
+        kd = LossConfig(name="fkl", chunk_bytes=loss.chunk_bytes)
+        fit(run, Job(run.models / "heal", fingerprint, "heal", plan, order, student_path, student, teacher_path, teacher,
+                     kd, healing, seed))
+        student_path = str(run.models / "heal" / "final")
+        info |= {"heal_steps": student.heal_steps, "heal_samples": student.heal_steps * train.batch_size}
+    if distributed.rank() == 0:
+        write_json(run.models / "models.json", {"teacher": teacher_path, "student": student_path})
+        write_manifest(run.models, "prepare", fingerprint, info={**info, "seconds": watch.lap()},
+                       files=[run.models / "models.json"])
+    distributed.barrier()
+
+
+def fit(run: RunDirectory, job: Job) -> None:
+    """Train one student to the end of its plan and write `final/`, a Hugging Face folder."""
+    manifest = read_manifest(job.directory)
+    if manifest and manifest.fingerprint == job.fingerprint:
+        return
+    watch = distributed.Stopwatch()
+    if job.train.engine == "deepspeed" or distributed.world_size() > 1:
+        start_deepspeed()
+    engine, teacher, tokenizer = _build(job)
+    splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
+    validation = splits["validation"] if len(splits["validation"]) else None
+    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
+    trainer = Trainer(
+        job.directory, plan=job.plan, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
+        seed=job.seed, fingerprint=job.fingerprint, label=job.label,
+    )
+    trainer.run()
+    _write_final(job, engine, tokenizer)
+    if distributed.rank() == 0:
+        info = {
+            "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
+            "ranks": distributed.world_size(), "engine": job.train.engine, "resumed_at": trainer.first_step,
+        }
+        files = [p for p in sorted((job.directory / "final").rglob("*")) if p.is_file()]
+        write_manifest(job.directory, job.label, job.fingerprint, info=info, files=files)
+    distributed.barrier()
+
+
+def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any]:
+    """Engines around sharded models, and the student's tokenizer."""
+    ranks, train = distributed.world_size(), job.train
+    deepspeed = train.engine == "deepspeed"
+    check_memory(
+        job.student_path, job.teacher_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
+        chunk_bytes=job.loss.chunk_bytes, sharded=deepspeed,
+    )
+    tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
+    student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
+    ids = Ids(int(student_config.vocab_size))
+    teacher = None
+    if job.teacher and job.teacher_path:
+        teacher_config = load_model_config(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
+        teacher_tokenizer = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
+        vocabulary = reconcile(teacher_tokenizer, tokenizer, teacher_config.vocab_size, student_config.vocab_size)
+        log.info("%s", vocabulary.report)
+        ids = ids_of(vocabulary)
+        frozen = None
+        if deepspeed:
+            frozen = ds_config.resolve_teacher(
+                job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
+            )
+        with sharded_loading(frozen):
+            teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen)
+    chunk_rows(ids.size, job.loss.chunk_bytes, ids_dtype())
+    sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
+    with sharded_loading(sharded if deepspeed else None):
+        model = _load(job.student_path, job.student, job.student.dropout)
+    if job.student.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes).train()
+    engine: Engine = DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
+    return engine, teacher, tokenizer
+
+
+def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:
+    return load_model(
+        path, dtype=config.dtype, attention=config.attention, dropout=dropout,
+        trust_remote_code=config.trust_remote_code, revision=config.revision,
+    )
+
+
+def _prune(source: str, target: Path, student: StudentConfig) -> dict[str, Any]:
+    """Write the student without some layers, once."""
+    assert student.prune is not None
+    layers = parse_layers(student.prune.drop_layers)
+    model = _load(source, student, None)
+    before = sum(p.numel() for p in model.parameters())
+    model = prune_layers(model, layers)
+    after = sum(p.numel() for p in model.parameters())
+    log.info("pruned %d layers: %.1f million parameters become %.1f million", len(layers), before / 1e6, after / 1e6)
+    with atomic_directory(target) as folder:
+        model.save_pretrained(folder)
+        load_tokenizer(source, trust_remote_code=student.trust_remote_code).save_pretrained(folder)
+    return {"dropped_layers": layers, "parameters_before": before, "parameters_after": after}
+
+
+def _write_final(job: Job, engine: Engine, tokenizer: Any) -> None:
+    """The trained weights as a Hugging Face folder; every rank takes part in gathering."""
+    module: Any = engine.module
+    state = engine.state(module.model)
+    with distributed.together("write the trained weights"), contextlib.ExitStack() as stack:
+        if distributed.rank() == 0:
+            folder = stack.enter_context(atomic_directory(job.directory / "final"))
+            save_torch_state_dict(state, folder, metadata={"format": "pt"})
+            module.model.config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if module.model.can_generate() and module.model.generation_config is not None:
+                module.model.generation_config.save_pretrained(folder)

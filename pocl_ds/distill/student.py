@@ -1,0 +1,58 @@
+"""The student in training: one module from ids to loss sums, so that every hook of ZeRO-3 fires where it should."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pocl_ds.data.batches import Batch
+from pocl_ds.distill.fused_head import Ids, LossHead, LossSums, LossTerms
+from pocl_ds.models.heads import Head, head_of, hidden_states
+from pocl_ds.models.vocabulary import Vocabulary
+
+
+class Student(nn.Module):
+    """Backbone -> hidden states at loss positions -> fused head and loss.
+
+    A batch without loss tokens still runs through every parameter: its loss is 0 with a graph, so that no rank hangs in
+    a reduction the others wait for.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Ids, *, chunk_bytes: int) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_head = LossHead(head_of(model), ids, chunk_bytes)
+
+    def forward(
+        self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | None = None
+    ) -> LossSums:
+        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width]."""
+        hidden = at_loss_positions(self.model, batch)
+        sums: LossSums = self.loss_head(hidden, batch.labels, terms, teacher_hidden, teacher_head)
+        return sums
+
+
+class TeacherBackbone(nn.Module):
+    """The teacher up to its final norm, at loss positions only."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[loss tokens, width]."""
+        return at_loss_positions(self.model, batch)
+
+
+def at_loss_positions(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states that predict the batch's loss tokens: [loss tokens, width]."""
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    return hidden.flatten(0, 1).index_select(0, batch.positions)
+
+
+def ids_of(vocabulary: Vocabulary) -> Ids:
+    """The ids both sides share, as tensors."""
+    if vocabulary.shared is None or vocabulary.shared.all():
+        return Ids(vocabulary.size)
+    return Ids(vocabulary.size, torch.from_numpy(~vocabulary.shared))

@@ -1,0 +1,227 @@
+"""The loop. It reads top-down; what it does at step s follows from the plan, the seed and s alone."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pocl_ds import distributed
+from pocl_ds.config import LossConfig, TrainConfig
+from pocl_ds.curriculum.plan import Plan
+from pocl_ds.curriculum.sampler import Position, Sampler, share
+from pocl_ds.curriculum.schedules import learning_rate
+from pocl_ds.data.batches import Batch, collate
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.distill.checkpoint import Checkpoints
+from pocl_ds.distill.engine import Engine, seed_step
+from pocl_ds.distill.fused_head import LossSums, LossTerms
+from pocl_ds.distill.teacher import Teacher
+from pocl_ds.errors import Interrupted, NumericalError
+from pocl_ds.tracking import MetricsWriter, Progress
+
+log = logging.getLogger("pocl_ds")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the loop walks over: order[i] is the row of the i-th easiest sample."""
+
+    split: EncodedSplit
+    order: NDArray[np.int64]
+    validation: EncodedSplit | None
+    pad_id: int
+
+
+class StopFlag:
+    """Remembers a signal; a second Ctrl-C ends at once. Handlers stand only inside the `with` block."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> StopFlag:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        log.warning("%s: saving after this step, then stopping", signal.Signals(number).name)
+
+
+class Trainer:
+    """Drives one student through one plan. Every rank runs the same loop."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        plan: Plan,
+        data: TrainingData,
+        engine: Engine,
+        teacher: Teacher | None,
+        loss: LossConfig,
+        train: TrainConfig,
+        seed: int,
+        fingerprint: str,
+        label: str,
+    ) -> None:
+        self.directory, self.plan, self.data = directory, plan, data
+        self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
+        self.sampler = Sampler(plan, seed)
+        self.checkpoints = Checkpoints(
+            directory / "checkpoints", keep=train.checkpoint.keep, fingerprint=fingerprint
+        )
+        self.device = distributed.device()
+        self.lengths = data.split.total_tokens
+        self.loss_tokens = data.split.total_tokens - np.maximum(data.split.prompt_tokens, 1)
+        self.first_step = 0  # of this process: where it resumed
+
+    def run(self) -> None:
+        """Train from the newest checkpoint to the end of the plan. Raises Interrupted after a signal, everything saved."""
+        done = self.first_step = self.checkpoints.load(self.engine)
+        if done:
+            log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
+        writer = self._writer(done)
+        total = self.plan.total_steps
+        with StopFlag() as stop, Progress(total, "steps", self.label, done=done) as progress:
+            for step in range(done, total):
+                position = self.sampler.at(step)
+                if self.train.schedule == "per_stage" and position.stage and position.step_in_stage == 0:
+                    self.engine.restart_optimizer()
+                record = self._step(position)
+                self._write(writer, record)
+                progress.advance(
+                    1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", loss=record["loss"],
+                    **{"tokens/s": record["tokens_per_second"]},
+                )
+                if position.step_in_stage + 1 == self.plan.stages[position.stage].steps:
+                    self._write(writer, self._validate(position))
+                stopping = distributed.all_agree(stop.signal is not None)
+                if stopping or (step + 1) % self.train.checkpoint.every == 0 or step + 1 == total:
+                    self.checkpoints.save(step + 1, self.engine, {})
+                if stopping and step + 1 < total:
+                    number = stop.signal or signal.SIGTERM
+                    raise Interrupted(
+                        f"stopped by {signal.Signals(number).name} after step {step + 1} of {total}: everything up to "
+                        "there is saved, the same command goes on from there", exit_code=128 + number,
+                    )
+        if writer:
+            writer.close()
+
+    def _step(self, position: Position) -> dict[str, Any]:
+        """One optimizer step over the global batch. The denominator is its loss tokens, over all ranks and micro-batches."""
+        start = time.monotonic()
+        stage = self.plan.stages[position.stage]
+        rows = np.asarray(self.data.order[self.sampler.batch(position.step)])
+        normaliser = int(self.loss_tokens[rows].sum())
+        micro_batches = share(
+            self.lengths[rows], ranks=distributed.world_size(), micro_batch_size=self.train.micro_batch_size
+        )[distributed.rank()]
+        terms = LossTerms(self.loss.name, stage.tau, stage.alpha, self.loss.tau_squared, dict(self.loss.options))
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for micro, members in enumerate(micro_batches):
+            seed_step(self.seed, position.step, micro)
+            batch = collate(self.data.split, rows[members], self.data.pad_id).to(self.device)
+            micro_sums = self._forward(batch, terms)
+            self.engine.backward(micro_sums.total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
+            sums += torch.stack([micro_sums.total.detach(), micro_sums.kd, micro_sums.ce])
+        loss, kd, ce = (distributed.all_sum(sums) / normaliser).tolist()
+        rate = learning_rate(
+            *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps
+        )
+        self._refuse_non_finite(loss, position, rows)
+        norm = self.engine.step(rate)
+        seconds = time.monotonic() - start
+        return {
+            "kind": "step", "step": position.step + 1, "stage": position.stage, "epoch": position.epoch,
+            "loss": loss, "kd": kd, "ce": ce, "tau": stage.tau, "alpha": stage.alpha, "lr": rate, "grad_norm": norm,
+            "tokens": normaliser, "tokens_per_second": int(self.lengths[rows].sum()) / seconds, "seconds": seconds,
+            "sample_ids_digest": _digest(self.data.split.ids[rows]),
+        }  # fmt: skip
+
+    def _forward(self, batch: Batch, terms: LossTerms) -> LossSums:
+        if self.teacher is None:
+            plain: LossSums = self.engine(batch, terms)
+            return plain
+        hidden = self.teacher.hidden(batch)
+        # The head is gathered after the body ran: a tied head is the body's embedding, which ZeRO-3 releases there.
+        with self.teacher.head() as head:
+            sums: LossSums = self.engine(batch, terms, hidden, head)
+        return sums
+
+    def _schedule_position(self, position: Position) -> tuple[int, int]:
+        if self.train.schedule == "per_stage":
+            return position.step_in_stage, self.plan.stages[position.stage].steps
+        return position.step, self.plan.total_steps
+
+    @torch.no_grad()
+    def _validate(self, position: Position) -> dict[str, Any] | None:
+        """Loss and divergence a token at tau = 1 on the first validation samples; every rank makes as many forwards."""
+        split, size = self.data.validation, self.train.micro_batch_size
+        count = 0 if split is None else min(len(split), self.train.validate_samples)
+        if split is None or count == 0:
+            return None
+        rows = np.argsort(split.total_tokens[:count], kind="stable")
+        chunks = [rows[i : i + size] for i in range(0, count, size)]
+        ranks, rank = distributed.world_size(), distributed.rank()
+        terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.engine.module.eval()
+        for first in range(0, len(chunks), ranks):
+            own = first + rank < len(chunks)  # a rank without a chunk repeats one, uncounted
+            batch = collate(split, chunks[first + rank if own else first], self.data.pad_id).to(self.device)
+            micro_sums = self._forward(batch, terms)
+            if own:
+                sums += torch.stack([micro_sums.kd, micro_sums.ce, sums.new_tensor(micro_sums.tokens)])
+        self.engine.module.train()
+        kd, ce, tokens = distributed.all_sum(sums).tolist()
+        log.info("%s: stage %d ends, validation loss %.4f, divergence %.4f a token", self.label, position.stage + 1,
+                 ce / tokens, kd / tokens)
+        return {"kind": "validation", "step": position.step + 1, "stage": position.stage,
+                "validation_loss": ce / tokens, "validation_kd": kd / tokens, "validation_ce": ce / tokens}
+
+    def _refuse_non_finite(self, loss: float, position: Position, rows: NDArray[np.int64]) -> None:
+        """Stop before the update; the loss is the same number on all ranks, so all stop."""
+        if math.isfinite(loss):
+            return
+        ids = ", ".join(self.data.split.ids[row].decode() for row in rows[:4])
+        raise NumericalError(
+            f"the loss is {loss} at step {position.step + 1} (samples {ids}, ...): lower train.lr, or use dtype float32; "
+            "the weights were not updated"
+        )
+
+    def _writer(self, step: int) -> MetricsWriter | None:
+        if distributed.rank():
+            return None
+        tracking = self.train.tracking
+        return MetricsWriter(
+            self.directory, step=step, tensorboard=tracking.tensorboard, wandb=tracking.wandb,
+            wandb_project=tracking.wandb_project, name=self.label,
+        )
+
+    @staticmethod
+    def _write(writer: MetricsWriter | None, record: dict[str, Any] | None) -> None:
+        if writer and record:
+            writer.write(record)
+
+
+def _digest(ids: NDArray[np.bytes_]) -> str:
+    """Short digest of a batch's sample ids in order: equal runs show equal digests."""
+    return hashlib.sha256(b"\n".join(ids.tolist())).hexdigest()[:16]

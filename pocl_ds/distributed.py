@@ -1,0 +1,113 @@
+"""Ranks: who am I, sums over all, and decisions that all take together.
+
+Everything works without a process group too, as a world of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pocl_ds.errors import PoclError, ResourceError
+
+
+def rank() -> int:
+    """This process's number, from the launcher's environment."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks, from the launcher's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This rank's device: its own GPU, else the CPU. Raises ResourceError where a rank has no GPU of its own."""
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise ResourceError(
+            f"rank {rank()} has no GPU: {torch.cuda.device_count()} are visible on this node, local rank is {local}; "
+            "start at most one rank a GPU (launch.ranks)"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place; the same bits on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def all_agree(flag: bool) -> bool:
+    """True where any rank says so: decisions that change control flow are taken by all."""
+    if not dist.is_initialized():
+        return flag
+    value = torch.tensor(int(flag), device=device())
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in order of rank, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on all ranks."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Run a block on every rank; where one fails with a user's fault, all leave with that same sentence.
+
+    Without it one rank would stop and the others hang in their next collective call.
+    """
+    fault: PoclError | None = None
+    try:
+        yield
+    except PoclError as error:
+        fault = error
+    faults = gather_objects(None if fault is None else (type(fault).__name__, str(fault)))
+    if fault is not None:
+        raise fault
+    for other, found in enumerate(faults):
+        if found is not None:
+            raise ResourceError(f"rank {other} could not {what}: {found[1]}")
+
+
+class Stopwatch:
+    """Seconds since it was made or last read."""
+
+    def __init__(self) -> None:
+        self.mark = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.monotonic()
+        seconds, self.mark = now - self.mark, now
+        return seconds

@@ -1,0 +1,110 @@
+"""DeepSpeed configurations: JSON files chosen by name, whose "auto" values are filled in from the recipe, here only.
+
+The trainer drives gradient accumulation itself, so DeepSpeed is told of one micro-batch a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from pocl_ds.config import TrainConfig
+from pocl_ds.errors import RecipeError
+
+FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+
+Values = dict[tuple[str, ...], tuple[Any, str]]  # path in the JSON -> (the recipe's value, the recipe's field)
+
+
+def load_ds_config(name: str) -> dict[str, Any]:
+    """A configuration by its name in ds_configs/ or by its path. Raises RecipeError where it cannot be read."""
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json")))
+        raise RecipeError(f"ds_config {name!r} is neither a file nor one of {known}: check the name")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"ds_config {path} cannot be read ({error}): mend the file") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"ds_config {path} must hold an object: start from one in {FOLDER.name}/")
+    return tree
+
+
+def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) -> dict[str, Any]:
+    """The student's configuration without "auto". Raises RecipeError where the file and the recipe contradict."""
+    if dtype == "float16":
+        raise RecipeError("student.dtype=float16 cannot be trained without loss scaling: use bfloat16 or float32")
+    values = _sizes(train.micro_batch_size, ranks) | {
+        ("gradient_clipping",): (train.clip, "train.clip"),
+        ("bf16", "enabled"): (dtype == "bfloat16", "student.dtype"),
+        ("fp16", "enabled"): (False, "student.dtype"),
+        ("optimizer", "params", "lr"): (train.lr, "train.lr"),
+        ("optimizer", "params", "betas"): (list(train.betas), "train.betas"),
+        ("optimizer", "params", "eps"): (train.eps, "train.eps"),
+        ("optimizer", "params", "weight_decay"): (train.weight_decay, "train.weight_decay"),
+    }
+    tree = _fill(name, values)
+    kind = tree.get("optimizer", {}).get("type")
+    if kind != "AdamW":
+        raise RecipeError(f"ds_config {name}: optimizer.type={kind!r}: the student needs AdamW, as train.* describes it")
+    if "scheduler" in tree:
+        raise RecipeError(f"ds_config {name}: scheduler: the learning rate follows train.schedule, remove it from the file")
+    return tree
+
+
+def resolve_teacher(name: str, *, dtype: str, ranks: int, micro_batch_size: int) -> dict[str, Any]:
+    """The frozen teacher's configuration without "auto". Raises RecipeError where it holds an optimizer or stage < 3."""
+    values = _sizes(micro_batch_size, ranks) | {
+        ("bf16", "enabled"): (dtype == "bfloat16", "teacher.dtype"),
+        ("fp16", "enabled"): (dtype == "float16", "teacher.dtype"),
+    }
+    tree = _fill(name, values)
+    for forbidden in ("optimizer", "scheduler"):
+        if forbidden in tree:
+            raise RecipeError(f"ds_config {name}: {forbidden}: the teacher is frozen, use a teacher_* configuration")
+    stage = tree.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise RecipeError(f"ds_config {name}: zero_optimization.stage={stage}: a frozen model is sharded by stage 3 only")
+    return tree
+
+
+def _sizes(micro_batch_size: int, ranks: int) -> Values:
+    return {
+        ("train_micro_batch_size_per_gpu",): (micro_batch_size, "train.micro_batch_size"),
+        ("train_batch_size",): (micro_batch_size * ranks, "train.micro_batch_size x ranks (accumulation is the trainer's)"),
+        ("gradient_accumulation_steps",): (1, "accumulation, which the trainer drives itself"),
+    }
+
+
+def _fill(name: str, values: Values) -> dict[str, Any]:
+    tree = copy.deepcopy(load_ds_config(name))
+    for path, (value, field) in values.items():
+        node: Any = tree
+        for part in path[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or path[-1] not in node:
+            continue
+        found = node[path[-1]]
+        if found == "auto":
+            node[path[-1]] = value
+        elif found != value:
+            raise RecipeError(
+                f"ds_config {name}: {'.'.join(path)}={found!r} contradicts the recipe, where {field} gives {value!r}: "
+                'write "auto" there, or change the recipe'
+            )
+    left = _autos(tree)
+    if left:
+        raise RecipeError(f'ds_config {name}: {left}="auto" has no counterpart in a recipe: write a value')
+    return tree
+
+
+def _autos(tree: Any, prefix: str = "") -> str:
+    """Dotted path of the first "auto" that is left, or an empty text."""
+    if isinstance(tree, dict):
+        return next((found for key, value in tree.items() if (found := _autos(value, f"{prefix}.{key}"))), "")
+    return prefix.lstrip(".") if tree == "auto" else ""

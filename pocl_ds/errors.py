@@ -1,0 +1,42 @@
+"""What a user can cause. Each message is one sentence: the field or file, what was found, what to do.
+
+The command line prints the sentence and exits with `exit_code`; a traceback means a defect of ours.
+"""
+
+
+class PoclError(Exception):
+    """Root of the tree."""
+
+    exit_code = 2
+
+
+class RecipeError(PoclError, ValueError):
+    """A field of the recipe, or a contradiction between fields."""
+
+
+class DataError(PoclError, ValueError):
+    """An instruction file, a sample in it, or a data set on the Hub."""
+
+
+class ModelError(PoclError, ValueError):
+    """A model folder, its tokenizer, or a pair of models that do not go together."""
+
+
+class ArtifactError(PoclError, RuntimeError):
+    """A run directory: another recipe's, unfinished, damaged, or not writable."""
+
+
+class ResourceError(PoclError, RuntimeError):
+    """The machine: too little memory or disk, too few devices, a missing package."""
+
+
+class NumericalError(PoclError, ArithmeticError):
+    """A loss or gradient that is not finite."""
+
+
+class Interrupted(PoclError):
+    """A signal asked the run to stop; everything is saved and the same command goes on."""
+
+    def __init__(self, message: str, *, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,0 +1,54 @@
+"""Open a generation backend by its name in the recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pocl_ds.config import GenerationConfig
+from pocl_ds.errors import ModelError
+from pocl_ds.generation.protocol import Generator
+from pocl_ds.models.load import load_model_config, max_positions
+
+
+def open_generator(
+    model_path: str,
+    config: GenerationConfig,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Generator:
+    """Load a model for generation; close it after use.
+
+    max_length: tokens of the longest sequence, prompt and response together. threads: of the CPU backends, None
+    leaves them as they are. Raises ModelError where the model has fewer positions, ResourceError where the backend's
+    package is missing. A backend never stands in for another.
+    """
+    model_config = load_model_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
+    positions = max_positions(model_config)
+    if positions is not None and max_length > positions:
+        raise ModelError(
+            f"sequences of {max_length} tokens are asked of {model_path}, which has {positions} positions: lower "
+            "prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens"
+        )
+    # Imported here, so that neither backend needs the other's packages.
+    if config.backend == "vllm":
+        from pocl_ds.generation.vllm_backend import VllmGenerator
+
+        return VllmGenerator(
+            model_path,
+            config,
+            tokenizer,
+            model_config=model_config,
+            max_length=max_length,
+            threads=threads,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+        )
+    from pocl_ds.generation.transformers_backend import TransformersGenerator
+
+    return TransformersGenerator(
+        model_path, config, tokenizer, threads=threads, trust_remote_code=trust_remote_code, revision=revision
+    )

@@ -1,0 +1,1 @@
+"""What is said of a text: ROUGE-L, exact match, repetition."""

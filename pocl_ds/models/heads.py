@@ -1,0 +1,87 @@
+"""A causal language model in two parts: the backbone up to its last hidden state, and the head that makes logits.
+
+Distillation needs logits at loss positions only, and in chunks; so the head is applied apart from the model's own
+forward. What a family does after the head's matrix (a scale, a soft cap) is written down here, family by family.
+
+Shapes: B sequences, T positions, D width of the head's input, V vocabulary rows, n positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pocl_ds.errors import ModelError
+
+# Families whose logits are a plain linear map of the last hidden state (OPT's projection and every family's final norm
+# belong to the backbone), and those that scale them. Each is held to its model's own logits by a test.
+SCALES: dict[str, Callable[[Any], float]] = {
+    **dict.fromkeys(
+        ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt_neox"),
+        lambda config: 1.0,
+    ),
+    "granite": lambda config: 1.0 / config.logits_scaling,
+    "cohere": lambda config: config.logit_scale,
+    "cohere2": lambda config: config.logit_scale,
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to logits. Under ZeRO-3 the parameters are partitioned: gather them around `logits`."""
+
+    weight: nn.Parameter  # [V, D], shared with the embeddings where the model ties them
+    bias: nn.Parameter | None  # [V]
+    scale: float
+    soft_cap: float | None
+
+    def logits(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
+        """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None: all V)."""
+        return self.finish(self.product(hidden, size))
+
+    def product(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
+        """hidden Wᵀ + b for the first `size` ids."""
+        return functional.linear(hidden, self.weight[:size], None if self.bias is None else self.bias[:size])
+
+    def finish(self, product: torch.Tensor) -> torch.Tensor:
+        """From the product to the logits: soft_cap · tanh(scale · product / soft_cap)."""
+        if self.scale != 1.0:
+            product = product * self.scale
+        if self.soft_cap is not None:
+            product = torch.tanh(product / self.soft_cap) * self.soft_cap
+        return product
+
+
+def hidden_states(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Last hidden states [B, T, D] after the final norm, without logits and without a cache.
+
+    input_ids, attention_mask, position_ids: [B, T]; position_ids only where they do not follow from the mask. The
+    backbone runs through its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
+    """
+    extra = {} if position_ids is None else {"position_ids": position_ids}
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    return output.last_hidden_state
+
+
+def head_of(model: Any) -> Head:
+    """The model's head. Raises ModelError for a family whose way from hidden state to logits is not known here."""
+    family = model.config.model_type
+    linear = model.get_output_embeddings()
+    if family not in SCALES or not isinstance(linear, nn.Linear) or model.base_model is model:
+        raise ModelError(
+            f"models of the family {family!r} are not supported: use one of {', '.join(sorted(SCALES))}, "
+            "or add the family to models/heads.py"
+        )
+    soft_cap = getattr(model.config, "final_logit_softcapping", None)
+    weight = cast(nn.Parameter, linear.weight)
+    return Head(weight, linear.bias, float(SCALES[family](model.config)), soft_cap)

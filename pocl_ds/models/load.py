@@ -1,0 +1,151 @@
+"""From what a recipe names (Hub name, folder, GGUF file) to a model, its configuration and its tokenizer.
+
+Whatever transformers throws on the way becomes one sentence that names the model and the remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from pocl_ds.config import ModelConfig
+from pocl_ds.errors import ModelError
+from pocl_ds.models import gguf
+from pocl_ds.models.quiet import quiet
+
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+
+
+def resolve_model(config: ModelConfig) -> str:
+    """The folder or Hub name that the `load_*` functions take.
+
+    Hub names and model folders are returned as they are. A .gguf file, also one inside an installed package
+    (`package://PACKAGE/FILE.gguf`), is dequantised once into a folder of the cache (see `gguf`). Raises ModelError.
+    """
+    source = config.model
+    if source.startswith(gguf.PACKAGE_SCHEME):
+        return str(gguf.dequantised_folder(gguf.file_in_package(source)))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+        return str(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model file {source} does not exist: check the path")
+        return str(gguf.dequantised_folder(path))
+    if path.is_file():
+        raise ModelError(f"model {source} is a file: give a Hugging Face folder, a Hub name or a .gguf file")
+    if not HUB_NAME.fullmatch(source):
+        raise ModelError(f"model folder {source} does not exist: check the path, or give a Hub name such as org/name")
+    return source
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The tokenizer of a model. Raises ModelError, also where it has no EOS.
+
+    One without a padding token pads with EOS: masks are made from lengths, never from ids.
+    """
+    with _one_sentence(path, "tokenizer"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    if tokenizer is None or tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {path} has no EOS token, so a response would never end: "
+            "set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The model's configuration (transformers PretrainedConfig), without its weights. Raises ModelError."""
+    with _one_sentence(path, "configuration"), quiet():
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model with its weights, in evaluation mode.
+
+    dropout sets every dropout of the model's configuration; None keeps them. Training passes `use_cache=False` to the
+    forward itself (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
+    Raises ModelError, also where the folder lacks weights that the model needs: they would be random.
+    """
+    config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    with _one_sentence(path, "model"), quiet():
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
+            output_loading_info=True,
+        )
+    model, loaded = found
+    faults = sorted([*loaded["missing_keys"], *(str(fault[0]) for fault in loaded["mismatched_keys"])])
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ModelError(
+            f"the weights of {path} lack {faults[0]}{more}, or have it in another shape: the folder is not "
+            "a whole causal language model, get it again"
+        )
+    return cast(PreTrainedModel, model)
+
+
+def set_dropout(config: Any, dropout: float) -> None:
+    """Set every dropout rate of a configuration (`attention_dropout`, `resid_pdrop`, ...), in place."""
+    for name, value in config.to_dict().items():
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, dropout)
+
+
+def max_positions(config: Any) -> int | None:
+    """Longest sequence that a configuration allows, None where it sets no limit."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(positions) if positions else None
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"folder {path} is no model folder, config.json is missing: give a Hugging Face model folder")
+    if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
+        raise ModelError(f"model folder {path} holds no weights (*.safetensors or *.bin): get the whole model")
+
+
+@contextlib.contextmanager
+def _one_sentence(path: str, part: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except LOAD_FAULTS as error:
+        reason = " ".join(str(error).split())
+        reason = re.split(r"(?<=[a-z0-9\"')])\.\s", reason, maxsplit=1)[0].rstrip(".")[:300]
+        if isinstance(error, KeyError):
+            reason = f"unknown {reason}"
+        if Path(path).exists():
+            remedy = "check the files in that folder"
+        else:
+            remedy = "check the name and the network, or give a local folder"
+        raise ModelError(
+            f"the {part} of {path} cannot be loaded ({reason or type(error).__name__}): {remedy}"
+        ) from error

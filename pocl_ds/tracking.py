@@ -1,0 +1,186 @@
+"""What a run says while it works: log lines and progress for people, metrics for programs.
+
+Rank 0 speaks; another rank speaks only through warnings and errors, with its number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from pocl_ds.artifacts import atomic_write, disk_faults
+
+log = logging.getLogger("pocl_ds")
+
+# A terminal is redrawn often; a log file gets a line now and then.
+TERMINAL_INTERVAL, FILE_INTERVAL = 0.2, 10.0
+
+
+def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
+    """Send the package's log to stderr: rank 0 in full, the others' warnings with their number."""
+    handler = logging.StreamHandler(sys.stderr)
+    mark = f"[rank {rank}] " if world_size > 1 and rank else ""
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(message)s", "%H:%M:%S"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+class Progress:
+    """Rate, time left and facts of long work, on one redrawn line of a terminal or as lines of a log.
+
+    A context manager: `with Progress(total, "samples", "score") as progress: progress.advance(64, rouge=0.1)`.
+    """
+
+    def __init__(self, total: int, unit: str, label: str, *, done: int = 0, silent: bool = False) -> None:
+        self.total, self.unit, self.label = total, unit, label
+        self.done, self.first = done, done
+        self.silent = silent or log.level > logging.INFO
+        self.terminal = sys.stderr.isatty()
+        self.start = self.shown = time.monotonic()
+        self.facts: dict[str, Any] = {}
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def advance(self, count: int = 1, **facts: Any) -> None:
+        """Count finished work and show it when it is time."""
+        self.done += count
+        self.facts = facts
+        now = time.monotonic()
+        if now - self.shown >= (TERMINAL_INTERVAL if self.terminal else FILE_INTERVAL):
+            self.shown = now
+            self._show()
+
+    def close(self) -> None:
+        """Show the last state."""
+        if self.done > self.first:
+            self._show()
+            if self.terminal and not self.silent:
+                sys.stderr.write("\n")
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the start of this process's part."""
+        return (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
+
+    def _show(self) -> None:
+        if self.silent:
+            return
+        rate = self.rate
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        facts = "".join(f"  {name} {_short(value)}" for name, value in self.facts.items())
+        per = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.1f} s/{self.unit}"
+        line = f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {_clock(left)}{facts}"
+        if self.terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write("\r\x1b[K" + line[: width - 1])
+            sys.stderr.flush()
+        else:
+            log.info("%s", line)
+
+
+class MetricsWriter:
+    """Training metrics of rank 0: metrics.jsonl always, TensorBoard and Weights & Biases where asked.
+
+    On resume everything after the checkpoint's step is dropped first, so that the files tell of one run,
+    not of two that overlap.
+    """
+
+    def __init__(self, directory: Path, *, step: int, tensorboard: bool, wandb: bool, wandb_project: str, name: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / "metrics.jsonl"
+        _drop_after(self.path, step)
+        with disk_faults(self.path):
+            self.stream: TextIO = self.path.open("a", encoding="utf-8")
+        self.board = _tensorboard(directory / "tensorboard", step) if tensorboard else None
+        self.wandb = _wandb(directory, wandb_project, name) if wandb else None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write one record; it holds `kind` and `step`."""
+        with disk_faults(self.path):
+            self.stream.write(json.dumps(record) + "\n")
+            self.stream.flush()
+        numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        if self.wandb:
+            self.wandb.log({f"{record['kind']}/{key}": value for key, value in numbers.items()}, step=record["step"])
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        self.stream.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path, kind: str = "step") -> list[dict[str, Any]]:
+    """The records of one kind in a metrics.jsonl; a half-written last line is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("kind") == kind:
+            records.append(record)
+    return records
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as old, atomic_write(path) as new:
+        for line in old:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # the line that a kill cut short
+                break
+            if record["step"] <= step:
+                new.write(line)
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory), purge_step=step + 1)
+
+
+def _wandb(directory: Path, project: str, name: str) -> Any:
+    from pocl_ds.errors import ResourceError
+
+    try:
+        import wandb
+    except ImportError:
+        raise ResourceError(
+            "train.tracking.wandb=true needs the package wandb: pip install wandb, or set it to false"
+        ) from None
+    identity = directory / "wandb_id"  # one tracker identity over every restart of the run
+    if not identity.is_file():
+        with atomic_write(identity) as stream:
+            stream.write(wandb.util.generate_id())
+    return wandb.init(project=project, name=name, id=identity.read_text().strip(), resume="allow", dir=str(directory))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _clock(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "?"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,53 @@
+"""What all tests share: a quiet, offline, single-threaded environment, tiny models, and where real data may lie."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny_models
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this session's tiny models lie; nobody writes into it but the fixtures below."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(models_folder: Path) -> Path:
+    """Folder of a tiny LLaMA: 3 layers, tied head, chat template."""
+    return tiny_models.llama(models_folder / "llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_untied(models_folder: Path) -> Path:
+    """Folder of a tiny LLaMA with a head of its own, other weights, and 8 padded vocabulary rows."""
+    return tiny_models.llama(models_folder / "llama-untied", tied=False, seed=1, rows=tiny_models.VOCABULARY + 8)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(models_folder: Path) -> Path:
+    """Folder of a tiny GPT-2: learned positions, tied head, dropout 0.1."""
+    return tiny_models.gpt2(models_folder / "gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(models_folder: Path) -> Path:
+    """Folder of a tiny OPT in the form of OPT-350M: projections around the layers, no final norm."""
+    return tiny_models.opt(models_folder / "opt")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real data and tokenizers: POCL_TEST_DATA, or `shared/data` beside the checkout."""
+    named = os.environ.get("POCL_TEST_DATA")
+    path = Path(named) if named else Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no real data at {path} (set POCL_TEST_DATA)")
+    return path

@@ -1,0 +1,134 @@
+"""Tiny random language models as Hugging Face folders, made in a second: what tests distil instead of real ones.
+
+Other processes import this too (`PYTHONPATH=tests`). All share one byte-level BPE tokenizer, so any two make a pair.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+EOS, PAD, MAX_POSITIONS, VOCABULARY = "<|endoftext|>", "<|pad|>", 512, 320
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+CORPUS = [
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task, paired with an input that provides further context.",
+    "### Instruction: ### Input: ### Response: Explain what the function does. Return the sum of the values.",
+    "The quick brown fox jumps over the lazy dog while the student learns from the teacher, step by step.",
+] * 4
+
+
+def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
+    """A byte-level BPE tokenizer: id 0 is EOS, 1 is padding, then the 256 bytes, then merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS, pad_token=PAD, model_max_length=MAX_POSITIONS
+    )
+    if chat:
+        wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def llama(
+    folder: Path, *, tied: bool = True, layers: int = 3, hidden: int = 64, seed: int = 0, rows: int | None = None
+) -> Path:
+    """LLaMA with grouped-query attention and a chat template; `rows` pads the vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _save(
+        folder,
+        LlamaForCausalLM,
+        LlamaConfig,
+        seed,
+        rows,
+        chat=True,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=1,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=tied,
+    )
+
+
+def gpt2(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, dropout: float = 0.1) -> Path:
+    """GPT-2: learned positions, tied head, dropout on as in the real one."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return _save(
+        folder,
+        GPT2LMHeadModel,
+        GPT2Config,
+        seed,
+        None,
+        n_embd=hidden,
+        n_layer=layers,
+        n_head=hidden // 32,
+        n_positions=MAX_POSITIONS,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+
+
+def opt(folder: Path, *, layers: int = 2, hidden: int = 64, projection: int | None = 32, seed: int = 0) -> Path:
+    """OPT in the form of OPT-350M where `projection` is given: embeddings projected in and out, norms after."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    return _save(
+        folder,
+        OPTForCausalLM,
+        OPTConfig,
+        seed,
+        None,
+        hidden_size=hidden,
+        ffn_dim=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        max_position_embeddings=MAX_POSITIONS,
+        word_embed_proj_dim=projection or hidden,
+        do_layer_norm_before=projection is None,
+    )
+
+
+def _save(
+    folder: Path, model_class: Any, config_class: Any, seed: int, rows: int | None, *, chat: bool = False, **fields: Any
+) -> Path:
+    import torch
+
+    tokenizer = make_tokenizer(chat=chat)
+    spread = "initializer_range" if model_class.__name__ != "OPTForCausalLM" else "init_std"
+    # A spread wider than the usual 0.02 keeps the next-token distribution away from uniform: greedy text has no ties.
+    config = config_class(
+        vocab_size=rows or len(tokenizer),
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{spread: 0.1},
+        **fields,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config).float()
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,270 @@
+"""The scoring stage on a tiny model: values, shards, restarts, and both backends alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocl_ds.artifacts import RunDirectory, read_manifest
+from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig
+from pocl_ds.difficulty import score as module
+from pocl_ds.difficulty.score import score, shard_file, shard_manifest, shard_rows, unfinished
+from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.metrics.rouge import rouge_l
+from pocl_ds.models.load import load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+PROMPT = PromptConfig(max_prompt_tokens=40, max_length=96)
+SAMPLES = 11
+TEXTS = [
+    "the sum of the values",
+    "a step",
+    "the lazy dog and the quick brown fox",
+    "é 你",
+    "returns what the function does",
+]
+
+
+def make_run(folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: bool = False) -> RunDirectory:
+    """A data directory as the contract has it, written by hand; the last sample is truncated: it has no EOS."""
+    run = RunDirectory(folder)
+    run.data.mkdir(parents=True)
+    ids: list[bytes] = []
+    index: list[tuple[int, int, int]] = []
+    tokens: list[int] = []
+    lines: list[dict[str, Any]] = []
+    for row in range(samples):
+        name = f"s{row * 7 % 13:02d}-{row}"
+        answer = TEXTS[row % len(TEXTS)]
+        prompt = tokenizer(f"Explain number {row}." * (1 + row % 3)).input_ids[: PROMPT.max_prompt_tokens]
+        response = [] if empty else tokenizer(answer).input_ids
+        whole = prompt + response + ([] if row == samples - 1 and not empty else [tokenizer.eos_token_id])
+        index.append((len(tokens), len(prompt), len(whole)))
+        tokens += whole
+        ids.append(name.encode())
+        lines.append({"id": name, "instruction": "", "input": "", "references": [answer, "another one"], "history": []})
+    (run.data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    np.array(tokens, np.uint32).tofile(run.data / "train.tokens.bin")
+    np.save(run.data / "train.index.npy", np.array(index, np.int64))
+    np.save(run.data / "train.ids.npy", np.array(ids))
+    return run
+
+
+def config(shards: int = 1, **fields: Any) -> ScoreConfig:
+    generation = GenerationConfig(backend="transformers", max_sequences=4)
+    return ScoreConfig(**{"generation": generation, "max_new_tokens": 12, "shards": shards, **fields})
+
+
+def run_score(run: RunDirectory, model: Path, settings: ScoreConfig, **fields: Any) -> None:
+    score(run, settings, PROMPT, **{"model_path": str(model), "fingerprint": "f", **fields})
+
+
+def results(run: RunDirectory, shards: int) -> list[dict[str, Any]]:
+    paths = [shard_file(run, shard, shards) for shard in range(shards)]
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+
+
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_shards_hold_every_row_once(samples: int, shards: int) -> None:
+    rows = [shard_rows(samples, shard, shards) for shard in range(shards)]
+    assert [row for part in rows for row in part] == list(range(samples))
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    model: Any = load_model(str(tiny_llama))
+    run = make_run(tmp_path, tokenizer)
+    run_score(run, tiny_llama, config())
+    found = results(run, 1)
+    lines = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()]
+    index = np.load(run.data / "train.index.npy")
+    tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
+    assert [record["id"] for record in found] == [line["id"] for line in lines]
+    for record, line, (start, prompt_tokens, total) in zip(found, lines, index, strict=True):
+        ids = torch.from_numpy(tokens[start : start + total])[None]
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(
+                model(ids).logits[0, prompt_tokens - 1 : -1], ids[0, prompt_tokens:]
+            )
+            output = model.generate(ids[:, :prompt_tokens], max_new_tokens=12, do_sample=False)
+        assert record["cross_entropy"] == pytest.approx(float(loss), abs=1e-5)
+        assert record["tokens"] == total - prompt_tokens
+        assert record["response"] == tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
+        assert record["rouge_l"] == rouge_l(record["response"], line["references"])
+    manifest = read_manifest(run.scores, shard_manifest(run, 0, 1))
+    assert manifest is not None
+    assert manifest.fingerprint == "f"
+    assert manifest.info["samples"] == SAMPLES
+    assert manifest.info["tokens_per_second"] > 0
+
+
+def test_without_eos_as_the_release_counts(tiny_gpt2: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_gpt2))
+    run, other = make_run(tmp_path / "a", tokenizer), make_run(tmp_path / "b", tokenizer)
+    run_score(run, tiny_gpt2, config())
+    run_score(other, tiny_gpt2, config(count_eos=False))
+    model = load_model(str(tiny_gpt2))
+    pairs = list(zip(results(run, 1), results(other, 1), strict=True))
+    assert all(with_eos["tokens"] == without["tokens"] + 1 for with_eos, without in pairs[:-1])
+    index = np.load(run.data / "train.index.npy")
+    tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
+    for (with_eos, without), (start, _, total) in zip(pairs[:-1], index, strict=False):
+        ids = torch.from_numpy(tokens[start : start + total])[None]
+        with torch.no_grad():
+            end = -float(model(ids).logits[0, -2].log_softmax(-1)[tokenizer.eos_token_id])
+        total_loss = with_eos["cross_entropy"] * with_eos["tokens"]
+        assert total_loss - without["cross_entropy"] * without["tokens"] == pytest.approx(end, abs=1e-3)
+    truncated, again = pairs[-1]
+    assert truncated == again  # it has no EOS to leave out
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_number_of_shards_and_chunks_changes_nothing(
+    tiny_llama: Path, tmp_path: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    one, three = make_run(tmp_path / "one", tokenizer), make_run(tmp_path / "three", tokenizer)
+    run_score(one, tiny_llama, config(temperature=temperature))
+    monkeypatch.setattr(module, "CHUNK", 2)
+    run_score(three, tiny_llama, config(3, temperature=temperature))
+    for left, right in zip(results(one, 1), results(three, 3), strict=True):
+        assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-5)
+        assert {key: value for key, value in left.items() if key != "cross_entropy"} == right
+
+
+def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    settings = config(4)
+    run_score(run, tiny_llama, settings, shard=2)
+    assert unfinished(run, settings, "f") == [0, 1, 3]
+    run_score(run, tiny_llama, settings)
+    assert unfinished(run, settings, "f") == []
+    whole = results(run, 4)
+    before = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
+    shard_file(run, 1, 4).unlink()
+    (run.scores / shard_manifest(run, 3, 4)).unlink()  # a kill between the scores and their manifest
+    assert unfinished(run, settings, "f") == [1, 3]
+    run_score(run, tiny_llama, settings)
+    assert results(run, 4) == whole
+    after = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
+    assert after.keys() == before.keys()
+    kept = {name for name in after if after[name] == before[name]}
+    assert {name.split("-")[1] for name in kept} == {"00000", "00002"}
+    assert {name.split("-")[1] for name in after.keys() - kept} == {"00001", "00003"}
+
+
+def test_a_kill_leaves_finished_shards_and_nothing_half_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    monkeypatch.setattr(module, "CHUNK", 2)
+    calls = []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:  # in the middle of the second shard
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    original = module.rouge_l_many
+    monkeypatch.setattr(module, "rouge_l_many", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_score(run, tiny_llama, config(3))
+    assert sorted(path.name for path in run.scores.iterdir()) == [shard_file(run, 0, 3).name, shard_manifest(run, 0, 3)]
+    assert unfinished(run, config(3), "f") == [1, 2]
+
+
+def test_nothing_to_do_opens_no_engine(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    run_score(run, tiny_llama, config(2))
+    monkeypatch.setattr(module, "open_generator", lambda *a, **k: pytest.fail("opened"))
+    run_score(run, tiny_llama, config(2))
+    run_score(run, tiny_llama, config(5))  # another division of finished work
+    assert unfinished(run, config(5), "f") == []
+
+
+def test_another_fingerprint_is_scored_anew(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    run_score(run, tiny_llama, config(3))
+    assert unfinished(run, config(2), "g") == [0, 1]
+    run_score(run, tiny_llama, config(2, max_new_tokens=3), fingerprint="g", shard=1)
+    assert sorted(path.name for path in run.scores.iterdir()) == [shard_file(run, 1, 2).name, shard_manifest(run, 1, 2)]
+
+
+def test_a_division_given_up_is_cleared(tiny_llama: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    run_score(run, tiny_llama, config(3), shard=0)
+    run_score(run, tiny_llama, config(1))
+    assert sorted(path.name for path in run.scores.iterdir()) == [shard_file(run, 0, 1).name, shard_manifest(run, 0, 1)]
+
+
+def test_degenerate_metric_warns(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A random model answers with noise: every ROUGE is 0, every cross-entropy differs."""
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    with caplog.at_level(logging.WARNING, "pocl_ds"):
+        run_score(run, tiny_llama, config())
+    warnings = [record.getMessage() for record in caplog.records if "tied" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "rouge_l" in warnings[0]
+    assert "student.heal_steps" in warnings[0]
+
+
+def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    run = make_run(tmp_path / "a", tokenizer)
+    with pytest.raises(RecipeError, match=r"shard 3 does not exist: score.shards=3, choose 0 to 2"):
+        run_score(run, tiny_llama, config(3), shard=3)
+    with pytest.raises(RecipeError, match=r"score.shards=12 is more than the 11"):
+        run_score(run, tiny_llama, config(12))
+    with pytest.raises(DataError, match=r"has no response token to score"):
+        run_score(make_run(tmp_path / "b", tokenizer, empty=True), tiny_llama, config(count_eos=False))
+    lines = (run.data / "train.jsonl").read_text().splitlines(keepends=True)
+    (run.data / "train.jsonl").write_text("".join(lines[1:] + lines[:1]))
+    with pytest.raises(ArtifactError, match=r"line 1 and train.ids.npy name different samples"):
+        run_score(run, tiny_llama, config())
+    (run.data / "train.jsonl").write_text("".join(lines[:5]))
+    with pytest.raises(ArtifactError, match=r"fewer lines"):
+        run_score(run, tiny_llama, config())
+    assert not list(run.scores.iterdir())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
+    """Cross-entropy to 1e-4 and the same greedy text, two shards served by one engine."""
+    tokenizer = load_tokenizer(str(tiny_llama))
+    reference, run = make_run(tmp_path / "t", tokenizer), make_run(tmp_path / "v", tokenizer)
+    run_score(reference, tiny_llama, config(2))
+    code = (
+        "from pocl_ds.artifacts import RunDirectory; from pocl_ds.config import PromptConfig, ScoreConfig\n"
+        "from pocl_ds.difficulty.score import score\n"
+        f"score(RunDirectory({str(run.path)!r}), ScoreConfig(max_new_tokens=12, shards=2), "
+        f"PromptConfig(max_prompt_tokens=40, max_length=96), model_path={str(tiny_llama)!r}, "
+        "fingerprint='f', threads=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for left, right in zip(results(reference, 2), results(run, 2), strict=True):
+        assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-4)
+        assert {key: value for key, value in left.items() if key != "cross_entropy"} == right
+    manifest = read_manifest(run.scores, shard_manifest(run, 0, 2))
+    assert manifest is not None
+    assert manifest.info["backend"] == "vllm"

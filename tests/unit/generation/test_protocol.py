@@ -1,0 +1,41 @@
+"""Seeds and text that both backends share."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocl_ds.generation.protocol import Sampling, decode, stop_ids
+
+
+@given(st.integers(0, 2**40), st.integers(0, 10**7), st.integers(0, 10**4))
+def test_a_part_draws_as_the_whole_would(seed: int, first: int, index: int) -> None:
+    whole = Sampling(1.0, 1.0, 8, seed)
+    part = Sampling(1.0, 1.0, 8, seed, first=first)
+    assert part.request_seed(index) == whole.request_seed(first + index)
+    assert 0 <= part.request_seed(index) < 2**63
+
+
+def test_seeds_differ_by_prompt_and_by_seed() -> None:
+    drawn = {Sampling(1.0, 1.0, 8, seed).request_seed(index) for seed in (10, 20, 30, 40, 50) for index in range(2000)}
+    assert len(drawn) == 10_000
+
+
+def test_stop_ids_join_tokenizer_and_model() -> None:
+    tokenizer = SimpleNamespace(eos_token_id=7)
+    assert stop_ids(tokenizer, None) == [7]
+    assert stop_ids(tokenizer, SimpleNamespace(eos_token_id=None)) == [7]
+    assert stop_ids(tokenizer, SimpleNamespace(eos_token_id=3)) == [3, 7]
+    assert stop_ids(tokenizer, SimpleNamespace(eos_token_id=[7, 9])) == [7, 9]
+
+
+def test_text_ends_before_the_first_stop() -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    ids = tokenizer("one two").input_ids
+    assert decode(tokenizer, [*ids, 0, *ids], [0]) == "one two"
+    assert decode(tokenizer, ids, [0]) == "one two"
+    assert decode(tokenizer, [0], [0]) == ""
+    assert decode(tokenizer, [1, *ids], [0]) == "one two"  # a special token leaves no text

