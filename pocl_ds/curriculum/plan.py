@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import RecipeError
+
+
+Order: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Stage:
     epochs: int
     steps_per_epoch: int
     steps: int  # may end within the last epoch
-    order: Sequence[Any] = field(repr=False, compare=False)
+    order: Order = field(repr=False, compare=False)
 
     @property
     def samples(self) -> int:
@@ -33,7 +39,7 @@ class Stage:
         return self.stop - self.start
 
     @property
-    def sample_ids(self) -> Sequence[Any]:
+    def sample_ids(self) -> Order:
         """Ids of the stage's samples, easiest first."""
         return self.order[self.start : self.stop]
 
@@ -62,14 +68,14 @@ class Plan:
                 "total_steps": self.total_steps, "stages": stages}  # fmt: skip
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any], order: Sequence[Any]) -> Plan:
+    def from_json(cls, tree: dict[str, Any], order: Order) -> Plan:
         """The plan that `to_json` described, over its order."""
         stages = [Stage(**stage, order=order) for stage in tree["stages"]]
         return cls(stages, tree["batch_size"], tree["scheduler"], tree["tail"])
 
 
 def build_plan(
-    order: Sequence[Any],
+    order: Order,
     *,
     subsets: int = 4,
     epochs_per_stage: int = 8,
@@ -105,7 +111,7 @@ def build_plan(
 
 
 def single_stage_plan(
-    order: Sequence[Any], *, steps: int, batch_size: int, tau: float, alpha: float, tail: str = "drop"
+    order: Order, *, steps: int, batch_size: int, tau: float, alpha: float, tail: str = "drop"
 ) -> Plan:
     """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for baseline and healing."""
     _check(len(order), 1, 1, batch_size, (tau, tau), (alpha, alpha), "baby_step", tail)

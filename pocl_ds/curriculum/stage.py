@@ -1,4 +1,4 @@
-"""The stage `plan`: ranking/order.npy -> plan/plan.json, and plan/baseline.json where a baseline is asked for."""
+"""The stage `plan`: ranking/order.npy -> plan/plan.json; and the plan of the baseline beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest, write_json, write_manifest
 from pocl_ds.config import CompareConfig, PlanConfig
@@ -15,10 +16,8 @@ from pocl_ds.errors import ArtifactError
 log = logging.getLogger("pocl_ds")
 
 
-def make_plan(
-    run: RunDirectory, plan: PlanConfig, compare: CompareConfig, *, batch_size: int, fingerprint: str
-) -> Manifest:
-    """Write the plan of POCL, and of plain KD on as many sample visits."""
+def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerprint: str) -> Manifest:
+    """Write plan/plan.json, the stages of POCL."""
     manifest = read_manifest(run.plan)
     if manifest and manifest.fingerprint == fingerprint:
         return manifest
@@ -31,13 +30,16 @@ def make_plan(
         log.info("stage %d: %d samples, %d epochs, %d steps, tau %.2f, SFT ratio %.2f", stage.index + 1, stage.samples,
                  stage.epochs, stage.steps, stage.tau, stage.alpha)
     write_json(run.plan / "plan.json", pocl.to_json())
-    if compare.enabled:
-        baseline = single_stage_plan(
-            order, steps=pocl.total_steps, batch_size=batch_size, tau=compare.tau, alpha=compare.sft_ratio, tail=plan.tail
-        )
-        write_json(run.plan / "baseline.json", baseline.to_json())
     info = {"samples": len(order), "steps": pocl.total_steps, "visits": pocl.total_steps * batch_size}
     return write_manifest(run.plan, "plan", fingerprint, info=info)
+
+
+def baseline_plan(pocl: Plan, compare: CompareConfig) -> Plan:
+    """Plain KD with as many sample visits as POCL: one stage over all samples at one temperature and one SFT ratio."""
+    order = pocl.stages[-1].order
+    return single_stage_plan(
+        order, steps=pocl.total_steps, batch_size=pocl.batch_size, tau=compare.tau, alpha=compare.sft_ratio, tail=pocl.tail
+    )
 
 
 def load_plan(path: Path) -> Plan:
@@ -45,8 +47,9 @@ def load_plan(path: Path) -> Plan:
     return Plan.from_json(read_json(path), _order(RunDirectory(path.parents[1])))
 
 
-def _order(run: RunDirectory) -> np.ndarray:
+def _order(run: RunDirectory) -> NDArray[np.int64]:
     path = run.ranking / "order.npy"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl rank` first")
-    return np.load(path, mmap_mode="r")
+    order: NDArray[np.int64] = np.load(path, mmap_mode="r")
+    return order

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,8 +29,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        parts = (self.input_ids, self.attention_mask, self.positions, self.labels, self.sample_of_token)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts), rows=self.rows)
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("input_ids", "attention_mask", "positions", "labels", "sample_of_token")
+        }
+        return replace(self, **moved)
 
 
 def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:

@@ -46,7 +46,7 @@ SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "ensu
 BOILERPLATE = re.compile(r"deprecated|todo|fixme|see the documentation|internal use|do not use|copyright|licen[cs]e", re.I)
 ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
 SIGNATURE = re.compile(r"^[\w.*, ]*\w+\(.*\)(\s*->.*)?\s*$")
-SECTION = re.compile(r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see also|attributes|usage)\s*:?\s*$", re.I)
+SECTION = re.compile(r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see also|attributes)\s*:?\s*$", re.I)
 
 
 def harvest(config: DocumentationConfig) -> Iterator[Sample]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ DEGENERATE = 1 / 3  # share of tied values above which a metric's ranks say litt
 STRATEGIES = ("fusion", "rouge_l", "cross_entropy", "random")
 LINES = 100_000  # of a score file, joined at a time
 
-Ids = Sequence[str] | NDArray[np.bytes_]
+Ids: TypeAlias = "Sequence[str] | NDArray[np.bytes_]"
 
 
 class Ranking:

@@ -221,7 +221,8 @@ def gather_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay on matrices, none on biases and norms (METHOD 2). Shapes come from ZeRO's record where it sharded."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)

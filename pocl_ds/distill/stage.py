@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import save_torch_state_dict
 from numpy.typing import NDArray
 
 from pocl_ds import distributed, ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
-from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrainConfig
+from pocl_ds.config import CompareConfig, LossConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
-from pocl_ds.curriculum.stage import load_plan
+from pocl_ds.curriculum.stage import baseline_plan, load_plan
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.fused_head import Ids, chunk_rows
@@ -55,23 +56,27 @@ class Job:
 def train(
     run: RunDirectory,
     *,
-    which: str,
     student: StudentConfig,
     teacher: TeacherConfig | None,
     loss: LossConfig,
     train: TrainConfig,
+    compare: CompareConfig | None,
     seed: int,
     fingerprint: str,
 ) -> None:
-    """The stage `train` (which="plan") or its plain-KD baseline (which="baseline"). All ranks call it."""
+    """The stage `train`, or with `compare` its plain-KD baseline. All ranks call it."""
     models = read_json(run.models / "models.json")
-    order = np.load(run.ranking / "order.npy", mmap_mode="r")
+    plan = load_plan(run.plan / "plan.json")
+    if compare:
+        plan = baseline_plan(plan, compare)
+        if distributed.rank() == 0:
+            write_json(run.baseline / "plan.json", plan.to_json())
     job = Job(
-        directory=run.train if which == "plan" else run.baseline,
+        directory=run.baseline if compare else run.train,
         fingerprint=fingerprint,
-        label="train" if which == "plan" else "baseline",
-        plan=load_plan(run.plan / f"{which}.json"),
-        order=order,
+        label="baseline" if compare else "train",
+        plan=plan,
+        order=np.load(run.ranking / "order.npy", mmap_mode="r"),
         student_path=models["student"],
         student=student,
         teacher_path=models["teacher"] if teacher else None,
@@ -179,7 +184,7 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any]:
             )
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen)
-    chunk_rows(ids.size, job.loss.chunk_bytes, ids_dtype())
+    chunk_rows(ids.size, job.loss.chunk_bytes, torch.float32)
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
     with sharded_loading(sharded if deepspeed else None):
         model = _load(job.student_path, job.student, job.student.dropout)

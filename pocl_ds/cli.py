@@ -1,0 +1,307 @@
+"""The command `pocl`: parse, call a stage, print. Heavy imports happen inside commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pocl_ds.artifacts import RunDirectory
+    from pocl_ds.config import Recipe
+
+COMMANDS = {
+    "run": ("every stage in order, each only where its result is missing", "pocl run quickstart --run-dir runs/first"),
+    "data": ("read, split and encode the instruction data", "pocl data my.yaml --run-dir runs/x data.source=my.jsonl"),
+    "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
+    "score": ("let the student answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
+    "rank": ("order the samples from easy to hard", "pocl rank --run-dir runs/x"),
+    "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
+    "train": ("distil, from where it stopped", "pocl train --run-dir runs/x"),
+    "baseline": ("plain KD on as many sample visits, to compare with", "pocl baseline --run-dir runs/x compare.enabled=true"),
+    "evaluate": ("answer the benchmarks; ROUGE-L, held-out loss, KL", "pocl evaluate --run-dir runs/x --model student"),
+    "export": ("write the student as a Hugging Face folder with a model card", "pocl export --run-dir runs/x --out my-student"),
+    "report": ("one page and one table of everything the run found", "pocl report --run-dir runs/x"),
+    "bench": ("measure a part of this program on this machine", "pocl bench rouge"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    from pocl_ds.errors import PoclError
+
+    try:
+        if options.command == "bench":
+            return _bench(options)
+        return _command(options)
+    except PoclError as error:
+        print(f"pocl {options.command}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:
+        return 0
+    finally:
+        _leave()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pocl",
+        description="Distil a large language model into a small one, by curriculum.",
+        epilog="start: pocl run quickstart --run-dir runs/quickstart · each command: pocl COMMAND --help",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (purpose, example) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example: {example}"
+        )
+        if name == "bench":
+            command.add_argument("name", help="which benchmark; `list` names them")
+            command.add_argument("arguments", nargs="*", help="of the benchmark")
+            continue
+        command.add_argument(
+            "words", nargs="*", metavar="RECIPE | field=value",
+            help="a recipe file or the name of a shipped one (left out: the run directory's), and dotted overrides",
+        )  # fmt: skip
+        command.add_argument("--run-dir", type=Path, help="where results go (default: runs/ and the recipe's name)")
+        command.add_argument("--dry-run", action="store_true", help="show the resolved recipe and what would run; do nothing")
+        if name == "run":
+            command.add_argument("--compare", action="store_true", help="also train plain KD on as many sample visits")
+            command.add_argument("--ranks", type=int, help="processes that share the models (launch.ranks)")
+        if name == "score":
+            command.add_argument("--shard", metavar="I/N", help="only shard I of N, from 0; sets score.shards=N")
+        if name == "evaluate":
+            command.add_argument("--model", choices=("teacher", "initial", "student", "baseline"), help="only this one's answers")
+        if name == "export":
+            command.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
+    return parser
+
+
+def _command(options: argparse.Namespace) -> int:
+    import os
+
+    from pocl_ds import pipeline
+    from pocl_ds.tracking import setup_logging
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    setup_logging(rank, world_size=ranks)
+    recipe, run = _recipe(options)
+    if options.dry_run:
+        return _dry_run(options, recipe, run)
+    if "RANK" in os.environ:  # one rank of a stage that another process of ours started
+        _stage(options, recipe, run)
+        return 0
+    inherited = "POCL_PYTHON" in os.environ  # a stage of `pocl run`, which holds the lock
+    if options.command == "run":
+        with pipeline.locked(run) as lock:
+            pipeline.enter(run, recipe)
+            return _run(recipe, run, lock)
+    if not inherited:
+        pipeline.enter(run, recipe)
+        if pipeline.needs_ranks(options.command, recipe):
+            with pipeline.locked(run) as lock:
+                return pipeline.run_stage(options.command, run, recipe, lock)
+    _stage(options, recipe, run)
+    return 0
+
+
+def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
+    """The resolved recipe and the run directory of a command line."""
+    from pocl_ds.artifacts import RunDirectory
+    from pocl_ds.config import load_recipe
+    from pocl_ds.errors import RecipeError
+
+    overrides = [word for word in options.words if "=" in word]
+    names = [word for word in options.words if "=" not in word]
+    if getattr(options, "compare", False):
+        overrides.append("compare.enabled=true")
+    if getattr(options, "ranks", None) is not None:
+        overrides.append(f"launch.ranks={options.ranks}")
+    if getattr(options, "shard", None):
+        options.shard, count = _shard(options.shard)
+        overrides.append(f"score.shards={count}")
+    if len(names) > 1:
+        raise RecipeError(f"two recipes are named ({names[0]}, {names[1]}): give one, overrides have the form field=value")
+    if names:
+        recipe = load_recipe(names[0], overrides)
+    elif options.run_dir and (options.run_dir / "recipe.yaml").is_file():
+        recipe = load_recipe(str(options.run_dir / "recipe.yaml"), overrides)
+    else:
+        raise RecipeError("no recipe is named: give a file or a shipped name (pocl run quickstart), or a --run-dir that has one")
+    return recipe, RunDirectory(options.run_dir or Path("runs") / recipe.name)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    from pocl_ds.errors import RecipeError
+
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise RecipeError(f"--shard {text}: write I/N with I from 0 to N-1, as in 2/8")
+    return int(number), int(count)
+
+
+def _run(recipe: Recipe, run: RunDirectory, lock: int) -> int:
+    from pocl_ds import pipeline
+    from pocl_ds.tracking import log
+
+    done = pipeline.finished(run, recipe)
+    for stage in pipeline.STAGES:
+        if not stage.wanted(recipe):
+            continue
+        if done[stage.name]:
+            log.info("%s: done already", stage.name)
+            continue
+        start = time.monotonic()
+        if code := pipeline.run_stage(stage.name, run, recipe, lock):
+            return code
+        log.info("%s: done in %.0f s", stage.name, time.monotonic() - start)
+    _summary(run)
+    return 0
+
+
+def _summary(run: RunDirectory) -> None:
+    from pocl_ds.artifacts import read_json
+    from pocl_ds.evaluate.tables import results_table
+
+    print()
+    print(results_table(read_json(run.evaluation / "results.json")))
+    print(f"\nstudent  {run.export}\nreport   {run.report / 'report.html'}")
+
+
+def _dry_run(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> int:
+    from pocl_ds import pipeline
+    from pocl_ds.config import dump_recipe
+
+    print(dump_recipe(recipe), end="")
+    print(f"\nrun directory: {run.path}")
+    done = pipeline.finished(run, recipe) if run.recipe.is_file() else dict.fromkeys(pipeline.NAMES, False)
+    for stage in pipeline.STAGES:
+        if stage.wanted(recipe) and options.command in ("run", stage.name):
+            ranks = f" on {recipe.launch.ranks} ranks" if pipeline.needs_ranks(stage.name, recipe) else ""
+            print(f"{stage.name:<10} {'done' if done[stage.name] else f'would run{ranks}'}")
+    return 0
+
+
+def _stage(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> None:
+    """Run one stage in this process."""
+    from pocl_ds.pipeline import fingerprints
+
+    STAGE_FUNCTIONS[options.command](options, recipe, run, fingerprints(recipe)[options.command])
+
+
+def _data(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.data.stage import prepare_data
+    from pocl_ds.models.load import load_tokenizer, resolve_model
+
+    path = resolve_model(recipe.student)
+    tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
+    if recipe.teacher:
+        from pocl_ds.models.load import load_model_config
+        from pocl_ds.models.vocabulary import reconcile
+
+        teacher = resolve_model(recipe.teacher)
+        rows = [load_model_config(p, trust_remote_code=c.trust_remote_code, revision=c.revision).vocab_size
+                for p, c in ((teacher, recipe.teacher), (path, recipe.student))]  # fmt: skip
+        reconcile(load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code), tokenizer, *rows)
+    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint)
+
+
+def _prepare(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.distill.stage import prepare
+
+    prepare(run, student=recipe.student, teacher=recipe.teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
+            fingerprint=fingerprint)  # fmt: skip
+
+
+def _score(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.artifacts import read_json
+    from pocl_ds.difficulty.score import score
+
+    score(run, recipe.score, recipe.prompt, model_path=read_json(run.models / "models.json")["student"],
+          fingerprint=fingerprint, shard=getattr(options, "shard", None), threads=recipe.launch.threads,
+          trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
+
+
+def _rank(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.difficulty.rank import rank
+
+    rank(run, recipe.rank, seed=recipe.seed, fingerprint=fingerprint)
+
+
+def _plan(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.curriculum.stage import make_plan
+
+    make_plan(run, recipe.plan, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
+
+
+def _train(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.distill.stage import train
+
+    train(run, student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
+          compare=recipe.compare if options.command == "baseline" else None, fingerprint=fingerprint)  # fmt: skip
+
+
+def _evaluate(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.evaluate.stage import answer, held_out, model_path, summarise
+    from pocl_ds.pipeline import evaluated_models
+
+    names = evaluated_models(recipe)
+    if options.model:
+        answer(run, recipe.evaluate, recipe.prompt, model=options.model, path=model_path(run, options.model),
+               threads=recipe.launch.threads)  # fmt: skip
+        return
+    held_out(run, recipe.evaluate, {name: model_path(run, name) for name in names})
+    summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
+
+
+def _export(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.config import dump_recipe
+    from pocl_ds.evaluate.export import export
+
+    print(f"student  {export(run, out=options.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)}")
+
+
+def _report(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.config import dump_recipe
+    from pocl_ds.report.build import build_report
+
+    build_report(run, recipe.report, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)
+    print(f"report   {run.report / 'report.html'}")
+
+
+STAGE_FUNCTIONS: dict[str, Callable[[argparse.Namespace, Any, Any, str], None]] = {
+    "data": _data, "prepare": _prepare, "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _train,
+    "evaluate": _evaluate, "export": _export, "report": _report,
+}  # fmt: skip
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import importlib
+
+    from pocl_ds.bench import BENCHMARKS
+    from pocl_ds.errors import RecipeError
+
+    if options.name == "list":
+        print("\n".join(f"{name:<8} {purpose}" for name, (_, purpose) in BENCHMARKS.items()))
+        return 0
+    if options.name not in BENCHMARKS:
+        raise RecipeError(f"there is no benchmark {options.name!r}: take one of {', '.join(BENCHMARKS)}")
+    importlib.import_module(BENCHMARKS[options.name][0]).run(options.arguments)
+    return 0
+
+
+def _leave() -> None:
+    """Leave the process group where one was joined: a rank that just goes makes the others wait."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The stages in order: what each depends on, whether its result is there and current, and how it is run.
+
+`pocl run` is nothing more than this list from top to bottom. Stages that need ranks go through launch/train.sh; those that
+hold a generation engine get a process of their own, since there is one engine a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocl_ds import ds_config
+from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
+from pocl_ds.config import Recipe, dump_recipe, lasting, load_recipe
+from pocl_ds.errors import ArtifactError
+
+log = logging.getLogger("pocl_ds")
+
+LAUNCHER = Path(__file__).resolve().parents[1] / "launch" / "train.sh"
+EDGE = 1 << 20  # bytes of a data file's beginning and end that enter its fingerprint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run."""
+
+    name: str
+    directory: Callable[[RunDirectory], Path]
+    depends: Callable[[Recipe], Any]  # plain values of the recipe that its result follows from
+    after: tuple[str, ...]  # stages whose results it reads
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
+
+
+STAGES = (
+    Stage("data", lambda run: run.data, lambda r: [lasting(r.data), lasting(r.prompt), r.student.model, r.student.revision,
+                                                   _data_files(r)], ()),
+    Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
+                                                        lasting(r.train) if r.student.heal_steps else None, r.seed], ("data",)),
+    Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare")),
+    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("score",)),
+    Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
+    Stage("train", lambda run: run.train, lambda r: [lasting(r.train), lasting(r.loss), r.seed], ("plan",)),
+    Stage("baseline", lambda run: run.baseline, lambda r: [lasting(r.train), lasting(r.loss), lasting(r.compare), r.seed],
+          ("plan",), lambda r: r.compare.enabled),
+    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r)], ("train", "baseline")),
+    Stage("export", lambda run: run.export, lambda r: None, ("evaluate",)),
+    Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
+)  # fmt: skip
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def evaluated_models(recipe: Recipe) -> list[str]:
+    """The models that are evaluated: as the recipe says, the baseline where it is trained, the teacher where there is one."""
+    names = [name for name in recipe.evaluate.models if name != "teacher" or recipe.teacher]
+    if recipe.compare.enabled and "baseline" not in names:
+        names.append("baseline")
+    return [name for name in names if name != "baseline" or recipe.compare.enabled]
+
+
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """What each stage's result must carry to belong to this recipe."""
+    found: dict[str, str] = {}
+    for stage in STAGES:
+        before = [found[name] for name in stage.after if name != "baseline" or recipe.compare.enabled]
+        found[stage.name] = fingerprint([stage.name, stage.depends(recipe), before])
+    return found
+
+
+def finished(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
+    """Which stages are done. Raises ArtifactError where a result belongs to another recipe."""
+    expected, done = fingerprints(recipe), {}
+    for stage in STAGES:
+        if stage.name == "score":
+            from pocl_ds.difficulty.score import unfinished
+
+            done["score"] = run.scores.is_dir() and not unfinished(run, recipe.score, expected["score"])
+            continue
+        manifest = read_manifest(stage.directory(run))
+        done[stage.name] = manifest is not None and manifest.fingerprint == expected[stage.name]
+    return done
+
+
+def enter(run: RunDirectory, recipe: Recipe) -> None:
+    """Make the run directory this recipe's, or refuse one that holds finished work of another.
+
+    Only fields whose stages are unfinished, and operational ones, may differ from those of the last time.
+    """
+    _check_ds_configs(recipe)
+    if run.recipe.is_file():
+        before = load_recipe(str(run.recipe))
+        old, new = fingerprints(before), fingerprints(recipe)
+        for stage in STAGES:
+            manifest = read_manifest(stage.directory(run))
+            if stage.name not in ("evaluate", "export", "report") and manifest and manifest.fingerprint != new[stage.name]:
+                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or "the data files"
+                raise ArtifactError(
+                    f"run directory {run.path} holds the finished stage {stage.name!r} of another recipe (changed: {changed}): "
+                    "choose another --run-dir, or undo the change"
+                )
+        if old != new:
+            log.info("the recipe changed for stages that are not finished: %s is written anew", run.recipe)
+    elif run.path.is_dir() and any(path.name != "logs" for path in run.path.iterdir() if path.name != ".lock"):
+        raise ArtifactError(f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir")
+    with atomic_write(run.recipe) as stream:
+        stream.write(dump_recipe(recipe))
+
+
+@contextlib.contextmanager
+def locked(run: RunDirectory) -> Iterator[int]:
+    """Hold a run directory for one pipeline at a time; its children inherit the lock, so no orphan is overlooked."""
+    with disk_faults(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.set_inheritable(handle, True)
+        yield handle
+    except BlockingIOError:
+        raise ArtifactError(f"{run.path} is in use by another pocl process: wait for it, or end it first") from None
+    finally:
+        os.close(handle)
+
+
+def run_stage(name: str, run: RunDirectory, recipe: Recipe, lock: int) -> int:
+    """Run one unfinished stage to its end. Returns the exit code; the failed process has said why."""
+    command = [sys.executable, "-m", "pocl_ds.cli", name, "--run-dir", str(run.path)]
+    if needs_ranks(name, recipe):
+        launcher = ["bash", str(LAUNCHER), "--ranks", str(recipe.launch.ranks)]
+        if recipe.launch.threads:
+            launcher += ["--threads", str(recipe.launch.threads)]
+        return call([*launcher, name, "--run-dir", str(run.path)], lock)
+    if name == "evaluate":
+        for model in evaluated_models(recipe):
+            if code := call([*command, "--model", model], lock):
+                return code
+    return call(command, lock)
+
+
+def needs_ranks(name: str, recipe: Recipe) -> bool:
+    """Whether a stage is run by launch.ranks processes."""
+    return name in ("train", "baseline") or (name == "prepare" and recipe.student.heal_steps > 0)
+
+
+def call(command: list[str], lock: int | None = None) -> int:
+    """Run a command in its own session, handing on every signal that reaches us, and wait for its end."""
+    environment = {**os.environ, "POCL_PYTHON": sys.executable, "PYTHONUNBUFFERED": "1"}
+    if command[0] != "bash":
+        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    child = subprocess.Popen(command, start_new_session=True, env=environment, pass_fds=() if lock is None else (lock,))
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, lambda got, _: child.send_signal(got)) for number in numbers}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _check_ds_configs(recipe: Recipe) -> None:
+    """Contradictions between a ds_config and the recipe are found before anything is loaded."""
+    ranks = recipe.launch.ranks
+    ds_config.resolve_student(recipe.student.ds_config, train=recipe.train, dtype=recipe.student.dtype, ranks=ranks)
+    if recipe.teacher:
+        ds_config.resolve_teacher(
+            recipe.teacher.ds_config, dtype=recipe.teacher.dtype, ranks=ranks, micro_batch_size=recipe.train.micro_batch_size
+        )
+
+
+def _data_files(recipe: Recipe) -> list[Any]:
+    """Size and edges of the data files: enough to notice another file of the same name, at any size."""
+    found: list[Any] = []
+    for source in (recipe.data.source, recipe.data.validation, recipe.data.test):
+        path = Path(source or "").expanduser()
+        if not source or not path.is_file():
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            head = stream.read(EDGE)
+            stream.seek(max(size - EDGE, 0))
+            found.append([size, fingerprint([head.hex(), stream.read().hex()])])
+    return found
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of fields that differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            name for key in {**old, **new} for name in _differences(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [prefix]
