@@ -97,7 +97,7 @@ def _command(options: argparse.Namespace) -> int:
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
         _stage(options, recipe, run)
         return 0
-    inherited = "POCL_PYTHON" in os.environ  # a stage of `pocl run`, which holds the lock
+    inherited = "POCL_WITHIN" in os.environ  # a stage of `pocl run`, which holds the lock
     if options.command == "run":
         with pipeline.locked(run) as lock:
             pipeline.enter(run, recipe)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import RecipeError
 
-
 Order: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
 
 

@@ -1,1 +1,1 @@
-"""What the student can do: answers on benchmarks, held-out loss and KL, tables, and the exported folder (METHOD 5)."""
+"""What a student is worth: answers to benchmarks, held-out loss, KL to the teacher; and the student as others get it."""

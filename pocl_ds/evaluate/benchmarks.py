@@ -16,7 +16,7 @@ import numpy as np
 
 from pocl_ds.artifacts import RunDirectory, file_digest, read_manifest
 from pocl_ds.data.encode import EncodedSplit, Encoder
-from pocl_ds.data.samples import Sample, read_normalised, read_samples
+from pocl_ds.data.samples import read_normalised, read_samples
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 
 HELD_OUT = "test"
@@ -56,13 +56,13 @@ def source_digest(run: RunDirectory, source: str) -> str:
         if manifest is None:
             raise ArtifactError(f"{run.data} holds no finished data: run `pocl data` first")
         return manifest.fingerprint
-    path = Path(source)
+    path = Path(source).expanduser()
     return file_digest(path)["sha256"] if path.is_file() else source
 
 
 def load_questions(run: RunDirectory, name: str, source: str, encoder: Callable[[], Encoder], limit: int | None) -> list[Question]:
-    """The questions of a benchmark. Raises DataError where it is empty or names an id twice."""
-    questions = _held_out(run, limit) if source == HELD_OUT else _from_source(name, source, encoder(), limit)
+    """The questions of a benchmark. Raises DataError where it is empty or cannot be read."""
+    questions = _held_out(run, limit) if source == HELD_OUT else _from_source(source, encoder(), limit)
     if not questions:
         raise DataError(f"evaluate.benchmarks.{name}={source} holds no samples: name another file")
     return questions
@@ -89,11 +89,7 @@ def _held_out(run: RunDirectory, limit: int | None) -> list[Question]:
     return questions
 
 
-def _from_source(name: str, source: str, encoder: Encoder, limit: int | None) -> list[Question]:
-    samples: list[Sample] = list(read_samples(source, format="auto", fields={}))
-    ids = [sample.id for sample in samples]
-    if len(set(ids)) < len(ids):
-        twice = next(value for position, value in enumerate(ids) if value in set(ids[:position]))
-        raise DataError(f"evaluate.benchmarks.{name}={source} names the id {twice!r} twice: make ids unique")
-    kept = (samples[position] for position in chosen(ids, limit))
+def _from_source(source: str, encoder: Encoder, limit: int | None) -> list[Question]:
+    samples = list(read_samples(source))
+    kept = (samples[position] for position in chosen([sample.id for sample in samples], limit))
     return [Question(sample.id, encoder.prompt(sample), list(sample.references)) for sample in kept]

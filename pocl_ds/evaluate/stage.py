@@ -1,48 +1,63 @@
-"""The evaluation stage: answers of each model, then held-out measures, then one table (METHOD 5).
+"""The stage `evaluate` (METHOD 5): answers by benchmark and seed, held-out loss and KL, and the table of results.
 
-Every (model, benchmark, seed) is a file with a manifest of its own, so an interrupted evaluation repeats only what is
-unfinished. One vLLM engine lives in a process: the pipeline starts one process a model.
+Each part is a file with a manifest of its own, so an interrupted evaluation repeats only what is missing, and another
+model or seed adds to what is there.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from pocl_ds.artifacts import (
+    Manifest,
     RunDirectory,
     atomic_write,
-    damaged_files,
+    fingerprint,
     read_json,
     read_manifest,
     write_json,
     write_manifest,
 )
-from pocl_ds.config import EvaluateConfig, PromptConfig
-from pocl_ds.data.encode import Encoder
+from pocl_ds.config import EvaluateConfig, PromptConfig, lasting
+from pocl_ds.data.batches import Batch, collate
+from pocl_ds.data.encode import EncodedSplit, Encoder
+from pocl_ds.data.samples import Sample, read_normalised, read_samples
 from pocl_ds.errors import ArtifactError
-from pocl_ds.evaluate.benchmarks import Question, check_names, load_questions, source_digest
-from pocl_ds.evaluate.tables import table
-from pocl_ds.generation import open_generator
-from pocl_ds.generation.protocol import Generator, Sampling
-from pocl_ds.metrics.rouge import rouge_l_many
+from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.protocol import Sampling
+from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.metrics.text import exact_match, repetition_rate
-from pocl_ds.models.load import load_tokenizer
+from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.models.vocabulary import Vocabulary, reconcile
 from pocl_ds.tracking import Progress
 
 log = logging.getLogger("pocl_ds")
 
-# Prompts handed to the engine at once, in units of its sequences in flight: large enough to keep it full, small enough
-# for progress to be seen.
-ROUNDS = 4
+HELD_OUT, RESULTS = "held_out.json", "results.json"
+LOSS_BATCH = 8  # samples of one forward when held-out loss is measured
 
-HELD_OUT_RESULT = "held_out"
+
+def model_path(run: RunDirectory, model: str) -> str:
+    """Where a model of the run lies: teacher, initial, student or baseline. Raises ArtifactError where it is not there yet."""
+    if model in ("teacher", "initial"):
+        path = read_json(run.models / "models.json")["teacher" if model == "teacher" else "student"]
+        if path is None:
+            raise ArtifactError("this recipe has no teacher: leave it out of evaluate.models")
+        return str(path)
+    folder = (run.train if model == "student" else run.baseline) / "final"
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is missing: run `pocl {'train' if model == 'student' else 'baseline'}` first")
+    return str(folder)
 
 
 def answer(
@@ -51,173 +66,179 @@ def answer(
     prompt: PromptConfig,
     *,
     model: str,
-    model_path: str,
-    tokenizer_path: str,
-    fingerprint: str,
+    path: str,
     threads: int | None = None,
 ) -> None:
-    """One model answers every benchmark under every seed: evaluation/{model}/{benchmark}-seed{seed}.jsonl.
+    """Let one model answer every benchmark with every seed that is not answered yet; one engine serves all.
 
-    model: `teacher`, `initial`, `student` or `baseline`. Finished results are kept; where all are, no model is loaded.
-    Raises DataError for a benchmark that cannot be read.
+    Writes evaluation/MODEL/BENCHMARK-seedS.jsonl with the score of each item.
     """
-    left = unfinished(run, config, model=model, fingerprint=fingerprint)
-    if not left:
-        log.info("answers of the %s are there already", model)
+    tokenizer = load_tokenizer(path)
+    encoder = Encoder(tokenizer, prompt)
+    asked = {name: _questions(run, source, config.samples) for name, source in config.benchmarks.items()}
+    prints = {
+        (name, seed): fingerprint([_identity(path), lasting(config.generation), lasting(prompt), config.temperature,
+                                   config.top_p, config.max_new_tokens, seed, [s.to_json() for s in samples]])
+        for name, samples in asked.items() for seed in config.seeds
+    }  # fmt: skip
+    todo = [key for key in prints if not _answered(run, model, *key, prints[key])]
+    if not todo:
         return
-    tokenizer = load_tokenizer(tokenizer_path)
-    encoder = functools.cache(lambda: Encoder(tokenizer, prompt))
-    questions = {
-        name: load_questions(run, name, config.benchmarks[name], encoder, config.samples)
-        for name in dict.fromkeys(name for name, _ in left)
-    }
-    total = sum(len(questions[name]) for name, _ in left)
-    max_length = prompt.max_prompt_tokens + config.max_new_tokens
-    generator = open_generator(model_path, config.generation, tokenizer, max_length=max_length, threads=threads)
+    generator = open_generator(
+        path, config.generation, tokenizer, max_length=max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
+        threads=threads,
+    )
     try:
-        with Progress(total, "answers", f"evaluate {model}") as progress:
-            for name, seed in left:
-                _answer_one(run, config, generator, questions[name], (model, name, seed), fingerprint, progress, tokenizer)
+        with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:
+            for name, seed in todo:
+                start = time.monotonic()
+                sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed=seed)
+                texts = generator.generate([encoder.prompt(sample) for sample in asked[name]], sampling)
+                file = answers_file(run, model, name, seed)
+                with atomic_write(file) as stream:
+                    for sample, text in zip(asked[name], texts, strict=True):
+                        record = {
+                            "id": sample.id, "prompt": encoder.template.text(sample), "instruction": sample.instruction,
+                            "response": text, "references": sample.references,
+                            "rouge_l": rouge_l(text, sample.references),
+                            "exact_match": exact_match(text, sample.references),
+                        }  # fmt: skip
+                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                seconds = time.monotonic() - start
+                write_manifest(
+                    file.parent, "answers", prints[name, seed], files=[file], name=f"{file.name}.manifest.json",
+                    info={"seconds": seconds, "answers_per_second": len(texts) / seconds},
+                )
+                progress.advance(len(texts))
     finally:
         generator.close()
 
 
-def unfinished(run: RunDirectory, config: EvaluateConfig, *, model: str, fingerprint: str) -> list[tuple[str, int]]:
-    """The (benchmark, seed) pairs that a model has not answered yet under this fingerprint."""
-    check_names(config.benchmarks)
-    left = []
-    for name, source in config.benchmarks.items():
-        digest = source_digest(run, source)
-        for seed in config.seeds:
-            manifest = read_manifest(run.evaluation / model, _manifest_name(name, seed))
-            current = manifest is not None and manifest.fingerprint == fingerprint and manifest.info.get("source") == digest
-            if manifest is None or not current or damaged_files(run.evaluation / model, manifest, checksums=False):
-                left.append((name, seed))
-    return left
+def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Path:
+    """Where the answers of one model to one benchmark with one seed lie."""
+    return run.evaluation / model / f"{benchmark}-seed{seed}.jsonl"
 
 
-def _answer_one(
-    run: RunDirectory,
-    config: EvaluateConfig,
-    generator: Generator,
-    questions: list[Question],
-    key: tuple[str, str, int],
-    fingerprint: str,
-    progress: Progress,
-    tokenizer: Any,
-) -> None:
-    """Generate and write one (model, benchmark, seed)."""
-    model, name, seed = key
-    start = time.monotonic()
-    directory = run.evaluation / model
-    sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed)
-    path = directory / f"{name}-seed{seed}.jsonl"
-    sums = 0.0
-    with atomic_write(path) as stream:
-        for part in _parts(questions, ROUNDS * config.generation.max_sequences):
-            responses = generator.generate([question.prompt for question in part], sampling)
-            scores = rouge_l_many(responses, [question.references for question in part])
-            for question, response, rouge in zip(part, responses, scores, strict=True):
-                line = {
-                    "id": question.id,
-                    "prompt": tokenizer.decode(question.prompt),
-                    "response": response,
-                    "references": question.references,
-                    "rouge_l": float(rouge),
-                }
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-                sums += float(rouge)
-            progress.advance(len(part), benchmark=name, seed=seed)
-    mean = 100 * sums / len(questions)
-    info = {
-        "model": model,
-        "benchmark": name,
-        "seed": seed,
-        "samples": len(questions),
-        "rouge_l": mean,
-        "source": source_digest(run, config.benchmarks[name]),
-        "seconds": time.monotonic() - start,
-    }
-    write_manifest(directory, "evaluate", fingerprint, info=info, files=[path], name=_manifest_name(name, seed))
-    log.info("%s on %s, seed %d: ROUGE-L %.2f over %d answers", model, name, seed, mean, len(questions))
+@torch.no_grad()
+def held_out(run: RunDirectory, config: EvaluateConfig, paths: dict[str, str]) -> None:
+    """Loss a token on data/test, and KL(teacher || model) a token where there is a teacher; tau = 1, float32 arithmetic.
 
-
-def summarise(
-    run: RunDirectory,
-    config: EvaluateConfig,
-    fingerprint: str,
-    *,
-    models: Sequence[str] | None = None,
-    fingerprints: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Join all answers and held-out measures into evaluation/results.json and seal the folder.
-
-    models: those that were evaluated (default: config.models). fingerprints: of each model's answers and of `held_out`,
-    where they are not `fingerprint`. ROUGE-L, exact match and repetition are x100; `sd` is the sample standard deviation
-    over seeds, null for one seed. Raises ArtifactError naming the first result that is unfinished.
+    Teacher and one model at a time are loaded whole, in this process.
     """
-    models = list(config.models if models is None else models)
-    done = read_manifest(run.evaluation)
-    if done is not None and done.fingerprint == fingerprint and done.info.get("models") == models:
-        return dict(read_json(run.evaluation / "results.json"))
-    prints = {name: fingerprint for name in [*models, HELD_OUT_RESULT]} | dict(fingerprints or {})
-    held_out = _held_out_result(run, prints[HELD_OUT_RESULT]) if config.loss else {}
-    seconds = float(held_out.get("seconds", 0.0))
+    split = EncodedSplit.open(run.data, "test")
+    if not config.loss or not len(split):
+        return
+    count = min(len(split), config.samples or len(split))
+    stamp = fingerprint([{name: _identity(path) for name, path in paths.items()}, count, split.ids[:count].tolist()])
+    manifest = read_manifest(run.evaluation, f"{HELD_OUT}.manifest.json")
+    if manifest and manifest.fingerprint == stamp:
+        return
+    teacher = load_model(paths["teacher"]) if "teacher" in paths else None
+    found = {}
+    with Progress(count * len(paths), "samples", "held-out loss") as progress:
+        for name, path in paths.items():
+            model = teacher if name == "teacher" else load_model(path)
+            vocabulary = None
+            if teacher is not None:
+                tokenizers = load_tokenizer(paths["teacher"]), load_tokenizer(path)
+                vocabulary = reconcile(*tokenizers, teacher.config.vocab_size, model.config.vocab_size)
+            found[name] = _loss_and_kl(model, teacher, vocabulary, split, count, load_tokenizer(path).pad_token_id, progress)
+    write_json(run.evaluation / HELD_OUT, found)
+    write_manifest(run.evaluation, "held_out", stamp, files=[run.evaluation / HELD_OUT], name=f"{HELD_OUT}.manifest.json")
+
+
+def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str) -> dict[str, Any]:
+    """Gather evaluation/results.json: by model and benchmark the mean and deviation over seeds. Seals the stage."""
+    losses = read_json(run.evaluation / HELD_OUT) if config.loss and (run.evaluation / HELD_OUT).is_file() else {}
     results: dict[str, Any] = {"seeds": list(config.seeds), "models": {}}
-    if held_out:
-        results["held_out"] = {key: held_out[key] for key in ("samples", "tokens", "ids")}
+    seconds = 0.0
     for model in models:
-        left = unfinished(run, config, model=model, fingerprint=prints[model])
-        if left:
-            raise ArtifactError(f"evaluation/{model}/{left[0][0]}-seed{left[0][1]}.jsonl is not finished: "
-                                f"run `pocl evaluate --model {model}`")
-        measures = {name: _benchmark(run.evaluation / model, name, config.seeds) for name in config.benchmarks}
-        seconds += sum(measure.pop("seconds") for measure in measures.values())
-        results["models"][model] = {"held_out": held_out.get("models", {}).get(model), "benchmarks": measures}
-    results["table"] = table(results)
-    write_json(run.evaluation / "results.json", results)
-    write_manifest(run.evaluation, "evaluate", fingerprint, info={"models": models, "seconds": seconds})
+        entry: dict[str, Any] = dict(losses.get(model, {}))
+        entry["benchmarks"] = {}
+        for benchmark in config.benchmarks:
+            runs = [_read_answers(answers_file(run, model, benchmark, seed)) for seed in config.seeds]
+            entry["benchmarks"][benchmark] = _statistics(runs)
+            for seed in config.seeds:
+                file = answers_file(run, model, benchmark, seed)
+                manifest = read_manifest(file.parent, f"{file.name}.manifest.json")
+                seconds += manifest.info["seconds"] if manifest else 0
+        results["models"][model] = entry
+    write_json(run.evaluation / RESULTS, results)
+    write_manifest(run.evaluation, "evaluate", fingerprint, files=[run.evaluation / RESULTS], info={"seconds": seconds})
     return results
 
 
-def _held_out_result(run: RunDirectory, fingerprint: str) -> dict[str, Any]:
-    manifest = read_manifest(run.evaluation, f"{HELD_OUT_RESULT}.manifest.json")
-    if manifest is None or manifest.fingerprint != fingerprint or damaged_files(run.evaluation, manifest):
-        raise ArtifactError("evaluation/held_out.json is not finished: run `pocl evaluate`")
-    return dict(read_json(run.evaluation / f"{HELD_OUT_RESULT}.json")) | {"seconds": manifest.info.get("seconds", 0.0)}
+def _loss_and_kl(
+    model: Any, teacher: Any, vocabulary: Vocabulary | None, split: EncodedSplit, count: int, pad_id: int, progress: Progress
+) -> dict[str, float]:
+    order = np.argsort(split.total_tokens[:count], kind="stable")  # like lengths together: little padding
+    sums = np.zeros(3)
+    for first in range(0, count, LOSS_BATCH):
+        batch = collate(split, order[first : first + LOSS_BATCH], pad_id)
+        log_q = _log_probabilities(model, batch, vocabulary)
+        loss = -log_q.gather(-1, batch.labels[:, None]).sum()
+        kl = 0.0
+        if teacher is not None and teacher is not model:
+            log_p = _log_probabilities(teacher, batch, vocabulary)
+            kl = float(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").nan_to_num().sum())
+        sums += [float(loss), kl, batch.labels.numel()]
+        progress.advance(len(batch.rows))
+    entry = {"loss": sums[0] / sums[2], "tokens": sums[2]}
+    return entry | ({"kl": sums[1] / sums[2]} if teacher is not None else {})
 
 
-def _benchmark(directory: Path, name: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """Measures of one model on one benchmark, over seeds."""
-    by_seed, seconds, samples = {}, 0.0, 0
-    for seed in seeds:
-        manifest = read_manifest(directory, _manifest_name(name, seed))
-        if manifest is None or damaged_files(directory, manifest):
-            raise ArtifactError(f"{directory / name}-seed{seed}.jsonl differs from its manifest: remove it and evaluate again")
-        lines = [json.loads(line) for line in (directory / f"{name}-seed{seed}.jsonl").open(encoding="utf-8")]
-        samples = len(lines)
-        seconds += float(manifest.info["seconds"])
-        by_seed[seed] = {
-            "rouge_l": 100 * statistics.fmean(line["rouge_l"] for line in lines),
-            "exact_match": 100 * statistics.fmean(float(exact_match(line["response"], line["references"])) for line in lines),
-            "words": statistics.fmean(len(line["response"].split()) for line in lines),
-            "repetition": 100 * statistics.fmean(repetition_rate(line["response"]) for line in lines),
-        }
-    measures: dict[str, Any] = {"samples": samples, "seconds": seconds}
-    for key in ("rouge_l", "exact_match", "words", "repetition"):
-        values = [values[key] for values in by_seed.values()]
-        measures[key] = {
-            "mean": statistics.fmean(values),
-            "sd": statistics.stdev(values) if len(values) > 1 else None,
-            "seeds": {str(seed): value for seed, value in zip(by_seed, values, strict=True)},
-        }
-    return measures
+def _log_probabilities(model: Any, batch: Batch, vocabulary: Vocabulary | None) -> Tensor:
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.positions]
+    logits = head_of(model).logits(hidden, None if vocabulary is None else vocabulary.size).float()
+    if vocabulary is not None and vocabulary.shared is not None:
+        logits = logits.masked_fill(torch.from_numpy(~vocabulary.shared), -torch.inf)
+    return logits.log_softmax(-1)
 
 
-def _parts(questions: list[Question], size: int) -> Iterator[list[Question]]:
-    for start in range(0, len(questions), size):
-        yield questions[start : start + size]
+def _questions(run: RunDirectory, source: str, limit: int | None) -> list[Sample]:
+    """A benchmark's samples: the first `limit` by the hash of the prompt, so that a cut does not follow a file's order."""
+    path = run.data / "test.jsonl"
+    samples = list(read_normalised(path) if source == "test" else read_samples(source))
+    if not samples:
+        raise ArtifactError(f"benchmark {source!r} holds no samples: give data.test_fraction or evaluate.benchmarks")
+    if source == "test":
+        return samples[:limit]
+    return sorted(samples, key=lambda sample: sample.prompt_key)[:limit] if limit else samples
 
 
-def _manifest_name(benchmark: str, seed: int) -> str:
-    return f"{benchmark}-seed{seed}.manifest.json"
+def _identity(path: str) -> Any:
+    """What tells one model folder from another: names, sizes and times of its weight files; a Hub name itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return path
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _answered(run: RunDirectory, model: str, benchmark: str, seed: int, stamp: str) -> bool:
+    file = answers_file(run, model, benchmark, seed)
+    manifest: Manifest | None = read_manifest(file.parent, f"{file.name}.manifest.json")
+    return manifest is not None and manifest.fingerprint == stamp and file.is_file()
+
+
+def _read_answers(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: run `pocl evaluate --model {path.parent.name}` first")
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def _statistics(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, ROUGE-L and exact match times 100."""
+    rouge = [100 * statistics.fmean(record["rouge_l"] for record in records) for records in runs]
+    exact = [100 * statistics.fmean(record["exact_match"] for record in records) for records in runs]
+    texts = [record["response"] for records in runs for record in records]
+    return {
+        "samples": len(runs[0]),
+        "rouge_l": statistics.fmean(rouge),
+        "rouge_l_deviation": statistics.stdev(rouge) if len(rouge) > 1 else None,
+        "rouge_l_by_seed": rouge,
+        "exact_match": statistics.fmean(exact),
+        "words": statistics.fmean(len(text.split()) for text in texts),
+        "repetition_rate": statistics.fmean(repetition_rate(text) for text in texts),
+    }

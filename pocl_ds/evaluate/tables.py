@@ -1,76 +1,51 @@
-"""Results as a table of texts: for the terminal, for Markdown, and (in results.json) for the report."""
+"""Results as tables, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Rows in the order in which a reader compares them.
-ROWS = {
-    "initial": "student before",
-    "student": "student after",
-    "baseline": "plain KD",
-    "teacher": "teacher",
-}
-ABSENT = "–"
-
-
-def table(results: dict[str, Any]) -> dict[str, Any]:
-    """Columns and rows of texts from results: {"columns": [..], "rows": [{"model", "cells"}, ..]}.
-
-    Held-out loss and KL are nats per token, ROUGE-L is x100, mean ± sample standard deviation over seeds.
-    """
-    models: dict[str, Any] = results["models"]
-    benchmarks = list(dict.fromkeys(name for model in models.values() for name in model["benchmarks"]))
-    with_loss = any(model["held_out"] for model in models.values())
-    with_kl = with_loss and "teacher" in models
-    columns = ["model"]
-    if with_loss:
-        columns.append("held-out loss / token")
-    if with_kl:
-        columns.append("KL to teacher / token")
-    columns += [f"ROUGE-L {name}" for name in benchmarks]
-    rows = []
-    for model, label in ROWS.items():
-        if model not in models:
-            continue
-        held_out = models[model]["held_out"] or {}
-        cells = [label]
-        if with_loss:
-            cells.append(_number(held_out.get("loss"), 3))
-        if with_kl:
-            cells.append(_number(held_out.get("kl"), 3))
-        cells += [_spread(models[model]["benchmarks"].get(name)) for name in benchmarks]
-        rows.append({"model": model, "cells": cells})
-    return {"columns": columns, "rows": rows}
+ROWS = (
+    ("initial", "student before"), ("student", "student after"), ("baseline", "student after plain KD"), ("teacher", "teacher"),
+)  # fmt: skip
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Plain text with aligned columns, names to the left and numbers to the right."""
-    tree = table(results)
-    lines = [tree["columns"], *(row["cells"] for row in tree["rows"])]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(tree["columns"]))]
-
-    def aligned(line: list[str]) -> str:
-        return "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([aligned(lines[0]), rule, *map(aligned, lines[1:])]) + "\n"
+    """Plain text, columns aligned."""
+    rows = table_rows(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """The same table in Markdown."""
-    tree = table(results)
-    lines = [tree["columns"], ["---", *["---:"] * (len(tree["columns"]) - 1)], *(row["cells"] for row in tree["rows"])]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    """The same in Markdown."""
+    rows = table_rows(results)
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def table_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Header and one row a model: held-out loss and KL a token in nats, ROUGE-L x 100 a benchmark."""
+    models = results["models"]
+    benchmarks = list(dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"]))
+    rows = [["", "loss/token", "KL to teacher", *(f"ROUGE-L {name}" for name in benchmarks)]]
+    for model, label in ROWS:
+        if model in models:
+            entry = models[model]
+            scores = [_score(entry["benchmarks"].get(name)) for name in benchmarks]
+            rows.append([label, _number(entry.get("loss"), 3), _number(entry.get("kl"), 3), *scores])
+    return rows
+
+
+def _score(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    deviation = entry["rouge_l_deviation"]
+    return _number(entry["rouge_l"], 2) + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
 def _number(value: float | None, digits: int) -> str:
-    return ABSENT if value is None else f"{value:.{digits}f}"
-
-
-def _spread(measures: dict[str, Any] | None) -> str:
-    if measures is None:
-        return ABSENT
-    rouge = measures["rouge_l"]
-    mean = f"{rouge['mean']:.2f}"
-    return mean if rouge["sd"] is None else f"{mean} ± {rouge['sd']:.2f}"
+    return "–" if value is None else f"{value:.{digits}f}"

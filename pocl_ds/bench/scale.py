@@ -1,0 +1,90 @@
+"""Time and peak memory of ranking, planning and sampling, from ten thousand to ten million samples.
+
+Each size runs in a process of its own, because a process's peak memory never falls. Making up ids and scores is not timed,
+though their memory counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocl_ds.curriculum.plan import build_plan
+from pocl_ds.curriculum.sampler import Sampler
+from pocl_ds.difficulty.rank import fuse
+
+SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+
+
+def run(sizes: Sequence[int] = SIZES, out: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Print and return a row for each number of samples. Seconds on one core; memory of the whole process."""
+    out("rank, plan and sampler on synthetic samples, one process a size, one core")
+    out(f"{'samples':>10}  {'rank':>8}  {'plan':>8}  {'batch 0':>8}  {'resume':>8}  {'sum':>8}  {'peak':>9}")
+    rows = []
+    for size in sizes:
+        row = _in_a_process(size)
+        rows.append(row)
+        steps = ("rank", "plan", "first_batch", "resumed_batch")
+        cells = "  ".join(f"{row[name]:>6.2f} s" for name in steps)
+        out(f"{size:>10}  {cells}  {sum(row[name] for name in steps):>6.2f} s  {row['peak_mib']:>5.0f} MiB")
+    out("batch 0: sampler made and asked for its first batch; resume: a new sampler over the order on disk, asked for")
+    out("a batch in the middle of an epoch of the last stage")
+    return rows
+
+
+def measure(size: int) -> dict[str, Any]:
+    """Seconds of each part at one size, and this process's peak memory in MiB."""
+    source = np.random.default_rng(0)
+    ids = np.char.mod("sample-%08d", source.permutation(size)).astype("S15")
+    # A tenth of the answers share nothing with the reference, as with a weak student; ROUGE-L takes few values.
+    rouge = np.where(source.random(size) < 0.1, 0.0, source.integers(0, 4000, size) / 4000)
+    entropy = source.gamma(4.0, 0.7, size)
+    row: dict[str, Any] = {"samples": size}
+    begin = time.perf_counter()
+    ranking = fuse(ids, rouge, entropy)
+    row["rank"] = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    plan = build_plan(ranking.order_index)
+    row["plan"] = time.perf_counter() - begin
+
+    begin = time.perf_counter()
+    Sampler(plan, 0).batch(0)
+    row["first_batch"] = time.perf_counter() - begin
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "order.npy"
+        np.save(path, ranking.order_index)
+        tree = plan.to_json()
+        begin = time.perf_counter()
+        order = np.load(path, mmap_mode="r")
+        resumed = type(plan).from_json(tree, order)
+        step = resumed.total_steps - resumed.stages[-1].steps_per_epoch // 2
+        np.asarray(order[Sampler(resumed, 0).batch(step)])
+        row["resumed_batch"] = time.perf_counter() - begin
+    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return row
+
+
+def _in_a_process(size: int) -> dict[str, Any]:
+    one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pocl_ds.bench.scale", str(size)],
+        check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **one_core},
+    )  # fmt: skip
+    row: dict[str, Any] = json.loads(done.stdout)
+    return row
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]))))
