@@ -10,7 +10,7 @@ Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that tak
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,9 @@ class Ids:
     masked: Tensor | None = None  # [size] bool, true where an id takes no part
 
 
-@dataclass
-class LossSums:
-    """Sums over loss tokens. `total` carries the gradient; `kd` and `ce` are for the log."""
-
-    total: Tensor
-    kd: Tensor
-    ce: Tensor
-    tokens: int
+# Sums over loss tokens: total = alpha * CE + (1 - alpha) * KD, which carries the gradient, then KD and CE for the log. A
+# plain tuple, since ZeRO-3 looks for tensors to hook in tuples, lists and dictionaries only.
+LossSums: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def loss_sums(
@@ -73,10 +68,10 @@ def loss_sums(
     rows = chunk_rows(ids.size, chunk_bytes, working_type(hidden))
     if terms.name != "sft" and (teacher_hidden is None or teacher_head is None):
         raise RecipeError(f"loss.name={terms.name} needs a teacher")
-    total, kd, ce = _HeadLoss.apply(
+    sums: LossSums = _HeadLoss.apply(
         hidden, head.weight, head.bias, head, labels, terms, ids, teacher_hidden, teacher_head, rows, torch.is_grad_enabled()
     )
-    return LossSums(total, kd, ce, labels.numel())
+    return sums
 
 
 def chunk_rows(size: int, chunk_bytes: int, dtype: torch.dtype) -> int:
@@ -150,7 +145,8 @@ class _HeadLoss(torch.autograd.Function):
             teacher = None
             if teacher_hidden is not None and teacher_head is not None and terms.name != "sft":
                 teacher = _masked(teacher_head.logits(teacher_hidden[chunk], ids.size), ids)
-            chunk_sums, gradient = _chunk(product, labels[chunk], teacher, head, terms, options, ids, need_hidden or need_weight)
+            need = need_hidden or need_weight
+            chunk_sums, gradient = _chunk(product, labels[chunk], teacher, head, terms, options, ids, need)
             sums += chunk_sums
             if gradient is None:
                 continue

@@ -139,9 +139,9 @@ class Trainer:
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
             batch = collate(self.data.split, rows[members], self.data.pad_id).to(self.device)
-            micro_sums = self._forward(batch, terms)
-            self.engine.backward(micro_sums.total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
-            sums += torch.stack([micro_sums.total.detach(), micro_sums.kd, micro_sums.ce])
+            total, kd_sum, ce_sum = self._forward(batch, terms)
+            self.engine.backward(total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
+            sums += torch.stack([total.detach(), kd_sum, ce_sum])
         loss, kd, ce = (distributed.all_sum(sums) / normaliser).tolist()
         rate = learning_rate(
             *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps
@@ -187,9 +187,9 @@ class Trainer:
         for first in range(0, len(chunks), ranks):
             own = first + rank < len(chunks)  # a rank without a chunk repeats one, uncounted
             batch = collate(split, chunks[first + rank if own else first], self.data.pad_id).to(self.device)
-            micro_sums = self._forward(batch, terms)
+            _, kd_sum, ce_sum = self._forward(batch, terms)
             if own:
-                sums += torch.stack([micro_sums.kd, micro_sums.ce, sums.new_tensor(micro_sums.tokens)])
+                sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])
         self.engine.module.train()
         kd, ce, tokens = distributed.all_sum(sums).tolist()
         log.info("%s: stage %d ends, validation loss %.4f, divergence %.4f a token", self.label, position.stage + 1,

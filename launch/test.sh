@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Check everything: set-up, ruff, types, tests. Arguments go to pytest: launch/test.sh tests/unit -k rouge
+set -uo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$here" || exit 2
+summary=() worst=0
+
+# phase NAME COMMAND...: run, remember seconds and verdict; a failure does not hide what the next phase finds.
+phase() {
+  local name=$1 start=$SECONDS code=0
+  shift
+  echo "== $name"
+  "$@" || code=$?
+  summary+=("$(printf '%-8s %4d s  %s' "$name" "$((SECONDS - start))" "$([ "$code" = 0 ] && echo ok || echo "failed ($code)")")")
+  if ((code && !worst)); then worst=$code; fi
+  return "$code"
+}
+
+phase setup bash launch/setup.sh --dev --quickstart || exit "$worst"
+
+export PATH=$here/.venv/bin:$PATH TORCH_EXTENSIONS_DIR=$here/.cache/torch_extensions
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || export DS_ACCELERATOR=cpu
+
+phase ruff ruff check .
+phase mypy mypy
+phase pytest python -m pytest "$@"
+
+echo "== summary"
+printf '%s\n' "${summary[@]}"
+exit "$worst"

@@ -1,0 +1,41 @@
+"""The stage `report`: report/report.html and report/report.md from a run's artifacts."""
+
+from __future__ import annotations
+
+import logging
+
+import yaml
+
+from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
+from pocl_ds.config import ReportConfig
+from pocl_ds.report.markdown import markdown_page
+from pocl_ds.report.page import html_page
+from pocl_ds.report.read import read_facts
+
+log = logging.getLogger("pocl_ds")
+
+PAGE, TEXT = "report.html", "report.md"
+
+
+def build_report(run: RunDirectory, config: ReportConfig, *, recipe_yaml: str, fingerprint: str) -> Manifest:
+    """Write both pages. Parts that the run lacks are left out, and named; a report of a run that went on is built anew.
+
+    Raises ArtifactError where a finished artifact is damaged.
+    """
+    facts = read_facts(run, config.examples)
+    inputs = {stage: manifest.fingerprint for stage, manifest in facts.manifests.items()}
+    inputs["steps"] = str(0 if facts.curves is None else len(facts.curves.steps["step"]))
+    done = read_manifest(run.report)
+    if done and done.fingerprint == fingerprint and done.info.get("inputs") == inputs and not damaged_files(run.report, done):
+        return done
+    name = str(yaml.safe_load(recipe_yaml)["name"])
+    page = html_page(facts, name=name, recipe_yaml=recipe_yaml)
+    text = markdown_page(facts, name=name, recipe_yaml=recipe_yaml)
+    for file, content in ((PAGE, page), (TEXT, text)):
+        with atomic_write(run.report / file) as stream:
+            stream.write(content)
+    for sentence in facts.missing:
+        log.info("report: %s", sentence)
+    info = {"inputs": inputs, "missing": facts.missing, "examples": len(facts.examples)}
+    files = [run.report / PAGE, run.report / TEXT]
+    return write_manifest(run.report, "report", fingerprint, info=info, files=files)

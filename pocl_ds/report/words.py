@@ -1,0 +1,112 @@
+"""Texts that both pages share: the headline, cells of tables, and what makes foreign text harmless."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+from pocl_ds.report.read import MODELS, Facts
+
+ABSENT = "–"
+LONGEST = 1500  # characters of an answer that are shown
+# What a page cannot hold: control characters, and halves of surrogate pairs, which JSON allows and UTF-8 does not.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
+
+def escaped(text: object) -> str:
+    """Any text as HTML text or attribute."""
+    return html.escape(UNPRINTABLE.sub("\ufffd", str(text)), quote=True)
+
+
+def markdown_cell(text: object) -> str:
+    """Any text as one cell of a Markdown table: literal, on one line, without links, images or tags."""
+    plain = UNPRINTABLE.sub("\ufffd", str(text).replace("\r\n", "\n").replace("\r", "\n"))
+    plain = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(plain, quote=False))
+    return re.sub(r"(https?):", r"\1&#58;", plain).replace("\n", "<br>")
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text, with a mark."""
+    return text if len(text) <= LONGEST else text[:LONGEST] + " […]"
+
+
+def clock(seconds: float) -> str:
+    """12 s, 3 min 20 s, 2 h 05 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Header, and (model, cells) for each model: loss and KL in nats per token, ROUGE-L x100 by benchmark."""
+    models = [name for name in MODELS if name in results["models"]]
+    benchmarks = list(dict.fromkeys(name for model in models for name in results["models"][model]["benchmarks"]))
+    entries = {model: results["models"][model] for model in models}
+    measures = [key for key in ("loss", "kl") if any(entry.get(key) is not None for entry in entries.values())]
+    names = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
+    header = ["model", *(names[key] for key in measures), *(f"ROUGE-L, {name}" for name in benchmarks)]
+    rows = []
+    for model, entry in entries.items():
+        cells = [MODELS[model], *(number(entry.get(key), 3) for key in measures)]
+        rows.append((model, cells + [_spread(entry["benchmarks"].get(name)) for name in benchmarks]))
+    return header, rows
+
+
+def headline(facts: Facts) -> str:
+    """The result in one or two sentences, as far as the run has come."""
+    if facts.results is None:
+        return "No result yet: this run has not been evaluated."
+    models = facts.results["models"]
+    rouge = {name: entry["benchmarks"][facts.benchmark]["rouge_l"] for name, entry in models.items()
+             if facts.benchmark in entry["benchmarks"]}  # fmt: skip
+    sentences = []
+    if "student" in rouge:
+        if rouge.get("teacher"):
+            text = (f"The student reaches {100 * rouge['student'] / rouge['teacher']:.0f}% of the teacher's ROUGE-L on "
+                    f"{facts.benchmark} ({rouge['student']:.1f} of {rouge['teacher']:.1f}")
+            text += f"; {rouge['initial']:.1f} before)" if "initial" in rouge else ")"
+        else:
+            text = f"The student's ROUGE-L on {facts.benchmark} is {rouge['student']:.1f}"
+            text += f" ({rouge['initial']:.1f} before)" if "initial" in rouge else ""
+        sentences.append(text + ".")
+    loss = {name: entry["loss"] for name, entry in models.items() if entry.get("loss") is not None}
+    if "student" in loss:
+        text = f"Its held-out loss is {loss['student']:.2f} nats per token"
+        beside = (("initial", "before"), ("teacher", "for the teacher"))
+        others = [f"{loss[name]:.2f} {word}" for name, word in beside if name in loss]
+        sentences.append(text + (f" ({', '.join(others)})" if others else "") + ".")
+    return " ".join(sentences) or "The student itself was not among the models that were evaluated."
+
+
+def plan_rows(plan: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and one row a stage."""
+    header = ["stage", "samples", "epochs", "steps", "tau", "SFT ratio"]
+    rows = [
+        [str(stage["index"] + 1), f"{stage['stop'] - stage['start']:,}", str(stage["epochs"]), f"{stage['steps']:,}",
+         f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}"]
+        for stage in plan["stages"]
+    ]  # fmt: skip
+    return header, rows
+
+
+def versions(facts: Facts) -> dict[str, str]:
+    """Packages of the run: those of training, else of the first finished stage."""
+    manifest = facts.manifests.get("train") or next(iter(facts.manifests.values()), None)
+    return dict(manifest.versions) if manifest else {}
+
+
+def number(value: float | None, digits: int) -> str:
+    """Fixed decimals, or a dash."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def _spread(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ABSENT
+    deviation = entry.get("rouge_l_deviation")
+    return number(entry["rouge_l"], 2) + ("" if deviation is None else f" ± {deviation:.2f}")

@@ -1,0 +1,93 @@
+"""Export: what others get is what was trained, and nobody's folder is touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pocl_ds.artifacts import RunDirectory, read_manifest
+from pocl_ds.errors import ArtifactError
+from pocl_ds.evaluate import export as room
+from pocl_ds.evaluate.export import export
+
+
+def test_the_folder_holds_the_trained_model(run: RunDirectory, recipe: str) -> None:
+    folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    assert folder.resolve() == run.export.resolve()
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (folder, run.train / "final"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert AutoTokenizer.from_pretrained(folder).encode("the number") == AutoTokenizer.from_pretrained(
+        run.train / "final").encode("the number")  # fmt: skip
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "library_name: transformers" in card
+    for word in ("d" * 16, "| 1 | 40 | 1 | 5 |", "fkl", "torch"):
+        assert word in card, word
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest.stage == "export" and manifest.fingerprint == "x"
+
+
+def test_a_tied_model_goes_too(run: RunDirectory, recipe: str, tiny_gpt2: Path) -> None:
+    shutil.rmtree(run.train / "final")
+    shutil.copytree(tiny_gpt2, run.train / "final")
+    from pocl_ds.artifacts import write_manifest
+
+    files = [path for path in (run.train / "final").iterdir() if path.is_file()]
+    write_manifest(run.train, "train", "t", info={"steps": 5}, files=files)
+    folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_repeating_changes_nothing(run: RunDirectory, recipe: str) -> None:
+    folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    assert export(run, out=None, recipe_yaml=recipe, fingerprint="x") == folder
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+    export(run, out=None, recipe_yaml=recipe, fingerprint="y")
+    assert read_manifest(folder).fingerprint == "y"  # type: ignore[union-attr]
+
+
+def test_a_changed_weight_is_refused_by_name(run: RunDirectory, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "model.layers.1.mlp.up_proj.weight"
+    copyfile = shutil.copyfile
+
+    def spoil(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if Path(source).name == "model.safetensors":
+            tensors = load_file(target)
+            tensors[key][0, 0] += 1e-3
+            save_file(tensors, target, metadata={"format": "pt"})
+
+    monkeypatch.setattr(room.shutil, "copyfile", spoil)
+    with pytest.raises(ArtifactError, match=key.replace(".", r"\.")):
+        export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    assert not run.export.exists()  # nothing half-written
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".export")]
+
+
+def test_unfinished_training_is_one_sentence(run: RunDirectory, recipe: str) -> None:
+    (run.train / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"final is missing or unfinished: run `pocl train`"):
+        export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+
+
+def test_somebody_elses_folder_is_left_as_it_is(run: RunDirectory, recipe: str, tmp_path: Path) -> None:
+    for name, content in (("notes.txt", "mine"), ("manifest.json", '{"name": "an app"}')):
+        folder = tmp_path / f"with-{name}"
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(ArtifactError):
+            export(run, out=folder, recipe_yaml=recipe, fingerprint="x")
+        assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == content
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ArtifactError):
+        export(run, out=file, recipe_yaml=recipe, fingerprint="x")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert (export(run, out=empty, recipe_yaml=recipe, fingerprint="x") / "config.json").is_file()

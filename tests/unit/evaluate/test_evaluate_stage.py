@@ -1,0 +1,150 @@
+"""The evaluation of tiny models, end to end and in this process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
+from pocl_ds.config import EvaluateConfig, PromptConfig
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.errors import PoclError
+from pocl_ds.evaluate import stage
+from pocl_ds.metrics.rouge import rouge_l
+
+Configured = Callable[..., EvaluateConfig]
+
+
+def answer(run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, model: str) -> None:
+    stage.answer(run, config, prompt, model=model, path=stage.model_path(run, model), threads=1)
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_are_scored_and_keyed_by_id(run: RunDirectory, configured: Configured, prompt: PromptConfig) -> None:
+    answer(run, configured(), prompt, "student")
+    samples = {record["id"]: record for record in records(run.data / "test.jsonl")}
+    by_seed = [records(run.evaluation / "student" / f"test-seed{seed}.jsonl") for seed in (10, 20)]
+    for found in by_seed:
+        assert len(found) == 6
+        for record in found:
+            assert record["references"] == samples[record["id"]]["references"]
+            assert samples[record["id"]]["instruction"] in record["prompt"]
+            assert record["rouge_l"] == rouge_l(record["response"], record["references"])
+    assert [r["id"] for r in by_seed[0]] == [r["id"] for r in by_seed[1]]
+    assert [r["response"] for r in by_seed[0]] != [r["response"] for r in by_seed[1]]  # a seed is heard
+
+
+def test_only_unfinished_answers_are_repeated(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured()
+    answer(run, config, prompt, "student")
+    folder = run.evaluation / "student"
+    first, second = (folder / f"test-seed{seed}.jsonl" for seed in (10, 20))
+    kept, texts = first.stat().st_mtime_ns, second.read_text()
+    (folder / f"{second.name}.manifest.json").unlink()  # as after a kill
+    answer(run, config, prompt, "student")
+    assert first.stat().st_mtime_ns == kept
+    assert second.read_text() == texts  # the same seed gives the same answers
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("no model may be loaded")
+
+    monkeypatch.setattr(stage, "open_generator", never)
+    answer(run, config, prompt, "student")
+    with pytest.raises(AssertionError):
+        answer(run, configured(max_new_tokens=9), prompt, "student")  # other settings, other answers
+
+
+def test_a_benchmark_file_is_read_like_training_data(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "bench.jsonl"
+    path.write_text("".join(json.dumps({"instruction": f"Ask {i}.", "input": "", "output": ["a", f"b {i}"]}) + "\n" for i in range(9)))
+    config = configured(benchmarks={"mine": str(path)}, seeds=(10,), samples=4)
+    answer(run, config, prompt, "initial")
+    found = records(run.evaluation / "initial" / "mine-seed10.jsonl")
+    assert len(found) == 4 and all(len(record["references"]) == 2 for record in found)
+    missing = configured(benchmarks={"mine": str(tmp_path / "none.jsonl")}, seeds=(10,))
+    with pytest.raises(PoclError, match=r"none\.jsonl does not exist"):
+        answer(run, missing, prompt, "initial")
+
+
+def reference(run: RunDirectory, path: str, teacher: str, rows: int, ids: int, samples: int) -> tuple[float, float]:
+    """Loss and KL a token by the models' own full logits, sample by sample, in float64."""
+    split = EncodedSplit.open(run.data, "test")
+    one, other = (AutoModelForCausalLM.from_pretrained(p).double().eval() for p in (path, teacher))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert len(tokenizer) == ids
+    loss = kl = 0.0
+    count = 0
+    for row in range(samples):
+        tokens = torch.from_numpy(split.tokens(row).astype("int64"))[None]
+        start = int(split.prompt_tokens[row])
+        with torch.no_grad():
+            q, p = (m(tokens).logits[0, start - 1 : -1, :rows].log_softmax(-1) for m in (one, other))
+        labels = tokens[0, start:]
+        loss -= float(q[torch.arange(len(labels)), labels].sum())
+        kl += float((p.exp() * (p - q)).sum())
+        count += len(labels)
+    return loss / count, kl / count
+
+
+def test_held_out_equals_float64_over_full_logits(run: RunDirectory, configured: Configured) -> None:
+    paths = {name: stage.model_path(run, name) for name in ("teacher", "initial", "student")}
+    size = len(EncodedSplit.open(run.data, "test"))
+    stage.held_out(run, configured(samples=None), paths)
+    found = read_json(run.evaluation / "held_out.json")
+    found = found.get("models", found)
+    # The teacher's 8 rows beyond the tokenizer take no part: both sides are cut to the rows that the student has.
+    expected = reference(run, paths["initial"], paths["teacher"], 320, 320, size)
+    assert (found["initial"]["loss"], found["initial"]["kl"]) == pytest.approx(expected, rel=1e-5)
+    assert expected[1] > 0.01
+    assert found["teacher"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["student"]["kl"] == pytest.approx(0, abs=1e-6)  # here the student has become the teacher
+    assert found["student"]["loss"] == pytest.approx(found["teacher"]["loss"], rel=1e-6)
+
+
+def test_without_a_teacher_there_is_a_loss_and_no_divergence(run: RunDirectory, configured: Configured) -> None:
+    stage.held_out(run, configured(samples=None), {"initial": stage.model_path(run, "initial")})
+    found = read_json(run.evaluation / "held_out.json")
+    found = found.get("models", found)
+    assert found["initial"]["loss"] > 0 and found["initial"].get("kl") is None
+
+
+def test_the_summary_joins_seeds_and_seals(run: RunDirectory, configured: Configured, prompt: PromptConfig) -> None:
+    config = configured(models=("teacher", "student"))
+    names = ["teacher", "student"]
+    for model in names:
+        answer(run, config, prompt, model)
+    stage.held_out(run, config, {name: stage.model_path(run, name) for name in names})
+    results = stage.summarise(run, config, names, fingerprint="e" * 64)
+    means = [100 * statistics.fmean(r["rouge_l"] for r in records(run.evaluation / "student" / f"test-seed{seed}.jsonl"))
+             for seed in (10, 20)]  # fmt: skip
+    found = results["models"]["student"]["benchmarks"]["test"]
+    assert found["rouge_l"] == pytest.approx(statistics.fmean(means))
+    assert found["rouge_l_deviation"] == pytest.approx(abs(means[0] - means[1]) / 2**0.5)  # of a sample: n - 1
+    assert found["samples"] == 6 and found["words"] > 0
+    assert results["models"]["student"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert read_json(run.evaluation / "results.json") == results
+    manifest = read_manifest(run.evaluation)
+    assert manifest is not None and manifest.fingerprint == "e" * 64 and manifest.info["seconds"] > 0
+
+
+def test_an_unanswered_model_is_one_sentence(run: RunDirectory, configured: Configured) -> None:
+    with pytest.raises(PoclError, match="run `pocl evaluate --model student`"):
+        stage.summarise(run, configured(loss=False), ["student"], fingerprint="e")
+
+
+def test_a_model_that_is_not_there(run: RunDirectory) -> None:
+    with pytest.raises(PoclError, match="baseline"):
+        stage.model_path(run, "baseline")
