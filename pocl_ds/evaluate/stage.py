@@ -137,7 +137,7 @@ def held_out(run: RunDirectory, config: EvaluateConfig, paths: dict[str, str]) -
     found = {}
     with Progress(count * len(paths), "samples", "held-out loss") as progress:
         for name, path in paths.items():
-            model = teacher if name == "teacher" else load_model(path)
+            model: Any = teacher if name == "teacher" else load_model(path)
             vocabulary = None
             if teacher is not None:
                 tokenizers = load_tokenizer(paths["teacher"]), load_tokenizer(path)

@@ -42,7 +42,7 @@ class TransformersGenerator:
         if threads is not None:
             torch.set_num_threads(threads)
         model = load_model(model_path, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision)
-        self.model: Any = model.to(device()).eval()  # type: ignore[arg-type]
+        self.model: Any = model.to(device()).eval()
         self.config, self.tokenizer, self.tokens = config, tokenizer, 0
         self.stops = stop_ids(tokenizer, self.model.generation_config)
         # The model's own decoding settings (temperature, repetition penalty) must not add to ours.
@@ -108,7 +108,7 @@ class TransformersGenerator:
             torch.cuda.empty_cache()
 
 
-class _GumbelNoise(LogitsProcessor):  # type: ignore[misc]
+class _GumbelNoise(LogitsProcessor):
     """Gumbel noise from one generator a row: the arg max of log-probabilities plus it is an exact sample.
 
     `do_sample` of transformers draws for the whole batch at once, so that a text would depend on its neighbours.

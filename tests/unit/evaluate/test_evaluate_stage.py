@@ -69,7 +69,8 @@ def test_a_benchmark_file_is_read_like_training_data(
     run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path
 ) -> None:
     path = tmp_path / "bench.jsonl"
-    path.write_text("".join(json.dumps({"instruction": f"Ask {i}.", "input": "", "output": ["a", f"b {i}"]}) + "\n" for i in range(9)))
+    items = [{"instruction": f"Ask {i}.", "input": "", "output": ["a", f"b {i}"]} for i in range(9)]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
     config = configured(benchmarks={"mine": str(path)}, seeds=(10,), samples=4)
     answer(run, config, prompt, "initial")
     found = records(run.evaluation / "initial" / "mine-seed10.jsonl")
