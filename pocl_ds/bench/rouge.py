@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pocl_ds.bench.arguments import whole_numbers
 from pocl_ds.metrics.rouge import forget_stems, rouge_l_many
 
 PAIRS = 300  # distinct pairs of a round; we score all, rouge-score the first few, compared by the time of one pair
@@ -34,17 +35,17 @@ class Ratios:
 
 
 def run(
-    out: Callable[[str], None] = print, *, lengths: Sequence[int] = tuple(ROUGE_SCORE_PAIRS), rounds: int = 5,
-    pairs: int = PAIRS,
-) -> list[Ratios]:  # fmt: skip
+    lengths: Sequence[int | str] = (), out: Callable[[str], None] = print, *, rounds: int = 5, pairs: int = PAIRS
+) -> list[Ratios]:
     """Print and return the ratio at each length in words: median over rounds, with the smallest and the largest.
 
+    lengths: words of a text, 16 to 512 where none is given. Raises RecipeError where one is not a number of words.
     cold: no stem is remembered when a round begins; warm: the same pairs once more.
     """
     out(f"ROUGE-L: times as fast as rouge-score, median of {rounds} rounds (min..max); {pairs} distinct pairs a round")
     out(f"{'words':>6}  {'stems cold':>22}  {'stems warm':>22}  {'rouge-score':>12}  {'cold':>9}  {'warm':>9}")
     table = []
-    for words in lengths:
+    for words in whole_numbers(lengths, "words") or tuple(ROUGE_SCORE_PAIRS):
         row = measure(words, rounds=rounds, pairs=pairs)
         table.append(row)
         out(

@@ -19,19 +19,25 @@ from typing import Any
 
 import numpy as np
 
+from pocl_ds.bench.arguments import whole_numbers
 from pocl_ds.curriculum.plan import build_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.difficulty.rank import fuse
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
+SMALLEST = 256  # four subsets of one batch of 64
 
 
-def run(sizes: Sequence[int] = SIZES, out: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Print and return a row for each number of samples. Seconds on one core; memory of the whole process."""
+def run(sizes: Sequence[int | str] = (), out: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Print and return a row for each number of samples. Seconds on one core; memory of the whole process.
+
+    sizes: 10k to 10M where none is given. Raises RecipeError where one is not a number of samples.
+    """
+    counts = whole_numbers(sizes, "samples", least=SMALLEST) or SIZES
     out("rank, plan and sampler on synthetic samples, one process a size, one core")
     out(f"{'samples':>10}  {'rank':>8}  {'plan':>8}  {'batch 0':>8}  {'resume':>8}  {'sum':>8}  {'peak':>9}")
     rows = []
-    for size in sizes:
+    for size in counts:
         row = _in_a_process(size)
         rows.append(row)
         steps = ("rank", "plan", "first_batch", "resumed_batch")

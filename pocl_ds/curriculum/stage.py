@@ -17,11 +17,17 @@ log = logging.getLogger("pocl_ds")
 
 
 def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerprint: str) -> Manifest:
-    """Write plan/plan.json, the stages of POCL."""
+    """Write plan/plan.json, the stages of POCL.
+
+    It holds no sample ids: a stage is a slice of ranking/order.npy. Raises RecipeError where samples, subsets and
+    batches do not fit, ArtifactError where the ranking is missing or not an order of all samples.
+    """
     manifest = read_manifest(run.plan)
     if manifest and manifest.fingerprint == fingerprint:
         return manifest
     order = _order(run)
+    if not _is_permutation(order):
+        raise ArtifactError(f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and run `pocl rank`")
     pocl = build_plan(
         order, subsets=plan.subsets, epochs_per_stage=plan.epochs_per_stage, batch_size=batch_size, tau=plan.tau,
         sft_ratio=plan.sft_ratio, scheduler=plan.scheduler, tail=plan.tail,
@@ -51,5 +57,16 @@ def _order(run: RunDirectory) -> NDArray[np.int64]:
     path = run.ranking / "order.npy"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl rank` first")
-    order: NDArray[np.int64] = np.load(path, mmap_mode="r")
+    try:
+        order: NDArray[np.int64] = np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): remove ranking/ and run `pocl rank` again") from None
     return order
+
+
+def _is_permutation(order: NDArray[np.int64]) -> bool:
+    if order.ndim != 1 or (len(order) and not (order.min() >= 0 and order.max() < len(order))):
+        return False
+    seen = np.zeros(len(order), bool)
+    seen[order] = True
+    return bool(seen.all())

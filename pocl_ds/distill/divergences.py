@@ -127,7 +127,7 @@ def akl(log_p: Tensor, log_q: Tensor, *, mu: float) -> Tensor:
     """
     with torch.no_grad():
         p, q = log_p.exp(), log_q.exp()
-        top, ids = p.sort(-1, descending=True, stable=True)
+        top, ids = p.sort(dim=-1, descending=True, stable=True)
         in_head = top.cumsum(-1) <= mu
         in_head[..., 0] = True
         gap = (p - q).abs().gather(-1, ids)

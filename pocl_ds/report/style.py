@@ -53,7 +53,7 @@ svg text.name{font-size:13px;fill:var(--ink)}
 .band.b0{fill:var(--band0)}.band.b1{fill:var(--band1)}
 .line{fill:none;stroke:var(--c);stroke-width:2;stroke-linejoin:round;stroke-linecap:butt}
 .dots{fill:none;stroke:var(--c);stroke-width:7;stroke-linecap:round}
-.dots.soft{stroke-width:4.6;stroke-opacity:.62}
+.dots.soft{stroke-width:6;stroke-opacity:.62}
 .bar{fill:var(--c)}
 .key .line{stroke-width:3}
 .key .s0,.key [class*=" s"]{stroke-width:9}

@@ -1,0 +1,18 @@
+"""What a person types after `pocl bench NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pocl_ds.errors import RecipeError
+
+
+def whole_numbers(arguments: Sequence[int | str], of: str, *, least: int = 1) -> tuple[int, ...]:
+    """The arguments as numbers. Raises RecipeError naming the first that is not one, or is below `least`."""
+    found = []
+    for argument in arguments:
+        text = str(argument).replace("_", "")
+        if not (text.isascii() and text.isdigit()) or int(text) < least:
+            raise RecipeError(f"{argument!r} is not a number of {of}: give whole numbers of at least {least}, as in 1000 10_000")
+        found.append(int(text))
+    return tuple(found)

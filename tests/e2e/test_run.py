@@ -1,0 +1,154 @@
+"""A whole run of tiny models through the real command line: real ranks, real DeepSpeed, every stage to the report.
+
+Trainings on other engines, ranks and micro-batches must come to the same losses and weights; one that is killed and
+started again must come to exactly the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from pocl_ds.tracking import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("POCL_")}
+    found = subprocess.run([sys.executable, "-m", "pocl_ds.cli", *words], cwd=ROOT, env=environment, text=True,
+                           capture_output=True, timeout=380)  # fmt: skip
+    assert not check or found.returncode == 0, found.stderr[-3000:]
+    return found
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    kept = ("step", "stage", "epoch", "loss", "kd", "ce", "tau", "alpha", "lr", "tokens", "sample_ids_digest")
+    return [{key: record[key] for key in kept} for record in read_metrics(run / "train" / "metrics.jsonl")]
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(run / "train" / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
+    """The run directory of a finished run on two ranks."""
+    folder = tmp_path_factory.mktemp("e2e")
+    data = folder / "data.jsonl"
+    with data.open("w") as stream:
+        for i in range(90):
+            record = {"instruction": f"Say {i} and {i * i % 17}.", "output": f"It is {i} " * (1 + i % 4)}
+            stream.write(json.dumps(record) + "\n")
+    small = {"backend": "transformers", "max_sequences": 16}
+    recipe = {
+        "name": "tiny",
+        "data": {"source": str(data), "test_fraction": 0.1, "validation_fraction": 0.1, "train_samples": 56},
+        "prompt": {"template": "chat", "max_prompt_tokens": 64, "max_length": 96},
+        "teacher": {"model": str(tiny_llama_untied)},
+        "student": {"model": str(tiny_llama), "prune": {"drop_layers": "1"}, "heal_steps": 2, "dropout": 0.1},
+        "score": {"generation": small, "max_new_tokens": 8, "shards": 2},
+        "plan": {"subsets": 3, "epochs_per_stage": 2},
+        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 3}},
+        "evaluate": {"generation": small, "seeds": [1, 2], "max_new_tokens": 8},
+        "launch": {"ranks": 2, "threads": 1},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    run = folder / "run"
+    pocl("run", str(path), "--run-dir", str(run))
+    return run
+
+
+def untrained_copy(run: Path, target: Path) -> Path:
+    """The run up to its plan."""
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns("train", "evaluation", "export", "report", "logs", ".lock"))
+    return target
+
+
+def test_every_stage_leaves_its_result(finished: Path) -> None:
+    for stage in ("data", "models", "ranking", "plan", "train", "evaluation", "export", "report"):
+        assert (finished / stage / "manifest.json").is_file()
+    results = json.loads((finished / "evaluation" / "results.json").read_text())["models"]
+    assert set(results) == {"teacher", "initial", "student"}
+    assert results["teacher"]["kl"] == 0 and results["student"]["kl"] < results["initial"]["kl"]
+    records = steps(finished)
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    assert [s["steps"] for s in json.loads((finished / "plan" / "plan.json").read_text())["stages"]] == [4, 8, 14]
+    assert len(records) == 26
+
+
+def test_a_second_call_finds_everything_done(finished: Path) -> None:
+    before = (finished / "train" / "manifest.json").stat().st_mtime_ns
+    found = pocl("run", "--run-dir", str(finished))
+    assert found.stderr.count("done already") == 9
+    assert (finished / "train" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_run_directory_of_another_recipe_is_refused(finished: Path) -> None:
+    found = pocl("run", "--run-dir", str(finished), "rank.k=10", check=False)
+    assert found.returncode == 2 and "rank.k" in found.stderr and "--run-dir" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("change", [
+    ["train.engine=torch", "launch.ranks=1", "student.dropout=0"],
+    ["launch.ranks=1", "train.micro_batch_size=8", "student.dropout=0"],
+    ["student.ds_config=student_zero2", "student.dropout=0"],
+])  # fmt: skip
+def test_other_engines_ranks_and_micro_batches_come_to_the_same(finished: Path, tmp_path: Path, change: list[str]) -> None:
+    """Without dropout, whose masks follow from the rank, the mathematics is the same for all."""
+    runs = []
+    for name, overrides in (("reference", ["student.dropout=0"]), ("other", change)):
+        run = untrained_copy(finished, tmp_path / name)
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe["student"]["heal_steps"], recipe["student"]["prune"] = 0, None
+        recipe["student"]["model"] = str(finished / "models" / "heal" / "final")
+        shutil.rmtree(run)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        for stage in ("data", "prepare", "score", "rank", "plan", "train"):
+            pocl(stage, str(path), "--run-dir", str(run), "plan.subsets=2", "plan.epochs_per_stage=1", *overrides)
+        runs.append(run)
+    for ours, theirs in zip(steps(runs[0]), steps(runs[1]), strict=True):
+        assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=2e-5)
+        assert ours.pop("kd") == pytest.approx(theirs.pop("kd"), rel=2e-5)
+        assert ours.pop("ce") == pytest.approx(theirs.pop("ce"), rel=2e-5)
+        assert ours == theirs
+    left, right = weights(runs[0]), weights(runs[1])
+    assert left.keys() == right.keys()
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
+
+
+def test_killed_and_started_again_comes_to_exactly_the_same(finished: Path, tmp_path: Path) -> None:
+    run = untrained_copy(finished, tmp_path / "run")
+    command = [sys.executable, "-m", "pocl_ds.cli", "train", "--run-dir", str(run)]
+    child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    metrics = run / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 11:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    ranks = subprocess.run(["pgrep", "-f", f"train --run-dir {run}"], text=True, capture_output=True).stdout.split()
+    for pid in ranks:
+        if int(pid) != child.pid:
+            os.kill(int(pid), signal.SIGKILL)
+    child.kill()
+    child.wait()
+    time.sleep(1)
+    pocl("train", "--run-dir", str(run))
+    assert steps(run) == steps(finished)
+    ours, theirs = weights(run), weights(finished)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] > 0

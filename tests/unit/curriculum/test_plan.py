@@ -1,0 +1,125 @@
+"""Subsets and stages (METHOD 2)."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
+from pocl_ds.errors import ArtifactError, RecipeError
+
+RELEASED = 11_435
+
+
+def test_the_released_run() -> None:
+    ids = [f"s{i}" for i in range(RELEASED)]
+    plan = build_plan(ids)
+    assert [stage.steps for stage in plan.stages] == [352, 712, 1064, 1424]
+    assert [stage.samples for stage in plan.stages] == [2858, 5716, 8574, 11435]
+    assert [round(stage.tau, 2) for stage in plan.stages] == [1.0, 1.33, 1.67, 2.0]
+    assert [stage.alpha for stage in plan.stages] == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    assert [stage.index for stage in plan.stages] == [0, 1, 2, 3]
+    assert plan.total_steps == 352 + 712 + 1064 + 1424
+    for stage in plan.stages:
+        assert stage.sample_ids == ids[: stage.samples]
+
+
+def test_eight_epochs_a_stage_cost_twenty_of_the_whole() -> None:
+    plan = build_plan(range(4 * 64 * 10))
+    assert plan.total_steps == 20 * 40
+
+
+@given(
+    total=st.integers(1, 3000), subsets=st.integers(1, 12), batch=st.integers(1, 70), epochs=st.integers(1, 9),
+    scheduler=st.sampled_from(["baby_step", "one_pass"]), tail=st.sampled_from(["drop", "pad"]),
+)  # fmt: skip
+def test_stages_cover_the_order(total: int, subsets: int, batch: int, epochs: int, scheduler: str, tail: str) -> None:
+    assume(subsets <= total and (tail == "pad" or total // subsets >= batch))
+    order = list(range(100, 100 + total))
+    plan = build_plan(order, subsets=subsets, epochs_per_stage=epochs, batch_size=batch, scheduler=scheduler, tail=tail)
+    assert len(plan.stages) == subsets
+    if scheduler == "baby_step":
+        for i, stage in enumerate(plan.stages):
+            assert list(stage.sample_ids) == order[: total if i == subsets - 1 else (i + 1) * (total // subsets)]
+    else:
+        assert [name for stage in plan.stages for name in stage.sample_ids] == order
+        assert all(stage.samples == total // subsets for stage in plan.stages[:-1])
+    for stage in plan.stages:
+        per_epoch = math.floor(stage.samples / batch) if tail == "drop" else math.ceil(stage.samples / batch)
+        assert (stage.steps_per_epoch, stage.steps, stage.epochs) == (per_epoch, epochs * per_epoch, epochs)
+
+
+def test_a_single_subset_is_the_whole_with_the_first_values() -> None:
+    (stage,) = build_plan(range(128), subsets=1, tau=(1.5, 2.0), sft_ratio=(0.3, 0.0)).stages
+    assert (stage.samples, stage.tau, stage.alpha) == (128, 1.5, 0.3)
+
+
+def test_stage_ids_of_an_array_are_views() -> None:
+    order = np.arange(1000)
+    stage = build_plan(order, subsets=2).stages[0]
+    assert np.shares_memory(stage.sample_ids, order)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"subsets": 101}, "plan.subsets=101"),
+        ({"subsets": 0}, "plan.subsets=0"),
+        ({"subsets": 4, "batch_size": 30}, "stage 0 has 25 samples"),
+        ({"epochs_per_stage": 0}, "plan.epochs_per_stage=0"),
+        ({"batch_size": 0}, "train.batch_size=0"),
+        ({"tau": (0.0, 2.0)}, "plan.tau"),
+        ({"tau": (1.0, -2.0)}, "plan.tau"),
+        ({"tau": (1.0, math.nan)}, "plan.tau"),
+        ({"tau": (1.0, math.inf)}, "plan.tau"),
+        ({"sft_ratio": (1.1, 0.0)}, "plan.sft_ratio"),
+        ({"sft_ratio": (0.3, math.nan)}, "plan.sft_ratio"),
+        ({"scheduler": "all"}, "plan.scheduler='all'"),
+        ({"tail": "keep"}, "plan.tail='keep'"),
+    ],
+)
+def test_what_does_not_fit_is_one_sentence(changes: dict, names: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_plan(list(range(100)), **{"batch_size": 10, **changes})
+    assert names in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_samples_at_all() -> None:
+    with pytest.raises(RecipeError, match="0 samples"):
+        build_plan([], subsets=1)
+
+
+def test_a_small_stage_may_be_padded() -> None:
+    assert [stage.steps for stage in build_plan(range(100), batch_size=30, tail="pad", epochs_per_stage=2).stages] == [2, 4, 6, 8]
+
+
+def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
+    order = [f"sample-{i}" for i in range(300)]
+    plan = build_plan(order, batch_size=16, scheduler="one_pass", tail="pad")
+    text = json.dumps(plan.to_json())
+    assert "sample-" not in text and json.loads(text)["samples"] == 300
+    again = Plan.from_json(json.loads(text), order)
+    assert again == plan and again.stages[1].sample_ids == order[75:150]
+    with pytest.raises(ArtifactError, match="300 samples and the ranking holds 299"):
+        Plan.from_json(json.loads(text), order[1:])
+
+
+@given(total=st.integers(1, 400), steps=st.integers(1, 200), batch=st.integers(1, 40), tail=st.sampled_from(["drop", "pad"]))
+def test_single_stage_takes_as_many_steps_as_told(total: int, steps: int, batch: int, tail: str) -> None:
+    assume(tail == "pad" or total >= batch)
+    plan = single_stage_plan(range(total), steps=steps, batch_size=batch, tau=1.0, alpha=0.3, tail=tail)
+    (stage,) = plan.stages
+    assert plan.total_steps == stage.steps == steps and stage.samples == total
+    assert (stage.epochs - 1) * stage.steps_per_epoch < steps <= stage.epochs * stage.steps_per_epoch
+
+
+@pytest.mark.parametrize(("changes", "names"), [({"steps": 0}, "0 steps"), ({"batch_size": 11}, "train.batch_size=11"),
+                                                ({"tau": 0.0}, "tau"), ({"alpha": 2.0}, "sft_ratio")])  # fmt: skip
+def test_single_stage_refuses(changes: dict, names: str) -> None:
+    with pytest.raises(RecipeError, match=names):
+        single_stage_plan(range(10), **{"steps": 3, "batch_size": 5, "tau": 1.0, "alpha": 0.3, **changes})

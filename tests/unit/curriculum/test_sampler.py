@@ -1,0 +1,154 @@
+"""The sampler is a pure function of plan, seed and step."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
+from pocl_ds.curriculum.sampler import Sampler, permutation, share
+
+MASK = (1 << 64) - 1
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    subsets, batch, tail = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.sampled_from(["drop", "pad"]))
+    total = draw(st.integers(subsets * (batch if tail == "drop" else 1), 120))
+    return build_plan(
+        np.arange(total), subsets=subsets, epochs_per_stage=draw(st.integers(1, 3)), batch_size=batch, tail=tail,
+        scheduler=draw(st.sampled_from(["baby_step", "one_pass"])),
+    )  # fmt: skip
+
+
+def _plain_permutation(size: int, seed: int, stage: int, epoch: int) -> list[int]:
+    """The definition once more, in Python's own integers."""
+
+    def mix(value: int) -> int:
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
+        return value ^ (value >> 31)
+
+    base = 0
+    for word in (seed, stage, epoch):
+        base = mix((base + word + 0x9E3779B97F4A7C15) & MASK)
+    bits = max(size - 1, 0).bit_length()
+    return sorted(range(size), key=lambda i: (mix((i + base) & MASK) >> bits, i))
+
+
+@given(st.integers(0, 300), st.integers(0, MASK), st.integers(0, 9), st.integers(0, 99))
+def test_permutation_is_its_definition(size: int, seed: int, stage: int, epoch: int) -> None:
+    found = permutation(size, seed=seed, stage=stage, epoch=epoch)
+    assert found.dtype == np.int64
+    assert found.tolist() == _plain_permutation(size, seed, stage, epoch)
+
+
+def test_permutation_never_changes() -> None:
+    """A checkpoint written today must go on tomorrow: these numbers are part of the format."""
+    assert permutation(12, seed=42, stage=1, epoch=3).tolist() == [8, 5, 0, 1, 7, 4, 9, 10, 11, 3, 6, 2]
+
+
+def test_permutations_differ_by_seed_stage_and_epoch_and_mix_well() -> None:
+    kinds = {permutation(50, seed=a, stage=b, epoch=c).tobytes() for a in range(4) for b in range(4) for c in range(4)}
+    assert len(kinds) == 64
+    first = Counter(int(permutation(8, seed=0, stage=0, epoch=e)[0]) for e in range(8000))
+    assert sum((count - 1000) ** 2 / 1000 for count in first.values()) < 30  # chi square of 7 degrees: p = 1e-4
+
+
+@given(plans(), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None:
+    sampler, step = Sampler(plan, seed), 0
+    for stage in plan.stages:
+        for epoch in range(stage.epochs):
+            visited: list[int] = []
+            for _ in range(stage.steps_per_epoch):
+                batch = sampler.batch(step)
+                assert len(batch) == plan.batch_size
+                assert (sampler.at(step).stage, sampler.at(step).epoch) == (stage.index, epoch)
+                visited += batch.tolist()
+                step += 1
+            inside = set(range(stage.start, stage.stop))
+            assert set(visited) <= inside
+            if plan.tail == "drop":  # at most once, and fewer than a batch is missing
+                assert len(set(visited)) == len(visited) > stage.samples - plan.batch_size
+            else:  # all at least once; the fill spreads evenly
+                counts = Counter(visited)
+                assert set(counts) == inside
+                assert max(counts.values()) - min(counts.values()) <= 1
+    assert step == plan.total_steps
+
+
+@given(plans(), st.integers(0, 1000), st.data())
+@settings(max_examples=60, deadline=None)
+def test_resumed_anywhere_equals_uninterrupted(plan: Plan, seed: int, data: st.DataObject) -> None:
+    through = Sampler(plan, seed)
+    batches = [through.batch(step).tolist() for step in range(plan.total_steps)]
+    for _ in range(3):  # the second and third resume within an epoch too
+        start = data.draw(st.integers(0, plan.total_steps - 1))
+        resumed = Sampler(plan, seed)
+        stop = min(start + 5, plan.total_steps)
+        assert [resumed.batch(step).tolist() for step in range(start, stop)] == batches[start:stop]
+    backwards = Sampler(plan, seed)
+    assert [backwards.batch(step).tolist() for step in reversed(range(plan.total_steps))] == batches[::-1]
+
+
+def test_positions_of_steps() -> None:
+    plan = build_plan(np.arange(40), subsets=2, epochs_per_stage=2, batch_size=10)
+    sampler = Sampler(plan, 0)
+    found = [(p.stage, p.epoch, p.step_in_stage) for p in map(sampler.at, range(plan.total_steps))]
+    assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [(1, i // 4, i) for i in range(8)]
+    for step in (-1, plan.total_steps):
+        with pytest.raises(IndexError):
+            sampler.at(step)
+
+
+def test_a_single_stage_is_cut_within_its_last_epoch() -> None:
+    plan = single_stage_plan(np.arange(30), steps=5, batch_size=10, tau=1, alpha=0)
+    sampler = Sampler(plan, 7)
+    visits = Counter(int(i) for step in range(5) for i in sampler.batch(step))
+    assert set(visits.values()) == {1, 2} and sum(visits.values()) == 50
+
+
+def test_the_order_may_lie_on_disk(tmp_path) -> None:
+    np.save(tmp_path / "order.npy", np.arange(100)[::-1])
+    order = np.load(tmp_path / "order.npy", mmap_mode="r")
+    sampler = Sampler(build_plan(order, subsets=2, batch_size=8), 1)
+    assert set(order[sampler.batch(0)].tolist()) <= set(range(50, 100))  # the first half of the order
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
+def test_shares_are_the_batch(ranks: int, micro: int, count: int, data: st.DataObject) -> None:
+    size = ranks * micro * count
+    lengths = np.array(data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size)), np.int64)
+    dealt = share(lengths, ranks=ranks, micro_batch_size=micro)
+    assert [len(of_rank) for of_rank in dealt] == [count] * ranks
+    assert all(len(part) == micro for of_rank in dealt for part in of_rank)
+    assert sorted(int(i) for of_rank in dealt for part in of_rank for i in part) == list(range(size))
+    for m in range(count):  # like lengths together: no micro-step is longer than the one before
+        step = [lengths[part] for part in (of_rank[m] for of_rank in dealt)]
+        if m + 1 < count:
+            assert min(map(np.min, step)) >= max(np.max(lengths[of_rank[m + 1]]) for of_rank in dealt)
+        # dealt in turns: the ranks' longest samples are the `ranks` longest of the step
+        assert sorted(map(np.max, step)) == sorted(np.concatenate(step))[-ranks:]
+
+
+@given(plans(), st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)]))
+@settings(max_examples=40, deadline=None)
+def test_the_global_batch_knows_no_ranks(plan: Plan, layout: tuple[int, int]) -> None:
+    ranks, micro = layout
+    assume(plan.batch_size % (ranks * micro) == 0)
+    sampler = Sampler(plan, 3)
+    for step in range(0, plan.total_steps, 5):
+        batch = sampler.batch(step)
+        dealt = share(batch % 7, ranks=ranks, micro_batch_size=micro)
+        assert sorted(np.concatenate([batch[part] for of_rank in dealt for part in of_rank])) == sorted(batch)
+
+
+def test_share_refuses_what_cannot_be_dealt_evenly() -> None:
+    with pytest.raises(ValueError, match="a batch of 10 cannot be dealt to 2 ranks in micro-batches of 3"):
+        share(np.ones(10, np.int64), ranks=2, micro_batch_size=3)

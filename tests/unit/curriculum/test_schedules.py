@@ -1,0 +1,43 @@
+"""Temperature, SFT ratio and learning rate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocl_ds.curriculum.schedules import learning_rate, stage_values
+
+
+@given(st.integers(2, 30), st.floats(0.1, 10), st.floats(0.1, 10))
+def test_stage_values_lie_on_the_line(stages: int, first: float, last: float) -> None:
+    values = stage_values(stages, (first, last))
+    assert (values[0], values[-1], len(values)) == (first, last, stages)
+    assert values == pytest.approx([first + (last - first) * i / (stages - 1) for i in range(stages)])
+
+
+def test_one_stage_takes_the_first_value() -> None:
+    assert stage_values(1, (1.0, 2.0)) == [1.0]
+
+
+def test_learning_rate_is_torchs_cosine() -> None:
+    """The release steps CosineAnnealingLR(T_max=total, eta_min=lr_end) after each optimizer step."""
+    total, lr, lr_end = 37, 1e-4, 1e-7
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=lr_end)
+    for step in range(total + 1):
+        assert learning_rate(step, total, lr=lr, lr_end=lr_end) == pytest.approx(schedule.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        schedule.step()
+
+
+@given(st.integers(1, 200), st.integers(0, 60))
+def test_learning_rate_rises_then_falls_between_its_bounds(total: int, warmup: int) -> None:
+    rates = [learning_rate(step, total, lr=1e-3, lr_end=1e-6, warmup=warmup) for step in range(total)]
+    assert all(0 < rate <= 1e-3 for rate in rates)
+    top = min(warmup, total)
+    assert rates[:top] == sorted(set(rates[:top]))
+    assert rates[top:] == sorted(set(rates[top:]), reverse=True)
+    if warmup < total:
+        assert rates[warmup] == 1e-3

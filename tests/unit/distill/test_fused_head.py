@@ -1,0 +1,92 @@
+"""The fused head against the plain form: all logits at once, autograd through everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocl_ds.config import LOSSES
+from pocl_ds.distill.divergences import divergence
+from pocl_ds.distill.fused_head import Ids, LossTerms, loss_sums
+from pocl_ds.errors import RecipeError
+from pocl_ds.models.heads import Head
+
+
+def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> tuple[Head, Head, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(kind)  # noqa: E731
+    student = Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)) if bias else None, scale, cap)
+    teacher = Head(nn.Parameter(draw(44, 12)), None, 1.0, None)
+    return student, teacher, draw(23, 8), draw(23, 12), torch.randint(0, 37, (23,), generator=generator)
+
+
+def plain(hidden: Tensor, student: Head, labels: Tensor, terms: LossTerms, ids: Ids, teacher_hidden: Tensor, teacher: Head) -> Any:
+    z_q, z_p = student.logits(hidden)[:, : ids.size], teacher.logits(teacher_hidden)[:, : ids.size]
+    if ids.masked is not None:
+        z_q, z_p = z_q.masked_fill(ids.masked, -torch.inf), z_p.masked_fill(ids.masked, -torch.inf)
+    ce = torch.nn.functional.cross_entropy(z_q, labels, reduction="sum")
+    kd = divergence(terms.name, z_p, z_q, tau=terms.tau, tau_squared=terms.tau_squared, **terms.options).sum()
+    alpha = 1.0 if terms.name == "sft" else terms.alpha
+    return alpha * ce + (1 - alpha) * kd, kd, ce
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
+@pytest.mark.parametrize("rows", [1, 5, 23, 100])
+def test_equals_the_plain_form(name: str, bias: bool, scale: float, cap: float | None, rows: int) -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float64, bias=bias, scale=scale, cap=cap)
+    masked = torch.zeros(38, dtype=torch.bool)
+    masked[37] = True
+    ids, terms = Ids(38, masked), LossTerms(name, tau=1.6, alpha=0.3)
+    leaves = [hidden.requires_grad_(), *(p for p in (student.weight, student.bias) if p is not None)]
+    expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
+    wanted = torch.autograd.grad(3 * expected[0], leaves)
+    found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher,
+                      chunk_bytes=rows * 38 * 8 * 10)  # fmt: skip
+    got = torch.autograd.grad(3 * found[0], leaves)
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
+    terms, ids = LossTerms("fkl", tau=1.0, alpha=0.2), Ids(40)
+    gradients = {}
+    for kind in (torch.float64, torch.bfloat16):
+        student, teacher, hidden, teacher_hidden, labels = heads(kind, bias=False, scale=1.0, cap=None)
+        gradients[kind] = torch.autograd.grad(
+            plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)[0], student.weight)[0].double()
+        if kind == torch.bfloat16:
+            sums = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher,
+                             chunk_bytes=2 * 40 * 4 * 10)  # fmt: skip
+            ours = torch.autograd.grad(sums[0], student.weight)[0].double()
+    error = lambda found: float((found - gradients[torch.float64]).norm())  # noqa: E731
+    assert error(ours) <= error(gradients[torch.bfloat16]) * 1.05
+
+
+def test_no_loss_tokens_still_touch_every_parameter() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=True, scale=1.0, cap=None)
+    hidden.requires_grad_()
+    sums = loss_sums(hidden[:0], student, labels[:0], LossTerms("fkl", alpha=0.3), ids=Ids(40),
+                     teacher_hidden=teacher_hidden[:0], teacher_head=teacher)  # fmt: skip
+    sums[0].backward()
+    assert sums[0].item() == 0
+    assert student.weight.grad is not None and (student.weight.grad == 0).all()
+    assert student.bias is not None and student.bias.grad is not None and hidden.grad is not None
+
+
+def test_no_gradient_is_computed_under_no_grad() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+    with torch.no_grad():
+        total, *_ = loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden,
+                              teacher_head=teacher)  # fmt: skip
+    assert not total.requires_grad
+
+
+def test_a_budget_below_one_row_says_the_least() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+    with pytest.raises(RecipeError, match="give at least 1600"):
+        loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden,
+                  teacher_head=teacher, chunk_bytes=1599)  # fmt: skip

