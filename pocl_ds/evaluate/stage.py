@@ -13,10 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from pocl_ds.artifacts import (
     Manifest,
     RunDirectory,
@@ -28,23 +24,24 @@ from pocl_ds.artifacts import (
     write_manifest,
 )
 from pocl_ds.config import EvaluateConfig, PromptConfig, lasting
-from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.encode import EncodedSplit, Encoder
 from pocl_ds.data.samples import Sample, read_normalised, read_samples
 from pocl_ds.errors import ArtifactError
+from pocl_ds.evaluate.benchmarks import check_names, chosen, split_ids
+from pocl_ds.evaluate.held_out import held_out as measure
 from pocl_ds.generation.open import open_generator
 from pocl_ds.generation.protocol import Sampling
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.metrics.text import exact_match, repetition_rate
-from pocl_ds.models.heads import head_of, hidden_states
-from pocl_ds.models.load import load_model, load_tokenizer
-from pocl_ds.models.vocabulary import Vocabulary, reconcile
+from pocl_ds.models.load import load_tokenizer
 from pocl_ds.tracking import Progress
 
 log = logging.getLogger("pocl_ds")
 
 HELD_OUT, RESULTS = "held_out.json", "results.json"
-LOSS_BATCH = 8  # samples of one forward when held-out loss is measured
+# Prompts handed to the engine at once, in units of its sequences in flight: enough to keep it full, few enough for
+# progress to be seen.
+ROUNDS = 4
 
 
 def model_path(run: RunDirectory, model: str) -> str:
@@ -73,6 +70,7 @@ def answer(
 
     Writes evaluation/MODEL/BENCHMARK-seedS.jsonl with the score of each item.
     """
+    check_names(config.benchmarks)
     tokenizer = load_tokenizer(path)
     encoder = Encoder(tokenizer, prompt)
     asked = {name: _questions(run, source, config.samples) for name, source in config.benchmarks.items()}
@@ -92,24 +90,27 @@ def answer(
         with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:
             for name, seed in todo:
                 start = time.monotonic()
-                sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed=seed)
-                texts = generator.generate([encoder.prompt(sample) for sample in asked[name]], sampling)
                 file = answers_file(run, model, name, seed)
+                size = ROUNDS * config.generation.max_sequences
                 with atomic_write(file) as stream:
-                    for sample, text in zip(asked[name], texts, strict=True):
-                        record = {
-                            "id": sample.id, "prompt": encoder.template.text(sample), "instruction": sample.instruction,
-                            "response": text, "references": sample.references,
-                            "rouge_l": rouge_l(text, sample.references),
-                            "exact_match": exact_match(text, sample.references),
-                        }  # fmt: skip
-                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    for first in range(0, len(asked[name]), size):
+                        part = asked[name][first : first + size]
+                        sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed=seed, first=first)
+                        texts = generator.generate([encoder.prompt(sample) for sample in part], sampling)
+                        for sample, text in zip(part, texts, strict=True):
+                            record = {
+                                "id": sample.id, "prompt": encoder.template.text(sample), "instruction": sample.instruction,
+                                "response": text, "references": sample.references,
+                                "rouge_l": rouge_l(text, sample.references),
+                                "exact_match": exact_match(text, sample.references),
+                            }  # fmt: skip
+                            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        progress.advance(len(part), benchmark=name, seed=seed)
                 seconds = time.monotonic() - start
                 write_manifest(
                     file.parent, "answers", prints[name, seed], files=[file], name=f"{file.name}.manifest.json",
-                    info={"seconds": seconds, "answers_per_second": len(texts) / seconds},
+                    info={"seconds": seconds, "answers_per_second": len(asked[name]) / seconds},
                 )
-                progress.advance(len(texts))
     finally:
         generator.close()
 
@@ -119,32 +120,15 @@ def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Pa
     return run.evaluation / model / f"{benchmark}-seed{seed}.jsonl"
 
 
-@torch.no_grad()
-def held_out(run: RunDirectory, config: EvaluateConfig, paths: dict[str, str]) -> None:
-    """Loss a token on data/test, and KL(teacher || model) a token where there is a teacher; tau = 1, float32 arithmetic.
-
-    Teacher and one model at a time are loaded whole, in this process.
-    """
+def held_out(run: RunDirectory, config: EvaluateConfig, paths: dict[str, str], *, threads: int | None = None) -> None:
+    """Loss a token on data/test, and KL(teacher || model) a token where there is a teacher: see `held_out.held_out`."""
     split = EncodedSplit.open(run.data, "test")
     if not config.loss or not len(split):
         return
-    count = min(len(split), config.samples or len(split))
-    stamp = fingerprint([{name: _identity(path) for name, path in paths.items()}, count, split.ids[:count].tolist()])
-    manifest = read_manifest(run.evaluation, f"{HELD_OUT}.manifest.json")
-    if manifest and manifest.fingerprint == stamp:
-        return
-    teacher = load_model(paths["teacher"]) if "teacher" in paths else None
-    found = {}
-    with Progress(count * len(paths), "samples", "held-out loss") as progress:
-        for name, path in paths.items():
-            model: Any = teacher if name == "teacher" else load_model(path)
-            vocabulary = None
-            if teacher is not None:
-                tokenizers = load_tokenizer(paths["teacher"]), load_tokenizer(path)
-                vocabulary = reconcile(*tokenizers, teacher.config.vocab_size, model.config.vocab_size)
-            found[name] = _loss_and_kl(model, teacher, vocabulary, split, count, load_tokenizer(path).pad_token_id, progress)
-    write_json(run.evaluation / HELD_OUT, found)
-    write_manifest(run.evaluation, "held_out", stamp, files=[run.evaluation / HELD_OUT], name=f"{HELD_OUT}.manifest.json")
+    ids = split_ids(split)
+    stamp = fingerprint([{name: _identity(path) for name, path in paths.items()}, config.generation.dtype,
+                         [ids[row] for row in chosen(ids, config.samples)]])  # fmt: skip
+    measure(run, config, paths, fingerprint=stamp, threads=threads)
 
 
 def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str) -> dict[str, Any]:
@@ -168,42 +152,12 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
     return results
 
 
-def _loss_and_kl(
-    model: Any, teacher: Any, vocabulary: Vocabulary | None, split: EncodedSplit, count: int, pad_id: int, progress: Progress
-) -> dict[str, float]:
-    order = np.argsort(split.total_tokens[:count], kind="stable")  # like lengths together: little padding
-    sums = np.zeros(3)
-    for first in range(0, count, LOSS_BATCH):
-        batch = collate(split, order[first : first + LOSS_BATCH], pad_id)
-        log_q = _log_probabilities(model, batch, vocabulary)
-        loss = -log_q.gather(-1, batch.labels[:, None]).sum()
-        kl = 0.0
-        if teacher is not None and teacher is not model:
-            log_p = _log_probabilities(teacher, batch, vocabulary)
-            kl = float(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").nan_to_num().sum())
-        sums += [float(loss), kl, batch.labels.numel()]
-        progress.advance(len(batch.rows))
-    entry = {"loss": sums[0] / sums[2], "tokens": sums[2]}
-    return entry | ({"kl": sums[1] / sums[2]} if teacher is not None else {})
-
-
-def _log_probabilities(model: Any, batch: Batch, vocabulary: Vocabulary | None) -> Tensor:
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask).flatten(0, 1)[batch.positions]
-    logits = head_of(model).logits(hidden, None if vocabulary is None else vocabulary.size).float()
-    if vocabulary is not None and vocabulary.shared is not None:
-        logits = logits.masked_fill(torch.from_numpy(~vocabulary.shared), -torch.inf)
-    return logits.log_softmax(-1)
-
-
 def _questions(run: RunDirectory, source: str, limit: int | None) -> list[Sample]:
-    """A benchmark's samples: the first `limit` by the hash of the prompt, so that a cut does not follow a file's order."""
-    path = run.data / "test.jsonl"
-    samples = list(read_normalised(path) if source == "test" else read_samples(source))
+    """A benchmark's samples: at most `limit`, chosen by the hash of their ids, so that a cut does not follow a file's order."""
+    samples = list(read_normalised(run.data / "test.jsonl") if source == "test" else read_samples(source))
     if not samples:
         raise ArtifactError(f"benchmark {source!r} holds no samples: give data.test_fraction or evaluate.benchmarks")
-    if source == "test":
-        return samples[:limit]
-    return sorted(samples, key=lambda sample: sample.prompt_key)[:limit] if limit else samples
+    return [samples[position] for position in chosen([sample.id for sample in samples], limit)]
 
 
 def _identity(path: str) -> Any:

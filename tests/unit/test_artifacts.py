@@ -71,7 +71,9 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize(("number", "kind"), [(errno.EDQUOT, ResourceError), (errno.EACCES, ArtifactError), (errno.EROFS, ArtifactError)])
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.EDQUOT, ResourceError), (errno.EACCES, ArtifactError), (errno.EROFS, ArtifactError)]
+)
 def test_other_faults_of_a_disk(tmp_path: Path, number: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="file"), atomic_write(tmp_path / "file"):
         raise OSError(number, os.strerror(number))
@@ -138,8 +140,12 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [('{"stage": "x"', "damaged"), ('{"what": 1}', "not a manifest"), (json.dumps({"stage": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}), "schema")],
-)  # fmt: skip
+    [
+        ('{"stage": "x"', "damaged"),
+        ('{"what": 1}', "not a manifest"),
+        (json.dumps({"stage": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}), "schema"),
+    ],
+)
 def test_a_damaged_manifest_is_not_an_unfinished_one(tmp_path: Path, text: str, word: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError, match=word) as caught:

@@ -96,7 +96,9 @@ garbage = st.recursive(
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(path=st.sampled_from(paths(FULL)), value=garbage, how=st.sampled_from(["delete", "replace", "add"]), key=st.text(max_size=8))
+@given(
+    path=st.sampled_from(paths(FULL)), value=garbage, how=st.sampled_from(["delete", "replace", "add"]), key=st.text(max_size=8)
+)
 def test_no_recipe_does_more_than_fail_with_a_sentence(path: tuple[str, ...], value: Any, how: str, key: str) -> None:
     tree = copy.deepcopy(FULL)
     node = tree
@@ -117,7 +119,9 @@ def test_no_recipe_does_more_than_fail_with_a_sentence(path: tuple[str, ...], va
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(BASE))
-    recipe = load_recipe(str(file), ["train.batch_size=32", "plan.tau=[1, 3]", "student.prune.drop_layers=1-2", "teacher.dtype=bfloat16"])
+    recipe = load_recipe(
+        str(file), ["train.batch_size=32", "plan.tau=[1, 3]", "student.prune.drop_layers=1-2", "teacher.dtype=bfloat16"]
+    )
     assert recipe.train.batch_size == 32
     assert recipe.plan.tau == (1.0, 3.0)
     assert recipe.student.prune is not None

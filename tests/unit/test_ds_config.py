@@ -111,7 +111,9 @@ def test_a_teacher_has_no_optimizer(name: str, word: str, tmp_path: Path) -> Non
 
 def test_a_teacher_is_sharded(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="stage=2"):
-        resolve_teacher(write(tmp_path, "teacher_zero3", zero_optimization__stage=2), dtype="float32", ranks=1, micro_batch_size=1)
+        resolve_teacher(
+            write(tmp_path, "teacher_zero3", zero_optimization__stage=2), dtype="float32", ranks=1, micro_batch_size=1
+        )
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -61,12 +61,16 @@ class Launch:
 
     def start(self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str) -> subprocess.Popen[str]:
         clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")}
+        command = ["bash", str(LAUNCHER), "--ranks", str(ranks), *extra, "--module", "fake_rank"]
+        ours = {"PYTHONPATH": str(self.folder), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(self.folder / "logs")}
         self.process = subprocess.Popen(
-            ["bash", str(LAUNCHER), "--ranks", str(ranks), *extra, "--module", "fake_rank", str(self.folder), json.dumps(behaviour)],
-            env={**clean, "PYTHONPATH": str(self.folder), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(self.folder / "logs"),
-                 "POCL_KILL_GRACE": "2", **environment},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+            [*command, str(self.folder), json.dumps(behaviour)],
+            env={**clean, **ours, "POCL_KILL_GRACE": "2", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         return self.process
 
     def ready(self, ranks: int) -> None:
@@ -203,7 +207,9 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
     assert found == ["3", "1", "4", "2", "n1", str(10000 + 123456 % 50000)]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--ranks", "0", "train"], ["--ranks", "two", "train"], ["--threads", "x", "train"], ["--ranks"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--ranks", "0", "train"], ["--ranks", "two", "train"], ["--threads", "x", "train"], ["--ranks"]]
+)
 def test_bad_arguments(arguments: list[str]) -> None:
     done = subprocess.run(["bash", str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=20)
     assert done.returncode != 0
@@ -219,7 +225,9 @@ def test_bad_arguments(arguments: list[str]) -> None:
         ({"PYTHON": "/bin/false"}, [], ("PYTHON=/bin/false", "3.10")),
     ],
 )
-def test_setup_says_what_is_wrong(environment: dict[str, str], arguments: list[str], words: tuple[str, ...], tmp_path: Path) -> None:
+def test_setup_says_what_is_wrong(
+    environment: dict[str, str], arguments: list[str], words: tuple[str, ...], tmp_path: Path
+) -> None:
     (tmp_path / "launch").mkdir()
     shutil.copy(REPOSITORY / "launch" / "setup.sh", tmp_path / "launch")
     shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)

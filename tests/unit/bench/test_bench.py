@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 
 import pytest
 
@@ -32,12 +33,12 @@ def test_scale_prints_a_row_a_size_and_stays_small() -> None:
     small, large = scale.run([1000, "100_000"], lines.append)
     assert large["samples"] == 100_000
     assert large["rank"] + large["plan"] + large["first_batch"] + large["resumed_batch"] < 20
-    assert large["peak_mib"] - small["peak_mib"] < 200  # 10M would then stay far below 20 GB even without sharing
+    assert large["peak_mib"] - small["peak_mib"] < 120  # some 250 bytes a sample, and noise
     assert sum(line.split()[:1] in (["1000"], ["100000"]) for line in lines) == 2
 
 
 @pytest.mark.parametrize("arguments", [["many"], ["0"], ["-5"], ["1e6"]])
 @pytest.mark.parametrize("module", [rouge, scale])
-def test_what_is_not_a_number_is_one_sentence(module, arguments: list[str]) -> None:
+def test_what_is_not_a_number_is_one_sentence(module: ModuleType, arguments: list[str]) -> None:
     with pytest.raises(RecipeError, match="whole numbers"):
         module.run(arguments)

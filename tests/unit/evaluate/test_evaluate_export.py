@@ -91,3 +91,35 @@ def test_somebody_elses_folder_is_left_as_it_is(run: RunDirectory, recipe: str, 
     empty = tmp_path / "empty"
     empty.mkdir()
     assert (export(run, out=empty, recipe_yaml=recipe, fingerprint="x") / "config.json").is_file()
+
+
+def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str) -> None:
+    folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    texts = [path.read_text(encoding="utf-8") for path in folder.iterdir() if path.suffix in (".md", ".json")]
+    assert not [text for text in texts if "/home/somebody" in text or str(run.path) in text]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "teacher" in card and "data.jsonl" in card
+
+
+def test_a_file_added_to_an_export_is_not_deleted(run: RunDirectory, recipe: str) -> None:
+    folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds notes\.txt"):
+        export(run, out=None, recipe_yaml=recipe, fingerprint="y")
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_weights_that_changed_since_training_are_not_exported(run: RunDirectory, recipe: str) -> None:
+    path = run.train / "final" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match="not as it was saved"):
+        export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+
+
+def test_a_damaged_export_is_made_again(run: RunDirectory, recipe: str) -> None:
+    folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    (folder / "model.safetensors").unlink()
+    export(run, out=None, recipe_yaml=recipe, fingerprint="x")
+    assert (folder / "model.safetensors").is_file()

@@ -1,0 +1,258 @@
+"""Held-out loss per token of every model, and its KL divergence from the teacher (METHOD 5).
+
+Models are loaded one after the other. The teacher's hidden states at loss positions (n x d numbers) wait in a temporary
+file, so its body runs once and only its head stays beside each student; logits exist a chunk of positions at a time.
+
+Shapes: n loss tokens (responses and their EOS), d width of a model, v ids that take part.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pocl_ds.artifacts import (
+    RunDirectory,
+    damaged_files,
+    disk_faults,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from pocl_ds.config import EvaluateConfig
+from pocl_ds.data.batches import Batch, collate
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.distributed import device
+from pocl_ds.errors import ArtifactError, DataError, ModelError
+from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
+from pocl_ds.models.heads import Head, head_of, hidden_states
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
+from pocl_ds.models.vocabulary import Vocabulary, reconcile
+from pocl_ds.tracking import Progress
+
+log = logging.getLogger("pocl_ds")
+
+RESULT = "held_out.json"
+# Bytes for one chunk of logits, and the rows of v float32 numbers that are alive in it: logits, log-probabilities and
+# probabilities of both sides, and their product.
+CHUNK_BYTES, ROWS_ALIVE = 256 << 20, 8
+TEACHER = "teacher"
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Ids that take part in every softmax: the first `size`, without those `masked` ([size] bool)."""
+
+    size: int
+    masked: Tensor | None
+
+    def masked_logits(self, head: Head, hidden: Tensor) -> Tensor:
+        """float32 [n, size]."""
+        logits = head.logits(hidden, self.size).float()
+        return logits if self.masked is None else logits.masked_fill(self.masked, -math.inf)
+
+
+def held_out(
+    run: RunDirectory,
+    config: EvaluateConfig,
+    paths: Mapping[str, str],
+    *,
+    fingerprint: str,
+    threads: int | None = None,
+) -> None:
+    """Write evaluation/held_out.json: {name: {"loss", "tokens", "kl"}}.
+
+    paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. Both measures are nats per loss
+    token of data/test at tau = 1, over the ids that teacher and students share. Without a teacher there is no `kl`.
+    Raises ModelError where vocabularies do not go together, DataError where the split is empty.
+    """
+    name = f"{RESULT}.manifest.json"
+    done = read_manifest(run.evaluation, name)
+    if done is not None and done.fingerprint == fingerprint and not damaged_files(run.evaluation, done):
+        log.info("held-out loss is there already")
+        return
+    start = time.monotonic()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    load = _Loader(dict(paths), config.generation.dtype)
+    batches = _Batches(run, config)
+    ids = load.ids()
+    batches.check_labels(ids)
+    measured = _measure_all(run, load, batches, ids)
+    shared = ids.size if ids.masked is None else int((~ids.masked).sum())
+    write_json(run.evaluation / RESULT, measured)
+    info = {"samples": len(batches.rows), "ids": shared, "seconds": time.monotonic() - start}
+    write_manifest(run.evaluation, "held_out", fingerprint, info=info, files=[run.evaluation / RESULT], name=name)
+
+
+def token_sums(
+    hidden: Tensor, head: Head, labels: Tensor, ids: Ids, teacher_hidden: Tensor | None = None, teacher: Head | None = None
+) -> tuple[float, float]:
+    """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats at tau = 1.
+
+    hidden: [n, d]; labels: [n]; teacher_hidden: [n, d']. Log-probabilities are float32, sums float64. An id masked on both
+    sides adds exactly zero.
+    """
+    loss = divergence = 0.0
+    rows = max(1, CHUNK_BYTES // (4 * ROWS_ALIVE * ids.size))
+    for part in (slice(i, i + rows) for i in range(0, len(labels), rows)):
+        log_q = torch.log_softmax(ids.masked_logits(head, hidden[part]), dim=-1)
+        loss -= float(log_q.gather(-1, labels[part, None]).double().sum())
+        if teacher is None or teacher_hidden is None:
+            continue
+        log_p = torch.log_softmax(ids.masked_logits(teacher, teacher_hidden[part]), dim=-1)
+        difference = log_p - log_q
+        if ids.masked is not None:
+            difference = difference.masked_fill(ids.masked, 0.0)  # -inf - -inf
+        divergence += float((log_p.exp() * difference).sum(dim=-1).double().sum())
+    return loss, divergence
+
+
+class _Loader:
+    """Loads the models of an evaluation by their names."""
+
+    def __init__(self, paths: dict[str, str], dtype: str) -> None:
+        self.paths, self.dtype = paths, dtype
+        self.students = [name for name in paths if name != TEACHER]
+
+    def model(self, name: str) -> Any:
+        model: Any = load_model(self.paths[name], dtype=self.dtype)
+        return model.to(device()).eval().requires_grad_(False)
+
+    def ids(self) -> Ids:
+        """The ids that all models share, so that every number is over the same set."""
+        rows = {
+            name: int(load_model_config(path).get_text_config(decoder=True).vocab_size) for name, path in self.paths.items()
+        }
+        if TEACHER not in self.paths:
+            return Ids(min(rows.values()), None)
+        teacher = load_tokenizer(self.paths[TEACHER])
+        found: list[Vocabulary] = [
+            reconcile(teacher, load_tokenizer(self.paths[name]), rows[TEACHER], rows[name]) for name in self.students
+        ]
+        size = min([rows[TEACHER], *(vocabulary.size for vocabulary in found)])
+        shared = np.ones(size, bool)
+        for vocabulary in found:
+            if vocabulary.shared is not None:
+                shared &= vocabulary.shared[:size]
+        return Ids(size, None if shared.all() else torch.from_numpy(~shared).to(device()))
+
+
+class _Batches:
+    """The test split in batches of like lengths, always the same ones in the same order."""
+
+    def __init__(self, run: RunDirectory, config: EvaluateConfig) -> None:
+        manifest = read_manifest(run.data)
+        if manifest is None:
+            raise ArtifactError(f"{run.data} holds no finished data: run `pocl data` first")
+        self.pad = int(manifest.info["pad_id"])
+        self.split = EncodedSplit.open(run.data, HELD_OUT)
+        kept = np.array(chosen(split_ids(self.split), config.samples), np.int64)
+        self.rows: NDArray[np.int64] = kept[np.argsort(self.split.total_tokens[kept], kind="stable")]
+        lengths = self.split.total_tokens[self.rows] - np.maximum(self.split.prompt_tokens[self.rows], 1)
+        self.tokens = int(np.maximum(lengths, 0).sum())
+        if not self.tokens:
+            raise DataError("the test split holds no tokens to measure: raise data.test_fraction or name data.test")
+        self.limit, self.most = config.generation.max_batched_tokens, config.generation.max_sequences
+
+    def __iter__(self) -> Iterator[Batch]:
+        pending: list[int] = []
+        for row in self.rows:  # ascending lengths: the newest is the width
+            full = (len(pending) + 1) * int(self.split.total_tokens[row]) > self.limit or len(pending) == self.most
+            if pending and full:
+                yield collate(self.split, pending, self.pad).to(device())
+                pending = []
+            pending.append(int(row))
+        yield collate(self.split, pending, self.pad).to(device())
+
+    def check_labels(self, ids: Ids) -> None:
+        """Raises ModelError where a test token takes no part in the softmax: its loss would be infinite."""
+        for row in self.rows:
+            tokens = np.asarray(self.split.tokens(int(row)), np.int64)[int(self.split.prompt_tokens[row]) :]
+            outside = tokens >= ids.size
+            if ids.masked is not None:
+                outside |= ids.masked.cpu().numpy()[np.minimum(tokens, ids.size - 1)]
+            if outside.any():
+                raise ModelError(
+                    f"test sample {self.split.ids[row].decode()} holds token id {int(tokens[np.argmax(outside)])}, which teacher "
+                    "and student do not share: choose a pair that shares its tokenizer, or set evaluate.loss=false"
+                )
+
+
+def _measure_all(run: RunDirectory, load: _Loader, batches: _Batches, ids: Ids) -> dict[str, dict[str, float]]:
+    measured: dict[str, dict[str, float]] = {}
+    with disk_faults(run.evaluation):
+        run.evaluation.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".teacher-", dir=run.evaluation) as folder:
+            teacher, states = None, None
+            if TEACHER in load.paths:
+                teacher, states = _teacher(Path(folder), load, batches)
+                loss, _ = _measure(TEACHER, None, teacher, states, batches, ids)
+                measured[TEACHER] = {"loss": loss, "tokens": batches.tokens, "kl": 0.0}
+            for name in load.students:
+                model = load.model(name)
+                loss, divergence = _measure(name, model, teacher, states, batches, ids)
+                measured[name] = {"loss": loss, "tokens": batches.tokens, **({"kl": divergence} if teacher else {})}
+                del model
+                gc.collect()
+            del states
+    return measured
+
+
+def _teacher(folder: Path, load: _Loader, batches: _Batches) -> tuple[Head, Tensor]:
+    """The teacher's head and its hidden states [n, d] at loss positions, mapped from a file; its body is freed."""
+    model = load.model(TEACHER)
+    head = head_of(model)
+    width = int(head.weight.shape[1])
+    path = folder / "hidden"
+    with path.open("wb") as stream:
+        stream.truncate(batches.tokens * width * head.weight.element_size())
+    states = torch.from_file(str(path), shared=True, size=batches.tokens * width, dtype=head.weight.dtype).view(-1, width)
+    done = 0
+    with torch.inference_mode(), Progress(len(batches.rows), "samples", "held-out, teacher") as progress:
+        for batch in batches:
+            hidden = _at_loss_positions(model, batch)
+            states[done : done + len(hidden)] = hidden.to(states.device)
+            done += len(hidden)
+            progress.advance(len(batch.rows))
+    return head, states
+
+
+@torch.inference_mode()
+def _measure(
+    name: str, model: Any, teacher: Head | None, states: Tensor | None, batches: _Batches, ids: Ids
+) -> tuple[float, float]:
+    """Loss and KL per token of a model; of the teacher itself (model None) from its kept hidden states."""
+    loss = divergence = 0.0
+    done = 0
+    head = teacher if model is None else head_of(model)
+    if head is None:
+        raise ValueError("a model or a teacher is needed")
+    with Progress(len(batches.rows), "samples", f"held-out, {name}", silent=model is None) as progress:
+        for batch in batches:
+            count = len(batch.labels)
+            kept = None if states is None else states[done : done + count].to(device())
+            hidden = kept if model is None and kept is not None else _at_loss_positions(model, batch)
+            one, two = token_sums(hidden, head, batch.labels, ids, None if model is None else kept, teacher)
+            loss, divergence, done = loss + one, divergence + two, done + count
+            progress.advance(len(batch.rows), loss=loss / done)
+    log.info("%s: held-out loss %.4f, KL to the teacher %.4f a token", name, loss / batches.tokens, divergence / batches.tokens)
+    return loss / batches.tokens, divergence / batches.tokens
+
+
+def _at_loss_positions(model: Any, batch: Batch) -> Tensor:
+    """Final hidden states that predict the batch's loss tokens: [n, d]."""
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    return hidden.flatten(0, 1).index_select(0, batch.positions)
