@@ -23,7 +23,9 @@ def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> 
     return student, teacher, draw(23, 8), draw(23, 12), torch.randint(0, 37, (23,), generator=generator)
 
 
-def plain(hidden: Tensor, student: Head, labels: Tensor, terms: LossTerms, ids: Ids, teacher_hidden: Tensor, teacher: Head) -> Any:
+def plain(
+    hidden: Tensor, student: Head, labels: Tensor, terms: LossTerms, ids: Ids, teacher_hidden: Tensor, teacher: Head
+) -> Any:
     z_q, z_p = student.logits(hidden)[:, : ids.size], teacher.logits(teacher_hidden)[:, : ids.size]
     if ids.masked is not None:
         z_q, z_p = z_q.masked_fill(ids.masked, -torch.inf), z_p.masked_fill(ids.masked, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
@@ -73,7 +74,7 @@ def test_long_texts_over_word_boundaries_of_the_bit_vectors(words: int) -> None:
 def test_real_pairs(shared_data: Path) -> None:
     lines = (shared_data / "eval_vicuna80.jsonl").read_text(encoding="utf-8").splitlines()[:26]
     answers = [json.loads(line)["output"][:900] for line in lines]
-    for left, right in zip(answers, answers[1:], strict=False):
+    for left, right in itertools.pairwise(answers):
         assert rouge_l(left, [right]) == expected(left, [right])
 
 
