@@ -31,7 +31,12 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and options.command == "bench"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (pocl {options.command} --help)")
+    if rest:  # argparse takes no positional words after an option; overrides may stand anywhere
+        options.words += rest
     from pocl_ds.errors import PoclError
 
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_a_single_stage_is_cut_within_its_last_epoch() -> None:
     assert set(visits.values()) == {1, 2} and sum(visits.values()) == 50
 
 
-def test_the_order_may_lie_on_disk(tmp_path) -> None:
+def test_the_order_may_lie_on_disk(tmp_path: Path) -> None:
     np.save(tmp_path / "order.npy", np.arange(100)[::-1])
     order = np.load(tmp_path / "order.npy", mmap_mode="r")
     sampler = Sampler(build_plan(order, subsets=2, batch_size=8), 1)

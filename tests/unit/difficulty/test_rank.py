@@ -92,7 +92,7 @@ def test_a_worked_example() -> None:
 
 def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
     ids = [f"s{i}" for i in range(2000)]
-    orders = [fuse(ids, np.zeros(2000), np.arange(2000.0), strategy="random", seed=seed).order_index for seed in (0, 0, 1)]
+    orders = [fuse(ids, [0.0] * 2000, [1.0] * 2000, strategy="random", seed=seed).order_index for seed in (0, 0, 1)]
     assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
     for order in (orders[0], orders[2]):  # neither the file's order nor the other's
         assert abs(np.corrcoef(order, np.arange(2000))[0, 1]) < 0.1
