@@ -117,7 +117,9 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
-    ds_config: str = Field("teacher_zero3", description="name in ds_configs/ or a JSON file")
+    ds_config: str = Field(
+        "teacher_zero3", description="name in ds_configs/ or a JSON file", json_schema_extra=OPERATIONAL
+    )
 
 
 class PruneConfig(Section):
@@ -136,7 +138,9 @@ class PruneConfig(Section):
 class StudentConfig(ModelConfig):
     """The model that learns. `dtype` is that of its forward pass; DeepSpeed keeps float32 master weights."""
 
-    ds_config: str = Field("student_zero3", description="name in ds_configs/ or a JSON file")
+    ds_config: str = Field(
+        "student_zero3", description="name in ds_configs/ or a JSON file", json_schema_extra=OPERATIONAL
+    )
     prune: PruneConfig | None = Field(None, description="make the student from its model by leaving layers out")
     heal_steps: NonNegative = Field(0, description="plain KD steps before scoring; 0 for pre-trained students")
     dropout: Fraction | None = Field(None, description="set every dropout of the model; null keeps the model's own")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pocl_ds.curriculum.plan import Plan
 
 _GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_BLOCK = 1 << 14  # keys mixed at once
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,17 @@ def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.i
 
     Number i is sorted by the high bits of splitmix64(base + i), then by i itself, which stands in the low bits of its key: no
     two keys are equal, so any sort gives one result, on every machine and with every release of numpy. Sorting keys in
-    place takes half the time of argsort: 1 s for 10 million.
+    place takes half the time of argsort.
     """
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     with np.errstate(over="ignore"):
         base = np.uint64(0)
         for word in (seed, stage, epoch):
             base = _mix(np.array([base + np.uint64(word) + _GOLDEN], np.uint64))[0]
-        numbers = np.arange(size, dtype=np.uint64)
-        keys = _mix(numbers + base)
-    keys &= ~low
-    keys |= numbers
+        keys = np.arange(size, dtype=np.uint64)
+        for start in range(0, size, _BLOCK):
+            numbers = keys[start : start + _BLOCK]
+            numbers |= _mix(numbers + base) & ~low
     keys.sort()
     keys &= low
     return keys.view(np.int64)

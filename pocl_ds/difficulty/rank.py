@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -204,11 +203,23 @@ def _check(ids: Ids, rouge: NDArray[np.float64], entropy: NDArray[np.float64]) -
         if not np.isfinite(values).all():
             worst = int(np.argmin(np.isfinite(values)))
             raise DataError(f"sample {_text(ids[worst])} has {name}={values[worst]}: score it again, or leave it out")
-    column = pa.array(ids if isinstance(ids, list) else np.asarray(ids))
-    if pc.count_distinct(column).as_py() < len(ids):
-        counts = pc.value_counts(column)
-        worst_id = counts.field("values")[pc.index(counts.field("counts"), pc.max(counts.field("counts"))).as_py()]
-        raise DataError(f"sample id {_text(worst_id.as_py())} stands there more than once: ids must be unique")
+    twice = _repeated(ids)
+    if twice is not None:
+        raise DataError(f"sample id {twice} stands there more than once: ids must be unique")
+
+
+def _repeated(ids: Ids) -> str | None:
+    """The first id that stands there a second time. Hashes are compared first, ids only where hashes are equal."""
+    hashes = hash_ids(ids, 0)
+    ordered = np.sort(hashes)
+    suspects = ordered[1:][ordered[1:] == ordered[:-1]]
+    seen: set[str] = set()
+    for i in np.flatnonzero(np.isin(hashes, suspects)) if len(suspects) else ():
+        name = _text(ids[i])
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def _sorted(ids: Ids, primary: NDArray[Any], secondary: NDArray[Any]) -> NDArray[np.int64]:
