@@ -45,6 +45,7 @@ SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "ensu
            "_vendor", "third_party", "vendor", "__main__"}  # fmt: skip
 BOILERPLATE = re.compile(r"deprecated|todo|fixme|see the documentation|internal use|do not use|copyright|licen[cs]e", re.I)
 ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
+EMPHASIS = re.compile(r"(?<![\w*`])\*{1,2}([A-Za-z][^*`]*?[\w.)])\*{1,2}(?![\w*`])")  # but not *args, 2 * 3 or `*`
 SIGNATURE = re.compile(r"^[\w.*, ]*\w+\(.*\)(\s*->.*)?\s*$")
 SECTION = re.compile(r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see also|attributes)\s*:?\s*$", re.I)
 
@@ -90,7 +91,10 @@ def _plain(text: str) -> str:
     text = ROLE.sub(r"\1", text)
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
     text = re.sub(r"`([^`<]+?)\s*<[^>]+>`_+", r"\1", text)
-    text = re.sub(r":\s*:?$|::$", ".", re.sub(r"\s+", " ", text).strip())
+    text = re.sub(r"`([^`<]+)`_+(?!\w)", r"\1", text)
+    text = EMPHASIS.sub(r"\1", text)
+    text = re.split(r"\s:(?:param|type|returns?|rtype|raises?)\b", re.sub(r"\s+", " ", text).strip())[0]
+    text = re.sub(r":\s*:?$|::$|(?<!\.)\.\.$", ".", text)
     return text if text[-1:] in ".!?" else f"{text}." if text else ""
 
 

@@ -48,14 +48,14 @@ class Encoder:
 
     def sample(self, sample: Sample) -> Encoded:
         """Prompt, response and EOS, at most max_length ids; a response that is cut has no EOS."""
-        return self._join(sample, self._response([sample])[0])
+        return self._join(sample, self.template.ids(sample), self._response([sample])[0])
 
     def samples(self, samples: Sequence[Sample]) -> list[Encoded | None]:
         """As `sample`, many at once; None for what prompt.overlong=drop leaves out."""
-        responses = self._response(samples)
+        prompts, responses = self.template.many(samples), self._response(samples)
         encoded: list[Encoded | None] = []
-        for sample, response in zip(samples, responses, strict=True):
-            one = self._join(sample, response)
+        for sample, prompt, response in zip(samples, prompts, responses, strict=True):
+            one = self._join(sample, prompt, response)
             encoded.append(None if one.truncated and self.config.overlong == "drop" else one)
         return encoded
 
@@ -64,8 +64,7 @@ class Encoder:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _join(self, sample: Sample, response: list[int]) -> Encoded:
-        prompt = self.template.ids(sample)
+    def _join(self, sample: Sample, prompt: list[int], response: list[int]) -> Encoded:
         limit, longest = self.config.max_prompt_tokens, self.config.max_length
         whole = [*prompt[:limit], *response, self.tokenizer.eos_token_id]
         truncated = len(prompt) > limit or len(whole) > longest
@@ -136,13 +135,14 @@ def encode_split(samples: Iterable[Sample], encoder: Encoder, directory: Path, s
     """Write a split's jsonl and encoding below `directory`, streaming."""
     counts = EncodingCounts()
     index: list[NDArray[np.int64]] = []
-    ids: list[bytes] = []
+    ids: list[NDArray[np.bytes_]] = []  # arrays: ten million bytes objects would take three times as much
     with (
         (directory / f"{split}.jsonl").open("w", encoding="utf-8") as text,
         (directory / f"{split}.tokens.bin").open("wb") as binary,
     ):
         for chunk in batched(samples, BATCH):
-            rows = []
+            rows: list[tuple[int, int, int]] = []
+            kept: list[bytes] = []
             for sample, encoded in zip(chunk, encoder.samples(chunk), strict=True):
                 if encoded is None:
                     counts.dropped += 1
@@ -152,13 +152,14 @@ def encode_split(samples: Iterable[Sample], encoder: Encoder, directory: Path, s
                 counts.tokens += len(encoded.ids)
                 counts.response_tokens += len(encoded.ids) - encoded.prompt_tokens
                 counts.truncated += encoded.truncated
-                ids.append(sample.id.encode())
+                kept.append(sample.id.encode())
                 text.write(sample.to_json() + "\n")
                 np.asarray(encoded.ids, np.uint32).tofile(binary)
             index.append(np.array(rows, np.int64).reshape(-1, 3))
+            ids.append(np.array(kept, "S") if kept else np.empty(0, "S1"))
     table = np.concatenate(index) if index else np.empty((0, 3), np.int64)
     np.save(directory / f"{split}.index.npy", table)
-    np.save(directory / f"{split}.ids.npy", np.array(ids, dtype=f"S{max(map(len, ids), default=1)}"))
+    np.save(directory / f"{split}.ids.npy", np.concatenate(ids) if ids else np.empty(0, "S1"))
     return counts
 
 

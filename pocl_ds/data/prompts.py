@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,11 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
+# Templates of Llama 3 write today's date into the prompt unless they are told one; the prompt of a sample must not change
+# between the day it is scored and the day it is evaluated. This is the date that those templates fall back on.
+DATE = "26 Jul 2024"
+
+
 class PromptTemplate(Protocol):
     """How a sample is put to a model."""
 
@@ -32,6 +38,9 @@ class PromptTemplate(Protocol):
 
     def ids(self, sample: Sample) -> list[int]:
         """The prompt's token ids, special tokens included, not cut."""
+
+    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The ids of many prompts, tokenised together; equal to `ids` of each."""
 
 
 def load_template(name: str, tokenizer: Any) -> PromptTemplate:
@@ -60,11 +69,15 @@ class _Text:
         return str(self.render(sample))
 
     def ids(self, sample: Sample) -> list[int]:
-        ids = list(self.tokenizer(self.text(sample))["input_ids"])
-        # Some tokenizers close what they encode with EOS: a prompt is not finished.
-        if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-            ids.pop()
-        return ids
+        return self.many([sample])[0]
+
+    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
+        prompts: list[list[int]] = self.tokenizer([self.text(sample) for sample in samples])["input_ids"]
+        for ids in prompts:
+            # Some tokenizers close what they encode with EOS: a prompt is not finished.
+            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()
+        return prompts
 
 
 class _Chat:
@@ -77,19 +90,25 @@ class _Chat:
         asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
         turns = [{"role": role, "content": content} for role, content in (*sample.history, ("user", asked))]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return str(
+                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=DATE)
+            )
         except jinja2.TemplateError as error:
             raise DataError(f"sample {sample.id}: the chat template refuses its turns ({error}): mend or remove it") from None
 
     def ids(self, sample: Sample) -> list[int]:
-        return list(self.tokenizer(self.text(sample), add_special_tokens=False)["input_ids"])
+        return self.many([sample])[0]
+
+    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [self.text(sample) for sample in samples]
+        prompts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return prompts
 
 
 def _alpaca(sample: Sample) -> str:
     _no_history(sample, "alpaca")
     template = ALPACA_WITH_INPUT if sample.input else ALPACA_WITHOUT_INPUT
-    # One pass over the template: braces in the data are data.
-    return template.replace("{instruction}", "\0").replace("{input}", sample.input).replace("\0", sample.instruction)
+    return template.format(instruction=sample.instruction, input=sample.input)
 
 
 def _plain(sample: Sample) -> str:

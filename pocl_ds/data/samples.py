@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,28 +85,29 @@ def normalise(
 ) -> Iterator[Sample]:
     """Turn (place, record) pairs into samples."""
     reader = None
-    seen: dict[str, str] = {}
-    contents: Counter[str] = Counter()
+    seen, contents = SeenKeys(), SeenKeys()
     for place, record in records:
         if not isinstance(record, dict):
             raise DataError(f"{place}: a record must be an object with named fields, found {type(record).__name__}")
         if reader is None:
+            _check_fields(record, place, fields)
             reader = _Reader(record, place, format, fields)
             log.info("%s: read as %s", source, reader.described())
         instruction, given, references, history = reader.read(record, place)
+        said = _bytes(json.dumps([history, instruction, given, references], ensure_ascii=False), place)
         own = record.get(reader.names["id"])
         if own is None or own == "":
-            identity = hashlib.sha256(
-                json.dumps([history, instruction, given, references], ensure_ascii=False).encode()
-            ).hexdigest()[:16]
-            contents[identity] += 1
-            if contents[identity] > 1:  # exact duplicates are numbered
-                identity = f"{identity}-{contents[identity] - 1}"
+            identity = hashlib.sha256(said).hexdigest()[:16]
+            key = int(identity, 16)
+            earlier = contents.put(key, contents.get(key) + 1)
+            if earlier:  # exact duplicates are numbered
+                identity = f"{identity}-{earlier}"
         else:
             identity = _checked_id(own, place)
-            if identity in seen:
-                raise DataError(f"{place}: id {identity!r} stands at {seen[identity]} too: make ids unique, or leave them out")
-            seen[identity] = place
+            unit, _, number = place.rpartition(" ")  # FILE line N
+            earlier = seen.put(int(hashlib.sha256(identity.encode()).hexdigest()[:16], 16), int(number))
+            if earlier:
+                raise DataError(f"{place}: id {identity!r} stands at {unit} {earlier} too: make ids unique, or leave them out")
         yield Sample(identity, instruction, given, references, history)
     if reader is None:
         raise DataError(f"{source} holds no samples: check that it is the right file")
@@ -119,6 +120,54 @@ def read_normalised(path: Path) -> Iterator[Sample]:
             tree = json.loads(line)
             history = tuple((role, content) for role, content in tree["history"])
             yield Sample(tree["id"], tree["instruction"], tree["input"], tuple(tree["references"]), history)
+
+
+class SeenKeys:
+    """64-bit keys, each with a number of 1 or more, in 16 bytes a slot: ten million take 270 MB, a dict six times that.
+
+    Open addressing. That two different ids among ten million share a key has a chance of 3 in a million.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._bits = 0, 10
+        self._keys, self._numbers = self._tables()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def get(self, key: int) -> int:
+        """The number at a key, 0 where there is none."""
+        return self._numbers[self._slot(key)]
+
+    def put(self, key: int, number: int) -> int:
+        """Set the number at a key; returns the one that was there, 0 where there was none."""
+        slot = self._slot(key)
+        earlier = self._numbers[slot]
+        self._keys[slot], self._numbers[slot] = key, number
+        if not earlier:
+            self._count += 1
+            if self._count > 0.7 * (1 << self._bits):
+                self._grow()
+        return earlier
+
+    def _tables(self) -> tuple[array[int], array[int]]:
+        return array("Q", bytes(8 << self._bits)), array("Q", bytes(8 << self._bits))
+
+    def _slot(self, key: int) -> int:
+        mask = (1 << self._bits) - 1
+        slot = key & mask
+        while self._numbers[slot] and self._keys[slot] != key:
+            slot = (slot + 1) & mask
+        return slot
+
+    def _grow(self) -> None:
+        keys, numbers = self._keys, self._numbers
+        self._bits += 1
+        self._keys, self._numbers = self._tables()
+        for key, number in zip(keys, numbers):
+            if number:
+                slot = self._slot(key)
+                self._keys[slot], self._numbers[slot] = key, number
 
 
 class _Reader:
@@ -170,7 +219,10 @@ class _Reader:
     def _messages(
         self, record: dict[str, Any], place: str
     ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
-        raw = record.get(self.names["messages"])
+        if self.names["messages"] not in record:
+            raise DataError(f"{place}: there is no field {self.names['messages']!r} (fields: {', '.join(map(str, record))}): "
+                            "add it, or name the one that holds the turns with data.fields.messages")
+        raw = record[self.names["messages"]]
         turns = []
         for turn in raw if isinstance(raw, list) else []:
             role, content = (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(
@@ -180,7 +232,7 @@ class _Reader:
             turns.append((ROLES.get(role, role), content))
         while turns and turns[-1][0] != "assistant":
             turns.pop()
-        if len(turns) < 2 or turns[-2][0] != "user" or not turns[-1][1].strip():
+        if len(turns) < 2 or turns[-2][0] != "user" or not all(text.strip() for _, text in turns[-2:]):
             raise DataError(f"{place}: messages must hold a user's turn answered by the assistant: mend or remove the record")
         return turns[-2][1], "", (turns[-1][1],), tuple(turns[:-2])
 
@@ -198,9 +250,26 @@ def _named(record: dict[str, Any], ours: str, fields: Mapping[str, str]) -> str:
     return next((name for name in NAMES[ours] if name in record), NAMES[ours][0])
 
 
+def _check_fields(record: dict[str, Any], place: str, fields: Mapping[str, str]) -> None:
+    """A field that a recipe maps is there: a misspelt `input` would otherwise be left out without a word."""
+    for ours, theirs in fields.items():
+        if theirs not in record:
+            raise DataError(f"{place}: there is no field {theirs!r}, which data.fields.{ours} names (fields: "
+                            f"{', '.join(map(str, record))}): correct data.fields")
+
+
+def _bytes(text: str, place: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place}: a text holds half a character (a lone surrogate): mend or remove the record") from None
+
+
 def _checked_id(value: Any, place: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise DataError(f"{place}: an id must be a text or a whole number, found {type(value).__name__}: mend it or leave it out")
     identity = str(value)
-    if len(identity.encode()) > MAX_ID_BYTES or "\n" in identity or "\0" in identity:
+    if len(_bytes(identity, place)) > MAX_ID_BYTES or "\n" in identity or "\0" in identity:
         raise DataError(f"{place}: an id must be at most {MAX_ID_BYTES} bytes without line breaks: shorten it or leave it out")
     return identity
 
@@ -216,25 +285,29 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
         elif path.suffix == ".json":
             yield from _json_records(path)
         else:
-            with path.open(encoding="utf-8") as stream:
+            with path.open(encoding="utf-8-sig") as stream:  # some programs begin a file with a byte-order mark
                 for number, line in enumerate(stream, 1):
                     if line.strip():
-                        yield f"{path} line {number}", _json(line, f"{path} line {number}")
+                        yield f"{path} line {number}", _json(line.rstrip(), f"{path} line {number}", "mend that line")
     except UnicodeDecodeError as error:
         raise DataError(f"data file {path} is not UTF-8 ({error.reason}): convert it") from None
     except OSError as error:
         raise DataError(f"data file {path} cannot be read ({error.strerror or error}): check it") from None
 
 
-def _json(text: str, place: str) -> Any:
+def _json(text: str, place: str, remedy: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{place} is not valid JSON ({error.msg} at column {error.colno}): mend that line") from None
+        at = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise DataError(f"{place} is not valid JSON ({error.msg} at {at}column {error.colno}): {remedy}") from None
+    except (RecursionError, ValueError):
+        raise DataError(f"{place} is nested too deeply or holds too long a number: mend or remove the record") from None
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    tree = _json(path.read_text(encoding="utf-8"), str(path))
+    remedy = "mend it, or let its name end in .jsonl if it holds a record a line"
+    tree = _json(path.read_text(encoding="utf-8-sig"), f"data file {path}", remedy)
     if isinstance(tree, dict):  # {"data": [...]} and the like
         lists = [value for value in tree.values() if isinstance(value, list)]
         tree = lists[0] if len(lists) == 1 else None
@@ -269,5 +342,5 @@ def _hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[st
             f"data set {name!r} (subset {subset}, split {split!r}) cannot be had ({type(error).__name__}: {reason}): check "
             "the name and the network, or give a .jsonl file"
         ) from None
-    for number, record in enumerate(found):
+    for number, record in enumerate(found, 1):
         yield f"{name} record {number}", record

@@ -9,12 +9,12 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.artifacts import Manifest, RunDirectory, atomic_directory, read_manifest, write_manifest
+from pocl_ds.artifacts import Manifest, RunDirectory, atomic_directory, damaged_files, read_manifest, write_manifest
 from pocl_ds.config import DataConfig, PromptConfig
 from pocl_ds.data.documentation import harvest
 from pocl_ds.data.encode import Encoder, encode_split
@@ -31,7 +31,7 @@ def prepare_data(
 ) -> Manifest:
     """Read, split, encode; data/ appears as a whole or not at all. Raises DataError where nothing is left to train on."""
     manifest = read_manifest(run.data)
-    if manifest and manifest.fingerprint == fingerprint:
+    if manifest and manifest.fingerprint == fingerprint and not damaged_files(run.data, manifest, checksums=False):
         return manifest
     start = time.monotonic()
     encoder = Encoder(tokenizer, prompt)
@@ -40,7 +40,7 @@ def prepare_data(
         counts = {}
         for split in SPLITS:
             limit = getattr(data, f"{split}_samples")
-            counts[split] = encode_split(_limited(read_normalised(parts[split]), limit), encoder, folder, split)
+            counts[split] = encode_split(_limited(parts[split], limit), encoder, folder, split)
             parts[split].unlink()
             log.info("%s: %d samples, %d tokens, %d of them responses; %d truncated, %d dropped", split, counts[split].samples,
                      counts[split].tokens, counts[split].response_tokens, counts[split].truncated, counts[split].dropped)
@@ -49,8 +49,8 @@ def prepare_data(
                             "data.test_fraction, prompt.overlong): change these or give more data")
         info = {
             "source": data.source, "splits": {split: asdict(count) for split, count in counts.items()},
-            "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id, "vocabulary": len(tokenizer),
-            "seconds": time.monotonic() - start,
+            "tokenizer": tokenizer.name_or_path, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id,
+            "vocabulary": len(tokenizer), "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "data", fingerprint, info=info)
 
@@ -95,12 +95,15 @@ def _split_of(sample: Sample, data: DataConfig) -> str:
     return "test" if place < test else "validation" if place < test + validation else "train"
 
 
-def _limited(samples: Iterable[Sample], limit: int | None) -> Iterator[Sample]:
-    """At most `limit` samples, those with the smallest hashes; the order of the source stays."""
+def _limited(path: Path, limit: int | None) -> Iterator[Sample]:
+    """At most `limit` samples of a file, those with the smallest hashes; the order of the file stays."""
     if limit is None:
-        yield from samples
+        yield from read_normalised(path)
         return
-    # Another part of the hash than the one that chose the split, or a limited split would be its lower edge.
-    numbered = ((sample.prompt_key[16:], sample.id, number, sample) for number, sample in enumerate(samples))
-    for _, _, _, sample in sorted(heapq.nsmallest(limit, numbered, key=lambda row: row[:2]), key=lambda row: row[2]):
-        yield sample
+    # Another part of the hash than the one that chose the split, or a limited split would be its lower edge. Read twice:
+    # the samples themselves are not held.
+    places = ((sample.prompt_key[16:], sample.id, number) for number, sample in enumerate(read_normalised(path)))
+    chosen = {number for _, _, number in heapq.nsmallest(limit, places)}
+    for number, sample in enumerate(read_normalised(path)):
+        if number in chosen:
+            yield sample
