@@ -76,7 +76,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def finished(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
-    """Which stages are done. Raises ArtifactError where a result belongs to another recipe."""
+    """Which stages have a whole result of this recipe."""
     expected, done = fingerprints(recipe), {}
     for stage in STAGES:
         if stage.name == "score":

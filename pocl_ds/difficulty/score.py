@@ -21,7 +21,7 @@ from pocl_ds.artifacts import RunDirectory, atomic_write, damaged_files, read_ma
 from pocl_ds.config import PromptConfig, ScoreConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.data.samples import read_normalised
-from pocl_ds.difficulty.rank import tied_share
+from pocl_ds.difficulty.rank import DEGENERATE, tied_share
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.generation.open import open_generator
 from pocl_ds.generation.protocol import Generator, Sampling
@@ -34,7 +34,6 @@ log = logging.getLogger("pocl_ds")
 STAGE = "score"
 MANIFESTS = "shard-*-of-*.jsonl.manifest.json"
 CHUNK = 256  # samples held in memory at once, and the grain of progress
-TIED_SHARE = 1 / 3  # of equal values, from which a metric says little
 
 
 def shard_file(run: RunDirectory, shard: int, shards: int) -> Path:
@@ -199,7 +198,7 @@ class _Scorer:
         """Share of tied values a metric, with a warning where it is so large that ranks say little."""
         shares = {name: round(float(tied_share(np.asarray(values))), 4) for name, values in metrics.items()}
         for name, share in shares.items():
-            if share > TIED_SHARE:
+            if share > DEGENERATE:
                 log.warning(
                     "score shard %d: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student "
                     "first (student.heal_steps) or rank by the other metric (rank.strategy)",
