@@ -237,6 +237,10 @@ class TrainConfig(Section):
     engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch is the numerical reference")
     batch_size: Positive = Field(64, description="samples of one optimizer step, over all ranks")
     micro_batch_size: Positive = Field(8, description="samples of one forward on one rank", json_schema_extra=OPERATIONAL)
+    layout: Literal["auto", "padded", "packed"] = Field(
+        "auto", description="samples of a micro-batch padded to the longest, or behind one another in one row; auto: the cheaper",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
     lr: Annotated[Float, Field(gt=0)] = 1e-4
     lr_end: Annotated[Float, Field(ge=0)] = 1e-7
     warmup_steps: NonNegative = 0

@@ -45,8 +45,9 @@ STAGES = (
                                                    _data_files(r)], ()),
     Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
                                                         lasting(r.train) if r.student.heal_steps else None, r.seed], ("data",)),
-    Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare")),
-    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("score",)),
+    Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare"),
+          lambda r: r.rank.strategy != "random"),
+    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("data", "score")),
     Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
     Stage("train", lambda run: run.train, lambda r: [lasting(r.train), lasting(r.loss), r.seed], ("plan",)),
     Stage("baseline", lambda run: run.baseline, lambda r: [lasting(r.train), lasting(r.loss), lasting(r.compare), r.seed],
@@ -70,7 +71,7 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
     """What each stage's result must carry to belong to this recipe."""
     found: dict[str, str] = {}
     for stage in STAGES:
-        before = [found[name] for name in stage.after if name != "baseline" or recipe.compare.enabled]
+        before = [found[name] for name in stage.after if STAGES[NAMES.index(name)].wanted(recipe)]
         found[stage.name] = fingerprint([stage.name, stage.depends(recipe), before])
     return found
 

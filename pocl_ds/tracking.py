@@ -40,7 +40,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, label: str, *, done: int = 0, silent: bool = False) -> None:
         self.total, self.unit, self.label = total, unit, label
-        self.done, self.first = done, done
+        self.done, self.first, self.said = done, done, done  # said: what the newest line told
         self.silent = silent or log.level > logging.INFO
         self.terminal = sys.stderr.isatty()
         self.start = self.shown = time.monotonic()
@@ -58,13 +58,13 @@ class Progress:
         self.facts = facts
         now = time.monotonic()
         if now - self.shown >= (TERMINAL_INTERVAL if self.terminal else FILE_INTERVAL):
-            self.shown = now
             self._show()
 
     def close(self) -> None:
         """Show the last state."""
         if self.done > self.first:
-            self._show()
+            if self.terminal or self.done > self.said:
+                self._show()
             if self.terminal and not self.silent:
                 sys.stderr.write("\n")
 
@@ -74,12 +74,13 @@ class Progress:
         return (self.done - self.first) / max(time.monotonic() - self.start, 1e-9)
 
     def _show(self) -> None:
+        self.shown, self.said = time.monotonic(), self.done
         if self.silent:
             return
         rate = self.rate
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         facts = "".join(f"  {name} {_short(value)}" for name, value in self.facts.items())
-        per = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.1f} s/{self.unit}"
+        per = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.1f} s/{self.unit.removesuffix('s')}"
         line = f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {_clock(left)}{facts}"
         if self.terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns

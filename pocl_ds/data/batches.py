@@ -1,9 +1,9 @@
-"""Micro-batches: padded ids, and where in them the loss is."""
+"""Batches: rows of an encoded split as tensors, padded to the longest, or packed behind one another without padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -15,46 +15,68 @@ from pocl_ds.data.encode import EncodedSplit
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples padded on the right to T tokens; n loss tokens (responses and their EOS).
+    """B samples padded on the right to T tokens, or packed into one row of T tokens; n loss tokens (responses, their EOS).
 
     The hidden state at t predicts token t + 1, so `positions` are one before their labels.
     """
 
-    input_ids: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] int64, from lengths: a padding id may well be a real EOS elsewhere
-    positions: Tensor  # [n] int64, flat index into B * T of the hidden state that predicts a loss token
+    input_ids: Tensor  # [B, T] int64; packed: [1, T]
+    attention_mask: Tensor | None  # [B, T] int64, from lengths: a padding id may well be a real EOS elsewhere; packed: None
+    position_ids: Tensor | None  # packed: [1, T] int64, from 0 in each sample, which is also what keeps samples apart
+    positions: Tensor  # [n] int64, flat index into input_ids of the hidden state that predicts a loss token
     labels: Tensor  # [n] int64
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
     rows: tuple[int, ...]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("input_ids", "attention_mask", "positions", "labels", "sample_of_token")
-        }
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
-def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id: int) -> Batch:
-    """Pad some rows of a split into a batch."""
+def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False) -> Batch:
+    """Some rows of a split as a batch."""
     picked = np.asarray(rows, np.int64)
-    lengths = np.asarray(split.total_tokens[picked])
-    prompts = np.asarray(split.prompt_tokens[picked])
-    width = int(lengths.max(initial=1))
-    ids = np.full((len(picked), width), pad_id, np.int64)
-    column = np.arange(width)
-    real = column < lengths[:, None]
-    if len(picked):
-        ids[real] = np.concatenate([split.tokens(int(row)) for row in picked])
+    lengths = np.asarray(split.total_tokens[picked], np.int64)
     # Token 0 has no hidden state before it, so it is never a label, even where a prompt is empty.
-    is_label = real & (column >= np.maximum(prompts, 1)[:, None])
-    sample, place = np.nonzero(is_label)
+    prompts = np.maximum(np.asarray(split.prompt_tokens[picked], np.int64), 1)
+    sample = np.repeat(np.arange(len(picked)), lengths)
+    column = np.arange(len(sample)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    tokens = np.concatenate([split.tokens(int(row)) for row in picked]).astype(np.int64) if len(picked) else sample
+    is_label = column >= prompts[sample]
+    width = int(lengths.max(initial=1))
+    flat = np.arange(len(sample)) if packed else sample * width + column  # where each token lies in the batch
+    shape = (1, max(len(sample), 1)) if packed else (len(picked), width)
+    ids = np.full(shape, pad_id, np.int64)
+    ids.reshape(-1)[flat] = tokens
+    mask = np.zeros(shape, np.int64)
+    mask.reshape(-1)[flat] = 1
+    places = np.zeros(shape, np.int64)
+    places.reshape(-1)[flat] = column
     return Batch(
         torch.from_numpy(ids),
-        torch.from_numpy(real.astype(np.int64)),
-        torch.from_numpy(sample * width + place - 1),
-        torch.from_numpy(ids[sample, place]),
-        torch.from_numpy(sample),
+        None if packed else torch.from_numpy(mask),
+        torch.from_numpy(places) if packed else None,
+        torch.from_numpy(flat[is_label] - 1),
+        torch.from_numpy(tokens[is_label]),
+        torch.from_numpy(sample[is_label]),
         tuple(picked.tolist()),
     )
+
+
+def layout_cost(lengths: Sequence[NDArray[np.int64]], width: int, *, packed: bool, apart: bool = False) -> float:
+    """Multiplications of the transformer's layers over some micro-batches, up to a common factor.
+
+    lengths: the lengths of the samples of each micro-batch; width: the model's hidden size d. A token costs about 12 d²
+    in a layer's matrices and 2 T d in attention over a row of T tokens. apart: attention looks at each packed sample
+    alone (variable-length kernels); else it multiplies the whole row and masks.
+    """
+    cost = 0.0
+    for batch in lengths:
+        tokens = batch.astype(np.float64)
+        if not packed:
+            cost += len(batch) * tokens.max() * (6 * width + tokens.max())
+        else:
+            cost += tokens.sum() * 6 * width + ((tokens**2).sum() if apart else tokens.sum() ** 2)
+    return cost

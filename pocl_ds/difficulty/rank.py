@@ -82,11 +82,16 @@ def fuse(
     if strategy == "fusion":
         order = by_rouge[np.argsort(-scores[by_rouge], kind="stable")]
     elif strategy == "random":
-        order = _sorted(ids, hash_ids(ids, seed), np.zeros(len(ids), np.uint8))
+        order = random_order(ids, seed)
     else:
         order = by_rouge if strategy == "rouge_l" else by_entropy
     order = order.astype(np.int64, copy=False)
     return Ranking(ids, order[::-1] if reverse else order, rank_rouge, rank_entropy, scores)
+
+
+def random_order(ids: Ids, seed: int) -> NDArray[np.int64]:
+    """Indices by a hash of id and seed: a shuffle that no file's order enters."""
+    return _sorted(ids, hash_ids(ids, seed), np.zeros(len(ids), np.uint8)).astype(np.int64, copy=False)
 
 
 def tied_share(values: Sequence[float] | NDArray[np.float64]) -> float:
@@ -117,6 +122,11 @@ def rank(run: RunDirectory, config: RankConfig, *, seed: int, fingerprint: str) 
     if manifest and manifest.fingerprint == fingerprint:
         return manifest
     split = EncodedSplit.open(run.data, "train")
+    if config.strategy == "random":  # needs no scores, so there are none
+        order = random_order(split.ids, seed)
+        order = order[::-1] if config.reverse else order
+        log.info("ordered %d samples at random", len(order))
+        return _write(run, order, split, {}, {"strategy": "random"}, fingerprint)
     rouge, entropy = _join(run, split)
     shares = {"rouge_l": tied_share(rouge), "cross_entropy": tied_share(entropy)}
     for metric, tied in shares.items():
@@ -124,21 +134,28 @@ def rank(run: RunDirectory, config: RankConfig, *, seed: int, fingerprint: str) 
             log.warning("%s is degenerate: %.0f%% of its values are tied, so its ranks say little", metric, 100 * tied)
     ranking = fuse(split.ids, rouge, entropy, k=config.k, strategy=config.strategy, reverse=config.reverse, seed=seed)
     order = ranking.order_index
-    table = pa.table({
-        "id": pa.array(np.asarray(split.ids)[order], pa.binary()).cast(pa.string()),
-        "rouge_l": rouge[order], "cross_entropy": entropy[order],
-        "rank_rouge_l": ranking.rank_rouge_l[order], "rank_cross_entropy": ranking.rank_cross_entropy[order],
-        "rrf": ranking.scores[order],
-    })  # fmt: skip
-    with atomic_write(run.ranking / "ranking.parquet", "wb") as stream:
-        pq.write_table(table, stream)
-    with atomic_write(run.ranking / "order.npy", "wb") as stream:
-        np.save(stream, order)
-    info = {"samples": len(order), "strategy": config.strategy, "reverse": config.reverse, "tied_share": shares,
+    columns = {
+        "rouge_l": rouge, "cross_entropy": entropy, "rank_rouge_l": ranking.rank_rouge_l,
+        "rank_cross_entropy": ranking.rank_cross_entropy, "rrf": ranking.scores,
+    }  # fmt: skip
+    info = {"strategy": config.strategy, "reverse": config.reverse, "tied_share": shares,
             "mean_rouge_l": float(rouge.mean()), "mean_cross_entropy": float(entropy.mean())}  # fmt: skip
     log.info("ranked %d samples by %s: mean ROUGE-L %.4f, mean cross-entropy %.4f", len(order), config.strategy,
              info["mean_rouge_l"], info["mean_cross_entropy"])
-    return write_manifest(run.ranking, "rank", fingerprint, info=info)
+    return _write(run, order, split, columns, info, fingerprint)
+
+
+def _write(
+    run: RunDirectory, order: NDArray[np.int64], split: EncodedSplit, columns: dict[str, NDArray[Any]], info: dict[str, Any],
+    fingerprint: str,
+) -> Manifest:  # fmt: skip
+    """The order, a table in that order, and the manifest. columns: in the rows of data/train."""
+    ids = pa.array(np.asarray(split.ids)[order], pa.binary()).cast(pa.string())
+    with atomic_write(run.ranking / "ranking.parquet", "wb") as stream:
+        pq.write_table(pa.table({"id": ids, **{name: values[order] for name, values in columns.items()}}), stream)
+    with atomic_write(run.ranking / "order.npy", "wb") as stream:
+        np.save(stream, order)
+    return write_manifest(run.ranking, "rank", fingerprint, info={"samples": len(order), **info})
 
 
 def _join(run: RunDirectory, split: EncodedSplit) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -108,6 +108,7 @@ def score(
         with Progress(total, "samples", STAGE) as progress:
             for number in todo:
                 scorer.shard(number, fingerprint, progress)
+        scorer.warn_of_ties()
     finally:
         generator.close()
     if not unfinished(run, config, fingerprint):
@@ -123,6 +124,7 @@ class _Scorer:
         self, run: RunDirectory, config: ScoreConfig, split: EncodedSplit, generator: Generator, eos_id: int
     ) -> None:
         self.run, self.config, self.split, self.generator, self.eos_id = run, config, split, generator, eos_id
+        self.metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}  # of the shards of this call
 
     def shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
         """Score one shard and seal it."""
@@ -148,8 +150,10 @@ class _Scorer:
             "seconds": round(seconds, 3),
             "samples_per_second": round(len(rows) / seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
-            "tied_share": self._tied(shard, metrics),
+            "tied_share": {name: round(tied_share(values), 4) for name, values in metrics.items()},
         }
+        for name, values in metrics.items():
+            self.metrics[name] += values
         write_manifest(self.run.scores, STAGE, fingerprint, info=info, files=[path], name=manifest)
 
     def _chunk(
@@ -194,19 +198,14 @@ class _Scorer:
                 )
             yield sample.id, list(sample.references)
 
-    def _tied(self, shard: int, metrics: dict[str, list[float]]) -> dict[str, float]:
-        """Share of tied values a metric, with a warning where it is so large that ranks say little."""
-        shares = {name: round(float(tied_share(np.asarray(values))), 4) for name, values in metrics.items()}
-        for name, share in shares.items():
-            if share > DEGENERATE:
+    def warn_of_ties(self) -> None:
+        """Say where a metric of the samples scored here has so many equal values that its ranks say little."""
+        for name, values in self.metrics.items():
+            if (share := tied_share(values)) > DEGENERATE:
                 log.warning(
-                    "score shard %d: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student "
-                    "first (student.heal_steps) or rank by the other metric (rank.strategy)",
-                    shard,
-                    100 * share,
-                    name,
-                )
-        return shares
+                    "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student longer "
+                    "(student.heal_steps) or rank by the other metric (rank.strategy)", 100 * share, name,
+                )  # fmt: skip
 
 
 def _unfinished(run: RunDirectory, shards: int, fingerprint: str) -> list[int]:

@@ -17,8 +17,9 @@ from pocl_ds import distributed, ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
 from pocl_ds.config import CompareConfig, LossConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
-from pocl_ds.curriculum.sampler import permutation
+from pocl_ds.curriculum.sampler import Sampler, permutation, share
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
+from pocl_ds.data.batches import layout_cost
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.fused_head import Ids, chunk_rows
@@ -26,13 +27,17 @@ from pocl_ds.distill.memory import check_memory
 from pocl_ds.distill.student import Student, ids_of
 from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.distill.trainer import Trainer, TrainingData
+from pocl_ds.errors import RecipeError
+from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
+from pocl_ds.models.quiet import quiet
 from pocl_ds.models.vocabulary import reconcile
 
 log = logging.getLogger("pocl_ds")
 
 HEAL_TAU, HEAL_SFT_RATIO = 1.0, 0.3  # plain KD: what the baseline of the paper does
+LAYOUT_STEPS = 64  # of the plan, whose lengths decide between padding and packing
 
 
 @dataclass(frozen=True)
@@ -143,16 +148,18 @@ def fit(run: RunDirectory, job: Job) -> None:
     splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
     validation = splits["validation"] if len(splits["validation"]) else None
     data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
+    packed = choose_layout(job.train, job.plan, job.seed, splits["train"].total_tokens[job.order], engine.module, teacher)
     trainer = Trainer(
         job.directory, plan=job.plan, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
-        seed=job.seed, fingerprint=job.fingerprint, label=job.label,
+        seed=job.seed, fingerprint=job.fingerprint, label=job.label, packed=packed,
     )
     trainer.run()
     _write_final(job, engine, tokenizer)
     if distributed.rank() == 0:
         info = {
             "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
-            "ranks": distributed.world_size(), "engine": job.train.engine, "resumed_at": trainer.first_step,
+            "ranks": distributed.world_size(), "engine": job.train.engine, "layout": "packed" if packed else "padded",
+            "resumed_at": trainer.first_step,
         }
         files = [p for p in sorted((job.directory / "final").rglob("*")) if p.is_file()]
         write_manifest(job.directory, job.label, job.fingerprint, info=info, files=files)
@@ -195,6 +202,37 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any]:
     return engine, teacher, tokenizer
 
 
+def choose_layout(
+    train: TrainConfig, plan: Plan, seed: int, lengths: NDArray[np.int64], module: Any, teacher: LiveTeacher | None
+) -> bool:
+    """Whether micro-batches are packed: as the recipe says, or what costs less over the first steps of the plan.
+
+    lengths: tokens of each sample, easiest first. Raises RecipeError where a model cannot keep packed samples apart.
+    """
+    models = [module.model, *([teacher.model] if teacher else [])]
+    unable = next((model for model in models if not packs(model)), None)
+    if unable is not None and train.layout == "packed":
+        raise RecipeError(
+            f"train.layout=packed: {unable.config.model_type} with attention={unable.config._attn_implementation} does not "
+            "keep packed samples apart: choose sdpa or eager attention, or layout padded"
+        )
+    sampler, ranks = Sampler(plan, seed), distributed.world_size()
+    batches = [lengths[sampler.batch(step)] for step in range(min(plan.total_steps, LAYOUT_STEPS))]
+    micro = [b[m] for b in batches for r in share(b, ranks=ranks, micro_batch_size=train.micro_batch_size) for m in r]
+    flash = all(model.config._attn_implementation == "flash_attention_2" for model in models)
+    width = min(int(model.config.get_text_config(decoder=True).hidden_size) for model in models)
+    ratio = layout_cost(micro, width, packed=True, apart=flash) / layout_cost(micro, width, packed=False)
+    packed = train.layout == "packed" or (train.layout == "auto" and unable is None and ratio < 1)
+    padding = 1 - sum(int(b.sum()) for b in micro) / sum(len(b) * int(b.max()) for b in micro)
+    why = f"as the recipe says; packing costs {ratio:.2f} of padding" if train.layout != "auto" else (
+        f"{unable.config.model_type} cannot be packed with this attention" if unable is not None
+        else f"packing costs {ratio:.2f} of padding"
+    )  # fmt: skip
+    log.info("micro-batches are %s: %s, %.0f%% of padded tokens would be padding", "packed" if packed else "padded", why,
+             100 * padding)
+    return packed
+
+
 def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:
     return load_model(
         path, dtype=config.dtype, attention=config.attention, dropout=dropout,
@@ -211,7 +249,7 @@ def _prune(source: str, target: Path, student: StudentConfig) -> dict[str, Any]:
     model = prune_layers(model, layers)
     after = sum(p.numel() for p in model.parameters())
     log.info("pruned %d layers: %.1f million parameters become %.1f million", len(layers), before / 1e6, after / 1e6)
-    with atomic_directory(target) as folder:
+    with atomic_directory(target) as folder, quiet():
         model.save_pretrained(folder)
         load_tokenizer(source, trust_remote_code=student.trust_remote_code).save_pretrained(folder)
     return {"dropped_layers": layers, "parameters_before": before, "parameters_after": after}

@@ -47,7 +47,7 @@ class TeacherBackbone(nn.Module):
 
 def at_loss_positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [loss tokens, width]."""
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.positions)
 
 

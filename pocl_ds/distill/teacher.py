@@ -32,6 +32,7 @@ class LiveTeacher:
     """A frozen model, its body sharded by ZeRO-3 where a configuration is given."""
 
     def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None) -> None:
+        self.model = model
         self._head = head_of(model)
         self.engine = FrozenEngine(TeacherBackbone(model), ds_config)
 

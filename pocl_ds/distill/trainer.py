@@ -81,9 +81,11 @@ class Trainer:
         seed: int,
         fingerprint: str,
         label: str,
+        packed: bool,
     ) -> None:
         self.directory, self.plan, self.data = directory, plan, data
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
+        self.packed = packed
         self.sampler = Sampler(plan, seed)
         self.checkpoints = Checkpoints(
             directory / "checkpoints", keep=train.checkpoint.keep, fingerprint=fingerprint
@@ -138,7 +140,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
-            batch = collate(self.data.split, rows[members], self.data.pad_id).to(self.device)
+            batch = self._batch(self.data.split, rows[members]).to(self.device)
             total, kd_sum, ce_sum = self._forward(batch, terms)
             self.engine.backward(total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
             sums += torch.stack([total.detach(), kd_sum, ce_sum])
@@ -155,6 +157,9 @@ class Trainer:
             "tokens": normaliser, "tokens_per_second": int(self.lengths[rows].sum()) / seconds, "seconds": seconds,
             "sample_ids_digest": _digest(self.data.split.ids[rows]),
         }  # fmt: skip
+
+    def _batch(self, split: EncodedSplit, rows: NDArray[np.int64]) -> Batch:
+        return collate(split, rows, self.data.pad_id, packed=self.packed)
 
     def _forward(self, batch: Batch, terms: LossTerms) -> LossSums:
         if self.teacher is None:
@@ -186,7 +191,7 @@ class Trainer:
         self.engine.module.eval()
         for first in range(0, len(chunks), ranks):
             own = first + rank < len(chunks)  # a rank without a chunk repeats one, uncounted
-            batch = collate(split, chunks[first + rank if own else first], self.data.pad_id).to(self.device)
+            batch = self._batch(split, chunks[first + rank if own else first]).to(self.device)
             _, kd_sum, ce_sum = self._forward(batch, terms)
             if own:
                 sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])

@@ -254,5 +254,5 @@ def _measure(
 
 def _at_loss_positions(model: Any, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [n, d]."""
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.positions)

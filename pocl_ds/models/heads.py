@@ -30,6 +30,9 @@ SCALES: dict[str, Callable[[Any], float]] = {
     "cohere2": lambda config: config.logit_scale,
 }
 
+# Families whose model hands its position ids to the embeddings but not to the attention mask.
+MASK_BY_HAND = ("opt",)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -60,17 +63,32 @@ class Head:
 def hidden_states(
     model: Any,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Last hidden states [B, T, D] after the final norm, without logits and without a cache.
 
-    input_ids, attention_mask, position_ids: [B, T]; position_ids only where they do not follow from the mask. The
-    backbone runs through its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
+    input_ids, attention_mask, position_ids: [B, T]; position_ids only where they do not follow from the mask: without a
+    mask, a row in which they start again holds several samples, which do not see each other. The backbone runs through
+    its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
     """
     extra = {} if position_ids is None else {"position_ids": position_ids}
+    if position_ids is not None and attention_mask is None and model.config.model_type in MASK_BY_HAND:
+        attention_mask = _samples_apart(position_ids, model.dtype)
     output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
     return output.last_hidden_state
+
+
+def packs(model: Any) -> bool:
+    """Whether `hidden_states` keeps the samples of a packed row apart for this model and its attention backend."""
+    return model.config.model_type not in MASK_BY_HAND or model.config._attn_implementation in ("sdpa", "eager")
+
+
+def _samples_apart(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to attention scores [1, 1, T, T]: 0 within a sample up to the token itself, the lowest number elsewhere."""
+    sample = (position_ids[0] == 0).cumsum(0)
+    seen = (sample[:, None] == sample[None, :]).tril()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def head_of(model: Any) -> Head:

@@ -113,8 +113,7 @@ def _single(curves: Curves, column: str, title: str, label: str) -> Figure | Non
 def _difficulty(ranking: Ranking) -> list[Figure]:
     parts = [slice(a, b) for a, b in zip(ranking.bounds, ranking.bounds[1:], strict=False) if b > a]
     styles = subset_styles(len(parts))
-    ends = dict(zip((0, len(parts) - 1), (f" ({end})" for end in ranking.ends), strict=True)) if ranking.ends else {}
-    ends = ends if len(parts) > 1 else {}
+    ends = dict(zip((0, len(parts) - 1), (f" ({end})" for end in ranking.ends), strict=True)) if len(parts) > 1 else {}
     legend = [(f"subset {i + 1}{ends.get(i, '')}", style) for i, style in enumerate(styles)]
     entropy, rouge = ranking.cross_entropy, 100 * ranking.rouge_l
     kept = thin(len(entropy))

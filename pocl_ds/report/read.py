@@ -39,7 +39,7 @@ class Ranking:
     rouge_l: Floats
     cross_entropy: Floats
     bounds: list[int]
-    ends: tuple[str, str] | None = ("easiest", "hardest")  # of the first and the last subset; None for a random order
+    ends: tuple[str, str] = ("easiest", "hardest")  # of the first and the last subset
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ def read_facts(run: RunDirectory, examples: int) -> Facts:
         facts.missing.append("Training has not started, so there are no curves.")
     elif "train" not in facts.manifests:
         facts.missing.append("Training is not finished: the curves end where it stands.")
-    if "rank" in facts.manifests:
+    if "rank" in facts.manifests and facts.manifests["rank"].info.get("strategy") == "random":
+        facts.missing.append("The order is random: no sample was scored, so difficulty is not shown.")
+    elif "rank" in facts.manifests:
         facts.ranking = _ranking(run, facts.plan, facts.manifests["rank"].info)
     else:
         facts.missing.append("The samples are not ranked yet, so difficulty is not shown.")
@@ -143,7 +145,7 @@ def _ranking(run: RunDirectory, plan: dict[str, Any] | None, info: dict[str, Any
     rouge, entropy = (table[name].to_numpy().astype(np.float64) for name in ("rouge_l", "cross_entropy"))
     stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge)]
     ends = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
-    return Ranking(rouge, entropy, [0, *stops], None if info.get("strategy") == "random" else ends)
+    return Ranking(rouge, entropy, [0, *stops], ends)
 
 
 def _examples(run: RunDirectory, results: dict[str, Any], count: int) -> tuple[str, list[Example]]:

@@ -18,19 +18,10 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import ROOT, pocl
 from safetensors.torch import load_file
 
 from pocl_ds.tracking import read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("POCL_")}
-    found = subprocess.run([sys.executable, "-m", "pocl_ds.cli", *words], cwd=ROOT, env=environment, text=True,
-                           capture_output=True, timeout=380)  # fmt: skip
-    assert not check or found.returncode == 0, found.stderr[-3000:]
-    return found
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -87,6 +78,7 @@ def test_every_stage_leaves_its_result(finished: Path) -> None:
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     assert [s["steps"] for s in json.loads((finished / "plan" / "plan.json").read_text())["stages"]] == [4, 8, 14]
     assert len(records) == 26
+    assert json.loads((finished / "train" / "manifest.json").read_text())["info"]["layout"] == "packed"
 
 
 def test_a_second_call_finds_everything_done(finished: Path) -> None:
@@ -119,7 +111,7 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("change", [
     ["train.engine=torch", "launch.ranks=1"],
     ["launch.ranks=1", "train.micro_batch_size=8"],
-    ["student.ds_config=student_zero2"],
+    ["student.ds_config=student_zero2", "train.layout=padded"],
 ])  # fmt: skip
 def test_other_engines_ranks_and_micro_batches_come_to_the_same(undropped: Path, tmp_path: Path, change: list[str]) -> None:
     other = untrained_copy(undropped, tmp_path / "run")

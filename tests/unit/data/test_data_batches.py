@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.config import PromptConfig
-from pocl_ds.data.batches import collate
+from pocl_ds.data.batches import collate, layout_cost
 from pocl_ds.data.encode import EncodedSplit, Encoder, encode_split
 from pocl_ds.data.samples import Sample
 
@@ -71,6 +71,32 @@ def test_collate_equals_the_slow_definition(
     tensors = (batch.input_ids, batch.attention_mask, batch.positions, batch.labels, batch.sample_of_token)
     assert all(tensor.dtype == torch.int64 for tensor in tensors)
     assert batch.rows == tuple(rows)
+
+
+@given(SAMPLES, st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_packed_holds_the_same_tokens_without_padding(
+    tmp_path_factory: pytest.TempPathFactory, samples: list[tuple[list[int], int]], random: object
+) -> None:
+    split = write(tmp_path_factory.mktemp("packed"), samples)
+    rows = list(range(len(samples)))
+    random.shuffle(rows)  # type: ignore[attr-defined]
+    packed, padded = collate(split, rows, 0, packed=True), collate(split, rows, 0)
+    assert packed.attention_mask is None and packed.position_ids is not None
+    assert packed.input_ids[0].tolist() == [token for row in rows for token in samples[row][0]]
+    assert packed.position_ids[0].tolist() == [place for row in rows for place in range(len(samples[row][0]))]
+    assert torch.equal(packed.labels, padded.labels) and torch.equal(packed.sample_of_token, padded.sample_of_token)
+    for position, label in zip(packed.positions.tolist(), packed.labels.tolist(), strict=True):
+        assert packed.input_ids[0, position + 1] == label
+        assert packed.position_ids[0, position + 1] == packed.position_ids[0, position] + 1  # of the same sample
+
+
+def test_layout_cost_is_its_definition() -> None:
+    lengths = [np.array([3, 5]), np.array([4, 4])]
+    assert layout_cost(lengths, 2, packed=False) == 2 * 5 * (12 + 5) + 2 * 4 * (12 + 4)
+    assert layout_cost(lengths, 2, packed=True) == 8 * (12 + 8) * 2
+    assert layout_cost(lengths, 2, packed=True, apart=True) == 8 * 12 + 9 + 25 + 8 * 12 + 32
+    assert layout_cost(lengths, 8, packed=True, apart=True) <= layout_cost(lengths, 8, packed=False)
 
 
 def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _rank(run: RunDirectory, fingerprint: str = "f", **config: Any) -> Any:
 
 
 @pytest.mark.parametrize("shards", [1, 4])
-@pytest.mark.parametrize("config", [{}, {"strategy": "random", "reverse": True}, {"strategy": "cross_entropy", "k": 1}])
+@pytest.mark.parametrize("config", [{}, {"strategy": "rouge_l", "reverse": True}, {"strategy": "cross_entropy", "k": 1}])
 def test_shards_are_joined_by_id(run: RunDirectory, rows: list[Row], shards: int, config: dict[str, Any]) -> None:
     """Lines stand in another order than the data, spread over shards at random: the ranking is that of `fuse`."""
     shuffled = random.Random(1).sample(rows, len(rows))
@@ -206,6 +206,16 @@ def test_degenerate_metrics_are_named(
     assert manifest.info["tied_share"]["rouge_l"] > 0.45 and manifest.info["tied_share"]["cross_entropy"] == 0
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "rouge_l is degenerate" in warnings[0]
+
+
+def test_a_random_order_needs_no_scores(run: RunDirectory, rows: list[Row]) -> None:
+    manifest = _rank(run, strategy="random")
+    order = np.load(run.ranking / "order.npy")
+    assert sorted(order.tolist()) == list(range(len(rows))) and order.tolist() != sorted(order.tolist())
+    assert [rows[i][0] for i in order] == _fuse(rows, seed=4, strategy="random").order
+    assert manifest.info == {"samples": len(rows), "strategy": "random"}
+    _rank(run, fingerprint="g", strategy="random", reverse=True)
+    assert np.load(run.ranking / "order.npy").tolist() == order[::-1].tolist()
 
 
 def test_missing_and_unfinished_shards_are_named(run: RunDirectory, rows: list[Row]) -> None:

@@ -71,6 +71,22 @@ def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) ->
     torch.testing.assert_close(found, expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
+def test_samples_in_a_packed_row_do_not_see_each_other(family: str, extra: dict[str, Any], attention: str) -> None:
+    """Packed against padded, also where positions are learned and where attention looks through a window."""
+    model = tiny(family, {"sliding_window": 4, **extra} if family in ("mistral", "phi3", "gemma2", "cohere2") else extra)
+    model.set_attn_implementation(attention)
+    lengths = [9, 1, 6, 7]
+    ids = torch.randint(3, 97, (4, 9), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    row, places = ids[mask.bool()][None], torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        padded = hidden_states(model, ids, mask)[mask.bool()]
+        packed = hidden_states(model, row, None, places)[0]
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "scale", "soft_cap"),
     [("granite", 1 / 8, None), ("cohere", 1 / 16, None), ("gemma2", 1.0, 3.0), ("phi", 1.0, None)],

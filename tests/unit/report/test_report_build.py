@@ -220,6 +220,15 @@ def test_lost_answers_are_one_sentence(synthetic: Any) -> None:
         make(synthetic)
 
 
+def test_a_random_order_has_no_difficulty(synthetic: Any) -> None:
+    synthetic.plan()
+    synthetic.ranking()
+    path = synthetic.run.ranking / "manifest.json"
+    path.write_text(path.read_text().replace('"samples": 400', '"samples": 400, "strategy": "random"'))
+    text = Page(make(synthetic)[1]).text
+    assert "The order is random" in text and "hardest" not in text
+
+
 def test_a_reversed_ranking_says_so(synthetic: Any, tmp_path: Path) -> None:
     synthetic.plan()
     synthetic.ranking()

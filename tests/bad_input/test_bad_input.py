@@ -1,0 +1,198 @@
+"""What a new user does wrong, each through the real command: one sentence, exit code 2, nothing half-written.
+
+Ctrl-C at each stage: exit code 130, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command_line import pocl, start
+
+GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
+
+
+def lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+BROKEN = lines(GOOD).splitlines(keepends=True)
+BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
+    """A small recipe that works."""
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "data.jsonl").write_text(lines(GOOD))
+    small = {"backend": "transformers", "max_sequences": 8}
+    tree = {
+        "name": "tiny",
+        "data": {"source": str(folder / "data.jsonl"), "test_fraction": 0.1, "validation_fraction": 0.1, "train_samples": 24},
+        "prompt": {"template": "plain", "max_prompt_tokens": 64, "max_length": 96},
+        "teacher": {"model": str(tiny_llama_untied)},
+        "student": {"model": str(tiny_llama)},
+        "score": {"generation": small, "max_new_tokens": 4, "shards": 2},
+        "plan": {"subsets": 2, "epochs_per_stage": 1},
+        "train": {"batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 2}},
+        "evaluate": {"generation": small, "seeds": [1], "temperature": 0, "max_new_tokens": 4},
+        "launch": {"ranks": 2, "threads": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def refused(found: subprocess.CompletedProcess[str], *parts: str) -> str:
+    """The one sentence of a refusal."""
+    assert found.returncode == 2, (found.returncode, found.stderr[-2000:])
+    assert "Traceback" not in found.stderr
+    said = [line for line in found.stderr.splitlines() if line.startswith("pocl ")]
+    assert len(said) == 1, found.stderr[-2000:]
+    for part in parts:
+        assert part in said[0], said[0]
+    return said[0]
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Files that a reader could take for whole ones, below a folder without a manifest."""
+    if not folder.is_dir() or (folder / "manifest.json").is_file():
+        return []
+    return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+
+
+DATA: dict[str, tuple[str | None, tuple[str, ...]]] = {
+    "a file that is not there": (None, ("bad.jsonl", "does not exist")),
+    "an empty file": ("", ("bad.jsonl",)),
+    "broken JSON on line 7": ("".join(BROKEN), ("bad.jsonl", "line 7")),
+    "no output": (lines([{"instruction": "Say it."}] * 3), ("bad.jsonl", "instruction")),
+    "duplicate ids": (lines([{"id": "x", **record} for record in GOOD]), ("x",)),
+    "a list where a text should be": (lines([{"instruction": ["a"], "output": "b"}] * 30), ("line 1", "instruction")),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case: str, recipe: Path, tmp_path: Path) -> None:
+    text, parts = DATA[case]
+    path = tmp_path / "bad.jsonl"
+    if text is not None:
+        path.write_text(text)
+    refused(pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), f"data.source={path}", check=False), *parts)
+    assert unfinished(tmp_path / "run" / "data") == []
+
+
+def test_a_sample_longer_than_the_limit_is_counted(recipe: Path, tmp_path: Path) -> None:
+    """Not a fault: response and prompt are cut to their limits, and how many is said."""
+    path = tmp_path / "long.jsonl"
+    path.write_text(lines([*GOOD, {"instruction": "Say much.", "output": "word " * 300}, {"instruction": "w " * 900, "output": "a"}]))
+    words = [f"data.source={path}", "data.train_samples=null", "data.test_fraction=0.1"]
+    found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words)
+    assert sum(int(count) for count in re.findall(r"(\d+) truncated, 0 dropped", found.stderr)) == 2
+
+
+def test_a_folder_that_is_no_model(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [f"student.model={tmp_path / 'empty'}"]
+    refused(pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False), str(tmp_path / "empty"))
+
+
+def test_a_tokenizer_without_eos(recipe: Path, tmp_path: Path, tiny_llama: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    path = Path(model) / "tokenizer_config.json"
+    tree = json.loads(path.read_text())
+    tree["eos_token"] = None
+    path.write_text(json.dumps(tree))
+    words = [f"student.model={model}"]
+    refused(pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False), "EOS", str(model))
+
+
+def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished: Path) -> None:
+    """The teacher's configuration says 100 layers of width 16,384: known to be too much before anything is loaded."""
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("train", "evaluation", "export", "report"))
+    huge = shutil.copytree(json.loads((run / "models" / "models.json").read_text())["teacher"], tmp_path / "huge")
+    config = json.loads((huge / "config.json").read_text())
+    config |= {"num_hidden_layers": 100, "hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 64, "head_dim": 256}
+    (huge / "config.json").write_text(json.dumps(config))
+    models = json.loads((run / "models" / "models.json").read_text())
+    (run / "models" / "models.json").write_text(json.dumps({**models, "teacher": str(huge)}))
+    refused(pocl("train", "--run-dir", str(run), check=False), "2 ranks", "GB", "launch.ranks")
+    assert unfinished(run / "train") == []
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to its end."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    pocl("run", str(recipe), "--run-dir", str(run))
+    return run
+
+
+def test_a_run_directory_of_another_recipe(finished: Path) -> None:
+    refused(pocl("run", "--run-dir", str(finished), "plan.subsets=3", check=False), "plan.subsets", "--run-dir")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small file system here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_while_saving(finished: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("train", "evaluation", "export", "report", "logs"))
+    filler = small_disk / "filler"
+    room = shutil.disk_usage(small_disk).free - 300_000
+    filler.write_bytes(b"0" * room)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "recipe.yaml")}
+    refused(pocl("train", "--run-dir", str(run), check=False), "space", str(run))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert unfinished(run / "train" / "final") == []
+    filler.unlink()
+    pocl("train", "--run-dir", str(run))
+    ours, theirs = ((path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished))
+    assert ours == theirs
+
+
+STAGES = ("data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report")
+FOLDERS = {"prepare": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """INT a moment after the stage began; then the same command ends it."""
+    later = [FOLDERS.get(name, name) for name in STAGES[STAGES.index(stage) :]]
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*later, "logs"))
+    child = start("run", str(recipe), "--run-dir", str(run))
+    deadline = time.monotonic() + 60
+    lock = run / ".lock"
+    while not lock.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep({"train": 9.0, "score": 5.0, "evaluate": 5.0}.get(stage, 1.5))
+    os.kill(child.pid, signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    if child.returncode == 0:
+        pytest.skip(f"{stage} was done before the signal came")
+    assert child.returncode == 130, (child.returncode, said[-2000:])
+    assert "Traceback" not in said
+    assert sum(line.startswith("pocl ") for line in said.splitlines()) == 1, said[-2000:]
+    pocl("run", str(recipe), "--run-dir", str(run))
+    ours, theirs = ((path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished))
+    assert ours == theirs

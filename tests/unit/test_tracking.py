@@ -1,0 +1,65 @@
+"""Progress and metrics files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from pocl_ds import tracking
+from pocl_ds.tracking import MetricsWriter, Progress, read_metrics
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    said: list[str] = []
+    monkeypatch.setattr(tracking.log, "level", logging.INFO)
+    monkeypatch.setattr(tracking.log, "info", lambda text, *values: said.append(text % values))
+    return said
+
+
+def test_the_last_state_is_said_once(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FILE_INTERVAL", 0.0)
+    with Progress(3, "steps", "train") as progress:
+        for _ in range(3):
+            progress.advance(loss=1.23456)
+    assert len(lines) == 3
+    assert lines[-1].startswith("train  3/3 steps") and lines[-1].endswith("loss 1.235")
+
+
+def test_what_was_not_said_is_said_at_the_end(lines: list[str]) -> None:
+    with Progress(3, "samples", "score", done=1) as progress:
+        progress.advance(2)
+    assert len(lines) == 1 and lines[0].startswith("score  3/3 samples")
+
+
+def test_nothing_done_is_nothing_said(lines: list[str]) -> None:
+    with Progress(3, "samples", "score", done=3):
+        pass
+    assert lines == []
+
+
+def test_slow_work_is_seconds_a_unit(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress(2, "steps", "train")
+    progress.start -= 20
+    progress.advance()
+    progress.close()
+    assert "20.0 s/step " in lines[0] and "ETA 0:20" in lines[0]
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    options = {"tensorboard": False, "wandb": False, "wandb_project": "", "name": "x"}
+    writer = MetricsWriter(tmp_path, step=0, **options)  # type: ignore[arg-type]
+    for step in range(1, 6):
+        writer.write({"kind": "step", "step": step, "loss": 1.0 / step})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "st')  # a kill cut this line short
+    writer = MetricsWriter(tmp_path, step=3, **options)  # type: ignore[arg-type]
+    writer.write({"kind": "step", "step": 4, "loss": 9.0})
+    writer.close()
+    assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5, 1 / 3, 9.0]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
