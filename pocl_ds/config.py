@@ -237,6 +237,12 @@ class TrainConfig(Section):
     engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch is the numerical reference")
     batch_size: Positive = Field(64, description="samples of one optimizer step, over all ranks")
     micro_batch_size: Positive = Field(8, description="samples of one forward on one rank", json_schema_extra=OPERATIONAL)
+    micro_batch_tokens: Positive | None = Field(
+        None, description="most tokens of one forward on one rank, in place of micro_batch_size", json_schema_extra=OPERATIONAL
+    )
+    length_window: Positive = Field(
+        1, description="neighbouring batches of an epoch's shuffle that exchange samples until lengths are alike; 1 for none"
+    )
     layout: Literal["auto", "padded", "packed"] = Field(
         "auto", description="samples of a micro-batch padded to the longest, or behind one another in one row; auto: the cheaper",
         json_schema_extra=OPERATIONAL,
@@ -324,7 +330,13 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         share = self.train.micro_batch_size * self.launch.ranks
-        if self.train.batch_size % share:
+        tokens = self.train.micro_batch_tokens
+        if tokens is not None and tokens < self.prompt.max_length:
+            raise ValueError(
+                f"train.micro_batch_tokens={tokens} does not hold one sample of prompt.max_length={self.prompt.max_length}: "
+                "raise it, or lower prompt.max_length"
+            )
+        if tokens is None and self.train.batch_size % share:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not a multiple of train.micro_batch_size="
                 f"{self.train.micro_batch_size} x launch.ranks={self.launch.ranks} = {share}: change one of them"

@@ -1,8 +1,8 @@
 """Which samples a step sees: a pure function of (plan, seed, step).
 
 No rank draws a random number of its own. The global batch of a step depends on neither the number of ranks nor the
-micro-batch size, so another number of ranks can go on from any step. Lengths group samples only *inside* a global
-batch, which leaves the curriculum and the shuffle as they are.
+micro-batch size, so another number of ranks can go on from any step. Lengths move samples between neighbouring batches
+of an epoch's shuffle only, and only where a window is asked for: the curriculum stays as it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pocl_ds.curriculum.plan import Plan
 
 _GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _BLOCK = 1 << 14  # keys mixed at once
+_WINDOW = 0x57494E444F57  # sets the order of batches in a window apart from the order of samples
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,16 @@ class Position:
 
 
 class Sampler:
-    """Global batches of a plan, step by step or from any step."""
+    """Global batches of a plan, step by step or from any step.
 
-    def __init__(self, plan: Plan, seed: int) -> None:
-        self.plan, self.seed = plan, seed
+    lengths: tokens of each sample in the plan's order. window: so many neighbouring batches of an epoch's shuffle exchange
+    their samples until each holds like lengths; they then come in shuffled order. Every sample stays within its window.
+    """
+
+    def __init__(self, plan: Plan, seed: int, *, lengths: NDArray[np.int64] | None = None, window: int = 1) -> None:
+        if window > 1 and lengths is None:
+            raise ValueError("a length window needs the lengths")
+        self.plan, self.seed, self.lengths, self.window = plan, seed, lengths, window
         self._ends = np.cumsum([stage.steps for stage in plan.stages])
         self._epoch: tuple[int, int] | None = None
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
@@ -57,11 +64,23 @@ class Sampler:
             self._shuffled = permutation(stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch)
             self._shuffled += stage.start
             self._epoch = (position.stage, position.epoch)
+        number = position.step_in_stage % stage.steps_per_epoch
+        if self.lengths is None or self.window == 1:
+            return self._neighbours(number, 1)
+        first = number - number % self.window
+        count = min(self.window, stage.steps_per_epoch - first)
+        rows = self._neighbours(first, count)
+        batches = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(count, -1)
+        order = permutation(count, seed=self.seed ^ _WINDOW, stage=position.stage,
+                            epoch=position.epoch * stage.steps_per_epoch + first)  # fmt: skip
+        return batches[order[number - first]]
+
+    def _neighbours(self, first: int, count: int) -> NDArray[np.int64]:
+        """The epoch's shuffle from batch `first`, `count` batches long."""
         size = self.plan.batch_size
-        first = (position.step_in_stage % stage.steps_per_epoch) * size
-        picked = self._shuffled[first : first + size]
-        if len(picked) < size:
-            picked = np.concatenate([picked, np.resize(self._shuffled, size - len(picked))])
+        picked = self._shuffled[first * size : (first + count) * size]
+        if len(picked) < count * size:
+            picked = np.concatenate([picked, np.resize(self._shuffled, count * size - len(picked))])
         return picked
 
 
@@ -84,20 +103,6 @@ def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.i
     keys.sort()
     keys &= low
     return keys.view(np.int64)
-
-
-def share(lengths: NDArray[np.int64], *, ranks: int, micro_batch_size: int) -> list[list[NDArray[np.int64]]]:
-    """Deal a global batch to ranks: result[rank][micro] are indices into the batch.
-
-    lengths: tokens of each sample of the batch. Samples of like length come into the same micro-step of all ranks, so
-    that little is padded and ranks finish together; the longest go first, where too little memory shows at once. The
-    batch must be a multiple of ranks * micro_batch_size, so that all ranks have as many micro-batches.
-    """
-    if len(lengths) % (ranks * micro_batch_size):
-        raise ValueError(f"a batch of {len(lengths)} cannot be dealt to {ranks} ranks in micro-batches of {micro_batch_size}")
-    by_length = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    steps = by_length.reshape(-1, micro_batch_size, ranks)
-    return [[micro[:, rank] for micro in steps] for rank in range(ranks)]
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -36,7 +36,7 @@ class Batch:
 
 
 def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False) -> Batch:
-    """Some rows of a split as a batch."""
+    """Some rows of a split as a batch. Without rows it is one token that nothing is learned from, so that a model can run."""
     picked = np.asarray(rows, np.int64)
     lengths = np.asarray(split.total_tokens[picked], np.int64)
     # Token 0 has no hidden state before it, so it is never a label, even where a prompt is empty.
@@ -47,11 +47,13 @@ def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id
     is_label = column >= prompts[sample]
     width = int(lengths.max(initial=1))
     flat = np.arange(len(sample)) if packed else sample * width + column  # where each token lies in the batch
-    shape = (1, max(len(sample), 1)) if packed else (len(picked), width)
+    shape = (1, max(len(sample), 1)) if packed else (max(len(picked), 1), width)
     ids = np.full(shape, pad_id, np.int64)
     ids.reshape(-1)[flat] = tokens
     mask = np.zeros(shape, np.int64)
     mask.reshape(-1)[flat] = 1
+    if not len(picked):
+        mask[:] = 1  # a row that attends to nothing is NaN, and NaN times the zero gradient is NaN
     places = np.zeros(shape, np.int64)
     places.reshape(-1)[flat] = column
     return Batch(

@@ -22,6 +22,7 @@ from pocl_ds.data.samples import Sample
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 
 BATCH = 512  # samples tokenised together
+BLOCK = 1 << 22  # tokens looked at together
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,17 @@ class EncodedSplit:
         """All ids of a sample: [total_tokens]."""
         start = int(self.starts[row])
         return self._tokens[start : start + int(self.total_tokens[row])]
+
+    def first_outside(self, allowed: NDArray[np.bool_], *, prompts: bool) -> tuple[int, int] | None:
+        """Row and id of the first token that is not `allowed` [ids], among responses, or with `prompts` among all tokens."""
+        for start in range(0, len(self._tokens), BLOCK):
+            tokens = np.asarray(self._tokens[start : start + BLOCK])
+            inside = allowed[np.minimum(tokens, len(allowed) - 1)] & (tokens < len(allowed))
+            for place in np.flatnonzero(~inside):
+                row = int(np.searchsorted(self.starts, start + place, side="right")) - 1
+                if prompts or start + place >= int(self.starts[row]) + int(self.prompt_tokens[row]):
+                    return row, int(tokens[place])
+        return None
 
     def rows_of(self, ids: Sequence[str] | NDArray[np.bytes_]) -> NDArray[np.int64]:
         """Rows of some ids. Raises ArtifactError naming the first that is not there."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pocl_ds.distill.divergences import FUNCTIONS, divergence_options, log_probabilities, working_type
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
+from pocl_ds.models.vocabulary import Ids
 
 # Rows of v numbers alive at once while a chunk is worked on: logits, log-probabilities and probabilities of both sides,
 # products of the divergence, and the gradient.
@@ -33,14 +34,6 @@ class LossTerms:
     alpha: float = 0.0
     tau_squared: bool = True
     options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Ids:
-    """The ids that take part in the softmax of both sides (METHOD 4): the first `size`, without those `masked`."""
-
-    size: int
-    masked: Tensor | None = None  # [size] bool, true where an id takes no part
 
 
 # Sums over loss tokens: total = alpha * CE + (1 - alpha) * KD, which carries the gradient, then KD and CE for the log. A
@@ -92,19 +85,20 @@ class LossHead(nn.Module):
         self.scale, self.soft_cap = head.scale, head.soft_cap
         self.size, self.chunk_bytes = ids.size, chunk_bytes
         self.register_buffer("masked", ids.masked, persistent=False)
+        self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
 
     def forward(
         self, hidden: Tensor, labels: Tensor, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | None
     ) -> LossSums:
         """See `loss_sums`."""
         head = Head(weight=self.weight, bias=self.bias, scale=self.scale, soft_cap=self.soft_cap)
-        masked = self.masked if isinstance(self.masked, Tensor) else None
+        masked, teacher_ids = (part if isinstance(part, Tensor) else None for part in (self.masked, self.teacher_ids))
         return loss_sums(
             hidden,
             head,
             labels,
             terms,
-            ids=Ids(self.size, masked),
+            ids=Ids(self.size, masked, teacher_ids),
             teacher_hidden=teacher_hidden,
             teacher_head=teacher_head,
             chunk_bytes=self.chunk_bytes,
@@ -144,7 +138,7 @@ class _HeadLoss(torch.autograd.Function):
             product = head.product(part, ids.size)
             teacher = None
             if teacher_hidden is not None and teacher_head is not None and terms.name != "sft":
-                teacher = _masked(teacher_head.logits(teacher_hidden[chunk], ids.size), ids)
+                teacher = ids.teacher_logits(teacher_head, teacher_hidden[chunk])
             need = need_hidden or need_weight
             chunk_sums, gradient = _chunk(product, labels[chunk], teacher, head, terms, options, ids, need)
             sums += chunk_sums
@@ -189,7 +183,7 @@ def _chunk(
     kind = working_type(product)
     with torch.set_grad_enabled(need_gradient):
         leaf = product.detach().requires_grad_(need_gradient)
-        student = _masked(head.finish(leaf.to(kind)), ids)
+        student = ids.mask(head.finish(leaf.to(kind)))
         log_q = log_probabilities(student, 1.0, kind)
         ce = -log_q.gather(-1, labels[:, None]).sum()
         kd = ce.new_zeros(())
@@ -203,10 +197,6 @@ def _chunk(
         total = ce * alpha if alpha == 1.0 else kd if alpha == 0.0 else alpha * ce + (1 - alpha) * kd
         gradient = torch.autograd.grad(total, leaf)[0] if need_gradient else None
     return torch.stack([total.detach(), kd.detach(), ce.detach()]), gradient
-
-
-def _masked(logits: Tensor, ids: Ids) -> Tensor:
-    return logits if ids.masked is None else logits.masked_fill(ids.masked, float("-inf"))
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor) -> None:

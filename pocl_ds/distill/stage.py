@@ -17,27 +17,25 @@ from pocl_ds import distributed, ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
 from pocl_ds.config import CompareConfig, LossConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
-from pocl_ds.curriculum.sampler import Sampler, permutation, share
+from pocl_ds.curriculum.sampler import Sampler, permutation
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
-from pocl_ds.data.batches import layout_cost
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
-from pocl_ds.distill.fused_head import Ids, chunk_rows
+from pocl_ds.distill.fused_head import chunk_rows
+from pocl_ds.distill.layout import choose_layout
 from pocl_ds.distill.memory import check_memory
-from pocl_ds.distill.student import Student, ids_of
+from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.distill.trainer import Trainer, TrainingData
-from pocl_ds.errors import RecipeError
-from pocl_ds.models.heads import packs
+from pocl_ds.errors import ModelError
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
-from pocl_ds.models.vocabulary import reconcile
+from pocl_ds.models.vocabulary import Ids, reconcile
 
 log = logging.getLogger("pocl_ds")
 
 HEAL_TAU, HEAL_SFT_RATIO = 1.0, 0.3  # plain KD: what the baseline of the paper does
-LAYOUT_STEPS = 64  # of the plan, whose lengths decide between padding and packing
 
 
 @dataclass(frozen=True)
@@ -144,21 +142,13 @@ def fit(run: RunDirectory, job: Job) -> None:
     watch = distributed.Stopwatch()
     if job.train.engine == "deepspeed" or distributed.world_size() > 1:
         start_deepspeed()
-    engine, teacher, tokenizer = _build(job)
-    splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
-    validation = splits["validation"] if len(splits["validation"]) else None
-    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
-    packed = choose_layout(job.train, job.plan, job.seed, splits["train"].total_tokens[job.order], engine.module, teacher)
-    trainer = Trainer(
-        job.directory, plan=job.plan, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
-        seed=job.seed, fingerprint=job.fingerprint, label=job.label, packed=packed,
-    )
+    trainer = make_trainer(run, job)
     trainer.run()
-    _write_final(job, engine, tokenizer)
+    _write_final(job, trainer.engine, load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code))
     if distributed.rank() == 0:
         info = {
             "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
-            "ranks": distributed.world_size(), "engine": job.train.engine, "layout": "packed" if packed else "padded",
+            "ranks": distributed.world_size(), "engine": job.train.engine, "layout": "packed" if trainer.packed else "padded",
             "resumed_at": trainer.first_step,
         }
         files = [p for p in sorted((job.directory / "final").rglob("*")) if p.is_file()]
@@ -166,8 +156,42 @@ def fit(run: RunDirectory, job: Job) -> None:
     distributed.barrier()
 
 
-def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any]:
-    """Engines around sharded models, and the student's tokenizer."""
+def make_trainer(run: RunDirectory, job: Job) -> Trainer:
+    """Models, engines and data of a training, ready to run."""
+    engine, teacher, tokenizer, ids = _build(job)
+    splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
+    validation = splits["validation"] if len(splits["validation"]) else None
+    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
+    _check_tokens(splits["train"], ids)
+    module: Any = engine.module
+    models = [module.model, *([teacher.model] if teacher else [])]
+    lengths = splits["train"].total_tokens[job.order]
+    sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
+    packed = choose_layout(job.train, sampler, lengths, models)
+    return Trainer(
+        job.directory, plan=job.plan, sampler=sampler, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
+        seed=job.seed, fingerprint=job.fingerprint, label=job.label, packed=packed,
+    )
+
+
+def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
+    """Raise ModelError where a response holds a token that takes no part in the softmax: its loss would be infinite.
+
+    Where ids are mapped, prompts count too: the teacher has to read them.
+    """
+    with distributed.together("check the tokens"):
+        if distributed.rank() == 0:
+            allowed = np.ones(ids.size, bool) if ids.masked is None else ~ids.masked.numpy()
+            found = split.first_outside(allowed, prompts=ids.teacher_ids is not None)
+            if found is not None:
+                raise ModelError(
+                    f"sample {split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do not share: "
+                    "choose a pair that shares its tokens, or leave the sample out"
+                )
+
+
+def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any, Ids]:
+    """Engines around sharded models, the student's tokenizer, and the ids that both sides share."""
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
     check_memory(
@@ -183,14 +207,14 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any]:
         teacher_tokenizer = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         vocabulary = reconcile(teacher_tokenizer, tokenizer, teacher_config.vocab_size, student_config.vocab_size)
         log.info("%s", vocabulary.report)
-        ids = ids_of(vocabulary)
+        ids = Ids.of(vocabulary)
         frozen = None
         if deepspeed:
             frozen = ds_config.resolve_teacher(
                 job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
             )
         with sharded_loading(frozen):
-            teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen)
+            teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)
     chunk_rows(ids.size, job.loss.chunk_bytes, torch.float32)
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
     with sharded_loading(sharded if deepspeed else None):
@@ -199,38 +223,7 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes).train()
     engine: Engine = DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
-    return engine, teacher, tokenizer
-
-
-def choose_layout(
-    train: TrainConfig, plan: Plan, seed: int, lengths: NDArray[np.int64], module: Any, teacher: LiveTeacher | None
-) -> bool:
-    """Whether micro-batches are packed: as the recipe says, or what costs less over the first steps of the plan.
-
-    lengths: tokens of each sample, easiest first. Raises RecipeError where a model cannot keep packed samples apart.
-    """
-    models = [module.model, *([teacher.model] if teacher else [])]
-    unable = next((model for model in models if not packs(model)), None)
-    if unable is not None and train.layout == "packed":
-        raise RecipeError(
-            f"train.layout=packed: {unable.config.model_type} with attention={unable.config._attn_implementation} does not "
-            "keep packed samples apart: choose sdpa or eager attention, or layout padded"
-        )
-    sampler, ranks = Sampler(plan, seed), distributed.world_size()
-    batches = [lengths[sampler.batch(step)] for step in range(min(plan.total_steps, LAYOUT_STEPS))]
-    micro = [b[m] for b in batches for r in share(b, ranks=ranks, micro_batch_size=train.micro_batch_size) for m in r]
-    flash = all(model.config._attn_implementation == "flash_attention_2" for model in models)
-    width = min(int(model.config.get_text_config(decoder=True).hidden_size) for model in models)
-    ratio = layout_cost(micro, width, packed=True, apart=flash) / layout_cost(micro, width, packed=False)
-    packed = train.layout == "packed" or (train.layout == "auto" and unable is None and ratio < 1)
-    padding = 1 - sum(int(b.sum()) for b in micro) / sum(len(b) * int(b.max()) for b in micro)
-    why = f"as the recipe says; packing costs {ratio:.2f} of padding" if train.layout != "auto" else (
-        f"{unable.config.model_type} cannot be packed with this attention" if unable is not None
-        else f"packing costs {ratio:.2f} of padding"
-    )  # fmt: skip
-    log.info("micro-batches are %s: %s, %.0f%% of padded tokens would be padding", "packed" if packed else "padded", why,
-             100 * padding)
-    return packed
+    return engine, teacher, tokenizer, ids
 
 
 def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
-from pocl_ds.distill.fused_head import Ids, LossHead, LossSums, LossTerms
+from pocl_ds.distill.fused_head import LossHead, LossSums, LossTerms
 from pocl_ds.models.heads import Head, head_of, hidden_states
-from pocl_ds.models.vocabulary import Vocabulary
+from pocl_ds.models.vocabulary import Ids
 
 
 class Student(nn.Module):
@@ -36,12 +37,15 @@ class Student(nn.Module):
 class TeacherBackbone(nn.Module):
     """The teacher up to its final norm, at loss positions only."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, ids: Ids) -> None:
         super().__init__()
         self.model = model
+        self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """[loss tokens, width]."""
+        """[loss tokens, width], of a batch in the student's ids."""
+        if isinstance(self.teacher_ids, Tensor):
+            batch = replace(batch, input_ids=self.teacher_ids[batch.input_ids])
         return at_loss_positions(self.model, batch)
 
 
@@ -49,10 +53,3 @@ def at_loss_positions(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [loss tokens, width]."""
     hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
     return hidden.flatten(0, 1).index_select(0, batch.positions)
-
-
-def ids_of(vocabulary: Vocabulary) -> Ids:
-    """The ids both sides share, as tensors."""
-    if vocabulary.shared is None or vocabulary.shared.all():
-        return Ids(vocabulary.size)
-    return Ids(vocabulary.size, torch.from_numpy(~vocabulary.shared))

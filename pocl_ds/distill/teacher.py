@@ -16,6 +16,7 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.distill.engine import FrozenEngine
 from pocl_ds.distill.student import TeacherBackbone
 from pocl_ds.models.heads import Head, head_of
+from pocl_ds.models.vocabulary import Ids
 
 
 class Teacher(Protocol):
@@ -31,10 +32,10 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A frozen model, its body sharded by ZeRO-3 where a configuration is given."""
 
-    def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None) -> None:
+    def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None, ids: Ids) -> None:
         self.model = model
         self._head = head_of(model)
-        self.engine = FrozenEngine(TeacherBackbone(model), ds_config)
+        self.engine = FrozenEngine(TeacherBackbone(model, ids), ds_config)
 
     def hidden(self, batch: Batch) -> Tensor:
         """See `Teacher`."""

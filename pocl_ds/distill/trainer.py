@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from pocl_ds import distributed
 from pocl_ds.config import LossConfig, TrainConfig
+from pocl_ds.curriculum.dealing import deal, share_by_tokens
 from pocl_ds.curriculum.plan import Plan
-from pocl_ds.curriculum.sampler import Position, Sampler, share
+from pocl_ds.curriculum.sampler import Position, Sampler
 from pocl_ds.curriculum.schedules import learning_rate
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.encode import EncodedSplit
@@ -73,6 +74,7 @@ class Trainer:
         directory: Path,
         *,
         plan: Plan,
+        sampler: Sampler,
         data: TrainingData,
         engine: Engine,
         teacher: Teacher | None,
@@ -85,8 +87,7 @@ class Trainer:
     ) -> None:
         self.directory, self.plan, self.data = directory, plan, data
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
-        self.packed = packed
-        self.sampler = Sampler(plan, seed)
+        self.sampler, self.packed = sampler, packed
         self.checkpoints = Checkpoints(
             directory / "checkpoints", keep=train.checkpoint.keep, fingerprint=fingerprint
         )
@@ -133,9 +134,7 @@ class Trainer:
         stage = self.plan.stages[position.stage]
         rows = np.asarray(self.data.order[self.sampler.batch(position.step)])
         normaliser = int(self.loss_tokens[rows].sum())
-        micro_batches = share(
-            self.lengths[rows], ranks=distributed.world_size(), micro_batch_size=self.train.micro_batch_size
-        )[distributed.rank()]
+        micro_batches = self._deal(self.lengths[rows])
         terms = LossTerms(self.loss.name, stage.tau, stage.alpha, self.loss.tau_squared, dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro, members in enumerate(micro_batches):
@@ -158,6 +157,13 @@ class Trainer:
             "sample_ids_digest": _digest(self.data.split.ids[rows]),
         }  # fmt: skip
 
+    def _deal(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """This rank's micro-batches of a batch, as indices into it."""
+        return deal(
+            lengths, ranks=distributed.world_size(), micro_batch_size=self.train.micro_batch_size,
+            micro_batch_tokens=self.train.micro_batch_tokens, packed=self.packed,
+        )[distributed.rank()]
+
     def _batch(self, split: EncodedSplit, rows: NDArray[np.int64]) -> Batch:
         return collate(split, rows, self.data.pad_id, packed=self.packed)
 
@@ -179,22 +185,22 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, position: Position) -> dict[str, Any] | None:
         """Loss and divergence a token at tau = 1 on the first validation samples; every rank makes as many forwards."""
-        split, size = self.data.validation, self.train.micro_batch_size
+        split = self.data.validation
         count = 0 if split is None else min(len(split), self.train.validate_samples)
         if split is None or count == 0:
             return None
-        rows = np.argsort(split.total_tokens[:count], kind="stable")
-        chunks = [rows[i : i + size] for i in range(0, count, size)]
-        ranks, rank = distributed.world_size(), distributed.rank()
+        lengths = np.asarray(split.total_tokens[:count], np.int64)
+        budget = self.train.micro_batch_tokens or self.train.micro_batch_size * int(lengths.max())
+        dealt = share_by_tokens(
+            lengths, ranks=distributed.world_size(), tokens=max(budget, int(lengths.max())), packed=self.packed
+        )
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.engine.module.eval()
-        for first in range(0, len(chunks), ranks):
-            own = first + rank < len(chunks)  # a rank without a chunk repeats one, uncounted
-            batch = self._batch(split, chunks[first + rank if own else first]).to(self.device)
+        for rows in dealt[distributed.rank()]:  # a rank without a sample runs a token that does not count
+            batch = self._batch(split, rows).to(self.device)
             _, kd_sum, ce_sum = self._forward(batch, terms)
-            if own:
-                sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])
+            sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])
         self.engine.module.train()
         kd, ce, tokens = distributed.all_sum(sums).tolist()
         log.info("%s: stage %d ends, validation loss %.4f, divergence %.4f a token", self.label, position.stage + 1,

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
 from pocl_ds.models.heads import Head, head_of, hidden_states
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
-from pocl_ds.models.vocabulary import Vocabulary, reconcile
+from pocl_ds.models.vocabulary import Ids, Vocabulary, reconcile
 from pocl_ds.tracking import Progress
 
 log = logging.getLogger("pocl_ds")
@@ -49,19 +48,6 @@ RESULT = "held_out.json"
 # probabilities of both sides, and their product.
 CHUNK_BYTES, ROWS_ALIVE = 256 << 20, 8
 TEACHER = "teacher"
-
-
-@dataclass(frozen=True)
-class Ids:
-    """Ids that take part in every softmax: the first `size`, without those `masked` ([size] bool)."""
-
-    size: int
-    masked: Tensor | None
-
-    def masked_logits(self, head: Head, hidden: Tensor) -> Tensor:
-        """float32 [n, size]."""
-        logits = head.logits(hidden, self.size).float()
-        return logits if self.masked is None else logits.masked_fill(self.masked, -math.inf)
 
 
 def held_out(
@@ -98,21 +84,23 @@ def held_out(
 
 
 def token_sums(
-    hidden: Tensor, head: Head, labels: Tensor, ids: Ids, teacher_hidden: Tensor | None = None, teacher: Head | None = None
+    hidden: Tensor, head: Head, labels: Tensor, ids: Ids, teacher_hidden: Tensor | None = None, teacher: Head | None = None,
+    *, is_teacher: bool = False,
 ) -> tuple[float, float]:
     """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats at tau = 1.
 
-    hidden: [n, d]; labels: [n]; teacher_hidden: [n, d']. Log-probabilities are float32, sums float64. An id masked on both
-    sides adds exactly zero.
+    hidden: [n, d]; labels: [n]; teacher_hidden: [n, d']; is_teacher: hidden and head are the teacher's own. Log-probabilities
+    are float32, sums float64. An id masked on both sides adds exactly zero.
     """
+    logits = ids.teacher_logits if is_teacher else ids.student_logits
     loss = divergence = 0.0
     rows = max(1, CHUNK_BYTES // (4 * ROWS_ALIVE * ids.size))
     for part in (slice(i, i + rows) for i in range(0, len(labels), rows)):
-        log_q = torch.log_softmax(ids.masked_logits(head, hidden[part]), dim=-1)
+        log_q = torch.log_softmax(logits(head, hidden[part]).float(), dim=-1)
         loss -= float(log_q.gather(-1, labels[part, None]).double().sum())
         if teacher is None or teacher_hidden is None:
             continue
-        log_p = torch.log_softmax(ids.masked_logits(teacher, teacher_hidden[part]), dim=-1)
+        log_p = torch.log_softmax(ids.teacher_logits(teacher, teacher_hidden[part]).float(), dim=-1)
         difference = log_p - log_q
         if ids.masked is not None:
             difference = difference.masked_fill(ids.masked, 0.0)  # -inf - -inf
@@ -137,17 +125,21 @@ class _Loader:
             name: int(load_model_config(path).get_text_config(decoder=True).vocab_size) for name, path in self.paths.items()
         }
         if TEACHER not in self.paths:
-            return Ids(min(rows.values()), None)
+            return Ids(min(rows.values()))
         teacher = load_tokenizer(self.paths[TEACHER])
         found: list[Vocabulary] = [
             reconcile(teacher, load_tokenizer(self.paths[name]), rows[TEACHER], rows[name]) for name in self.students
         ]
-        size = min([rows[TEACHER], *(vocabulary.size for vocabulary in found)])
+        if not found:
+            return Ids(rows[TEACHER])
+        size = min(vocabulary.size for vocabulary in found)
         shared = np.ones(size, bool)
         for vocabulary in found:
             if vocabulary.shared is not None:
                 shared &= vocabulary.shared[:size]
-        return Ids(size, None if shared.all() else torch.from_numpy(~shared).to(device()))
+        mapped = found[0].teacher_ids  # all students of a run share one tokenizer
+        one = Vocabulary(size, None if shared.all() else shared, "", None if mapped is None else mapped[:size])
+        return Ids.of(one).to(device())
 
 
 class _Batches:
@@ -198,7 +190,7 @@ def _measure_all(run: RunDirectory, load: _Loader, batches: _Batches, ids: Ids) 
         with tempfile.TemporaryDirectory(prefix=".teacher-", dir=run.evaluation) as folder:
             teacher, states = None, None
             if TEACHER in load.paths:
-                teacher, states = _teacher(Path(folder), load, batches)
+                teacher, states = _teacher(Path(folder), load, batches, ids)
                 loss, _ = _measure(TEACHER, None, teacher, states, batches, ids)
                 measured[TEACHER] = {"loss": loss, "tokens": batches.tokens, "kl": 0.0}
             for name in load.students:
@@ -211,7 +203,7 @@ def _measure_all(run: RunDirectory, load: _Loader, batches: _Batches, ids: Ids) 
     return measured
 
 
-def _teacher(folder: Path, load: _Loader, batches: _Batches) -> tuple[Head, Tensor]:
+def _teacher(folder: Path, load: _Loader, batches: _Batches, ids: Ids) -> tuple[Head, Tensor]:
     """The teacher's head and its hidden states [n, d] at loss positions, mapped from a file; its body is freed."""
     model = load.model(TEACHER)
     head = head_of(model)
@@ -223,7 +215,7 @@ def _teacher(folder: Path, load: _Loader, batches: _Batches) -> tuple[Head, Tens
     done = 0
     with torch.inference_mode(), Progress(len(batches.rows), "samples", "held-out, teacher") as progress:
         for batch in batches:
-            hidden = _at_loss_positions(model, batch)
+            hidden = _at_loss_positions(model, replace(batch, input_ids=ids.teacher_inputs(batch.input_ids)))
             states[done : done + len(hidden)] = hidden.to(states.device)
             done += len(hidden)
             progress.advance(len(batch.rows))
@@ -245,7 +237,8 @@ def _measure(
             count = len(batch.labels)
             kept = None if states is None else states[done : done + count].to(device())
             hidden = kept if model is None and kept is not None else _at_loss_positions(model, batch)
-            one, two = token_sums(hidden, head, batch.labels, ids, None if model is None else kept, teacher)
+            one, two = token_sums(hidden, head, batch.labels, ids, None if model is None else kept, teacher,
+                                  is_teacher=model is None)
             loss, divergence, done = loss + one, divergence + two, done + count
             progress.advance(len(batch.rows), loss=loss / done)
     log.info("%s: held-out loss %.4f, KL to the teacher %.4f a token", name, loss / batches.tokens, divergence / batches.tokens)

@@ -1,7 +1,8 @@
 """Which ids mean the same to teacher and student (METHOD 4).
 
-A divergence compares two distributions id by id. That is right only where both tokenizers give an id the same token;
-rows that stand for no token on either side (padding of the embedding matrix) must have no probability.
+A divergence compares two distributions token by token. Where both tokenizers number the same tokens differently (GPT-2 and
+OPT), ids are mapped; rows that stand for no token on either side (padding of the embedding matrix, tokens that one side
+lacks) must have no probability.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pocl_ds.errors import ModelError
+from pocl_ds.models.heads import Head
 
 # Two tokenizers with at least this share of tokens in common are the same one with its ids in another order.
 SAME_TOKENS = 0.95
@@ -24,15 +28,56 @@ PROBE = 'It\'s 2,024 items:\n\n    def f(x): return x**2  # naïve café, 你好
 class Vocabulary:
     """What teacher and student have in common."""
 
-    size: int  # logits are cut to this many rows on both sides
+    size: int  # the student's ids below it take part
     shared: NDArray[np.bool_] | None  # [size], False = masked to -inf on both sides; None where every id is shared
     report: str  # one sentence for the log
+    teacher_ids: NDArray[np.int64] | None = None  # [size], the teacher's id of each student id (0 if masked); None: the same
+
+
+@dataclass(frozen=True)
+class Ids:
+    """A `Vocabulary` as tensors: which ids take part in the softmax of both sides, and where the teacher has them."""
+
+    size: int
+    masked: Tensor | None = None  # [size] bool, true where an id takes no part
+    teacher_ids: Tensor | None = None  # [size] int64, None where both sides number alike
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Ids:
+        """On the CPU."""
+        masked = None if vocabulary.shared is None else torch.from_numpy(~vocabulary.shared)
+        mapped = None if vocabulary.teacher_ids is None else torch.from_numpy(vocabulary.teacher_ids)
+        return cls(vocabulary.size, masked, mapped)
+
+    def to(self, device: torch.device) -> Ids:
+        """The same on a device."""
+        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
+        return Ids(self.size, move(self.masked), move(self.teacher_ids))
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits [n, size] with -inf where an id takes no part."""
+        return logits if self.masked is None else logits.masked_fill(self.masked, float("-inf"))
+
+    def student_logits(self, head: Head, hidden: Tensor) -> Tensor:
+        """The student's logits [n, size], masked."""
+        return self.mask(head.logits(hidden, self.size))
+
+    def teacher_logits(self, head: Head, hidden: Tensor) -> Tensor:
+        """The teacher's logits [n, size], numbered as the student's, masked."""
+        if self.teacher_ids is None:
+            return self.mask(head.logits(hidden, self.size))
+        return self.mask(head.logits(hidden).index_select(1, self.teacher_ids))
+
+    def teacher_inputs(self, input_ids: Tensor) -> Tensor:
+        """Ids of a text as the teacher numbers them."""
+        return input_ids if self.teacher_ids is None else self.teacher_ids[input_ids]
 
 
 def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> Vocabulary:
     """Compare the two id -> token maps.
 
-    teacher_rows, student_rows: rows of the heads. Raises ModelError where an id means two different tokens.
+    teacher_rows, student_rows: rows of the heads. Ids are mapped where nearly all tokens are common but numbered otherwise.
+    Raises ModelError where the two tokenizers are different ones.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     teacher_tokens = {index: token for token, index in teacher.items()}
@@ -40,7 +85,10 @@ def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int,
     both = teacher_tokens.keys() & student_tokens.keys()
     different = sorted(index for index in both if teacher_tokens[index] != student_tokens[index])
     if different:
-        raise ModelError(_difference(teacher, student, teacher_tokens, student_tokens, different))
+        common = len(teacher.keys() & student.keys())
+        if common < SAME_TOKENS * max(len(teacher), len(student)):
+            raise ModelError(_difference(teacher, student, teacher_tokens, student_tokens, different))
+        return _mapped(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     size = min(teacher_rows, student_rows)
     shared = np.zeros(size, dtype=bool)
     shared[[index for index in both if index < size]] = True
@@ -51,6 +99,26 @@ def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int,
     return Vocabulary(size, shared if masked else None, report)
 
 
+def _mapped(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> Vocabulary:
+    """The same tokens under other ids. EOS and BOS stand for each other whatever they are called."""
+    teacher, student = dict(teacher_tokenizer.get_vocab()), student_tokenizer.get_vocab()
+    for role in ("bos_token", "eos_token"):
+        ours, theirs = getattr(student_tokenizer, role, None), getattr(teacher_tokenizer, role, None)
+        if ours in student and theirs in teacher:
+            teacher[ours] = teacher[theirs]
+    table = np.full(student_rows, -1, np.int64)
+    for token, index in student.items():
+        if index < student_rows and (found := teacher.get(token, teacher_rows)) < teacher_rows:
+            table[index] = found
+    shared = table >= 0
+    masked = int((~shared).sum())
+    report = f"vocabulary: {student_rows - masked} tokens shared under other ids, mapped (teacher {teacher_rows} rows, student "
+    report += f"{student_rows})" + (f", {masked} without a token on both sides masked" if masked else "")
+    tokens = {index: token for token, index in student.items()}
+    report += _warnings(teacher_tokenizer, student_tokenizer, tokens, student_rows, mapped=True)
+    return Vocabulary(student_rows, shared if masked else None, report, np.maximum(table, 0))
+
+
 def _difference(
     teacher: dict[str, int],
     student: dict[str, int],
@@ -59,13 +127,6 @@ def _difference(
     different: list[int],
 ) -> str:
     common = teacher.keys() & student.keys()
-    if len(common) >= SAME_TOKENS * max(len(teacher), len(student)):
-        token = next(token for token in sorted(common, key=lambda t: (-len(t), t)) if teacher[token] != student[token])
-        return (
-            "teacher and student have the same tokens under other ids "
-            f"({token!r} is {teacher[token]} and {student[token]}); "
-            "mapping ids is not supported yet: choose a student that shares the teacher's tokenizer"
-        )
     first = different[0]
     return (
         f"teacher and student have different tokenizers: {len(common)} of {len(teacher)} and {len(student)} tokens are "
@@ -74,15 +135,16 @@ def _difference(
     )
 
 
-def _warnings(teacher: Any, student: Any, student_tokens: dict[int, str], student_rows: int) -> str:
+def _warnings(teacher: Any, student: Any, student_tokens: dict[int, str], student_rows: int, *, mapped: bool = False) -> str:
     """What goes together but is worth knowing."""
     text = ""
-    if teacher.eos_token_id != student.eos_token_id:
+    if not mapped and teacher.eos_token_id != student.eos_token_id:
         text += (
             f"; a response ends with {student.eos_token!r} to the student, {teacher.eos_token!r} to the teacher: "
             "the student's is used"
         )
-    if teacher.encode(PROBE, add_special_tokens=False) != student.encode(PROBE, add_special_tokens=False):
+    splits = [side.convert_ids_to_tokens(side.encode(PROBE, add_special_tokens=False)) for side in (teacher, student)]
+    if splits[0] != splits[1]:
         text += "; the two split text differently: the student's way is used"
     if (highest := max(student_tokens)) >= student_rows:
         text += (

@@ -95,7 +95,8 @@ def test_data(case: str, recipe: Path, tmp_path: Path) -> None:
 def test_a_sample_longer_than_the_limit_is_counted(recipe: Path, tmp_path: Path) -> None:
     """Not a fault: response and prompt are cut to their limits, and how many is said."""
     path = tmp_path / "long.jsonl"
-    path.write_text(lines([*GOOD, {"instruction": "Say much.", "output": "word " * 300}, {"instruction": "w " * 900, "output": "a"}]))
+    long = [{"instruction": "Say much.", "output": "word " * 300}, {"instruction": "w " * 900, "output": "a"}]
+    path.write_text(lines([*GOOD, *long]))
     words = [f"data.source={path}", "data.train_samples=null", "data.test_fraction=0.1"]
     found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words)
     assert sum(int(count) for count in re.findall(r"(\d+) truncated, 0 dropped", found.stderr)) == 2
@@ -122,7 +123,7 @@ def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished:
     run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("train", "evaluation", "export", "report"))
     huge = shutil.copytree(json.loads((run / "models" / "models.json").read_text())["teacher"], tmp_path / "huge")
     config = json.loads((huge / "config.json").read_text())
-    config |= {"num_hidden_layers": 100, "hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 64, "head_dim": 256}
+    config |= {"num_hidden_layers": 100, "hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 64}
     (huge / "config.json").write_text(json.dumps(config))
     models = json.loads((run / "models" / "models.json").read_text())
     (run / "models" / "models.json").write_text(json.dumps({**models, "teacher": str(huge)}))

@@ -111,6 +111,7 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("change", [
     ["train.engine=torch", "launch.ranks=1"],
     ["launch.ranks=1", "train.micro_batch_size=8"],
+    ["train.micro_batch_tokens=200", "train.layout=padded"],
     ["student.ds_config=student_zero2", "train.layout=padded"],
 ])  # fmt: skip
 def test_other_engines_ranks_and_micro_batches_come_to_the_same(undropped: Path, tmp_path: Path, change: list[str]) -> None:

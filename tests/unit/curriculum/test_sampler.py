@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pocl_ds.curriculum.dealing import share
 from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
-from pocl_ds.curriculum.sampler import Sampler, permutation, share
+from pocl_ds.curriculum.sampler import Sampler, permutation
 
 MASK = (1 << 64) - 1
 
@@ -122,20 +124,37 @@ def test_the_order_may_lie_on_disk(tmp_path: Path) -> None:
     assert set(order[sampler.batch(0)].tolist()) <= set(range(50, 100))  # the first half of the order
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_shares_are_the_batch(ranks: int, micro: int, count: int, data: st.DataObject) -> None:
-    size = ranks * micro * count
-    lengths = np.array(data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size)), np.int64)
-    dealt = share(lengths, ranks=ranks, micro_batch_size=micro)
-    assert [len(of_rank) for of_rank in dealt] == [count] * ranks
-    assert all(len(part) == micro for of_rank in dealt for part in of_rank)
-    assert sorted(int(i) for of_rank in dealt for part in of_rank for i in part) == list(range(size))
-    for m in range(count):  # like lengths together: no micro-step is longer than the one before
-        step = [lengths[part] for part in (of_rank[m] for of_rank in dealt)]
-        if m + 1 < count:
-            assert min(map(np.min, step)) >= max(np.max(lengths[of_rank[m + 1]]) for of_rank in dealt)
-        # dealt in turns: the ranks' longest samples are the `ranks` longest of the step
-        assert sorted(map(np.max, step)) == sorted(np.concatenate(step))[-ranks:]
+@given(plans(), st.integers(2, 5), st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_window_moves_samples_only_within_itself(plan: Plan, window: int, data: st.DataObject) -> None:
+    """Each window holds the samples that it holds without; each of its batches holds a run of the sorted lengths."""
+    total = len(plan.stages[-1].order)
+    lengths = np.array(data.draw(st.lists(st.integers(1, 9), min_size=total, max_size=total)), np.int64)
+    plain, moved = Sampler(plan, 3), Sampler(plan, 3, lengths=lengths, window=window)
+    start = 0
+    for stage in plan.stages:
+        for epoch in range(min(stage.epochs, 2)):
+            for first in range(0, stage.steps_per_epoch, window):
+                begin = start + epoch * stage.steps_per_epoch
+                steps = range(begin + first, begin + min(first + window, stage.steps_per_epoch))
+                before = np.concatenate([plain.batch(step) for step in steps])
+                after = [moved.batch(step) for step in steps]
+                assert sorted(np.concatenate(after)) == sorted(before)
+                edges = sorted((lengths[batch].min(), lengths[batch].max()) for batch in after)
+                assert all(high <= low for (_, high), (low, _) in itertools.pairwise(edges))
+        start += stage.steps
+
+
+def test_batches_of_a_window_come_in_another_order_each_time() -> None:
+    plan = single_stage_plan(np.arange(64), steps=80, batch_size=8, tau=1.0, alpha=0.0)
+    sampler = Sampler(plan, 0, lengths=np.arange(64), window=8)
+    firsts = {int(sampler.batch(epoch * 8).min()) // 8 for epoch in range(10)}
+    assert len(firsts) > 3
+
+
+def test_a_window_needs_lengths() -> None:
+    with pytest.raises(ValueError, match="needs the lengths"):
+        Sampler(single_stage_plan(np.arange(8), steps=1, batch_size=8, tau=1.0, alpha=0.0), 0, window=2)
 
 
 @given(plans(), st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)]))
@@ -148,8 +167,3 @@ def test_the_global_batch_knows_no_ranks(plan: Plan, layout: tuple[int, int]) ->
         batch = sampler.batch(step)
         dealt = share(batch % 7, ranks=ranks, micro_batch_size=micro)
         assert sorted(np.concatenate([batch[part] for of_rank in dealt for part in of_rank])) == sorted(batch)
-
-
-def test_share_refuses_what_cannot_be_dealt_evenly() -> None:
-    with pytest.raises(ValueError, match="a batch of 10 cannot be dealt to 2 ranks in micro-batches of 3"):
-        share(np.ones(10, np.int64), ranks=2, micro_batch_size=3)

@@ -112,8 +112,11 @@ def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None
 
 
 def test_no_rows_give_a_batch_without_loss(tmp_path: Path) -> None:
-    batch = collate(write(tmp_path, [([1, 2], 1)]), [], 0)
-    assert batch.input_ids.shape[0] == 0 and len(batch.positions) == len(batch.labels) == 0 and batch.rows == ()
+    for packed in (False, True):
+        batch = collate(write(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
+        assert batch.input_ids.tolist() == [[7]] and batch.rows == ()
+        assert len(batch.positions) == len(batch.labels) == len(batch.sample_of_token) == 0
+        assert batch.attention_mask is None if packed else batch.attention_mask.tolist() == [[1]]
 
 
 def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:

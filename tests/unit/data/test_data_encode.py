@@ -179,3 +179,18 @@ class _Instruction:
 
     def many(self, samples: Sequence[Sample]) -> list[list[int]]:
         return self.template.many([Sample(sample.id, sample.instruction, "", sample.references) for sample in samples])
+
+
+def test_first_token_outside(tmp_path: Path) -> None:
+    np.save(tmp_path / "train.index.npy", np.array([(0, 2, 4), (4, 1, 3)], np.int64))
+    np.save(tmp_path / "train.ids.npy", np.array([b"a", b"b"], "S8"))
+    np.array([1, 9, 2, 3, 5, 2, 7], np.uint32).tofile(tmp_path / "train.tokens.bin")
+    split = EncodedSplit.open(tmp_path, "train")
+    allowed = np.ones(8, bool)
+    assert split.first_outside(allowed, prompts=False) is None  # the 9 is in a prompt
+    assert split.first_outside(allowed, prompts=True) == (0, 9)
+    allowed[[2, 5]] = False
+    assert split.first_outside(allowed, prompts=False) == (0, 2)
+    allowed[2] = True
+    assert split.first_outside(allowed, prompts=False) is None  # 5 is the second sample's prompt
+    assert split.first_outside(np.ones(7, bool), prompts=False) == (1, 7)

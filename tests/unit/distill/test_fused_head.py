@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pocl_ds.config import LOSSES
 from pocl_ds.distill.divergences import divergence
-from pocl_ds.distill.fused_head import Ids, LossTerms, loss_sums
+from pocl_ds.distill.fused_head import LossTerms, loss_sums
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
+from pocl_ds.models.vocabulary import Ids
 
 
 def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> tuple[Head, Head, Tensor, Tensor, Tensor]:
@@ -26,7 +27,8 @@ def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> 
 def plain(
     hidden: Tensor, student: Head, labels: Tensor, terms: LossTerms, ids: Ids, teacher_hidden: Tensor, teacher: Head
 ) -> Any:
-    z_q, z_p = student.logits(hidden)[:, : ids.size], teacher.logits(teacher_hidden)[:, : ids.size]
+    z_q, z_p = student.logits(hidden)[:, : ids.size], teacher.logits(teacher_hidden)
+    z_p = z_p[:, : ids.size] if ids.teacher_ids is None else z_p[:, ids.teacher_ids]
     if ids.masked is not None:
         z_q, z_p = z_q.masked_fill(ids.masked, -torch.inf), z_p.masked_fill(ids.masked, -torch.inf)
     ce = torch.nn.functional.cross_entropy(z_q, labels, reduction="sum")
@@ -39,10 +41,12 @@ def plain(
 @pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
 @pytest.mark.parametrize("rows", [1, 5, 23, 100])
 def test_equals_the_plain_form(name: str, bias: bool, scale: float, cap: float | None, rows: int) -> None:
+    """Masked ids, ids that the teacher numbers otherwise, biases, scales and caps, in chunks of any size."""
     student, teacher, hidden, teacher_hidden, labels = heads(torch.float64, bias=bias, scale=scale, cap=cap)
     masked = torch.zeros(38, dtype=torch.bool)
     masked[37] = True
-    ids, terms = Ids(38, masked), LossTerms(name, tau=1.6, alpha=0.3)
+    mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38] if bias else None
+    ids, terms = Ids(38, masked, mapped), LossTerms(name, tau=1.6, alpha=0.3)
     leaves = [hidden.requires_grad_(), *(p for p in (student.weight, student.bias) if p is not None)]
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
     wanted = torch.autograd.grad(3 * expected[0], leaves)

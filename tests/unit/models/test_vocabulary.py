@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from pocl_ds.errors import ModelError
-from pocl_ds.models.vocabulary import reconcile
+from pocl_ds.models.heads import Head
+from pocl_ds.models.vocabulary import Ids, Vocabulary, reconcile
 
 
 class Table:
@@ -28,6 +32,10 @@ class Table:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [self.vocabulary[character] for character in text if character in self.vocabulary]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        tokens = {index: token for token, index in self.vocabulary.items()}
+        return [tokens[index] for index in ids]
 
 
 def numbered(count: int, prefix: str = "t") -> dict[str, int]:
@@ -89,10 +97,22 @@ def test_different_tokenizers_are_told_apart() -> None:
         reconcile(Table(numbered(20)), Table(numbered(30, "u")), 20, 30)
 
 
-def test_same_tokens_under_other_ids_are_named() -> None:
+def test_same_tokens_under_other_ids_are_mapped() -> None:
     shifted = {token: index + 1 for token, index in numbered(50).items()}
-    with pytest.raises(ModelError, match=r"same tokens under other ids .*not supported yet"):
-        reconcile(Table(numbered(50)), Table(shifted), 50, 51)
+    found = reconcile(Table(numbered(50)), Table(shifted), 50, 53)
+    assert found.shared is not None and found.teacher_ids is not None
+    assert np.flatnonzero(~found.shared).tolist() == [0, 51, 52]
+    assert found.teacher_ids[1:51].tolist() == list(range(50))
+    assert "50 tokens shared under other ids, mapped" in found.report
+
+
+def test_ids_number_the_teachers_logits_as_the_students() -> None:
+    ids = Ids.of(Vocabulary(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4])))
+    head = Head(nn.Parameter(torch.eye(5)), None, 1.0, None)
+    logits = ids.teacher_logits(head, torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0]]))
+    assert logits.tolist() == [[12.0, 10.0, -math.inf, 14.0]]
+    assert ids.teacher_inputs(torch.tensor([[3, 0, 1]])).tolist() == [[4, 2, 0]]
+    assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
 
 
 def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
@@ -109,8 +129,13 @@ def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
     padded = reconcile(opt, opt, 50_272, 50_272)
     assert padded.shared is not None
     assert padded.shared.sum() == 50_265
-    with pytest.raises(ModelError, match=r"same tokens under other ids"):
-        reconcile(gpt2, opt, 50_257, 50_272)
+    pair = reconcile(gpt2, opt, 50_257, 50_272)
+    assert pair.shared is not None and pair.teacher_ids is not None
+    text = "It's 2,024 items: return x**2  # na\u00efve caf\u00e9"
+    ours, theirs = (side.encode(text, add_special_tokens=False) for side in (opt, gpt2))
+    assert pair.teacher_ids[ours].tolist() == theirs and pair.shared[ours].all()
+    assert pair.teacher_ids[opt.eos_token_id] == gpt2.eos_token_id and pair.shared[opt.eos_token_id]
+    assert pair.shared.sum() > 50_257 - 10
 
 
 def test_real_qwen_and_gpt2_are_refused(shared_data: Path) -> None:

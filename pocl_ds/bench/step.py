@@ -1,0 +1,113 @@
+"""Seconds and memory of one distillation step: ours against plain full logits, SFT of the student, TRL, and the floor.
+
+Every contender runs in processes of its own over the same models and the same batch (`bench.workloads`), one after the
+other, `ROUNDS` times round: what else the machine does falls on all. The floor is the step's arithmetic at the rate of
+this machine's matrix products.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pocl_ds.bench.workloads import WORKLOADS, Workload, flops, gemm_rate, write_models, write_steps
+from pocl_ds.errors import RecipeError, ResourceError
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS, STEPS = 2, 4
+# Label, variant of the worker, ranks. Each gets all cores: as threads of one rank, or shared by ranks.
+CONTENDERS = (
+    ("ours, plain PyTorch", "torch", 1),
+    ("ours, ZeRO-3, 1 rank", "zero3", 1),
+    ("ours, ZeRO-3, 2 ranks", "zero3", 2),
+    ("SFT of the student", "sft", 1),
+    ("plain full logits", "full", 1),
+)
+
+
+def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> dict[str, dict[str, dict[str, float]]]:
+    """Print and return, by workload and contender, the median, least and most seconds, and the peak memory in MiB.
+
+    arguments: names of workloads (A and B where none is given), `--trl PYTHON` for an interpreter that has TRL.
+    Raises RecipeError for an unknown workload.
+    """
+    names, trl = _parse(arguments)
+    cores = os.cpu_count() or 1
+    rate = gemm_rate(cores)
+    out(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in float32 matrix products; {ROUNDS} rounds of {STEPS} steps, medians")
+    found = {}
+    for name in names:
+        work = WORKLOADS[name]
+        floor = flops(work) / rate
+        out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens, floor {floor:.2f} s")
+        out(f"{'':<24}{'seconds a step':>16}  {'(least..most)':<14}{'x floor':>8}{'peak':>12}")
+        found[name] = _workload(work, cores, trl)
+        found[name]["floor"] = {"median": floor}
+        for label, row in found[name].items():
+            if label != "floor":
+                spread = f"({row['least']:.2f}..{row['most']:.2f})"
+                out(f"{label:<24}{row['median']:>16.2f}  {spread:<14}{row['median'] / floor:>8.2f}{row['peak_mib']:>8.0f} MiB")
+    return found
+
+
+def _parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    words, trl = list(arguments), None
+    if "--trl" in words:
+        place = words.index("--trl")
+        if place + 1 == len(words):
+            raise RecipeError("--trl needs the path of a Python that has TRL installed")
+        trl = words[place + 1]
+        del words[place : place + 2]
+    for word in words:
+        if word not in WORKLOADS:
+            raise RecipeError(f"there is no workload {word!r}: take {', '.join(WORKLOADS)}")
+    return words or ["A", "B"], trl
+
+
+def _workload(work: Workload, cores: int, trl: str | None) -> dict[str, dict[str, float]]:
+    seconds: dict[str, list[float]] = {}
+    peaks: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="pocl-bench-") as name:
+        folder = Path(name)
+        write_models(work, folder)
+        for _ in range(ROUNDS):
+            for label, command in _commands(work, folder, cores, trl).items():
+                record = _run(label, command, folder / "out.json", cores)
+                seconds.setdefault(label, []).extend(record["seconds"])
+                peaks.setdefault(label, []).append(record["peak_mib"])
+    return {
+        label: {"median": statistics.median(times), "least": min(times), "most": max(times), "peak_mib": max(peaks[label])}
+        for label, times in seconds.items()
+    }
+
+
+def _commands(work: Workload, folder: Path, cores: int, trl: str | None) -> dict[str, list[str]]:
+    tail = [work.name, str(folder), str(STEPS), str(folder / "out.json")]
+    launcher = ["bash", str(ROOT / "launch" / "train.sh"), "--module", "pocl_ds.bench.step_worker"]
+    commands = {
+        label: [*launcher, "--ranks", str(ranks), "--threads", str(max(1, cores // ranks)), variant, *tail]
+        for label, variant, ranks in CONTENDERS
+    }
+    if trl:
+        write_steps(work, folder / "steps.json", 1)
+        commands["TRL GKD, lmbda=0"] = [trl, str(Path(__file__).with_name("trl_worker.py")), *tail[1:]]
+    return commands
+
+
+def _run(label: str, command: list[str], result: Path, cores: int) -> dict[str, Any]:
+    result.unlink(missing_ok=True)
+    environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(result.parent / "logs")}
+    if command[0] != "bash":
+        environment["OMP_NUM_THREADS"] = str(cores)
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    if done.returncode or not result.is_file():
+        raise ResourceError(f"{label} ended with code {done.returncode}: {done.stderr.strip()[-400:] or done.stdout[-400:]}")
+    record: dict[str, Any] = json.loads(result.read_text())
+    return record

@@ -1,0 +1,125 @@
+"""One contender of `pocl bench step`, in its own process or ranks: times steps over one batch, writes what it found.
+
+    launch/train.sh --ranks R --threads T --module pocl_ds.bench.step_worker VARIANT WORKLOAD FOLDER STEPS OUT
+
+Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), full (all logits of both sides, as research
+code does it), sft (the student alone, from transformers).
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pocl_ds import distributed
+from pocl_ds.artifacts import RunDirectory, write_json
+from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
+from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
+from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.distill import stage
+from pocl_ds.models.load import load_model
+from pocl_ds.tracking import read_metrics, setup_logging
+
+ALPHA, LR = 0.3, 1e-4
+
+
+def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> None:
+    """Time `steps` steps after one that is not counted."""
+    measure = ours if variant in ("zero3", "torch") else plain
+    seconds, loss = measure(variant, work, folder, steps + 1)
+    peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if distributed.rank() == 0:
+        write_json(out, {"seconds": seconds[1:], "peak_mib": sum(peak), "loss": loss})
+
+
+def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
+    """Our trainer, as `pocl train` runs it."""
+    run = RunDirectory(folder / f"run-{variant}-{distributed.world_size()}")
+    if distributed.rank() == 0:
+        write_split(work, run.data)
+    count = len(work.lengths)
+    train = TrainConfig(
+        engine="torch" if variant == "torch" else "deepspeed", batch_size=count,
+        micro_batch_size=max(1, min(count // distributed.world_size(), 4)), lr=LR, validate_samples=0,
+        checkpoint=CheckpointConfig(every=10**9), tracking=TrackingConfig(tensorboard=False),
+    )  # fmt: skip
+    teacher, student = TeacherConfig(model=str(folder / "teacher")), StudentConfig(model=str(folder / "student"))
+    plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=ALPHA)
+    if variant == "zero3":
+        stage.start_deepspeed()
+        distributed.barrier()
+    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, teacher.model, teacher,
+                    LossConfig(), train, 0)  # fmt: skip
+    trainer = stage.make_trainer(run, job)
+    trainer.run()
+    records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
+    return [record["seconds"] for record in records], [record["loss"] for record in records]
+
+
+def write_split(work: Workload, folder: Path) -> None:
+    """The batch as an encoded split, one sample a row, and an empty validation split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    batch = sequences(work, 1)[0]
+    for name, samples in (("train", batch), ("validation", [])):
+        sizes = np.array([len(ids) for _, ids in samples], np.int64)
+        index = np.stack([np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples], np.int64), sizes], 1)
+        np.save(folder / f"{name}.index.npy", index.reshape(-1, 3))
+        np.save(folder / f"{name}.ids.npy", np.array([f"s{i}".encode() for i in range(len(samples))], "S8"))
+        np.array([token for _, ids in samples for token in ids], np.uint32).tofile(folder / f"{name}.tokens.bin")
+
+
+def plain(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
+    """A loop as one writes it without thinking of memory: padded, every logit of both models at once."""
+    student: Any = load_model(str(folder / "student")).train()
+    teacher: Any = load_model(str(folder / "teacher")).eval().requires_grad_(False) if variant == "full" else None
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.01)
+    batch = sequences(work, 1)[0]
+    width = max(len(ids) for _, ids in batch)
+    ids = torch.full((len(batch), width), 2)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (prompt, tokens) in enumerate(batch):
+        ids[row, : len(tokens)] = labels[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, :prompt] = -100
+    step = _full_logits if variant == "full" else _sft
+    seconds, losses = [], []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        loss = step(student, teacher, ids, mask, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begin)
+        losses.append(float(loss.detach()))
+    return seconds, losses
+
+
+def _full_logits(student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    output = student(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+    with torch.no_grad():
+        target = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    log_q, log_p = functional.log_softmax(output.logits, -1), functional.log_softmax(target, -1)
+    each = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[:, :-1]
+    counts = labels[:, 1:] != -100
+    kd: torch.Tensor = (each * counts).sum() / counts.sum()
+    result: torch.Tensor = ALPHA * output.loss + (1 - ALPHA) * kd
+    return result
+
+
+def _sft(student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = student(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    return loss
+
+
+if __name__ == "__main__":
+    setup_logging(distributed.rank(), world_size=distributed.world_size())
+    name, workload, directory, count, result = sys.argv[1:]
+    main(name, WORKLOADS[workload], Path(directory), int(count), Path(result))

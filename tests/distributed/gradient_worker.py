@@ -1,0 +1,121 @@
+"""Ranks of test_gradients: the trainer's own step over a batch for each case, gradients against plain float64 PyTorch.
+
+    launch/train.sh --ranks R --module gradient_worker CASES.json OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from pocl_ds import distributed, ds_config
+from pocl_ds.config import LossConfig, TrainConfig
+from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.curriculum.sampler import Sampler
+from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.distill.divergences import divergence
+from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
+from pocl_ds.distill.student import Student
+from pocl_ds.distill.teacher import LiveTeacher
+from pocl_ds.distill.trainer import Trainer, TrainingData
+from pocl_ds.models.load import load_model
+from pocl_ds.models.vocabulary import Ids
+
+SIZE, TAU, ALPHA = 320, 1.5, 0.3
+
+
+class Recorder(DeepSpeedEngine):
+    """An engine that keeps the step's gradients instead of using them."""
+
+    gradients: dict[str, torch.Tensor]
+
+    def step(self, lr: float) -> float:
+        named = dict(self.module.model.named_parameters())  # type: ignore[operator,union-attr]
+        self.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in named.items()}
+        return 0.0
+
+
+def write_split(folder: Path) -> list[tuple[int, list[int]]]:
+    """12 samples of unlike lengths, one of them without a loss token; the longest shares a batch with the shortest."""
+    source = np.random.default_rng(0)
+    samples = [(int(source.integers(1, 6)), source.integers(2, SIZE, int(source.integers(7, 40))).tolist()) for _ in range(11)]
+    samples.append((5, source.integers(2, SIZE, 5).tolist()))
+    sizes = np.array([len(ids) for _, ids in samples], np.int64)
+    index = np.stack([np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples]), sizes], 1)
+    np.save(folder / "train.index.npy", index)
+    np.save(folder / "train.ids.npy", np.array([f"s{i}".encode() for i in range(len(samples))], "S8"))
+    np.array([token for _, ids in samples for token in ids], np.uint32).tofile(folder / "train.tokens.bin")
+    return samples
+
+
+def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+    """Gradients of one step, whole, on every rank."""
+    train = TrainConfig(batch_size=12, micro_batch_size=case["micro"], micro_batch_tokens=case.get("tokens"))
+    ranks = distributed.world_size()
+    frozen = ds_config.resolve_teacher("teacher_zero3", dtype="float32", ranks=ranks, micro_batch_size=1)
+    config = ds_config.resolve_student("student_zero3", train=train, dtype="float32", ranks=ranks)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # nothing whole by accident
+    ids = Ids(SIZE)
+    with sharded_loading(frozen):
+        teacher = LiveTeacher(load_model(case["teacher"], attention="sdpa", dropout=0.0), frozen, ids)
+    with sharded_loading(config):
+        model = load_model(case["student"], attention="sdpa", dropout=0.0)
+    if case["checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = Student(model, ids, chunk_bytes=case["rows"] * SIZE * 4 * 10).train()
+    engine = Recorder(module, train, config)
+    plan = single_stage_plan(np.arange(12), steps=1, batch_size=12, tau=TAU, alpha=ALPHA)
+    sampler = Sampler(plan, 0)
+    trainer = Trainer(
+        folder, plan=plan, sampler=sampler, data=TrainingData(EncodedSplit.open(folder, "train"), np.arange(12), None, 1),
+        engine=engine, teacher=teacher, loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20), train=train, seed=0,
+        fingerprint="", label="", packed=case["packed"],
+    )  # fmt: skip
+    trainer._step(sampler.at(0))
+    return engine.gradients
+
+
+def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict[str, torch.Tensor]:
+    """The same in one process, float64, a sample at a time, every logit, autograd through all."""
+    student: Any = load_model(case["student"], dropout=0.0).double().train()
+    teacher: Any = load_model(case["teacher"]).double()
+    total = sum(len(ids) - max(prompt, 1) for prompt, ids in samples)
+    for prompt, tokens in samples:
+        ids = torch.tensor([tokens])
+        with torch.no_grad():
+            target = teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
+        logits = student(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
+        ce = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum") if len(logits) else logits.sum()
+        kd = divergence(case["loss"], target, logits, tau=TAU).sum()
+        ((ALPHA * ce + (1 - ALPHA) * kd) / total).backward()
+    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in student.named_parameters()}
+
+
+def main(cases: list[dict[str, Any]], out: Path) -> None:
+    """The largest error of each case, relative to the largest gradient."""
+    start_deepspeed()
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        samples = write_split(folder)
+        for case in cases:
+            ours = measured(case, folder)
+            if distributed.rank() == 0:
+                wanted = expected(case, samples)
+                assert ours.keys() == wanted.keys()
+                scale = max(float(g.abs().max()) for g in wanted.values())
+                found.append(max(float((ours[n].double() - wanted[n]).abs().max()) for n in wanted) / scale)
+            distributed.barrier()
+    if distributed.rank() == 0:
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
