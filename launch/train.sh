@@ -87,7 +87,7 @@ for name in INT TERM USR1 USR2; do
   trap "forward $name" "$name"
 done
 
-failed=0 grace=${POCL_KILL_GRACE:-30} terminate=0 kill_at=0
+failed=0 first=0 grace=${POCL_KILL_GRACE:-30} terminate=0 kill_at=0
 while ((${#alive[@]})); do
   for rank in "${!alive[@]}"; do
     pid=${alive[$rank]}
@@ -95,6 +95,7 @@ while ((${#alive[@]})); do
     code=0
     wait "$pid" 2>/dev/null || code=$?
     unset "alive[$rank]"
+    if ((rank == 0)); then first=$code; fi
     if ((code != 0 && failed == 0)); then
       failed=$code failed_rank=$rank
       # Ranks that stop for the same reason get a moment to say so themselves.
@@ -107,7 +108,8 @@ while ((${#alive[@]})); do
   sleep 0.2 &
   wait $! 2>/dev/null || true
 done
-if ((failed && failed_rank)); then
+# Where all ranks stop for one reason that the user can mend, rank 0 has said it.
+if ((failed && failed_rank && !(failed == 2 && first == 2))); then
   echo "launch/train.sh: rank $failed_rank failed first, with exit code $failed; the end of $logs/rank-$failed_rank.log:" >&2
   tail -n 12 "$logs/rank-$failed_rank.log" >&2
 fi

@@ -51,7 +51,8 @@ OPERATIONAL: dict[str, Any] = {"operational": True}
 class Section(BaseModel):
     """A part of the recipe: unknown keys fail, values never change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    # Defaults are validated too, so that 60 and 60.0 of a recipe that was written and read again are one value.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
 
 class DocumentationConfig(Section):

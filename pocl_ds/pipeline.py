@@ -154,6 +154,7 @@ def needs_ranks(name: str, recipe: Recipe) -> bool:
 def call(command: list[str], lock: int | None = None) -> int:
     """Run a command in its own session, handing on every signal that reaches us, and wait for its end."""
     environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
     if command[0] != "bash":
         environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     child = subprocess.Popen(command, start_new_session=True, env=environment, pass_fds=() if lock is None else (lock,))

@@ -32,7 +32,9 @@ CONTENDERS = (
 )
 
 
-def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> dict[str, dict[str, dict[str, float]]]:
+def run(
+    arguments: Sequence[str] = (), out: Callable[[str], None] = print, *, rounds: int = ROUNDS, steps: int = STEPS
+) -> dict[str, dict[str, dict[str, float]]]:
     """Print and return, by workload and contender, the median, least and most seconds, and the peak memory in MiB.
 
     arguments: names of workloads (A and B where none is given), `--trl PYTHON` for an interpreter that has TRL.
@@ -41,14 +43,14 @@ def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> di
     names, trl = _parse(arguments)
     cores = os.cpu_count() or 1
     rate = gemm_rate(cores)
-    out(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in float32 matrix products; {ROUNDS} rounds of {STEPS} steps, medians")
+    out(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in float32 matrix products; {rounds} rounds of {steps} steps, medians")
     found = {}
     for name in names:
         work = WORKLOADS[name]
         floor = flops(work) / rate
         out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens, floor {floor:.2f} s")
         out(f"{'':<24}{'seconds a step':>16}  {'(least..most)':<14}{'x floor':>8}{'peak':>12}")
-        found[name] = _workload(work, cores, trl)
+        found[name] = _workload(work, cores, trl, rounds, steps)
         found[name]["floor"] = {"median": floor}
         for label, row in found[name].items():
             if label != "floor":
@@ -71,14 +73,14 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     return words or ["A", "B"], trl
 
 
-def _workload(work: Workload, cores: int, trl: str | None) -> dict[str, dict[str, float]]:
+def _workload(work: Workload, cores: int, trl: str | None, rounds: int, steps: int) -> dict[str, dict[str, float]]:
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as name:
         folder = Path(name)
         write_models(work, folder)
-        for _ in range(ROUNDS):
-            for label, command in _commands(work, folder, cores, trl).items():
+        for _ in range(rounds):
+            for label, command in _commands(work, folder, cores, trl, steps).items():
                 record = _run(label, command, folder / "out.json", cores)
                 seconds.setdefault(label, []).extend(record["seconds"])
                 peaks.setdefault(label, []).append(record["peak_mib"])
@@ -88,8 +90,8 @@ def _workload(work: Workload, cores: int, trl: str | None) -> dict[str, dict[str
     }
 
 
-def _commands(work: Workload, folder: Path, cores: int, trl: str | None) -> dict[str, list[str]]:
-    tail = [work.name, str(folder), str(STEPS), str(folder / "out.json")]
+def _commands(work: Workload, folder: Path, cores: int, trl: str | None, steps: int) -> dict[str, list[str]]:
+    tail = [work.name, str(folder), str(steps), str(folder / "out.json")]
     launcher = ["bash", str(ROOT / "launch" / "train.sh"), "--module", "pocl_ds.bench.step_worker"]
     commands = {
         label: [*launcher, "--ranks", str(ranks), "--threads", str(max(1, cores // ranks)), variant, *tail]

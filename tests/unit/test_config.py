@@ -11,8 +11,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.config import Recipe, TrainConfig, check_recipe, dump_recipe, lasting, load_recipe
+from pocl_ds.config import RECIPES, Recipe, TrainConfig, check_recipe, dump_recipe, lasting, load_recipe
 from pocl_ds.errors import RecipeError
+from pocl_ds.pipeline import fingerprints
 
 BASE: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}}
 
@@ -182,3 +183,11 @@ def test_operational_fields_do_not_last() -> None:
     recipe = Recipe.model_validate(BASE)
     assert "hardware" not in lasting(recipe)
     assert lasting(recipe)["launch"] == {}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_written_and_read_again_has_the_same_fingerprints(path: Path, tmp_path: Path) -> None:
+    """A default of 60 that comes back as 60.0 would make a finished run another recipe's."""
+    recipe = load_recipe(str(path))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert fingerprints(load_recipe(str(tmp_path / "recipe.yaml"))) == fingerprints(recipe)

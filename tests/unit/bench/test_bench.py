@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from pocl_ds.bench import BENCHMARKS, rouge, scale
+from pocl_ds.bench import BENCHMARKS, loss, rouge, scale, step, workloads
 from pocl_ds.errors import RecipeError
 
 
@@ -35,6 +35,52 @@ def test_scale_prints_a_row_a_size_and_stays_small() -> None:
     assert large["rank"] + large["plan"] + large["first_batch"] + large["resumed_batch"] < 20
     assert large["peak_mib"] - small["peak_mib"] < 120  # some 250 bytes a sample, and noise
     assert sum(line.split()[:1] in (["1000"], ["100000"]) for line in lines) == 2
+
+
+def test_loss_says_the_same_for_all_and_ours_is_small() -> None:
+    lines: list[str] = []
+    (table,) = loss.run([600, 8000, 16], lines.append, rounds=1)
+    ours, plain = table[:2]
+    assert ours.loss == pytest.approx(plain.loss, rel=1e-5)
+    assert plain.extra_mib > 2 * 600 * 8000 * 4 / 2**20  # both sides' log-probabilities at least
+    assert any(line.startswith("ours") for line in lines)
+
+
+def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands there beyond hidden states, their gradient and the head's gradient is a chunk, however many tokens."""
+    from pocl_ds.distill import fused_head
+
+    monkeypatch.setattr(fused_head.loss_sums, "__kwdefaults__", {**fused_head.loss_sums.__kwdefaults__, "chunk_bytes": 16 << 20})
+    few, many = (loss.run([tokens, 8000, 16], lambda _: None, rounds=1)[0][0].extra_mib for tokens in (1000, 16_000))
+    assert many - few < 12  # 15,000 more tokens in the plain form: 480 MB for one side's logits alone
+
+
+def test_step_prints_every_contender() -> None:
+    lines: list[str] = []
+    found = step.run(["tiny"], lines.append, rounds=1, steps=1)["tiny"]
+    assert [label for label in found if label != "floor"] == [label for label, _, _ in step.CONTENDERS]
+    timed = [row for label, row in found.items() if label != "floor"]
+    assert all(row["least"] <= row["median"] <= row["most"] and row["peak_mib"] > 100 for row in timed)
+    with pytest.raises(RecipeError, match="there is no workload 'C'"):
+        step.run(["C"])
+
+
+def test_flops_of_a_workload_are_those_that_torch_counts() -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    work = workloads.WORKLOADS["tiny"]
+    total = 0.0
+    for shape, passes in ((work.teacher, 1), (work.student, 3)):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+        for prompt, whole in work.lengths:
+            ids = torch.zeros(1, whole, dtype=torch.long)
+            with FlopCounterMode(display=False) as counter:
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, max(prompt, 1) - 1 : -1]
+                model.lm_head(hidden)
+            total += passes * counter.get_total_flops()
+    assert workloads.flops(work) == pytest.approx(total, rel=0.03)
 
 
 @pytest.mark.parametrize("arguments", [["many"], ["0"], ["-5"], ["1e6"]])
