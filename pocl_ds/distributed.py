@@ -48,15 +48,6 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def all_agree(flag: bool) -> bool:
-    """True where any rank says so: decisions that change control flow are taken by all."""
-    if not dist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag), device=device())
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

@@ -10,10 +10,13 @@ This is the only file that imports deepspeed.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import io
 import logging
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,10 +51,17 @@ class Engine(Protocol):
         """Forget the optimizer's moments and step count, keep the weights."""
 
     def save(self, directory: Path) -> None:
-        """Write this rank's part of weights and optimizer below `directory`, which exists."""
+        """Write this rank's part of weights and optimizer below `directory`, which exists.
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, with the same number of ranks."""
+        Raises OSError or RuntimeError where a file cannot be written, after all ranks have passed through: none is left
+        waiting for one that failed.
+        """
+
+    def load(self, directory: Path, *, resharded: bool = False) -> None:
+        """Read what `save` wrote with the same number of ranks, or what `reshard` made of it."""
+
+    def reshard(self, source: Path, target: Path) -> None:
+        """Rewrite what `save` wrote below `source` so that any number of ranks can load it. One rank alone calls it."""
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """Whole weights of a part of the module, on the CPU, on rank 0; empty elsewhere."""
@@ -69,6 +79,7 @@ class DeepSpeedEngine:
         )
         self.module = module
         self.ranks = distributed.world_size()
+        self.weight_decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
@@ -88,12 +99,50 @@ class DeepSpeedEngine:
         clear_moments(inner)
 
     def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False)
+        writer, write = self.engine.checkpoint_engine, self.engine.checkpoint_engine.save
+        faults: list[Exception] = []
 
-    def load(self, directory: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(directory), tag="zero")
+        def guarded(*arguments: Any, **options: Any) -> None:  # DeepSpeed meets in barriers between its files
+            try:
+                write(*arguments, **options)
+            except (OSError, RuntimeError) as fault:
+                faults.append(fault)
+
+        writer.save = guarded
+        try:
+            self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False)
+        finally:
+            del writer.save  # the class's own method shows again
+        if faults:
+            raise faults[0]
+
+    def load(self, directory: Path, *, resharded: bool = False) -> None:
+        self.engine._config.load_universal_checkpoint = resharded
+        try:
+            path, _ = self.engine.load_checkpoint(str(directory), tag="universal" if resharded else "zero")
+        finally:
+            self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise ArtifactError(f"DeepSpeed found no checkpoint in {directory}: remove it, training goes on from the one before")
+        # A universal checkpoint gives every group the first one's values: biases and norms would decay from here on.
+        for group, decay in zip(self.engine.optimizer.param_groups, self.weight_decays, strict=True):
+            group["weight_decay"] = decay
+
+    def reshard(self, source: Path, target: Path) -> None:
+        if self.zero_stage != 3:
+            raise ArtifactError(
+                f"a checkpoint of ZeRO stage {self.zero_stage} cannot change its number of ranks: start with as many as before, "
+                "or use a ds_config of stage 3"
+            )
+        from deepspeed.checkpoint import ds_to_universal
+
+        workers = max(1, (os.cpu_count() or 1) // 2)
+        options = argparse.Namespace(
+            input_folder=str(source / "zero"), output_folder=str(target / "universal"), num_extract_workers=workers,
+            num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=False,
+        )  # fmt: skip
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(options)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         with_gather = self.zero_stage == 3
@@ -136,10 +185,13 @@ class TorchEngine:
             state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
             torch.save(state, directory / "torch.pt")
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, *, resharded: bool = False) -> None:
         state = torch.load(directory / "torch.pt", map_location="cpu", weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def reshard(self, source: Path, target: Path) -> None:
+        shutil.copy2(source / "torch.pt", target)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         return _whole_state(module, _in_place)

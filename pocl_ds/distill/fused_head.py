@@ -9,20 +9,22 @@ Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that tak
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pocl_ds.distill.divergences import FUNCTIONS, divergence_options, log_probabilities, working_type
+from pocl_ds.distill.closed_forms import CLOSED
+from pocl_ds.distill.divergences import FUNCTIONS, MASKED, divergence_options, working_type
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
 
-# Rows of v numbers alive at once while a chunk is worked on: logits, log-probabilities and probabilities of both sides,
-# products of the divergence, and the gradient.
-ROWS_ALIVE = 10
+# Rows of v numbers alive at once while a chunk is worked on: log-probabilities of both sides and one's probabilities, what
+# logsumexp and the mixture need, the gradient of the cross-entropy; through autograd twice as many.
+ROWS_ALIVE, ROWS_ALIVE_AUTOGRAD = 6, 12
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def loss_sums(
     result is 0 and every parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds
     no row.
     """
-    rows = chunk_rows(ids.size, chunk_bytes, working_type(hidden))
+    rows = chunk_rows(terms.name, ids.size, chunk_bytes, working_type(hidden))
     if terms.name != "sft" and (teacher_hidden is None or teacher_head is None):
         raise RecipeError(f"loss.name={terms.name} needs a teacher")
     sums: LossSums = _HeadLoss.apply(
@@ -67,9 +69,9 @@ def loss_sums(
     return sums
 
 
-def chunk_rows(size: int, chunk_bytes: int, dtype: torch.dtype) -> int:
-    """Tokens of one chunk within a byte budget."""
-    row = size * dtype.itemsize * ROWS_ALIVE
+def chunk_rows(name: str, size: int, chunk_bytes: int, dtype: torch.dtype) -> int:
+    """Tokens of one chunk within a byte budget, for the divergence of this name."""
+    row = size * dtype.itemsize * (ROWS_ALIVE if name in CLOSED or name == "sft" else ROWS_ALIVE_AUTOGRAD)
     if chunk_bytes < row:
         raise RecipeError(f"loss.chunk_bytes={chunk_bytes} does not hold one token over {size} ids: give at least {row}")
     return chunk_bytes // row
@@ -179,24 +181,66 @@ def _chunk(
     ids: Ids,
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sums (total, kd, ce) of one chunk and the gradient of total with respect to hidden x head [rows, v]."""
+    """Sums (total, kd, ce) of one chunk and the gradient of total with respect to hidden x head [rows, v].
+
+    product and teacher are the caller's own and may be overwritten.
+    """
+    alpha = 1.0 if terms.name == "sft" else terms.alpha
+    plain = head.scale == 1.0 and head.soft_cap is None
     kind = working_type(product)
-    with torch.set_grad_enabled(need_gradient):
-        leaf = product.detach().requires_grad_(need_gradient)
-        student = ids.mask(head.finish(leaf.to(kind)))
-        log_q = log_probabilities(student, 1.0, kind)
-        ce = -log_q.gather(-1, labels[:, None]).sum()
-        kd = ce.new_zeros(())
-        if teacher is not None:
-            tempered = log_q if terms.tau == 1.0 else log_probabilities(student, terms.tau, kind)
-            kd = FUNCTIONS[terms.name](log_probabilities(teacher, terms.tau, kind), tempered, **options).sum()
-            if terms.tau_squared:
-                kd = kd * terms.tau**2
-        alpha = 1.0 if terms.name == "sft" else terms.alpha
-        # A term of weight 0 stays out of the graph: its gradient would be computed only to be multiplied by 0.
-        total = ce * alpha if alpha == 1.0 else kd if alpha == 0.0 else alpha * ce + (1 - alpha) * kd
-        gradient = torch.autograd.grad(total, leaf)[0] if need_gradient else None
-    return torch.stack([total.detach(), kd.detach(), ce.detach()]), gradient
+    logits = product.to(kind) if plain else head.finish(product.to(kind))
+    finished = None if plain else logits.clone()  # the way back through scale and cap starts from it
+    if ids.masked is not None:
+        logits = logits.masked_fill_(ids.masked, -math.inf)
+    log_z = logits.logsumexp(-1)
+    ce = (log_z - logits.gather(-1, labels[:, None])[:, 0]).sum()
+    gradient = None
+    if need_gradient and alpha:
+        gradient = (logits - log_z[:, None]).exp_().mul_(alpha)
+        gradient[torch.arange(len(labels), device=labels.device), labels] -= alpha
+    kd = ce.new_zeros(())
+    if teacher is not None:
+        value, slope = _divergence(logits, teacher.to(kind), terms, options, ids, need_gradient and alpha < 1)
+        square = terms.tau**2 if terms.tau_squared else 1.0
+        kd = value * square
+        if slope is not None:
+            slope.mul_((1 - alpha) * square / terms.tau)
+            gradient = slope if gradient is None else gradient.add_(slope)
+    if gradient is not None:
+        if finished is not None:
+            _through_finish(gradient, finished, head)
+        gradient = gradient.to(product.dtype)
+    return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce]), gradient
+
+
+def _divergence(
+    logits: Tensor, teacher: Tensor, terms: LossTerms, options: dict[str, Any], ids: Ids, need_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the divergence at tau, and its gradient with respect to logits / tau; both inputs are overwritten."""
+    sides = []
+    for side in (teacher, logits):
+        if terms.tau != 1.0:
+            side.div_(terms.tau)
+        side.sub_(side.logsumexp(-1, keepdim=True))
+        sides.append(side if ids.masked is None else side.masked_fill_(ids.masked, MASKED))
+    log_p, log_q = sides
+    if terms.name in CLOSED:
+        value = CLOSED[terms.name](log_p, log_q, **options).sum()
+        return value, log_q if need_gradient else None
+    if not need_gradient:
+        return FUNCTIONS[terms.name](log_p, log_q, **options).sum(), None
+    with torch.enable_grad():
+        leaf = log_q.requires_grad_()
+        value = FUNCTIONS[terms.name](log_p, leaf, **options).sum()
+        slope = torch.autograd.grad(value, leaf)[0]
+    return value.detach(), slope.sub_(leaf.detach().exp_().mul_(slope.sum(-1, keepdim=True)))
+
+
+def _through_finish(gradient: Tensor, finished: Tensor, head: Head) -> None:
+    """From the gradient in z = cap tanh(scale x / cap) to that in x, in place; `finished` holds z and is overwritten."""
+    gradient.mul_(head.scale)
+    if head.soft_cap is not None:
+        gradient.mul_(finished.div_(head.soft_cap).square_().neg_().add_(1))
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor) -> None:

@@ -16,7 +16,8 @@ log = logging.getLogger("pocl_ds")
 
 # float32: weights, gradients, two moments, and ZeRO's flat copy of the weights.
 BYTES_PER_TRAINED_PARAMETER = 4 * 5
-BYTES_PER_RANK = 1 << 30  # interpreter, libraries, one gathered layer, activations of a small micro-batch
+BYTES_GATHERED = 4 * 2  # a trained parameter whole on a rank during a step, and its gradient before it is scattered
+BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations of a small micro-batch
 
 
 def check_memory(student: str, teacher: str | None, *, teacher_bytes: int, chunk_bytes: int, sharded: bool) -> None:
@@ -28,8 +29,10 @@ def check_memory(student: str, teacher: str | None, *, teacher_bytes: int, chunk
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     copies = ranks / distributed.world_size() if sharded else ranks
-    models = parameters(student) * BYTES_PER_TRAINED_PARAMETER + (parameters(teacher) * teacher_bytes if teacher else 0)
-    need = int(models * copies) + ranks * (BYTES_PER_RANK + chunk_bytes)
+    trained = parameters(student)
+    models = trained * BYTES_PER_TRAINED_PARAMETER + (parameters(teacher) * teacher_bytes if teacher else 0)
+    gathered = trained * BYTES_GATHERED if sharded else 0  # ZeRO-3 keeps weights from forward to backward where they fit
+    need = int(models * copies) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes)
     free = available_bytes()
     if need > free:
         raise ResourceError(

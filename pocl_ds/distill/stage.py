@@ -215,7 +215,7 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any, Ids]:
             )
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)
-    chunk_rows(ids.size, job.loss.chunk_bytes, torch.float32)
+    chunk_rows(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32)
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
     with sharded_loading(sharded if deepspeed else None):
         model = _load(job.student_path, job.student, job.student.dropout)

@@ -108,7 +108,7 @@ class Trainer:
                 position = self.sampler.at(step)
                 if self.train.schedule == "per_stage" and position.stage and position.step_in_stage == 0:
                     self.engine.restart_optimizer()
-                record = self._step(position)
+                record, stopping = self._step(position, stop)
                 self._write(writer, record)
                 progress.advance(
                     1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", loss=record["loss"],
@@ -116,9 +116,8 @@ class Trainer:
                 )
                 if position.step_in_stage + 1 == self.plan.stages[position.stage].steps:
                     self._write(writer, self._validate(position))
-                stopping = distributed.all_agree(stop.signal is not None)
                 if stopping or (step + 1) % self.train.checkpoint.every == 0 or step + 1 == total:
-                    self.checkpoints.save(step + 1, self.engine, {})
+                    self.checkpoints.save(step + 1, self.engine, last_chance=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     number = stop.signal or signal.SIGTERM
                     raise Interrupted(
@@ -128,8 +127,11 @@ class Trainer:
         if writer:
             writer.close()
 
-    def _step(self, position: Position) -> dict[str, Any]:
-        """One optimizer step over the global batch. The denominator is its loss tokens, over all ranks and micro-batches."""
+    def _step(self, position: Position, stop: StopFlag) -> tuple[dict[str, Any], bool]:
+        """One optimizer step over the global batch. The denominator is its loss tokens, over all ranks and micro-batches.
+
+        Returns its record, and whether any rank was asked to stop: both come with the step's one reduction.
+        """
         start = time.monotonic()
         stage = self.plan.stages[position.stage]
         rows = np.asarray(self.data.order[self.sampler.batch(position.step)])
@@ -143,7 +145,9 @@ class Trainer:
             total, kd_sum, ce_sum = self._forward(batch, terms)
             self.engine.backward(total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
             sums += torch.stack([total.detach(), kd_sum, ce_sum])
-        loss, kd, ce = (distributed.all_sum(sums) / normaliser).tolist()
+        flag = sums.new_tensor([stop.signal is not None])
+        *reduced, stopping = distributed.all_sum(torch.cat([sums, flag])).tolist()
+        loss, kd, ce = (value / normaliser for value in reduced)
         rate = learning_rate(
             *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps
         )
@@ -155,7 +159,7 @@ class Trainer:
             "loss": loss, "kd": kd, "ce": ce, "tau": stage.tau, "alpha": stage.alpha, "lr": rate, "grad_norm": norm,
             "tokens": normaliser, "tokens_per_second": int(self.lengths[rows].sum()) / seconds, "seconds": seconds,
             "sample_ids_digest": _digest(self.data.split.ids[rows]),
-        }  # fmt: skip
+        }, stopping > 0  # fmt: skip
 
     def _deal(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """This rank's micro-batches of a batch, as indices into it."""

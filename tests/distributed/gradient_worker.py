@@ -22,9 +22,10 @@ from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.divergences import divergence
 from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
+from pocl_ds.distill.fused_head import ROWS_ALIVE_AUTOGRAD
 from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher
-from pocl_ds.distill.trainer import Trainer, TrainingData
+from pocl_ds.distill.trainer import StopFlag, Trainer, TrainingData
 from pocl_ds.models.load import load_model
 from pocl_ds.models.vocabulary import Ids
 
@@ -69,7 +70,7 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
         model = load_model(case["student"], attention="sdpa", dropout=0.0)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = Student(model, ids, chunk_bytes=case["rows"] * SIZE * 4 * 10).train()
+    module = Student(model, ids, chunk_bytes=case["rows"] * SIZE * 4 * ROWS_ALIVE_AUTOGRAD).train()
     engine = Recorder(module, train, config)
     plan = single_stage_plan(np.arange(12), steps=1, batch_size=12, tau=TAU, alpha=ALPHA)
     sampler = Sampler(plan, 0)
@@ -78,7 +79,7 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
         engine=engine, teacher=teacher, loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20), train=train, seed=0,
         fingerprint="", label="", packed=case["packed"],
     )  # fmt: skip
-    trainer._step(sampler.at(0))
+    trainer._step(sampler.at(0), StopFlag())
     return engine.gradients
 
 

@@ -101,6 +101,7 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     recipe["student"] |= {"heal_steps": 0, "prune": None, "dropout": 0.0, "model": str(finished / "models" / "heal" / "final")}
     recipe["plan"] |= {"subsets": 2, "epochs_per_stage": 1}
+    recipe["train"]["checkpoint"] |= {"every": 2, "keep": 10}
     path, run = folder / "recipe.yaml", folder / "run"
     path.write_text(yaml.safe_dump(recipe))
     for stage in ("data", "prepare", "score", "rank", "plan", "train"):
@@ -126,6 +127,32 @@ def test_other_engines_ranks_and_micro_batches_come_to_the_same(undropped: Path,
     left, right = weights(runs[0]), weights(runs[1])
     assert left.keys() == right.keys()
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 3), (1, 2), (4, 2)])
+def test_another_number_of_ranks_goes_on(undropped: Path, tmp_path: Path, first: int, then: int) -> None:
+    """From a checkpoint in the middle of a stage and an epoch, as if all steps had been on as many ranks."""
+    source = undropped
+    if first != 2:
+        source = untrained_copy(undropped, tmp_path / "first")
+        pocl("train", "--run-dir", str(source), f"launch.ranks={first}", "train.micro_batch_tokens=96")
+    run = Path(shutil.copytree(source, tmp_path / "then", ignore=shutil.ignore_patterns("evaluation", "export", "logs", ".lock")))
+    shutil.rmtree(run / "train" / "final")
+    (run / "train" / "manifest.json").unlink()
+    for path in (run / "train" / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > 4:
+            shutil.rmtree(path)
+    found = pocl("train", "--run-dir", str(run), f"launch.ranks={then}", "train.micro_batch_tokens=96")
+    assert f"was written by {first} ranks: converting it for {then}" in found.stderr
+    assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] == 4
+    for ours, theirs in zip(steps(run), steps(undropped), strict=True):
+        assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-5)
+        assert ours.pop("kd") == pytest.approx(theirs.pop("kd"), rel=1e-5)
+        assert ours.pop("ce") == pytest.approx(theirs.pop("ce"), rel=1e-5)
+        assert ours == theirs
+    left, right = weights(undropped), weights(run)
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-4
+    assert not (run / "train" / "checkpoints" / "resharded").exists()
 
 
 def test_killed_and_started_again_comes_to_exactly_the_same(finished: Path, tmp_path: Path) -> None:

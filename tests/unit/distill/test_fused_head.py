@@ -9,11 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from pocl_ds.config import LOSSES
+from pocl_ds.distill.closed_forms import CLOSED
 from pocl_ds.distill.divergences import divergence
-from pocl_ds.distill.fused_head import LossTerms, loss_sums
+from pocl_ds.distill.fused_head import ROWS_ALIVE, ROWS_ALIVE_AUTOGRAD, LossTerms, loss_sums
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
+
+
+def least(name: str, size: int, itemsize: int) -> int:
+    """Bytes that a chunk of one row needs."""
+    return size * itemsize * (ROWS_ALIVE if name in CLOSED or name == "sft" else ROWS_ALIVE_AUTOGRAD)
 
 
 def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> tuple[Head, Head, Tensor, Tensor, Tensor]:
@@ -51,7 +57,7 @@ def test_equals_the_plain_form(name: str, bias: bool, scale: float, cap: float |
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
     wanted = torch.autograd.grad(3 * expected[0], leaves)
     found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher,
-                      chunk_bytes=rows * 38 * 8 * 10)  # fmt: skip
+                      chunk_bytes=rows * least(name, 38, 8))  # fmt: skip
     got = torch.autograd.grad(3 * found[0], leaves)
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
@@ -66,7 +72,7 @@ def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
             plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)[0], student.weight)[0].double()
         if kind == torch.bfloat16:
             sums = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher,
-                             chunk_bytes=2 * 40 * 4 * 10)  # fmt: skip
+                             chunk_bytes=2 * least("fkl", 40, 4))  # fmt: skip
             ours = torch.autograd.grad(sums[0], student.weight)[0].double()
     error = lambda found: float((found - gradients[torch.float64]).norm())  # noqa: E731
     assert error(ours) <= error(gradients[torch.bfloat16]) * 1.05
@@ -93,6 +99,6 @@ def test_no_gradient_is_computed_under_no_grad() -> None:
 
 def test_a_budget_below_one_row_says_the_least() -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
-    with pytest.raises(RecipeError, match="give at least 1600"):
+    with pytest.raises(RecipeError, match="give at least 960"):
         loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden,
-                  teacher_head=teacher, chunk_bytes=1599)  # fmt: skip
+                  teacher_head=teacher, chunk_bytes=959)  # fmt: skip
