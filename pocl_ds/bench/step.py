@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pocl_ds.bench.workloads import WORKLOADS, Workload, flops, gemm_rate, write_models, write_steps
 from pocl_ds.errors import RecipeError, ResourceError
 
@@ -43,7 +45,7 @@ def run(
     names, trl = _parse(arguments)
     cores = os.cpu_count() or 1
     rate = gemm_rate(cores)
-    out(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in float32 matrix products; {rounds} rounds of {steps} steps, medians")
+    out(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in matrix products; {rounds} rounds of {steps} steps, medians")
     found = {}
     for name in names:
         work = WORKLOADS[name]
@@ -91,11 +93,13 @@ def _workload(work: Workload, cores: int, trl: str | None, rounds: int, steps: i
 
 
 def _commands(work: Workload, folder: Path, cores: int, trl: str | None, steps: int) -> dict[str, list[str]]:
+    gpus = torch.cuda.device_count()  # where there are some, each rank needs its own
     tail = [work.name, str(folder), str(steps), str(folder / "out.json")]
     launcher = ["bash", str(ROOT / "launch" / "train.sh"), "--module", "pocl_ds.bench.step_worker"]
     commands = {
         label: [*launcher, "--ranks", str(ranks), "--threads", str(max(1, cores // ranks)), variant, *tail]
         for label, variant, ranks in CONTENDERS
+        if ranks <= gpus or not gpus
     }
     if trl:
         write_steps(work, folder / "steps.json", 1)

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,9 @@ def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> N
     """Time `steps` steps after one that is not counted."""
     measure = ours if variant in ("zero3", "torch") else plain
     seconds, loss = measure(variant, work, folder, steps + 1)
-    peak = distributed.gather_objects(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    on_gpu = distributed.device().type == "cuda"
+    own = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = distributed.gather_objects(own)
     if distributed.rank() == 0:
         write_json(out, {"seconds": seconds[1:], "peak_mib": sum(peak), "loss": loss})
 
@@ -50,7 +52,9 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
         micro_batch_size=max(1, min(count // distributed.world_size(), 4)), lr=LR, validate_samples=0,
         checkpoint=CheckpointConfig(every=10**9), tracking=TrackingConfig(tensorboard=False),
     )  # fmt: skip
-    teacher, student = TeacherConfig(model=str(folder / "teacher")), StudentConfig(model=str(folder / "student"))
+    kind = precision()
+    teacher = TeacherConfig(model=str(folder / "teacher"), dtype=kind)
+    student = StudentConfig(model=str(folder / "student"), dtype=kind)
     plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=ALPHA)
     if variant == "zero3":
         stage.start_deepspeed()
@@ -61,6 +65,11 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
     trainer.run()
     records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
     return [record["seconds"] for record in records], [record["loss"] for record in records]
+
+
+def precision() -> Literal["float32", "bfloat16"]:
+    """What models are held in: bfloat16 on a GPU, float32 on a CPU."""
+    return "bfloat16" if distributed.device().type == "cuda" else "float32"
 
 
 def write_split(work: Workload, folder: Path) -> None:
@@ -77,8 +86,11 @@ def write_split(work: Workload, folder: Path) -> None:
 
 def plain(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
     """A loop as one writes it without thinking of memory: padded, every logit of both models at once."""
-    student: Any = load_model(str(folder / "student")).train()
-    teacher: Any = load_model(str(folder / "teacher")).eval().requires_grad_(False) if variant == "full" else None
+    where, kind = distributed.device(), precision()
+    student: Any = load_model(str(folder / "student"), dtype=kind).to(where).train()
+    teacher: Any = None
+    if variant == "full":
+        teacher = load_model(str(folder / "teacher"), dtype=kind).to(where).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.01)
     batch = sequences(work, 1)[0]
     width = max(len(ids) for _, ids in batch)
@@ -88,6 +100,7 @@ def plain(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[
         ids[row, : len(tokens)] = labels[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
         labels[row, :prompt] = -100
+    ids, mask, labels = ids.to(where), mask.to(where), labels.to(where)
     step = _full_logits if variant == "full" else _sft
     seconds, losses = [], []
     for _ in range(steps):
@@ -97,8 +110,10 @@ def plain(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - begin)
         losses.append(float(loss.detach()))
+        if where.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
     return seconds, losses
 
 
