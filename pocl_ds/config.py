@@ -259,6 +259,9 @@ class TrainConfig(Section):
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     clip: Annotated[Float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
     validate_samples: NonNegative = Field(64, description="validation samples looked at after each stage; 0 for none")
+    hang_seconds: Annotated[Float, Field(gt=0)] = Field(
+        1800, description="a rank silent for so long writes its stacks and ends the run", json_schema_extra=OPERATIONAL
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
 

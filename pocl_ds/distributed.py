@@ -6,15 +6,17 @@ Everything works without a process group too, as a world of one.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pocl_ds.errors import PoclError, ResourceError
+from pocl_ds.errors import DisagreementError, PoclError, ResourceError
 
 
 def rank() -> int:
@@ -46,6 +48,31 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Make sure that all ranks are about to do the same. Raises DisagreementError on every rank, naming who differs and how.
+
+    Costs one reduction of two numbers: ranks that go different ways would else be seen as a timeout, half an hour later.
+    """
+    if not dist.is_initialized():
+        return
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+    number = float(int.from_bytes(digest[:6], "big"))  # 48 bits: exact as a float64
+    pair = torch.tensor([number, -number], dtype=torch.float64, device=device())
+    dist.all_reduce(pair, op=dist.ReduceOp.MAX)
+    if pair[0] == -pair[1]:
+        return
+    everyone = gather_objects(dict(facts))
+    common = Counter(map(repr, everyone)).most_common(1)[0][0]
+    usual = next(found for found in everyone if repr(found) == common)
+    odd = next(number for number, found in enumerate(everyone) if repr(found) != common)
+    names = [name for name in {**usual, **everyone[odd]} if usual.get(name) != everyone[odd].get(name)]
+    raise DisagreementError(
+        f"rank {odd} is about to do something else than the others: "
+        + "; ".join(f"{name} {everyone[odd].get(name)!r} against {usual.get(name)!r}" for name in names)
+        + ": start all ranks from the same code, recipe and run directory"
+    )
 
 
 def barrier() -> None:

@@ -34,6 +34,10 @@ class NumericalError(PoclError, ArithmeticError):
     """A loss or gradient that is not finite."""
 
 
+class DisagreementError(PoclError, RuntimeError):
+    """Ranks that were about to do different things."""
+
+
 class Interrupted(PoclError):
     """A signal asked the run to stop; everything is saved and the same command goes on."""
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds import distributed
+from pocl_ds.artifacts import package_versions
 from pocl_ds.config import LossConfig, TrainConfig
 from pocl_ds.curriculum.dealing import deal, share_by_tokens
 from pocl_ds.curriculum.plan import Plan
@@ -27,6 +28,7 @@ from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.distill.engine import Engine, seed_step
 from pocl_ds.distill.fused_head import LossSums, LossTerms
 from pocl_ds.distill.teacher import Teacher
+from pocl_ds.distill.watchdog import Watchdog
 from pocl_ds.errors import Interrupted, NumericalError
 from pocl_ds.tracking import MetricsWriter, Progress
 
@@ -87,7 +89,7 @@ class Trainer:
     ) -> None:
         self.directory, self.plan, self.data = directory, plan, data
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
-        self.sampler, self.packed = sampler, packed
+        self.sampler, self.packed, self.fingerprint = sampler, packed, fingerprint
         self.checkpoints = Checkpoints(
             directory / "checkpoints", keep=train.checkpoint.keep, fingerprint=fingerprint
         )
@@ -103,8 +105,15 @@ class Trainer:
             log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
         writer = self._writer(done)
         total = self.plan.total_steps
-        with StopFlag() as stop, Progress(total, "steps", self.label, done=done) as progress:
+        distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "layout": self.packed,
+                           **package_versions()})  # fmt: skip
+        with (
+            StopFlag() as stop,
+            Watchdog(self.directory / "logs", self.train.hang_seconds) as self.watchdog,
+            Progress(total, "steps", self.label, done=done) as progress,
+        ):
             for step in range(done, total):
+                self.watchdog.beat()
                 position = self.sampler.at(step)
                 if self.train.schedule == "per_stage" and position.stage and position.step_in_stage == 0:
                     self.engine.restart_optimizer()
@@ -117,6 +126,7 @@ class Trainer:
                 if position.step_in_stage + 1 == self.plan.stages[position.stage].steps:
                     self._write(writer, self._validate(position))
                 if stopping or (step + 1) % self.train.checkpoint.every == 0 or step + 1 == total:
+                    self.watchdog.beat()
                     self.checkpoints.save(step + 1, self.engine, last_chance=stopping or step + 1 == total)
                 if stopping and step + 1 < total:
                     number = stop.signal or signal.SIGTERM
@@ -138,6 +148,8 @@ class Trainer:
         normaliser = int(self.loss_tokens[rows].sum())
         micro_batches = self._deal(self.lengths[rows])
         terms = LossTerms(self.loss.name, stage.tau, stage.alpha, self.loss.tau_squared, dict(self.loss.options))
+        distributed.agree({"step": position.step, "stage": position.stage, "micro-batches": len(micro_batches),
+                           "loss tokens": normaliser, "teacher": self.teacher is not None, "tau": stage.tau})  # fmt: skip
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
@@ -202,6 +214,7 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.engine.module.eval()
         for rows in dealt[distributed.rank()]:  # a rank without a sample runs a token that does not count
+            self.watchdog.beat()
             batch = self._batch(split, rows).to(self.device)
             _, kd_sum, ce_sum = self._forward(batch, terms)
             sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])

@@ -1,0 +1,66 @@
+"""Ranks of test_faults: a training in which rank 1 does something else from step 2 on.
+
+    launch/train.sh --ranks 2 --module fault_worker FAULT TEACHER STUDENT FOLDER
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gradient_worker import write_split
+
+from pocl_ds import distributed
+from pocl_ds.artifacts import RunDirectory
+from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
+from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.distill.engine import start_deepspeed
+from pocl_ds.distill.stage import Job, make_trainer
+from pocl_ds.errors import PoclError
+from pocl_ds.tracking import setup_logging
+
+
+def main(fault: str, teacher: str, student: str, folder: Path) -> None:
+    setup_logging(distributed.rank(), world_size=2)
+    start_deepspeed()
+    run = RunDirectory(folder)
+    if distributed.rank() == 0:
+        run.data.mkdir(parents=True)
+        write_split(run.data)
+        for part in ("ids.npy", "index.npy", "tokens.bin"):
+            (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
+    distributed.barrier()
+    train = TrainConfig(batch_size=12, micro_batch_size=2, hang_seconds=6, tracking=TrackingConfig(tensorboard=False))
+    plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, tau=1.0, alpha=0.3)
+    odd = distributed.rank() == 1
+    job = Job(run.train, "other" if odd and fault == "recipe" else "one", "train", plan, np.arange(12), student,
+              StudentConfig(model=student), teacher, TeacherConfig(model=teacher), LossConfig(), train, 0)  # fmt: skip
+    trainer = make_trainer(run, job)
+    deal = trainer._deal
+
+    def strange(lengths: Any) -> Any:
+        strange.calls += 1  # type: ignore[attr-defined]
+        if odd and strange.calls > 2:  # type: ignore[attr-defined]
+            if fault == "skip":
+                return deal(lengths)[1:]
+            if fault == "sleep":
+                time.sleep(300)
+            if fault == "die":
+                os._exit(9)
+        return deal(lengths)
+
+    strange.calls = 0  # type: ignore[attr-defined]
+    trainer._deal = strange  # type: ignore[method-assign]
+    trainer.run()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+    except PoclError as error:
+        print(f"fault_worker: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)

@@ -1,0 +1,38 @@
+"""A rank that goes another way than the others is found in seconds, and named."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command_line import ROOT, environment
+
+SAID = {
+    "skip": (2, ("rank 1 is about to do something else", "micro-batches 2 against 3")),
+    "recipe": (2, ("rank 1 is about to do something else", "fingerprint 'other' against 'one'")),
+    "sleep": (75, ("rank 0 did nothing for", "stacks-rank-0.txt")),
+    "die": (9, ("rank 1 failed first, with exit code 9",)),
+}
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_fault(fault: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
+    command = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", "2", "--threads", "1", "--module", "fault_worker",
+               fault, str(tiny_llama_untied), str(tiny_llama), str(tmp_path / "run")]  # fmt: skip
+    start = time.monotonic()
+    found = subprocess.run(command, text=True, capture_output=True, timeout=200, env={
+        **environment(), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(tmp_path / "logs"), "POCL_KILL_GRACE": "3",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+    })  # fmt: skip
+    code, parts = SAID[fault]
+    assert found.returncode == code, (found.returncode, found.stderr[-3000:])
+    for part in parts:
+        assert part in found.stderr, found.stderr[-3000:]
+    assert time.monotonic() - start < 120
+    if fault == "sleep":
+        stacks = {rank: (tmp_path / "run" / "train" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in (0, 1)}
+        assert "strange" in stacks[1] and "strange" not in stacks[0]  # the sleeper is the one that is somewhere else
