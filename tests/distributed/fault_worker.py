@@ -34,7 +34,7 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
         for part in ("ids.npy", "index.npy", "tokens.bin"):
             (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
     distributed.barrier()
-    train = TrainConfig(batch_size=12, micro_batch_size=2, hang_seconds=6, tracking=TrackingConfig(tensorboard=False))
+    train = TrainConfig(batch_size=12, micro_batch_size=2, hang_seconds=10, tracking=TrackingConfig(tensorboard=False))
     plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, tau=1.0, alpha=0.3)
     odd = distributed.rank() == 1
     job = Job(run.train, "other" if odd and fault == "recipe" else "one", "train", plan, np.arange(12), student,
