@@ -124,9 +124,20 @@ class DeepSpeedEngine:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise ArtifactError(f"DeepSpeed found no checkpoint in {directory}: remove it, training goes on from the one before")
-        # A universal checkpoint gives every group the first one's values: biases and norms would decay from here on.
+        if resharded:
+            self._mend_universal_load()
+
+    def _mend_universal_load(self) -> None:
+        """Undo what DeepSpeed's universal load does to an Adam with several parameter groups.
+
+        Every group gets the first one's values, so that biases and norms would decay; and all states share one step
+        counter, which torch counts up in place once a group.
+        """
         for group, decay in zip(self.engine.optimizer.param_groups, self.weight_decays, strict=True):
             group["weight_decay"] = decay
+        for state in self.engine.optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
     def reshard(self, source: Path, target: Path) -> None:
         if self.zero_stage != 3:

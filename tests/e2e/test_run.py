@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_ll
         "student": {"model": str(tiny_llama), "prune": {"drop_layers": "1"}, "heal_steps": 2, "dropout": 0.1},
         "score": {"generation": small, "max_new_tokens": 8, "shards": 2},
         "plan": {"subsets": 3, "epochs_per_stage": 2},
-        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 3}},
+        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "layout": "packed", "checkpoint": {"every": 3}},
         "evaluate": {"generation": small, "seeds": [1, 2], "max_new_tokens": 8},
         "launch": {"ranks": 2, "threads": 1},
     }
