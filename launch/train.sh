@@ -108,8 +108,8 @@ while ((${#alive[@]})); do
   sleep 0.2 &
   wait $! 2>/dev/null || true
 done
-# Where all ranks stop for one reason that the user can mend, rank 0 has said it.
-if ((failed && failed_rank && !(failed == 2 && first == 2))); then
+# Where all ranks stop for one reason, rank 0 has said it; a code of 1 is a defect, and each rank's own.
+if ((failed && failed_rank && !(first == failed && failed != 1))); then
   echo "launch/train.sh: rank $failed_rank failed first, with exit code $failed; the end of $logs/rank-$failed_rank.log:" >&2
   tail -n 12 "$logs/rank-$failed_rank.log" >&2
 fi

@@ -194,6 +194,9 @@ def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> Non
     assert child.returncode == 130, (child.returncode, said[-2000:])
     assert "Traceback" not in said
     assert sum(line.startswith("pocl ") for line in said.splitlines()) == 1, said[-2000:]
-    pocl("run", str(recipe), "--run-dir", str(run))
-    ours, theirs = ((path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished))
-    assert ours == theirs
+    for name in STAGES[: STAGES.index(stage) + 1]:  # a loaded machine may have been interrupted a stage early
+        if not (run / FOLDERS.get(name, name) / "manifest.json").is_file():
+            pocl(name, str(recipe), "--run-dir", str(run))
+    if stage == "train":
+        ours, theirs = ((path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished))
+        assert ours == theirs
