@@ -94,7 +94,7 @@ def _shape(shape: tuple[int, int, int], kind: torch.dtype, where: torch.device, 
             before = _start(where) if turn == 0 else 0
             begin = time.perf_counter()
             loss = contender(leaf, weight, teacher_hidden, teacher_weight, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             rows[name].loss = float(loss.detach())  # waits for a GPU
             if turn:
                 rows[name].seconds.append(time.perf_counter() - begin)
