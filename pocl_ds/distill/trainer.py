@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds import distributed
-from pocl_ds.artifacts import package_versions
+from pocl_ds.artifacts import package_versions, write_json
 from pocl_ds.config import LossConfig, TrainConfig
 from pocl_ds.curriculum.dealing import deal, share_by_tokens
 from pocl_ds.curriculum.plan import Plan
@@ -163,8 +163,9 @@ class Trainer:
         rate = learning_rate(
             *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps
         )
-        self._refuse_non_finite(loss, position, rows)
+        self._refuse_non_finite("loss", loss, position, rows)
         norm = self.engine.step(rate)
+        self._refuse_non_finite("gradient norm", norm, position, rows)
         seconds = time.monotonic() - start
         return {
             "kind": "step", "step": position.step + 1, "stage": position.stage, "epoch": position.epoch,
@@ -225,14 +226,17 @@ class Trainer:
         return {"kind": "validation", "step": position.step + 1, "stage": position.stage,
                 "validation_loss": ce / tokens, "validation_kd": kd / tokens, "validation_ce": ce / tokens}
 
-    def _refuse_non_finite(self, loss: float, position: Position, rows: NDArray[np.int64]) -> None:
-        """Stop before the update; the loss is the same number on all ranks, so all stop."""
-        if math.isfinite(loss):
+    def _refuse_non_finite(self, what: str, value: float, position: Position, rows: NDArray[np.int64]) -> None:
+        """Stop where a number is not finite. It is the same on all ranks, so all stop; nothing of this step is ever saved."""
+        if math.isfinite(value):
             return
-        ids = ", ".join(self.data.split.ids[row].decode() for row in rows[:4])
+        ids = [row.decode() for row in self.data.split.ids[rows]]
+        path = self.directory / "non_finite.json"
+        if distributed.rank() == 0:
+            write_json(path, {"what": what, "value": str(value), "step": position.step + 1, "stage": position.stage, "ids": ids})
         raise NumericalError(
-            f"the loss is {loss} at step {position.step + 1} (samples {ids}, ...): lower train.lr, or use dtype float32; "
-            "the weights were not updated"
+            f"the {what} is {value} at step {position.step + 1} (samples {', '.join(ids[:4])}, ...; all of them in {path}): "
+            "lower train.lr, or use dtype float32; the last checkpoint is whole, and the same command goes on from it"
         )
 
     def _writer(self, step: int) -> MetricsWriter | None:

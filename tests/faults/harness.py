@@ -1,0 +1,212 @@
+"""Kills real runs at random moments and compares what comes of them with a run that nobody disturbed.
+
+    python tests/faults/harness.py --kills 50 --seed 0
+
+Each kill is SIGKILL to one rank, one stage's process, or everything at once, at a moment drawn from the seed; then the same
+command goes on. A run that reached its end is compared bit by bit: every step's record, the scores, the answers, the
+weights. Ends with a table, and with code 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import tiny_models
+import yaml
+from command_line import ROOT, environment
+
+KEPT = ("step", "stage", "epoch", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "tokens", "sample_ids_digest")
+LONGEST = 400  # seconds that one attempt may take
+
+
+@dataclass
+class Kill:
+    """One kill and what became of it."""
+
+    victim: str
+    seconds: float  # after the start of the attempt
+    stage: str
+    step: int  # recorded when it came
+    resumed: int | None = None  # the step that the next attempt of the training went on from
+
+    def row(self, number: int) -> str:
+        """A line of the table."""
+        lost = "" if self.resumed is None else str(self.step - self.resumed)
+        resumed = "" if self.resumed is None else str(self.resumed)
+        return f"{number:>4}  {self.victim:<10}{self.seconds:>7.1f} s  {self.stage:<10}{self.step:>5}  {resumed:>8}{lost:>6}"
+
+
+def write_recipe(folder: Path) -> Path:
+    """A small run with dropout, three stages, and a checkpoint every third step."""
+    teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
+    student = tiny_models.llama(folder / "student")
+    with (folder / "data.jsonl").open("w") as stream:
+        for i in range(90):
+            stream.write(json.dumps({"instruction": f"Say {i} and {i * i % 17}.", "output": f"It is {i} " * (1 + i % 4)}) + "\n")
+    small = {"backend": "transformers", "max_sequences": 16}
+    tree = {
+        "name": "faults",
+        "data": {"source": str(folder / "data.jsonl"), "test_fraction": 0.1, "validation_fraction": 0.1, "train_samples": 60},
+        "prompt": {"template": "chat", "max_prompt_tokens": 64, "max_length": 96},
+        "teacher": {"model": str(teacher)},
+        "student": {"model": str(student), "heal_steps": 4, "dropout": 0.1},
+        "score": {"generation": small, "max_new_tokens": 8, "shards": 4},
+        "plan": {"subsets": 3, "epochs_per_stage": 4},
+        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 3}},
+        "evaluate": {"generation": small, "seeds": [1], "max_new_tokens": 8},
+        "launch": {"ranks": 2, "threads": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
+    """`pocl run`, its words going to a file."""
+    with log.open("wb") as stream:
+        return subprocess.Popen([sys.executable, "-m", "pocl_ds.cli", "run", str(recipe), "--run-dir", str(run)], cwd=ROOT,
+                                env={**environment(), "POCL_KILL_GRACE": "2"}, stdout=stream, stderr=stream,
+                                start_new_session=True)  # fmt: skip
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, theirs, and so on."""
+    found = []
+    for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split():
+        found += [int(child), *descendants(int(child))]
+    return found
+
+
+def kill(child: subprocess.Popen[bytes], source: random.Random) -> str:
+    """SIGKILL to something of a run. Returns what."""
+    family = descendants(child.pid)
+    words = {pid: command_line(pid) for pid in family}
+    workers = [pid for pid in family if "pocl_ds.cli" in words[pid] and "train.sh" not in words[pid]]
+    victim = source.choice(["worker", "worker", "everything"])
+    if victim == "everything" or not workers:
+        for pid in [child.pid, *family]:
+            end(pid)
+        return "everything"
+    place = source.randrange(len(workers))
+    end(workers[place])
+    return f"rank {place}" if len(workers) > 1 else "process"
+
+
+def command_line(pid: int) -> str:
+    """The words that a process was started with."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
+
+
+def end(pid: int) -> None:
+    """SIGKILL to a process that may be gone already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The training's steps, without what depends on the clock."""
+    path = run / "train" / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["kind"] == "step":
+                found.append({key: record[key] for key in KEPT})
+    return found
+
+
+def attempt(recipe: Path, run: Path, source: random.Random, longest: float, log: Path) -> Kill | None:
+    """Start or go on, and kill at a random moment. None where the run came to its end before."""
+    child = start(recipe, run, log)
+    moment, begin = source.uniform(1.0, longest), time.monotonic()
+    while time.monotonic() - begin < moment:
+        if child.poll() is not None:
+            if child.returncode:
+                raise RuntimeError(f"the run failed by itself:\n{log.read_text()[-3000:]}")
+            return None
+        time.sleep(0.02)
+    seconds, victim = time.monotonic() - begin, kill(child, source)
+    child.wait(timeout=LONGEST)
+    time.sleep(0.5)  # what was orphaned ends, and gives the lock back
+    done = re.findall(r"^\S+ (\w+): done", log.read_text(), re.MULTILINE)
+    stages = ["data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report", "end"]
+    stage = stages[stages.index(done[-1]) + 1] if done else stages[0]
+    return Kill(victim, seconds, stage, len(records(run)))
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """Names of the results that are not the same."""
+    found = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
+    patterns = ("train/final/model.safetensors", "models/heal/final/model.safetensors", "scores/*.jsonl", "ranking/order.npy",
+                "evaluation/*/*.jsonl", "export/model.safetensors")  # fmt: skip
+    for pattern in patterns:
+        paths = sorted(path.relative_to(reference) for path in reference.glob(pattern))
+        assert paths, pattern
+        for path in paths:
+            if not (run / path).is_file() or (run / path).read_bytes() != (reference / path).read_bytes():
+                found.append(str(path))
+    return found
+
+
+def main(kills: int, seed: int, folder: Path) -> int:
+    """The table. Returns 1 where a run differs from the undisturbed one."""
+    source, log = random.Random(seed), folder / "log"
+    recipe, reference = write_recipe(folder), folder / "reference"
+    begin = time.monotonic()
+    if code := start(recipe, reference, log).wait(timeout=LONGEST):
+        raise RuntimeError(f"the undisturbed run ended with code {code}:\n{log.read_text()[-3000:]}")
+    longest = time.monotonic() - begin
+    print(f"undisturbed: {len(records(reference))} steps, {longest:.0f} s", flush=True)
+    print("kill  victim       after     stage      step  resumed at  lost", flush=True)
+    table: list[Kill] = []
+    runs = different = 0
+    while len(table) < kills:
+        run = folder / f"run-{runs}"
+        pending: Kill | None = None
+        while True:
+            enough = len(table) >= kills
+            found = attempt(recipe, run, source, 10 * LONGEST if enough else longest * 0.6, log)
+            went_on = re.search(r"train: going on after step (\d+) of", log.read_text())
+            if pending and pending.stage == "train":
+                pending.resumed = int(went_on.group(1)) if went_on else 0
+            if pending:
+                print(pending.row(len(table)), flush=True)
+            pending = found
+            if found is None:
+                break
+            table.append(found)
+        runs += 1
+        wrong = differences(run, reference)
+        different += bool(wrong)
+        verdict = f"DIFFERS in {', '.join(wrong)}" if wrong else "equal to the undisturbed one, bit by bit"
+        print(f"      run {runs}: {verdict}", flush=True)
+        shutil.rmtree(run)
+    print(f"{len(table)} kills in {runs} runs, {different} of them with another result; {time.monotonic() - begin:.0f} s")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="pocl-faults-") as name:
+        sys.exit(main(options.kills, options.seed, Path(name)))

@@ -1,0 +1,14 @@
+"""A few kills in CI; `python tests/faults/harness.py --kills 50` is the whole table."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_killed_runs_end_equal() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("harness.py")), "--kills", "4", "--seed", "1"]
+    found = subprocess.run(command, text=True, capture_output=True, timeout=390)
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
+    assert "0 of them with another result" in found.stdout
