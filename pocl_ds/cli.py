@@ -109,7 +109,8 @@ def _command(options: argparse.Namespace) -> int:
             return _run(recipe, run, lock)
     if not inherited:
         pipeline.enter(run, recipe)
-        if pipeline.needs_ranks(options.command, recipe):
+        whole_evaluation = options.command == "evaluate" and not options.model  # one process a model, then the table
+        if pipeline.needs_ranks(options.command, recipe) or whole_evaluation:
             with pipeline.locked(run) as lock:
                 return pipeline.run_stage(options.command, run, recipe, lock)
     _stage(options, recipe, run)
