@@ -191,7 +191,8 @@ def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> Non
     _, said = child.communicate(timeout=60)
     if child.returncode == 0:
         pytest.skip(f"{stage} was done before the signal came")
-    assert child.returncode == 130, (child.returncode, said[-2000:])
+    # A shell shows 130 for both: Python ends itself by the signal where it came while C code ran Python (half an import).
+    assert child.returncode in (130, -signal.SIGINT), (child.returncode, said[-2000:])
     assert "Traceback" not in said
     assert sum(line.startswith("pocl ") for line in said.splitlines()) == 1, said[-2000:]
     for name in STAGES[: STAGES.index(stage) + 1]:  # a loaded machine may have been interrupted a stage early
