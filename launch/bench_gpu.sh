@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests and benchmarks of the loss and the step on one GPU, a table at the end. About 8 minutes on an H100; on a machine
-# without a GPU the same with small shapes, to see that it runs.
+# Tests and benchmarks of the loss and the step on one GPU, a table each. Meant for at most 8 minutes on an H100, not measured
+# there yet; on a machine without a GPU the same with small shapes, to see that it runs.
 #
 #   launch/bench_gpu.sh [WHEELS]
 #

@@ -70,8 +70,9 @@ def evaluated_models(recipe: Recipe) -> list[str]:
 def fingerprints(recipe: Recipe) -> dict[str, str]:
     """What each stage's result must carry to belong to this recipe."""
     found: dict[str, str] = {}
+    wanted = {stage.name for stage in STAGES if stage.wanted(recipe)}
     for stage in STAGES:
-        before = [found[name] for name in stage.after if STAGES[NAMES.index(name)].wanted(recipe)]
+        before = [found[name] for name in stage.after if name in wanted]
         found[stage.name] = fingerprint([stage.name, stage.depends(recipe), before])
     return found
 

@@ -8,12 +8,18 @@ tiny: A in small, for tests.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pocl_ds.distributed import device
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,6 @@ def sequences(work: Workload, steps: int, seed: int = 0) -> list[list[tuple[int,
 
 def write_models(work: Workload, folder: Path) -> tuple[Path, Path]:
     """Folders of teacher and student, each with a tokenizer of one word an id."""
-    import torch
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     words = {f"w{i}": i for i in range(work.student["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w2", unk_token="w0"
@@ -103,12 +105,6 @@ def gemm_rate(threads: int, seconds: float = 1.0) -> float:
 
     float32 on a CPU, bfloat16 on a GPU.
     """
-    import time
-
-    import torch
-
-    from pocl_ds.distributed import device
-
     torch.set_num_threads(threads)
     where, best = device(), 0.0
     kind = torch.bfloat16 if where.type == "cuda" else torch.float32

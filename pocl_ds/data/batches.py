@@ -28,6 +28,10 @@ class Batch:
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
     rows: tuple[int, ...]
 
+    def at_loss_positions(self, hidden: Tensor) -> Tensor:
+        """The rows of hidden states [B, T, d] that predict a loss token: [n, d]."""
+        return hidden.flatten(0, 1).index_select(0, self.positions)
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

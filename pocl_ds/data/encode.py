@@ -106,13 +106,20 @@ class EncodedSplit:
         start = int(self.starts[row])
         return self._tokens[start : start + int(self.total_tokens[row])]
 
-    def first_outside(self, allowed: NDArray[np.bool_], *, prompts: bool) -> tuple[int, int] | None:
-        """Row and id of the first token that is not `allowed` [ids], among responses, or with `prompts` among all tokens."""
+    def first_outside(
+        self, allowed: NDArray[np.bool_], *, prompts: bool, rows: NDArray[np.int64] | None = None
+    ) -> tuple[int, int] | None:
+        """Row and id of the first token that is not `allowed` [ids], among responses, or with `prompts` among all tokens.
+
+        rows: only these rows count.
+        """
         for start in range(0, len(self._tokens), BLOCK):
             tokens = np.asarray(self._tokens[start : start + BLOCK])
             inside = allowed[np.minimum(tokens, len(allowed) - 1)] & (tokens < len(allowed))
             for place in np.flatnonzero(~inside):
                 row = int(np.searchsorted(self.starts, start + place, side="right")) - 1
+                if rows is not None and row not in rows:
+                    continue
                 if prompts or start + place >= int(self.starts[row]) + int(self.prompt_tokens[row]):
                     return row, int(tokens[place])
         return None

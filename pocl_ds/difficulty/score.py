@@ -124,7 +124,8 @@ class _Scorer:
         self, run: RunDirectory, config: ScoreConfig, split: EncodedSplit, generator: Generator, eos_id: int
     ) -> None:
         self.run, self.config, self.split, self.generator, self.eos_id = run, config, split, generator, eos_id
-        self.metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}  # of the shards of this call
+        self.tied = {"rouge_l": 0.0, "cross_entropy": 0.0}  # samples whose value another of their shard equals
+        self.scored = 0
 
     def shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
         """Score one shard and seal it."""
@@ -152,8 +153,9 @@ class _Scorer:
             "tokens_per_second": round(tokens / seconds, 1),
             "tied_share": {name: round(tied_share(values), 4) for name, values in metrics.items()},
         }
-        for name, values in metrics.items():
-            self.metrics[name] += values
+        self.scored += len(rows)
+        for name, share in info["tied_share"].items():
+            self.tied[name] += share * len(rows)
         write_manifest(self.run.scores, STAGE, fingerprint, info=info, files=[path], name=manifest)
 
     def _chunk(
@@ -199,9 +201,9 @@ class _Scorer:
             yield sample.id, list(sample.references)
 
     def warn_of_ties(self) -> None:
-        """Say where a metric of the samples scored here has so many equal values that its ranks say little."""
-        for name, values in self.metrics.items():
-            if (share := tied_share(values)) > DEGENERATE:
+        """Say where a metric of the samples scored here has so many equal values, by shard, that its ranks say little."""
+        for name, tied in self.tied.items():
+            if (share := tied / self.scored) > DEGENERATE:
                 log.warning(
                     "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student longer "
                     "(student.heal_steps) or rank by the other metric (rank.strategy)", 100 * share, name,

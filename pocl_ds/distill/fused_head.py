@@ -186,10 +186,9 @@ def _chunk(
     product and teacher are the caller's own and may be overwritten.
     """
     alpha = 1.0 if terms.name == "sft" else terms.alpha
-    plain = head.scale == 1.0 and head.soft_cap is None
     kind = working_type(product)
-    logits = product.to(kind) if plain else head.finish(product.to(kind))
-    finished = None if plain else logits.clone()  # the way back through scale and cap starts from it
+    logits = head.finish(product.to(kind))
+    capped = logits.clone() if need_gradient and head.soft_cap is not None else None  # the way back through the cap starts there
     if ids.masked is not None:
         logits = logits.masked_fill_(ids.masked, -math.inf)
     log_z = logits.logsumexp(-1)
@@ -207,8 +206,10 @@ def _chunk(
             slope.mul_((1 - alpha) * square / terms.tau)
             gradient = slope if gradient is None else gradient.add_(slope)
     if gradient is not None:
-        if finished is not None:
-            _through_finish(gradient, finished, head)
+        if head.scale != 1.0:
+            gradient.mul_(head.scale)
+        if capped is not None and head.soft_cap is not None:  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
+            gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
         gradient = gradient.to(product.dtype)
     return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce]), gradient
 
@@ -234,13 +235,6 @@ def _divergence(
         value = FUNCTIONS[terms.name](log_p, leaf, **options).sum()
         slope = torch.autograd.grad(value, leaf)[0]
     return value.detach(), slope.sub_(leaf.detach().exp_().mul_(slope.sum(-1, keepdim=True)))
-
-
-def _through_finish(gradient: Tensor, finished: Tensor, head: Head) -> None:
-    """From the gradient in z = cap tanh(scale x / cap) to that in x, in place; `finished` holds z and is overwritten."""
-    gradient.mul_(head.scale)
-    if head.soft_cap is not None:
-        gradient.mul_(finished.div_(head.soft_cap).square_().neg_().add_(1))
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor) -> None:

@@ -34,7 +34,8 @@ def choose_layout(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int6
             f"train.layout=packed: {unable.model_type} with attention={unable._attn_implementation} does not keep packed "
             "samples apart: choose sdpa or eager attention, or layout padded"
         )
-    packing, padding = (_micro_batches(train, sampler, lengths, packed=packed) for packed in (True, False))
+    batches = _first_batches(sampler, lengths)
+    packing, padding = (_micro_batches(train, batches, packed=packed) for packed in (True, False))
     apart = all(model.config._attn_implementation == "flash_attention_2" for model in models)
     width = min(int(model.config.get_text_config(decoder=True).hidden_size) for model in models)
     ratio = layout_cost(packing, width, packed=True, apart=apart) / layout_cost(padding, width, packed=False)
@@ -49,18 +50,23 @@ def choose_layout(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int6
     return packed
 
 
-def _micro_batches(
-    train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64], *, packed: bool
-) -> list[NDArray[np.int64]]:
-    """Lengths in the micro-batches of all ranks over the first steps of each stage."""
+def _first_batches(sampler: Sampler, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Lengths in the first global batches of each stage."""
     found, start = [], 0
     for stage in sampler.plan.stages:
-        for step in range(start, start + min(STEPS, stage.steps)):
-            batch = np.asarray(lengths[sampler.batch(step)], np.int64)
-            dealt = deal(
-                batch, ranks=distributed.world_size(), micro_batch_size=train.micro_batch_size,
-                micro_batch_tokens=train.micro_batch_tokens, packed=packed,
-            )  # fmt: skip
-            found += [batch[members] for rank in dealt for members in rank if len(members)]
+        steps = range(start, start + min(STEPS, stage.steps))
+        found += [np.asarray(lengths[sampler.batch(step)], np.int64) for step in steps]
         start += stage.steps
+    return found
+
+
+def _micro_batches(train: TrainConfig, batches: list[NDArray[np.int64]], *, packed: bool) -> list[NDArray[np.int64]]:
+    """Lengths in the micro-batches that all ranks make of some global batches."""
+    found = []
+    for batch in batches:
+        dealt = deal(
+            batch, ranks=distributed.world_size(), micro_batch_size=train.micro_batch_size,
+            micro_batch_tokens=train.micro_batch_tokens, packed=packed,
+        )  # fmt: skip
+        found += [batch[members] for rank in dealt for members in rank if len(members)]
     return found

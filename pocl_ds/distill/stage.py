@@ -158,11 +158,10 @@ def fit(run: RunDirectory, job: Job) -> None:
 
 def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     """Models, engines and data of a training, ready to run."""
-    engine, teacher, tokenizer, ids = _build(job)
     splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
     validation = splits["validation"] if len(splits["validation"]) else None
+    engine, teacher, tokenizer = _build(job, splits["train"])
     data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
-    _check_tokens(splits["train"], ids)
     module: Any = engine.module
     models = [module.model, *([teacher.model] if teacher else [])]
     lengths = splits["train"].total_tokens[job.order]
@@ -181,8 +180,7 @@ def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
     """
     with distributed.together("check the tokens"):
         if distributed.rank() == 0:
-            allowed = np.ones(ids.size, bool) if ids.masked is None else ~ids.masked.numpy()
-            found = split.first_outside(allowed, prompts=ids.teacher_ids is not None)
+            found = split.first_outside(ids.allowed, prompts=ids.teacher_ids is not None)
             if found is not None:
                 raise ModelError(
                     f"sample {split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do not share: "
@@ -190,8 +188,8 @@ def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
                 )
 
 
-def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any, Ids]:
-    """Engines around sharded models, the student's tokenizer, and the ids that both sides share."""
+def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, Any]:
+    """Engines around sharded models, and the student's tokenizer. What can be refused is, before a model is loaded."""
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
     check_memory(
@@ -201,21 +199,22 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any, Ids]:
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))
-    teacher = None
+    teacher = frozen = None
     if job.teacher and job.teacher_path:
         teacher_config = load_model_config(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         teacher_tokenizer = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         vocabulary = reconcile(teacher_tokenizer, tokenizer, teacher_config.vocab_size, student_config.vocab_size)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
-        frozen = None
         if deepspeed:
             frozen = ds_config.resolve_teacher(
                 job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
             )
+    _check_tokens(split, ids)
+    chunk_rows(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32)
+    if job.teacher and job.teacher_path:
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)
-    chunk_rows(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32)
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
     with sharded_loading(sharded if deepspeed else None):
         model = _load(job.student_path, job.student, job.student.dropout)
@@ -223,7 +222,7 @@ def _build(job: Job) -> tuple[Engine, LiveTeacher | None, Any, Ids]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes).train()
     engine: Engine = DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
-    return engine, teacher, tokenizer, ids
+    return engine, teacher, tokenizer
 
 
 def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:

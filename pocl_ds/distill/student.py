@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -29,7 +27,7 @@ class Student(nn.Module):
         self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | None = None
     ) -> LossSums:
         """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width]."""
-        hidden = at_loss_positions(self.model, batch)
+        hidden = batch.at_loss_positions(hidden_states(self.model, batch.input_ids, batch.attention_mask, batch.position_ids))
         sums: LossSums = self.loss_head(hidden, batch.labels, terms, teacher_hidden, teacher_head)
         return sums
 
@@ -37,19 +35,10 @@ class Student(nn.Module):
 class TeacherBackbone(nn.Module):
     """The teacher up to its final norm, at loss positions only."""
 
-    def __init__(self, model: PreTrainedModel, ids: Ids) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
 
     def forward(self, batch: Batch) -> Tensor:
-        """[loss tokens, width], of a batch in the student's ids."""
-        if isinstance(self.teacher_ids, Tensor):
-            batch = replace(batch, input_ids=self.teacher_ids[batch.input_ids])
-        return at_loss_positions(self.model, batch)
-
-
-def at_loss_positions(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Final hidden states that predict the batch's loss tokens: [loss tokens, width]."""
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
-    return hidden.flatten(0, 1).index_select(0, batch.positions)
+        """[loss tokens, width], of a batch in the teacher's ids."""
+        return batch.at_loss_positions(hidden_states(self.model, batch.input_ids, batch.attention_mask, batch.position_ids))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pocl_ds import distributed
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.engine import FrozenEngine
 from pocl_ds.distill.student import TeacherBackbone
@@ -33,13 +35,13 @@ class LiveTeacher:
     """A frozen model, its body sharded by ZeRO-3 where a configuration is given."""
 
     def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None, ids: Ids) -> None:
-        self.model = model
+        self.model, self.ids = model, ids.to(distributed.device())
         self._head = head_of(model)
-        self.engine = FrozenEngine(TeacherBackbone(model, ids), ds_config)
+        self.engine = FrozenEngine(TeacherBackbone(model), ds_config)
 
     def hidden(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
-        states: Tensor = self.engine(batch)
+        states: Tensor = self.engine(replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids)))
         return states
 
     @contextlib.contextmanager

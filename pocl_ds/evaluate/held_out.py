@@ -77,9 +77,8 @@ def held_out(
     ids = load.ids()
     batches.check_labels(ids)
     measured = _measure_all(run, load, batches, ids)
-    shared = ids.size if ids.masked is None else int((~ids.masked).sum())
     write_json(run.evaluation / RESULT, measured)
-    info = {"samples": len(batches.rows), "ids": shared, "seconds": time.monotonic() - start}
+    info = {"samples": len(batches.rows), "ids": int(ids.allowed.sum()), "seconds": time.monotonic() - start}
     write_manifest(run.evaluation, "held_out", fingerprint, info=info, files=[run.evaluation / RESULT], name=name)
 
 
@@ -170,17 +169,16 @@ class _Batches:
         yield collate(self.split, pending, self.pad).to(device())
 
     def check_labels(self, ids: Ids) -> None:
-        """Raises ModelError where a test token takes no part in the softmax: its loss would be infinite."""
-        for row in self.rows:
-            tokens = np.asarray(self.split.tokens(int(row)), np.int64)[int(self.split.prompt_tokens[row]) :]
-            outside = tokens >= ids.size
-            if ids.masked is not None:
-                outside |= ids.masked.cpu().numpy()[np.minimum(tokens, ids.size - 1)]
-            if outside.any():
-                raise ModelError(
-                    f"test sample {self.split.ids[row].decode()} holds token id {int(tokens[np.argmax(outside)])}, which teacher "
-                    "and student do not share: choose a pair that shares its tokenizer, or set evaluate.loss=false"
-                )
+        """Raises ModelError where a test token takes no part in the softmax: its loss would be infinite.
+
+        Where ids are mapped, prompts count too: the teacher has to read them.
+        """
+        found = self.split.first_outside(ids.allowed, prompts=ids.teacher_ids is not None, rows=self.rows)
+        if found is not None:
+            raise ModelError(
+                f"test sample {self.split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do not "
+                "share: choose a pair that shares its tokenizer, or set evaluate.loss=false"
+            )
 
 
 def _measure_all(run: RunDirectory, load: _Loader, batches: _Batches, ids: Ids) -> dict[str, dict[str, float]]:
@@ -215,7 +213,7 @@ def _teacher(folder: Path, load: _Loader, batches: _Batches, ids: Ids) -> tuple[
     done = 0
     with torch.inference_mode(), Progress(len(batches.rows), "samples", "held-out, teacher") as progress:
         for batch in batches:
-            hidden = _at_loss_positions(model, replace(batch, input_ids=ids.teacher_inputs(batch.input_ids)))
+            hidden = _states(model, replace(batch, input_ids=ids.teacher_inputs(batch.input_ids)))
             states[done : done + len(hidden)] = hidden.to(states.device)
             done += len(hidden)
             progress.advance(len(batch.rows))
@@ -236,7 +234,7 @@ def _measure(
         for batch in batches:
             count = len(batch.labels)
             kept = None if states is None else states[done : done + count].to(device())
-            hidden = kept if model is None and kept is not None else _at_loss_positions(model, batch)
+            hidden = kept if model is None and kept is not None else _states(model, batch)
             one, two = token_sums(hidden, head, batch.labels, ids, None if model is None else kept, teacher,
                                   is_teacher=model is None)
             loss, divergence, done = loss + one, divergence + two, done + count
@@ -245,7 +243,6 @@ def _measure(
     return loss / batches.tokens, divergence / batches.tokens
 
 
-def _at_loss_positions(model: Any, batch: Batch) -> Tensor:
+def _states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [n, d]."""
-    hidden = hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids)
-    return hidden.flatten(0, 1).index_select(0, batch.positions)
+    return batch.at_loss_positions(hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids))

@@ -54,6 +54,11 @@ class Ids:
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
         return Ids(self.size, move(self.masked), move(self.teacher_ids))
 
+    @property
+    def allowed(self) -> NDArray[np.bool_]:
+        """[size], true where an id takes part."""
+        return np.ones(self.size, bool) if self.masked is None else ~self.masked.cpu().numpy()
+
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [n, size] with -inf where an id takes no part."""
         return logits if self.masked is None else logits.masked_fill(self.masked, float("-inf"))

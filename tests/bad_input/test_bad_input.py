@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from command_line import pocl, start
+from tiny_runs import write_recipe
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 
@@ -35,23 +35,11 @@ BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
     """A small recipe that works."""
     folder = tmp_path_factory.mktemp("recipe")
-    (folder / "data.jsonl").write_text(lines(GOOD))
-    small = {"backend": "transformers", "max_sequences": 8}
-    tree = {
-        "name": "tiny",
-        "data": {"source": str(folder / "data.jsonl"), "test_fraction": 0.1, "validation_fraction": 0.1, "train_samples": 24},
-        "prompt": {"template": "plain", "max_prompt_tokens": 64, "max_length": 96},
-        "teacher": {"model": str(tiny_llama_untied)},
-        "student": {"model": str(tiny_llama)},
-        "score": {"generation": small, "max_new_tokens": 4, "shards": 2},
-        "plan": {"subsets": 2, "epochs_per_stage": 1},
-        "train": {"batch_size": 4, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 2}},
-        "evaluate": {"generation": small, "seeds": [1], "temperature": 0, "max_new_tokens": 4},
-        "launch": {"ranks": 2, "threads": 1},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_recipe(
+        folder, tiny_llama_untied, tiny_llama, train_samples=24,
+        prompt={"template": "plain"}, plan={"subsets": 2, "epochs_per_stage": 1},
+        train={"batch_size": 4, "checkpoint": {"every": 2}}, evaluate={"temperature": 0},
+    )  # fmt: skip
 
 
 def refused(found: subprocess.CompletedProcess[str], *parts: str) -> str:

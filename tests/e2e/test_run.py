@@ -20,6 +20,7 @@ import pytest
 import yaml
 from command_line import ROOT, pocl
 from safetensors.torch import load_file
+from tiny_runs import write_recipe
 
 from pocl_ds.tracking import read_metrics
 
@@ -37,26 +38,11 @@ def weights(run: Path) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
     """The run directory of a finished run on two ranks."""
     folder = tmp_path_factory.mktemp("e2e")
-    data = folder / "data.jsonl"
-    with data.open("w") as stream:
-        for i in range(90):
-            record = {"instruction": f"Say {i} and {i * i % 17}.", "output": f"It is {i} " * (1 + i % 4)}
-            stream.write(json.dumps(record) + "\n")
-    small = {"backend": "transformers", "max_sequences": 16}
-    recipe = {
-        "name": "tiny",
-        "data": {"source": str(data), "test_fraction": 0.1, "validation_fraction": 0.1, "train_samples": 56},
-        "prompt": {"template": "chat", "max_prompt_tokens": 64, "max_length": 96},
-        "teacher": {"model": str(tiny_llama_untied)},
-        "student": {"model": str(tiny_llama), "prune": {"drop_layers": "1"}, "heal_steps": 2, "dropout": 0.1},
-        "score": {"generation": small, "max_new_tokens": 8, "shards": 2},
-        "plan": {"subsets": 3, "epochs_per_stage": 2},
-        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "layout": "packed", "checkpoint": {"every": 3}},
-        "evaluate": {"generation": small, "seeds": [1, 2], "max_new_tokens": 8},
-        "launch": {"ranks": 2, "threads": 1},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path = write_recipe(
+        folder, tiny_llama_untied, tiny_llama, train_samples=56,
+        student={"prune": {"drop_layers": "1"}, "heal_steps": 2, "dropout": 0.1},
+        train={"layout": "packed"}, evaluate={"seeds": [1, 2]},
+    )  # fmt: skip
     run = folder / "run"
     pocl("run", str(path), "--run-dir", str(run))
     return run

@@ -28,8 +28,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
 import tiny_models
-import yaml
 from command_line import ROOT, environment
+from tiny_runs import write_recipe
 
 KEPT = ("step", "stage", "epoch", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "tokens", "sample_ids_digest")
 LONGEST = 400  # seconds that one attempt may take
@@ -52,29 +52,14 @@ class Kill:
         return f"{number:>4}  {self.victim:<10}{self.seconds:>7.1f} s  {self.stage:<10}{self.step:>5}  {resumed:>8}{lost:>6}"
 
 
-def write_recipe(folder: Path) -> Path:
-    """A small run with dropout, three stages, and a checkpoint every third step."""
+def prepare(folder: Path) -> Path:
+    """The recipe of a small run with dropout, three stages, and a checkpoint every third step."""
     teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
     student = tiny_models.llama(folder / "student")
-    with (folder / "data.jsonl").open("w") as stream:
-        for i in range(90):
-            stream.write(json.dumps({"instruction": f"Say {i} and {i * i % 17}.", "output": f"It is {i} " * (1 + i % 4)}) + "\n")
-    small = {"backend": "transformers", "max_sequences": 16}
-    tree = {
-        "name": "faults",
-        "data": {"source": str(folder / "data.jsonl"), "test_fraction": 0.1, "validation_fraction": 0.1, "train_samples": 60},
-        "prompt": {"template": "chat", "max_prompt_tokens": 64, "max_length": 96},
-        "teacher": {"model": str(teacher)},
-        "student": {"model": str(student), "heal_steps": 4, "dropout": 0.1},
-        "score": {"generation": small, "max_new_tokens": 8, "shards": 4},
-        "plan": {"subsets": 3, "epochs_per_stage": 4},
-        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 3}},
-        "evaluate": {"generation": small, "seeds": [1], "max_new_tokens": 8},
-        "launch": {"ranks": 2, "threads": 1},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_recipe(
+        folder, teacher, student, train_samples=60, student={"heal_steps": 4, "dropout": 0.1}, score={"shards": 4},
+        plan={"epochs_per_stage": 4},
+    )  # fmt: skip
 
 
 def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -169,7 +154,7 @@ def differences(run: Path, reference: Path) -> list[str]:
 def main(kills: int, seed: int, folder: Path) -> int:
     """The table. Returns 1 where a run differs from the undisturbed one."""
     source, log = random.Random(seed), folder / "log"
-    recipe, reference = write_recipe(folder), folder / "reference"
+    recipe, reference = prepare(folder), folder / "reference"
     begin = time.monotonic()
     if code := start(recipe, reference, log).wait(timeout=LONGEST):
         raise RuntimeError(f"the undisturbed run ended with code {code}:\n{log.read_text()[-3000:]}")
