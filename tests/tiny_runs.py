@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 
-def write_recipe(folder: Path, teacher: Path, student: Path, *, train_samples: int, **changes: dict[str, Any]) -> Path:
+def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples: int, **changes: dict[str, Any]) -> Path:
     """data.jsonl of 90 samples and recipe.yaml below `folder`. changes: fields by section, over those here."""
     with (folder / "data.jsonl").open("w") as stream:
         for i in range(90):
