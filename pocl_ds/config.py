@@ -112,14 +112,16 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="Hub revision")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the forward pass")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention backend")
+    attention: Literal["per_sample", "sdpa", "eager"] = Field(
+        "per_sample", description="in training: torch's kernels without masks, or the model's own masks with sdpa or eager"
+    )
 
 
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
-    ds_config: str = Field(
-        "teacher_zero3", description="name in ds_configs/ or a JSON file", json_schema_extra=OPERATIONAL
+    ds_config: str | None = Field(
+        "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on every rank", json_schema_extra=OPERATIONAL
     )
 
 

@@ -57,8 +57,14 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
     return tree
 
 
-def resolve_teacher(name: str, *, dtype: str, ranks: int, micro_batch_size: int) -> dict[str, Any]:
-    """The frozen teacher's configuration without "auto". Raises RecipeError where it holds an optimizer or stage < 3."""
+def resolve_teacher(name: str | None, *, dtype: str, ranks: int, micro_batch_size: int) -> dict[str, Any] | None:
+    """The frozen teacher's configuration without "auto"; None where each rank holds it whole.
+
+    That is where the recipe names none, and on a single rank, which has nothing to shard, unless parameters are offloaded.
+    Raises RecipeError where the file holds an optimizer or a stage below 3.
+    """
+    if name is None:
+        return None
     values = _sizes(micro_batch_size, ranks) | {
         ("bf16", "enabled"): (dtype == "bfloat16", "teacher.dtype"),
         ("fp16", "enabled"): (dtype == "float16", "teacher.dtype"),
@@ -70,7 +76,7 @@ def resolve_teacher(name: str, *, dtype: str, ranks: int, micro_batch_size: int)
     stage = tree.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise RecipeError(f"ds_config {name}: zero_optimization.stage={stage}: a frozen model is sharded by stage 3 only")
-    return tree
+    return None if ranks == 1 and "offload_param" not in tree["zero_optimization"] else tree
 
 
 def _sizes(micro_batch_size: int, ranks: int) -> Values:

@@ -22,11 +22,17 @@ class Batch:
 
     input_ids: Tensor  # [B, T] int64; packed: [1, T]
     attention_mask: Tensor | None  # [B, T] int64, from lengths: a padding id may well be a real EOS elsewhere; packed: None
-    position_ids: Tensor | None  # packed: [1, T] int64, from 0 in each sample, which is also what keeps samples apart
+    position_ids: Tensor | None  # packed: [1, T] int64, from 0 in each sample
+    lengths: tuple[int, ...] | None  # packed: tokens of each sample in the row
     positions: Tensor  # [n] int64, flat index into input_ids of the hidden state that predicts a loss token
     labels: Tensor  # [n] int64
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
     rows: tuple[int, ...]
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
+        """What a model's hidden states follow from: ids, mask, position ids, lengths."""
+        return self.input_ids, self.attention_mask, self.position_ids, self.lengths
 
     def at_loss_positions(self, hidden: Tensor) -> Tensor:
         """The rows of hidden states [B, T, d] that predict a loss token: [n, d]."""
@@ -64,25 +70,10 @@ def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id
         torch.from_numpy(ids),
         None if packed else torch.from_numpy(mask),
         torch.from_numpy(places) if packed else None,
+        (tuple(lengths.tolist()) or (1,)) if packed else None,
         torch.from_numpy(flat[is_label] - 1),
         torch.from_numpy(tokens[is_label]),
         torch.from_numpy(sample[is_label]),
         tuple(picked.tolist()),
     )
 
-
-def layout_cost(lengths: Sequence[NDArray[np.int64]], width: int, *, packed: bool, apart: bool = False) -> float:
-    """Multiplications of the transformer's layers over some micro-batches, up to a common factor.
-
-    lengths: the lengths of the samples of each micro-batch; width: the model's hidden size d. A token costs about 12 d²
-    in a layer's matrices and 2 T d in attention over a row of T tokens. apart: attention looks at each packed sample
-    alone (variable-length kernels); else it multiplies the whole row and masks.
-    """
-    cost = 0.0
-    for batch in lengths:
-        tokens = batch.astype(np.float64)
-        if not packed:
-            cost += len(batch) * tokens.max() * (6 * width + tokens.max())
-        else:
-            cost += tokens.sum() * 6 * width + ((tokens**2).sum() if apart else tokens.sum() ** 2)
-    return cost

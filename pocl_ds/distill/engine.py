@@ -169,7 +169,7 @@ class TorchEngine:
         self.module = module.to(distributed.device())
         self.clip = train.clip
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps
+            parameter_groups(module, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 

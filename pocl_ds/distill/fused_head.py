@@ -132,7 +132,9 @@ class _HeadLoss(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
         # Each chunk adds to the head's gradient: float32, or small chunks would drown in bfloat16's rounding.
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=kind) if need_weight else None
+        grad_weight = torch.empty_like(weight, dtype=kind) if need_weight else None
+        if grad_weight is not None:
+            grad_weight[ids.size if labels.numel() else 0 :] = 0  # the first chunk writes the rest
         grad_bias = torch.zeros_like(bias, dtype=kind) if bias is not None and need_bias else None
         kept = weight[: ids.size]
         for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
@@ -149,26 +151,25 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(gradient, kept, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight[: ids.size], gradient, part)
+                _add_product(grad_weight[: ids.size], gradient, part, first=chunk.start == 0)
             if grad_bias is not None:
                 grad_bias[: ids.size] += gradient.sum(0, dtype=kind)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.types = (weight.dtype, bias.dtype if bias is not None else None)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        ctx.types = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
         total, kd, ce = sums.unbind()
         ctx.mark_non_differentiable(kd, ce)
         return total.clone(), kd.clone(), ce.clone()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        scale = outer[0]
-        weight_type, bias_type = ctx.types
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * scale).to(weight_type),
-            None if grad_bias is None else (grad_bias * scale).to(bias_type),
-            *([None] * 8),
-        )
+        if ctx.gradients is None:
+            raise RuntimeError("the fused head's gradients were handed on already: it has no second backward")
+        found = [
+            None if gradient is None else gradient.mul_(outer[0]).to(kind)  # in place: a copy of the head's is the largest there is
+            for gradient, kind in zip(ctx.gradients, ctx.types, strict=True)
+        ]
+        ctx.gradients = None
+        return (*found, *([None] * 8))
 
 
 def _chunk(
@@ -237,9 +238,12 @@ def _divergence(
     return value.detach(), slope.sub_(leaf.detach().exp_().mul_(slope.sum(-1, keepdim=True)))
 
 
-def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """accumulated += gradient^T part, in the accumulator's type."""
-    if accumulated.dtype == gradient.dtype:
-        accumulated.addmm_(gradient.T, part)
+def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
+    """accumulated += gradient^T part, in the accumulator's type; the first one overwrites what is there."""
+    if accumulated.dtype != gradient.dtype:
+        product = torch.mm(gradient.T, part)
+        _ = accumulated.copy_(product) if first else accumulated.add_(product)
+    elif first:
+        torch.mm(gradient.T, part, out=accumulated)
     else:
-        accumulated += torch.mm(gradient.T, part).to(accumulated.dtype)
+        accumulated.addmm_(gradient.T, part)

@@ -148,7 +148,8 @@ def fit(run: RunDirectory, job: Job) -> None:
     if distributed.rank() == 0:
         info = {
             "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
-            "ranks": distributed.world_size(), "engine": job.train.engine, "layout": "packed" if trainer.packed else "padded",
+            "ranks": distributed.world_size(), "engine": job.train.engine, "packed": trainer.layout.packed,
+            "padding_share": round(trainer.layout.padding_share, 4),
             "resumed_at": trainer.first_step,
         }
         files = [p for p in sorted((job.directory / "final").rglob("*")) if p.is_file()]
@@ -166,10 +167,10 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     models = [module.model, *([teacher.model] if teacher else [])]
     lengths = splits["train"].total_tokens[job.order]
     sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
-    packed = choose_layout(job.train, sampler, lengths, models)
+    layout = choose_layout(job.train, sampler, lengths, models)
     return Trainer(
         job.directory, plan=job.plan, sampler=sampler, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
-        seed=job.seed, fingerprint=job.fingerprint, label=job.label, packed=packed,
+        seed=job.seed, fingerprint=job.fingerprint, label=job.label, layout=layout,
     )
 
 
@@ -210,6 +211,7 @@ def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, A
             frozen = ds_config.resolve_teacher(
                 job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
             )
+        log.info("the teacher is %s", "sharded over the ranks" if frozen else "whole on every rank")
     _check_tokens(split, ids)
     chunk_rows(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32)
     if job.teacher and job.teacher_path:

@@ -27,7 +27,7 @@ class Student(nn.Module):
         self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | None = None
     ) -> LossSums:
         """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width]."""
-        hidden = batch.at_loss_positions(hidden_states(self.model, batch.input_ids, batch.attention_mask, batch.position_ids))
+        hidden = batch.at_loss_positions(hidden_states(self.model, *batch.inputs))
         sums: LossSums = self.loss_head(hidden, batch.labels, terms, teacher_hidden, teacher_head)
         return sums
 
@@ -41,4 +41,4 @@ class TeacherBackbone(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """[loss tokens, width], of a batch in the teacher's ids."""
-        return batch.at_loss_positions(hidden_states(self.model, batch.input_ids, batch.attention_mask, batch.position_ids))
+        return batch.at_loss_positions(hidden_states(self.model, *batch.inputs))

@@ -27,6 +27,7 @@ from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.distill.engine import Engine, seed_step
 from pocl_ds.distill.fused_head import LossSums, LossTerms
+from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.teacher import Teacher
 from pocl_ds.distill.watchdog import Watchdog
 from pocl_ds.errors import Interrupted, NumericalError
@@ -85,11 +86,11 @@ class Trainer:
         seed: int,
         fingerprint: str,
         label: str,
-        packed: bool,
+        layout: Layout,
     ) -> None:
         self.directory, self.plan, self.data = directory, plan, data
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
-        self.sampler, self.packed, self.fingerprint = sampler, packed, fingerprint
+        self.sampler, self.layout, self.fingerprint = sampler, layout, fingerprint
         self.checkpoints = Checkpoints(
             directory / "checkpoints", keep=train.checkpoint.keep, fingerprint=fingerprint
         )
@@ -105,7 +106,7 @@ class Trainer:
             log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
         writer = self._writer(done)
         total = self.plan.total_steps
-        distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "layout": self.packed,
+        distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "packed": self.layout.packed,
                            **package_versions()})  # fmt: skip
         with (
             StopFlag() as stop,
@@ -178,11 +179,11 @@ class Trainer:
         """This rank's micro-batches of a batch, as indices into it."""
         return deal(
             lengths, ranks=distributed.world_size(), micro_batch_size=self.train.micro_batch_size,
-            micro_batch_tokens=self.train.micro_batch_tokens, packed=self.packed,
+            micro_batch_tokens=self.train.micro_batch_tokens, packed=self.layout.packed,
         )[distributed.rank()]
 
     def _batch(self, split: EncodedSplit, rows: NDArray[np.int64]) -> Batch:
-        return collate(split, rows, self.data.pad_id, packed=self.packed)
+        return collate(split, rows, self.data.pad_id, packed=self.layout.packed)
 
     def _forward(self, batch: Batch, terms: LossTerms) -> LossSums:
         if self.teacher is None:
@@ -209,7 +210,7 @@ class Trainer:
         lengths = np.asarray(split.total_tokens[:count], np.int64)
         budget = self.train.micro_batch_tokens or self.train.micro_batch_size * int(lengths.max())
         dealt = share_by_tokens(
-            lengths, ranks=distributed.world_size(), tokens=max(budget, int(lengths.max())), packed=self.packed
+            lengths, ranks=distributed.world_size(), tokens=max(budget, int(lengths.max())), packed=self.layout.packed
         )
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)

@@ -36,6 +36,7 @@ from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distributed import device
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
+from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import Head, head_of, hidden_states
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 from pocl_ds.models.vocabulary import Ids, Vocabulary, reconcile
@@ -115,7 +116,7 @@ class _Loader:
         self.students = [name for name in paths if name != TEACHER]
 
     def model(self, name: str) -> Any:
-        model: Any = load_model(self.paths[name], dtype=self.dtype)
+        model: Any = load_model(self.paths[name], dtype=self.dtype, attention=PER_SAMPLE)
         return model.to(device()).eval().requires_grad_(False)
 
     def ids(self) -> Ids:
@@ -245,4 +246,4 @@ def _measure(
 
 def _states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [n, d]."""
-    return batch.at_loss_positions(hidden_states(model, batch.input_ids, batch.attention_mask, batch.position_ids))
+    return batch.at_loss_positions(hidden_states(model, *batch.inputs))

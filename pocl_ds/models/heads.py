@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from pocl_ds.errors import ModelError
+from pocl_ds.models.attention import PER_SAMPLE, Samples
 
 # Families whose logits are a plain linear map of the last hidden state (OPT's projection and every family's final norm
 # belong to the backbone), and those that scale them. Each is held to its model's own logits by a test.
@@ -29,9 +30,6 @@ SCALES: dict[str, Callable[[Any], float]] = {
     "cohere": lambda config: config.logit_scale,
     "cohere2": lambda config: config.logit_scale,
 }
-
-# Families whose model hands its position ids to the embeddings but not to the attention mask.
-MASK_BY_HAND = ("opt",)
 
 
 @dataclass(frozen=True)
@@ -65,30 +63,24 @@ def hidden_states(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """Last hidden states [B, T, D] after the final norm, without logits and without a cache.
 
-    input_ids, attention_mask, position_ids: [B, T]; position_ids only where they do not follow from the mask: without a
-    mask, a row in which they start again holds several samples, which do not see each other. The backbone runs through
-    its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
+    input_ids, attention_mask: [B, T], padding on the right. lengths and position_ids [1, T]: of the samples packed behind
+    one another in a single row, for a model that `packs`. The backbone runs through its own forward, so that ZeRO-3's hooks
+    fire. Row t predicts token t + 1.
     """
-    extra = {} if position_ids is None else {"position_ids": position_ids}
-    if position_ids is not None and attention_mask is None and model.config.model_type in MASK_BY_HAND:
-        attention_mask = _samples_apart(position_ids, model.dtype)
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)
+    packed: dict[str, Any] = {}
+    if lengths is not None:
+        packed = {"position_ids": position_ids, "samples": Samples(lengths, input_ids.device)}
+    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
     return output.last_hidden_state
 
 
 def packs(model: Any) -> bool:
-    """Whether `hidden_states` keeps the samples of a packed row apart for this model and its attention backend."""
-    return model.config.model_type not in MASK_BY_HAND or model.config._attn_implementation in ("sdpa", "eager")
-
-
-def _samples_apart(position_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to attention scores [1, 1, T, T]: 0 within a sample up to the token itself, the lowest number elsewhere."""
-    sample = (position_ids[0] == 0).cumsum(0)
-    seen = (sample[:, None] == sample[None, :]).tril()
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+    """Whether `hidden_states` keeps the samples of a packed row apart for this model."""
+    return model.config._attn_implementation == PER_SAMPLE
 
 
 def head_of(model: Any) -> Head:

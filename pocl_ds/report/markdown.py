@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocl_ds.report.read import MODELS, Example, Facts
-from pocl_ds.report.words import clock, headline, markdown_cell, plan_rows, results_rows, shortened, versions
+from pocl_ds.report.words import clock, headline, markdown_cell, plan_rows, results_rows, shortened, training_line, versions
 
 
 def markdown_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
@@ -18,6 +18,8 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
         parts += ["## Results", _table(header, [cells for _, cells in rows]), f"ROUGE-L ×100, {spread}."]
     if facts.plan is not None:
         parts += ["## Curriculum", _table(*plan_rows(facts.plan))]
+    if training := training_line(facts):
+        parts += ["## Training", markdown_cell(training)]
     if facts.examples:
         models = [model for model in MODELS if model in facts.examples[0].answers]
         header = ["prompt", "reference", *(MODELS[model] for model in models)]

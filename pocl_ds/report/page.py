@@ -5,7 +5,7 @@ from __future__ import annotations
 from pocl_ds.report.figures import DARK, LIGHT, Figure, figures, ramp, subset_styles
 from pocl_ds.report.read import MODELS, Example, Facts
 from pocl_ds.report.style import STYLE
-from pocl_ds.report.words import clock, escaped, headline, number, plan_rows, results_rows, shortened, versions
+from pocl_ds.report.words import clock, escaped, headline, number, plan_rows, results_rows, shortened, training_line, versions
 
 
 def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
@@ -18,7 +18,7 @@ def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
         _missing(facts),
         _results(facts),
         _curriculum(facts),
-        _section("Training", "", [figure for figure in charts if not figure.legend or figure.legend[0][1] != "s0"]),
+        _section("Training", training_line(facts), [figure for figure in charts if not figure.legend or figure.legend[0][1] != "s0"]),
         _section("Difficulty", "How hard each training sample is for the initial student, and the subset it fell into.",
                  [figure for figure in charts if figure.legend and figure.legend[0][1] == "s0"]),
         _examples(facts),

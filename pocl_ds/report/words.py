@@ -83,6 +83,17 @@ def headline(facts: Facts) -> str:
     return " ".join(sentences) or "The student itself was not among the models that were evaluated."
 
 
+def training_line(facts: Facts) -> str:
+    """How the samples lay in micro-batches, as far as training recorded it."""
+    info = facts.manifests["train"].info if "train" in facts.manifests else {}
+    if "padding_share" not in info:
+        return ""
+    share = f"{100 * info['padding_share']:.0f}% of their tokens"
+    ranks = "1 rank" if info["ranks"] == 1 else f"{info['ranks']} ranks"
+    lay = f"packed without padding, which would be {share}" if info["packed"] else f"padded; padding is {share}"
+    return f"{info['steps']:,} steps on {ranks}; micro-batches were {lay}."
+
+
 def plan_rows(plan: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and one row a stage."""
     header = ["stage", "samples", "epochs", "steps", "tau", "SFT ratio"]

@@ -23,9 +23,11 @@ from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.divergences import divergence
 from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.fused_head import ROWS_ALIVE_AUTOGRAD
+from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.distill.trainer import StopFlag, Trainer, TrainingData
+from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
 from pocl_ds.models.vocabulary import Ids
 
@@ -65,9 +67,9 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # nothing whole by accident
     ids = Ids(SIZE)
     with sharded_loading(frozen):
-        teacher = LiveTeacher(load_model(case["teacher"], attention="sdpa", dropout=0.0), frozen, ids)
+        teacher = LiveTeacher(load_model(case["teacher"], attention=PER_SAMPLE, dropout=0.0), frozen, ids)
     with sharded_loading(config):
-        model = load_model(case["student"], attention="sdpa", dropout=0.0)
+        model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Student(model, ids, chunk_bytes=case["rows"] * SIZE * 4 * ROWS_ALIVE_AUTOGRAD).train()
@@ -77,7 +79,7 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     trainer = Trainer(
         folder, plan=plan, sampler=sampler, data=TrainingData(EncodedSplit.open(folder, "train"), np.arange(12), None, 1),
         engine=engine, teacher=teacher, loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20), train=train, seed=0,
-        fingerprint="", label="", packed=case["packed"],
+        fingerprint="", label="", layout=Layout(case["packed"], 0.0),
     )  # fmt: skip
     trainer._step(sampler.at(0), StopFlag())
     return engine.gradients

@@ -47,7 +47,7 @@ def test_a_student(name: str, dtype: str, ranks: int) -> None:
     assert tree["gradient_clipping"] == 0.5
     assert tree["bf16"]["enabled"] is (dtype == "bfloat16")
     assert tree["optimizer"]["params"] == {
-        "lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.02, "torch_adam": True,
+        "lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.02, "torch_adam": True, "fused": True,
     }  # fmt: skip
     assert ("offload_optimizer" in tree["zero_optimization"]) == ("offload" in name)
 
@@ -60,6 +60,14 @@ def test_a_teacher(name: str, dtype: str) -> None:
     assert "optimizer" not in tree
     assert tree["train_batch_size"] == 6
     assert (tree["bf16"]["enabled"], tree["fp16"]["enabled"]) == (dtype == "bfloat16", dtype == "float16")
+
+
+def test_a_teacher_is_whole_where_there_is_nothing_to_shard() -> None:
+    def resolve(name: str | None, ranks: int) -> object:
+        return resolve_teacher(name, dtype="float32", ranks=ranks, micro_batch_size=1)
+
+    assert resolve("teacher_zero3", 1) is resolve(None, 2) is None
+    assert resolve("teacher_zero3", 2) and resolve("teacher_zero3_offload", 1)
 
 
 def test_resolving_leaves_the_file_alone() -> None:

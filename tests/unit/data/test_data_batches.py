@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.config import PromptConfig
-from pocl_ds.data.batches import collate, layout_cost
+from pocl_ds.data.batches import collate
 from pocl_ds.data.encode import EncodedSplit, Encoder, encode_split
 from pocl_ds.data.samples import Sample
 
@@ -84,19 +84,12 @@ def test_packed_holds_the_same_tokens_without_padding(
     packed, padded = collate(split, rows, 0, packed=True), collate(split, rows, 0)
     assert packed.attention_mask is None and packed.position_ids is not None
     assert packed.input_ids[0].tolist() == [token for row in rows for token in samples[row][0]]
+    assert packed.lengths == tuple(len(samples[row][0]) for row in rows) and padded.lengths is None
     assert packed.position_ids[0].tolist() == [place for row in rows for place in range(len(samples[row][0]))]
     assert torch.equal(packed.labels, padded.labels) and torch.equal(packed.sample_of_token, padded.sample_of_token)
     for position, label in zip(packed.positions.tolist(), packed.labels.tolist(), strict=True):
         assert packed.input_ids[0, position + 1] == label
         assert packed.position_ids[0, position + 1] == packed.position_ids[0, position] + 1  # of the same sample
-
-
-def test_layout_cost_is_its_definition() -> None:
-    lengths = [np.array([3, 5]), np.array([4, 4])]
-    assert layout_cost(lengths, 2, packed=False) == 2 * 5 * (12 + 5) + 2 * 4 * (12 + 4)
-    assert layout_cost(lengths, 2, packed=True) == 8 * (12 + 8) * 2
-    assert layout_cost(lengths, 2, packed=True, apart=True) == 8 * 12 + 9 + 25 + 8 * 12 + 32
-    assert layout_cost(lengths, 8, packed=True, apart=True) <= layout_cost(lengths, 8, packed=False)
 
 
 def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None:
@@ -116,6 +109,7 @@ def test_no_rows_give_a_batch_without_loss(tmp_path: Path) -> None:
         batch = collate(write(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
         assert batch.input_ids.tolist() == [[7]] and batch.rows == ()
         assert len(batch.positions) == len(batch.labels) == len(batch.sample_of_token) == 0
+        assert batch.lengths == ((1,) if packed else None)
         assert batch.attention_mask is None if packed else batch.attention_mask.tolist() == [[1]]
 
 

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_ds.errors import ModelError
+from pocl_ds.models import attention
+from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import head_of, hidden_states
 
 BASE = {
@@ -71,20 +73,42 @@ def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) ->
     torch.testing.assert_close(found, expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one call"])
 @pytest.mark.parametrize(("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
-def test_samples_in_a_packed_row_do_not_see_each_other(family: str, extra: dict[str, Any], attention: str) -> None:
-    """Packed against padded, also where positions are learned and where attention looks through a window."""
-    model = tiny(family, {"sliding_window": 4, **extra} if family in ("mistral", "phi3", "gemma2", "cohere2") else extra)
-    model.set_attn_implementation(attention)
-    lengths = [9, 1, 6, 7]
+def test_attention_per_sample_is_the_models_own(
+    family: str, extra: dict[str, Any], one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded and packed, values and gradients, against the model's eager attention with its masks; also where positions are
+    learned, where attention looks through a window, and where its scores are capped."""
+    monkeypatch.setattr(attention, "_one_by_one", lambda device: one_by_one)
+    if family in ("mistral", "phi3", "gemma2", "cohere2", "qwen2"):
+        extra = {"sliding_window": 4, **extra} | ({"attn_logit_softcapping": 1.5} if family == "gemma2" else {})
+        extra |= {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
+    model = tiny(family, extra)
+    lengths = (9, 1, 6, 7)
     ids = torch.randint(3, 97, (4, 9), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    row, places = ids[mask.bool()][None], torch.cat([torch.arange(length) for length in lengths])[None]
-    with torch.no_grad():
-        padded = hidden_states(model, ids, mask)[mask.bool()]
-        packed = hidden_states(model, row, None, places)[0]
-    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    real = mask.bool()
+    row, places = ids[real][None], torch.cat([torch.arange(length) for length in lengths])[None]
+    found = {}
+    for name, backend in (("eager", "eager"), ("padded", PER_SAMPLE), ("packed", PER_SAMPLE)):
+        model.set_attn_implementation(backend)
+        packed = name == "packed"
+        states = hidden_states(model, row, None, places, lengths)[0] if packed else hidden_states(model, ids, mask)[real]
+        model.zero_grad()
+        states.square().sum().backward()
+        found[name] = [states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    largest = max(float(each.abs().max()) for each in found["eager"])  # some gradients are 0 but for rounding
+    for name in ("padded", "packed"):
+        for mine, reference in zip(found[name], found["eager"], strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * largest)
+
+
+def test_attention_per_sample_refuses_to_generate() -> None:
+    model = tiny("llama", {})
+    model.set_attn_implementation(PER_SAMPLE)
+    with pytest.raises(ValueError, match="attention=per_sample is for training: generate with sdpa"):
+        model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, pad_token_id=0)
 
 
 @pytest.mark.parametrize(
@@ -113,17 +137,6 @@ def test_hidden_states_go_through_the_backbones_forward_without_a_cache() -> Non
     assert len(seen) == 1
     assert seen[0][0] is False
     assert seen[0][1].past_key_values is None
-
-
-def test_position_ids_reach_the_model() -> None:
-    model = tiny("gpt2", dict(FAMILIES)["gpt2"])
-    ids = torch.full((1, 4), 5)
-    mask = torch.ones_like(ids)
-    plain = hidden_states(model, ids, mask)
-    again = hidden_states(model, ids, mask, torch.arange(4)[None])
-    other = hidden_states(model, ids, mask, torch.arange(4)[None] + 7)
-    torch.testing.assert_close(plain, again)
-    assert not torch.allclose(plain, other)
 
 
 def test_unknown_family_is_named() -> None:

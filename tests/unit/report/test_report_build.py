@@ -68,6 +68,8 @@ def test_the_page_says_what_the_run_found(synthetic: Any) -> None:
         assert title in page.text
     assert {"total", "KD", "CE", "stage 4", "optimizer step", "loss (nats per token)", "tokens per second",
             "subset 1 (easiest)", "subset 4 (hardest)"} <= set(page.words)  # fmt: skip
+    said = "steps on 2 ranks; micro-batches were packed without padding, which would be 31% of their tokens."
+    assert said in page.text and said in markdown
     assert sum(tag == "article" for tag, _ in page.tags) == 3 and manifest.info["examples"] == 3
     assert "3 min 31 s" in page.text and "1 min 04 s" in page.text  # the stages' own seconds
     assert "name: synthetic" in page.text and "torch" in page.text
