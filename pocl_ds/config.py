@@ -121,7 +121,7 @@ class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
     ds_config: str | None = Field(
-        "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on every rank", json_schema_extra=OPERATIONAL
+        "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on each rank", json_schema_extra=OPERATIONAL
     )
 
 
@@ -205,7 +205,7 @@ class LossConfig(Section):
     tau_squared: bool = Field(True, description="multiply the KD term by tau^2")
     options: dict[str, float | bool] = Field(default_factory=dict, description="options of the divergence")
     chunk_bytes: Annotated[Int, Field(ge=1 << 16)] = Field(
-        256 << 20, description="memory for one chunk of logits", json_schema_extra=OPERATIONAL
+        512 << 20, description="memory for one chunk of logits", json_schema_extra=OPERATIONAL
     )
 
     @model_validator(mode="after")

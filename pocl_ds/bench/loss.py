@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocl_ds.bench.arguments import whole_numbers
-from pocl_ds.distill.fused_head import LossTerms, loss_sums
+from pocl_ds.distill.fused_head import loss_sums
+from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.distributed import device
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head

@@ -49,7 +49,7 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
     count = len(work.lengths)
     train = TrainConfig(
         engine="torch" if variant == "torch" else "deepspeed", batch_size=count,
-        micro_batch_size=max(1, min(count // distributed.world_size(), 4)), lr=LR, validate_samples=0,
+        micro_batch_size=max(1, count // distributed.world_size()), lr=LR, validate_samples=0,
         checkpoint=CheckpointConfig(every=10**9), tracking=TrackingConfig(tensorboard=False),
     )  # fmt: skip
     kind = precision()

@@ -9,34 +9,17 @@ Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that tak
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pocl_ds.distill.closed_forms import CLOSED
-from pocl_ds.distill.divergences import FUNCTIONS, MASKED, divergence_options, working_type
+from pocl_ds.distill.divergences import divergence_options, working_type
+from pocl_ds.distill.token_losses import Buffers, LossTerms, block_rows, row_bytes, sums_and_gradient
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
-
-# Rows of v numbers alive at once while a chunk is worked on: log-probabilities of both sides and one's probabilities, what
-# logsumexp and the mixture need, the gradient of the cross-entropy; through autograd twice as many.
-ROWS_ALIVE, ROWS_ALIVE_AUTOGRAD = 6, 12
-
-
-@dataclass(frozen=True)
-class LossTerms:
-    """What the loss of one step is made of: alpha * CE + (1 - alpha) * KD at temperature tau (METHOD 3)."""
-
-    name: str
-    tau: float = 1.0
-    alpha: float = 0.0
-    tau_squared: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
-
 
 # Sums over loss tokens: total = alpha * CE + (1 - alpha) * KD, which carries the gradient, then KD and CE for the log. A
 # plain tuple, since ZeRO-3 looks for tensors to hook in tuples, lists and dictionaries only.
@@ -52,7 +35,7 @@ def loss_sums(
     ids: Ids,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
-    chunk_bytes: int = 256 << 20,
+    chunk_bytes: int = 512 << 20,
 ) -> LossSums:
     """Loss sums over n tokens from hidden states and heads.
 
@@ -60,21 +43,43 @@ def loss_sums(
     result is 0 and every parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds
     no row.
     """
-    rows = chunk_rows(terms.name, ids.size, chunk_bytes, working_type(hidden))
+    sizes = chunk_sizes(terms.name, ids.size, chunk_bytes, hidden.dtype, hidden.device)
     if terms.name != "sft" and (teacher_hidden is None or teacher_head is None):
         raise RecipeError(f"loss.name={terms.name} needs a teacher")
+    if terms.name == "sft":
+        teacher_hidden = teacher_head = None
     sums: LossSums = _HeadLoss.apply(
-        hidden, head.weight, head.bias, head, labels, terms, ids, teacher_hidden, teacher_head, rows, torch.is_grad_enabled()
+        hidden, head.weight, head.bias, head, labels, terms, ids, teacher_hidden, teacher_head, sizes, torch.is_grad_enabled()
     )
     return sums
 
 
-def chunk_rows(name: str, size: int, chunk_bytes: int, dtype: torch.dtype) -> int:
-    """Tokens of one chunk within a byte budget, for the divergence of this name."""
-    row = size * dtype.itemsize * (ROWS_ALIVE if name in CLOSED or name == "sft" else ROWS_ALIVE_AUTOGRAD)
-    if chunk_bytes < row:
-        raise RecipeError(f"loss.chunk_bytes={chunk_bytes} does not hold one token over {size} ids: give at least {row}")
-    return chunk_bytes // row
+@dataclass(frozen=True)
+class ChunkSizes:
+    """Rows of a chunk, whose logits of both sides are alive together, and of the blocks it is worked on in."""
+
+    chunk: int
+    block: int
+
+
+def chunk_sizes(name: str, size: int, chunk_bytes: int, dtype: torch.dtype, device: torch.device) -> ChunkSizes:
+    """What fits a byte budget, for the divergence of this name over `size` ids. dtype: of the hidden states.
+
+    Raises RecipeError where the budget does not hold one row.
+    """
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    logits, worked = 2 * size * dtype.itemsize, row_bytes(name, size, kind)
+    if chunk_bytes < logits + worked:
+        least = logits + worked
+        raise RecipeError(f"loss.chunk_bytes={chunk_bytes} does not hold one token over {size} ids: give at least {least}")
+    # Blocks get at most half of the budget: large chunks make fast matrix products.
+    block = max(1, min(block_rows(size, kind, device), chunk_bytes // 2 // worked))
+    return ChunkSizes((chunk_bytes - block * worked) // logits or 1, block)
+
+
+def even_share(rows: int, most: int) -> int:
+    """Rows of each of the fewest chunks that hold `rows`, at most so many: a small last chunk would be slow."""
+    return max(1, -(-rows // max(1, -(-rows // most))))
 
 
 class LossHead(nn.Module):
@@ -122,7 +127,7 @@ class _HeadLoss(torch.autograd.Function):
         ids: Ids,
         teacher_hidden: Tensor | None,
         teacher_head: Head | None,
-        rows: int,
+        sizes: ChunkSizes,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         options = divergence_options(terms.name, terms.options)
@@ -137,23 +142,25 @@ class _HeadLoss(torch.autograd.Function):
             grad_weight[ids.size if labels.numel() else 0 :] = 0  # the first chunk writes the rest
         grad_bias = torch.zeros_like(bias, dtype=kind) if bias is not None and need_bias else None
         kept = weight[: ids.size]
-        for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
+        chunk_rows = even_share(labels.numel(), sizes.chunk)
+        buffers = Buffers(min(sizes.block, chunk_rows), ids.size, kind, hidden.device)
+        products = [hidden.new_empty(chunk_rows, ids.size) for _ in range(1 if teacher_hidden is None else 2)]
+        for chunk in (slice(i, i + chunk_rows) for i in range(0, labels.numel(), chunk_rows)):
             part = hidden[chunk]
-            product = head.product(part, ids.size)
+            product = head.product(part, ids.size, out=products[0][: len(part)])
             teacher = None
-            if teacher_hidden is not None and teacher_head is not None and terms.name != "sft":
-                teacher = ids.teacher_logits(teacher_head, teacher_hidden[chunk])
-            need = need_hidden or need_weight
-            chunk_sums, gradient = _chunk(product, labels[chunk], teacher, head, terms, options, ids, need)
-            sums += chunk_sums
-            if gradient is None:
-                continue
+            if teacher_hidden is not None and teacher_head is not None:
+                teacher = ids.teacher_product(teacher_head, teacher_hidden[chunk], out=products[1][: len(part)])
+            sums += sums_and_gradient(
+                product, teacher, labels[chunk], terms, options, ids, (head, teacher_head), buffers,
+                need_gradient=need_hidden or need_weight,
+            )  # fmt: skip
             if grad_hidden is not None:
-                torch.mm(gradient, kept, out=grad_hidden[chunk])
+                torch.mm(product, kept, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight[: ids.size], gradient, part, first=chunk.start == 0)
+                _add_product(grad_weight[: ids.size], product, part, first=chunk.start == 0)
             if grad_bias is not None:
-                grad_bias[: ids.size] += gradient.sum(0, dtype=kind)
+                grad_bias[: ids.size] += product.sum(0, dtype=kind)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.types = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
         total, kd, ce = sums.unbind()
@@ -164,78 +171,12 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the fused head's gradients were handed on already: it has no second backward")
-        found = [
-            None if gradient is None else gradient.mul_(outer[0]).to(kind)  # in place: a copy of the head's is the largest there is
+        found = [  # in place: no tensor is larger than the head's gradient
+            None if gradient is None else gradient.mul_(outer[0]).to(kind)
             for gradient, kind in zip(ctx.gradients, ctx.types, strict=True)
         ]
         ctx.gradients = None
         return (*found, *([None] * 8))
-
-
-def _chunk(
-    product: Tensor,
-    labels: Tensor,
-    teacher: Tensor | None,
-    head: Head,
-    terms: LossTerms,
-    options: dict[str, Any],
-    ids: Ids,
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums (total, kd, ce) of one chunk and the gradient of total with respect to hidden x head [rows, v].
-
-    product and teacher are the caller's own and may be overwritten.
-    """
-    alpha = 1.0 if terms.name == "sft" else terms.alpha
-    kind = working_type(product)
-    logits = head.finish(product.to(kind))
-    capped = logits.clone() if need_gradient and head.soft_cap is not None else None  # the way back through the cap starts there
-    if ids.masked is not None:
-        logits = logits.masked_fill_(ids.masked, -math.inf)
-    log_z = logits.logsumexp(-1)
-    ce = (log_z - logits.gather(-1, labels[:, None])[:, 0]).sum()
-    gradient = None
-    if need_gradient and alpha:
-        gradient = (logits - log_z[:, None]).exp_().mul_(alpha)
-        gradient[torch.arange(len(labels), device=labels.device), labels] -= alpha
-    kd = ce.new_zeros(())
-    if teacher is not None:
-        value, slope = _divergence(logits, teacher.to(kind), terms, options, ids, need_gradient and alpha < 1)
-        square = terms.tau**2 if terms.tau_squared else 1.0
-        kd = value * square
-        if slope is not None:
-            slope.mul_((1 - alpha) * square / terms.tau)
-            gradient = slope if gradient is None else gradient.add_(slope)
-    if gradient is not None:
-        if head.scale != 1.0:
-            gradient.mul_(head.scale)
-        if capped is not None and head.soft_cap is not None:  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
-            gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
-        gradient = gradient.to(product.dtype)
-    return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce]), gradient
-
-
-def _divergence(
-    logits: Tensor, teacher: Tensor, terms: LossTerms, options: dict[str, Any], ids: Ids, need_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of the divergence at tau, and its gradient with respect to logits / tau; both inputs are overwritten."""
-    sides = []
-    for side in (teacher, logits):
-        if terms.tau != 1.0:
-            side.div_(terms.tau)
-        side.sub_(side.logsumexp(-1, keepdim=True))
-        sides.append(side if ids.masked is None else side.masked_fill_(ids.masked, MASKED))
-    log_p, log_q = sides
-    if terms.name in CLOSED:
-        value = CLOSED[terms.name](log_p, log_q, **options).sum()
-        return value, log_q if need_gradient else None
-    if not need_gradient:
-        return FUNCTIONS[terms.name](log_p, log_q, **options).sum(), None
-    with torch.enable_grad():
-        leaf = log_q.requires_grad_()
-        value = FUNCTIONS[terms.name](log_p, leaf, **options).sum()
-        slope = torch.autograd.grad(value, leaf)[0]
-    return value.detach(), slope.sub_(leaf.detach().exp_().mul_(slope.sum(-1, keepdim=True)))
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:

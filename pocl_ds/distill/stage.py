@@ -21,7 +21,7 @@ from pocl_ds.curriculum.sampler import Sampler, permutation
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
-from pocl_ds.distill.fused_head import chunk_rows
+from pocl_ds.distill.fused_head import chunk_sizes
 from pocl_ds.distill.layout import choose_layout
 from pocl_ds.distill.memory import check_memory
 from pocl_ds.distill.student import Student
@@ -193,12 +193,14 @@ def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, A
     """Engines around sharded models, and the student's tokenizer. What can be refused is, before a model is loaded."""
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
+    student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
+    longest = int(split.total_tokens.max(initial=1))
+    logits = 8 * int(student_config.vocab_size) * (train.micro_batch_tokens or train.micro_batch_size * longest)
     check_memory(
         job.student_path, job.teacher_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
-        chunk_bytes=job.loss.chunk_bytes, sharded=deepspeed,
+        chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
-    student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))
     teacher = frozen = None
     if job.teacher and job.teacher_path:
@@ -213,7 +215,7 @@ def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, A
             )
         log.info("the teacher is %s", "sharded over the ranks" if frozen else "whole on every rank")
     _check_tokens(split, ids)
-    chunk_rows(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32)
+    chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device())
     if job.teacher and job.teacher_path:
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
-from pocl_ds.distill.fused_head import LossHead, LossSums, LossTerms
+from pocl_ds.distill.fused_head import LossHead, LossSums
+from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.models.heads import Head, head_of, hidden_states
 from pocl_ds.models.vocabulary import Ids
 

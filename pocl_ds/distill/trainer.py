@@ -26,9 +26,10 @@ from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.distill.engine import Engine, seed_step
-from pocl_ds.distill.fused_head import LossSums, LossTerms
+from pocl_ds.distill.fused_head import LossSums
 from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.teacher import Teacher
+from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.distill.watchdog import Watchdog
 from pocl_ds.errors import Interrupted, NumericalError
 from pocl_ds.tracking import MetricsWriter, Progress

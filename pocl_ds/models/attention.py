@@ -59,15 +59,15 @@ def per_sample(
     if key.shape[2] != query.shape[2]:
         raise ValueError("attention=per_sample is for training: generate with sdpa")
 
-    def attend(*parts: Tensor) -> Tensor:
-        return _attend(*parts, scaling, dropout, sliding_window, softcap).transpose(1, 2)
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2)
 
     if samples is None or len(samples.lengths) == 1:
         return attend(query, key, value).contiguous(), None
     if _one_by_one(query.device):
         pieces = zip(*(side.split(samples.lengths, dim=2) for side in (query, key, value)), strict=True)
         return torch.cat([attend(*piece) for piece in pieces], dim=1), None
-    padded = attend(*(_pad(side, samples) for side in (query, key, value)))
+    padded = attend(_pad(query, samples), _pad(key, samples), _pad(value, samples))
     return padded.flatten(0, 1).index_select(0, samples.place)[None], None
 
 
@@ -103,8 +103,8 @@ def _attend(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.tanh(scores / softcap) * softcap
     seen = band if band is not None else torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
-    return functional.dropout(weights, dropout) @ value
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    return functional.dropout(weights.to(query.dtype), dropout) @ value
 
 
 AttentionInterface.register(PER_SAMPLE, per_sample)

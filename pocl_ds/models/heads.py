@@ -43,18 +43,22 @@ class Head:
 
     def logits(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
         """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None: all V)."""
-        return self.finish(self.product(hidden, size))
+        return self.finish_(self.product(hidden, size))
 
-    def product(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
-        """hidden Wᵀ + b for the first `size` ids."""
-        return functional.linear(hidden, self.weight[:size], None if self.bias is None else self.bias[:size])
+    def product(self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden Wᵀ + b for the first `size` ids; written to `out` where it is given, without a gradient."""
+        weight, bias = self.weight[:size], None if self.bias is None else self.bias[:size]
+        if out is None:
+            return functional.linear(hidden, weight, bias)
+        torch.mm(hidden, weight.T, out=out)
+        return out if bias is None else out.add_(bias)
 
-    def finish(self, product: torch.Tensor) -> torch.Tensor:
-        """From the product to the logits: soft_cap · tanh(scale · product / soft_cap)."""
+    def finish_(self, product: torch.Tensor) -> torch.Tensor:
+        """From the product to the logits, in place: soft_cap · tanh(scale · product / soft_cap)."""
         if self.scale != 1.0:
-            product = product * self.scale
+            product = product.mul_(self.scale)
         if self.soft_cap is not None:
-            product = torch.tanh(product / self.soft_cap) * self.soft_cap
+            product = product.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         return product
 
 

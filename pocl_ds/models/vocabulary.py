@@ -69,9 +69,13 @@ class Ids:
 
     def teacher_logits(self, head: Head, hidden: Tensor) -> Tensor:
         """The teacher's logits [n, size], numbered as the student's, masked."""
+        return self.mask(head.finish_(self.teacher_product(head, hidden)))
+
+    def teacher_product(self, head: Head, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The product of the teacher's head [n, size], numbered as the student's; written to `out` where it is given."""
         if self.teacher_ids is None:
-            return self.mask(head.logits(hidden, self.size))
-        return self.mask(head.logits(hidden).index_select(1, self.teacher_ids))
+            return head.product(hidden, self.size, out=out)
+        return torch.index_select(head.product(hidden), 1, self.teacher_ids, out=out)
 
     def teacher_inputs(self, input_ids: Tensor) -> Tensor:
         """Ids of a text as the teacher numbers them."""

@@ -20,9 +20,9 @@ from pocl_ds.config import LossConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.distill import fused_head
 from pocl_ds.distill.divergences import divergence
 from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
-from pocl_ds.distill.fused_head import ROWS_ALIVE_AUTOGRAD
 from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher
@@ -72,7 +72,8 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = Student(model, ids, chunk_bytes=case["rows"] * SIZE * 4 * ROWS_ALIVE_AUTOGRAD).train()
+    module = Student(model, ids, chunk_bytes=1 << 20).train()
+    fused_head.chunk_sizes = lambda *_: fused_head.ChunkSizes(case["rows"], 2)
     engine = Recorder(module, train, config)
     plan = single_stage_plan(np.arange(12), steps=1, batch_size=12, tau=TAU, alpha=ALPHA)
     sampler = Sampler(plan, 0)

@@ -10,7 +10,8 @@ import torch
 from pocl_ds.bench import loss as bench_loss
 from pocl_ds.config import LOSSES
 from pocl_ds.distill.divergences import divergence
-from pocl_ds.distill.fused_head import LossTerms, loss_sums
+from pocl_ds.distill.fused_head import loss_sums
+from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
 

@@ -9,17 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from pocl_ds.config import LOSSES
-from pocl_ds.distill.closed_forms import CLOSED
+from pocl_ds.distill import fused_head, token_losses
 from pocl_ds.distill.divergences import divergence
-from pocl_ds.distill.fused_head import ROWS_ALIVE, ROWS_ALIVE_AUTOGRAD, LossTerms, loss_sums
+from pocl_ds.distill.fused_head import ChunkSizes, chunk_sizes, loss_sums
+from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
-
-
-def least(name: str, size: int, itemsize: int) -> int:
-    """Bytes that a chunk of one row needs."""
-    return size * itemsize * (ROWS_ALIVE if name in CLOSED or name == "sft" else ROWS_ALIVE_AUTOGRAD)
 
 
 def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> tuple[Head, Head, Tensor, Tensor, Tensor]:
@@ -33,7 +29,9 @@ def heads(kind: torch.dtype, *, bias: bool, scale: float, cap: float | None) -> 
 def plain(
     hidden: Tensor, student: Head, labels: Tensor, terms: LossTerms, ids: Ids, teacher_hidden: Tensor, teacher: Head
 ) -> Any:
-    z_q, z_p = student.logits(hidden)[:, : ids.size], teacher.logits(teacher_hidden)
+    z_q = torch.nn.functional.linear(hidden, student.weight, student.bias)[:, : ids.size] * student.scale
+    z_q = z_q if student.soft_cap is None else student.soft_cap * torch.tanh(z_q / student.soft_cap)
+    z_p = teacher_hidden @ teacher.weight.T
     z_p = z_p[:, : ids.size] if ids.teacher_ids is None else z_p[:, ids.teacher_ids]
     if ids.masked is not None:
         z_q, z_p = z_q.masked_fill(ids.masked, -torch.inf), z_p.masked_fill(ids.masked, -torch.inf)
@@ -45,19 +43,24 @@ def plain(
 
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
-@pytest.mark.parametrize("rows", [1, 5, 23, 100])
-def test_equals_the_plain_form(name: str, bias: bool, scale: float, cap: float | None, rows: int) -> None:
-    """Masked ids, ids that the teacher numbers otherwise, biases, scales and caps, in chunks of any size."""
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 2), (23, 4), (100, 100)])
+@pytest.mark.parametrize("tau", [1.0, 1.6])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_equals_the_plain_form(
+    name: str, bias: bool, scale: float, cap: float | None, sizes: tuple[int, int], tau: float, alpha: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Masked ids, ids that the teacher numbers otherwise, biases, scales and caps, in chunks and blocks of any size."""
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     student, teacher, hidden, teacher_hidden, labels = heads(torch.float64, bias=bias, scale=scale, cap=cap)
     masked = torch.zeros(38, dtype=torch.bool)
     masked[37] = True
     mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38] if bias else None
-    ids, terms = Ids(38, masked, mapped), LossTerms(name, tau=1.6, alpha=0.3)
+    ids, terms = Ids(38, masked, mapped), LossTerms(name, tau=tau, alpha=alpha)
     leaves = [hidden.requires_grad_(), *(p for p in (student.weight, student.bias) if p is not None)]
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
     wanted = torch.autograd.grad(3 * expected[0], leaves)
-    found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher,
-                      chunk_bytes=rows * least(name, 38, 8))  # fmt: skip
+    found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher)
     got = torch.autograd.grad(3 * found[0], leaves)
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
@@ -71,8 +74,7 @@ def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
         gradients[kind] = torch.autograd.grad(
             plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)[0], student.weight)[0].double()
         if kind == torch.bfloat16:
-            sums = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher,
-                             chunk_bytes=2 * least("fkl", 40, 4))  # fmt: skip
+            sums = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher)
             ours = torch.autograd.grad(sums[0], student.weight)[0].double()
     error = lambda found: float((found - gradients[torch.float64]).norm())  # noqa: E731
     assert error(ours) <= error(gradients[torch.bfloat16]) * 1.05
@@ -99,6 +101,27 @@ def test_no_gradient_is_computed_under_no_grad() -> None:
 
 def test_a_budget_below_one_row_says_the_least() -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
-    with pytest.raises(RecipeError, match="give at least 960"):
+    with pytest.raises(RecipeError, match="give at least 1440"):
         loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden,
-                  teacher_head=teacher, chunk_bytes=959)  # fmt: skip
+                  teacher_head=teacher, chunk_bytes=1439)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["fkl", "akl", "sft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("budget", [1 << 20, 64 << 20, 1 << 30])
+def test_chunks_and_blocks_fit_the_budget(name: str, dtype: torch.dtype, budget: int) -> None:
+    size = 1000
+    sizes = chunk_sizes(name, size, budget, dtype, torch.device("cpu"))
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    assert sizes.block >= 1
+    used = sizes.chunk * 2 * size * dtype.itemsize + sizes.block * token_losses.row_bytes(name, size, kind)
+    assert budget - 2 * size * dtype.itemsize < used <= budget
+
+
+def test_a_second_backward_is_refused() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+    total, *_ = loss_sums(hidden.requires_grad_(), student, labels, LossTerms("fkl"), ids=Ids(40),
+                          teacher_hidden=teacher_hidden, teacher_head=teacher)  # fmt: skip
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second backward"):
+        total.backward()

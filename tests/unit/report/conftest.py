@@ -73,7 +73,8 @@ class SyntheticRun:
                     stream.write(json.dumps(record) + "\n")
             stream.write('{"kind": "step", "ste')  # a kill cut this line short
         if finished:
-            write_manifest(self.run.train, "train", "t" * 64, info={"seconds": 211.0, "ranks": 2, "steps": steps, "packed": True, "padding_share": 0.314})
+            info = {"seconds": 211.0, "ranks": 2, "steps": steps, "packed": True, "padding_share": 0.314}
+            write_manifest(self.run.train, "train", "t" * 64, info=info)
 
     def ranking(self, samples: int = 400) -> None:
         generator = np.random.default_rng(1)

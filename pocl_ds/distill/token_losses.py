@@ -1,0 +1,172 @@
+"""From logits to loss sums and their gradient, in place: what a chunk of the fused head does between its matrix products.
+
+The logits of a chunk are worked on a block of rows at a time, in buffers that all blocks share. A block is small enough to
+stay in a CPU's cache, where a pass over it costs a fraction of one over memory, and what is allocated once is faulted in
+once.
+
+Shapes: n tokens of a chunk, v ids that take part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pocl_ds.distill.closed_forms import CLOSED
+from pocl_ds.distill.divergences import FUNCTIONS, MASKED, working_type
+from pocl_ds.models.heads import Head
+from pocl_ds.models.vocabulary import Ids
+
+# Numbers of v alive for one row of a block, in the working type; through autograd its graph too.
+ALIVE, ALIVE_AUTOGRAD = 7, 20
+# Bytes of one buffer of a block: a few of them fit a CPU's cache; a GPU wants few and large kernels.
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What the loss of one step is made of: alpha * CE + (1 - alpha) * KD at temperature tau (METHOD 3)."""
+
+    name: str
+    tau: float = 1.0
+    alpha: float = 0.0
+    tau_squared: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def share_of_ce(self) -> float:
+        """alpha, which is 1 for plain SFT."""
+        return 1.0 if self.name == "sft" else self.alpha
+
+    @property
+    def kd_factor(self) -> float:
+        """What multiplies the divergence: tau squared, so that its gradient keeps its size (METHOD 3)."""
+        return self.tau**2 if self.tau_squared else 1.0
+
+
+def row_bytes(name: str, size: int, kind: torch.dtype) -> int:
+    """Bytes of buffers that one row of a block needs. kind: the working type."""
+    return size * kind.itemsize * (ALIVE if name in CLOSED or name == "sft" else ALIVE_AUTOGRAD)
+
+
+def block_rows(size: int, kind: torch.dtype, device: torch.device) -> int:
+    """Rows of a block: on a CPU as many for each thread, which share rows out among themselves."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    fitting = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (size * kind.itemsize)
+    return threads * max(1, fitting // threads)
+
+
+class Buffers:
+    """Numbered buffers [rows, v], allocated when first used."""
+
+    def __init__(self, rows: int, size: int, kind: torch.dtype, device: torch.device) -> None:
+        self.rows, self.kind = rows, kind
+        self._make = lambda: torch.empty(rows, size, dtype=kind, device=device)
+        self._kept: dict[int, Tensor] = {}
+
+    def __call__(self, number: int, rows: int) -> Tensor:
+        """The first rows of a buffer, with whatever was left in it."""
+        if number not in self._kept:
+            self._kept[number] = self._make()
+        return self._kept[number][:rows]
+
+
+def sums_and_gradient(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    terms: LossTerms,
+    options: dict[str, Any],
+    ids: Ids,
+    heads: tuple[Head, Head | None],
+    buffers: Buffers,
+    *,
+    need_gradient: bool,
+) -> Tensor:
+    """Sums over n tokens of (total, KD, CE), in the working type.
+
+    student, teacher: [n, v] products of hidden states and heads, which are overwritten: with need_gradient `student` ends
+    as the gradient of total with respect to itself, in its own type. heads: what follows on the products.
+    """
+    sums = student.new_zeros(3, dtype=working_type(student))
+    for rows in (slice(i, i + buffers.rows) for i in range(0, len(student), buffers.rows)):
+        other = None if teacher is None else teacher[rows]
+        sums += _block(student[rows], other, labels[rows], terms, options, ids, heads, buffers, need_gradient)
+    return sums
+
+
+def _block(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    terms: LossTerms,
+    options: dict[str, Any],
+    ids: Ids,
+    heads: tuple[Head, Head | None],
+    buffers: Buffers,
+    need_gradient: bool,
+) -> Tensor:
+    rows, alpha, head = len(student), terms.share_of_ce, heads[0]
+    logits = head.finish_(_working(student, buffers, 0))
+    capped = buffers(1, rows).copy_(logits) if need_gradient and head.soft_cap is not None else None
+    _fill(logits, ids, -math.inf)
+    log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at tau = 1
+    ce = -log_q.gather(-1, labels[:, None]).sum()
+    kd, gradient = ce.new_zeros(()), None
+    if teacher is not None and heads[1] is not None:
+        with_ce = need_gradient and alpha > 0  # then log_q is wanted again below
+        targets = _fill(heads[1].finish_(_working(teacher, buffers, 3)), ids, -math.inf)
+        if terms.tau != 1.0:
+            targets.div_(terms.tau)
+        log_p = _fill(torch.log_softmax(targets, -1, out=buffers(4, rows)), ids, MASKED)
+        if terms.tau != 1.0:
+            cooled = torch.log_softmax(logits.div_(terms.tau), -1, out=buffers(5, rows))
+        else:
+            cooled = buffers(5, rows).copy_(log_q) if with_ce else log_q
+        _fill(cooled, ids, MASKED)
+        spare = lambda number: (logits, targets, buffers(6, rows))[number]  # noqa: E731
+        value, gradient = _divergence(log_p, cooled, terms.name, options, spare, need_gradient and alpha < 1)
+        kd = value * terms.kd_factor
+        if gradient is not None:
+            gradient.mul_((1 - alpha) * terms.kd_factor / terms.tau)
+    if need_gradient and alpha > 0:
+        q = log_q.exp_()
+        gradient = q.mul_(alpha) if gradient is None else gradient.add_(q, alpha=alpha)
+        gradient[torch.arange(rows, device=labels.device), labels] -= alpha
+    if gradient is not None:
+        if head.scale != 1.0:
+            gradient.mul_(head.scale)
+        if capped is not None and head.soft_cap is not None:  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
+            gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
+        student.copy_(gradient)
+    return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce])
+
+
+def _divergence(
+    log_p: Tensor, log_q: Tensor, name: str, options: dict[str, Any], spare: Callable[[int], Tensor], need_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the divergence, and its gradient with respect to the logits of log_q; both inputs are overwritten."""
+    if name in CLOSED:
+        value = CLOSED[name](log_p, log_q, spare, **options).sum()
+        return value, log_q if need_gradient else None
+    if not need_gradient:
+        return FUNCTIONS[name](log_p, log_q, **options).sum(), None
+    with torch.enable_grad():
+        leaf = log_q.detach().requires_grad_()
+        value = FUNCTIONS[name](log_p, leaf, **options).sum()
+        slope = torch.autograd.grad(value, leaf)[0]
+    return value.detach(), slope.sub_(leaf.detach().exp_().mul_(slope.sum(-1, keepdim=True)))
+
+
+def _working(part: Tensor, buffers: Buffers, number: int) -> Tensor:
+    """The block in the working type: itself, or a copy in a buffer."""
+    return part if part.dtype == buffers.kind else buffers(number, len(part)).copy_(part)
+
+
+def _fill(values: Tensor, ids: Ids, value: float) -> Tensor:
+    return values if ids.masked is None else values.masked_fill_(ids.masked, value)
