@@ -33,9 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if any(word.startswith("-") for word in rest) or (rest and options.command == "bench"):
+    if options.command == "bench":
+        options.arguments += rest  # a benchmark reads its own
+    elif any(word.startswith("-") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)} (pocl {options.command} --help)")
-    if rest:  # argparse takes no positional words after an option; overrides may stand anywhere
+    elif rest:  # argparse takes no positional words after an option; overrides may stand anywhere
         options.words += rest
     from pocl_ds.errors import PoclError
 
@@ -120,8 +122,8 @@ def _command(options: argparse.Namespace) -> int:
 def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
     """The resolved recipe and the run directory of a command line."""
     from pocl_ds.artifacts import RunDirectory
-    from pocl_ds.config import load_recipe
     from pocl_ds.errors import RecipeError
+    from pocl_ds.recipe import load_recipe
 
     overrides = [word for word in options.words if "=" in word]
     names = [word for word in options.words if "=" not in word]
@@ -182,7 +184,7 @@ def _summary(run: RunDirectory) -> None:
 
 def _dry_run(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> int:
     from pocl_ds import pipeline
-    from pocl_ds.config import dump_recipe
+    from pocl_ds.recipe import dump_recipe
 
     print(dump_recipe(recipe), end="")
     print(f"\nrun directory: {run.path}")
@@ -267,14 +269,14 @@ def _evaluate(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fi
 
 
 def _export(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.config import dump_recipe
     from pocl_ds.evaluate.export import export
+    from pocl_ds.recipe import dump_recipe
 
     print(f"student  {export(run, out=options.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)}")
 
 
 def _report(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.config import dump_recipe
+    from pocl_ds.recipe import dump_recipe
     from pocl_ds.report.build import build_report
 
     build_report(run, recipe.report, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)

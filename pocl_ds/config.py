@@ -6,18 +6,10 @@ computes: changing them never invalidates finished work. Everything else enters 
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from pocl_ds.errors import RecipeError
-
-RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 # Every loss by name, with its options and their defaults (METHOD 3). The function of the same name stands in
 # `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence.
@@ -224,6 +216,17 @@ class CheckpointConfig(Section):
 
     every: Positive = Field(100, description="steps between checkpoints", json_schema_extra=OPERATIONAL)
     keep: Positive = Field(2, description="newest checkpoints kept", json_schema_extra=OPERATIONAL)
+    keep_every: Positive | None = Field(
+        None, description="also keep those whose step is a multiple of this", json_schema_extra=OPERATIONAL
+    )
+    keep_best: bool = Field(
+        False, description="also save at the end of each stage, and keep the one with the lowest validation loss",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
+    in_background: bool = Field(
+        False, description="write from a copy in memory while training goes on: 12 bytes a parameter, over the ranks",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
 
 
 class TrackingConfig(Section):
@@ -361,43 +364,6 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply dotted overrides.
-
-    source: a YAML file or the name of a shipped recipe. overrides: `section.field=value`, the value in YAML.
-    Raises RecipeError, one sentence with field, value and remedy.
-    """
-    tree = _read_yaml(recipe_path(source))
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return check_recipe(tree)
-
-
-def recipe_path(source: str) -> Path:
-    """The file a recipe's name or path stands for."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = RECIPES / f"{source}.yaml"
-    if os.sep not in source and shipped.is_file():
-        return shipped
-    names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    raise RecipeError(f"recipe {source!r} is neither a file nor a shipped recipe ({names}): check the name")
-
-
-def check_recipe(tree: dict[str, Any]) -> Recipe:
-    """Validate a tree of plain values. Raises RecipeError naming the first field at fault."""
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise RecipeError(_sentence(error)) from None
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def lasting(section: BaseModel) -> dict[str, Any]:
     """The section without its operational fields: what its results depend on."""
     kept: dict[str, Any] = {}
@@ -408,68 +374,3 @@ def lasting(section: BaseModel) -> dict[str, Any]:
         value = getattr(section, name)
         kept[name] = lasting(value) if isinstance(value, BaseModel) else value
     return kept
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where} is not valid YAML ({getattr(error, 'problem', error)}): mend it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}): check the file") from None
-    if not isinstance(tree, dict):
-        raise RecipeError(f"{path} holds no sections: start from a shipped recipe in launch/recipes/")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not all(key.split(".")):
-        raise RecipeError(f"override {override!r} is not of the form section.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
-    node = tree
-    *parents, leaf = key.split(".")
-    for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = child
-    node[leaf] = value
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first fault as one sentence; further ones are counted."""
-    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
-    fault = faults[0]  # a misspelt field first: it explains the one that is missing
-    field = ".".join(str(part) for part in fault["loc"])
-    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-    kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        return f"recipe field {field} does not exist{_suggestion(fault['loc'])}{more}"
-    if kind == "missing":
-        return f"recipe field {field} is missing: add it{more}"
-    if kind == "model_type":
-        return f"recipe field {field}={fault['input']!r} is a section: write its fields below it{more}"
-    if not field:
-        return f"recipe: {message}{more}"
-    shown = "" if isinstance(fault["input"], dict) else f"={fault['input']!r}"
-    return f"recipe field {field}{shown}: {message[:1].lower()}{message[1:]}{more}"
-
-
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    section: Any = Recipe
-    for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return ": remove it"
-    close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
-    return f": did you mean {close[0]}?" if close else f": the fields here are {', '.join(section.model_fields)}"

@@ -4,6 +4,10 @@ The command line prints the sentence and exits with `exit_code`; a traceback mea
 """
 
 
+RESUME = 75  # exit code EX_TEMPFAIL: everything is saved, start the same command again
+HANG = 74  # a rank was silent for too long
+
+
 class PoclError(Exception):
     """Root of the tree."""
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from pocl_ds import ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
-from pocl_ds.config import Recipe, dump_recipe, lasting, load_recipe
+from pocl_ds.config import Recipe, lasting
 from pocl_ds.errors import ArtifactError
+from pocl_ds.recipe import dump_recipe, load_recipe
 
 log = logging.getLogger("pocl_ds")
 

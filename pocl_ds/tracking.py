@@ -10,8 +10,10 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 from pocl_ds.artifacts import atomic_write, disk_faults
@@ -88,6 +90,30 @@ class Progress:
             sys.stderr.flush()
         else:
             log.info("%s", line)
+
+
+class Spikes:
+    """Tells a loss that jumps from one that wanders: far above the median of the last ones in its stage."""
+
+    WINDOW, FEWEST, DEVIATIONS, SHARE = 32, 12, 8.0, 0.2
+
+    def __init__(self) -> None:
+        self._stage: int | None = None
+        self._recent: deque[float] = deque(maxlen=self.WINDOW)
+
+    def seen(self, loss: float, stage: int) -> float | None:
+        """How many times its recent median a spiking loss is; None for one that is no spike."""
+        if stage != self._stage:
+            self._stage = stage
+            self._recent.clear()
+        ratio = None
+        if len(self._recent) >= self.FEWEST:
+            middle = median(self._recent)
+            spread = 1.4826 * median(abs(value - middle) for value in self._recent)  # a normal distribution's deviation
+            if loss > middle + max(self.DEVIATIONS * spread, self.SHARE * middle):
+                ratio = loss / middle
+        self._recent.append(loss)
+        return ratio
 
 
 class MetricsWriter:

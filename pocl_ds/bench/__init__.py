@@ -4,5 +4,6 @@ BENCHMARKS = {
     "rouge": ("pocl_ds.bench.rouge", "ROUGE-L against the package rouge-score"),
     "loss": ("pocl_ds.bench.loss", "head and divergence: time and memory against full logits and Liger"),
     "step": ("pocl_ds.bench.step", "a training step against full logits, SFT, TRL, and the floor"),
+    "checkpoint": ("pocl_ds.bench.checkpoint", "saving, at once and in the background, loading and converting"),
     "scale": ("pocl_ds.bench.scale", "ranking, planning and sampling at 10k to 10M samples"),
 }

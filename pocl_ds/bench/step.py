@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import torch
 
 from pocl_ds.bench.workloads import WORKLOADS, Workload, flops, gemm_rate, write_models, write_steps
 from pocl_ds.errors import RecipeError, ResourceError
+from pocl_ds.models.quiet import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, STEPS = 2, 4
@@ -32,6 +34,8 @@ CONTENDERS = (
     ("SFT of the student", "sft", 1),
     ("plain full logits", "full", 1),
 )
+# What a recipe can switch, one at a time, beside "ours, ZeRO-3, 1 rank".
+SWITCHES = tuple((f"ours, ZeRO-3, {switch}", f"zero3+{switch}", 1) for switch in ("checkpointing", "padded", "sdpa", "eager"))
 
 
 def run(
@@ -39,20 +43,22 @@ def run(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Print and return, by workload and contender, the median, least and most seconds, and the peak memory in MiB.
 
-    arguments: names of workloads (A and B where none is given), `--trl PYTHON` for an interpreter that has TRL.
-    Raises RecipeError for an unknown workload.
+    arguments: names of workloads (A and B where none is given), `--trl PYTHON` for an interpreter that has TRL,
+    `--switches` for the recipe's switches in place of the other contenders. Raises RecipeError for an unknown workload.
     """
-    names, trl = _parse(arguments)
+    words = [word for word in arguments if word != "--switches"]
+    names, trl = _parse(words)
+    contenders = CONTENDERS if len(words) == len(arguments) else (CONTENDERS[1], *SWITCHES)
     cores = os.cpu_count() or 1
-    rate = gemm_rate(cores)
-    out(f"{cores} cores, {rate / 1e9:.0f} GFLOP/s in matrix products; {rounds} rounds of {steps} steps, medians")
+    out(f"{cores} cores; {rounds} rounds of {steps} steps, medians")
     found = {}
     for name in names:
         work = WORKLOADS[name]
+        found[name], rate = _workload(work, contenders, cores, trl, rounds, steps)
         floor = flops(work) / rate
-        out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens, floor {floor:.2f} s")
+        out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens, "
+            f"{rate / 1e9:.0f} GFLOP/s in matrix products, floor {floor:.2f} s")  # fmt: skip
         out(f"{'':<24}{'seconds a step':>16}  {'(least..most)':<14}{'x floor':>8}{'peak':>12}")
-        found[name] = _workload(work, cores, trl, rounds, steps)
         found[name]["floor"] = {"median": floor}
         for label, row in found[name].items():
             if label != "floor":
@@ -75,30 +81,42 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     return words or ["A", "B"], trl
 
 
-def _workload(work: Workload, cores: int, trl: str | None, rounds: int, steps: int) -> dict[str, dict[str, float]]:
+Contenders = Sequence[tuple[str, str, int]]
+
+
+def _workload(
+    work: Workload, contenders: Contenders, cores: int, trl: str | None, rounds: int, steps: int
+) -> tuple[dict[str, dict[str, float]], float]:
+    """What each contender took, and the best rate of matrix products that was seen between the rounds."""
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, list[float]] = {}
+    rates = [gemm_rate(cores)]
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as name:
         folder = Path(name)
-        write_models(work, folder)
+        with quiet():
+            write_models(work, folder)
         for _ in range(rounds):
-            for label, command in _commands(work, folder, cores, trl, steps).items():
+            for label, command in _commands(work, contenders, folder, cores, trl, steps).items():
                 record = _run(label, command, folder / "out.json", cores)
                 seconds.setdefault(label, []).extend(record["seconds"])
                 peaks.setdefault(label, []).append(record["peak_mib"])
-    return {
+            rates.append(gemm_rate(cores))
+    found = {
         label: {"median": statistics.median(times), "least": min(times), "most": max(times), "peak_mib": max(peaks[label])}
         for label, times in seconds.items()
     }
+    return found, max(rates)
 
 
-def _commands(work: Workload, folder: Path, cores: int, trl: str | None, steps: int) -> dict[str, list[str]]:
+def _commands(
+    work: Workload, contenders: Contenders, folder: Path, cores: int, trl: str | None, steps: int
+) -> dict[str, list[str]]:
     gpus = torch.cuda.device_count()  # where there are some, each rank needs its own
     tail = [work.name, str(folder), str(steps), str(folder / "out.json")]
     launcher = ["bash", str(ROOT / "launch" / "train.sh"), "--module", "pocl_ds.bench.step_worker"]
     commands = {
         label: [*launcher, "--ranks", str(ranks), "--threads", str(max(1, cores // ranks)), variant, *tail]
-        for label, variant, ranks in CONTENDERS
+        for label, variant, ranks in contenders
         if ranks <= gpus or not gpus
     }
     if trl:
@@ -109,6 +127,8 @@ def _commands(work: Workload, folder: Path, cores: int, trl: str | None, steps: 
 
 def _run(label: str, command: list[str], result: Path, cores: int) -> dict[str, Any]:
     result.unlink(missing_ok=True)
+    for earlier in result.parent.glob("run-*"):  # of the round before: it is finished, and would not be run again
+        shutil.rmtree(earlier)
     environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(result.parent / "logs")}
     if command[0] != "bash":
         environment["OMP_NUM_THREADS"] = str(cores)

@@ -2,8 +2,9 @@
 
     launch/train.sh --ranks R --threads T --module pocl_ds.bench.step_worker VARIANT WORKLOAD FOLDER STEPS OUT
 
-Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), full (all logits of both sides, as research
-code does it), sft (the student alone, from transformers).
+Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), each also with one of the recipe's switches
+(zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager); full (all logits of both sides, as research code does it), sft
+(the student alone, from transformers).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ALPHA, LR = 0.3, 1e-4
 
 def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> None:
     """Time `steps` steps after one that is not counted."""
-    measure = ours if variant in ("zero3", "torch") else plain
+    measure = ours if variant.startswith(("zero3", "torch")) else plain
     seconds, loss = measure(variant, work, folder, steps + 1)
     on_gpu = distributed.device().type == "cuda"
     own = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -47,16 +48,21 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
     if distributed.rank() == 0:
         write_split(work, run.data)
     count = len(work.lengths)
+    engine, _, switch = variant.partition("+")
     train = TrainConfig(
-        engine="torch" if variant == "torch" else "deepspeed", batch_size=count,
+        engine="torch" if engine == "torch" else "deepspeed", batch_size=count, layout="padded" if switch == "padded" else "auto",
         micro_batch_size=max(1, count // distributed.world_size()), lr=LR, validate_samples=0,
         checkpoint=CheckpointConfig(every=10**9), tracking=TrackingConfig(tensorboard=False),
     )  # fmt: skip
     kind = precision()
-    teacher = TeacherConfig(model=str(folder / "teacher"), dtype=kind)
-    student = StudentConfig(model=str(folder / "student"), dtype=kind)
+    attention = switch if switch in ("sdpa", "eager") else "per_sample"
+    teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": kind, "attention": attention})
+    student = StudentConfig.model_validate(
+        {"model": str(folder / "student"), "dtype": kind, "attention": attention,
+         "activation_checkpointing": switch == "checkpointing"}
+    )  # fmt: skip
     plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=ALPHA)
-    if variant == "zero3":
+    if engine == "zero3":
         stage.start_deepspeed()
         distributed.barrier()
     job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, teacher.model, teacher,

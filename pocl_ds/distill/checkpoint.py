@@ -1,7 +1,8 @@
 """Checkpoints of a training: whole or not at all.
 
-A checkpoint is built under a temporary name by all ranks; then its files are digested, the manifest is written, the
-directory gets its name, and only then do older ones go. A name without the suffix is therefore always a whole one.
+A checkpoint is built under a temporary name: every rank writes its files and digests them, at once or in the background.
+When all are done the manifest is written, the directory gets its name, and only then do older ones go. A name without a
+suffix is therefore always a whole one.
 What a rank's random numbers, samples and schedules are follows from the step alone (see `curriculum.sampler`,
 `engine.seed_step`), so the state is the engine's shards and one number.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,77 +30,127 @@ from pocl_ds.artifacts import (
     sync_directory,
     write_json,
 )
-from pocl_ds.distill.engine import Engine
+from pocl_ds.config import CheckpointConfig
+from pocl_ds.distill.engine import Engine, Write
 from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 
 log = logging.getLogger("pocl_ds")
 
-PREFIX, PARTIAL, STATE = "step-", ".partial", "trainer.json"
+PREFIX, PARTIAL, DAMAGED, STATE = "step-", ".partial", ".damaged", "trainer.json"
 RESHARDED = "resharded"  # a checkpoint of another number of ranks, rewritten; gone with the next save
 FAILURES = 2  # failed saves in a row that end a run
 # What torch's writer says when the disk is full; it does not keep the errno.
 FULL_DISK = ("PytorchStreamWriter failed", "No space left", "file write failed", "unexpected pos")
 
 
+@dataclass
+class _Save:
+    """One checkpoint on its way: what this rank has written of it, or why it could not."""
+
+    step: int
+    partial: Path
+    validation_loss: float | None
+    thread: threading.Thread | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    fault: str | None = None
+    defect: Exception | None = None  # what is no matter of files
+
+
 class Checkpoints:
     """The checkpoints of one training directory."""
 
-    def __init__(self, directory: Path, *, keep: int, fingerprint: str) -> None:
-        self.directory, self.keep, self.fingerprint = directory, keep, fingerprint
+    def __init__(self, directory: Path, config: CheckpointConfig, *, fingerprint: str) -> None:
+        self.directory, self.config, self.fingerprint = directory, config, fingerprint
         self.failures = 0  # saves that failed since one succeeded
+        self.underway: _Save | None = None  # the same on all ranks
 
-    def save(self, step: int, engine: Engine, *, last_chance: bool) -> None:
-        """Write a checkpoint; all ranks together.
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing in the background."""
+        return self.underway is not None and self.underway.thread is not None and self.underway.thread.is_alive()
+
+    def save(self, step: int, engine: Engine, *, last_chance: bool, validation_loss: float | None = None) -> None:
+        """Write a checkpoint, or begin to where it is done in the background; all ranks together.
 
         A first failure is said, and training goes on to the next save; a second in a row, or one where no later save
         comes (`last_chance`), raises ResourceError on all ranks. The checkpoint before stays as it is.
         """
-        final = self.directory / f"{PREFIX}{step:08d}"
-        partial = final.with_suffix(PARTIAL)
-        fault = self._write(partial, step, engine)
-        faults = [found for found in distributed.gather_objects(fault) if found]
-        if not faults:
-            with distributed.together("seal the checkpoint"):
-                files = self._digests(partial)
-                if distributed.rank() == 0:
-                    self._seal(partial, final, step, files)
-            self.failures = 0
+        self.settle()
+        save = _Save(step, self.directory / f"{PREFIX}{step:08d}{PARTIAL}", validation_loss)
+        save.fault = self._clear(save.partial)
+        if any(distributed.gather_objects(save.fault)):
+            self._end(save, last_chance=last_chance)
             return
-        if distributed.rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        self.failures += 1
-        kept = f"the newest checkpoint is that of step {self.steps()[-1]}" if self.steps() else "there is no checkpoint yet"
-        if last_chance or self.failures == FAILURES:
-            raise ResourceError(f"step {step} could not be saved to {self.directory} ({faults[0]}; {kept}): free some space "
-                                "and start again, training goes on from there")  # fmt: skip
-        log.error("step %d could not be saved to %s (%s; %s): training goes on, the next save is the last chance",
-                  step, self.directory, faults[0], kept)  # fmt: skip
+        background = self.config.in_background and not last_chance
+        write = engine.snapshot(save.partial, copy=background)
+        if not background:
+            self._write(save, write)
+            self._end(save, last_chance=last_chance)
+            return
+        save.thread = threading.Thread(target=self._write, args=(save, write), name="checkpoint")
+        save.thread.start()
+        self.underway = save
 
-    def _write(self, partial: Path, step: int, engine: Engine) -> str | None:
-        """Write this rank's files. Returns what went wrong; what is not a matter of files is raised."""
-        fault = None
+    def settle(self) -> None:
+        """Wait for a save in the background, and seal it; all ranks together. Does nothing where there is none."""
+        if self.underway is not None and self.underway.thread is not None:
+            self.underway.thread.join()
+            save, self.underway = self.underway, None
+            self._end(save, last_chance=False)
+
+    def _clear(self, partial: Path) -> str | None:
         try:
             if distributed.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         except OSError as error:
-            fault = _reason(error)
-        if any(distributed.gather_objects(fault)):
-            return fault
-        try:
-            engine.save(partial)
-            if distributed.rank() == 0:
-                write_json(partial / STATE, {"step": step, "ranks": distributed.world_size()})
-        except (OSError, RuntimeError) as error:  # PoclError of write_json is a RuntimeError too
-            fault = _reason(error)
-        return fault
+            return _reason(error)
+        return None
 
-    def _seal(self, partial: Path, final: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-        manifest = Manifest("checkpoint", self.fingerprint, files, {"step": step}, package_versions())
-        with disk_faults(partial):
-            write_json(partial / "manifest.json", asdict(manifest))
+    def _write(self, save: _Save, write: Write) -> None:
+        """Write and digest this rank's files; what goes wrong is kept for `_end`, since this may be a thread."""
+        try:
+            paths = write()
+            if distributed.rank() == 0:
+                write_json(save.partial / STATE, {"step": save.step, "ranks": distributed.world_size()})
+                paths = [*paths, save.partial / STATE]
+            save.files = {str(path.relative_to(save.partial)): file_digest(path) for path in paths}
+        except (OSError, RuntimeError) as error:  # PoclError of write_json is a RuntimeError too
+            save.fault = _reason(error)
+            save.defect = None if save.fault else error
+        except Exception as error:
+            save.defect = error
+
+    def _end(self, save: _Save, *, last_chance: bool) -> None:
+        """Seal what all ranks have written, or say that it could not be."""
+        if save.defect is not None:
+            raise save.defect
+        gathered = distributed.gather_objects((save.fault, save.files))
+        faults = [fault for fault, _ in gathered if fault]
+        if not faults:
+            with distributed.together("seal the checkpoint"):
+                if distributed.rank() == 0:
+                    self._seal(save, {name: digest for _, files in gathered for name, digest in files.items()})
+            self.failures = 0
+            return
+        if distributed.rank() == 0:
+            shutil.rmtree(save.partial, ignore_errors=True)
+        self.failures += 1
+        kept = f"the newest checkpoint is that of step {self.steps()[-1]}" if self.steps() else "there is no checkpoint yet"
+        if last_chance or self.failures == FAILURES:
+            raise ResourceError(f"step {save.step} could not be saved to {self.directory} ({faults[0]}; {kept}): free some space "
+                                "and start again, training goes on from there")  # fmt: skip
+        log.error("step %d could not be saved to %s (%s; %s): training goes on, the next save is the last chance",
+                  save.step, self.directory, faults[0], kept)  # fmt: skip
+
+    def _seal(self, save: _Save, files: dict[str, dict[str, Any]]) -> None:
+        info = {"step": save.step} | ({} if save.validation_loss is None else {"validation_loss": save.validation_loss})
+        manifest = Manifest("checkpoint", self.fingerprint, files, info, package_versions())
+        final = save.partial.with_suffix("")
+        with disk_faults(save.partial):
+            write_json(save.partial / "manifest.json", asdict(manifest))
             shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
+            os.replace(save.partial, final)
             sync_directory(self.directory)
             shutil.rmtree(self.directory / RESHARDED, ignore_errors=True)
             self._retire()
@@ -133,7 +185,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints with a final name, oldest first."""
-        names = (p.name for p in self.directory.glob(f"{PREFIX}*") if p.is_dir() and p.suffix != PARTIAL)
+        names = (p.name for p in self.directory.glob(f"{PREFIX}*") if p.is_dir() and not p.suffix)
         return sorted(int(name.removeprefix(PREFIX)) for name in names)
 
     def _newest_whole(self) -> dict[str, Any] | str | None:
@@ -141,39 +193,57 @@ class Checkpoints:
         for leftover in self.directory.glob(f"*{PARTIAL}"):
             log.info("removing %s, the remains of a save that was cut short", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             path = self.directory / f"{PREFIX}{step:08d}"
             manifest = read_manifest(path)
             faults = ["manifest.json is missing"] if manifest is None else damaged_files(path, manifest)
             if faults or manifest is None:
                 log.warning("checkpoint %s is damaged (%s): looking for the one before", path, "; ".join(faults))
+                damaged.append(path)
                 continue
             if manifest.fingerprint != self.fingerprint:
                 return f"checkpoint {path} belongs to another recipe or other data: use another --run-dir"
+            self._set_aside(damaged, step, steps[-1] - step)
             return {"path": str(path), "step": step, "ranks": read_json(path / STATE)["ranks"]}
         if steps:
             return f"none of the checkpoints in {self.directory} is whole: remove that directory to train from the start"
         return None
 
-    def _digests(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Size and checksum of every file; ranks share the reading."""
-        files = sorted(p for p in partial.rglob("*") if p.is_file())
-        mine = files[distributed.rank() :: distributed.world_size()]
-        parts = distributed.gather_objects({str(p.relative_to(partial)): file_digest(p) for p in mine})
-        return {name: digest for part in parts for name, digest in part.items()}
+    def _set_aside(self, damaged: list[Path], step: int, lost: int) -> None:
+        """Take the name of a checkpoint from damaged ones: counted as newest, they would push whole ones out."""
+        for path in damaged:
+            aside = path.with_suffix(DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            with disk_faults(path):
+                path.rename(aside)
+        if damaged:
+            log.warning("going on from step %d, %d steps are trained again; the damaged files stay as *%s until the next save",
+                        step, lost, DAMAGED)  # fmt: skip
 
     def _retire(self) -> None:
-        for step in self.steps()[: -self.keep]:
+        """Remove what neither `keep`, `keep_every` nor `keep_best` holds."""
+        for aside in self.directory.glob(f"*{DAMAGED}"):
+            shutil.rmtree(aside, ignore_errors=True)
+        steps, config = self.steps(), self.config
+        kept = set(steps[-config.keep :])
+        if config.keep_every:
+            kept |= {step for step in steps if step % config.keep_every == 0}
+        if config.keep_best:
+            manifests = {step: read_manifest(self.directory / f"{PREFIX}{step:08d}") for step in steps}
+            losses = {step: found.info["validation_loss"] for step, found in manifests.items()
+                      if found and "validation_loss" in found.info}  # fmt: skip
+            kept |= {min(losses, key=lambda step: losses[step])} if losses else set()
+        for step in set(steps) - kept:
             shutil.rmtree(self.directory / f"{PREFIX}{step:08d}", ignore_errors=True)
 
 
-def _reason(error: OSError | RuntimeError) -> str:
-    """Why a file could not be written. Raises what is no matter of files."""
+def _reason(error: OSError | RuntimeError) -> str | None:
+    """Why a file could not be written; None for what is no matter of files."""
     if isinstance(error, OSError):
         return f"rank {distributed.rank()}: {error.strerror or error}"
     if isinstance(error, PoclError):
         return f"rank {distributed.rank()}: {error}"
     if any(words in str(error) for words in FULL_DISK):
         return f"rank {distributed.rank()}: no space left on the disk"
-    raise error
+    return None

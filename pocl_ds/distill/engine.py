@@ -19,7 +19,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from pocl_ds.config import TrainConfig
 from pocl_ds.errors import ArtifactError, ResourceError
 
 log = logging.getLogger("pocl_ds")
+
+
+Write: TypeAlias = Callable[[], list[Path]]
 
 
 class Engine(Protocol):
@@ -50,18 +53,18 @@ class Engine(Protocol):
     def restart_optimizer(self) -> None:
         """Forget the optimizer's moments and step count, keep the weights."""
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's part of weights and optimizer below `directory`, which exists.
+    def snapshot(self, directory: Path, *, copy: bool) -> Write:
+        """Take this rank's part of weights and optimizer. The function that comes back writes it below `directory`, which
+        exists, and names the files; it waits for no other rank, and raises OSError or RuntimeError.
 
-        Raises OSError or RuntimeError where a file cannot be written, after all ranks have passed through: none is left
-        waiting for one that failed.
+        copy: take it to the CPU's memory, so that training can go on while it is written.
         """
 
     def load(self, directory: Path, *, resharded: bool = False) -> None:
-        """Read what `save` wrote with the same number of ranks, or what `reshard` made of it."""
+        """Read what a snapshot wrote with the same number of ranks, or what `reshard` made of it."""
 
     def reshard(self, source: Path, target: Path) -> None:
-        """Rewrite what `save` wrote below `source` so that any number of ranks can load it. One rank alone calls it."""
+        """Rewrite what snapshots wrote below `source` so that any number of ranks can load it. One rank alone calls it."""
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """Whole weights of a part of the module, on the CPU, on rank 0; empty elsewhere."""
@@ -100,23 +103,28 @@ class DeepSpeedEngine:
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         clear_moments(inner)
 
-    def save(self, directory: Path) -> None:
+    def snapshot(self, directory: Path, *, copy: bool) -> Write:
+        """See `Engine`. DeepSpeed meets in barriers between its files, where a rank that cannot write would leave the others
+        waiting: so nothing is written before all states are taken.
+        """
         writer, write = self.engine.checkpoint_engine, self.engine.checkpoint_engine.save
-        faults: list[Exception] = []
+        taken: list[tuple[Any, str]] = []
 
-        def guarded(*arguments: Any, **options: Any) -> None:  # DeepSpeed meets in barriers between its files
-            try:
-                write(*arguments, **options)
-            except (OSError, RuntimeError) as fault:
-                faults.append(fault)
+        def take(state_dict: Any, path: str) -> None:
+            taken.append((_copied(state_dict) if copy else state_dict, path))
 
-        writer.save = guarded
+        writer.save = take
         try:
             self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False)
         finally:
             del writer.save  # the class's own method shows again
-        if faults:
-            raise faults[0]
+
+        def write_all() -> list[Path]:
+            for state, path in taken:
+                write(state, path)
+            return [Path(path) for _, path in taken]
+
+        return write_all
 
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         self.engine._config.load_universal_checkpoint = resharded
@@ -193,10 +201,17 @@ class TorchEngine:
     def restart_optimizer(self) -> None:
         clear_moments(self.optimizer)
 
-    def save(self, directory: Path) -> None:
-        if distributed.rank() == 0:
-            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, directory / "torch.pt")
+    def snapshot(self, directory: Path, *, copy: bool) -> Write:
+        if distributed.rank():
+            return list
+        live = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state, path = _copied(live) if copy else live, directory / "torch.pt"
+
+        def write() -> list[Path]:
+            torch.save(state, path)
+            return [path]
+
+        return write
 
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         state = torch.load(directory / "torch.pt", map_location="cpu", weights_only=True)
@@ -307,6 +322,17 @@ def clear_moments(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if "step" in group:
             group["step"] = 0
+
+
+def _copied(state: Any) -> Any:
+    """A tree of dictionaries, lists and tuples with its tensors copied into the CPU's memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return type(state)((key, _copied(value)) for key, value in state.items())
+    if type(state) in (list, tuple):
+        return type(state)(_copied(value) for value in state)
+    return state
 
 
 def seed_step(seed: int, step: int, micro: int) -> None:

@@ -16,21 +16,26 @@ log = logging.getLogger("pocl_ds")
 
 # float32: weights, gradients, two moments, and ZeRO's flat copy of the weights.
 BYTES_PER_TRAINED_PARAMETER = 4 * 5
+BYTES_COPIED = 4 * 3  # weights and moments once more, while a checkpoint is written in the background
 BYTES_GATHERED = 4 * 2  # a trained parameter whole on a rank during a step, and its gradient before it is scattered
 BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations of a small micro-batch
 
 
-def check_memory(student: str, teacher: str | None, *, teacher_bytes: int, chunk_bytes: int, sharded: bool) -> None:
+def check_memory(
+    student: str, teacher: str | None, *, teacher_bytes: int, chunk_bytes: int, sharded: bool, copied: bool
+) -> None:
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
     student, teacher: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
+    copied: checkpoints are written in the background.
     """
     if distributed.device().type != "cpu":
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     copies = ranks / distributed.world_size() if sharded else ranks
     trained = parameters(student)
-    models = trained * BYTES_PER_TRAINED_PARAMETER + (parameters(teacher) * teacher_bytes if teacher else 0)
+    models = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied)
+    models += parameters(teacher) * teacher_bytes if teacher else 0
     gathered = trained * BYTES_GATHERED if sharded else 0  # ZeRO-3 keeps weights from forward to backward where they fit
     need = int(models * copies) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes)
     free = available_bytes()

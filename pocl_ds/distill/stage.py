@@ -198,7 +198,7 @@ def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, A
     logits = 8 * int(student_config.vocab_size) * (train.micro_batch_tokens or train.micro_batch_size * longest)
     check_memory(
         job.student_path, job.teacher_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
-        chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
+        chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed, copied=train.checkpoint.in_background,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))

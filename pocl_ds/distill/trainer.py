@@ -31,8 +31,8 @@ from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.teacher import Teacher
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.distill.watchdog import Watchdog
-from pocl_ds.errors import Interrupted, NumericalError
-from pocl_ds.tracking import MetricsWriter, Progress
+from pocl_ds.errors import RESUME, Interrupted, NumericalError
+from pocl_ds.tracking import MetricsWriter, Progress, Spikes
 
 log = logging.getLogger("pocl_ds")
 
@@ -92,9 +92,7 @@ class Trainer:
         self.directory, self.plan, self.data = directory, plan, data
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
         self.sampler, self.layout, self.fingerprint = sampler, layout, fingerprint
-        self.checkpoints = Checkpoints(
-            directory / "checkpoints", keep=train.checkpoint.keep, fingerprint=fingerprint
-        )
+        self.checkpoints = Checkpoints(directory / "checkpoints", train.checkpoint, fingerprint=fingerprint)
         self.device = distributed.device()
         self.lengths = data.split.total_tokens
         self.loss_tokens = data.split.total_tokens - np.maximum(data.split.prompt_tokens, 1)
@@ -105,10 +103,10 @@ class Trainer:
         done = self.first_step = self.checkpoints.load(self.engine)
         if done:
             log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
-        writer = self._writer(done)
-        total = self.plan.total_steps
+        writer, spikes = self._writer(done), Spikes()
+        total, saving = self.plan.total_steps, self.train.checkpoint
         distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "packed": self.layout.packed,
-                           **package_versions()})  # fmt: skip
+                           "train": self.train.model_dump_json(), **package_versions()})  # fmt: skip
         with (
             StopFlag() as stop,
             Watchdog(self.directory / "logs", self.train.hang_seconds) as self.watchdog,
@@ -120,21 +118,28 @@ class Trainer:
                 if self.train.schedule == "per_stage" and position.stage and position.step_in_stage == 0:
                     self.engine.restart_optimizer()
                 record, stopping = self._step(position, stop)
+                if (times := spikes.seen(record["loss"], position.stage)) is not None:
+                    log.warning("%s: the loss of step %d is %.1f times its recent median (%.4f)",
+                                self.label, step + 1, times, record["loss"])  # fmt: skip
                 self._write(writer, record)
                 progress.advance(
                     1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", loss=record["loss"],
                     **{"tokens/s": record["tokens_per_second"]},
                 )
-                if position.step_in_stage + 1 == self.plan.stages[position.stage].steps:
-                    self._write(writer, self._validate(position))
-                if stopping or (step + 1) % self.train.checkpoint.every == 0 or step + 1 == total:
+                validation, stage_ends = None, position.step_in_stage + 1 == self.plan.stages[position.stage].steps
+                if stage_ends and (validation := self._validate(position)):
+                    self._write(writer, validation)
+                last = stopping or step + 1 == total
+                if last or (step + 1) % saving.every == 0 or (stage_ends and saving.keep_best):
                     self.watchdog.beat()
-                    self.checkpoints.save(step + 1, self.engine, last_chance=stopping or step + 1 == total)
+                    loss = validation["validation_loss"] if validation else None
+                    self.checkpoints.save(step + 1, self.engine, last_chance=last, validation_loss=loss)
                 if stopping and step + 1 < total:
                     number = stop.signal or signal.SIGTERM
                     raise Interrupted(
                         f"stopped by {signal.Signals(number).name} after step {step + 1} of {total}: everything up to "
-                        "there is saved, the same command goes on from there", exit_code=128 + number,
+                        "there is saved, the same command goes on from there",
+                        exit_code=128 + number if number == signal.SIGINT else RESUME,
                     )
         if writer:
             writer.close()
@@ -151,7 +156,8 @@ class Trainer:
         micro_batches = self._deal(self.lengths[rows])
         terms = LossTerms(self.loss.name, stage.tau, stage.alpha, self.loss.tau_squared, dict(self.loss.options))
         distributed.agree({"step": position.step, "stage": position.stage, "micro-batches": len(micro_batches),
-                           "loss tokens": normaliser, "teacher": self.teacher is not None, "tau": stage.tau})  # fmt: skip
+                           "tokens": int(self.lengths[rows].sum()), "loss tokens": normaliser,
+                           "teacher": self.teacher is not None, "tau": stage.tau})  # fmt: skip
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
@@ -159,8 +165,10 @@ class Trainer:
             total, kd_sum, ce_sum = self._forward(batch, terms)
             self.engine.backward(total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
             sums += torch.stack([total.detach(), kd_sum, ce_sum])
-        flag = sums.new_tensor([stop.signal is not None])
-        *reduced, stopping = distributed.all_sum(torch.cat([sums, flag])).tolist()
+        flags = sums.new_tensor([stop.signal is not None, self.checkpoints.writing])
+        *reduced, stopping, writing = distributed.all_sum(torch.cat([sums, flags])).tolist()
+        if not writing:
+            self.checkpoints.settle()  # what was saved in the background is whole on all ranks
         loss, kd, ce = (value / normaliser for value in reduced)
         rate = learning_rate(
             *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 from pocl_ds import distributed
+from pocl_ds.errors import HANG
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command may go on
 # Where a thread cannot run because C code holds the interpreter, faulthandler's own timer fires this much later.
 LATER = 30.0
 
@@ -60,4 +60,4 @@ class Watchdog:
                 f"its threads are in {self.path}; the run ends, the same command goes on from the last checkpoint",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
-            os._exit(EXIT_CODE)
+            os._exit(HANG)

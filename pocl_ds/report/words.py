@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from pocl_ds.report.read import MODELS, Facts
+from pocl_ds.tracking import Spikes
 
 ABSENT = "–"
 LONGEST = 1500  # characters of an answer that are shown
@@ -91,7 +92,18 @@ def training_line(facts: Facts) -> str:
     share = f"{100 * info['padding_share']:.0f}% of their tokens"
     ranks = "1 rank" if info["ranks"] == 1 else f"{info['ranks']} ranks"
     lay = f"packed without padding, which would be {share}" if info["packed"] else f"padded; padding is {share}"
-    return f"{info['steps']:,} steps on {ranks}; micro-batches were {lay}."
+    return f"{info['steps']:,} steps on {ranks}; micro-batches were {lay}." + _spikes(facts)
+
+
+def _spikes(facts: Facts) -> str:
+    """The steps whose loss jumped, at most a few of them by number."""
+    if facts.curves is None:
+        return ""
+    columns, spikes = facts.curves.steps, Spikes()
+    rows = zip(columns["step"], columns["loss"], columns["stage"], strict=True)
+    found = [f"{step:.0f}" for step, loss, stage in rows if spikes.seen(float(loss), int(stage)) is not None]
+    named = ", ".join(found[:8]) + (" and others" if len(found) > 8 else "")
+    return f" The loss spiked at {len(found)} steps: {named}." if found else ""
 
 
 def plan_rows(plan: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, environment
 
+from pocl_ds.errors import HANG
+
 SAID = {
     "skip": (2, ("rank 1 is about to do something else", "micro-batches 2 against 3")),
     "recipe": (2, ("rank 1 is about to do something else", "fingerprint 'other' against 'one'")),
-    "sleep": (75, ("rank 0 did nothing for", "stacks-rank-0.txt")),
+    "sleep": (HANG, ("rank 0 did nothing for", "stacks-rank-0.txt")),
     "die": (9, ("rank 1 failed first, with exit code 9",)),
 }
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import ROOT, pocl
+from command_line import ROOT, environment, pocl
 from safetensors.torch import load_file
 from tiny_runs import write_recipe
 
@@ -163,3 +163,25 @@ def test_killed_and_started_again_comes_to_exactly_the_same(finished: Path, tmp_
     ours, theirs = weights(run), weights(finished)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_signal_saves_and_says_resume_me(finished: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """As SLURM sends it to launch/train.sh before the time limit; checkpoints are written while training goes on."""
+    run = untrained_copy(finished, tmp_path / "run")
+    command = ["bash", "launch/train.sh", "--ranks", "2", "train", "--run-dir", str(run), "train.checkpoint.in_background=true"]
+    where = {**environment(), "POCL_PYTHON": sys.executable}
+    child = subprocess.Popen(command, cwd=ROOT, env=where, stderr=subprocess.PIPE, text=True)
+    metrics = run / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 8:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    child.send_signal(number)
+    said = child.communicate(timeout=120)[1]
+    assert child.returncode == 75, said[-2000:]
+    assert f"stopped by {number.name} after step" in said and "Traceback" not in said
+    pocl("train", "--run-dir", str(run))
+    assert steps(run) == steps(finished)
+    assert all(weights(run)[name].equal(value) for name, value in weights(finished).items())
+    assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] >= 8

@@ -53,12 +53,12 @@ class Kill:
 
 
 def prepare(folder: Path) -> Path:
-    """The recipe of a small run with dropout, three stages, and a checkpoint every third step."""
+    """The recipe of a small run with dropout, three stages, and a checkpoint every third step, written while training goes on."""
     teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
     student = tiny_models.llama(folder / "student")
     return write_recipe(
         folder, teacher, student, train_samples=60, student={"heal_steps": 4, "dropout": 0.1}, score={"shards": 4},
-        plan={"epochs_per_stage": 4},
+        plan={"epochs_per_stage": 4}, train={"checkpoint": {"every": 3, "in_background": True}},
     )  # fmt: skip
 
 

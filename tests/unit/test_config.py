@@ -11,9 +11,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.config import RECIPES, Recipe, TrainConfig, check_recipe, dump_recipe, lasting, load_recipe
+from pocl_ds.config import Recipe, TrainConfig, lasting
 from pocl_ds.errors import RecipeError
 from pocl_ds.pipeline import fingerprints
+from pocl_ds.recipe import RECIPES, check_recipe, dump_recipe, load_recipe
 
 BASE: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}}
 

@@ -17,7 +17,7 @@ TIERS = (
     ("__init__",),
     ("errors",),
     ("config", "artifacts"),
-    ("distributed", "tracking", "ds_config"),
+    ("distributed", "tracking", "ds_config", "recipe"),
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
@@ -86,7 +86,9 @@ def test_the_rule_catches(file: str, text: str) -> None:
     assert violations(PACKAGE / file, text)
 
 
-@pytest.mark.parametrize("module", ["config", "cli", "errors", "artifacts", "ds_config", "curriculum.plan", "difficulty.rank"])
+@pytest.mark.parametrize(
+    "module", ["config", "recipe", "cli", "errors", "artifacts", "ds_config", "curriculum.plan", "difficulty.rank"]
+)
 def test_a_light_module_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, pocl_ds.{module}\n"

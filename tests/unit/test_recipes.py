@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds.config import LOSSES, RECIPES, dump_recipe, load_recipe
+from pocl_ds.config import LOSSES
 from pocl_ds.ds_config import resolve_student, resolve_teacher
+from pocl_ds.recipe import RECIPES, dump_recipe, load_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 WANTED = {

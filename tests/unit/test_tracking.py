@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pocl_ds import tracking
-from pocl_ds.tracking import MetricsWriter, Progress, read_metrics
+from pocl_ds.tracking import MetricsWriter, Progress, Spikes, read_metrics
 
 
 @pytest.fixture
@@ -63,3 +63,15 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5, 1 / 3, 9.0]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_a_spike_is_a_jump_and_not_a_slope() -> None:
+    spikes = Spikes()
+    slope = [4.0 - 0.02 * step + 0.01 * (step % 3) for step in range(40)]
+    assert [spikes.seen(loss, 0) for loss in slope] == [None] * 40
+    times = spikes.seen(9.0, 0)
+    assert times is not None and times == pytest.approx(9.0 / 3.5, rel=0.05)
+    assert spikes.seen(3.2, 0) is None
+    assert [spikes.seen(12.0, 1) for _ in range(5)] == [None] * 5  # another stage has another loss
+    constant = Spikes()
+    assert [constant.seen(2.0, 0) for _ in range(20)] == [None] * 20 and constant.seen(2.3, 0) is None

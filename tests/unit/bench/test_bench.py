@@ -7,7 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from pocl_ds.bench import BENCHMARKS, loss, rouge, scale, step, workloads
+from pocl_ds.bench import BENCHMARKS, checkpoint, loss, rouge, scale, step, workloads
+from pocl_ds.cli import main
 from pocl_ds.errors import RecipeError
 
 
@@ -61,8 +62,24 @@ def test_step_prints_every_contender() -> None:
     assert [label for label in found if label != "floor"] == [label for label, _, _ in step.CONTENDERS]
     timed = [row for label, row in found.items() if label != "floor"]
     assert all(row["least"] <= row["median"] <= row["most"] and row["peak_mib"] > 100 for row in timed)
+    switched = step.run(["tiny", "--switches"], lines.append, rounds=1, steps=1)["tiny"]
+    assert [label for label in switched if label != "floor"] == ["ours, ZeRO-3, 1 rank", *(label for label, *_ in step.SWITCHES)]
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
         step.run(["C"])
+
+
+def test_checkpoint_says_what_a_save_costs() -> None:
+    lines: list[str] = []
+    found = checkpoint.run(["tiny"], lines.append)
+    assert all(found[part] for part in ("step", "save", "stall", "whole", "load", "convert"))
+    assert 12 <= found["bytes_per_parameter"] < 40  # weights and two moments in float32; tiny files have heads
+    with pytest.raises(RecipeError, match="give one workload"):
+        checkpoint.run(["C"])
+
+
+def test_options_of_a_benchmark_reach_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", "tiny", "--trl"]) == 2
+    assert "--trl needs the path of a Python that has TRL installed" in capsys.readouterr().err
 
 
 def test_flops_of_a_workload_are_those_that_torch_counts() -> None:
