@@ -137,6 +137,15 @@ def attempt(recipe: Path, run: Path, source: random.Random, longest: float, log:
     return Kill(victim, seconds, stage, len(records(run)))
 
 
+def went_on_at(said: str, recorded: int) -> int | None:
+    """The step that an attempt's training went on from; None where it was killed before it came to that."""
+    if found := re.search(r"train: going on after step (\d+) of", said):
+        return int(found.group(1))
+    if "train: done already" in said:  # the kill came after the training's manifest
+        return recorded
+    return 0 if re.search(r"train  \d+/\d+ steps|train: done", said) else None
+
+
 def differences(run: Path, reference: Path) -> list[str]:
     """Names of the results that are not the same."""
     found = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
@@ -169,9 +178,8 @@ def main(kills: int, seed: int, folder: Path) -> int:
         while True:
             enough = len(table) >= kills
             found = attempt(recipe, run, source, 10 * LONGEST if enough else longest * 0.6, log)
-            went_on = re.search(r"train: going on after step (\d+) of", log.read_text())
             if pending and pending.stage == "train":
-                pending.resumed = int(went_on.group(1)) if went_on else 0
+                pending.resumed = went_on_at(log.read_text(), pending.step)
             if pending:
                 print(pending.row(len(table)), flush=True)
             pending = found
