@@ -19,15 +19,15 @@ from pocl_ds.models.heads import packs
 
 log = logging.getLogger("pocl_ds")
 
+STEPS = 16  # of each stage, whose lengths are looked at
+
+
 @dataclass(frozen=True)
 class Layout:
     """packed: samples behind one another in one row. padding_share: of a padded micro-batch's tokens, what padding would be."""
 
     packed: bool
     padding_share: float
-
-
-STEPS = 16  # of each stage, whose lengths are looked at
 
 
 def choose_layout(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64], models: Sequence[Any]) -> Layout:
