@@ -4,12 +4,13 @@
 #   launch/train.sh [--ranks N] [--threads T] [--module MODULE] COMMAND ARGUMENT...
 #   launch/train.sh --ranks 2 train --run-dir runs/quickstart
 #
-# On one machine: N processes of `python -m MODULE COMMAND ARGUMENT...` (MODULE is pocl_ds.cli unless told). Rank 0 writes to
+# On one machine: N processes of MODULE COMMAND ARGUMENT... (MODULE is pocl_ds.cli unless told). Rank 0 writes to
 # the terminal, every other rank to a log of its own in POCL_LOG_DIR, in the run directory's logs/, or in a temporary folder.
 # When a rank fails, the others are ended (POCL_KILL_GRACE seconds after TERM comes KILL), the failed rank's last lines are
 # shown, and its exit code is the script's. INT, TERM, USR1 and USR2 are passed on to every rank, once.
 #
-# Under `srun` (SLURM_PROCID is set) the process becomes one rank itself: rendezvous comes from SLURM's variables.
+# In a task of `srun` the process becomes one rank itself: rendezvous comes from SLURM's variables. In an allocation of several
+# nodes (`salloc`, or the script of a job) it calls `srun` for that.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -43,13 +44,21 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$here/.cache/torch_extension
 PATH=$(dirname "$python"):$PATH
 export PATH
 
-if [ -n "${SLURM_PROCID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
-  export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=${SLURM_LOCALID:-0}
-  export LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$((SLURM_NTASKS / ${SLURM_NNODES:-1}))}
-  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-  export MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 50000))}
+# A task of an `srun` step is one rank. The signal handlers come with Python: until then USR1 and USR2 do no harm.
+if [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ]; then
+  trap '' USR1 USR2
+  export RANK=$SLURM_PROCID WORLD_SIZE=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} LOCAL_RANK=${SLURM_LOCALID:-0}
+  export LOCAL_WORLD_SIZE=$((WORLD_SIZE / ${SLURM_STEP_NUM_NODES:-1}))
+  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)}
+  # Below the ephemeral ports; jobs on one node, a job's steps, and its attempts each have their own.
+  place=$((SLURM_JOB_ID * 16 + SLURM_STEP_ID + 5 * ${SLURM_RESTART_COUNT:-0}))
+  export MASTER_PORT=${MASTER_PORT:-$((10000 + place % 22000))}
   export OMP_NUM_THREADS=${threads:-${SLURM_CPUS_PER_TASK:-1}}
-  exec "$python" -m "$module" "$@"
+  exec "$python" "$here/launch/pocl.py" "$module" "$@"
+fi
+# In an allocation, as in the script of a job or the shell of `salloc`, the ranks are spread over its nodes.
+if [ -n "${SLURM_JOB_ID:-}" ] && ((${SLURM_NNODES:-1} > 1)); then
+  exec srun --ntasks="$ranks" --kill-on-bad-exit=1 bash "${BASH_SOURCE[0]}" ${threads:+--threads "$threads"} --module "$module" "$@"
 fi
 
 cores=$(nproc)
@@ -76,9 +85,9 @@ forward() {
 set -m
 for ((rank = 0; rank < ranks; rank++)); do
   if ((rank == 0)); then
-    RANK=0 LOCAL_RANK=0 "$python" -m "$module" "$@" &
+    RANK=0 LOCAL_RANK=0 "$python" "$here/launch/pocl.py" "$module" "$@" &
   else
-    RANK=$rank LOCAL_RANK=$rank "$python" -m "$module" "$@" >"$logs/rank-$rank.log" 2>&1 &
+    RANK=$rank LOCAL_RANK=$rank "$python" "$here/launch/pocl.py" "$module" "$@" >"$logs/rank-$rank.log" 2>&1 &
   fi
   alive[$rank]=$!
 done

@@ -206,6 +206,7 @@ class RunDirectory:
     evaluation = property(lambda self: self.path / "evaluation")  # results.json, answers/
     export = property(lambda self: self.path / "export")  # the student, for others
     report = property(lambda self: self.path / "report")  # report.html, report.md
+    cluster = property(lambda self: self.path / "cluster")  # submitted jobs: profile, scripts, code, attempts
     logs = property(lambda self: self.path / "logs")
 
 

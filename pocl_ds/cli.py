@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl_ds.cluster import commands as cluster
+
 if TYPE_CHECKING:
     from pocl_ds.artifacts import RunDirectory
     from pocl_ds.config import Recipe
@@ -31,30 +33,55 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
+    from pocl_ds.exits import leave_when_asked, leave_word
+
+    leave_when_asked()
+    error = ""
+    try:
+        code, error = _main(arguments)
+    except SystemExit as leaving:  # argparse, or a signal
+        code = leaving.code if isinstance(leaving.code, int) else 1
+    except BaseException as defect:
+        leave_word(1, f"{type(defect).__name__}: {defect}")
+        raise
+    finally:
+        _leave()
+    leave_word(code, error)
+    return code
+
+
+def _main(arguments: list[str] | None) -> tuple[int, str]:
+    """Exit code, and the sentence that says why it is not 0."""
+    from pocl_ds.errors import PoclError
+
+    options = _options(arguments)
+    try:
+        if options.command == "bench":
+            return _bench(options), ""
+        if options.command in cluster.FUNCTIONS:
+            return cluster.run_command(options), ""
+        return _command(options), ""
+    except PoclError as error:
+        print(f"pocl {options.command}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code, str(error)
+    except KeyboardInterrupt:
+        print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
+        return 130, "interrupted"
+    except BrokenPipeError:
+        return 0, ""
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; overrides may stand anywhere, which argparse does not take by itself."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "bench":
         options.arguments += rest  # a benchmark reads its own
-    elif any(word.startswith("-") for word in rest):
+    elif any(word.startswith("-") for word in rest) or (rest and not hasattr(options, "words")):
         parser.error(f"unrecognized arguments: {' '.join(rest)} (pocl {options.command} --help)")
-    elif rest:  # argparse takes no positional words after an option; overrides may stand anywhere
+    elif rest:
         options.words += rest
-    from pocl_ds.errors import PoclError
-
-    try:
-        if options.command == "bench":
-            return _bench(options)
-        return _command(options)
-    except PoclError as error:
-        print(f"pocl {options.command}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
-    finally:
-        _leave()
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="start: pocl run quickstart --run-dir runs/quickstart · each command: pocl COMMAND --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (purpose, example) in COMMANDS.items():
+    for name, (purpose, example) in {**COMMANDS, **cluster.COMMANDS}.items():
         command = commands.add_parser(
             name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example: {example}"
         )
@@ -72,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("name", help="which benchmark; `list` names them")
             command.add_argument("arguments", nargs="*", help="of the benchmark")
             continue
+        if name in cluster.COMMANDS:
+            cluster.add_arguments(name, command)
+            if name != "submit":
+                continue
         command.add_argument(
             "words", nargs="*", metavar="RECIPE | field=value",
             help="a recipe file or the name of a shipped one (left out: the run directory's), and dotted overrides",
@@ -85,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--shard", metavar="I/N", help="only shard I of N, from 0; sets score.shards=N")
         if name == "evaluate":
             command.add_argument("--model", choices=("teacher", "initial", "student", "baseline"), help="only this one's answers")
+            command.add_argument("--benchmark", help="with --model: only this benchmark")
+            command.add_argument("--seed", type=int, help="with --model: only this seed")
         if name == "export":
             command.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
     return parser
@@ -99,6 +132,8 @@ def _command(options: argparse.Namespace) -> int:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     setup_logging(rank, world_size=ranks)
     recipe, run = _recipe(options)
+    if options.command == "submit":
+        return cluster.submit(options, recipe, run)
     if options.dry_run:
         return _dry_run(options, recipe, run)
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
@@ -261,11 +296,27 @@ def _evaluate(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fi
 
     names = evaluated_models(recipe)
     if options.model:
-        answer(run, recipe.evaluate, recipe.prompt, model=options.model, path=model_path(run, options.model),
+        answer(run, _part(recipe.evaluate, options), recipe.prompt, model=options.model, path=model_path(run, options.model),
                threads=recipe.launch.threads)  # fmt: skip
         return
     held_out(run, recipe.evaluate, {name: model_path(run, name) for name in names})
     summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
+
+
+def _part(config: Any, options: argparse.Namespace) -> Any:
+    """The evaluation with only the benchmark and the seed that were named."""
+    from pocl_ds.errors import RecipeError
+
+    part: dict[str, Any] = {}
+    if options.benchmark is not None:
+        if options.benchmark not in config.benchmarks:
+            raise RecipeError(f"--benchmark {options.benchmark}: the recipe has {', '.join(config.benchmarks)}")
+        part["benchmarks"] = {options.benchmark: config.benchmarks[options.benchmark]}
+    if options.seed is not None:
+        if options.seed not in config.seeds:
+            raise RecipeError(f"--seed {options.seed}: the recipe has {', '.join(map(str, config.seeds))}")
+        part["seeds"] = (options.seed,)
+    return config.model_copy(update=part)
 
 
 def _export(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:

@@ -5,6 +5,7 @@ The command line prints the sentence and exits with `exit_code`; a traceback mea
 
 
 RESUME = 75  # exit code EX_TEMPFAIL: everything is saved, start the same command again
+UNFIT = 71  # EX_OSERR: this node cannot do its part, another may
 HANG = 74  # a rank was silent for too long
 
 

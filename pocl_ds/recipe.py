@@ -45,7 +45,7 @@ def check_recipe(tree: dict[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(_sentence(error)) from None
+        raise RecipeError(first_fault(error, "recipe field", Recipe)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -87,28 +87,30 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first fault as one sentence; further ones are counted."""
+def first_fault(error: ValidationError, what: str, model: type[BaseModel]) -> str:
+    """The first fault of a tree as one sentence that begins with `what`; further ones are counted."""
     faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     fault = faults[0]  # a misspelt field first: it explains the one that is missing
     field = ".".join(str(part) for part in fault["loc"])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
-        return f"recipe field {field} does not exist{_suggestion(fault['loc'])}{more}"
+        return f"{what} {field} does not exist{_suggestion(fault['loc'], model)}{more}"
     if kind == "missing":
-        return f"recipe field {field} is missing: add it{more}"
+        return f"{what} {field} is missing: add it{more}"
     if kind == "model_type":
-        return f"recipe field {field}={fault['input']!r} is a section: write its fields below it{more}"
+        return f"{what} {field}={fault['input']!r} is a section: write its fields below it{more}"
     if not field:
-        return f"recipe: {message}{more}"
+        return f"{what.removesuffix('field').rstrip(' :')}: {message}{more}"
     shown = "" if isinstance(fault["input"], dict) else f"={fault['input']!r}"
-    return f"recipe field {field}{shown}: {message[:1].lower()}{message[1:]}{more}"
+    return f"{what} {field}{shown}: {message[:1].lower()}{message[1:]}{more}"
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
-    section: Any = Recipe
+def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    section: Any = model
     for part in location[:-1]:
+        if part not in section.model_fields:  # a key of a table, as in jobs.train
+            continue
         annotation = section.model_fields[str(part)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from pocl_ds import distributed
 from pocl_ds.errors import HANG
+from pocl_ds.exits import leave_word
 
 # Where a thread cannot run because C code holds the interpreter, faulthandler's own timer fires this much later.
 LATER = 30.0
@@ -55,9 +56,10 @@ class Watchdog:
                 continue
             faulthandler.dump_traceback(self._stream, all_threads=True)
             self._stream.flush()
-            print(
+            said = (
                 f"rank {distributed.rank()} did nothing for {silent:.0f} s (train.hang_seconds={self.seconds:g}): the stacks of "
-                f"its threads are in {self.path}; the run ends, the same command goes on from the last checkpoint",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                f"its threads are in {self.path}; the run ends, the same command goes on from the last checkpoint"
+            )
+            print(said, file=sys.stderr, flush=True)
+            leave_word(HANG, said)
             os._exit(HANG)

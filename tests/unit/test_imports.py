@@ -16,12 +16,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TIERS = (
     ("__init__",),
     ("errors",),
-    ("config", "artifacts"),
+    ("config", "artifacts", "exits"),
     ("distributed", "tracking", "ds_config", "recipe"),
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
-    ("cluster", "bench", "pipeline"),
+    ("bench", "pipeline"),
+    ("cluster",),
     ("cli",),
 )
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}

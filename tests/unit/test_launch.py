@@ -196,15 +196,16 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
     (fake / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
     (fake / "scontrol").chmod(0o755)
     slurm = {
-        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]",
-        "SLURM_JOB_ID": "123456", "PATH": f"{fake}:{os.environ['PATH']}",
+        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_RESTART_COUNT": "1",
+        "PATH": f"{fake}:{os.environ['PATH']}",
     }  # fmt: skip
     process = launch.start(9, {}, **slurm)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     environment = launch.environment(3)
     found = [environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-    assert found == ["3", "1", "4", "2", "n1", str(10000 + 123456 % 50000)]
+    assert found == ["3", "1", "4", "2", "n1", str(10000 + (123456 * 16 + 2 + 5) % 22000)]
 
 
 @pytest.mark.parametrize(

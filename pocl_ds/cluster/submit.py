@@ -1,0 +1,214 @@
+"""From a recipe to dependent jobs: freeze what they run in the run directory, render their scripts, hand them to SLURM."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from pocl_ds import pipeline
+from pocl_ds.artifacts import (
+    RunDirectory,
+    atomic_directory,
+    atomic_write,
+    fingerprint,
+    package_versions,
+    read_json,
+    write_json,
+)
+from pocl_ds.cluster import scheduler
+from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
+from pocl_ds.cluster.profile import Profile, dump_profile, load_profile
+from pocl_ds.config import Recipe
+from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.recipe import check_recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("pocl_ds", "launch", "ds_configs", "slurm")  # what a job runs from its run directory
+UNSAFE = re.compile(r'[%"\\\n\r]')  # in the name of an output file SLURM reads these as its own
+
+
+class Submission:
+    """A run, its recipe with as many ranks as its nodes give, a profile, and the jobs that are left to do."""
+
+    def __init__(self, run: RunDirectory, recipe: Recipe, profile: Profile, *, nodes: int | None) -> None:
+        self.path = run.path.expanduser().resolve()
+        if found := UNSAFE.search(str(self.path)):
+            raise RecipeError(f"the run directory {str(self.path)!r} holds {found.group()!r}, which SLURM does not take in the "
+                              "name of a log: choose another --run-dir")
+        self.run, self.profile = RunDirectory(self.path), profile
+        count, tasks = nodes_for(recipe, profile, nodes)
+        self.recipe = recipe
+        if count * tasks != recipe.launch.ranks:
+            tree = recipe.model_dump(mode="json")
+            tree["launch"]["ranks"] = count * tasks
+            self.recipe = check_recipe(tree)
+        done = dict.fromkeys(pipeline.NAMES, False)
+        if self.run.recipe.is_file():
+            done = pipeline.finished(self.run, self.recipe)
+        self.jobs = pipeline_jobs(self.recipe, profile, done, nodes=count, tasks=tasks)
+        self.folder = self.run.cluster
+        self.directory = os.getcwd()  # the recipe's relative paths begin here
+        if UNSAFE.search(self.directory):
+            raise RecipeError(f"the working directory {self.directory!r} has a name that SLURM does not take: choose another")
+
+    def script(self, job: JobSpec) -> str:
+        """The text of a job's script."""
+        environment = dict(self.profile.environment)
+        if self.profile.interface:
+            environment |= {"GLOO_SOCKET_IFNAME": self.profile.interface, "NCCL_SOCKET_IFNAME": self.profile.interface}
+        if self.profile.scratch:
+            environment["TMPDIR"] = self.profile.scratch
+        world = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+        world.filters["quoted"] = lambda value: shlex.quote(str(value))
+        template = world.from_string((ROOT / "slurm" / "job.sbatch.j2").read_text(encoding="utf-8"))
+        return template.render(
+            run=str(self.path), job=job, options=self._options(job), setup=self.profile.setup, environment=environment,
+            python="python3" if self.profile.container else sys.executable,
+            launcher=f"{self.folder}/code/launch/pocl.py",
+        )  # fmt: skip
+
+    def _options(self, job: JobSpec) -> list[str]:
+        """What stands in the #SBATCH lines: numbers, checked words, and one quoted path."""
+        profile = self.profile
+        limits = {"partition": profile.partition, "time": profile.time, "memory": profile.memory if job.whole_nodes else None}
+        own: Any = profile.jobs
+        if own := own.get(job.name):
+            limits |= {name: value for name, value in own.model_dump().items() if value is not None}
+        throttle = f"%{profile.array_tasks}" if profile.array_tasks else ""
+        pattern = f"{self.path}/logs/{job.name}-%j.log"
+        found = {
+            "job-name": f"{self.recipe.name}:{job.name}", "output": f'"{pattern}"', "open-mode": "append",
+            "partition": limits["partition"], "account": profile.account, "qos": profile.qos, "constraint": profile.constraint,
+            "reservation": profile.reservation, "exclude": profile.exclude, "time": limits["time"], "mem": limits["memory"],
+            "nodes": job.nodes, "ntasks-per-node": job.tasks_per_node, "cpus-per-task": job.cpus_per_task,
+            "signal": f"B:USR2@{profile.grace_seconds}", "chdir": f'"{self.directory}"',
+            "array": f"0-{len(job.items) - 1}{throttle}" if job.items else None,
+        }  # fmt: skip
+        if job.gpus_per_node:
+            kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
+            if profile.gres:
+                found["gres"] = f"gpu:{kind}{job.gpus_per_node}"
+            else:
+                found["gpus-per-node"] = f"{kind}{job.gpus_per_node}"
+        return [*(f"--{name}={value}" for name, value in found.items() if value is not None), "--requeue", *profile.options]
+
+    def show(self) -> str:
+        """The jobs and how they hang together, as lines."""
+        lines = []
+        for job in self.jobs:
+            place = f"nodes {job.nodes} x tasks {job.tasks_per_node}"
+            array = f", array of {len(job.items)}" if job.items else ""
+            after = f"  after {', '.join(job.after)}" if job.after else ""
+            steps = ", ".join(" ".join(step.words) for step in job.steps)
+            lines.append(f"{job.name:<10}{place}{array}  ({steps}){after}")
+        return "\n".join(lines) or "every stage is done: nothing to submit"
+
+    def start_times(self) -> dict[str, str]:
+        """When the scheduler would start each job that waits for none; the others follow them."""
+        found = {}
+        for job in self.jobs:
+            if job.after:
+                found[job.name] = f"after {', '.join(job.after)}"
+                continue
+            found[job.name] = scheduler.start_time(self.script(job))
+        return found
+
+    def submit(self) -> dict[str, str]:
+        """Freeze, render and submit. Returns the job ids by name; where one is refused, those before it are cancelled."""
+        if busy := scheduler.live(job_ids(self.run)):
+            raise ArtifactError(f"{self.path} has jobs that wait or run ({', '.join(sorted({job.id for job in busy}))}): "
+                                f"see `pocl status {self.path}`, or `pocl cancel` them first")
+        with pipeline.locked(self.run):
+            pipeline.enter(self.run, self.recipe)
+            self._freeze()
+        ids: dict[str, str] = {}
+        try:
+            for job in self.jobs:
+                options = ["--kill-on-invalid-dep=yes"]
+                if job.after:
+                    options.append(f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}")
+                ids[job.name] = scheduler.submit(str(self.folder / "jobs" / f"{job.name}.sbatch"), options)
+                with atomic_write(self.folder / "jobs" / f"{job.name}.ids") as stream:
+                    stream.write(f"{ids[job.name]}\n")
+        except BaseException:
+            scheduler.cancel(list(ids.values()))
+            raise
+        return ids
+
+    def _freeze(self) -> None:
+        """All that the jobs read: working trees may change under a job that waits for days."""
+        self.run.logs.mkdir(parents=True, exist_ok=True)
+        with atomic_directory(self.folder / "code") as folder:
+            for name in CODE:
+                shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        with atomic_write(self.folder / "profile.yaml") as stream:
+            stream.write(dump_profile(self.profile))
+        with atomic_directory(self.folder / "jobs") as folder:
+            for job in self.jobs:
+                (folder / f"{job.name}.sbatch").write_text(self.script(job))
+                write_json(folder / f"{job.name}.json", self._spec(job))
+        if (self.folder / "attempts").is_dir():  # those of an earlier submission do not count against this one
+            past = self.folder / "past"
+            past.mkdir(exist_ok=True)
+            number = len(list(past.iterdir()))
+            for name in ("attempts", "exits"):
+                if (self.folder / name).is_dir():
+                    os.replace(self.folder / name, past / f"{number}-{name}")
+        write_json(self.folder / "submission.json", {
+            "jobs": [job.name for job in self.jobs], "profile": self.profile.name,
+            "recipe": fingerprint(self.recipe.model_dump()),
+            "versions": package_versions(), "python": sys.executable, "directory": self.directory,
+            "code": _digest(self.folder / "code"),
+        })  # fmt: skip
+
+    def _spec(self, job: JobSpec) -> dict[str, Any]:
+        """What the job's own program reads."""
+        profile = self.profile
+        spec = asdict(job)
+        return {
+            **spec, "python": sys.executable, "container": profile.container and profile.container.model_dump(mode="json"),
+            "attempts": profile.attempts, "preflight": job.tasks > 1 or bool(job.gpus_per_node and not job.items),
+            "before": [other.name for other in self.jobs if job.name in other.after],
+        }  # fmt: skip
+
+
+def resume(run: RunDirectory) -> Submission:
+    """What is left of a submitted run, by its own recipe and profile. Raises ArtifactError for one that was never submitted."""
+    file = run.cluster / "profile.yaml"
+    if not file.is_file():
+        raise ArtifactError(f"{run.path} was never submitted: run `pocl submit RECIPE --profile NAME --run-dir {run.path}`")
+    run = RunDirectory(run.path.resolve())
+    recipe, profile = load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml"))
+    os.chdir(read_json(run.cluster / "submission.json")["directory"])
+    return Submission(run, recipe, profile, nodes=None)
+
+
+def job_ids(run: RunDirectory) -> list[str]:
+    """All ids under which the run's jobs were submitted."""
+    return [line for path in sorted((run.cluster / "jobs").glob("*.ids")) for line in path.read_text().split()]
+
+
+def cancel(run: RunDirectory) -> list[str]:
+    """Cancel the run's jobs that wait or run. Returns their ids."""
+    ids = sorted({job.array for job in scheduler.live(job_ids(run))}, key=int)
+    scheduler.cancel(ids)
+    return ids
+
+
+def _digest(folder: Path) -> str:
+    """Of the names and contents of a tree."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
