@@ -60,7 +60,7 @@ class Launch:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str) -> subprocess.Popen[str]:
-        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS")}
+        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE") and not k.startswith("SLURM_")}
         command = ["bash", str(LAUNCHER), "--ranks", str(ranks), *extra, "--module", "fake_rank"]
         ours = {"PYTHONPATH": str(self.folder), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(self.folder / "logs")}
         self.process = subprocess.Popen(

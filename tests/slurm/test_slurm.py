@@ -1,0 +1,262 @@
+"""Whole runs on a real SLURM cluster, undisturbed and disturbed in every way a cluster knows: they end in the same student."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from safetensors.torch import load_file
+from slurm_cluster import Cluster
+from tiny_runs import write_recipe
+
+from pocl_ds.tracking import read_metrics
+
+pytestmark = pytest.mark.timeout(900)
+PROFILE = "test-cluster"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Where every user may read and write: pytest's own folders are root's alone."""
+    path = Path(tempfile.mkdtemp(prefix="pocl-slurm-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    """Models, data and a recipe with dropout, two ranks, and a training that lasts long enough to be disturbed."""
+    teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
+    student = tiny_models.llama(folder / "student")
+    return write_recipe(
+        folder, teacher, student, train_samples=56, student={"heal_steps": 2, "dropout": 0.1},
+        plan={"epochs_per_stage": 8}, train={"checkpoint": {"every": 4}},
+    )  # fmt: skip
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    kept = ("step", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "sample_ids_digest")
+    return [{key: record[key] for key in kept} for record in read_metrics(run / "train" / "metrics.jsonl")]
+
+
+def recorded(run: Path) -> int:
+    path = run / "train" / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.is_file() else 0
+
+
+def attempts(run: Path, label: str) -> list[dict[str, Any]]:
+    path = run / "cluster" / "attempts" / f"{label}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return list({line["number"]: line for line in lines}.values())
+
+
+def done(run: Path) -> bool:
+    return (run / "report" / "manifest.json").is_file()
+
+
+def assert_equal(run: Path, other: Path) -> None:
+    """The same steps and weights, bit by bit."""
+    assert steps(run) == steps(other)
+    ours, theirs = (load_file(path / "train" / "final" / "model.safetensors") for path in (run, other))
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def planned_copy(run: Path, target: Path) -> Path:
+    """The run up to its plan."""
+    left_out = ("train", "evaluation", "export", "report", "logs", "cluster", ".lock")
+    shutil.copytree(run, target, ignore=shutil.ignore_patterns(*left_out))
+    return target
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: Cluster, folder: Path, recipe: Path) -> Path:
+    """A run that nobody disturbs, from its data to the report; its name would be two commands to a careless shell."""
+    run = folder / "calm run; touch x"
+    cluster.pocl("submit", str(recipe), "--profile", PROFILE, "--run-dir", str(run))
+    cluster.until(lambda: done(run), "the undisturbed run")
+    return run
+
+
+def test_a_pipeline_comes_to_its_report(cluster: Cluster, calm: Path) -> None:
+    said = cluster.pocl("status", str(calm)).stdout
+    assert [line.split()[2] for line in said.splitlines()[1:7]] == ["done"] * 6
+    assert len(steps(calm)) == 104 and "step 104/104" in said and "2/2 shards" in said
+    assert not (calm.parent / "x").exists()
+    log = (calm / "logs" / "train-a1-preflight-rank-0.log").read_text()
+    assert "2 ranks on 2 nodes agree, an all-reduce moves" in log
+    assert "nothing to submit" in cluster.pocl("resume", str(calm)).stdout
+
+
+def held_profile(folder: Path) -> str:
+    """The profile with jobs that wait for a release: time to change what they run."""
+    path = folder / "held.yaml"
+    path.write_text((Path(__file__).parents[2] / "slurm" / "profiles" / "test-cluster.yaml").read_text() + "options: [--hold]\n")
+    return str(path)
+
+
+def release(cluster: Cluster, run: Path) -> None:
+    for path in sorted((run / "cluster" / "jobs").glob("*.ids")):
+        cluster.call("scontrol", "release", path.read_text().split()[-1])
+
+
+def submit_changed(cluster: Cluster, run: Path, folder: Path, line: str) -> None:
+    """Submit a run whose frozen code executes a line more at the beginning of each training step."""
+    cluster.pocl("submit", "--profile", held_profile(folder), "--run-dir", str(run))
+    file = run / "cluster" / "code" / "pocl_ds" / "distill" / "trainer.py"
+    mark = "                position = self.sampler.at(step)\n"
+    text = file.read_text()
+    assert mark in text
+    file.write_text(text.replace(mark, f"{mark}                {line}\n"))
+    release(cluster, run)
+
+
+def test_preempted_cut_off_and_with_a_node_killed(cluster: Cluster, calm: Path, folder: Path) -> None:
+    """Training, evaluation and report; what happens to them costs time, and nothing else. Steps are slow enough to be hit."""
+    run = planned_copy(calm, folder / "ordeal")
+    submit_changed(cluster, run, folder, "time.sleep(0.5)")
+    moments = {}
+
+    def trained(more: int) -> None:
+        before = recorded(run)
+        job = cluster.job(run, "train")
+        cluster.until(lambda: cluster.state(job) == "RUNNING" and recorded(run) >= before + more, f"{more} more steps")
+
+    def again(attempt: int) -> None:
+        cluster.until(lambda: len(attempts(run, "train")) > attempt or done(run), f"an attempt after {attempt}")
+
+    trained(6)
+    moments["training"] = cluster.pocl("status", str(run)).stdout
+    urgent = cluster.call("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null",
+                          "--wrap=sleep 3").strip()  # fmt: skip
+    cluster.until(lambda: cluster.state(urgent) == "COMPLETED", "the urgent job")
+    moments["preempted"] = cluster.pocl("status", str(run)).stdout
+    again(1)
+    trained(6)
+    # One minute is the least that SLURM knows; the signal, 60 s before it, comes at once.
+    cluster.call("scontrol", "update", f"JobId={cluster.job(run, 'train')}", "TimeLimit=1")
+    cluster.until(lambda: attempts(run, "train")[1]["outcome"] == "again", "the time limit's signal")
+    cluster.call("scontrol", "update", f"JobId={cluster.job(run, 'train')}", "TimeLimit=30", check=False)
+    moments["cut off"] = cluster.pocl("status", str(run)).stdout
+    again(2)
+    trained(6)
+    cluster.script("kill", "n1")  # with the job's own program: it ends without a word
+    cluster.until(lambda: cluster.state(cluster.job(run, "train")) not in ("RUNNING", "COMPLETING"), "the node to be missed")
+    cluster.script("up")
+    again(3)
+    cluster.until(lambda: done(run), "the end")
+    moments["end"] = cluster.pocl("status", str(run)).stdout
+    if path := os.environ.get("POCL_MOMENTS"):
+        Path(path).write_text("\n".join(f"== {name}\n{text}" for name, text in moments.items()))
+    assert cluster.state(cluster.job(run, "report")) == "COMPLETED"
+    found = attempts(run, "train")
+    assert [attempt["stopped"] for attempt in found[:2]] == ["preemption", "SIGUSR2"]
+    assert found[2]["end"] is None and found[3]["outcome"] == "done"
+    assert "again" not in moments["end"] and moments["training"].count("waits for") >= 2
+    assert_equal(run, calm)
+
+
+def test_requeued_cancelled_and_resumed(cluster: Cluster, calm: Path, folder: Path) -> None:
+    run = planned_copy(calm, folder / "requeued")
+    submit_changed(cluster, run, folder, "time.sleep(0.1)")
+    refused = cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run), check=False)
+    assert refused.returncode == 2 and "wait or run" in refused.stderr
+    cluster.until(lambda: recorded(run) >= 6, "six steps")
+    cluster.call("scontrol", "requeue", cluster.job(run, "train"))
+    cluster.until(lambda: len(attempts(run, "train")) == 2 and recorded(run) >= 12, "a second attempt")
+    assert "cancelled" in cluster.pocl("cancel", str(run)).stdout
+    job = cluster.job(run, "train")
+    cluster.until(lambda: cluster.state(job) == "CANCELLED" and attempts(run, "train")[1]["end"], "the cancellation")
+    assert attempts(run, "train")[1]["outcome"] == "cancelled"
+    assert "train      " in cluster.pocl("resume", str(run)).stdout
+    cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
+    cluster.pocl("cancel", str(run))
+    assert_equal(run, calm)
+
+
+def test_an_array_task_that_is_killed_goes_alone(cluster: Cluster, calm: Path, folder: Path) -> None:
+    run = planned_copy(calm, folder / "array")
+    for name in ("scores", "ranking", "plan"):
+        shutil.rmtree(run / name)
+    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run))
+    cluster.until(lambda: len(attempts(run, "score-1")) == 1, "the second shard to begin")
+    pids = ""
+    while not pids:
+        pids = subprocess.run(["pgrep", "-f", f"score --shard 1/2 --run-dir {run}"], capture_output=True, text=True).stdout
+    subprocess.run(["kill", "-9", *pids.split()], check=True)
+    cluster.until(lambda: (run / "plan" / "manifest.json").is_file(), "the plan")
+    assert [attempt["outcome"] for attempt in attempts(run, "score-1")] == ["again", "done"]
+    assert [attempt["outcome"] for attempt in attempts(run, "score-0")] == ["done"]
+    cluster.pocl("cancel", str(run))
+    for file in ("shard-00000-of-00002.jsonl", "shard-00001-of-00002.jsonl"):
+        assert (run / "scores" / file).read_bytes() == (calm / "scores" / file).read_bytes()
+
+
+def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folder: Path) -> None:
+    """A defect in what the job runs: one more attempt, then what waits for it is cancelled, and status shows the error."""
+    run = planned_copy(calm, folder / "crash")
+    submit_changed(cluster, run, folder, "if step == 6: raise IndexError(f'a defect at {id(self):#x}')")
+    cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
+    cluster.until(lambda: cluster.state(cluster.job(run, "report")) == "CANCELLED", "the rest to be cancelled")
+    found = attempts(run, "train")
+    assert [attempt["outcome"] for attempt in found] == ["again", "failed"]
+    said = cluster.pocl("status", str(run)).stdout
+    assert "the same error at the same place as in attempt 1: IndexError: a defect" in said
+    rows = {line.split()[0]: line for line in said.splitlines()[1:4]}
+    assert "failed" in rows["train"] and "cancelled" in rows["evaluate"] and "cancelled" in rows["report"]
+    assert "since train did not finish" in said and "Traceback" not in cluster.pocl("logs", str(run), "train").stdout[:50]
+
+
+def test_a_fault_of_the_users_is_the_end_at_once(cluster: Cluster, calm: Path, folder: Path) -> None:
+    run = planned_copy(calm, folder / "fault")
+    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run), "train.lr=1e30", "train.lr_end=1e29")
+    cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
+    assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["failed"]
+    assert "lower train.lr" in cluster.pocl("status", str(run)).stdout
+
+
+def test_an_unfit_node_is_left_out(cluster: Cluster, calm: Path, folder: Path) -> None:
+    run = planned_copy(calm, folder / "unfit")
+    cluster.pocl("submit", "--profile", held_profile(folder), "--run-dir", str(run))
+    first = cluster.job(run, "train")
+    cluster.script("hide", "n2", str(run))
+    try:
+        release(cluster, run)
+        cluster.until(lambda: cluster.job(run, "train") != first, "another job in its place")
+        release(cluster, run)
+        cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
+        found = attempts(run, "train")
+        assert found[0]["suspects"] == ["n2"] and "n2" in found[0]["why"]
+        assert sorted(found[1]["nodes"]) == ["n1", "n3"]
+        cluster.until(lambda: cluster.state(cluster.job(run, "evaluate")) in ("RUNNING", "COMPLETED"), "what waited for both")
+    finally:
+        cluster.script("show", "n2", str(run))
+        cluster.pocl("cancel", str(run))
+    assert_equal(run, calm)
+
+
+def test_two_runs_at_once_one_of_another_user(cluster: Cluster, calm: Path, folder: Path) -> None:
+    for path in (Path(__file__), Path(shutil.which("python3") or "/usr/bin/python3")):
+        if subprocess.run(["runuser", "-u", "nobody", "--", "test", "-r", str(path)], capture_output=True).returncode:
+            pytest.skip(f"user nobody cannot read {path}")
+    home = folder / "home"
+    home.mkdir()
+    home.chmod(0o777)
+    runs = [planned_copy(calm, folder / "twin"), planned_copy(calm, home / "twin")]
+    subprocess.run(["chown", "-R", "nobody", str(runs[1])], check=True)
+    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(runs[0]))
+    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(runs[1]), user="nobody", HOME=str(home))
+    for run in runs:
+        cluster.until(lambda run=run: (run / "train" / "manifest.json").is_file(), "both trainings")
+        cluster.pocl("cancel", str(run))
+        assert_equal(run, calm)
+    starts = [attempts(run, "train")[0] for run in runs]
+    assert starts[0]["start"] < starts[1]["end"] and starts[1]["start"] < starts[0]["end"], "they ran at the same time"
