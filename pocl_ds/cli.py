@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         code, error = _main(arguments)
     except SystemExit as leaving:  # argparse, or a signal
         code = leaving.code if isinstance(leaving.code, int) else 1
-    except BaseException as defect:
-        leave_word(1, f"{type(defect).__name__}: {defect}")
-        raise
-    finally:
-        _leave()
+    except Exception as defect:
+        traceback.print_exc()
+        code, error = 1, f"{type(defect).__name__}: {defect}"
     leave_word(code, error)
     return code
 
@@ -355,12 +354,7 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _leave() -> None:
-    """Leave the process group where one was joined: a rank that just goes makes the others wait."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    from pocl_ds.exits import leave
+
+    leave(main())

@@ -263,6 +263,9 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     clip: Annotated[Float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
+    skip_non_finite: NonNegative = Field(
+        0, description="steps whose loss or gradient is not finite that may be left out before the run stops"
+    )
     validate_samples: NonNegative = Field(64, description="validation samples looked at after each stage; 0 for none")
     hang_seconds: Annotated[Float, Field(gt=0)] = Field(
         1800, description="a rank silent for so long writes its stacks and ends the run", json_schema_extra=OPERATIONAL

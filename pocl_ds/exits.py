@@ -6,6 +6,7 @@ launcher ends the others, each with a code of its own.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -13,7 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pocl_ds.errors import RESUME
 
@@ -36,6 +37,24 @@ def _leave(number: int, _frame: Any) -> None:
     name = signal.Signals(number).name
     print(f"pocl: {name}: leaving; finished work is kept, the same command goes on", file=sys.stderr, flush=True)
     raise SystemExit(RESUME)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, and where it is one of many ranks, without taking the interpreter down piece by piece.
+
+    gloo's threads may still hold a collective's tensors, and a process that tears Python down under them now and then aborts
+    after all its work is done (pytorch/pytorch#190489).
+    """
+    if "RANK" not in os.environ:
+        sys.exit(code)
+    torch = sys.modules.get("torch")
+    if code == 0 and torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # a rank that just goes makes the others wait
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def leave_word(code: int, error: str = "") -> None:

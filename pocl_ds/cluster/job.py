@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.attempts import AGAIN, DONE, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
+from pocl_ds.cluster.attempts import AGAIN, DONE, ENDED, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
 from pocl_ds.errors import RESUME, UNFIT, PoclError, ResourceError
 from pocl_ds.exits import FOLDER, SIGNALS
 
@@ -140,15 +140,15 @@ class Job:
         attempt = self.attempt
         attempt.end, attempt.progress = time.time(), progress(self.run, self.spec["name"])
         verdict = judge(self.before, attempt, most=self.spec["attempts"])
-        if verdict.outcome == AGAIN and cancelled(self.id):
-            verdict = Verdict("cancelled", "cancelled; `pocl resume` goes on")
+        if verdict.outcome == AGAIN and taken_away(self.id):
+            verdict = Verdict(ENDED, f"{verdict.why.partition(';')[0]}; SLURM itself ends or requeues the job")
         attempt.outcome, attempt.why = verdict.outcome, verdict.why
         write_attempt(self.file, attempt)
         say(f"{self.label}: {verdict.outcome}: {verdict.why}")
         if verdict.outcome == DONE:
             return 0
         if verdict.outcome != AGAIN:
-            return attempt.code if attempt.code and verdict.outcome != "cancelled" else 1
+            return attempt.code or 1
         try:
             return self._move(excluded([*self.before, attempt])) if attempt.code == UNFIT else self._requeue()
         except PoclError as error:
@@ -209,9 +209,23 @@ def progress(run: Path, name: str) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def cancelled(job: str) -> bool:
-    """Whether somebody cancelled the job: then it must not come back."""
-    return "JobState=CANCELLED" in _shown(job)
+def taken_away(job: str) -> bool:
+    """Whether SLURM is ending the job for another reason than its time limit: cancelled, it must not come back; requeued by
+    somebody, or since a node failed, it does so by itself. Which of the two, SLURM does not tell while it is at it.
+    """
+    shown = _shown(job)
+    state = re.search(r"JobState=(\S+)", shown)
+    if state is None or state.group(1) in ("RUNNING", "TIMEOUT"):
+        return False
+    used, limit = (re.search(rf"{name}=(\S+)", shown) for name in ("RunTime", "TimeLimit"))
+    return not (used and limit and limit.group(1) != "UNLIMITED" and _seconds(used.group(1)) >= _seconds(limit.group(1)))
+
+
+def _seconds(text: str) -> int:
+    """Of D-HH:MM:SS."""
+    days, _, clock = text.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def preempted(job: str) -> bool:

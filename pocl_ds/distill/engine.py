@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import random
 import shutil
@@ -48,7 +49,10 @@ class Engine(Protocol):
         """Accumulate gradients of loss_sum / normaliser; `last` marks the step's last micro-batch."""
 
     def step(self, lr: float) -> float:
-        """Clip, update with this learning rate, clear gradients. Returns the gradient norm before clipping."""
+        """Clip, update with this learning rate, clear gradients. Returns the gradient norm before clipping.
+
+        Where that is not finite, neither weights nor optimizer change.
+        """
 
     def restart_optimizer(self) -> None:
         """Forget the optimizer's moments and step count, keep the weights."""
@@ -97,7 +101,8 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        # DeepSpeed leaves an update with a non-finite gradient out by itself, and keeps the norm of the step before.
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
 
     def restart_optimizer(self) -> None:
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
@@ -191,12 +196,13 @@ class TorchEngine:
                 dist.all_reduce(parameter.grad)
 
     def step(self, lr: float) -> float:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def restart_optimizer(self) -> None:
         clear_moments(self.optimizer)
@@ -265,12 +271,6 @@ def start_deepspeed() -> None:
             raise ResourceError("MASTER_PORT is not set: start ranks through launch/train.sh")
         os.environ["MASTER_PORT"] = "0"
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
-
-
-def stop_distributed() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def fit(run: RunDirectory, job: Job) -> None:
             "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
             "ranks": distributed.world_size(), "engine": job.train.engine, "packed": trainer.layout.packed,
             "padding_share": round(trainer.layout.padding_share, 4),
-            "resumed_at": trainer.first_step,
+            "resumed_at": trainer.first_step, "skipped_steps": trainer.non_finite.skipped,
         }
         files = [p for p in sorted((job.directory / "final").rglob("*")) if p.is_file()]
         write_manifest(job.directory, job.label, job.fingerprint, info=info, files=files)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import signal
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds import distributed
-from pocl_ds.artifacts import package_versions, write_json
+from pocl_ds.artifacts import package_versions
 from pocl_ds.config import LossConfig, TrainConfig
 from pocl_ds.curriculum.dealing import deal, share_by_tokens
 from pocl_ds.curriculum.plan import Plan
@@ -28,11 +27,12 @@ from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.distill.engine import Engine, seed_step
 from pocl_ds.distill.fused_head import LossSums
 from pocl_ds.distill.layout import Layout
+from pocl_ds.distill.non_finite import NonFinite
 from pocl_ds.distill.teacher import Teacher
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.distill.watchdog import Watchdog
-from pocl_ds.errors import RESUME, Interrupted, NumericalError
-from pocl_ds.tracking import MetricsWriter, Progress, Spikes
+from pocl_ds.errors import RESUME, Interrupted
+from pocl_ds.tracking import MetricsWriter, Progress, Spikes, read_metrics
 
 log = logging.getLogger("pocl_ds")
 
@@ -104,6 +104,8 @@ class Trainer:
         if done:
             log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
         writer, spikes = self._writer(done), Spikes()
+        skipped = distributed.from_rank_zero(len(read_metrics(writer.path, "skipped")) if writer else 0)
+        self.non_finite = NonFinite(self.directory, allowed=self.train.skip_non_finite, skipped=skipped)
         total, saving = self.plan.total_steps, self.train.checkpoint
         distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "packed": self.layout.packed,
                            "train": self.train.model_dump_json(), **package_versions()})  # fmt: skip
@@ -118,14 +120,13 @@ class Trainer:
                 if self.train.schedule == "per_stage" and position.stage and position.step_in_stage == 0:
                     self.engine.restart_optimizer()
                 record, stopping = self._step(position, stop)
-                if (times := spikes.seen(record["loss"], position.stage)) is not None:
+                self._write(writer, record)
+                trained = record["kind"] == "step"
+                if trained and (times := spikes.seen(record["loss"], position.stage)) is not None:
                     log.warning("%s: the loss of step %d is %.1f times its recent median (%.4f)",
                                 self.label, step + 1, times, record["loss"])  # fmt: skip
-                self._write(writer, record)
-                progress.advance(
-                    1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", loss=record["loss"],
-                    **{"tokens/s": record["tokens_per_second"]},
-                )
+                facts = {"loss": record["loss"], "tokens/s": record["tokens_per_second"]} if trained else {}
+                progress.advance(1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", **facts)
                 validation, stage_ends = None, position.step_in_stage + 1 == self.plan.stages[position.stage].steps
                 if stage_ends and (validation := self._validate(position)):
                     self._write(writer, validation)
@@ -158,12 +159,13 @@ class Trainer:
         distributed.agree({"step": position.step, "stage": position.stage, "micro-batches": len(micro_batches),
                            "tokens": int(self.lengths[rows].sum()), "loss tokens": normaliser,
                            "teacher": self.teacher is not None, "tau": stage.tau})  # fmt: skip
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums, totals = torch.zeros(3, dtype=torch.float64, device=self.device), []
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
             batch = self._batch(self.data.split, rows[members]).to(self.device)
             total, kd_sum, ce_sum = self._forward(batch, terms)
             self.engine.backward(total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
+            totals.append(total.detach())
             sums += torch.stack([total.detach(), kd_sum, ce_sum])
         flags = sums.new_tensor([stop.signal is not None, self.checkpoints.writing])
         *reduced, stopping, writing = distributed.all_sum(torch.cat([sums, flags])).tolist()
@@ -173,9 +175,10 @@ class Trainer:
         rate = learning_rate(
             *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps
         )
-        self._refuse_non_finite("loss", loss, position, rows)
         norm = self.engine.step(rate)
-        self._refuse_non_finite("gradient norm", norm, position, rows)
+        pieces = [(self.data.split.ids[rows[members]], total) for members, total in zip(micro_batches, totals, strict=True)]
+        if skipped := self.non_finite.check(loss, norm, position, pieces):
+            return skipped, stopping > 0
         seconds = time.monotonic() - start
         return {
             "kind": "step", "step": position.step + 1, "stage": position.stage, "epoch": position.epoch,
@@ -235,19 +238,6 @@ class Trainer:
                  ce / tokens, kd / tokens)
         return {"kind": "validation", "step": position.step + 1, "stage": position.stage,
                 "validation_loss": ce / tokens, "validation_kd": kd / tokens, "validation_ce": ce / tokens}
-
-    def _refuse_non_finite(self, what: str, value: float, position: Position, rows: NDArray[np.int64]) -> None:
-        """Stop where a number is not finite. It is the same on all ranks, so all stop; nothing of this step is ever saved."""
-        if math.isfinite(value):
-            return
-        ids = [row.decode() for row in self.data.split.ids[rows]]
-        path = self.directory / "non_finite.json"
-        if distributed.rank() == 0:
-            write_json(path, {"what": what, "value": str(value), "step": position.step + 1, "stage": position.stage, "ids": ids})
-        raise NumericalError(
-            f"the {what} is {value} at step {position.step + 1} (samples {', '.join(ids[:4])}, ...; all of them in {path}): "
-            "lower train.lr, or use dtype float32; the last checkpoint is whole, and the same command goes on from it"
-        )
 
     def _writer(self, step: int) -> MetricsWriter | None:
         if distributed.rank():

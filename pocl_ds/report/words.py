@@ -92,7 +92,8 @@ def training_line(facts: Facts) -> str:
     share = f"{100 * info['padding_share']:.0f}% of their tokens"
     ranks = "1 rank" if info["ranks"] == 1 else f"{info['ranks']} ranks"
     lay = f"packed without padding, which would be {share}" if info["packed"] else f"padded; padding is {share}"
-    return f"{info['steps']:,} steps on {ranks}; micro-batches were {lay}." + _spikes(facts)
+    left_out = f" {info['skipped_steps']} were left out, for numbers that were not finite." if info.get("skipped_steps") else ""
+    return f"{info['steps']:,} steps on {ranks}; micro-batches were {lay}.{left_out}" + _spikes(facts)
 
 
 def _spikes(facts: Facts) -> str:

@@ -1,10 +1,10 @@
-"""Numbers that go wrong stop a training, with the batch's samples on disk."""
+"""Numbers that go wrong never reach the weights: the run stops, with the batch on disk, or leaves the step out."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,28 +13,98 @@ from gradient_worker import write_split
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.distill.engine import start_deepspeed
+from pocl_ds.distill.fused_head import LossSums
 from pocl_ds.distill.stage import Job, make_trainer
+from pocl_ds.distill.trainer import Trainer
 from pocl_ds.errors import NumericalError
 
+ENGINES = ["torch", "student_zero3", "student_zero2"]
 
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_the_batch_is_named(what: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
-    run = RunDirectory(tmp_path)
-    run.data.mkdir()
+
+def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes: Any) -> Trainer:
+    """A training of three steps of two micro-batches each."""
+    run.data.mkdir(parents=True)
     write_split(run.data)
     for part in ("ids.npy", "index.npy", "tokens.bin"):
         (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
-    train = TrainConfig(engine="torch", batch_size=4, micro_batch_size=2, tracking=TrackingConfig(tensorboard=False))
+    kind = "torch" if engine == "torch" else "deepspeed"
+    train = TrainConfig(engine=kind, batch_size=4, micro_batch_size=2, tracking=TrackingConfig(tensorboard=False),
+                        layout="padded", **changes)  # fmt: skip
     plan = single_stage_plan(np.arange(12), steps=3, batch_size=4, tau=1.0, alpha=0.3)
-    job = Job(run.train, "one", "train", plan, np.arange(12), str(tiny_llama), StudentConfig(model=str(tiny_llama)),
-              str(tiny_llama_untied), TeacherConfig(model=str(tiny_llama_untied)), LossConfig(), train, 0)  # fmt: skip
-    trainer = make_trainer(run, job)
-    if what == "loss":
-        next(trainer.engine.module.parameters()).data.fill_(math.nan)
-    else:
-        trainer.engine.step = lambda lr: math.inf  # type: ignore[method-assign]
-    with pytest.raises(NumericalError, match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, "):
+    config = StudentConfig(model=str(student), **({} if engine == "torch" else {"ds_config": engine}))
+    job = Job(run.train, "one", "train", plan, np.arange(12), str(student), config, str(teacher),
+              TeacherConfig(model=str(teacher)), LossConfig(), train, 0)  # fmt: skip
+    if kind == "deepspeed":
+        start_deepspeed()
+    return make_trainer(run, job)
+
+
+def poison(trainer: Trainer, steps: list[int], what: str) -> None:
+    """Make the second micro-batch of some steps give a loss that is no number, or a gradient that is none."""
+    forward, calls = trainer._forward, iter(range(1000))
+
+    def poisoned(batch: Any, terms: Any) -> LossSums:
+        total, kd, ce = forward(batch, terms)
+        if trainer.engine.module.training and next(calls) in [2 * step + 1 for step in steps]:
+            nan = float("nan")
+            if what == "loss":
+                return total * nan, kd, ce
+            total = total.clone()
+            total.register_hook(lambda gradient: gradient * nan)
+        return total, kd, ce
+
+    trainer._forward = poisoned  # type: ignore[method-assign]
+
+
+def weights(trainer: Trainer) -> dict[str, Any]:
+    return {name: value.clone() for name, value in trainer.engine.state(trainer.engine.module.model).items()}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_the_run_stops_before_the_update_and_names_the_batch(
+    what: str, engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
+) -> None:
+    run = RunDirectory(tmp_path)
+    trainer = make(run, tiny_llama_untied, tiny_llama, engine)
+    before = weights(trainer)
+    poison(trainer, [0], what)
+    with pytest.raises(NumericalError, match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, .*train.skip_non_finite"):
         trainer.run()
-    found = json.loads((run.train / "non_finite.json").read_text())
-    assert found["step"] == 1 and len(found["ids"]) == 4 and found["what"] == what
+    assert all(value.equal(before[name]) for name, value in weights(trainer).items())
+    found = json.loads((run.train / "non_finite-step-00000001.json").read_text())
+    assert found["step"] == 1 and found["what"] == what
+    assert [len(batch["ids"]) for batch in found["micro_batches"]] == [2, 2]
+    assert [batch["loss_sum"] == "nan" for batch in found["micro_batches"]] == [False, what == "loss"]
     assert not list((run.train / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_left_out_changes_nothing(engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
+    """The steps around it come to the weights of a run that never had it."""
+    trainer = make(RunDirectory(tmp_path / "one"), tiny_llama_untied, tiny_llama, engine, skip_non_finite=1)
+    poison(trainer, [1], "gradient norm")
+    trainer.run()
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "one" / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["step", "skipped", "step", "validation"]
+
+    never = make(RunDirectory(tmp_path / "two"), tiny_llama_untied, tiny_llama, engine)
+    step = never._step
+
+    def only_the_others(position: Any, stop: Any) -> Any:
+        if position.step == 1:
+            return {"kind": "skipped", "step": 2, "stage": 0}, False
+        return step(position, stop)
+
+    never._step = only_the_others  # type: ignore[method-assign]
+    never.run()
+    ours, theirs = weights(trainer), weights(never)
+    assert all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+def test_more_steps_than_may_be_left_out(tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
+    trainer = make(RunDirectory(tmp_path), tiny_llama_untied, tiny_llama, "torch", skip_non_finite=1)
+    poison(trainer, [0, 2], "loss")
+    with pytest.raises(NumericalError, match="the loss is nan at step 3"):
+        trainer.run()
