@@ -33,7 +33,7 @@ from pocl_ds.recipe import check_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = ("pocl_ds", "launch", "ds_configs", "slurm")  # what a job runs from its run directory
-UNSAFE = re.compile(r'[%"\\\n\r]')  # in the name of an output file SLURM reads these as its own
+UNSAFE = re.compile(r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]')  # in the name of an output file SLURM reads these as its own
 
 
 class Submission:

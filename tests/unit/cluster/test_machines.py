@@ -1,0 +1,123 @@
+"""Looks at machines: what squeue and sinfo say, what a node must have, and how nodes may differ."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocl_ds.artifacts import RunDirectory
+from pocl_ds.cluster import checks, detect, preflight, scheduler
+from pocl_ds.cluster.scheduler import SEPARATOR, Queued
+from pocl_ds.errors import ResourceError
+
+CONFIG = """ClusterName             = north
+SelectType              = select/cons_tres
+JobRequeue              = 0
+AccountingStorageType   = accounting_storage/none
+"""
+
+
+def queued(**fields: str) -> Queued:
+    return Queued(**{**dict.fromkeys(scheduler.FIELDS, ""), **fields})
+
+
+@pytest.mark.parametrize(("task", "tasks"), [("N/A", []), ("3", [3]), ("4-6", [4, 5, 6]), ("1,4-5%2", [1, 4, 5])])
+def test_tasks_of_an_array(task: str, tasks: list[int]) -> None:
+    assert queued(task=task).tasks == tasks
+
+
+def fake(folder: Path, name: str, body: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+
+
+def test_a_queue_is_read_and_a_refusal_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = ["12_3", "12", "3", "a | b:train", "PENDING", "Resources", "N/A", "0:00", "1:00", "", "2026-01-01T00:00:00"]
+    line = SEPARATOR.join(words)
+    (tmp_path / "said").write_text(line + "\n")
+    fake(tmp_path, "squeue", f"cat {tmp_path}/said")
+    found = scheduler.queue(["12"])
+    assert [(job.id, job.name, job.state, job.tasks) for job in found] == [("12_3", "a | b:train", "PENDING", [3])]
+    assert scheduler.live(["12"]) == found
+    fake(tmp_path, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert scheduler.queue(["12"]) == []
+    fake(tmp_path, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(ResourceError, match="squeue refused .Unable to contact"):
+        scheduler.queue(["12"])
+
+
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ResourceError, match="sbatch was not found.*pocl run"):
+        scheduler.submit("x", [])
+    assert checks.scheduler_answers().state == checks.WARN and scheduler.accounted(["1"]) == {}
+
+
+@pytest.mark.parametrize(("rows", "partition", "expected"), [
+    ("cpu|up|1-00:00:00|20|64|256000|(null)\ngpu|up|infinite|4|96|1000000|gpu:h100:8(S:0-1)\n", None,
+     {"partition": "gpu", "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_node": 96, "time": "24:00:00", "gres": False}),
+    ("cpu|up|1-00:00:00|20|64+|256000+|(null)\ngpu|up|infinite|4|96|1000000|gpu:8\n", "cpu",
+     {"partition": "cpu", "gpus_per_node": 0, "cpus_per_node": 64, "time": "1-00:00:00"}),
+    ("old|down|1:00|9|8|1|gpu:9\ncpu|up|2:00:00|2|8|1|(null)\n", None, {"partition": "cpu", "cpus_per_node": 8}),
+])  # fmt: skip
+def test_a_profile_is_detected(
+    rows: str, partition: str | None, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(*words: str) -> str:
+        return CONFIG if words[0] == "scontrol" else "cpu*\ngpu\n" if words[-1] == "--format=%P" else rows
+
+    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", call)
+    profile, remarks = detect.detect(partition)
+    assert {name: getattr(profile, name) for name in expected} == expected and profile.name == "north"
+    assert any("no accounting" in remark for remark in remarks) and any("requeue" in remark for remark in remarks)
+    with pytest.raises(ResourceError, match="no partition 'x'"):
+        detect.detect("x")
+
+
+def test_a_folder_that_cannot_hold_a_run(tmp_path: Path) -> None:
+    assert checks.folder(tmp_path / "new").state == checks.OK
+    assert "a run needs about" in checks.folder(tmp_path, needed=1 << 60).said
+    (tmp_path / "file").touch()
+    found = checks.folder(tmp_path / "file" / "run")
+    assert found.state == checks.FAIL and "cannot be written" in found.said
+    assert list(tmp_path.glob(".probe*")) == []
+
+
+def test_checkpoints_are_counted(tmp_path: Path) -> None:
+    assert checks.checkpoint_bytes(tmp_path, keep=2) == 0
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.safetensors").write_bytes(b"x" * 400)  # a hundred float32 parameters
+    (tmp_path / "models" / "models.json").write_text(json.dumps({"student": str(tmp_path / "models"), "teacher": None}))
+    assert checks.checkpoint_bytes(tmp_path, keep=2) >= 100 * (4 + 12 * 3)
+
+
+def test_every_check_of_this_machine_says_something(tmp_path: Path) -> None:
+    findings = checks.here(tmp_path)
+    assert {finding.what for finding in findings} == {"packages", "devices", "run directory", "limits", "scheduler"}
+    assert all(finding.said and finding.state in (checks.OK, checks.WARN, checks.FAIL) for finding in findings)
+
+
+def seen(node: str, **fields: Any) -> dict[str, Any]:
+    return {"node": node, "faults": [], "notes": [], "clock": 100.0, "recipe": "r", "versions": {"torch": "2"}, **fields}
+
+
+def test_nodes_that_differ_are_named() -> None:
+    assert preflight.differences([seen("n1"), seen("n2", clock=101.0)]) == {}
+    others = [seen("n2", versions={"torch": "3"}), seen("n3", recipe="other"), seen("n4", clock=900.0)]
+    found = preflight.differences([seen("n1"), *others])
+    assert "torch 3 against 2" in found["n2"] and "another recipe" in found["n3"] and "+800 s" in found["n4"]
+
+
+def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(tmp_path)
+    run.recipe.write_text("x")
+    assert preflight.preflight(run, {"gpus_per_node": 0}) == (0, "")
+    assert list((run.cluster / "preflight").iterdir()) == []
+    code, sentence = preflight.preflight(run, {"gpus_per_node": 4096})
+    assert code == 2 and "4096 promised GPUs" in sentence, "wrong on every node: no other node would do"

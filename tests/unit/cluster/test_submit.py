@@ -1,0 +1,133 @@
+"""Scripts as text: every value quoted, every option where it belongs, and shellcheck has nothing to say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pocl_ds.artifacts import RunDirectory
+from pocl_ds.cluster.job import srun
+from pocl_ds.cluster.profile import check_profile
+from pocl_ds.cluster.submit import Submission
+from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.recipe import check_recipe
+
+
+def submission(run: Path, **profile: Any) -> Submission:
+    recipe = check_recipe({
+        "name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 2}, "score": {"shards": 3},
+        "train": {"batch_size": 8, "micro_batch_size": 1},
+    })  # fmt: skip
+    fields = {"name": "here", "cpus_per_node": 8, "ranks_per_node": 1, **profile}
+    return Submission(RunDirectory(run), recipe, check_profile(fields, "here"), nodes=None)
+
+
+def scripts(found: Submission) -> dict[str, str]:
+    return {job.name: found.script(job) for job in found.jobs}
+
+
+CHARACTERS = st.characters(blacklist_characters='%"\\/', blacklist_categories=("Cs", "Cc", "Zl", "Zp"))
+HOSTILE = st.text(CHARACTERS, min_size=1, max_size=20)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(name=HOSTILE, value=st.text(st.characters(blacklist_characters="\0\r", blacklist_categories=("Cs",)), max_size=20))
+def test_names_and_values_are_only_text(name: str, value: str, tmp_path: Path) -> None:
+    """bash, reading the script, sees one word where one was meant."""
+    run = tmp_path / f"r{name}"
+    text = scripts(submission(run, environment={"VALUE": value}))["train"]
+    line = next(line for line in text.splitlines() if "pocl_ds.cluster.job" in line)
+    assert shlex.split(line.removesuffix("&"))[-2:] == [str(run.resolve()), "train"]
+    export = text[text.index("export VALUE=") : text.index("# SLURM signals")]
+    done = subprocess.run(["bash", "-c", f'{export}\nprintf %s "$VALUE"'], capture_output=True, cwd=tmp_path)
+    assert done.stdout.decode() == value
+
+
+def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
+    text = scripts(submission(
+        tmp_path / "a b; touch x", partition="p", account="acc", qos="q", memory="10G", constraint="a&b", time="1-00:00:00",
+        options=["--mail-type=END"], interface="ib0", scratch="/scratch/$USER", setup=["module load cuda"], array_tasks=2,
+        jobs={"score": {"partition": "small", "time": "30"}},
+    ))  # fmt: skip
+    train = text["train"].splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in train if line.startswith("#SBATCH")]
+    first = next(number for number, line in enumerate(train) if line and not line.startswith("#"))
+    assert not any(line.startswith("#SBATCH") for line in train[first:]), "sbatch stops reading there"
+    for option in ("--partition=p", "--account=acc", "--qos=q", "--mem=10G", "--constraint=a&b", "--time=1-00:00:00", "--requeue",
+                   "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8", "--mail-type=END", "--signal=B:USR2@120",
+                   f'--output="{tmp_path}/a b; touch x/logs/train-%j.log"'):  # fmt: skip
+        assert option in options, option
+    assert "module load cuda" in train and "export NCCL_SOCKET_IFNAME=ib0" in train and "export TMPDIR='/scratch/$USER'" in train
+    score = [line for line in text["score"].splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --partition=small", "#SBATCH --time=30", "#SBATCH --array=0-2%2"} <= set(score)
+    assert not any("--mem" in line for line in score)
+
+
+def test_no_hyper_parameter_in_a_script(tmp_path: Path) -> None:
+    for text in scripts(submission(tmp_path / "run")).values():
+        assert not re.search(r"\blr\b|batch_|epoch|tau\b|train\.[a-z]|loss", text)
+
+
+def test_gpus_by_either_option(tmp_path: Path) -> None:
+    fields = {"gpus_per_node": 2, "gpu_type": "h100", "ranks_per_node": 2}
+    assert "#SBATCH --gpus-per-node=h100:2" in scripts(submission(tmp_path / "run", **fields))["train"]
+    by_gres = scripts(submission(tmp_path / "run", gres=True, **fields))["train"]
+    assert "#SBATCH --gres=gpu:h100:2" in by_gres and "--gpus-per-node" not in by_gres
+
+
+def test_shellcheck(tmp_path: Path) -> None:
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("shellcheck is not installed (launch/setup.sh --dev brings it)")
+    for name, text in scripts(submission(tmp_path / "a b", environment={"A": "it's"}, setup=["module load x"])).items():
+        path = tmp_path / f"{name}.sh"
+        path.write_text(text)
+        done = subprocess.run([checker, str(path)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_a_run_directory_that_slurm_would_misread(tmp_path: Path) -> None:
+    for name in ("50%", 'say "x"', "back\\slash", "two\nlines"):
+        with pytest.raises(RecipeError, match="choose another --run-dir"):
+            submission(tmp_path / name)
+
+
+def test_more_nodes_than_the_batch_divides_by(tmp_path: Path) -> None:
+    found = submission(tmp_path / "run")
+    with pytest.raises(RecipeError, match="train.batch_size=8 is not a multiple of .* x launch.ranks=3"):
+        Submission(found.run, found.recipe, found.profile, nodes=3)
+
+
+def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
+    from pocl_ds.cluster.status import status
+    from pocl_ds.cluster.submit import resume
+
+    for function in (status, resume):
+        with pytest.raises(ArtifactError, match="was never submitted"):
+            function(RunDirectory(tmp_path))
+
+
+@pytest.mark.parametrize(("container", "words"), [
+    ({"runtime": "pyxis", "image": "a.sqsh", "mounts": ("/data:/data",), "python": "python"},
+     ["--container-image=a.sqsh", "--container-mounts=/run:/run,/data:/data"]),
+    ({"runtime": "apptainer", "image": "a.sif", "mounts": (), "python": "python"},
+     ["apptainer", "exec", "--nv", "--bind", "/run:/run", "a.sif"]),
+    (None, []),
+])  # fmt: skip
+def test_a_step_in_a_container(container: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", lambda *_: "TaskPlugin              = task/affinity,task/cgroup")
+    spec = {"cpus_per_task": 4, "container": container, "gpus_per_node": 4}
+    found = srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+    assert found[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"]
+    assert "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found
+    assert found[len(found) - len(words) :] == words

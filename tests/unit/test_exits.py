@@ -1,0 +1,50 @@
+"""How processes leave: signals before there is anything to save, and the word of a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import atexit, os, sys, time
+from pocl_ds.exits import leave, leave_when_asked, leave_word
+leave_when_asked()
+atexit.register(lambda: print("tidied", flush=True))
+try:
+    print("ready", flush=True)
+    if "wait" in sys.argv:
+        time.sleep(30)
+except SystemExit as leaving:
+    leave_word(leaving.code, "asked")
+    leave_word(1, "a second word")
+    leave(leaving.code)
+leave(7)
+"""
+
+
+def start(*words: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, **environment})  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_before_the_training_says_resume_me(number: signal.Signals, tmp_path: Path) -> None:
+    child = start("wait", RANK="3", POCL_EXITS=str(tmp_path / "exits"))
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    out, err = child.communicate(timeout=20)
+    assert child.returncode == 75 and number.name in err and "tidied" in out
+    word = json.loads((tmp_path / "exits" / "rank-3.json").read_text())
+    assert (word["code"], word["error"], word["node"]) == (75, "asked", os.uname().nodename)
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0"}])
+def test_a_code_is_handed_on(environment: dict[str, str]) -> None:
+    out, _ = (child := start(**environment)).communicate(timeout=20)
+    assert child.returncode == 7 and out == "ready\ntidied\n"
