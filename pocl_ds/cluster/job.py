@@ -41,7 +41,10 @@ class Job:
     def __init__(self, run: Path, name: str) -> None:
         self.run, self.folder = run, run / "cluster"
         self.spec: dict[str, Any] = json.loads((self.folder / "jobs" / f"{name}.json").read_text())
-        self.id, self.task = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_TASK_ID")
+        self.task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        # A task has a number of its own too, but the last one's is that of the whole array.
+        array = f"{os.environ.get('SLURM_ARRAY_JOB_ID')}_{self.task}"
+        self.id = os.environ["SLURM_JOB_ID"] if self.task is None else array
         self.label = name if self.task is None else f"{name}-{self.task}"
         self.file = self.folder / "attempts" / f"{self.label}.jsonl"
         self.before = read_attempts(self.file)
@@ -105,11 +108,17 @@ class Job:
             except subprocess.TimeoutExpired:
                 if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
                     self._ask()
-        return self._meaning(code, exits, nodes * per_node)
+        code = code if code >= 0 else 128 - code
+        left = sorted((json.loads(p.read_text()) | {"rank": p.stem} for p in exits.glob("*.json")), key=lambda w: w["time"])
+        if what == "preflight" and code and not self.attempt.stopped:
+            dumb = sorted(set(self.attempt.nodes) - {word["node"] for word in left})
+            if left and dumb:  # it could not even start its ranks
+                self.attempt.error, self.attempt.suspects = f"preflight: {', '.join(dumb)}: no rank of it came to answer", dumb
+                return UNFIT
+        return self._meaning(code, left, nodes * per_node)
 
-    def _meaning(self, code: int, exits: Path, tasks: int) -> int:
+    def _meaning(self, code: int, words: list[dict[str, Any]], tasks: int) -> int:
         """The exit code that says what happened, and its error: the first rank that failed by itself decides."""
-        words = sorted((json.loads(p.read_text()) | {"rank": p.stem} for p in exits.glob("*.json")), key=lambda w: w["time"])
         faults = [word for word in words if word["code"] not in (0, RESUME)]
         if faults:
             first = faults[0]

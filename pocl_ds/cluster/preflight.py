@@ -30,7 +30,6 @@ log = logging.getLogger("pocl_ds")
 CLOCKS = 5.0  # seconds that nodes may differ by
 MEBIBYTES = {"cpu": 16, "cuda": 256}  # of the all-reduce that is timed
 ROUNDS = 3
-PATIENCE = 180  # seconds for all ranks to come together
 
 
 def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     start = time.monotonic()
     if distributed.world_size() > 1:
         dist.init_process_group("nccl" if distributed.device().type == "cuda" else "gloo",
-                                timeout=timedelta(seconds=PATIENCE))
+                                timeout=timedelta(seconds=spec["patience"]))
     token = distributed.from_rank_zero(f"{os.environ.get('SLURM_JOB_ID', 'here')}-{time.time_ns()}")
     if distributed.rank() == 0:
         write_json(run.cluster / "preflight" / token, {})

@@ -79,6 +79,7 @@ class Profile(Section):
     scratch: str | None = Field(None, description="node-local folder for temporary files (TMPDIR)")
     options: tuple[Plain, ...] = Field((), description="further options of sbatch, as in --mail-type=END")
     grace_seconds: Positive = Field(120, description="signal so long before the time limit: a checkpoint must fit in")
+    preflight_seconds: Positive = Field(120, description="a node whose ranks do not come together in this time is left out")
     attempts: Positive = Field(5, description="attempts without progress before a job gives up")
     array_tasks: Positive | None = Field(None, description="tasks of an array that may run at once")
     jobs: dict[JOBS, JobLimits] = Field(default_factory=dict, description="other limits for one kind of job")

@@ -176,7 +176,8 @@ class Submission:
         spec = asdict(job)
         return {
             **spec, "python": sys.executable, "container": profile.container and profile.container.model_dump(mode="json"),
-            "attempts": profile.attempts, "preflight": job.tasks > 1 or bool(job.gpus_per_node and not job.items),
+            "attempts": profile.attempts, "patience": profile.preflight_seconds,
+            "preflight": job.tasks > 1 or bool(job.gpus_per_node and not job.items),
             "before": [other.name for other in self.jobs if job.name in other.after],
         }  # fmt: skip
 

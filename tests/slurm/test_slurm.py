@@ -99,7 +99,8 @@ def test_a_pipeline_comes_to_its_report(cluster: Cluster, calm: Path) -> None:
 def held_profile(folder: Path) -> str:
     """The profile with jobs that wait for a release: time to change what they run."""
     path = folder / "held.yaml"
-    path.write_text((Path(__file__).parents[2] / "slurm" / "profiles" / "test-cluster.yaml").read_text() + "options: [--hold]\n")
+    text = (Path(__file__).parents[2] / "slurm" / "profiles" / "test-cluster.yaml").read_text()
+    path.write_text(text + "options: [--hold]\npreflight_seconds: 15\n")
     return str(path)
 
 
@@ -191,7 +192,8 @@ def test_an_array_task_that_is_killed_goes_alone(cluster: Cluster, calm: Path, f
     cluster.until(lambda: len(attempts(run, "score-1")) == 1, "the second shard to begin")
     pids = ""
     while not pids:
-        pids = subprocess.run(["pgrep", "-f", f"score --shard 1/2 --run-dir {run}"], capture_output=True, text=True).stdout
+        words = f"pocl.py pocl_ds.cli score --shard 1/2 --run-dir {run}"
+        pids = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True).stdout
     subprocess.run(["kill", "-9", *pids.split()], check=True)
     cluster.until(lambda: (run / "plan" / "manifest.json").is_file(), "the plan")
     assert [attempt["outcome"] for attempt in attempts(run, "score-1")] == ["again", "done"]
