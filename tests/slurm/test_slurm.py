@@ -178,7 +178,8 @@ def test_requeued_cancelled_and_resumed(cluster: Cluster, calm: Path, folder: Pa
     cluster.until(lambda: cluster.state(job) == "CANCELLED" and attempts(run, "train")[1]["end"], "the cancellation")
     assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["ended", "ended"]
     assert "cancelled" in cluster.pocl("status", str(run)).stdout.splitlines()[1]
-    assert "train      " in cluster.pocl("resume", str(run)).stdout
+    assert "submitted train" in cluster.pocl("resume", str(run)).stdout
+    release(cluster, run)
     cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
     cluster.pocl("cancel", str(run))
     assert_equal(run, calm)
@@ -220,10 +221,11 @@ def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folde
 
 def test_a_fault_of_the_users_is_the_end_at_once(cluster: Cluster, calm: Path, folder: Path) -> None:
     run = planned_copy(calm, folder / "fault")
-    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run), "train.lr=1e30", "train.lr_end=1e29")
+    (run / "plan" / "plan.json").write_text("{")
+    cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run))
     cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
     assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["failed"]
-    assert "lower train.lr" in cluster.pocl("status", str(run)).stdout
+    assert "plan.json is damaged" in cluster.pocl("status", str(run)).stdout
 
 
 def test_an_unfit_node_is_left_out(cluster: Cluster, calm: Path, folder: Path) -> None:
