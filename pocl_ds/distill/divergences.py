@@ -42,9 +42,9 @@ def divergence(
     if tau <= 0:
         raise RecipeError(f"tau={tau:g}: a temperature must be greater than 0")
     if name == "sft":
-        return torch.zeros(student_logits.shape[:-1], dtype=working_type(student_logits), device=student_logits.device)
-    log_p = log_probabilities(teacher_logits, tau, working_type(student_logits))
-    log_q = log_probabilities(student_logits, tau, working_type(student_logits))
+        return torch.zeros(student_logits.shape[:-1], dtype=working_type(student_logits.dtype), device=student_logits.device)
+    log_p = log_probabilities(teacher_logits, tau, working_type(student_logits.dtype))
+    log_q = log_probabilities(student_logits, tau, working_type(student_logits.dtype))
     value = FUNCTIONS[name](log_p, log_q, **chosen)
     # Rounding can end a hair below zero. The value is mended, the gradient stays that of the formula.
     value = value + (value.clamp(min=0) - value).detach()
@@ -68,9 +68,9 @@ def divergence_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def working_type(logits: Tensor) -> torch.dtype:
-    """float64 stays, everything else is computed in float32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def working_type(dtype: torch.dtype) -> torch.dtype:
+    """What logits of a type are computed in: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def log_probabilities(logits: Tensor, tau: float, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pocl_ds.distill.divergences import divergence_options, working_type
-from pocl_ds.distill.token_losses import Buffers, LossTerms, block_rows, row_bytes, sums_and_gradient
+from pocl_ds.distill.token_losses import BlockLoss, Buffers, LossTerms, block_rows, row_bytes
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
@@ -67,7 +67,7 @@ def chunk_sizes(name: str, size: int, chunk_bytes: int, dtype: torch.dtype, devi
 
     Raises RecipeError where the budget does not hold one row.
     """
-    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    kind = working_type(dtype)
     logits, worked = 2 * size * dtype.itemsize, row_bytes(name, size, kind)
     if chunk_bytes < logits + worked:
         least = logits + worked
@@ -130,8 +130,7 @@ class _HeadLoss(torch.autograd.Function):
         sizes: ChunkSizes,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        options = divergence_options(terms.name, terms.options)
-        kind = working_type(hidden)
+        kind = working_type(hidden.dtype)
         sums = hidden.new_zeros(3, dtype=kind)
         # needs_input_grad does not know of torch.no_grad, and inside forward gradients are always off.
         need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
@@ -143,7 +142,10 @@ class _HeadLoss(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=kind) if bias is not None and need_bias else None
         kept = weight[: ids.size]
         chunk_rows = even_share(labels.numel(), sizes.chunk)
-        buffers = Buffers(min(sizes.block, chunk_rows), ids.size, kind, hidden.device)
+        block_loss = BlockLoss(
+            terms, divergence_options(terms.name, terms.options), ids, (head, teacher_head),
+            Buffers(min(sizes.block, chunk_rows), ids.size, kind, hidden.device), need_gradient=need_hidden or need_weight,
+        )  # fmt: skip
         products = [hidden.new_empty(chunk_rows, ids.size) for _ in range(1 if teacher_hidden is None else 2)]
         for chunk in (slice(i, i + chunk_rows) for i in range(0, labels.numel(), chunk_rows)):
             part = hidden[chunk]
@@ -151,10 +153,7 @@ class _HeadLoss(torch.autograd.Function):
             teacher = None
             if teacher_hidden is not None and teacher_head is not None:
                 teacher = ids.teacher_product(teacher_head, teacher_hidden[chunk], out=products[1][: len(part)])
-            sums += sums_and_gradient(
-                product, teacher, labels[chunk], terms, options, ids, (head, teacher_head), buffers,
-                need_gradient=need_hidden or need_weight,
-            )  # fmt: skip
+            sums += block_loss(product, teacher, labels[chunk])
             if grad_hidden is not None:
                 torch.mm(product, kept, out=grad_hidden[chunk])
             if grad_weight is not None:

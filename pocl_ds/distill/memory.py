@@ -22,7 +22,7 @@ BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations
 
 
 def check_memory(
-    student: str, teacher: str | None, *, teacher_bytes: int, chunk_bytes: int, sharded: bool, copied: bool
+    student: str, teacher: str | None, *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool, copied: bool
 ) -> None:
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
@@ -34,10 +34,11 @@ def check_memory(
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     copies = ranks / distributed.world_size() if sharded else ranks
     trained = parameters(student)
-    models = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied)
-    models += parameters(teacher) * teacher_bytes if teacher else 0
+    student_bytes = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied)
+    frozen = parameters(teacher) * teacher_bytes if teacher else 0
+    models = student_bytes * copies + frozen * (ranks / distributed.world_size() if teacher_sharded else ranks)
     gathered = trained * BYTES_GATHERED if sharded else 0  # ZeRO-3 keeps weights from forward to backward where they fit
-    need = int(models * copies) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes)
+    need = int(models) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes)
     free = available_bytes()
     if need > free:
         raise ResourceError(

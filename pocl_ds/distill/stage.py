@@ -196,23 +196,25 @@ def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, A
     student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
     longest = int(split.total_tokens.max(initial=1))
     logits = 8 * int(student_config.vocab_size) * (train.micro_batch_tokens or train.micro_batch_size * longest)
+    frozen = None
+    if job.teacher and deepspeed:
+        frozen = ds_config.resolve_teacher(
+            job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
+        )
     check_memory(
         job.student_path, job.teacher_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
-        chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed, copied=train.checkpoint.in_background,
+        teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
+        copied=train.checkpoint.in_background,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))
-    teacher = frozen = None
+    teacher = None
     if job.teacher and job.teacher_path:
         teacher_config = load_model_config(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         teacher_tokenizer = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         vocabulary = reconcile(teacher_tokenizer, tokenizer, teacher_config.vocab_size, student_config.vocab_size)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
-        if deepspeed:
-            frozen = ds_config.resolve_teacher(
-                job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
-            )
         log.info("the teacher is %s", "sharded over the ranks" if frozen else "whole on every rank")
     _check_tokens(split, ids)
     chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device())

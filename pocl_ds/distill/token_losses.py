@@ -76,75 +76,66 @@ class Buffers:
         return self._kept[number][:rows]
 
 
-def sums_and_gradient(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    terms: LossTerms,
-    options: dict[str, Any],
-    ids: Ids,
-    heads: tuple[Head, Head | None],
-    buffers: Buffers,
-    *,
-    need_gradient: bool,
-) -> Tensor:
-    """Sums over n tokens of (total, KD, CE), in the working type.
-
-    student, teacher: [n, v] products of hidden states and heads, which are overwritten: with need_gradient `student` ends
-    as the gradient of total with respect to itself, in its own type. heads: what follows on the products.
+@dataclass(frozen=True)
+class BlockLoss:
+    """The loss on logits, a block of rows at a time. heads: the student's and the teacher's, for what follows on the products;
+    the teacher's is None where nobody asks it.
     """
-    sums = student.new_zeros(3, dtype=working_type(student))
-    for rows in (slice(i, i + buffers.rows) for i in range(0, len(student), buffers.rows)):
-        other = None if teacher is None else teacher[rows]
-        sums += _block(student[rows], other, labels[rows], terms, options, ids, heads, buffers, need_gradient)
-    return sums
 
+    terms: LossTerms
+    options: dict[str, Any]  # of the divergence, with defaults
+    ids: Ids
+    heads: tuple[Head, Head | None]
+    buffers: Buffers
+    need_gradient: bool
 
-def _block(
-    student: Tensor,
-    teacher: Tensor | None,
-    labels: Tensor,
-    terms: LossTerms,
-    options: dict[str, Any],
-    ids: Ids,
-    heads: tuple[Head, Head | None],
-    buffers: Buffers,
-    need_gradient: bool,
-) -> Tensor:
-    rows, alpha, head = len(student), terms.share_of_ce, heads[0]
-    logits = head.finish_(_working(student, buffers, 0))
-    capped = buffers(1, rows).copy_(logits) if need_gradient and head.soft_cap is not None else None
-    _fill(logits, ids, -math.inf)
-    log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at tau = 1
-    ce = -log_q.gather(-1, labels[:, None]).sum()
-    kd, gradient = ce.new_zeros(()), None
-    if teacher is not None and heads[1] is not None:
-        with_ce = need_gradient and alpha > 0  # then log_q is wanted again below
-        targets = _fill(heads[1].finish_(_working(teacher, buffers, 3)), ids, -math.inf)
-        if terms.tau != 1.0:
-            targets.div_(terms.tau)
-        log_p = _fill(torch.log_softmax(targets, -1, out=buffers(4, rows)), ids, MASKED)
-        if terms.tau != 1.0:
-            cooled = torch.log_softmax(logits.div_(terms.tau), -1, out=buffers(5, rows))
-        else:
-            cooled = buffers(5, rows).copy_(log_q) if with_ce else log_q
-        _fill(cooled, ids, MASKED)
-        spare = lambda number: (logits, targets, buffers(6, rows))[number]  # noqa: E731
-        value, gradient = _divergence(log_p, cooled, terms.name, options, spare, need_gradient and alpha < 1)
-        kd = value * terms.kd_factor
+    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        """Sums over n tokens of (total, KD, CE), in the working type.
+
+        student, teacher: [n, v] products of hidden states and heads, which are overwritten: with need_gradient `student` ends
+        as the gradient of total with respect to itself, in its own type.
+        """
+        sums = student.new_zeros(3, dtype=working_type(student.dtype))
+        for rows in (slice(i, i + self.buffers.rows) for i in range(0, len(student), self.buffers.rows)):
+            sums += self._block(student[rows], None if teacher is None else teacher[rows], labels[rows])
+        return sums
+
+    def _block(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        terms, ids, buffers, need_gradient = self.terms, self.ids, self.buffers, self.need_gradient
+        rows, alpha, (head, teacher_head) = len(student), terms.share_of_ce, self.heads
+        logits = head.finish_(_working(student, buffers, 0))
+        capped = buffers(1, rows).copy_(logits) if need_gradient and head.soft_cap is not None else None
+        _fill(logits, ids, -math.inf)
+        log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at tau = 1
+        ce = -log_q.gather(-1, labels[:, None]).sum()
+        kd, gradient = ce.new_zeros(()), None
+        if teacher is not None and teacher_head is not None:
+            with_ce = need_gradient and alpha > 0  # then log_q is wanted again below
+            targets = _fill(teacher_head.finish_(_working(teacher, buffers, 3)), ids, -math.inf)
+            if terms.tau != 1.0:
+                targets.div_(terms.tau)
+            log_p = _fill(torch.log_softmax(targets, -1, out=buffers(4, rows)), ids, MASKED)
+            if terms.tau != 1.0:
+                cooled = torch.log_softmax(logits.div_(terms.tau), -1, out=buffers(5, rows))
+            else:
+                cooled = buffers(5, rows).copy_(log_q) if with_ce else log_q
+            _fill(cooled, ids, MASKED)
+            spare = lambda number: (logits, targets, buffers(6, rows))[number]  # noqa: E731
+            value, gradient = _divergence(log_p, cooled, terms.name, self.options, spare, need_gradient and alpha < 1)
+            kd = value * terms.kd_factor
+            if gradient is not None:
+                gradient.mul_((1 - alpha) * terms.kd_factor / terms.tau)
+        if need_gradient and alpha > 0:
+            q = log_q.exp_()
+            gradient = q.mul_(alpha) if gradient is None else gradient.add_(q, alpha=alpha)
+            gradient[torch.arange(rows, device=labels.device), labels] -= alpha
         if gradient is not None:
-            gradient.mul_((1 - alpha) * terms.kd_factor / terms.tau)
-    if need_gradient and alpha > 0:
-        q = log_q.exp_()
-        gradient = q.mul_(alpha) if gradient is None else gradient.add_(q, alpha=alpha)
-        gradient[torch.arange(rows, device=labels.device), labels] -= alpha
-    if gradient is not None:
-        if head.scale != 1.0:
-            gradient.mul_(head.scale)
-        if capped is not None and head.soft_cap is not None:  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
-            gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
-        student.copy_(gradient)
-    return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce])
+            if head.scale != 1.0:
+                gradient.mul_(head.scale)
+            if capped is not None and head.soft_cap is not None:  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
+                gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
+            student.copy_(gradient)
+        return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce])
 
 
 def _divergence(

@@ -1,0 +1,40 @@
+"""The coarse look at memory before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocl_ds.distill import memory
+from pocl_ds.errors import ResourceError
+
+
+def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ranks: int = 2, **changes: Any) -> float:
+    """GB that it asks for, on a machine that has nothing."""
+    monkeypatch.setattr(memory, "available_bytes", lambda: 0)
+    monkeypatch.setattr(memory, "BYTES_PER_RANK", 0)
+    monkeypatch.setattr(memory, "parameters", lambda path: 10**9 if path == str(student) else 5 * 10**9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    options = {"teacher_bytes": 4, "teacher_sharded": True, "chunk_bytes": 0, "sharded": True, "copied": False, **changes}
+    with pytest.raises(ResourceError) as found:
+        memory.check_memory(str(student), str(teacher), **options)
+    match = re.search(r"need about ([\d.]+) GB", str(found.value))
+    assert match and "launch.ranks" in str(found.value)
+    return float(match.group(1))
+
+
+def test_a_whole_teacher_counts_on_every_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = tmp_path / "s", tmp_path / "t"
+    assert needed(student, teacher, monkeypatch) == 20 + 2 * 8 + 20
+    assert needed(student, teacher, monkeypatch, teacher_sharded=False) == 20 + 2 * 8 + 2 * 20
+    assert needed(student, teacher, monkeypatch, copied=True) == 20 + 12 + 2 * 8 + 20
+    assert needed(student, teacher, monkeypatch, sharded=False, teacher_sharded=False) == 2 * 20 + 2 * 20
+
+
+def test_what_fits_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
+    assert memory.parameters(str(tiny_llama)) > 0
+    memory.check_memory(str(tiny_llama), None, teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)
