@@ -54,16 +54,16 @@ def run(
     found = {}
     for name in names:
         work = WORKLOADS[name]
-        found[name], rate = _workload(work, contenders, cores, trl, rounds, steps)
-        floor = flops(work) / rate
-        out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens, "
-            f"{rate / 1e9:.0f} GFLOP/s in matrix products, floor {floor:.2f} s")  # fmt: skip
+        found[name], rates = _workload(work, contenders, cores, trl, rounds, steps)
+        floor = flops(work) / statistics.median(rates)
+        out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens; matrix products at "
+            f"{min(rates) / 1e9:.0f}..{max(rates) / 1e9:.0f} GFLOP/s, at their median the floor is {floor:.2f} s")  # fmt: skip
         out(f"{'':<24}{'seconds a step':>16}  {'(least..most)':<14}{'x floor':>8}{'peak':>12}")
         found[name]["floor"] = {"median": floor}
         for label, row in found[name].items():
             if label != "floor":
                 spread = f"({row['least']:.2f}..{row['most']:.2f})"
-                out(f"{label:<24}{row['median']:>16.2f}  {spread:<14}{row['median'] / floor:>8.2f}{row['peak_mib']:>8.0f} MiB")
+                out(f"{label:<24}{row['median']:>16.2f}  {spread:<14}{row['times_floor']:>8.2f}{row['peak_mib']:>8.0f} MiB")
     return found
 
 
@@ -86,9 +86,13 @@ Contenders = Sequence[tuple[str, str, int]]
 
 def _workload(
     work: Workload, contenders: Contenders, cores: int, trl: str | None, rounds: int, steps: int
-) -> tuple[dict[str, dict[str, float]], float]:
-    """What each contender took, and the best rate of matrix products that was seen between the rounds."""
+) -> tuple[dict[str, dict[str, float]], list[float]]:
+    """What each contender took, and the rates of matrix products that were seen between them.
+
+    A step is compared with the floor at the rates just before and after it: a shared machine's speed wanders.
+    """
     seconds: dict[str, list[float]] = {}
+    ratios: dict[str, list[float]] = {}
     peaks: dict[str, list[float]] = {}
     rates = [gemm_rate(cores)]
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as name:
@@ -98,14 +102,17 @@ def _workload(
         for _ in range(rounds):
             for label, command in _commands(work, contenders, folder, cores, trl, steps).items():
                 record = _run(label, command, folder / "out.json", cores)
+                rates.append(gemm_rate(cores))
+                floor = flops(work) / statistics.fmean(rates[-2:])
                 seconds.setdefault(label, []).extend(record["seconds"])
+                ratios.setdefault(label, []).extend(taken / floor for taken in record["seconds"])
                 peaks.setdefault(label, []).append(record["peak_mib"])
-            rates.append(gemm_rate(cores))
     found = {
-        label: {"median": statistics.median(times), "least": min(times), "most": max(times), "peak_mib": max(peaks[label])}
+        label: {"median": statistics.median(times), "least": min(times), "most": max(times),
+                "times_floor": statistics.median(ratios[label]), "peak_mib": max(peaks[label])}
         for label, times in seconds.items()
-    }
-    return found, max(rates)
+    }  # fmt: skip
+    return found, rates
 
 
 def _commands(
