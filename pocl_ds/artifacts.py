@@ -107,6 +107,9 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         try:
             os.chmod(temporary, 0o777 & ~_umask())
             yield temporary
+            for file in temporary.rglob("*"):  # safetensors writes files that only their owner may read
+                if file.is_file() and not file.is_symlink():
+                    os.chmod(file, (file.stat().st_mode & 0o100 | 0o666) & ~_umask())
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)

@@ -21,6 +21,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("POCL_", "SLURM_"))}
+        self.run: Path | None = None  # the one that was submitted last
         self.environment["SLURM_CONF"] = str(BASE / "slurm.conf")
 
     def script(self, *words: str) -> None:
@@ -34,10 +35,12 @@ class Cluster:
         return done.stdout
 
     def pocl(
-        self, *words: str, check: bool = True, user: str | None = None, **environment: str
+        self, *words: str, check: bool = True, user: str | None = None, python: str = sys.executable, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """`pocl WORDS...` on the login node."""
-        command = [sys.executable, "-m", "pocl_ds.cli", *words]
+        if words[0] == "submit":
+            self.run = Path(words[words.index("--run-dir") + 1])
+        command = [python, "-m", "pocl_ds.cli", *words]
         if user:
             command = ["runuser", "-u", user, "--", *command]
         where = {**self.environment, **environment}
@@ -61,10 +64,16 @@ class Cluster:
             if reason == "BeginTime":
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
+    def newest_logs(self) -> str:
+        """The ends of what the last submitted run's jobs and ranks said last."""
+        logs = sorted((self.run / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime) if self.run else []
+        return "".join(f"\n==> {path}\n{path.read_text()[-1000:]}" for path in logs[-4:])
+
     def until(self, condition: Callable[[], object], what: str, seconds: float = 200) -> None:
         """Wait, while requeued jobs are hurried on."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}:\n{self.call('squeue', '-a')}"
+            if time.monotonic() > deadline:
+                raise AssertionError(f"waited {seconds:.0f} s for {what}:\n{self.call('squeue', '-a')}{self.newest_logs()}")
             self.hurry()
             time.sleep(0.3)

@@ -253,13 +253,13 @@ def main() -> int:
     """Run the job that the command line names. Returns its exit code."""
     early: list[int] = []  # signals may come before the job is read
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: early.append(number))
+        signal.signal(number, lambda got, _: early.append(got))
     run, name = Path(sys.argv[1]), sys.argv[2]
     job = Job(run, name)
     for number in SIGNALS:
         signal.signal(number, job.stop)
-    for number in early:
-        job.stop(number, None)
+    for got in early:
+        job.stop(got, None)
     with (run / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -6,6 +6,7 @@ Whatever transformers throws on the way becomes one sentence that names the mode
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,7 +143,10 @@ def _one_sentence(path: str, part: str) -> Iterator[None]:
         reason = re.split(r"(?<=[a-z0-9\"')])\.\s", reason, maxsplit=1)[0].rstrip(".")[:300]
         if isinstance(error, KeyError):
             reason = f"unknown {reason}"
-        if Path(path).exists():
+        closed = [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)] if Path(path).is_dir() else []
+        if closed:
+            reason, remedy = f"{', '.join(closed)} may not be read", "change the permissions of that folder's files"
+        elif Path(path).exists():
             remedy = "check the files in that folder"
         else:
             remedy = "check the name and the network, or give a local folder"

@@ -86,6 +86,20 @@ def test_a_fault_that_is_not_the_disks_stays_itself(tmp_path: Path) -> None:
     assert not isinstance(caught.value, (ArtifactError, ResourceError))
 
 
+def test_files_of_an_atomic_directory_are_everyones_to_read(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with atomic_directory(tmp_path / "final") as folder:
+            (folder / "sub").mkdir()
+            for name, mode in (("private", 0o600), ("sub/program", 0o700)):
+                (folder / name).touch()
+                (folder / name).chmod(mode)
+    finally:
+        os.umask(before)
+    modes = [(tmp_path / "final" / name).stat().st_mode & 0o777 for name in ("private", "sub/program")]
+    assert modes == [0o644, 0o744]
+
+
 def test_atomic_directory(tmp_path: Path) -> None:
     target = tmp_path / "final"
     with atomic_directory(target) as folder:
