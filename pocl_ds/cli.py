@@ -130,9 +130,9 @@ def _command(options: argparse.Namespace) -> int:
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     setup_logging(rank, world_size=ranks)
-    recipe, run = _recipe(options)
     if options.command == "submit":
-        return cluster.submit(options, recipe, run)
+        return cluster.submit(options, _recipes(options))
+    recipe, run = _recipe(options)
     if options.dry_run:
         return _dry_run(options, recipe, run)
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
@@ -177,6 +177,26 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
     else:
         raise RecipeError("no recipe is named: give a file or a shipped name (pocl run quickstart), or a --run-dir that has one")
     return recipe, RunDirectory(options.run_dir or Path("runs") / recipe.name)
+
+
+def _recipes(options: argparse.Namespace) -> list[tuple[Recipe, RunDirectory]]:
+    """The recipe of a command line; of several, each with a run directory of its own below --run-dir."""
+    from pocl_ds.errors import RecipeError
+
+    words, parent = options.words, options.run_dir or Path("runs")
+    names = [word for word in words if "=" not in word]
+    if len(names) < 2:
+        return [_recipe(options)]
+    overrides, found = [word for word in words if "=" in word], []
+    for name in names:
+        options.words, options.run_dir = [name, *overrides], None
+        recipe, run = _recipe(options)
+        run.path = parent / recipe.name
+        found.append((recipe, run))
+    paths = [run.path for _, run in found]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise RecipeError(f"two recipes are named {twice.name!r}: each needs a name of its own (field name)")
+    return found
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "submit": ("hand a run to SLURM as dependent jobs", "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x"),
-    "status": ("what a submitted run is doing", "pocl status runs/x --watch"),
+    "status": ("what a submitted run is doing, or several below a folder", "pocl status runs/x --watch"),
     "cancel": ("cancel a submitted run's jobs; finished work is kept", "pocl cancel runs/x"),
     "resume": ("submit what is left of a run", "pocl resume runs/x"),
     "logs": ("what a job or a rank said", "pocl logs runs/x train --rank 1 -f"),
@@ -53,15 +54,18 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("-f", "--follow", action="store_true", help="as it grows")
 
 
-def submit(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> int:
-    """`pocl submit`."""
+def submit(options: argparse.Namespace, recipes: list[tuple[Recipe, RunDirectory]]) -> int:
+    """`pocl submit`: one run, or several; nothing is submitted before all of them are looked at."""
     from pocl_ds.cluster.profile import load_profile
     from pocl_ds.cluster.submit import Submission
     from pocl_ds.errors import RecipeError
 
     if options.nodes is not None and options.nodes < 1:
         raise RecipeError(f"--nodes {options.nodes}: it is at least 1")
-    return _hand_in(options, Submission(run, recipe, load_profile(options.profile), nodes=options.nodes))
+    profile = load_profile(options.profile)
+    for submission in [Submission(run, recipe, profile, nodes=options.nodes) for recipe, run in recipes]:
+        _hand_in(options, submission)
+    return 0
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -69,43 +73,45 @@ def run_command(options: argparse.Namespace) -> int:
     return int(FUNCTIONS[options.command](options))
 
 
-def _hand_in(options: argparse.Namespace, submission: Submission) -> int:
+def _hand_in(options: argparse.Namespace, submission: Submission) -> None:
     print(submission.show())
     if options.dry_run:
         for job in submission.jobs:
             print(f"\n==> {job.name}.sbatch\n{submission.script(job)}", end="")
-        return 0
+        return
     if options.test_only:
         for name, said in submission.start_times().items():
             print(f"{name:<10}{said}")
-        return 0
+        return
     if not submission.jobs:
-        return 0
+        return
     ids = submission.submit()
     print("submitted " + ", ".join(f"{name} {number}" for name, number in ids.items()))
-    print(f"watch it: pocl status {submission.path} --watch")
-    return 0
+    print(f"watch it: pocl status {shlex.quote(str(submission.path))} --watch")
 
 
-def _run_of(options: argparse.Namespace) -> RunDirectory:
+def _runs(options: argparse.Namespace) -> list[RunDirectory]:
+    """The run directory that was named, or the submitted ones right below it."""
     from pocl_ds.artifacts import RunDirectory
     from pocl_ds.errors import ArtifactError
 
-    if not options.run.is_dir():
+    path = options.run.resolve()
+    if not path.is_dir():
         raise ArtifactError(f"{options.run} is no run directory: check the path")
-    return RunDirectory(options.run.resolve())
+    below = sorted(file.parents[1] for file in path.glob("*/cluster/submission.json"))
+    return [RunDirectory(found) for found in (below if below and not (path / "cluster").is_dir() else [path])]
 
 
 def _status(options: argparse.Namespace) -> int:
     from pocl_ds.cluster.status import status, table
 
-    run = _run_of(options)
+    runs = _runs(options)
     while True:
-        rows = status(run)
+        found = [(run, status(run)) for run in runs]
         if options.watch and sys.stdout.isatty():
             print("\x1b[H\x1b[J", end="")
-        print(table(rows), flush=True)
-        if not options.watch or all(row.state in ("done", "failed", "cancelled", "gone") for row in rows):
+        print("\n\n".join((f"{run.path.name}\n" if len(runs) > 1 else "") + table(rows) for run, rows in found), flush=True)
+        if not options.watch or all(row.state in ("done", "failed", "cancelled", "gone") for _, rows in found for row in rows):
             return 0
         time.sleep(REFRESH)
 
@@ -113,7 +119,7 @@ def _status(options: argparse.Namespace) -> int:
 def _cancel(options: argparse.Namespace) -> int:
     from pocl_ds.cluster.submit import cancel
 
-    ids = cancel(_run_of(options))
+    ids = [number for run in _runs(options) for number in cancel(run)]
     print(f"cancelled {', '.join(ids)}; `pocl resume {options.run}` goes on" if ids else "nothing waits or runs")
     return 0
 
@@ -121,13 +127,15 @@ def _cancel(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from pocl_ds.cluster.submit import resume
 
-    return _hand_in(options, resume(_run_of(options)))
+    for submission in [resume(run) for run in _runs(options)]:
+        _hand_in(options, submission)
+    return 0
 
 
 def _logs(options: argparse.Namespace) -> int:
     from pocl_ds.errors import ArtifactError
 
-    folder = _run_of(options).logs
+    folder = _runs(options)[0].logs
     name = options.job or "*"
     pattern = f"{name}*-rank-{options.rank}.log" if options.rank is not None else f"{name}-*.log"
     found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)

@@ -16,7 +16,7 @@ from pocl_ds.artifacts import RunDirectory, read_json
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import Attempt, read_attempts
 from pocl_ds.cluster.job import METRICS
-from pocl_ds.cluster.submit import job_ids
+from pocl_ds.cluster.submit import go_home, job_ids
 from pocl_ds.errors import ArtifactError
 from pocl_ds.recipe import load_recipe
 
@@ -43,6 +43,7 @@ def status(run: RunDirectory) -> list[Row]:
     if not file.is_file():
         raise ArtifactError(f"{run.path} was never submitted: `pocl submit RECIPE --profile NAME --run-dir {run.path}` does so")
     submission = read_json(file)
+    go_home(run)
     recipe = load_recipe(str(run.recipe))
     done = pipeline.finished(run, recipe)
     queue = scheduler.queue(job_ids(run)) if scheduler.available() else []

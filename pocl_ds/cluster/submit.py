@@ -189,8 +189,15 @@ def resume(run: RunDirectory) -> Submission:
         raise ArtifactError(f"{run.path} was never submitted: run `pocl submit RECIPE --profile NAME --run-dir {run.path}`")
     run = RunDirectory(run.path.resolve())
     recipe, profile = load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml"))
-    os.chdir(read_json(run.cluster / "submission.json")["directory"])
+    go_home(run)
     return Submission(run, recipe, profile, nodes=None)
+
+
+def go_home(run: RunDirectory) -> None:
+    """Change to the directory that a run was submitted from: its recipe's relative paths begin there."""
+    directory = Path(read_json(run.cluster / "submission.json")["directory"])
+    if directory.is_dir():
+        os.chdir(directory)
 
 
 def job_ids(run: RunDirectory) -> list[str]:

@@ -224,6 +224,21 @@ def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folde
     assert "since train did not finish" in said and "Traceback" not in cluster.pocl("logs", str(run), "train").stdout[:50]
 
 
+def test_several_recipes_are_several_runs(cluster: Cluster, recipe: Path, folder: Path) -> None:
+    """Nothing is submitted before all are looked at; status, cancel and resume take the folder of all."""
+    study, other = folder / "study", folder / "other.yaml"
+    other.write_text(recipe.read_text().replace("name: tiny", "name: other").replace("strategy: fusion", "strategy: random"))
+    twice = cluster.pocl("submit", str(recipe), str(recipe), "--profile", PROFILE, "--run-dir", str(study), check=False)
+    assert twice.returncode == 2 and "a name of its own" in twice.stderr and not study.exists()
+    said = cluster.pocl("submit", str(recipe), str(other), "--profile", PROFILE, "--run-dir", str(study)).stdout
+    assert said.count("submitted prepare") == 2
+    said = cluster.pocl("status", str(study)).stdout
+    assert {"tiny", "other"} < set(said.splitlines()) and said.count("prepare") == 2
+    assert len(cluster.pocl("cancel", str(study)).stdout.partition(";")[0].split(",")) == 12
+    ids = [cluster.job(study / name, "prepare") for name in ("tiny", "other")]
+    cluster.until(lambda: all(cluster.state(job) == "CANCELLED" for job in ids), "the cancellation")
+
+
 def test_a_fault_of_the_users_is_the_end_at_once(cluster: Cluster, calm: Path, folder: Path) -> None:
     run = planned_copy(calm, folder / "fault")
     (run / "plan" / "plan.json").write_text("{")
