@@ -20,6 +20,7 @@ COMMANDS = {
     "run": ("every stage in order, each only where its result is missing", "pocl run quickstart --run-dir runs/first"),
     "data": ("read, split and encode the instruction data", "pocl data my.yaml --run-dir runs/x data.source=my.jsonl"),
     "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
+    "teach": ("keep the teacher's hidden states, where teacher.mode is hidden", "pocl teach --run-dir runs/x --shard 0/4"),
     "score": ("answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
     "rank": ("order the samples from easy to hard", "pocl rank --run-dir runs/x"),
     "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
@@ -111,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             command.add_argument("--compare", action="store_true", help="also train plain KD on as many sample visits")
             command.add_argument("--ranks", type=int, help="processes that share the models (launch.ranks)")
-        if name == "score":
-            command.add_argument("--shard", metavar="I/N", help="only shard I of N, from 0; sets score.shards=N")
+        if name in ("score", "teach"):
+            command.add_argument("--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N")
         if name == "evaluate":
             command.add_argument("--model", choices=("teacher", "initial", "student", "baseline"), help="only this one's answers")
             command.add_argument("--benchmark", help="with --model: only this benchmark")
@@ -167,7 +168,7 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
         overrides.append(f"launch.ranks={options.ranks}")
     if getattr(options, "shard", None):
         options.shard, count = _shard(options.shard)
-        overrides.append(f"score.shards={count}")
+        overrides.append(f"{options.command}.shards={count}")
     if len(names) > 1:
         raise RecipeError(f"two recipes are named ({names[0]}, {names[1]}): give one, overrides have the form field=value")
     if names:
@@ -281,6 +282,16 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fin
             fingerprint=fingerprint)  # fmt: skip
 
 
+def _teach(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.distill.teach import teach
+    from pocl_ds.errors import RecipeError
+
+    if recipe.teacher is None or recipe.teacher.mode != "hidden":
+        raise RecipeError("recipe field teacher.mode is not hidden: there is nothing to keep of a teacher that is asked live")
+    teach(run, teacher=recipe.teacher, student=recipe.student, config=recipe.teach, fingerprint=fingerprint,
+          shard=getattr(options, "shard", None))  # fmt: skip
+
+
 def _score(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
     from pocl_ds.artifacts import read_json
     from pocl_ds.difficulty.score import score
@@ -304,8 +315,11 @@ def _plan(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, finger
 
 def _train(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
     from pocl_ds.distill.stage import train
+    from pocl_ds.pipeline import fingerprints
 
-    train(run, student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
+    stored = recipe.teacher is not None and recipe.teacher.mode == "hidden"
+    train(run, taught=fingerprints(recipe)["teach"] if stored else None,
+          student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
           compare=recipe.compare if options.command == "baseline" else None, fingerprint=fingerprint)  # fmt: skip
 
 
@@ -354,7 +368,8 @@ def _report(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fing
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[argparse.Namespace, Any, Any, str], None]] = {
-    "data": _data, "prepare": _prepare, "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _train,
+    "data": _data, "prepare": _prepare, "teach": _teach,
+    "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _train,
     "evaluate": _evaluate, "export": _export, "report": _report,
 }  # fmt: skip
 

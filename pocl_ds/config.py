@@ -112,9 +112,20 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
+    mode: Literal["live", "hidden"] = Field(
+        "live", description="asked at each step, or once, its hidden states kept on disk: the same losses",
+        json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
     ds_config: str | None = Field(
         "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on each rank", json_schema_extra=OPERATIONAL
     )
+
+
+class TeachConfig(Section):
+    """The cache of the teacher's hidden states, where teacher.mode is `hidden`."""
+
+    shards: Positive = Field(1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL)
+    batch_tokens: Positive = Field(8192, description="tokens of one forward on one rank", json_schema_extra=OPERATIONAL)
 
 
 class PruneConfig(Section):
@@ -329,6 +340,7 @@ class Recipe(Section):
     prompt: PromptConfig = PromptConfig()
     teacher: TeacherConfig | None = None
     student: StudentConfig
+    teach: TeachConfig = TeachConfig()
     score: ScoreConfig = ScoreConfig()
     rank: RankConfig = RankConfig()
     plan: PlanConfig = PlanConfig()

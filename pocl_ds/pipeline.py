@@ -46,6 +46,8 @@ STAGES = (
                                                    _data_files(r)], ()),
     Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
                                                         lasting(r.train) if r.student.heal_steps else None, r.seed], ("data",)),
+    Stage("teach", lambda run: run.teacher, lambda r: r.teacher and lasting(r.teacher), ("data",),
+          lambda r: r.teacher is not None and r.teacher.mode == "hidden"),
     Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare"),
           lambda r: r.rank.strategy != "random"),
     Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("data", "score")),
@@ -150,7 +152,7 @@ def run_stage(name: str, run: RunDirectory, recipe: Recipe, lock: int) -> int:
 
 def needs_ranks(name: str, recipe: Recipe) -> bool:
     """Whether a stage is run by launch.ranks processes."""
-    return name in ("train", "baseline") or (name == "prepare" and recipe.student.heal_steps > 0)
+    return name in ("teach", "train", "baseline") or (name == "prepare" and recipe.student.heal_steps > 0)
 
 
 def call(command: list[str], lock: int | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from pocl_ds.cluster.profile import Profile
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.pipeline import evaluated_models, needs_ranks
+from pocl_ds.pipeline import STAGES, evaluated_models, needs_ranks
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,20 @@ def pipeline_jobs(recipe: Recipe, profile: Profile, done: Mapping[str, bool], *,
     prepare = tuple(Step((name,), needs_ranks(name, recipe)) for name in ("data", "prepare") if not done[name])
     jobs = [
         JobSpec("prepare", ("data", "prepare"), prepare, (), **(wide if any(step.ranks for step in prepare) else _one(profile))),
-        JobSpec("score", ("score",), (Step(("score",)),), ("prepare",), items=_shards(recipe), **_one(profile, score_gpus)),
+        JobSpec("teach", ("teach",), (Step(("teach",), True),), ("prepare",), items=_pieces(recipe.teach.shards), **wide),
+        JobSpec("score", ("score",), (Step(("score",)),), ("prepare",),
+                items=_pieces(recipe.score.shards), **_one(profile, score_gpus)),
         JobSpec("plan", ("rank", "plan"), tuple(Step((n,)) for n in ("rank", "plan") if not done[n]), ("score",), **_small()),
-        JobSpec("train", ("train",), (Step(("train",), True),), ("plan",), **wide),
-        JobSpec("baseline", ("baseline",), (Step(("baseline",), True),), ("plan",), **wide),
+        JobSpec("train", ("train",), (Step(("train",), True),), ("plan", "teach"), **wide),
+        JobSpec("baseline", ("baseline",), (Step(("baseline",), True),), ("plan", "teach"), **wide),
         JobSpec("evaluate", (), (Step(("evaluate",)),), ("train", "baseline"), items=_answers(recipe),
                 **_one(profile, recipe.evaluate.generation.tensor_parallel)),
         # `evaluate` on a task's own gathers the answers and measures the held-out loss
         JobSpec("report", ("evaluate", "export", "report"),
                 tuple(Step((n,)) for n in ("evaluate", "export", "report") if not done[n]), ("evaluate",), **_one(profile)),
     ]  # fmt: skip
-    wanted = {"baseline": recipe.compare.enabled, "score": recipe.rank.strategy != "random", "evaluate": not done["evaluate"]}
+    stages = {stage.name: stage.wanted(recipe) for stage in STAGES}
+    wanted = {name: stages[name] for name in ("teach", "score", "baseline")} | {"evaluate": not done["evaluate"]}
     kept = [
         job for job in jobs if wanted.get(job.name, True) and not (job.stages and all(done[stage] for stage in job.stages))
     ]
@@ -109,8 +112,8 @@ def _ancestors(name: str, every: Mapping[str, JobSpec]) -> set[str]:
     return {found for other in every[name].after for found in (other, *_ancestors(other, every))}
 
 
-def _shards(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
-    return tuple(("--shard", f"{shard}/{recipe.score.shards}") for shard in range(recipe.score.shards))
+def _pieces(count: int) -> tuple[tuple[str, ...], ...]:
+    return tuple(("--shard", f"{shard}/{count}") for shard in range(count))
 
 
 def _answers(recipe: Recipe) -> tuple[tuple[str, ...], ...]:

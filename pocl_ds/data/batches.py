@@ -28,6 +28,7 @@ class Batch:
     labels: Tensor  # [n] int64
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
     rows: tuple[int, ...]
+    split: str  # the name of the split that the rows are of
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
@@ -75,5 +76,6 @@ def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id
         torch.from_numpy(tokens[is_label]),
         torch.from_numpy(sample[is_label]),
         tuple(picked.tolist()),
+        split.name,
     )
 

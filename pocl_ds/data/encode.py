@@ -91,7 +91,7 @@ class EncodedSplit:
         empty = paths[2].stat().st_size == 0  # nothing can be mapped there
         self._tokens = np.empty(0, np.uint32) if empty else np.memmap(paths[2], np.uint32, "r")
         self._by_id: NDArray[np.int64] | None = None
-        self._name = f"{directory}/{split}"
+        self.name, self._name = split, f"{directory}/{split}"
 
     @classmethod
     def open(cls, directory: Path, split: str) -> EncodedSplit:

@@ -22,10 +22,12 @@ from pocl_ds.curriculum.stage import baseline_plan, load_plan
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.fused_head import chunk_sizes
+from pocl_ds.distill.hidden_store import HiddenStore
 from pocl_ds.distill.layout import choose_layout
 from pocl_ds.distill.memory import check_memory
 from pocl_ds.distill.student import Student
-from pocl_ds.distill.teacher import LiveTeacher
+from pocl_ds.distill.teach import head_width
+from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from pocl_ds.distill.trainer import Trainer, TrainingData
 from pocl_ds.errors import ModelError
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
@@ -54,6 +56,7 @@ class Job:
     loss: LossConfig
     train: TrainConfig
     seed: int
+    taught: str | None = None  # fingerprint of the teacher's stored hidden states; None asks the live teacher
 
 
 def train(
@@ -66,6 +69,7 @@ def train(
     compare: CompareConfig | None,
     seed: int,
     fingerprint: str,
+    taught: str | None = None,
 ) -> None:
     """The stage `train`, or with `compare` its plain-KD baseline. All ranks call it."""
     models = read_json(run.models / "models.json")
@@ -87,6 +91,7 @@ def train(
         loss=loss,
         train=train,
         seed=seed,
+        taught=taught,
     )
     fit(run, job)
 
@@ -161,10 +166,10 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     """Models, engines and data of a training, ready to run."""
     splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
     validation = splits["validation"] if len(splits["validation"]) else None
-    engine, teacher, tokenizer = _build(job, splits["train"])
+    engine, teacher, tokenizer = _build(run, job, splits)
     data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
     module: Any = engine.module
-    models = [module.model, *([teacher.model] if teacher else [])]
+    models = [module.model, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
     lengths = splits["train"].total_tokens[job.order]
     sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
     layout = choose_layout(job.train, sampler, lengths, models)
@@ -189,36 +194,42 @@ def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
                 )
 
 
-def _build(job: Job, split: EncodedSplit) -> tuple[Engine, LiveTeacher | None, Any]:
+def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tuple[Engine, Teacher | None, Any]:
     """Engines around sharded models, and the student's tokenizer. What can be refused is, before a model is loaded."""
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
     student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
-    longest = int(split.total_tokens.max(initial=1))
+    live_path = None if job.taught else job.teacher_path
+    longest = int(splits["train"].total_tokens.max(initial=1))
     logits = 8 * int(student_config.vocab_size) * (train.micro_batch_tokens or train.micro_batch_size * longest)
     frozen = None
-    if job.teacher and deepspeed:
+    if job.teacher and live_path and deepspeed:
         frozen = ds_config.resolve_teacher(
             job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
         )
     check_memory(
-        job.student_path, job.teacher_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
+        job.student_path, live_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
         copied=train.checkpoint.in_background,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))
-    teacher = None
+    teacher: Teacher | None = None
     if job.teacher and job.teacher_path:
         teacher_config = load_model_config(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         teacher_tokenizer = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
         vocabulary = reconcile(teacher_tokenizer, tokenizer, teacher_config.vocab_size, student_config.vocab_size)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
-        log.info("the teacher is %s", "sharded over the ranks" if frozen else "whole on every rank")
-    _check_tokens(split, ids)
+        where = "sharded over the ranks" if frozen else "whole on every rank"
+        log.info("the teacher is %s", "on disk, only its head is loaded" if job.taught else where)
+    _check_tokens(splits["train"], ids)
     chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device())
-    if job.teacher and job.teacher_path:
+    if job.teacher and job.taught and job.teacher_path:
+        width = head_width(job.teacher_path, job.teacher)
+        store = HiddenStore(run.teacher, list(splits.values()), fingerprint=job.taught, width=width, dtype=job.teacher.dtype)
+        teacher = StoredTeacher(store, run.teacher / "head", job.teacher.dtype)
+    elif job.teacher and job.teacher_path:
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)

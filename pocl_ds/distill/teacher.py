@@ -8,21 +8,32 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds import distributed
+from pocl_ds.artifacts import read_json
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.engine import FrozenEngine
+from pocl_ds.distill.hidden_store import HiddenStore
 from pocl_ds.distill.student import TeacherBackbone
+from pocl_ds.errors import ArtifactError
 from pocl_ds.models.heads import Head, head_of
 from pocl_ds.models.vocabulary import Ids
 
 
 class Teacher(Protocol):
     """Who gives the target distributions. Every method is called by all ranks together."""
+
+    def require(self, split: str, rows: NDArray[np.int64]) -> None:
+        """Make sure that these rows of a split can be asked for next. Raises ArtifactError on all ranks where one's cannot."""
 
     def hidden(self, batch: Batch) -> Tensor:
         """Final hidden states of the batch's loss tokens: [loss tokens, width]."""
@@ -39,6 +50,9 @@ class LiveTeacher:
         self._head = head_of(model)
         self.engine = FrozenEngine(TeacherBackbone(model), ds_config)
 
+    def require(self, split: str, rows: NDArray[np.int64]) -> None:
+        """See `Teacher`: a live model answers anything."""
+
     def hidden(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
         states: Tensor = self.engine(replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids)))
@@ -50,3 +64,34 @@ class LiveTeacher:
         parameters = [p for p in (self._head.weight, self._head.bias) if p is not None]
         with self.engine.whole(parameters):
             yield self._head
+
+
+class StoredTeacher:
+    """Hidden states that `pocl teach` kept, and the head, whole on each rank; the model's body is not there."""
+
+    def __init__(self, store: HiddenStore, folder: Path, dtype: str) -> None:
+        """folder: that of the head."""
+        self.store = store
+        where, kind = distributed.device(), getattr(torch, dtype)
+        state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+        parts = {name: nn.Parameter(value.to(where, kind), requires_grad=False) for name, value in state.items()}
+        shape = read_json(folder / "head.json")
+        self._head = Head(parts["weight"], parts.get("bias"), shape["scale"], shape["soft_cap"])
+
+    def require(self, split: str, rows: NDArray[np.int64]) -> None:
+        """See `Teacher`."""
+        fault = self.store.fault(split, rows)
+        flag = torch.tensor([fault is not None], dtype=torch.int32, device=distributed.device())
+        if distributed.all_sum(flag).item():
+            with distributed.together("read the teacher's hidden states"):
+                if fault:
+                    raise ArtifactError(fault)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """See `Teacher`."""
+        return self.store.read(batch.split, batch.rows).to(distributed.device())
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Head]:
+        """See `Teacher`."""
+        yield self._head

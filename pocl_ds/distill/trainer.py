@@ -159,6 +159,8 @@ class Trainer:
         distributed.agree({"step": position.step, "stage": position.stage, "micro-batches": len(micro_batches),
                            "tokens": int(self.lengths[rows].sum()), "loss tokens": normaliser,
                            "teacher": self.teacher is not None, "tau": stage.tau})  # fmt: skip
+        if self.teacher is not None:
+            self.teacher.require(self.data.split.name, rows[np.concatenate(micro_batches)])
         sums, totals = torch.zeros(3, dtype=torch.float64, device=self.device), []
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
@@ -226,6 +228,8 @@ class Trainer:
         )
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        if self.teacher is not None:
+            self.teacher.require(split.name, np.concatenate(dealt[distributed.rank()]))
         self.engine.module.eval()
         for rows in dealt[distributed.rank()]:  # a rank without a sample runs a token that does not count
             self.watchdog.beat()

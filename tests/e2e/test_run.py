@@ -116,6 +116,41 @@ def test_other_engines_ranks_and_micro_batches_come_to_the_same(undropped: Path,
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
 
 
+def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_path: Path) -> None:
+    """Its hidden states on disk in place of its body; a shard that is lost is made anew, alone."""
+    run = untrained_copy(undropped, tmp_path / "run")
+    words = ("--run-dir", str(run), "teacher.mode=hidden", "teach.shards=3")
+    missing = pocl("train", *words, check=False)
+    assert missing.returncode == 2 and "run `pocl teach`" in missing.stderr and "Traceback" not in missing.stderr
+    pocl("teach", *words)
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "teacher").glob("*.bin")}
+    for name in ("manifest.json", "train-00001-of-00003.bin"):
+        (run / "teacher" / name).unlink()
+    pocl("teach", "--run-dir", str(run), "teacher.mode=hidden", "--shard", "1/3")
+    after = {path.name: path.stat().st_mtime_ns for path in (run / "teacher").glob("*.bin")}
+    assert {name for name in before if before[name] != after[name]} == {"train-00001-of-00003.bin"}
+    shutil.move(run / "teacher", tmp_path / "teacher")
+    shutil.copytree(tmp_path / "teacher", run / "teacher")
+    found = pocl("train", *words)
+    assert "the teacher is on disk" in found.stderr
+    for ours, theirs in zip(steps(run), steps(undropped), strict=True):
+        for name in ("loss", "kd", "ce"):
+            assert ours.pop(name) == pytest.approx(theirs.pop(name), rel=2e-6)
+        assert ours == theirs
+    left, right = weights(undropped), weights(run)
+    # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few weights differ by a part of it.
+    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
+
+    damaged = untrained_copy(run, tmp_path / "damaged")
+    path = damaged / "teacher" / "train-00002-of-00003.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    found = pocl("train", "--run-dir", str(damaged), check=False)
+    assert found.returncode == 2 and f"{path} is damaged at row" in found.stderr and "Traceback" not in found.stderr
+    path.write_bytes(path.read_bytes()[:-4])
+    found = pocl("train", "--run-dir", str(damaged), check=False)
+    assert found.returncode == 2 and "is missing, or not what `pocl teach` wrote" in found.stderr
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 3), (1, 2), (4, 2)])
 def test_another_number_of_ranks_goes_on(undropped: Path, tmp_path: Path, first: int, then: int) -> None:
     """From a checkpoint in the middle of a stage and an epoch, as if all steps had been on as many ranks."""

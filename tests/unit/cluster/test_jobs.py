@@ -57,6 +57,12 @@ def test_a_baseline_is_trained_beside_and_awaited() -> None:
     assert found["baseline"].after == ("plan",) and found["evaluate"].after == ("train", "baseline")
 
 
+def test_a_teacher_that_is_asked_once_is_asked_beside_the_scores() -> None:
+    found = jobs(recipe(teacher={"model": "t", "mode": "hidden"}, teach={"shards": 4}))
+    assert found["teach"].after == ("prepare",) and found["teach"].tasks == 8 and len(found["teach"].items) == 4
+    assert found["train"].after == ("plan", "teach") and "teach" not in jobs(recipe())
+
+
 def test_a_random_order_needs_no_scores() -> None:
     found = jobs(recipe(rank={"strategy": "random"}))
     assert "score" not in found and found["plan"].after == ("prepare",)
