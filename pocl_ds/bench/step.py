@@ -27,9 +27,12 @@ from pocl_ds.models.quiet import quiet
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, STEPS = 2, 4
 # Label, variant of the worker, ranks. Each gets all cores: as threads of one rank, or shared by ranks.
+ZERO3 = ("ours, ZeRO-3, 1 rank", "zero3", 1)
 CONTENDERS = (
     ("ours, plain PyTorch", "torch", 1),
-    ("ours, ZeRO-3, 1 rank", "zero3", 1),
+    ("ours, stored teacher", "torch+stored", 1),
+    ("ours, SFT", "torch+sft", 1),
+    ZERO3,
     ("ours, ZeRO-3, 2 ranks", "zero3", 2),
     ("SFT of the student", "sft", 1),
     ("plain full logits", "full", 1),
@@ -48,7 +51,7 @@ def run(
     """
     words = [word for word in arguments if word != "--switches"]
     names, trl = _parse(words)
-    contenders = CONTENDERS if len(words) == len(arguments) else (CONTENDERS[1], *SWITCHES)
+    contenders = CONTENDERS if len(words) == len(arguments) else (ZERO3, *SWITCHES)
     cores = os.cpu_count() or 1
     out(f"{cores} cores; {rounds} rounds of {steps} steps, medians")
     found = {}

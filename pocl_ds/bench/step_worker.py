@@ -3,7 +3,8 @@
     launch/train.sh --ranks R --threads T --module pocl_ds.bench.step_worker VARIANT WORKLOAD FOLDER STEPS OUT
 
 Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), each also with one of the recipe's switches
-(zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager); full (all logits of both sides, as research code does it), sft
+(zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager), with the teacher's hidden states from disk (torch+stored) and
+without a teacher (torch+sft); full (all logits of both sides, as research code does it), sft
 (the student alone, from transformers).
 """
 
@@ -22,9 +23,10 @@ from torch.nn import functional
 from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
-from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
+from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TeachConfig, TeacherConfig, TrackingConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.distill import stage
+from pocl_ds.distill.teach import teach
 from pocl_ds.models.load import load_model
 from pocl_ds.tracking import read_metrics, setup_logging
 
@@ -65,8 +67,13 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
     if engine == "zero3":
         stage.start_deepspeed()
         distributed.barrier()
-    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, teacher.model, teacher,
-                    LossConfig(), train, 0)  # fmt: skip
+    taught = "bench" if switch == "stored" else None
+    if taught:
+        teach(run, teacher=teacher, student=student, config=TeachConfig(), fingerprint=taught)
+    asked = None if switch == "sft" else teacher
+    loss = LossConfig(name="sft" if asked is None else "fkl")
+    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student,
+                    asked.model if asked else None, asked, loss, train, 0, taught)  # fmt: skip
     trainer = stage.make_trainer(run, job)
     trainer.run()
     records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
