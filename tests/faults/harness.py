@@ -2,9 +2,9 @@
 
     python tests/faults/harness.py --kills 50 --seed 0
 
-Each kill is SIGKILL to one rank, one stage's process, or everything at once, at a moment drawn from the seed; then the same
-command goes on. A run that reached its end is compared bit by bit: every step's record, the scores, the answers, the
-weights. Ends with a table, and with code 1 where anything differs.
+Each kill is SIGKILL to one rank, one stage's process, or everything at once, at a moment drawn from the seed: a stage first,
+half of them training, then a moment within it; then the same command goes on. A run that reached its end is compared bit by
+bit: every step's record, the scores, the answers, the weights. Ends with a table, and with code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from command_line import ROOT, environment
 from tiny_runs import write_recipe
 
 KEPT = ("step", "stage", "epoch", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "tokens", "sample_ids_digest")
+STAGES = ["data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report"]
+RUN = 13  # kills of one run
 LONGEST = 400  # seconds that one attempt may take
 
 
@@ -118,22 +120,51 @@ def records(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def attempt(recipe: Path, run: Path, source: random.Random, longest: float, log: Path) -> Kill | None:
-    """Start or go on, and kill at a random moment. None where the run came to its end before."""
+def durations(said: str) -> dict[str, float]:
+    """Seconds of each stage of a whole run."""
+    return {name: float(seconds) for name, seconds in re.findall(r"^\S+ (\w+): done in (\d+) s", said, re.MULTILINE)}
+
+
+def done_stages(said: str) -> list[str]:
+    """The stages that an attempt finished, or found finished."""
+    return re.findall(r"^\S+ (\w+): done", said, re.MULTILINE)
+
+
+def targets(source: random.Random, count: int) -> list[str]:
+    """Stages to kill a run in, in their order; half of the kills fall into the training, wherever it is by then."""
+    others = [name for name in STAGES if name != "train"]
+    drawn = ["train" if source.random() < 0.5 else source.choice(others) for _ in range(count)]
+    return sorted(drawn, key=STAGES.index)
+
+
+def attempt(
+    recipe: Path, run: Path, source: random.Random, target: str | None, lasts: dict[str, float], log: Path
+) -> Kill | None:
+    """Start or go on, and kill at a random moment of the target's. None where the run came to its end before, or nobody kills.
+
+    Half of a training's kills come while it steps, the others while it starts.
+    """
     child = start(recipe, run, log)
-    moment, begin = source.uniform(1.0, longest), time.monotonic()
-    while time.monotonic() - begin < moment:
+    begin = time.monotonic()
+    stepping = target == "train" and source.random() < 0.5
+    before, recorded = STAGES[: STAGES.index(target)] if target else [], len(records(run))
+    moment = None
+    while moment is None or time.monotonic() < moment:
         if child.poll() is not None:
             if child.returncode:
                 raise RuntimeError(f"the run failed by itself:\n{log.read_text()[-3000:]}")
             return None
+        if target and moment is None and set(before) <= set(done_stages(log.read_text())):
+            if not stepping:
+                moment = time.monotonic() + source.uniform(0.0, max(lasts[target], 1.0))
+            elif len(records(run)) != recorded:  # the first step of this attempt is there
+                moment = time.monotonic() + source.uniform(0.0, 2.0)
         time.sleep(0.02)
     seconds, victim = time.monotonic() - begin, kill(child, source)
     child.wait(timeout=LONGEST)
     time.sleep(0.5)  # what was orphaned ends, and gives the lock back
-    done = re.findall(r"^\S+ (\w+): done", log.read_text(), re.MULTILINE)
-    stages = ["data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report", "end"]
-    stage = stages[stages.index(done[-1]) + 1] if done else stages[0]
+    done = done_stages(log.read_text())
+    stage = [*STAGES, "end"][STAGES.index(done[-1]) + 1] if done else STAGES[0]
     return Kill(victim, seconds, stage, len(records(run)))
 
 
@@ -167,17 +198,17 @@ def main(kills: int, seed: int, folder: Path) -> int:
     begin = time.monotonic()
     if code := start(recipe, reference, log).wait(timeout=LONGEST):
         raise RuntimeError(f"the undisturbed run ended with code {code}:\n{log.read_text()[-3000:]}")
-    longest = time.monotonic() - begin
-    print(f"undisturbed: {len(records(reference))} steps, {longest:.0f} s", flush=True)
+    lasts = durations(log.read_text())
+    print(f"undisturbed: {len(records(reference))} steps, {time.monotonic() - begin:.0f} s", flush=True)
     print("kill  victim       after     stage      step  resumed at  lost", flush=True)
     table: list[Kill] = []
     runs = different = 0
     while len(table) < kills:
         run = folder / f"run-{runs}"
         pending: Kill | None = None
+        ahead = targets(source, min(RUN, kills - len(table)))
         while True:
-            enough = len(table) >= kills
-            found = attempt(recipe, run, source, 10 * LONGEST if enough else longest * 0.6, log)
+            found = attempt(recipe, run, source, ahead.pop(0) if ahead else None, lasts, log)
             if pending and pending.stage == "train":
                 pending.resumed = went_on_at(log.read_text(), pending.step)
             if pending:
