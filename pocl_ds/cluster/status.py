@@ -142,6 +142,8 @@ def _progress(run: RunDirectory, name: str, spec: Mapping[str, Any], done: Mappi
     """Steps, rate and time left of a training; finished pieces of an array."""
     if name == "score":
         return f"{len(list(run.scores.glob('*.manifest.json')))}/{len(spec['items'])} shards"
+    if name == "teach":
+        return f"{len(list(run.teacher.glob('train-*.manifest.json')))}/{len(spec['items'])} shards"
     if name == "evaluate":
         return f"{len(list(run.evaluation.glob('*/*.manifest.json')))}/{len(spec['items'])} answer files"
     path = run.path / METRICS.get(name, "") / "metrics.jsonl"

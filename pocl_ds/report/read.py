@@ -180,9 +180,12 @@ def _place(record: dict[str, Any]) -> bytes:
 def _seconds(run: RunDirectory, manifests: dict[str, Manifest]) -> list[tuple[str, float]]:
     """Seconds by stage, in the order of the way of a run; stages that do not say how long they took are left out."""
     times = {stage: manifest.info.get("seconds") for stage, manifest in manifests.items()}
+    taught = [read_manifest(path.parent, path.name) for path in sorted(run.teacher.glob("*-of-*.manifest.json"))]
+    if taught:
+        times["teach"] = sum(one.info["seconds"] for one in taught if one)
     shards = [read_manifest(path.parent, path.name) for path in sorted(run.scores.glob("shard-*.manifest.json"))]
     scored = [shard.info["seconds"] for shard in shards if shard is not None and "seconds" in shard.info]
     if scored:
         times["score"] = sum(scored)
-    order = ("data", "prepare", "score", "rank", "plan", "train", "baseline", "evaluate", "export")
+    order = ("data", "prepare", "teach", "score", "rank", "plan", "train", "baseline", "evaluate", "export")
     return [(stage, float(seconds)) for stage in order if (seconds := times.get(stage)) is not None]
