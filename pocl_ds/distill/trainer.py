@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import signal
@@ -110,6 +111,7 @@ class Trainer:
         distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "packed": self.layout.packed,
                            "train": self.train.model_dump_json(), **package_versions()})  # fmt: skip
         with (
+            contextlib.closing(writer) if writer else contextlib.nullcontext(),
             StopFlag() as stop,
             Watchdog(self.directory / "logs", self.train.hang_seconds) as self.watchdog,
             Progress(total, "steps", self.label, done=done) as progress,
@@ -142,8 +144,6 @@ class Trainer:
                         "there is saved, the same command goes on from there",
                         exit_code=128 + number if number == signal.SIGINT else RESUME,
                     )
-        if writer:
-            writer.close()
 
     def _step(self, position: Position, stop: StopFlag) -> tuple[dict[str, Any], bool]:
         """One optimizer step over the global batch. The denominator is its loss tokens, over all ranks and micro-batches.
