@@ -224,6 +224,17 @@ def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folde
     assert "since train did not finish" in said and "Traceback" not in cluster.pocl("logs", str(run), "train").stdout[:50]
 
 
+def test_the_same_launcher_in_an_allocation(cluster: Cluster, calm: Path, folder: Path) -> None:
+    """In `salloc` launch/train.sh spreads the ranks over the nodes by itself."""
+    run = planned_copy(calm, folder / "allocated")
+    words = ["salloc", "--nodes=2", "--ntasks-per-node=1", "bash", "launch/train.sh", "--ranks", "2", "train", "--run-dir", str(run)]
+    where = {**cluster.environment, "POCL_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "eth0"}
+    done = subprocess.run(words, cwd=ROOT, env=where, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((run / "train" / "manifest.json").read_text())["info"]["ranks"] == 2
+    assert_equal(run, calm)
+
+
 def test_several_recipes_are_several_runs(cluster: Cluster, recipe: Path, folder: Path) -> None:
     """Nothing is submitted before all are looked at; status, cancel and resume take the folder of all."""
     study, other = folder / "study", folder / "other.yaml"
