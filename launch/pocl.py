@@ -5,8 +5,22 @@
 
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+code = 0
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as leaving:
+    code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    if isinstance(leaving.code, str):
+        print(leaving.code, file=sys.stderr)
+except BaseException:
+    traceback.print_exc()
+    code = 1
+
+from pocl_ds.exits import leave  # noqa: E402
+
+leave(code)

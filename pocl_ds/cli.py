@@ -390,6 +390,4 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    from pocl_ds.exits import leave
-
-    leave(main())
+    sys.exit(main())

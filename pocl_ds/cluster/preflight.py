@@ -22,7 +22,7 @@ from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, file_digest, package_versions, write_json
 from pocl_ds.cluster import checks
 from pocl_ds.errors import RESUME, UNFIT, ResourceError
-from pocl_ds.exits import leave, leave_when_asked, leave_word
+from pocl_ds.exits import leave_when_asked, leave_word
 from pocl_ds.tracking import setup_logging
 
 log = logging.getLogger("pocl_ds")
@@ -130,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    sys.exit(main())

@@ -24,8 +24,9 @@ SHOWN = 4  # sample ids in a sentence; the file has them all
 class NonFinite:
     """Counts the steps that were left out. All ranks call it together, with the same numbers."""
 
-    def __init__(self, directory: Path, *, allowed: int, skipped: int) -> None:
-        self.directory, self.allowed, self.skipped = directory, allowed, skipped
+    def __init__(self, directory: Path, *, allowed: int) -> None:
+        self.directory, self.allowed = directory, allowed
+        self.skipped = 0  # since the training's very beginning
 
     def check(
         self, loss: float, norm: float, position: Position, pieces: list[tuple[NDArray[np.bytes_], Tensor]]

@@ -94,6 +94,7 @@ class Trainer:
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
         self.sampler, self.layout, self.fingerprint = sampler, layout, fingerprint
         self.checkpoints = Checkpoints(directory / "checkpoints", train.checkpoint, fingerprint=fingerprint)
+        self.non_finite = NonFinite(directory, allowed=train.skip_non_finite)
         self.device = distributed.device()
         self.lengths = data.split.total_tokens
         self.loss_tokens = data.split.total_tokens - np.maximum(data.split.prompt_tokens, 1)
@@ -105,8 +106,7 @@ class Trainer:
         if done:
             log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
         writer, spikes = self._writer(done), Spikes()
-        skipped = distributed.from_rank_zero(len(read_metrics(writer.path, "skipped")) if writer else 0)
-        self.non_finite = NonFinite(self.directory, allowed=self.train.skip_non_finite, skipped=skipped)
+        self.non_finite.skipped = distributed.from_rank_zero(len(read_metrics(writer.path, "skipped")) if writer else 0)
         total, saving = self.plan.total_steps, self.train.checkpoint
         distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "packed": self.layout.packed,
                            "train": self.train.model_dump_json(), **package_versions()})  # fmt: skip

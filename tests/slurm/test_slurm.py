@@ -227,9 +227,9 @@ def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folde
 def test_the_same_launcher_in_an_allocation(cluster: Cluster, calm: Path, folder: Path) -> None:
     """In `salloc` launch/train.sh spreads the ranks over the nodes by itself."""
     run = planned_copy(calm, folder / "allocated")
-    words = ["salloc", "--nodes=2", "--ntasks-per-node=1", "bash", "launch/train.sh", "--ranks", "2", "train", "--run-dir", str(run)]
+    words = ["salloc", "--nodes=2", "--ntasks-per-node=1", "bash", "launch/train.sh", "--ranks", "2", "train"]
     where = {**cluster.environment, "POCL_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "eth0"}
-    done = subprocess.run(words, cwd=ROOT, env=where, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*words, "--run-dir", str(run)], cwd=ROOT, env=where, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["ranks"] == 2
     assert_equal(run, calm)
