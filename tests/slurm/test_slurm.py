@@ -282,7 +282,8 @@ def test_an_unfit_node_is_left_out(cluster: Cluster, calm: Path, folder: Path) -
 def python_for_nobody(cluster: Cluster) -> tuple[str, dict[str, str]]:
     """An interpreter that user nobody may start, and the environment in which it finds what this one has; else a skip."""
     packages = f"{ROOT}:{sysconfig.get_path('purelib')}"
-    candidates = [(sys.executable, {}), (f"/usr/bin/python3.{sys.version_info[1]}", {"PYTHONPATH": packages})]
+    path = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # root's may name folders that only root may enter
+    candidates = [(sys.executable, path), (f"/usr/bin/python3.{sys.version_info[1]}", {**path, "PYTHONPATH": packages})]
     for python, environment in candidates:
         command = ["runuser", "-u", "nobody", "--", python, "-c", "import torch, deepspeed, pocl_ds.cli"]
         where = {**cluster.environment, **environment, "DS_ACCELERATOR": "cpu", "HOME": "/nonexistent"}
