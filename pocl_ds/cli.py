@@ -182,22 +182,19 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
 
 def _recipes(options: argparse.Namespace) -> list[tuple[Recipe, RunDirectory]]:
     """The recipe of a command line; of several, each with a run directory of its own below --run-dir."""
+    from pocl_ds.artifacts import RunDirectory
     from pocl_ds.errors import RecipeError
+    from pocl_ds.recipe import load_recipe
 
-    words, parent = options.words, options.run_dir or Path("runs")
-    names = [word for word in words if "=" not in word]
-    if len(names) < 2:
+    files = [word for word in options.words if "=" not in word]
+    if len(files) < 2:
         return [_recipe(options)]
-    overrides, found = [word for word in words if "=" in word], []
-    for name in names:
-        options.words, options.run_dir = [name, *overrides], None
-        recipe, run = _recipe(options)
-        run.path = parent / recipe.name
-        found.append((recipe, run))
-    paths = [run.path for _, run in found]
-    if twice := next((path for path in paths if paths.count(path) > 1), None):
-        raise RecipeError(f"two recipes are named {twice.name!r}: each needs a name of its own (field name)")
-    return found
+    overrides = [word for word in options.words if "=" in word]
+    recipes = [load_recipe(file, overrides) for file in files]
+    names = [recipe.name for recipe in recipes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"two recipes are named {twice!r}: each needs a name of its own (field name)")
+    return [(recipe, RunDirectory((options.run_dir or Path("runs")) / recipe.name)) for recipe in recipes]
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -265,13 +262,9 @@ def _data(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, finger
     path = resolve_model(recipe.student)
     tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
     if recipe.teacher:
-        from pocl_ds.models.load import load_model_config
-        from pocl_ds.models.vocabulary import reconcile
+        from pocl_ds.models.vocabulary import reconcile_models
 
-        teacher = resolve_model(recipe.teacher)
-        rows = [load_model_config(p, trust_remote_code=c.trust_remote_code, revision=c.revision).vocab_size
-                for p, c in ((teacher, recipe.teacher), (path, recipe.student))]  # fmt: skip
-        reconcile(load_tokenizer(teacher, trust_remote_code=recipe.teacher.trust_remote_code), tokenizer, *rows)
+        reconcile_models(recipe.teacher, resolve_model(recipe.teacher), recipe.student, path)
     prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pocl_ds.artifacts import package_versions
+from pocl_ds.cluster import scheduler
+from pocl_ds.errors import ResourceError
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 FILES = 1024  # DeepSpeed, vLLM and a data loader hold a few hundred
@@ -93,9 +96,6 @@ def limits() -> Finding:
 
 def scheduler_answers() -> Finding:
     """SLURM's commands, and its controller."""
-    from pocl_ds.cluster import scheduler
-    from pocl_ds.errors import ResourceError
-
     if not scheduler.available():
         return Finding("scheduler", WARN, "no SLURM here: `pocl run` works, `pocl submit` does not")
     try:
@@ -110,8 +110,6 @@ def checkpoint_bytes(run: Path, keep: int) -> int:
 
     0 before the student is there.
     """
-    import json
-
     try:
         student = json.loads((run / "models" / "models.json").read_text())["student"]
         weights = sum(path.stat().st_size for path in Path(student).glob("*.safetensors"))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.attempts import AGAIN, DONE, ENDED, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
+from pocl_ds.cluster.attempts import AGAIN, DONE, ENDED, FAILED, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
 from pocl_ds.errors import RESUME, UNFIT, PoclError, ResourceError
 from pocl_ds.exits import FOLDER, SIGNALS
 
@@ -161,7 +161,7 @@ class Job:
         try:
             return self._move(excluded([*self.before, attempt])) if attempt.code == UNFIT else self._requeue()
         except PoclError as error:
-            attempt.outcome, attempt.why = "failed", f"{verdict.why}; but {error}; `pocl resume` tries again"
+            attempt.outcome, attempt.why = FAILED, f"{verdict.why}; but {error}; `pocl resume` tries again"
             write_attempt(self.file, attempt)
             say(f"{self.label}: {attempt.why}")
             return attempt.code or 1
@@ -174,7 +174,7 @@ class Job:
 
     def _move(self, nodes: list[str]) -> int:
         """A new job in place of this one, on other nodes; what waits for this one waits for both."""
-        options = [f"--exclude={','.join(nodes)}"]
+        options = [f"--exclude={','.join(filter(None, [self.spec['exclude'], *nodes]))}"]
         if self.task is not None:
             options.append(f"--array={self.task}")
         new = scheduler.submit(str(self.folder / "jobs" / f"{self.spec['name']}.sbatch"), options)

@@ -76,7 +76,7 @@ def pipeline_jobs(recipe: Recipe, profile: Profile, done: Mapping[str, bool], *,
         JobSpec("teach", ("teach",), (Step(("teach",), True),), ("prepare",), items=_pieces(recipe.teach.shards), **wide),
         JobSpec("score", ("score",), (Step(("score",)),), ("prepare",),
                 items=_pieces(recipe.score.shards), **_one(profile, score_gpus)),
-        JobSpec("plan", ("rank", "plan"), tuple(Step((n,)) for n in ("rank", "plan") if not done[n]), ("score",), **_small()),
+        JobSpec("plan", ("rank", "plan"), tuple(Step((n,)) for n in ("rank", "plan") if not done[n]), ("score",)),
         JobSpec("train", ("train",), (Step(("train",), True),), ("plan", "teach"), **wide),
         JobSpec("baseline", ("baseline",), (Step(("baseline",), True),), ("plan", "teach"), **wide),
         JobSpec("evaluate", (), (Step(("evaluate",)),), ("train", "baseline"), items=_answers(recipe),
@@ -129,7 +129,3 @@ def _one(profile: Profile, gpus: int = 1) -> dict[str, Any]:
     if not profile.gpus_per_node:
         return {"cpus_per_task": max(profile.cpus_per_node // profile.ranks, 1)}
     return {"cpus_per_task": max(gpus * profile.cpus_per_node // profile.gpus_per_node, 1), "gpus_per_node": gpus}
-
-
-def _small() -> dict[str, Any]:
-    return {"cpus_per_task": 1}

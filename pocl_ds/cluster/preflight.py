@@ -11,8 +11,10 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ ROUNDS = 3
 def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     """What this rank sees of its node. `faults`: sentences."""
     shared = run.cluster / "preflight"
-    needed = checks.checkpoint_bytes(run.path, keep=2)
+    needed = checks.checkpoint_bytes(run.path, keep=spec["keep"])
     findings = [checks.devices(spec["gpus_per_node"]), checks.folder(run.path, needed), checks.limits()]
     faults = [finding.said for finding in findings if finding.state == checks.FAIL]
     for _ in range(50):  # a network file system may show another node's file late
@@ -50,17 +52,19 @@ def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
 
 
 def differences(found: list[dict[str, Any]]) -> dict[str, str]:
-    """Nodes whose recipe, packages or clock are not those of the first rank, each with how."""
-    first, odd = found[0], {}
-    for other in found[1:]:
-        versions = [f"{name} {other['versions'].get(name)} against {version}" for name, version in first["versions"].items()
-                    if other["versions"].get(name) != version]  # fmt: skip
-        if other["recipe"] != first["recipe"]:
-            odd[other["node"]] = "it sees another recipe than the first node"
+    """Nodes whose recipe, packages or clock are not those of most ranks, each with how."""
+    usual = Counter(json.dumps([look["recipe"], look["versions"]], sort_keys=True) for look in found).most_common(1)[0][0]
+    recipe, packages = json.loads(usual)
+    clock, odd = median_low(look["clock"] for look in found), {}
+    for look in found:
+        versions = [f"{name} {look['versions'].get(name)} against {version}" for name, version in packages.items()
+                    if look["versions"].get(name) != version]  # fmt: skip
+        if look["recipe"] != recipe:
+            odd[look["node"]] = "it sees another recipe than the others"
         elif versions:
-            odd[other["node"]] = f"its packages differ: {', '.join(versions)}"
-        elif abs(other["clock"] - first["clock"]) > CLOCKS:
-            odd[other["node"]] = f"its clock is {other['clock'] - first['clock']:+.0f} s off: have it set (NTP)"
+            odd[look["node"]] = f"its packages differ: {', '.join(versions)}"
+        elif abs(look["clock"] - clock) > CLOCKS:
+            odd[look["node"]] = f"its clock is {look['clock'] - clock:+.0f} s off: have it set (NTP)"
     return odd
 
 

@@ -106,6 +106,12 @@ def live(ids: Sequence[str]) -> list[Queued]:
     return [job for job in queue(ids) if job.state not in GONE]
 
 
+def release(ids: Sequence[str]) -> None:
+    """Let held jobs go."""
+    if ids:
+        call("scontrol", "release", *ids)
+
+
 def cancel(ids: Sequence[str]) -> None:
     """Cancel jobs; those that ended are passed over."""
     if ids:

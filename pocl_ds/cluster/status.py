@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,11 +13,11 @@ from typing import Any
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, read_json
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.attempts import Attempt, read_attempts
+from pocl_ds.cluster.attempts import AGAIN, DONE, FAILED, Attempt, read_attempts
 from pocl_ds.cluster.job import METRICS
-from pocl_ds.cluster.submit import go_home, job_ids
-from pocl_ds.errors import ArtifactError
+from pocl_ds.cluster.submit import enter_submission, job_ids
 from pocl_ds.recipe import load_recipe
+from pocl_ds.tracking import read_metrics
 
 LINES = 6  # of a failing rank's log
 RECENT = 20  # steps that a rate is taken over
@@ -39,11 +38,7 @@ class Row:
 
 def status(run: RunDirectory) -> list[Row]:
     """A row for each job of the last submission. Raises ArtifactError for a run that was never submitted."""
-    file = run.cluster / "submission.json"
-    if not file.is_file():
-        raise ArtifactError(f"{run.path} was never submitted: `pocl submit RECIPE --profile NAME --run-dir {run.path}` does so")
-    submission = read_json(file)
-    go_home(run)
+    submission = enter_submission(run)
     recipe = load_recipe(str(run.recipe))
     done = pipeline.finished(run, recipe)
     queue = scheduler.queue(job_ids(run)) if scheduler.available() else []
@@ -75,7 +70,7 @@ def _row(run: RunDirectory, spec: Mapping[str, Any], done: Mapping[str, bool], q
     if tasks:
         most = max(len(task) for task in tasks)
         row.attempt = str(most)
-    failed = [task[-1] for task in tasks if task and task[-1].outcome == "failed"]
+    failed = [task[-1] for task in tasks if task and task[-1].outcome == FAILED]
     if spec["stages"] and all(done[stage] for stage in spec["stages"]):
         row.state = "done"
     elif failed:
@@ -86,7 +81,7 @@ def _row(run: RunDirectory, spec: Mapping[str, Any], done: Mapping[str, bool], q
         row.notes = [note] if note else []
     else:
         row.state = _gone(ids, tasks, rows, spec)
-    waiting = [task[-1] for task in tasks if task and task[-1].outcome == "again"]
+    waiting = [task[-1] for task in tasks if task and task[-1].outcome == AGAIN]
     if waiting and row.state not in ("done", "failed"):
         row.notes.append(f"attempt {waiting[-1].number}: {waiting[-1].why}")
     return row
@@ -116,7 +111,7 @@ def _gone(ids: Sequence[str], tasks: Sequence[Sequence[Attempt]], rows: Sequence
     accounted = [state for job, state in scheduler.accounted(ids).items()]
     if accounted:
         return ", ".join(sorted({ENDED.get(state, state.lower()) for state in accounted}))
-    if tasks and all(task and task[-1].outcome == "done" for task in tasks):
+    if tasks and all(task and task[-1].outcome == DONE for task in tasks):
         return "done"
     if _cause(rows, spec):
         return "cancelled"
@@ -149,9 +144,7 @@ def _progress(run: RunDirectory, name: str, spec: Mapping[str, Any], done: Mappi
     path = run.path / METRICS.get(name, "") / "metrics.jsonl"
     if name not in METRICS or not path.is_file():
         return f"{sum(done[stage] for stage in spec['stages'])}/{len(spec['stages'])} stages"
-    records = [json.loads(line) for line in path.read_text().splitlines()[-3 * RECENT :] if line.endswith("}")]
-    records = [record for record in records if record["kind"] == "step"][-RECENT:]
-    if not records:
+    if not (records := read_metrics(path)[-RECENT:]):
         return ""
     last, total = records[-1], _total(run, name)
     words = [f"step {last['step']}{f'/{total}' if total else ''}", f"loss {last['loss']:.3f}"]

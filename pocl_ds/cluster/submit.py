@@ -134,11 +134,13 @@ class Submission:
         try:
             for job in self.jobs:
                 options = ["--kill-on-invalid-dep=yes"]
-                if job.after:
-                    options.append(f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}")
+                # The first ones wait until all are there: a job that moves to other nodes looks for those that wait for it.
+                options.append(f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}" if job.after else "--hold")
                 ids[job.name] = scheduler.submit(str(self.folder / "jobs" / f"{job.name}.sbatch"), options)
                 with atomic_write(self.folder / "jobs" / f"{job.name}.ids") as stream:
                     stream.write(f"{ids[job.name]}\n")
+            if "--hold" not in self.profile.options:
+                scheduler.release([ids[job.name] for job in self.jobs if not job.after])
         except BaseException:
             scheduler.cancel(list(ids.values()))
             raise
@@ -176,28 +178,35 @@ class Submission:
         spec = asdict(job)
         return {
             **spec, "python": sys.executable, "container": profile.container and profile.container.model_dump(mode="json"),
-            "attempts": profile.attempts, "patience": profile.preflight_seconds,
+            "attempts": profile.attempts, "patience": profile.preflight_seconds, "exclude": profile.exclude,
+            "keep": self.recipe.train.checkpoint.keep,
             "preflight": job.tasks > 1 or bool(job.gpus_per_node and not job.items),
             "before": [other.name for other in self.jobs if job.name in other.after],
         }  # fmt: skip
 
 
 def resume(run: RunDirectory) -> Submission:
-    """What is left of a submitted run, by its own recipe and profile. Raises ArtifactError for one that was never submitted."""
-    file = run.cluster / "profile.yaml"
+    """What is left of a submitted run, by its own recipe and profile, and the code as it is now.
+
+    Raises ArtifactError for a run that was never submitted.
+    """
+    run = RunDirectory(run.path.resolve())
+    enter_submission(run)
+    return Submission(run, load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml")), nodes=None)
+
+
+def enter_submission(run: RunDirectory) -> dict[str, Any]:
+    """What was submitted, from now on in the directory that it was submitted from: its recipe's relative paths begin there.
+
+    Raises ArtifactError for a run that was never submitted.
+    """
+    file = run.cluster / "submission.json"
     if not file.is_file():
         raise ArtifactError(f"{run.path} was never submitted: run `pocl submit RECIPE --profile NAME --run-dir {run.path}`")
-    run = RunDirectory(run.path.resolve())
-    recipe, profile = load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml"))
-    go_home(run)
-    return Submission(run, recipe, profile, nodes=None)
-
-
-def go_home(run: RunDirectory) -> None:
-    """Change to the directory that a run was submitted from: its recipe's relative paths begin there."""
-    directory = Path(read_json(run.cluster / "submission.json")["directory"])
-    if directory.is_dir():
-        os.chdir(directory)
+    submission: dict[str, Any] = read_json(file)
+    if Path(submission["directory"]).is_dir():
+        os.chdir(submission["directory"])
+    return submission
 
 
 def job_ids(run: RunDirectory) -> list[str]:

@@ -101,6 +101,12 @@ class EncodedSplit:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def loss_tokens(self) -> NDArray[np.int64]:
+        """Loss positions of each sample: [samples]. Token 0 has no hidden state before it, so it is never a label."""
+        found: NDArray[np.int64] = self.total_tokens - np.maximum(self.prompt_tokens, 1)
+        return found
+
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """All ids of a sample: [total_tokens]."""
         start = int(self.starts[row])
@@ -137,6 +143,11 @@ class EncodedSplit:
         if wrong.any():
             raise ArtifactError(f"sample {wanted[int(np.argmax(wrong))].decode()} is not in {self._name}: run its stage again")
         return rows
+
+
+def shard_rows(samples: int, shard: int, shards: int) -> range:
+    """Rows of a split in one shard: neighbours, sizes differ by at most one."""
+    return range(shard * samples // shards, (shard + 1) * samples // shards)
 
 
 @dataclass

@@ -19,7 +19,7 @@ import numpy as np
 
 from pocl_ds.artifacts import RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
 from pocl_ds.config import PromptConfig, ScoreConfig
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.encode import EncodedSplit, shard_rows
 from pocl_ds.data.samples import read_normalised
 from pocl_ds.difficulty.rank import DEGENERATE, tied_share
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
@@ -44,11 +44,6 @@ def shard_file(run: RunDirectory, shard: int, shards: int) -> Path:
 def shard_manifest(run: RunDirectory, shard: int, shards: int) -> str:
     """Name of the manifest beside a shard's scores."""
     return shard_file(run, shard, shards).name + ".manifest.json"
-
-
-def shard_rows(samples: int, shard: int, shards: int) -> range:
-    """Rows of data/train in one shard: neighbours, sizes differ by at most one."""
-    return range(shard * samples // shards, (shard + 1) * samples // shards)
 
 
 def unfinished(run: RunDirectory, config: ScoreConfig, fingerprint: str) -> list[int]:

@@ -19,17 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocl_ds.artifacts import Manifest, damaged_files, disk_faults, read_manifest
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.encode import EncodedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
 
 STAGE = "teach"
 # numpy has no bfloat16: halves are kept as the integers of their bits.
 RAW: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.int16), "float16": np.dtype(np.int16)}
-
-
-def loss_tokens(split: EncodedSplit) -> NDArray[np.int64]:
-    """Loss positions of each row: [samples]. Token 0 has no state before it, so it is never a label."""
-    return np.asarray(split.total_tokens, np.int64) - np.maximum(np.asarray(split.prompt_tokens, np.int64), 1)
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,8 @@ class Shard:
     @classmethod
     def of(cls, directory: Path, split: EncodedSplit, number: int, count: int, width: int, dtype: str) -> Shard:
         """Shard `number` of `count`."""
-        rows = range(number * len(split) // count, (number + 1) * len(split) // count)
-        tokens = loss_tokens(split)[rows.start : rows.stop]
+        rows = shard_rows(len(split), number, count)
+        tokens = split.loss_tokens[rows.start : rows.stop]
         return cls(directory, split.name, number, count, rows, np.concatenate([[0], np.cumsum(tokens)]), width, dtype)
 
     name = property(lambda self: f"{self.split}-{self.number:05d}-of-{self.count:05d}")
@@ -87,25 +82,26 @@ class Shard:
 
 
 class HiddenStore:
-    """The stored states of some splits, memory-mapped."""
+    """The stored states of some splits, memory-mapped. Their width and type are what the stage's manifest says."""
 
-    def __init__(self, directory: Path, splits: list[EncodedSplit], *, fingerprint: str, width: int, dtype: str) -> None:
-        self.directory, self.width, self.dtype = directory, width, dtype
+    def __init__(self, directory: Path, splits: list[EncodedSplit], *, fingerprint: str) -> None:
+        self.directory = directory
         sealed = read_manifest(directory)
         if sealed is None or sealed.fingerprint != fingerprint:
             raise ArtifactError(f"{directory} holds no whole cache of this teacher and data: run `pocl teach`, or set "
                                 "teacher.mode=live")  # fmt: skip
+        self.width, self.dtype = int(sealed.info["width"]), str(sealed.info["dtype"])
+        kind = RAW[self.dtype]
         self._shards: dict[str, list[tuple[Shard, NDArray[Any], NDArray[np.uint32]]]] = {}
         self._first: dict[str, list[int]] = {}
         for split in splits:
             for number in range(count := int(sealed.info["shards"])):
-                shard = Shard.of(directory, split, number, count, width, dtype)
+                shard = Shard.of(directory, split, number, count, self.width, self.dtype)
                 if shard.sealed(fingerprint) is None:
                     raise ArtifactError(f"{shard.path} is missing, or not what `pocl teach` wrote: remove "
                                         f"{directory}/manifest.json, and run `pocl teach`, it makes this shard anew")  # fmt: skip
-                empty = np.empty(0, RAW[dtype])
-                states = np.memmap(shard.path, RAW[dtype], "r") if shard.bytes else empty
-                self._shards.setdefault(split.name, []).append((shard, states.reshape(-1, width), np.load(shard.checksums)))
+                states: NDArray[Any] = np.memmap(shard.path, kind, "r") if shard.bytes else np.empty(0, kind)
+                self._shards.setdefault(split.name, []).append((shard, states.reshape(-1, self.width), np.load(shard.checksums)))
                 self._first.setdefault(split.name, []).append(shard.rows.start)
 
     def read(self, split: str, rows: tuple[int, ...]) -> Tensor:
@@ -119,7 +115,7 @@ class HiddenStore:
         """What is wrong with one of these rows' states, by the first that is not what was written."""
         for row in rows:
             states, checksum, shard = self._row(split, int(row))
-            if zlib.crc32(states.tobytes()) != checksum:
+            if zlib.crc32(states.data) != checksum:
                 return (f"{shard.path} is damaged at row {row} of {split}: remove it and {self.directory}/manifest.json, and run "
                         "`pocl teach`, it makes this shard anew")  # fmt: skip
         return None

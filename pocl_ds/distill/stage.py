@@ -26,14 +26,13 @@ from pocl_ds.distill.hidden_store import HiddenStore
 from pocl_ds.distill.layout import choose_layout
 from pocl_ds.distill.memory import check_memory
 from pocl_ds.distill.student import Student
-from pocl_ds.distill.teach import head_width
 from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from pocl_ds.distill.trainer import Trainer, TrainingData
 from pocl_ds.errors import ModelError
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
-from pocl_ds.models.vocabulary import Ids, reconcile
+from pocl_ds.models.vocabulary import Ids, reconcile_models
 
 log = logging.getLogger("pocl_ds")
 
@@ -216,9 +215,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     ids = Ids(int(student_config.vocab_size))
     teacher: Teacher | None = None
     if job.teacher and job.teacher_path:
-        teacher_config = load_model_config(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
-        teacher_tokenizer = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code)
-        vocabulary = reconcile(teacher_tokenizer, tokenizer, teacher_config.vocab_size, student_config.vocab_size)
+        vocabulary = reconcile_models(job.teacher, job.teacher_path, job.student, job.student_path)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
         where = "sharded over the ranks" if frozen else "whole on every rank"
@@ -226,9 +223,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     _check_tokens(splits["train"], ids)
     chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device())
     if job.teacher and job.taught and job.teacher_path:
-        width = head_width(job.teacher_path, job.teacher)
-        store = HiddenStore(run.teacher, list(splits.values()), fingerprint=job.taught, width=width, dtype=job.teacher.dtype)
-        teacher = StoredTeacher(store, run.teacher / "head", job.teacher.dtype)
+        teacher = StoredTeacher(HiddenStore(run.teacher, list(splits.values()), fingerprint=job.taught), run.teacher / "head")
     elif job.teacher and job.teacher_path:
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)

@@ -23,7 +23,7 @@ from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
-from pocl_ds.models.vocabulary import Ids, reconcile
+from pocl_ds.models.vocabulary import Ids, reconcile_models
 from pocl_ds.tracking import Progress
 
 log = logging.getLogger("pocl_ds")
@@ -93,16 +93,14 @@ class _Teaching:
         if frozen:
             start_deepspeed()
         student_path = resolve_model(student)
-        tokenizer = load_tokenizer(student_path, trust_remote_code=student.trust_remote_code)
-        rows = [int(load_model_config(p, trust_remote_code=c.trust_remote_code).vocab_size)
-                for p, c in ((path, teacher), (student_path, student))]  # fmt: skip
-        vocabulary = reconcile(load_tokenizer(path, trust_remote_code=teacher.trust_remote_code), tokenizer, *rows)
+        tokenizer = load_tokenizer(student_path, trust_remote_code=student.trust_remote_code, revision=student.revision)
+        vocabulary = reconcile_models(teacher, path, student, student_path)
         with sharded_loading(frozen):
             model = load_model(path, dtype=teacher.dtype, attention=teacher.attention, dropout=None,
                                trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)  # fmt: skip
         self.packed, self.pad_id, self.tokens = packs(model), tokenizer.pad_token_id, batch_tokens
         self.live = LiveTeacher(model, frozen, Ids.of(vocabulary))
-        self.run, self.width = run, head_width(path, teacher)
+        self.run = run
 
     def head(self) -> None:
         """Write the head as it is applied: what training loads in place of the model."""

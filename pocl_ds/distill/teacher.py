@@ -69,10 +69,10 @@ class LiveTeacher:
 class StoredTeacher:
     """Hidden states that `pocl teach` kept, and the head, whole on each rank; the model's body is not there."""
 
-    def __init__(self, store: HiddenStore, folder: Path, dtype: str) -> None:
+    def __init__(self, store: HiddenStore, folder: Path) -> None:
         """folder: that of the head."""
         self.store = store
-        where, kind = distributed.device(), getattr(torch, dtype)
+        where, kind = distributed.device(), getattr(torch, store.dtype)
         state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
         parts = {name: nn.Parameter(value.to(where, kind), requires_grad=False) for name, value in state.items()}
         shape = read_json(folder / "head.json")

@@ -97,7 +97,7 @@ class Trainer:
         self.non_finite = NonFinite(directory, allowed=train.skip_non_finite)
         self.device = distributed.device()
         self.lengths = data.split.total_tokens
-        self.loss_tokens = data.split.total_tokens - np.maximum(data.split.prompt_tokens, 1)
+        self.loss_tokens = data.split.loss_tokens
         self.first_step = 0  # of this process: where it resumed
 
     def run(self) -> None:

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models.heads import Head
+from pocl_ds.models.load import load_model_config, load_tokenizer
 
 # Two tokenizers with at least this share of tokens in common are the same one with its ids in another order.
 SAME_TOKENS = 0.95
@@ -80,6 +82,14 @@ class Ids:
     def teacher_inputs(self, input_ids: Tensor) -> Tensor:
         """Ids of a text as the teacher numbers them."""
         return input_ids if self.teacher_ids is None else self.teacher_ids[input_ids]
+
+
+def reconcile_models(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> Vocabulary:
+    """`reconcile` of two models as they lie in their folders, or on the Hub."""
+    sides = ((teacher, teacher_path), (student, student_path))
+    tokenizers = [load_tokenizer(path, trust_remote_code=side.trust_remote_code, revision=side.revision) for side, path in sides]
+    configs = [load_model_config(path, trust_remote_code=side.trust_remote_code, revision=side.revision) for side, path in sides]
+    return reconcile(*tokenizers, *(int(config.vocab_size) for config in configs))
 
 
 def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> Vocabulary:

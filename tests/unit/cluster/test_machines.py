@@ -117,7 +117,7 @@ def test_nodes_that_differ_are_named() -> None:
 def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     run.recipe.write_text("x")
-    assert preflight.preflight(run, {"gpus_per_node": 0}) == (0, "")
+    assert preflight.preflight(run, {"gpus_per_node": 0, "keep": 2}) == (0, "")
     assert list((run.cluster / "preflight").iterdir()) == []
-    code, sentence = preflight.preflight(run, {"gpus_per_node": 4096})
+    code, sentence = preflight.preflight(run, {"gpus_per_node": 4096, "keep": 2})
     assert code == 2 and "4096 promised GPUs" in sentence, "wrong on every node: no other node would do"
