@@ -157,7 +157,7 @@ def _profile(options: argparse.Namespace) -> int:
 
     if options.action == "show":
         if not options.name:
-            raise RecipeError("pocl profile show: name a profile")
+            raise RecipeError("name the profile to show, as in `pocl profile show gpu`")
         print(dump_profile(load_profile(options.name)), end="")
         return 0
     profile, remarks = detect(options.partition)
