@@ -40,7 +40,7 @@ PREFIX, PARTIAL, DAMAGED, STATE = "step-", ".partial", ".damaged", "trainer.json
 RESHARDED = "resharded"  # a checkpoint of another number of ranks, rewritten; gone with the next save
 FAILURES = 2  # failed saves in a row that end a run
 # What torch's writer says when the disk is full; it does not keep the errno.
-FULL_DISK = ("PytorchStreamWriter failed", "No space left", "file write failed", "unexpected pos")
+FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left", "file write failed", "unexpected pos")
 
 
 @dataclass
