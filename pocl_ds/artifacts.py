@@ -202,6 +202,7 @@ class RunDirectory:
     data = property(lambda self: self.path / "data")  # {train,validation,test}.jsonl and their encodings
     models = property(lambda self: self.path / "models")  # models.json: where teacher and initial student lie
     teacher = property(lambda self: self.path / "teacher")  # its hidden states, by split and shard, and its head
+    responses = property(lambda self: self.path / "responses")  # the teacher's, in place of the data's: an encoded split
     scores = property(lambda self: self.path / "scores")  # shard-00000-of-00004.jsonl
     ranking = property(lambda self: self.path / "ranking")  # ranking.parquet, order.npy
     plan = property(lambda self: self.path / "plan")  # plan.json, baseline.json

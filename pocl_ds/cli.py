@@ -20,7 +20,8 @@ COMMANDS = {
     "run": ("every stage in order, each only where its result is missing", "pocl run quickstart --run-dir runs/first"),
     "data": ("read, split and encode the instruction data", "pocl data my.yaml --run-dir runs/x data.source=my.jsonl"),
     "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
-    "teach": ("keep the teacher's hidden states, where teacher.mode is hidden", "pocl teach --run-dir runs/x --shard 0/4"),
+    "teach": ("keep what the teacher says, where teacher.mode is not live", "pocl teach --run-dir runs/x --shard 0/4"),
+    "respond": ("let the teacher answer every training prompt, where policy.name is seqkd", "pocl respond --run-dir runs/x"),
     "score": ("answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
     "rank": ("order the samples from easy to hard", "pocl rank --run-dir runs/x"),
     "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
@@ -101,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
             continue
         if name in cluster.COMMANDS:
             cluster.add_arguments(name, command)
-            if name != "submit":
+            if name not in cluster.RECIPE_COMMANDS:
                 continue
         command.add_argument(
             "words", nargs="*", metavar="RECIPE | field=value",
@@ -134,6 +135,8 @@ def _command(options: argparse.Namespace) -> int:
     if options.command == "submit":
         return cluster.submit(options, _recipes(options))
     recipe, run = _recipe(options)
+    if options.command == "size":
+        return cluster.size(options, recipe)
     if options.dry_run:
         return _dry_run(options, recipe, run)
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
@@ -276,13 +279,29 @@ def _prepare(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fin
 
 
 def _teach(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.curriculum.plan import visits
     from pocl_ds.distill.teach import teach
+    from pocl_ds.distill.teacher_choice import Use
     from pocl_ds.errors import RecipeError
+    from pocl_ds.pipeline import keeps_teacher, taus
 
-    if recipe.teacher is None or recipe.teacher.mode != "hidden":
-        raise RecipeError("recipe field teacher.mode is not hidden: there is nothing to keep of a teacher that is asked live")
-    teach(run, teacher=recipe.teacher, student=recipe.student, config=recipe.teach, fingerprint=fingerprint,
-          shard=getattr(options, "shard", None))  # fmt: skip
+    if recipe.teacher is None or not keeps_teacher(recipe):
+        raise RecipeError("recipe field teacher.mode is live: there is nothing to keep of a teacher that is asked at each step")
+    plan = recipe.plan
+    seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (2 if recipe.compare.enabled else 1)
+    teach(run, teacher=recipe.teacher, student=recipe.student, config=recipe.teach, use=Use(seen, taus(recipe)),
+          fingerprint=fingerprint, shard=getattr(options, "shard", None))  # fmt: skip
+
+
+def _respond(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.errors import RecipeError
+    from pocl_ds.generation.respond import respond
+
+    if recipe.teacher is None or recipe.policy.name != "seqkd":
+        raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher answers prompts for seqkd only")
+    respond(run, teacher=recipe.teacher, student=recipe.student, prompt=recipe.prompt, policy=recipe.policy,
+            generation=recipe.score.generation, seed=recipe.seed, fingerprint=fingerprint,
+            threads=recipe.launch.threads)  # fmt: skip
 
 
 def _score(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
@@ -308,11 +327,11 @@ def _plan(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, finger
 
 def _train(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
     from pocl_ds.distill.stage import train
-    from pocl_ds.pipeline import fingerprints
+    from pocl_ds.pipeline import fingerprints, keeps_teacher
 
-    stored = recipe.teacher is not None and recipe.teacher.mode == "hidden"
-    train(run, taught=fingerprints(recipe)["teach"] if stored else None,
+    train(run, taught=fingerprints(recipe)["teach"] if keeps_teacher(recipe) else None,
           student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
+          policy=recipe.policy, prompt=recipe.prompt,
           compare=recipe.compare if options.command == "baseline" else None, fingerprint=fingerprint)  # fmt: skip
 
 
@@ -361,7 +380,7 @@ def _report(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fing
 
 
 STAGE_FUNCTIONS: dict[str, Callable[[argparse.Namespace, Any, Any, str], None]] = {
-    "data": _data, "prepare": _prepare, "teach": _teach,
+    "data": _data, "prepare": _prepare, "teach": _teach, "respond": _respond,
     "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _train,
     "evaluate": _evaluate, "export": _export, "report": _report,
 }  # fmt: skip

@@ -7,9 +7,10 @@ computes: changing them never invalidates finished work. Everything else enters 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 # Every loss by name, with its options and their defaults (METHOD 3). The function of the same name stands in
 # `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence.
@@ -24,6 +25,22 @@ LOSSES: dict[str, dict[str, float | bool]] = {
     "ab": {"ab_alpha": 0.2, "ab_beta": 0.7},
     "sft": {},
 }
+
+# Names that recipes may use, to which plugins add theirs; tests hold them and the functions together.
+POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False}  # whether the student writes
+STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
+METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy
+
+
+def _one_of(what: str, known: Collection[str]) -> Any:
+    """A check that a name is known when the recipe is read."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise ValueError(f"there is no {what} {value!r}: take one of {', '.join(known) or '(none is registered)'}")
+        return value
+
+    return AfterValidator(check)
 
 
 def _no_bool(value: Any) -> Any:
@@ -112,9 +129,9 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
-    mode: Literal["live", "hidden"] = Field(
-        "live", description="asked at each step, or once, its hidden states kept on disk: the same losses",
-        json_schema_extra=OPERATIONAL,
+    mode: Literal["live", "hidden", "topk", "auto"] = Field(
+        "live", description="asked at each step; or once, keeping its hidden states: the same losses; or keeping its teach.k "
+        "largest probabilities; auto: live or hidden, whichever is cheaper", json_schema_extra=OPERATIONAL,
     )  # fmt: skip
     ds_config: str | None = Field(
         "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on each rank", json_schema_extra=OPERATIONAL
@@ -122,8 +139,12 @@ class TeacherConfig(ModelConfig):
 
 
 class TeachConfig(Section):
-    """The cache of the teacher's hidden states, where teacher.mode is `hidden`."""
+    """What is kept of the teacher, where teacher.mode is not `live`."""
 
+    k: Positive = Field(64, description="largest probabilities kept of each token, where teacher.mode is topk")
+    disk_gb: Annotated[Float, Field(gt=0)] | None = Field(
+        None, description="most that may be kept; null: what the disk has", json_schema_extra=OPERATIONAL
+    )
     shards: Positive = Field(1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL)
     batch_tokens: Positive = Field(8192, description="tokens of one forward on one rank", json_schema_extra=OPERATIONAL)
 
@@ -172,13 +193,14 @@ class ScoreConfig(Section):
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
     count_eos: bool = Field(True, description="cross-entropy counts the EOS; false for parity with the release")
+    metrics: tuple[Annotated[str, _one_of("metric", METRICS)], ...] = Field((), description="of plugins, scored too")
     shards: Positive = Field(1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL)
 
 
 class RankConfig(Section):
     """From scores to an order, easiest first (METHOD 1.4)."""
 
-    strategy: Literal["fusion", "rouge_l", "cross_entropy", "random"] = "fusion"
+    strategy: Annotated[str, _one_of("ranking strategy", STRATEGIES)] = Field("fusion", description=" ".join(STRATEGIES))
     reverse: bool = Field(False, description="hard to easy")
     k: Annotated[Float, Field(gt=0)] = Field(60, description="constant of reciprocal rank fusion")
 
@@ -278,11 +300,37 @@ class TrainConfig(Section):
         0, description="steps whose loss or gradient is not finite that may be left out before the run stops"
     )
     validate_samples: NonNegative = Field(64, description="validation samples looked at after each stage; 0 for none")
+    validate_every: Positive | None = Field(None, description="steps after which validation is looked at too")
     hang_seconds: Annotated[Float, Field(gt=0)] = Field(
         1800, description="a rank silent for so long writes its stacks and ends the run", json_schema_extra=OPERATIONAL
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+
+class PolicyConfig(Section):
+    """Which responses training sees: the data's, the student's own, or the teacher's (METHOD 3)."""
+
+    name: Annotated[str, _one_of("policy", POLICIES)] = Field(
+        "off", description="off: the data's; gkd, distillm: also the student's own; seqkd: the teacher's, written once"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="of a policy that a plugin adds")
+    lmbda: Fraction = Field(0.5, description="gkd: probability that a step's responses are written by the student")
+    phi_step: Fraction = Field(0.1, description="distillm: what phi grows by where the validation loss rose")
+    tolerance: Annotated[Float, Field(ge=0)] = Field(0.1, description="distillm: a rise of the loss that counts")
+    buffer: Positive = Field(1000, description="distillm: responses kept to be trained on again")
+    rollout: Literal["vllm", "hf"] = Field("vllm", description="who writes: vLLM beside each rank, or transformers in it")
+    temperature: Annotated[Float, Field(gt=0)] = 1.0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: Positive = 256
+    refresh_every: Positive = Field(1, description="steps between new weights for the writer")
+    max_sequences: Positive = Field(64, description="sequences in flight at once", json_schema_extra=OPERATIONAL)
+    gpu_memory_share: Fraction = Field(0.3, description="of a GPU's memory, for vLLM", json_schema_extra=OPERATIONAL)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the student writes while it learns."""
+        return POLICIES[self.name]
 
 
 class CompareConfig(Section):
@@ -334,6 +382,7 @@ class Recipe(Section):
     """Everything a run is."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    plugins: tuple[str, ...] = Field((), description="modules of yours that register methods, see pocl_ds/plugins.py")
     hardware: str = Field("", description="what the recipe expects", json_schema_extra=OPERATIONAL)
     seed: NonNegative = 42
     data: DataConfig = DataConfig()
@@ -345,6 +394,7 @@ class Recipe(Section):
     rank: RankConfig = RankConfig()
     plan: PlanConfig = PlanConfig()
     loss: LossConfig = LossConfig()
+    policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
     compare: CompareConfig = CompareConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -365,18 +415,45 @@ class Recipe(Section):
                 f"train.batch_size={self.train.batch_size} is not a multiple of train.micro_batch_size="
                 f"{self.train.micro_batch_size} x launch.ranks={self.launch.ranks} = {share}: change one of them"
             )
+        if self.rank.strategy in METRICS and self.rank.strategy not in self.score.metrics:
+            raise ValueError(f"rank.strategy={self.rank.strategy} is not scored: name it in score.metrics")
         if self.teacher is None and self.loss.name != "sft":
             raise ValueError(f"loss.name={self.loss.name} needs a teacher: set teacher.model, or loss.name=sft")
         if self.teacher is None and self.student.heal_steps:
             raise ValueError(f"student.heal_steps={self.student.heal_steps} is distillation and needs a teacher: set it to 0")
-        if self.teacher is not None and self.loss.name == "sft":
+        if self.teacher is not None and self.loss.name == "sft" and self.policy.name != "seqkd":
             raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
+        self._policy_fits()
         if self.data.train_samples is not None and self.plan.subsets > self.data.train_samples:
             raise ValueError(f"plan.subsets={self.plan.subsets} is more than data.train_samples="
                              f"{self.data.train_samples}: make fewer subsets")
         if self.train.lr_end > self.train.lr:
             raise ValueError(f"train.lr_end={self.train.lr_end:g} is above train.lr={self.train.lr:g}: the cosine falls")
         return self
+
+    def _policy_fits(self) -> None:
+        """Contradictions between the policy and the rest."""
+        policy = self.policy
+        if policy.name == "seqkd" and (self.teacher is None or self.loss.name != "sft"):
+            raise ValueError("policy.name=seqkd is SFT on responses of the teacher: set loss.name=sft and teacher.model")
+        if policy.name == "seqkd" and self.teacher and self.teacher.mode != "live":
+            raise ValueError(f"policy.name=seqkd asks for no distributions: remove teacher.mode={self.teacher.mode}")
+        if not policy.on_policy:
+            return
+        if self.teacher is None or self.loss.name == "sft":
+            raise ValueError(f"policy.name={policy.name} asks a teacher about new responses: set teacher.model and a divergence")
+        if self.teacher.mode != "live":
+            raise ValueError(f"policy.name={policy.name} asks the teacher about new responses, which teacher.mode="
+                             f"{self.teacher.mode} has not kept: set teacher.mode=live")
+        shares = [*self.plan.sft_ratio, *([self.compare.sft_ratio] if self.compare.enabled else [])]
+        if any(shares):
+            raise ValueError(f"policy.name={policy.name} trains without SFT, whose labels the student itself would write: set "
+                             "plan.sft_ratio=[0, 0]" + (" and compare.sft_ratio=0" if self.compare.enabled else ""))
+        samples = self.data.train_samples
+        if policy.name == "distillm" and samples is not None and policy.buffer > samples:
+            raise ValueError(f"policy.buffer={policy.buffer} is more than data.train_samples={samples}: make it smaller")
+        if policy.name == "distillm" and not self.train.validate_samples:
+            raise ValueError("policy.name=distillm follows the validation loss: set train.validate_samples")
 
 
 def lasting(section: BaseModel) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
         ("optimizer", "params", "eps"): (train.eps, "train.eps"),
         ("optimizer", "params", "weight_decay"): (train.weight_decay, "train.weight_decay"),
     }
-    tree = _fill(name, values)
+    tree = _fill(name, values, ranks)
     kind = tree.get("optimizer", {}).get("type")
     if kind != "AdamW":
         raise RecipeError(f"ds_config {name}: optimizer.type={kind!r}: the student needs AdamW, as train.* describes it")
@@ -69,7 +69,7 @@ def resolve_teacher(name: str | None, *, dtype: str, ranks: int, micro_batch_siz
         ("bf16", "enabled"): (dtype == "bfloat16", "teacher.dtype"),
         ("fp16", "enabled"): (dtype == "float16", "teacher.dtype"),
     }
-    tree = _fill(name, values)
+    tree = _fill(name, values, ranks)
     for forbidden in ("optimizer", "scheduler"):
         if forbidden in tree:
             raise RecipeError(f"ds_config {name}: {forbidden}: the teacher is frozen, use a teacher_* configuration")
@@ -87,8 +87,11 @@ def _sizes(micro_batch_size: int, ranks: int) -> Values:
     }
 
 
-def _fill(name: str, values: Values) -> dict[str, Any]:
+def _fill(name: str, values: Values, ranks: int) -> dict[str, Any]:
     tree = copy.deepcopy(load_ds_config(name))
+    zero = tree.get("zero_optimization", {})
+    if zero.get("contiguous_gradients") == "auto":  # alone, a rank would copy its gradients into a bucket, and out of it
+        zero["contiguous_gradients"] = ranks > 1
     for path, (value, field) in values.items():
         node: Any = tree
         for part in path[:-1]:

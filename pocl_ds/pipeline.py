@@ -21,6 +21,7 @@ from typing import Any
 from pocl_ds import ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
 from pocl_ds.config import Recipe, lasting
+from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import ArtifactError
 from pocl_ds.recipe import dump_recipe, load_recipe
 
@@ -46,20 +47,45 @@ STAGES = (
                                                    _data_files(r)], ()),
     Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
                                                         lasting(r.train) if r.student.heal_steps else None, r.seed], ("data",)),
-    Stage("teach", lambda run: run.teacher, lambda r: r.teacher and lasting(r.teacher), ("data",),
-          lambda r: r.teacher is not None and r.teacher.mode == "hidden"),
+    Stage("teach", lambda run: run.teacher, lambda r: [r.teacher and lasting(r.teacher), truncation(r)], ("data",),
+          lambda r: keeps_teacher(r)),
+    Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed],
+          ("data",), lambda r: r.policy.name == "seqkd"),
     Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare"),
           lambda r: r.rank.strategy != "random"),
     Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("data", "score")),
     Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
-    Stage("train", lambda run: run.train, lambda r: [lasting(r.train), lasting(r.loss), r.seed], ("plan",)),
-    Stage("baseline", lambda run: run.baseline, lambda r: [lasting(r.train), lasting(r.loss), lasting(r.compare), r.seed],
-          ("plan",), lambda r: r.compare.enabled),
+    Stage("train", lambda run: run.train, lambda r: learning(r), ("plan", "respond")),
+    Stage("baseline", lambda run: run.baseline, lambda r: [learning(r), lasting(r.compare)], ("plan", "respond"),
+          lambda r: r.compare.enabled),
     Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r)], ("train", "baseline")),
     Stage("export", lambda run: run.export, lambda r: None, ("evaluate",)),
     Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+
+
+def keeps_teacher(recipe: Recipe) -> bool:
+    """Whether there is a stage `teach`."""
+    return recipe.teacher is not None and recipe.teacher.mode != "live"
+
+
+def taus(recipe: Recipe) -> tuple[float, ...]:
+    """Every temperature that trainings ask the teacher at; validation looks at 1."""
+    stages = stage_values(recipe.plan.subsets, recipe.plan.tau)
+    return tuple(dict.fromkeys([1.0, *stages, *([recipe.compare.tau] if recipe.compare.enabled else [])]))
+
+
+def truncation(recipe: Recipe) -> list[Any] | None:
+    """What a teacher of a few probabilities alone says follows from this; every other mode gives the same losses."""
+    topk = recipe.teacher is not None and recipe.teacher.mode == "topk"
+    return [recipe.teach.k, taus(recipe)] if topk else None
+
+
+def learning(recipe: Recipe) -> list[Any]:
+    """What a training's result follows from, beside its plan and its data."""
+    return [lasting(recipe.train), lasting(recipe.loss), lasting(recipe.policy), recipe.seed, truncation(recipe),
+            list(recipe.plugins)]  # fmt: skip
 
 
 def evaluated_models(recipe: Recipe) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     return check_recipe(tree)
 
 
+def override_recipe(recipe: Recipe, overrides: list[str]) -> Recipe:
+    """A recipe with dotted overrides applied. Raises RecipeError as `load_recipe`."""
+    tree = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(tree, override)
+    return check_recipe(tree)
+
+
 def recipe_path(source: str) -> Path:
     """The file a recipe's name or path stands for."""
     path = Path(source)
@@ -41,11 +51,28 @@ def recipe_path(source: str) -> Path:
 
 
 def check_recipe(tree: dict[str, Any]) -> Recipe:
-    """Validate a tree of plain values. Raises RecipeError naming the first field at fault."""
+    """Validate a tree of plain values, after its plugins were imported. Raises RecipeError naming the first field at fault."""
+    _import_plugins(tree.get("plugins"))
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(first_fault(error, "recipe field", Recipe)) from None
+
+
+def _import_plugins(names: Any) -> None:
+    """Import the modules of `plugins`, which register what the recipe may name."""
+    if not isinstance(names, (list, tuple)):
+        return  # the recipe's own check says what is wrong with it
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    for name in names:
+        try:
+            importlib.import_module(str(name))
+        except ImportError as error:
+            raise RecipeError(
+                f"recipe field plugins: module {name} cannot be imported ({error}): put its folder into PYTHONPATH"
+            ) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -30,7 +30,7 @@ def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples
         "launch": {"ranks": 2, "threads": 1},
     }  # fmt: skip
     for section, fields in changes.items():
-        tree[section] |= fields
+        tree[section] = {**tree.get(section, {}), **fields}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pocl_ds.errors import RecipeError
 
@@ -16,3 +17,10 @@ def whole_numbers(arguments: Sequence[int | str], of: str, *, least: int = 1) ->
             raise RecipeError(f"{argument!r} is not a number of {of}: give whole numbers of at least {least}, as in 1000 10_000")
         found.append(int(text))
     return tuple(found)
+
+
+def one_path(arguments: Sequence[str], of: str) -> Path:
+    """The only argument, an existing folder. Raises RecipeError for anything else."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        raise RecipeError(f"give {of}, and nothing else")
+    return Path(arguments[0])

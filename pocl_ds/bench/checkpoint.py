@@ -5,21 +5,18 @@ A student of 99 million parameters (workload A of `pocl bench step`) on two ZeRO
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.bench.ranks import run_ranks
 from pocl_ds.bench.workloads import WORKLOADS, write_models
-from pocl_ds.errors import RecipeError, ResourceError
+from pocl_ds.errors import RecipeError
 from pocl_ds.models.quiet import quiet
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS, STEPS = 2, 4
 
 
@@ -32,7 +29,10 @@ def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> di
         folder = Path(folder_name)
         with quiet():
             write_models(WORKLOADS[name], folder)
-        found = _measure(name, folder)
+        result = folder / "out.json"
+        found: dict[str, Any] = run_ranks(
+            "the ranks", "pocl_ds.bench.checkpoint_worker", [name, str(folder), str(STEPS), str(result)], result, ranks=RANKS,
+            threads=max(1, (os.cpu_count() or 1) // RANKS))  # fmt: skip
     out(f"{found['parameters'] / 1e6:.0f} million parameters, {RANKS} ZeRO-3 ranks, a step {found['step']:.2f} s")
     at_once, stall = statistics.mean(found["save"]), statistics.mean(found["stall"])
     meanwhile = found["step_meanwhile"]
@@ -49,14 +49,3 @@ def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> di
         out(f"{label:<22}{value:>12}   {note}")
     return found
 
-
-def _measure(name: str, folder: Path) -> dict[str, Any]:
-    result = folder / "out.json"
-    command = ["bash", str(ROOT / "launch" / "train.sh"), "--module", "pocl_ds.bench.checkpoint_worker", "--ranks", str(RANKS),
-               name, str(folder), str(STEPS), str(result)]  # fmt: skip
-    environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(folder / "logs")}
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
-    if done.returncode or not result.is_file():
-        raise ResourceError(f"the ranks ended with code {done.returncode}: {done.stderr.strip()[-600:]}")
-    record: dict[str, Any] = json.loads(result.read_text())
-    return record

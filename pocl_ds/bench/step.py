@@ -7,25 +7,22 @@ this machine's matrix products.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from pocl_ds.bench.ranks import run_ranks, run_worker
 from pocl_ds.bench.workloads import WORKLOADS, Workload, flops, gemm_rate, write_models, write_steps
-from pocl_ds.errors import RecipeError, ResourceError
+from pocl_ds.errors import RecipeError
 from pocl_ds.models.quiet import quiet
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, STEPS = 2, 4
+TRL = "TRL GKD, lmbda=0"
 # Label, variant of the worker, ranks. Each gets all cores: as threads of one rank, or shared by ranks.
 ZERO3 = ("ours, ZeRO-3, 1 rank", "zero3", 1)
 CONTENDERS = (
@@ -57,7 +54,7 @@ def run(
     found = {}
     for name in names:
         work = WORKLOADS[name]
-        found[name], rates = _workload(work, contenders, cores, trl, rounds, steps)
+        found[name], rates = take_turns(work, contenders, trl, rounds, steps)
         floor = flops(work) / statistics.median(rates)
         out(f"\n{name}: {sum(n for _, n in work.lengths)} tokens a step, {work.loss_tokens} loss tokens; matrix products at "
             f"{min(rates) / 1e9:.0f}..{max(rates) / 1e9:.0f} GFLOP/s, at their median the floor is {floor:.2f} s")  # fmt: skip
@@ -87,8 +84,8 @@ def _parse(arguments: Sequence[str]) -> tuple[list[str], str | None]:
 Contenders = Sequence[tuple[str, str, int]]
 
 
-def _workload(
-    work: Workload, contenders: Contenders, cores: int, trl: str | None, rounds: int, steps: int
+def take_turns(
+    work: Workload, contenders: Contenders, trl: str | None, rounds: int, steps: int
 ) -> tuple[dict[str, dict[str, float]], list[float]]:
     """What each contender took, and the rates of matrix products that were seen between them.
 
@@ -97,14 +94,28 @@ def _workload(
     seconds: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
     peaks: dict[str, list[float]] = {}
+    cores = os.cpu_count() or 1
     rates = [gemm_rate(cores)]
+    gpus = torch.cuda.device_count()  # where there are some, each rank needs its own
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as name:
         folder = Path(name)
         with quiet():
             write_models(work, folder)
+        result, tail = folder / "out.json", [work.name, str(folder), str(steps), str(folder / "out.json")]
+        turns = [one for one in contenders if one[2] <= gpus or not gpus]
+        if trl:
+            write_steps(work, folder / "steps.json", 1)
+            turns.append((TRL, trl, 0))
         for _ in range(rounds):
-            for label, command in _commands(work, contenders, folder, cores, trl, steps).items():
-                record = _run(label, command, folder / "out.json", cores)
+            for label, variant, ranks in turns:
+                for earlier in folder.glob("run-*"):  # of the round before: it is finished, and would not be run again
+                    shutil.rmtree(earlier)
+                if ranks:
+                    record = run_ranks(label, "pocl_ds.bench.step_worker", [variant, *tail], result, ranks=ranks,
+                                       threads=max(1, cores // ranks))  # fmt: skip
+                else:
+                    worker = [variant, str(Path(__file__).with_name("trl_worker.py")), *tail[1:]]
+                    record = run_worker(label, worker, result, {"OMP_NUM_THREADS": str(cores)})
                 rates.append(gemm_rate(cores))
                 floor = flops(work) / statistics.fmean(rates[-2:])
                 seconds.setdefault(label, []).extend(record["seconds"])
@@ -117,33 +128,3 @@ def _workload(
     }  # fmt: skip
     return found, rates
 
-
-def _commands(
-    work: Workload, contenders: Contenders, folder: Path, cores: int, trl: str | None, steps: int
-) -> dict[str, list[str]]:
-    gpus = torch.cuda.device_count()  # where there are some, each rank needs its own
-    tail = [work.name, str(folder), str(steps), str(folder / "out.json")]
-    launcher = ["bash", str(ROOT / "launch" / "train.sh"), "--module", "pocl_ds.bench.step_worker"]
-    commands = {
-        label: [*launcher, "--ranks", str(ranks), "--threads", str(max(1, cores // ranks)), variant, *tail]
-        for label, variant, ranks in contenders
-        if ranks <= gpus or not gpus
-    }
-    if trl:
-        write_steps(work, folder / "steps.json", 1)
-        commands["TRL GKD, lmbda=0"] = [trl, str(Path(__file__).with_name("trl_worker.py")), *tail[1:]]
-    return commands
-
-
-def _run(label: str, command: list[str], result: Path, cores: int) -> dict[str, Any]:
-    result.unlink(missing_ok=True)
-    for earlier in result.parent.glob("run-*"):  # of the round before: it is finished, and would not be run again
-        shutil.rmtree(earlier)
-    environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(result.parent / "logs")}
-    if command[0] != "bash":
-        environment["OMP_NUM_THREADS"] = str(cores)
-    done = subprocess.run(command, env=environment, text=True, capture_output=True)
-    if done.returncode or not result.is_file():
-        raise ResourceError(f"{label} ended with code {done.returncode}: {done.stderr.strip()[-400:] or done.stdout[-400:]}")
-    record: dict[str, Any] = json.loads(result.read_text())
-    return record

@@ -5,7 +5,7 @@
 Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), each also with one of the recipe's switches
 (zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager), with the teacher's hidden states from disk (torch+stored) and
 without a teacher (torch+sft); full (all logits of both sides, as research code does it), sft
-(the student alone, from transformers).
+(the student alone, from transformers); idle (ranks that have joined and hold no model).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +25,11 @@ from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
 from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TeachConfig, TeacherConfig, TrackingConfig, TrainConfig
-from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.curriculum.plan import Plan, single_stage_plan
 from pocl_ds.distill import stage
 from pocl_ds.distill.teach import teach
+from pocl_ds.distill.teacher_choice import Use
+from pocl_ds.distill.trainer import Trainer
 from pocl_ds.models.load import load_model
 from pocl_ds.tracking import read_metrics, setup_logging
 
@@ -35,20 +38,38 @@ ALPHA, LR = 0.3, 1e-4
 
 def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> None:
     """Time `steps` steps after one that is not counted."""
-    measure = ours if variant.startswith(("zero3", "torch")) else plain
-    seconds, loss = measure(variant, work, folder, steps + 1)
+    if variant == "idle":
+        stage.start_deepspeed()
+        seconds, loss = [0.0], [0.0]
+    else:
+        measure = ours if variant.startswith(("zero3", "torch")) else plain
+        seconds, loss = measure(variant, work, folder, steps + 1)
     on_gpu = distributed.device().type == "cuda"
     own = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     peak = distributed.gather_objects(own)
     if distributed.rank() == 0:
-        write_json(out, {"seconds": seconds[1:], "peak_mib": sum(peak), "loss": loss})
+        write_json(out, {"seconds": seconds[1:], "peak_mib": sum(peak), "peaks_mib": peak, "loss": loss})
 
 
 def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
     """Our trainer, as `pocl train` runs it."""
     run = RunDirectory(folder / f"run-{variant}-{distributed.world_size()}")
+    count = len(work.lengths)
+    plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=ALPHA)
+    make_training(variant, work, folder, run, plan)().run()
+    records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
+    return [record["seconds"] for record in records], [record["loss"] for record in records]
+
+
+def make_training(
+    variant: str, work: Workload, folder: Path, run: RunDirectory, plan: Plan, copies: int = 1
+) -> Callable[[], Trainer]:
+    """The data and, for a stored teacher, what is kept of it are written now; the trainer is made when it is called for.
+
+    copies: how often the workload's samples stand in the data, each time with other tokens.
+    """
     if distributed.rank() == 0:
-        write_split(work, run.data)
+        write_split(work, run.data, copies)
     count = len(work.lengths)
     engine, _, switch = variant.partition("+")
     train = TrainConfig(
@@ -58,26 +79,23 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
     )  # fmt: skip
     kind = precision()
     attention = switch if switch in ("sdpa", "eager") else "per_sample"
-    teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": kind, "attention": attention})
+    teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": kind, "attention": attention,
+                                            "mode": "hidden" if switch == "stored" else "live"})  # fmt: skip
     student = StudentConfig.model_validate(
         {"model": str(folder / "student"), "dtype": kind, "attention": attention,
          "activation_checkpointing": switch == "checkpointing"}
     )  # fmt: skip
-    plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=ALPHA)
     if engine == "zero3":
         stage.start_deepspeed()
         distributed.barrier()
     taught = "bench" if switch == "stored" else None
     if taught:
-        teach(run, teacher=teacher, student=student, config=TeachConfig(), fingerprint=taught)
+        teach(run, teacher=teacher, student=student, config=TeachConfig(), use=Use(1.0), fingerprint=taught)
     asked = None if switch == "sft" else teacher
     loss = LossConfig(name="sft" if asked is None else "fkl")
-    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student,
-                    asked.model if asked else None, asked, loss, train, 0, taught)  # fmt: skip
-    trainer = stage.make_trainer(run, job)
-    trainer.run()
-    records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
-    return [record["seconds"] for record in records], [record["loss"] for record in records]
+    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count * copies), student.model, student,
+                    asked.model if asked else None, asked, loss, train, 0, taught=taught)  # fmt: skip
+    return lambda: stage.make_trainer(run, job)
 
 
 def precision() -> Literal["float32", "bfloat16"]:
@@ -85,10 +103,10 @@ def precision() -> Literal["float32", "bfloat16"]:
     return "bfloat16" if distributed.device().type == "cuda" else "float32"
 
 
-def write_split(work: Workload, folder: Path) -> None:
-    """The batch as an encoded split, one sample a row, and an empty validation split."""
+def write_split(work: Workload, folder: Path, copies: int = 1) -> None:
+    """So many batches as an encoded split, one sample a row, and an empty validation split."""
     folder.mkdir(parents=True, exist_ok=True)
-    batch = sequences(work, 1)[0]
+    batch = [sample for one in sequences(work, copies) for sample in one]
     for name, samples in (("train", batch), ("validation", [])):
         sizes = np.array([len(ids) for _, ids in samples], np.int64)
         index = np.stack([np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples], np.int64), sizes], 1)

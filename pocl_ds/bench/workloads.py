@@ -1,6 +1,7 @@
 """Work that steps are timed on: two models with random weights, and batches of random tokens, as files.
 
 A: SmolLM2-135M and its 20-layer student, 8 instruction samples a step (1,100 tokens, 310 of them responses; 1,752 padded).
+S: the same samples, models of a third of the size, 12 layers into 8.
 B: two-layer models of width 256 with 151,936 ids, 4 x 512 tokens, all of them responses: the head is nearly all the work.
 tiny: A in small, for tests.
 """
@@ -41,6 +42,7 @@ _SMOL = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
     "max_position_embeddings": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
+_SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
 _WIDE = {
     "vocab_size": 151936, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 2048, "tie_word_embeddings": True, "num_hidden_layers": 2,
@@ -51,6 +53,8 @@ WORKLOADS = {
     work.name: work
     for work in (
         Workload("A", {**_SMOL, "num_hidden_layers": 30}, {**_SMOL, "num_hidden_layers": 20},
+                 ((157, 219), (137, 190), (119, 165), (101, 140), (86, 120), (75, 105), (64, 90), (51, 71))),
+        Workload("S", {**_SMOL, **_SMALL, "num_hidden_layers": 12}, {**_SMOL, **_SMALL, "num_hidden_layers": 8},
                  ((157, 219), (137, 190), (119, 165), (101, 140), (86, 120), (75, 105), (64, 90), (51, 71))),
         Workload("B", _WIDE, _WIDE, ((0, 512),) * 4),
         Workload("tiny", {**_TINY, "num_hidden_layers": 3}, {**_TINY, "num_hidden_layers": 2}, ((5, 9), (3, 8), (6, 7), (2, 4))),

@@ -23,7 +23,9 @@ COMMANDS = {
     "logs": ("what a job or a rank said", "pocl logs runs/x train --rank 1 -f"),
     "profile": ("write a first profile of this cluster", "pocl profile detect > my-cluster.yaml"),
     "doctor": ("look at this machine before a run", "pocl doctor --run-dir runs/x"),
+    "size": ("memory, traffic and hours of a run before it starts", "pocl size my.yaml --nodes 4 --gpu a100-40g"),
 }
+RECIPE_COMMANDS = ("submit", "size")  # they read one as the stages do
 REFRESH = 5.0
 
 
@@ -34,6 +36,17 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     if name == "submit":
         command.add_argument("--profile", required=True, help="a file, or a name in slurm/profiles/ or ~/.config/pocl/profiles/")
         command.add_argument("--nodes", type=int, help="nodes of the trainings (default: as many as launch.ranks fills)")
+        return
+    if name == "size":
+        command.add_argument("--nodes", type=int, default=1)
+        command.add_argument("--gpus-per-node", type=int, default=8, help="one rank each")
+        command.add_argument("--gpu", default="h100-80g", help="h200-141g, h100-80g, a100-80g, a100-40g, l40s-48g, ...")
+        command.add_argument("--network-gbps", type=float, default=400, help="of a node, gigabits a second")
+        command.add_argument("--samples", type=int, help="training samples (default: the paper's 11,435)")
+        command.add_argument("--prompt-tokens", type=float, help="mean of a prompt")
+        command.add_argument("--response-tokens", type=float, help="mean of a response")
+        command.add_argument("--utilisation", type=float, default=0.4, help="share of the GPU's peak that arithmetic reaches")
+        command.add_argument("--write", type=Path, metavar="FILE", help="write the recipe with the numbers that fit")
         return
     if name == "profile":
         command.add_argument("action", choices=("detect", "show"))
@@ -65,6 +78,33 @@ def submit(options: argparse.Namespace, recipes: list[tuple[Recipe, RunDirectory
     profile = load_profile(options.profile)
     for submission in [Submission(run, recipe, profile, nodes=options.nodes) for recipe, run in recipes]:
         _hand_in(options, submission)
+    return 0
+
+
+def size(options: argparse.Namespace, recipe: Recipe) -> int:
+    """`pocl size`: 0 where it fits, 2 where it does not."""
+    from pocl_ds.artifacts import atomic_write
+    from pocl_ds.cluster.size import Asked, Sizes, device_of, numbers, page
+    from pocl_ds.cluster.sizing import Layout
+    from pocl_ds.errors import RecipeError
+    from pocl_ds.recipe import dump_recipe, override_recipe
+
+    for name in ("nodes", "gpus_per_node", "network_gbps", "samples", "prompt_tokens", "response_tokens", "utilisation"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: it must be greater than 0")
+    layout = Layout(options.nodes, options.gpus_per_node, options.network_gbps / 8 * 1e9)
+    given = {name: value for name in ("samples", "prompt_tokens", "response_tokens", "utilisation")
+             if (value := getattr(options, name)) is not None}  # fmt: skip
+    sizes = Sizes(recipe, Asked(layout, device_of(options.gpu), **given))
+    lines, found = page(sizes)
+    print("\n".join(lines))
+    if found is None:
+        return 2
+    if options.write:
+        with atomic_write(options.write) as stream:
+            stream.write(dump_recipe(override_recipe(recipe, numbers(sizes, found))))
+        print(f"written: {options.write}")
     return 0
 
 

@@ -74,11 +74,12 @@ def pipeline_jobs(recipe: Recipe, profile: Profile, done: Mapping[str, bool], *,
     jobs = [
         JobSpec("prepare", ("data", "prepare"), prepare, (), **(wide if any(step.ranks for step in prepare) else _one(profile))),
         JobSpec("teach", ("teach",), (Step(("teach",), True),), ("prepare",), items=_pieces(recipe.teach.shards), **wide),
+        JobSpec("respond", ("respond",), (Step(("respond",)),), ("prepare",), **_one(profile, score_gpus)),
         JobSpec("score", ("score",), (Step(("score",)),), ("prepare",),
                 items=_pieces(recipe.score.shards), **_one(profile, score_gpus)),
         JobSpec("plan", ("rank", "plan"), tuple(Step((n,)) for n in ("rank", "plan") if not done[n]), ("score",)),
-        JobSpec("train", ("train",), (Step(("train",), True),), ("plan", "teach"), **wide),
-        JobSpec("baseline", ("baseline",), (Step(("baseline",), True),), ("plan", "teach"), **wide),
+        JobSpec("train", ("train",), (Step(("train",), True),), ("plan", "teach", "respond"), **wide),
+        JobSpec("baseline", ("baseline",), (Step(("baseline",), True),), ("plan", "teach", "respond"), **wide),
         JobSpec("evaluate", (), (Step(("evaluate",)),), ("train", "baseline"), items=_answers(recipe),
                 **_one(profile, recipe.evaluate.generation.tensor_parallel)),
         # `evaluate` on a task's own gathers the answers and measures the held-out loss
@@ -86,7 +87,7 @@ def pipeline_jobs(recipe: Recipe, profile: Profile, done: Mapping[str, bool], *,
                 tuple(Step((n,)) for n in ("evaluate", "export", "report") if not done[n]), ("evaluate",), **_one(profile)),
     ]  # fmt: skip
     stages = {stage.name: stage.wanted(recipe) for stage in STAGES}
-    wanted = {name: stages[name] for name in ("teach", "score", "baseline")} | {"evaluate": not done["evaluate"]}
+    wanted = {name: stages[name] for name in ("teach", "respond", "score", "baseline")} | {"evaluate": not done["evaluate"]}
     kept = [
         job for job in jobs if wanted.get(job.name, True) and not (job.stages and all(done[stage] for stage in job.stages))
     ]

@@ -35,7 +35,7 @@ def _time(value: str) -> str:
 
 Plain = Annotated[str, AfterValidator(_plain)]
 TimeLimit = Annotated[str, AfterValidator(_time)]
-JOBS = Literal["prepare", "teach", "score", "plan", "train", "baseline", "evaluate", "report"]
+JOBS = Literal["prepare", "teach", "respond", "score", "plan", "train", "baseline", "evaluate", "report"]
 
 
 class ContainerConfig(Section):

@@ -113,6 +113,11 @@ def build_plan(
     return Plan(stages, batch_size, scheduler, tail)
 
 
+def visits(subsets: int, epochs_per_stage: int, scheduler: str) -> float:
+    """How often a sample is seen over all stages, on average; dropped tails count."""
+    return epochs_per_stage * ((subsets + 1) / 2 if scheduler == "baby_step" else 1.0)
+
+
 def single_stage_plan(
     order: Order, *, steps: int, batch_size: int, tau: float, alpha: float, tail: str = "drop"
 ) -> Plan:

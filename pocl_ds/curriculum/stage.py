@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerpri
     manifest = read_manifest(run.plan)
     if manifest and manifest.fingerprint == fingerprint:
         return manifest
-    order = _order(run)
+    start, order = time.monotonic(), _order(run)
     if not _is_permutation(order):
         raise ArtifactError(f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and run `pocl rank`")
     pocl = build_plan(
@@ -36,7 +37,8 @@ def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerpri
         log.info("stage %d: %d samples, %d epochs, %d steps, tau %.2f, SFT ratio %.2f", stage.index + 1, stage.samples,
                  stage.epochs, stage.steps, stage.tau, stage.alpha)
     write_json(run.plan / "plan.json", pocl.to_json())
-    info = {"samples": len(order), "steps": pocl.total_steps, "visits": pocl.total_steps * batch_size}
+    info = {"samples": len(order), "steps": pocl.total_steps, "visits": pocl.total_steps * batch_size,
+            "seconds": time.monotonic() - start}  # fmt: skip
     return write_manifest(run.plan, "plan", fingerprint, info=info)
 
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.written import Sequences
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,11 @@ class Batch:
         return replace(self, **moved)
 
 
-def collate(split: EncodedSplit, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False) -> Batch:
-    """Some rows of a split as a batch. Without rows it is one token that nothing is learned from, so that a model can run."""
+def collate(split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False) -> Batch:
+    """Some rows of a split, or of responses that were written just now, as a batch.
+
+    Without rows it is one token that nothing is learned from, so that a model can run.
+    """
     picked = np.asarray(rows, np.int64)
     lengths = np.asarray(split.total_tokens[picked], np.int64)
     # Token 0 has no hidden state before it, so it is never a label, even where a prompt is empty.

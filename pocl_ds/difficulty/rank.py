@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,17 +21,30 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, read_manifest, write_manifest
-from pocl_ds.config import RankConfig
+from pocl_ds.config import METRICS, RankConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 
 log = logging.getLogger("pocl_ds")
 
 DEGENERATE = 1 / 3  # share of tied values above which a metric's ranks say little
-STRATEGIES = ("fusion", "rouge_l", "cross_entropy", "random")
 LINES = 100_000  # of a score file, joined at a time
 
 Ids: TypeAlias = "Sequence[str] | NDArray[np.bytes_]"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a strategy orders by, in the order of the input."""
+
+    ids: Ids
+    rouge_l: NDArray[np.float64]
+    cross_entropy: NDArray[np.float64]
+    by_rouge_l: NDArray[np.int64]  # indices, easiest first
+    by_cross_entropy: NDArray[np.int64]
+    rrf: NDArray[np.float64]  # larger is easier
+    seed: int
+    metrics: Mapping[str, NDArray[np.float64]]  # of plugins
 
 
 class Ranking:
@@ -62,6 +77,7 @@ def fuse(
     strategy: str = "fusion",
     reverse: bool = False,
     seed: int = 0,
+    metrics: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Ranking:
     """Order samples from easy to hard.
 
@@ -79,14 +95,16 @@ def fuse(
     by_rouge, by_entropy = _sorted(ids, -rouge, entropy), _sorted(ids, entropy, -rouge)
     rank_rouge, rank_entropy = _ranks(by_rouge), _ranks(by_entropy)
     scores = 1 / (k + rank_rouge) + 1 / (k + rank_entropy)
-    if strategy == "fusion":
-        order = by_rouge[np.argsort(-scores[by_rouge], kind="stable")]
-    elif strategy == "random":
-        order = random_order(ids, seed)
-    else:
-        order = by_rouge if strategy == "rouge_l" else by_entropy
-    order = order.astype(np.int64, copy=False)
+    scored = Scored(ids, rouge, entropy, by_rouge, by_entropy, scores, seed, metrics or {})
+    order = np.asarray(STRATEGIES[strategy](scored)).astype(np.int64, copy=False)
+    if strategy not in OWN and sorted(order.tolist()) != list(range(len(ids))):
+        raise RecipeError(f"rank.strategy={strategy} of a plugin does not name every sample once: mend its function")
     return Ranking(ids, order[::-1] if reverse else order, rank_rouge, rank_entropy, scores)
+
+
+def by_metric(name: str) -> Callable[[Scored], NDArray[np.int64]]:
+    """The strategy of a plugin's metric: small is easy, equal values by cross-entropy, then by id."""
+    return lambda scored: _sorted(scored.ids, scored.metrics[name], scored.cross_entropy)
 
 
 def random_order(ids: Ids, seed: int) -> NDArray[np.int64]:
@@ -121,27 +139,31 @@ def rank(run: RunDirectory, config: RankConfig, *, seed: int, fingerprint: str) 
     manifest = read_manifest(run.ranking)
     if manifest and manifest.fingerprint == fingerprint:
         return manifest
-    split = EncodedSplit.open(run.data, "train")
+    start, split = time.monotonic(), EncodedSplit.open(run.data, "train")
     if config.strategy == "random":  # needs no scores, so there are none
         order = random_order(split.ids, seed)
         order = order[::-1] if config.reverse else order
         log.info("ordered %d samples at random", len(order))
-        return _write(run, order, split, {}, {"strategy": "random"}, fingerprint)
-    rouge, entropy = _join(run, split)
+        return _write(run, order, split, {}, {"strategy": "random", "seconds": time.monotonic() - start}, fingerprint)
+    names = [config.strategy] if config.strategy in METRICS else []
+    rouge, entropy, *others = _join(run, split, names)
+    metrics = dict(zip(names, others, strict=True))
     shares = {"rouge_l": tied_share(rouge), "cross_entropy": tied_share(entropy)}
     for metric, tied in shares.items():
         if tied > DEGENERATE:
             log.warning("%s is degenerate: %.0f%% of its values are tied, so its ranks say little", metric, 100 * tied)
-    ranking = fuse(split.ids, rouge, entropy, k=config.k, strategy=config.strategy, reverse=config.reverse, seed=seed)
+    ranking = fuse(split.ids, rouge, entropy, k=config.k, strategy=config.strategy, reverse=config.reverse, seed=seed,
+                   metrics=metrics)  # fmt: skip
     order = ranking.order_index
     columns = {
         "rouge_l": rouge, "cross_entropy": entropy, "rank_rouge_l": ranking.rank_rouge_l,
-        "rank_cross_entropy": ranking.rank_cross_entropy, "rrf": ranking.scores,
+        "rank_cross_entropy": ranking.rank_cross_entropy, "rrf": ranking.scores, **metrics,
     }  # fmt: skip
     info = {"strategy": config.strategy, "reverse": config.reverse, "tied_share": shares,
             "mean_rouge_l": float(rouge.mean()), "mean_cross_entropy": float(entropy.mean())}  # fmt: skip
     log.info("ranked %d samples by %s: mean ROUGE-L %.4f, mean cross-entropy %.4f", len(order), config.strategy,
              info["mean_rouge_l"], info["mean_cross_entropy"])
+    info["seconds"] = time.monotonic() - start
     return _write(run, order, split, columns, info, fingerprint)
 
 
@@ -158,12 +180,12 @@ def _write(
     return write_manifest(run.ranking, "rank", fingerprint, info={"samples": len(order), **info})
 
 
-def _join(run: RunDirectory, split: EncodedSplit) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both metrics in the rows of data/train. Every sample must be scored exactly once."""
-    rouge, entropy = np.full(len(split), np.nan), np.full(len(split), np.nan)
+def _join(run: RunDirectory, split: EncodedSplit, names: Sequence[str]) -> list[NDArray[np.float64]]:
+    """ROUGE-L, cross-entropy and the named metrics, in the rows of data/train. Every sample must be scored exactly once."""
+    found = [np.full(len(split), np.nan) for _ in range(2 + len(names))]
     seen = np.zeros(len(split), bool)
     for path in _shard_files(run.scores):
-        for ids, values in _records(path):
+        for ids, values in _records(path, names):
             rows = split.rows_of(ids)
             twice = seen[rows]
             twice[np.setdiff1d(np.arange(len(rows)), np.unique(rows, return_index=True)[1])] = True
@@ -171,11 +193,12 @@ def _join(run: RunDirectory, split: EncodedSplit) -> tuple[NDArray[np.float64], 
                 name = ids[int(np.argmax(twice))]
                 raise ArtifactError(f"{path} scores a sample a second time ({name}): remove {run.scores} and score again")
             seen[rows] = True
-            rouge[rows], entropy[rows] = values[:, 0], values[:, 1]
+            for column, part in zip(found, values.T, strict=True):
+                column[rows] = part
     if not seen.all():
         missing = _text(split.ids[int(np.argmin(seen))])
         raise ArtifactError(f"sample {missing} has no score ({int((~seen).sum())} of {len(split)} lack one): run `pocl score`")
-    return rouge, entropy
+    return found
 
 
 def _shard_files(scores: Path) -> list[Path]:
@@ -194,15 +217,16 @@ def _shard_files(scores: Path) -> list[Path]:
     raise ArtifactError(f"{missing[0]} is missing or unfinished: run `pocl score`, it repeats only unfinished shards")
 
 
-def _records(path: Path) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
-    """Ids and [n, 2] scores of a shard, some lines at a time; responses are not held."""
+def _records(path: Path, names: Sequence[str]) -> Iterator[tuple[list[str], NDArray[np.float64]]]:
+    """Ids and [n, 2 + names] scores of a shard, some lines at a time; responses are not held."""
     ids: list[str] = []
-    values: list[tuple[float, float]] = []
+    values: list[list[float]] = []
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 record = json.loads(line)
-                values.append((float(record["rouge_l"]), float(record["cross_entropy"])))
+                more = [float(record["metrics"][name]) for name in names]
+                values.append([float(record["rouge_l"]), float(record["cross_entropy"]), *more])
                 ids.append(record["id"])
             except (ValueError, TypeError, KeyError) as error:
                 raise ArtifactError(f"{path} line {number} is damaged ({error!r}): remove the shard and score again") from None
@@ -270,3 +294,12 @@ def _as_bytes(ids: Ids) -> NDArray[np.bytes_]:
 
 def _text(name: Any) -> str:
     return name.decode() if isinstance(name, bytes) else str(name)
+
+
+STRATEGIES: dict[str, Callable[[Scored], NDArray[np.int64]]] = {
+    "fusion": lambda scored: scored.by_rouge_l[np.argsort(-scored.rrf[scored.by_rouge_l], kind="stable")],
+    "rouge_l": lambda scored: scored.by_rouge_l,
+    "cross_entropy": lambda scored: scored.by_cross_entropy,
+    "random": lambda scored: random_order(scored.ids, scored.seed),
+}
+OWN = tuple(STRATEGIES)  # whose orders are known to be permutations

@@ -11,11 +11,12 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pocl_ds.artifacts import RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
 from pocl_ds.config import PromptConfig, ScoreConfig
@@ -33,6 +34,8 @@ log = logging.getLogger("pocl_ds")
 
 STAGE = "score"
 MANIFESTS = "shard-*-of-*.jsonl.manifest.json"
+# Metrics that plugins add: from responses, references and log-probabilities of the references to one number a sample.
+METRICS: dict[str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]] = {}
 CHUNK = 256  # samples held in memory at once, and the grain of progress
 
 
@@ -172,7 +175,9 @@ class _Scorer:
             sequences = [ids[:-1] if ids[-1] == self.eos_id else ids for ids in sequences]
         log_probs = self.generator.log_probs(sequences, prompt_tokens)
         rouge = rouge_l_many(responses, [references for _, references in samples])
-        for (sample, _), response, found, overlap in zip(samples, responses, log_probs, rouge, strict=True):
+        texts = [references for _, references in samples]
+        extra = {name: METRICS[name](responses, texts, log_probs) for name in self.config.metrics}
+        for place, ((sample, _), response, found, overlap) in enumerate(zip(samples, responses, log_probs, rouge, strict=True)):
             if not len(found):
                 raise DataError(
                     f"sample {sample} has no response token to score: remove it from the data, or count the EOS "
@@ -180,6 +185,8 @@ class _Scorer:
                 )
             loss = -float(np.mean(found, dtype=np.float64))
             record = {"id": sample, "rouge_l": float(overlap), "cross_entropy": loss, "tokens": len(found)}
+            if extra:
+                record["metrics"] = {name: float(values[place]) for name, values in extra.items()}
             stream.write(json.dumps({**record, "response": response}, ensure_ascii=False) + "\n")
             metrics["rouge_l"].append(float(overlap))
             metrics["cross_entropy"].append(loss)

@@ -50,6 +50,7 @@ class _Save:
     step: int
     partial: Path
     validation_loss: float | None
+    remembered: dict[str, Any] = field(default_factory=dict)  # by the policy
     thread: threading.Thread | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     fault: str | None = None
@@ -69,14 +70,17 @@ class Checkpoints:
         """Whether this rank is still writing in the background."""
         return self.underway is not None and self.underway.thread is not None and self.underway.thread.is_alive()
 
-    def save(self, step: int, engine: Engine, *, last_chance: bool, validation_loss: float | None = None) -> None:
+    def save(
+        self, step: int, engine: Engine, *, last_chance: bool, validation_loss: float | None = None,
+        remembered: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Write a checkpoint, or begin to where it is done in the background; all ranks together.
 
         A first failure is said, and training goes on to the next save; a second in a row, or one where no later save
         comes (`last_chance`), raises ResourceError on all ranks. The checkpoint before stays as it is.
         """
         self.settle()
-        save = _Save(step, self.directory / f"{PREFIX}{step:08d}{PARTIAL}", validation_loss)
+        save = _Save(step, self.directory / f"{PREFIX}{step:08d}{PARTIAL}", validation_loss, remembered or {})
         save.fault = self._clear(save.partial)
         if any(distributed.gather_objects(save.fault)):
             self._end(save, last_chance=last_chance)
@@ -112,7 +116,8 @@ class Checkpoints:
         try:
             paths = write()
             if distributed.rank() == 0:
-                write_json(save.partial / STATE, {"step": save.step, "ranks": distributed.world_size()})
+                state = {"step": save.step, "ranks": distributed.world_size(), "policy": save.remembered}
+                write_json(save.partial / STATE, state)
                 paths = [*paths, save.partial / STATE]
             save.files = {str(path.relative_to(save.partial)): file_digest(path) for path in paths}
         except (OSError, RuntimeError) as error:  # PoclError of write_json is a RuntimeError too
@@ -155,13 +160,15 @@ class Checkpoints:
             shutil.rmtree(self.directory / RESHARDED, ignore_errors=True)
             self._retire()
 
-    def load(self, engine: Engine) -> int:
-        """Put the newest whole checkpoint into the engine; all ranks together. Returns its step, 0 where there is none."""
+    def load(self, engine: Engine) -> tuple[int, dict[str, Any]]:
+        """Put the newest whole checkpoint into the engine; all ranks together. Returns its step, 0 where there is none, and what
+        the policy had to remember.
+        """
         chosen = distributed.from_rank_zero(self._newest_whole() if distributed.rank() == 0 else None)
         if isinstance(chosen, str):
             raise ArtifactError(chosen)
         if chosen is None:
-            return 0
+            return 0, {}
         path, ranks = Path(chosen["path"]), int(chosen["ranks"])
         if ranks == distributed.world_size():
             engine.load(path)
@@ -170,7 +177,7 @@ class Checkpoints:
                 if distributed.rank() == 0:
                     self._reshard(path, ranks, engine)
             engine.load(self.directory / RESHARDED, resharded=True)
-        return int(chosen["step"])
+        return int(chosen["step"]), dict(chosen["policy"])
 
     def _reshard(self, path: Path, ranks: int, engine: Engine) -> None:
         """Rewrite a checkpoint of another number of ranks. The original stays, so nothing is lost where this fails."""
@@ -205,7 +212,8 @@ class Checkpoints:
             if manifest.fingerprint != self.fingerprint:
                 return f"checkpoint {path} belongs to another recipe or other data: use another --run-dir"
             self._set_aside(damaged, step, steps[-1] - step)
-            return {"path": str(path), "step": step, "ranks": read_json(path / STATE)["ranks"]}
+            state = read_json(path / STATE)
+            return {"path": str(path), "step": step, "ranks": state["ranks"], "policy": state["policy"]}
         if steps:
             return f"none of the checkpoints in {self.directory} is whole: remove that directory to train from the start"
         return None

@@ -9,6 +9,8 @@ Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that tak
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from pocl_ds.distill.divergences import divergence_options, working_type
 from pocl_ds.distill.token_losses import BlockLoss, Buffers, LossTerms, block_rows, row_bytes
+from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
@@ -34,14 +37,14 @@ def loss_sums(
     *,
     ids: Ids,
     teacher_hidden: Tensor | None = None,
-    teacher_head: Head | None = None,
+    teacher_head: Head | TopK | None = None,
     chunk_bytes: int = 512 << 20,
 ) -> LossSums:
     """Loss sums over n tokens from hidden states and heads.
 
-    hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no gradient. n may be 0: the
-    result is 0 and every parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds
-    no row.
+    hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no gradient, or the records
+    [n, bytes] of a `TopK`. n may be 0: the result is 0 and every parameter of the head still gets a (zero) gradient. Raises
+    RecipeError where chunk_bytes holds no row.
     """
     sizes = chunk_sizes(terms.name, ids.size, chunk_bytes, hidden.dtype, hidden.device)
     if terms.name != "sft" and (teacher_hidden is None or teacher_head is None):
@@ -91,11 +94,23 @@ class LossHead(nn.Module):
         self.bias = head.bias
         self.scale, self.soft_cap = head.scale, head.soft_cap
         self.size, self.chunk_bytes = ids.size, chunk_bytes
+        self.rows = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
+        self.masked: Tensor | None
         self.register_buffer("masked", ids.masked, persistent=False)
         self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
 
+    @contextlib.contextmanager
+    def over_all_ids(self) -> Iterator[None]:
+        """Inside, a softmax over every row of the head, as generation has it."""
+        size, masked = self.size, self.masked
+        self.size, self.masked = self.rows, None
+        try:
+            yield
+        finally:
+            self.size, self.masked = size, masked
+
     def forward(
-        self, hidden: Tensor, labels: Tensor, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | None
+        self, hidden: Tensor, labels: Tensor, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | TopK | None
     ) -> LossSums:
         """See `loss_sums`."""
         head = Head(weight=self.weight, bias=self.bias, scale=self.scale, soft_cap=self.soft_cap)
@@ -126,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
         terms: LossTerms,
         ids: Ids,
         teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
+        teacher_head: Head | TopK | None,
         sizes: ChunkSizes,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,13 +161,13 @@ class _HeadLoss(torch.autograd.Function):
             terms, divergence_options(terms.name, terms.options), ids, (head, teacher_head),
             Buffers(min(sizes.block, chunk_rows), ids.size, kind, hidden.device), need_gradient=need_hidden or need_weight,
         )  # fmt: skip
-        products = [hidden.new_empty(chunk_rows, ids.size) for _ in range(1 if teacher_hidden is None else 2)]
+        products = [hidden.new_empty(chunk_rows, ids.size) for _ in range(2 if isinstance(teacher_head, Head) else 1)]
         for chunk in (slice(i, i + chunk_rows) for i in range(0, labels.numel(), chunk_rows)):
             part = hidden[chunk]
             product = head.product(part, ids.size, out=products[0][: len(part)])
-            teacher = None
-            if teacher_hidden is not None and teacher_head is not None:
-                teacher = ids.teacher_product(teacher_head, teacher_hidden[chunk], out=products[1][: len(part)])
+            teacher = None if teacher_hidden is None else teacher_hidden[chunk]
+            if teacher is not None and isinstance(teacher_head, Head):
+                teacher = ids.teacher_product(teacher_head, teacher, out=products[1][: len(part)])
             sums += block_loss(product, teacher, labels[chunk])
             if grad_hidden is not None:
                 torch.mm(product, kept, out=grad_hidden[chunk])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,23 @@ from numpy.typing import NDArray
 
 from pocl_ds import distributed, ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
-from pocl_ds.config import CompareConfig, LossConfig, StudentConfig, TeacherConfig, TrainConfig
+from pocl_ds.config import CompareConfig, LossConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
-from pocl_ds.curriculum.sampler import Sampler, permutation
+from pocl_ds.curriculum.sampler import Position, Sampler, permutation
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
 from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.written import Written
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.fused_head import chunk_sizes
-from pocl_ds.distill.hidden_store import HiddenStore
 from pocl_ds.distill.layout import choose_layout
 from pocl_ds.distill.memory import check_memory
+from pocl_ds.distill.policies import POLICIES
+from pocl_ds.distill.rollout import Rollout
 from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher
+from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.trainer import Trainer, TrainingData
-from pocl_ds.errors import ModelError
+from pocl_ds.errors import ModelError, RecipeError
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
@@ -55,7 +58,10 @@ class Job:
     loss: LossConfig
     train: TrainConfig
     seed: int
-    taught: str | None = None  # fingerprint of the teacher's stored hidden states; None asks the live teacher
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    longest: int = 512  # tokens of a prompt and the response that the student writes to it
+    responses: Path | None = None  # folder of an encoded split whose responses the teacher wrote; None: the data's own
+    taught: str | None = None  # fingerprint of what was kept of the teacher; None asks the live one
 
 
 def train(
@@ -64,6 +70,8 @@ def train(
     student: StudentConfig,
     teacher: TeacherConfig | None,
     loss: LossConfig,
+    policy: PolicyConfig,
+    prompt: PromptConfig,
     train: TrainConfig,
     compare: CompareConfig | None,
     seed: int,
@@ -90,9 +98,18 @@ def train(
         loss=loss,
         train=train,
         seed=seed,
-        taught=taught,
+        taught=None if asks_live(run, taught) else taught,
+        policy=policy,
+        longest=prompt.max_length,
+        responses=run.responses if policy.name == "seqkd" else None,
     )
     fit(run, job)
+
+
+def asks_live(run: RunDirectory, taught: str | None) -> bool:
+    """Whether the stage `teach` found with teacher.mode=auto that nothing of the teacher is worth keeping."""
+    manifest = read_manifest(run.teacher)
+    return manifest is not None and manifest.fingerprint == taught and manifest.info["mode"] == "live"
 
 
 def prepare(
@@ -163,19 +180,31 @@ def fit(run: RunDirectory, job: Job) -> None:
 
 def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     """Models, engines and data of a training, ready to run."""
-    splits = {name: EncodedSplit.open(run.data, name) for name in ("train", "validation")}
+    folders = {"train": job.responses or run.data, "validation": run.data}
+    splits = {name: EncodedSplit.open(folder, name) for name, folder in folders.items()}
     validation = splits["validation"] if len(splits["validation"]) else None
-    engine, teacher, tokenizer = _build(run, job, splits)
+    if job.policy.name == "distillm" and job.policy.buffer > len(splits["train"]):
+        count = len(splits["train"])
+        raise RecipeError(f"policy.buffer={job.policy.buffer} is more than the {count} training samples: make it smaller")
+    engine, teacher, tokenizer, ids = _build(run, job, splits)
     data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
     module: Any = engine.module
     models = [module.model, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
     lengths = splits["train"].total_tokens[job.order]
     sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
     layout = choose_layout(job.train, sampler, lengths, models)
+    rollout = None
+    if job.policy.on_policy:
+        rollout = Rollout(job.policy, job.student, job.student_path, engine, splits["train"], ids, job.seed, job.longest)
+    policy = POLICIES[job.policy.name](job.policy, rollout.write if rollout else _never, job.seed)
     return Trainer(
         job.directory, plan=job.plan, sampler=sampler, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
-        seed=job.seed, fingerprint=job.fingerprint, label=job.label, layout=layout,
+        seed=job.seed, fingerprint=job.fingerprint, label=job.label, layout=layout, policy=policy, rollout=rollout,
     )
+
+
+def _never(rows: NDArray[np.int64], position: Position) -> Written:
+    raise RuntimeError(f"this policy does not write, and was asked to at step {position.step}")
 
 
 def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
@@ -193,8 +222,11 @@ def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
                 )
 
 
-def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tuple[Engine, Teacher | None, Any]:
-    """Engines around sharded models, and the student's tokenizer. What can be refused is, before a model is loaded."""
+def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tuple[Engine, Teacher | None, Any, Ids]:
+    """Engines around sharded models, the student's tokenizer, and the ids that take part.
+
+    What can be refused is, before a model is loaded.
+    """
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
     student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
@@ -223,7 +255,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     _check_tokens(splits["train"], ids)
     chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device())
     if job.teacher and job.taught and job.teacher_path:
-        teacher = StoredTeacher(HiddenStore(run.teacher, list(splits.values()), fingerprint=job.taught), run.teacher / "head")
+        teacher = StoredTeacher(TeacherStore(run.teacher, list(splits.values()), fingerprint=job.taught))
     elif job.teacher and job.teacher_path:
         with sharded_loading(frozen):
             teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)
@@ -234,7 +266,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes).train()
     engine: Engine = DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
-    return engine, teacher, tokenizer
+    return engine, teacher, tokenizer, ids
 
 
 def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:

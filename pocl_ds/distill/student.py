@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.fused_head import LossHead, LossSums
 from pocl_ds.distill.token_losses import LossTerms
+from pocl_ds.distill.top_k import TopK
 from pocl_ds.models.heads import Head, head_of, hidden_states
 from pocl_ds.models.vocabulary import Ids
 
@@ -25,9 +26,9 @@ class Student(nn.Module):
         self.loss_head = LossHead(head_of(model), ids, chunk_bytes)
 
     def forward(
-        self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | None = None
+        self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | TopK | None = None
     ) -> LossSums:
-        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width]."""
+        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], or records of a `TopK`."""
         hidden = batch.at_loss_positions(hidden_states(self.model, *batch.inputs))
         sums: LossSums = self.loss_head(hidden, batch.labels, terms, teacher_hidden, teacher_head)
         return sums

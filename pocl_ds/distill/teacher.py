@@ -1,6 +1,6 @@
 """The teacher: hidden states at loss positions, and the head that makes distributions of them.
 
-A small protocol, so that hidden states can come from a live model or from a store.
+A small protocol, so that they can come from a live model or from a store.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pocl_ds import distributed
 from pocl_ds.artifacts import read_json
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.engine import FrozenEngine
-from pocl_ds.distill.hidden_store import HiddenStore
 from pocl_ds.distill.student import TeacherBackbone
+from pocl_ds.distill.teacher_store import TeacherStore
+from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import ArtifactError
 from pocl_ds.models.heads import Head, head_of
 from pocl_ds.models.vocabulary import Ids
@@ -35,10 +36,12 @@ class Teacher(Protocol):
     def require(self, split: str, rows: NDArray[np.int64]) -> None:
         """Make sure that these rows of a split can be asked for next. Raises ArtifactError on all ranks where one's cannot."""
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states of the batch's loss tokens: [loss tokens, width]."""
+    def states(self, batch: Batch) -> Tensor:
+        """What the head makes distributions of, for the batch's loss tokens: final hidden states [loss tokens, width], or
+        records [loss tokens, bytes] of a `TopK`.
+        """
 
-    def head(self) -> contextlib.AbstractContextManager[Head]:
+    def head(self) -> contextlib.AbstractContextManager[Head | TopK]:
         """The head, whole on every rank while the block lasts."""
 
 
@@ -53,7 +56,7 @@ class LiveTeacher:
     def require(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`: a live model answers anything."""
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
         states: Tensor = self.engine(replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids)))
         return states
@@ -67,16 +70,19 @@ class LiveTeacher:
 
 
 class StoredTeacher:
-    """Hidden states that `pocl teach` kept, and the head, whole on each rank; the model's body is not there."""
+    """What `pocl teach` kept, and the head that reads it, whole on each rank; the model's body is not there."""
 
-    def __init__(self, store: HiddenStore, folder: Path) -> None:
-        """folder: that of the head."""
+    def __init__(self, store: TeacherStore) -> None:
         self.store = store
+        self._head = TopK(**store.top_k) if store.top_k else self._read_head(store.directory / "head")
+
+    def _read_head(self, folder: Path) -> Head:
+        store = self.store
         where, kind = distributed.device(), getattr(torch, store.dtype)
         state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
         parts = {name: nn.Parameter(value.to(where, kind), requires_grad=False) for name, value in state.items()}
         shape = read_json(folder / "head.json")
-        self._head = Head(parts["weight"], parts.get("bias"), shape["scale"], shape["soft_cap"])
+        return Head(parts["weight"], parts.get("bias"), shape["scale"], shape["soft_cap"])
 
     def require(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`."""
@@ -87,11 +93,11 @@ class StoredTeacher:
                 if fault:
                     raise ArtifactError(fault)
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def states(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
         return self.store.read(batch.split, batch.rows).to(distributed.device())
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Head]:
+    def head(self) -> Iterator[Head | TopK]:
         """See `Teacher`."""
         yield self._head

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pocl_ds.distill.closed_forms import CLOSED
 from pocl_ds.distill.divergences import FUNCTIONS, MASKED, working_type
+from pocl_ds.distill.top_k import TopK, truncated_divergence
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
 
@@ -79,13 +80,13 @@ class Buffers:
 @dataclass(frozen=True)
 class BlockLoss:
     """The loss on logits, a block of rows at a time. heads: the student's and the teacher's, for what follows on the products;
-    the teacher's is None where nobody asks it.
+    the teacher's is a `TopK` where its largest probabilities were recorded, and None where nobody asks it.
     """
 
     terms: LossTerms
     options: dict[str, Any]  # of the divergence, with defaults
     ids: Ids
-    heads: tuple[Head, Head | None]
+    heads: tuple[Head, Head | TopK | None]
     buffers: Buffers
     need_gradient: bool
 
@@ -93,7 +94,7 @@ class BlockLoss:
         """Sums over n tokens of (total, KD, CE), in the working type.
 
         student, teacher: [n, v] products of hidden states and heads, which are overwritten: with need_gradient `student` ends
-        as the gradient of total with respect to itself, in its own type.
+        as the gradient of total with respect to itself, in its own type. For a `TopK` teacher: its records [n, bytes].
         """
         sums = student.new_zeros(3, dtype=working_type(student.dtype))
         for rows in (slice(i, i + self.buffers.rows) for i in range(0, len(student), self.buffers.rows)):
@@ -110,18 +111,12 @@ class BlockLoss:
         ce = -log_q.gather(-1, labels[:, None]).sum()
         kd, gradient = ce.new_zeros(()), None
         if teacher is not None and teacher_head is not None:
-            with_ce = need_gradient and alpha > 0  # then log_q is wanted again below
-            targets = _fill(teacher_head.finish_(_working(teacher, buffers, 3)), ids, -math.inf)
-            if terms.tau != 1.0:
-                targets.div_(terms.tau)
-            log_p = _fill(torch.log_softmax(targets, -1, out=buffers(4, rows)), ids, MASKED)
             if terms.tau != 1.0:
                 cooled = torch.log_softmax(logits.div_(terms.tau), -1, out=buffers(5, rows))
             else:
+                with_ce = need_gradient and alpha > 0  # then log_q is wanted again below
                 cooled = buffers(5, rows).copy_(log_q) if with_ce else log_q
-            _fill(cooled, ids, MASKED)
-            spare = lambda number: (logits, targets, buffers(6, rows))[number]  # noqa: E731
-            value, gradient = _divergence(log_p, cooled, terms.name, self.options, spare, need_gradient and alpha < 1)
+            value, gradient = self._divergence(logits, _fill(cooled, ids, MASKED), teacher, teacher_head)
             kd = value * terms.kd_factor
             if gradient is not None:
                 gradient.mul_((1 - alpha) * terms.kd_factor / terms.tau)
@@ -136,6 +131,23 @@ class BlockLoss:
                 gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
             student.copy_(gradient)
         return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce])
+
+    def _divergence(self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: Head | TopK) -> tuple[Tensor, Tensor | None]:
+        """Sum of the divergence at tau, and its gradient with respect to the logits of log_q, which is overwritten.
+
+        spent: a buffer that may be written over; teacher: products of a head, or records.
+        """
+        terms, buffers, rows = self.terms, self.buffers, len(log_q)
+        need_gradient = self.need_gradient and terms.share_of_ce < 1
+        if isinstance(head, TopK):
+            top = head.decode(teacher, terms.tau)
+            return truncated_divergence(*top, log_q, terms.name, self.options, lambda: buffers(6, rows), need_gradient)
+        targets = _fill(head.finish_(_working(teacher, buffers, 3)), self.ids, -math.inf)
+        if terms.tau != 1.0:
+            targets.div_(terms.tau)
+        log_p = _fill(torch.log_softmax(targets, -1, out=buffers(4, rows)), self.ids, MASKED)
+        spare = lambda number: (spent, targets, buffers(6, rows))[number]  # noqa: E731
+        return _divergence(log_p, log_q, terms.name, self.options, spare, need_gradient)
 
 
 def _divergence(

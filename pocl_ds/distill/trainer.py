@@ -24,11 +24,14 @@ from pocl_ds.curriculum.sampler import Position, Sampler
 from pocl_ds.curriculum.schedules import learning_rate
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.written import Sequences
 from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.distill.engine import Engine, seed_step
 from pocl_ds.distill.fused_head import LossSums
 from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.non_finite import NonFinite
+from pocl_ds.distill.policies import Asked, Policy
+from pocl_ds.distill.rollout import Cost, Rollout
 from pocl_ds.distill.teacher import Teacher
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.distill.watchdog import Watchdog
@@ -89,20 +92,23 @@ class Trainer:
         fingerprint: str,
         label: str,
         layout: Layout,
+        policy: Policy,
+        rollout: Rollout | None,
     ) -> None:
         self.directory, self.plan, self.data = directory, plan, data
         self.engine, self.teacher, self.loss, self.train, self.seed, self.label = engine, teacher, loss, train, seed, label
-        self.sampler, self.layout, self.fingerprint = sampler, layout, fingerprint
+        self.sampler, self.layout, self.fingerprint, self.policy, self.rollout = sampler, layout, fingerprint, policy, rollout
         self.checkpoints = Checkpoints(directory / "checkpoints", train.checkpoint, fingerprint=fingerprint)
         self.non_finite = NonFinite(directory, allowed=train.skip_non_finite)
         self.device = distributed.device()
-        self.lengths = data.split.total_tokens
-        self.loss_tokens = data.split.loss_tokens
         self.first_step = 0  # of this process: where it resumed
 
     def run(self) -> None:
         """Train from the newest checkpoint to the end of the plan. Raises Interrupted after a signal, everything saved."""
-        done = self.first_step = self.checkpoints.load(self.engine)
+        done, remembered = self.checkpoints.load(self.engine)
+        self.first_step = done
+        if remembered:
+            self.policy.restore(remembered)
         if done:
             log.info("%s: going on after step %d of %d", self.label, done, self.plan.total_steps)
         writer, spikes = self._writer(done), Spikes()
@@ -112,6 +118,7 @@ class Trainer:
                            "train": self.train.model_dump_json(), **package_versions()})  # fmt: skip
         with (
             contextlib.closing(writer) if writer else contextlib.nullcontext(),
+            contextlib.closing(self.rollout) if self.rollout else contextlib.nullcontext(),
             StopFlag() as stop,
             Watchdog(self.directory / "logs", self.train.hang_seconds) as self.watchdog,
             Progress(total, "steps", self.label, done=done) as progress,
@@ -130,13 +137,16 @@ class Trainer:
                 facts = {"loss": record["loss"], "tokens/s": record["tokens_per_second"]} if trained else {}
                 progress.advance(1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", **facts)
                 validation, stage_ends = None, position.step_in_stage + 1 == self.plan.stages[position.stage].steps
-                if stage_ends and (validation := self._validate(position)):
+                due = self.train.validate_every is not None and (step + 1) % self.train.validate_every == 0
+                if (stage_ends or due) and (validation := self._validate(position)):
                     self._write(writer, validation)
+                    self.policy.validated(validation["validation_loss"])
                 last = stopping or step + 1 == total
                 if last or (step + 1) % saving.every == 0 or (stage_ends and saving.keep_best):
                     self.watchdog.beat()
                     loss = validation["validation_loss"] if validation else None
-                    self.checkpoints.save(step + 1, self.engine, last_chance=last, validation_loss=loss)
+                    self.checkpoints.save(step + 1, self.engine, last_chance=last, validation_loss=loss,
+                                          remembered=self.policy.state())  # fmt: skip
                 if stopping and step + 1 < total:
                     number = stop.signal or signal.SIGTERM
                     raise Interrupted(
@@ -152,19 +162,20 @@ class Trainer:
         """
         start = time.monotonic()
         stage = self.plan.stages[position.stage]
-        rows = np.asarray(self.data.order[self.sampler.batch(position.step)])
-        normaliser = int(self.loss_tokens[rows].sum())
-        micro_batches = self._deal(self.lengths[rows])
+        split, rows = self._sequences(position, np.asarray(self.data.order[self.sampler.batch(position.step)]))
+        lengths = np.asarray(split.total_tokens[rows], np.int64)
+        normaliser = int(split.loss_tokens[rows].sum())
+        micro_batches = self._deal(lengths)
         terms = LossTerms(self.loss.name, stage.tau, stage.alpha, self.loss.tau_squared, dict(self.loss.options))
         distributed.agree({"step": position.step, "stage": position.stage, "micro-batches": len(micro_batches),
-                           "tokens": int(self.lengths[rows].sum()), "loss tokens": normaliser,
+                           "tokens": int(lengths.sum()), "loss tokens": normaliser,
                            "teacher": self.teacher is not None, "tau": stage.tau})  # fmt: skip
         if self.teacher is not None:
-            self.teacher.require(self.data.split.name, rows[np.concatenate(micro_batches)])
+            self.teacher.require(split.name, rows[np.concatenate(micro_batches)])
         sums, totals = torch.zeros(3, dtype=torch.float64, device=self.device), []
         for micro, members in enumerate(micro_batches):
             seed_step(self.seed, position.step, micro)
-            batch = self._batch(self.data.split, rows[members]).to(self.device)
+            batch = self._batch(split, rows[members]).to(self.device)
             total, kd_sum, ce_sum = self._forward(batch, terms)
             self.engine.backward(total, normaliser=normaliser, last=micro + 1 == len(micro_batches))
             totals.append(total.detach())
@@ -178,16 +189,33 @@ class Trainer:
             *self._schedule_position(position), lr=self.train.lr, lr_end=self.train.lr_end, warmup=self.train.warmup_steps
         )
         norm = self.engine.step(rate)
-        pieces = [(self.data.split.ids[rows[members]], total) for members, total in zip(micro_batches, totals, strict=True)]
+        pieces = [(split.ids[rows[members]], total) for members, total in zip(micro_batches, totals, strict=True)]
         if skipped := self.non_finite.check(loss, norm, position, pieces):
             return skipped, stopping > 0
         seconds = time.monotonic() - start
         return {
             "kind": "step", "step": position.step + 1, "stage": position.stage, "epoch": position.epoch,
             "loss": loss, "kd": kd, "ce": ce, "tau": stage.tau, "alpha": stage.alpha, "lr": rate, "grad_norm": norm,
-            "tokens": normaliser, "tokens_per_second": int(self.lengths[rows].sum()) / seconds, "seconds": seconds,
-            "sample_ids_digest": _digest(self.data.split.ids[rows]),
+            "tokens": normaliser, "tokens_per_second": int(lengths.sum()) / seconds, "seconds": seconds,
+            "sample_ids_digest": _digest(split.ids[rows]), **self._rollout_facts(split, seconds),
         }, stopping > 0  # fmt: skip
+
+    def _sequences(self, position: Position, rows: NDArray[np.int64]) -> tuple[Sequences, NDArray[np.int64]]:
+        """What a step trains on: the curriculum's rows of the data, or responses to their prompts that the policy has written."""
+        stage = self.plan.stages[position.stage]
+        return self.policy.sequences(
+            Asked(position, self.plan.total_steps, self.data.split, rows,
+                  lambda: np.asarray(self.data.order[stage.start : stage.stop]))
+        )  # fmt: skip
+
+    def _rollout_facts(self, split: Sequences, seconds: float) -> dict[str, Any]:
+        """For the record of a step, where the student may write: what it trained on, and what writing took."""
+        if self.rollout is None:
+            return {}
+        cost, self.rollout.cost = self.rollout.cost, Cost()
+        rate = cost.tokens / cost.seconds if cost.seconds else 0.0
+        return {"on_policy": split is not self.data.split, "rollout_seconds": cost.seconds, "staleness": cost.staleness,
+                "rollout_share": cost.seconds / seconds, "rollout_tokens_per_second": rate}  # fmt: skip
 
     def _deal(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """This rank's micro-batches of a batch, as indices into it."""
@@ -196,14 +224,14 @@ class Trainer:
             micro_batch_tokens=self.train.micro_batch_tokens, packed=self.layout.packed,
         )[distributed.rank()]
 
-    def _batch(self, split: EncodedSplit, rows: NDArray[np.int64]) -> Batch:
+    def _batch(self, split: Sequences, rows: NDArray[np.int64]) -> Batch:
         return collate(split, rows, self.data.pad_id, packed=self.layout.packed)
 
     def _forward(self, batch: Batch, terms: LossTerms) -> LossSums:
         if self.teacher is None:
             plain: LossSums = self.engine(batch, terms)
             return plain
-        hidden = self.teacher.hidden(batch)
+        hidden = self.teacher.states(batch)
         # The head is gathered after the body ran: a tied head is the body's embedding, which ZeRO-3 releases there.
         with self.teacher.head() as head:
             sums: LossSums = self.engine(batch, terms, hidden, head)
@@ -238,8 +266,8 @@ class Trainer:
             sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])
         self.engine.module.train()
         kd, ce, tokens = distributed.all_sum(sums).tolist()
-        log.info("%s: stage %d ends, validation loss %.4f, divergence %.4f a token", self.label, position.stage + 1,
-                 ce / tokens, kd / tokens)
+        log.info("%s: stage %d, step %d: validation loss %.4f, divergence %.4f a token", self.label, position.stage + 1,
+                 position.step + 1, ce / tokens, kd / tokens)  # fmt: skip
         return {"kind": "validation", "step": position.step + 1, "stage": position.stage,
                 "validation_loss": ce / tokens, "validation_kd": kd / tokens, "validation_ce": ce / tokens}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Generator(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """One response a prompt, in order, as text without special tokens; it ends at EOS or at max_new_tokens."""
+        ...
+
+    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """The same as token ids, the stop id that ended a response included."""
+        ...
+
+    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+        """Take new weights, by the names of the model's parameters; tied ones may stand there once."""
         ...
 
     def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:

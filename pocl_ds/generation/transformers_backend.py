@@ -6,12 +6,13 @@ Shapes: B sequences, T positions, V vocabulary rows.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import GenerationConfig as DecodingConfig
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -48,10 +49,14 @@ class TransformersGenerator:
         # The model's own decoding settings (temperature, repetition penalty) must not add to ours.
         self.model.generation_config = DecodingConfig()
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+        """See `protocol.Generator`."""
+        return [decode(self.tokenizer, response, self.stops) for response in self.write(prompts, sampling)]
+
+    @torch.inference_mode()
+    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """See `protocol.Generator`. Prompts of like length go together, padded on the left."""
-        texts = [""] * len(prompts)
+        responses: list[list[int]] = [[]] * len(prompts)
         decoding = DecodingConfig(
             do_sample=False,
             max_new_tokens=sampling.max_new_tokens,
@@ -73,9 +78,16 @@ class TransformersGenerator:
                     input_ids=ids, attention_mask=mask, generation_config=decoding, logits_processor=processors
                 )
             for index, response in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-                texts[index] = decode(self.tokenizer, response, self.stops)
-                self.tokens += next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
-        return texts
+                length = next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
+                responses[index] = response[:length]
+                self.tokens += length
+        return responses
+
+    @torch.no_grad()
+    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+        """See `protocol.Generator`."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(weights[name])
 
     @torch.inference_mode()
     def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:

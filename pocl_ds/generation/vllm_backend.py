@@ -11,13 +11,14 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch._dynamo
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import GenerationConfig as DecodingConfig
 
 from pocl_ds.config import GenerationConfig
@@ -26,6 +27,8 @@ from pocl_ds.generation.protocol import Sampling, decode, stop_ids
 from pocl_ds.models.load import max_positions
 from pocl_ds.models.quiet import quiet
 
+HEAD = "lm_head.weight"
+EMBEDDINGS = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
 # Read by vLLM when it is imported; what the user has set stays.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and dies with it
@@ -56,7 +59,8 @@ class VllmGenerator:
                 "vLLM cannot be opened inside a process that is part of a group of ranks: run the stage in a process "
                 "of its own, or set generation.backend=transformers"
             )
-        self.tokenizer, self.tokens = tokenizer, 0
+        self.tokenizer, self.tokens, self.tied = tokenizer, 0, bool(model_config.tie_word_embeddings)
+        self.embedding = EMBEDDINGS.get(model_config.model_type, "model.embed_tokens.weight")
         self.stops = stop_ids(tokenizer, _generation_config(model_path, revision))
         _prepare_environment(model_config, config, max_length)
         self.vllm = _import_vllm()
@@ -91,6 +95,10 @@ class VllmGenerator:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """See `protocol.Generator`."""
+        return [decode(self.tokenizer, response, self.stops) for response in self.write(prompts, sampling)]
+
+    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """See `protocol.Generator`."""
         requests = [
             self.vllm.SamplingParams(
                 temperature=sampling.temperature,
@@ -104,7 +112,14 @@ class VllmGenerator:
         ]
         responses = [list(output.outputs[0].token_ids) for output in self._run(prompts, requests)]
         self.tokens += sum(map(len, responses))
-        return [decode(self.tokenizer, response, self.stops) for response in responses]
+        return responses
+
+    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+        """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the old one."""
+        named = dict(weights)
+        if self.tied and HEAD not in named:
+            named[HEAD] = named[self.embedding]
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
 
     def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`; the sequences are prompts, whose tokens' probabilities vLLM reports."""

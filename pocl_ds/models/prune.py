@@ -47,12 +47,18 @@ def prune_layers(model: Any, layers: list[int]) -> Any:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
+    prune_config(config, kept)
+    return model
+
+
+def prune_config(config: Any, kept: list[int]) -> None:
+    """A configuration of the layers that are kept, in place."""
+    depth = config.num_hidden_layers
     for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry a layer, in newer families
         entries = getattr(config, field, None)
         if isinstance(entries, list) and len(entries) == depth:
             setattr(config, field, [entries[layer] for layer in kept])
     config.num_hidden_layers = len(kept)
-    return model
 
 
 def _layer_list(model: Any, depth: int) -> tuple[Any, str]:

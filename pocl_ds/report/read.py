@@ -187,5 +187,5 @@ def _seconds(run: RunDirectory, manifests: dict[str, Manifest]) -> list[tuple[st
     scored = [shard.info["seconds"] for shard in shards if shard is not None and "seconds" in shard.info]
     if scored:
         times["score"] = sum(scored)
-    order = ("data", "prepare", "teach", "score", "rank", "plan", "train", "baseline", "evaluate", "export")
+    order = ("data", "prepare", "teach", "respond", "score", "rank", "plan", "train", "baseline", "evaluate", "export")
     return [(stage, float(seconds)) for stage in order if (seconds := times.get(stage)) is not None]

@@ -24,6 +24,7 @@ from pocl_ds.distill import fused_head
 from pocl_ds.distill.divergences import divergence
 from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.layout import Layout
+from pocl_ds.distill.policies import Off
 from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.distill.trainer import StopFlag, Trainer, TrainingData
@@ -80,7 +81,7 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     trainer = Trainer(
         folder, plan=plan, sampler=sampler, data=TrainingData(EncodedSplit.open(folder, "train"), np.arange(12), None, 1),
         engine=engine, teacher=teacher, loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20), train=train, seed=0,
-        fingerprint="", label="", layout=Layout(case["packed"], 0.0),
+        fingerprint="", label="", layout=Layout(case["packed"], 0.0), policy=Off(), rollout=None,
     )  # fmt: skip
     trainer._step(sampler.at(0), StopFlag())
     return engine.gradients

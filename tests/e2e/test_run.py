@@ -22,6 +22,7 @@ from command_line import ROOT, environment, pocl
 from safetensors.torch import load_file
 from tiny_runs import write_recipe
 
+from pocl_ds.bench import overhead
 from pocl_ds.tracking import read_metrics
 
 
@@ -149,6 +150,39 @@ def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_pat
     path.write_bytes(path.read_bytes()[:-4])
     found = pocl("train", "--run-dir", str(damaged), check=False)
     assert found.returncode == 2 and "is missing, or not what `pocl teach` wrote" in found.stderr
+
+
+def test_a_teacher_of_few_probabilities(undropped: Path, tmp_path: Path) -> None:
+    run = untrained_copy(undropped, tmp_path / "run")
+    words = ("--run-dir", str(run), "teacher.mode=topk", "teach.k=16")
+    said = pocl("teach", *words).stderr
+    info = json.loads((run / "teacher" / "manifest.json").read_text())["info"]
+    assert info["mode"] == "topk" and [one["tau"] for one in info["lost"]] == [1.0, 2.0]
+    assert 0 < info["lost"][0]["mass"] < info["lost"][1]["mass"] < 1 and all(one["kl"] > 0 for one in info["lost"])
+    assert "the 16 largest leave out a mass of" in said
+    pocl("train", *words)
+    ours, theirs = steps(run), steps(undropped)
+    assert len(ours) == len(theirs) and ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=1e-6)
+    assert 0 < ours[0]["kd"] < theirs[0]["kd"]  # over fewer outcomes
+
+
+def test_a_teacher_that_is_not_worth_keeping_is_asked_live(undropped: Path, tmp_path: Path) -> None:
+    run = untrained_copy(undropped, tmp_path / "run")
+    words = ("--run-dir", str(run), "teacher.mode=auto", "teach.disk_gb=0.000001")
+    said = pocl("teach", *words).stderr
+    info = json.loads((run / "teacher" / "manifest.json").read_text())["info"]
+    assert info["mode"] == "live" and "they do not fit" in info["why"] and info["why"] in said
+    assert "the teacher is sharded over the ranks" in pocl("train", *words).stderr
+    for ours, theirs in zip(steps(run), steps(undropped), strict=True):
+        assert ours == theirs
+
+
+def test_the_overhead_of_scoring_is_told(finished: Path) -> None:
+    lines: list[str] = []
+    found = overhead.run([str(finished)], lines.append)
+    assert {"score", "rank", "plan", "train"} <= set(found["seconds"]) and {"score", "train"} <= set(found["flops"])
+    assert found["share"] > 0 and 0 < found["flops_share"] < 1
+    assert lines[-1].startswith("scoring, ranking and planning add")
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 3), (1, 2), (4, 2)])

@@ -63,6 +63,18 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(evaluate__seeds=[1, 1]), ("seed", "once")),
     (changed(evaluate__seeds=[]), ("evaluate.seeds", "at least 1")),
     (changed(name="a/b"), ("name='a/b'", "pattern")),
+    (changed(policy={"name": "gkd", "lmbda": 1.5}), ("policy.lmbda=1.5", "less than or equal to 1")),
+    (changed(policy__name="gkd"), ("policy.name=gkd", "plan.sft_ratio=[0, 0]")),
+    (changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="hidden"), ("policy.name=gkd", "teacher.mode=live")),
+    (changed(policy__name="gkd", plan__sft_ratio=[0, 0], compare__enabled=True), ("compare.sft_ratio=0",)),
+    (changed(policy__name="distillm", plan__sft_ratio=[0, 0], data__train_samples=99), ("policy.buffer=1000", "=99", "smaller")),
+    (changed(policy__name="distillm", plan__sft_ratio=[0, 0], train__validate_samples=0), ("train.validate_samples",)),
+    (changed(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
+    (changed(policy__name="seqkd", loss__name="sft", teacher__mode="topk"), ("policy.name=seqkd", "teacher.mode=topk")),
+    ({"name": "x", "student": {"model": "s"}, "policy": {"name": "gkd"}, "loss": {"name": "sft"}}, ("gkd", "teacher.model")),
+    (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
+    (changed(teacher__mode="cached"), ("teacher.mode='cached'", "hidden", "topk")),
+    (changed(teach__k=0), ("teach.k=0", "greater than")),
 ]
 
 

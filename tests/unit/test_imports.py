@@ -21,8 +21,9 @@ TIERS = (
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
-    ("bench", "pipeline"),
+    ("pipeline", "plugins"),
     ("cluster",),
+    ("bench",),
     ("cli",),
 )
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}

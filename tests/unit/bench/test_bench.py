@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from pocl_ds.bench import BENCHMARKS, checkpoint, loss, rouge, scale, step, workloads
+from pocl_ds.bench import BENCHMARKS, checkpoint, loss, overhead, rouge, scale, size, step, teacher, workloads
 from pocl_ds.cli import main
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import ArtifactError, RecipeError
 
 
 def test_every_benchmark_names_a_module_with_run() -> None:
@@ -56,12 +57,13 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
     assert many - few < 12  # 15,000 more tokens in the plain form: 480 MB for one side's logits alone
 
 
-def test_step_prints_every_contender() -> None:
+def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     found = step.run(["tiny"], lines.append, rounds=1, steps=1)["tiny"]
     assert [label for label in found if label != "floor"] == [label for label, _, _ in step.CONTENDERS]
     timed = [row for label, row in found.items() if label != "floor"]
     assert all(row["least"] <= row["median"] <= row["most"] and row["peak_mib"] > 100 for row in timed)
+    monkeypatch.setattr(step, "SWITCHES", step.SWITCHES[:2])
     switched = step.run(["tiny", "--switches"], lines.append, rounds=1, steps=1)["tiny"]
     assert [label for label in switched if label != "floor"] == ["ours, ZeRO-3, 1 rank", *(label for label, *_ in step.SWITCHES)]
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
@@ -75,6 +77,36 @@ def test_checkpoint_says_what_a_save_costs() -> None:
     assert 12 <= found["bytes_per_parameter"] < 40  # weights and two moments in float32; tiny files have heads
     with pytest.raises(RecipeError, match="give one workload"):
         checkpoint.run(["C"])
+
+
+def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
+    lines: list[str] = []
+    found = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
+    assert list(found["steps"]) == [label for label, *_ in teacher.CONTENDERS]
+    whole = found["whole"][teacher.STORED]
+    assert whole["steps"] == 10 and whole["teach"] > 0 and len(whole["read"]) == 10
+    assert 0 < found["read_share"] < 1 and found["share"] > 0
+    with pytest.raises(RecipeError, match="give one workload"):
+        teacher.run(["C"])
+
+
+def test_size_predicts_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models: nearly all of it is what a rank takes without one, so this only shows that both sides are there."""
+    monkeypatch.setattr(size, "RANKS", (1,))
+    rows = size.run(["tiny"], lambda _: None, steps=1)
+    assert [row["mode"] for row in rows] == ["live", "hidden"]
+    assert all(0.8 < row["measured"] / row["predicted"] < 1.25 and row["predicted"] > row["base"] for row in rows)
+    counted, formula = size.flops(workloads.WORKLOADS["A"])
+    assert formula == pytest.approx(counted, rel=0.02)
+    with pytest.raises(RecipeError, match="there is no workload 'C'"):
+        size.run(["C"])
+
+
+def test_overhead_wants_a_finished_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the directory of a finished run"):
+        overhead.run([])
+    with pytest.raises(ArtifactError, match="holds no finished training"):
+        overhead.run([str(tmp_path)])
 
 
 def test_options_of_a_benchmark_reach_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,7 +115,7 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(tmp_path: Path, caplog: p
     save(store, engine, 20)
     (tmp_path / "checkpoints" / "step-00000020" / "weights").write_text("21")
     again = checkpoints(tmp_path, keep=1)
-    assert again.load(engine) == 10 and engine.loaded == 10  # type: ignore[arg-type]
+    assert again.load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
     assert "going on from step 10, 10 steps are trained again" in caplog.text
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
     save(again, engine, 15)

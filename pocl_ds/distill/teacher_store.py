@@ -1,8 +1,9 @@
-"""The teacher's final hidden states on disk: what its head needs to give the same distribution again, at any temperature.
+"""What the teacher says of each loss position, on disk: its final hidden states, of which its head makes the same distribution
+again at any temperature, or with teacher.mode=topk records of its largest probabilities.
 
-A state is kept for each loss position, in the teacher's compute type: width numbers a token, where logits would be as many as
-the vocabulary. A split lies in shards of neighbouring rows; where a row begins follows from the encoded split. Each row has a
-checksum, looked at whenever it is read.
+A state is kept in the teacher's compute type: width numbers a token, where logits would be as many as the vocabulary. A split
+lies in shards of neighbouring rows; where a row begins follows from the encoded split. Each row has a checksum, looked at
+whenever it is read.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from pocl_ds.data.encode import EncodedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
 
 STAGE = "teach"
+HALVES = (torch.bfloat16, torch.float16)
 # numpy has no bfloat16: halves are kept as the integers of their bits.
-RAW: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.int16), "float16": np.dtype(np.int16)}
+RAW: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.int16), "float16": np.dtype(np.int16),
+                                   "uint8": np.dtype(np.uint8)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,14 @@ class Shard:
             with disk_faults(self.path), self.path.open("wb") as stream:
                 if self.bytes:
                     os.posix_fallocate(stream.fileno(), 0, self.bytes)
-        except ResourceError as error:
+        except ResourceError:
             self.path.unlink(missing_ok=True)
-            raise ResourceError(f"{error}; this shard needs {self.bytes / 1e9:.2f} GB") from None
+            raise
 
     def write(self, stream: int, row: int, states: Tensor) -> int:
         """Put a row's states [loss tokens, width] in place, through a file descriptor. Returns their checksum."""
         kept = states.detach().to("cpu").contiguous()
-        data = whole = (kept if self.dtype == "float32" else kept.view(torch.int16)).numpy().tobytes()
+        data = whole = (kept.view(torch.int16) if kept.dtype in HALVES else kept).numpy().tobytes()
         place = int(self.starts[row - self.rows.start]) * self.width * RAW[self.dtype].itemsize
         while data:
             data, place = data[(done := os.pwrite(stream, data, place)) :], place + done
@@ -81,7 +84,7 @@ class Shard:
         return found
 
 
-class HiddenStore:
+class TeacherStore:
     """The stored states of some splits, memory-mapped. Their width and type are what the stage's manifest says."""
 
     def __init__(self, directory: Path, splits: list[EncodedSplit], *, fingerprint: str) -> None:
@@ -91,6 +94,7 @@ class HiddenStore:
             raise ArtifactError(f"{directory} holds no whole cache of this teacher and data: run `pocl teach`, or set "
                                 "teacher.mode=live")  # fmt: skip
         self.width, self.dtype = int(sealed.info["width"]), str(sealed.info["dtype"])
+        self.top_k: dict[str, Any] | None = sealed.info.get("top_k")
         kind = RAW[self.dtype]
         self._shards: dict[str, list[tuple[Shard, NDArray[Any], NDArray[np.uint32]]]] = {}
         self._first: dict[str, list[int]] = {}
@@ -109,7 +113,7 @@ class HiddenStore:
         found = [self._row(split, row)[0] for row in rows]
         joined = np.concatenate(found) if found else np.empty((0, self.width), RAW[self.dtype])
         states = torch.from_numpy(joined)
-        return states if self.dtype == "float32" else states.view(getattr(torch, self.dtype))
+        return states.view(kind) if (kind := getattr(torch, self.dtype)) in HALVES else states
 
     def fault(self, split: str, rows: NDArray[np.int64]) -> str | None:
         """What is wrong with one of these rows' states, by the first that is not what was written."""

@@ -1,0 +1,158 @@
+"""The student writes responses while it learns: who writes, with which weights, and what that costs.
+
+Each rank has a writer of its own, a copy of the student outside of ZeRO-3 (vLLM beside the rank, or transformers in it), which
+gets the student's weights every so many steps. After each time one response's probability is compared with the trainer's
+own: a writer that kept an old head would go on unseen.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pocl_ds import distributed
+from pocl_ds.config import GenerationConfig, PolicyConfig, StudentConfig
+from pocl_ds.curriculum.sampler import Position
+from pocl_ds.data.batches import collate
+from pocl_ds.data.encode import shard_rows
+from pocl_ds.data.written import Sequences, Written
+from pocl_ds.distill.engine import Engine
+from pocl_ds.distill.token_losses import LossTerms
+from pocl_ds.errors import ResourceError
+from pocl_ds.generation.child import ChildGenerator
+from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.models.load import load_tokenizer
+from pocl_ds.models.vocabulary import Ids
+
+log = logging.getLogger("pocl_ds")
+
+# Largest difference a token between the writer's log-probability and the trainer's, by the student's type.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+
+
+@dataclass
+class Cost:
+    """What a step's rollout took."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    staleness: int = 0  # steps since the writer got its weights
+
+
+@dataclass
+class Rollout:
+    """The writers of all ranks, as one. Every method is called by all ranks together."""
+
+    config: PolicyConfig
+    student: StudentConfig
+    path: str
+    engine: Engine
+    split: Sequences
+    ids: Ids
+    seed: int
+    longest: int  # tokens of a prompt and its response
+    cost: Cost = field(default_factory=Cost)
+    writer: Generator | None = None
+    version: int = -1  # the step whose weights the writer has
+
+    def __post_init__(self) -> None:
+        tokenizer = load_tokenizer(self.path, trust_remote_code=self.student.trust_remote_code)
+        self.pad_id, self.eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+        self.allowed = self.ids.allowed
+        self.module: Any = self.engine.module
+
+    def write(self, rows: NDArray[np.int64], position: Position) -> Written:
+        """The student's responses to the prompts of some rows, the same on all ranks; the random numbers follow from seed,
+        step and place alone.
+        """
+        start = time.monotonic()
+        self.cost = Cost()
+        self._refresh(position.step, rows)
+        mine = shard_rows(len(rows), distributed.rank(), distributed.world_size())
+        prompts = [self._prompt(int(rows[place])) for place in mine]
+        sampling = Sampling(self.config.temperature, self.config.top_p, self.config.max_new_tokens,
+                            seed=self.seed * 1_000_003 + position.step, first=mine.start)  # fmt: skip
+        responses: list[list[int]] = []
+        with distributed.together("write the student's responses"):
+            responses = self._writer().write(prompts, sampling) if prompts else []
+        everyone = [one for part in distributed.gather_objects(responses) for one in part]
+        written = Written.of(self.split, rows, everyone, eos_id=self.eos_id, longest=self.longest, allowed=self.allowed)
+        self.cost = Cost(time.monotonic() - start, sum(map(len, everyone)), position.step - self.version)
+        return written
+
+    def close(self) -> None:
+        """End the writer."""
+        if self.writer is not None:
+            self.writer.close()
+
+    def _prompt(self, row: int) -> list[int]:
+        return [int(token) for token in self.split.tokens(row)[: int(self.split.prompt_tokens[row])]]
+
+    def _refresh(self, step: int, rows: NDArray[np.int64]) -> None:
+        """Bring the writer the weights of the newest step that is a multiple of refresh_every, or of this one at the start."""
+        every = self.config.refresh_every
+        if self.version >= 0 and step // every == self.version // every:
+            return
+        with distributed.together("open the writer of the student's responses"):
+            writer = self._writer()
+        weights = dict(self.engine.weights(self.module.model))
+        with distributed.together("give the writer the student's weights"):
+            writer.refresh(weights)
+        del weights
+        self.version = step
+        self._compare(int(rows[0]))
+
+    @torch.no_grad()
+    def _compare(self, row: int) -> None:
+        """Raise ResourceError on all ranks where the writer gives a response another probability than the student."""
+        batch, module = collate(self.split, [row], self.pad_id).to(distributed.device()), self.module
+        module.eval()
+        with module.loss_head.over_all_ids():
+            _, _, ce = self.engine(batch, LossTerms("sft"))
+        module.train()
+        tokens = [int(token) for token in self.split.tokens(row)]
+        start = max(1, int(self.split.prompt_tokens[row]))
+        with distributed.together("compare the writer with the student"):
+            found = -float(np.sum(self._writer().log_probs([tokens], [start])[0], dtype=np.float64))
+            apart = abs(found - float(ce)) / max(1, batch.labels.numel())
+            if apart > TOLERANCE[self.student.dtype]:
+                raise ResourceError(
+                    f"the writer ({self.config.rollout}) gives a response {found:.4f} nats and the student {float(ce):.4f}: it "
+                    "did not take the new weights; set policy.rollout=hf"
+                )
+
+    def _writer(self) -> Generator:
+        if self.writer is None:
+            settings = GenerationConfig(
+                backend="vllm" if self.config.rollout == "vllm" else "transformers", max_sequences=self.config.max_sequences,
+                gpu_memory_share=self.config.gpu_memory_share, dtype=self.student.dtype,
+            )
+            self.writer = self._open(settings)
+            log.info("the student's responses are written by %s, with its weights of every %d steps", self.config.rollout,
+                     self.config.refresh_every)  # fmt: skip
+        return self.writer
+
+    def _open(self, settings: GenerationConfig) -> Generator:
+        trusted = self.student.trust_remote_code
+        threads = torch.get_num_threads()
+        if settings.backend == "vllm":
+            where = distributed.device()
+            return ChildGenerator(self.path, settings, max_length=self.longest, threads=threads, trust_remote_code=trusted,
+                                  device=_visible(where.index or 0) if where.type == "cuda" else None)  # fmt: skip
+        from pocl_ds.generation.transformers_backend import TransformersGenerator
+
+        tokenizer = load_tokenizer(self.path, trust_remote_code=trusted)
+        return TransformersGenerator(self.path, settings, tokenizer, threads=threads, trust_remote_code=trusted)
+
+
+def _visible(index: int) -> str:
+    """A GPU of this process as its children must name it."""
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return names[index] if index < len(names) else str(index)

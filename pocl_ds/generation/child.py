@@ -1,0 +1,132 @@
+"""A generator in a process of its own, beside a rank: vLLM makes process groups, which a rank already has.
+
+    python -m pocl_ds.generation.child FD     started by `ChildGenerator`, not by people
+
+The two speak over a socket pair; weights go through a file in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pocl_ds.config import GenerationConfig
+from pocl_ds.errors import PoclError, ResourceError
+from pocl_ds.generation.protocol import Sampling
+
+MEMORY = Path("/dev/shm")
+# What makes a process a rank of a group, or of a job step: the child is neither.
+OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "POCL_EXITS", "POCL_WITHIN")
+
+
+class ChildGenerator:
+    """See `protocol.Generator`; the model is opened when the first call comes."""
+
+    def __init__(self, model_path: str, config: GenerationConfig, *, max_length: int, threads: int, device: str | None,
+                 trust_remote_code: bool = False) -> None:  # fmt: skip
+        """device: the GPU that is its own, as CUDA_VISIBLE_DEVICES has it."""
+        ours, theirs = socket.socketpair()
+        environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+        environment |= {"OMP_NUM_THREADS": str(threads)} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pocl_ds.generation.child", str(theirs.fileno())], pass_fds=(theirs.fileno(),),
+                env=environment, start_new_session=True, cwd=Path(__file__).resolve().parents[2],
+            )  # fmt: skip
+        self.connection = Connection(ours.detach())
+        self.tokens = 0
+        self._ask("open", model_path, config, max_length, threads, trust_remote_code)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+        """See `protocol.Generator`."""
+        found: list[str] = self._ask("generate", prompts, sampling)
+        return found
+
+    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        """See `protocol.Generator`."""
+        found: list[list[int]] = self._ask("write", prompts, sampling)
+        self.tokens += sum(map(len, found))
+        return found
+
+    def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
+        """See `protocol.Generator`."""
+        found: list[NDArray[np.float32]] = self._ask("log_probs", sequences, prompt_tokens)
+        return found
+
+    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+        """See `protocol.Generator`."""
+        folder = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+        handle, name = tempfile.mkstemp(prefix="pocl-weights-", suffix=".safetensors", dir=folder)
+        os.close(handle)
+        try:
+            save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, name)
+            self._ask("refresh", name)
+        finally:
+            os.unlink(name)
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process.poll() is None:
+            self.connection.close()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+    def _ask(self, what: str, *arguments: Any) -> Any:
+        try:
+            self.connection.send((what, arguments))
+            fault, value = self.connection.recv()
+        except (EOFError, OSError, pickle.PickleError) as error:
+            code = self.process.wait(timeout=30)
+            raise ResourceError(f"the process that writes the student's responses ended with code {code} ({error}): see above; "
+                                "policy.rollout=hf does without it") from None  # fmt: skip
+        if fault is not None:
+            raise ResourceError(fault)
+        return value
+
+
+def serve(connection: Connection) -> None:
+    """Answer until the other side closes."""
+    from pocl_ds.generation.open import open_generator
+    from pocl_ds.models.load import load_tokenizer
+
+    generator: Any = None
+    while True:
+        try:
+            what, arguments = connection.recv()
+        except EOFError:
+            break
+        fault: str | None = None
+        value: Any = None
+        try:
+            if what == "open":
+                path, config, max_length, threads, trusted = arguments
+                generator = open_generator(path, config, load_tokenizer(path, trust_remote_code=trusted), max_length=max_length,
+                                           threads=threads, trust_remote_code=trusted)  # fmt: skip
+            elif what == "refresh":
+                generator.refresh(load_file(arguments[0]))
+            else:
+                value = getattr(generator, what)(*arguments)
+        except PoclError as error:
+            fault = str(error)
+        connection.send((fault, value))
+    if generator is not None:
+        generator.close()
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

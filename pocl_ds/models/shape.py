@@ -1,0 +1,143 @@
+"""What a model costs, from its configuration alone: parameters, arithmetic, and what its forward keeps for backward.
+
+Nothing is loaded. The model is built of fake tensors, which have shapes and no memory, and run once: so activations follow
+from the family's own code, its dropout and its attention, and not from a formula that knows one family.
+
+Shapes: T tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.quiet import quiet
+
+GATHERED_TOGETHER = 10_000  # ds_configs: smaller parameters stay whole on each rank
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one causal language model; parameters in numbers, not bytes."""
+
+    family: str
+    parameters: int  # tied ones once
+    block_parameters: int  # of the largest block
+    matrix_parameters: int  # that each token is multiplied with: all linear maps but the head
+    head_parameters: int  # rows x width
+    largest: int  # of a single parameter
+    layers: int
+    rows: int  # of the vocabulary
+    width: int  # of the head's input
+    attention_width: int  # heads x their width
+    key_value_width: int  # the same of keys and values
+    tied: bool
+
+    def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
+        """Multiplications and additions of one forward: attention causal over each sample, the head at loss positions only."""
+        tokens = sum(lengths)
+        attention = self.layers * sum(2.0 * length * (length + 1) * self.attention_width for length in lengths)
+        return 2.0 * self.matrix_parameters * tokens + attention + 2.0 * self.head_parameters * loss_tokens
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Sizes of the model that a configuration describes. Raises ModelError for a family whose head is not known."""
+    with torch.device("meta"), quiet():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    head = head_of(model)
+    blocks = _blocks(model)
+    linears = [module for name, module in model.named_modules() if _is_linear(module) and module.weight is not head.weight]
+    heads = config.num_attention_heads
+    width_of_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(
+        family=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks),
+        matrix_parameters=sum(module.weight.numel() for module in linears),
+        head_parameters=head.weight.numel(),
+        largest=max(p.numel() for p in model.parameters()),
+        layers=len(blocks),
+        rows=head.weight.shape[0],
+        width=head.weight.shape[1],
+        attention_width=heads * width_of_head,
+        key_value_width=(getattr(config, "num_key_value_heads", None) or heads) * width_of_head,
+        tied=head.weight is model.get_input_embeddings().weight,
+    )
+
+
+def activation_bytes(
+    config: Any, lengths: Sequence[int], *, dtype: torch.dtype, attention: str, checkpointing: bool, dropout: float | None = None
+) -> int:
+    """Bytes that the backbone's forward keeps for its backward over one micro-batch, its last hidden states included.
+
+    lengths: tokens of each sample. With attention=per_sample they lie behind one another; else they are padded.
+    """
+    from pocl_ds.models.attention import PER_SAMPLE
+    from pocl_ds.models.load import set_dropout
+
+    if dropout is not None:
+        set_dropout(config, dropout)
+    kept: dict[int, tuple[int, Any]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+        for module in model.modules():
+            if hasattr(module, "layerdrop"):  # OPT looks at a random number there, which fake tensors do not have
+                module.training = False
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = (storage.nbytes(), storage)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            if attention == PER_SAMPLE:
+                ids = torch.zeros(1, sum(lengths), dtype=torch.long)
+                positions = torch.cat([torch.arange(length) for length in lengths])[None]
+                states = hidden_states(model, ids, None, positions, tuple(lengths))
+            else:
+                ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+                states = hidden_states(model, ids, torch.ones_like(ids))
+        return sum(size for size, _ in kept.values()) + states.untyped_storage().nbytes()
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    """The layers: the longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda modules: len(list(modules))))
+
+
+def _is_linear(module: Any) -> bool:
+    """Linear maps; GPT-2's are called Conv1D."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def parameter_bytes(numbers: float, dtype: str) -> float:
+    """Bytes of so many numbers."""
+    return numbers * (4 if dtype == "float32" else 2)
+
+
+def gathered_parameters(shape: ModelShape) -> int:
+    """Parameters whole on a rank while ZeRO-3 works: two blocks (one at work, one prefetched) and the embeddings or head."""
+    return min(shape.parameters, 2 * shape.block_parameters + shape.largest)
+
+
+def kv_cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> float:
+    """Keys and values of so many tokens, in generation."""
+    return parameter_bytes(2.0 * shape.layers * shape.key_value_width * tokens, dtype)
+
+
+def smallest_shard(shape: ModelShape, ranks: int) -> int:
+    """Parameters of one rank's shard."""
+    return math.ceil(shape.parameters / ranks)

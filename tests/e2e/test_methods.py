@@ -1,0 +1,103 @@
+"""Every policy on two ranks, tiny models: with POCL and as its baseline, stopped in the middle and gone on to the same end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from command_line import pocl, start
+from tiny_runs import write_recipe
+
+POLICIES = {
+    "gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=jsd"],
+    # A rate so high that the validation loss rises, which is what phi waits for.
+    "distillm": ["policy.name=distillm", "policy.rollout=hf", "policy.buffer=8", "policy.phi_step=0.5", "policy.tolerance=0",
+                 "loss.name=skl", "train.validate_every=2", "train.lr=0.05"],
+    "seqkd": ["policy.name=seqkd", "loss.name=sft"],
+}  # fmt: skip
+STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
+
+
+def records(run: Path, training: str = "train", kind: str = "step") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / training / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def computed(run: Path, training: str = "train") -> list[dict[str, Any]]:
+    names = ("step", "loss", "kd", "ce", "tokens", "sample_ids_digest", "grad_norm")
+    return [{name: record[name] for name in names} for record in records(run, training)]
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to its plan, without SFT."""
+    folder = tmp_path_factory.mktemp("methods")
+    teacher = tiny_models.llama(folder / "teacher", layers=3)
+    student = tiny_models.llama(folder / "student", layers=2, seed=1)
+    recipe = write_recipe(
+        folder, teacher, student, train_samples=32, policy={"max_new_tokens": 6}, rank={"strategy": "random"},
+        plan={"subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]}, compare={"enabled": True, "sft_ratio": 0},
+    )
+    for stage in ("data", "prepare", "rank", "plan"):
+        pocl(stage, str(recipe), "--run-dir", str(folder / "run"))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_policy_from_its_plan_to_its_weights(name: str, planned: Path, tmp_path: Path) -> None:
+    run, words = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
+    if name == "seqkd":
+        pocl("respond", "--run-dir", str(run), *words)
+        ours, data = (np.load(run / folder / "train.ids.npy") for folder in ("responses", "data"))
+        lines = [(run / folder / "train.jsonl").read_text().splitlines() for folder in ("responses", "data")]
+        assert ours.tolist() == data.tolist()
+        for one, other in zip(*(map(json.loads, part) for part in lines), strict=True):
+            assert one["instruction"] == other["instruction"] and one["references"] != other["references"]
+    stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
+    pocl("train", "--run-dir", str(run), *words)
+    pocl("baseline", "--run-dir", str(run))
+    steps = records(run)
+    assert len(steps) == STEPS and len(records(run, "baseline")) == STEPS
+    assert all(record["alpha"] == 0 for record in steps)
+    if name != "seqkd":
+        written = [record for record in steps if record["on_policy"]]
+        assert 0 < len(written) < len(steps)
+        assert any(record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written)
+        assert all(record["staleness"] == 0 for record in written)
+    if name == "distillm":
+        assert any(record["on_policy"] and record["rollout_seconds"] == 0 for record in steps), "never drew from the buffer"
+
+    assert stop_after(stopped, 5, *words) < STEPS
+    pocl("train", "--run-dir", str(stopped))
+    assert computed(stopped) == computed(run)
+    weights = [(path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, stopped)]
+    assert weights[0] == weights[1]
+
+
+def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
+    """Its probabilities are compared with the student's after each refresh: a run that ends has passed that."""
+    run = Path(shutil.copytree(planned, tmp_path / "run"))
+    found = pocl("train", "--run-dir", str(run), "policy.name=gkd", "policy.lmbda=1", "policy.refresh_every=4", "loss.name=jsd")
+    assert "written by vllm" in found.stderr
+    steps = records(run)
+    assert len(steps) == STEPS and all(record["on_policy"] for record in steps)
+    assert [record["staleness"] for record in steps] == [step % 4 for step in range(STEPS)]
+
+
+def stop_after(run: Path, step: int, *words: str) -> int:
+    """Send TERM to a training once it has reached a step; the steps it has done."""
+    process = start("train", "--run-dir", str(run), *words)
+    metrics = run / "train" / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=300)
+    assert process.returncode == 75
+    return len(records(run))

@@ -1,0 +1,109 @@
+"""A run's size: what must grow grows, what must shrink shrinks, and what is written can be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import write_recipe
+
+from pocl_ds import cli
+from pocl_ds.cluster import sizing
+from pocl_ds.cluster.sizing import GPUS, Choice, Layout, Work
+from pocl_ds.models.shape import ModelShape
+from pocl_ds.recipe import load_recipe
+
+SMALL = ModelShape("llama", 1_300_000_000, 50_000_000, 1_200_000_000, 100_000_000, 100_000_000, 24, 50_000, *[2048] * 3, True)
+LARGE = ModelShape("llama", 6_700_000_000, 200_000_000, 6_400_000_000, 200_000_000, 200_000_000, 32, 50_000, *[4096] * 3, True)
+WORK = Work(10_000, 120, 40, 512, 1024, 300)
+
+
+def total(choice: Choice, ranks: int, samples: int = 2) -> float:
+    activations = lambda lengths, checkpointing: sum(lengths) * (1e4 if checkpointing else 1e6)  # noqa: E731
+    found = sizing.training_memory(SMALL, LARGE, choice, ranks, [512] * samples, 511 * samples, activations, 2e9)
+    assert all(size >= 0 for size in found.values())
+    return sum(found.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(ranks=st.integers(2, 64), samples=st.integers(1, 8), checkpointing=st.booleans(), mode=st.sampled_from(["live", "hidden"]))
+def test_more_ranks_less_memory_and_more_samples_more(ranks: int, samples: int, checkpointing: bool, mode: str) -> None:
+    choice = Choice(samples, checkpointing=checkpointing, mode=mode)
+    assert total(choice, ranks + 1, samples) < total(choice, ranks, samples) < total(choice, ranks, samples + 1)
+    assert total(replace(choice, mode="hidden"), ranks, samples) <= total(choice, ranks, samples)
+    assert total(replace(choice, offload_student=True), ranks, samples) < total(choice, ranks, samples)
+
+
+def test_by_hand() -> None:
+    """ZeRO-3 in bfloat16: 2 bytes of weights, 2 of gradients, 12 of Adam a parameter, over the ranks (ZeRO, 2020)."""
+    found = sizing.training_memory(SMALL, LARGE, Choice(1), 8, [512], 511, lambda *_: 0.0, 0.0)
+    states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
+    assert states == pytest.approx(16 * 1.3e9 / 8)
+    assert found["teacher: weights"] == pytest.approx(2 * 6.7e9 / 8)
+    assert found["student: gathered"] == pytest.approx(2 * (2 * 50e6 + 100e6))
+    assert found["logits"] == pytest.approx(511 * 50_000 * 4)
+
+
+def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
+    lengths, choice = [1000] * 10, Choice(1)
+    dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)
+    assert sizing.step_flops(SMALL, LARGE, choice, lengths, 0) == pytest.approx(dense, rel=0.05)
+    sft = sizing.step_flops(SMALL, None, replace(choice, mode="none"), lengths, 0)
+    assert sizing.step_flops(SMALL, LARGE, replace(choice, checkpointing=True), lengths, 0) > dense
+    assert sft == pytest.approx(10_000 * 6 * 1.2e9, rel=0.05)
+
+
+def test_a_slow_network_is_what_a_step_waits_for() -> None:
+    device, choice = GPUS["h100-80g"], Choice(8)
+    arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
+
+    def times(speed: float, mode: str = "live") -> list[sizing.StageTime]:
+        return sizing.stage_times(SMALL, LARGE, replace(choice, mode=mode), WORK, Layout(4, 4, speed), device, **arguments)
+
+    slow, fast = times(1e8), times(1e13)
+    assert slow[-1].why == "the network" and fast[-1].why == "arithmetic"
+    assert slow[-1].seconds > 10 * fast[-1].seconds
+    kept = times(1e13, "hidden")
+    assert [time.name for time in kept] == ["score", "teach", "train"]
+    assert sum(time.seconds for time in kept) < 0.75 * sum(time.seconds for time in fast)
+
+
+def test_as_little_is_changed_as_fits() -> None:
+    memory = lambda choice: choice.micro_batch_size * (2.0 if choice.checkpointing else 10.0)  # noqa: E731
+    asked = Choice(8)
+    found = sizing.fitting(memory, asked, 45.0, 16, 64, 4)
+    assert found == replace(asked, micro_batch_size=4)
+    assert sizing.fitting(memory, asked, 5.0, 16, 64, 4) == replace(asked, micro_batch_size=2, checkpointing=True)
+    assert sizing.fitting(memory, asked, 1.0, 16, 64, 4) is None
+
+
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
+    student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
+    recipe = write_recipe(tmp_path, teacher, student, train_samples=64)
+    words = ["size", str(recipe), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "a100-40g", "--samples", "64"]
+    assert cli.main([*words, "--write", str(tmp_path / "written.yaml")]) == 0
+    page = capfd.readouterr().out
+    for part in ("8 ranks", "student: gathered", "largest micro-batch that fits", "POCL, all of it", "plain SFT"):
+        assert part in page
+    written = load_recipe(str(tmp_path / "written.yaml"))
+    assert written.launch.ranks == 8 and written.train.micro_batch_size == 1  # 8 samples over 8 ranks
+
+    assert cli.main([*words, "--gpu", "abacus"]) == 2
+    assert "--gpu abacus: take one of h200-141g" in capfd.readouterr().err
+    assert cli.main([*words, "--nodes", "0"]) == 2
+    assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GPUS, "toy", replace(GPUS["a100-40g"], name="toy", memory=3e9, base=2.9e9))
+    model = tiny_models.llama(tmp_path / "model")
+    recipe = write_recipe(tmp_path, model, model, train_samples=64)
+    target = tmp_path / "written.yaml"
+    assert cli.main(["size", str(recipe), "--gpus-per-node", "1", "--gpu", "toy", "--samples", "64", "--write", str(target)]) == 2
+    assert "IT DOES NOT FIT" in capfd.readouterr().out and not target.exists()

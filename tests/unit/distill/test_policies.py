@@ -1,0 +1,165 @@
+"""Policies: who writes a step's responses follows from seed and step, the buffer keeps to the stage, and all of it resumes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from pocl_ds import config
+from pocl_ds.config import PolicyConfig
+from pocl_ds.curriculum.sampler import Position
+from pocl_ds.data.written import Written
+from pocl_ds.distill.policies import POLICIES, Asked, Distillm, Gkd, Off, draw
+
+TOTAL, BATCH = 200, 4
+
+
+class Split:
+    """20 samples; sample r asks r and answers r."""
+
+    name = "train"
+    ids = np.array([f"s{row}".encode() for row in range(20)], "S4")
+    prompt_tokens = np.full(20, 2, np.int64)
+    total_tokens = np.full(20, 4, np.int64)
+    loss_tokens = total_tokens - prompt_tokens
+
+    def __len__(self) -> int:
+        return 20
+
+    def tokens(self, row: int) -> NDArray[np.uint32]:
+        return np.array([5, row, 6, 0], np.uint32)
+
+
+SPLIT = Split()
+
+
+class Writer:
+    """Answers with the step it was asked at; keeps count."""
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, rows: NDArray[np.int64], position: Position) -> Written:
+        self.calls.append(position.step)
+        return Written.of(SPLIT, rows, [[10 + position.step, 0]] * len(rows), eos_id=0, longest=9, allowed=np.ones(500, bool))
+
+
+def asked(step: int, rows: NDArray[np.int64] | None = None, stage: range = range(20)) -> Asked:
+    chosen = np.random.default_rng([7, step]).choice(list(stage), BATCH, replace=False) if rows is None else rows
+    return Asked(Position(step, 0, 0, step), TOTAL, SPLIT, chosen, lambda: np.array(stage))
+
+
+def test_off_and_seqkd_change_nothing() -> None:
+    for name in ("off", "seqkd"):
+        policy = POLICIES[name](PolicyConfig(name=name), Writer(), 1)  # type: ignore[arg-type]
+        question = asked(3)
+        split, rows = policy.sequences(question)
+        assert split is SPLIT and rows is question.rows and policy.state() == {}
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.3, 1.0])
+def test_gkd_writes_with_its_probability(lmbda: float) -> None:
+    writer = Writer()
+    policy = Gkd(PolicyConfig(name="gkd", lmbda=lmbda), writer, 5)
+    found = [policy.sequences(asked(step)) for step in range(TOTAL)]
+    assert len(writer.calls) == pytest.approx(lmbda * TOTAL, abs=0.1 * TOTAL if 0 < lmbda < 1 else 0)
+    assert [step for step in range(TOTAL) if found[step][0] is not SPLIT] == writer.calls
+    again = Writer()
+    other = Gkd(PolicyConfig(name="gkd", lmbda=lmbda), again, 5)
+    for step in range(100, TOTAL):  # from the middle: the same steps
+        other.sequences(asked(step))
+    assert again.calls == [step for step in writer.calls if step >= 100]
+
+
+def distillm(**options: Any) -> tuple[Distillm, Writer]:
+    writer = Writer()
+    return Distillm(PolicyConfig(name="distillm", **options), writer, 3), writer
+
+
+def test_phi_grows_when_the_validation_loss_has_risen() -> None:
+    policy, _ = distillm(phi_step=0.4)
+    for loss, phi in ((2.0, 0.0), (2.05, 0.0), (2.1, 0.4), (1.5, 0.4), (1.59, 0.4), (1.6, 0.8), (9.0, 1.0)):
+        policy.validated(loss)
+        assert policy.phi == pytest.approx(phi), loss
+    assert policy.accepted == 1.5
+
+
+def test_without_phi_no_one_writes() -> None:
+    policy, writer = distillm()
+    assert all(policy.sequences(asked(step))[0] is SPLIT for step in range(TOTAL)) and writer.calls == []
+
+
+def test_the_buffer_fills_first_and_is_drawn_from_then() -> None:
+    policy, writer = distillm(buffer=12)
+    policy.phi = 1.0
+    for step in range(3):
+        policy.sequences(asked(step))
+    assert writer.calls == [0, 1, 2] and policy.buffer is not None and len(policy.buffer) == 12
+    fresh = 0
+    for step in range(3, TOTAL):
+        before = {row: text.tolist() for row, text in zip(policy.buffer.rows, policy.buffer.texts, strict=True)}
+        found, rows = policy.sequences(asked(step))
+        assert isinstance(found, Written) and len(rows) == BATCH and len(policy.buffer) == 12
+        if writer.calls[-1] == step:
+            fresh += 1
+        else:
+            assert all(found.texts[i].tolist()[:2] == [5, int(found.rows[i])] for i in rows)
+            assert set(found.rows.tolist()) <= set(before)
+    expected = sum(1 - step / TOTAL for step in range(3, TOTAL))
+    assert fresh == pytest.approx(expected, abs=25)
+
+
+def test_what_is_drawn_again_is_of_the_stage() -> None:
+    policy, writer = distillm(buffer=8)
+    policy.phi = 1.0
+    policy.sequences(asked(0, stage=range(10)))
+    policy.sequences(asked(1, stage=range(10)))
+    found, _ = policy.sequences(asked(TOTAL - 1, stage=range(10, 20)))  # nothing kept is of that stage
+    assert isinstance(found, Written) and writer.calls[-1] == TOTAL - 1 and set(found.rows) <= set(range(10, 20))
+
+
+@settings(max_examples=25, deadline=None)
+@given(stop=st.integers(0, 60), phi=st.sampled_from([0.3, 1.0]), buffer=st.integers(1, 20))
+def test_it_goes_on_as_if_it_had_never_stopped(stop: int, phi: float, buffer: int) -> None:
+    def walk(policy: Distillm, steps: range) -> list[Any]:
+        seen = []
+        for step in steps:
+            split, rows = policy.sequences(asked(step))
+            seen.append([split.tokens(int(row)).tolist() for row in rows])
+            if step % 10 == 9:
+                policy.validated(2.0 + 0.02 * step)
+        return seen
+
+    whole, part = distillm(buffer=buffer)[0], distillm(buffer=buffer)[0]
+    whole.phi = part.phi = phi
+    expected = walk(whole, range(60))
+    walk(part, range(stop))
+    later = distillm(buffer=buffer)[0]
+    later.restore(json.loads(json.dumps(part.state())))
+    assert walk(later, range(stop, 60)) == expected[stop:]
+
+
+def test_a_response_is_cut_where_it_must_be() -> None:
+    allowed = np.ones(50, bool)
+    allowed[40] = False
+    rows = np.array([3, 4, 5, 6])
+    found = Written.of(SPLIT, rows, [[7, 8, 0], [7, 40, 8, 0], [40, 0], [9] * 20], eos_id=0, longest=6, allowed=allowed)
+    assert [text.tolist() for text in found.texts] == [[5, 3, 7, 8, 0], [5, 4, 7], [5, 5, 0], [5, 6, 9, 9, 9, 9]]
+    assert found.total_tokens.tolist() == [5, 3, 3, 6] and found.loss_tokens.tolist() == [3, 1, 1, 4]
+    assert found.ids.tolist() == [b"s3", b"s4", b"s5", b"s6"]
+
+
+def test_draws_follow_from_seed_step_and_stream() -> None:
+    assert draw(1, 2, 0) == draw(1, 2, 0)
+    assert len({draw(seed, step, stream) for seed in range(3) for step in range(3) for stream in range(2)}) == 18
+
+
+def test_every_policy_of_the_recipe_is_there() -> None:
+    assert set(POLICIES) == set(config.POLICIES)
+    assert isinstance(POLICIES["off"](PolicyConfig(), Writer(), 0), Off)
