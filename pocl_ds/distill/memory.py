@@ -18,16 +18,18 @@ log = logging.getLogger("pocl_ds")
 BYTES_PER_TRAINED_PARAMETER = 4 * 5
 BYTES_COPIED = 4 * 3  # weights and moments once more, while a checkpoint is written in the background
 BYTES_GATHERED = 4 * 2  # a trained parameter whole on a rank during a step, and its gradient before it is scattered
+BYTES_OF_WRITER = 2 << 30  # beside its weights: an interpreter, its cache of keys and values
 BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations of a small micro-batch
 
 
 def check_memory(
-    student: str, teacher: str | None, *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool, copied: bool
-) -> None:
+    student: str, teacher: str | None, *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool,
+    copied: bool, writer: bool = False,
+) -> None:  # fmt: skip
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
     student, teacher: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
-    copied: checkpoints are written in the background.
+    copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses.
     """
     if distributed.device().type != "cpu":
         return
@@ -38,7 +40,8 @@ def check_memory(
     frozen = parameters(teacher) * teacher_bytes if teacher else 0
     models = student_bytes * copies + frozen * (ranks / distributed.world_size() if teacher_sharded else ranks)
     gathered = trained * BYTES_GATHERED if sharded else 0  # ZeRO-3 keeps weights from forward to backward where they fit
-    need = int(models) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes)
+    of_writer = BYTES_OF_WRITER + trained * 4 if writer else 0
+    need = int(models) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
     free = available_bytes()
     if need > free:
         raise ResourceError(

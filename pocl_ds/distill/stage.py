@@ -241,7 +241,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     check_memory(
         job.student_path, live_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
-        copied=train.checkpoint.in_background,
+        copied=train.checkpoint.in_background, writer=job.policy.on_policy,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))

@@ -16,6 +16,7 @@ def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ran
     """GB that it asks for, on a machine that has nothing."""
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     monkeypatch.setattr(memory, "BYTES_PER_RANK", 0)
+    monkeypatch.setattr(memory, "BYTES_OF_WRITER", 0)
     monkeypatch.setattr(memory, "parameters", lambda path: 10**9 if path == str(student) else 5 * 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
@@ -32,6 +33,7 @@ def test_a_whole_teacher_counts_on_every_rank(tmp_path: Path, monkeypatch: pytes
     assert needed(student, teacher, monkeypatch) == 20 + 2 * 8 + 20
     assert needed(student, teacher, monkeypatch, teacher_sharded=False) == 20 + 2 * 8 + 2 * 20
     assert needed(student, teacher, monkeypatch, copied=True) == 20 + 12 + 2 * 8 + 20
+    assert needed(student, teacher, monkeypatch, writer=True) == 20 + 2 * (8 + 4) + 20
     assert needed(student, teacher, monkeypatch, sharded=False, teacher_sharded=False) == 2 * 20 + 2 * 20
 
 
