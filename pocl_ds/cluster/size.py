@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,12 @@ from pocl_ds.cluster import sizing
 from pocl_ds.cluster.sizing import GB, GPUS, Choice, Device, Layout, Work
 from pocl_ds.config import ModelConfig, Recipe, StudentConfig
 from pocl_ds.curriculum.plan import build_plan
-from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_config
 from pocl_ds.models.shape import ModelShape, activation_bytes, model_shape
+from pocl_ds.pipeline import taus
 
 # Means over 11,000 instruction samples as in the paper, by GPT-2's tokenizer; the command line can say otherwise.
 SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 11_435, 122.0, 35.0
@@ -55,15 +55,14 @@ class Sizes:
             range(samples), subsets=plan.subsets, epochs_per_stage=plan.epochs_per_stage, batch_size=recipe.train.batch_size,
             tau=plan.tau, sft_ratio=plan.sft_ratio, scheduler=plan.scheduler, tail=plan.tail,
         ).total_steps  # fmt: skip
-        return Work(samples, asked.prompt_tokens, asked.response_tokens, recipe.prompt.max_length, recipe.train.batch_size, steps,
-                    plan.subsets)  # fmt: skip
+        return Work(samples, asked.prompt_tokens, asked.response_tokens, recipe.prompt.max_length, recipe.train.batch_size, steps)
 
     @cached_property
     def choice(self) -> Choice:
         """What the recipe says now."""
         recipe, teacher = self.recipe, self.recipe.teacher
         mode = "none" if teacher is None else "live" if teacher.mode == "auto" else teacher.mode
-        records = TopK(recipe.teach.k, self.student.rows, tuple(stage_values(recipe.plan.subsets, recipe.plan.tau))).bytes
+        records = TopK(recipe.teach.k, self.student.rows, taus(recipe)).bytes
         return Choice(
             micro_batch_size=recipe.train.micro_batch_size, checkpointing=recipe.student.activation_checkpointing,
             offload_student="offload" in recipe.student.ds_config, mode=mode, dtype=recipe.student.dtype,
@@ -102,10 +101,10 @@ class Sizes:
         """Bytes of one rank."""
         return sum(self.memory(choice).values())
 
-    def fitting(self, choice: Choice) -> Choice | None:
-        """The largest micro-batch that fits, with as little else changed as possible."""
+    def fitting(self, choice: Choice, search: Callable[..., Choice | None] = sizing.fitting) -> Choice | None:
+        """The largest micro-batch that fits, with as little else changed as possible, or with search=largest nothing else."""
         most = max(1, self.work.batch_size // self.asked.layout.ranks)
-        return sizing.fitting(self.total, choice, self.asked.device.memory, most, self.work.batch_size, self.asked.layout.ranks)
+        return search(self.total, choice, self.asked.device.memory, most, self.work.batch_size, self.asked.layout.ranks)
 
 
 def _config(model: ModelConfig) -> Any:
@@ -161,12 +160,7 @@ def _variants(sizes: Sizes) -> list[str]:
         if sizes.teacher is None and ("teacher" in name or "hidden" in name):
             continue
         tried = replace(sizes.choice, **changes)  # type: ignore[arg-type]
-        sizes_of = [
-            size for size in range(max(1, sizes.work.batch_size // sizes.asked.layout.ranks), 0, -1)
-            if sizes.work.batch_size % (size * sizes.asked.layout.ranks) == 0
-        ]  # fmt: skip
-        best = next((one for size in sizes_of if sizes.total(one := replace(tried, micro_batch_size=size))
-                     <= sizing.FITS * sizes.asked.device.memory), None)  # fmt: skip
+        best = sizes.fitting(tried, sizing.largest)
         need = sizes.total(best or replace(tried, micro_batch_size=1))
         lines.append(f"  {name:<32}{best.micro_batch_size if best else 'none':>8}{need / GB:>8.1f}")
     return lines

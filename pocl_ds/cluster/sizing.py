@@ -74,7 +74,6 @@ class Work:
     max_length: int
     batch_size: int
     steps: int  # of the whole plan
-    subsets: int = 4
 
     @property
     def tokens(self) -> float:
@@ -262,15 +261,19 @@ def fitting(
     memory: bytes of a rank. most: largest micro-batch tried. First as asked; then with activation checkpointing; then with
     weights and optimizer in the node's own memory.
     """
-    sizes = [size for size in range(most, 0, -1) if batch_size % (size * ranks) == 0]
     ways = [choice, replace(choice, checkpointing=True), replace(choice, checkpointing=True, offload_teacher=True),
             replace(choice, checkpointing=True, offload_teacher=True, offload_student=True)]  # fmt: skip
-    for way in ways:
-        for size in sizes:
-            tried = replace(way, micro_batch_size=size)
-            if memory(tried) <= FITS * available:
-                return tried
-    return None
+    found = (largest(memory, way, available, most, batch_size, ranks) for way in ways)
+    return next((choice for choice in found if choice is not None), None)
+
+
+def largest(
+    memory: Callable[[Choice], float], choice: Choice, available: float, most: int, batch_size: int, ranks: int
+) -> Choice | None:
+    """The choice with the largest micro-batch that fits and divides the batch, nothing else changed; None where none does."""
+    sizes = (size for size in range(most, 0, -1) if batch_size % (size * ranks) == 0)
+    tried = (replace(choice, micro_batch_size=size) for size in sizes)
+    return next((one for one in tried if memory(one) <= FITS * available), None)
 
 
 def checkpoint_bytes(student: ModelShape) -> float:

@@ -31,7 +31,7 @@ from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.trainer import Trainer, TrainingData
-from pocl_ds.errors import ModelError, RecipeError
+from pocl_ds.errors import ArtifactError, ModelError, RecipeError
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
@@ -98,7 +98,7 @@ def train(
         loss=loss,
         train=train,
         seed=seed,
-        taught=None if asks_live(run, taught) else taught,
+        taught=None if teacher is None or asks_live(run, teacher, taught) else taught,
         policy=policy,
         longest=prompt.max_length,
         responses=run.responses if policy.name == "seqkd" else None,
@@ -106,10 +106,18 @@ def train(
     fit(run, job)
 
 
-def asks_live(run: RunDirectory, taught: str | None) -> bool:
-    """Whether the stage `teach` found with teacher.mode=auto that nothing of the teacher is worth keeping."""
+def asks_live(run: RunDirectory, teacher: TeacherConfig, taught: str | None) -> bool:
+    """Whether the stage `teach` found with teacher.mode=auto that nothing of the teacher is worth keeping.
+
+    Raises ArtifactError where the recipe no longer leaves that choice.
+    """
     manifest = read_manifest(run.teacher)
-    return manifest is not None and manifest.fingerprint == taught and manifest.info["mode"] == "live"
+    if manifest is None or manifest.fingerprint != taught or manifest.info["mode"] != "live":
+        return False
+    if teacher.mode != "auto":
+        raise ArtifactError(f"teacher.mode={teacher.mode}, and {run.teacher} says that with mode auto nothing was kept: remove "
+                            f"{run.teacher}/manifest.json and run `pocl teach`")  # fmt: skip
+    return True
 
 
 def prepare(

@@ -8,7 +8,6 @@ Shapes: T tokens of a micro-batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from pocl_ds.models.heads import head_of, hidden_states
 from pocl_ds.models.quiet import quiet
-
-GATHERED_TOGETHER = 10_000  # ds_configs: smaller parameters stay whole on each rank
 
 
 @dataclass(frozen=True)
@@ -136,8 +133,3 @@ def gathered_parameters(shape: ModelShape) -> int:
 def kv_cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> float:
     """Keys and values of so many tokens, in generation."""
     return parameter_bytes(2.0 * shape.layers * shape.key_value_width * tokens, dtype)
-
-
-def smallest_shard(shape: ModelShape, ranks: int) -> int:
-    """Parameters of one rank's shard."""
-    return math.ceil(shape.parameters / ranks)
