@@ -264,11 +264,14 @@ def _data(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, finger
 
     path = resolve_model(recipe.student)
     tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
-    if recipe.teacher:
+    teacher, theirs = recipe.teacher, None
+    if teacher and recipe.one_vocabulary:
         from pocl_ds.models.vocabulary import reconcile_models
 
-        reconcile_models(recipe.teacher, resolve_model(recipe.teacher), recipe.student, path)
-    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint)
+        reconcile_models(teacher, resolve_model(teacher), recipe.student, path)
+    if teacher and recipe.across_tokenizers:
+        theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
+    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs)
 
 
 def _prepare(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 # Every loss by name, with its options and their defaults (METHOD 3). The function of the same name stands in
-# `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence.
+# `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence; those across tokenizers
+# stand in `distill/across_tokenizers.py`.
 LOSSES: dict[str, dict[str, float | bool]] = {
     "fkl": {},
     "rkl": {},
@@ -24,7 +25,11 @@ LOSSES: dict[str, dict[str, float | bool]] = {
     "akl": {"mu": 0.5},
     "ab": {"ab_alpha": 0.2, "ab_beta": 0.7},
     "sft": {},
+    "uld": {"by_position": False},
+    "alm": {},
 }
+# Losses between a teacher and a student that split text differently; they compare texts, not ids.
+ACROSS_TOKENIZERS = ("uld", "alm")
 
 # Names that recipes may use, to which plugins add theirs; tests hold them and the functions together.
 POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False}  # whether the student writes
@@ -423,6 +428,9 @@ class Recipe(Section):
             raise ValueError(f"student.heal_steps={self.student.heal_steps} is distillation and needs a teacher: set it to 0")
         if self.teacher is not None and self.loss.name == "sft" and self.policy.name != "seqkd":
             raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
+        if self.across_tokenizers and self.teacher and self.teacher.mode != "live":
+            raise ValueError(f"loss.name={self.loss.name} lets the teacher read its own tokens, of which teacher.mode="
+                             f"{self.teacher.mode} keeps nothing: set teacher.mode=live")
         self._policy_fits()
         if self.data.train_samples is not None and self.plan.subsets > self.data.train_samples:
             raise ValueError(f"plan.subsets={self.plan.subsets} is more than data.train_samples="
@@ -430,6 +438,16 @@ class Recipe(Section):
         if self.train.lr_end > self.train.lr:
             raise ValueError(f"train.lr_end={self.train.lr_end:g} is above train.lr={self.train.lr:g}: the cosine falls")
         return self
+
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether the teacher reads texts in its own tokens."""
+        return self.loss.name in ACROSS_TOKENIZERS
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether teacher and student must have their tokens in common."""
+        return self.teacher is not None and self.loss.name != "sft" and not self.across_tokenizers
 
     def _policy_fits(self) -> None:
         """Contradictions between the policy and the rest."""

@@ -44,9 +44,9 @@ class Stage:
 
 STAGES = (
     Stage("data", lambda run: run.data, lambda r: [lasting(r.data), lasting(r.prompt), r.student.model, r.student.revision,
-                                                   _data_files(r)], ()),
+                                                   _data_files(r), own_tokens(r)], ()),
     Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
-                                                        lasting(r.train) if r.student.heal_steps else None, r.seed], ("data",)),
+                                                        healing(r), r.seed], ("data",)),
     Stage("teach", lambda run: run.teacher, lambda r: [r.teacher and lasting(r.teacher), truncation(r)], ("data",),
           lambda r: keeps_teacher(r)),
     Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed],
@@ -63,6 +63,19 @@ STAGES = (
     Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+
+
+def own_tokens(recipe: Recipe) -> list[Any] | None:
+    """The teacher whose tokens the data is encoded in too."""
+    teacher = recipe.teacher if recipe.across_tokenizers else None
+    return [teacher.model, teacher.revision] if teacher else None
+
+
+def healing(recipe: Recipe) -> list[Any] | None:
+    """What healing a student follows from, beside the models."""
+    if not recipe.student.heal_steps:
+        return None
+    return [lasting(recipe.train), lasting(recipe.loss) if recipe.across_tokenizers else None]
 
 
 def keeps_teacher(recipe: Recipe) -> bool:

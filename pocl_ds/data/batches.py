@@ -29,6 +29,7 @@ class Batch:
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
     rows: tuple[int, ...]
     split: str  # the name of the split that the rows are of
+    translated: Translated | None = None  # for a teacher with another tokenizer
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
@@ -43,7 +44,23 @@ class Batch:
         """The batch on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, translated=self.translated.to(device) if self.translated else None)
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A batch in the tokens of a teacher with another tokenizer: m loss tokens of its own, and which of both stand for the
+    same text. A span is a stretch of a response that begins and ends with a token on both sides.
+    """
+
+    batch: Batch
+    ours: Tensor  # [n] int64, the span of each of the student's loss tokens, ascending; -1 where there is none
+    theirs: Tensor  # [m] int64, of the teacher's
+    spans: int
+
+    def to(self, device: torch.device) -> Translated:
+        """The same on a device."""
+        return Translated(self.batch.to(device), self.ours.to(device), self.theirs.to(device), self.spans)
 
 
 def collate(split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False) -> Batch:

@@ -112,6 +112,10 @@ class EncodedSplit:
         start = int(self.starts[row])
         return self._tokens[start : start + int(self.total_tokens[row])]
 
+    def prompt_of(self, row: int) -> tuple[str, int]:
+        """See `written.Sequences`."""
+        return self.name, row
+
     def first_outside(
         self, allowed: NDArray[np.bool_], *, prompts: bool, rows: NDArray[np.int64] | None = None
     ) -> tuple[int, int] | None:
@@ -161,13 +165,15 @@ class EncodingCounts:
     dropped: int = 0
 
 
-def encode_split(samples: Iterable[Sample], encoder: Encoder, directory: Path, split: str) -> EncodingCounts:
-    """Write a split's jsonl and encoding below `directory`, streaming."""
+def encode_split(
+    samples: Iterable[Sample], encoder: Encoder, directory: Path, split: str, *, texts: bool = True
+) -> EncodingCounts:
+    """Write a split's encoding below `directory`, streaming, and with `texts` its jsonl too."""
     counts = EncodingCounts()
     index: list[NDArray[np.int64]] = []
     ids: list[NDArray[np.bytes_]] = []  # arrays: ten million bytes objects would take three times as much
     with (
-        (directory / f"{split}.jsonl").open("w", encoding="utf-8") as text,
+        (directory / f"{split}.jsonl").open("w", encoding="utf-8") if texts else contextlib.nullcontext() as lines,
         (directory / f"{split}.tokens.bin").open("wb") as binary,
     ):
         for chunk in batched(samples, BATCH):
@@ -183,7 +189,8 @@ def encode_split(samples: Iterable[Sample], encoder: Encoder, directory: Path, s
                 counts.response_tokens += len(encoded.ids) - encoded.prompt_tokens
                 counts.truncated += encoded.truncated
                 kept.append(sample.id.encode())
-                text.write(sample.to_json() + "\n")
+                if lines:
+                    lines.write(sample.to_json() + "\n")
                 np.asarray(encoded.ids, np.uint32).tofile(binary)
             index.append(np.array(rows, np.int64).reshape(-1, 3))
             ids.append(np.array(kept, "S") if kept else np.empty(0, "S1"))

@@ -24,12 +24,16 @@ from pocl_ds.errors import DataError
 log = logging.getLogger("pocl_ds")
 
 SPLITS = ("train", "validation", "test")
+TEACHER = "teacher"  # folder below the data's
 
 
 def prepare_data(
-    run: RunDirectory, data: DataConfig, prompt: PromptConfig, tokenizer: Any, fingerprint: str
+    run: RunDirectory, data: DataConfig, prompt: PromptConfig, tokenizer: Any, fingerprint: str, teacher_tokenizer: Any = None
 ) -> Manifest:
-    """Read, split, encode; data/ appears as a whole or not at all. Raises DataError where nothing is left to train on."""
+    """Read, split, encode; data/ appears as a whole or not at all. Raises DataError where nothing is left to train on.
+
+    teacher_tokenizer: encode what training reads in its tokens too, row by row, below data/teacher.
+    """
     manifest = read_manifest(run.data)
     if manifest and manifest.fingerprint == fingerprint and not damaged_files(run.data, manifest, checksums=False):
         return manifest
@@ -47,12 +51,21 @@ def prepare_data(
         if not counts["train"].samples:
             raise DataError(f"data.source={data.source} leaves no training samples (data.validation_fraction, "
                             "data.test_fraction, prompt.overlong): change these or give more data")
+        if teacher_tokenizer is not None:
+            _encode_again(folder, Encoder(teacher_tokenizer, prompt.model_copy(update={"overlong": "truncate"})))
         info = {
             "source": data.source, "splits": {split: asdict(count) for split, count in counts.items()},
             "tokenizer": tokenizer.name_or_path, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id,
             "vocabulary": len(tokenizer), "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "data", fingerprint, info=info)
+
+
+def _encode_again(folder: Path, encoder: Encoder) -> None:
+    """The samples that were kept, as a teacher with another tokenizer reads them."""
+    (folder / TEACHER).mkdir()
+    for split in ("train", "validation"):
+        encode_split(read_normalised(folder / f"{split}.jsonl"), encoder, folder / TEACHER, split, texts=False)
 
 
 def _divide(data: DataConfig, folder: Path) -> dict[str, Path]:

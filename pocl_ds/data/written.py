@@ -27,6 +27,9 @@ class Sequences(Protocol):
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """All ids of a sequence: [total_tokens]."""
 
+    def prompt_of(self, row: int) -> tuple[str, int]:
+        """The split of the data, and the row of it, that a sequence's prompt stands in."""
+
 
 @dataclass
 class Written:
@@ -37,6 +40,7 @@ class Written:
     prompt_tokens: NDArray[np.int64]
     texts: list[NDArray[np.uint32]]  # prompt and response
     name: str = "written"
+    source: str = "train"
     total_tokens: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +75,10 @@ class Written:
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """See `Sequences`."""
         return self.texts[row]
+
+    def prompt_of(self, row: int) -> tuple[str, int]:
+        """See `Sequences`."""
+        return self.source, int(self.rows[row])
 
     def picked(self, places: NDArray[np.int64]) -> Written:
         """Some of them."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_ds.config import LOSSES
+from pocl_ds.config import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.errors import RecipeError
 
 # The log-probability of an id that is masked (-inf). Its probability underflows to exactly 0 in float32 and float64,
@@ -39,6 +39,8 @@ def divergence(
     or a value out of range.
     """
     chosen = divergence_options(name, options)
+    if name in ACROSS_TOKENIZERS:
+        raise RecipeError(f"{name} compares texts, not ids: it has no value for two rows of logits")
     if tau <= 0:
         raise RecipeError(f"tau={tau:g}: a temperature must be greater than 0")
     if name == "sft":

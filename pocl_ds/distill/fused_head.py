@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pocl_ds.data.batches import Batch
+from pocl_ds.distill.across_tokenizers import OtherTokens, alm_weights, pairs, token_log_probs
 from pocl_ds.distill.divergences import divergence_options, working_type
 from pocl_ds.distill.token_losses import BlockLoss, Buffers, LossTerms, block_rows, row_bytes
 from pocl_ds.distill.top_k import TopK
@@ -37,24 +39,44 @@ def loss_sums(
     *,
     ids: Ids,
     teacher_hidden: Tensor | None = None,
-    teacher_head: Head | TopK | None = None,
+    teacher_head: Head | TopK | OtherTokens | None = None,
     chunk_bytes: int = 512 << 20,
 ) -> LossSums:
     """Loss sums over n tokens from hidden states and heads.
 
     hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no gradient, or the records
-    [n, bytes] of a `TopK`. n may be 0: the result is 0 and every parameter of the head still gets a (zero) gradient. Raises
-    RecipeError where chunk_bytes holds no row.
+    [n, bytes] of a `TopK`, or [n] numbers of the tokens of a teacher with `OtherTokens`. n may be 0: the result is 0 and every
+    parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds no row.
     """
-    sizes = chunk_sizes(terms.name, ids.size, chunk_bytes, hidden.dtype, hidden.device)
-    if terms.name != "sft" and (teacher_hidden is None or teacher_head is None):
+    widest = max(ids.size, teacher_head.ids.size) if isinstance(teacher_head, OtherTokens) else ids.size
+    sizes = chunk_sizes(terms.name, widest, chunk_bytes, hidden.dtype, hidden.device)
+    if terms.name != "sft" and teacher_head is None:
         raise RecipeError(f"loss.name={terms.name} needs a teacher")
     if terms.name == "sft":
         teacher_hidden = teacher_head = None
+    weights = kd = None
+    if terms.name == "alm" and isinstance(teacher_head, OtherTokens):
+        kd, weights = _span_weights(hidden, head, labels, terms, ids, teacher_head, sizes)
+        teacher_hidden = teacher_head = None
     sums: LossSums = _HeadLoss.apply(
-        hidden, head.weight, head.bias, head, labels, terms, ids, teacher_hidden, teacher_head, sizes, torch.is_grad_enabled()
-    )
-    return sums
+        hidden, head.weight, head.bias, head, labels, terms, ids, teacher_hidden, teacher_head, sizes, torch.is_grad_enabled(),
+        weights,
+    )  # fmt: skip
+    if kd is None:
+        return sums
+    weighted, _, ce = sums
+    value = terms.alpha * ce + (1 - terms.alpha) * kd
+    return weighted + (value - weighted).detach(), kd, ce
+
+
+def _span_weights(
+    hidden: Tensor, head: Head, labels: Tensor, terms: LossTerms, ids: Ids, teacher: OtherTokens, sizes: ChunkSizes
+) -> tuple[Tensor, Tensor]:
+    """See `alm_weights`: a first look at the logits, for the probabilities of spans, which each token's gradient needs."""
+    rows = max(1, sizes.chunk // 2)
+    ours = token_log_probs(hidden, labels, lambda part: ids.student_logits(head, part), rows)
+    theirs = token_log_probs(teacher.hidden, teacher.labels, lambda part: teacher.ids.student_logits(teacher.head, part), rows)
+    return alm_weights(ours, theirs.to(ours.dtype), teacher.translated, tau=terms.tau, alpha=terms.alpha, factor=terms.kd_factor)
 
 
 @dataclass(frozen=True)
@@ -98,6 +120,7 @@ class LossHead(nn.Module):
         self.masked: Tensor | None
         self.register_buffer("masked", ids.masked, persistent=False)
         self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
+        self.register_buffer("teacher_masked", ids.teacher_masked, persistent=False)
 
     @contextlib.contextmanager
     def over_all_ids(self) -> Iterator[None]:
@@ -110,19 +133,24 @@ class LossHead(nn.Module):
             self.size, self.masked = size, masked
 
     def forward(
-        self, hidden: Tensor, labels: Tensor, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | TopK | None
+        self, hidden: Tensor, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | TopK | None
     ) -> LossSums:
-        """See `loss_sums`."""
+        """See `loss_sums`; teacher_hidden is [m, d'] where the batch is translated for a teacher with other tokens."""
+        asked: Head | TopK | OtherTokens | None = teacher_head
+        if batch.translated and isinstance(teacher_head, Head) and teacher_hidden is not None:
+            theirs = Ids(teacher_head.weight.shape[0], self.teacher_masked if isinstance(self.teacher_masked, Tensor) else None)
+            asked = OtherTokens(teacher_hidden, teacher_head, theirs, batch.translated.batch.labels, batch.translated)
+            teacher_hidden = pairs(batch, batch.translated, by_position=bool(terms.options.get("by_position")))
         head = Head(weight=self.weight, bias=self.bias, scale=self.scale, soft_cap=self.soft_cap)
         masked, teacher_ids = (part if isinstance(part, Tensor) else None for part in (self.masked, self.teacher_ids))
         return loss_sums(
             hidden,
             head,
-            labels,
+            batch.labels,
             terms,
             ids=Ids(self.size, masked, teacher_ids),
             teacher_hidden=teacher_hidden,
-            teacher_head=teacher_head,
+            teacher_head=asked,
             chunk_bytes=self.chunk_bytes,
         )
 
@@ -141,9 +169,10 @@ class _HeadLoss(torch.autograd.Function):
         terms: LossTerms,
         ids: Ids,
         teacher_hidden: Tensor | None,
-        teacher_head: Head | TopK | None,
+        teacher_head: Head | TopK | OtherTokens | None,
         sizes: ChunkSizes,
         grad_enabled: bool,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind = working_type(hidden.dtype)
         sums = hidden.new_zeros(3, dtype=kind)
@@ -168,7 +197,7 @@ class _HeadLoss(torch.autograd.Function):
             teacher = None if teacher_hidden is None else teacher_hidden[chunk]
             if teacher is not None and isinstance(teacher_head, Head):
                 teacher = ids.teacher_product(teacher_head, teacher, out=products[1][: len(part)])
-            sums += block_loss(product, teacher, labels[chunk])
+            sums += block_loss(product, teacher, labels[chunk], None if weights is None else weights[chunk])
             if grad_hidden is not None:
                 torch.mm(product, kept, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -190,7 +219,7 @@ class _HeadLoss(torch.autograd.Function):
             for gradient, kind in zip(ctx.gradients, ctx.types, strict=True)
         ]
         ctx.gradients = None
-        return (*found, *([None] * 8))
+        return (*found, *([None] * 9))
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:

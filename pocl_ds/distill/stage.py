@@ -15,11 +15,22 @@ from numpy.typing import NDArray
 
 from pocl_ds import distributed, ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
-from pocl_ds.config import CompareConfig, LossConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig, TrainConfig
+from pocl_ds.config import (
+    ACROSS_TOKENIZERS,
+    CompareConfig,
+    LossConfig,
+    PolicyConfig,
+    PromptConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
 from pocl_ds.curriculum.sampler import Position, Sampler, permutation
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
 from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.stage import TEACHER
+from pocl_ds.data.translate import Translator
 from pocl_ds.data.written import Written
 from pocl_ds.distill.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading, start_deepspeed
 from pocl_ds.distill.fused_head import chunk_sizes
@@ -32,10 +43,11 @@ from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher
 from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.trainer import Trainer, TrainingData
 from pocl_ds.errors import ArtifactError, ModelError, RecipeError
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
+from pocl_ds.models.heads import packs
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
-from pocl_ds.models.vocabulary import Ids, reconcile_models
+from pocl_ds.models.vocabulary import Ids, models_apart, reconcile_models
 
 log = logging.getLogger("pocl_ds")
 
@@ -63,6 +75,11 @@ class Job:
     responses: Path | None = None  # folder of an encoded split whose responses the teacher wrote; None: the data's own
     taught: str | None = None  # fingerprint of what was kept of the teacher; None asks the live one
 
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether the teacher reads texts in its own tokens."""
+        return self.loss.name in ACROSS_TOKENIZERS
+
 
 def train(
     run: RunDirectory,
@@ -80,6 +97,7 @@ def train(
 ) -> None:
     """The stage `train`, or with `compare` its plain-KD baseline. All ranks call it."""
     models = read_json(run.models / "models.json")
+    teacher = None if loss.name == "sft" else teacher  # seqkd: it wrote its responses before
     plan = load_plan(run.plan / "plan.json")
     if compare:
         plan = baseline_plan(plan, compare)
@@ -151,7 +169,7 @@ def prepare(
             order, steps=student.heal_steps, batch_size=train.batch_size, tau=HEAL_TAU, alpha=HEAL_SFT_RATIO
         )
         healing = train.model_copy(update={"schedule": "whole_run"})
-        kd = LossConfig(name="fkl", chunk_bytes=loss.chunk_bytes)
+        kd = loss if loss.name in ACROSS_TOKENIZERS else LossConfig(name="fkl", chunk_bytes=loss.chunk_bytes)
         fit(run, Job(run.models / "heal", fingerprint, "heal", plan, order, student_path, student, teacher_path, teacher,
                      kd, healing, seed))
         student_path = str(run.models / "heal" / "final")
@@ -195,8 +213,9 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
         count = len(splits["train"])
         raise RecipeError(f"policy.buffer={job.policy.buffer} is more than the {count} training samples: make it smaller")
     engine, teacher, tokenizer, ids = _build(run, job, splits)
-    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id)
     module: Any = engine.module
+    translate = _translator(run, job, teacher, tokenizer) if isinstance(teacher, LiveTeacher) and job.across_tokenizers else None
+    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id, translate)
     models = [module.model, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
     lengths = splits["train"].total_tokens[job.order]
     sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
@@ -209,6 +228,14 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
         job.directory, plan=job.plan, sampler=sampler, data=data, engine=engine, teacher=teacher, loss=job.loss, train=job.train,
         seed=job.seed, fingerprint=job.fingerprint, label=job.label, layout=layout, policy=policy, rollout=rollout,
     )
+
+
+def _translator(run: RunDirectory, job: Job, teacher: LiveTeacher, tokenizer: Any) -> Translator:
+    """What gives batches to a teacher with another tokenizer."""
+    assert job.teacher is not None and job.teacher_path is not None
+    theirs = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code, revision=job.teacher.revision)
+    prompts = {name: EncodedSplit.open(run.data / TEACHER, name) for name in ("train", "validation")}
+    return Translator(tokenizer, theirs, prompts, longest=max_positions(teacher.model.config), packed=packs(teacher.model))
 
 
 def _never(rows: NDArray[np.int64], position: Position) -> Written:
@@ -255,7 +282,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     ids = Ids(int(student_config.vocab_size))
     teacher: Teacher | None = None
     if job.teacher and job.teacher_path:
-        vocabulary = reconcile_models(job.teacher, job.teacher_path, job.student, job.student_path)
+        sides = job.teacher, job.teacher_path, job.student, job.student_path
+        vocabulary = models_apart(*sides) if job.across_tokenizers else reconcile_models(*sides)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
         where = "sharded over the ranks" if frozen else "whole on every rank"

@@ -28,9 +28,12 @@ class Student(nn.Module):
     def forward(
         self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | TopK | None = None
     ) -> LossSums:
-        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], or records of a `TopK`."""
+        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], or records of a `TopK`.
+
+        The loss tokens are the teacher's own where the batch is translated.
+        """
         hidden = batch.at_loss_positions(hidden_states(self.model, *batch.inputs))
-        sums: LossSums = self.loss_head(hidden, batch.labels, terms, teacher_hidden, teacher_head)
+        sums: LossSums = self.loss_head(hidden, batch, terms, teacher_hidden, teacher_head)
         return sums
 
 

@@ -38,7 +38,7 @@ class Teacher(Protocol):
 
     def states(self, batch: Batch) -> Tensor:
         """What the head makes distributions of, for the batch's loss tokens: final hidden states [loss tokens, width], or
-        records [loss tokens, bytes] of a `TopK`.
+        records [loss tokens, bytes] of a `TopK`. Of a batch that is translated: for the teacher's own loss tokens.
         """
 
     def head(self) -> contextlib.AbstractContextManager[Head | TopK]:
@@ -58,7 +58,9 @@ class LiveTeacher:
 
     def states(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
-        states: Tensor = self.engine(replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids)))
+        translated = batch.translated
+        read = translated.batch if translated else replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids))
+        states: Tensor = self.engine(read)
         return states
 
     @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocl_ds.distill.across_tokenizers import OtherTokens, uld
 from pocl_ds.distill.closed_forms import CLOSED
 from pocl_ds.distill.divergences import FUNCTIONS, MASKED, working_type
 from pocl_ds.distill.top_k import TopK, truncated_divergence
@@ -86,29 +87,32 @@ class BlockLoss:
     terms: LossTerms
     options: dict[str, Any]  # of the divergence, with defaults
     ids: Ids
-    heads: tuple[Head, Head | TopK | None]
+    heads: tuple[Head, Head | TopK | OtherTokens | None]
     buffers: Buffers
     need_gradient: bool
 
-    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sums over n tokens of (total, KD, CE), in the working type.
 
         student, teacher: [n, v] products of hidden states and heads, which are overwritten: with need_gradient `student` ends
-        as the gradient of total with respect to itself, in its own type. For a `TopK` teacher: its records [n, bytes].
+        as the gradient of total with respect to itself, in its own type. For a `TopK` teacher: its records [n, bytes]; for
+        `OtherTokens` numbers [n]. weights [n], in the working type: total is the CE with a weight for each token.
         """
         sums = student.new_zeros(3, dtype=working_type(student.dtype))
         for rows in (slice(i, i + self.buffers.rows) for i in range(0, len(student), self.buffers.rows)):
-            sums += self._block(student[rows], None if teacher is None else teacher[rows], labels[rows])
+            parts = (None if part is None else part[rows] for part in (teacher, weights))
+            sums += self._block(student[rows], labels[rows], *parts)
         return sums
 
-    def _block(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+    def _block(self, student: Tensor, labels: Tensor, teacher: Tensor | None, weights: Tensor | None) -> Tensor:
         terms, ids, buffers, need_gradient = self.terms, self.ids, self.buffers, self.need_gradient
         rows, alpha, (head, teacher_head) = len(student), terms.share_of_ce, self.heads
         logits = head.finish_(_working(student, buffers, 0))
         capped = buffers(1, rows).copy_(logits) if need_gradient and head.soft_cap is not None else None
         _fill(logits, ids, -math.inf)
         log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at tau = 1
-        ce = -log_q.gather(-1, labels[:, None]).sum()
+        surprise = -log_q.gather(-1, labels[:, None])[:, 0]
+        ce = surprise.sum()
         kd, gradient = ce.new_zeros(()), None
         if teacher is not None and teacher_head is not None:
             if terms.tau != 1.0:
@@ -120,7 +124,10 @@ class BlockLoss:
             kd = value * terms.kd_factor
             if gradient is not None:
                 gradient.mul_((1 - alpha) * terms.kd_factor / terms.tau)
-        if need_gradient and alpha > 0:
+        if need_gradient and weights is not None:
+            gradient = log_q.exp_().mul_(weights[:, None])
+            gradient[torch.arange(rows, device=labels.device), labels] -= weights
+        elif need_gradient and alpha > 0:
             q = log_q.exp_()
             gradient = q.mul_(alpha) if gradient is None else gradient.add_(q, alpha=alpha)
             gradient[torch.arange(rows, device=labels.device), labels] -= alpha
@@ -130,18 +137,25 @@ class BlockLoss:
             if capped is not None and head.soft_cap is not None:  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
                 gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
             student.copy_(gradient)
-        return torch.stack([alpha * ce + (1 - alpha) * kd, kd, ce])
+        total = alpha * ce + (1 - alpha) * kd if weights is None else (weights * surprise).sum()
+        return torch.stack([total, kd, ce])
 
-    def _divergence(self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: Head | TopK) -> tuple[Tensor, Tensor | None]:
+    def _divergence(
+        self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: Head | TopK | OtherTokens
+    ) -> tuple[Tensor, Tensor | None]:
         """Sum of the divergence at tau, and its gradient with respect to the logits of log_q, which is overwritten.
 
-        spent: a buffer that may be written over; teacher: products of a head, or records.
+        spent: a buffer that may be written over; teacher: products of a head, records, or numbers of tokens.
         """
         terms, buffers, rows = self.terms, self.buffers, len(log_q)
         need_gradient = self.need_gradient and terms.share_of_ce < 1
         if isinstance(head, TopK):
             top = head.decode(teacher, terms.tau)
             return truncated_divergence(*top, log_q, terms.name, self.options, lambda: buffers(6, rows), need_gradient)
+        if isinstance(head, OtherTokens):
+            asked = teacher >= 0
+            found, slope = uld(head.log_p(teacher[asked], terms.tau, log_q.dtype), log_q[asked])
+            return found.sum(), log_q.zero_().masked_scatter_(asked[:, None], slope) if need_gradient else None
         targets = _fill(head.finish_(_working(teacher, buffers, 3)), self.ids, -math.inf)
         if terms.tau != 1.0:
             targets.div_(terms.tau)

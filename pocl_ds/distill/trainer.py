@@ -24,6 +24,7 @@ from pocl_ds.curriculum.sampler import Position, Sampler
 from pocl_ds.curriculum.schedules import learning_rate
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.translate import Translator
 from pocl_ds.data.written import Sequences
 from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.distill.engine import Engine, seed_step
@@ -51,6 +52,7 @@ class TrainingData:
     order: NDArray[np.int64]
     validation: EncodedSplit | None
     pad_id: int
+    translate: Translator | None = None  # for a teacher with another tokenizer
 
 
 class StopFlag:
@@ -225,7 +227,8 @@ class Trainer:
         )[distributed.rank()]
 
     def _batch(self, split: Sequences, rows: NDArray[np.int64]) -> Batch:
-        return collate(split, rows, self.data.pad_id, packed=self.layout.packed)
+        batch = collate(split, rows, self.data.pad_id, packed=self.layout.packed)
+        return self.data.translate(split, batch) if self.data.translate else batch
 
     def _forward(self, batch: Batch, terms: LossTerms) -> LossSums:
         if self.teacher is None:

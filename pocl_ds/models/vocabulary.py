@@ -34,6 +34,7 @@ class Vocabulary:
     shared: NDArray[np.bool_] | None  # [size], False = masked to -inf on both sides; None where every id is shared
     report: str  # one sentence for the log
     teacher_ids: NDArray[np.int64] | None = None  # [size], the teacher's id of each student id (0 if masked); None: the same
+    teacher_tokens: NDArray[np.bool_] | None = None  # [teacher's rows], of one that keeps its own tokens; False = masked
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,20 @@ class Ids:
     size: int
     masked: Tensor | None = None  # [size] bool, true where an id takes no part
     teacher_ids: Tensor | None = None  # [size] int64, None where both sides number alike
+    teacher_masked: Tensor | None = None  # [teacher's rows] bool, of a teacher with another tokenizer
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> Ids:
         """On the CPU."""
         masked = None if vocabulary.shared is None else torch.from_numpy(~vocabulary.shared)
         mapped = None if vocabulary.teacher_ids is None else torch.from_numpy(vocabulary.teacher_ids)
-        return cls(vocabulary.size, masked, mapped)
+        theirs = None if vocabulary.teacher_tokens is None else torch.from_numpy(~vocabulary.teacher_tokens)
+        return cls(vocabulary.size, masked, mapped, theirs)
 
     def to(self, device: torch.device) -> Ids:
         """The same on a device."""
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
-        return Ids(self.size, move(self.masked), move(self.teacher_ids))
+        return Ids(self.size, move(self.masked), move(self.teacher_ids), move(self.teacher_masked))
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
@@ -86,10 +89,37 @@ class Ids:
 
 def reconcile_models(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> Vocabulary:
     """`reconcile` of two models as they lie in their folders, or on the Hub."""
+    return reconcile(*_tables(teacher, teacher_path, student, student_path))
+
+
+def models_apart(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> Vocabulary:
+    """What two models have that each keep their own tokens, for a loss across tokenizers: rows without a token are masked."""
+    theirs, ours, teacher_rows, student_rows = _tables(teacher, teacher_path, student, student_path)
+    tokens = []
+    for tokenizer, rows in ((theirs, teacher_rows), (ours, student_rows)):
+        known = np.zeros(rows, bool)
+        known[[index for index in tokenizer.get_vocab().values() if index < rows]] = True
+        tokens.append(known)
+    report = "vocabulary: teacher and student each read their own tokens" + _counts(theirs, ours, teacher_rows, student_rows)
+    return Vocabulary(student_rows, None if tokens[1].all() else tokens[1], report, teacher_tokens=tokens[0])
+
+
+def _tables(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> tuple[Any, Any, int, int]:
+    """Both tokenizers, and the rows of both heads."""
     sides = ((teacher, teacher_path), (student, student_path))
     tokenizers = [load_tokenizer(path, trust_remote_code=side.trust_remote_code, revision=side.revision) for side, path in sides]
     configs = [load_model_config(path, trust_remote_code=side.trust_remote_code, revision=side.revision) for side, path in sides]
-    return reconcile(*tokenizers, *(int(config.vocab_size) for config in configs))
+    rows = [int(config.get_text_config(decoder=True).vocab_size) for config in configs]
+    return tokenizers[0], tokenizers[1], rows[0], rows[1]
+
+
+def _counts(teacher: Any, student: Any, teacher_rows: int, student_rows: int) -> str:
+    """How many tokens are whose, and how many rows of a head stand for none."""
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    common = len(theirs.keys() & ours.keys())
+    without = lambda table, rows: rows - sum(index < rows for index in table.values())  # noqa: E731
+    return (f": {common} tokens common, {len(theirs) - common} only the teacher's, {len(ours) - common} only the student's; rows "
+            f"without a token {without(theirs, teacher_rows)} and {without(ours, student_rows)}")  # fmt: skip
 
 
 def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> Vocabulary:
@@ -114,6 +144,7 @@ def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int,
     masked = int(size - shared.sum())
     report = f"vocabulary: {size - masked} ids shared (teacher {teacher_rows} rows, student {student_rows})"
     report += f", {masked} without a token on both sides masked" if masked else ""
+    report += _counts(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     report += _warnings(teacher_tokenizer, student_tokenizer, student_tokens, student_rows)
     return Vocabulary(size, shared if masked else None, report)
 
@@ -134,6 +165,7 @@ def _mapped(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, s
     report = f"vocabulary: {student_rows - masked} tokens shared under other ids, mapped (teacher {teacher_rows} rows, student "
     report += f"{student_rows})" + (f", {masked} without a token on both sides masked" if masked else "")
     tokens = {index: token for token, index in student.items()}
+    report += _counts(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     report += _warnings(teacher_tokenizer, student_tokenizer, tokens, student_rows, mapped=True)
     return Vocabulary(student_rows, shared if masked else None, report, np.maximum(table, 0))
 
@@ -150,7 +182,7 @@ def _difference(
     return (
         f"teacher and student have different tokenizers: {len(common)} of {len(teacher)} and {len(student)} tokens are "
         f"common, and id {first} is {teacher_tokens[first]!r} to the teacher, {student_tokens[first]!r} to the "
-        "student: choose a pair that shares its tokenizer"
+        "student: choose a pair that shares its tokenizer, a loss across tokenizers (loss.name=alm or uld), or policy.name=seqkd"
     )
 
 

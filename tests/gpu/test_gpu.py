@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pocl_ds.bench import loss as bench_loss
-from pocl_ds.config import LOSSES
-from pocl_ds.distill.divergences import divergence
+from pocl_ds.distill.divergences import FUNCTIONS, divergence
 from pocl_ds.distill.fused_head import loss_sums
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.models.heads import Head
@@ -21,7 +20,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_the_fused_head_in_bfloat16_is_nearer_to_float64_than_the_plain_form(name: str) -> None:
     source = torch.Generator().manual_seed(1)
     hidden, teacher_hidden = (torch.randn(300, 64, generator=source, dtype=torch.float64) for _ in range(2))

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocl_ds.config import LOSSES
 from pocl_ds.distill import fused_head, token_losses
-from pocl_ds.distill.divergences import divergence
+from pocl_ds.distill.divergences import FUNCTIONS, divergence
 from pocl_ds.distill.fused_head import ChunkSizes, chunk_sizes, loss_sums
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import RecipeError
@@ -41,7 +40,7 @@ def plain(
     return alpha * ce + (1 - alpha) * kd, kd, ce
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
 @pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 2), (23, 4), (100, 100)])
 @pytest.mark.parametrize("tau", [1.0, 1.6])

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pocl_ds.config import LOSSES
 from pocl_ds.distill import fused_head
 from pocl_ds.distill.divergences import FUNCTIONS, divergence_options
 from pocl_ds.distill.fused_head import ChunkSizes, loss_sums
@@ -72,7 +71,7 @@ def over_outcomes(hidden: Tensor, head: Head, labels: Tensor, terms: LossTerms, 
     return terms.alpha * ce + (1 - terms.alpha) * kd, kd, ce
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "sft"])
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 @pytest.mark.parametrize("tau", [1.0, 5 / 3])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", [(3, 2), (100, 100)])
