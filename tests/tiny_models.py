@@ -5,6 +5,7 @@ Other processes import this too (`PYTHONPATH=tests`). All share one byte-level B
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,33 @@ def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
     return wrapped
 
 
+def make_sentencepiece_tokenizer() -> Any:
+    """A tokenizer in the form of LLaMA 2's: a space as U+2581, also before the text, and bytes for what it does not know."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tree = json.loads(tokenizer.to_str())  # bytes are no special tokens there, which texts may hold
+    tree["added_tokens"] = tree["added_tokens"][:3]
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tree)), unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<unk>", model_max_length=MAX_POSITIONS,
+    )  # fmt: skip
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
 def llama(
-    folder: Path, *, tied: bool = True, layers: int = 3, hidden: int = 64, seed: int = 0, rows: int | None = None
-) -> Path:
+    folder: Path, *, tied: bool = True, layers: int = 3, hidden: int = 64, seed: int = 0, rows: int | None = None,
+    tokenizer: Any = None,
+) -> Path:  # fmt: skip
     """LLaMA with grouped-query attention and a chat template; `rows` pads the vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,6 +84,7 @@ def llama(
         seed,
         rows,
         chat=True,
+        tokenizer=tokenizer,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -110,11 +136,12 @@ def opt(folder: Path, *, layers: int = 2, hidden: int = 64, projection: int | No
 
 
 def _save(
-    folder: Path, model_class: Any, config_class: Any, seed: int, rows: int | None, *, chat: bool = False, **fields: Any
-) -> Path:
+    folder: Path, model_class: Any, config_class: Any, seed: int, rows: int | None, *, chat: bool = False, tokenizer: Any = None,
+    **fields: Any,
+) -> Path:  # fmt: skip
     import torch
 
-    tokenizer = make_tokenizer(chat=chat)
+    tokenizer = tokenizer or make_tokenizer(chat=chat)
     spread = "initializer_range" if model_class.__name__ != "OPTForCausalLM" else "init_std"
     # A spread wider than the usual 0.02 keeps the next-token distribution away from uniform: greedy text has no ties.
     config = config_class(

@@ -22,7 +22,7 @@ BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """What each id stands for, by id. Byte-level BPE and SentencePiece are known. Raises ModelError for any other kind."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = json.dumps(json.loads(backend.to_str())["decoder"]) if backend is not None else ""
+    decoder = json.dumps(json.loads(backend.to_str())["decoder"], ensure_ascii=False) if backend is not None else ""
     tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     added = {index: token.encode() for token, index in tokenizer.get_added_vocab().items()}
     if "ByteLevel" in decoder:

@@ -39,7 +39,7 @@ from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import Head, head_of, hidden_states
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
-from pocl_ds.models.vocabulary import Ids, Vocabulary, reconcile
+from pocl_ds.models.vocabulary import DifferentTokenizers, Ids, Vocabulary, reconcile
 from pocl_ds.tracking import Progress
 
 log = logging.getLogger("pocl_ds")
@@ -63,7 +63,7 @@ def held_out(
 
     paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. Both measures are nats per loss
     token of data/test at tau = 1, over the ids that teacher and students share. Without a teacher there is no `kl`.
-    Raises ModelError where vocabularies do not go together, DataError where the split is empty.
+    A teacher with another tokenizer is left out. Raises DataError where the split is empty.
     """
     name = f"{RESULT}.manifest.json"
     done = read_manifest(run.evaluation, name)
@@ -73,13 +73,19 @@ def held_out(
     start = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    load = _Loader(dict(paths), config.generation.dtype)
+    load, info = _Loader(dict(paths), config.generation.dtype), dict[str, Any]()
     batches = _Batches(run, config)
-    ids = load.ids()
+    try:
+        ids = load.ids()
+    except DifferentTokenizers:
+        log.info("teacher and student have different tokenizers: the students' loss is measured, without the teacher's and a KL")
+        students = {name: path for name, path in paths.items() if name != TEACHER}
+        load, info["kl"] = _Loader(students, config.generation.dtype), False
+        ids = load.ids()
     batches.check_labels(ids)
     measured = _measure_all(run, load, batches, ids)
     write_json(run.evaluation / RESULT, measured)
-    info = {"samples": len(batches.rows), "ids": int(ids.allowed.sum()), "seconds": time.monotonic() - start}
+    info |= {"samples": len(batches.rows), "ids": int(ids.allowed.sum()), "seconds": time.monotonic() - start}
     write_manifest(run.evaluation, "held_out", fingerprint, info=info, files=[run.evaluation / RESULT], name=name)
 
 

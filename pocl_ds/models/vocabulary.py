@@ -23,6 +23,12 @@ from pocl_ds.models.load import load_model_config, load_tokenizer
 # Two tokenizers with at least this share of tokens in common are the same one with its ids in another order.
 SAME_TOKENS = 0.95
 
+
+
+class DifferentTokenizers(ModelError):
+    """Teacher and student split text differently: their distributions are over different things."""
+
+
 PROBE = 'It\'s 2,024 items:\n\n    def f(x): return x**2  # naïve café, 你好 🙂\t"quoted" UPPER lower'
 
 
@@ -126,7 +132,7 @@ def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int,
     """Compare the two id -> token maps.
 
     teacher_rows, student_rows: rows of the heads. Ids are mapped where nearly all tokens are common but numbered otherwise.
-    Raises ModelError where the two tokenizers are different ones.
+    Raises DifferentTokenizers where the two tokenizers are different ones.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     teacher_tokens = {index: token for token, index in teacher.items()}
@@ -136,7 +142,7 @@ def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int,
     if different:
         common = len(teacher.keys() & student.keys())
         if common < SAME_TOKENS * max(len(teacher), len(student)):
-            raise ModelError(_difference(teacher, student, teacher_tokens, student_tokens, different))
+            raise DifferentTokenizers(_difference(teacher, student, teacher_tokens, student_tokens, different))
         return _mapped(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     size = min(teacher_rows, student_rows)
     shared = np.zeros(size, dtype=bool)

@@ -20,6 +20,7 @@ POLICIES = {
     "distillm": ["policy.name=distillm", "policy.rollout=hf", "policy.buffer=8", "policy.phi_step=0.5", "policy.tolerance=0",
                  "loss.name=skl", "train.validate_every=2", "train.lr=0.05"],
     "seqkd": ["policy.name=seqkd", "loss.name=sft"],
+    "uld, gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=uld"],
 }  # fmt: skip
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
 
@@ -34,23 +35,35 @@ def computed(run: Path, training: str = "train") -> list[dict[str, Any]]:
     return [{name: record[name] for name in names} for record in records(run, training)]
 
 
-@pytest.fixture(scope="session")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to its plan, without SFT."""
-    folder = tmp_path_factory.mktemp("methods")
-    teacher = tiny_models.llama(folder / "teacher", layers=3)
+def plan_without_sft(folder: Path, *words: str, tokenizer: Any = None) -> Path:
+    """A run up to its plan. tokenizer: the teacher's, where it is not the student's."""
+    teacher = tiny_models.llama(folder / "teacher", layers=3, tokenizer=tokenizer)
     student = tiny_models.llama(folder / "student", layers=2, seed=1)
     recipe = write_recipe(
         folder, teacher, student, train_samples=32, policy={"max_new_tokens": 6}, rank={"strategy": "random"},
         plan={"subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]}, compare={"enabled": True, "sft_ratio": 0},
     )
     for stage in ("data", "prepare", "rank", "plan"):
-        pocl(stage, str(recipe), "--run-dir", str(folder / "run"))
+        pocl(stage, str(recipe), "--run-dir", str(folder / "run"), *words)
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plan_without_sft(tmp_path_factory.mktemp("methods"))
+
+
+@pytest.fixture(scope="session")
+def planned_apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a teacher that splits text otherwise."""
+    tokenizer = tiny_models.make_sentencepiece_tokenizer()
+    return plan_without_sft(tmp_path_factory.mktemp("apart"), "loss.name=alm", tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_a_policy_from_its_plan_to_its_weights(name: str, planned: Path, tmp_path: Path) -> None:
+def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    apart = name.startswith("uld")
+    planned = request.getfixturevalue("planned_apart" if apart else "planned")
     run, words = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
     if name == "seqkd":
         pocl("respond", "--run-dir", str(run), *words)
@@ -65,6 +78,8 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, planned: Path, tmp_pat
     steps = records(run)
     assert len(steps) == STEPS and len(records(run, "baseline")) == STEPS
     assert all(record["alpha"] == 0 for record in steps)
+    if apart:
+        assert all(record["kd"] > 0 for record in steps)
     if name != "seqkd":
         written = [record for record in steps if record["on_policy"]]
         assert 0 < len(written) < len(steps)
@@ -78,6 +93,24 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, planned: Path, tmp_pat
     assert computed(stopped) == computed(run)
     weights = [(path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, stopped)]
     assert weights[0] == weights[1]
+
+
+def test_alm_from_its_plan_to_the_report(planned_apart: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(planned_apart, tmp_path / "run"))
+    found = pocl("run", "--run-dir", str(run))
+    assert "each read their own tokens: " in found.stderr and "without the teacher's and a KL" in found.stderr
+    for training in ("train", "baseline"):
+        assert [record["step"] for record in records(run, training) if record["kd"] > 0] == list(range(1, STEPS + 1))
+    models = json.loads((run / "evaluation" / "results.json").read_text())["models"]
+    assert "loss" not in models["teacher"] and models["teacher"]["benchmarks"]["test"]["samples"] > 0
+    assert models["student"]["loss"] > 0 and "kl" not in models["student"]
+
+
+def test_two_tokenizers_need_a_loss_across_them(planned_apart: Path, tmp_path: Path) -> None:
+    recipe = planned_apart / "recipe.yaml"
+    found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False)
+    assert found.returncode == 2
+    assert "different tokenizers" in found.stderr and "loss.name=alm or uld" in found.stderr
 
 
 def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
