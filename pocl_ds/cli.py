@@ -266,9 +266,9 @@ def _data(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, finger
     tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
     teacher, theirs = recipe.teacher, None
     if teacher and recipe.one_vocabulary:
-        from pocl_ds.models.vocabulary import reconcile_models
+        from pocl_ds.models.vocabulary import reconcile_all
 
-        reconcile_models(teacher, resolve_model(teacher), recipe.student, path)
+        reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], recipe.student, path)
     if teacher and recipe.across_tokenizers:
         theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
     prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs)

@@ -119,16 +119,30 @@ class PromptConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """A model: Hub name, folder, .gguf file, or package://PACKAGE/FILE.gguf."""
+class ModelSource(Section):
+    """Where a model comes from."""
 
     model: str = Field(description="Hub name, folder, .gguf file, or package://PACKAGE/FILE.gguf")
     revision: str | None = Field(None, description="Hub revision")
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class ModelConfig(ModelSource):
+    """A model, and how it runs in training."""
+
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="weights of the forward pass")
     attention: Literal["per_sample", "sdpa", "eager"] = Field(
         "per_sample", description="in training: torch's kernels without masks, or the model's own masks with sdpa or eager"
     )
+
+
+Weight = Annotated[Float, Field(gt=0)]
+
+
+class OtherTeacherConfig(ModelSource):
+    """One more model that is distilled at the same time, with the dtype, attention and ds_config of the first."""
+
+    weight: Weight = Field(1.0, description="its share of the mixture, relative to the others")
 
 
 class TeacherConfig(ModelConfig):
@@ -138,6 +152,10 @@ class TeacherConfig(ModelConfig):
         "live", description="asked at each step; or once, keeping its hidden states: the same losses; or keeping its teach.k "
         "largest probabilities; auto: live or hidden, whichever is cheaper", json_schema_extra=OPERATIONAL,
     )  # fmt: skip
+    weight: Weight = Field(1.0, description="with teacher.others: its share of the mixture, relative to theirs")
+    others: tuple[OtherTeacherConfig, ...] = Field(
+        (), description="more teachers with the same tokens: the student learns from the weighted mean of all distributions"
+    )
     ds_config: str | None = Field(
         "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on each rank", json_schema_extra=OPERATIONAL
     )
@@ -428,9 +446,7 @@ class Recipe(Section):
             raise ValueError(f"student.heal_steps={self.student.heal_steps} is distillation and needs a teacher: set it to 0")
         if self.teacher is not None and self.loss.name == "sft" and self.policy.name != "seqkd":
             raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
-        if self.across_tokenizers and self.teacher and self.teacher.mode != "live":
-            raise ValueError(f"loss.name={self.loss.name} lets the teacher read its own tokens, of which teacher.mode="
-                             f"{self.teacher.mode} keeps nothing: set teacher.mode=live")
+        self._teachers_fit()
         self._policy_fits()
         if self.data.train_samples is not None and self.plan.subsets > self.data.train_samples:
             raise ValueError(f"plan.subsets={self.plan.subsets} is more than data.train_samples="
@@ -448,6 +464,20 @@ class Recipe(Section):
     def one_vocabulary(self) -> bool:
         """Whether teacher and student must have their tokens in common."""
         return self.teacher is not None and self.loss.name != "sft" and not self.across_tokenizers
+
+    def _teachers_fit(self) -> None:
+        """Contradictions between how teachers are asked and the loss."""
+        teacher, loss = self.teacher, self.loss.name
+        if teacher is None:
+            return
+        if self.across_tokenizers and teacher.mode != "live":
+            raise ValueError(f"loss.name={loss} lets the teacher read its own tokens, of which teacher.mode={teacher.mode} keeps "
+                             "nothing: set teacher.mode=live")
+        if teacher.others and teacher.mode != "live":
+            raise ValueError(f"teacher.mode={teacher.mode} keeps what one teacher says, and teacher.others names more: set "
+                             "teacher.mode=live")
+        if teacher.others and not self.one_vocabulary:
+            raise ValueError(f"teacher.others mixes distributions over the same tokens, and loss.name={loss} has none: remove it")
 
     def _policy_fits(self) -> None:
         """Contradictions between the policy and the rest."""

@@ -95,7 +95,9 @@ def llama(
     )
 
 
-def gpt2(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, dropout: float = 0.1) -> Path:
+def gpt2(
+    folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, dropout: float = 0.1, tokenizer: Any = None
+) -> Path:
     """GPT-2: learned positions, tied head, dropout on as in the real one."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -112,10 +114,13 @@ def gpt2(folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, drop
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
+        tokenizer=tokenizer,
     )
 
 
-def opt(folder: Path, *, layers: int = 2, hidden: int = 64, projection: int | None = 32, seed: int = 0) -> Path:
+def opt(
+    folder: Path, *, layers: int = 2, hidden: int = 64, projection: int | None = 32, seed: int = 0, tokenizer: Any = None
+) -> Path:
     """OPT in the form of OPT-350M where `projection` is given: embeddings projected in and out, norms after."""
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -132,6 +137,7 @@ def opt(folder: Path, *, layers: int = 2, hidden: int = 64, projection: int | No
         max_position_embeddings=MAX_POSITIONS,
         word_embed_proj_dim=projection or hidden,
         do_layer_norm_before=projection is None,
+        tokenizer=tokenizer,
     )
 
 

@@ -74,7 +74,7 @@ def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     )  # fmt: skip
     student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": precision()})
     plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=1.0)
-    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, None, None,
+    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, (), None,
                     LossConfig(name="sft"), train, 0)  # fmt: skip
     return stage.make_trainer(run, job)
 

@@ -94,7 +94,7 @@ def make_training(
     asked = None if switch == "sft" else teacher
     loss = LossConfig(name="sft" if asked is None else "fkl")
     job = stage.Job(run.train, "bench", "bench", plan, np.arange(count * copies), student.model, student,
-                    asked.model if asked else None, asked, loss, train, 0, taught=taught)  # fmt: skip
+                    (asked.model,) if asked else (), asked, loss, train, 0, taught=taught)  # fmt: skip
     return lambda: stage.make_trainer(run, job)
 
 

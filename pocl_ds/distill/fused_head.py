@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.across_tokenizers import OtherTokens, alm_weights, pairs, token_log_probs
 from pocl_ds.distill.divergences import divergence_options, working_type
-from pocl_ds.distill.token_losses import BlockLoss, Buffers, LossTerms, block_rows, row_bytes
-from pocl_ds.distill.top_k import TopK
+from pocl_ds.distill.token_losses import BlockLoss, Buffers, LossTerms, TeacherHead, block_rows, row_bytes
 from pocl_ds.errors import RecipeError
-from pocl_ds.models.heads import Head
+from pocl_ds.models.heads import Head, Mixture
 from pocl_ds.models.vocabulary import Ids
 
 # Sums over loss tokens: total = alpha * CE + (1 - alpha) * KD, which carries the gradient, then KD and CE for the log. A
@@ -39,17 +38,18 @@ def loss_sums(
     *,
     ids: Ids,
     teacher_hidden: Tensor | None = None,
-    teacher_head: Head | TopK | OtherTokens | None = None,
+    teacher_head: TeacherHead | None = None,
     chunk_bytes: int = 512 << 20,
 ) -> LossSums:
     """Loss sums over n tokens from hidden states and heads.
 
-    hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no gradient, or the records
-    [n, bytes] of a `TopK`, or [n] numbers of the tokens of a teacher with `OtherTokens`. n may be 0: the result is 0 and every
-    parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds no row.
+    hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no gradient, side by side for a
+    `Mixture`, or the records [n, bytes] of a `TopK`, or [n] numbers of tokens for `OtherTokens`. n may be 0: the result is
+    0 and every parameter of the head still gets a (zero) gradient. Raises RecipeError where chunk_bytes holds no row.
     """
     widest = max(ids.size, teacher_head.ids.size) if isinstance(teacher_head, OtherTokens) else ids.size
-    sizes = chunk_sizes(terms.name, widest, chunk_bytes, hidden.dtype, hidden.device)
+    teachers = len(teacher_head.heads) if isinstance(teacher_head, Mixture) else 1
+    sizes = chunk_sizes(terms.name, widest, chunk_bytes, hidden.dtype, hidden.device, teachers)
     if terms.name != "sft" and teacher_head is None:
         raise RecipeError(f"loss.name={terms.name} needs a teacher")
     if terms.name == "sft":
@@ -87,13 +87,15 @@ class ChunkSizes:
     block: int
 
 
-def chunk_sizes(name: str, size: int, chunk_bytes: int, dtype: torch.dtype, device: torch.device) -> ChunkSizes:
+def chunk_sizes(
+    name: str, size: int, chunk_bytes: int, dtype: torch.dtype, device: torch.device, teachers: int = 1
+) -> ChunkSizes:
     """What fits a byte budget, for the divergence of this name over `size` ids. dtype: of the hidden states.
 
     Raises RecipeError where the budget does not hold one row.
     """
     kind = working_type(dtype)
-    logits, worked = 2 * size * dtype.itemsize, row_bytes(name, size, kind)
+    logits, worked = (1 + teachers) * size * dtype.itemsize, row_bytes(name, size, kind)
     if chunk_bytes < logits + worked:
         least = logits + worked
         raise RecipeError(f"loss.chunk_bytes={chunk_bytes} does not hold one token over {size} ids: give at least {least}")
@@ -133,10 +135,10 @@ class LossHead(nn.Module):
             self.size, self.masked = size, masked
 
     def forward(
-        self, hidden: Tensor, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: Head | TopK | None
+        self, hidden: Tensor, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None, teacher_head: TeacherHead | None
     ) -> LossSums:
         """See `loss_sums`; teacher_hidden is [m, d'] where the batch is translated for a teacher with other tokens."""
-        asked: Head | TopK | OtherTokens | None = teacher_head
+        asked = teacher_head
         if batch.translated and isinstance(teacher_head, Head) and teacher_hidden is not None:
             theirs = Ids(teacher_head.weight.shape[0], self.teacher_masked if isinstance(self.teacher_masked, Tensor) else None)
             asked = OtherTokens(teacher_hidden, teacher_head, theirs, batch.translated.batch.labels, batch.translated)
@@ -169,7 +171,7 @@ class _HeadLoss(torch.autograd.Function):
         terms: LossTerms,
         ids: Ids,
         teacher_hidden: Tensor | None,
-        teacher_head: Head | TopK | OtherTokens | None,
+        teacher_head: TeacherHead | None,
         sizes: ChunkSizes,
         grad_enabled: bool,
         weights: Tensor | None,
@@ -190,13 +192,20 @@ class _HeadLoss(torch.autograd.Function):
             terms, divergence_options(terms.name, terms.options), ids, (head, teacher_head),
             Buffers(min(sizes.block, chunk_rows), ids.size, kind, hidden.device), need_gradient=need_hidden or need_weight,
         )  # fmt: skip
-        products = [hidden.new_empty(chunk_rows, ids.size) for _ in range(2 if isinstance(teacher_head, Head) else 1)]
+        products = hidden.new_empty(chunk_rows, ids.size)
+        if isinstance(teacher_head, (Head, Mixture)):
+            teachers = [len(teacher_head.heads)] if isinstance(teacher_head, Mixture) else []
+            answers = hidden.new_empty(chunk_rows, *teachers, ids.size)
         for chunk in (slice(i, i + chunk_rows) for i in range(0, labels.numel(), chunk_rows)):
             part = hidden[chunk]
-            product = head.product(part, ids.size, out=products[0][: len(part)])
+            product = head.product(part, ids.size, out=products[: len(part)])
             teacher = None if teacher_hidden is None else teacher_hidden[chunk]
             if teacher is not None and isinstance(teacher_head, Head):
-                teacher = ids.teacher_product(teacher_head, teacher, out=products[1][: len(part)])
+                teacher = ids.teacher_product(teacher_head, teacher, out=answers[: len(part)])
+            elif teacher is not None and isinstance(teacher_head, Mixture):
+                for number, (one, states) in enumerate(zip(teacher_head.heads, teacher_head.parts(teacher), strict=True)):
+                    answers[: len(part), number] = ids.teacher_product(one, states)
+                teacher = answers[: len(part)]
             sums += block_loss(product, teacher, labels[chunk], None if weights is None else weights[chunk])
             if grad_hidden is not None:
                 torch.mm(product, kept, out=grad_hidden[chunk])

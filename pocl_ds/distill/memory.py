@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations
 
 
 def check_memory(
-    student: str, teacher: str | None, *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool,
+    student: str, teachers: Sequence[str], *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool,
     copied: bool, writer: bool = False,
 ) -> None:  # fmt: skip
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
-    student, teacher: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
+    student, teachers: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
     copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses.
     """
     if distributed.device().type != "cpu":
@@ -37,7 +38,7 @@ def check_memory(
     copies = ranks / distributed.world_size() if sharded else ranks
     trained = parameters(student)
     student_bytes = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied)
-    frozen = parameters(teacher) * teacher_bytes if teacher else 0
+    frozen = sum(parameters(teacher) for teacher in teachers) * teacher_bytes
     models = student_bytes * copies + frozen * (ranks / distributed.world_size() if teacher_sharded else ranks)
     gathered = trained * BYTES_GATHERED if sharded else 0  # ZeRO-3 keeps weights from forward to backward where they fit
     of_writer = BYTES_OF_WRITER + trained * 4 if writer else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pocl_ds.config import (
     ACROSS_TOKENIZERS,
     CompareConfig,
     LossConfig,
+    OtherTeacherConfig,
     PolicyConfig,
     PromptConfig,
     StudentConfig,
@@ -39,7 +41,7 @@ from pocl_ds.distill.memory import check_memory
 from pocl_ds.distill.policies import POLICIES
 from pocl_ds.distill.rollout import Rollout
 from pocl_ds.distill.student import Student
-from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher
+from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher, Teachers
 from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.trainer import Trainer, TrainingData
 from pocl_ds.errors import ArtifactError, ModelError, RecipeError
@@ -47,7 +49,7 @@ from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
-from pocl_ds.models.vocabulary import Ids, models_apart, reconcile_models
+from pocl_ds.models.vocabulary import Ids, models_apart, reconcile_all
 
 log = logging.getLogger("pocl_ds")
 
@@ -65,7 +67,7 @@ class Job:
     order: NDArray[np.int64]
     student_path: str
     student: StudentConfig
-    teacher_path: str | None
+    teacher_paths: tuple[str, ...]  # of the teacher and of teacher.others
     teacher: TeacherConfig | None
     loss: LossConfig
     train: TrainConfig
@@ -111,7 +113,7 @@ def train(
         order=np.load(run.ranking / "order.npy", mmap_mode="r"),
         student_path=models["student"],
         student=student,
-        teacher_path=models["teacher"] if teacher else None,
+        teacher_paths=(models["teacher"], *models["other_teachers"]) if teacher else (),
         teacher=teacher,
         loss=loss,
         train=train,
@@ -153,7 +155,7 @@ def prepare(
     if manifest and manifest.fingerprint == fingerprint:
         return
     watch = distributed.Stopwatch()
-    teacher_path = resolve_model(teacher) if teacher else None
+    teachers = tuple(resolve_model(one) for one in (teacher, *teacher.others)) if teacher else ()
     student_path, info = resolve_model(student), {}
     if student.prune:
         pruned = run.models / "pruned"
@@ -170,12 +172,13 @@ def prepare(
         )
         healing = train.model_copy(update={"schedule": "whole_run"})
         kd = loss if loss.name in ACROSS_TOKENIZERS else LossConfig(name="fkl", chunk_bytes=loss.chunk_bytes)
-        fit(run, Job(run.models / "heal", fingerprint, "heal", plan, order, student_path, student, teacher_path, teacher,
-                     kd, healing, seed))
+        fit(run, Job(run.models / "heal", fingerprint, "heal", plan, order, student_path, student, teachers, teacher, kd,
+                     healing, seed))
         student_path = str(run.models / "heal" / "final")
         info |= {"heal_steps": student.heal_steps, "heal_samples": student.heal_steps * train.batch_size}
     if distributed.rank() == 0:
-        write_json(run.models / "models.json", {"teacher": teacher_path, "student": student_path})
+        paths = {"teacher": teachers[0] if teachers else None, "other_teachers": teachers[1:], "student": student_path}
+        write_json(run.models / "models.json", paths)
         write_manifest(run.models, "prepare", fingerprint, info={**info, "seconds": watch.lap()},
                        files=[run.models / "models.json"])
     distributed.barrier()
@@ -214,9 +217,10 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
         raise RecipeError(f"policy.buffer={job.policy.buffer} is more than the {count} training samples: make it smaller")
     engine, teacher, tokenizer, ids = _build(run, job, splits)
     module: Any = engine.module
-    translate = _translator(run, job, teacher, tokenizer) if isinstance(teacher, LiveTeacher) and job.across_tokenizers else None
+    asked = teacher.teachers if isinstance(teacher, Teachers) else [teacher] if isinstance(teacher, LiveTeacher) else []
+    translate = _translator(run, job, asked[0], tokenizer) if job.across_tokenizers else None
     data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id, translate)
-    models = [module.model, *([teacher.model] if isinstance(teacher, LiveTeacher) else [])]
+    models = [module.model, *(one.model for one in asked)]
     lengths = splits["train"].total_tokens[job.order]
     sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
     layout = choose_layout(job.train, sampler, lengths, models)
@@ -232,8 +236,8 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
 
 def _translator(run: RunDirectory, job: Job, teacher: LiveTeacher, tokenizer: Any) -> Translator:
     """What gives batches to a teacher with another tokenizer."""
-    assert job.teacher is not None and job.teacher_path is not None
-    theirs = load_tokenizer(job.teacher_path, trust_remote_code=job.teacher.trust_remote_code, revision=job.teacher.revision)
+    assert job.teacher is not None
+    theirs = load_tokenizer(job.teacher_paths[0], trust_remote_code=job.teacher.trust_remote_code, revision=job.teacher.revision)
     prompts = {name: EncodedSplit.open(run.data / TEACHER, name) for name in ("train", "validation")}
     return Translator(tokenizer, theirs, prompts, longest=max_positions(teacher.model.config), packed=packs(teacher.model))
 
@@ -265,36 +269,36 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
     student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
-    live_path = None if job.taught else job.teacher_path
+    live = () if job.taught else job.teacher_paths
     longest = int(splits["train"].total_tokens.max(initial=1))
     logits = 8 * int(student_config.vocab_size) * (train.micro_batch_tokens or train.micro_batch_size * longest)
     frozen = None
-    if job.teacher and live_path and deepspeed:
+    if job.teacher and live and deepspeed:
         frozen = ds_config.resolve_teacher(
             job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
         )
     check_memory(
-        job.student_path, live_path, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
+        job.student_path, live, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
         copied=train.checkpoint.in_background, writer=job.policy.on_policy,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))
     teacher: Teacher | None = None
-    if job.teacher and job.teacher_path:
-        sides = job.teacher, job.teacher_path, job.student, job.student_path
-        vocabulary = models_apart(*sides) if job.across_tokenizers else reconcile_models(*sides)
+    if job.teacher:
+        together = models_apart if job.across_tokenizers else reconcile_all
+        sources = list(zip([job.teacher, *job.teacher.others], job.teacher_paths, strict=True))
+        vocabulary = together(sources, job.student, job.student_path)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
         where = "sharded over the ranks" if frozen else "whole on every rank"
         log.info("the teacher is %s", "on disk, only its head is loaded" if job.taught else where)
     _check_tokens(splits["train"], ids)
-    chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device())
-    if job.teacher and job.taught and job.teacher_path:
+    chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device(), max(1, len(live)))
+    if job.teacher and job.taught:
         teacher = StoredTeacher(TeacherStore(run.teacher, list(splits.values()), fingerprint=job.taught))
-    elif job.teacher and job.teacher_path:
-        with sharded_loading(frozen):
-            teacher = LiveTeacher(_load(job.teacher_path, job.teacher, None), frozen, ids)
+    elif job.teacher:
+        teacher = _live(job.teacher, job.teacher_paths, frozen, ids)
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
     with sharded_loading(sharded if deepspeed else None):
         model = _load(job.student_path, job.student, job.student.dropout)
@@ -303,6 +307,22 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes).train()
     engine: Engine = DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
     return engine, teacher, tokenizer, ids
+
+
+def _live(config: TeacherConfig, paths: Sequence[str], frozen: dict[str, Any] | None, ids: Ids) -> Teacher:
+    """The live teacher, or the mixture of several."""
+    sources: tuple[TeacherConfig | OtherTeacherConfig, ...] = (config, *config.others)
+    found = []
+    for source, path in zip(sources, paths, strict=True):
+        own = config.model_copy(update={"revision": source.revision, "trust_remote_code": source.trust_remote_code})
+        with sharded_loading(frozen):
+            found.append(LiveTeacher(_load(path, own, None), frozen, ids))
+    if len(found) == 1:
+        return found[0]
+    mixture = Teachers(found, [source.weight for source in sources])
+    log.info("the student learns from a mixture: %s", ", ".join(
+        f"{weight:.2f} of {path}" for weight, path in zip(mixture.weights, paths, strict=True)))  # fmt: skip
+    return mixture
 
 
 def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:

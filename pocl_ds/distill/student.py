@@ -7,9 +7,8 @@ from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.fused_head import LossHead, LossSums
-from pocl_ds.distill.token_losses import LossTerms
-from pocl_ds.distill.top_k import TopK
-from pocl_ds.models.heads import Head, head_of, hidden_states
+from pocl_ds.distill.token_losses import LossTerms, TeacherHead
+from pocl_ds.models.heads import head_of, hidden_states
 from pocl_ds.models.vocabulary import Ids
 
 
@@ -26,9 +25,10 @@ class Student(nn.Module):
         self.loss_head = LossHead(head_of(model), ids, chunk_bytes)
 
     def forward(
-        self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: Head | TopK | None = None
+        self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: TeacherHead | None = None
     ) -> LossSums:
-        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], or records of a `TopK`.
+        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], side by side for a `Mixture`,
+        or records of a `TopK`.
 
         The loss tokens are the teacher's own where the batch is translated.
         """

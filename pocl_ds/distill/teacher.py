@@ -6,7 +6,7 @@ A small protocol, so that they can come from a live model or from a store.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,9 +24,10 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.distill.engine import FrozenEngine
 from pocl_ds.distill.student import TeacherBackbone
 from pocl_ds.distill.teacher_store import TeacherStore
+from pocl_ds.distill.token_losses import TeacherHead
 from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import ArtifactError
-from pocl_ds.models.heads import Head, head_of
+from pocl_ds.models.heads import Head, Mixture, head_of
 from pocl_ds.models.vocabulary import Ids
 
 
@@ -41,7 +42,7 @@ class Teacher(Protocol):
         records [loss tokens, bytes] of a `TopK`. Of a batch that is translated: for the teacher's own loss tokens.
         """
 
-    def head(self) -> contextlib.AbstractContextManager[Head | TopK]:
+    def head(self) -> contextlib.AbstractContextManager[TeacherHead]:
         """The head, whole on every rank while the block lasts."""
 
 
@@ -69,6 +70,27 @@ class LiveTeacher:
         parameters = [p for p in (self._head.weight, self._head.bias) if p is not None]
         with self.engine.whole(parameters):
             yield self._head
+
+
+class Teachers:
+    """Several live models over the same tokens, asked one after the other; their distributions are mixed."""
+
+    def __init__(self, teachers: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
+        self.teachers = tuple(teachers)
+        self.weights = tuple(weight / sum(weights) for weight in weights)
+
+    def require(self, split: str, rows: NDArray[np.int64]) -> None:
+        """See `Teacher`: live models answer anything."""
+
+    def states(self, batch: Batch) -> Tensor:
+        """See `Teacher`: hidden states side by side."""
+        return torch.cat([teacher.states(batch) for teacher in self.teachers], dim=-1)
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Mixture]:
+        """See `Teacher`."""
+        with contextlib.ExitStack() as stack:
+            yield Mixture(tuple(stack.enter_context(teacher.head()) for teacher in self.teachers), self.weights)
 
 
 class StoredTeacher:

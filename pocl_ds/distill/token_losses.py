@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,13 +21,17 @@ from pocl_ds.distill.across_tokenizers import OtherTokens, uld
 from pocl_ds.distill.closed_forms import CLOSED
 from pocl_ds.distill.divergences import FUNCTIONS, MASKED, working_type
 from pocl_ds.distill.top_k import TopK, truncated_divergence
-from pocl_ds.models.heads import Head
+from pocl_ds.models.heads import Head, Mixture
 from pocl_ds.models.vocabulary import Ids
 
 # Numbers of v alive for one row of a block, in the working type; through autograd its graph too.
 ALIVE, ALIVE_AUTOGRAD = 7, 20
 # Bytes of one buffer of a block: a few of them fit a CPU's cache; a GPU wants few and large kernels.
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+
+
+# Who answers for the teacher: its head, those of several, records, or a teacher that reads its own tokens.
+TeacherHead: TypeAlias = Head | Mixture | TopK | OtherTokens
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class BlockLoss:
     terms: LossTerms
     options: dict[str, Any]  # of the divergence, with defaults
     ids: Ids
-    heads: tuple[Head, Head | TopK | OtherTokens | None]
+    heads: tuple[Head, TeacherHead | None]
     buffers: Buffers
     need_gradient: bool
 
@@ -95,8 +99,9 @@ class BlockLoss:
         """Sums over n tokens of (total, KD, CE), in the working type.
 
         student, teacher: [n, v] products of hidden states and heads, which are overwritten: with need_gradient `student` ends
-        as the gradient of total with respect to itself, in its own type. For a `TopK` teacher: its records [n, bytes]; for
-        `OtherTokens` numbers [n]. weights [n], in the working type: total is the CE with a weight for each token.
+        as the gradient of total with respect to itself, in its own type. For a `Mixture` of k teachers: products [n, k, v]; for
+        a `TopK`: its records [n, bytes]; for `OtherTokens` numbers [n]. weights [n], in the working type: total is the CE with a
+        weight for each token.
         """
         sums = student.new_zeros(3, dtype=working_type(student.dtype))
         for rows in (slice(i, i + self.buffers.rows) for i in range(0, len(student), self.buffers.rows)):
@@ -141,7 +146,7 @@ class BlockLoss:
         return torch.stack([total, kd, ce])
 
     def _divergence(
-        self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: Head | TopK | OtherTokens
+        self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: TeacherHead
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of the divergence at tau, and its gradient with respect to the logits of log_q, which is overwritten.
 
@@ -156,12 +161,23 @@ class BlockLoss:
             asked = teacher >= 0
             found, slope = uld(head.log_p(teacher[asked], terms.tau, log_q.dtype), log_q[asked])
             return found.sum(), log_q.zero_().masked_scatter_(asked[:, None], slope) if need_gradient else None
-        targets = _fill(head.finish_(_working(teacher, buffers, 3)), self.ids, -math.inf)
-        if terms.tau != 1.0:
-            targets.div_(terms.tau)
-        log_p = _fill(torch.log_softmax(targets, -1, out=buffers(4, rows)), self.ids, MASKED)
-        spare = lambda number: (spent, targets, buffers(6, rows))[number]  # noqa: E731
-        return _divergence(log_p, log_q, terms.name, self.options, spare, need_gradient)
+        if isinstance(head, Mixture):
+            log_p, used = self._log_p(head.heads[0], teacher[:, 0], 4)
+            log_p.add_(math.log(head.weights[0]))
+            for part, one, weight in zip(teacher.unbind(1)[1:], head.heads[1:], head.weights[1:], strict=True):
+                other, used = self._log_p(one, part, 6)
+                torch.logaddexp(log_p, other.add_(math.log(weight)), out=log_p)
+        else:
+            log_p, used = self._log_p(head, teacher, 4)
+        spare = lambda number: (spent, used, buffers(6, rows))[number]  # noqa: E731
+        return _divergence(_fill(log_p, self.ids, MASKED), log_q, terms.name, self.options, spare, need_gradient)
+
+    def _log_p(self, head: Head, product: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of one teacher at tau in a buffer of this number, from a product; and a tensor that is free now."""
+        targets = _fill(head.finish_(_working(product, self.buffers, 3)), self.ids, -math.inf)
+        if self.terms.tau != 1.0:
+            targets.div_(self.terms.tau)
+        return torch.log_softmax(targets, -1, out=self.buffers(number, len(product))), targets
 
 
 def _divergence(

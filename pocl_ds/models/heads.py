@@ -62,6 +62,21 @@ class Head:
         return product
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Heads of several models over the same tokens, whose distributions are mixed: sum of weight x softmax(logits / tau).
+
+    Their hidden states lie side by side: [n, sum of widths].
+    """
+
+    heads: tuple[Head, ...]
+    weights: tuple[float, ...]  # that sum to 1
+
+    def parts(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The hidden states of each: [n, width]."""
+        return hidden.split([head.weight.shape[1] for head in self.heads], dim=-1)
+
+
 def hidden_states(
     model: Any,
     input_ids: torch.Tensor,

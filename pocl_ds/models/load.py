@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from pocl_ds.config import ModelConfig
+from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
 from pocl_ds.models.quiet import quiet
@@ -26,7 +26,7 @@ HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 
 
-def resolve_model(config: ModelConfig) -> str:
+def resolve_model(config: ModelSource) -> str:
     """The folder or Hub name that the `load_*` functions take.
 
     Hub names and model folders are returned as they are. A .gguf file, also one inside an installed package

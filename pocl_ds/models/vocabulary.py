@@ -7,6 +7,7 @@ lacks) must have no probability.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.config import ModelConfig
+from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
 from pocl_ds.models.heads import Head
 from pocl_ds.models.load import load_model_config, load_tokenizer
@@ -93,14 +94,32 @@ class Ids:
         return input_ids if self.teacher_ids is None else self.teacher_ids[input_ids]
 
 
-def reconcile_models(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> Vocabulary:
+def reconcile_models(teacher: ModelSource, teacher_path: str, student: ModelSource, student_path: str) -> Vocabulary:
     """`reconcile` of two models as they lie in their folders, or on the Hub."""
     return reconcile(*_tables(teacher, teacher_path, student, student_path))
 
 
-def models_apart(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> Vocabulary:
-    """What two models have that each keep their own tokens, for a loss across tokenizers: rows without a token are masked."""
-    theirs, ours, teacher_rows, student_rows = _tables(teacher, teacher_path, student, student_path)
+def reconcile_all(teachers: Sequence[tuple[ModelSource, str]], student: ModelSource, student_path: str) -> Vocabulary:
+    """What a student has in common with each of its teachers. Raises ModelError where these number their tokens differently."""
+    found = [reconcile_models(teacher, path, student, student_path) for teacher, path in teachers]
+    size = min(each.size for each in found)
+    shared, mapped = np.ones(size, bool), found[0].teacher_ids
+    for each in found:
+        shared &= True if each.shared is None else each.shared[:size]
+    numbers = [(np.arange(size) if each.teacher_ids is None else each.teacher_ids[:size])[shared] for each in found]
+    for theirs, (_, path) in zip(numbers, teachers, strict=True):
+        if not np.array_equal(numbers[0], theirs):
+            raise ModelError(f"the teachers {teachers[0][1]} and {path} number their tokens differently: mix teachers that share "
+                             "their ids")  # fmt: skip
+    report = "; ".join(dict.fromkeys(each.report for each in found))
+    return Vocabulary(size, None if shared.all() else shared, report, None if mapped is None else mapped[:size])
+
+
+def models_apart(teachers: Sequence[tuple[ModelSource, str]], student: ModelSource, student_path: str) -> Vocabulary:
+    """What a teacher and a student have that each keep their own tokens, for a loss across tokenizers: rows without a token are
+    masked. There is one teacher.
+    """
+    theirs, ours, teacher_rows, student_rows = _tables(*teachers[0], student, student_path)
     tokens = []
     for tokenizer, rows in ((theirs, teacher_rows), (ours, student_rows)):
         known = np.zeros(rows, bool)
@@ -110,7 +129,7 @@ def models_apart(teacher: ModelConfig, teacher_path: str, student: ModelConfig, 
     return Vocabulary(student_rows, None if tokens[1].all() else tokens[1], report, teacher_tokens=tokens[0])
 
 
-def _tables(teacher: ModelConfig, teacher_path: str, student: ModelConfig, student_path: str) -> tuple[Any, Any, int, int]:
+def _tables(teacher: ModelSource, teacher_path: str, student: ModelSource, student_path: str) -> tuple[Any, Any, int, int]:
     """Both tokenizers, and the rows of both heads."""
     sides = ((teacher, teacher_path), (student, student_path))
     tokenizers = [load_tokenizer(path, trust_remote_code=side.trust_remote_code, revision=side.revision) for side, path in sides]
@@ -156,16 +175,20 @@ def reconcile(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int,
 
 
 def _mapped(teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int) -> Vocabulary:
-    """The same tokens under other ids. EOS and BOS stand for each other whatever they are called."""
-    teacher, student = dict(teacher_tokenizer.get_vocab()), student_tokenizer.get_vocab()
-    for role in ("bos_token", "eos_token"):
-        ours, theirs = getattr(student_tokenizer, role, None), getattr(teacher_tokenizer, role, None)
-        if ours in student and theirs in teacher:
-            teacher[ours] = teacher[theirs]
+    """The same tokens under other ids. EOS and BOS stand for each other whatever they are called.
+
+    Each of the teacher's ids is one of the student's at most: a second would count its probability twice.
+    """
+    names, student, taken = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab(), {teacher_rows}
+    sides = student_tokenizer, teacher_tokenizer
+    roles = ([getattr(side, role, None) for side in sides] for role in ("eos_token", "bos_token"))
+    pairs = [(ours, theirs) for ours, theirs in roles if ours in student and theirs in names]
     table = np.full(student_rows, -1, np.int64)
-    for token, index in student.items():
-        if index < student_rows and (found := teacher.get(token, teacher_rows)) < teacher_rows:
+    for token, name in [*pairs, *((token, token) for token in student)]:
+        index, found = student[token], min(names.get(name, teacher_rows), teacher_rows)
+        if index < student_rows and table[index] < 0 and found not in taken:
             table[index] = found
+            taken.add(found)
     shared = table >= 0
     masked = int((~shared).sum())
     report = f"vocabulary: {student_rows - masked} tokens shared under other ids, mapped (teacher {teacher_rows} rows, student "

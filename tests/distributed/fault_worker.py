@@ -38,7 +38,7 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
     plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, tau=1.0, alpha=0.3)
     odd = distributed.rank() == 1
     job = Job(run.train, "other" if odd and fault == "recipe" else "one", "train", plan, np.arange(12), student,
-              StudentConfig(model=student), teacher, TeacherConfig(model=teacher), LossConfig(), train, 0)  # fmt: skip
+              StudentConfig(model=student), (teacher,), TeacherConfig(model=teacher), LossConfig(), train, 0)  # fmt: skip
     trainer = make_trainer(run, job)
     deal = trainer._deal
 

@@ -26,13 +26,14 @@ from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deeps
 from pocl_ds.distill.layout import Layout
 from pocl_ds.distill.policies import Off
 from pocl_ds.distill.student import Student
-from pocl_ds.distill.teacher import LiveTeacher
+from pocl_ds.distill.teacher import LiveTeacher, Teachers
 from pocl_ds.distill.trainer import StopFlag, Trainer, TrainingData
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
 from pocl_ds.models.vocabulary import Ids
 
 SIZE, TAU, ALPHA = 320, 1.5, 0.3
+WEIGHTS = (3.0, 1.0)  # of two teachers
 
 
 class Recorder(DeepSpeedEngine):
@@ -67,8 +68,11 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     config = ds_config.resolve_student("student_zero3", train=train, dtype="float32", ranks=ranks)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # nothing whole by accident
     ids = Ids(SIZE)
-    with sharded_loading(frozen):
-        teacher = LiveTeacher(load_model(case["teacher"], attention=PER_SAMPLE, dropout=0.0), frozen, ids)
+    teachers = []
+    for path in (case["teacher"], *case.get("others", ())):
+        with sharded_loading(frozen):
+            teachers.append(LiveTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids))
+    teacher = Teachers(teachers, WEIGHTS) if len(teachers) > 1 else teachers[0]
     with sharded_loading(config):
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
@@ -90,12 +94,14 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
 def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict[str, torch.Tensor]:
     """The same in one process, float64, a sample at a time, every logit, autograd through all."""
     student: Any = load_model(case["student"], dropout=0.0).double().train()
-    teacher: Any = load_model(case["teacher"]).double()
+    teachers: list[Any] = [load_model(path).double() for path in (case["teacher"], *case.get("others", ()))]
+    shares = [weight / sum(WEIGHTS) for weight in WEIGHTS] if len(teachers) > 1 else [1.0]
     total = sum(len(ids) - max(prompt, 1) for prompt, ids in samples)
     for prompt, tokens in samples:
         ids = torch.tensor([tokens])
         with torch.no_grad():
-            target = teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
+            answers = [teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TAU for teacher in teachers]
+            target = TAU * sum(share * each.softmax(-1) for share, each in zip(shares, answers, strict=True)).log()
         logits = student(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
         ce = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum") if len(logits) else logits.sum()
         kd = divergence(case["loss"], target, logits, tau=TAU).sum()

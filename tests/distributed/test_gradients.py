@@ -22,6 +22,7 @@ SHAPES: list[dict[str, Any]] = [
     {"micro": 2, "packed": False, "rows": 7, "model": "opt", "checkpointing": False, "loss": "skl"},
     {"micro": 1, "tokens": 48, "packed": True, "rows": 7, "model": "opt", "checkpointing": False, "loss": "akl"},
     {"micro": 1, "tokens": 90, "packed": False, "rows": 7, "model": "tied", "checkpointing": True, "loss": "ab"},
+    {"micro": 2, "packed": True, "rows": 7, "model": "tied", "checkpointing": False, "loss": "fkl", "others": ["gpt2"]},
 ]
 
 
@@ -31,7 +32,9 @@ def test_gradients(
 ) -> None:
     models = {"tied": tiny_llama, "untied": tiny_llama_untied, "gpt2": tiny_gpt2, "opt": tiny_opt}
     teachers = {"tied": tiny_llama_untied, "untied": tiny_llama, "gpt2": tiny_opt, "opt": tiny_gpt2}
-    shapes = [shape for shape in SHAPES if 12 % (ranks * shape["micro"]) == 0 or "tokens" in shape]
+    shapes = [dict(shape) for shape in SHAPES if 12 % (ranks * shape["micro"]) == 0 or "tokens" in shape]
+    for shape in shapes:
+        shape["others"] = [str(models[name]) for name in shape.get("others", [])]
     cases = [{**shape, "student": str(models[shape["model"]]), "teacher": str(teachers[shape["model"]])} for shape in shapes]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     command = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", str(ranks), "--threads", "1", "--module", "gradient_worker",

@@ -48,7 +48,7 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
                         layout="padded", **changes)  # fmt: skip
     plan = single_stage_plan(np.arange(12), steps=3, batch_size=4, tau=1.0, alpha=0.3)
     config = StudentConfig(model=str(student), **({} if engine == "torch" else {"ds_config": engine}))
-    job = Job(run.train, "one", "train", plan, np.arange(12), str(student), config, str(teacher),
+    job = Job(run.train, "one", "train", plan, np.arange(12), str(student), config, (str(teacher),),
               TeacherConfig(model=str(teacher)), LossConfig(), train, 0)  # fmt: skip
     if kind == "deepspeed":
         start_deepspeed()

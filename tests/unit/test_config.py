@@ -74,6 +74,10 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"name": "x", "student": {"model": "s"}, "policy": {"name": "gkd"}, "loss": {"name": "sft"}}, ("gkd", "teacher.model")),
     (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
     (changed(teacher__mode="cached"), ("teacher.mode='cached'", "hidden", "topk")),
+    (changed(loss__name="alm", teacher__mode="topk"), ("loss.name=alm", "teacher.mode=live")),
+    (changed(loss__name="uld", teacher__others=[{"model": "o"}]), ("teacher.others", "loss.name=uld")),
+    (changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]), ("teacher.mode=hidden", "teacher.others")),
+    (changed(teacher__others=[{"model": "o", "weight": 0}]), ("teacher.others.0.weight=0", "greater than")),
     (changed(teach__k=0), ("teach.k=0", "greater than")),
 ]
 

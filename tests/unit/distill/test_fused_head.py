@@ -13,7 +13,7 @@ from pocl_ds.distill.divergences import FUNCTIONS, divergence
 from pocl_ds.distill.fused_head import ChunkSizes, chunk_sizes, loss_sums
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import RecipeError
-from pocl_ds.models.heads import Head
+from pocl_ds.models.heads import Head, Mixture
 from pocl_ds.models.vocabulary import Ids
 
 
@@ -61,6 +61,30 @@ def test_equals_the_plain_form(
     wanted = torch.autograd.grad(3 * expected[0], leaves)
     found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher)
     got = torch.autograd.grad(3 * found[0], leaves)
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
+def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
+    name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float64, bias=True, scale=0.5, cap=7.0)
+    source = torch.Generator().manual_seed(9)
+    weight, other_hidden = (torch.randn(rows, 3, generator=source, dtype=torch.float64) for rows in (41, 23))
+    other = Head(nn.Parameter(weight), None, 2.0, 5.0)
+    ids, terms = Ids(38, torch.arange(38) == 37), LossTerms(name, tau=1.6, alpha=0.3)
+    answers = [ids.teacher_logits(one, states).div(1.6).softmax(-1) for one, states in
+               ((teacher, teacher_hidden), (other, other_hidden))]  # fmt: skip
+    one = Head(nn.Parameter(torch.eye(38, dtype=torch.float64)), None, 1.0, None)
+    mean = (0.75 * answers[0] + 0.25 * answers[1]).clamp(min=1e-300).log() * 1.6
+    leaves = [p for p in (hidden.requires_grad_(), student.weight, student.bias) if p is not None]
+    expected = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=mean, teacher_head=one)
+    mixture, states = Mixture((teacher, other), (0.75, 0.25)), torch.cat([teacher_hidden, other_hidden], -1)
+    found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=states, teacher_head=mixture)
+    wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
 

@@ -22,7 +22,7 @@ def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ran
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     options = {"teacher_bytes": 4, "teacher_sharded": True, "chunk_bytes": 0, "sharded": True, "copied": False, **changes}
     with pytest.raises(ResourceError) as found:
-        memory.check_memory(str(student), str(teacher), **options)
+        memory.check_memory(str(student), [str(teacher)], **options)
     match = re.search(r"need about ([\d.]+) GB", str(found.value))
     assert match and "launch.ranks" in str(found.value)
     return float(match.group(1))
@@ -39,4 +39,4 @@ def test_a_whole_teacher_counts_on_every_rank(tmp_path: Path, monkeypatch: pytes
 
 def test_what_fits_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     assert memory.parameters(str(tiny_llama)) > 0
-    memory.check_memory(str(tiny_llama), None, teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)
+    memory.check_memory(str(tiny_llama), [], teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
+from pocl_ds.models import vocabulary
 from pocl_ds.models.heads import Head
-from pocl_ds.models.vocabulary import Ids, Vocabulary, reconcile
+from pocl_ds.models.vocabulary import Ids, Vocabulary, models_apart, reconcile, reconcile_all
 
 
 class Table:
@@ -104,6 +106,28 @@ def test_same_tokens_under_other_ids_are_mapped() -> None:
     assert np.flatnonzero(~found.shared).tolist() == [0, 51, 52]
     assert found.teacher_ids[1:51].tolist() == list(range(50))
     assert "50 tokens shared under other ids, mapped" in found.report
+
+
+def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
+    small, padded = tiny_models.llama(tmp_path / "a"), tiny_models.llama(tmp_path / "b", rows=tiny_models.VOCABULARY + 8)
+    other = tiny_models.llama(tmp_path / "c", tokenizer=tiny_models.make_sentencepiece_tokenizer())
+    source = ModelSource(model="m")
+    found = reconcile_all([(source, str(padded)), (source, str(small))], source, str(padded))
+    assert (found.size, found.shared) == (tiny_models.VOCABULARY, None)
+    with pytest.raises(ModelError, match="different tokenizers"):
+        reconcile_all([(source, str(small)), (source, str(other))], source, str(small))
+    apart = models_apart([(source, str(padded))], source, str(small))
+    assert apart.teacher_tokens is not None and apart.teacher_tokens.sum() == tiny_models.VOCABULARY and apart.shared is None
+    assert "320 tokens common, 0 only the teacher's, 0 only the student's; rows without a token 8 and 0" in apart.report
+
+
+def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = {"a": None, "b": np.array([1, 0, 2])}
+    monkeypatch.setattr(vocabulary, "reconcile_models", lambda source, path, *_: Vocabulary(3, None, "", maps[path]))
+    source = ModelSource(model="m")
+    with pytest.raises(ModelError, match="the teachers a and b number their tokens differently"):
+        reconcile_all([(source, "a"), (source, "b")], source, "s")
+    assert reconcile_all([(source, "b"), (source, "b")], source, "s").teacher_ids is not None
 
 
 def test_ids_number_the_teachers_logits_as_the_students() -> None:
