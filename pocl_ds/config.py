@@ -35,6 +35,7 @@ ACROSS_TOKENIZERS = ("uld", "alm")
 POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False}  # whether the student writes
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
 METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy
+ALL_LINEAR = "all-linear"  # student.lora.targets
 
 
 def _one_of(what: str, known: Collection[str]) -> Any:
@@ -185,6 +186,31 @@ class PruneConfig(Section):
         return value
 
 
+def _names(value: Any) -> Any:
+    """`a,b` as the list that it is."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class LoraConfig(Section):
+    """Low-rank adapters are trained and the model's own weights are not; what is written has them merged."""
+
+    rank: Positive = Field(16, description="of each adapter's two matrices")
+    alpha: Positive = Field(32, description="an adapter's product is scaled by alpha / rank")
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(0.0, description="of what an adapter reads")
+    targets: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] = Field(
+        (ALL_LINEAR,), description="names of linear modules, as in q_proj,v_proj; or all-linear: each but the head"
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _clear(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value) or len(set(value)) < len(value):
+            raise ValueError("a name is empty or stands there twice: write each once, as in q_proj,v_proj")
+        if ALL_LINEAR in value and len(value) > 1:
+            raise ValueError(f"{ALL_LINEAR} stands beside other names: write it alone, or only names")
+        return value
+
+
 class StudentConfig(ModelConfig):
     """The model that learns. `dtype` is that of its forward pass; DeepSpeed keeps float32 master weights."""
 
@@ -192,6 +218,7 @@ class StudentConfig(ModelConfig):
         "student_zero3", description="name in ds_configs/ or a JSON file", json_schema_extra=OPERATIONAL
     )
     prune: PruneConfig | None = Field(None, description="make the student from its model by leaving layers out")
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters alone; null: all weights")
     heal_steps: NonNegative = Field(0, description="plain KD steps before scoring; 0 for pre-trained students")
     dropout: Fraction | None = Field(None, description="set every dropout of the model; null keeps the model's own")
     activation_checkpointing: bool = Field(False, description="recompute activations in backward")

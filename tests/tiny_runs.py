@@ -1,12 +1,14 @@
-"""A whole run in small, as a recipe: what end-to-end tests change a field or two of."""
+"""A whole run in small, as a recipe: what end-to-end tests change a field or two of, stop, and read the records of."""
 
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import yaml
+from command_line import start
 
 
 def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples: int, **changes: dict[str, Any]) -> Path:
@@ -34,3 +36,28 @@ def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def records(run: Path, training: str = "train", kind: str = "step") -> list[dict[str, Any]]:
+    """What a training wrote down, of one kind."""
+    lines = [json.loads(line) for line in (run / training / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def computed(run: Path, training: str = "train") -> list[dict[str, Any]]:
+    """Of each step what does not depend on the clock."""
+    names = ("step", "loss", "kd", "ce", "tokens", "sample_ids_digest", "grad_norm")
+    return [{name: record[name] for name in names} for record in records(run, training)]
+
+
+def stop_after(run: Path, step: int, *words: str) -> int:
+    """Send TERM to a training once it has reached a step; the steps it has done."""
+    process = start("train", "--run-dir", str(run), *words)
+    metrics = run / "train" / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=300)
+    assert process.returncode == 75
+    return len(records(run))

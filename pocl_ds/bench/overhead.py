@@ -66,7 +66,8 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
 def _flops(run: RunDirectory) -> dict[str, float]:
     """Of scoring (prompts read, answers written, references read) and of trainings."""
     recipe, models = load_recipe(str(run.recipe)), read_json(run.models / "models.json")
-    student = model_shape(load_model_config(models["student"], trust_remote_code=recipe.student.trust_remote_code))
+    student = model_shape(load_model_config(models["student"], trust_remote_code=recipe.student.trust_remote_code),
+                          recipe.student.lora)  # fmt: skip
     teacher: ModelShape | None = None
     if recipe.teacher and models["teacher"]:
         teacher = model_shape(load_model_config(models["teacher"], trust_remote_code=recipe.teacher.trust_remote_code))

@@ -105,16 +105,18 @@ def scheduler_answers() -> Finding:
     return Finding("scheduler", OK, "; ".join(said.split("\n")).strip("; "))
 
 
-def checkpoint_bytes(run: Path, keep: int) -> int:
+def checkpoint_bytes(run: Path, keep: int, *, adapters: bool) -> int:
     """What a training writes: weights, and 12 bytes a parameter for each checkpoint that it holds at once, one more while saving.
 
-    0 before the student is there.
+    adapters: checkpoints hold only these, next to nothing beside the weights. 0 before the student is there.
     """
     try:
         student = json.loads((run / "models" / "models.json").read_text())["student"]
         weights = sum(path.stat().st_size for path in Path(student).glob("*.safetensors"))
     except (OSError, ValueError, KeyError, TypeError):
         return 0
+    if adapters:
+        return weights * 2
     return weights * (2 + 6 * (keep + 1))  # a weight may take two bytes: 12 bytes a parameter are up to six times the file
 
 

@@ -37,7 +37,7 @@ ROUNDS = 3
 def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     """What this rank sees of its node. `faults`: sentences."""
     shared = run.cluster / "preflight"
-    needed = checks.checkpoint_bytes(run.path, keep=spec["keep"])
+    needed = checks.checkpoint_bytes(run.path, keep=spec["keep"], adapters=spec["adapters"])
     findings = [checks.devices(spec["gpus_per_node"]), checks.folder(run.path, needed), checks.limits()]
     faults = [finding.said for finding in findings if finding.state == checks.FAIL]
     for _ in range(50):  # a network file system may show another node's file late

@@ -43,7 +43,7 @@ class Sizes:
     def __init__(self, recipe: Recipe, asked: Asked) -> None:
         self.recipe, self.asked = recipe, asked
         self.student_config = _config(recipe.student)
-        self.student = model_shape(self.student_config)
+        self.student = model_shape(self.student_config, recipe.student.lora)
         self.teacher: ModelShape | None = model_shape(_config(recipe.teacher)) if recipe.teacher else None
 
     @cached_property
@@ -84,7 +84,8 @@ class Sizes:
         return {
             checkpointing: [
                 (length, activation_bytes(self.student_config, [length], dtype=getattr(torch, recipe.dtype),
-                                          attention=recipe.attention, checkpointing=checkpointing, dropout=recipe.dropout))
+                                          attention=recipe.attention, checkpointing=checkpointing, dropout=recipe.dropout,
+                                          lora=recipe.lora))
                 for length in SHORT
             ]
             for checkpointing in (False, True)
@@ -128,6 +129,7 @@ def page(sizes: Sizes) -> tuple[list[str], Choice | None]:
     lines = [
         f"{recipe.name} on {layout.nodes} x {layout.ranks_per_node} {device.name}: {layout.ranks} ranks, teacher "
         f"{shown.mode}; student {sizes.student.parameters / 1e6:,.0f} million parameters"
+        + (f", {sizes.student.trained / 1e6:,.1f} million of adapters are trained" if sizes.student.adapters else "")
         + (f", teacher {sizes.teacher.parameters / 1e6:,.0f} million" if sizes.teacher else ""), "",
         f"memory of a rank in training, micro-batches of {shown.micro_batch_size} x {sizes.work.max_length} tokens",
         *(f"  {name:<26}{size / GB:>9.2f} GB" for name, size in memory.items() if size > 0),

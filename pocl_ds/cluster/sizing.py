@@ -113,26 +113,28 @@ def training_memory(
 
     gloo: between CPUs, where what is gathered lies there twice more on its way (`pocl bench size`).
     """
-    shard = student.parameters / (ranks if choice.sharded else 1)
+    over = ranks if choice.sharded else 1
+    shard, trained = (student.parameters + student.adapters) / over, student.trained / over
     mixed = choice.dtype != "float32"
     kept: dict[str, float] = {"libraries and buffers": base}
     on_host = choice.offload_student
     # Mixed precision: weights, gradients and a float32 copy; in float32 ZeRO-3 holds a flat copy too.
     kept["student: weights"] = 0.0 if on_host else parameter_bytes(shard, choice.dtype)
-    kept["student: gradients"] = parameter_bytes(shard, choice.dtype)
+    kept["student: gradients"] = parameter_bytes(trained, choice.dtype)
     copies = 3 if mixed or choice.sharded else 2
-    kept["student: optimizer"] = 0.0 if on_host else 4.0 * copies * shard
+    kept["student: optimizer"] = 0.0 if on_host else 4.0 * copies * trained
     if choice.sharded:
         kept["student: gathered"] = parameter_bytes(_live(student), choice.dtype)
-        kept["student: bucket"] = 2 * parameter_bytes(min(BUCKET, student.parameters), choice.dtype)
+        kept["student: bucket"] = 2 * parameter_bytes(min(BUCKET, student.trained), choice.dtype)
     kept["student: activations"] = activations(lengths, choice.checkpointing)
     if choice.checkpointing:
         kept["student: activations"] += activations(lengths, False) / student.layers  # one block is computed again
     kept["logits"] = min(float(choice.chunk_bytes), loss_tokens * student.rows * _logit_bytes(choice.dtype))
-    kept["head's gradient"] = (6.0 if mixed else 4.0) * student.head_parameters  # in float32, then in its own type
-    kept["embeddings' gradient"] = parameter_bytes(student.head_parameters, choice.dtype)
+    if not student.adapters:
+        kept["head's gradient"] = (6.0 if mixed else 4.0) * student.head_parameters  # in float32, then in its own type
+        kept["embeddings' gradient"] = parameter_bytes(student.head_parameters, choice.dtype)
     if choice.sharded and not on_host:
-        kept["student: gradient of the update"] = 4.0 * shard  # the shard once more, flat
+        kept["student: gradient of the update"] = 4.0 * trained  # the shard once more, flat
     if teacher is not None and choice.mode == "live":
         sharded = choice.teacher_sharded and ranks > 1
         kept["teacher: weights"] = 0.0 if choice.offload_teacher else parameter_bytes(
@@ -151,7 +153,7 @@ def training_memory(
 def host_memory(student: ModelShape, teacher: ModelShape | None, choice: Choice, layout: Layout) -> float:
     """Bytes of a node's own memory that offloading takes."""
     share = layout.ranks_per_node / layout.ranks
-    found = (12 + 2) * student.parameters * share if choice.offload_student else 0.0
+    found = (12 * student.trained + 2 * student.parameters) * share if choice.offload_student else 0.0
     if teacher is not None and choice.offload_teacher and choice.mode == "live":
         found += parameter_bytes(teacher.parameters, choice.teacher_dtype) * share
     return found
@@ -176,10 +178,14 @@ def scoring_memory(student: ModelShape, dtype: str, device: Device, share: float
 def step_flops(
     student: ModelShape, teacher: ModelShape | None, choice: Choice, lengths: Sequence[int], loss_tokens: int
 ) -> float:
-    """Of one step: forward, and twice that backward; the body once more with activation checkpointing."""
-    body = student.forward_flops(lengths, 0)
+    """Of one step: forward, and twice that backward; the body once more with activation checkpointing. Frozen weights hand their
+    gradient on and have none.
+    """
+    body, passes = student.forward_flops(lengths, 0), 4 if choice.checkpointing else 3
     head = 2.0 * student.head_parameters * loss_tokens
-    total = (4 if choice.checkpointing else 3) * body + 3 * head
+    total = passes * body + 3 * head
+    if student.adapters:
+        total += 2.0 * sum(lengths) * (passes * student.adapters - student.matrix_parameters) - head
     if teacher is not None and choice.mode == "live":
         total += teacher.forward_flops(lengths, loss_tokens)
     elif teacher is not None and choice.mode == "hidden":
@@ -192,7 +198,7 @@ def micro_traffic(student: ModelShape, teacher: ModelShape | None, choice: Choic
     if not choice.sharded or ranks == 1:
         return 0.0
     passes = 1 if student.parameters <= LIVE_PARAMETERS else 2  # kept from forward to backward, or gathered again
-    numbers = (passes + 1.0) * student.parameters
+    numbers = passes * float(student.parameters) + student.trained
     found = parameter_bytes(numbers, choice.dtype)
     if teacher is not None and choice.mode == "live" and choice.teacher_sharded:
         found += parameter_bytes(float(teacher.parameters), choice.teacher_dtype)
@@ -277,5 +283,5 @@ def largest(
 
 
 def checkpoint_bytes(student: ModelShape) -> float:
-    """Weights, moments and what else a checkpoint holds: 12 bytes a parameter (`pocl bench checkpoint`)."""
-    return 12.0 * student.parameters
+    """Weights, moments and what else a checkpoint holds: 12 bytes a trained parameter (`pocl bench checkpoint`)."""
+    return 12.0 * student.trained

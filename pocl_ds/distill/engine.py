@@ -96,6 +96,7 @@ class DeepSpeedEngine:
         # It puts a script into every checkpoint, between two barriers, where a full disk would leave the other ranks waiting.
         self.engine._copy_recovery_script = lambda *_: None
         self.weight_decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
+        self.frozen = frozen_names(module)
 
     def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
@@ -123,11 +124,14 @@ class DeepSpeedEngine:
         taken: list[tuple[Any, str]] = []
 
         def take(state_dict: Any, path: str) -> None:
+            if self.frozen and "module" in state_dict:  # DeepSpeed itself leaves out one name of a weight that has two
+                state_dict["module"] = {key: part for key, part in state_dict["module"].items() if key not in self.frozen}
             taken.append((_copied(state_dict) if copy else state_dict, path))
 
         writer.save = take
         try:
-            self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False)
+            self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False,
+                                        exclude_frozen_parameters=bool(self.frozen))  # fmt: skip
         finally:
             del writer.save  # the class's own method shows again
 
@@ -141,13 +145,18 @@ class DeepSpeedEngine:
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         self.engine._config.load_universal_checkpoint = resharded
         try:
-            path, _ = self.engine.load_checkpoint(str(directory), tag="universal" if resharded else "zero")
+            path, _ = self.engine.load_checkpoint(str(directory), tag="universal" if resharded else "zero",
+                                                  custom_load_fn=self._load_module)  # fmt: skip
         finally:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise ArtifactError(f"DeepSpeed found no checkpoint in {directory}: remove it, training goes on from the one before")
         if resharded:
             self._mend_universal_load()
+
+    def _load_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
+        """What DeepSpeed does with a checkpoint's module, where frozen weights are not in it."""
+        _load_all_but(self.frozen, src, dst)
 
     def _mend_universal_load(self) -> None:
         """Undo what DeepSpeed's universal load does to an Adam with several parameter groups.
@@ -197,6 +206,7 @@ class TorchEngine:
             parameter_groups(module, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.frozen = frozen_names(module)
 
     def __call__(self, *args: Any) -> Any:
         return self.module(*args)
@@ -222,7 +232,8 @@ class TorchEngine:
     def snapshot(self, directory: Path, *, copy: bool) -> Write:
         if distributed.rank():
             return list
-        live = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        module = {name: part for name, part in self.module.state_dict().items() if name not in self.frozen}
+        live = {"module": module, "optimizer": self.optimizer.state_dict()}
         state, path = _copied(live) if copy else live, directory / "torch.pt"
 
         def write() -> list[Path]:
@@ -233,7 +244,7 @@ class TorchEngine:
 
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         state = torch.load(directory / "torch.pt", map_location="cpu", weights_only=True)
-        self.module.load_state_dict(state["module"])
+        _load_all_but(self.frozen, state["module"], self.module)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def reshard(self, source: Path, target: Path) -> None:
@@ -342,6 +353,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             (decayed if len(shape) >= 2 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def frozen_names(module: nn.Module) -> set[str]:
+    """Every name of the parameters that are not trained. Checkpoints leave them out: they are those of the model's folder."""
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def _load_all_but(absent: set[str], state: dict[str, Tensor], module: nn.Module) -> None:
+    """Load a state in which these names may be missing. Raises ArtifactError for any other difference."""
+    found = module.load_state_dict(state, strict=False)
+    wrong = sorted({*found.missing_keys} - absent | {*found.unexpected_keys})
+    if wrong:
+        raise ArtifactError(f"the checkpoint and the student differ in {wrong[0]}: remove the checkpoint, or undo the change to "
+                            "the student")  # fmt: skip
 
 
 def clear_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -6,42 +6,49 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_ds import distributed
+from pocl_ds.config import LoraConfig
 from pocl_ds.errors import ResourceError
+from pocl_ds.models.lora import adapter_parameters
 
 log = logging.getLogger("pocl_ds")
 
 # float32: weights, gradients, two moments, and ZeRO's flat copy of the weights.
 BYTES_PER_TRAINED_PARAMETER = 4 * 5
+BYTES_PER_FROZEN_PARAMETER = 4
 BYTES_COPIED = 4 * 3  # weights and moments once more, while a checkpoint is written in the background
-BYTES_GATHERED = 4 * 2  # a trained parameter whole on a rank during a step, and its gradient before it is scattered
+BYTES_GATHERED = 4  # a parameter whole on a rank during a step; a trained one as often for its gradient before it is scattered
 BYTES_OF_WRITER = 2 << 30  # beside its weights: an interpreter, its cache of keys and values
 BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations of a small micro-batch
 
 
 def check_memory(
     student: str, teachers: Sequence[str], *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool,
-    copied: bool, writer: bool = False,
+    copied: bool, writer: bool = False, lora: LoraConfig | None = None,
 ) -> None:  # fmt: skip
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
     student, teachers: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
     copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses.
+    lora: adapters that are trained alone, beside the student's own weights.
     """
     if distributed.device().type != "cpu":
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     copies = ranks / distributed.world_size() if sharded else ranks
-    trained = parameters(student)
-    student_bytes = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied)
+    whole = parameters(student)
+    trained, still = (adapters(student, lora), whole) if lora else (whole, 0)
+    student_bytes = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied) + still * BYTES_PER_FROZEN_PARAMETER
     frozen = sum(parameters(teacher) for teacher in teachers) * teacher_bytes
     models = student_bytes * copies + frozen * (ranks / distributed.world_size() if teacher_sharded else ranks)
-    gathered = trained * BYTES_GATHERED if sharded else 0  # ZeRO-3 keeps weights from forward to backward where they fit
-    of_writer = BYTES_OF_WRITER + trained * 4 if writer else 0
+    # ZeRO-3 keeps weights from forward to backward where they fit.
+    gathered = (still + 2 * trained) * BYTES_GATHERED if sharded else 0
+    of_writer = BYTES_OF_WRITER + whole * 4 if writer else 0
     need = int(models) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
     free = available_bytes()
     if need > free:
@@ -53,10 +60,18 @@ def check_memory(
 
 def parameters(model: str) -> int:
     """Number of parameters, from the configuration alone; tied weights count once."""
+    return sum(p.numel() for p in _empty(model).parameters())
+
+
+def adapters(model: str, lora: LoraConfig) -> int:
+    """Number of its adapters' parameters. Raises RecipeError where it cannot have these."""
+    return adapter_parameters(_empty(model), lora)
+
+
+def _empty(model: str) -> Any:
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in built.parameters())
+        return AutoModelForCausalLM.from_config(config)
 
 
 def available_bytes() -> int:

@@ -29,6 +29,7 @@ from pocl_ds.errors import ResourceError
 from pocl_ds.generation.child import ChildGenerator
 from pocl_ds.generation.protocol import Generator, Sampling
 from pocl_ds.models.load import load_tokenizer
+from pocl_ds.models.lora import merged
 from pocl_ds.models.vocabulary import Ids
 
 log = logging.getLogger("pocl_ds")
@@ -103,6 +104,8 @@ class Rollout:
         with distributed.together("open the writer of the student's responses"):
             writer = self._writer()
         weights = dict(self.engine.weights(self.module.model))
+        if self.student.lora:
+            weights = merged(self.module.model, weights)
         with distributed.together("give the writer the student's weights"):
             writer.refresh(weights)
         del weights

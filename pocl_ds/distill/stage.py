@@ -47,6 +47,7 @@ from pocl_ds.distill.trainer import Trainer, TrainingData
 from pocl_ds.errors import ArtifactError, ModelError, RecipeError
 from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions, resolve_model
+from pocl_ds.models.lora import add_adapters, check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quiet import quiet
 from pocl_ds.models.vocabulary import Ids, models_apart, reconcile_all
@@ -163,6 +164,8 @@ def prepare(
             info = _prune(student_path, pruned, student)
         distributed.barrier()
         student_path = str(pruned)
+    if student.lora:  # before hours of scoring
+        check_adapters(load_model_config(student_path, trust_remote_code=student.trust_remote_code), student.lora)
     if student.heal_steps:
         start_deepspeed()
         split = EncodedSplit.open(run.data, "train")
@@ -198,6 +201,7 @@ def fit(run: RunDirectory, job: Job) -> None:
     if distributed.rank() == 0:
         info = {
             "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
+            "trained_parameters": trained_parameters(trainer.engine.module)[0],
             "ranks": distributed.world_size(), "engine": job.train.engine, "packed": trainer.layout.packed,
             "padding_share": round(trainer.layout.padding_share, 4),
             "resumed_at": trainer.first_step, "skipped_steps": trainer.non_finite.skipped,
@@ -280,7 +284,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     check_memory(
         job.student_path, live, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
-        copied=train.checkpoint.in_background, writer=job.policy.on_policy,
+        copied=train.checkpoint.in_background, writer=job.policy.on_policy, lora=job.student.lora,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))
@@ -302,6 +306,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     sharded = ds_config.resolve_student(job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks)
     with sharded_loading(sharded if deepspeed else None):
         model = _load(job.student_path, job.student, job.student.dropout)
+    if job.student.lora:
+        log.info("%s", add_adapters(model, job.student.lora, job.seed))
     if job.student.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes).train()
@@ -351,6 +357,8 @@ def _write_final(job: Job, engine: Engine, tokenizer: Any) -> None:
     """The trained weights as a Hugging Face folder; every rank takes part in gathering."""
     module: Any = engine.module
     state = engine.state(module.model)
+    if job.student.lora:
+        state = merged(module.model, state)
     with distributed.together("write the trained weights"), contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
             folder = stack.enter_context(atomic_directory(job.directory / "final"))

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from pocl_ds.config import LoraConfig
 from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.lora import adapter_parameters, is_linear, targeted
 from pocl_ds.models.quiet import quiet
 
 
@@ -37,6 +40,12 @@ class ModelShape:
     attention_width: int  # heads x their width
     key_value_width: int  # the same of keys and values
     tied: bool
+    adapters: int = 0  # parameters beside these, which alone are trained where there are any
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have gradients."""
+        return self.adapters or self.parameters
 
     def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
         """Multiplications and additions of one forward: attention causal over each sample, the head at loss positions only."""
@@ -45,13 +54,15 @@ class ModelShape:
         return 2.0 * self.matrix_parameters * tokens + attention + 2.0 * self.head_parameters * loss_tokens
 
 
-def model_shape(config: Any) -> ModelShape:
-    """Sizes of the model that a configuration describes. Raises ModelError for a family whose head is not known."""
+def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
+    """Sizes of the model that a configuration describes, with adapters where `lora` says so. Raises ModelError for a family whose
+    head is not known, RecipeError for adapters that it cannot have.
+    """
     with torch.device("meta"), quiet():
         model: Any = AutoModelForCausalLM.from_config(config)
     head = head_of(model)
     blocks = _blocks(model)
-    linears = [module for name, module in model.named_modules() if _is_linear(module) and module.weight is not head.weight]
+    linears = [module for name, module in model.named_modules() if is_linear(module) and module.weight is not head.weight]
     heads = config.num_attention_heads
     width_of_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
@@ -67,15 +78,18 @@ def model_shape(config: Any) -> ModelShape:
         attention_width=heads * width_of_head,
         key_value_width=(getattr(config, "num_key_value_heads", None) or heads) * width_of_head,
         tied=head.weight is model.get_input_embeddings().weight,
+        adapters=adapter_parameters(model, lora) if lora else 0,
     )
 
 
 def activation_bytes(
-    config: Any, lengths: Sequence[int], *, dtype: torch.dtype, attention: str, checkpointing: bool, dropout: float | None = None
-) -> int:
+    config: Any, lengths: Sequence[int], *, dtype: torch.dtype, attention: str, checkpointing: bool, dropout: float | None = None,
+    lora: LoraConfig | None = None,
+) -> int:  # fmt: skip
     """Bytes that the backbone's forward keeps for its backward over one micro-batch, its last hidden states included.
 
-    lengths: tokens of each sample. With attention=per_sample they lie behind one another; else they are padded.
+    lengths: tokens of each sample. With attention=per_sample they lie behind one another; else they are padded. lora: adapters
+    that are trained alone.
     """
     from pocl_ds.models.attention import PER_SAMPLE
     from pocl_ds.models.load import set_dropout
@@ -85,12 +99,13 @@ def activation_bytes(
     kept: dict[int, tuple[int, Any]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), quiet():
         model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+        adapters = _imitated(model, lora) if lora else []
         for module in model.modules():
             if hasattr(module, "layerdrop"):  # OPT looks at a random number there, which fake tensors do not have
                 module.training = False
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *adapters)}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -109,15 +124,27 @@ def activation_bytes(
         return sum(size for size, _ in kept.values()) + states.untyped_storage().nbytes()
 
 
+def _imitated(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
+    """Freeze a fake model and let its linear modules compute what adapters would add: peft moves its own, which fakes cannot."""
+    model.requires_grad_(False)
+    made: list[nn.Parameter] = []
+    for module in targeted(model, lora.targets).values():
+        inputs, outputs = module.weight.shape if type(module).__name__ == "Conv1D" else module.weight.shape[::-1]
+        down, up = (nn.Parameter(module.weight.new_empty(shape)) for shape in ((lora.rank, inputs), (outputs, lora.rank)))
+
+        def add(module: nn.Module, given: Any, output: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
+            read = functional.dropout(given[0], lora.dropout) if lora.dropout else given[0]
+            return output + functional.linear(functional.linear(read, down), up) * (lora.alpha / lora.rank)
+
+        module.register_forward_hook(add)
+        made += [down, up]
+    return made
+
+
 def _blocks(model: Any) -> list[nn.Module]:
     """The layers: the longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda modules: len(list(modules))))
-
-
-def _is_linear(module: Any) -> bool:
-    """Linear maps; GPT-2's are called Conv1D."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def parameter_bytes(numbers: float, dtype: str) -> float:

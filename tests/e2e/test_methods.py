@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
-from command_line import pocl, start
-from tiny_runs import write_recipe
+from command_line import pocl
+from tiny_runs import computed, records, stop_after, write_recipe
 
 POLICIES = {
     "gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=jsd"],
@@ -23,16 +21,6 @@ POLICIES = {
     "uld, gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=uld"],
 }  # fmt: skip
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
-
-
-def records(run: Path, training: str = "train", kind: str = "step") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / training / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def computed(run: Path, training: str = "train") -> list[dict[str, Any]]:
-    names = ("step", "loss", "kd", "ce", "tokens", "sample_ids_digest", "grad_norm")
-    return [{name: record[name] for name in names} for record in records(run, training)]
 
 
 def plan_without_sft(folder: Path, *words: str, tokenizer: Any = None) -> Path:
@@ -121,16 +109,3 @@ def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path
     steps = records(run)
     assert len(steps) == STEPS and all(record["on_policy"] for record in steps)
     assert [record["staleness"] for record in steps] == [step % 4 for step in range(STEPS)]
-
-
-def stop_after(run: Path, step: int, *words: str) -> int:
-    """Send TERM to a training once it has reached a step; the steps it has done."""
-    process = start("train", "--run-dir", str(run), *words)
-    metrics = run / "train" / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.is_file() and len(metrics.read_text().splitlines()) >= step:
-            process.send_signal(signal.SIGTERM)
-            break
-    process.communicate(timeout=300)
-    assert process.returncode == 75
-    return len(records(run))

@@ -35,6 +35,13 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(trian={}), ("trian", "did you mean train?")),
     (changed(train__batchsize=8), ("train.batchsize", "did you mean batch_size?")),
     (changed(student__prune__layers="1"), ("student.prune.layers", "drop_layers")),
+    (changed(student__lora={"rank": 0}), ("student.lora.rank=0", "greater than or equal to 1")),
+    (changed(student__lora={"dropout": 1}), ("student.lora.dropout=1", "less than 1")),
+    (changed(student__lora={"r": 8}), ("student.lora.r", "the fields here are rank, alpha")),
+    (changed(student__lora={"targets": ""}), ("student.lora.targets=''", "write each once")),
+    (changed(student__lora={"targets": []}), ("student.lora.targets", "at least 1")),
+    (changed(student__lora={"targets": "q_proj, q_proj"}), ("student.lora.targets", "write each once")),
+    (changed(student__lora={"targets": ["all-linear", "q_proj"]}), ("student.lora.targets", "write it alone")),
     (changed(student=None), ("student", "section")),
     ({"name": "x", "teacher": {"model": "t"}}, ("student", "missing", "add it")),
     (changed(teacher__model=None), ("teacher.model=None", "string")),
@@ -147,6 +154,17 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.teacher is not None
     assert (recipe.teacher.model, recipe.teacher.dtype) == ("t", "bfloat16")
     assert load_recipe(str(file), ["train.batch_size=32", "train.batch_size=64"]).train.batch_size == 64
+
+
+def test_adapters_as_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    recipe = load_recipe(str(file), ["student.lora.targets=q_proj, v_proj", "student.lora.alpha=8"])
+    assert recipe.student.lora is not None
+    assert (recipe.student.lora.rank, recipe.student.lora.alpha, recipe.student.lora.targets) == (16, 8, ("q_proj", "v_proj"))
+    plain, adapted = load_recipe(str(file)), load_recipe(str(file), ["student.lora={}"])
+    assert plain.student.lora is None and adapted.student.lora is not None and adapted.student.lora.targets == ("all-linear",)
+    assert len({fingerprints(one)["train"] for one in (plain, adapted, recipe)}) == 3
 
 
 @pytest.mark.parametrize(

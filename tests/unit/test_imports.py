@@ -28,8 +28,8 @@ TIERS = (
 )
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
 SIDEWAYS: set[tuple[str, str]] = set()  # (room, room it may enter in its own tier)
-ONE_FILE = {"deepspeed": "distill/engine.py", "vllm": "generation/vllm_backend.py"}
-HEAVY = ("torch", "transformers", "deepspeed", "vllm", "datasets")
+ONE_FILE = {"deepspeed": "distill/engine.py", "vllm": "generation/vllm_backend.py", "peft": "models/lora.py"}
+HEAVY = ("torch", "transformers", "deepspeed", "vllm", "datasets", "peft")
 
 
 def room_of(path: Path) -> str:

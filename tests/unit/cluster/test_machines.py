@@ -90,11 +90,12 @@ def test_a_folder_that_cannot_hold_a_run(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_counted(tmp_path: Path) -> None:
-    assert checks.checkpoint_bytes(tmp_path, keep=2) == 0
+    assert checks.checkpoint_bytes(tmp_path, keep=2, adapters=False) == 0
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "model.safetensors").write_bytes(b"x" * 400)  # a hundred float32 parameters
     (tmp_path / "models" / "models.json").write_text(json.dumps({"student": str(tmp_path / "models"), "teacher": None}))
-    assert checks.checkpoint_bytes(tmp_path, keep=2) >= 100 * (4 + 12 * 3)
+    assert checks.checkpoint_bytes(tmp_path, keep=2, adapters=False) >= 100 * (4 + 12 * 3)
+    assert checks.checkpoint_bytes(tmp_path, keep=2, adapters=True) == 800
 
 
 def test_every_check_of_this_machine_says_something(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_nodes_that_differ_are_named() -> None:
 def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     run.recipe.write_text("x")
-    assert preflight.preflight(run, {"gpus_per_node": 0, "keep": 2}) == (0, "")
+    assert preflight.preflight(run, {"gpus_per_node": 0, "keep": 2, "adapters": False}) == (0, "")
     assert list((run.cluster / "preflight").iterdir()) == []
-    code, sentence = preflight.preflight(run, {"gpus_per_node": 4096, "keep": 2})
+    code, sentence = preflight.preflight(run, {"gpus_per_node": 4096, "keep": 2, "adapters": False})
     assert code == 2 and "4096 promised GPUs" in sentence, "wrong on every node: no other node would do"

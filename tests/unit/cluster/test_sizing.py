@@ -49,6 +49,24 @@ def test_by_hand() -> None:
     assert found["logits"] == pytest.approx(511 * 50_000 * 4)
 
 
+def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
+    """0.02 of 1.3 thousand million are trained: 2 bytes of each weight, and 14 more of an adapter's."""
+    adapted = replace(SMALL, adapters=20_000_000)
+    found = sizing.training_memory(adapted, LARGE, Choice(1), 8, [512], 511, lambda *_: 0.0, 0.0)
+    states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
+    assert states == pytest.approx((2 * 1.32e9 + 14 * 20e6) / 8)
+    assert not {"head's gradient", "embeddings' gradient"} & found.keys()
+    assert sizing.checkpoint_bytes(adapted) == 12 * 20e6
+    assert sizing.host_memory(adapted, None, Choice(1, offload_student=True), Layout(1, 8)) == 12 * 20e6 + 2 * 1.3e9
+    traffic = [sizing.micro_traffic(shape, None, Choice(1), 4) for shape in (adapted, SMALL)]
+    assert traffic[0] / traffic[1] == pytest.approx((2 * 1.3e9 + 20e6) / (3 * 1.3e9))
+    choice, lengths = replace(Choice(1), mode="none"), [1000] * 10
+    flops = sizing.step_flops(adapted, None, choice, lengths, 5000)
+    attention = 3 * 24 * 10 * 2 * 1000 * 1001 * 2048  # of its two factors both have gradients
+    assert flops == pytest.approx(10_000 * (4 * 1.2e9 + 6 * 20e6) + 5000 * 4 * 1e8 + attention)
+    assert flops < 0.75 * sizing.step_flops(SMALL, None, choice, lengths, 5000)
+
+
 def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
     lengths, choice = [1000] * 10, Choice(1)
     dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)
@@ -91,6 +109,8 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     page = capfd.readouterr().out
     for part in ("8 ranks", "student: gathered", "largest micro-batch that fits", "POCL, all of it", "plain SFT"):
         assert part in page
+    assert cli.main([*words, "student.lora.rank=4"]) == 0
+    assert "0.0 million of adapters are trained" in capfd.readouterr().out
     written = load_recipe(str(tmp_path / "written.yaml"))
     assert written.launch.ranks == 8 and written.train.micro_batch_size == 1  # 8 samples over 8 ranks
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pocl_ds.config import LoraConfig
 from pocl_ds.distill import memory
 from pocl_ds.errors import ResourceError
 
@@ -18,6 +19,7 @@ def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ran
     monkeypatch.setattr(memory, "BYTES_PER_RANK", 0)
     monkeypatch.setattr(memory, "BYTES_OF_WRITER", 0)
     monkeypatch.setattr(memory, "parameters", lambda path: 10**9 if path == str(student) else 5 * 10**9)
+    monkeypatch.setattr(memory, "adapters", lambda path, lora: lora.rank * 10**6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     options = {"teacher_bytes": 4, "teacher_sharded": True, "chunk_bytes": 0, "sharded": True, "copied": False, **changes}
@@ -37,6 +39,15 @@ def test_a_whole_teacher_counts_on_every_rank(tmp_path: Path, monkeypatch: pytes
     assert needed(student, teacher, monkeypatch, sharded=False, teacher_sharded=False) == 2 * 20 + 2 * 20
 
 
+def test_only_adapters_have_gradients_and_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = tmp_path / "s", tmp_path / "t"
+    lora = LoraConfig(rank=100)  # 0.1 of 1 thousand million
+    assert needed(student, teacher, monkeypatch, lora=lora) == pytest.approx(4 + 2 + 2 * (4 + 0.8) + 20)
+    copied = needed(student, teacher, monkeypatch, lora=lora, copied=True, writer=True)
+    assert copied == pytest.approx(4 + 2 + 1.2 + 2 * (4 + 0.8 + 4) + 20)
+
+
 def test_what_fits_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     assert memory.parameters(str(tiny_llama)) > 0
+    assert memory.adapters(str(tiny_llama), LoraConfig(rank=2, targets=("o_proj",))) == 3 * 2 * (64 + 64)
     memory.check_memory(str(tiny_llama), [], teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)

@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
 
 from pocl_ds.bench.size import CPU_ATTENTION
+from pocl_ds.config import LoraConfig
 from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.lora import add_adapters, trained_parameters
 from pocl_ds.models.shape import activation_bytes, model_shape
 
 LENGTHS = (31, 17, 48)
@@ -72,6 +74,31 @@ def test_activations_are_what_autograd_keeps(name: str, attention: str) -> None:
             states = hidden_states(model, ids, torch.ones_like(ids))
     expected = sum(storage.nbytes() for storage in kept.values())
     assert found == pytest.approx(expected, rel=0.03, abs=states.numel() * 4)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_with_adapters(name: str) -> None:
+    """What autograd keeps follows from what is frozen; the adapters are counted beside the model's own weights."""
+    pytest.importorskip("peft")
+    config, lora = CONFIGS[name], LoraConfig(rank=4)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").train()
+    assert model_shape(config).adapters == 0 and model_shape(config).trained == model_shape(config).parameters
+    add_adapters(model, lora, 0)
+    shape = model_shape(config, lora)
+    assert (shape.trained, shape.parameters + shape.adapters) == trained_parameters(model)
+    assert shape.parameters == model_shape(config).parameters
+    found = activation_bytes(config, LENGTHS, dtype=torch.float32, attention="per_sample", checkpointing=False, lora=lora)
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids, positions = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = hidden_states(model, ids, None, positions, LENGTHS)
+    assert found == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.03, abs=states.numel() * 4)
 
 
 def test_checkpointing_keeps_less_and_more_tokens_more() -> None:
