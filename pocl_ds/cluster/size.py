@@ -17,6 +17,7 @@ from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_config
+from pocl_ds.models.quantization import bytes_per_weight
 from pocl_ds.models.shape import ModelShape, activation_bytes, model_shape
 from pocl_ds.pipeline import taus
 
@@ -44,7 +45,8 @@ class Sizes:
         self.recipe, self.asked = recipe, asked
         self.student_config = _config(recipe.student)
         self.student = model_shape(self.student_config, recipe.student.lora)
-        self.teacher: ModelShape | None = model_shape(_config(recipe.teacher)) if recipe.teacher else None
+        self.teacher_config = _config(recipe.teacher) if recipe.teacher else None
+        self.teacher: ModelShape | None = model_shape(self.teacher_config) if recipe.teacher else None
 
     @cached_property
     def work(self) -> Work:
@@ -69,6 +71,7 @@ class Sizes:
             offload_teacher=teacher is not None and "offload" in (teacher.ds_config or ""),
             teacher_dtype=teacher.dtype if teacher else recipe.student.dtype, sharded=recipe.train.engine == "deepspeed",
             teacher_sharded=teacher is not None and teacher.ds_config is not None, chunk_bytes=recipe.loss.chunk_bytes,
+            teacher_quantised=bytes_per_weight(self.teacher_config, teacher.quantization) if teacher else None,
             record_bytes=records,
         )  # fmt: skip
 

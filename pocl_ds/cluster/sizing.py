@@ -94,8 +94,14 @@ class Choice:
     teacher_dtype: str = "bfloat16"
     sharded: bool = True  # by ZeRO-3; else whole, in plain PyTorch
     teacher_sharded: bool = True
+    teacher_quantised: float | None = None  # bytes of a weight of the teacher's linear modules, where it is quantised
     chunk_bytes: int = 512 << 20
     record_bytes: int = 292  # of a token, where mode is topk
+
+    def teacher_weights(self, teacher: ModelShape) -> float:
+        """Bytes of the whole teacher."""
+        quantised = 0.0 if self.teacher_quantised is None else float(teacher.matrix_parameters)
+        return parameter_bytes(teacher.parameters - quantised, self.teacher_dtype) + quantised * (self.teacher_quantised or 0)
 
     def teacher_width(self, teacher: ModelShape) -> float:
         """Bytes that are kept of a loss token."""
@@ -137,8 +143,8 @@ def training_memory(
         kept["student: gradient of the update"] = 4.0 * trained  # the shard once more, flat
     if teacher is not None and choice.mode == "live":
         sharded = choice.teacher_sharded and ranks > 1
-        kept["teacher: weights"] = 0.0 if choice.offload_teacher else parameter_bytes(
-            teacher.parameters / (ranks if sharded else 1), choice.teacher_dtype)  # fmt: skip
+        weights = choice.teacher_weights(teacher) / (ranks if sharded else 1)
+        kept["teacher: weights"] = 0.0 if choice.offload_teacher else weights
         if sharded or choice.offload_teacher:
             kept["teacher: gathered"] = parameter_bytes(_live(teacher), choice.teacher_dtype)
         widest = teacher.block_parameters / max(teacher.width, 1)  # numbers of a token alive in a block, at most

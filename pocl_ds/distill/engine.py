@@ -264,7 +264,8 @@ class FrozenEngine:
         module.eval().requires_grad_(False)
         self.sharded = ds_config is not None
         if ds_config is None:
-            self.module: Any = module.to(distributed.device())
+            where = distributed.device()  # a quantised model is there already, and must not be moved
+            self.module: Any = module if all(part.device == where for part in module.parameters()) else module.to(where)
             return
         import deepspeed
 

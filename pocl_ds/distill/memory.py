@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_ds import distributed
-from pocl_ds.config import LoraConfig
+from pocl_ds.config import ALL_LINEAR, LoraConfig
 from pocl_ds.errors import ResourceError
-from pocl_ds.models.lora import adapter_parameters
+from pocl_ds.models.lora import adapter_parameters, targeted
 
 log = logging.getLogger("pocl_ds")
 
@@ -28,12 +28,13 @@ BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations
 
 
 def check_memory(
-    student: str, teachers: Sequence[str], *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int, sharded: bool,
-    copied: bool, writer: bool = False, lora: LoraConfig | None = None,
+    student: str, teachers: Sequence[tuple[str, float | None]], *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int,
+    sharded: bool, copied: bool, writer: bool = False, lora: LoraConfig | None = None,
 ) -> None:  # fmt: skip
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
-    student, teachers: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size.
+    student, teachers: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size; beside a
+    teacher, that of its linear modules' weights where they are quantised.
     copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses.
     lora: adapters that are trained alone, beside the student's own weights.
     """
@@ -44,7 +45,7 @@ def check_memory(
     whole = parameters(student)
     trained, still = (adapters(student, lora), whole) if lora else (whole, 0)
     student_bytes = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied) + still * BYTES_PER_FROZEN_PARAMETER
-    frozen = sum(parameters(teacher) for teacher in teachers) * teacher_bytes
+    frozen = sum(parameters(path) * teacher_bytes - _spared(path, teacher_bytes, quantised) for path, quantised in teachers)
     models = student_bytes * copies + frozen * (ranks / distributed.world_size() if teacher_sharded else ranks)
     # ZeRO-3 keeps weights from forward to backward where they fit.
     gathered = (still + 2 * trained) * BYTES_GATHERED if sharded else 0
@@ -58,6 +59,11 @@ def check_memory(
         )
 
 
+def _spared(teacher: str, size: int, quantised: float | None) -> int:
+    """Bytes that quantised linear modules are smaller."""
+    return 0 if quantised is None else int(linear_parameters(teacher) * (size - quantised))
+
+
 def parameters(model: str) -> int:
     """Number of parameters, from the configuration alone; tied weights count once."""
     return sum(p.numel() for p in _empty(model).parameters())
@@ -66,6 +72,11 @@ def parameters(model: str) -> int:
 def adapters(model: str, lora: LoraConfig) -> int:
     """Number of its adapters' parameters. Raises RecipeError where it cannot have these."""
     return adapter_parameters(_empty(model), lora)
+
+
+def linear_parameters(model: str) -> int:
+    """Number of weights of its linear modules without the head's: what is quantised of a teacher."""
+    return sum(module.weight.numel() for module in targeted(_empty(model), (ALL_LINEAR,)).values())
 
 
 def _empty(model: str) -> Any:

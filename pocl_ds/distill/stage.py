@@ -49,6 +49,7 @@ from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions, resolve_model
 from pocl_ds.models.lora import add_adapters, check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
+from pocl_ds.models.quantization import bytes_per_weight, check_student, check_teacher
 from pocl_ds.models.quiet import quiet
 from pocl_ds.models.vocabulary import Ids, models_apart, reconcile_all
 
@@ -158,6 +159,7 @@ def prepare(
     watch = distributed.Stopwatch()
     teachers = tuple(resolve_model(one) for one in (teacher, *teacher.others)) if teacher else ()
     student_path, info = resolve_model(student), {}
+    _check_quantised(teacher, teachers, student, student_path)
     if student.prune:
         pruned = run.models / "pruned"
         if distributed.rank() == 0:
@@ -185,6 +187,23 @@ def prepare(
         write_manifest(run.models, "prepare", fingerprint, info={**info, "seconds": watch.lap()},
                        files=[run.models / "models.json"])
     distributed.barrier()
+
+
+def _check_quantised(teacher: TeacherConfig | None, paths: Sequence[str], student: StudentConfig, student_path: str) -> None:
+    """Refuse quantised weights where they cannot be, before anything is loaded."""
+    if teacher:
+        for path in paths:
+            check_teacher(teacher, _config(path, teacher))
+    check_student(student, _config(student_path, student))
+
+
+def _quantised(path: str, teacher: TeacherConfig) -> float | None:
+    """Bytes of a weight of a teacher's linear modules, where they are quantised."""
+    return bytes_per_weight(_config(path, teacher), teacher.quantization)
+
+
+def _config(path: str, model: StudentConfig | TeacherConfig) -> Any:
+    return load_model_config(path, trust_remote_code=model.trust_remote_code, revision=model.revision)
 
 
 def fit(run: RunDirectory, job: Job) -> None:
@@ -282,7 +301,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
             job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
         )
     check_memory(
-        job.student_path, live, teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
+        job.student_path, [(path, _quantised(path, job.teacher)) for path in live if job.teacher],
+        teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
         copied=train.checkpoint.in_background, writer=job.policy.on_policy, lora=job.student.lora,
     )
@@ -335,6 +355,7 @@ def _load(path: str, config: StudentConfig | TeacherConfig, dropout: float | Non
     return load_model(
         path, dtype=config.dtype, attention=config.attention, dropout=dropout,
         trust_remote_code=config.trust_remote_code, revision=config.revision,
+        quantization=config.quantization if isinstance(config, TeacherConfig) else "none",
     )
 
 

@@ -28,6 +28,7 @@ from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
+from pocl_ds.models.quantization import check_teacher
 from pocl_ds.models.vocabulary import Ids, reconcile_models
 from pocl_ds.tracking import Progress
 
@@ -55,6 +56,7 @@ def teach(
     if distributed.world_size() > 1:
         start_deepspeed()
     path, student_path = resolve_model(teacher), resolve_model(student)
+    check_teacher(teacher, load_model_config(path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision))
     splits = [EncodedSplit.open(run.data, name) for name in SPLITS]
     ids = Ids.of(reconcile_models(teacher, path, student, student_path))
     top_k = TopK(config.k, ids.size, use.taus) if teacher.mode == "topk" else None
@@ -126,7 +128,8 @@ class _Teaching:
         tokenizer = load_tokenizer(paths[1], trust_remote_code=student.trust_remote_code, revision=student.revision)
         with sharded_loading(frozen):
             model = load_model(paths[0], dtype=teacher.dtype, attention=teacher.attention, dropout=None,
-                               trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)  # fmt: skip
+                               trust_remote_code=teacher.trust_remote_code, revision=teacher.revision,
+                               quantization=teacher.quantization)  # fmt: skip
         self.packed, self.pad_id, self.tokens = packs(model), tokenizer.pad_token_id, config.batch_tokens
         self.live = LiveTeacher(model, frozen, ids)
         self.run, self.top_k, self.config = run, top_k, config

@@ -31,6 +31,8 @@ SCALES: dict[str, Callable[[Any], float]] = {
     "cohere2": lambda config: config.logit_scale,
 }
 
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Head:
@@ -103,9 +105,17 @@ def packs(model: Any) -> bool:
 
 
 def head_of(model: Any) -> Head:
-    """The model's head. Raises ModelError for a family whose way from hidden state to logits is not known here."""
+    """The model's head. Raises ModelError for a family whose way from hidden state to logits is not known here, and for a head
+    whose weights are quantised.
+    """
     family = model.config.model_type
     linear = model.get_output_embeddings()
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    if family in SCALES and quantised and not (isinstance(linear, nn.Linear) and linear.weight.dtype in PLAIN):
+        raise ModelError(
+            f"the output head of the quantised {family} model is quantised too, and logits are made from its plain weights: take "
+            "a model whose head is not"
+        )
     if family not in SCALES or not isinstance(linear, nn.Linear) or model.base_model is model:
         raise ModelError(
             f"models of the family {family!r} are not supported: use one of {', '.join(sorted(SCALES))}, "

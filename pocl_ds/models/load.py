@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pocl_ds.config import ModelSource
+from pocl_ds.distributed import device
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
+from pocl_ds.models.quantization import loading
 from pocl_ds.models.quiet import quiet
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
@@ -81,11 +83,13 @@ def load_model(
     dropout: float | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """A causal language model with its weights, in evaluation mode.
 
     dropout sets every dropout of the model's configuration; None keeps them. Training passes `use_cache=False` to the
     forward itself (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
+    quantization: of teacher.quantization; a quantised model lies on this rank's device from the start.
     Raises ModelError, also where the folder lacks weights that the model needs: they would be random.
     """
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
@@ -100,6 +104,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,
+            **loading(quantization, dtype, config, device()),
         )
     model, loaded = found
     faults = sorted([*loaded["missing_keys"], *(str(fault[0]) for fault in loaded["mismatched_keys"])])
@@ -143,9 +148,12 @@ def _one_sentence(path: str, part: str) -> Iterator[None]:
         reason = re.split(r"(?<=[a-z0-9\"')])\.\s", reason, maxsplit=1)[0].rstrip(".")[:300]
         if isinstance(error, KeyError):
             reason = f"unknown {reason}"
+        missing = isinstance(error, ImportError)
         closed = [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)] if Path(path).is_dir() else []
         if closed:
             reason, remedy = f"{', '.join(closed)} may not be read", "change the permissions of that folder's files"
+        elif missing:
+            remedy = "install what it names"
         elif Path(path).exists():
             remedy = "check the files in that folder"
         else:

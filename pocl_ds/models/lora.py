@@ -33,7 +33,7 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def targeted(model: Any, targets: tuple[str, ...]) -> dict[str, nn.Module]:
+def targeted(model: Any, targets: tuple[str, ...]) -> dict[str, Any]:
     """The linear modules that get an adapter, by their full names.
 
     targets: last parts of names (`q_proj`, `self_attn.q_proj`), or all but the head. Raises RecipeError for one that names no
@@ -43,7 +43,7 @@ def targeted(model: Any, targets: tuple[str, ...]) -> dict[str, nn.Module]:
     linear = {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
     if targets == (ALL_LINEAR,):
         return linear
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for target in targets:
         named = {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{target}")}
         if any(module is head or isinstance(module, nn.Embedding) for module in named.values()):

@@ -85,6 +85,10 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(loss__name="uld", teacher__others=[{"model": "o"}]), ("teacher.others", "loss.name=uld")),
     (changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]), ("teacher.mode=hidden", "teacher.others")),
     (changed(teacher__others=[{"model": "o", "weight": 0}]), ("teacher.others.0.weight=0", "greater than")),
+    (changed(teacher__quantization="int4"), ("teacher.quantization='int4'", "bnb_8bit", "bnb_4bit")),
+    (changed(teacher__quantization="bnb_4bit"), ("quantization=bnb_4bit", "teacher_zero3", "set teacher.ds_config=null")),
+    (changed(policy__name="seqkd", loss__name="sft", teacher={"model": "t", "ds_config": None, "quantization": "bnb_8bit"}),
+     ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit")),
     (changed(teach__k=0), ("teach.k=0", "greater than")),
 ]
 
@@ -154,6 +158,14 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.teacher is not None
     assert (recipe.teacher.model, recipe.teacher.dtype) == ("t", "bfloat16")
     assert load_recipe(str(file), ["train.batch_size=32", "train.batch_size=64"]).train.batch_size == 64
+
+
+@pytest.mark.parametrize("mode", ["live", "hidden", "topk", "auto"])
+def test_a_quantised_teacher_says_other_things(mode: str) -> None:
+    prints = [fingerprints(check_recipe(changed(teacher__ds_config=None, teacher__mode=mode, teacher__quantization=how)))
+              for how in ("none", "bnb_8bit", "bnb_4bit")]  # fmt: skip
+    assert all(len({found[stage] for found in prints}) == 3 for stage in ("teach", "train"))
+    assert len({found["data"] for found in prints}) == 1
 
 
 def test_adapters_as_overrides(tmp_path: Path) -> None:

@@ -67,6 +67,12 @@ def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
     assert flops < 0.75 * sizing.step_flops(SMALL, None, choice, lengths, 5000)
 
 
+def test_a_quantised_teacher_lies_whole_on_each_rank() -> None:
+    choice = Choice(1, teacher_sharded=False, teacher_quantised=0.5)
+    found = sizing.training_memory(SMALL, LARGE, choice, 8, [512], 511, lambda *_: 0.0, 0.0)
+    assert found["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
+
+
 def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
     lengths, choice = [1000] * 10, Choice(1)
     dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)

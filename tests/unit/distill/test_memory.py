@@ -13,18 +13,20 @@ from pocl_ds.distill import memory
 from pocl_ds.errors import ResourceError
 
 
-def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ranks: int = 2, **changes: Any) -> float:
+def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ranks: int = 2, quantised: float | None = None,
+           **changes: Any) -> float:  # fmt: skip
     """GB that it asks for, on a machine that has nothing."""
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     monkeypatch.setattr(memory, "BYTES_PER_RANK", 0)
     monkeypatch.setattr(memory, "BYTES_OF_WRITER", 0)
     monkeypatch.setattr(memory, "parameters", lambda path: 10**9 if path == str(student) else 5 * 10**9)
+    monkeypatch.setattr(memory, "linear_parameters", lambda path: 4 * 10**9)
     monkeypatch.setattr(memory, "adapters", lambda path, lora: lora.rank * 10**6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     options = {"teacher_bytes": 4, "teacher_sharded": True, "chunk_bytes": 0, "sharded": True, "copied": False, **changes}
     with pytest.raises(ResourceError) as found:
-        memory.check_memory(str(student), [str(teacher)], **options)
+        memory.check_memory(str(student), [(str(teacher), quantised)], **options)
     match = re.search(r"need about ([\d.]+) GB", str(found.value))
     assert match and "launch.ranks" in str(found.value)
     return float(match.group(1))
@@ -47,7 +49,14 @@ def test_only_adapters_have_gradients_and_moments(tmp_path: Path, monkeypatch: p
     assert copied == pytest.approx(4 + 2 + 1.2 + 2 * (4 + 0.8 + 4) + 20)
 
 
+def test_a_quantised_teacher_takes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = tmp_path / "s", tmp_path / "t"
+    found = needed(student, teacher, monkeypatch, teacher_sharded=False, quantised=0.5)
+    assert found == 20 + 2 * 8 + 2 * (4 * 0.5 + 1 * 4)
+
+
 def test_what_fits_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     assert memory.parameters(str(tiny_llama)) > 0
+    assert memory.linear_parameters(str(tiny_llama)) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
     assert memory.adapters(str(tiny_llama), LoraConfig(rank=2, targets=("o_proj",))) == 3 * 2 * (64 + 64)
     memory.check_memory(str(tiny_llama), [], teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)

@@ -139,6 +139,15 @@ def test_hidden_states_go_through_the_backbones_forward_without_a_cache() -> Non
     assert seen[0][1].past_key_values is None
 
 
+def test_a_quantised_head_is_named() -> None:
+    model = tiny("llama", {"tie_word_embeddings": False})
+    model.hf_quantizer = object()
+    assert head_of(model).weight is model.lm_head.weight  # only the rest is
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(300, 64, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"output head of the quantised llama model is quantised too.*take a model"):
+        head_of(model)
+
+
 def test_unknown_family_is_named() -> None:
     model = tiny("llama", {})
     model.config.model_type = "mystery"
