@@ -290,6 +290,10 @@ class LossConfig(Section):
     name: str = Field("fkl", description=" ".join(LOSSES))
     tau_squared: bool = Field(True, description="multiply the KD term by tau^2")
     options: dict[str, float | bool] = Field(default_factory=dict, description="options of the divergence")
+    fused: bool = Field(
+        True, description="logits at loss positions only, a chunk at a time, and no gradient graph of them; false: all logits by "
+        "the models' own forward, for families whose head is not known", json_schema_extra=OPERATIONAL,
+    )  # fmt: skip
     chunk_bytes: Annotated[Int, Field(ge=1 << 16)] = Field(
         512 << 20, description="memory for one chunk of logits", json_schema_extra=OPERATIONAL
     )
@@ -511,6 +515,9 @@ class Recipe(Section):
         if self.across_tokenizers and teacher.mode != "live":
             raise ValueError(f"loss.name={loss} lets the teacher read its own tokens, of which teacher.mode={teacher.mode} keeps "
                              "nothing: set teacher.mode=live")
+        if not self.loss.fused and teacher.mode != "live":
+            raise ValueError(f"teacher.mode={teacher.mode} keeps what a teacher's head makes logits of, and loss.fused=false knows "
+                             "no head: set teacher.mode=live")
         if teacher.others and teacher.mode != "live":
             raise ValueError(f"teacher.mode={teacher.mode} keeps what one teacher says, and teacher.others names more: set "
                              "teacher.mode=live")

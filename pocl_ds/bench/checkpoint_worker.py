@@ -20,15 +20,16 @@ from pocl_ds.bench.step_worker import precision, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
 from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TrackingConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.distill import stage
+from pocl_ds.distill import build
 from pocl_ds.distill.checkpoint import PREFIX, Checkpoints
+from pocl_ds.distill.engine import start_deepspeed
 from pocl_ds.distill.trainer import StopFlag, Trainer
 from pocl_ds.tracking import setup_logging
 
 
 def main(work: Workload, folder: Path, steps: int, out: Path) -> None:
     """Write the seconds of each part, and the checkpoint's bytes a parameter."""
-    stage.start_deepspeed()
+    start_deepspeed()
     trainer = _trainer(work, folder, steps)
     parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in trainer.engine.module.parameters())
     plain = _steps(trainer, 0, steps)
@@ -74,9 +75,9 @@ def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     )  # fmt: skip
     student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": precision()})
     plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=1.0)
-    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, (), None,
+    job = build.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, (), None,
                     LossConfig(name="sft"), train, 0)  # fmt: skip
-    return stage.make_trainer(run, job)
+    return build.make_trainer(run, job)
 
 
 def _steps(trainer: Trainer, first: int, count: int) -> list[float]:

@@ -26,7 +26,8 @@ from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
 from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TeachConfig, TeacherConfig, TrackingConfig, TrainConfig
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
-from pocl_ds.distill import stage
+from pocl_ds.distill import build
+from pocl_ds.distill.engine import start_deepspeed
 from pocl_ds.distill.teach import teach
 from pocl_ds.distill.teacher_choice import Use
 from pocl_ds.distill.trainer import Trainer
@@ -39,7 +40,7 @@ ALPHA, LR = 0.3, 1e-4
 def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> None:
     """Time `steps` steps after one that is not counted."""
     if variant == "idle":
-        stage.start_deepspeed()
+        start_deepspeed()
         seconds, loss = [0.0], [0.0]
     else:
         measure = ours if variant.startswith(("zero3", "torch")) else plain
@@ -86,16 +87,16 @@ def make_training(
          "activation_checkpointing": switch == "checkpointing"}
     )  # fmt: skip
     if engine == "zero3":
-        stage.start_deepspeed()
+        start_deepspeed()
         distributed.barrier()
     taught = "bench" if switch == "stored" else None
     if taught:
         teach(run, teacher=teacher, student=student, config=TeachConfig(), use=Use(1.0), fingerprint=taught)
     asked = None if switch == "sft" else teacher
     loss = LossConfig(name="sft" if asked is None else "fkl")
-    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count * copies), student.model, student,
+    job = build.Job(run.train, "bench", "bench", plan, np.arange(count * copies), student.model, student,
                     (asked.model,) if asked else (), asked, loss, train, 0, taught=taught)  # fmt: skip
-    return lambda: stage.make_trainer(run, job)
+    return lambda: build.make_trainer(run, job)
 
 
 def precision() -> Literal["float32", "bfloat16"]:

@@ -118,7 +118,7 @@ class LossHead(nn.Module):
         self.bias = head.bias
         self.scale, self.soft_cap = head.scale, head.soft_cap
         self.size, self.chunk_bytes = ids.size, chunk_bytes
-        self.rows = int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
+        self.rows = head.rows
         self.masked: Tensor | None
         self.register_buffer("masked", ids.masked, persistent=False)
         self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
@@ -140,10 +140,10 @@ class LossHead(nn.Module):
         """See `loss_sums`; teacher_hidden is [m, d'] where the batch is translated for a teacher with other tokens."""
         asked = teacher_head
         if batch.translated and isinstance(teacher_head, Head) and teacher_hidden is not None:
-            theirs = Ids(teacher_head.weight.shape[0], self.teacher_masked if isinstance(self.teacher_masked, Tensor) else None)
+            theirs = Ids(teacher_head.rows, self.teacher_masked if isinstance(self.teacher_masked, Tensor) else None)
             asked = OtherTokens(teacher_hidden, teacher_head, theirs, batch.translated.batch.labels, batch.translated)
             teacher_hidden = pairs(batch, batch.translated, by_position=bool(terms.options.get("by_position")))
-        head = Head(weight=self.weight, bias=self.bias, scale=self.scale, soft_cap=self.soft_cap)
+        head = Head(self.weight, self.bias, self.scale, self.soft_cap, self.rows)
         masked, teacher_ids = (part if isinstance(part, Tensor) else None for part in (self.masked, self.teacher_ids))
         return loss_sums(
             hidden,
@@ -164,7 +164,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         head: Head,
         labels: Tensor,
@@ -182,11 +182,12 @@ class _HeadLoss(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
         # Each chunk adds to the head's gradient: float32, or small chunks would drown in bfloat16's rounding.
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=kind) if need_weight else None
+        if grad_hidden is not None and weight is None:
+            grad_hidden[:, ids.size :] = 0
+        grad_weight = torch.empty_like(weight, dtype=kind) if weight is not None and need_weight else None
         if grad_weight is not None:
             grad_weight[ids.size if labels.numel() else 0 :] = 0  # the first chunk writes the rest
         grad_bias = torch.zeros_like(bias, dtype=kind) if bias is not None and need_bias else None
-        kept = weight[: ids.size]
         chunk_rows = even_share(labels.numel(), sizes.chunk)
         block_loss = BlockLoss(
             terms, divergence_options(terms.name, terms.options), ids, (head, teacher_head),
@@ -194,8 +195,10 @@ class _HeadLoss(torch.autograd.Function):
         )  # fmt: skip
         products = hidden.new_empty(chunk_rows, ids.size)
         if isinstance(teacher_head, (Head, Mixture)):
-            teachers = [len(teacher_head.heads)] if isinstance(teacher_head, Mixture) else []
-            answers = hidden.new_empty(chunk_rows, *teachers, ids.size)
+            asked = teacher_head.heads if isinstance(teacher_head, Mixture) else (teacher_head,)
+            kind_of_answers = hidden.dtype if asked[0].weight is None else asked[0].weight.dtype
+            shape = (chunk_rows, len(asked), ids.size) if isinstance(teacher_head, Mixture) else (chunk_rows, ids.size)
+            answers = hidden.new_empty(shape, dtype=kind_of_answers)
         for chunk in (slice(i, i + chunk_rows) for i in range(0, labels.numel(), chunk_rows)):
             part = hidden[chunk]
             product = head.product(part, ids.size, out=products[: len(part)])
@@ -208,13 +211,16 @@ class _HeadLoss(torch.autograd.Function):
                 teacher = answers[: len(part)]
             sums += block_loss(product, teacher, labels[chunk], None if weights is None else weights[chunk])
             if grad_hidden is not None:
-                torch.mm(product, kept, out=grad_hidden[chunk])
+                if weight is None:
+                    grad_hidden[chunk, : ids.size] = product
+                else:
+                    torch.mm(product, weight[: ids.size], out=grad_hidden[chunk])
             if grad_weight is not None:
                 _add_product(grad_weight[: ids.size], product, part, first=chunk.start == 0)
             if grad_bias is not None:
                 grad_bias[: ids.size] += product.sum(0, dtype=kind)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
-        ctx.types = (hidden.dtype, weight.dtype, bias.dtype if bias is not None else None)
+        ctx.types = tuple(None if part is None else part.dtype for part in (hidden, weight, bias))
         total, kd, ce = sums.unbind()
         ctx.mark_non_differentiable(kd, ce)
         return total.clone(), kd.clone(), ce.clone()

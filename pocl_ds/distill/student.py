@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.fused_head import LossHead, LossSums
 from pocl_ds.distill.token_losses import LossTerms, TeacherHead
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import head_of, hidden_states, unsplit
 from pocl_ds.models.vocabulary import Ids
 
 
@@ -19,10 +19,11 @@ class Student(nn.Module):
     a reduction the others wait for.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Ids, *, chunk_bytes: int) -> None:
+    def __init__(self, model: PreTrainedModel, ids: Ids, *, chunk_bytes: int, split: bool = True) -> None:
+        """split: the head apart from the backbone; else logits come from the model's own forward, of all positions at once."""
         super().__init__()
-        self.model = model
-        self.loss_head = LossHead(head_of(model), ids, chunk_bytes)
+        self.model, self.split = model, split
+        self.loss_head = LossHead(head_of(model) if split else unsplit(model), ids, chunk_bytes)
 
     def forward(
         self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: TeacherHead | None = None
@@ -32,18 +33,18 @@ class Student(nn.Module):
 
         The loss tokens are the teacher's own where the batch is translated.
         """
-        hidden = batch.at_loss_positions(hidden_states(self.model, *batch.inputs))
+        hidden = batch.at_loss_positions(hidden_states(self.model, *batch.inputs, split=self.split))
         sums: LossSums = self.loss_head(hidden, batch, terms, teacher_hidden, teacher_head)
         return sums
 
 
 class TeacherBackbone(nn.Module):
-    """The teacher up to its final norm, at loss positions only."""
+    """The teacher up to its final norm, or unsplit to its logits, at loss positions only."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, split: bool = True) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.split = model, split
 
     def forward(self, batch: Batch) -> Tensor:
         """[loss tokens, width], of a batch in the teacher's ids."""
-        return batch.at_loss_positions(hidden_states(self.model, *batch.inputs))
+        return batch.at_loss_positions(hidden_states(self.model, *batch.inputs, split=self.split))

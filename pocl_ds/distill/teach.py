@@ -138,6 +138,7 @@ class _Teaching:
         """Write the head as it is applied: what training loads in place of the model."""
         with self.live.head() as head:
             if distributed.rank() == 0:
+                assert head.weight is not None
                 state = {"weight": head.weight.detach().to("cpu", copy=True)}
                 if head.bias is not None:
                     state["bias"] = head.bias.detach().to("cpu", copy=True)

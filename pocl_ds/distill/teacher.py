@@ -27,7 +27,7 @@ from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.token_losses import TeacherHead
 from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import ArtifactError
-from pocl_ds.models.heads import Head, Mixture, head_of
+from pocl_ds.models.heads import Head, Mixture, head_of, unsplit
 from pocl_ds.models.vocabulary import Ids
 
 
@@ -49,10 +49,11 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A frozen model, its body sharded by ZeRO-3 where a configuration is given."""
 
-    def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None, ids: Ids) -> None:
+    def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None, ids: Ids, *, split: bool = True) -> None:
+        """split: see `Student`."""
         self.model, self.ids = model, ids.to(distributed.device())
-        self._head = head_of(model)
-        self.engine = FrozenEngine(TeacherBackbone(model), ds_config)
+        self._head = head_of(model) if split else unsplit(model)
+        self.engine = FrozenEngine(TeacherBackbone(model, split=split), ds_config)
 
     def require(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`: a live model answers anything."""

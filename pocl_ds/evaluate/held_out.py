@@ -37,7 +37,7 @@ from pocl_ds.distributed import device
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import Head, head_of, hidden_states
+from pocl_ds.models.heads import Head, head_of, hidden_states, splits, unsplit
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 from pocl_ds.models.vocabulary import DifferentTokenizers, Ids, Vocabulary, reconcile
 from pocl_ds.tracking import Progress
@@ -211,12 +211,12 @@ def _measure_all(run: RunDirectory, load: _Loader, batches: _Batches, ids: Ids) 
 def _teacher(folder: Path, load: _Loader, batches: _Batches, ids: Ids) -> tuple[Head, Tensor]:
     """The teacher's head and its hidden states [n, d] at loss positions, mapped from a file; its body is freed."""
     model = load.model(TEACHER)
-    head = head_of(model)
-    width = int(head.weight.shape[1])
+    head = _head(model)
+    width, dtype = head.width, getattr(torch, load.dtype)
     path = folder / "hidden"
     with path.open("wb") as stream:
-        stream.truncate(batches.tokens * width * head.weight.element_size())
-    states = torch.from_file(str(path), shared=True, size=batches.tokens * width, dtype=head.weight.dtype).view(-1, width)
+        stream.truncate(batches.tokens * width * dtype.itemsize)
+    states = torch.from_file(str(path), shared=True, size=batches.tokens * width, dtype=dtype).view(-1, width)
     done = 0
     with torch.inference_mode(), Progress(len(batches.rows), "samples", "held-out, teacher") as progress:
         for batch in batches:
@@ -234,7 +234,7 @@ def _measure(
     """Loss and KL per token of a model; of the teacher itself (model None) from its kept hidden states."""
     loss = divergence = 0.0
     done = 0
-    head = teacher if model is None else head_of(model)
+    head = teacher if model is None else _head(model)
     if head is None:
         raise ValueError("a model or a teacher is needed")
     with Progress(len(batches.rows), "samples", f"held-out, {name}", silent=model is None) as progress:
@@ -252,4 +252,9 @@ def _measure(
 
 def _states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [n, d]."""
-    return batch.at_loss_positions(hidden_states(model, *batch.inputs))
+    return batch.at_loss_positions(hidden_states(model, *batch.inputs, split=splits(model)))
+
+
+def _head(model: Any) -> Head:
+    """The model's head; of a family that is not known what stands for one."""
+    return head_of(model) if splits(model) else unsplit(model)

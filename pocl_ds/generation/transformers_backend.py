@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogits
 from pocl_ds.config import GenerationConfig
 from pocl_ds.distributed import device
 from pocl_ds.generation.protocol import Sampling, decode, stop_ids
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import head_of, hidden_states, splits, unsplit
 from pocl_ds.models.load import load_model
 from pocl_ds.models.quiet import quiet
 
@@ -92,11 +92,12 @@ class TransformersGenerator:
     @torch.inference_mode()
     def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`. The head runs at response positions only."""
-        head = head_of(self.model)
+        split = splits(self.model)
+        head = head_of(self.model) if split else unsplit(self.model)
         results: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(sequences)
         for batch in _batches([len(sequence) for sequence in sequences], self.config):
             ids, mask = _padded([sequences[index] for index in batch], self.model.device, left=False)
-            hidden = hidden_states(self.model, ids, mask)  # [B, T, D]
+            hidden = hidden_states(self.model, ids, mask, split=split)  # [B, T, D]
             for row, index in enumerate(batch):
                 start, stop = prompt_tokens[index], len(sequences[index])
                 found = [

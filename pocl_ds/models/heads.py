@@ -9,7 +9,7 @@ Shapes: B sequences, T positions, D width of the head's input, V vocabulary rows
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -38,10 +38,20 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 class Head:
     """From hidden states to logits. Under ZeRO-3 the parameters are partitioned: gather them around `logits`."""
 
-    weight: nn.Parameter  # [V, D], shared with the embeddings where the model ties them
+    weight: nn.Parameter | None  # [V, D], shared with the embeddings where the model ties them; None: see `unsplit`
     bias: nn.Parameter | None  # [V]
     scale: float
     soft_cap: float | None
+    rows: int = field(default=0)  # V
+
+    def __post_init__(self) -> None:
+        if self.weight is not None:  # a partitioned parameter has no shape
+            object.__setattr__(self, "rows", int(getattr(self.weight, "ds_shape", self.weight.shape)[0]))
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.rows if self.weight is None else int(getattr(self.weight, "ds_shape", self.weight.shape)[1])
 
     def logits(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
         """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None: all V)."""
@@ -49,6 +59,8 @@ class Head:
 
     def product(self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """hidden Wᵀ + b for the first `size` ids; written to `out` where it is given, without a gradient."""
+        if self.weight is None:
+            return hidden[:, :size].clone() if out is None else out.copy_(hidden[:, :size])
         weight, bias = self.weight[:size], None if self.bias is None else self.bias[:size]
         if out is None:
             return functional.linear(hidden, weight, bias)
@@ -76,7 +88,7 @@ class Mixture:
 
     def parts(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The hidden states of each: [n, width]."""
-        return hidden.split([head.weight.shape[1] for head in self.heads], dim=-1)
+        return hidden.split([head.width for head in self.heads], dim=-1)
 
 
 def hidden_states(
@@ -85,8 +97,10 @@ def hidden_states(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
     lengths: tuple[int, ...] | None = None,
+    *,
+    split: bool = True,
 ) -> torch.Tensor:
-    """Last hidden states [B, T, D] after the final norm, without logits and without a cache.
+    """Last hidden states [B, T, D] after the final norm, without logits and without a cache; or unsplit the logits [B, T, V].
 
     input_ids, attention_mask: [B, T], padding on the right. lengths and position_ids [1, T]: of the samples packed behind
     one another in a single row, for a model that `packs`. The backbone runs through its own forward, so that ZeRO-3's hooks
@@ -95,13 +109,24 @@ def hidden_states(
     packed: dict[str, Any] = {}
     if lengths is not None:
         packed = {"position_ids": position_ids, "samples": Samples(lengths, input_ids.device)}
-    output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
-    return output.last_hidden_state
+    part = model.base_model if split else model
+    output = part(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
+    return output.last_hidden_state if split else output.logits
 
 
 def packs(model: Any) -> bool:
     """Whether `hidden_states` keeps the samples of a packed row apart for this model."""
     return model.config._attn_implementation == PER_SAMPLE
+
+
+def splits(model: Any) -> bool:
+    """Whether `head_of` knows the model's family."""
+    return model.config.model_type in SCALES
+
+
+def unsplit(model: Any) -> Head:
+    """In place of a head that is not known: the model's own logits count as its hidden states, and are left as they are."""
+    return Head(None, None, 1.0, None, int(model.config.get_text_config(decoder=True).vocab_size))
 
 
 def head_of(model: Any) -> Head:
@@ -119,7 +144,8 @@ def head_of(model: Any) -> Head:
     if family not in SCALES or not isinstance(linear, nn.Linear) or model.base_model is model:
         raise ModelError(
             f"models of the family {family!r} are not supported: use one of {', '.join(sorted(SCALES))}, "
-            "or add the family to models/heads.py"
+            "set loss.fused=false, with which the model's own forward makes logits of all positions at once, or add the family "
+            "to models/heads.py"
         )
     soft_cap = getattr(model.config, "final_logit_softcapping", None)
     weight = cast(nn.Parameter, linear.weight)

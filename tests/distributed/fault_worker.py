@@ -18,8 +18,8 @@ from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.distill.build import Job, make_trainer
 from pocl_ds.distill.engine import start_deepspeed
-from pocl_ds.distill.stage import Job, make_trainer
 from pocl_ds.errors import PoclError
 from pocl_ds.tracking import setup_logging
 

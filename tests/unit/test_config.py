@@ -82,6 +82,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
     (changed(teacher__mode="cached"), ("teacher.mode='cached'", "hidden", "topk")),
     (changed(loss__name="alm", teacher__mode="topk"), ("loss.name=alm", "teacher.mode=live")),
+    (changed(loss__fused=False, teacher__mode="hidden"), ("loss.fused=false", "teacher.mode=live")),
     (changed(loss__name="uld", teacher__others=[{"model": "o"}]), ("teacher.others", "loss.name=uld")),
     (changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]), ("teacher.mode=hidden", "teacher.others")),
     (changed(teacher__others=[{"model": "o", "weight": 0}]), ("teacher.others.0.weight=0", "greater than")),

@@ -103,6 +103,15 @@ def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
     assert error(ours) <= error(gradients[torch.bfloat16]) * 1.05
 
 
+def test_a_teacher_may_be_more_precise_than_its_student() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+    small = Head(nn.Parameter(student.weight.bfloat16()), None, 1.0, None)
+    sums = loss_sums(hidden.bfloat16(), small, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden,
+                     teacher_head=teacher)  # fmt: skip
+    exact = loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden, teacher_head=teacher)
+    assert torch.allclose(sums[0], exact[0], rtol=0.02)
+
+
 def test_no_loss_tokens_still_touch_every_parameter() -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=True, scale=1.0, cap=None)
     hidden.requires_grad_()

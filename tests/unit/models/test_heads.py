@@ -8,10 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pocl_ds.data.batches import Batch
+from pocl_ds.distill.student import Student
+from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import ModelError
 from pocl_ds.models import attention
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import Head, head_of, hidden_states, splits
+from pocl_ds.models.vocabulary import Ids
 
 BASE = {
     "vocab_size": 97,
@@ -148,8 +152,31 @@ def test_a_quantised_head_is_named() -> None:
         head_of(model)
 
 
+@pytest.mark.parametrize(("family", "extra"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 3.0}), ("phi", {})])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_unsplit_model_gives_the_same_sums_and_gradients(family: str, extra: dict[str, Any], packed: bool) -> None:
+    """With a mask, and fewer ids than the head has rows."""
+    found = []
+    for split in (True, False):
+        model = tiny(family, extra)
+        model.set_attn_implementation(PER_SAMPLE)
+        ids, positions, labels = torch.arange(3, 15)[None], torch.tensor([2, 3, 9]), torch.tensor([4, 5, 80])
+        places = torch.arange(12)[None] if packed else None
+        batch = Batch(ids, None if packed else torch.ones_like(ids), places, (12,) if packed else None, positions, labels,
+                      torch.zeros(3, dtype=torch.int64), (0,), "train")  # fmt: skip
+        assert splits(model)
+        student = Student(model, Ids(90, torch.arange(90) == 7), chunk_bytes=1 << 20, split=split)
+        teacher = Head(torch.nn.Parameter(torch.eye(97)), None, 1.0, None)
+        sums = student(batch, LossTerms("jsd", tau=1.3, alpha=0.4, options={"beta": 0.5}), torch.randn(
+            3, 97, generator=torch.Generator().manual_seed(2)), teacher)  # fmt: skip
+        sums[0].backward()
+        found.append([*sums, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_unknown_family_is_named() -> None:
     model = tiny("llama", {})
     model.config.model_type = "mystery"
-    with pytest.raises(ModelError, match=r"'mystery' are not supported: use one of .*llama"):
+    with pytest.raises(ModelError, match=r"'mystery' are not supported: use one of .*llama.*set loss.fused=false"):
         head_of(model)
