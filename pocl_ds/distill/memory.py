@@ -50,7 +50,8 @@ def check_memory(
     # ZeRO-3 keeps weights from forward to backward where they fit.
     gathered = (still + 2 * trained) * BYTES_GATHERED if sharded else 0
     of_writer = BYTES_OF_WRITER + whole * 4 if writer else 0
-    need = int(models) + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
+    written = still * BYTES_PER_FROZEN_PARAMETER  # whole once more on the rank that writes them: else a step takes more than that
+    need = int(models) + written + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
     free = available_bytes()
     if need > free:
         raise ResourceError(

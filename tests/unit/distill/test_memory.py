@@ -44,9 +44,9 @@ def test_a_whole_teacher_counts_on_every_rank(tmp_path: Path, monkeypatch: pytes
 def test_only_adapters_have_gradients_and_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = tmp_path / "s", tmp_path / "t"
     lora = LoraConfig(rank=100)  # 0.1 of 1 thousand million
-    assert needed(student, teacher, monkeypatch, lora=lora) == pytest.approx(4 + 2 + 2 * (4 + 0.8) + 20)
+    assert needed(student, teacher, monkeypatch, lora=lora) == pytest.approx(4 + 2 + 4 + 2 * (4 + 0.8) + 20)
     copied = needed(student, teacher, monkeypatch, lora=lora, copied=True, writer=True)
-    assert copied == pytest.approx(4 + 2 + 1.2 + 2 * (4 + 0.8 + 4) + 20)
+    assert copied == pytest.approx(4 + 2 + 1.2 + 4 + 2 * (4 + 0.8 + 4) + 20)
 
 
 def test_a_quantised_teacher_takes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
