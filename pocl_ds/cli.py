@@ -21,7 +21,7 @@ COMMANDS = {
     "data": ("read, split and encode the instruction data", "pocl data my.yaml --run-dir runs/x data.source=my.jsonl"),
     "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
     "teach": ("keep what the teacher says, where teacher.mode is not live", "pocl teach --run-dir runs/x --shard 0/4"),
-    "respond": ("let the teacher answer every training prompt, where policy.name is seqkd", "pocl respond --run-dir runs/x"),
+    "respond": ("let the teacher answer every training prompt, where policy.name asks for it", "pocl respond --run-dir runs/x"),
     "score": ("answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
     "rank": ("order the samples from easy to hard", "pocl rank --run-dir runs/x"),
     "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
@@ -300,8 +300,8 @@ def _respond(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fin
     from pocl_ds.errors import RecipeError
     from pocl_ds.generation.respond import respond
 
-    if recipe.teacher is None or recipe.policy.name != "seqkd":
-        raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher answers prompts for seqkd only")
+    if recipe.teacher is None or not recipe.policy.taught:
+        raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and mixture only")
     respond(run, teacher=recipe.teacher, student=recipe.student, prompt=recipe.prompt, policy=recipe.policy,
             generation=recipe.score.generation, seed=recipe.seed, fingerprint=fingerprint,
             threads=recipe.launch.threads)  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from pocl_ds.consistency import check_consistency
+
 # Every loss by name, with its options and their defaults (METHOD 3). The function of the same name stands in
 # `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence; those across tokenizers
 # stand in `distill/across_tokenizers.py`.
@@ -31,8 +33,9 @@ LOSSES: dict[str, dict[str, float | bool]] = {
 # Losses between a teacher and a student that split text differently; they compare texts, not ids.
 ACROSS_TOKENIZERS = ("uld", "alm")
 
-# Names that recipes may use, to which plugins add theirs; tests hold them and the functions together.
-POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False}  # whether the student writes
+# Names that recipes may use, to which plugins add theirs; tests hold them and the functions together. Policies: may the student
+# write?
+POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False, "mixture": True}
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
 METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy
 ALL_LINEAR = "all-linear"  # student.lora.targets
@@ -373,12 +376,28 @@ class TrainConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
 
+class SharesConfig(Section):
+    """Of a policy that mixes responses: the probability with which a step takes them from each source."""
+
+    data: Fraction = Field(1.0, description="the data's")
+    student: Fraction = Field(0.0, description="what the student writes")
+    teacher: Fraction = Field(0.0, description="what the teacher wrote before training")
+
+    @model_validator(mode="after")
+    def _whole(self) -> SharesConfig:
+        if abs(self.data + self.student + self.teacher - 1) > 1e-6:
+            raise ValueError(f"data={self.data:g}, student={self.student:g} and teacher={self.teacher:g} must sum to 1")
+        return self
+
+
 class PolicyConfig(Section):
     """Which responses training sees: the data's, the student's own, or the teacher's (METHOD 3)."""
 
     name: Annotated[str, _one_of("policy", POLICIES)] = Field(
-        "off", description="off: the data's; gkd, distillm: also the student's own; seqkd: the teacher's, written once"
+        "off", description="off: the data's; gkd, distillm: also the student's own; seqkd: the teacher's, written once; mixture: "
+        "from each with its share"
     )
+    shares: SharesConfig = SharesConfig()
     options: dict[str, Any] = Field(default_factory=dict, description="of a policy that a plugin adds")
     lmbda: Fraction = Field(0.5, description="gkd: probability that a step's responses are written by the student")
     phi_step: Fraction = Field(0.1, description="distillm: what phi grows by where the validation loss rose")
@@ -395,7 +414,12 @@ class PolicyConfig(Section):
     @property
     def on_policy(self) -> bool:
         """Whether the student writes while it learns."""
-        return POLICIES[self.name]
+        return POLICIES[self.name] and (self.name != "mixture" or self.shares.student > 0)
+
+    @property
+    def taught(self) -> bool:
+        """Whether the teacher writes responses before training."""
+        return self.name == "seqkd" or (self.name == "mixture" and self.shares.teacher > 0)
 
 
 class CompareConfig(Section):
@@ -468,33 +492,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        share = self.train.micro_batch_size * self.launch.ranks
-        tokens = self.train.micro_batch_tokens
-        if tokens is not None and tokens < self.prompt.max_length:
-            raise ValueError(
-                f"train.micro_batch_tokens={tokens} does not hold one sample of prompt.max_length={self.prompt.max_length}: "
-                "raise it, or lower prompt.max_length"
-            )
-        if tokens is None and self.train.batch_size % share:
-            raise ValueError(
-                f"train.batch_size={self.train.batch_size} is not a multiple of train.micro_batch_size="
-                f"{self.train.micro_batch_size} x launch.ranks={self.launch.ranks} = {share}: change one of them"
-            )
         if self.rank.strategy in METRICS and self.rank.strategy not in self.score.metrics:
             raise ValueError(f"rank.strategy={self.rank.strategy} is not scored: name it in score.metrics")
-        if self.teacher is None and self.loss.name != "sft":
-            raise ValueError(f"loss.name={self.loss.name} needs a teacher: set teacher.model, or loss.name=sft")
-        if self.teacher is None and self.student.heal_steps:
-            raise ValueError(f"student.heal_steps={self.student.heal_steps} is distillation and needs a teacher: set it to 0")
-        if self.teacher is not None and self.loss.name == "sft" and self.policy.name != "seqkd":
-            raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
-        self._teachers_fit()
-        self._policy_fits()
-        if self.data.train_samples is not None and self.plan.subsets > self.data.train_samples:
-            raise ValueError(f"plan.subsets={self.plan.subsets} is more than data.train_samples="
-                             f"{self.data.train_samples}: make fewer subsets")
-        if self.train.lr_end > self.train.lr:
-            raise ValueError(f"train.lr_end={self.train.lr_end:g} is above train.lr={self.train.lr:g}: the cosine falls")
+        check_consistency(self)
         return self
 
     @property
@@ -506,50 +506,6 @@ class Recipe(Section):
     def one_vocabulary(self) -> bool:
         """Whether teacher and student must have their tokens in common."""
         return self.teacher is not None and self.loss.name != "sft" and not self.across_tokenizers
-
-    def _teachers_fit(self) -> None:
-        """Contradictions between how teachers are asked and the loss."""
-        teacher, loss = self.teacher, self.loss.name
-        if teacher is None:
-            return
-        if self.across_tokenizers and teacher.mode != "live":
-            raise ValueError(f"loss.name={loss} lets the teacher read its own tokens, of which teacher.mode={teacher.mode} keeps "
-                             "nothing: set teacher.mode=live")
-        if not self.loss.fused and teacher.mode != "live":
-            raise ValueError(f"teacher.mode={teacher.mode} keeps what a teacher's head makes logits of, and loss.fused=false knows "
-                             "no head: set teacher.mode=live")
-        if teacher.others and teacher.mode != "live":
-            raise ValueError(f"teacher.mode={teacher.mode} keeps what one teacher says, and teacher.others names more: set "
-                             "teacher.mode=live")
-        if teacher.others and not self.one_vocabulary:
-            raise ValueError(f"teacher.others mixes distributions over the same tokens, and loss.name={loss} has none: remove it")
-
-    def _policy_fits(self) -> None:
-        """Contradictions between the policy and the rest."""
-        policy = self.policy
-        if policy.name == "seqkd" and (self.teacher is None or self.loss.name != "sft"):
-            raise ValueError("policy.name=seqkd is SFT on responses of the teacher: set loss.name=sft and teacher.model")
-        if policy.name == "seqkd" and self.teacher and self.teacher.quantization != "none":
-            raise ValueError(f"policy.name=seqkd lets the teacher write as its model says: remove teacher.quantization="
-                             f"{self.teacher.quantization}")  # fmt: skip
-        if policy.name == "seqkd" and self.teacher and self.teacher.mode != "live":
-            raise ValueError(f"policy.name=seqkd asks for no distributions: remove teacher.mode={self.teacher.mode}")
-        if not policy.on_policy:
-            return
-        if self.teacher is None or self.loss.name == "sft":
-            raise ValueError(f"policy.name={policy.name} asks a teacher about new responses: set teacher.model and a divergence")
-        if self.teacher.mode != "live":
-            raise ValueError(f"policy.name={policy.name} asks the teacher about new responses, which teacher.mode="
-                             f"{self.teacher.mode} has not kept: set teacher.mode=live")
-        shares = [*self.plan.sft_ratio, *([self.compare.sft_ratio] if self.compare.enabled else [])]
-        if any(shares):
-            raise ValueError(f"policy.name={policy.name} trains without SFT, whose labels the student itself would write: set "
-                             "plan.sft_ratio=[0, 0]" + (" and compare.sft_ratio=0" if self.compare.enabled else ""))
-        samples = self.data.train_samples
-        if policy.name == "distillm" and samples is not None and policy.buffer > samples:
-            raise ValueError(f"policy.buffer={policy.buffer} is more than data.train_samples={samples}: make it smaller")
-        if policy.name == "distillm" and not self.train.validate_samples:
-            raise ValueError("policy.name=distillm follows the validation loss: set train.validate_samples")
 
 
 def lasting(section: BaseModel) -> dict[str, Any]:

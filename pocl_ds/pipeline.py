@@ -50,7 +50,7 @@ STAGES = (
     Stage("teach", lambda run: run.teacher, lambda r: [r.teacher and lasting(r.teacher), truncation(r)], ("data",),
           lambda r: keeps_teacher(r)),
     Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed],
-          ("data",), lambda r: r.policy.name == "seqkd"),
+          ("data",), lambda r: r.policy.taught),
     Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare"),
           lambda r: r.rank.strategy != "random"),
     Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("data", "score")),

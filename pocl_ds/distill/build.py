@@ -67,7 +67,7 @@ class Job:
     seed: int
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     longest: int = 512  # tokens of a prompt and the response that the student writes to it
-    responses: Path | None = None  # folder of an encoded split whose responses the teacher wrote; None: the data's own
+    responses: Path | None = None  # folder of an encoded split whose responses the teacher wrote, where the policy asks for it
     taught: str | None = None  # fingerprint of what was kept of the teacher; None asks the live one
 
     @property
@@ -78,8 +78,10 @@ class Job:
 
 def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     """Models, engines and data of a training, ready to run."""
-    folders = {"train": job.responses or run.data, "validation": run.data}
-    splits = {name: EncodedSplit.open(folder, name) for name, folder in folders.items()}
+    seqkd = job.policy.name == "seqkd" and job.responses is not None
+    splits = {"train": EncodedSplit.open(job.responses if seqkd and job.responses else run.data, "train"),
+              "validation": EncodedSplit.open(run.data, "validation")}  # fmt: skip
+    taught = EncodedSplit.open(job.responses, "train") if job.responses and not seqkd else None
     validation = splits["validation"] if len(splits["validation"]) else None
     if job.policy.name == "distillm" and job.policy.buffer > len(splits["train"]):
         count = len(splits["train"])
@@ -88,7 +90,9 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     module: Any = engine.module
     asked = teacher.teachers if isinstance(teacher, Teachers) else [teacher] if isinstance(teacher, LiveTeacher) else []
     translate = _translator(run, job, asked[0], tokenizer) if job.across_tokenizers else None
-    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id, translate)
+    if taught is not None:
+        _check_tokens(taught, ids)
+    data = TrainingData(splits["train"], job.order, validation, tokenizer.pad_token_id, translate, taught)
     models = [module.model, *(one.model for one in asked)]
     lengths = splits["train"].total_tokens[job.order]
     sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)

@@ -30,6 +30,7 @@ class Asked:
     split: Sequences
     rows: Rows
     stage_rows: Callable[[], Rows]
+    taught: Sequences | None = None  # the same rows with responses that the teacher wrote
 
 
 class Policy(Protocol):
@@ -78,6 +79,24 @@ class Gkd(Off):
             return asked.split, asked.rows
         written = self.write(asked.rows, asked.position)
         return written, np.arange(len(written))
+
+
+class Mixture(Off):
+    """A step's responses are the data's, the student's or the teacher's, with the probabilities of policy.shares."""
+
+    def __init__(self, config: PolicyConfig, write: Write, seed: int) -> None:
+        self.shares, self.write, self.seed = config.shares, write, seed
+
+    def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
+        """See `Policy`."""
+        edges = np.cumsum([self.shares.data, self.shares.student, self.shares.teacher])
+        source = int(np.searchsorted(edges / edges[-1], draw(self.seed, asked.position.step, 0), side="right"))
+        if source == 1:
+            written = self.write(asked.rows, asked.position)
+            return written, np.arange(len(written))
+        if source == 2 and asked.taught is not None:
+            return asked.taught, asked.rows
+        return asked.split, asked.rows
 
 
 @dataclass
@@ -153,6 +172,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "off": lambda config, write, seed: Off(),
     "seqkd": lambda config, write, seed: Off(),  # its responses were written by the teacher, before training
     "gkd": Gkd,
+    "mixture": Mixture,
     "distillm": Distillm,
 }
 

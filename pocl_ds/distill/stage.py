@@ -79,7 +79,7 @@ def train(
         taught=None if teacher is None or asks_live(run, teacher, taught) else taught,
         policy=policy,
         longest=prompt.max_length,
-        responses=run.responses if policy.name == "seqkd" else None,
+        responses=run.responses if policy.taught else None,
     )
     fit(run, job)
 

@@ -53,6 +53,7 @@ class TrainingData:
     validation: EncodedSplit | None
     pad_id: int
     translate: Translator | None = None  # for a teacher with another tokenizer
+    taught: EncodedSplit | None = None  # the training samples with responses that the teacher wrote
 
 
 class StopFlag:
@@ -207,7 +208,7 @@ class Trainer:
         stage = self.plan.stages[position.stage]
         return self.policy.sequences(
             Asked(position, self.plan.total_steps, self.data.split, rows,
-                  lambda: np.asarray(self.data.order[stage.start : stage.stop]))
+                  lambda: np.asarray(self.data.order[stage.start : stage.stop]), self.data.taught)
         )  # fmt: skip
 
     def _rollout_facts(self, split: Sequences, seconds: float) -> dict[str, Any]:

@@ -19,6 +19,8 @@ POLICIES = {
     "distillm": ["policy.name=distillm", "policy.rollout=hf", "policy.buffer=8", "policy.phi_step=0.5", "policy.tolerance=0",
                  "loss.name=skl", "train.validate_every=2", "train.lr=0.05"],
     "seqkd": ["policy.name=seqkd", "loss.name=sft"],
+    "mixture": ["policy.name=mixture", "policy.shares.data=0.3", "policy.shares.student=0.4", "policy.shares.teacher=0.3",
+                "policy.rollout=hf"],
     "uld, gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=uld"],
 }  # fmt: skip
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
@@ -54,7 +56,7 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
     apart = name.startswith("uld")
     planned = request.getfixturevalue("planned_apart" if apart else "planned")
     run, words = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
-    if name == "seqkd":
+    if name in ("seqkd", "mixture"):
         pocl("respond", "--run-dir", str(run), *words)
         ours, data = (np.load(run / folder / "train.ids.npy") for folder in ("responses", "data"))
         lines = [(run / folder / "train.jsonl").read_text().splitlines() for folder in ("responses", "data")]

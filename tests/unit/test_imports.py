@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TIERS = (
     ("__init__",),
     ("errors",),
-    ("config", "artifacts", "exits"),
+    ("config", "consistency", "artifacts", "exits"),
     ("distributed", "tracking", "ds_config", "recipe"),
     ("data", "models", "metrics", "curriculum"),
     ("generation",),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from pocl_ds import config
-from pocl_ds.config import PolicyConfig
+from pocl_ds.config import PolicyConfig, SharesConfig
 from pocl_ds.curriculum.sampler import Position
 from pocl_ds.data.written import Written
-from pocl_ds.distill.policies import POLICIES, Asked, Distillm, Gkd, Off, draw
+from pocl_ds.distill.policies import POLICIES, Asked, Distillm, Gkd, Mixture, Off, draw
 
 TOTAL, BATCH = 200, 4
 
@@ -75,6 +77,17 @@ def test_gkd_writes_with_its_probability(lmbda: float) -> None:
     for step in range(100, TOTAL):  # from the middle: the same steps
         other.sequences(asked(step))
     assert again.calls == [step for step in writer.calls if step >= 100]
+
+
+def test_a_mixture_takes_from_each_source_its_share() -> None:
+    writer, taught = Writer(), copy.copy(SPLIT)
+    policy = Mixture(PolicyConfig(name="mixture", shares=SharesConfig(data=0.5, student=0.3, teacher=0.2)), writer, 5)
+    found = [policy.sequences(replace(asked(step), taught=taught)) for step in range(TOTAL)]
+    counts = [sum(split is source for split, _ in found) for source in (SPLIT, taught)]
+    assert counts[0] == pytest.approx(0.5 * TOTAL, abs=0.1 * TOTAL) and counts[1] == pytest.approx(0.2 * TOTAL, abs=0.1 * TOTAL)
+    assert len(writer.calls) == TOTAL - sum(counts) and policy.state() == {}
+    only = Mixture(PolicyConfig(name="mixture", shares=SharesConfig(data=0, teacher=1)), Writer(), 5)
+    assert all(only.sequences(replace(asked(step), taught=taught))[0] is taught for step in range(TOTAL))
 
 
 def distillm(**options: Any) -> tuple[Distillm, Writer]:

@@ -1,0 +1,93 @@
+"""Contradictions between sections of a recipe: what each section cannot see for itself. Each is one sentence with its remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pocl_ds.config import Recipe
+
+
+def check_consistency(recipe: Recipe) -> None:
+    """Raise ValueError where fields of a recipe contradict each other."""
+    _sizes(recipe)
+    _teachers(recipe)
+    _policy(recipe)
+
+
+def _sizes(recipe: Recipe) -> None:
+    """Numbers of samples, tokens and ranks."""
+    share = recipe.train.micro_batch_size * recipe.launch.ranks
+    tokens = recipe.train.micro_batch_tokens
+    if tokens is not None and tokens < recipe.prompt.max_length:
+        raise ValueError(
+            f"train.micro_batch_tokens={tokens} does not hold one sample of prompt.max_length={recipe.prompt.max_length}: "
+            "raise it, or lower prompt.max_length"
+        )
+    if tokens is None and recipe.train.batch_size % share:
+        raise ValueError(
+            f"train.batch_size={recipe.train.batch_size} is not a multiple of train.micro_batch_size="
+            f"{recipe.train.micro_batch_size} x launch.ranks={recipe.launch.ranks} = {share}: change one of them"
+        )
+    if recipe.teacher is None and recipe.loss.name != "sft":
+        raise ValueError(f"loss.name={recipe.loss.name} needs a teacher: set teacher.model, or loss.name=sft")
+    if recipe.teacher is None and recipe.student.heal_steps:
+        raise ValueError(f"student.heal_steps={recipe.student.heal_steps} is distillation and needs a teacher: set it to 0")
+    if recipe.teacher is not None and recipe.loss.name == "sft" and not recipe.policy.taught:
+        raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
+    if recipe.data.train_samples is not None and recipe.plan.subsets > recipe.data.train_samples:
+        raise ValueError(f"plan.subsets={recipe.plan.subsets} is more than data.train_samples="
+                         f"{recipe.data.train_samples}: make fewer subsets")
+    if recipe.train.lr_end > recipe.train.lr:
+        raise ValueError(f"train.lr_end={recipe.train.lr_end:g} is above train.lr={recipe.train.lr:g}: the cosine falls")
+
+
+def _teachers(recipe: Recipe) -> None:
+    """Contradictions between how teachers are asked and the loss."""
+    teacher, loss = recipe.teacher, recipe.loss.name
+    if teacher is None:
+        return
+    if recipe.across_tokenizers and teacher.mode != "live":
+        raise ValueError(f"loss.name={loss} lets the teacher read its own tokens, of which teacher.mode={teacher.mode} keeps "
+                         "nothing: set teacher.mode=live")
+    if not recipe.loss.fused and teacher.mode != "live":
+        raise ValueError(f"teacher.mode={teacher.mode} keeps what a teacher's head makes logits of, and loss.fused=false knows "
+                         "no head: set teacher.mode=live")
+    if teacher.others and teacher.mode != "live":
+        raise ValueError(f"teacher.mode={teacher.mode} keeps what one teacher says, and teacher.others names more: set "
+                         "teacher.mode=live")
+    if teacher.others and not recipe.one_vocabulary:
+        raise ValueError(f"teacher.others mixes distributions over the same tokens, and loss.name={loss} has none: remove it")
+
+
+def _policy(recipe: Recipe) -> None:
+    """Contradictions between the policy and the rest."""
+    policy = recipe.policy
+    if policy.name == "seqkd" and (recipe.teacher is None or recipe.loss.name != "sft"):
+        raise ValueError("policy.name=seqkd is SFT on responses of the teacher: set loss.name=sft and teacher.model")
+    if policy.taught and recipe.teacher is None:
+        raise ValueError(f"policy.name={policy.name} trains on responses of a teacher: set teacher.model")
+    if policy.taught and recipe.teacher and recipe.teacher.quantization != "none":
+        raise ValueError(f"policy.name={policy.name} lets the teacher write as its model says: remove teacher.quantization="
+                         f"{recipe.teacher.quantization}")  # fmt: skip
+    if policy.name == "seqkd" and recipe.teacher and recipe.teacher.mode != "live":
+        raise ValueError(f"policy.name=seqkd asks for no distributions: remove teacher.mode={recipe.teacher.mode}")
+    if policy.name == "mixture" and policy.taught and recipe.teacher and recipe.teacher.mode != "live":
+        raise ValueError(f"policy.shares.teacher={policy.shares.teacher:g} asks the teacher about responses that teacher.mode="
+                         f"{recipe.teacher.mode} has not kept: set teacher.mode=live")
+    if not policy.on_policy:
+        return
+    if recipe.teacher is None or recipe.loss.name == "sft":
+        raise ValueError(f"policy.name={policy.name} asks a teacher about new responses: set teacher.model and a divergence")
+    if recipe.teacher.mode != "live":
+        raise ValueError(f"policy.name={policy.name} asks the teacher about new responses, which teacher.mode="
+                         f"{recipe.teacher.mode} has not kept: set teacher.mode=live")
+    shares = [*recipe.plan.sft_ratio, *([recipe.compare.sft_ratio] if recipe.compare.enabled else [])]
+    if any(shares):
+        raise ValueError(f"policy.name={policy.name} trains without SFT, whose labels the student itself would write: set "
+                         "plan.sft_ratio=[0, 0]" + (" and compare.sft_ratio=0" if recipe.compare.enabled else ""))
+    samples = recipe.data.train_samples
+    if policy.name == "distillm" and samples is not None and policy.buffer > samples:
+        raise ValueError(f"policy.buffer={policy.buffer} is more than data.train_samples={samples}: make it smaller")
+    if policy.name == "distillm" and not recipe.train.validate_samples:
+        raise ValueError("policy.name=distillm follows the validation loss: set train.validate_samples")
