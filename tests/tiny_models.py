@@ -24,6 +24,30 @@ CORPUS = [
 ] * 4
 
 
+HIDDEN = 64
+# What a family's configuration says beyond `_DECODER`: its head's specials among it, and tied heads where real models tie.
+_DECODER = {
+    "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS, "initializer_range": 0.1,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": HIDDEN, "n_head": 2, "n_positions": MAX_POSITIONS, "initializer_range": 0.1},
+    "opt": {"hidden_size": HIDDEN, "ffn_dim": 2 * HIDDEN, "num_attention_heads": 2, "max_position_embeddings": MAX_POSITIONS,
+            "word_embed_proj_dim": 32, "do_layer_norm_before": False, "init_std": 0.1},
+    "llama": {**_DECODER, "tie_word_embeddings": False},
+    "qwen2": {**_DECODER, "tie_word_embeddings": True},
+    "qwen3": {**_DECODER, "tie_word_embeddings": True},
+    "mistral": {**_DECODER, "sliding_window": 16},
+    "gemma": _DECODER,
+    "gemma2": {**_DECODER, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 32,
+               "sliding_window": 16},
+    "phi": {**_DECODER, "num_key_value_heads": 2},
+    "granite": {**_DECODER, "logits_scaling": 8.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.5,
+                "attention_multiplier": 0.2, "tie_word_embeddings": True},
+    "cohere": {**_DECODER, "logit_scale": 0.25},
+}  # fmt: skip
+
+
 def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
     """A byte-level BPE tokenizer: id 0 is EOS, 1 is padding, then the 256 bytes, then merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -139,6 +163,28 @@ def opt(
         do_layer_norm_before=projection is None,
         tokenizer=tokenizer,
     )
+
+
+def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
+    """A model of `FAMILIES`. Its biases and norms are not the zeros and ones of a fresh one, which would hide a mistake."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer(chat=True)
+    depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
+    config = AutoConfig.for_model(
+        name, vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **{**FAMILIES[name], depth: layers},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).float()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias") or "norm" in parameter_name:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def _save(

@@ -19,16 +19,16 @@ import torch
 import torch._dynamo
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import GenerationConfig as DecodingConfig
 
 from pocl_ds.config import GenerationConfig
-from pocl_ds.errors import ResourceError
+from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.protocol import Sampling, decode, stop_ids
 from pocl_ds.models.load import max_positions
 from pocl_ds.models.quiet import quiet
 
-HEAD = "lm_head.weight"
-EMBEDDINGS = {"gpt2": "transformer.wte.weight", "opt": "model.decoder.embed_tokens.weight"}
+WRONG_ON_CPU = ("gpt_neox",)  # its attention comes out otherwise in vLLM 0.32 than in transformers, off by whole nats
 # Read by vLLM when it is imported; what the user has set stays.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and dies with it
@@ -59,8 +59,12 @@ class VllmGenerator:
                 "vLLM cannot be opened inside a process that is part of a group of ranks: run the stage in a process "
                 "of its own, or set generation.backend=transformers"
             )
-        self.tokenizer, self.tokens, self.tied = tokenizer, 0, bool(model_config.tie_word_embeddings)
-        self.embedding = EMBEDDINGS.get(model_config.model_type, "model.embed_tokens.weight")
+        if model_config.model_type in WRONG_ON_CPU and not torch.cuda.is_available():
+            raise ModelError(
+                f"vLLM on a CPU gives models of the family {model_config.model_type!r} other probabilities than their own: set "
+                "generation.backend=transformers, and policy.rollout=hf"
+            )
+        self.tokenizer, self.tokens, self.model_config = tokenizer, 0, model_config
         self.stops = stop_ids(tokenizer, _generation_config(model_path, revision))
         _prepare_environment(model_config, config, max_length)
         self.vllm = _import_vllm()
@@ -115,10 +119,14 @@ class VllmGenerator:
         return responses
 
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
-        """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the old one."""
+        """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the old one. Some of the engine's
+        models (Gemma 2) have no head of their own, and refuse its name.
+        """
         named = dict(weights)
-        if self.tied and HEAD not in named:
-            named[HEAD] = named[self.embedding]
+        (modules,) = self.engine.apply_model(_module_names)
+        for head, embedding in _tied(self.model_config).items():
+            if head.rpartition(".")[0] in modules:
+                named.setdefault(head, named[embedding])
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
 
     def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
@@ -189,6 +197,18 @@ def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call(*arguments, **options)
+
+
+def _tied(model_config: Any) -> Mapping[str, str]:
+    """Names of tied parameters, each with the name of the one that a checkpoint holds; both are transformers'."""
+    if not model_config.tie_word_embeddings:
+        return {}
+    found: Mapping[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._tied_weights_keys
+    return found
+
+
+def _module_names(model: Any) -> set[str]:
+    return {name for name, _ in model.named_modules()}
 
 
 def _import_vllm() -> Any:

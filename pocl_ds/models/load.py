@@ -79,7 +79,7 @@ def load_model(
     path: str,
     *,
     dtype: str = "float32",
-    attention: str = "sdpa",
+    attention: str | None = None,
     dropout: float | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
@@ -87,12 +87,17 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model with its weights, in evaluation mode.
 
+    attention: None takes sdpa, or eager for a model that caps its attention scores (Gemma 2), which sdpa would leave out.
     dropout sets every dropout of the model's configuration; None keeps them. Training passes `use_cache=False` to the
     forward itself (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
     quantization: of teacher.quantization; a quantised model lies on this rank's device from the start.
     Raises ModelError, also where the folder lacks weights that the model needs: they would be random.
     """
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if attention == "sdpa" and capped:
+        raise ModelError(f"{path} caps its attention scores (attn_logit_softcapping), which attention=sdpa leaves out: take "
+                         "attention=per_sample or eager")  # fmt: skip
     if dropout is not None:
         set_dropout(config, dropout)
     with _one_sentence(path, "model"), quiet():
@@ -100,7 +105,7 @@ def load_model(
             path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=attention or ("eager" if capped else "sdpa"),
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,

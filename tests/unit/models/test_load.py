@@ -281,3 +281,10 @@ print("sharded")
     }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip().endswith("sharded"), done.stderr[-2000:]
+
+
+def test_attention_that_would_leave_the_cap_of_scores_out_is_refused(tmp_path: Path) -> None:
+    folder = str(tiny_models.family(tmp_path / "m", "gemma2", layers=1))
+    assert load_model(folder).config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="attn_logit_softcapping.*attention=sdpa leaves out: take attention=per_sample or eager"):
+        load_model(folder, attention="sdpa")
