@@ -99,6 +99,7 @@ def score(
         threads=threads,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        instead="score.generation.backend=transformers",
     )
     try:
         scorer = _Scorer(run, config, split, generator, int(tokenizer.eos_token_id))

@@ -36,6 +36,10 @@ log = logging.getLogger("pocl_ds")
 
 # Largest difference a token between the writer's log-probability and the trainer's, by the student's type.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+# What the log says of an engine that shares a GPU with its rank, by its sleep level.
+SLEEP = {0: "; its engine cannot sleep here and keeps its part of the GPU's memory",
+         1: "; between writes its engine sleeps, with its weights in the CPU's memory",
+         2: "; between writes its engine sleeps and drops its weights"}  # fmt: skip
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Rollout:
         self.pad_id, self.eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
         self.allowed = self.ids.allowed
         self.module: Any = self.engine.module
+        self.on_gpu = distributed.device().type == "cuda"
 
     def write(self, rows: NDArray[np.int64], position: Position) -> Written:
         """The student's responses to the prompts of some rows, the same on all ranks; the random numbers follow from seed,
@@ -75,6 +80,8 @@ class Rollout:
         """
         start = time.monotonic()
         self.cost = Cost()
+        if self.on_gpu and self.config.rollout == "vllm":
+            torch.cuda.empty_cache()  # what torch keeps for later the writer, which wakes up now, could not have
         self._refresh(position.step, rows)
         mine = shard_rows(len(rows), distributed.rank(), distributed.world_size())
         prompts = [self._prompt(int(rows[place])) for place in mine]
@@ -103,7 +110,8 @@ class Rollout:
             return
         with distributed.together("open the writer of the student's responses"):
             writer = self._writer()
-        weights = dict(self.engine.weights(self.module.model))
+        whole = self.engine.weights(self.module.model)  # another process gets them through the CPU's memory
+        weights = {name: weight.cpu() if self.config.rollout == "vllm" else weight for name, weight in whole}
         if self.student.lora:
             weights = merged(self.module.model, weights)
         with distributed.together("give the writer the student's weights"):
@@ -137,18 +145,21 @@ class Rollout:
                 backend="vllm" if self.config.rollout == "vllm" else "transformers", max_sequences=self.config.max_sequences,
                 gpu_memory_share=self.config.gpu_memory_share, dtype=self.student.dtype,
             )
-            self.writer = self._open(settings)
-            log.info("the student's responses are written by %s, with its weights of every %d steps", self.config.rollout,
-                     self.config.refresh_every)  # fmt: skip
+            writer = self.writer = self._open(settings)
+            note = SLEEP[writer.sleep_level] if self.on_gpu and isinstance(writer, ChildGenerator) else ""
+            log.info("the student's responses are written by %s, with its weights of every %d steps%s", self.config.rollout,
+                     self.config.refresh_every, note)  # fmt: skip
         return self.writer
 
     def _open(self, settings: GenerationConfig) -> Generator:
         trusted = self.student.trust_remote_code
         threads = torch.get_num_threads()
         if settings.backend == "vllm":
-            where = distributed.device()
+            device = _visible(distributed.device().index or 0) if self.on_gpu else None
+            # With new weights before each write nobody needs the old ones.
+            level = (2 if self.config.refresh_every == 1 else 1) if self.on_gpu else 0
             return ChildGenerator(self.path, settings, max_length=self.longest, threads=threads, trust_remote_code=trusted,
-                                  device=_visible(where.index or 0) if where.type == "cuda" else None)  # fmt: skip
+                                  device=device, sleep_level=level)  # fmt: skip
         from pocl_ds.generation.transformers_backend import TransformersGenerator
 
         tokenizer = load_tokenizer(self.path, trust_remote_code=trusted)

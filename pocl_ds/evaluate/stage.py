@@ -84,7 +84,7 @@ def answer(
         return
     generator = open_generator(
         path, config.generation, tokenizer, max_length=max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
-        threads=threads,
+        threads=threads, instead="evaluate.generation.backend=transformers",
     )
     try:
         with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:

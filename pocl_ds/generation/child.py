@@ -28,6 +28,7 @@ from pocl_ds.errors import PoclError, ResourceError
 from pocl_ds.generation.protocol import Sampling
 
 MEMORY = Path("/dev/shm")
+INSTEAD = "policy.rollout=hf"  # does without this process
 # What makes a process a rank of a group, or of a job step: the child is neither.
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "POCL_EXITS", "POCL_WITHIN")
 
@@ -36,8 +37,10 @@ class ChildGenerator:
     """See `protocol.Generator`; the model is opened when the first call comes."""
 
     def __init__(self, model_path: str, config: GenerationConfig, *, max_length: int, threads: int, device: str | None,
-                 trust_remote_code: bool = False) -> None:  # fmt: skip
-        """device: the GPU that is its own, as CUDA_VISIBLE_DEVICES has it."""
+                 sleep_level: int = 0, trust_remote_code: bool = False) -> None:  # fmt: skip
+        """device: the GPU that it shares with this process, as CUDA_VISIBLE_DEVICES has it. sleep_level: see `VllmGenerator`;
+        afterwards the one that this machine has.
+        """
         ours, theirs = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
         environment |= {"OMP_NUM_THREADS": str(threads)} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
@@ -48,7 +51,7 @@ class ChildGenerator:
             )  # fmt: skip
         self.connection = Connection(ours.detach())
         self.tokens = 0
-        self._ask("open", model_path, config, max_length, threads, trust_remote_code)
+        self.sleep_level: int = self._ask("open", model_path, config, max_length, threads, sleep_level, trust_remote_code)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """See `protocol.Generator`."""
@@ -93,7 +96,7 @@ class ChildGenerator:
         except (EOFError, OSError, pickle.PickleError) as error:
             code = self.process.wait(timeout=30)
             raise ResourceError(f"the process that writes the student's responses ended with code {code} ({error}): see above; "
-                                "policy.rollout=hf does without it") from None  # fmt: skip
+                                f"{INSTEAD} does without it") from None  # fmt: skip
         if fault is not None:
             raise ResourceError(fault)
         return value
@@ -114,9 +117,11 @@ def serve(connection: Connection) -> None:
         value: Any = None
         try:
             if what == "open":
-                path, config, max_length, threads, trusted = arguments
+                path, config, max_length, threads, level, trusted = arguments
                 generator = open_generator(path, config, load_tokenizer(path, trust_remote_code=trusted), max_length=max_length,
-                                           threads=threads, trust_remote_code=trusted)  # fmt: skip
+                                           threads=threads, trust_remote_code=trusted, instead=INSTEAD,
+                                           sleep_level=level)  # fmt: skip
+                value = generator.sleep_level
             elif what == "refresh":
                 generator.refresh(load_file(arguments[0]))
             else:

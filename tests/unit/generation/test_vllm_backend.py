@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ import pytest
 import torch
 
 from pocl_ds.config import GenerationConfig
+from pocl_ds.errors import ModelError, ResourceError
+from pocl_ds.generation import vllm_backend
+from pocl_ds.generation.child import ChildGenerator
 from pocl_ds.generation.open import open_generator
 from pocl_ds.generation.protocol import Sampling
-from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.generation.vllm_backend import VllmGenerator
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 
@@ -129,3 +134,103 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
     )
     assert done.returncode == 1
     assert "cannot be opened inside a process that is part of a group of ranks" in done.stderr
+
+
+class SleepingEngine:
+    """In place of an engine on a GPU, which alone can sleep: writes down what it is asked, and refuses what a real one could
+    not do then.
+    """
+
+    calls: list[Any]
+
+    def __init__(self, **options: Any) -> None:
+        type(self).calls = [options["enable_sleep_mode"]]
+        self.awake = {"weights", "kv_cache"}
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(f"sleep {level}")
+        self.awake = set()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        assert not self.awake & set(tags or [])
+        self.calls.append(f"wake {' '.join(tags or ['all'])}")
+        self.awake |= set(tags or ["weights", "kv_cache"])
+
+    def apply_model(self, function: Any) -> list[Any]:
+        return [function(torch.nn.Module())]
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert "weights" in self.awake
+        self.calls.append(method)
+
+    def generate(self, prompts: list[Any], requests: list[Any], use_tqdm: bool) -> list[Any]:
+        assert len(self.awake) == 2
+        self.calls.append("generate")
+        if requests[0].max_tokens == 1:
+            return [SimpleNamespace(prompt_logprobs=[None, {8: SimpleNamespace(logprob=-1.0)}])]
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5, 0])])]
+
+
+def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
+    engine = SimpleNamespace(LLM=SleepingEngine, SamplingParams=lambda **options: SimpleNamespace(**options), TokensPrompt=dict)
+    monkeypatch.setattr(vllm_backend, "_import_vllm", lambda instead: engine)
+    monkeypatch.setattr(vllm_backend, "_can_sleep", lambda: True)
+    tokenizer, config = load_tokenizer(str(folder)), load_model_config(str(folder))
+    return VllmGenerator(
+        str(folder), GenerationConfig(), tokenizer, model_config=config, max_length=64, sleep_level=level
+    )
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the weights of before."""
+    generator = opened_asleep(tiny_llama, level, monkeypatch)
+    for _ in range(2):
+        generator.refresh({"model.embed_tokens.weight": torch.zeros(1)})
+        generator.log_probs([[7, 8]], [1])
+        assert generator.write([[7]], Sampling(*DRAWN)) == [[5, 0]]
+    if level == 2:
+        with pytest.raises(RuntimeError, match="refresh it first"):
+            generator.write([[7]], Sampling(*DRAWN))
+    else:
+        generator.write([[7]], Sampling(*DRAWN))
+    generator.settings.restore()
+    step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
+    expected = {
+        0: [False, *step, *step, "generate"],
+        1: [True, *step, *sleep, "wake weights", "reload_weights", "wake kv_cache", *step[1:], *sleep, "wake all", "generate",
+            *sleep],
+        2: [True, *step, *sleep, "wake weights", "reload_weights", "wake kv_cache", *step[1:], *sleep],
+    }  # fmt: skip
+    assert SleepingEngine.calls == expected[level]
+
+
+def test_no_engine_sleeps_on_a_cpu() -> None:
+    if not torch.cuda.is_available():
+        assert vllm_backend._can_sleep() is False
+
+
+def test_without_vllm_the_setting_that_does_without_is_named(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the process itself, as scoring and evaluation open it, and in a rollout's process beside a rank."""
+    config, tokenizer = GenerationConfig(), load_tokenizer(str(tiny_llama))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "vllm", None)
+        with pytest.raises(ResourceError, match=r"or choose the slower evaluate\.generation\.backend=transformers$"):
+            open_generator(str(tiny_llama), config, tokenizer, max_length=64, instead="evaluate.generation.backend=transformers")
+    (tmp_path / "vllm.py").write_text("raise ImportError('not there')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    with pytest.raises(ResourceError, match=r"cannot be imported \(not there\).*or choose the slower policy\.rollout=hf$"):
+        ChildGenerator(str(tiny_llama), config, max_length=64, threads=1, device=None)
+
+
+def test_a_family_that_the_cpu_engine_gets_wrong_is_refused(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig
+
+    if torch.cuda.is_available():
+        pytest.skip("only the CPU engine gets it wrong")
+    config = GPTNeoXConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="gpt_neox.*set policy.rollout=hf"):
+        open_generator(str(tmp_path), GenerationConfig(), None, max_length=64, instead="policy.rollout=hf")
