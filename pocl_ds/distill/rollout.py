@@ -47,6 +47,7 @@ class Cost:
     """What a step's rollout took."""
 
     seconds: float = 0.0
+    refresh_seconds: float = 0.0  # of them, until the writer had new weights and was compared
     tokens: int = 0
     staleness: int = 0  # steps since the writer got its weights
 
@@ -83,6 +84,7 @@ class Rollout:
         if self.on_gpu and self.config.rollout == "vllm":
             torch.cuda.empty_cache()  # what torch keeps for later the writer, which wakes up now, could not have
         self._refresh(position.step, rows)
+        refreshed = time.monotonic() - start
         mine = shard_rows(len(rows), distributed.rank(), distributed.world_size())
         prompts = [self._prompt(int(rows[place])) for place in mine]
         sampling = Sampling(self.config.temperature, self.config.top_p, self.config.max_new_tokens,
@@ -92,7 +94,7 @@ class Rollout:
             responses = self._writer().write(prompts, sampling) if prompts else []
         everyone = [one for part in distributed.gather_objects(responses) for one in part]
         written = Written.of(self.split, rows, everyone, eos_id=self.eos_id, longest=self.longest, allowed=self.allowed)
-        self.cost = Cost(time.monotonic() - start, sum(map(len, everyone)), position.step - self.version)
+        self.cost = Cost(time.monotonic() - start, refreshed, sum(map(len, everyone)), position.step - self.version)
         return written
 
     def close(self) -> None:

@@ -217,7 +217,8 @@ class Trainer:
             return {}
         cost, self.rollout.cost = self.rollout.cost, Cost()
         rate = cost.tokens / cost.seconds if cost.seconds else 0.0
-        return {"on_policy": split is not self.data.split, "rollout_seconds": cost.seconds, "staleness": cost.staleness,
+        return {"on_policy": split is not self.data.split, "rollout_seconds": cost.seconds,
+                "rollout_refresh_seconds": cost.refresh_seconds, "rollout_tokens": cost.tokens, "staleness": cost.staleness,
                 "rollout_share": cost.seconds / seconds, "rollout_tokens_per_second": rate}  # fmt: skip
 
     def _deal(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:

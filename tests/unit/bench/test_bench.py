@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from pocl_ds.bench import BENCHMARKS, checkpoint, loss, overhead, rouge, scale, size, step, teacher, workloads
+from pocl_ds.bench import BENCHMARKS, checkpoint, loss, overhead, rollout, rouge, scale, size, step, teacher, workloads
 from pocl_ds.cli import main
 from pocl_ds.errors import ArtifactError, RecipeError
 
@@ -88,6 +88,20 @@ def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
     assert 0 < found["read_share"] < 1 and found["share"] > 0
     with pytest.raises(RecipeError, match="give one workload"):
         teacher.run(["C"])
+
+
+def test_rollout_prints_both_writers() -> None:
+    lines: list[str] = []
+    found = rollout.run(["tiny"], lines.append, rounds=1, steps=2, most=12)
+    assert list(found["steps"]) == list(rollout.WRITERS)
+    for (steps,) in found["steps"].values():
+        assert len(steps) == 2 and all(0 < step["rollout_refresh_seconds"] < step["rollout_seconds"] for step in steps)
+        lengths = [length for step in steps for length in step["lengths"]]
+        assert len(set(lengths)) > 1 and max(lengths) <= 12
+        assert sum(lengths) == sum(step["rollout_tokens"] for step in steps)
+    assert len(found["ratios"]) == 1 and lines[-1].startswith("  vllm writes")
+    with pytest.raises(RecipeError, match="give one workload"):
+        rollout.run(["C"])
 
 
 def test_size_predicts_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
