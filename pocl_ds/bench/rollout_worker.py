@@ -20,7 +20,7 @@ from pocl_ds.config import CheckpointConfig, LossConfig, PolicyConfig, StudentCo
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Position
 from pocl_ds.data.written import Written
-from pocl_ds.distill import stage
+from pocl_ds.distill import build
 from pocl_ds.distill.policies import Rows
 from pocl_ds.distill.trainer import Trainer
 from pocl_ds.tracking import read_metrics, setup_logging
@@ -49,10 +49,10 @@ def _trainer(writer: str, work: Workload, folder: Path, run: RunDirectory, steps
     student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": kind})
     policy = PolicyConfig.model_validate({"name": "gkd", "lmbda": 1.0, "rollout": writer, "max_new_tokens": most})
     plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=0.0)
-    job = stage.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, teacher.model, teacher,
+    job = build.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, (teacher.model,), teacher,
                     LossConfig(name="fkl"), train, seed, policy=policy,
                     longest=most + max(prompt for prompt, _ in work.lengths))  # fmt: skip
-    return stage.make_trainer(run, job)
+    return build.make_trainer(run, job)
 
 
 def _watched(trainer: Trainer) -> list[list[int]]:
