@@ -128,7 +128,7 @@ def _command(options: argparse.Namespace) -> int:
     import os
 
     from pocl_ds import pipeline
-    from pocl_ds.tracking import setup_logging
+    from pocl_ds.tracking import keep_log, setup_logging
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     setup_logging(rank, world_size=ranks)
@@ -139,6 +139,8 @@ def _command(options: argparse.Namespace) -> int:
         return cluster.size(options, recipe)
     if options.dry_run:
         return _dry_run(options, recipe, run)
+    if rank == 0 and "RANK" in os.environ:
+        keep_log(run.logs / f"{options.command}.log")
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
         _stage(options, recipe, run)
         return 0
@@ -146,6 +148,7 @@ def _command(options: argparse.Namespace) -> int:
     if options.command == "run":
         with pipeline.locked(run) as lock:
             pipeline.enter(run, recipe)
+            keep_log(run.logs / "run.log")
             return _run(recipe, run, lock)
     if not inherited:
         pipeline.enter(run, recipe)
@@ -153,6 +156,7 @@ def _command(options: argparse.Namespace) -> int:
         if pipeline.needs_ranks(options.command, recipe) or whole_evaluation:
             with pipeline.locked(run) as lock:
                 return pipeline.run_stage(options.command, run, recipe, lock)
+    keep_log(run.logs / f"{options.command}.log")
     _stage(options, recipe, run)
     return 0
 

@@ -34,6 +34,15 @@ def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
+def keep_log(path: Path) -> None:
+    """Write what the log says to a file too, behind what is there: `pocl watch` reads it. Progress comes now and then."""
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(handler)
+
+
 class Progress:
     """Rate, time left and facts of long work, on one redrawn line of a terminal or as lines of a log.
 
@@ -45,7 +54,7 @@ class Progress:
         self.done, self.first, self.said = done, done, done  # said: what the newest line told
         self.silent = silent or log.level > logging.INFO
         self.terminal = sys.stderr.isatty()
-        self.start = self.shown = time.monotonic()
+        self.start = self.shown = self.kept = time.monotonic()
         self.facts: dict[str, Any] = {}
 
     def __enter__(self) -> Progress:
@@ -88,6 +97,11 @@ class Progress:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             sys.stderr.write("\r\x1b[K" + line[: width - 1])
             sys.stderr.flush()
+            if self.shown - self.kept >= FILE_INTERVAL or self.done == self.total:
+                self.kept = self.shown
+                for handler in log.handlers:
+                    if isinstance(handler, logging.FileHandler):
+                        handler.emit(log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None))
         else:
             log.info("%s", line)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "submit": ("hand a run to SLURM as dependent jobs", "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x"),
     "status": ("what a submitted run is doing, or several below a folder", "pocl status runs/x --watch"),
+    "watch": ("a run live in the terminal, from its directory alone", "pocl watch runs/x"),
     "cancel": ("cancel a submitted run's jobs; finished work is kept", "pocl cancel runs/x"),
     "resume": ("submit what is left of a run", "pocl resume runs/x"),
     "logs": ("what a job or a rank said", "pocl logs runs/x train --rank 1 -f"),
@@ -59,6 +60,8 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     command.add_argument("run", type=Path, metavar="RUN", help="run directory")
     if name == "status":
         command.add_argument("--watch", action="store_true", help=f"again every {REFRESH:.0f} s")
+    if name == "watch":
+        command.add_argument("--once", action="store_true", help="draw once and end, as it does where the output is no terminal")
     if name == "resume":
         command.add_argument("--dry-run", action="store_true", help="print scripts and jobs; do nothing")
     if name == "logs":
@@ -142,6 +145,14 @@ def _runs(options: argparse.Namespace) -> list[RunDirectory]:
     return [RunDirectory(found) for found in (below if below and not (path / "cluster").is_dir() else [path])]
 
 
+def _watch(options: argparse.Namespace) -> int:
+    from pocl_ds.artifacts import RunDirectory
+    from pocl_ds.cluster.watch import watch
+
+    watch(RunDirectory(options.run), interval=REFRESH / 2, once=options.once or not sys.stdout.isatty())
+    return 0
+
+
 def _status(options: argparse.Namespace) -> int:
     from pocl_ds.cluster.status import status, table
 
@@ -216,5 +227,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 FUNCTIONS: dict[str, Any] = {
-    "status": _status, "cancel": _cancel, "resume": _resume, "logs": _logs, "profile": _profile, "doctor": _doctor,
+    "status": _status, "watch": _watch, "cancel": _cancel, "resume": _resume, "logs": _logs, "profile": _profile,
+    "doctor": _doctor,
 }  # fmt: skip

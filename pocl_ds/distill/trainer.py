@@ -201,6 +201,7 @@ class Trainer:
             "loss": loss, "kd": kd, "ce": ce, "tau": stage.tau, "alpha": stage.alpha, "lr": rate, "grad_norm": norm,
             "tokens": normaliser, "tokens_per_second": int(lengths.sum()) / seconds, "seconds": seconds,
             "sample_ids_digest": _digest(split.ids[rows]), **self._rollout_facts(split, seconds),
+            **distributed.memory(),
         }, stopping > 0  # fmt: skip
 
     def _sequences(self, position: Position, rows: NDArray[np.int64]) -> tuple[Sequences, NDArray[np.int64]]:

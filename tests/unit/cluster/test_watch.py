@@ -1,0 +1,96 @@
+"""What `pocl watch` shows of a run's directory, at any moment of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_runs import write_recipe
+
+from pocl_ds import tracking
+from pocl_ds.artifacts import RunDirectory, write_manifest
+from pocl_ds.cli import main
+from pocl_ds.cluster.watch import BLOCKS, look, screen, spark
+from pocl_ds.pipeline import fingerprints
+from pocl_ds.recipe import dump_recipe, load_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A run whose data are done and whose scores are on their way."""
+    recipe = load_recipe(str(write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)))
+    found = RunDirectory(tmp_path / "run")
+    found.data.mkdir(parents=True)
+    found.recipe.write_text(dump_recipe(recipe))
+    write_manifest(found.data, "data", fingerprints(recipe)["data"], info={})
+    found.logs.mkdir()
+    (found.logs / "prepare.log").write_text("2026-01-01 10:00:00 INFO loading\n2026-01-01 10:00:01 WARNING a word of warning\n")
+    return found
+
+
+def training(run: RunDirectory, steps: int) -> None:
+    run.plan.mkdir()
+    (run.plan / "plan.json").write_text(json.dumps({"stages": [{"steps": 10}, {"steps": 20}]}))
+    run.train.mkdir()
+    with (run.train / "metrics.jsonl").open("w") as stream:
+        for step in range(1, steps + 1):
+            record = {"kind": "step", "step": step, "stage": int(step > 10), "loss": 3.0 / step, "kd": 1.0 / step, "ce": 2.0,
+                      "tau": 1.0, "alpha": 0.3, "lr": 1e-4, "grad_norm": 0.5, "seconds": 2.0, "tokens_per_second": 100.0,
+                      "memory_gib": 1.5, "gpu_busy": 80.0, "rollout_share": 0.25}  # fmt: skip
+            stream.write(json.dumps(record) + "\n")
+        stream.write('{"kind": "step", "st')  # being written
+    (run.train / "checkpoints" / "step-00000010").mkdir(parents=True)
+
+
+def test_a_run_that_has_begun(run: RunDirectory) -> None:
+    os.utime(run.logs / "prepare.log", (time.time() - 300,) * 2)
+    text = screen(look(run), 200)
+    assert "✓ data  ▸ prepare" in text and "· train" in text
+    assert "2026-01-01 10:00:01 WARNING a word of warning  (silent for 5:0" in text
+    assert "10:00:01  a word of warning" in text and "loading" not in text.splitlines()[-1]
+
+
+def test_a_training(run: RunDirectory) -> None:
+    training(run, 15)
+    view = look(run)
+    text = screen(view, 100)
+    assert "train: step 15/30, stage 2/2, 2.00 s a step, 100 tokens/s, 0:30 left" in text
+    assert "memory 1.5 GiB (rank 0), GPU 80% busy, writing 25% of a step" in text
+    assert "loss    0.2000  █" in text and "checkpoint step-00000010" in text and not view.finished
+    assert all(len(line) <= 40 for line in screen(view, 40).splitlines())
+
+
+def test_the_command_draws_once_where_there_is_no_terminal(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", str(run.path)]) == 0
+    assert "▸ prepare" in capsys.readouterr().out
+    assert main(["watch", str(run.path / "data")]) == 2
+    assert "holds no recipe.yaml: give the directory of a run" in capsys.readouterr().err
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.integers(1, 20))
+def test_a_spark_line_fits_and_spans_its_values(values: list[float], width: int) -> None:
+    found = spark(values, width)
+    finite = [value for value in values if abs(value) < float("inf")]
+    assert len(found) == min(width, len(finite)) and set(found) <= set(BLOCKS)
+    if len(set(finite)) > 1 and len(finite) <= width:
+        assert BLOCKS[0] in found and BLOCKS[-1] in found
+
+
+def test_progress_on_a_terminal_is_kept_in_the_log_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking.setup_logging()
+    tracking.keep_log(tmp_path / "logs" / "score.log")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+    monkeypatch.setattr("sys.stderr.fileno", lambda: 2)
+    with tracking.Progress(2, "samples", "score") as progress:
+        progress.shown -= 1
+        progress.advance(2)
+    logging.getLogger("pocl_ds").warning("at last")
+    lines = (tmp_path / "logs" / "score.log").read_text().splitlines()
+    assert "score  2/2 samples" in lines[0] and lines[-1].endswith("WARNING at last")
