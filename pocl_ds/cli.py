@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": ("answer the benchmarks; ROUGE-L, held-out loss, KL", "pocl evaluate --run-dir runs/x --model student"),
     "export": ("write the student as a Hugging Face folder with a model card", "pocl export --run-dir runs/x --out my-student"),
     "report": ("one page and one table of everything the run found", "pocl report --run-dir runs/x"),
+    "study": ("run a grid of recipes that share what they can", "pocl study paper --run-dir studies/paper"),
     "bench": ("measure a part of this program on this machine", "pocl bench rouge"),
 }
 
@@ -59,6 +60,10 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
     try:
         if options.command == "bench":
             return _bench(options), ""
+        if options.command == "study":
+            from pocl_ds.study.commands import study
+
+            return study(options), ""
         if options.command in cluster.FUNCTIONS:
             return cluster.run_command(options), ""
         return _command(options), ""
@@ -99,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "bench":
             command.add_argument("name", help="which benchmark; `list` names them")
             command.add_argument("arguments", nargs="*", help="of the benchmark")
+            continue
+        if name == "study":
+            from pocl_ds.study import commands as studies
+
+            studies.add_arguments(command)
             continue
         if name in cluster.COMMANDS:
             cluster.add_arguments(name, command)

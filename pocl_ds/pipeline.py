@@ -46,7 +46,7 @@ STAGES = (
     Stage("data", lambda run: run.data, lambda r: [lasting(r.data), lasting(r.prompt), r.student.model, r.student.revision,
                                                    _data_files(r), own_tokens(r)], ()),
     Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
-                                                        healing(r), r.seed], ("data",)),
+                                                        healing(r)], ("data",)),
     Stage("teach", lambda run: run.teacher, lambda r: [r.teacher and lasting(r.teacher), truncation(r)], ("data",),
           lambda r: keeps_teacher(r)),
     Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed],
@@ -75,7 +75,7 @@ def healing(recipe: Recipe) -> list[Any] | None:
     """What healing a student follows from, beside the models."""
     if not recipe.student.heal_steps:
         return None
-    return [lasting(recipe.train), lasting(recipe.loss) if recipe.across_tokenizers else None]
+    return [lasting(recipe.train), lasting(recipe.loss) if recipe.across_tokenizers else None, recipe.seed]
 
 
 def keeps_teacher(recipe: Recipe) -> bool:

@@ -23,7 +23,7 @@ TIERS = (
     ("difficulty", "distill", "evaluate", "report"),
     ("pipeline", "plugins"),
     ("cluster",),
-    ("bench",),
+    ("bench", "study"),
     ("cli",),
 )
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}

@@ -1,0 +1,61 @@
+"""`pocl study`: its arguments and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pocl_ds.study.plan import Cell
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of `pocl study`."""
+    command.add_argument("study", help="a study's file, or the name of one in launch/studies/")
+    command.add_argument("words", nargs="*", metavar="field=value", help="dotted overrides of every cell")
+    command.add_argument("--run-dir", type=Path, help="where the cells go (default: runs/ and the study's name)")
+    command.add_argument("--dry-run", action="store_true", help="list the cells and what each shares; do nothing")
+    command.add_argument("--table", action="store_true", help="show what there is, and end")
+    command.add_argument("--profile", help="submit to SLURM with this profile; the same command again submits what has waited")
+    command.add_argument("--nodes", type=int, help="with --profile: nodes of the trainings")
+
+
+def study(options: argparse.Namespace) -> int:
+    """Run, submit or show a study."""
+    from pocl_ds.study.plan import cells_of, load_study
+    from pocl_ds.study.run import run_cells
+    from pocl_ds.study.table import progress_lines, result_lines
+    from pocl_ds.tracking import setup_logging
+
+    setup_logging()
+    found = load_study(options.study)
+    cells = cells_of(found, tuple(options.words))
+    folder = options.run_dir or Path("runs") / found.name
+    if options.profile and not options.dry_run:
+        return _submit(options, folder, cells)
+    if not options.dry_run and not options.table:
+        run_cells(folder, cells)
+    print("\n".join([*progress_lines(folder, cells), "", *result_lines(folder, found, cells)]).rstrip())
+    return 0
+
+
+def _submit(options: argparse.Namespace, folder: Path, cells: list[Cell]) -> int:
+    """Hand in the cells that need not wait for another's scores, teacher or baseline."""
+    from pocl_ds.cluster.profile import load_profile
+    from pocl_ds.cluster.submit import Submission
+    from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
+
+    profile = load_profile(options.profile)
+    for cell in cells:
+        if not is_finished(folder, cell):
+            enter(folder, cell)
+            adopt(folder, cell, cells)
+    now = [cell for cell in ready(folder, cells) if not (directory(folder, cell).cluster / "submission.json").is_file()]
+    for cell in now:
+        submission = Submission(directory(folder, cell), cell.recipe, profile, nodes=options.nodes)
+        submission.submit()
+        print(f"{cell.name}: {', '.join(job.name for job in submission.jobs)}")
+    waiting = sum(not is_finished(folder, cell) for cell in cells) - len(now)
+    print(f"submitted {len(now)} of {len(cells)} cells; {waiting} more run already or wait for what these share: give the same "
+          f"command again, and `pocl status {folder} --watch`")  # fmt: skip
+    return 0

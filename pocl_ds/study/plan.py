@@ -1,0 +1,109 @@
+"""A study's file: a base recipe, arms that change it, a grid over all arms, and seeds. Every combination is a cell, a run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from pocl_ds.config import Int, Recipe, Section
+from pocl_ds.curriculum.plan import visits
+from pocl_ds.errors import RecipeError
+from pocl_ds.recipe import first_fault, load_recipe
+
+STUDIES = Path(__file__).resolve().parents[2] / "launch" / "studies"
+UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+class StudyConfig(Section):
+    """What a study's file says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    base: str = Field(description="a recipe's file, or the name of a shipped one")
+    overrides: tuple[str, ...] = Field((), description="dotted overrides of the base, for all cells")
+    arms: dict[str, tuple[str, ...]] = Field(min_length=1, description="name -> dotted overrides")
+    grid: dict[str, dict[str, tuple[str, ...]] | tuple[Any, ...]] = Field(
+        default_factory=dict, description="field -> values, or name -> label -> dotted overrides; each with every arm"
+    )
+    seeds: tuple[Int, ...] = Field((42,), min_length=1, description="each cell once with each")
+    compare: tuple[tuple[str, str], ...] = Field((), description="pairs of arms: is the first better than the second?")
+
+    @model_validator(mode="after")
+    def _arms_are_there(self) -> StudyConfig:
+        for arm in itertools.chain.from_iterable(self.compare):
+            if arm not in self.arms:
+                raise ValueError(f"compare names the arm {arm!r}, which is not among {', '.join(self.arms)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed stands there twice: name each once")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: str
+    point: tuple[tuple[str, str], ...]  # names of the grid and this cell's label of each
+    seed: int
+    recipe: Recipe
+
+    @property
+    def group(self) -> str:
+        """Arm and point, without the seed: what repetitions have in common."""
+        return ", ".join([self.arm, *(label for _, label in self.point)])
+
+    @property
+    def name(self) -> str:
+        """A folder's name."""
+        return UNFIT.sub("-", f"{self.group}-seed{self.seed}").strip("-")
+
+
+def load_study(source: str) -> StudyConfig:
+    """A study's file, or a shipped one's name. Raises RecipeError naming the first field at fault."""
+    path = Path(source) if Path(source).is_file() else STUDIES / f"{source}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+        raise RecipeError(f"study {source!r} is neither a file nor a shipped study ({known}): check the name")
+    try:
+        return StudyConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML ({getattr(error, 'problem', error)}): mend it") from None
+    except ValidationError as error:
+        raise RecipeError(first_fault(error, f"{path}: study field", StudyConfig)) from None
+
+
+def cells_of(study: StudyConfig, overrides: tuple[str, ...] = ()) -> list[Cell]:
+    """Every cell with its checked recipe, seed by seed. Raises RecipeError naming the cell whose recipe is at fault."""
+    axes = [[(name, label, words) for label, words in _labels(name, values).items()] for name, values in study.grid.items()]
+    found: list[Cell] = []
+    for seed, along, (arm, changes) in itertools.product(study.seeds, itertools.product(*axes), study.arms.items()):
+        point = tuple((name, label) for name, label, _ in along)
+        words = [word for *_, change in along for word in change]
+        try:
+            recipe = load_recipe(study.base, [*study.overrides, *changes, *words, f"seed={seed}", *overrides])
+        except RecipeError as error:
+            raise RecipeError(f"study {study.name}, arm {arm!r} at {dict(point)}: {error}") from None
+        found.append(Cell(arm, point, seed, recipe))
+    names = [cell.name for cell in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"study {study.name}: two cells would be called {twice!r}: give the arms other names")
+    return found
+
+
+def sample_visits(recipe: Recipe) -> float:
+    """How often a sample is seen in a whole run, on average: what arms must have in common to be compared."""
+    return visits(recipe.plan.subsets, recipe.plan.epochs_per_stage, recipe.plan.scheduler)
+
+
+def _labels(name: str, values: dict[str, tuple[str, ...]] | tuple[Any, ...]) -> dict[str, tuple[str, ...]]:
+    """Label -> overrides of one axis of the grid."""
+    if isinstance(values, dict):
+        return values
+    words = [f"{name}={json.dumps(value)}" for value in values]
+    return {value if isinstance(value, str) else word: (word,) for value, word in zip(values, words, strict=True)}

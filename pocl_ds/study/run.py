@@ -1,0 +1,119 @@
+"""Running a study's cells: what another cell has finished already is taken over, the rest is run or submitted.
+
+A stage's fingerprint follows from everything that its result follows from. So a finished stage of one cell is another's, where
+the two are equal: the scores of one student, a teacher's answers, a baseline.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pocl_ds import pipeline
+from pocl_ds.artifacts import RunDirectory, atomic_write
+from pocl_ds.errors import ArtifactError, Interrupted
+from pocl_ds.recipe import dump_recipe
+from pocl_ds.study.plan import Cell
+
+log = logging.getLogger("pocl_ds")
+
+# What is taken over. Evaluation, export and report speak of the cell itself; they take seconds or differ anyway.
+SHARED = ("data", "prepare", "teach", "respond", "score", "rank", "plan", "baseline")
+EXPENSIVE = ("prepare", "teach", "respond", "score", "baseline")  # what it is worth to wait for
+
+
+def directory(folder: Path, cell: Cell) -> RunDirectory:
+    """A cell's run directory."""
+    return RunDirectory(folder / cell.name)
+
+
+def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
+    """Take over what other cells have finished of this one's stages, as hard links; returns the stages."""
+    run, wanted = directory(folder, cell), pipeline.fingerprints(cell.recipe)
+    done = pipeline.finished(run, cell.recipe)
+    taken = []
+    for stage in pipeline.STAGES:
+        if stage.name not in SHARED or not stage.wanted(cell.recipe) or done[stage.name]:
+            continue
+        for other in cells:
+            source = directory(folder, other)
+            if other is cell or pipeline.fingerprints(other.recipe)[stage.name] != wanted[stage.name]:
+                continue
+            if source.recipe.is_file() and pipeline.finished(source, other.recipe)[stage.name]:
+                _link(stage.directory(source), stage.directory(run))
+                taken.append(stage.name)
+                break
+    return taken
+
+
+def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
+    """Run every unfinished cell on this machine, one after the other. Raises ArtifactError for one that fails, Interrupted."""
+    for number, cell in enumerate(cells, 1):
+        run = directory(folder, cell)
+        if is_finished(folder, cell):
+            log.info("study %d/%d: %s is done already", number, len(cells), cell.name)
+            continue
+        with pipeline.locked(run):
+            pipeline.enter(run, cell.recipe)
+            taken = adopt(folder, cell, cells)
+        log.info("study %d/%d: %s%s", number, len(cells), cell.name, f" (shares {', '.join(taken)})" if taken else "")
+        code = pipeline.call([sys.executable, "-m", "pocl_ds.cli", "run", "--run-dir", str(run.path)])
+        if code in (130, 75, -signal.SIGINT):
+            raise Interrupted(f"stopped in cell {cell.name}: everything is saved, the same command goes on", exit_code=code)
+        if code:
+            raise ArtifactError(f"cell {cell.name} ended with code {code}, see above: mend it, the same command goes on")
+
+
+def ready(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """Unfinished cells that need not wait for another to do what they have in common: what can be submitted now."""
+    found: list[Cell] = []
+    under_way: set[tuple[str, str]] = set()
+    for cell in cells:
+        if is_finished(folder, cell):
+            continue
+        done, prints = pipeline.finished(directory(folder, cell), cell.recipe), pipeline.fingerprints(cell.recipe)
+        left = {(stage.name, prints[stage.name]) for stage in pipeline.STAGES
+                if stage.name in EXPENSIVE and stage.wanted(cell.recipe) and not done[stage.name]}  # fmt: skip
+        if not left & under_way:
+            found.append(cell)
+        under_way |= left
+    return found
+
+
+def is_finished(folder: Path, cell: Cell) -> bool:
+    """Whether a cell has all its results."""
+    run = directory(folder, cell)
+    if not run.recipe.is_file():
+        return False
+    done = pipeline.finished(run, cell.recipe)
+    return all(done[stage.name] for stage in pipeline.STAGES if stage.wanted(cell.recipe))
+
+
+def enter(folder: Path, cell: Cell) -> None:
+    """Write a cell's recipe, so that what it shares can be taken over before anything of it runs."""
+    run = directory(folder, cell)
+    run.path.mkdir(parents=True, exist_ok=True)
+    if not run.recipe.is_file():
+        with atomic_write(run.recipe) as stream:
+            stream.write(dump_recipe(cell.recipe))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A folder's files under another name, without their contents twice; where links cannot be, copies."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    shutil.rmtree(target, ignore_errors=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=link)
+    os.replace(partial, target)

@@ -1,0 +1,119 @@
+"""What a study found: a line a cell while it runs, means over seeds, pairs of arms with intervals over items and trainings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+
+from pocl_ds.evaluate.compare import RESAMPLES, Floats
+from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
+from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
+from pocl_ds.study.run import directory, is_finished
+from pocl_ds.tracking import read_metrics
+
+STUDENT, MEASURE = "student", "rouge_l"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """B - A, mean over items and trainings; an interval of 95% and a two-sided p over both."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    trainings: int
+
+    @property
+    def sentence(self) -> str:
+        """Whether B is better, in words."""
+        width = (self.high - self.low) / 2
+        about = f"{self.mean:+.2f} ± {width:.2f}, p = {self.p:.2g}, {self.trainings} trainings each"
+        if self.low > 0 or self.high < 0:
+            return f"{'better' if self.mean > 0 else 'worse'} by {abs(self.mean):.2f} ± {width:.2f}, p = {self.p:.2g}, " \
+                   f"{self.trainings} trainings each"  # fmt: skip
+        return f"no difference shown: {about}"
+
+
+def two_level(differences: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+    """Bootstrap over items and over trainings at once (both drawn with replacement); differences: [items, trainings], paired.
+
+    With one training the interval is over items alone.
+    """
+    items, trainings = differences.shape
+    source, means = np.random.default_rng(seed), np.empty(resamples)
+    for number in range(resamples):
+        rows, columns = source.integers(0, items, items), source.integers(0, trainings, trainings)
+        means[number] = differences[rows].mean(0)[columns].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    tail = min(int((means <= 0).sum()), int((means >= 0).sum())) + 1
+    return Difference(float(differences.mean()), float(low), float(high), min(1.0, 2 * tail / (resamples + 1)), trainings)
+
+
+def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
+    """A line a cell: done, or how far its training is."""
+    rows = [["cell", "visits", "state", "ROUGE-L"]]
+    for cell in cells:
+        run, visits = directory(folder, cell), f"{sample_visits(cell.recipe):g}"
+        metrics = run.train / "metrics.jsonl"
+        if is_finished(folder, cell):
+            models = results_of(run)["models"].get(STUDENT, {"benchmarks": {}})
+            scores = ", ".join(f"{name} {entry['rouge_l']:.2f}" for name, entry in models["benchmarks"].items())
+            rows.append([cell.name, visits, "done", scores])
+        elif metrics.is_file() and (steps := read_metrics(metrics)):
+            rows.append([cell.name, visits, f"step {steps[-1]['step']}, loss {steps[-1]['loss']:.3f}", ""])
+        else:
+            rows.append([cell.name, visits, "begun" if run.recipe.is_file() else "-", ""])
+    return _aligned(rows)
+
+
+def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
+    """Means over seeds of every group of cells, and the study's pairs; of what is finished."""
+    done = [cell for cell in cells if is_finished(folder, cell)]
+    if not done:
+        return []
+    benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
+    rows = [["", "trainings", *benchmarks]]
+    for group in dict.fromkeys(cell.group for cell in done):
+        found = [results_of(directory(folder, cell))["models"][STUDENT]["benchmarks"] for cell in done if cell.group == group]
+        rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks)])
+    lines = _aligned(rows)
+    for better, worse in study.compare:
+        for point in dict.fromkeys(cell.point for cell in cells):
+            for name in benchmarks:
+                if found := _pair(folder, done, (worse, better), point, name):
+                    where = "".join(f", {label}" for _, label in point)
+                    lines.append(f"{name}{where}: {better} beside {worse}: {found.sentence}")
+    visits = {sample_visits(cell.recipe) for cell in cells}
+    if len(visits) > 1:
+        lines.append(f"NOT EQUAL: cells see a sample {', '.join(f'{value:g}' for value in sorted(visits))} times")
+    return lines
+
+
+def _pair(folder: Path, done: Sequence[Cell], arms: tuple[str, str], point: tuple[tuple[str, str], ...], benchmark: str
+          ) -> Difference | None:  # fmt: skip
+    """The second arm minus the first over the seeds that both have finished; None where there is none."""
+    sides = [{cell.seed: cell for cell in done if cell.arm == arm and cell.point == point} for arm in arms]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds:
+        return None
+    columns = []
+    for seed in seeds:
+        scores = [read_side(Side(directory(folder, side[seed]), STUDENT, side[seed].name), benchmark, MEASURE).scores
+                  for side in sides]  # fmt: skip
+        items = [key for key in scores[0] if key in scores[1]]
+        columns.append(np.array([fmean(scores[1][key]) - fmean(scores[0][key]) for key in items]))
+    return two_level(np.stack(columns, 1))
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,128 @@
+"""A study's file as cells, and what cells take over from one another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_runs import write_recipe
+
+from pocl_ds import pipeline
+from pocl_ds.artifacts import RunDirectory, write_manifest
+from pocl_ds.cli import main
+from pocl_ds.errors import RecipeError
+from pocl_ds.study import run as running
+from pocl_ds.study.plan import STUDIES, Cell, cells_of, load_study, sample_visits
+from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> dict[str, Any]:
+    recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
+    return {
+        "name": "small", "base": str(recipe), "arms": {"kd": ["plan.subsets=1"], "pocl": []}, "seeds": [1, 2],
+        "grid": {"loss.name": ["fkl", "rkl"], "size": {"short": ["plan.epochs_per_stage=1"], "long": []}},
+        "compare": [["pocl", "kd"]],
+    }  # fmt: skip
+
+
+def cells(tree: dict[str, Any], folder: Path, *words: str) -> list[Cell]:
+    (folder / "study.yaml").write_text(yaml.safe_dump(tree))
+    return cells_of(load_study(str(folder / "study.yaml")), words)
+
+
+def test_every_combination_is_a_run_of_its_own(tree: dict[str, Any], tmp_path: Path) -> None:
+    found = cells(tree, tmp_path, "train.lr=0.5")
+    assert len(found) == 2 * 2 * 2 * 2 == len({cell.name for cell in found})
+    one = next(cell for cell in found if cell.name == "pocl-rkl-short-seed2")
+    recipe = one.recipe
+    assert (recipe.loss.name, recipe.plan.epochs_per_stage, recipe.plan.subsets, recipe.seed) == ("rkl", 1, 3, 2)
+    assert recipe.train.lr == 0.5 and one.group == "pocl, rkl, short" and sample_visits(recipe) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms": {}}, "arms: dictionary should have at least 1"),
+        ({"compare": [["pocl", "sft"]]}, "compare names the arm 'sft', which is not among kd, pocl"),
+        ({"seeds": [1, 1]}, "a seed stands there twice"),
+        ({"grids": {}}, "grids does not exist: did you mean grid"),
+        ({"arms": {"kd": ["plan.subset=1"]}, "compare": []}, "arm 'kd' at .*did you mean subsets"),
+        ({"grid": {"a": {"x y": [], "x-y": []}}}, "two cells would be called 'kd-x-y-seed1'"),
+    ],
+)
+def test_a_study_that_is_wrong_says_where(tree: dict[str, Any], change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=words):
+        cells({**tree, **change}, tmp_path)
+
+
+def test_a_study_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"'none' is neither a file nor a shipped study \(ablations, "):
+        load_study("none")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_shipped_study_is_whole(path: Path) -> None:
+    study = load_study(path.stem)
+    assert study.name == path.stem and study.compare
+    found = cells_of(study)
+    visits = [sample_visits(cell.recipe) for cell in found]
+    assert max(visits) - min(visits) <= 4 and all(cell.recipe.train.schedule == "whole_run" for cell in found)
+
+
+def finish(folder: Path, cell: Cell, *stages: str) -> None:
+    run = directory(folder, cell)
+    enter(folder, cell)
+    for stage in pipeline.STAGES:
+        if stage.name in stages:
+            where = stage.directory(run)
+            where.mkdir(parents=True, exist_ok=True)
+            (where / "result").write_text(cell.name)
+            write_manifest(where, stage.name, pipeline.fingerprints(cell.recipe)[stage.name], info={})
+
+
+def test_what_another_cell_has_finished_is_taken_over(tree: dict[str, Any], tmp_path: Path) -> None:
+    found = cells(tree, tmp_path, "rank.strategy=random", "student.heal_steps=0")
+    first, other, another_plan = found[0], found[2], found[1]
+    finish(tmp_path, first, "data", "prepare", "rank", "plan", "train")
+    assert (first.arm, other.arm, another_plan.arm) == ("kd", "kd", "pocl")
+    enter(tmp_path, other)
+    enter(tmp_path, another_plan)
+    assert adopt(tmp_path, another_plan, found) == ["data", "prepare", "rank"]
+    assert adopt(tmp_path, another_plan, found) == []
+    taken = adopt(tmp_path, other, found)
+    assert taken[:3] == ["data", "prepare", "rank"] and "train" not in taken
+    mine, theirs = (directory(tmp_path, cell).data / "result" for cell in (other, first))
+    assert os.path.samefile(mine, theirs) and not is_finished(tmp_path, other)
+
+
+def test_what_cells_share_is_submitted_once(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cells(tree, tmp_path)
+    assert [cell.name for cell in ready(tmp_path, found)] == [found[0].name]  # all need the same student and scores
+    monkeypatch.setattr(running.pipeline, "finished", lambda run, recipe: dict.fromkeys(pipeline.NAMES, True) | {"train": False})
+    assert ready(tmp_path, found) == found
+
+
+def test_links_fall_back_to_copies(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("not here")
+
+    monkeypatch.setattr(running.os, "link", refuse)
+    found = cells(tree, tmp_path)
+    finish(tmp_path, found[0], "data")
+    enter(tmp_path, found[1])
+    assert adopt(tmp_path, found[1], found) == ["data"]
+    assert (RunDirectory(directory(tmp_path, found[1]).path).data / "result").read_text() == found[0].name
+
+
+def test_the_command_lists_cells_and_does_nothing(
+    tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells(tree, tmp_path)
+    arguments = ["study", str(tmp_path / "study.yaml"), "--run-dir", str(tmp_path / "runs"), "--dry-run", "train.lr=0.1"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "pocl-rkl-long-seed2" in said and "NOT EQUAL" not in said and not (tmp_path / "runs").exists()
