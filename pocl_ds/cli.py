@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl_ds import commands as finished
 from pocl_ds.cluster import commands as cluster
+from pocl_ds.study import commands as studies
 
 if TYPE_CHECKING:
     from pocl_ds.artifacts import RunDirectory
@@ -27,10 +29,9 @@ COMMANDS = {
     "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
     "train": ("distil, from where it stopped", "pocl train --run-dir runs/x"),
     "baseline": ("plain KD on as many sample visits, to compare with", "pocl baseline --run-dir runs/x compare.enabled=true"),
-    "evaluate": ("answer the benchmarks; ROUGE-L, held-out loss, KL", "pocl evaluate --run-dir runs/x --model student"),
+    "evaluate": ("answer the benchmarks and score the answers", "pocl evaluate --run-dir runs/x --model student"),
     "export": ("write the student as a Hugging Face folder with a model card", "pocl export --run-dir runs/x --out my-student"),
     "report": ("one page and one table of everything the run found", "pocl report --run-dir runs/x"),
-    "study": ("run a grid of recipes that share what they can", "pocl study paper --run-dir studies/paper"),
     "bench": ("measure a part of this program on this machine", "pocl bench rouge"),
 }
 
@@ -60,12 +61,9 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
     try:
         if options.command == "bench":
             return _bench(options), ""
-        if options.command == "study":
-            from pocl_ds.study.commands import study
-
-            return study(options), ""
-        if options.command in cluster.FUNCTIONS:
-            return cluster.run_command(options), ""
+        for others in (cluster, finished, studies):
+            if options.command in others.FUNCTIONS:
+                return others.run_command(options), ""
         return _command(options), ""
     except PoclError as error:
         print(f"pocl {options.command}: {error}", file=sys.stderr, flush=True)
@@ -97,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="start: pocl run quickstart --run-dir runs/quickstart · each command: pocl COMMAND --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (purpose, example) in {**COMMANDS, **cluster.COMMANDS}.items():
+    for name, (purpose, example) in {**COMMANDS, **finished.COMMANDS, **studies.COMMANDS, **cluster.COMMANDS}.items():
         command = commands.add_parser(
             name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example: {example}"
         )
@@ -105,10 +103,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("name", help="which benchmark; `list` names them")
             command.add_argument("arguments", nargs="*", help="of the benchmark")
             continue
-        if name == "study":
-            from pocl_ds.study import commands as studies
-
-            studies.add_arguments(command)
+        if others := next((one for one in (finished, studies) if name in one.COMMANDS), None):
+            others.add_arguments(name, command)
             continue
         if name in cluster.COMMANDS:
             cluster.add_arguments(name, command)
@@ -126,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("score", "teach"):
             command.add_argument("--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N")
         if name == "evaluate":
+            command.add_argument("--shard", metavar="I/N", help="with --model: only part I of N of its work, from 0")
             command.add_argument("--model", choices=("teacher", "initial", "student", "baseline"), help="only this one's answers")
             command.add_argument("--benchmark", help="with --model: only this benchmark")
             command.add_argument("--seed", type=int, help="with --model: only this seed")
@@ -154,6 +151,7 @@ def _command(options: argparse.Namespace) -> int:
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
         _stage(options, recipe, run)
         return 0
+    _check_part(options)
     inherited = "POCL_WITHIN" in os.environ  # a stage of `pocl run`, which holds the lock
     if options.command == "run":
         with pipeline.locked(run) as lock:
@@ -184,8 +182,12 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
     if getattr(options, "ranks", None) is not None:
         overrides.append(f"launch.ranks={options.ranks}")
     if getattr(options, "shard", None):
-        options.shard, count = _shard(options.shard)
-        overrides.append(f"{options.command}.shards={count}")
+        number, count = _shard(options.shard)
+        if options.command == "evaluate":
+            options.shard = number, count
+        else:
+            options.shard = number
+            overrides.append(f"{options.command}.shards={count}")
     if len(names) > 1:
         raise RecipeError(f"two recipes are named ({names[0]}, {names[1]}): give one, overrides have the form field=value")
     if names:
@@ -353,16 +355,27 @@ def _train(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, finge
 
 
 def _evaluate(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
+    from pocl_ds.evaluate.judge import judge
     from pocl_ds.evaluate.stage import answer, held_out, model_path, summarise
     from pocl_ds.pipeline import evaluated_models
 
     names = evaluated_models(recipe)
     if options.model:
         answer(run, _part(recipe.evaluate, options), recipe.prompt, model=options.model, path=model_path(run, options.model),
-               threads=recipe.launch.threads)  # fmt: skip
+               threads=recipe.launch.threads, shard=options.shard or (0, 1))  # fmt: skip
         return
-    held_out(run, recipe.evaluate, {name: model_path(run, name) for name in names})
+    held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names})
+    judge(run, recipe.evaluate, names)
     summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
+
+
+def _check_part(options: argparse.Namespace) -> None:
+    """A part of an evaluation is of one model."""
+    from pocl_ds.errors import RecipeError
+
+    part = [word for word in ("shard", "benchmark", "seed") if getattr(options, word, None) is not None]
+    if options.command == "evaluate" and not options.model and part:
+        raise RecipeError(f"--{part[0]} is a part of one model's answers: say whose with --model")
 
 
 def _part(config: Any, options: argparse.Namespace) -> Any:

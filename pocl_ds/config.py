@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -38,6 +38,7 @@ ACROSS_TOKENIZERS = ("uld", "alm")
 POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False, "mixture": True}
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
 METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy
+BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")  # see evaluate/benchmarks.py
 ALL_LINEAR = "all-linear"  # student.lora.targets
 
 
@@ -63,6 +64,8 @@ Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[Int, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
+Fields: TypeAlias = dict[Literal["id", "instruction", "input", "output", "prompt", "messages"], str]
+ModelName: TypeAlias = Literal["teacher", "initial", "student", "baseline"]
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
 
@@ -88,9 +91,7 @@ class DataConfig(Section):
     hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
     hub_split: str = Field("train", description="split of a Hub data set")
     format: Literal["auto", "alpaca", "prompt", "messages"] = Field("auto", description="form of the records")
-    fields: dict[Literal["id", "instruction", "input", "output", "prompt", "messages"], str] = Field(
-        default_factory=dict, description="our field -> the name it has in the file"
-    )
+    fields: Fields = Field(default_factory=dict, description="our field -> the name it has in the file")
     validation: str | None = Field(None, description="file with validation samples; else split off by hash")
     test: str | None = Field(None, description="file with test samples; else split off by hash")
     validation_fraction: Fraction = Field(0.05, description="share split off by hash of the prompt")
@@ -430,20 +431,76 @@ class CompareConfig(Section):
     sft_ratio: Fraction = 0.3
 
 
+class BenchmarkConfig(Section):
+    """Questions with references, which every model answers."""
+
+    source: str = Field(description="`test` for the held-out split, one of " + " ".join(BENCHMARKS) + ", a file, or a Hub name")
+    hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
+    hub_split: str = Field("test", description="split of a Hub data set")
+    format: Literal["auto", "alpaca", "prompt", "messages"] = Field("auto", description="form of the records")
+    fields: Fields = Field(default_factory=dict, description="our field -> the name it has in the file")
+
+
+class JudgeConfig(Section):
+    """A language model that reads answers and says how good they are, behind any OpenAI-compatible endpoint."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] = Field(
+        description="what stands before /chat/completions, as in http://localhost:8000/v1; without a password or a query"
+    )
+    model: str = Field(description="as the endpoint calls it")
+    key_env: str | None = Field(None, description="NAME of the environment variable that holds the key, never the key itself")
+    mode: Literal["score", "pairwise"] = Field("score", description="1 to 10 alone, or against the answer of another model")
+    against: ModelName = Field("initial", description="pairwise: whose answers stand beside; asked in both orders")
+    samples: Positive | None = Field(100, description="at most as many of each benchmark, chosen by hash; null for all")
+    seeds: Positive = Field(1, description="so many of evaluate.seeds, the first ones")
+    prompt: str | None = Field(None, description="a .jinja file in place of the judge's instructions")
+    temperature: Annotated[Float, Field(ge=0)] = 0.0
+    max_tokens: Positive = Field(512, description="of one verdict")
+    concurrency: Positive = Field(8, description="questions in flight at once", json_schema_extra=OPERATIONAL)
+    timeout_seconds: Annotated[Float, Field(gt=0)] = Field(120, description="of one question", json_schema_extra=OPERATIONAL)
+    retries: NonNegative = Field(5, description="of a question, each after twice the wait", json_schema_extra=OPERATIONAL)
+
+    @model_validator(mode="after")
+    def _no_key(self) -> JudgeConfig:
+        # Not a pattern of the field: the message of one would show what was written there, which may be a key.
+        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+            raise ValueError("key_env is not the name of an environment variable: put the key into a variable, and write the "
+                             "variable's name here, as in OPENAI_API_KEY")
+        return self
+
+
+def _sources(value: Any) -> Any:
+    """Benchmarks as a list of names (`[dolly, vicuna]`, `dolly,vicuna`), or name -> a source or its fields."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if isinstance(value, (list, tuple)):
+        value = {name: name for name in value}
+    if not isinstance(value, dict):
+        return value
+    return {name: {"source": entry} if isinstance(entry, str) else entry for name, entry in value.items()}
+
+
 class EvaluateConfig(Section):
     """What the student is measured on (METHOD 5)."""
 
     generation: GenerationConfig = GenerationConfig()
-    benchmarks: dict[str, str] = Field(
-        default_factory=lambda: {"test": "test"}, description="name -> a file, or `test` for the held-out split"
+    benchmarks: Annotated[dict[str, BenchmarkConfig], BeforeValidator(_sources), Field(min_length=1)] = Field(
+        default_factory=lambda: {"test": BenchmarkConfig(source="test")}, description="names, or name -> source"
     )
-    models: tuple[Literal["teacher", "initial", "student", "baseline"], ...] = ("teacher", "initial", "student")
+    benchmark_folder: str | None = Field(
+        None, description="where the files of named benchmarks lie; null: the Hub has them"
+    )
+    processes: Positive = Field(
+        1, description="engines of one model side by side, each with its own GPU or cores", json_schema_extra=OPERATIONAL
+    )
+    judge: JudgeConfig | None = Field(None, description="a second look, by a language model; null for none")
+    models: tuple[ModelName, ...] = ("teacher", "initial", "student")
     seeds: tuple[Int, ...] = Field((10, 20, 30, 40, 50), min_length=1)
     temperature: Annotated[Float, Field(ge=0)] = 1.0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
     samples: Positive | None = Field(None, description="at most as many of each benchmark")
-    loss: bool = Field(True, description="also held-out loss and KL to the teacher, on the test split")
+    loss: bool = Field(True, description="also loss and KL to the teacher, on the test split and on references")
 
     @model_validator(mode="after")
     def _seeds_matter(self) -> EvaluateConfig:

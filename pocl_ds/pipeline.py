@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pocl_ds import ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
 from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
-from pocl_ds.errors import ArtifactError
+from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 
 log = logging.getLogger("pocl_ds")
@@ -58,7 +58,8 @@ STAGES = (
     Stage("train", lambda run: run.train, lambda r: learning(r), ("plan", "respond")),
     Stage("baseline", lambda run: run.baseline, lambda r: [learning(r), lasting(r.compare)], ("plan", "respond"),
           lambda r: r.compare.enabled),
-    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r)], ("train", "baseline")),
+    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r), _benchmark_files(r)],
+          ("train", "baseline")),
     Stage("export", lambda run: run.export, lambda r: None, ("evaluate",)),
     Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
 )  # fmt: skip
@@ -184,9 +185,30 @@ def run_stage(name: str, run: RunDirectory, recipe: Recipe, lock: int) -> int:
         return call([*launcher, name, "--run-dir", str(run.path)], lock)
     if name == "evaluate":
         for model in evaluated_models(recipe):
-            if code := call([*command, "--model", model], lock):
+            if code := _answers([*command, "--model", model], recipe, lock):
                 return code
     return call(command, lock)
+
+
+def _answers(command: list[str], recipe: Recipe, lock: int) -> int:
+    """One model's answers, by evaluate.processes engines side by side, each on GPUs or cores of its own."""
+    count, gpus = recipe.evaluate.processes, recipe.evaluate.generation.tensor_parallel
+    if count == 1:
+        return call(command, lock)
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = names.split(",") if names else [str(number) for number in range(torch.cuda.device_count())]
+    if torch.cuda.is_available() and len(visible) < count * gpus:
+        raise RecipeError(f"evaluate.processes={count} with tensor_parallel={gpus} needs {count * gpus} GPUs, and {len(visible)} "
+                          "are visible: lower it")  # fmt: skip
+    commands, environments = [], []
+    for number in range(count):
+        commands.append([*command, "--shard", f"{number}/{count}"])
+        own = ",".join(visible[number * gpus : (number + 1) * gpus])
+        cores = max((os.cpu_count() or 1) // count, 1)
+        environments.append({"CUDA_VISIBLE_DEVICES": own} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(cores)})
+    return call_together(commands, environments, lock)
 
 
 def needs_ranks(name: str, recipe: Recipe) -> bool:
@@ -196,18 +218,32 @@ def needs_ranks(name: str, recipe: Recipe) -> bool:
 
 def call(command: list[str], lock: int | None = None) -> int:
     """Run a command in its own session, handing on every signal that reaches us, and wait for its end."""
-    environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
-    if command[0] != "bash":
-        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    child = subprocess.Popen(command, start_new_session=True, env=environment, pass_fds=() if lock is None else (lock,))
+    return call_together([command], [{}], lock)
+
+
+def call_together(commands: list[list[str]], environments: list[dict[str, str]], lock: int | None = None) -> int:
+    """As `call`, several at once, each with variables of its own. Returns the first exit code that is not 0, when all ended."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, _: Any) -> None:
+        for child in children:
+            child.send_signal(number)
+
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda got, _: child.send_signal(got)) for number in numbers}
+    for command, own in zip(commands, environments, strict=True):
+        environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1", **own}
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
+        if command[0] != "bash":
+            environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+        children.append(subprocess.Popen(command, start_new_session=True, env=environment,
+                                         pass_fds=() if lock is None else (lock,)))  # fmt: skip
+    before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
-        code = child.wait()
+        codes = [child.wait() for child in children]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    code = next((code for code in codes if code), 0)
     return code if code >= 0 else 128 - code
 
 
@@ -222,9 +258,19 @@ def _check_ds_configs(recipe: Recipe) -> None:
 
 
 def _data_files(recipe: Recipe) -> list[Any]:
-    """Size and edges of the data files: enough to notice another file of the same name, at any size."""
+    """See `_files`."""
+    return _files((recipe.data.source, recipe.data.validation, recipe.data.test))
+
+
+def _benchmark_files(recipe: Recipe) -> list[Any]:
+    """See `_files`. Answers follow from the items themselves, whatever file they come from."""
+    return _files(benchmark.source for benchmark in recipe.evaluate.benchmarks.values())
+
+
+def _files(sources: Iterable[str | None]) -> list[Any]:
+    """Size and edges of the files among some sources: enough to notice another file of the same name, at any size."""
     found: list[Any] = []
-    for source in (recipe.data.source, recipe.data.validation, recipe.data.test):
+    for source in sources:
         path = Path(source or "").expanduser()
         if not source or not path.is_file():
             continue

@@ -61,10 +61,12 @@ def read_samples(
     fields: Mapping[str, str] | None = None,
     hub_subset: str | None = None,
     hub_split: str = "train",
+    setting: str = "data.fields",
 ) -> Iterator[Sample]:
     """Samples of a .jsonl, .json or .parquet file, or of a data set on the Hub, one at a time.
 
-    fields: our name -> the name in the file, where they differ. Ids are the records' own, else a hash of the content.
+    fields: our name -> the name in the file, where they differ; setting: where a recipe says so. Ids are the records' own,
+    else a hash of the content.
     Raises DataError naming file, line and remedy.
     """
     path = Path(source).expanduser()
@@ -77,11 +79,11 @@ def read_samples(
         raise DataError(f"data file {source} {fault}: give a {', '.join(FILES)} file or a Hub name")
     else:
         records = _hub_records(source, hub_subset, hub_split)
-    yield from normalise(records, source, format, fields or {})
+    yield from normalise(records, source, format, fields or {}, setting)
 
 
 def normalise(
-    records: Iterable[tuple[str, Any]], source: str, format: str, fields: Mapping[str, str]
+    records: Iterable[tuple[str, Any]], source: str, format: str, fields: Mapping[str, str], setting: str = "data.fields"
 ) -> Iterator[Sample]:
     """Turn (place, record) pairs into samples."""
     reader = None
@@ -90,8 +92,8 @@ def normalise(
         if not isinstance(record, dict):
             raise DataError(f"{place}: a record must be an object with named fields, found {type(record).__name__}")
         if reader is None:
-            _check_fields(record, place, fields)
-            reader = _Reader(record, place, format, fields)
+            _check_fields(record, place, fields, setting)
+            reader = _Reader(record, place, format, fields, setting)
             log.info("%s: read as %s", source, reader.described())
         instruction, given, references, history = reader.read(record, place)
         said = _bytes(json.dumps([history, instruction, given, references], ensure_ascii=False), place)
@@ -173,13 +175,14 @@ class SeenKeys:
 class _Reader:
     """Reads records of one form."""
 
-    def __init__(self, record: dict[str, Any], place: str, format: str, fields: Mapping[str, str]) -> None:
+    def __init__(self, record: dict[str, Any], place: str, format: str, fields: Mapping[str, str], setting: str) -> None:
+        self.setting = setting
         self.names = {ours: _named(record, ours, fields) for ours in NAMES}
         self.format = format if format != "auto" else self._recognise(record)
         if self.format is None:
             raise DataError(
                 f"{place}: no known form of record (fields: {', '.join(map(str, record))}): it needs instruction and output, "
-                "prompt and completion, or messages; map other names with data.fields, as in data.fields.output=answer"
+                f"prompt and completion, or messages; map other names with {setting}, as in {setting}.output=answer"
             )
 
     def _recognise(self, record: dict[str, Any]) -> Any:
@@ -209,7 +212,7 @@ class _Reader:
         if output is None:
             raise DataError(
                 f"{place}: there is no field {self.names['output']!r} (fields: {', '.join(map(str, record))}): add it, or "
-                "name the one that holds the answer with data.fields.output"
+                f"name the one that holds the answer with {self.setting}.output"
             )
         references = tuple(output) if isinstance(output, list) else (output,)
         if not references or not all(isinstance(text, str) and text.strip() for text in references):
@@ -221,7 +224,7 @@ class _Reader:
     ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
         if self.names["messages"] not in record:
             raise DataError(f"{place}: there is no field {self.names['messages']!r} (fields: {', '.join(map(str, record))}): "
-                            "add it, or name the one that holds the turns with data.fields.messages")
+                            f"add it, or name the one that holds the turns with {self.setting}.messages")
         raw = record[self.names["messages"]]
         turns = []
         for turn in raw if isinstance(raw, list) else []:
@@ -250,12 +253,12 @@ def _named(record: dict[str, Any], ours: str, fields: Mapping[str, str]) -> str:
     return next((name for name in NAMES[ours] if name in record), NAMES[ours][0])
 
 
-def _check_fields(record: dict[str, Any], place: str, fields: Mapping[str, str]) -> None:
+def _check_fields(record: dict[str, Any], place: str, fields: Mapping[str, str], setting: str) -> None:
     """A field that a recipe maps is there: a misspelt `input` would otherwise be left out without a word."""
     for ours, theirs in fields.items():
         if theirs not in record:
-            raise DataError(f"{place}: there is no field {theirs!r}, which data.fields.{ours} names (fields: "
-                            f"{', '.join(map(str, record))}): correct data.fields")
+            raise DataError(f"{place}: there is no field {theirs!r}, which {setting}.{ours} names (fields: "
+                            f"{', '.join(map(str, record))}): correct {setting}")
 
 
 def _bytes(text: str, place: str) -> bytes:

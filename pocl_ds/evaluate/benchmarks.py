@@ -1,15 +1,48 @@
-"""Which items of a benchmark are asked: the same whichever model answers, however the file is ordered."""
+"""Where the known benchmarks lie; and which items are asked: the same whichever model answers, however a file is ordered."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 
+from pocl_ds.artifacts import RunDirectory
+from pocl_ds.config import BenchmarkConfig, EvaluateConfig
 from pocl_ds.data.encode import EncodedSplit
-from pocl_ds.errors import RecipeError
+from pocl_ds.data.samples import Sample, read_normalised, read_samples
+from pocl_ds.errors import ArtifactError, DataError, RecipeError
+
+log = logging.getLogger("pocl_ds")
 
 HELD_OUT = "test"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A benchmark of METHOD 5. files: what it is called in a folder, as here, as MiniLLM (arXiv 2306.08543) has it."""
+
+    repository: str  # data set on the Hub; its file is the last of `files` without its first folder
+    files: tuple[str, ...]
+    items: int
+
+    @property
+    def hub_file(self) -> str:
+        """Its file in the repository."""
+        return self.files[-1].partition("/")[2]
+
+
+KNOWN = {
+    "dolly": Known("MiniLLM/dolly", ("dolly.jsonl", "eval_dolly500.jsonl", "dolly/valid.jsonl"), 500),
+    "self_inst": Known("MiniLLM/self-inst", ("self_inst.jsonl", "eval_selfinst242.jsonl", "self-inst/valid.jsonl"), 242),
+    "vicuna": Known("MiniLLM/Vicuna", ("vicuna.jsonl", "eval_vicuna80.jsonl", "vicuna/valid.jsonl"), 80),
+    # References of 11 tokens and more, in both.
+    "sni": Known("MiniLLM/sinst", ("sni.jsonl", "eval_sni_11plus.jsonl", "sinst/11_/valid.jsonl"), 1694),
+    "unni": Known("MiniLLM/uinst", ("unni.jsonl", "eval_unni_11plus.jsonl", "uinst/11_/valid.jsonl"), 10_000),
+}
 
 
 def check_names(benchmarks: Iterable[str]) -> None:
@@ -17,6 +50,18 @@ def check_names(benchmarks: Iterable[str]) -> None:
     for name in benchmarks:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise RecipeError(f"evaluate.benchmarks name {name!r} cannot be a file name: use letters, digits, `.`, `_`, `-`")
+
+
+def questions(run: RunDirectory, config: EvaluateConfig, name: str) -> list[Sample]:
+    """A benchmark's samples: at most evaluate.samples, chosen by the hash of their ids.
+
+    Raises DataError where an item has no reference or the data cannot be had, ArtifactError where there is nothing.
+    """
+    benchmark = config.benchmarks[name]
+    samples = _samples(run, benchmark, config.benchmark_folder, name)
+    if not samples:
+        raise ArtifactError(f"benchmark {benchmark.source!r} holds no samples: give data.test_fraction or evaluate.benchmarks")
+    return [samples[position] for position in chosen([sample.id for sample in samples], config.samples)]
 
 
 def chosen(ids: Sequence[str], limit: int | None) -> list[int]:
@@ -33,3 +78,47 @@ def chosen(ids: Sequence[str], limit: int | None) -> list[int]:
 def split_ids(split: EncodedSplit) -> list[str]:
     """The ids of a split as text."""
     return [bytes(value).decode() for value in split.ids]
+
+
+def known_file(known: Known, folder: str | None, name: str) -> Path:
+    """The file of a known benchmark: in the folder where one is named, else from the Hub. Raises DataError."""
+    if folder is None:
+        return _downloaded(known, name)
+    for file in known.files:
+        path = Path(folder).expanduser() / file
+        if path.is_file():
+            return path
+    raise DataError(
+        f"benchmark {name!r} is not in evaluate.benchmark_folder {folder} (looked for {', '.join(known.files)}): put it there, "
+        f"or name its file, as in evaluate.benchmarks.{name}=my.jsonl"
+    )
+
+
+def _samples(run: RunDirectory, benchmark: BenchmarkConfig, folder: str | None, name: str) -> list[Sample]:
+    if benchmark.source == HELD_OUT:
+        return list(read_normalised(run.data / "test.jsonl"))
+    fields = {str(ours): theirs for ours, theirs in benchmark.fields.items()}
+    known, setting = KNOWN.get(benchmark.source), f"evaluate.benchmarks.{name}.fields"
+    if known is None:
+        return list(read_samples(benchmark.source, format=benchmark.format, fields=fields, hub_subset=benchmark.hub_subset,
+                                 hub_split=benchmark.hub_split, setting=setting))  # fmt: skip
+    path = known_file(known, folder, benchmark.source)
+    # UnNI's file is longer than the benchmark, which is its beginning.
+    samples = list(islice(read_samples(str(path), format=benchmark.format, fields=fields, setting=setting), known.items))
+    if len(samples) < known.items:
+        log.warning("benchmark %s: %s holds %d items, the published one %d: do not compare with published numbers", name, path,
+                    len(samples), known.items)  # fmt: skip
+    return samples
+
+
+def _downloaded(known: Known, name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(known.repository, known.hub_file, repo_type="dataset"))
+    except Exception as error:  # network, offline mode, access: a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"benchmark {name!r} ({known.repository}, {known.hub_file}) cannot be had from the Hub ({type(error).__name__}: "
+            f"{reason}): check the network, or name a folder that has it with evaluate.benchmark_folder"
+        ) from None

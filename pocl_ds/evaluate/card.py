@@ -18,6 +18,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
     """README.md in the form of the Hub: YAML front matter, then Markdown. Parts that the run lacks are said to be missing."""
     recipe = portable(yaml.safe_load(recipe_yaml))
+    judge = (recipe.get("evaluate") or {}).get("judge")
+    if judge:
+        del judge["base_url"]  # which hosts there are is nobody's business
     student, teacher = recipe["student"]["model"], (recipe.get("teacher") or {}).get("model")
     front: dict[str, Any] = {
         "library_name": "transformers",

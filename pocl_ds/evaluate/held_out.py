@@ -1,4 +1,5 @@
-"""Held-out loss per token of every model, and its KL divergence from the teacher (METHOD 5).
+"""Loss per token of every model on held-out responses and benchmarks' references, and its KL divergence from the teacher
+(METHOD 5).
 
 Models are loaded one after the other. The teacher's hidden states at loss positions (n x d numbers) wait in a temporary
 file, so its body runs once and only its head stays beside each student; logits exist a chunk of positions at a time.
@@ -12,7 +13,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from pocl_ds.artifacts import (
     write_json,
     write_manifest,
 )
-from pocl_ds.config import EvaluateConfig
+from pocl_ds.config import EvaluateConfig, GenerationConfig, PromptConfig
 from pocl_ds.data.batches import Batch, collate
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.encode import EncodedSplit, Encoder, encode_split
+from pocl_ds.data.samples import Sample
 from pocl_ds.distributed import device
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
@@ -49,6 +51,7 @@ RESULT = "held_out.json"
 # probabilities of both sides, and their product.
 CHUNK_BYTES, ROWS_ALIVE = 256 << 20, 8
 TEACHER = "teacher"
+OF_BENCHMARK = "benchmark/"  # before a benchmark's name, which may itself be `test`
 
 
 def held_out(
@@ -56,14 +59,17 @@ def held_out(
     config: EvaluateConfig,
     paths: Mapping[str, str],
     *,
+    prompt: PromptConfig,
+    benchmarks: Mapping[str, Sequence[Sample]],
     fingerprint: str,
     threads: int | None = None,
 ) -> None:
-    """Write evaluation/held_out.json: {name: {"loss", "tokens", "kl"}}.
+    """Write evaluation/held_out.json: {name: {"loss", "tokens", "kl", "benchmarks": {benchmark: {"loss", "tokens", "kl"}}}}.
 
-    paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. Both measures are nats per loss
-    token of data/test at tau = 1, over the ids that teacher and students share. Without a teacher there is no `kl`.
-    A teacher with another tokenizer is left out. Raises DataError where the split is empty.
+    paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. benchmarks: each item counts once a
+    reference. Both measures are nats per loss token at tau = 1, over the ids that teacher and students share; the outer ones
+    are of data/test, and missing where it is empty. Without a teacher there is no `kl`. A teacher with another tokenizer is
+    left out. Raises DataError where there is no token to measure.
     """
     name = f"{RESULT}.manifest.json"
     done = read_manifest(run.evaluation, name)
@@ -74,7 +80,6 @@ def held_out(
     if threads is not None:
         torch.set_num_threads(threads)
     load, info = _Loader(dict(paths), config.generation.dtype), dict[str, Any]()
-    batches = _Batches(run, config)
     try:
         ids = load.ids()
     except DifferentTokenizers:
@@ -82,10 +87,16 @@ def held_out(
         students = {name: path for name, path in paths.items() if name != TEACHER}
         load, info["kl"] = _Loader(students, config.generation.dtype), False
         ids = load.ids()
-    batches.check_labels(ids)
-    measured = _measure_all(run, load, batches, ids)
+    with disk_faults(run.evaluation):
+        run.evaluation.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".references-", dir=run.evaluation) as folder:
+            sets = _sets(run, config, load.encoder(prompt), benchmarks, Path(folder))
+            for batches in sets.values():
+                batches.check_labels(ids)
+            measured = _measure_all(Path(folder), load, sets, ids)
     write_json(run.evaluation / RESULT, measured)
-    info |= {"samples": len(batches.rows), "ids": int(ids.allowed.sum()), "seconds": time.monotonic() - start}
+    info |= {"samples": len(sets[HELD_OUT].rows) if HELD_OUT in sets else 0, "ids": int(ids.allowed.sum()),
+             "seconds": time.monotonic() - start}  # fmt: skip
     write_manifest(run.evaluation, "held_out", fingerprint, info=info, files=[run.evaluation / RESULT], name=name)
 
 
@@ -125,6 +136,11 @@ class _Loader:
         model: Any = load_model(self.paths[name], dtype=self.dtype, attention=PER_SAMPLE)
         return model.to(device()).eval().requires_grad_(False)
 
+    def encoder(self, prompt: PromptConfig) -> Encoder:
+        """Of the students' tokenizer, in which data/test is written too; references are cut, never left out."""
+        tokenizer = load_tokenizer(self.paths[(self.students or [TEACHER])[0]])
+        return Encoder(tokenizer, prompt.model_copy(update={"overlong": "truncate"}))
+
     def ids(self) -> Ids:
         """The ids that all models share, so that every number is over the same set."""
         rows = {
@@ -149,21 +165,18 @@ class _Loader:
 
 
 class _Batches:
-    """The test split in batches of like lengths, always the same ones in the same order."""
+    """Rows of an encoded split in batches of like lengths, always the same ones in the same order."""
 
-    def __init__(self, run: RunDirectory, config: EvaluateConfig) -> None:
-        manifest = read_manifest(run.data)
-        if manifest is None:
-            raise ArtifactError(f"{run.data} holds no finished data: run `pocl data` first")
-        self.pad = int(manifest.info["pad_id"])
-        self.split = EncodedSplit.open(run.data, HELD_OUT)
-        kept = np.array(chosen(split_ids(self.split), config.samples), np.int64)
+    def __init__(self, name: str, split: EncodedSplit, rows: Sequence[int], pad: int, generation: GenerationConfig) -> None:
+        self.name, self.split, self.pad = name, split, pad
+        kept = np.array(rows, np.int64)
         self.rows: NDArray[np.int64] = kept[np.argsort(self.split.total_tokens[kept], kind="stable")]
         lengths = self.split.total_tokens[self.rows] - np.maximum(self.split.prompt_tokens[self.rows], 1)
         self.tokens = int(np.maximum(lengths, 0).sum())
         if not self.tokens:
-            raise DataError("the test split holds no tokens to measure: raise data.test_fraction or name data.test")
-        self.limit, self.most = config.generation.max_batched_tokens, config.generation.max_sequences
+            raise DataError(f"{name} holds no tokens to measure: raise data.test_fraction, name data.test, or set "
+                            "evaluate.loss=false")
+        self.limit, self.most = generation.max_batched_tokens, generation.max_sequences
 
     def __iter__(self) -> Iterator[Batch]:
         pending: list[int] = []
@@ -183,48 +196,83 @@ class _Batches:
         found = self.split.first_outside(ids.allowed, prompts=ids.teacher_ids is not None, rows=self.rows)
         if found is not None:
             raise ModelError(
-                f"test sample {self.split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do not "
-                "share: choose a pair that shares its tokenizer, or set evaluate.loss=false"
+                f"{self.name} sample {self.split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do "
+                "not share: choose a pair that shares its tokenizer, or set evaluate.loss=false"
             )
 
 
-def _measure_all(run: RunDirectory, load: _Loader, batches: _Batches, ids: Ids) -> dict[str, dict[str, float]]:
-    measured: dict[str, dict[str, float]] = {}
-    with disk_faults(run.evaluation):
-        run.evaluation.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".teacher-", dir=run.evaluation) as folder:
-            teacher, states = None, None
-            if TEACHER in load.paths:
-                teacher, states = _teacher(Path(folder), load, batches, ids)
-                loss, _ = _measure(TEACHER, None, teacher, states, batches, ids)
-                measured[TEACHER] = {"loss": loss, "tokens": batches.tokens, "kl": 0.0}
-            for name in load.students:
-                model = load.model(name)
-                loss, divergence = _measure(name, model, teacher, states, batches, ids)
-                measured[name] = {"loss": loss, "tokens": batches.tokens, **({"kl": divergence} if teacher else {})}
-                del model
-                gc.collect()
-            del states
+def _sets(
+    run: RunDirectory, config: EvaluateConfig, encoder: Encoder, benchmarks: Mapping[str, Sequence[Sample]], folder: Path
+) -> dict[str, _Batches]:
+    """What is measured on: the test split where it has samples, and the references of each benchmark, encoded in `folder`."""
+    manifest = read_manifest(run.data)
+    if manifest is None:
+        raise ArtifactError(f"{run.data} holds no finished data: run `pocl data` first")
+    pad, generation = int(manifest.info["pad_id"]), config.generation
+    split, sets = EncodedSplit.open(run.data, HELD_OUT), dict[str, _Batches]()
+    if len(split):
+        sets[HELD_OUT] = _Batches("the test split", split, chosen(split_ids(split), config.samples), pad, generation)
+    for number, (name, samples) in enumerate(benchmarks.items()):
+        single = (replace(sample, references=(text,)) for sample in samples for text in sample.references)
+        encode_split(single, encoder, folder, str(number), texts=False)
+        encoded = EncodedSplit.open(folder, str(number))
+        sets[f"{OF_BENCHMARK}{name}"] = _Batches(f"benchmark {name}", encoded, range(len(encoded)), pad, generation)
+    return sets
+
+
+def _measure_all(folder: Path, load: _Loader, sets: dict[str, _Batches], ids: Ids) -> dict[str, Any]:
+    """Each model is loaded once, the teacher first; its hidden states wait in `folder`."""
+    measured: dict[str, Any] = {}
+    teacher: Head | None = None
+    states: dict[str, Tensor] = {}
+    if TEACHER in load.paths:
+        teacher, states = _teacher(folder, load, sets, ids)
+        measured[TEACHER] = _entry(TEACHER, None, teacher, states, sets, ids)
+    for name in load.students:
+        model = load.model(name)
+        measured[name] = _entry(name, model, teacher, states, sets, ids)
+        del model
+        gc.collect()
     return measured
 
 
-def _teacher(folder: Path, load: _Loader, batches: _Batches, ids: Ids) -> tuple[Head, Tensor]:
-    """The teacher's head and its hidden states [n, d] at loss positions, mapped from a file; its body is freed."""
+def _entry(
+    name: str, model: Any, teacher: Head | None, states: dict[str, Tensor], sets: dict[str, _Batches], ids: Ids
+) -> dict[str, Any]:
+    """What is written down of a model: of the test split, and by benchmark."""
+    entry: dict[str, Any] = {"benchmarks": {}}
+    for key, batches in sets.items():
+        loss, divergence = _measure(name, model, teacher, states.get(key), batches, ids)
+        found = {"loss": loss, "tokens": batches.tokens}
+        if teacher is not None:
+            found["kl"] = 0.0 if model is None else divergence
+        if key == HELD_OUT:
+            entry |= found
+        else:
+            entry["benchmarks"][key.removeprefix(OF_BENCHMARK)] = found
+    return entry
+
+
+def _teacher(folder: Path, load: _Loader, sets: dict[str, _Batches], ids: Ids) -> tuple[Head, dict[str, Tensor]]:
+    """The teacher's head and its hidden states [n, d] at loss positions, mapped from files; its body is freed."""
     model = load.model(TEACHER)
     head = _head(model)
-    width, dtype = head.width, getattr(torch, load.dtype)
-    path = folder / "hidden"
-    with path.open("wb") as stream:
-        stream.truncate(batches.tokens * width * dtype.itemsize)
-    states = torch.from_file(str(path), shared=True, size=batches.tokens * width, dtype=dtype).view(-1, width)
-    done = 0
-    with torch.inference_mode(), Progress(len(batches.rows), "samples", "held-out, teacher") as progress:
-        for batch in batches:
-            hidden = _states(model, replace(batch, input_ids=ids.teacher_inputs(batch.input_ids)))
-            states[done : done + len(hidden)] = hidden.to(states.device)
-            done += len(hidden)
-            progress.advance(len(batch.rows))
-    return head, states
+    dtype = getattr(torch, load.dtype)
+    found: dict[str, Tensor] = {}
+    for number, (key, batches) in enumerate(sets.items()):
+        path = folder / f"hidden-{number}"
+        with path.open("wb") as stream:
+            stream.truncate(batches.tokens * head.width * dtype.itemsize)
+        states = torch.from_file(str(path), shared=True, size=batches.tokens * head.width, dtype=dtype).view(-1, head.width)
+        done = 0
+        with torch.inference_mode(), Progress(len(batches.rows), "samples", f"{batches.name}, teacher") as progress:
+            for batch in batches:
+                hidden = _states(model, replace(batch, input_ids=ids.teacher_inputs(batch.input_ids)))
+                states[done : done + len(hidden)] = hidden.to(states.device)
+                done += len(hidden)
+                progress.advance(len(batch.rows))
+        found[key] = states
+    return head, found
 
 
 @torch.inference_mode()
@@ -237,7 +285,7 @@ def _measure(
     head = teacher if model is None else _head(model)
     if head is None:
         raise ValueError("a model or a teacher is needed")
-    with Progress(len(batches.rows), "samples", f"held-out, {name}", silent=model is None) as progress:
+    with Progress(len(batches.rows), "samples", f"{batches.name}, {name}", silent=model is None) as progress:
         for batch in batches:
             count = len(batch.labels)
             kept = None if states is None else states[done : done + count].to(device())
@@ -246,7 +294,8 @@ def _measure(
                                   is_teacher=model is None)
             loss, divergence, done = loss + one, divergence + two, done + count
             progress.advance(len(batch.rows), loss=loss / done)
-    log.info("%s: held-out loss %.4f, KL to the teacher %.4f a token", name, loss / batches.tokens, divergence / batches.tokens)
+    log.info("%s, %s: loss %.4f, KL to the teacher %.4f a token", batches.name, name, loss / batches.tokens,
+             divergence / batches.tokens)  # fmt: skip
     return loss / batches.tokens, divergence / batches.tokens
 
 

@@ -1,4 +1,4 @@
-"""The stage `evaluate` (METHOD 5): answers by benchmark and seed, held-out loss and KL, and the table of results.
+"""The stage `evaluate` (METHOD 5): answers by benchmark and seed, loss and KL on references, and the table of results.
 
 Each part is a file with a manifest of its own, so an interrupted evaluation repeats only what is missing, and another
 model or seed adds to what is there.
@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import json
 import logging
-import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pocl_ds.artifacts import (
-    Manifest,
     RunDirectory,
     atomic_write,
     fingerprint,
     read_json,
-    read_manifest,
     write_json,
     write_manifest,
 )
 from pocl_ds.config import EvaluateConfig, PromptConfig, lasting
 from pocl_ds.data.encode import EncodedSplit, Encoder
-from pocl_ds.data.samples import Sample, read_normalised, read_samples
+from pocl_ds.data.samples import Sample
 from pocl_ds.errors import ArtifactError
-from pocl_ds.evaluate.benchmarks import check_names, chosen, split_ids
+from pocl_ds.evaluate.answers import answers_file, answers_manifest, read_answers, settings, summary
+from pocl_ds.evaluate.benchmarks import HELD_OUT as TEST
+from pocl_ds.evaluate.benchmarks import check_names, chosen, questions, split_ids
 from pocl_ds.evaluate.held_out import held_out as measure
+from pocl_ds.evaluate.judge import judged
 from pocl_ds.generation.open import open_generator
-from pocl_ds.generation.protocol import Sampling
+from pocl_ds.generation.protocol import Generator, Sampling
 from pocl_ds.metrics.rouge import rouge_l
-from pocl_ds.metrics.text import exact_match, repetition_rate
+from pocl_ds.metrics.text import exact_match
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.tracking import Progress
 
@@ -65,21 +66,24 @@ def answer(
     model: str,
     path: str,
     threads: int | None = None,
+    shard: tuple[int, int] = (0, 1),
 ) -> None:
     """Let one model answer every benchmark with every seed that is not answered yet; one engine serves all.
 
+    shard: (I, N): only the I-th of N parts of all (benchmark, seed) pairs, parts of about as many answers.
     Writes evaluation/MODEL/BENCHMARK-seedS.jsonl with the score of each item.
     """
     check_names(config.benchmarks)
     tokenizer = load_tokenizer(path)
     encoder = Encoder(tokenizer, prompt)
-    asked = {name: _questions(run, source, config.samples) for name, source in config.benchmarks.items()}
+    asked = {name: questions(run, config, name) for name in config.benchmarks}
+    how = settings(prompt, config)
     prints = {
-        (name, seed): fingerprint([_identity(path), lasting(config.generation), lasting(prompt), config.temperature,
-                                   config.top_p, config.max_new_tokens, seed, [s.to_json() for s in samples]])
+        (name, seed): fingerprint([_identity(path), lasting(config.generation), lasting(prompt), how, seed,
+                                   [s.to_json() for s in samples]])
         for name, samples in asked.items() for seed in config.seeds
     }  # fmt: skip
-    todo = [key for key in prints if not _answered(run, model, *key, prints[key])]
+    todo = [key for key in share({key: len(asked[key[0]]) for key in prints}, *shard) if not _answered(run, model, key, prints)]
     if not todo:
         return
     generator = open_generator(
@@ -89,46 +93,39 @@ def answer(
     try:
         with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:
             for name, seed in todo:
-                start = time.monotonic()
                 file = answers_file(run, model, name, seed)
-                size = ROUNDS * config.generation.max_sequences
-                with atomic_write(file) as stream:
-                    for first in range(0, len(asked[name]), size):
-                        part = asked[name][first : first + size]
-                        sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed=seed, first=first)
-                        texts = generator.generate([encoder.prompt(sample) for sample in part], sampling)
-                        for sample, text in zip(part, texts, strict=True):
-                            record = {
-                                "id": sample.id, "prompt": encoder.template.text(sample), "instruction": sample.instruction,
-                                "response": text, "references": sample.references,
-                                "rouge_l": rouge_l(text, sample.references),
-                                "exact_match": exact_match(text, sample.references),
-                            }  # fmt: skip
-                            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                        progress.advance(len(part), benchmark=name, seed=seed)
-                seconds = time.monotonic() - start
-                write_manifest(
-                    file.parent, "answers", prints[name, seed], files=[file], name=f"{file.name}.manifest.json",
-                    info={"seconds": seconds, "answers_per_second": len(asked[name]) / seconds},
-                )
+                info = _write_answers(file, asked[name], generator, encoder, config, seed, progress)
+                write_manifest(file.parent, "answers", prints[name, seed], files=[file], name=f"{file.name}.manifest.json",
+                               info={**info, "benchmark": name, "seed": seed, "settings": how})  # fmt: skip
     finally:
         generator.close()
 
 
-def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Path:
-    """Where the answers of one model to one benchmark with one seed lie."""
-    return run.evaluation / model / f"{benchmark}-seed{seed}.jsonl"
+def share(sizes: dict[tuple[str, int], int], number: int, count: int) -> list[tuple[str, int]]:
+    """The `number`-th of `count` parts of the keys, in their order; the largest are dealt first, each to the lightest part."""
+    loads, parts = [0] * count, dict[tuple[str, int], int]()
+    for key in sorted(sizes, key=lambda key: -sizes[key]):
+        lightest = loads.index(min(loads))
+        loads[lightest] += sizes[key]
+        parts[key] = lightest
+    return [key for key in sizes if parts[key] == number]
 
 
-def held_out(run: RunDirectory, config: EvaluateConfig, paths: dict[str, str], *, threads: int | None = None) -> None:
-    """Loss a token on data/test, and KL(teacher || model) a token where there is a teacher: see `held_out.held_out`."""
-    split = EncodedSplit.open(run.data, "test")
-    if not config.loss or not len(split):
+def held_out(
+    run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, paths: dict[str, str], *, threads: int | None = None
+) -> None:
+    """Loss a token on data/test and on every benchmark's references, and KL(teacher || model) where there is a teacher."""
+    if not config.loss:
+        return
+    split = EncodedSplit.open(run.data, TEST)
+    benchmarks = {name: questions(run, config, name) for name, one in config.benchmarks.items() if one.source != TEST}
+    if not len(split) and not benchmarks:
         return
     ids = split_ids(split)
-    stamp = fingerprint([{name: _identity(path) for name, path in paths.items()}, config.generation.dtype,
-                         [ids[row] for row in chosen(ids, config.samples)]])  # fmt: skip
-    measure(run, config, paths, fingerprint=stamp, threads=threads)
+    stamp = fingerprint([{name: _identity(path) for name, path in paths.items()}, config.generation.dtype, lasting(prompt),
+                         [ids[row] for row in chosen(ids, config.samples)],
+                         {name: [s.to_json() for s in samples] for name, samples in benchmarks.items()}])  # fmt: skip
+    measure(run, config, paths, prompt=prompt, benchmarks=benchmarks, fingerprint=stamp, threads=threads)
 
 
 def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str) -> dict[str, Any]:
@@ -138,26 +135,49 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
     seconds = 0.0
     for model in models:
         entry: dict[str, Any] = dict(losses.get(model, {}))
+        references = entry.pop("benchmarks", {})
         entry["benchmarks"] = {}
-        for benchmark in config.benchmarks:
-            runs = [_read_answers(answers_file(run, model, benchmark, seed)) for seed in config.seeds]
-            entry["benchmarks"][benchmark] = _statistics(runs)
-            for seed in config.seeds:
-                file = answers_file(run, model, benchmark, seed)
-                manifest = read_manifest(file.parent, f"{file.name}.manifest.json")
-                seconds += manifest.info["seconds"] if manifest else 0
+        for name, benchmark in config.benchmarks.items():
+            files = [answers_file(run, model, name, seed) for seed in config.seeds]
+            manifests = [answers_manifest(file) for file in files]
+            found = summary([read_answers(file) for file in files], manifests)
+            measured = dict(entry) if benchmark.source == TEST else references.get(name, {})
+            found |= {key: measured[key] for key in ("loss", "kl") if key in measured}
+            if config.judge is not None and (verdict := judged(run, config, model, name)) is not None:
+                found["judge"] = verdict
+            entry["benchmarks"][name] = found
+            seconds += sum(manifest.info["seconds"] for manifest in manifests if manifest)
         results["models"][model] = entry
     write_json(run.evaluation / RESULTS, results)
     write_manifest(run.evaluation, "evaluate", fingerprint, files=[run.evaluation / RESULTS], info={"seconds": seconds})
     return results
 
 
-def _questions(run: RunDirectory, source: str, limit: int | None) -> list[Sample]:
-    """A benchmark's samples: at most `limit`, chosen by the hash of their ids, so that a cut does not follow a file's order."""
-    samples = list(read_normalised(run.data / "test.jsonl") if source == "test" else read_samples(source))
-    if not samples:
-        raise ArtifactError(f"benchmark {source!r} holds no samples: give data.test_fraction or evaluate.benchmarks")
-    return [samples[position] for position in chosen([sample.id for sample in samples], limit)]
+def _write_answers(
+    file: Path, samples: Sequence[Sample], generator: Generator, encoder: Encoder, config: EvaluateConfig, seed: int,
+    progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """Answer and score, an item a line; what there is to say of it: seconds, tokens."""
+    start, before, writing = time.monotonic(), generator.tokens, 0.0
+    size = ROUNDS * config.generation.max_sequences
+    with atomic_write(file) as stream:
+        for first in range(0, len(samples), size):
+            part = samples[first : first + size]
+            sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed=seed, first=first)
+            began = time.monotonic()
+            texts = generator.generate([encoder.prompt(sample) for sample in part], sampling)
+            writing += time.monotonic() - began
+            for sample, text in zip(part, texts, strict=True):
+                record = {
+                    "id": sample.id, "prompt": encoder.template.text(sample), "instruction": sample.instruction,
+                    "input": sample.input, "response": text, "references": sample.references,
+                    "rouge_l": rouge_l(text, sample.references), "exact_match": exact_match(text, sample.references),
+                }  # fmt: skip
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            progress.advance(len(part), seed=seed)
+    seconds, tokens = time.monotonic() - start, generator.tokens - before
+    return {"seconds": seconds, "answers_per_second": len(samples) / seconds, "tokens": tokens, "generation_seconds": writing,
+            "tokens_per_second": tokens / max(writing, 1e-9)}  # fmt: skip
 
 
 def _identity(path: str) -> Any:
@@ -169,30 +189,7 @@ def _identity(path: str) -> Any:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _answered(run: RunDirectory, model: str, benchmark: str, seed: int, stamp: str) -> bool:
-    file = answers_file(run, model, benchmark, seed)
-    manifest: Manifest | None = read_manifest(file.parent, f"{file.name}.manifest.json")
-    return manifest is not None and manifest.fingerprint == stamp and file.is_file()
-
-
-def _read_answers(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: run `pocl evaluate --model {path.parent.name}` first")
-    with path.open(encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
-
-
-def _statistics(runs: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, ROUGE-L and exact match times 100."""
-    rouge = [100 * statistics.fmean(record["rouge_l"] for record in records) for records in runs]
-    exact = [100 * statistics.fmean(record["exact_match"] for record in records) for records in runs]
-    texts = [record["response"] for records in runs for record in records]
-    return {
-        "samples": len(runs[0]),
-        "rouge_l": statistics.fmean(rouge),
-        "rouge_l_deviation": statistics.stdev(rouge) if len(rouge) > 1 else None,
-        "rouge_l_by_seed": rouge,
-        "exact_match": statistics.fmean(exact),
-        "words": statistics.fmean(len(text.split()) for text in texts),
-        "repetition_rate": statistics.fmean(repetition_rate(text) for text in texts),
-    }
+def _answered(run: RunDirectory, model: str, key: tuple[str, int], prints: dict[tuple[str, int], str]) -> bool:
+    file = answers_file(run, model, *key)
+    manifest = answers_manifest(file)
+    return manifest is not None and manifest.fingerprint == prints[key] and file.is_file()

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pocl_ds.study.plan import Cell
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+COMMANDS = {"study": ("run a grid of recipes that share what they can", "pocl study paper --run-dir studies/paper")}
+
+
+def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     """The arguments of `pocl study`."""
     command.add_argument("study", help="a study's file, or the name of one in launch/studies/")
     command.add_argument("words", nargs="*", metavar="field=value", help="dotted overrides of every cell")
@@ -20,7 +23,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--nodes", type=int, help="with --profile: nodes of the trainings")
 
 
-def study(options: argparse.Namespace) -> int:
+def run_command(options: argparse.Namespace) -> int:
+    """`pocl study`."""
+    return FUNCTIONS[options.command](options)
+
+
+def _study(options: argparse.Namespace) -> int:
     """Run, submit or show a study."""
     from pocl_ds.study.plan import cells_of, load_study
     from pocl_ds.study.run import run_cells
@@ -59,3 +67,6 @@ def _submit(options: argparse.Namespace, folder: Path, cells: list[Cell]) -> int
     print(f"submitted {len(now)} of {len(cells)} cells; {waiting} more run already or wait for what these share: give the same "
           f"command again, and `pocl status {folder} --watch`")  # fmt: skip
     return 0
+
+
+FUNCTIONS = {"study": _study}

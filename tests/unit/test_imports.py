@@ -21,7 +21,7 @@ TIERS = (
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
-    ("pipeline", "plugins"),
+    ("pipeline", "plugins", "commands"),
     ("cluster",),
     ("bench", "study"),
     ("cli",),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pocl_ds.artifacts import RunDirectory
-from pocl_ds.config import EvaluateConfig
+from pocl_ds.config import EvaluateConfig, PromptConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import RecipeError
 from pocl_ds.evaluate import held_out as room
@@ -46,13 +46,15 @@ def test_a_broken_model_gives_no_number(run: RunDirectory) -> None:
     assert loss != loss and kl != kl  # NaN is never taken for 0
 
 
-def test_a_limit_takes_ids_by_hash_not_by_place(run: RunDirectory, configured: Callable[..., EvaluateConfig]) -> None:
+def test_a_limit_takes_ids_by_hash_not_by_place(
+    run: RunDirectory, configured: Callable[..., EvaluateConfig], prompt: PromptConfig
+) -> None:
     ids = [f"s{i}" for i in range(50)]
     few = [ids[i] for i in chosen(ids, 5)]
     assert few != ids[:5] and sorted(few) == sorted(ids[::-1][i] for i in chosen(ids[::-1], 5))
     assert set(few) < {ids[i] for i in chosen(ids, 9)}  # a larger limit adds
     assert len(EncodedSplit.open(run.data, "test")) > 6
-    stage.held_out(run, configured(samples=6), {"initial": stage.model_path(run, "initial")})
+    stage.held_out(run, configured(samples=6), prompt, {"initial": stage.model_path(run, "initial")})
     assert not [path for path in run.evaluation.iterdir() if path.name.startswith(".")]  # hidden states are cleaned up
 
 

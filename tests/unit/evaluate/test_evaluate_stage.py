@@ -100,10 +100,10 @@ def reference(run: RunDirectory, path: str, teacher: str, rows: int, ids: int, s
     return loss / count, kl / count
 
 
-def test_held_out_equals_float64_over_full_logits(run: RunDirectory, configured: Configured) -> None:
+def test_held_out_equals_float64_over_full_logits(run: RunDirectory, configured: Configured, prompt: PromptConfig) -> None:
     paths = {name: stage.model_path(run, name) for name in ("teacher", "initial", "student")}
     size = len(EncodedSplit.open(run.data, "test"))
-    stage.held_out(run, configured(samples=None), paths)
+    stage.held_out(run, configured(samples=None), prompt, paths)
     found = read_json(run.evaluation / "held_out.json")
     found = found.get("models", found)
     # The teacher's 8 rows beyond the tokenizer take no part: both sides are cut to the rows that the student has.
@@ -115,8 +115,10 @@ def test_held_out_equals_float64_over_full_logits(run: RunDirectory, configured:
     assert found["student"]["loss"] == pytest.approx(found["teacher"]["loss"], rel=1e-6)
 
 
-def test_without_a_teacher_there_is_a_loss_and_no_divergence(run: RunDirectory, configured: Configured) -> None:
-    stage.held_out(run, configured(samples=None), {"initial": stage.model_path(run, "initial")})
+def test_without_a_teacher_there_is_a_loss_and_no_divergence(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig
+) -> None:
+    stage.held_out(run, configured(samples=None), prompt, {"initial": stage.model_path(run, "initial")})
     found = read_json(run.evaluation / "held_out.json")
     found = found.get("models", found)
     assert found["initial"]["loss"] > 0 and found["initial"].get("kl") is None
@@ -127,7 +129,7 @@ def test_the_summary_joins_seeds_and_seals(run: RunDirectory, configured: Config
     names = ["teacher", "student"]
     for model in names:
         answer(run, config, prompt, model)
-    stage.held_out(run, config, {name: stage.model_path(run, name) for name in names})
+    stage.held_out(run, config, prompt, {name: stage.model_path(run, name) for name in names})
     results = stage.summarise(run, config, names, fingerprint="e" * 64)
     means = [100 * statistics.fmean(r["rouge_l"] for r in records(run.evaluation / "student" / f"test-seed{seed}.jsonl"))
              for seed in (10, 20)]  # fmt: skip
