@@ -514,7 +514,10 @@ class EvaluateConfig(Section):
 class ReportConfig(Section):
     """The page at the end."""
 
-    examples: NonNegative = Field(8, description="answers shown before and after")
+    examples: NonNegative = Field(8, description="items with all answers in report.md")
+    samples: NonNegative = Field(10_000, description="training samples to browse in the page, at most")
+    items: NonNegative = Field(1_000, description="evaluated items to browse in the page, at most, of each benchmark")
+    megabytes: Positive = Field(8, description="room in the page for the texts of both; fewer are shown where they are long")
 
 
 class LaunchConfig(Section):

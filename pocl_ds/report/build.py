@@ -22,20 +22,23 @@ def build_report(run: RunDirectory, config: ReportConfig, *, recipe_yaml: str, f
 
     Raises ArtifactError where a finished artifact is damaged.
     """
-    facts = read_facts(run, config.examples)
+    recipe = yaml.safe_load(recipe_yaml)
+    facts = read_facts(run, config, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"]))
     inputs = {stage: manifest.fingerprint for stage, manifest in facts.manifests.items()}
     inputs["steps"] = str(0 if facts.curves is None else len(facts.curves.steps["step"]))
+    inputs["attempts"] = str([(attempt["label"], attempt["number"], attempt["end"]) for attempt in facts.history.attempts])
     done = read_manifest(run.report)
     if done and done.fingerprint == fingerprint and done.info.get("inputs") == inputs and not damaged_files(run.report, done):
         return done
-    name = str(yaml.safe_load(recipe_yaml)["name"])
+    name = str(recipe["name"])
     page = html_page(facts, name=name, recipe_yaml=recipe_yaml)
-    text = markdown_page(facts, name=name, recipe_yaml=recipe_yaml)
+    text = markdown_page(facts, name=name, recipe_yaml=recipe_yaml, examples=config.examples)
     for file, content in ((PAGE, page), (TEXT, text)):
         with atomic_write(run.report / file) as stream:
             stream.write(content)
     for sentence in facts.missing:
         log.info("report: %s", sentence)
-    info = {"inputs": inputs, "missing": facts.missing, "examples": len(facts.examples)}
+    info = {"inputs": inputs, "missing": facts.missing, "examples": len(facts.examples(config.examples)),
+            "samples": len(facts.samples.rows) if facts.samples else 0, "bytes": len(page.encode())}
     files = [run.report / PAGE, run.report / TEXT]
     return write_manifest(run.report, "report", fingerprint, info=info, files=files)

@@ -1,199 +1,193 @@
-"""Charts as inline SVG: lines with stage bands, stacked histograms, scatter. Colours are CSS classes, so that a page
-decides them for light and dark.
+"""What the charts show: series, bars and points as plain values, with titles, units and notes. The page's script draws them.
 
-Coordinates are SVG user units; data keep their own units, which the axis labels name.
+Numbers are rounded to 5 digits, which a screen cannot tell from more; what is not finite becomes None.
 """
 
 from __future__ import annotations
 
-import html
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-WIDTH, WIDE, HEIGHT = 600, 1130, 310
-LEFT, RIGHT, TOP, BOTTOM = 72, 14, 24, 48
-MAX_POINTS = 600
-MAX_DOTS = 1500
+from pocl_ds.report.read import Curves, Facts, Ranking
+from pocl_ds.report.samples import thin
+
+Floats = NDArray[np.floating[Any]]
+Chart = dict[str, Any]
+Column = tuple[str, str, str, list[int]]  # name, colour, column of the steps, dashes
+MAX_POINTS = 4000
+MAX_DOTS = 30_000
+BINS = 40
+ENTROPY, ROUGE = "cross-entropy of the reference (nats per token)", "ROUGE-L ×100"
+SINGLE = (
+    ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
+    ("lr", "Learning rate", "learning rate", ""),
+    ("tokens_per_second", "Throughput", "tokens per second", ""),
+)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One series of a line chart. style: CSS class; dots: show every point."""
+def training_charts(facts: Facts) -> list[Chart]:
+    """Over optimizer steps, with a band for each stage."""
+    curves = facts.curves
+    if curves is None:
+        return []
+    steps, bands = downsample(curves.steps), stage_bands(curves)
+    note = "total = α · CE + (1 − α) · KD; tau changes between stages, and the KD term with it."
+    loss: list[Column] = [("total", "ink", "loss", []), ("KD", "orange", "kd", [7, 3]), ("CE", "accent", "ce", [])]
+    schedule: list[Column] = [("τ, temperature", "orange", "tau", []), ("α, share of SFT", "accent", "alpha", [])]
+    charts = [
+        _lines("Training loss", "loss (nats per token)", _columns(steps, loss), bands, note=note, wide=True),
+        _lines("Temperature and SFT ratio", "value", _columns(steps, schedule), bands, zero=True,
+               note="Both change only between stages."),
+        _validation(curves, facts.baseline, bands),
+        *(_lines(title, label, _columns(steps, [(label, "accent", column, [])]), bands, zero=True, note=note)
+          for column, title, label, note in SINGLE),
+    ]  # fmt: skip
+    return [chart for chart in charts if chart["series"]]
 
-    name: str
-    style: str
-    x: Floats
-    y: Floats
-    dots: bool = False
+
+def difficulty_charts(facts: Facts) -> list[Chart]:
+    """The plane of ROUGE-L against cross-entropy, histograms, and how often samples were drawn."""
+    charts: list[Chart] = []
+    if facts.ranking is not None and len(facts.ranking.rouge_l):
+        ranking = facts.ranking
+        names = subset_names(ranking)
+        charts = [_plane(ranking, names)] + [
+            _bars(title, label, values, ranking.bounds, names, note=note)
+            for title, label, values, note in (
+                ("Difficulty: cross-entropy", ENTROPY, ranking.cross_entropy, "Last bar: all that lies beyond."),
+                ("Difficulty: ROUGE-L", ROUGE, 100 * ranking.rouge_l, "Of the initial student's own answer; higher is easier."),
+            )
+        ]  # fmt: skip
+    if facts.seen is not None and facts.plan is not None:
+        bounds = facts.ranking.bounds if facts.ranking else subset_bounds(facts.plan)
+        names = subset_names(facts.ranking) if facts.ranking else [f"subset {i + 1}" for i in range(len(bounds) - 1)]
+        note = "Draws by the curriculum, so far as training has come; the plan and the seed say who is in which batch."
+        charts.append(_bars("How often samples were seen", "times drawn", facts.seen.astype(float), bounds, names, note=note,
+                            whole=True))
+    return charts
 
 
-@dataclass(frozen=True)
-class Band:
-    """A range of the x axis with a name at its top."""
+def overlaid(runs: Mapping[str, Curves]) -> list[Chart]:
+    """The same curve of several runs on common axes, without bands: stages of different runs differ."""
+    thinned = {name: downsample(curves.steps) for name, curves in runs.items()}
+    charts = []
+    for column, title, label in (("loss", "Training loss", "loss (nats per token)"), ("kd", "KD term", "KD (nats per token)"),
+                                 ("ce", "CE term", "CE (nats per token)"), ("tau", "Temperature", "tau"),
+                                 ("alpha", "SFT ratio", "alpha"), ("grad_norm", "Gradient norm", "gradient norm"),
+                                 ("lr", "Learning rate", "learning rate")):
+        series = [one for i, (name, steps) in enumerate(thinned.items())
+                  for one in _columns(steps, [(name, f"r{i % 8}", column, [])])]  # fmt: skip
+        charts.append(_lines(title, label, series, [], zero=column in ("tau", "alpha", "lr"), wide=column == "loss"))
+    checked = [one for i, (name, curves) in enumerate(runs.items()) for one in _checked(curves, name, f"r{i % 8}", [])]
+    charts.insert(1, _lines("Validation loss", "cross-entropy (nats per token)", checked, [], note="At τ = 1."))
+    return [chart for chart in charts if chart["series"]]
 
-    start: float
-    stop: float
-    label: str
 
-
-def downsample(x: Floats, y: Floats, groups: Floats | None = None, limit: int = MAX_POINTS) -> tuple[Floats, Floats]:
-    """At most `limit` points: means of neighbouring ones. Values that are not finite are left out.
-
-    groups: a number for every point (its stage); no bucket reaches over a change of it.
-    """
-    kept = np.isfinite(x) & np.isfinite(y)
-    x, y = x[kept], y[kept]
-    if len(x) <= limit:
-        return x, y
-    changes = [0] if groups is None else [0, *(np.flatnonzero(np.diff(groups[kept])) + 1).tolist()]
+def downsample(steps: Mapping[str, Floats], limit: int = MAX_POINTS) -> dict[str, Floats]:
+    """At most `limit` points: means of neighbouring steps' finite values. No mean reaches over a change of stage."""
+    step, stage = steps["step"], steps["stage"]
+    if len(step) <= limit:
+        return dict(steps)
+    changes = [0, *(np.flatnonzero(np.diff(stage)) + 1).tolist()]
     if len(changes) > limit // 2:
         changes = [0]
     edges: list[int] = []
-    for start, stop in zip(changes, [*changes[1:], len(x)], strict=True):
-        buckets = 1 + (limit - len(changes)) * (stop - start) // len(x)
-        edges += (start + np.arange(min(buckets, stop - start)) * (stop - start) // min(buckets, stop - start)).tolist()
-    sizes = np.diff([*edges, len(x)])
-    return np.add.reduceat(x, edges) / sizes, np.add.reduceat(y, edges) / sizes
+    for start, stop in zip(changes, [*changes[1:], len(step)], strict=True):
+        buckets = min(1 + (limit - len(changes)) * (stop - start) // len(step), stop - start)
+        edges += (start + np.arange(buckets) * (stop - start) // buckets).tolist()
+    found = {}
+    for name, values in steps.items():
+        finite = np.isfinite(values)
+        count = np.add.reduceat(finite.astype(float), edges)
+        total = np.add.reduceat(np.where(finite, values, 0.0), edges)
+        found[name] = np.divide(total, count, out=np.full(len(edges), np.nan), where=count > 0)
+    return found
 
 
-def line_chart(
-    title: str, lines: Sequence[Line], *, x_label: str, y_label: str, bands: Sequence[Band] = (), from_zero: bool = False,
-    width: int = WIDTH,
-) -> str:  # fmt: skip
-    """Series over a common axis. Bands are shaded in turn. At least one series has a point."""
-    xs, ys = np.concatenate([line.x for line in lines]), np.concatenate([line.y for line in lines])
-    ends = [edge for band in bands for edge in (band.start, band.stop)]
-    y_range = _range([*ys, 0.0] if from_zero else ys, 0.06, floor=0.0 if from_zero else None)
-    frame = _Frame(_range([*xs, *ends], 0.0), y_range, width)
-    parts = [_band(frame, band, i) for i, band in enumerate(bands)]
-    parts.append(frame.axes(x_label, y_label))
-    for line in lines:
-        points = [(f"{frame.x(a):.1f}", f"{frame.y(b):.1f}") for a, b in zip(line.x, line.y, strict=True)]
-        if len(points) > 1:
-            parts.append(f'<path class="line {line.style}" d="M{"L".join(f"{a} {b}" for a, b in points)}"/>')
-        if line.dots or len(points) == 1:
-            parts.append(f'<path class="dots {line.style}" d="{"".join(f"M{a} {b}h0" for a, b in points)}"/>')
-    return _svg(title, parts, width)
+def stage_bands(curves: Curves) -> list[tuple[float, float, str]]:
+    """(first step, first step of the next, label) of each stage."""
+    step, stage = curves.steps["step"], curves.steps["stage"]
+    starts = [0, *(np.flatnonzero(np.diff(stage)) + 1).tolist()]
+    edges = [*(float(step[i]) for i in starts), float(step[-1])]
+    return [(edges[i], edges[i + 1], f"stage {int(stage[start]) + 1}") for i, start in enumerate(starts)]
 
 
-def histogram(title: str, groups: Sequence[Floats], styles: Sequence[str], *, x_label: str, y_label: str, bins: int = 32) -> str:
-    """Stacked counts by group. The range ends at the 99.5th percentile; what lies beyond counts in the last bar."""
-    values = np.concatenate(groups)
-    low, high = float(values.min()), float(np.quantile(values, 0.995))
-    high = high if high > low else low + 1.0
-    counts = np.array([np.histogram(np.clip(group, low, high), bins, (low, high))[0] for group in groups])
-    frame = _Frame((low, high), (0.0, 1.06 * max(1, int(counts.sum(0).max()))), WIDTH)
-    parts = [frame.axes(x_label, y_label)]
-    width = (frame.x(high) - frame.x(low)) / bins
-    base = np.zeros(bins)
-    for row, style in zip(counts, styles, strict=True):
-        bars = [
-            f"M{frame.x(low) + i * width + 0.5:.1f} {frame.y(base[i]):.1f}v{frame.y(base[i] + n) - frame.y(base[i]):.1f}"
-            f"h{width - 1:.1f}V{frame.y(base[i]):.1f}z"
-            for i, n in enumerate(row) if n
-        ]  # fmt: skip
-        parts.append(f'<path class="bar {style}" d="{"".join(bars)}"/>')
-        base = base + row
-    return _svg(title, parts, WIDTH)
+def subset_bounds(plan: Mapping[str, Any]) -> list[int]:
+    """Subset i of the order is [bounds[i], bounds[i + 1])."""
+    return [0, *(int(stage["stop"]) for stage in plan["stages"])]
 
 
-def scatter(
-    title: str, groups: Sequence[tuple[Floats, Floats]], styles: Sequence[str], *, x_label: str, y_label: str,
-    width: int = WIDTH,
-) -> str:  # fmt: skip
-    """Dots by group, as they are given (see `thin`)."""
-    x_range, y_range = (_range(np.concatenate([group[axis] for group in groups]), 0.03) for axis in (0, 1))
-    frame = _Frame(x_range, y_range, width)
-    parts = [frame.axes(x_label, y_label)]
-    for (x, y), style in zip(groups, styles, strict=True):
-        dots = "".join(f"M{frame.x(a):.1f} {frame.y(b):.1f}h0" for a, b in zip(x, y, strict=True))
-        parts.append(f'<path class="dots soft {style}" d="{dots}"/>')
-    return _svg(title, parts, width)
+def subset_names(ranking: Ranking) -> list[str]:
+    """What a reader calls the subsets."""
+    count = len(ranking.bounds) - 1
+    ends = dict(zip((0, count - 1), (f" ({end})" for end in ranking.ends), strict=True)) if count > 1 else {}
+    return [f"subset {i + 1}{ends.get(i, '')}" for i in range(count)]
 
 
-def thin(size: int, limit: int = MAX_DOTS) -> NDArray[np.int64]:
-    """At most `limit` positions of 0..size-1, evenly spaced, always the same."""
-    return np.unique(np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64)) if size else np.empty(0, np.int64)
+def numbers(values: Floats) -> list[float | None]:
+    """Plain values with 5 digits, whole ones as whole numbers."""
+    return [None if not np.isfinite(v) else int(v) if v == int(v) else float(f"{v:.5g}") for v in values.tolist()]
 
 
-def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """Round numbers (1, 2, 5 x 10^n) within a range, at most about `count`."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def _lines(
+    title: str, label: str, series: list[Chart], bands: list[tuple[float, float, str]], *, zero: bool = False, note: str = "",
+    wide: bool = False,
+) -> Chart:  # fmt: skip
+    return {"kind": "lines", "title": title, "x": "optimizer step", "y": label, "series": series, "bands": bands, "zero": zero,
+            "note": note, "wide": wide}  # fmt: skip
 
 
-def tick_text(value: float) -> str:
-    """A number as a person writes it: 0.25, 12k, 3·10⁻⁴."""
-    if value == 0 or abs(value) < 1e-12:
-        return "0"
-    if abs(value) >= 1e4:
-        scale, suffix = (1e6, "M") if abs(value) >= 1e6 else (1e3, "k")
-        return f"{value / scale:.4g}{suffix}"
-    if abs(value) < 1e-3:
-        exponent = math.floor(math.log10(abs(value)) + 1e-9)
-        power = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-        return f"{value / 10.0**exponent:.3g}·10{power}"
-    return f"{value:.4g}"
+def _columns(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Chart]:
+    """The series that have values."""
+    return [
+        {"name": name, "colour": colour, "dash": dash, "dots": False, "xs": numbers(steps["step"]), "ys": numbers(steps[column])}
+        for name, colour, column, dash in columns if np.isfinite(steps[column]).any()
+    ]  # fmt: skip
 
 
-class _Frame:
-    """Maps data to the plot's rectangle, and draws its axes."""
-
-    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float], width: int) -> None:
-        self.x_range, self.y_range, self.right = x_range, y_range, width - RIGHT
-        self.x = _scale(x_range, (LEFT, self.right))
-        self.y = _scale(y_range, (HEIGHT - BOTTOM, TOP))
-
-    def axes(self, x_label: str, y_label: str) -> str:
-        """Grid, ticks and labels."""
-        bottom, middle = HEIGHT - BOTTOM, (TOP + HEIGHT - BOTTOM) / 2
-        parts = []
-        for value in ticks(*self.y_range, 5):
-            y = self.y(value)
-            parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{self.right}"/>'
-                         f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick_text(value)}</text>')
-        for value in ticks(*self.x_range, self.right // 85):
-            x = self.x(value)
-            parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>'
-                         f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick_text(value)}</text>')
-        parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{self.right}"/>')
-        parts.append(f'<text class="name" x="{(LEFT + self.right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-                     f"{html.escape(x_label)}</text>")
-        parts.append(f'<text class="name" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
-                     f"{html.escape(y_label)}</text>")
-        return "".join(parts)
+def _validation(curves: Curves, baseline: Curves | None, bands: list[tuple[float, float, str]]) -> Chart:
+    series = []
+    for name, dash, side in ((", POCL" if baseline else "", [], curves), (", plain KD", [2, 4], baseline)):
+        if side is not None:
+            series += _checked(side, f"cross-entropy{name}", "accent", dash)
+            divergence = _checked(side, f"divergence{name}", "orange", dash or [7, 3], "validation_kd")
+            series += [one for one in divergence if any(one["ys"])]  # none without a teacher
+    return _lines("Validation", "nats per token", series, bands, note="Measured at the end of each stage, at τ = 1.")
 
 
-def _scale(source: tuple[float, float], target: tuple[float, float]) -> Callable[[float], float]:
-    factor = (target[1] - target[0]) / (source[1] - source[0])
-    return lambda value: target[0] + (float(value) - source[0]) * factor
+def _checked(curves: Curves, name: str, colour: str, dash: list[int], key: str = "validation_ce") -> list[Chart]:
+    pairs = [(float(r["step"]), float(r[key])) for r in curves.validation if r.get(key) is not None]
+    x, y = np.array(pairs, float).reshape(-1, 2).T
+    return [{"name": name, "colour": colour, "dash": dash, "dots": True, "xs": numbers(x), "ys": numbers(y)}] if pairs else []
 
 
-def _range(values: Sequence[float] | Floats, pad: float, floor: float | None = None) -> tuple[float, float]:
-    low, high = float(np.min(values)), float(np.max(values))
-    if high - low < 1e-12 * max(1.0, abs(high)):  # one value: some room on both sides
-        low, high = low - max(abs(low) * 0.1, 1e-9), high + max(abs(high) * 0.1, 1e-9)
-    room = (high - low) * pad
-    return (low - room if floor is None else max(floor, low - room)), high + room
+def _plane(ranking: Ranking, names: list[str]) -> Chart:
+    kept = thin(len(ranking.rouge_l), MAX_DOTS)
+    left_out = "" if len(kept) == len(ranking.rouge_l) else (
+        f" {len(kept):,} of {len(ranking.rouge_l):,} samples are shown, evenly along the order.")
+    return {
+        "kind": "plane", "title": "ROUGE-L against cross-entropy", "x": ENTROPY, "y": ROUGE, "names": names,
+        "bounds": ranking.bounds, "places": kept.tolist(), "xs": numbers(ranking.cross_entropy[kept]),
+        "ys": numbers(100 * ranking.rouge_l[kept]), "wide": True,
+        "note": f"One dot a sample, before distillation. A click on a dot shows its sample below.{left_out}",
+    }  # fmt: skip
 
 
-def _band(frame: _Frame, band: Band, index: int) -> str:
-    left, right = frame.x(band.start), frame.x(band.stop)
-    size = f'width="{right - left:.1f}" height="{HEIGHT - BOTTOM - TOP}"'
-    shade = f'<rect class="band b{index % 2}" x="{left:.1f}" y="{TOP}" {size}/>'
-    number = band.label.split()[-1]
-    label = next((text for text in (band.label, number) if right - left > 7 * len(text) + 4), "")
-    return shade + f'<text x="{(left + right) / 2:.1f}" y="{TOP - 8}" text-anchor="middle">{html.escape(label)}</text>'
-
-
-def _svg(title: str, parts: Sequence[str], width: int) -> str:
-    name = html.escape(title, quote=True)
-    return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{name}"><title>{name}</title>{"".join(parts)}</svg>'
+def _bars(
+    title: str, label: str, values: Floats, bounds: Sequence[int], names: list[str], *, note: str, whole: bool = False
+) -> Chart:
+    """Counts by subset. The range ends at the 99.5th percentile; what lies beyond counts in the last bar."""
+    low, high = float(values.min()), float(values.max() if whole else np.quantile(values, 0.995))
+    if whole:  # a bar a number, as long as they are few
+        width = max(1, -(-int(high - low + 1) // BINS))
+        edges = np.arange(low - 0.5, high + 0.5 + width, width)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+    parts = [values[a:b] for a, b in pairwise(bounds)]
+    counts = [np.histogram(np.clip(part, edges[0], edges[-1]), edges)[0].tolist() for part in parts]
+    return {"kind": "bars", "title": title, "x": label, "y": "samples", "names": names, "edges": numbers(edges), "counts": counts,
+            "note": note, "wide": False}  # fmt: skip

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from pocl_ds.report.read import MODELS, Example, Facts
-from pocl_ds.report.words import clock, headline, markdown_cell, plan_rows, results_rows, shortened, training_line, versions
+from pocl_ds.report.items import Item
+from pocl_ds.report.read import MODELS, Facts
+from pocl_ds.report.words import (
+    detail_rows,
+    headline,
+    markdown_cell,
+    mean_seen,
+    plan_rows,
+    results_rows,
+    spent_rows,
+    training_line,
+    versions,
+)
 
 
-def markdown_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
-    """The whole text."""
+def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -> str:
+    """The whole text, with `examples` items."""
     parts = [f"# {markdown_cell(name)}", markdown_cell(headline(facts))]
     if facts.missing:
         parts.append("\n".join(f"- {markdown_cell(sentence)}" for sentence in facts.missing))
@@ -16,25 +27,28 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
         seeds = len(facts.results["seeds"])
         spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
         parts += ["## Results", _table(header, [cells for _, cells in rows]), f"ROUGE-L ×100, {spread}."]
+        header, details = detail_rows(facts)
+        parts += [_table(header, [cells for _, _, cells in details])] if details else []
     if facts.plan is not None:
-        parts += ["## Curriculum", _table(*plan_rows(facts.plan))]
+        parts += ["## Curriculum", _table(*plan_rows(facts.plan, mean_seen(facts)))]
     if training := training_line(facts):
         parts += ["## Training", markdown_cell(training)]
-    if facts.examples:
-        models = [model for model in MODELS if model in facts.examples[0].answers]
+    if shown := facts.examples(examples):
+        models = [model for model in MODELS if model in shown[0].answers]
         header = ["prompt", "reference", *(MODELS[model] for model in models)]
-        parts += ["## Answers", _table(header, [_example(example, models) for example in facts.examples], align="---"),
+        parts += ["## Answers", _table(header, [_example(item, models) for item in shown], align="---"),
                   "In brackets: ROUGE-L ×100."]  # fmt: skip
-    if facts.seconds:
-        parts += ["## Time by stage", _table(["stage", "time"], [[stage, clock(seconds)] for stage, seconds in facts.seconds])]
+    if facts.spent:
+        header = ["stage", "time", "processes", "host memory", "GPU memory"]
+        parts += ["## Time and memory by stage", _table(header, spent_rows(facts.spent)), "Memory: the peak of one process."]
     found = ", ".join(f"{package} {version}" for package, version in versions(facts).items())
     parts += ["## Versions", markdown_cell(found), "## Recipe", _fenced(recipe_yaml)]
     return "\n\n".join(parts) + "\n"
 
 
-def _example(example: Example, models: list[str]) -> list[str]:
-    answers = [f"({example.answers[model][1]:.0f}) {shortened(example.answers[model][0].strip())}" for model in models]
-    return [shortened(example.question), shortened("\n".join(example.references)), *answers]
+def _example(item: Item, models: list[str]) -> list[str]:
+    answers = [f"({item.answers[model][1]:.0f}) {item.answers[model][0].strip()}" for model in models]
+    return [item.question, "\n".join(item.references), *answers]
 
 
 def _table(header: list[str], rows: list[list[str]], *, align: str = "---:") -> str:

@@ -1,54 +1,80 @@
-"""The page: one HTML file without scripts and without anything from elsewhere. All text from data is escaped."""
+"""The page of one run. Tables are HTML, escaped here; charts and lists are data, which the scripts show as text."""
 
 from __future__ import annotations
 
-from pocl_ds.report.figures import DARK, LIGHT, Figure, figures, ramp, subset_styles
-from pocl_ds.report.read import MODELS, Example, Facts
-from pocl_ds.report.style import STYLE
-from pocl_ds.report.words import clock, escaped, headline, number, plan_rows, results_rows, shortened, training_line, versions
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from pocl_ds.report.charts import difficulty_charts, training_charts
+from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
+from pocl_ds.report.items import Benchmark
+from pocl_ds.report.read import MODELS, Facts
+from pocl_ds.report.words import (
+    about_rows,
+    clock,
+    detail_rows,
+    escaped,
+    headline,
+    mean_seen,
+    number,
+    plan_rows,
+    results_rows,
+    size,
+    training_line,
+    versions,
+)
+
+SAMPLE_MENUS = (("subset", "Subset"), ("sort", "Order"))
+ITEM_MENUS = (("benchmark", "Benchmark"), ("left", "Items where"), ("relation", "is"), ("right", "than"))
 
 
 def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
     """The whole page."""
-    title = escaped(name)
-    charts = figures(facts)
-    parts = [
-        f'<header><p class="eyebrow">POCL distillation · run report</p><h1>{title}</h1>'
-        f'<p class="lead">{escaped(headline(facts))}</p>{_tiles(facts)}</header>',
-        _missing(facts),
-        _results(facts),
-        _curriculum(facts),
-        _section("Training", training_line(facts),
-                 [figure for figure in charts if not figure.legend or figure.legend[0][1] != "s0"]),
-        _section("Difficulty", "How hard each training sample is for the initial student, and the subset it fell into.",
-                 [figure for figure in charts if figure.legend and figure.legend[0][1] == "s0"]),
-        _examples(facts),
-        _times(facts),
-        _provenance(facts, recipe_yaml),
-    ]  # fmt: skip
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        # Nothing may be fetched or run, whatever an answer contains.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-        f"<title>{title} · POCL report</title><style>{_style(facts)}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    recipe = yaml.safe_load(recipe_yaml)
+    training, difficulty = training_charts(facts), difficulty_charts(facts)
+    body = "".join([
+        f'<header><p class="eyebrow">POCL distillation · run report</p><h1>{escaped(name)}</h1>'
+        f'<p class="lead">{escaped(headline(facts))}</p></header>',
+        missing(facts.missing), tiles(facts), about(facts, recipe), _results(facts),
+        _curriculum(facts), section("Difficulty", figures(difficulty, 0), anchor="difficulty",
+                                    note="How hard each sample is for the initial student, and the subset it fell into."),
+        _samples(facts),
+        section("Training", figures(training, len(difficulty)), anchor="training",
+                note=f"{training_line(facts)} Drag over a chart to zoom in, twice a click to zoom out; with the keyboard: "
+                     "arrows, + and −, Escape.".strip()),
+        _items(facts), spent(facts), _provenance(facts, recipe_yaml),
+    ])  # fmt: skip
+    bounds = _bounds(facts)
+    data = {
+        "charts": difficulty + training, "samples": _sample_data(facts, bounds),
+        "items": [item_data(one, {m: MODELS[m] for m in one.intervals}) for one in facts.benchmarks],
+    }  # fmt: skip
+    return document(name, body, data, subsets=max(1, len(bounds) - 1))
 
 
-def _style(facts: Facts) -> str:
-    count = max(1, len(facts.ranking.bounds) - 1) if facts.ranking else 1
-    light, dark = ramp(LIGHT, count), ramp(DARK, count)
-    names = subset_styles(count)
-    classes = "".join(f".{name}{{--c:var(--{name})}}" for name in names)
-    variables = ["".join(f"--{name}:{colour};" for name, colour in zip(names, colours, strict=True)) for colours in (light, dark)]
-    return STYLE + f":root{{{variables[0]}}}@media(prefers-color-scheme:dark){{:root{{{variables[1]}}}}}{classes}"
+def item_data(benchmark: Benchmark, names: Mapping[str, str]) -> dict[str, Any]:
+    """A benchmark's items, by column. names: model -> what the page calls it."""
+    items = benchmark.items
+    return {
+        "name": benchmark.name, "models": [names[model] for model in benchmark.intervals],
+        "ids": [item.id for item in items], "questions": [item.question for item in items],
+        "references": [item.references for item in items],
+        "answers": [[item.answers[model][0] for item in items] for model in benchmark.intervals],
+        "scores": [[round(item.answers[model][2], 2) for item in items] for model in benchmark.intervals],
+    }  # fmt: skip
 
 
-def _tiles(facts: Facts) -> str:
+def missing(sentences: list[str]) -> str:
+    """What is not there, or stands on weak feet."""
+    lines = "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences)
+    return f'<section class="missing" aria-label="what is missing"><ul>{lines}</ul></section>' if lines else ""
+
+
+def tiles(facts: Facts) -> str:
     """The numbers that one looks for first."""
-    tiles = []
     models = facts.results["models"] if facts.results else {}
     student, initial, teacher = (models.get(name, {}) for name in ("student", "initial", "teacher"))
 
@@ -56,30 +82,53 @@ def _tiles(facts: Facts) -> str:
         found = entry.get("benchmarks", {}).get(facts.benchmark)
         return None if found is None else found["rouge_l"]
 
+    found = []
     for label, values, digits in (
         (f"ROUGE-L, {facts.benchmark}", (rouge(student), rouge(initial), rouge(teacher)), 1),
         ("held-out loss, nats/token", (student.get("loss"), initial.get("loss"), teacher.get("loss")), 2),
         ("KL to teacher, nats/token", (student.get("kl"), initial.get("kl"), None), 2),
     ):
-        if values[0] is None:
-            continue
-        beside = [f"{number(value, digits)} {word}" for value, word in zip(values[1:], ("before", "teacher"), strict=True)
-                  if value is not None]  # fmt: skip
-        tiles.append((label, number(values[0], digits), " · ".join(beside)))
-    if facts.seconds:
-        parts = dict(facts.seconds)
-        training = f"{clock(parts['train'])} training" if "train" in parts else ""
-        tiles.append(("time, all stages", clock(sum(parts.values())), training))
-    cells = "".join(
-        f'<div class="tile"><span>{escaped(label)}</span><b>{escaped(value)}</b><small>{escaped(beside)}</small></div>'
-        for label, value, beside in tiles
+        if values[0] is not None:
+            beside = [f"{number(value, digits)} {word}" for value, word in zip(values[1:], ("before", "teacher"), strict=True)
+                      if value is not None]  # fmt: skip
+            found.append((label, number(values[0], digits), " · ".join(beside)))
+    if facts.spent:
+        parts = {one.stage: one for one in facts.spent}
+        training = f"{clock(parts['train'].seconds)} training" if "train" in parts else ""
+        found.append(("time, all stages", clock(sum(one.seconds for one in facts.spent)), training))
+    if "train" in facts.manifests and (peak := facts.manifests["train"].info.get("peak_host_bytes")):
+        device = facts.manifests["train"].info.get("peak_device_bytes")
+        found.append(("memory of a rank in training", size(device or peak), "GPU" if device else "host"))
+    body = "".join(f'<div class="tile"><span>{escaped(label)}</span><b>{escaped(value)}</b><small>{escaped(beside)}</small></div>'
+                   for label, value, beside in found)  # fmt: skip
+    return f'<div class="tiles">{body}</div>' if body else ""
+
+
+def about(facts: Facts, recipe: dict[str, Any]) -> str:
+    """What was distilled with what."""
+    pairs = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in about_rows(facts, recipe))
+    return f'<section class="about" aria-label="about the run"><dl>{pairs}</dl></section>' if pairs else ""
+
+
+def spent(facts: Facts) -> str:
+    """Time and memory by stage."""
+    longest = max((one.seconds for one in facts.spent), default=0) or 1.0
+    rows = "".join(
+        f"<tr>{cells([one.stage])}{bar(one.seconds / longest)}<td>{escaped(clock(one.seconds))}</td><td>{one.processes}</td>"
+        f"<td>{size(one.host_bytes)}</td><td>{size(one.device_bytes)}</td></tr>"
+        for one in facts.spent
     )
-    return f'<div class="tiles">{cells}</div>' if cells else ""
+    if not rows:
+        return ""
+    header = ["stage", "", "time", "processes", "host memory", "GPU memory"]
+    return section("Time and memory", table(header, rows, css="times", caption="by stage"), anchor="time",
+                   note="Memory is the peak of one process; a dash where the stage did not record it.")  # fmt: skip
 
 
-def _missing(facts: Facts) -> str:
-    lines = "".join(f"<li>{escaped(sentence)}</li>" for sentence in facts.missing)
-    return f'<section class="missing"><ul>{lines}</ul></section>' if lines else ""
+def _bounds(facts: Facts) -> list[int]:
+    if facts.ranking:
+        return facts.ranking.bounds
+    return [0, *(int(stage["stop"]) for stage in facts.plan["stages"])] if facts.plan else []
 
 
 def _results(facts: Facts) -> str:
@@ -88,90 +137,88 @@ def _results(facts: Facts) -> str:
     header, rows = results_rows(facts.results)
     seeds = len(facts.results["seeds"])
     note = f"ROUGE-L ×100, mean ± standard deviation over {seeds} seeds." if seeds > 1 else "ROUGE-L ×100, one seed."
-    marked = [f'<tr class="m-{model}">{_cells(cells)}</tr>' for model, cells in rows]
-    return f'<section><h2>Results</h2>{_table(header, "".join(marked))}<p class="note">{escaped(note)}</p></section>'
+    main = "".join(f'<tr class="m-{model}">{cells(row)}</tr>' for model, row in rows)
+    header_2, details = detail_rows(facts)
+    body = "".join(f'<tr class="m-{model}" data-row="{escaped(name)}">{cells(row)}</tr>' for model, name, row in details)
+    menu = ('<div class="controls"><label>Benchmark<select id="benchmarks" aria-controls="details"></select></label></div>'
+            if len(facts.benchmarks) > 1 else "")  # fmt: skip
+    more = f'<div id="details">{menu}{table(header_2, body, caption="by benchmark")}</div>' if details else ""
+    why = "The interval is a bootstrap over items of their mean over seeds: it says how much other questions might change."
+    return section("Results", table(header, main, caption="models"), f'<p class="note">{escaped(note)} {why}</p>', more,
+                   anchor="results")  # fmt: skip
 
 
 def _curriculum(facts: Facts) -> str:
     if facts.plan is None:
         return ""
-    header, rows = plan_rows(facts.plan)
-    body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
+    header, rows = plan_rows(facts.plan, mean_seen(facts))
+    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
     text = f"Scheduler {facts.plan['scheduler']}, batches of {facts.plan['batch_size']} samples."
-    return f'<section><h2>Curriculum</h2><p class="note">{escaped(text)}</p>{_table(header, body)}</section>'
+    return section("Curriculum", table(header, body, caption="stages"), anchor="curriculum", note=text)
 
 
-def _section(title: str, text: str, charts: list[Figure]) -> str:
-    if not charts:
+def _samples(facts: Facts) -> str:
+    if facts.samples is None or not facts.samples.rows:
         return ""
-    note = f'<p class="note">{escaped(text)}</p>' if text else ""
-    return f'<section><h2>{escaped(title)}</h2>{note}<div class="charts">{"".join(map(_figure, charts))}</div></section>'
+    shown, total = len(facts.samples.rows), facts.samples.total
+    note = f"All {total:,} samples." if shown == total else (
+        f"{shown:,} of {total:,} samples, evenly along the order: the page holds no more (report.samples, report.megabytes).")
+    return section("Training samples", browser("samples", SAMPLE_MENUS), anchor="samples",
+                   note=f"{note} Long texts are cut.")  # fmt: skip
 
 
-def _figure(figure: Figure) -> str:
-    keys = "".join(
-        f'<span><svg class="key" viewBox="0 0 22 10"><path class="line {style}" d="M1 5H21"/></svg>{escaped(name)}</span>'
-        for name, style in figure.legend
-    )
-    legend = f'<div class="legend">{keys}</div>' if keys else ""
-    note = f"<figcaption>{escaped(figure.note)}</figcaption>" if figure.note else ""
-    wide = ' class="wide"' if figure.wide else ""
-    return f'<figure{wide}><h3>{escaped(figure.title)}</h3>{legend}<div class="plot">{figure.svg}</div>{note}</figure>'
+def _sample_data(facts: Facts, bounds: list[int]) -> dict[str, Any] | None:
+    if facts.samples is None:
+        return None
+    rows, ranking = facts.samples.rows, facts.ranking
+    return {
+        "bounds": bounds, "places": [row.place for row in rows], "ids": [row.id for row in rows],
+        "prompts": [row.prompt for row in rows], "references": [row.reference for row in rows],
+        "responses": [row.response for row in rows],
+        "rouge": [round(100 * float(ranking.rouge_l[row.place]), 1) for row in rows] if ranking else None,
+        "entropy": [round(float(ranking.cross_entropy[row.place]), 3) for row in rows] if ranking else None,
+        "seen": [int(facts.seen[row.place]) for row in rows] if facts.seen is not None else None,
+    }  # fmt: skip
 
 
-def _examples(facts: Facts) -> str:
-    if not facts.examples:
+def _items(facts: Facts) -> str:
+    if not any(one.items for one in facts.benchmarks):
         return ""
-    cards = "".join(_example(i, example) for i, example in enumerate(facts.examples, 1))
-    text = f"{len(facts.examples)} items of {facts.benchmark}, chosen by the hash of their id; the number is ROUGE-L ×100."
-    return f'<section><h2>Answers</h2><p class="note">{escaped(text)}</p>{cards}</section>'
-
-
-def _example(index: int, example: Example) -> str:
-    answers = "".join(
-        f'<div class="answer m-{model}"><h4>{escaped(MODELS[model])}<span class="score">{score:.0f}</span></h4>'
-        f"<pre>{escaped(shortened(text)) if text.strip() else '<i>(empty)</i>'}</pre></div>"
-        for model, (text, score) in example.answers.items()
-    )
-    references = "".join(f"<pre>{escaped(shortened(text))}</pre>" for text in example.references)
-    return (
-        f'<article><div class="asked"><span class="count">{index}</span>'
-        f'<pre class="question">{escaped(shortened(example.question))}</pre></div>'
-        f'<div class="answers"><div class="answer reference"><h4>reference</h4>{references}</div>{answers}</div></article>'
-    )
-
-
-def _times(facts: Facts) -> str:
-    if not facts.seconds:
-        return ""
-    longest = max(seconds for _, seconds in facts.seconds) or 1.0
-    rows = "".join(
-        f'<tr><td>{escaped(stage)}</td><td class="meter"><i style="width:{100 * seconds / longest:.1f}%"></i></td>'
-        f"<td>{escaped(clock(seconds))}</td></tr>"
-        for stage, seconds in facts.seconds
-    )
-    return f'<section><h2>Time by stage</h2><div class="scroll"><table class="times">{rows}</table></div></section>'
+    counts = ", ".join(f"{len(one.items):,} of {one.total:,} of {one.name}" for one in facts.benchmarks)
+    note = (f"Items: {counts}, chosen by the hash of their id (report.items, report.megabytes). The number is ROUGE-L ×100, mean "
+            "over seeds; the text is of the first seed, long ones are cut.")
+    return section("Answers", browser("items", ITEM_MENUS), anchor="answers", note=note)
 
 
 def _provenance(facts: Facts, recipe_yaml: str) -> str:
-    packages = "".join(
-        f"<tr><td>{escaped(package)}</td><td>{escaped(version)}</td></tr>" for package, version in versions(facts).items()
-    )
-    prints = "".join(
-        f"<tr><td>{escaped(stage)}</td><td><code>{escaped(manifest.fingerprint[:16])}</code></td></tr>"
-        for stage, manifest in facts.manifests.items()
-    )
-    return (
-        f"<section><h2>Provenance</h2><details><summary>Recipe</summary><pre>{escaped(recipe_yaml)}</pre></details>"
-        f'<details><summary>Package versions</summary><table class="plain">{packages}</table></details>'
-        f'<details><summary>Fingerprints of the stages</summary><table class="plain">{prints}</table></details></section>'
-    )
+    prints = [(stage, manifest.fingerprint[:16]) for stage, manifest in facts.manifests.items()]
+    parts = [folded("Recipe", f'<pre tabindex="0">{escaped(recipe_yaml)}</pre>'),
+             folded("Package versions", _pairs(list(versions(facts).items()))),
+             folded("Fingerprints of the stages", _pairs(prints))]  # fmt: skip
+    history, info = facts.history, facts.manifests["train"].info if "train" in facts.manifests else {}
+    if info.get("resumed_at"):
+        parts.append(folded("Resumed", f"<p>The process that finished training began after step {info['resumed_at']:,}.</p>"))
+    if history.submission:
+        kept = ("profile", "code", "recipe", "python", "directory")
+        known = [(key, str(history.submission[key])) for key in kept if key in history.submission]
+        parts.append(folded("Submission", _pairs(known)))
+    if history.attempts:
+        title = f"Jobs and attempts ({len(history.attempts)}, {history.restarts} restarts)"
+        parts.append(folded(title, table(["job", "attempt", "id", "nodes", "began", "took", "progress", "outcome", "why"],
+                                         "".join(map(_attempt, history.attempts)), caption="attempts")))  # fmt: skip
+    return section("Provenance", *parts, anchor="provenance")
 
 
-def _table(header: list[str], body: str) -> str:
-    head = "".join(f"<th>{escaped(name)}</th>" for name in header)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _attempt(attempt: dict[str, Any]) -> str:
+    began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(attempt["start"])) + " UTC"
+    took = clock(attempt["end"] - attempt["start"]) if attempt["end"] else "end unknown"
+    fields = ("outcome", "why")
+    row = [attempt["label"], attempt["number"], attempt.get("job", ""), " ".join(attempt["nodes"]), began, took,
+           attempt.get("progress", ""), *(attempt.get(field) or attempt.get("error", "") for field in fields)]  # fmt: skip
+    return f"<tr>{cells(row)}</tr>"
 
 
-def _cells(cells: list[str]) -> str:
-    return "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
+def _pairs(pairs: list[tuple[str, str]]) -> str:
+    rows = "".join(f'<tr><th scope="row">{escaped(name)}</th><td><code>{escaped(value)}</code></td></tr>'
+                   for name, value in pairs)  # fmt: skip
+    return f'<table class="plain">{rows}</table>'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import heapq
 import json
 from array import array
 from collections.abc import Iterator
@@ -16,7 +14,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest
+from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError
+from pocl_ds.report.history import History, Spent, read_history, spent_by_stage
+from pocl_ds.report.items import Benchmark, Item, read_benchmarks
+from pocl_ds.report.samples import Samples, read_samples
+from pocl_ds.report.visits import times_seen
 
 Floats = NDArray[np.float64]
 COLUMNS = ("step", "stage", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "tokens_per_second")
@@ -31,6 +34,11 @@ class Curves:
     steps: dict[str, Floats]
     validation: list[dict[str, Any]]
 
+    @property
+    def last(self) -> int:
+        """The newest step."""
+        return int(self.steps["step"][-1])
+
 
 @dataclass(frozen=True)
 class Ranking:
@@ -40,15 +48,6 @@ class Ranking:
     cross_entropy: Floats
     bounds: list[int]
     ends: tuple[str, str] = ("easiest", "hardest")  # of the first and the last subset
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt with what each model answered: model -> (text, ROUGE-L x100)."""
-
-    question: str
-    references: list[str]
-    answers: dict[str, tuple[str, float]]
 
 
 @dataclass
@@ -61,14 +60,25 @@ class Facts:
     baseline: Curves | None = None
     ranking: Ranking | None = None
     results: dict[str, Any] | None = None
-    benchmark: str = ""  # the one that the examples come from
-    examples: list[Example] = field(default_factory=list)
-    seconds: list[tuple[str, float]] = field(default_factory=list)
+    benchmarks: list[Benchmark] = field(default_factory=list)  # the first is the one that headlines tell of
+    samples: Samples | None = None
+    seen: NDArray[np.int64] | None = None  # draws of each sample, easiest first
+    spent: list[Spent] = field(default_factory=list)
+    history: History = field(default_factory=lambda: History({}, []))
     missing: list[str] = field(default_factory=list)
 
+    @property
+    def benchmark(self) -> str:
+        """Name of the benchmark that headlines tell of."""
+        return self.benchmarks[0].name if self.benchmarks else ""
 
-def read_facts(run: RunDirectory, examples: int) -> Facts:
-    """Read a run. Raises ArtifactError where a finished artifact is damaged."""
+    def examples(self, count: int) -> list[Item]:
+        """The first items of that benchmark."""
+        return self.benchmarks[0].items[:count] if self.benchmarks else []
+
+
+def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: int) -> Facts:
+    """Read a run. seed, window: of the recipe, to know who was drawn. Raises ArtifactError where an artifact is damaged."""
     facts = Facts(manifests=_manifests(run))
     if "plan" in facts.manifests:
         facts.plan = read_json(run.plan / "plan.json")
@@ -78,20 +88,44 @@ def read_facts(run: RunDirectory, examples: int) -> Facts:
     if facts.curves is None:
         facts.missing.append("Training has not started, so there are no curves.")
     elif "train" not in facts.manifests:
-        facts.missing.append("Training is not finished: the curves end where it stands.")
-    if "rank" in facts.manifests and facts.manifests["rank"].info.get("strategy") == "random":
-        facts.missing.append("The order is random: no sample was scored, so difficulty is not shown.")
-    elif "rank" in facts.manifests:
-        facts.ranking = _ranking(run, facts.plan, facts.manifests["rank"].info)
-    else:
-        facts.missing.append("The samples are not ranked yet, so difficulty is not shown.")
+        facts.missing.append(f"Training is not finished: the curves end at step {facts.curves.last}{_of_plan(facts.plan)}.")
+    room = config.megabytes * 500_000  # one half for samples, one for answers
+    _read_difficulty(run, facts, config.samples, room)
+    if facts.plan is not None and facts.curves is not None:
+        facts.seen = times_seen(run, facts.plan, seed=seed, window=window, steps=facts.curves.last)
     if "evaluate" in facts.manifests:
-        facts.results = read_json(run.evaluation / "results.json")
-        facts.benchmark, facts.examples = _examples(run, facts.results, examples)
+        results = facts.results = read_json(run.evaluation / "results.json")
+        models = [model for model in MODELS if model in results["models"]]
+        found = read_benchmarks(run, results, models, max(config.items, config.examples), room)
+        facts.benchmarks = sorted(found, key=lambda one: one.name != "test")
     else:
-        facts.missing.append("There is no finished evaluation, so results and answers are not shown: run `pocl evaluate`.")
-    facts.seconds = _seconds(run, facts.manifests)
+        there = len(list(run.evaluation.glob("*/*.manifest.json")))
+        part = f" ({there} answer files are there)" if there else ""
+        facts.missing.append(f"There is no finished evaluation{part}, so results and answers are not shown: run `pocl evaluate`.")
+    facts.spent, facts.history = spent_by_stage(run, facts.manifests), read_history(run)
     return facts
+
+
+def _read_difficulty(run: RunDirectory, facts: Facts, most: int, room: int) -> None:
+    """Ranking and samples, as far as they are there."""
+    if "rank" not in facts.manifests:
+        shards = len(list(run.scores.glob("shard-*.manifest.json")))
+        part = f" ({shards} shards of scores are there)" if shards else ""
+        facts.missing.append(f"The samples are not ranked yet{part}, so difficulty is not shown.")
+        return
+    info = facts.manifests["rank"].info
+    if info.get("strategy") == "random":
+        facts.missing.append("The order is random: no sample was scored, so difficulty is not shown.")
+    else:
+        facts.ranking = _ranking(run, facts.plan, info)
+    if "data" not in facts.manifests:
+        facts.missing.append("The data folder is not whole, so training samples are not shown.")
+    elif most:
+        facts.samples = read_samples(run, most, room)
+
+
+def _of_plan(plan: dict[str, Any] | None) -> str:
+    return f" of {plan['total_steps']}" if plan and "total_steps" in plan else ""
 
 
 def metric_columns(path: Path) -> Curves | None:
@@ -146,46 +180,3 @@ def _ranking(run: RunDirectory, plan: dict[str, Any] | None, info: dict[str, Any
     stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge)]
     ends = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
     return Ranking(rouge, entropy, [0, *stops], ends)
-
-
-def _examples(run: RunDirectory, results: dict[str, Any], count: int) -> tuple[str, list[Example]]:
-    """The first `count` items by hash of their id, under the first seed, with every model's answer."""
-    models = [model for model in MODELS if model in results["models"]]
-    names = list(dict.fromkeys(name for model in models for name in results["models"][model]["benchmarks"]))
-    if not names or not count:
-        return "", []
-    benchmark = "test" if "test" in names else names[0]
-    answers = {}
-    for model in models:
-        path = run.evaluation / model / f"{benchmark}-seed{results['seeds'][0]}.jsonl"
-        if not path.is_file():
-            raise ArtifactError(f"{path} is missing: run `pocl evaluate --model {model}` again")
-        with path.open(encoding="utf-8") as stream:
-            first = heapq.nsmallest(count, _records(stream), key=_place)
-        answers[model] = {record["id"]: record for record in first}
-    common = [key for key in answers[models[0]] if all(key in answered for answered in answers.values())]
-    examples = []
-    for key in common:
-        record = answers[models[0]][key]
-        texts = {model: (answers[model][key]["response"], 100 * answers[model][key]["rouge_l"]) for model in models}
-        examples.append(Example(record.get("instruction") or record["prompt"], list(record["references"]), texts))
-    return benchmark, examples
-
-
-def _place(record: dict[str, Any]) -> bytes:
-    """Where an item stands among all: by the hash of its id, so that no file's order decides what is shown."""
-    return hashlib.sha256(str(record["id"]).encode()).digest()
-
-
-def _seconds(run: RunDirectory, manifests: dict[str, Manifest]) -> list[tuple[str, float]]:
-    """Seconds by stage, in the order of the way of a run; stages that do not say how long they took are left out."""
-    times = {stage: manifest.info.get("seconds") for stage, manifest in manifests.items()}
-    taught = [read_manifest(path.parent, path.name) for path in sorted(run.teacher.glob("*-of-*.manifest.json"))]
-    if taught:
-        times["teach"] = sum(one.info["seconds"] for one in taught if one)
-    shards = [read_manifest(path.parent, path.name) for path in sorted(run.scores.glob("shard-*.manifest.json"))]
-    scored = [shard.info["seconds"] for shard in shards if shard is not None and "seconds" in shard.info]
-    if scored:
-        times["score"] = sum(scored)
-    order = ("data", "prepare", "teach", "respond", "score", "rank", "plan", "train", "baseline", "evaluate", "export")
-    return [(stage, float(seconds)) for stage in order if (seconds := times.get(stage)) is not None]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+from pocl_ds.report.history import Spent
 from pocl_ds.report.read import MODELS, Facts
 from pocl_ds.tracking import Spikes
 
 ABSENT = "–"
-LONGEST = 1500  # characters of an answer that are shown
 # What a page cannot hold: control characters, and halves of surrogate pairs, which JSON allows and UTF-8 does not.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
@@ -27,11 +29,6 @@ def markdown_cell(text: object) -> str:
     return re.sub(r"(https?):", r"\1&#58;", plain).replace("\n", "<br>")
 
 
-def shortened(text: str) -> str:
-    """The beginning of a long text, with a mark."""
-    return text if len(text) <= LONGEST else text[:LONGEST] + " […]"
-
-
 def clock(seconds: float) -> str:
     """12 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 9.95:
@@ -41,6 +38,36 @@ def clock(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def size(count: int | None) -> str:
+    """Bytes as a person writes them: 3.4 GiB."""
+    if count is None:
+        return ABSENT
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+
+
+def spent_rows(spent: list[Spent]) -> list[list[str]]:
+    """Stage, time, processes, and the peak memory of one of them on host and GPU."""
+    return [[one.stage, clock(one.seconds), str(one.processes), size(one.host_bytes), size(one.device_bytes)] for one in spent]
+
+
+def about_rows(facts: Facts, recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was distilled with what, and what that took, as far as the run knows."""
+    part = {name: recipe.get(name) or {} for name in ("student", "teacher", "loss", "policy", "data", "rank")}
+    rows = [("student", part["student"].get("model")), ("teacher", part["teacher"].get("model")),
+            ("data", part["data"].get("source")), ("loss", part["loss"].get("name")), ("responses", part["policy"].get("name")),
+            ("order", part["rank"].get("strategy"))]  # fmt: skip
+    if facts.plan is not None:
+        stages = facts.plan["stages"]
+        rows.append(("curriculum", f"{stages[-1]['stop']:,} samples in {len(stages)} subsets, "
+                                   f"{sum(stage['steps'] for stage in stages):,} steps of {facts.plan['batch_size']} samples"))
+    if facts.spent:
+        hours = sum(one.seconds * one.processes for one in facts.spent) / 3600
+        rows.append(("cost", f"{hours:.2f} process hours"))
+    if facts.history.attempts:
+        rows.append(("jobs", f"{facts.history.node_hours:.2f} node hours, {facts.history.restarts} restarts"))
+    return [(name, str(value)) for name, value in rows if value]
 
 
 def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -84,6 +111,20 @@ def headline(facts: Facts) -> str:
     return " ".join(sentences) or "The student itself was not among the models that were evaluated."
 
 
+def detail_rows(facts: Facts) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """Header, and (model, benchmark, cells): each benchmark's numbers for each model, with an interval over its items."""
+    header = ["benchmark", "model", "items", "ROUGE-L", "95% interval", "exact match", "words", "repetition"]
+    rows = []
+    for benchmark in facts.benchmarks:
+        for model, (low, high) in benchmark.intervals.items():
+            entry = (facts.results or {})["models"][model]["benchmarks"][benchmark.name]
+            rows.append((model, benchmark.name, [
+                benchmark.name, MODELS[model], f"{entry['samples']:,}", _spread(entry), f"{low:.2f} to {high:.2f}",
+                number(entry.get("exact_match"), 1), number(entry.get("words"), 1), number(entry.get("repetition_rate"), 2),
+            ]))  # fmt: skip
+    return header, rows
+
+
 def training_line(facts: Facts) -> str:
     """How the samples lay in micro-batches, as far as training recorded it."""
     info = facts.manifests["train"].info if "train" in facts.manifests else {}
@@ -107,15 +148,23 @@ def _spikes(facts: Facts) -> str:
     return f" The loss spiked at {len(found)} steps: {named}." if found else ""
 
 
-def plan_rows(plan: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a stage."""
-    header = ["stage", "samples", "epochs", "steps", "tau", "SFT ratio"]
+def plan_rows(plan: dict[str, Any], seen: Sequence[float] | None) -> tuple[list[str], list[list[str]]]:
+    """Header and one row a stage. seen: mean draws of a sample of each subset."""
+    header = ["stage", "samples", "epochs", "steps", "tau", "SFT ratio", *(["its own subset was seen"] if seen else [])]
     rows = [
         [str(stage["index"] + 1), f"{stage['stop'] - stage['start']:,}", str(stage["epochs"]), f"{stage['steps']:,}",
-         f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}"]
+         f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}", *([f"{seen[stage['index']]:.1f} times"] if seen else [])]
         for stage in plan["stages"]
     ]  # fmt: skip
     return header, rows
+
+
+def mean_seen(facts: Facts) -> list[float] | None:
+    """How often a sample of each subset was drawn, on average."""
+    if facts.plan is None or facts.seen is None:
+        return None
+    stops = [int(stage["stop"]) for stage in facts.plan["stages"]]
+    return [float(facts.seen[a:b].mean()) for a, b in pairwise([0, *stops])]
 
 
 def versions(facts: Facts) -> dict[str, str]:

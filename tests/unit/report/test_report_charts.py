@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pocl_ds.report.figures import DARK, LIGHT, ramp
 
 from pocl_ds.report import charts
-from pocl_ds.report.figures import DARK, LIGHT, ramp
 
 
 @given(st.integers(1, 5000), st.integers(1, 12), st.integers(0, 100))
