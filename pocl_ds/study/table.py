@@ -85,9 +85,9 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
     for better, worse in study.compare:
         for point in dict.fromkeys(cell.point for cell in cells):
             for name in benchmarks:
-                if found := _pair(folder, done, (worse, better), point, name):
+                if pair := _pair(folder, done, (worse, better), point, name):
                     where = "".join(f", {label}" for _, label in point)
-                    lines.append(f"{name}{where}: {better} beside {worse}: {found.sentence}")
+                    lines.append(f"{name}{where}: {better} beside {worse}: {pair.sentence}")
     visits = {sample_visits(cell.recipe) for cell in cells}
     if len(visits) > 1:
         lines.append(f"NOT EQUAL: cells see a sample {', '.join(f'{value:g}' for value in sorted(visits))} times")
