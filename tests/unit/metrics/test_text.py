@@ -1,10 +1,10 @@
-"""Exact match and repetition."""
+"""Exact match, repetition, distinct n-grams."""
 
 from __future__ import annotations
 
 import pytest
 
-from pocl_ds.metrics.text import exact_match, repetition_rate
+from pocl_ds.metrics.text import distinct_n, exact_match, repetition_rate
 
 
 def test_exact_match_ignores_case_and_white_space_only() -> None:
@@ -19,3 +19,11 @@ def test_exact_match_ignores_case_and_white_space_only() -> None:
 )
 def test_repetition_rate(text: str, n: int, share: float) -> None:
     assert repetition_rate(text, n) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("texts", "n", "share"),
+    [(["a b", "a c"], 1, 3 / 4), (["a b", "a b"], 2, 1 / 2), (["a", "b"], 2, 0.0), ([], 1, 0.0), (["a b c", "b c d"], 2, 3 / 4)],
+)
+def test_distinct_n_counts_over_all_texts(texts: list[str], n: int, share: float) -> None:
+    assert distinct_n(texts, n) == pytest.approx(share)
