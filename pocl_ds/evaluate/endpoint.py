@@ -72,7 +72,7 @@ class Endpoint:
         except (ValueError, LookupError, TypeError):
             raise ResourceError(f"the judge at {self.url} does not speak the protocol of OpenAI's chat completions: check "
                                 "evaluate.judge.base_url, which mostly ends in /v1") from None
-        return content if isinstance(content, str) else ""  # null: it said nothing
+        return self._hidden(content) if isinstance(content, str) else ""  # null: it said nothing
 
     def _hidden(self, text: str) -> str:
         """What an endpoint said, without the key, which some repeat."""

@@ -25,8 +25,8 @@ def written(tmp_path: Path) -> Written:
     """Makes a run with answers: model -> benchmark -> {id: score}, the same for each seed but for a little noise."""
 
     def make(
-        name: str, models: dict[str, dict[str, dict[str, float]]], *, settings: dict[str, Any] | None = None, backwards: bool = False,
-        question: str = "Q", seeds: tuple[int, ...] = (10, 20),
+        name: str, models: dict[str, dict[str, dict[str, float]]], *, settings: dict[str, Any] | None = None,
+        backwards: bool = False, question: str = "Q", seeds: tuple[int, ...] = (10, 20),
     ) -> RunDirectory:  # fmt: skip
         run = RunDirectory(tmp_path / name)
         for model, benchmarks in models.items():
@@ -76,8 +76,9 @@ def test_within_one_run_and_over_benchmarks(written: Written, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"settings": {"template": "chat"}}, "template differs (alpaca and chat)"), ({"settings": {"temperature": 0.7}}, "temperature"),
-     ({"settings": {"max_new_tokens": 64}}, "max_new_tokens"), ({"question": "Other"}, "60 items of the same id")],
+    [({"settings": {"template": "chat"}}, "template differs (alpaca and chat)"),
+     ({"settings": {"temperature": 0.7}}, "temperature"), ({"settings": {"max_new_tokens": 64}}, "max_new_tokens"),
+     ({"question": "Other"}, "60 items of the same id")],
 )  # fmt: skip
 def test_other_conditions_are_refused_unless_forced(change: dict[str, Any], word: str, written: Written) -> None:
     a = Side(written("a", {"student": {"dolly": scores(0)}}), "student", "A")

@@ -115,6 +115,51 @@ def test_held_out_equals_float64_over_full_logits(run: RunDirectory, configured:
     assert found["student"]["loss"] == pytest.approx(found["teacher"]["loss"], rel=1e-6)
 
 
+def test_references_of_a_benchmark_are_measured_as_the_test_split_is(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path
+) -> None:
+    """The test split as a benchmark file has the test split's numbers; a second reference is one more text."""
+    items = [json.loads(line) for line in (run.data / "test.jsonl").read_text().splitlines()]
+    for name, more in (("same", []), ("twice", ["another text"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({
+            "id": item["id"], "instruction": item["instruction"], "input": item["input"], "output": [*item["references"], *more],
+        }) + "\n" for item in items))  # fmt: skip
+    sources = {"test": "test", **{name: str(tmp_path / f"{name}.jsonl") for name in ("same", "twice")}}
+    config = configured(samples=None, benchmarks=sources, seeds=(10,), max_new_tokens=2)
+    names = ["teacher", "initial"]
+    stage.held_out(run, config, prompt, {name: stage.model_path(run, name) for name in names})
+    found = read_json(run.evaluation / "held_out.json")
+    for name in names:
+        entry = found[name]
+        for key in ("loss", "kl", "tokens"):
+            assert entry["benchmarks"]["same"][key] == pytest.approx(entry[key], rel=1e-5)
+        assert entry["benchmarks"]["twice"]["tokens"] > 1.1 * entry["tokens"]
+        assert entry["benchmarks"]["twice"]["loss"] != pytest.approx(entry["loss"], rel=1e-3)
+    for name in names:
+        answer(run, config, prompt, name)
+    results = stage.summarise(run, config, names, fingerprint="e")["models"]["initial"]
+    assert results["benchmarks"]["test"]["kl"] == results["kl"] == pytest.approx(results["benchmarks"]["same"]["kl"], rel=1e-5)
+    assert "tokens" not in results["benchmarks"]["same"]
+    assert results["benchmarks"]["twice"]["references"] == 2
+
+
+def test_parts_of_an_evaluation_are_the_whole(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path
+) -> None:
+    config = configured()
+    paths = [run.evaluation / "student" / f"test-seed{seed}.jsonl" for seed in config.seeds]
+    for number in range(2):
+        stage.answer(run, config, prompt, model="student", path=stage.model_path(run, "student"), shard=(number, 2))
+        assert sum(path.is_file() for path in paths) == number + 1
+    texts = [path.read_text() for path in paths]
+    info = read_manifest(paths[0].parent, f"{paths[0].name}.manifest.json").info  # type: ignore[union-attr]
+    assert info["tokens"] > 0 and info["tokens_per_second"] > 0 and info["settings"]["template"] == "alpaca"
+    for path in paths:
+        path.unlink()
+    answer(run, config, prompt, "student")
+    assert [path.read_text() for path in paths] == texts
+
+
 def test_without_a_teacher_there_is_a_loss_and_no_divergence(
     run: RunDirectory, configured: Configured, prompt: PromptConfig
 ) -> None:

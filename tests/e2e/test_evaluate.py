@@ -1,0 +1,59 @@
+"""An evaluation as a user starts it: two engines side by side, benchmarks of a folder, then what looks at its results."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import pocl
+from tiny_runs import write_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
+    """A run to its end; its folder holds a benchmark that is called as a published one."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    items = [{"instruction": f"Ask {i}.", "input": "", "output": [f"It is {i}", "or not"]} for i in range(24)]
+    (folder / "vicuna.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    recipe = write_recipe(
+        folder, tiny_llama_untied, tiny_llama, train_samples=24,
+        plan={"subsets": 2, "epochs_per_stage": 1}, launch={"ranks": 1},
+        evaluate={"seeds": [1, 2], "benchmarks": ["test", "vicuna"], "benchmark_folder": str(folder), "processes": 2},
+    )  # fmt: skip
+    pocl("run", str(recipe), "--run-dir", str(folder / "run"))
+    return folder / "run"
+
+
+def test_results_hold_every_measure(finished: Path) -> None:
+    results = json.loads((finished / "evaluation" / "results.json").read_text())
+    for model, entry in results["models"].items():
+        for found in entry["benchmarks"].values():
+            assert found["tokens_per_second"] > 0 and 0 < found["distinct_1"] <= 1 and found["loss"] > 0
+            assert (found["kl"] == 0) == (model == "teacher")
+    manifests = [json.loads(path.read_text())["info"] for path in (finished / "evaluation" / "student").glob("*.manifest.json")]
+    assert {(info["benchmark"], info["seed"]) for info in manifests} == {(b, s) for b in ("test", "vicuna") for s in (1, 2)}
+
+
+def test_what_looks_at_a_run(finished: Path) -> None:
+    said = pocl("compare", str(finished), "--models", "initial", "student", "--benchmark", "vicuna").stdout
+    assert "vicuna: " in said and ("better than" in said or "worse than" in said or "no difference shown" in said)
+    assert pocl("samples", str(finished), "--subset", "2", "--n", "3").stdout.count("── ") == 3
+    said = pocl("push", str(finished), "--repo", "my-org/tiny", "--dry-run").stdout
+    assert "would upload to my-org/tiny" in said and "model.safetensors" in said and "README.md" in said
+
+
+def test_a_part_without_its_model_is_refused(finished: Path) -> None:
+    found = pocl("evaluate", "--run-dir", str(finished), "--shard", "0/2", check=False)
+    assert found.returncode == 2 and found.stderr.strip().endswith("say whose with --model")
+
+
+def test_a_prompt_that_changed_is_not_compared(finished: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other", ignore=shutil.ignore_patterns("evaluation", "report", "logs")))
+    pocl("evaluate", "--run-dir", str(other), "evaluate.temperature=0.5", "evaluate.models=[student]", "evaluate.processes=1",
+         "evaluate.loss=false")  # fmt: skip
+    found = pocl("compare", str(finished), str(other), check=False)
+    assert found.returncode == 2 and "temperature differs (1.0 and 0.5)" in found.stderr and "--force" in found.stderr
+    said = pocl("compare", str(finished), str(other), "--force").stdout
+    assert "NOT COMPARABLE, shown by --force: test: temperature differs" in said
