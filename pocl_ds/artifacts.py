@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def peak_host_bytes() -> int:
+    """The most memory that this process, or a child of it that has ended, ever held."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 @contextlib.contextmanager
@@ -155,11 +161,15 @@ def write_manifest(
     files: list[Path] | None = None,
     name: str = MANIFEST,
 ) -> Manifest:
-    """Seal a result: digest its files (by default all below `directory`) and write the manifest, last."""
+    """Seal a result: digest its files (by default all below `directory`) and write the manifest, last.
+
+    Its info also says how much memory this process needed, where `info` does not.
+    """
     if files is None:
         files = [p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != name]
+    info = {"peak_host_bytes": peak_host_bytes(), **(info or {})}
     digests = {str(p.relative_to(directory)): file_digest(p) for p in files}
-    manifest = Manifest(stage, stage_fingerprint, digests, info or {}, package_versions())
+    manifest = Manifest(stage, stage_fingerprint, digests, info, package_versions())
     write_json(directory / name, asdict(manifest))
     return manifest
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocl_ds import commands as finished
 from pocl_ds.cluster import commands as cluster
+from pocl_ds.report import command as report
 from pocl_ds.study import commands as studies
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ COMMANDS = {
     "baseline": ("plain KD on as many sample visits, to compare with", "pocl baseline --run-dir runs/x compare.enabled=true"),
     "evaluate": ("answer the benchmarks and score the answers", "pocl evaluate --run-dir runs/x --model student"),
     "export": ("write the student as a Hugging Face folder with a model card", "pocl export --run-dir runs/x --out my-student"),
-    "report": ("one page and one table of everything the run found", "pocl report --run-dir runs/x"),
+    "report": ("one page and one table of everything a run found; of several, one page that compares them",
+               "pocl report runs/a runs/b runs/c"),
     "bench": ("measure a part of this program on this machine", "pocl bench rouge"),
 }
 
@@ -128,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--seed", type=int, help="with --model: only this seed")
         if name == "export":
             command.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
+        if name == "report":
+            report.add_arguments(command)
     return parser
 
 
@@ -141,6 +145,8 @@ def _command(options: argparse.Namespace) -> int:
     setup_logging(rank, world_size=ranks)
     if options.command == "submit":
         return cluster.submit(options, _recipes(options))
+    if options.command == "report" and report.compared(options):
+        return 0
     recipe, run = _recipe(options)
     if options.command == "size":
         return cluster.size(options, recipe)

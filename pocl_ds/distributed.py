@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pocl_ds.artifacts import peak_host_bytes
 from pocl_ds.errors import DisagreementError, PoclError, ResourceError
 
 
@@ -109,6 +110,15 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def peak_memory() -> dict[str, int]:
+    """The most memory that any rank ever held, bytes: on its host, and on its GPU where there is one. All ranks call it."""
+    mine = {"peak_host_bytes": peak_host_bytes()}
+    if device().type == "cuda":
+        mine["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    everyone = gather_objects(mine)
+    return {name: max(one[name] for one in everyone) for name in mine}
 
 
 @contextlib.contextmanager

@@ -165,9 +165,10 @@ def fit(run: RunDirectory, job: Job) -> None:
     trainer = make_trainer(run, job)
     trainer.run()
     _write_final(job, trainer.engine, load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code))
+    peak = distributed.peak_memory()
     if distributed.rank() == 0:
         info = {
-            "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
+            **peak, "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
             "trained_parameters": trained_parameters(trainer.engine.module)[0],
             "ranks": distributed.world_size(), "engine": job.train.engine, "packed": trainer.layout.packed,
             "padding_share": round(trainer.layout.padding_share, 4),

@@ -21,7 +21,7 @@ Column = tuple[str, str, str, list[int]]  # name, colour, column of the steps, d
 MAX_POINTS = 4000
 MAX_DOTS = 30_000
 BINS = 40
-ENTROPY, ROUGE = "cross-entropy of the reference (nats per token)", "ROUGE-L ×100"
+ENTROPY, ROUGE = "cross-entropy (nats per token)", "ROUGE-L ×100"
 SINGLE = (
     ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
     ("lr", "Learning rate", "learning rate", ""),
@@ -58,7 +58,7 @@ def difficulty_charts(facts: Facts) -> list[Chart]:
         charts = [_plane(ranking, names)] + [
             _bars(title, label, values, ranking.bounds, names, note=note)
             for title, label, values, note in (
-                ("Difficulty: cross-entropy", ENTROPY, ranking.cross_entropy, "Last bar: all that lies beyond."),
+                ("Difficulty: cross-entropy", ENTROPY, ranking.cross_entropy, "Of the reference; the last bar is all beyond."),
                 ("Difficulty: ROUGE-L", ROUGE, 100 * ranking.rouge_l, "Of the initial student's own answer; higher is easier."),
             )
         ]  # fmt: skip
@@ -144,7 +144,8 @@ def _lines(
 def _columns(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Chart]:
     """The series that have values."""
     return [
-        {"name": name, "colour": colour, "dash": dash, "dots": False, "xs": numbers(steps["step"]), "ys": numbers(steps[column])}
+        {"name": name, "colour": colour, "dash": dash, "dots": False,
+         "steps": column in ("tau", "alpha"), "xs": numbers(steps["step"]), "ys": numbers(steps[column])}
         for name, colour, column, dash in columns if np.isfinite(steps[column]).any()
     ]  # fmt: skip
 
@@ -162,7 +163,9 @@ def _validation(curves: Curves, baseline: Curves | None, bands: list[tuple[float
 def _checked(curves: Curves, name: str, colour: str, dash: list[int], key: str = "validation_ce") -> list[Chart]:
     pairs = [(float(r["step"]), float(r[key])) for r in curves.validation if r.get(key) is not None]
     x, y = np.array(pairs, float).reshape(-1, 2).T
-    return [{"name": name, "colour": colour, "dash": dash, "dots": True, "xs": numbers(x), "ys": numbers(y)}] if pairs else []
+    if not pairs:
+        return []
+    return [{"name": name, "colour": colour, "dash": dash, "dots": True, "steps": False, "xs": numbers(x), "ys": numbers(y)}]
 
 
 def _plane(ranking: Ranking, names: list[str]) -> Chart:
@@ -190,4 +193,4 @@ def _bars(
     parts = [values[a:b] for a, b in pairwise(bounds)]
     counts = [np.histogram(np.clip(part, edges[0], edges[-1]), edges)[0].tolist() for part in parts]
     return {"kind": "bars", "title": title, "x": label, "y": "samples", "names": names, "edges": numbers(edges), "counts": counts,
-            "note": note, "wide": False}  # fmt: skip
+            "note": note, "wide": False, "whole": whole}  # fmt: skip

@@ -150,7 +150,7 @@ def _spikes(facts: Facts) -> str:
 
 def plan_rows(plan: dict[str, Any], seen: Sequence[float] | None) -> tuple[list[str], list[list[str]]]:
     """Header and one row a stage. seen: mean draws of a sample of each subset."""
-    header = ["stage", "samples", "epochs", "steps", "tau", "SFT ratio", *(["its own subset was seen"] if seen else [])]
+    header = ["stage", "samples", "epochs", "steps", "tau", "SFT ratio", *(["its subset was seen"] if seen else [])]
     rows = [
         [str(stage["index"] + 1), f"{stage['stop'] - stage['start']:,}", str(stage["epochs"]), f"{stage['steps']:,}",
          f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}", *([f"{seen[stage['index']]:.1f} times"] if seen else [])]

@@ -45,7 +45,8 @@ function axis(label, extra) {
 
 function axes(spec) {
   const widest = (u, values) => Math.max(34, 14 + 7 * Math.max(...(values || [""]).map((text) => String(text).length)));
-  return [axis(spec.x, { space: 70 }), axis(spec.y, { size: widest, space: 40 })];
+  const incrs = spec.whole ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {};
+  return [axis(spec.x, { space: 70, size: 30, ...incrs }), axis(spec.y, { size: widest, space: 40 })];
 }
 
 // Room around values; a single value gets some on both sides.
@@ -146,6 +147,12 @@ class Chart {
     this.reset.hidden = !(u.scales.x.min > low + room || u.scales.x.max < high - room);
   }
 
+  // The range of all data, which uPlot finds by itself, becomes that of bands and bars.
+  whole(low, high) {
+    const xs = this.data()[0];
+    return low === null || (low === xs[0] && high === xs[xs.length - 1]) ? this.range() : [low, high];
+  }
+
   home() {
     const [min, max] = this.range();
     this.plot.setScale("x", { min, max });
@@ -201,15 +208,16 @@ class Lines extends Chart {
   options() {
     const series = this.spec.series.map((one) => ({
       label: one.name, stroke: colour(one.colour), width: 2, dash: one.dash, spanGaps: true,
+      paths: one.steps ? uPlot.paths.stepped({ align: 1 }) : undefined,
       points: { show: one.dots || one.xs.length < 2, size: 7, fill: colour(one.colour) },
     }));
     return {
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false, dist: 8 }, points: { size: 7 } },
       scales: {
-        x: { time: false, range: (u, low, high) => (low === null ? this.range() : [low, high]) },
+        x: { time: false, range: (u, low, high) => this.whole(low, high) },
         y: { range: (u, low, high) => padded(low, high, this.spec.zero, 0.06) },
       },
-      series: [{}, ...series], hooks: { ready: [(u) => u.setScale("x", { min: this.range()[0], max: this.range()[1] })] },
+      series: [{}, ...series],
     };
   }
 
@@ -256,8 +264,7 @@ class Bars extends Chart {
     return {
       cursor: { points: { show: false }, drag: { x: true, y: false, dist: 8 } },
       scales: {
-        x: { time: false, range: (u, low, high) => [low === this.data()[0][0] ? this.range()[0] : low,
-          high === this.data()[0].at(-1) ? this.range()[1] : high] },
+        x: { time: false, range: (u, low, high) => this.whole(low, high) },
         y: { range: (u, low, high) => [0, 1.06 * Math.max(1, high ?? 1)] },
       },
       series: [{}, ...series.reverse()],

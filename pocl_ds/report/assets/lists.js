@@ -34,7 +34,7 @@ function mark(node, text, query) {
 function column(parent, title, score, text, query, css) {
   const box = make("div", parent, undefined, "answer" + (css ? " " + css : ""));
   const head = make("h4", box, title);
-  if (score !== null) make("span", head, say(score, 3), "score");
+  if (score !== null) make("span", head, score.toFixed(1), "score");
   for (const one of Array.isArray(text) ? text : [text]) quote(box, one, query);
 }
 
@@ -131,9 +131,9 @@ class SampleSource {
       make("span", facts, `subset ${this.subset[i] + 1}`);
     }
     make("span", facts, `#${data.places[i] + 1}`);
-    if (data.rouge) make("span", facts, `ROUGE-L ${say(data.rouge[i], 3)}`);
-    if (data.entropy) make("span", facts, `cross-entropy ${say(data.entropy[i], 3)}`);
-    if (data.seen) make("span", facts, `seen ${data.seen[i]} times`);
+    if (data.rouge) make("span", facts, `ROUGE-L ${data.rouge[i].toFixed(1)}`);
+    if (data.entropy) make("span", facts, `cross-entropy ${data.entropy[i].toFixed(2)}`);
+    if (data.seen) make("span", facts, `seen ${data.seen[i]}×`);
     const line = make("bdi", head, undefined, "line");
     mark(line, data.prompts[i].slice(0, 200), query);
     // Built when it is opened: most rows never are.
@@ -189,7 +189,7 @@ class ItemSource {
     const head = make("summary", row), facts = make("span", head, undefined, "facts");
     now.models.forEach((name, model) => {
       const one = make("span", facts, `${name} `);
-      make("b", one, say(now.scores[model][i], 3), "score");
+      make("b", one, now.scores[model][i].toFixed(1), "score");
     });
     mark(make("bdi", head, undefined, "line"), now.questions[i].slice(0, 200), query);
     row.addEventListener("toggle", () => {

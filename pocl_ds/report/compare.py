@@ -1,0 +1,184 @@
+"""Several runs on one page: results side by side, curves on common axes, what their recipes differ in.
+
+Results that were measured in another way cannot be compared: they are refused, or where that is insisted on, marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pocl_ds.artifacts import RunDirectory, atomic_write
+from pocl_ds.config import ReportConfig
+from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.report.charts import overlaid
+from pocl_ds.report.document import browser, cells, document, figures, folded, section, table
+from pocl_ds.report.items import Benchmark, Item
+from pocl_ds.report.page import ITEM_MENUS, item_data, missing
+from pocl_ds.report.read import Facts, read_facts
+from pocl_ds.report.words import ABSENT, clock, escaped, number, size
+
+PAGE = "comparison.html"
+DECODING = ("temperature", "top_p", "max_new_tokens", "samples")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the runs."""
+
+    name: str
+    recipe: dict[str, Any]
+    facts: Facts
+
+
+def compare_runs(paths: Sequence[Path], out: Path | None = None, *, force: bool = False) -> Path:
+    """Write one page over the runs and return where: `out`, or report/comparison.html of the first.
+
+    Raises RecipeError for a folder that is no run or is named twice, ArtifactError where evaluations were made in different
+    ways and `force` does not insist.
+    """
+    runs = _read(paths)
+    differing = evaluation_differences(runs)
+    if differing and not force:
+        raise ArtifactError("these results cannot stand side by side, since they were measured in different ways "
+                            f"({'; '.join(differing)}): evaluate them alike, or say --force to see them marked")
+    target = out or RunDirectory(paths[0]).report / PAGE
+    with atomic_write(target) as stream:
+        stream.write(comparison_page(runs, differing))
+    return target
+
+
+def evaluation_differences(runs: Sequence[Compared]) -> list[str]:
+    """What was done differently in the evaluations that are there: `field: value of one run, value of another`."""
+    evaluated = [run for run in runs if run.facts.results is not None]
+    found = []
+    for other in evaluated[1:]:
+        first = evaluated[0]
+        sides = [{**{f"prompt.{key}": value for key, value in run.recipe["prompt"].items()},
+                  **{f"evaluate.{key}": run.recipe["evaluate"][key] for key in DECODING},
+                  "benchmarks": [one.name for one in run.facts.benchmarks]} for run in (first, other)]  # fmt: skip
+        differing = [key for key in {**sides[0], **sides[1]} if sides[0].get(key) != sides[1].get(key)]
+        found += [f"{key}: {sides[0].get(key)} in {first.name}, {sides[1].get(key)} in {other.name}" for key in differing]
+        asked = {one.name: one.asked for one in first.facts.benchmarks}
+        found += [f"benchmark {one.name}: {other.name} was asked other questions than {first.name}"
+                  for one in other.facts.benchmarks if asked.get(one.name, one.asked) != one.asked]  # fmt: skip
+    return found
+
+
+def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
+    """(dotted field, its value in each recipe) for the fields that are not the same in all."""
+    flat = [dict(_fields(recipe)) for recipe in recipes]
+    names = dict.fromkeys(name for one in flat for name in one)
+    rows = [(name, [one.get(name) for one in flat]) for name in names if name != "name"]
+    return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
+
+
+def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
+    """The whole page. differing: of evaluations that are shown all the same."""
+    charts = overlaid({run.name: run.facts.curves for run in runs if run.facts.curves is not None})
+    mixed, why = _mixed(runs, bool(differing))
+    sentences = [f"These results were measured in different ways and do not compare. {one}" for one in differing]
+    sentences += [f"{run.name}: {sentence}" for run in runs for sentence in run.facts.missing]
+    names = " · ".join(run.name for run in runs)
+    title = f"{len(runs)} runs side by side"
+    differences = recipe_differences([run.recipe for run in runs])
+    rows = "".join(f"<tr>{cells([name, *('null' if value is None else value for value in values)])}</tr>"
+                   for name, values in differences)  # fmt: skip
+    recipes = "".join(folded(run.name, f'<pre tabindex="0">{escaped(yaml.safe_dump(run.recipe, sort_keys=False))}</pre>')
+                      for run in runs)  # fmt: skip
+    body = "".join([
+        f'<header><p class="eyebrow">POCL distillation · comparison</p><h1>{escaped(title)}</h1>'
+        f'<p class="lead">{escaped(names)}</p></header>',
+        missing(sentences), section("Results", _results(runs, marked=bool(differing)), anchor="results",
+                                    note="Of the students after training: mean ± standard deviation over seeds, in brackets a "
+                                    "95% bootstrap interval over items, ROUGE-L ×100."),
+        section("What the recipes differ in", table(["field", *(run.name for run in runs)], rows, css="wrap", caption="recipes")
+                if rows else "<p>In nothing but their names.</p>", anchor="recipes"),
+        section("Training", figures(charts, 0), anchor="training",
+                note="Drag over a chart to zoom in, twice a click to zoom out."),
+        section("Answers", browser("items", ITEM_MENUS) if mixed else f'<p class="note">{escaped(why)}</p>', anchor="answers"),
+        section("Recipes", recipes, anchor="provenance"),
+    ])  # fmt: skip
+    data = {"charts": charts, "samples": None, "items": mixed}
+    return document(title, body, data)
+
+
+def _read(paths: Sequence[Path]) -> list[Compared]:
+    if twice := next((path for path in paths if [p.resolve() for p in paths].count(path.resolve()) > 1), None):
+        raise RecipeError(f"{twice} is named twice: name each run once")
+    runs = []
+    room = ReportConfig(samples=0, megabytes=max(1, 16 // len(paths)))
+    labels = [path.resolve().name for path in paths]
+    for path, label in zip(paths, labels, strict=True):
+        run = RunDirectory(path)
+        if not run.recipe.is_file():
+            raise RecipeError(f"{path} is not a run directory: it holds no recipe.yaml")
+        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        facts = read_facts(run, room, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"]))
+        runs.append(Compared(label if labels.count(label) == 1 else str(path), recipe, facts))
+    return runs
+
+
+def _results(runs: Sequence[Compared], *, marked: bool) -> str:
+    """One column a run."""
+    names = list(dict.fromkeys(one.name for run in runs for one in run.facts.benchmarks))
+    sign = " ⚠" if marked else ""
+    rows = []
+    for name in names:
+        rows.append([f"ROUGE-L, {name}{sign}", *(_score(run.facts, name, "student") for run in runs)])
+        rows.append([f"its teacher's{sign}", *(_score(run.facts, name, "teacher") for run in runs)])
+    for key, label in (("loss", "held-out loss (nats/token)"), ("kl", "KL to teacher (nats/token)")):
+        models = [run.facts.results["models"].get("student", {}) if run.facts.results else {} for run in runs]
+        rows.append([label + sign, *(number(model.get(key), 3) for model in models)])
+    infos = [run.facts.manifests["train"].info if "train" in run.facts.manifests else {} for run in runs]
+    rows.append(["steps", *(ABSENT if run.facts.curves is None else f"{run.facts.curves.last:,}" for run in runs)])
+    rows.append(["time of training", *(clock(info["seconds"]) if "seconds" in info else ABSENT for info in infos)])
+    rows.append(["time, all stages", *(clock(sum(one.seconds for one in run.facts.spent)) for run in runs)])
+    rows.append(["ranks", *(str(info.get("ranks", ABSENT)) for info in infos)])
+    rows.append(["peak host memory of a rank", *(size(info.get("peak_host_bytes")) for info in infos)])
+    rows.append(["peak GPU memory of a rank", *(size(info.get("peak_device_bytes")) for info in infos)])
+    return table(["", *(run.name for run in runs)], "".join(f"<tr>{cells(row)}</tr>" for row in rows), caption="results")
+
+
+def _score(facts: Facts, name: str, model: str) -> str:
+    benchmark = next((one for one in facts.benchmarks if one.name == name), None)
+    if facts.results is None or benchmark is None or model not in benchmark.intervals:
+        return ABSENT
+    entry = facts.results["models"][model]["benchmarks"][name]
+    deviation = "" if entry["rouge_l_deviation"] is None else f" ± {entry['rouge_l_deviation']:.2f}"
+    low, high = benchmark.intervals[model]
+    return f"{entry['rouge_l']:.2f}{deviation} ({low:.2f} to {high:.2f})"
+
+
+def _mixed(runs: Sequence[Compared], differing: bool) -> tuple[list[dict[str, Any]], str]:
+    """The students' answers of all runs to the same items, by benchmark; or why there are none."""
+    evaluated = [run for run in runs if any("student" in one.intervals for one in run.facts.benchmarks)]
+    if len(evaluated) < 2:
+        return [], "Fewer than two of these runs have answers of their students."
+    if differing:
+        return [], "The runs were not asked alike, so their answers are not put side by side."
+    found = []
+    for one in evaluated[0].facts.benchmarks:
+        sides = [next(b for b in run.facts.benchmarks if b.name == one.name) for run in evaluated]
+        by_id = [{item.id: item for item in side.items} for side in sides]
+        items = [
+            Item(item.id, item.question, item.references,
+                 {run.name: known[item.id].answers["student"] for run, known in zip(evaluated, by_id, strict=True)})
+            for item in one.items if all(item.id in known for known in by_id)
+        ]  # fmt: skip
+        intervals = {run.name: side.intervals["student"] for run, side in zip(evaluated, sides, strict=True)}
+        names = {run.name: run.name for run in evaluated}
+        found.append(item_data(Benchmark(one.name, one.total, items, one.asked, {}, intervals), names))
+    return found, ""
+
+
+def _fields(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and plain values."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        found += _fields(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+    return found
