@@ -140,7 +140,8 @@ def _progress(run: RunDirectory, name: str, spec: Mapping[str, Any], done: Mappi
     if name == "teach":
         return f"{len(list(run.teacher.glob('train-*.manifest.json')))}/{len(spec['items'])} shards"
     if name == "evaluate":
-        return f"{len(list(run.evaluation.glob('*/*.manifest.json')))}/{len(spec['items'])} answer files"
+        answered = [path for path in run.evaluation.glob("*/*.manifest.json") if ".judge." not in path.name]
+        return f"{len(answered)}/{len(spec['items'])} answer files"
     path = run.path / METRICS.get(name, "") / "metrics.jsonl"
     if name not in METRICS or not path.is_file():
         return f"{sum(done[stage] for stage in spec['stages'])}/{len(spec['stages'])} stages"
