@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -49,7 +48,7 @@ def memory() -> dict[str, float]:
     """Most memory that this process took so far in GiB, on its GPU where it has one; there also how busy that is, in percent."""
     where = device()
     if where.type == "cpu":
-        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        return {"memory_gib": peak_host_bytes() / 2**30}
     found = {"memory_gib": torch.cuda.max_memory_allocated(where) / 2**30}
     with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py
         found["gpu_busy"] = float(torch.cuda.utilization(where))
