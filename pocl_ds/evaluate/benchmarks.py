@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -78,6 +78,21 @@ def chosen(ids: Sequence[str], limit: int | None) -> list[int]:
 def split_ids(split: EncodedSplit) -> list[str]:
     """The ids of a split as text."""
     return [bytes(value).decode() for value in split.ids]
+
+
+def seen_in_training(run: RunDirectory, asked: Mapping[str, Sequence[Sample]]) -> dict[str, int]:
+    """Items by benchmark that ask what a training sample asks: their scores tell of memory too. Reads data/train.jsonl once."""
+    keys = {name: [sample.prompt_key for sample in samples] for name, samples in asked.items()}
+    every, seen = {key for of_one in keys.values() for key in of_one}, set[str]()
+    if every:
+        training = (sample.prompt_key for sample in read_normalised(run.data / "train.jsonl"))
+        seen = {key for key in training if key in every}
+    found = {name: sum(key in seen for key in of_one) for name, of_one in keys.items()}
+    for name, count in found.items():
+        if count:
+            log.warning("benchmark %s: %d of %d items ask what a training sample asks: its numbers tell of memory too", name,
+                        count, len(keys[name]))  # fmt: skip
+    return found
 
 
 def known_file(known: Known, folder: str | None, name: str) -> Path:

@@ -27,7 +27,7 @@ from pocl_ds.data.samples import Sample
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluate.answers import answers_file, answers_manifest, read_answers, settings, summary
 from pocl_ds.evaluate.benchmarks import HELD_OUT as TEST
-from pocl_ds.evaluate.benchmarks import check_names, chosen, questions, split_ids
+from pocl_ds.evaluate.benchmarks import check_names, chosen, questions, seen_in_training, split_ids
 from pocl_ds.evaluate.held_out import held_out as measure
 from pocl_ds.evaluate.judge import judged
 from pocl_ds.generation.open import open_generator
@@ -132,6 +132,8 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
     """Gather evaluation/results.json: by model and benchmark the mean and deviation over seeds. Seals the stage."""
     losses = read_json(run.evaluation / HELD_OUT) if config.loss and (run.evaluation / HELD_OUT).is_file() else {}
     results: dict[str, Any] = {"seeds": list(config.seeds), "models": {}}
+    seen = seen_in_training(run, {name: questions(run, config, name) for name, one in config.benchmarks.items()
+                                  if one.source != TEST})  # fmt: skip
     seconds = 0.0
     for model in models:
         entry: dict[str, Any] = dict(losses.get(model, {}))
@@ -145,6 +147,8 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
             found |= {key: measured[key] for key in ("loss", "kl") if key in measured}
             if config.judge is not None and (verdict := judged(run, config, model, name)) is not None:
                 found["judge"] = verdict
+            if name in seen:
+                found["seen_in_training"] = seen[name]
             entry["benchmarks"][name] = found
             seconds += sum(manifest.info["seconds"] for manifest in manifests if manifest)
         results["models"][model] = entry

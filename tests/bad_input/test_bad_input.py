@@ -131,6 +131,16 @@ def test_a_run_directory_of_another_recipe(finished: Path) -> None:
     refused(pocl("run", "--run-dir", str(finished), "plan.subsets=3", check=False), "plan.subsets", "--run-dir")
 
 
+def test_a_benchmark_without_references(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "export", "report", "logs"))
+    path = tmp_path / "bad.jsonl"
+    path.write_text(lines([{"instruction": "Say it."}] * 3))
+    words = ["--model", "student", f"evaluate.benchmarks.mine={path}"]
+    found = pocl("evaluate", "--run-dir", str(run), *words, check=False)
+    refused(found, "bad.jsonl line 1", "output", "evaluate.benchmarks.mine.fields")
+    assert unfinished(run / "evaluation") == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MiB."""

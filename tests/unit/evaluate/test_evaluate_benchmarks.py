@@ -13,7 +13,7 @@ import pytest
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import BENCHMARKS, EvaluateConfig
 from pocl_ds.errors import DataError
-from pocl_ds.evaluate.benchmarks import KNOWN, questions
+from pocl_ds.evaluate.benchmarks import KNOWN, questions, seen_in_training
 from pocl_ds.evaluate.stage import share
 from pocl_ds.recipe import first_fault
 
@@ -82,6 +82,18 @@ def test_the_hub_is_asked_for_the_file(
 def test_without_a_network_one_sentence(run: RunDirectory, configured: Configured) -> None:
     with pytest.raises(DataError, match=r"benchmark 'vicuna' .* cannot be had from the Hub .*evaluate.benchmark_folder"):
         questions(run, configured(benchmarks=["vicuna"]), "vicuna")
+
+
+def test_questions_that_training_saw_are_counted(
+    run: RunDirectory, configured: Configured, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()][:3]
+    items = [{"instruction": item["instruction"], "input": item["input"], "output": "another answer"} for item in trained]
+    path = write(tmp_path / "b.jsonl", [*items, {"instruction": "Never asked.", "output": "a"}])
+    asked = questions(run, configured(benchmarks={"b": str(path)}), "b")
+    with caplog.at_level(logging.WARNING, "pocl_ds"):
+        assert seen_in_training(run, {"b": asked, "c": asked[3:]}) == {"b": 3, "c": 0}
+    assert "b: 3 of 4 items" in caplog.text and "benchmark c" not in caplog.text
 
 
 @pytest.mark.parametrize("output", [None, [], "", ["a", " "]])

@@ -76,9 +76,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 @pytest.fixture
-def answered(tmp_path: Path) -> RunDirectory:
+def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     """Twelve answers of two models with one seed."""
     run = RunDirectory(tmp_path / "run")
+    run.data.mkdir(parents=True)
+    (run.data / "train.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text('{"instruction": "Question?", "output": "ref"}\n')
+    monkeypatch.chdir(tmp_path)
     for model in ("initial", "student"):
         file = answers_file(run, model, "b", 10)
         file.parent.mkdir(parents=True)
