@@ -19,8 +19,8 @@ from pocl_ds.evaluate.judge import judge_file, read_verdicts
 log = logging.getLogger("pocl_ds")
 
 # Measure -> what its unit is called, and by how much the number on disk is multiplied.
-MEASURES = {"rouge_l": ("ROUGE-L", 100.0), "exact_match": ("% exact match", 100.0), "judge": ("by the judge", 1.0)}
-MEAN = "mean"
+MEASURES = {"rouge_l": ("ROUGE-L", 100.0), "exact_match": ("% exact match", 100.0), "judge": ("in the judge's scores", 1.0)}
+MEAN = "mean of all"  # no benchmark can be called so
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def test_within_one_run_and_over_benchmarks(written: Written, capsys: pytest.Cap
     assert main(["compare", str(run.path), "--models", "baseline", "student"]) == 0
     said = capsys.readouterr().out
     assert "dolly: student better than baseline by 2.00 ± 0.00 ROUGE-L, p < 0.001" in said
-    assert "mean: student better than baseline by 3.00" in said and "NOT COMPARABLE" not in said
+    assert "mean of all: student better than baseline by 3.00" in said and "NOT COMPARABLE" not in said
     assert main(["compare", str(run.path), "--models", "student", "baseline", "--benchmark", "sni"]) == 0
     said = capsys.readouterr().out
     assert "sni: baseline worse than student by 4.00" in said and "dolly" not in said

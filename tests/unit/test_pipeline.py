@@ -1,0 +1,74 @@
+"""Engines side by side: which GPUs each gets, and what becomes of their exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from pocl_ds import pipeline
+from pocl_ds.config import Recipe
+from pocl_ds.errors import RecipeError
+
+Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
+
+
+def recipe(processes: int, tensor_parallel: int = 1) -> Recipe:
+    evaluate = {"processes": processes, "generation": {"tensor_parallel": tensor_parallel}, "models": ["student"]}
+    return Recipe.model_validate({"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}, "evaluate": evaluate})
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    found: Calls = []
+
+    def together(commands: list[list[str]], environments: list[dict[str, str]], lock: int | None = None) -> int:
+        found.append((commands, environments))
+        return 0
+
+    monkeypatch.setattr(pipeline, "call_together", together)
+    return found
+
+
+def run(asked: Recipe) -> Any:
+    return pipeline._answers(["pocl", "evaluate", "--model", "student"], asked, 3)
+
+
+def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    run(recipe(2, 2))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-a,7")
+    run(recipe(3))
+    (first, devices), (_, others) = calls
+    assert [command[-2:] for command in first] == [["--shard", "0/2"], ["--shard", "1/2"]]
+    assert devices == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert [one["CUDA_VISIBLE_DEVICES"] for one in others] == ["5", "GPU-a", "7"]
+    with pytest.raises(RecipeError, match=r"evaluate\.processes=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible"):
+        run(recipe(2, 2))
+
+
+def test_without_gpus_they_share_the_cores(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    run(recipe(3))
+    assert calls[0][1] == [{"OMP_NUM_THREADS": "2"}] * 3
+
+
+def test_the_first_fault_is_told_when_all_have_ended() -> None:
+    commands = [[sys.executable, "-c", f"import sys; sys.exit({code})"] for code in (0, 2, 3)]
+    assert pipeline.call_together(commands, [{}] * 3) == 2
+    assert pipeline.call_together(commands[:1] * 2, [{}] * 2) == 0
+
+
+def test_a_signal_reaches_all() -> None:
+    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"
+    timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert pipeline.call_together([[sys.executable, "-c", code]] * 2, [{}] * 2) == 75
