@@ -130,7 +130,7 @@ class SyntheticRun:
         with (folder / f"{benchmark}-seed{seed}.jsonl").open("w") as stream:
             for i in range(items):
                 stream.write(json.dumps({
-                    "id": f"q{i}", "prompt": f"### Instruction:\nQ{i}",
+                    "id": f"q{i}", "prompt": f"### Instruction:\nQ{i} {extra}",
                     "instruction": f"Explain what `numpy.argsort` does ({i}). {extra}", "response": text,
                     "references": ["Returns the indices that would sort an array."], "rouge_l": float(rouge + spread[i]),
                 }) + "\n")  # fmt: skip

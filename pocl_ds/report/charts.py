@@ -21,6 +21,7 @@ Column = tuple[str, str, str, list[int]]  # name, colour, column of the steps, d
 MAX_POINTS = 4000
 MAX_DOTS = 30_000
 BINS = 40
+DASHES: list[list[int]] = [[], [9, 4], [3, 3], [9, 3, 3, 3]]  # of runs: lines that coincide are still told apart
 ENTROPY, ROUGE = "cross-entropy (nats per token)", "ROUGE-L ×100"
 SINGLE = (
     ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
@@ -50,25 +51,28 @@ def training_charts(facts: Facts) -> list[Chart]:
 
 
 def difficulty_charts(facts: Facts) -> list[Chart]:
-    """The plane of ROUGE-L against cross-entropy, histograms, and how often samples were drawn."""
-    charts: list[Chart] = []
-    if facts.ranking is not None and len(facts.ranking.rouge_l):
-        ranking = facts.ranking
-        names = subset_names(ranking)
-        charts = [_plane(ranking, names)] + [
-            _bars(title, label, values, ranking.bounds, names, note=note)
-            for title, label, values, note in (
-                ("Difficulty: cross-entropy", ENTROPY, ranking.cross_entropy, "Of the reference; the last bar is all beyond."),
-                ("Difficulty: ROUGE-L", ROUGE, 100 * ranking.rouge_l, "Of the initial student's own answer; higher is easier."),
-            )
-        ]  # fmt: skip
-    if facts.seen is not None and facts.plan is not None:
-        bounds = facts.ranking.bounds if facts.ranking else subset_bounds(facts.plan)
-        names = subset_names(facts.ranking) if facts.ranking else [f"subset {i + 1}" for i in range(len(bounds) - 1)]
-        note = "Draws by the curriculum, so far as training has come; the plan and the seed say who is in which batch."
-        charts.append(_bars("How often samples were seen", "times drawn", facts.seen.astype(float), bounds, names, note=note,
-                            whole=True))
-    return charts
+    """The plane of ROUGE-L against cross-entropy, and a histogram of each."""
+    ranking = facts.ranking
+    if ranking is None or not len(ranking.rouge_l):
+        return []
+    names = subset_names(ranking)
+    return [_plane(ranking, names)] + [
+        _bars(title, label, values, ranking.bounds, names, note=note)
+        for title, label, values, note in (
+            ("Difficulty: cross-entropy", ENTROPY, ranking.cross_entropy, "Of the reference; the last bar is all beyond."),
+            ("Difficulty: ROUGE-L", ROUGE, 100 * ranking.rouge_l, "Of the initial student's own answer; higher is easier."),
+        )
+    ]  # fmt: skip
+
+
+def seen_charts(facts: Facts) -> list[Chart]:
+    """How often samples were drawn."""
+    if facts.seen is None or facts.plan is None:
+        return []
+    bounds = subset_bounds(facts.plan)
+    names = subset_names(facts.ranking) if facts.ranking else [f"subset {i + 1}" for i in range(len(bounds) - 1)]
+    note = "Draws by the curriculum, so far as training has come; the plan and the seed say who is in which batch."
+    return [_bars("How often samples were seen", "times drawn", facts.seen.astype(float), bounds, names, note=note, whole=True)]
 
 
 def overlaid(runs: Mapping[str, Curves]) -> list[Chart]:
@@ -80,9 +84,9 @@ def overlaid(runs: Mapping[str, Curves]) -> list[Chart]:
                                  ("alpha", "SFT ratio", "alpha"), ("grad_norm", "Gradient norm", "gradient norm"),
                                  ("lr", "Learning rate", "learning rate")):
         series = [one for i, (name, steps) in enumerate(thinned.items())
-                  for one in _columns(steps, [(name, f"r{i % 8}", column, [])])]  # fmt: skip
+                  for one in _columns(steps, [(name, f"r{i % 8}", column, DASHES[i % 4])])]  # fmt: skip
         charts.append(_lines(title, label, series, [], zero=column in ("tau", "alpha", "lr"), wide=column == "loss"))
-    checked = [one for i, (name, curves) in enumerate(runs.items()) for one in _checked(curves, name, f"r{i % 8}", [])]
+    checked = [one for i, (name, curves) in enumerate(runs.items()) for one in _checked(curves, name, f"r{i % 8}", DASHES[i % 4])]
     charts.insert(1, _lines("Validation loss", "cross-entropy (nats per token)", checked, [], note="At τ = 1."))
     return [chart for chart in charts if chart["series"]]
 

@@ -15,6 +15,7 @@ import yaml
 from pocl_ds.artifacts import RunDirectory, atomic_write
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.recipe import load_recipe
 from pocl_ds.report.charts import overlaid
 from pocl_ds.report.document import browser, cells, document, figures, folded, section, table
 from pocl_ds.report.items import Benchmark, Item
@@ -117,7 +118,7 @@ def _read(paths: Sequence[Path]) -> list[Compared]:
         run = RunDirectory(path)
         if not run.recipe.is_file():
             raise RecipeError(f"{path} is not a run directory: it holds no recipe.yaml")
-        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        recipe = load_recipe(str(run.recipe)).model_dump(mode="json")
         facts = read_facts(run, room, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"]))
         runs.append(Compared(label if labels.count(label) == 1 else str(path), recipe, facts))
     return runs
@@ -130,7 +131,7 @@ def _results(runs: Sequence[Compared], *, marked: bool) -> str:
     rows = []
     for name in names:
         rows.append([f"ROUGE-L, {name}{sign}", *(_score(run.facts, name, "student") for run in runs)])
-        rows.append([f"its teacher's{sign}", *(_score(run.facts, name, "teacher") for run in runs)])
+        rows.append([f"ROUGE-L of the teacher, {name}{sign}", *(_score(run.facts, name, "teacher") for run in runs)])
     for key, label in (("loss", "held-out loss (nats/token)"), ("kl", "KL to teacher (nats/token)")):
         models = [run.facts.results["models"].get("student", {}) if run.facts.results else {} for run in runs]
         rows.append([label + sign, *(number(model.get(key), 3) for model in models)])

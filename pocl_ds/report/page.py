@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pocl_ds.report.charts import difficulty_charts, training_charts
+from pocl_ds.report.charts import difficulty_charts, seen_charts, subset_bounds, training_charts
 from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
 from pocl_ds.report.items import Benchmark
 from pocl_ds.report.read import MODELS, Facts
@@ -34,13 +34,14 @@ ITEM_MENUS = (("benchmark", "Benchmark"), ("left", "Items where"), ("relation", 
 def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
     """The whole page."""
     recipe = yaml.safe_load(recipe_yaml)
-    training, difficulty = training_charts(facts), difficulty_charts(facts)
+    training, difficulty, seen = training_charts(facts), difficulty_charts(facts), seen_charts(facts)
     body = "".join([
         f'<header><p class="eyebrow">POCL distillation · run report</p><h1>{escaped(name)}</h1>'
         f'<p class="lead">{escaped(headline(facts))}</p></header>',
         missing(facts.missing), tiles(facts), about(facts, recipe), _results(facts),
-        _curriculum(facts), section("Difficulty", figures(difficulty, 0), anchor="difficulty",
-                                    note="How hard each sample is for the initial student, and the subset it fell into."),
+        _curriculum(facts, figures(seen, len(difficulty) + len(training))),
+        section("Difficulty", figures(difficulty, 0), anchor="difficulty",
+                note="How hard each sample is for the initial student, and the subset it fell into."),
         _samples(facts),
         section("Training", figures(training, len(difficulty)), anchor="training",
                 note=f"{training_line(facts)} Drag over a chart to zoom in, twice a click to zoom out; with the keyboard: "
@@ -49,7 +50,7 @@ def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
     ])  # fmt: skip
     bounds = _bounds(facts)
     data = {
-        "charts": difficulty + training, "samples": _sample_data(facts, bounds),
+        "charts": difficulty + training + seen, "samples": _sample_data(facts, bounds),
         "items": [item_data(one, {m: MODELS[m] for m in one.intervals}) for one in facts.benchmarks],
     }  # fmt: skip
     return document(name, body, data, subsets=max(1, len(bounds) - 1))
@@ -128,7 +129,7 @@ def spent(facts: Facts) -> str:
 def _bounds(facts: Facts) -> list[int]:
     if facts.ranking:
         return facts.ranking.bounds
-    return [0, *(int(stage["stop"]) for stage in facts.plan["stages"])] if facts.plan else []
+    return subset_bounds(facts.plan) if facts.plan else []
 
 
 def _results(facts: Facts) -> str:
@@ -148,13 +149,13 @@ def _results(facts: Facts) -> str:
                    anchor="results")  # fmt: skip
 
 
-def _curriculum(facts: Facts) -> str:
+def _curriculum(facts: Facts, charts: str) -> str:
     if facts.plan is None:
         return ""
     header, rows = plan_rows(facts.plan, mean_seen(facts))
     body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
     text = f"Scheduler {facts.plan['scheduler']}, batches of {facts.plan['batch_size']} samples."
-    return section("Curriculum", table(header, body, caption="stages"), anchor="curriculum", note=text)
+    return section("Curriculum", table(header, body, caption="stages"), charts, anchor="curriculum", note=text)
 
 
 def _samples(facts: Facts) -> str:

@@ -89,6 +89,7 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
         facts.missing.append("Training has not started, so there are no curves.")
     elif "train" not in facts.manifests:
         facts.missing.append(f"Training is not finished: the curves end at step {facts.curves.last}{_of_plan(facts.plan)}.")
+    _hold_together(facts)
     room = config.megabytes * 500_000  # one half for samples, one for answers
     _read_difficulty(run, facts, config.samples, room)
     if facts.plan is not None and facts.curves is not None:
@@ -104,6 +105,15 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
         facts.missing.append(f"There is no finished evaluation{part}, so results and answers are not shown: run `pocl evaluate`.")
     facts.spent, facts.history = spent_by_stage(run, facts.manifests), read_history(run)
     return facts
+
+
+def _hold_together(facts: Facts) -> None:
+    """Leave out a plan of another ranking: who is in which subset would be wrong."""
+    rank = facts.manifests.get("rank")
+    if facts.plan and rank and rank.info["samples"] != (planned := facts.plan["stages"][-1]["stop"]):
+        facts.missing.append(f"The plan was made for {planned} samples and the ranking holds {rank.info['samples']}, so stages "
+                             "and subsets are not shown: run `pocl plan` again.")
+        facts.plan = None
 
 
 def _read_difficulty(run: RunDirectory, facts: Facts, most: int, room: int) -> None:

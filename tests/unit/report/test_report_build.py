@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -10,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_run import STEPS
 
-from pocl_ds.artifacts import Manifest, read_manifest
+from pocl_ds.artifacts import Manifest, read_manifest, write_json
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError
-from pocl_ds.report import build
+from pocl_ds.report import build, document
 from pocl_ds.report.words import clock, markdown_cell
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -28,6 +31,8 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words: list[str] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
         self.feed(text)
         assert not self.open, self.open
 
@@ -35,6 +40,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
+        if tag in ("script", "style"):
+            {"script": self.scripts, "style": self.styles}[tag].append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -43,7 +50,19 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+        elif not self.open or self.open[-1] != "style":
+            self.words.append(data)
+        else:
+            self.styles[-1] += data
+
+    @property
+    def data(self) -> Any:
+        """What the page's scripts read."""
+        (start,) = (i for i, (tag, attributes) in enumerate(self.tags) if attributes.get("id") == "data")
+        number = sum(tag == "script" for tag, _ in self.tags[:start])
+        return json.loads(self.scripts[number])
 
     @property
     def text(self) -> str:
@@ -63,44 +82,66 @@ def test_the_page_says_what_the_run_found(synthetic: Any) -> None:
     page = Page(html)
     assert "The student reaches 80% of the teacher's ROUGE-L on test (14.2 of 17.8; 2.1 before)." in page.text
     assert "held-out loss is 4.25 nats per token (5.41 before, 3.98 for the teacher)" in page.text
-    for title in ("Training loss", "Temperature and SFT ratio", "Learning rate", "Throughput", "Validation",
-                  "Difficulty: cross-entropy", "Difficulty: ROUGE-L", "ROUGE-L against cross-entropy"):  # fmt: skip
-        assert title in page.text
-    assert {"total", "KD", "CE", "stage 4", "optimizer step", "loss (nats per token)", "tokens per second",
-            "subset 1 (easiest)", "subset 4 (hardest)"} <= set(page.words)  # fmt: skip
+    titles = ["ROUGE-L against cross-entropy", "Difficulty: cross-entropy", "Difficulty: ROUGE-L", "Training loss",
+              "Temperature and SFT ratio", "Validation", "Gradient norm", "Learning rate", "Throughput",
+              "How often samples were seen"]  # fmt: skip
+    assert all(title in page.text for title in titles) and [chart["title"] for chart in page.data["charts"]] == titles
+    loss = page.data["charts"][3]
+    assert [one["name"] for one in loss["series"]] == ["total", "KD", "CE"] and loss["bands"][-1][2] == "stage 4"
+    assert page.data["charts"][0]["names"] == ["subset 1 (easiest)", "subset 2", "subset 3", "subset 4 (hardest)"]
     said = "steps on 2 ranks; micro-batches were packed without padding, which would be 31% of their tokens."
     assert said in page.text and said in markdown
-    assert sum(tag == "article" for tag, _ in page.tags) == 3 and manifest.info["examples"] == 3
+    assert manifest.info["examples"] == 3 and manifest.info["samples"] == 400 and manifest.info["bytes"] == len(html.encode())
+    assert len(page.data["items"][0]["ids"]) == 30 and len(page.data["samples"]["ids"]) == 400
     assert "3 min 31 s" in page.text and "1 min 04 s" in page.text  # the stages' own seconds
     assert "name: synthetic" in page.text and "torch" in page.text
     assert "| student after | 4.250 | 0.800 | 14.20 ± 0.42 |" in markdown
     assert manifest.info["missing"] == [] and "missing" not in {a.get("class") for _, a in page.tags}
 
 
-def test_nothing_is_fetched_and_nothing_runs(synthetic: Any) -> None:
+def test_nothing_is_fetched_and_only_our_scripts_run(synthetic: Any) -> None:
     synthetic.everything()
     page = Page(make(synthetic)[1])
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "object", "form", "base"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
-        assert not {"src", "href", "srcset", "data"} & attributes.keys(), tag
+        assert not {"src", "href", "srcset", "data", "style"} & attributes.keys(), tag
         assert not any(name.startswith("on") for name in attributes), tag
-    style = " ".join(page.words)
-    assert "url(" not in style and "@import" not in style
+    assert "url(" not in "".join(page.styles) and "@import" not in "".join(page.styles)
     policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
-    assert policy and "default-src 'none'" in policy
-    assert "prefers-color-scheme:dark" in style
+    assert policy and policy.startswith("default-src 'none'; script-src 'sha256-") and "unsafe" not in policy
+    data = json.dumps(page.data)
+    runs = [text for text in page.scripts if not text.startswith('{"charts"')]
+    for text in (*runs, *page.styles):
+        assert base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
+    assert len(runs) == 5 and data
+
+
+def test_the_library_is_the_one_that_is_named() -> None:
+    notice = (document.ASSETS / "uplot.LICENSE.txt").read_text()
+    version = re.search(r"uplot (\d+\.\d+\.\d+)", notice)
+    assert version and f"(v{version[1]})" in (document.ASSETS / "uplot.js").read_text()[:200]
+    assert "MIT License" in notice and "Leon Sorokin" in notice
+    packaged = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+    assert 'pocl_ds = ["report/assets/*"]' in packaged  # else a wheel lacks them
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(document.ASSETS.iterdir()) if path.name != "uplot.js"])
+def test_assets_are_short_enough_to_read(name: str) -> None:
+    text = (document.ASSETS / name).read_text()
+    assert len(text.splitlines()) < 400 and "</script" not in text and "</style" not in text
 
 
 def test_text_from_data_is_only_text(synthetic: Any, attack: str) -> None:
     synthetic.everything()
     shutil.rmtree(synthetic.run.evaluation)
     synthetic.evaluation({"initial": attack, "student": attack + "</pre></div>", "teacher": "\ud800 half a pair"})
-    synthetic.recipe = f"name: '{'</title><script>1</script>'}'\n"
+    synthetic.recipe = synthetic.recipe.replace("synthetic", "'</title><script>1</script>'")
     _, html, markdown = make(synthetic)
     page = Page(html)
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert "<script>alert('x')</script> | one" in page.text  # shown as it is
-    assert "\u0007" not in html and "\ufffd half a pair" in page.text
+    assert sum(tag == "script" for tag, _ in page.tags) == 6  # ours and the data
+    assert page.data["items"][0]["answers"][0][0].startswith("<script>alert('x')</script> | one\ntwo")  # as it is
+    assert "\u0007" not in html and page.data["items"][0]["answers"][2][0] == "\ufffd half a pair"
+    assert "</title><script>1</script>" in page.text and "<!--" not in html
     rows = [line for line in markdown.splitlines() if line.startswith("| Explain")]
     assert len(rows) == 3  # a line break in an answer does not end its row
     for row in rows:
@@ -153,13 +194,60 @@ def test_a_long_run_makes_a_small_page(synthetic: Any) -> None:
     synthetic.train(100_000)
     synthetic.ranking(50_000)
     _, html, _ = make(synthetic)
-    assert len(html) < 250_000
-    root = Page(html)
-    paths = [a["d"] or "" for t, a in root.tags if t == "path" and "line" in (a.get("class") or "") and len(a["d"] or "") > 40]
-    assert paths and max(path.count("L") for path in paths) < 600
-    dots = sum((a["d"] or "").count("h0") for t, a in root.tags if t == "path" and "soft" in (a.get("class") or ""))
-    assert 1400 < dots <= 1500
-    assert "1,500 of 50,000 samples are shown" in root.text
+    assert len(html) < 3_000_000
+    page = Page(html)
+    assert all(len(one["xs"]) <= 4000 for chart in page.data["charts"] for one in chart.get("series", []))
+    assert "30,000 of 50,000 samples are shown" in page.text
+
+
+def test_ten_thousand_samples_stay_under_ten_megabytes(synthetic: Any) -> None:
+    synthetic.data(12_000, ["Ein langer Text mit Umlauten äöü <b> und so weiter. " * 40])
+    synthetic.plan(12_000)
+    synthetic.train()
+    synthetic.ranking(12_000)
+    synthetic.evaluation(items=3000, extra="x" * 2000)
+    manifest, html, _ = make(synthetic)
+    page = Page(html)
+    shown = len(page.data["samples"]["ids"])
+    assert len(html.encode()) < 10_000_000
+    assert 1000 < shown < 10_000 and manifest.info["samples"] == shown
+    assert f"{shown:,} of 12,000 samples, evenly along the order" in page.text
+    assert f"Items: {len(page.data['items'][0]['ids']):,} of 3,000 of test" in page.text
+    assert page.data["samples"]["places"][0] == 0 and page.data["samples"]["places"][-1] == 11_999
+
+
+def test_samples_say_how_often_they_were_seen(synthetic: Any) -> None:
+    synthetic.everything()
+    data = Page(make(synthetic)[1]).data
+    assert sum(data["samples"]["seen"]) == 8 * STEPS  # draws: batches of 8
+    assert data["samples"]["prompts"][7] == "Say what sample 7 is about. "
+    assert data["samples"]["responses"][7] == "the 7 "
+
+
+def test_a_plan_of_another_ranking_is_not_shown(synthetic: Any) -> None:
+    synthetic.data(300)
+    synthetic.plan(400)
+    synthetic.train()
+    synthetic.ranking(300)
+    assert "The plan was made for 400 samples and the ranking holds 300" in Page(make(synthetic)[1]).text
+
+
+def test_jobs_attempts_and_memory_are_told(synthetic: Any) -> None:
+    synthetic.everything()
+    folder = synthetic.run.cluster / "attempts"
+    folder.mkdir(parents=True)
+    attempts = [{"number": 1, "job": "71", "nodes": ["n1", "n2"], "start": 0.0, "end": 1800.0, "outcome": "again", "why": "<b>"},
+                {"number": 2, "job": "71", "nodes": ["n1", "n3"], "start": 2000.0}]  # fmt: skip
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, attempts)) + '\n{"number": 3, "jo')
+    write_json(synthetic.run.cluster / "submission.json", {"profile": "gpu", "code": "abc", "jobs": ["train"]})
+    page = Page(make(synthetic)[1])
+    assert "1.00 node hours, 1 restarts" in page.text and "Jobs and attempts (2, 1 restarts)" in page.text
+    assert "end unknown" in page.text and "<b>" in page.text and "30 min 00 s" in page.text
+    assert re.search(r"\d+ MiB", page.text)  # of this very process, which sealed the stages
+    later = make(synthetic)[0]
+    with (folder / "train.jsonl").open("a") as stream:
+        stream.write("\n" + json.dumps(attempts[1] | {"end": 2600.0}) + "\n")
+    assert make(synthetic)[0].info["inputs"] != later.info["inputs"]
 
 
 def test_repeating_finds_the_page_and_a_run_that_went_on_gets_a_new_one(synthetic: Any) -> None:
@@ -194,12 +282,12 @@ def test_a_failure_leaves_the_old_page_whole(synthetic: Any, monkeypatch: pytest
 
 def test_examples_do_not_follow_the_order_of_a_file(synthetic: Any) -> None:
     synthetic.evaluation()
-    shown = re.findall(r"does \((\d+)\)", make(synthetic)[1])
+    shown = re.findall(r"does \((\d+)\)", make(synthetic)[2])
     for path in synthetic.run.evaluation.rglob("*.jsonl"):
         lines = path.read_text().splitlines()
         path.write_text("\n".join(reversed(lines)) + "\n")
     shutil.rmtree(synthetic.run.report)
-    assert re.findall(r"does \((\d+)\)", make(synthetic)[1]) == shown and len(shown) == 3
+    assert re.findall(r"does \((\d+)\)", make(synthetic)[2]) == shown and len(shown) == 3
 
 
 def test_no_examples_and_one_seed(synthetic: Any) -> None:
@@ -210,8 +298,9 @@ def test_no_examples_and_one_seed(synthetic: Any) -> None:
     for entry in results["models"].values():
         entry["benchmarks"]["test"]["rouge_l_deviation"] = None
     path.write_text(json.dumps(results))
-    page = Page(make(synthetic, examples=0)[1])
-    assert "article" not in {tag for tag, _ in page.tags}
+    _, html, markdown = make(synthetic, examples=0)
+    page = Page(html)
+    assert "## Answers" not in markdown
     assert "one seed" in page.text and "±" not in page.text
 
 
@@ -236,7 +325,7 @@ def test_a_reversed_ranking_says_so(synthetic: Any, tmp_path: Path) -> None:
     synthetic.ranking()
     path = synthetic.run.ranking / "manifest.json"
     path.write_text(path.read_text().replace('"samples": 400', '"samples": 400, "reverse": true'))
-    assert "subset 1 (hardest)" in Page(make(synthetic)[1]).text
+    assert Page(make(synthetic)[1]).data["charts"][0]["names"][0] == "subset 1 (hardest)"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7500, "2 h 05 min")])
