@@ -142,7 +142,7 @@ def _lines(
     wide: bool = False,
 ) -> Chart:  # fmt: skip
     return {"kind": "lines", "title": title, "x": "optimizer step", "y": label, "series": series, "bands": bands, "zero": zero,
-            "note": note, "wide": wide}  # fmt: skip
+            "note": note, "wide": wide, "whole": True}  # fmt: skip
 
 
 def _columns(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Chart]:

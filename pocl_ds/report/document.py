@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def document(title: str, body: str, data: dict[str, Any], *, subsets: int = 1) -
         f"<title>{escaped(title)} · POCL report</title>", *(f"<style>{style}</style>" for style in styles),
     ]  # fmt: skip
     tail = "".join(f"<script>{script}</script>" for script in scripts)
-    return (f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head><body><main>{body}</main>'
+    return (f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head><body><main>{_with_contents(body)}</main>'
             f'<script type="application/json" id="data">{embedded(data)}</script>{tail}</body></html>\n')
 
 
@@ -92,6 +93,13 @@ def browser(name: str, selects: Sequence[tuple[str, str]]) -> str:
 def bar(share: float) -> str:
     """A bar in a table's cell, 0 to 1 of its width."""
     return f'<td class="meter"><svg aria-hidden="true"><rect width="{100 * share:.1f}%" height="100%" rx="5"/></svg></td>'
+
+
+def _with_contents(body: str) -> str:
+    """The body with links to its sections behind the header. Text from data cannot look like a section: it is escaped."""
+    found = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', body)
+    links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in found)
+    return body.replace("</header>", f'</header><nav class="contents" aria-label="sections">{links}</nav>', 1)
 
 
 def _asset(name: str) -> str:

@@ -64,7 +64,7 @@ def about_rows(facts: Facts, recipe: dict[str, Any]) -> list[tuple[str, str]]:
                                    f"{sum(stage['steps'] for stage in stages):,} steps of {facts.plan['batch_size']} samples"))
     if facts.spent:
         hours = sum(one.seconds * one.processes for one in facts.spent) / 3600
-        rows.append(("cost", f"{hours:.2f} process hours"))
+        rows.append(("cost", "under 0.01 process hours" if hours < 0.01 else f"{hours:,.2f} process hours"))
     if facts.history.attempts:
         rows.append(("jobs", f"{facts.history.node_hours:.2f} node hours, {facts.history.restarts} restarts"))
     return [(name, str(value)) for name, value in rows if value]

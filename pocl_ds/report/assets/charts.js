@@ -4,6 +4,7 @@
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const HEIGHT = 280, DOT = 5, REACH = 14; // CSS pixels
+const WHOLE = [0, 1, 2, 3, 4, 5, 6].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power)); // steps of an axis
 const SMALL = "12px system-ui, sans-serif";
 
 function colour(name) {
@@ -45,7 +46,7 @@ function axis(label, extra) {
 
 function axes(spec) {
   const widest = (u, values) => Math.max(34, 14 + 7 * Math.max(...(values || [""]).map((text) => String(text).length)));
-  const incrs = spec.whole ? { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000] } : {};
+  const incrs = spec.whole ? { incrs: WHOLE } : {};
   return [axis(spec.x, { space: 70, size: 30, ...incrs }), axis(spec.y, { size: widest, space: 40 })];
 }
 
@@ -53,7 +54,7 @@ function axes(spec) {
 function padded(low, high, fromZero, share) {
   if (low === null || low === undefined || high === null) return [0, 1];
   if (high - low < 1e-12 * Math.max(1, Math.abs(high))) {
-    const room = Math.max(Math.abs(low) * 0.1, 1e-9);
+    const room = Math.abs(low) * 0.1 || 1;
     return [fromZero && low >= 0 ? 0 : low - room, high + room];
   }
   const room = share * (high - low);
