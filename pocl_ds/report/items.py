@@ -32,7 +32,8 @@ class Item:
 class Benchmark:
     """total: items that were answered; items: those that the page holds, chosen by the hash of their id.
 
-    asked: a fingerprint of ids and templated prompts. scores: model -> id -> mean ROUGE-L x100 over seeds.
+    asked: a fingerprint of ids and templated prompts. scores: model -> id -> mean ROUGE-L x100 over seeds. weight: bytes that
+    the items take in the page.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Benchmark:
     asked: str
     scores: dict[str, dict[str, float]]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    weight: int = 0
 
 
 def read_benchmarks(run: RunDirectory, results: dict[str, Any], models: list[str], most: int, room: int) -> list[Benchmark]:
@@ -69,21 +71,22 @@ def _benchmark(run: RunDirectory, name: str, models: list[str], seeds: list[int]
                 sums.setdefault(record["id"], []).append(100 * record["rouge_l"])
         scores[model] = {key: sum(values) / len(values) for key, values in sums.items()}
     common = sorted((key for key in first[models[0]] if all(key in first[model] for model in models)), key=_place)
-    items = []
+    items, used = [], 0
     for key in common[:most]:
         record = first[models[0]][key]
         answers = {model: (cut(first[model][key]["response"]), 100 * first[model][key]["rouge_l"], scores[model][key])
                    for model in models}  # fmt: skip
         question, references = record.get("instruction") or record["prompt"], record["references"][:3]
         item = Item(key, cut(question), [cut(text) for text in references], answers)
-        room -= weight([key, item.question, *item.references, *(text for text, _, _ in answers.values())])
-        if room < 0:
+        size = weight([key, item.question, *item.references, *(text for text, _, _ in answers.values())])
+        if used + size > room:
             break
+        used += size
         items.append(item)
     asked = [(key, first[models[0]][key]["prompt"]) for key in sorted(first[models[0]])]
     intervals = {model: interval(np.array(list(scores[model].values()))) for model in models}
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-    return Benchmark(name, len(first[models[0]]), items, digest, scores, intervals)
+    return Benchmark(name, len(first[models[0]]), items, digest, scores, intervals, used)
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:

@@ -99,7 +99,7 @@ def tiles(facts: Facts) -> str:
         found.append(("time, all stages", clock(sum(one.seconds for one in facts.spent)), training))
     if "train" in facts.manifests and (peak := facts.manifests["train"].info.get("peak_host_bytes")):
         device = facts.manifests["train"].info.get("peak_device_bytes")
-        found.append(("memory of a rank in training", size(device or peak), "GPU" if device else "host"))
+        found.append(("memory of a rank", size(device or peak), "GPU, training" if device else "host, training"))
     body = "".join(f'<div class="tile"><span>{escaped(label)}</span><b>{escaped(value)}</b><small>{escaped(beside)}</small></div>'
                    for label, value, beside in found)  # fmt: skip
     return f'<div class="tiles">{body}</div>' if body else ""

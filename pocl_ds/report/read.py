@@ -90,19 +90,19 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
     elif "train" not in facts.manifests:
         facts.missing.append(f"Training is not finished: the curves end at step {facts.curves.last}{_of_plan(facts.plan)}.")
     _hold_together(facts)
-    room = config.megabytes * 500_000  # one half for samples, one for answers
-    _read_difficulty(run, facts, config.samples, room)
+    room = config.megabytes * 1_000_000
     if facts.plan is not None and facts.curves is not None:
         facts.seen = times_seen(run, facts.plan, seed=seed, window=window, steps=facts.curves.last)
     if "evaluate" in facts.manifests:
         results = facts.results = read_json(run.evaluation / "results.json")
         models = [model for model in MODELS if model in results["models"]]
-        found = read_benchmarks(run, results, models, max(config.items, config.examples), room)
+        found = read_benchmarks(run, results, models, max(config.items, config.examples), room // 3)
         facts.benchmarks = sorted(found, key=lambda one: one.name != "test")
     else:
         there = len(list(run.evaluation.glob("*/*.manifest.json")))
         part = f" ({there} answer files are there)" if there else ""
         facts.missing.append(f"There is no finished evaluation{part}, so results and answers are not shown: run `pocl evaluate`.")
+    _read_difficulty(run, facts, config.samples, room - sum(one.weight for one in facts.benchmarks))
     facts.spent, facts.history = spent_by_stage(run, facts.manifests), read_history(run)
     return facts
 

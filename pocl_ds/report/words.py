@@ -44,7 +44,7 @@ def size(count: int | None) -> str:
     """Bytes as a person writes them: 3.4 GiB."""
     if count is None:
         return ABSENT
-    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def spent_rows(spent: list[Spent]) -> list[list[str]]:

@@ -75,7 +75,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
 
 def test_differences_are_fields_that_are_not_the_same_in_all() -> None:
     first: dict[str, Any] = {"name": "a", "x": {"y": 1, "z": {}}}
-    assert recipe_differences([first, {"name": "b", "x": {"y": 1, "z": {"w": 2}}, "v": None}]) == [("x.z", [{}, None]), ("x.z.w", [None, 2])]
+    second: dict[str, Any] = {"name": "b", "x": {"y": 1, "z": {"w": 2}}, "v": None}
+    assert recipe_differences([first, second]) == [("x.z", [{}, None]), ("x.z.w", [None, 2])]
 
 
 def test_the_command_line_tells_one_run_from_several(tmp_path: Path) -> None:
