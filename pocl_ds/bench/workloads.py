@@ -48,8 +48,9 @@ _WIDE = {
     "max_position_embeddings": 2048, "tie_word_embeddings": True, "num_hidden_layers": 2,
 }  # fmt: skip
 # Heads of 32, the least that vLLM takes on a CPU.
-_TINY = {**_WIDE, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
-         "num_key_value_heads": 2}  # fmt: skip
+_TINY = {
+    **_WIDE, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2,
+}  # fmt: skip
 
 WORKLOADS = {
     work.name: work
