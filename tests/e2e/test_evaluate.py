@@ -9,12 +9,14 @@ import pytest
 from command_line import pocl
 from tiny_runs import write_recipe
 
+from pocl_ds.cli import main
+
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
-    """A run to its end; its folder holds a benchmark that is called as a published one."""
+    """An evaluated and exported run; its folder holds a benchmark that is called as a published one."""
     folder = tmp_path_factory.mktemp("evaluate")
     items = [{"instruction": f"Ask {i}.", "input": "", "output": [f"It is {i}", "or not"]} for i in range(24)]
     (folder / "vicuna.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
@@ -24,7 +26,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_ll
         evaluate={"models": ["teacher", "student"], "seeds": [1, 2], "benchmarks": ["test", "vicuna"], "processes": 2,
                   "benchmark_folder": str(folder)},
     )  # fmt: skip
-    pocl("run", str(recipe), "--run-dir", str(folder / "run"))
+    run = str(folder / "run")
+    for stage in ("data", "prepare", "rank", "plan"):  # in this process: each of its own takes seconds to start
+        assert main([stage, str(recipe), "--run-dir", run]) == 0
+    pocl("train", "--run-dir", run)
+    pocl("evaluate", "--run-dir", run)
+    assert main(["export", "--run-dir", run]) == 0
     return folder / "run"
 
 
@@ -38,11 +45,15 @@ def test_results_hold_every_measure(finished: Path) -> None:
     assert {(info["benchmark"], info["seed"]) for info in manifests} == {(b, s) for b in ("test", "vicuna") for s in (1, 2)}
 
 
-def test_what_looks_at_a_run(finished: Path) -> None:
-    said = pocl("compare", str(finished), "--models", "teacher", "student", "--benchmark", "vicuna").stdout
+def test_what_looks_at_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said_by(*words: str) -> str:
+        assert main([words[0], str(finished), *words[1:]]) == 0
+        return capsys.readouterr().out
+
+    said = said_by("compare", "--models", "teacher", "student", "--benchmark", "vicuna")
     assert "vicuna: " in said and ("better than" in said or "worse than" in said or "no difference shown" in said)
-    assert pocl("samples", str(finished), "--subset", "2", "--n", "3").stdout.count("── ") == 3
-    said = pocl("push", str(finished), "--repo", "my-org/tiny", "--dry-run").stdout
+    assert said_by("samples", "--subset", "2", "--n", "3").count("── ") == 3
+    said = said_by("push", "--repo", "my-org/tiny", "--dry-run")
     assert "would upload to my-org/tiny" in said and "model.safetensors" in said and "README.md" in said
 
 
