@@ -213,7 +213,7 @@ def test_a_random_order_needs_no_scores(run: RunDirectory, rows: list[Row]) -> N
     order = np.load(run.ranking / "order.npy")
     assert sorted(order.tolist()) == list(range(len(rows))) and order.tolist() != sorted(order.tolist())
     assert [rows[i][0] for i in order] == _fuse(rows, seed=4, strategy="random").order
-    assert manifest.info.pop("seconds") >= 0
+    assert manifest.info.pop("seconds") >= 0 and manifest.info.pop("peak_host_bytes") > 0
     assert manifest.info == {"samples": len(rows), "strategy": "random"}
     _rank(run, fingerprint="g", strategy="random", reverse=True)
     assert np.load(run.ranking / "order.npy").tolist() == order[::-1].tolist()

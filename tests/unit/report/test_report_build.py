@@ -244,7 +244,7 @@ def test_jobs_attempts_and_memory_are_told(synthetic: Any) -> None:
     page = Page(make(synthetic)[1])
     assert "1.00 node hours, 1 restarts" in page.text and "Jobs and attempts (2, 1 restarts)" in page.text
     assert "end unknown" in page.text and "<b>" in page.text and "30 min 00 s" in page.text
-    assert re.search(r"\d+ MiB", page.text)  # of this very process, which sealed the stages
+    assert re.search(r"\d+(\.\d+)? [MG]iB", page.text)  # of this very process, which sealed the stages
     later = make(synthetic)[0]
     with (folder / "train.jsonl").open("a") as stream:
         stream.write("\n" + json.dumps(attempts[1] | {"end": 2600.0}) + "\n")
