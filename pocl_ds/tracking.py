@@ -92,7 +92,7 @@ class Progress:
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         facts = "".join(f"  {name} {_short(value)}" for name, value in self.facts.items())
         per = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.1f} s/{self.unit.removesuffix('s')}"
-        line = f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {_clock(left)}{facts}"
+        line = f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {clock(left)}{facts}"
         if self.terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns
             sys.stderr.write("\r\x1b[K" + line[: width - 1])
@@ -219,7 +219,8 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as a clock shows them, 1:02:03; `?` where there is no end."""
     if seconds == float("inf"):
         return "?"
     minutes, rest = divmod(int(seconds + 0.5), 60)

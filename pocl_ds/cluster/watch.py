@@ -13,11 +13,11 @@ from statistics import median
 from typing import Any
 
 from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
+from pocl_ds.artifacts import MANIFEST, RunDirectory, read_json, read_manifest
 from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.errors import ArtifactError
 from pocl_ds.recipe import load_recipe
-from pocl_ds.tracking import read_metrics
+from pocl_ds.tracking import clock, read_metrics
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # steps that a rate is taken over
@@ -73,7 +73,7 @@ def screen(view: View, width: int) -> str:
     marks = {"done": "✓", "now": "▸", "": "·"}
     lines = [view.title, "  ".join(f"{marks[mark]} {name}" for name, mark in view.stages)]
     if view.working:
-        quiet = f"  (silent for {_clock(view.silent)})" if view.silent > QUIET else ""
+        quiet = f"  (silent for {clock(view.silent)})" if view.silent > QUIET else ""
         lines += ["", view.working + quiet]
     if view.steps:
         lines += ["", *_training(view, width)]
@@ -99,7 +99,7 @@ def _training(view: View, width: int) -> list[str]:
     last, recent = view.steps[-1], view.steps[-RECENT:]
     seconds = median(record["seconds"] for record in recent)
     stage = f"stage {last['stage'] + 1}/{max(len(view.bands), 1)}"
-    left = f", {_clock((view.total - last['step']) * seconds)} left" if view.total > last["step"] else ""
+    left = f", {clock((view.total - last['step']) * seconds)} left" if view.total > last["step"] else ""
     words = [f"{view.training}: step {last['step']}/{view.total}, {stage}, {seconds:.2f} s a step, "
              f"{median(record['tokens_per_second'] for record in recent):.0f} tokens/s{left}"]  # fmt: skip
     for name in ("loss", "kd", "ce"):
@@ -151,7 +151,7 @@ def _events(run: RunDirectory) -> list[str]:
             moment = attempt.start
             found.append((moment, f"{_time(moment)}  {path.stem}: attempt {attempt.number}, {attempt.outcome or 'running'}"))
     for stage in pipeline.STAGES:
-        manifest, file = read_manifest(stage.directory(run)), stage.directory(run) / "manifest.json"
+        manifest, file = read_manifest(stage.directory(run)), stage.directory(run) / MANIFEST
         if manifest and file.is_file():
             found.append((file.stat().st_mtime, f"{_time(file.stat().st_mtime)}  {stage.name}: done"))
     return [text for _, text in sorted(found)]
@@ -159,11 +159,6 @@ def _events(run: RunDirectory) -> list[str]:
 
 def _time(moment: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(moment))
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 def watch(run: RunDirectory, *, interval: float, once: bool) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.prompts import load_template
 from pocl_ds.data.samples import Sample
+from pocl_ds.data.written import count_loss_tokens
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 
 BATCH = 512  # samples tokenised together
@@ -103,9 +104,8 @@ class EncodedSplit:
 
     @property
     def loss_tokens(self) -> NDArray[np.int64]:
-        """Loss positions of each sample: [samples]. Token 0 has no hidden state before it, so it is never a label."""
-        found: NDArray[np.int64] = self.total_tokens - np.maximum(self.prompt_tokens, 1)
-        return found
+        """See `written.Sequences`."""
+        return count_loss_tokens(self.total_tokens, self.prompt_tokens)
 
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """All ids of a sample: [total_tokens]."""

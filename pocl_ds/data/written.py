@@ -31,6 +31,12 @@ class Sequences(Protocol):
         """The split of the data, and the row of it, that a sequence's prompt stands in."""
 
 
+def count_loss_tokens(total_tokens: NDArray[np.int64], prompt_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Loss positions of sequences of these lengths. Token 0 has no hidden state before it, so it is never a label."""
+    found: NDArray[np.int64] = total_tokens - np.maximum(prompt_tokens, 1)
+    return found
+
+
 @dataclass
 class Written:
     """Responses of a model to prompts of a split, in memory. rows: which samples of the split the prompts are of."""
@@ -69,8 +75,7 @@ class Written:
     @property
     def loss_tokens(self) -> NDArray[np.int64]:
         """See `Sequences`."""
-        found: NDArray[np.int64] = self.total_tokens - np.maximum(self.prompt_tokens, 1)
-        return found
+        return count_loss_tokens(self.total_tokens, self.prompt_tokens)
 
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """See `Sequences`."""

@@ -171,7 +171,7 @@ class _Batches:
         self.name, self.split, self.pad = name, split, pad
         kept = np.array(rows, np.int64)
         self.rows: NDArray[np.int64] = kept[np.argsort(self.split.total_tokens[kept], kind="stable")]
-        lengths = self.split.total_tokens[self.rows] - np.maximum(self.split.prompt_tokens[self.rows], 1)
+        lengths = self.split.loss_tokens[self.rows]
         self.tokens = int(np.maximum(lengths, 0).sum())
         if not self.tokens:
             raise DataError(f"{name} holds no tokens to measure: raise data.test_fraction, name data.test, or set "

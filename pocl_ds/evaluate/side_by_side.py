@@ -15,6 +15,7 @@ from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluate.answers import answers_file, answers_manifest, read_answers
 from pocl_ds.evaluate.compare import Comparison, Floats, compare, compare_mean, sentence
 from pocl_ds.evaluate.judge import judge_file, read_verdicts
+from pocl_ds.evaluate.tables import aligned
 
 log = logging.getLogger("pocl_ds")
 
@@ -121,9 +122,7 @@ def lines_of(table: Table, a: Side, b: Side) -> list[str]:
         rows.append([name, _mean(found.mean_a, found.deviation_a), _mean(found.mean_b, found.deviation_b),
                      f"{found.difference:+.2f}", f"{found.low:+.2f} .. {found.high:+.2f}", f"{found.p:.2g}",
                      str(found.items)])  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                       for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
+    lines, _ = aligned(rows)
     lines.append("")
     unit = MEASURES[table.measure][0]
     lines += [f"{name}: {sentence(found, a.name, b.name, unit)}" for name, found in table.comparisons.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 ROWS = (
@@ -11,12 +12,17 @@ ROWS = (
 
 def results_table(results: dict[str, Any]) -> str:
     """Plain text, columns aligned."""
-    rows = table_rows(results)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
-                       for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
+    lines, widths = aligned(table_rows(results))
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:
+    """Rows as lines, the first column to the left and the others to the right; and the widths of the columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
+                       for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
+    return lines, widths
 
 
 def markdown_table(results: dict[str, Any]) -> str:

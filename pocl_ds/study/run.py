@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, atomic_write
-from pocl_ds.errors import ArtifactError, Interrupted
+from pocl_ds.errors import RESUME, ArtifactError, Interrupted
 from pocl_ds.recipe import dump_recipe
 from pocl_ds.study.plan import Cell
 
@@ -36,18 +36,17 @@ def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
     """Take over what other cells have finished of this one's stages, as hard links; returns the stages."""
     run, wanted = directory(folder, cell), pipeline.fingerprints(cell.recipe)
     done = pipeline.finished(run, cell.recipe)
-    taken = []
-    for stage in pipeline.STAGES:
-        if stage.name not in SHARED or not stage.wanted(cell.recipe) or done[stage.name]:
+    left = [stage for stage in pipeline.STAGES if stage.name in SHARED and stage.wanted(cell.recipe) and not done[stage.name]]
+    taken: list[str] = []
+    for other in cells:
+        source = directory(folder, other)
+        if other is cell or len(taken) == len(left) or not source.recipe.is_file():
             continue
-        for other in cells:
-            source = directory(folder, other)
-            if other is cell or pipeline.fingerprints(other.recipe)[stage.name] != wanted[stage.name]:
-                continue
-            if source.recipe.is_file() and pipeline.finished(source, other.recipe)[stage.name]:
+        prints, theirs = pipeline.fingerprints(other.recipe), pipeline.finished(source, other.recipe)
+        for stage in left:
+            if stage.name not in taken and theirs[stage.name] and prints[stage.name] == wanted[stage.name]:
                 _link(stage.directory(source), stage.directory(run))
                 taken.append(stage.name)
-                break
     return taken
 
 
@@ -63,7 +62,7 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
             taken = adopt(folder, cell, cells)
         log.info("study %d/%d: %s%s", number, len(cells), cell.name, f" (shares {', '.join(taken)})" if taken else "")
         code = pipeline.call([sys.executable, "-m", "pocl_ds.cli", "run", "--run-dir", str(run.path)])
-        if code in (130, 75, -signal.SIGINT):
+        if code in (128 + signal.SIGINT, RESUME):
             raise Interrupted(f"stopped in cell {cell.name}: everything is saved, the same command goes on", exit_code=code)
         if code:
             raise ArtifactError(f"cell {cell.name} ended with code {code}, see above: mend it, the same command goes on")
