@@ -25,7 +25,8 @@ nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || export DS_ACCELERATOR=cpu
 
 phase ruff ruff check .
 phase mypy mypy
-phase pytest python -m pytest "$@"
+# Two at a time: half of the suite waits, for SLURM, for signals, for processes to start. A file stays together with its fixtures.
+phase pytest python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 echo "== summary"
 printf '%s\n' "${summary[@]}"

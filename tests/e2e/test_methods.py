@@ -1,4 +1,4 @@
-"""Every policy on two ranks, tiny models: with POCL and as its baseline, stopped in the middle and gone on to the same end."""
+"""Every policy on two ranks, tiny models: stopped in the middle and gone on to the same end; one as a baseline too."""
 
 from __future__ import annotations
 
@@ -65,9 +65,11 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
             assert one["instruction"] == other["instruction"] and one["references"] != other["references"]
     stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
     pocl("train", "--run-dir", str(run), *words)
-    pocl("baseline", "--run-dir", str(run))
     steps = records(run)
-    assert len(steps) == STEPS and len(records(run, "baseline")) == STEPS
+    assert len(steps) == STEPS
+    if name == "gkd":
+        pocl("baseline", "--run-dir", str(run))
+        assert len(records(run, "baseline")) == STEPS
     assert all(record["alpha"] == 0 for record in steps)
     if apart:
         assert all(record["kd"] > 0 for record in steps)

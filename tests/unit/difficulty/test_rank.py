@@ -200,7 +200,6 @@ def test_a_finished_ranking_is_kept_and_another_recipe_replaces_it(run: RunDirec
 def test_degenerate_metrics_are_named(
     run: RunDirectory, rows: list[Row], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("pocl_ds"), "propagate", True)
     _shard(run, [(name, 0.0 if i % 2 else i / 1000, entropy) for i, (name, _, entropy) in enumerate(rows)], 0, 1)
     manifest = _rank(run)
     assert manifest.info["tied_share"]["rouge_l"] > 0.45 and manifest.info["tied_share"]["cross_entropy"] == 0
