@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "run":
             command.add_argument("--compare", action="store_true", help="also train plain KD on as many sample visits")
             command.add_argument("--ranks", type=int, help="processes that share the models (launch.ranks)")
+            stages = list(COMMANDS)[1:-1]  # without `run` and `bench`
+            command.add_argument("--until", choices=stages, default=stages[-1], metavar="STAGE", help="the last one (report)")
         if name in ("score", "teach"):
             command.add_argument("--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N")
         if name == "evaluate":
@@ -163,7 +165,7 @@ def _command(options: argparse.Namespace) -> int:
         with pipeline.locked(run) as lock:
             pipeline.enter(run, recipe)
             keep_log(run.logs / "run.log")
-            return _run(recipe, run, lock)
+            return _run(recipe, run, lock, options.until)
     if not inherited:
         pipeline.enter(run, recipe)
         whole_evaluation = options.command == "evaluate" and not options.model  # one process a model, then the table
@@ -231,14 +233,12 @@ def _shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def _run(recipe: Recipe, run: RunDirectory, lock: int) -> int:
+def _run(recipe: Recipe, run: RunDirectory, lock: int, until: str) -> int:
     from pocl_ds import pipeline
     from pocl_ds.tracking import log
 
     done = pipeline.finished(run, recipe)
-    for stage in pipeline.STAGES:
-        if not stage.wanted(recipe):
-            continue
+    for stage in pipeline.wanted_stages(recipe, until):
         if done[stage.name]:
             log.info("%s: done already", stage.name)
             continue
@@ -246,7 +246,8 @@ def _run(recipe: Recipe, run: RunDirectory, lock: int) -> int:
         if code := pipeline.run_stage(stage.name, run, recipe, lock):
             return code
         log.info("%s: done in %.0f s", stage.name, time.monotonic() - start)
-    _summary(run)
+    if until == pipeline.NAMES[-1]:
+        _summary(run)
     return 0
 
 
@@ -266,8 +267,8 @@ def _dry_run(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> 
     print(dump_recipe(recipe), end="")
     print(f"\nrun directory: {run.path}")
     done = pipeline.finished(run, recipe) if run.recipe.is_file() else dict.fromkeys(pipeline.NAMES, False)
-    for stage in pipeline.STAGES:
-        if stage.wanted(recipe) and options.command in ("run", stage.name):
+    for stage in pipeline.wanted_stages(recipe, getattr(options, "until", pipeline.NAMES[-1])):
+        if options.command in ("run", stage.name):
             ranks = f" on {recipe.launch.ranks} ranks" if pipeline.needs_ranks(stage.name, recipe) else ""
             print(f"{stage.name:<10} {'done' if done[stage.name] else f'would run{ranks}'}")
     return 0

@@ -66,6 +66,11 @@ STAGES = (
 NAMES = tuple(stage.name for stage in STAGES)
 
 
+def wanted_stages(recipe: Recipe, until: str = NAMES[-1]) -> tuple[Stage, ...]:
+    """The stages that a recipe asks for, in order, up to one of them."""
+    return tuple(stage for stage in STAGES[: NAMES.index(until) + 1] if stage.wanted(recipe))
+
+
 def own_tokens(recipe: Recipe) -> list[Any] | None:
     """The teacher whose tokens the data is encoded in too."""
     teacher = recipe.teacher if recipe.across_tokenizers else None

@@ -39,7 +39,7 @@ UNSAFE = re.compile(r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]')  # in the name of a
 class Submission:
     """A run, its recipe with as many ranks as its nodes give, a profile, and the jobs that are left to do."""
 
-    def __init__(self, run: RunDirectory, recipe: Recipe, profile: Profile, *, nodes: int | None) -> None:
+    def __init__(self, run: RunDirectory, recipe: Recipe, profile: Profile, *, nodes: int | None, until: str = "report") -> None:
         self.path = run.path.expanduser().resolve()
         if found := UNSAFE.search(str(self.path)):
             raise RecipeError(f"the run directory {str(self.path)!r} holds {found.group()!r}, which SLURM does not take in the "
@@ -54,6 +54,7 @@ class Submission:
         done = dict.fromkeys(pipeline.NAMES, False)
         if self.run.recipe.is_file():
             done = pipeline.finished(self.run, self.recipe)
+        done |= dict.fromkeys(pipeline.NAMES[pipeline.NAMES.index(until) + 1 :], True)  # as if: nobody asks for them
         self.jobs = pipeline_jobs(self.recipe, profile, done, nodes=count, tasks=tasks)
         self.folder = self.run.cluster
         self.directory = os.getcwd()  # the recipe's relative paths begin here

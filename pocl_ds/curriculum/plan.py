@@ -90,17 +90,17 @@ def build_plan(
 ) -> Plan:
     """Cut an order (ids, easiest first) into stages.
 
-    Stage i ends at (i + 1) * floor(N / subsets), the last at N. Steps are epochs * floor(samples / batch_size), or the
+    Stage i ends where subset i does (`subset_stops`). Steps are epochs * floor(samples / batch_size), or the
     ceiling where tail="pad" fills the last batch of an epoch up. Raises RecipeError, one sentence.
     """
     total = len(order)
     _check(total, subsets, epochs_per_stage, batch_size, tau, sft_ratio, scheduler, tail)
-    stages = []
+    stages, stops = [], subset_stops(total, subsets)
     for i, (temperature, alpha) in enumerate(
         zip(stage_values(subsets, tau), stage_values(subsets, sft_ratio), strict=True)
     ):
-        start = 0 if scheduler == "baby_step" else i * (total // subsets)
-        stop = total if i == subsets - 1 else (i + 1) * (total // subsets)
+        start = 0 if scheduler == "baby_step" or i == 0 else stops[i - 1]
+        stop = stops[i]
         per_epoch = _batches(stop - start, batch_size, tail)
         if per_epoch == 0:
             raise RecipeError(
@@ -111,6 +111,11 @@ def build_plan(
             Stage(i, start, stop, temperature, alpha, epochs_per_stage, per_epoch, epochs_per_stage * per_epoch, order)
         )
     return Plan(stages, batch_size, scheduler, tail)
+
+
+def subset_stops(total: int, subsets: int) -> list[int]:
+    """Where each subset of an order ends: (i + 1) * floor(N / subsets), the last at N (METHOD 2)."""
+    return [*((i + 1) * (total // subsets) for i in range(subsets - 1)), total]
 
 
 def visits(subsets: int, epochs_per_stage: int, scheduler: str) -> float:

@@ -7,11 +7,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pocl_ds import pipeline
 from pocl_ds.config import Int, Recipe, Section
 from pocl_ds.curriculum.plan import visits
 from pocl_ds.errors import RecipeError
@@ -33,6 +34,7 @@ class StudyConfig(Section):
     )
     seeds: tuple[Int, ...] = Field((42,), min_length=1, description="each cell once with each")
     compare: tuple[tuple[str, str], ...] = Field((), description="pairs of arms: is the first better than the second?")
+    until: Literal["rank", "report"] = Field("report", description="last stage; rank: difficulty alone is compared, of students")
 
     @model_validator(mode="after")
     def _arms_are_there(self) -> StudyConfig:
@@ -52,6 +54,12 @@ class Cell:
     point: tuple[tuple[str, str], ...]  # names of the grid and this cell's label of each
     seed: int
     recipe: Recipe
+    until: str = "report"  # its last stage
+
+    @property
+    def stages(self) -> tuple[pipeline.Stage, ...]:
+        """What it runs."""
+        return pipeline.wanted_stages(self.recipe, self.until)
 
     @property
     def group(self) -> str:
@@ -89,7 +97,7 @@ def cells_of(study: StudyConfig, overrides: tuple[str, ...] = ()) -> list[Cell]:
             recipe = load_recipe(study.base, [*study.overrides, *changes, *words, f"seed={seed}", *overrides])
         except RecipeError as error:
             raise RecipeError(f"study {study.name}, arm {arm!r} at {dict(point)}: {error}") from None
-        found.append(Cell(arm, point, seed, recipe))
+        found.append(Cell(arm, point, seed, recipe, study.until))
     names = [cell.name for cell in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"study {study.name}: two cells would be called {twice!r}: give the arms other names")

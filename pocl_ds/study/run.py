@@ -36,7 +36,7 @@ def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
     """Take over what other cells have finished of this one's stages, as hard links; returns the stages."""
     run, wanted = directory(folder, cell), pipeline.fingerprints(cell.recipe)
     done = pipeline.finished(run, cell.recipe)
-    left = [stage for stage in pipeline.STAGES if stage.name in SHARED and stage.wanted(cell.recipe) and not done[stage.name]]
+    left = [stage for stage in cell.stages if stage.name in SHARED and not done[stage.name]]
     taken: list[str] = []
     for other in cells:
         source = directory(folder, other)
@@ -61,7 +61,7 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
             pipeline.enter(run, cell.recipe)
             taken = adopt(folder, cell, cells)
         log.info("study %d/%d: %s%s", number, len(cells), cell.name, f" (shares {', '.join(taken)})" if taken else "")
-        code = pipeline.call([sys.executable, "-m", "pocl_ds.cli", "run", "--run-dir", str(run.path)])
+        code = pipeline.call([sys.executable, "-m", "pocl_ds.cli", "run", "--run-dir", str(run.path), "--until", cell.until])
         if code in (128 + signal.SIGINT, RESUME):
             raise Interrupted(f"stopped in cell {cell.name}: everything is saved, the same command goes on", exit_code=code)
         if code:
@@ -76,8 +76,7 @@ def ready(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
         if is_finished(folder, cell):
             continue
         done, prints = pipeline.finished(directory(folder, cell), cell.recipe), pipeline.fingerprints(cell.recipe)
-        left = {(stage.name, prints[stage.name]) for stage in pipeline.STAGES
-                if stage.name in EXPENSIVE and stage.wanted(cell.recipe) and not done[stage.name]}  # fmt: skip
+        left = {(stage.name, prints[stage.name]) for stage in cell.stages if stage.name in EXPENSIVE and not done[stage.name]}
         if not left & under_way:
             found.append(cell)
         under_way |= left
@@ -90,7 +89,7 @@ def is_finished(folder: Path, cell: Cell) -> bool:
     if not run.recipe.is_file():
         return False
     done = pipeline.finished(run, cell.recipe)
-    return all(done[stage.name] for stage in pipeline.STAGES if stage.wanted(cell.recipe))
+    return all(done[stage.name] for stage in cell.stages)
 
 
 def enter(folder: Path, cell: Cell) -> None:

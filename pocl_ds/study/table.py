@@ -9,8 +9,14 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from pocl_ds import pipeline
+from pocl_ds.artifacts import RunDirectory, read_manifest
 from pocl_ds.evaluate.compare import RESAMPLES, Floats
 from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
+from pocl_ds.evaluate.tables import aligned
+from pocl_ds.report.history import spent_by_stage
+from pocl_ds.report.words import clock
+from pocl_ds.study.difficulty import difficulty_lines, read_seen
 from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
 from pocl_ds.study.run import directory, is_finished
 from pocl_ds.tracking import read_metrics
@@ -60,7 +66,9 @@ def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         run, visits = directory(folder, cell), f"{sample_visits(cell.recipe):g}"
         metrics = run.train / "metrics.jsonl"
-        if is_finished(folder, cell):
+        if is_finished(folder, cell) and cell.until != "report":
+            rows.append([cell.name, visits, "done", ""])
+        elif is_finished(folder, cell):
             models = results_of(run)["models"].get(STUDENT, {"benchmarks": {}})
             scores = ", ".join(f"{name} {entry['rouge_l']:.2f}" for name, entry in models["benchmarks"].items())
             rows.append([cell.name, visits, "done", scores])
@@ -68,7 +76,7 @@ def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
             rows.append([cell.name, visits, f"step {steps[-1]['step']}, loss {steps[-1]['loss']:.3f}", ""])
         else:
             rows.append([cell.name, visits, "begun" if run.recipe.is_file() else "-", ""])
-    return _aligned(rows)
+    return aligned(rows)[0]
 
 
 def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
@@ -76,12 +84,17 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
     done = [cell for cell in cells if is_finished(folder, cell)]
     if not done:
         return []
+    if study.until == "rank":
+        seen = [read_seen(directory(folder, cell), cell.name) for cell in done]
+        return difficulty_lines(seen, done[0].recipe.plan.subsets)
     benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
-    rows = [["", "trainings", *benchmarks]]
+    rows = [["", "trainings", *benchmarks, "ordering", "training"]]
     for group in dict.fromkeys(cell.group for cell in done):
-        found = [results_of(directory(folder, cell))["models"][STUDENT]["benchmarks"] for cell in done if cell.group == group]
-        rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks)])
-    lines = _aligned(rows)
+        runs = [directory(folder, cell) for cell in done if cell.group == group]
+        found = [results_of(run)["models"][STUDENT]["benchmarks"] for run in runs]
+        rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks),
+                     *_times(runs)])  # fmt: skip
+    lines = aligned(rows)[0]
     for better, worse in study.compare:
         for point in dict.fromkeys(cell.point for cell in cells):
             for name in benchmarks:
@@ -110,10 +123,16 @@ def _pair(folder: Path, done: Sequence[Cell], arms: tuple[str, str], point: tupl
     return two_level(np.stack(columns, 1))
 
 
+def _times(runs: Sequence[RunDirectory]) -> tuple[str, str]:
+    """Mean time of what orders the samples (answers, scores, ranks) and of training; what was taken over counts as if run."""
+    spent = []
+    for run in runs:
+        manifests = {stage.name: found for stage in pipeline.STAGES if (found := read_manifest(stage.directory(run)))}
+        spent.append({one.stage: one.seconds for one in spent_by_stage(run, manifests)})
+    ordering = [sum(each.get(stage, 0.0) for stage in ("score", "rank", "plan")) for each in spent]
+    training = [each.get("train", 0.0) for each in spent]
+    return clock(fmean(ordering)), clock(fmean(training))
+
+
 def _spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -31,3 +31,10 @@ def test_a_study_of_two_arms(study: Path) -> None:
     assert "pocl beside kd: " in found.stdout and "1 trainings each" in found.stdout and "NOT EQUAL" not in found.stdout
     again = pocl("study", str(study), "--run-dir", str(folder))
     assert "study 1/2: kd-seed42 is done already" in again.stderr and found.stdout.endswith(again.stdout)
+
+    ranked = study.with_name("ranked.yaml")  # the same cells, of which only the order is asked
+    ranked.write_text(study.read_text() + "until: rank\n")
+    asked = pocl("study", str(ranked), "--run-dir", str(folder), "--watch").stdout
+    assert "kd-seed42, pocl-seed42" in asked and "better" not in asked
+    told = pocl("difficulty", str(folder / "kd-seed42"), str(folder / "pocl-seed42"), "--subsets", "2").stdout
+    assert told.splitlines()[-1].split()[-2:] == ["100%", "100%"]  # one student, one order

@@ -67,10 +67,11 @@ def test_a_study_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_study_is_whole(path: Path) -> None:
     study = load_study(path.stem)
-    assert study.name == path.stem and study.compare
+    assert study.name == path.stem and (study.compare or study.until == "rank")
     found = cells_of(study)
     visits = [sample_visits(cell.recipe) for cell in found]
-    assert max(visits) - min(visits) <= 4 and all(cell.recipe.train.schedule == "whole_run" for cell in found)
+    assert max(visits) - min(visits) <= 4
+    assert study.until == "rank" or all(cell.recipe.train.schedule == "whole_run" for cell in found)
 
 
 def finish(folder: Path, cell: Cell, *stages: str) -> None:
