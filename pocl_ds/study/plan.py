@@ -34,7 +34,9 @@ class StudyConfig(Section):
     )
     seeds: tuple[Int, ...] = Field((42,), min_length=1, description="each cell once with each")
     compare: tuple[tuple[str, str], ...] = Field((), description="pairs of arms: is the first better than the second?")
-    until: Literal["rank", "report"] = Field("report", description="last stage; rank: difficulty alone is compared, of students")
+    until: Literal["rank", "evaluate", "report"] = Field(
+        "report", description="last stage of each run; rank: students' difficulty is compared, and nothing trained"
+    )
 
     @model_validator(mode="after")
     def _arms_are_there(self) -> StudyConfig:

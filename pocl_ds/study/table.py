@@ -66,7 +66,7 @@ def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         run, visits = directory(folder, cell), f"{sample_visits(cell.recipe):g}"
         metrics = run.train / "metrics.jsonl"
-        if is_finished(folder, cell) and cell.until != "report":
+        if is_finished(folder, cell) and cell.until == "rank":
             rows.append([cell.name, visits, "done", ""])
         elif is_finished(folder, cell):
             models = results_of(run)["models"].get(STUDENT, {"benchmarks": {}})
