@@ -50,9 +50,9 @@ def _study(options: argparse.Namespace) -> int:
     found = load_study(options.study)
     cells = cells_of(found, tuple(options.words))
     folder = options.run_dir or Path("runs") / found.name
-    if options.profile and not options.dry_run:
+    if options.profile and not options.dry_run and not all(is_finished(folder, cell) for cell in cells):
         return _submit(options, folder, cells)
-    if not (options.dry_run or options.table or options.watch):
+    if not (options.dry_run or options.table or options.watch or options.profile):
         run_cells(folder, cells)
     while True:
         page = "\n".join([*progress_lines(folder, cells), "", *result_lines(folder, found, cells)]).rstrip()

@@ -100,6 +100,7 @@ start_network() {
   for node in $NODES; do
     if ! ip netns list | grep -qw "$(space "$node")"; then
       ip netns add "$(space "$node")"
+      ip link del "pocl-$node" 2>/dev/null || true # one that a namespace left, which the kernel takes apart after `down` has ended
       ip link add "pocl-$node" type veth peer name eth0 netns "$(space "$node")"
       ip link set "pocl-$node" master "$BRIDGE"
       ip link set "pocl-$node" up

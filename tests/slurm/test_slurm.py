@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny_models
+import yaml
 from command_line import ROOT
 from safetensors.torch import load_file
 from slurm_cluster import Cluster
@@ -312,3 +313,20 @@ def test_two_runs_at_once_one_of_another_user(cluster: Cluster, calm: Path, fold
     assert (runs[1] / "train" / "manifest.json").owner() == "nobody"
     for run in runs:
         cluster.pocl("cancel", str(run))
+
+
+def test_a_study_is_submitted_again_for_what_waited(cluster: Cluster, recipe: Path, folder: Path) -> None:
+    """Two orders of the same scores: the second run waits for them, takes them over, and submits what is its own."""
+    study, runs = folder / "orders.yaml", folder / "orders"
+    arms = {"paper": [], "close": ["rank.k=1"]}
+    study.write_text(yaml.safe_dump({"name": "orders", "base": str(recipe), "arms": arms, "until": "rank"}, sort_keys=False))
+    command = ("study", str(study), "--run-dir", str(runs), "--profile", PROFILE)
+    said = cluster.pocl(*command).stdout
+    assert "paper-seed42: prepare, score, plan" in said and "submitted 1 of 2 cells; 1 more" in said
+    cluster.until(lambda: (runs / "paper-seed42" / "ranking" / "manifest.json").is_file(), "the first order")
+    said = cluster.pocl(*command).stdout
+    assert "close-seed42: plan\n" in said and "submitted 1 of 2 cells; 0 more" in said
+    cluster.until(lambda: (runs / "close-seed42" / "ranking" / "manifest.json").is_file(), "the second order")
+    said = cluster.pocl(*command).stdout  # all is there: the same command shows it
+    assert "paper-seed42, close-seed42" in said and "submitted" not in said
+    assert not (runs / "paper-seed42" / "train").exists()
