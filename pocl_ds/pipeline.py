@@ -22,6 +22,7 @@ from pocl_ds import ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
 from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
+from pocl_ds.difficulty.shards import unfinished
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 
@@ -130,8 +131,6 @@ def finished(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
     expected, done = fingerprints(recipe), {}
     for stage in STAGES:
         if stage.name == "score":
-            from pocl_ds.difficulty.score import unfinished
-
             done["score"] = run.scores.is_dir() and not unfinished(run, recipe.score, expected["score"])
             continue
         manifest = read_manifest(stage.directory(run))

@@ -12,17 +12,17 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.artifacts import RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
+from pocl_ds.artifacts import RunDirectory, atomic_write, write_manifest
 from pocl_ds.config import PromptConfig, ScoreConfig
 from pocl_ds.data.encode import EncodedSplit, shard_rows
 from pocl_ds.data.samples import read_normalised
 from pocl_ds.difficulty.rank import DEGENERATE, tied_share
+from pocl_ds.difficulty.shards import discard_other_divisions, discard_stale, shard_file, shard_manifest, unfinished
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.generation.open import open_generator
 from pocl_ds.generation.protocol import Generator, Sampling
@@ -33,31 +33,9 @@ from pocl_ds.tracking import Progress
 log = logging.getLogger("pocl_ds")
 
 STAGE = "score"
-MANIFESTS = "shard-*-of-*.jsonl.manifest.json"
 # Metrics that plugins add: from responses, references and log-probabilities of the references to one number a sample.
 METRICS: dict[str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]] = {}
 CHUNK = 256  # samples held in memory at once, and the grain of progress
-
-
-def shard_file(run: RunDirectory, shard: int, shards: int) -> Path:
-    """Where the scores of one shard lie."""
-    return run.scores / f"shard-{shard:05d}-of-{shards:05d}.jsonl"
-
-
-def shard_manifest(run: RunDirectory, shard: int, shards: int) -> str:
-    """Name of the manifest beside a shard's scores."""
-    return shard_file(run, shard, shards).name + ".manifest.json"
-
-
-def unfinished(run: RunDirectory, config: ScoreConfig, fingerprint: str) -> list[int]:
-    """Shards without a whole result of this fingerprint, ascending.
-
-    None where all samples have been scored in another division into shards: how work is cut does not change it.
-    """
-    for shards in {shards for _, shards in _sealed(run)} - {config.shards}:
-        if not _unfinished(run, shards, fingerprint):
-            return []
-    return _unfinished(run, config.shards, fingerprint)
 
 
 def score(
@@ -81,7 +59,7 @@ def score(
     if shard is not None and not 0 <= shard < config.shards:
         last = config.shards - 1
         raise RecipeError(f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}")
-    _discard_stale(run, fingerprint)
+    discard_stale(run, fingerprint)
     todo = [s for s in unfinished(run, config, fingerprint) if shard is None or s == shard]
     if not todo:
         return
@@ -111,9 +89,7 @@ def score(
     finally:
         generator.close()
     if not unfinished(run, config, fingerprint):
-        for path, shards in _sealed(run):  # parts of a division that was given up
-            if shards != config.shards:
-                _remove(path)
+        discard_other_divisions(run, config.shards)
 
 
 class _Scorer:
@@ -211,32 +187,3 @@ class _Scorer:
                     "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student longer "
                     "(student.heal_steps) or rank by the other metric (rank.strategy)", 100 * share, name,
                 )  # fmt: skip
-
-
-def _unfinished(run: RunDirectory, shards: int, fingerprint: str) -> list[int]:
-    return [shard for shard in range(shards) if not _finished(run, shard, shards, fingerprint)]
-
-
-def _finished(run: RunDirectory, shard: int, shards: int, fingerprint: str) -> bool:
-    manifest = read_manifest(run.scores, shard_manifest(run, shard, shards))
-    if manifest is None or manifest.fingerprint != fingerprint:
-        return False
-    return not damaged_files(run.scores, manifest, checksums=False)
-
-
-def _sealed(run: RunDirectory) -> list[tuple[Path, int]]:
-    """Manifests of shards, each with the number of shards of its division."""
-    return [(path, int(path.name.split(".")[0].rpartition("-")[2])) for path in sorted(run.scores.glob(MANIFESTS))]
-
-
-def _discard_stale(run: RunDirectory, fingerprint: str) -> None:
-    """Remove results of another fingerprint, so that no later stage takes them for current ones."""
-    for path, _ in _sealed(run):
-        manifest = read_manifest(run.scores, path.name)
-        if manifest is not None and manifest.fingerprint != fingerprint:
-            _remove(path)
-
-
-def _remove(manifest: Path) -> None:
-    manifest.unlink(missing_ok=True)  # first: scores without a manifest are nobody's
-    manifest.with_name(manifest.name.removesuffix(".manifest.json")).unlink(missing_ok=True)

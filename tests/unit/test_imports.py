@@ -89,8 +89,10 @@ def test_the_rule_catches(file: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "recipe", "cli", "errors", "artifacts", "ds_config", "curriculum.plan", "difficulty.rank"]
-)
+    "module",
+    ["config", "recipe", "cli", "errors", "artifacts", "ds_config", "curriculum.plan", "difficulty.rank", "pipeline",
+     "study.table", "cluster.status", "cluster.watch", "cluster.submit", "report.build"],
+)  # fmt: skip
 def test_a_light_module_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, pocl_ds.{module}\n"

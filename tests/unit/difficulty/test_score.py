@@ -21,7 +21,8 @@ from pocl_ds.artifacts import RunDirectory, read_manifest
 from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig
 from pocl_ds.data.encode import shard_rows
 from pocl_ds.difficulty import score as module
-from pocl_ds.difficulty.score import score, shard_file, shard_manifest, unfinished
+from pocl_ds.difficulty.score import score
+from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.models.load import load_model, load_tokenizer
