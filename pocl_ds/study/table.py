@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
 from pocl_ds.study.run import directory, is_finished
 from pocl_ds.tracking import read_metrics
 
-STUDENT, MEASURE = "student", "rouge_l"
+STUDENT, MEASURE, ALL = "student", "rouge_l", "all items"
 
 
 @dataclass(frozen=True)
@@ -88,39 +89,50 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         seen = [read_seen(directory(folder, cell), cell.name) for cell in done]
         return difficulty_lines(seen, done[0].recipe.plan.subsets)
     benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
-    rows = [["", "trainings", *benchmarks, "ordering", "training"]]
+    rows = [["", "trainings", *benchmarks, "validation loss", "ordering", "training"]]
     for group in dict.fromkeys(cell.group for cell in done):
         runs = [directory(folder, cell) for cell in done if cell.group == group]
         found = [results_of(run)["models"][STUDENT]["benchmarks"] for run in runs]
         rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks),
-                     *_times(runs)])  # fmt: skip
+                     _validation(runs), *_times(runs)])  # fmt: skip
     lines = aligned(rows)[0]
-    for better, worse in study.compare:
-        for point in dict.fromkeys(cell.point for cell in cells):
-            for name in benchmarks:
-                if pair := _pair(folder, done, (worse, better), point, name):
-                    where = "".join(f", {label}" for _, label in point)
-                    lines.append(f"{name}{where}: {better} beside {worse}: {pair.sentence}")
+    every = [*benchmarks, ALL] if len(benchmarks) > 1 else benchmarks
+    shown = 0
+    for (better, worse), point, name in itertools.product(study.compare, dict.fromkeys(cell.point for cell in cells), every):
+        if pair := _pair(folder, done, (worse, better), point, benchmarks if name == ALL else [name]):
+            where = "".join(f", {label}" for _, label in point)
+            lines.append(f"{name}{where}: {better} beside {worse}: {pair.sentence}")
+            shown += 1
+    if shown > 1:
+        lines.append(f"{shown} comparisons: of arms that are alike about {0.05 * shown:.1f} would show a difference by chance")
     visits = {sample_visits(cell.recipe) for cell in cells}
     if len(visits) > 1:
         lines.append(f"NOT EQUAL: cells see a sample {', '.join(f'{value:g}' for value in sorted(visits))} times")
     return lines
 
 
-def _pair(folder: Path, done: Sequence[Cell], arms: tuple[str, str], point: tuple[tuple[str, str], ...], benchmark: str
-          ) -> Difference | None:  # fmt: skip
-    """The second arm minus the first over the seeds that both have finished; None where there is none."""
+def _pair(folder: Path, done: Sequence[Cell], arms: tuple[str, str], point: tuple[tuple[str, str], ...],
+          benchmarks: Sequence[str]) -> Difference | None:  # fmt: skip
+    """The second arm minus the first on all items of some benchmarks, over the seeds that both have finished; None without."""
     sides = [{cell.seed: cell for cell in done if cell.arm == arm and cell.point == point} for arm in arms]
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds:
         return None
     columns = []
     for seed in seeds:
-        scores = [read_side(Side(directory(folder, side[seed]), STUDENT, side[seed].name), benchmark, MEASURE).scores
-                  for side in sides]  # fmt: skip
-        items = [key for key in scores[0] if key in scores[1]]
-        columns.append(np.array([fmean(scores[1][key]) - fmean(scores[0][key]) for key in items]))
+        differences: list[float] = []
+        for benchmark in benchmarks:
+            scores = [read_side(Side(directory(folder, side[seed]), STUDENT, side[seed].name), benchmark, MEASURE).scores
+                      for side in sides]  # fmt: skip
+            differences += [fmean(scores[1][key]) - fmean(scores[0][key]) for key in scores[0] if key in scores[1]]
+        columns.append(np.array(differences))
     return two_level(np.stack(columns, 1))
+
+
+def _validation(runs: Sequence[RunDirectory]) -> str:
+    """Cross-entropy a token of the validation split after training: finer than ROUGE-L where students are weak."""
+    found = [records[-1]["validation_ce"] for run in runs if (records := read_metrics(run.train / "metrics.jsonl", "validation"))]
+    return _spread(found) if len(found) == len(runs) else "-"
 
 
 def _times(runs: Sequence[RunDirectory]) -> tuple[str, str]:
