@@ -1,14 +1,23 @@
-"""Runs a module of this tree, wherever one stands: `python -m` would take what lies in the working directory first.
+"""Runs a module of pocl_ds, wherever one stands: `python -m` would take what lies in the working directory first.
 
     python launch/pocl.py MODULE ARGUMENT...
 """
 
+import os
 import runpy
 import sys
 import traceback
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+tree = Path(__file__).resolve().parents[1]
+if (tree / "pocl_ds").is_dir():
+    sys.path[0] = str(tree)
+else:  # inside an installed package, which is found by itself; this folder must not be a place to import from
+    del sys.path[0]
+
+from pocl_ds.shipped import cache_folder  # noqa: E402
+
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
 sys.argv = sys.argv[1:]
 code = 0
 try:

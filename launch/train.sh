@@ -38,9 +38,10 @@ if ! command -v nvidia-smi >/dev/null 2>&1 || ! nvidia-smi -L >/dev/null 2>&1; t
   export MALLOC_ARENA_MAX=${MALLOC_ARENA_MAX:-1} MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184}
 fi
-export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+# In an installed wheel this folder lies within the package, which Python finds by itself.
+if [ -d "$here/pocl_ds" ]; then export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}; fi
+export PYTHONUNBUFFERED=1
 export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$here/.cache/torch_extensions}
 PATH=$(dirname "$python"):$PATH
 export PATH
 

@@ -12,26 +12,25 @@ from typing import Any
 
 from pocl_ds.config import TrainConfig
 from pocl_ds.errors import RecipeError
-
-FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
+from pocl_ds.shipped import DS_CONFIGS
 
 Values = dict[tuple[str, ...], tuple[Any, str]]  # path in the JSON -> (the recipe's value, the recipe's field)
 
 
 def load_ds_config(name: str) -> dict[str, Any]:
     """A configuration by its name in ds_configs/ or by its path. Raises RecipeError where it cannot be read."""
-    path = FOLDER / f"{name}.json"
+    path = DS_CONFIGS / f"{name}.json"
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.json")))
+        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
         raise RecipeError(f"ds_config {name!r} is neither a file nor one of {known}: check the name")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"ds_config {path} cannot be read ({error}): mend the file") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"ds_config {path} must hold an object: start from one in {FOLDER.name}/")
+        raise RecipeError(f"ds_config {path} must hold an object: start from one in {DS_CONFIGS}")
     return tree
 
 

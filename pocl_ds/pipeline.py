@@ -25,10 +25,10 @@ from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.difficulty.shards import unfinished
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
+from pocl_ds.shipped import LAUNCHER, module_command
 
 log = logging.getLogger("pocl_ds")
 
-LAUNCHER = Path(__file__).resolve().parents[1] / "launch" / "train.sh"
 EDGE = 1 << 20  # bytes of a data file's beginning and end that enter its fingerprint
 
 
@@ -181,7 +181,7 @@ def locked(run: RunDirectory) -> Iterator[int]:
 
 def run_stage(name: str, run: RunDirectory, recipe: Recipe, lock: int) -> int:
     """Run one unfinished stage to its end. Returns the exit code; the failed process has said why."""
-    command = [sys.executable, "-m", "pocl_ds.cli", name, "--run-dir", str(run.path)]
+    command = [*module_command("pocl_ds.cli"), name, "--run-dir", str(run.path)]
     if needs_ranks(name, recipe):
         launcher = ["bash", str(LAUNCHER), "--ranks", str(recipe.launch.ranks)]
         if recipe.launch.threads:

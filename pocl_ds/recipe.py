@@ -14,8 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
-
-RECIPES = Path(__file__).resolve().parents[1] / "launch" / "recipes"
+from pocl_ds.shipped import RECIPES
 
 
 def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
@@ -90,7 +89,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read ({error}): check the file") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path} holds no sections: start from a shipped recipe in launch/recipes/")
+        raise RecipeError(f"{path} holds no sections: start from a shipped recipe in {RECIPES}")
     return tree
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.errors import ResourceError
-
-LAUNCHER = Path(__file__).resolve().parents[2] / "launch" / "train.sh"
+from pocl_ds.shipped import LAUNCHER
 
 
 def run_ranks(label: str, module: str, arguments: Sequence[str], result: Path, *, ranks: int, threads: int) -> Any:

@@ -23,6 +23,7 @@ from pocl_ds.bench.arguments import whole_numbers
 from pocl_ds.curriculum.plan import build_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.difficulty.rank import fuse
+from pocl_ds.shipped import module_command
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 SMALLEST = 256  # four subsets of one batch of 64
@@ -85,7 +86,7 @@ def measure(size: int) -> dict[str, Any]:
 def _in_a_process(size: int) -> dict[str, Any]:
     one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pocl_ds.bench.scale", str(size)],
+        [*module_command("pocl_ds.bench.scale"), str(size)],
         check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **one_core},
     )  # fmt: skip
     row: dict[str, Any] = json.loads(done.stdout)

@@ -16,8 +16,8 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pocl_ds.config import NonNegative, Positive, Section
 from pocl_ds.errors import RecipeError
 from pocl_ds.recipe import first_fault
+from pocl_ds.shipped import PROFILES
 
-SHIPPED = Path(__file__).resolve().parents[2] / "slurm" / "profiles"
 PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=&|*()\[\]%-]+")
 
 
@@ -110,7 +110,7 @@ def load_profile(source: str) -> Profile:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"profile {path} cannot be read ({error}): mend it") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"profile {path} holds no fields: start from one in slurm/profiles/, or from `pocl profile detect`")
+        raise RecipeError(f"profile {path} holds no fields: start from one in {PROFILES}, or from `pocl profile detect`")
     return check_profile({"name": path.stem, **tree}, str(path))
 
 
@@ -131,10 +131,10 @@ def _path(source: str) -> Path:
     if Path(source).is_file():
         return Path(source)
     own = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "pocl" / "profiles"
-    for folder in (own, SHIPPED):
+    for folder in (own, PROFILES):
         if os.sep not in source and (found := folder / f"{source}.yaml").is_file():
             return found
-    names = sorted({path.stem for folder in (own, SHIPPED) if folder.is_dir() for path in folder.glob("*.yaml")})
+    names = sorted({path.stem for folder in (own, PROFILES) if folder.is_dir() for path in folder.glob("*.yaml")})
     raise RecipeError(
         f"profile {source!r} is neither a file nor a name ({', '.join(names)}): check it, or write one with `pocl profile detect`"
     )

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import shlex
-import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,9 +29,8 @@ from pocl_ds.cluster.profile import Profile, dump_profile, load_profile
 from pocl_ds.config import Recipe
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import check_recipe, load_recipe
+from pocl_ds.shipped import JOB_TEMPLATE, copy_code
 
-ROOT = Path(__file__).resolve().parents[2]
-CODE = ("pocl_ds", "launch", "ds_configs", "slurm")  # what a job runs from its run directory
 UNSAFE = re.compile(r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]')  # in the name of an output file SLURM reads these as its own
 
 
@@ -70,7 +68,7 @@ class Submission:
             environment["TMPDIR"] = self.profile.scratch
         world = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
         world.filters["quoted"] = lambda value: shlex.quote(str(value))
-        template = world.from_string((ROOT / "slurm" / "job.sbatch.j2").read_text(encoding="utf-8"))
+        template = world.from_string(JOB_TEMPLATE.read_text(encoding="utf-8"))
         return template.render(
             run=str(self.path), job=job, options=self._options(job), setup=self.profile.setup, environment=environment,
             python="python3" if self.profile.container else sys.executable,
@@ -151,8 +149,7 @@ class Submission:
         """All that the jobs read: working trees may change under a job that waits for days."""
         self.run.logs.mkdir(parents=True, exist_ok=True)
         with atomic_directory(self.folder / "code") as folder:
-            for name in CODE:
-                shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            copy_code(folder)
         with atomic_write(self.folder / "profile.yaml") as stream:
             stream.write(dump_profile(self.profile))
         with atomic_directory(self.folder / "jobs") as folder:

@@ -26,6 +26,7 @@ from torch import Tensor
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import PoclError, ResourceError
 from pocl_ds.generation.protocol import Sampling
+from pocl_ds.shipped import module_command
 
 MEMORY = Path("/dev/shm")
 INSTEAD = "policy.rollout=hf"  # does without this process
@@ -46,8 +47,8 @@ class ChildGenerator:
         environment |= {"OMP_NUM_THREADS": str(threads)} | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pocl_ds.generation.child", str(theirs.fileno())], pass_fds=(theirs.fileno(),),
-                env=environment, start_new_session=True, cwd=Path(__file__).resolve().parents[2],
+                [*module_command("pocl_ds.generation.child"), str(theirs.fileno())], pass_fds=(theirs.fileno(),),
+                env=environment, start_new_session=True,
             )  # fmt: skip
         self.connection = Connection(ours.detach())
         self.tokens = 0

@@ -20,6 +20,7 @@ import torch
 from pocl_ds.artifacts import atomic_directory, disk_faults, file_digest
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.models.quiet import quiet
+from pocl_ds.shipped import cache_folder
 
 log = logging.getLogger("pocl_ds")
 
@@ -46,14 +47,10 @@ def file_in_package(source: str) -> Path:
     )
 
 
-def cache_folder() -> Path:
-    """Where dequantised models lie: POCL_CACHE, else `.cache/models` of a checkout, else below the home directory."""
-    if named := os.environ.get("POCL_CACHE"):
-        return Path(named)
-    checkout = Path(__file__).resolve().parents[2]
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / ".cache" / "models"
-    return Path.home() / ".cache" / "pocl_ds" / "models"
+def models_folder() -> Path:
+    """Where dequantised models lie: POCL_CACHE, else a folder of the cache."""
+    named = os.environ.get("POCL_CACHE")
+    return Path(named) if named else cache_folder() / "models"
 
 
 def dequantised_folder(file: Path) -> Path:
@@ -61,7 +58,7 @@ def dequantised_folder(file: Path) -> Path:
 
     Processes that ask at once wait for the one that converts. Raises ModelError, ResourceError.
     """
-    cache = cache_folder()
+    cache = models_folder()
     folder = cache / f"{file.stem}-{file_digest(file)['sha256'][:16]}"
     if folder.is_dir():
         return folder

@@ -17,8 +17,8 @@ from pocl_ds.config import Int, Recipe, Section
 from pocl_ds.curriculum.plan import visits
 from pocl_ds.errors import RecipeError
 from pocl_ds.recipe import first_fault, load_recipe
+from pocl_ds.shipped import STUDIES
 
-STUDIES = Path(__file__).resolve().parents[2] / "launch" / "studies"
 UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
 

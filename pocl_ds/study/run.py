@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, atomic_write
 from pocl_ds.errors import RESUME, ArtifactError, Interrupted
 from pocl_ds.recipe import dump_recipe
+from pocl_ds.shipped import module_command
 from pocl_ds.study.plan import Cell
 
 log = logging.getLogger("pocl_ds")
@@ -61,7 +61,7 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
             pipeline.enter(run, cell.recipe)
             taken = adopt(folder, cell, cells)
         log.info("study %d/%d: %s%s", number, len(cells), cell.name, f" (shares {', '.join(taken)})" if taken else "")
-        code = pipeline.call([sys.executable, "-m", "pocl_ds.cli", "run", "--run-dir", str(run.path), "--until", cell.until])
+        code = pipeline.call([*module_command("pocl_ds.cli"), "run", "--run-dir", str(run.path), "--until", cell.until])
         if code in (128 + signal.SIGINT, RESUME):
             raise Interrupted(f"stopped in cell {cell.name}: everything is saved, the same command goes on", exit_code=code)
         if code:

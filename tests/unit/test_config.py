@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from pocl_ds.config import Recipe, TrainConfig, lasting
 from pocl_ds.errors import RecipeError
 from pocl_ds.pipeline import fingerprints
-from pocl_ds.recipe import RECIPES, check_recipe, dump_recipe, load_recipe
+from pocl_ds.recipe import check_recipe, dump_recipe, load_recipe
+from pocl_ds.shipped import RECIPES
 
 BASE: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}}
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.ds_config import FOLDER, load_ds_config, resolve_student, resolve_teacher
+from pocl_ds.ds_config import load_ds_config, resolve_student, resolve_teacher
 from pocl_ds.errors import RecipeError
+from pocl_ds.shipped import DS_CONFIGS
 
 TRAIN = TrainConfig(batch_size=32, micro_batch_size=4, lr=3e-4, lr_end=1e-6, weight_decay=0.02, clip=0.5, betas=(0.9, 0.95))
 
@@ -30,7 +31,7 @@ def write(folder: Path, name: str, **changes: Any) -> str:
 
 
 def test_the_five_are_there() -> None:
-    shipped = {path.stem for path in FOLDER.glob("*.json")}
+    shipped = {path.stem for path in DS_CONFIGS.glob("*.json")}
     assert shipped == {
         "student_zero3", "student_zero3_offload", "student_zero2", "teacher_zero3", "teacher_zero3_offload",
     }  # fmt: skip

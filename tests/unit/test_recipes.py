@@ -8,7 +8,8 @@ import pytest
 
 from pocl_ds.config import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.ds_config import resolve_student, resolve_teacher
-from pocl_ds.recipe import RECIPES, dump_recipe, load_recipe
+from pocl_ds.recipe import dump_recipe, load_recipe
+from pocl_ds.shipped import RECIPES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 WANTED = {

