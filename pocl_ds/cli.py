@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocl_ds import __version__
 from pocl_ds import commands as finished
 from pocl_ds.cluster import commands as cluster
 from pocl_ds.report import command as report
@@ -96,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Distil a large language model into a small one, by curriculum.",
         epilog="start: pocl run quickstart --run-dir runs/quickstart · each command: pocl COMMAND --help",
     )
+    parser.add_argument("--version", action="version", version=f"pocl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (purpose, example) in {**COMMANDS, **finished.COMMANDS, **studies.COMMANDS, **cluster.COMMANDS}.items():
         command = commands.add_parser(
