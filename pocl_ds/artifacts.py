@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import resource
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -89,14 +89,14 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` that takes its name only when the block ends well and the data is on disk."""
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = _beside(path)
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
         try:
             encoding = None if "b" in mode else "utf-8"
             with os.fdopen(handle, mode, encoding=encoding) as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -110,13 +110,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Build a directory under a temporary name; it replaces `path` only when the block ends well."""
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = _beside(path)
+        temporary.mkdir()
         try:
-            os.chmod(temporary, 0o777 & ~_umask())
             yield temporary
+            allowed = temporary.stat().st_mode
             for file in temporary.rglob("*"):  # safetensors writes files that only their owner may read
                 if file.is_file() and not file.is_symlink():
-                    os.chmod(file, (file.stat().st_mode & 0o100 | 0o666) & ~_umask())
+                    os.chmod(file, (file.stat().st_mode & 0o100 | 0o666) & allowed)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
@@ -226,7 +227,8 @@ class RunDirectory:
     logs = property(lambda self: self.path / "logs")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> Path:
+    """A temporary name that nobody can foresee. What lies there gets its mode from the system: to ask for the umask one has to
+    set it, and a file that another thread makes meanwhile would be everyone's to write.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}")

@@ -86,9 +86,13 @@ def test_a_fault_that_is_not_the_disks_stays_itself(tmp_path: Path) -> None:
     assert not isinstance(caught.value, (ArtifactError, ResourceError))
 
 
-def test_files_of_an_atomic_directory_are_everyones_to_read(tmp_path: Path) -> None:
-    before = os.umask(0o022)
+@pytest.mark.parametrize(("mask", "modes"), [(0o022, [0o644, 0o755, 0o644, 0o744]), (0o077, [0o600, 0o700, 0o600, 0o700]),
+                                             (0o027, [0o640, 0o750, 0o640, 0o740])])  # fmt: skip
+def test_the_umask_says_who_may_read(tmp_path: Path, mask: int, modes: list[int]) -> None:
+    """Also files whose writer is stricter, as safetensors is."""
+    before = os.umask(mask)
     try:
+        write_json(tmp_path / "file", {})
         with atomic_directory(tmp_path / "final") as folder:
             (folder / "sub").mkdir()
             for name, mode in (("private", 0o600), ("sub/program", 0o700)):
@@ -96,8 +100,16 @@ def test_files_of_an_atomic_directory_are_everyones_to_read(tmp_path: Path) -> N
                 (folder / name).chmod(mode)
     finally:
         os.umask(before)
-    modes = [(tmp_path / "final" / name).stat().st_mode & 0o777 for name in ("private", "sub/program")]
-    assert modes == [0o644, 0o744]
+    names = ("file", "final", "final/private", "final/sub/program")
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in names] == modes
+
+
+def test_nobody_touches_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's: a checkpoint that another thread writes would be everyone's to change."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was set"))
+    write_json(tmp_path / "file", {})
+    with atomic_directory(tmp_path / "final") as folder:
+        (folder / "x").touch()
 
 
 def test_atomic_directory(tmp_path: Path) -> None:
