@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from pocl_ds import distributed
 from pocl_ds.config import TrainConfig
+from pocl_ds.distill.data_only import data_only
 from pocl_ds.errors import ArtifactError, ResourceError
 
 log = logging.getLogger("pocl_ds")
@@ -145,8 +146,9 @@ class DeepSpeedEngine:
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         self.engine._config.load_universal_checkpoint = resharded
         try:
-            path, _ = self.engine.load_checkpoint(str(directory), tag="universal" if resharded else "zero",
-                                                  custom_load_fn=self._load_module)  # fmt: skip
+            with _data_only(directory):
+                path, _ = self.engine.load_checkpoint(str(directory), tag="universal" if resharded else "zero",
+                                                      custom_load_fn=self._load_module)  # fmt: skip
         finally:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
@@ -183,7 +185,7 @@ class DeepSpeedEngine:
             input_folder=str(source / "zero"), output_folder=str(target / "universal"), num_extract_workers=workers,
             num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=False,
         )  # fmt: skip
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), _data_only(source):
             ds_to_universal.main(options)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
@@ -316,6 +318,13 @@ def _keep_gloo_from_teams() -> None:
     for work in [dist.all_gather_into_tensor(whole, part, async_op=True) for _ in range(16)]:  # so that no thread has none
         work.wait()
     torch.set_num_threads(threads)
+
+
+def _data_only(directory: Path) -> contextlib.AbstractContextManager[None]:
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return data_only(directory, LossScaler, ZeroStageEnum)  # all that DeepSpeed writes beside tensors and plain values
 
 
 @contextlib.contextmanager

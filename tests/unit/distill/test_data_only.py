@@ -1,0 +1,63 @@
+"""What a library unpickles: data comes through, code does not run."""
+
+from __future__ import annotations
+
+import collections
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pocl_ds.distill.data_only import FORCE, data_only
+from pocl_ds.errors import ArtifactError
+
+
+class Known:
+    """A class of the library's own."""
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def careless(path: Path) -> Any:
+    """As DeepSpeed loads."""
+    return torch.load(path, weights_only=False)
+
+
+def test_data_comes_through(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(2), "n": 3, "known": Known(), "order": collections.OrderedDict(a=1)}, tmp_path / "file")
+    with data_only(tmp_path, Known):
+        found = careless(tmp_path / "file")
+    assert found["n"] == 3 and isinstance(found["known"], Known) and torch.equal(found["x"], torch.ones(2))
+    assert FORCE not in os.environ
+    with pytest.raises(ArtifactError, match="Known"), data_only(tmp_path):
+        careless(tmp_path / "file")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in a process of a pool"])
+def test_code_does_not_run(tmp_path: Path, elsewhere: bool) -> None:
+    torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "file")
+    with pytest.raises(ArtifactError, match="holds more than data"), data_only(tmp_path):
+        if elsewhere:
+            with ProcessPoolExecutor(1) as pool:
+                pool.submit(careless, tmp_path / "file").result()
+        else:
+            careless(tmp_path / "file")
+    assert not (tmp_path / "sprung").exists() and FORCE not in os.environ
+    careless(tmp_path / "file")
+    assert (tmp_path / "sprung").exists(), "the trap itself works"
+
+
+def test_another_fault_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE, "0")
+    with pytest.raises(FileNotFoundError), data_only(tmp_path):
+        careless(tmp_path / "missing")
+    assert os.environ[FORCE] == "0"
