@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,9 @@ from pocl_ds.models.quiet import quiet
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,
+               pickle.UnpicklingError)  # fmt: skip
+OWN_CODE = "contains custom code"  # what transformers says where a model brings some
 
 
 def resolve_model(config: ModelSource) -> str:
@@ -157,6 +160,12 @@ def _one_sentence(path: str, part: str) -> Iterator[None]:
         closed = [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)] if Path(path).is_dir() else []
         if closed:
             reason, remedy = f"{', '.join(closed)} may not be read", "change the permissions of that folder's files"
+        elif isinstance(error, pickle.UnpicklingError):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"its *.bin file holds more than data: {found[1] if found else 'a damaged pickle'}; nothing of it was run"
+            remedy = "get the model as *.safetensors"
+        elif OWN_CODE in reason:
+            reason, remedy = "it brings code of its own", "set trust_remote_code: true beside its name if you have read that code"
         elif missing:
             remedy = "install what it names"
         elif Path(path).exists():

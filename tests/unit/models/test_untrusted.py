@@ -1,0 +1,80 @@
+"""Models from strangers: their weights are read as data, and their code does not run unless the recipe says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pocl_ds.config import ModelSource
+from pocl_ds.errors import ModelError
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
+
+LOADERS = (load_model, load_model_config, load_tokenizer)
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def with_bin(model: Path, target: Path, **more: Any) -> Path:
+    """A copy of a model whose weights are a pickle."""
+    shutil.copytree(model, target)
+    weights = load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    torch.save({**weights, **more}, target / "pytorch_model.bin")
+    return target
+
+
+def test_weights_in_a_pickle(tiny_llama: Path, tmp_path: Path) -> None:
+    assert load_model(str(with_bin(tiny_llama, tmp_path / "plain"))).config.num_hidden_layers == 3
+    sprung = tmp_path / "sprung"
+    folder = with_bin(tiny_llama, tmp_path / "trapped", trap=Trap(sprung))
+    with pytest.raises(ModelError, match=r"the model of .*trapped cannot .*more than data: \S*mkdir; nothing of it"):
+        load_model(str(folder))
+    assert not sprung.exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert sprung.exists(), "the trap itself works"
+
+
+def with_code(model: Path, target: Path, sprung: Path) -> Path:
+    """A copy of a model that asks for classes of its own."""
+    shutil.copytree(model, target)
+    for name, entries in (("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+                          ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]})):  # fmt: skip
+        tree = json.loads((target / name).read_text())
+        tree.pop("tokenizer_class", None)
+        (target / name).write_text(json.dumps({**tree, "model_type": "own", "auto_map": entries}))
+    (target / "own.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\nraise ImportError('own code ran')\n")
+    return target
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
+def test_code_that_comes_with_a_model(
+    load: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked, where there may be none"))
+    sprung = tmp_path / "sprung"
+    folder = with_code(tiny_llama, tmp_path / "model", sprung)
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load(str(folder))
+    assert not sprung.exists()
+    with pytest.raises(ModelError, match="own code ran"):
+        load(str(folder), trust_remote_code=True)
+    assert sprung.exists(), "the trap itself works"
+
+
+def test_nobody_is_trusted_unless_named() -> None:
+    assert not ModelSource(model="x").trust_remote_code
