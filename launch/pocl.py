@@ -15,6 +15,7 @@ if (tree / "pocl_ds").is_dir():
 else:  # inside an installed package, which is found by itself; this folder must not be a place to import from
     del sys.path[0]
 
+from pocl_ds.credentials import hide  # noqa: E402
 from pocl_ds.shipped import cache_folder  # noqa: E402
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
@@ -27,7 +28,7 @@ except SystemExit as leaving:
     if isinstance(leaving.code, str):
         print(leaving.code, file=sys.stderr)
 except BaseException:
-    traceback.print_exc()
+    print(hide(traceback.format_exc()), file=sys.stderr, end="")
     code = 1
 
 from pocl_ds.exits import leave  # noqa: E402

@@ -41,6 +41,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
+    from pocl_ds.credentials import hide
     from pocl_ds.exits import leave_when_asked, leave_word
 
     leave_when_asked()
@@ -50,14 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse, or a signal
         code = leaving.code if isinstance(leaving.code, int) else 1
     except Exception as defect:
-        traceback.print_exc()
-        code, error = 1, f"{type(defect).__name__}: {defect}"
+        print(hide(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+        code, error = 1, hide(f"{type(defect).__name__}: {defect}")
     leave_word(code, error)
     return code
 
 
 def _main(arguments: list[str] | None) -> tuple[int, str]:
     """Exit code, and the sentence that says why it is not 0."""
+    from pocl_ds.credentials import hide
     from pocl_ds.errors import PoclError
 
     options = _options(arguments)
@@ -69,8 +71,9 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
                 return others.run_command(options), ""
         return _command(options), ""
     except PoclError as error:
-        print(f"pocl {options.command}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code, str(error)
+        said = hide(str(error))
+        print(f"pocl {options.command}: {said}", file=sys.stderr, flush=True)
+        return error.exit_code, said
     except KeyboardInterrupt:
         print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
         return 130, "interrupted"

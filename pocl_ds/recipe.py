@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pocl_ds.config import Recipe
+from pocl_ds.credentials import find_secret
 from pocl_ds.errors import RecipeError
 from pocl_ds.shipped import RECIPES
 
@@ -51,6 +52,9 @@ def recipe_path(source: str) -> Path:
 
 def check_recipe(tree: dict[str, Any]) -> Recipe:
     """Validate a tree of plain values, after its plugins were imported. Raises RecipeError naming the first field at fault."""
+    if field := find_secret(tree):  # before any check, whose message might show it
+        raise RecipeError(f"recipe field {field} holds a password, a token or a key, and recipes are written down: remove it, "
+                          "and export it as a variable (HF_TOKEN, WANDB_API_KEY, the one of evaluate.judge.key_env)")  # fmt: skip
     _import_plugins(tree.get("plugins"))
     try:
         return Recipe.model_validate(tree)

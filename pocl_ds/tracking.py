@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any, TextIO
 
 from pocl_ds.artifacts import atomic_write, disk_faults
+from pocl_ds.credentials import hide
 
 log = logging.getLogger("pocl_ds")
 
@@ -24,11 +25,18 @@ log = logging.getLogger("pocl_ds")
 TERMINAL_INTERVAL, FILE_INTERVAL = 0.2, 10.0
 
 
+class _Formatter(logging.Formatter):
+    """Lines without secrets: what a library's error says may hold an address with a password, or a header with a token."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
+
+
 def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
     """Send the package's log to stderr: rank 0 in full, the others' warnings with their number."""
     handler = logging.StreamHandler(sys.stderr)
     mark = f"[rank {rank}] " if world_size > 1 and rank else ""
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {mark}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -39,7 +47,7 @@ def keep_log(path: Path) -> None:
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
 
 

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PLANTED = "PLANTEDplantedPLANTEDplanted"  # what no run may write or say
+SECRETS = {name: f"{PLANTED}{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "JUDGE_KEY")}
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what our own launchers set."""
-    return {key: value for key, value in os.environ.items() if not key.startswith("POCL_")}
+    """This process's environment without what our own launchers set, and with secrets."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("POCL_")} | SECRETS
 
 
 def start(*words: str) -> subprocess.Popen[str]:
@@ -24,6 +26,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`pocl WORDS...` to its end."""
     found = subprocess.run([sys.executable, "-m", "pocl_ds.cli", *words], cwd=ROOT, env=environment(), text=True,
-                           capture_output=True, timeout=380)  # fmt: skip
+                           capture_output=True, timeout=380, umask=0o022)  # fmt: skip
+    assert PLANTED not in found.stdout + found.stderr
     assert not check or found.returncode == 0, found.stderr[-3000:]
     return found

@@ -14,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pocl_ds.config import NonNegative, Positive, Section
+from pocl_ds.credentials import assigns_secret, find_secret, is_secret_name
 from pocl_ds.errors import RecipeError
 from pocl_ds.recipe import first_fault
 from pocl_ds.shipped import PROFILES
@@ -116,10 +117,25 @@ def load_profile(source: str) -> Profile:
 
 def check_profile(tree: dict[str, Any], where: str) -> Profile:
     """Validate a tree of plain values. Raises RecipeError naming the first field at fault."""
+    if field := find_secret(tree) or _assigned_secret(tree):
+        raise RecipeError(f"profile {where}: field {field} holds a password, a token or a key, and scripts are written down: "
+                          "remove it, and export it in the shell that submits, whose variables SLURM hands on")  # fmt: skip
     try:
         return Profile.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(first_fault(error, f"profile {where}: field", Profile)) from None
+
+
+def _assigned_secret(tree: dict[str, Any]) -> str | None:
+    """The field that gives a variable with the name of a secret its value."""
+    environment = tree.get("environment")
+    if isinstance(environment, dict) and any(is_secret_name(str(name)) and value for name, value in environment.items()):
+        return "environment"
+    for field in ("setup", "options"):
+        lines = tree.get(field)
+        if isinstance(lines, (list, tuple)) and any(assigns_secret(str(line)) for line in lines):
+            return field
+    return None
 
 
 def dump_profile(profile: Profile) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command_line import ROOT, environment, pocl
+from command_line import PLANTED, ROOT, environment, pocl
 from safetensors.torch import load_file
 from tiny_runs import write_recipe
 
@@ -67,6 +67,17 @@ def test_every_stage_leaves_its_result(finished: Path) -> None:
     assert len(records) == 26
     info = json.loads((finished / "train" / "manifest.json").read_text())["info"]
     assert info["packed"] and 0 < info["padding_share"] < 1
+
+
+def test_no_secret_of_the_environment_is_in_it(finished: Path) -> None:
+    files = [path for path in finished.rglob("*") if path.is_file()]
+    assert len(files) > 50 and [path for path in files if PLANTED.encode() in path.read_bytes()] == []
+
+
+def test_its_files_are_as_open_as_the_umask_says(finished: Path) -> None:
+    """`pocl` of the tests runs under 022."""
+    modes = {path.relative_to(finished): path.stat().st_mode for path in finished.rglob("*")}
+    assert [name for name, mode in modes.items() if mode & 0o022 or not mode & 0o040] == []
 
 
 def test_a_second_call_finds_everything_done(finished: Path) -> None:

@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TIERS = (
     ("__init__",),
     ("errors",),
-    ("config", "consistency", "artifacts", "exits", "shipped"),
+    ("config", "consistency", "artifacts", "credentials", "exits", "shipped"),
     ("distributed", "tracking", "ds_config", "recipe"),
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
