@@ -275,3 +275,11 @@ def test_shellcheck(script: Path) -> None:
     done = subprocess.run([checker, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout
     assert os.access(script, os.X_OK)
+
+
+def test_one_version_everywhere() -> None:
+    from pocl_ds import __version__
+
+    assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
+    newest = next(line for line in (REPOSITORY / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ["))
+    assert newest.startswith(f"## [{__version__}] - ")
