@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from pocl_ds.config import Recipe
 from pocl_ds.credentials import find_secret
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import PoclError, RecipeError
+from pocl_ds.plain_yaml import fault as yaml_fault
+from pocl_ds.plain_yaml import plain_value, read_yaml
 from pocl_ds.shipped import RECIPES
 
 
@@ -24,7 +27,7 @@ def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     source: a YAML file or the name of a shipped recipe. overrides: `section.field=value`, the value in YAML.
     Raises RecipeError, one sentence with field, value and remedy.
     """
-    tree = _read_yaml(recipe_path(source))
+    tree = _read_tree(recipe_path(source))
     for override in overrides or []:
         _apply_override(tree, override)
     return check_recipe(tree)
@@ -41,11 +44,13 @@ def override_recipe(recipe: Recipe, overrides: list[str]) -> Recipe:
 def recipe_path(source: str) -> Path:
     """The file a recipe's name or path stands for."""
     path = Path(source)
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return path
     shipped = RECIPES / f"{source}.yaml"
-    if os.sep not in source and shipped.is_file():
+    if os.sep not in source and os.path.isfile(shipped):
         return shipped
+    if os.path.isdir(path):
+        raise RecipeError(f"recipe {source} is a folder: name a file in it, or a run directory with --run-dir")
     names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
     raise RecipeError(f"recipe {source!r} is neither a file nor a shipped recipe ({names}): check the name")
 
@@ -72,10 +77,16 @@ def _import_plugins(names: Any) -> None:
     for name in names:
         try:
             importlib.import_module(str(name))
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise RecipeError(
                 f"recipe field plugins: module {name} cannot be imported ({error}): put its folder into PYTHONPATH"
             ) from None
+        except PoclError:
+            raise
+        except Exception as error:  # the module is the user's, and may do anything
+            raise RecipeError(
+                f"recipe field plugins: module {name!r} cannot be imported ({type(error).__name__}: {error}): mend it"
+            ) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -83,15 +94,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{where} is not valid YAML ({getattr(error, 'problem', error)}): mend it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read ({error}): check the file") from None
+def _read_tree(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds no sections: start from a shipped recipe in {RECIPES}")
     return tree
@@ -100,11 +104,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
-        raise RecipeError(f"override {override!r} is not of the form section.field=value")
+        raise RecipeError(f"override {_shown(override)} is not of the form section.field=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML; quote it") from None
+        value = plain_value(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"override {_shown(override)}: the value is not valid YAML ({yaml_fault(error)}): quote it"
+        ) from None
     node = tree
     *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents):
@@ -112,7 +118,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise RecipeError(f"override {_shown(override)}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     node[leaf] = value
 
@@ -129,11 +135,18 @@ def first_fault(error: ValidationError, what: str, model: type[BaseModel]) -> st
     if kind == "missing":
         return f"{what} {field} is missing: add it{more}"
     if kind == "model_type":
-        return f"{what} {field}={fault['input']!r} is a section: write its fields below it{more}"
+        return f"{what} {field}={_shown(fault['input'])} is a section: write its fields below it{more}"
     if not field:
         return f"{what.removesuffix('field').rstrip(' :')}: {message}{more}"
-    shown = "" if isinstance(fault["input"], dict) else f"={fault['input']!r}"
+    shown = "" if isinstance(fault["input"], dict) else f"={_shown(fault['input'])}"
     return f"{what} {field}{shown}: {message[:1].lower()}{message[1:]}{more}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in a sentence: not the whole of a long one, nor of one that holds another a thousand times."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    return short.repr(value)
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pocl_ds.config import NonNegative, Positive, Section
 from pocl_ds.credentials import assigns_secret, find_secret, is_secret_name
 from pocl_ds.errors import RecipeError
+from pocl_ds.plain_yaml import read_yaml
 from pocl_ds.recipe import first_fault
 from pocl_ds.shipped import PROFILES
 
@@ -106,10 +107,7 @@ class Profile(Section):
 def load_profile(source: str) -> Profile:
     """Read and check a profile. Raises RecipeError, one sentence."""
     path = _path(source)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"profile {path} cannot be read ({error}): mend it") from None
+    tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise RecipeError(f"profile {path} holds no fields: start from one in {PROFILES}, or from `pocl profile detect`")
     return check_profile({"name": path.stem, **tree}, str(path))
@@ -144,11 +142,11 @@ def dump_profile(profile: Profile) -> str:
 
 
 def _path(source: str) -> Path:
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return Path(source)
     own = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "pocl" / "profiles"
     for folder in (own, PROFILES):
-        if os.sep not in source and (found := folder / f"{source}.yaml").is_file():
+        if os.sep not in source and os.path.isfile(found := folder / f"{source}.yaml"):
             return found
     names = sorted({path.stem for folder in (own, PROFILES) if folder.is_dir() for path in folder.glob("*.yaml")})
     raise RecipeError(

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pocl_ds import pipeline
 from pocl_ds.config import Int, Recipe, Section
 from pocl_ds.curriculum.plan import visits
 from pocl_ds.errors import RecipeError
+from pocl_ds.plain_yaml import read_yaml
 from pocl_ds.recipe import first_fault, load_recipe
 from pocl_ds.shipped import STUDIES
 
@@ -76,14 +77,15 @@ class Cell:
 
 def load_study(source: str) -> StudyConfig:
     """A study's file, or a shipped one's name. Raises RecipeError naming the first field at fault."""
-    path = Path(source) if Path(source).is_file() else STUDIES / f"{source}.yaml"
-    if not path.is_file():
+    path = Path(source) if os.path.isfile(source) else STUDIES / f"{source}.yaml"
+    if not os.path.isfile(path):
         known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
         raise RecipeError(f"study {source!r} is neither a file nor a shipped study ({known}): check the name")
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds no fields: start from a shipped study in launch/studies/")
     try:
-        return StudyConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML ({getattr(error, 'problem', error)}): mend it") from None
+        return StudyConfig.model_validate(tree)
     except ValidationError as error:
         raise RecipeError(first_fault(error, f"{path}: study field", StudyConfig)) from None
 

@@ -17,7 +17,7 @@ TIERS = (
     ("__init__",),
     ("errors",),
     ("config", "consistency", "artifacts", "credentials", "exits", "shipped"),
-    ("distributed", "tracking", "ds_config", "recipe"),
+    ("distributed", "tracking", "ds_config", "plain_yaml", "recipe"),
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
