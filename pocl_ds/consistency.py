@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
 def check_consistency(recipe: Recipe) -> None:
     """Raise ValueError where fields of a recipe contradict each other."""
     _sizes(recipe)
+    _loss(recipe)
     _teachers(recipe)
     _policy(recipe)
 
@@ -40,6 +43,31 @@ def _sizes(recipe: Recipe) -> None:
                          f"{recipe.data.train_samples}: make fewer subsets")
     if recipe.train.lr_end > recipe.train.lr:
         raise ValueError(f"train.lr_end={recipe.train.lr_end:g} is above train.lr={recipe.train.lr:g}: the cosine falls")
+
+
+def out_of_range(name: str, options: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of a divergence's options; None where nothing is."""
+    for option, value in options.items():
+        if not math.isfinite(value):
+            return f"{name}: {option}={value:g} must be a finite number"
+        if option in ("beta", "skew", "mu") and not 0 <= value <= 1:
+            return f"{name}: {option}={value:g} must lie between 0 and 1"
+    if name == "ab" and options["ab_alpha"] + options["ab_beta"] < 0:
+        return "ab: ab_alpha + ab_beta must not be negative, or improbable ids weigh without bound"
+    return None
+
+
+def _loss(recipe: Recipe) -> None:
+    """Values of the loss's options, before hours of scoring."""
+    from pocl_ds.config import LOSSES
+
+    name, defaults = recipe.loss.name, LOSSES[recipe.loss.name]
+    for option, value in recipe.loss.options.items():
+        if isinstance(value, bool) is not isinstance(defaults[option], bool):
+            wanted = "true or false" if isinstance(defaults[option], bool) else "a number"
+            raise ValueError(f"loss.options.{option}={value} of {name} must be {wanted}")
+    if fault := out_of_range(name, {**defaults, **recipe.loss.options}):
+        raise ValueError(f"loss.options of {fault}")
 
 
 def _teachers(recipe: Recipe) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,22 @@ Values = dict[tuple[str, ...], tuple[Any, str]]  # path in the JSON -> (the reci
 def load_ds_config(name: str) -> dict[str, Any]:
     """A configuration by its name in ds_configs/ or by its path. Raises RecipeError where it cannot be read."""
     path = DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         path = Path(name)
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
         raise RecipeError(f"ds_config {name!r} is neither a file nor one of {known}: check the name")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"ds_config {path} cannot be read ({error}): mend the file") from None
+    except OSError as error:
+        raise RecipeError(f"ds_config {path} cannot be read ({error.strerror}): check the file") from None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"ds_config {path} is not valid JSON ({error}): mend the file") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"ds_config {path} must hold an object: start from one in {DS_CONFIGS}")
+    for section in ("zero_optimization", "optimizer", "bf16", "fp16"):
+        if not isinstance(tree.get(section, {}), dict):
+            raise RecipeError(f"ds_config {path}: {section} must be an object: start from one in {DS_CONFIGS}")
     return tree
 
 

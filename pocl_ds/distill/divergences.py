@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pocl_ds.config import ACROSS_TOKENIZERS, LOSSES
+from pocl_ds.consistency import out_of_range
 from pocl_ds.errors import RecipeError
 
 # The log-probability of an id that is masked (-inf). Its probability underflows to exactly 0 in float32 and float64,
@@ -62,11 +63,8 @@ def divergence_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
             known = ", ".join(LOSSES[name]) or "no options"
             raise RecipeError(f"{name} has no option {option!r}: it has {known}")
     chosen = {**LOSSES[name], **options}
-    for option in ("beta", "skew", "mu"):
-        if option in chosen and not 0 <= chosen[option] <= 1:
-            raise RecipeError(f"{name}: {option}={chosen[option]:g} must lie between 0 and 1")
-    if name == "ab" and chosen["ab_alpha"] + chosen["ab_beta"] < 0:
-        raise RecipeError("ab: ab_alpha + ab_beta must not be negative, or improbable ids weigh without bound")
+    if fault := out_of_range(name, chosen):
+        raise RecipeError(fault)
     return chosen
 
 
