@@ -69,19 +69,34 @@ def peak_host_bytes() -> int:
     return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
+
+
 @contextlib.contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk, an exceeded quota or a missing permission into one sentence that names the path."""
+    """Turn a full disk, an exceeded quota, a missing permission or a file in the way into one sentence that names the path."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise ResourceError(f"the disk is full while writing {path}: free some space and start again, "
                                 "finished work is kept") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in FORBIDDEN:
             raise ArtifactError(f"{path} cannot be written ({error.strerror}): choose another --run-dir or change its "
                                 "permissions") from error
+        if error.errno in IN_THE_WAY:
+            raise ArtifactError(f"{path} cannot be written ({error.strerror}: {error.filename}): choose another --run-dir or "
+                                "move what is in the way") from error
         raise
+
+
+def file_fault(error: OSError) -> str | None:
+    """A sentence for a fault of files that nobody foresaw where it came up; None where it may be a defect of this program."""
+    if error.filename is None or error.errno not in (*FULL, *FORBIDDEN, *IN_THE_WAY, errno.EIO, errno.ESTALE):
+        return None
+    return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check its name, its permissions and its disk"
 
 
 @contextlib.contextmanager
@@ -149,8 +164,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: run the stage that makes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
         raise ArtifactError(f"{path} is damaged ({error}): remove it and run its stage again") from None
+
+
+def read_models(run: RunDirectory) -> dict[str, Any]:
+    """Where teacher and initial student lie. Raises ArtifactError where that is missing or damaged."""
+    path = run.models / "models.json"
+    tree = read_json(path)
+    if not isinstance(tree, dict) or not isinstance(tree.get("student"), str):
+        raise ArtifactError(f"{path} is damaged (it names no student): remove its folder and run `pocl prepare` again")
+    return tree
 
 
 def write_manifest(
@@ -183,8 +207,12 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest | None:
     tree = read_json(path)
     try:
         manifest = Manifest(**tree)
-    except TypeError:
-        raise ArtifactError(f"{path} is not a manifest of this program: choose another --run-dir") from None
+        whole = all(isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in manifest.files.values())
+        whole = whole and isinstance(manifest.info, dict)
+    except (TypeError, AttributeError, KeyError):
+        whole = False
+    if not whole:
+        raise ArtifactError(f"{path} is not a manifest of this program: choose another --run-dir")
     if manifest.schema != SCHEMA:
         raise ArtifactError(f"{path} has schema {manifest.schema}, this program writes {SCHEMA}: use another --run-dir")
     return manifest

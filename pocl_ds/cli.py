@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 import traceback
@@ -59,7 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> tuple[int, str]:
     """Exit code, and the sentence that says why it is not 0."""
-    from pocl_ds.credentials import hide
     from pocl_ds.errors import PoclError
 
     options = _options(arguments)
@@ -71,14 +71,29 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
                 return others.run_command(options), ""
         return _command(options), ""
     except PoclError as error:
-        said = hide(str(error))
-        print(f"pocl {options.command}: {said}", file=sys.stderr, flush=True)
-        return error.exit_code, said
+        return error.exit_code, _say(options, str(error))
+    except OSError as error:
+        from pocl_ds.artifacts import file_fault
+
+        if isinstance(error, BrokenPipeError):
+            return 0, ""
+        if (said := file_fault(error)) is None:
+            raise
+        return 2, _say(options, said)
     except KeyboardInterrupt:
         print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
         return 130, "interrupted"
-    except BrokenPipeError:
-        return 0, ""
+
+
+def _say(options: argparse.Namespace, sentence: str) -> str:
+    """Print a sentence as one line that a terminal only shows, and return it: names and texts of a user's files may hold anything,
+    secrets too."""
+    from pocl_ds.credentials import hide
+
+    said = hide(sentence)
+    shown = "".join(letter if letter.isprintable() else " " if letter.isspace() else repr(letter)[1:-1] for letter in said)
+    print(f"pocl {options.command}: {shown}", file=sys.stderr, flush=True)
+    return said
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -146,9 +161,10 @@ def _command(options: argparse.Namespace) -> int:
     import os
 
     from pocl_ds import pipeline
+    from pocl_ds.exits import place_among_ranks
     from pocl_ds.tracking import keep_log, setup_logging
 
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, ranks = place_among_ranks()
     setup_logging(rank, world_size=ranks)
     if options.command == "submit":
         return cluster.submit(options, _recipes(options))
@@ -233,7 +249,7 @@ def _shard(text: str) -> tuple[int, int]:
     from pocl_ds.errors import RecipeError
 
     number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+    if not (re.fullmatch("[0-9]{1,9}", number) and re.fullmatch("[0-9]{1,9}", count) and int(number) < int(count)):
         raise RecipeError(f"--shard {text}: write I/N with I from 0 to N-1, as in 2/8")
     return int(number), int(count)
 
@@ -336,10 +352,10 @@ def _respond(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fin
 
 
 def _score(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.artifacts import read_json
+    from pocl_ds.artifacts import read_models
     from pocl_ds.difficulty.score import score
 
-    score(run, recipe.score, recipe.prompt, model_path=read_json(run.models / "models.json")["student"],
+    score(run, recipe.score, recipe.prompt, model_path=read_models(run)["student"],
           fingerprint=fingerprint, shard=getattr(options, "shard", None), threads=recipe.launch.threads,
           trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How a process leaves: asked by a signal before it can save, and a word on why, for whoever started many of them.
+"""How a process comes and leaves: as which rank, asked by a signal before it can save, and a word on why it left.
 
 The word of each rank is a small file, POCL_EXITS/rank-R.json. An exit code alone cannot tell which rank failed first: the
 launcher ends the others, each with a code of its own.
@@ -10,16 +10,35 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pocl_ds.errors import RESUME
+from pocl_ds.errors import RESUME, ResourceError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 FOLDER = "POCL_EXITS"
+
+
+def place_among_ranks() -> tuple[int, int]:
+    """This process's number and that of all ranks, from the launcher's environment. Raises ResourceError for what cannot be."""
+    found = []
+    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)):
+        text = os.environ.get(name, str(alone))
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise ResourceError(f"{name}={text!r} is no number: start ranks through launch/train.sh, or unset it")
+        found.append(int(text))
+    rank, ranks = found
+    if "RANK" in os.environ and rank >= ranks:
+        raise ResourceError(f"RANK={rank} is not below WORLD_SIZE={ranks}: start ranks through launch/train.sh, or unset both")
+    if "RANK" in os.environ and ranks > 1:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise ResourceError(f"{name} is not set, where {ranks} ranks would meet: start ranks through launch/train.sh")
+    return rank, ranks
 
 
 def leave_when_asked() -> None:

@@ -78,7 +78,7 @@ def read_yaml(path: Path) -> Any:
 def plain_value(text: str) -> Any:
     """The plain value that a text stands for. Raises yaml.YAMLError, whatever is wrong with it."""
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader with less
+        value = yaml.load(text, _Loader)  # noqa: S506 -- a SafeLoader with less
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
     left, found = [(value, 0)], 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
+from pocl_ds.artifacts import RunDirectory, read_manifest, read_models
 from pocl_ds.bench.arguments import one_path
 from pocl_ds.cluster.sizing import Choice, step_flops
 from pocl_ds.curriculum.stage import load_plan
@@ -65,7 +65,7 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
 
 def _flops(run: RunDirectory) -> dict[str, float]:
     """Of scoring (prompts read, answers written, references read) and of trainings."""
-    recipe, models = load_recipe(str(run.recipe)), read_json(run.models / "models.json")
+    recipe, models = load_recipe(str(run.recipe)), read_models(run)
     student = model_shape(load_model_config(models["student"], trust_remote_code=recipe.student.trust_remote_code),
                           recipe.student.lora)  # fmt: skip
     teacher: ModelShape | None = None
@@ -92,7 +92,7 @@ def _flops(run: RunDirectory) -> dict[str, float]:
 
 def _scoring(run: RunDirectory, student: ModelShape, split: EncodedSplit) -> float:
     """A prompt is read and an answer written, then prompt and reference are read once more."""
-    recipe, model = load_recipe(str(run.recipe)), read_json(run.models / "models.json")["student"]
+    recipe, model = load_recipe(str(run.recipe)), read_models(run)["student"]
     limit, total = recipe.score.max_new_tokens, 0.0
     answers = [json.loads(line) for path in sorted(run.scores.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
     tokenizer = load_tokenizer(model, trust_remote_code=recipe.student.trust_remote_code)

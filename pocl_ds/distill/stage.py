@@ -12,7 +12,7 @@ import numpy as np
 from huggingface_hub import save_torch_state_dict
 
 from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, atomic_directory, read_json, read_manifest, write_json, write_manifest
+from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, read_models, write_json, write_manifest
 from pocl_ds.config import (
     ACROSS_TOKENIZERS,
     CompareConfig,
@@ -56,7 +56,7 @@ def train(
     taught: str | None = None,
 ) -> None:
     """The stage `train`, or with `compare` its plain-KD baseline. All ranks call it."""
-    models = read_json(run.models / "models.json")
+    models = read_models(run)
     teacher = None if loss.name == "sft" else teacher  # seqkd: it wrote its responses before
     plan = load_plan(run.plan / "plan.json")
     if compare:

@@ -18,6 +18,7 @@ from pocl_ds.artifacts import (
     atomic_write,
     fingerprint,
     read_json,
+    read_models,
     write_json,
     write_manifest,
 )
@@ -48,7 +49,7 @@ ROUNDS = 4
 def model_path(run: RunDirectory, model: str) -> str:
     """Where a model of the run lies: teacher, initial, student or baseline. Raises ArtifactError where it is not there yet."""
     if model in ("teacher", "initial"):
-        path = read_json(run.models / "models.json")["teacher" if model == "teacher" else "student"]
+        path = read_models(run)["teacher" if model == "teacher" else "student"]
         if path is None:
             raise ArtifactError("this recipe has no teacher: leave it out of evaluate.models")
         return str(path)
