@@ -275,8 +275,8 @@ def _files(sources: Iterable[str | None]) -> list[Any]:
     """Size and edges of the files among some sources: enough to notice another file of the same name, at any size."""
     found: list[Any] = []
     for source in sources:
-        path = Path(source or "").expanduser()
-        if not source or not path.is_file():
+        path = Path(os.path.expanduser(source or ""))
+        if not source or not os.path.isfile(path):
             continue
         size = path.stat().st_size
         with path.open("rb") as stream:

@@ -86,11 +86,15 @@ class EncodedSplit:
         for path in paths:
             if not path.is_file():
                 raise ArtifactError(f"{path} is missing: run `pocl data` first")
-        self.ids: NDArray[np.bytes_] = np.load(paths[0], mmap_mode="r")
-        index = np.load(paths[1], mmap_mode="r")
-        self.starts, self.prompt_tokens, self.total_tokens = index[:, 0], index[:, 1], index[:, 2]
-        empty = paths[2].stat().st_size == 0  # nothing can be mapped there
-        self._tokens = np.empty(0, np.uint32) if empty else np.memmap(paths[2], np.uint32, "r")
+        try:
+            self.ids: NDArray[np.bytes_] = np.load(paths[0], mmap_mode="r")
+            index = np.load(paths[1], mmap_mode="r")
+            self.starts, self.prompt_tokens, self.total_tokens = index[:, 0], index[:, 1], index[:, 2]
+            empty = paths[2].stat().st_size == 0  # nothing can be mapped there
+            self._tokens = np.empty(0, np.uint32) if empty else np.memmap(paths[2], np.uint32, "r")
+        except (ValueError, IndexError, EOFError) as error:
+            fault = f"{directory}/{split}.* is damaged ({error}): remove {directory} and run its stage again"
+            raise ArtifactError(fault) from None
         self._by_id: NDArray[np.int64] | None = None
         self.name, self._name = split, f"{directory}/{split}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,7 +94,7 @@ class _Chat:
             return str(
                 self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=DATE)
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: it divides by zero, recurses, adds a text to a number
             raise DataError(f"sample {sample.id}: the chat template refuses its turns ({error}): mend or remove it") from None
 
     def ids(self, sample: Sample) -> list[int]:
@@ -125,14 +126,16 @@ def _no_history(sample: Sample, template: str) -> None:
 
 
 def _jinja(name: str) -> Any:
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix != ".jinja":
         raise RecipeError(f"prompt.template={name!r}: take alpaca, chat, plain, or a .jinja file")
     try:
         source = path.read_text(encoding="utf-8")
         template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"prompt.template {name} cannot be read ({error}): check the path") from None
+    except OSError as error:
+        raise RecipeError(f"prompt.template {name} cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"prompt.template {name} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
     except jinja2.TemplateSyntaxError as error:
         raise RecipeError(f"prompt.template {name} line {error.lineno} is not valid Jinja ({error.message}): mend it") from None
 
@@ -140,8 +143,9 @@ def _jinja(name: str) -> Any:
         history = [{"role": role, "content": content} for role, content in sample.history]
         try:
             return template.render(instruction=sample.instruction, input=sample.input, history=history)
-        except jinja2.TemplateError as error:
-            raise DataError(f"sample {sample.id}: prompt.template {name} fails ({error}): its variables are instruction, "
+        except Exception as error:  # as above
+            reason = str(error) or type(error).__name__
+            raise DataError(f"sample {sample.id}: prompt.template {name} fails ({reason}): its variables are instruction, "
                             "input and history") from None
 
     return render

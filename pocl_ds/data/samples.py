@@ -9,17 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.errors import DataError
+from pocl_ds.errors import ArtifactError, DataError
 
 log = logging.getLogger("pocl_ds")
 
 MAX_ID_BYTES = 128
+SHOWN = 20  # names of a record that a sentence lists
 FILES = (".jsonl", ".json", ".parquet")
 # What our fields are called in data sets that people use, most specific first.
 NAMES = {
@@ -69,13 +72,13 @@ def read_samples(
     else a hash of the content.
     Raises DataError naming file, line and remedy.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         raise DataError(f"data file {source} is a folder: name a {', '.join(FILES)} file in it")
     if path.suffix in FILES:
         records = _file_records(path)
-    elif path.exists() or source.startswith(("/", ".", "~")):
-        fault = "has an unknown ending" if path.exists() else "does not exist"
+    elif (there := os.path.exists(path)) or source.startswith(("/", ".", "~")):
+        fault = "has an unknown ending" if there else "does not exist"
         raise DataError(f"data file {source} {fault}: give a {', '.join(FILES)} file or a Hub name")
     else:
         records = _hub_records(source, hub_subset, hub_split)
@@ -116,12 +119,16 @@ def normalise(
 
 
 def read_normalised(path: Path) -> Iterator[Sample]:
-    """Samples of a file that this program wrote."""
+    """Samples of a file that this program wrote. Raises ArtifactError where it is damaged."""
     with path.open(encoding="utf-8") as stream:
-        for line in stream:
-            tree = json.loads(line)
-            history = tuple((role, content) for role, content in tree["history"])
-            yield Sample(tree["id"], tree["instruction"], tree["input"], tuple(tree["references"]), history)
+        for number, line in enumerate(stream, 1):
+            try:
+                tree = json.loads(line)
+                history = tuple((role, content) for role, content in tree["history"])
+                sample = Sample(tree["id"], tree["instruction"], tree["input"], tuple(tree["references"]), history)
+            except (ValueError, KeyError, TypeError):
+                raise ArtifactError(f"{path} line {number} is damaged: remove its folder and run its stage again") from None
+            yield sample
 
 
 class SeenKeys:
@@ -181,7 +188,7 @@ class _Reader:
         self.format = format if format != "auto" else self._recognise(record)
         if self.format is None:
             raise DataError(
-                f"{place}: no known form of record (fields: {', '.join(map(str, record))}): it needs instruction and output, "
+                f"{place}: no known form of record (fields: {_listed(record)}): it needs instruction and output, "
                 f"prompt and completion, or messages; map other names with {setting}, as in {setting}.output=answer"
             )
 
@@ -211,7 +218,7 @@ class _Reader:
         output = record.get(self.names["output"])
         if output is None:
             raise DataError(
-                f"{place}: there is no field {self.names['output']!r} (fields: {', '.join(map(str, record))}): add it, or "
+                f"{place}: there is no field {self.names['output']!r} (fields: {_listed(record)}): add it, or "
                 f"name the one that holds the answer with {self.setting}.output"
             )
         references = tuple(output) if isinstance(output, list) else (output,)
@@ -223,7 +230,7 @@ class _Reader:
         self, record: dict[str, Any], place: str
     ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
         if self.names["messages"] not in record:
-            raise DataError(f"{place}: there is no field {self.names['messages']!r} (fields: {', '.join(map(str, record))}): "
+            raise DataError(f"{place}: there is no field {self.names['messages']!r} (fields: {_listed(record)}): "
                             f"add it, or name the one that holds the turns with {self.setting}.messages")
         raw = record[self.names["messages"]]
         turns = []
@@ -253,12 +260,18 @@ def _named(record: dict[str, Any], ours: str, fields: Mapping[str, str]) -> str:
     return next((name for name in NAMES[ours] if name in record), NAMES[ours][0])
 
 
+def _listed(record: dict[str, Any]) -> str:
+    """The names in a record, the first ones of many."""
+    more = f" and {len(record) - SHOWN} more" if len(record) > SHOWN else ""
+    return ", ".join(str(name)[:80] for name in islice(record, SHOWN)) + more
+
+
 def _check_fields(record: dict[str, Any], place: str, fields: Mapping[str, str], setting: str) -> None:
     """A field that a recipe maps is there: a misspelt `input` would otherwise be left out without a word."""
     for ours, theirs in fields.items():
         if theirs not in record:
             raise DataError(f"{place}: there is no field {theirs!r}, which {setting}.{ours} names (fields: "
-                            f"{', '.join(map(str, record))}): correct {setting}")
+                            f"{_listed(record)}): correct {setting}")
 
 
 def _bytes(text: str, place: str) -> bytes:
@@ -278,8 +291,8 @@ def _checked_id(value: Any, place: str) -> str:
 
 
 def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"data file {path} does not exist: check the path")
+    if not os.path.isfile(path):
+        raise DataError(f"data file {path} {'is no file' if os.path.exists(path) else 'does not exist'}: check the path")
     if path.stat().st_size == 0:
         raise DataError(f"data file {path} is empty: check that it is the right file")
     try:

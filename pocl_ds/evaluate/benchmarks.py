@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def known_file(known: Known, folder: str | None, name: str) -> Path:
     if folder is None:
         return _downloaded(known, name)
     for file in known.files:
-        path = Path(folder).expanduser() / file
+        path = Path(os.path.expanduser(folder)) / file
         if path.is_file():
             return path
     raise DataError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import logging
+import os
 import re
 import statistics
 import threading
@@ -142,7 +143,7 @@ class _Court:
         text = PROMPTS[config.mode]
         try:
             if config.prompt is not None:
-                text = Path(config.prompt).expanduser().read_text(encoding="utf-8")
+                text = Path(os.path.expanduser(config.prompt)).read_text(encoding="utf-8")
             self.template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(text)
         except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
             raise RecipeError(f"evaluate.judge.prompt {config.prompt} is no template ({error}): mend it") from None

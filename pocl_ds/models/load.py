@@ -40,15 +40,15 @@ def resolve_model(config: ModelSource) -> str:
     source = config.model
     if source.startswith(gguf.PACKAGE_SCHEME):
         return str(gguf.dequantised_folder(gguf.file_in_package(source)))
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         _check_folder(path)
         return str(path)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"model file {source} does not exist: check the path")
         return str(gguf.dequantised_folder(path))
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"model {source} is a file: give a Hugging Face folder, a Hub name or a .gguf file")
     if not HUB_NAME.fullmatch(source):
         raise ModelError(f"model folder {source} does not exist: check the path, or give a Hub name such as org/name")
