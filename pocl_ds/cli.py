@@ -86,8 +86,7 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
 
 
 def _say(options: argparse.Namespace, sentence: str) -> str:
-    """Print a sentence as one line that a terminal only shows, and return it: names and texts of a user's files may hold anything,
-    secrets too."""
+    """Print a sentence as one line, and return it: texts of a user's files may hold a terminal's commands, and secrets."""
     from pocl_ds.credentials import hide
 
     said = hide(sentence)
