@@ -13,9 +13,10 @@ import numpy as np
 from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluate.answers import answers_file, answers_manifest, read_answers
-from pocl_ds.evaluate.compare import Comparison, Floats, compare, compare_mean, sentence
+from pocl_ds.evaluate.compare import Comparison, compare, compare_mean, sentence
 from pocl_ds.evaluate.judge import judge_file, read_verdicts
 from pocl_ds.evaluate.tables import aligned
+from pocl_ds.metrics.bootstrap import Floats
 
 log = logging.getLogger("pocl_ds")
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.errors import ArtifactError
+from pocl_ds.metrics.bootstrap import interval, resampled_means
 from pocl_ds.report.samples import cut, parsed, weight
-
-RESAMPLES, COVERAGE = 1000, 0.95
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,6 @@ def read_benchmarks(run: RunDirectory, results: dict[str, Any], models: list[str
     return [_benchmark(run, name, models, results["seeds"], most, room // len(names)) for name in names]
 
 
-def interval(scores: NDArray[np.float64]) -> tuple[float, float]:
-    """Bootstrap interval over items of a mean (percentiles, 1000 resamples, always the same draws)."""
-    draws = np.random.default_rng(0)
-    means = [float(scores[draws.integers(0, len(scores), len(scores))].mean()) for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
-    return float(low), float(high)
-
-
 def _benchmark(run: RunDirectory, name: str, models: list[str], seeds: list[int], most: int, room: int) -> Benchmark:
     first: dict[str, dict[str, Any]] = {}  # model -> id -> record of the first seed
     scores: dict[str, dict[str, float]] = {}
@@ -84,7 +74,7 @@ def _benchmark(run: RunDirectory, name: str, models: list[str], seeds: list[int]
         used += size
         items.append(item)
     asked = [(key, first[models[0]][key]["prompt"]) for key in sorted(first[models[0]])]
-    intervals = {model: interval(np.array(list(scores[model].values()))) for model in models}
+    intervals = {model: interval(resampled_means(np.array(list(scores[model].values())))) for model in models}
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return Benchmark(name, len(first[models[0]]), items, digest, scores, intervals, used)
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, read_manifest
-from pocl_ds.evaluate.compare import RESAMPLES, Floats
 from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
 from pocl_ds.evaluate.tables import aligned
+from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, two_sided_p
 from pocl_ds.report.history import spent_by_stage
 from pocl_ds.report.words import clock
 from pocl_ds.study.difficulty import difficulty_lines, read_seen
@@ -56,9 +56,7 @@ def two_level(differences: Floats, *, resamples: int = RESAMPLES, seed: int = 0)
     for number in range(resamples):
         rows, columns = source.integers(0, items, items), source.integers(0, trainings, trainings)
         means[number] = differences[rows].mean(0)[columns].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    tail = min(int((means <= 0).sum()), int((means >= 0).sum())) + 1
-    return Difference(float(differences.mean()), float(low), float(high), min(1.0, 2 * tail / (resamples + 1)), trainings)
+    return Difference(float(differences.mean()), *interval(means), two_sided_p(means), trainings)
 
 
 def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:

@@ -1,0 +1,31 @@
+"""The bootstrap itself: what it draws, what it says of a mean, and that blocks change nothing of its size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pocl_ds.metrics import bootstrap
+from pocl_ds.metrics.bootstrap import interval, resampled_means, two_sided_p
+
+
+def test_draws_follow_from_their_arguments_alone() -> None:
+    values = np.arange(30.0)
+    assert np.array_equal(resampled_means(values, resamples=50), resampled_means(values, resamples=50))
+    assert not np.array_equal(resampled_means(values, resamples=50), resampled_means(values, resamples=50, seed=[0, 1]))
+
+
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_the_spread_is_that_of_a_mean(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "BLOCK", block)
+    values = np.random.default_rng(0).normal(5.0, 3.0, 400)
+    means = resampled_means(values, resamples=4000)
+    assert means.shape == (4000,) and means.std() == pytest.approx(values.std() / 20, rel=0.05)
+    low, high = interval(means)
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
+
+
+def test_p_counts_the_rarer_side_and_is_never_0() -> None:
+    assert two_sided_p(np.ones(99)) == 2 / 100
+    assert two_sided_p(np.array([-1.0] * 10 + [1.0] * 89)) == 22 / 100
+    assert two_sided_p(np.zeros(99)) == 1.0
