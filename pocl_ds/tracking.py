@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
@@ -234,3 +234,15 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False, rule: bool = False) -> list[str]:
+    """Rows of a table as lines, their columns to the left, or with `numbers` all but the first to the right.
+
+    rule: with a line of dashes below the first row.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    whole = [rows[0], ["-" * width for width in widths], *rows[1:]] if rule else rows
+    return ["  ".join(cell.rjust(width) if numbers and place else cell.ljust(width)
+                      for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+            for row in whole]  # fmt: skip

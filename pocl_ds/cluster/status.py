@@ -17,7 +17,7 @@ from pocl_ds.cluster.attempts import AGAIN, DONE, FAILED, Attempt, read_attempts
 from pocl_ds.cluster.job import METRICS
 from pocl_ds.cluster.submit import enter_submission, job_ids
 from pocl_ds.recipe import load_recipe
-from pocl_ds.tracking import read_metrics
+from pocl_ds.tracking import aligned, read_metrics
 
 LINES = 6  # of a failing rank's log
 RECENT = 20  # steps that a rate is taken over
@@ -53,10 +53,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows under a head, and what there is to say of each below."""
     head = Row("job", "id", "state", "attempt", "progress")
     cells = [[row.name, row.ids, row.state, row.attempt, row.progress] for row in [head, *rows]]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     notes = [f"{row.name}: {note}" if number == 0 else f"    {note}" for row in rows for number, note in enumerate(row.notes)]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
+    return "\n".join([*aligned(cells), *([""] if notes else []), *notes])
 
 
 def _row(run: RunDirectory, spec: Mapping[str, Any], done: Mapping[str, bool], queue: Sequence[scheduler.Queued],

@@ -15,8 +15,8 @@ from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluate.answers import answers_file, answers_manifest, read_answers
 from pocl_ds.evaluate.compare import Comparison, compare, compare_mean, sentence
 from pocl_ds.evaluate.judge import judge_file, read_verdicts
-from pocl_ds.evaluate.tables import aligned
 from pocl_ds.metrics.bootstrap import Floats
+from pocl_ds.tracking import aligned
 
 log = logging.getLogger("pocl_ds")
 
@@ -123,8 +123,7 @@ def lines_of(table: Table, a: Side, b: Side) -> list[str]:
         rows.append([name, _mean(found.mean_a, found.deviation_a), _mean(found.mean_b, found.deviation_b),
                      f"{found.difference:+.2f}", f"{found.low:+.2f} .. {found.high:+.2f}", f"{found.p:.2g}",
                      str(found.items)])  # fmt: skip
-    lines, _ = aligned(rows)
-    lines.append("")
+    lines = [*aligned(rows, numbers=True), ""]
     unit = MEASURES[table.measure][0]
     lines += [f"{name}: {sentence(found, a.name, b.name, unit)}" for name, found in table.comparisons.items()]
     lines += [f"NOT COMPARABLE, shown by --force: {mark}" for mark in table.marks]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
+
+from pocl_ds.tracking import aligned
 
 ROWS = (
     ("initial", "student before"), ("student", "student after"), ("baseline", "student after plain KD"), ("teacher", "teacher"),
@@ -12,17 +13,7 @@ ROWS = (
 
 def results_table(results: dict[str, Any]) -> str:
     """Plain text, columns aligned."""
-    lines, widths = aligned(table_rows(results))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[int]]:
-    """Rows as lines, the first column to the left and the others to the right; and the widths of the columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) if place == 0 else cell.rjust(width)
-                       for place, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]  # fmt: skip
-    return lines, widths
+    return "\n".join(aligned(table_rows(results), numbers=True, rule=True))
 
 
 def markdown_table(results: dict[str, Any]) -> str:

@@ -13,14 +13,12 @@ import numpy as np
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, read_manifest
 from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
-from pocl_ds.evaluate.tables import aligned
 from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, two_sided_p
 from pocl_ds.report.history import spent_by_stage
-from pocl_ds.report.words import clock
 from pocl_ds.study.difficulty import difficulty_lines, read_seen
 from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
 from pocl_ds.study.run import directory, is_finished
-from pocl_ds.tracking import read_metrics
+from pocl_ds.tracking import aligned, clock, read_metrics
 
 STUDENT, MEASURE, ALL = "student", "rouge_l", "all items"
 
@@ -75,7 +73,7 @@ def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
             rows.append([cell.name, visits, f"step {steps[-1]['step']}, loss {steps[-1]['loss']:.3f}", ""])
         else:
             rows.append([cell.name, visits, "begun" if run.recipe.is_file() else "-", ""])
-    return aligned(rows)[0]
+    return aligned(rows)
 
 
 def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
@@ -93,7 +91,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         found = [results_of(run)["models"][STUDENT]["benchmarks"] for run in runs]
         rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks),
                      _validation(runs), *_times(runs)])  # fmt: skip
-    lines = aligned(rows)[0]
+    lines = aligned(rows)
     every = [*benchmarks, ALL] if len(benchmarks) > 1 else benchmarks
     shown = 0
     for (better, worse), point, name in itertools.product(study.compare, dict.fromkeys(cell.point for cell in cells), every):

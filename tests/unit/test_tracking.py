@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pocl_ds import tracking
-from pocl_ds.tracking import MetricsWriter, Progress, Spikes, read_metrics
+from pocl_ds.tracking import MetricsWriter, Progress, Spikes, aligned, read_metrics
 
 
 @pytest.fixture
@@ -75,3 +75,10 @@ def test_a_spike_is_a_jump_and_not_a_slope() -> None:
     assert [spikes.seen(12.0, 1) for _ in range(5)] == [None] * 5  # another stage has another loss
     constant = Spikes()
     assert [constant.seen(2.0, 0) for _ in range(20)] == [None] * 20 and constant.seen(2.3, 0) is None
+
+
+def test_columns_stand_below_one_another() -> None:
+    rows = [["", "loss"], ["student", "4.25"], ["all", "10.5"]]
+    assert aligned(rows) == ["         loss", "student  4.25", "all      10.5"]
+    assert aligned(rows, numbers=True, rule=True) == ["         loss", "-------  ----", "student  4.25", "all      10.5"]
+    assert aligned([["a", "bb"], ["a", "b"]], numbers=True) == ["a  bb", "a   b"]
