@@ -107,7 +107,7 @@ def difficulty_lines(found: Sequence[Seen], subsets: int) -> list[str]:
     for one in found:
         rows.append([one.name, str(len(one.ids)), _spread(one.rouge_l), _quartiles(one.rouge_l), f"{tied_share(one.rouge_l):.0%}",
                      _spread(one.cross_entropy), _quartiles(one.cross_entropy), f"{lengths[one.name]:+.2f}"])  # fmt: skip
-    lines = aligned(rows)
+    lines = aligned(rows, numbers=True)
     pairs = [["pair", "samples", "order", "ROUGE-L", "cross-entropy", "order at one length", "same subset", "hardest subset"]]
     for one, other in itertools.combinations(found, 2):
         pair = compare_pair(one, other, subsets)
@@ -116,7 +116,7 @@ def difficulty_lines(found: Sequence[Seen], subsets: int) -> list[str]:
                       f"{pair.same_subset:.0%}", f"{pair.hardest:.0%}"])  # fmt: skip
     if len(pairs) > 1:
         lines += ["", "rank correlation (Spearman), and samples that both put into the same of "
-                  f"{subsets} subsets (by chance {1 / subsets:.0%}):", *aligned(pairs)]  # fmt: skip
+                  f"{subsets} subsets (by chance {1 / subsets:.0%}):", *aligned(pairs, numbers=True)]  # fmt: skip
     for name, value in lengths.items():
         if abs(value) >= SHARP:
             lines.append(f"{name}: its order is largely one of lengths ({value:+.2f} with the response's tokens)")

@@ -91,7 +91,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         found = [results_of(run)["models"][STUDENT]["benchmarks"] for run in runs]
         rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks),
                      _validation(runs), *_times(runs)])  # fmt: skip
-    lines = aligned(rows)
+    lines = aligned(rows, numbers=True)
     every = [*benchmarks, ALL] if len(benchmarks) > 1 else benchmarks
     shown = 0
     for (better, worse), point, name in itertools.product(study.compare, dict.fromkeys(cell.point for cell in cells), every):
