@@ -473,7 +473,7 @@ def _sources(value: Any) -> Any:
     """Benchmarks as a list of names (`[dolly, vicuna]`, `dolly,vicuna`), or name -> a source or its fields."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
         value = {name: name for name in value}
     if not isinstance(value, dict):
         return value

@@ -151,6 +151,11 @@ def test_no_recipe_does_more_than_fail_with_a_sentence(path: tuple[str, ...], va
         assert check_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
+def test_benchmarks_that_are_no_names() -> None:
+    with pytest.raises(RecipeError, match="recipe field evaluate.benchmarks"):
+        check_recipe({**BASE, "evaluate": {"benchmarks": [["dolly"]]}})
+
+
 def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(BASE))
