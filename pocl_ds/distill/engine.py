@@ -323,8 +323,10 @@ def _keep_gloo_from_teams() -> None:
 def _data_only(directory: Path) -> contextlib.AbstractContextManager[None]:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
-    return data_only(directory, LossScaler, ZeroStageEnum)  # all that DeepSpeed writes beside tensors and plain values
+    # All that it writes beside tensors and plain values; the last by stage 2.
+    return data_only(directory, LossScaler, ZeroStageEnum, fragment_address)
 
 
 @contextlib.contextmanager
