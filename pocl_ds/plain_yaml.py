@@ -35,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep=deep)
-        except (ValueError, KeyError):  # !!int abc, or more digits than Python reads
+        except (ValueError, LookupError):  # !!int abc, !!int, !!bool abc, or more digits than Python reads
             raise ConstructorError(None, None, f"{node.value[:40]!r} is not what its tag says", node.start_mark) from None
         if isinstance(value, int) and value.bit_length() > 64:
             raise ConstructorError(None, None, f"{node.value[:40]!r} is a number beyond 64 bits", node.start_mark)

@@ -33,6 +33,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         f"seed: {1 << 63}\n",
         f"recipe field seed={1 << 63}: input should be less than 9223372036854776000",
     ),
+    "a tag of nothing": ("seed: !!int\n", BROKEN.format("'' is not what its tag says")),
     "a tag that lies": ("seed: !!int abc\n", BROKEN.format("'abc' is not what its tag says")),
     "bytes": ("hardware: !!binary aGk=\n", BROKEN.format(TAG.format("binary"))),
     "a set": ("hardware: !!set {a}\n", BROKEN.format(TAG.format("set"))),
