@@ -1,6 +1,6 @@
-"""What a new user does wrong, each through the real command: one sentence, exit code 2, nothing half-written.
+"""Faults that need a run with real ranks or a real process: one sentence, exit code 2, nothing half-written.
 
-Ctrl-C at each stage: exit code 130, and the same command goes on.
+Ctrl-C: exit code 130, and the same command goes on. What needs neither stands in the tables of the files beside this one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from typing import Any
 
 import pytest
 from command_line import pocl, start
+from refusals import own_signals
 from tiny_runs import write_recipe
+
+from pocl_ds.cli import main
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 
 
 def lines(records: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
-
-
-BROKEN = lines(GOOD).splitlines(keepends=True)
-BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
 
 
 @pytest.fixture(scope="module")
@@ -60,50 +59,17 @@ def unfinished(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-DATA: dict[str, tuple[str | None, tuple[str, ...]]] = {
-    "a file that is not there": (None, ("bad.jsonl", "does not exist")),
-    "an empty file": ("", ("bad.jsonl",)),
-    "broken JSON on line 7": ("".join(BROKEN), ("bad.jsonl", "line 7")),
-    "no output": (lines([{"instruction": "Say it."}] * 3), ("bad.jsonl", "instruction")),
-    "duplicate ids": (lines([{"id": "x", **record} for record in GOOD]), ("x",)),
-    "a list where a text should be": (lines([{"instruction": ["a"], "output": "b"}] * 30), ("line 1", "instruction")),
-}
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_data(case: str, recipe: Path, tmp_path: Path) -> None:
-    text, parts = DATA[case]
-    path = tmp_path / "bad.jsonl"
-    if text is not None:
-        path.write_text(text)
-    refused(pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), f"data.source={path}", check=False), *parts)
-    assert unfinished(tmp_path / "run" / "data") == []
-
-
-def test_a_sample_longer_than_the_limit_is_counted(recipe: Path, tmp_path: Path) -> None:
+def test_a_sample_longer_than_the_limit_is_counted(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Not a fault: response and prompt are cut to their limits, and how many is said."""
     path = tmp_path / "long.jsonl"
     long = [{"instruction": "Say much.", "output": "word " * 300}, {"instruction": "w " * 900, "output": "a"}]
     path.write_text(lines([*GOOD, *long]))
     words = [f"data.source={path}", "data.train_samples=null", "data.test_fraction=0.1"]
-    found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words)
-    assert sum(int(count) for count in re.findall(r"(\d+) truncated, 0 dropped", found.stderr)) == 2
-
-
-def test_a_folder_that_is_no_model(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    words = [f"student.model={tmp_path / 'empty'}"]
-    refused(pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False), str(tmp_path / "empty"))
-
-
-def test_a_tokenizer_without_eos(recipe: Path, tmp_path: Path, tiny_llama: Path) -> None:
-    model = shutil.copytree(tiny_llama, tmp_path / "model")
-    path = Path(model) / "tokenizer_config.json"
-    tree = json.loads(path.read_text())
-    tree["eos_token"] = None
-    path.write_text(json.dumps(tree))
-    words = [f"student.model={model}"]
-    refused(pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False), "EOS", str(model))
+    with own_signals():
+        assert main(["data", str(recipe), "--run-dir", str(tmp_path / "run"), *words]) == 0
+    assert sum(int(count) for count in re.findall(r"(\d+) truncated, 0 dropped", capsys.readouterr().err)) == 2
 
 
 def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished: Path) -> None:
@@ -125,10 +91,6 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("finished") / "run"
     pocl("run", str(recipe), "--run-dir", str(run))
     return run
-
-
-def test_a_run_directory_of_another_recipe(finished: Path) -> None:
-    refused(pocl("run", "--run-dir", str(finished), "plan.subsets=3", check=False), "plan.subsets", "--run-dir")
 
 
 def test_a_benchmark_without_references(finished: Path, tmp_path: Path) -> None:
@@ -173,7 +135,7 @@ STAGES = ("data", "prepare", "score", "rank", "plan", "train", "evaluate", "expo
 FOLDERS = {"prepare": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["data", "score", "train", "evaluate"])  # a child while it imports, at work, ranks, engines
 def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
     """INT a moment after the stage began; then the same command ends it."""
     later = [FOLDERS.get(name, name) for name in STAGES[STAGES.index(stage) :]]
