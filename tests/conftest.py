@@ -17,6 +17,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import pytest
 import tiny_models
+from hypothesis import settings
+
+# A machine that others use, or the other half of the suite, may hold up any example: no example has a time of its own.
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     """The arguments of one of these commands."""
     if name == "difficulty":
         command.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories that have been ranked")
-        command.add_argument("--subsets", type=int, help="how many to cut the order into (default: as the first one's recipe)")
+        command.add_argument("--subsets", type=int, help="how many to cut the order into (default: as the recipes do)")
         return
     command.add_argument("study", help="a study's file, or the name of one in launch/studies/")
     command.add_argument("words", nargs="*", metavar="field=value", help="dotted overrides of every cell")
@@ -72,8 +72,9 @@ def _difficulty(options: argparse.Namespace) -> int:
 
     if options.subsets is not None and options.subsets < 1:
         raise RecipeError(f"--subsets {options.subsets}: it is at least 1")
-    found = [read_seen(RunDirectory(path), str(path)) for path in options.runs]
-    subsets = options.subsets or load_recipe(str(RunDirectory(options.runs[0]).recipe)).plan.subsets
+    names = [path.name for path in options.runs]
+    found = [read_seen(RunDirectory(path), path.name if names.count(path.name) == 1 else str(path)) for path in options.runs]
+    subsets = options.subsets or max(load_recipe(str(RunDirectory(path).recipe)).plan.subsets for path in options.runs)
     print("\n".join(difficulty_lines(found, subsets)))
     return 0
 

@@ -83,7 +83,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         return []
     if study.until == "rank":
         seen = [read_seen(directory(folder, cell), cell.name) for cell in done]
-        return difficulty_lines(seen, done[0].recipe.plan.subsets)
+        return difficulty_lines(seen, max(cell.recipe.plan.subsets for cell in done))
     benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
     rows = [["", "trainings", *benchmarks, "validation loss", "ordering", "training"]]
     for group in dict.fromkeys(cell.group for cell in done):
