@@ -16,6 +16,7 @@ from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import AGAIN, DONE, FAILED, Attempt, read_attempts
 from pocl_ds.cluster.job import METRICS
 from pocl_ds.cluster.submit import enter_submission, job_ids
+from pocl_ds.curriculum.stage import steps_of_stages
 from pocl_ds.recipe import load_recipe
 from pocl_ds.tracking import aligned, read_metrics
 
@@ -158,8 +159,7 @@ def _total(run: RunDirectory, name: str) -> int | None:
     """Steps of a training's plan."""
     if name == "prepare":
         return int(load_recipe(str(run.recipe)).student.heal_steps) or None
-    file = run.baseline / "plan.json" if name == "baseline" else run.plan / "plan.json"
-    return sum(stage["steps"] for stage in read_json(file)["stages"]) if file.is_file() else None
+    return sum(steps_of_stages(run, name)) or None
 
 
 def _tail(run: RunDirectory, name: str, attempt: Attempt) -> list[str]:

@@ -13,8 +13,9 @@ from statistics import median
 from typing import Any
 
 from pocl_ds import pipeline
-from pocl_ds.artifacts import MANIFEST, RunDirectory, read_json, read_manifest
+from pocl_ds.artifacts import MANIFEST, RunDirectory, read_manifest
 from pocl_ds.cluster.attempts import read_attempts
+from pocl_ds.curriculum.stage import steps_of_stages
 from pocl_ds.errors import ArtifactError
 from pocl_ds.recipe import load_recipe
 from pocl_ds.tracking import clock, read_metrics
@@ -61,9 +62,8 @@ def look(run: RunDirectory) -> View:
     for training, folder in (("train", run.train), ("baseline", run.baseline)):
         if (metrics := folder / "metrics.jsonl").is_file():
             view.training, view.steps = training, read_metrics(metrics)
-            plan = (folder if training == "baseline" else run.plan) / "plan.json"
-            steps = [stage["steps"] for stage in read_json(plan)["stages"]] if plan.is_file() else []
-            view.total, view.bands = sum(steps), [sum(steps[: number + 1]) for number in range(len(steps))]
+            view.bands = list(itertools.accumulate(steps_of_stages(run, training)))
+            view.total = view.bands[-1] if view.bands else 0
     view.events = _events(run)[-EVENTS:]
     return view
 

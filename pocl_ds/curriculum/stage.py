@@ -55,6 +55,12 @@ def load_plan(path: Path) -> Plan:
     return Plan.from_json(read_json(path), _order(RunDirectory(path.parents[1])))
 
 
+def steps_of_stages(run: RunDirectory, training: str) -> list[int]:
+    """Steps of each stage of `train` or `baseline`, from its plan alone; empty where there is none yet."""
+    path = (run.baseline if training == "baseline" else run.plan) / "plan.json"
+    return [int(stage["steps"]) for stage in read_json(path)["stages"]] if path.is_file() else []
+
+
 def _order(run: RunDirectory) -> NDArray[np.int64]:
     path = run.ranking / "order.npy"
     if not path.is_file():
