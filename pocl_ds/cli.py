@@ -391,7 +391,8 @@ def _evaluate(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fi
         answer(run, _part(recipe.evaluate, options), recipe.prompt, model=options.model, path=model_path(run, options.model),
                threads=recipe.launch.threads, shard=options.shard or (0, 1))  # fmt: skip
         return
-    held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names})
+    held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names}, teacher=recipe.teacher,
+             threads=recipe.launch.threads)  # fmt: skip
     judge(run, recipe.evaluate, names)
     summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
 

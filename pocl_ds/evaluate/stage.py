@@ -22,7 +22,7 @@ from pocl_ds.artifacts import (
     write_json,
     write_manifest,
 )
-from pocl_ds.config import EvaluateConfig, PromptConfig, lasting
+from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, lasting
 from pocl_ds.data.encode import EncodedSplit, Encoder
 from pocl_ds.data.samples import Sample
 from pocl_ds.errors import ArtifactError
@@ -113,11 +113,20 @@ def share(sizes: dict[tuple[str, int], int], number: int, count: int) -> list[tu
 
 
 def held_out(
-    run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, paths: dict[str, str], *, threads: int | None = None
-) -> None:
-    """Loss a token on data/test and on every benchmark's references, and KL(teacher || model) where there is a teacher."""
+    run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, paths: dict[str, str], *,
+    teacher: TeacherConfig | None = None, threads: int | None = None,
+) -> None:  # fmt: skip
+    """Loss a token on data/test and on every benchmark's references, and KL(teacher || model) where there is a teacher.
+
+    teacher: as the recipe has it; where the model that is measured is not what training asked, the log says so.
+    """
     if not config.loss:
         return
+    if teacher and "teacher" in paths and teacher.others:
+        log.warning("KL to the teacher is to %s alone, not to the mixture of %d that training asked", teacher.model,
+                    1 + len(teacher.others))  # fmt: skip
+    if teacher and "teacher" in paths and teacher.quantization != "none":
+        log.warning("the teacher is evaluated as its model is, not quantised to %s as training asked it", teacher.quantization)
     split = EncodedSplit.open(run.data, TEST)
     benchmarks = {name: questions(run, config, name) for name, one in config.benchmarks.items() if one.source != TEST}
     if not len(split) and not benchmarks:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
-from pocl_ds.config import EvaluateConfig, PromptConfig
+from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import PoclError
 from pocl_ds.evaluate import stage
@@ -196,3 +196,16 @@ def test_an_unanswered_model_is_one_sentence(run: RunDirectory, configured: Conf
 def test_a_model_that_is_not_there(run: RunDirectory) -> None:
     with pytest.raises(PoclError, match="baseline"):
         stage.model_path(run, "baseline")
+
+
+def test_a_teacher_that_is_not_the_one_of_training_is_said(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stage, "measure", lambda *_, **__: None)
+    monkeypatch.setattr(stage.log, "warning", lambda text, *values: said.append(text % values))
+    teacher = {"model": "one", "quantization": "bnb_4bit", "ds_config": None, "others": [{"model": "two"}]}
+    for paths in ({"teacher": "one"}, {"student": "mine"}):  # without the teacher there is no KL
+        stage.held_out(run, configured(), prompt, paths, teacher=TeacherConfig.model_validate(teacher))
+    assert said == ["KL to the teacher is to one alone, not to the mixture of 2 that training asked",
+                    "the teacher is evaluated as its model is, not quantised to bnb_4bit as training asked it"]  # fmt: skip
