@@ -30,6 +30,16 @@ from torch import Tensor, nn
 from pocl_ds import distributed
 from pocl_ds.config import TrainConfig
 from pocl_ds.distill.data_only import data_only
+from pocl_ds.distill.parameters import (
+    clear_moments,
+    copied,
+    frozen_names,
+    in_place,
+    load_all_but,
+    parameter_groups,
+    weights,
+    whole_state,
+)
 from pocl_ds.errors import ArtifactError, ResourceError
 
 log = logging.getLogger("pocl_ds")
@@ -87,7 +97,8 @@ class DeepSpeedEngine:
 
         self.zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         if distributed.world_size() == 1:
-            # Alone, a rank would join, scale and copy its gradients only to get them back.
+            # Alone, a rank would join, scale and copy its gradients only to get them back. DeepSpeed looks the function up in its
+            # module, and a process that is alone stays so: this is right for every engine in it.
             stage3.reduce_scatter_coalesced = lambda tensors, group=None: [tensor.view(-1) for tensor in tensors]
         self.engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameter_groups(module, train.weight_decay), config=ds_config
@@ -127,7 +138,7 @@ class DeepSpeedEngine:
         def take(state_dict: Any, path: str) -> None:
             if self.frozen and "module" in state_dict:  # DeepSpeed itself leaves out one name of a weight that has two
                 state_dict["module"] = {key: part for key, part in state_dict["module"].items() if key not in self.frozen}
-            taken.append((_copied(state_dict) if copy else state_dict, path))
+            taken.append((copied(state_dict) if copy else state_dict, path))
 
         writer.save = take
         try:
@@ -158,7 +169,7 @@ class DeepSpeedEngine:
 
     def _load_module(self, src: dict[str, Tensor], dst: nn.Module) -> None:
         """What DeepSpeed does with a checkpoint's module, where frozen weights are not in it."""
-        _load_all_but(self.frozen, src, dst)
+        load_all_but(self.frozen, src, dst)
 
     def _mend_universal_load(self) -> None:
         """Undo what DeepSpeed's universal load does to an Adam with several parameter groups.
@@ -189,10 +200,10 @@ class DeepSpeedEngine:
             ds_to_universal.main(options)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
-        return _whole_state(module, self._whole)
+        return whole_state(module, self._whole)
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return _weights(module, self._whole)
+        return weights(module, self._whole)
 
     def _whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         return gather_parameters(parameters) if self.zero_stage == 3 else contextlib.nullcontext()
@@ -236,7 +247,7 @@ class TorchEngine:
             return list
         module = {name: part for name, part in self.module.state_dict().items() if name not in self.frozen}
         live = {"module": module, "optimizer": self.optimizer.state_dict()}
-        state, path = _copied(live) if copy else live, directory / "torch.pt"
+        state, path = copied(live) if copy else live, directory / "torch.pt"
 
         def write() -> list[Path]:
             torch.save(state, path)
@@ -246,17 +257,17 @@ class TorchEngine:
 
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         state = torch.load(directory / "torch.pt", map_location="cpu", weights_only=True)
-        _load_all_but(self.frozen, state["module"], self.module)
+        load_all_but(self.frozen, state["module"], self.module)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def reshard(self, source: Path, target: Path) -> None:
         shutil.copy2(source / "torch.pt", target)
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
-        return _whole_state(module, _in_place)
+        return whole_state(module, in_place)
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        return _weights(module, _in_place)
+        return weights(module, in_place)
 
 
 class FrozenEngine:
@@ -355,87 +366,9 @@ def gather_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on biases and norms (METHOD 2). Shapes come from ZeRO's record where it sharded."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def frozen_names(module: nn.Module) -> set[str]:
-    """Every name of the parameters that are not trained. Checkpoints leave them out: they are those of the model's folder."""
-    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-
-
-def _load_all_but(absent: set[str], state: dict[str, Tensor], module: nn.Module) -> None:
-    """Load a state in which these names may be missing. Raises ArtifactError for any other difference."""
-    found = module.load_state_dict(state, strict=False)
-    wrong = sorted({*found.missing_keys} - absent | {*found.unexpected_keys})
-    if wrong:
-        raise ArtifactError(f"the checkpoint and the student differ in {wrong[0]}: remove the checkpoint, or undo the change to "
-                            "the student")  # fmt: skip
-
-
-def clear_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Set an Adam's moments and step counts to zero, in place: shards and checkpoints keep their layout."""
-    for state in optimizer.state.values():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            elif key == "step":
-                state[key] = 0
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = 0
-
-
-def _copied(state: Any) -> Any:
-    """A tree of dictionaries, lists and tuples with its tensors copied into the CPU's memory."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return type(state)((key, _copied(value)) for key, value in state.items())
-    if type(state) in (list, tuple):
-        return type(state)(_copied(value) for value in state)
-    return state
-
-
 def seed_step(seed: int, step: int, micro: int) -> None:
     """Give dropout its random numbers as a function of seed, step, micro-batch and rank: nothing to save, nothing to lose."""
     words = np.random.SeedSequence([seed, step, micro, distributed.rank()]).generate_state(2, np.uint64)
     torch.manual_seed(int(words[0] >> 1))
     random.seed(int(words[1]))
     np.random.seed(int(words[1]) & 0xFFFFFFFF)
-
-
-def _weights(
-    module: nn.Module, whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in module.named_parameters():
-        with whole([parameter]):
-            copied = parameter.detach().clone()
-        yield name, copied
-
-
-def _whole_state(
-    module: nn.Module, whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
-) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    keep = distributed.rank() == 0
-    for name, parameter in module.named_parameters():
-        with whole([parameter]):  # one at a time: at most one parameter more than the shards is held
-            if keep:
-                state[name] = parameter.detach().cpu().clone()
-    if keep:
-        persistent = set(module.state_dict()) - {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        state.update({name: b.detach().cpu().clone() for name, b in module.named_buffers() if name in persistent})
-    return state
-
-
-def _in_place(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext()
