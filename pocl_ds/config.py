@@ -64,6 +64,7 @@ Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[Int, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
+Format: TypeAlias = Literal["auto", "alpaca", "prompt", "messages"]  # of records, see FORMS in data/samples.py
 Fields: TypeAlias = dict[Literal["id", "instruction", "input", "output", "prompt", "messages"], str]
 ModelName: TypeAlias = Literal["teacher", "initial", "student", "baseline"]
 OPERATIONAL: dict[str, Any] = {"operational": True}
@@ -90,7 +91,7 @@ class DataConfig(Section):
     source: str = Field("documentation", description="`documentation`, a .jsonl/.json/.parquet file, or a Hub name")
     hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
     hub_split: str = Field("train", description="split of a Hub data set")
-    format: Literal["auto", "alpaca", "prompt", "messages"] = Field("auto", description="form of the records")
+    format: Format = Field("auto", description="form of the records")
     fields: Fields = Field(default_factory=dict, description="our field -> the name it has in the file")
     validation: str | None = Field(None, description="file with validation samples; else split off by hash")
     test: str | None = Field(None, description="file with test samples; else split off by hash")
@@ -437,7 +438,7 @@ class BenchmarkConfig(Section):
     source: str = Field(description="`test` for the held-out split, one of " + " ".join(BENCHMARKS) + ", a file, or a Hub name")
     hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
     hub_split: str = Field("test", description="split of a Hub data set")
-    format: Literal["auto", "alpaca", "prompt", "messages"] = Field("auto", description="form of the records")
+    format: Format = Field("auto", description="form of the records")
     fields: Fields = Field(default_factory=dict, description="our field -> the name it has in the file")
 
 

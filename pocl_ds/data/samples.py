@@ -11,11 +11,11 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pocl_ds.errors import ArtifactError, DataError
 
@@ -33,6 +33,7 @@ NAMES = {
     "prompt": ("prompt",),
     "messages": ("messages", "conversations"),
 }
+Parts: TypeAlias = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]  # instruction, input, references, history
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -193,28 +194,27 @@ class _Reader:
             )
 
     def _recognise(self, record: dict[str, Any]) -> Any:
-        if self.names["messages"] in record:
-            return "messages"
-        if self.names["instruction"] in record:
-            return "alpaca"
-        return "prompt" if self.names["prompt"] in record else None
+        return next((name for name, form in FORMS.items() if self.names[form.fields[0]] in record), None)
 
     def described(self) -> str:
         """The form and the names it uses, for the log."""
-        needed = {"alpaca": ("instruction", "input", "output"), "prompt": ("prompt", "output"), "messages": ("messages",)}
-        return f"{self.format} records ({', '.join(self.names[name] for name in needed[self.format])})"
+        return f"{self.format} records ({', '.join(self.names[name] for name in FORMS[self.format].fields)})"
 
-    def read(
-        self, record: dict[str, Any], place: str
-    ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """Instruction, input, references and history of a record."""
-        if self.format == "messages":
-            return self._messages(record, place)
-        asked = "instruction" if self.format == "alpaca" else "prompt"
-        instruction = self._text(record, asked, place)
-        given = ""
-        if self.format == "alpaca" and record.get(self.names["input"]) is not None:
-            given = self._text(record, "input", place)
+    def read(self, record: dict[str, Any], place: str) -> Parts:
+        """What a record says."""
+        return FORMS[self.format].read(self, record, place)
+
+    def alpaca(self, record: dict[str, Any], place: str) -> Parts:
+        """An instruction, perhaps with an input."""
+        instruction = self._text(record, "instruction", place)
+        given = "" if record.get(self.names["input"]) is None else self._text(record, "input", place)
+        return instruction, given, self._references(record, place), ()
+
+    def prompt(self, record: dict[str, Any], place: str) -> Parts:
+        """One text that is asked."""
+        return self._text(record, "prompt", place), "", self._references(record, place), ()
+
+    def _references(self, record: dict[str, Any], place: str) -> tuple[str, ...]:
         output = record.get(self.names["output"])
         if output is None:
             raise DataError(
@@ -224,11 +224,10 @@ class _Reader:
         references = tuple(output) if isinstance(output, list) else (output,)
         if not references or not all(isinstance(text, str) and text.strip() for text in references):
             raise DataError(f"{place}: {self.names['output']} must be text or a list of texts, none empty: mend or remove it")
-        return instruction, given, references, ()
+        return references
 
-    def _messages(
-        self, record: dict[str, Any], place: str
-    ) -> tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]:
+    def messages(self, record: dict[str, Any], place: str) -> Parts:
+        """Turns, of which the last answered one is asked."""
         if self.names["messages"] not in record:
             raise DataError(f"{place}: there is no field {self.names['messages']!r} (fields: {_listed(record)}): "
                             f"add it, or name the one that holds the turns with {self.setting}.messages")
@@ -252,6 +251,22 @@ class _Reader:
             found = "nothing" if value is None else "an empty text" if value == "" else type(value).__name__
             raise DataError(f"{place}: field {self.names[ours]!r} must be text, found {found}: mend or remove the record")
         return value
+
+
+@dataclass(frozen=True)
+class _Form:
+    """A form of records. fields: ours, as in `NAMES`; a record that has the first one is of this form."""
+
+    fields: tuple[str, ...]
+    read: Callable[[_Reader, dict[str, Any], str], Parts]
+
+
+# The forms of `config.Format`, in the order in which they are looked for.
+FORMS = {
+    "messages": _Form(("messages",), _Reader.messages),
+    "alpaca": _Form(("instruction", "input", "output"), _Reader.alpaca),
+    "prompt": _Form(("prompt", "output"), _Reader.prompt),
+}
 
 
 def _named(record: dict[str, Any], ours: str, fields: Mapping[str, str]) -> str:

@@ -6,13 +6,14 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.data.samples import Sample, SeenKeys, normalise, read_normalised, read_samples
+from pocl_ds.config import Fields, Format
+from pocl_ds.data.samples import FORMS, NAMES, Sample, SeenKeys, normalise, read_normalised, read_samples
 from pocl_ds.errors import DataError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -48,6 +49,12 @@ def test_known_forms_are_recognised(
 ) -> None:
     (sample,) = read_samples(jsonl(tmp_path, record))
     assert (sample.instruction, sample.input, sample.references) == (instruction, given_input, (reference,))
+
+
+def test_every_form_and_field_of_the_recipe_is_there() -> None:
+    assert {"auto", *FORMS} == set(get_args(Format))
+    assert set(NAMES) == set(get_args(get_args(Fields)[0]))
+    assert all(set(form.fields) <= set(NAMES) for form in FORMS.values())
 
 
 def test_the_form_is_said_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
