@@ -126,5 +126,5 @@ def test_a_profile_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     (tmp_path / "pocl" / "profiles").mkdir(parents=True)
     (tmp_path / "pocl" / "profiles" / "mine.yaml").write_text("partition: p\ncpus_per_node: 8\n")
     assert load_profile("mine").partition == "p"
-    with pytest.raises(RecipeError, match="'nothing' is neither a file nor a name .*gpu, mine, test-cluster"):
+    with pytest.raises(RecipeError, match="'nothing' is neither a file nor a name .*gpu, .*mine"):
         load_profile("nothing")

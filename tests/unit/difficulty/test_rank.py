@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocl_ds import config as recipe_names
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import RankConfig
 from pocl_ds.difficulty.rank import STRATEGIES, fuse, rank, tied_share
@@ -81,6 +82,10 @@ def test_ids_as_bytes_of_any_width_rank_as_strings_do(rows: list[Row], strategy:
     _, rouge, entropy = zip(*rows, strict=True)
     encoded = np.array([row[0].encode() for row in rows], dtype="S64")
     assert fuse(encoded, rouge, entropy, strategy=strategy, seed=9).order == _fuse(rows, strategy=strategy, seed=9).order
+
+
+def test_every_strategy_of_the_recipe_is_there() -> None:
+    assert list(STRATEGIES) == recipe_names.STRATEGIES
 
 
 def test_a_worked_example() -> None:

@@ -158,6 +158,30 @@ def test_it_goes_on_as_if_it_had_never_stopped(stop: int, phi: float, buffer: in
     assert walk(later, range(stop, 60)) == expected[stop:]
 
 
+@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize("stop", [0, 25])
+def test_ranks_agree_and_a_stop_changes_nothing(name: str, stop: int) -> None:
+    """What every policy promises, with `taught` responses at hand and losses that rise."""
+    shares = SharesConfig(data=0.4, student=0.3, teacher=0.3)
+    options = PolicyConfig(name=name, shares=shares, buffer=8, phi_step=0.5, tolerance=0)
+
+    def walk(policy: Any, steps: range) -> list[Any]:
+        seen = []
+        for step in steps:
+            split, rows = policy.sequences(replace(asked(step), taught=copy.copy(SPLIT)))
+            assert len(rows) == BATCH
+            seen.append([split.tokens(int(row)).tolist() for row in rows])
+            if step % 10 == 9:
+                policy.validated(2.0 + step)
+        return seen
+
+    made = [POLICIES[name](options, Writer(), 3) for _ in range(3)]
+    expected = walk(made[0], range(50))
+    assert walk(made[1], range(stop)) == expected[:stop]
+    made[2].restore(json.loads(json.dumps(made[1].state())))
+    assert walk(made[2], range(stop, 50)) == expected[stop:]
+
+
 def test_a_response_is_cut_where_it_must_be() -> None:
     allowed = np.ones(50, bool)
     allowed[40] = False
