@@ -18,11 +18,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import hypothesis
 import pytest
 import tiny_models
-from hypothesis import settings
-
-# A machine that others use, or the other half of the suite, may hold up any example: no example has a time of its own.
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 # Machines are shared: how long an example takes says nothing about the code.
 hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
