@@ -18,6 +18,7 @@ from refusals import files_below, sentence
 from pocl_ds.artifacts import write_manifest
 from pocl_ds.pipeline import fingerprints
 from pocl_ds.recipe import dump_recipe, load_recipe
+from pocl_ds.shipped import DS_CONFIGS, PROFILES
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -129,12 +130,12 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a list as ds_config": (
         written("logs/ds.json", "[]"),
         ("run", "teacher.ds_config=RUN/logs/ds.json"),
-        "ds_config RUN/logs/ds.json must hold an object: start from one in ds_configs/",
+        f"ds_config RUN/logs/ds.json must hold an object: start from one in {DS_CONFIGS}",
     ),
     "a number as a section": (
         written("logs/ds.json", '{"optimizer": 3}'),
         ("run", "student.ds_config=RUN/logs/ds.json"),
-        "ds_config RUN/logs/ds.json: optimizer must be an object: start from one in ds_configs/",
+        f"ds_config RUN/logs/ds.json: optimizer must be an object: start from one in {DS_CONFIGS}",
     ),
 }
 
@@ -317,7 +318,7 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "a list": (
         b"[]",
         "FILE holds no fields: start from a shipped study in launch/studies/",
-        "profile FILE holds no fields: start from one in slurm/profiles/, or from `pocl profile detect`",
+        f"profile FILE holds no fields: start from one in {PROFILES}, or from `pocl profile detect`",
     ),
     "a key twice": (b"name: x\nname: y\n", *["FILE line 2 is not valid YAML ('name' stands there twice): mend it"] * 2),
 }

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from refusals import sentence
 
+from pocl_ds.shipped import RECIPES
+
 BASE = "name: x\nteacher: {model: t}\nstudent: {model: s}\n"
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n" for before, after in zip("abcdefghi", "bcdefghij")
@@ -45,8 +47,8 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "half a character": ('hardware: "\\ud800"\n', WHOLE.format("a text holds a zero byte or half a character")),
     "a zero byte in a text": ('hardware: "a\\0b"\n', WHOLE.format("a text holds a zero byte or half a character")),
     "a zero byte": ("\0", WHOLE.format("special characters are not allowed")),
-    "a list": (b"- 1\n", "FILE holds no sections: start from a shipped recipe in launch/recipes/"),
-    "nothing": (b"", "FILE holds no sections: start from a shipped recipe in launch/recipes/"),
+    "a list": (b"- 1\n", f"FILE holds no sections: start from a shipped recipe in {RECIPES}"),
+    "nothing": (b"", f"FILE holds no sections: start from a shipped recipe in {RECIPES}"),
     "UTF-16": (BASE.encode("utf-16"), "FILE is not UTF-8 (invalid start byte at byte 0): convert it"),
     "Latin-1": (b"name: \xe9\n", "FILE is not UTF-8 (invalid continuation byte at byte 6): convert it"),
     "data by mistake": (
