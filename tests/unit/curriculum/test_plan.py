@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
+from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan, visits
 from pocl_ds.errors import ArtifactError, RecipeError
 
 RELEASED = 11_435
@@ -54,6 +54,12 @@ def test_stages_cover_the_order(total: int, subsets: int, batch: int, epochs: in
         assert (stage.steps_per_epoch, stage.steps, stage.epochs) == (per_epoch, epochs * per_epoch, epochs)
 
 
+@pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
+def test_visits_are_those_of_the_plan(scheduler: str) -> None:
+    plan = build_plan(range(300), subsets=3, epochs_per_stage=4, batch_size=10, scheduler=scheduler)
+    assert visits(3, 4, scheduler) == plan.total_steps * 10 / 300
+
+
 def test_a_single_subset_is_the_whole_with_the_first_values() -> None:
     (stage,) = build_plan(range(128), subsets=1, tau=(1.5, 2.0), sft_ratio=(0.3, 0.0)).stages
     assert (stage.samples, stage.tau, stage.alpha) == (128, 1.5, 0.3)
@@ -78,6 +84,7 @@ def test_stage_ids_of_an_array_are_views() -> None:
         ({"tau": (1.0, math.nan)}, "plan.tau"),
         ({"tau": (1.0, math.inf)}, "plan.tau"),
         ({"sft_ratio": (1.1, 0.0)}, "plan.sft_ratio"),
+        ({"sft_ratio": (0.3, -0.1)}, "plan.sft_ratio"),
         ({"sft_ratio": (0.3, math.nan)}, "plan.sft_ratio"),
         ({"scheduler": "all"}, "plan.scheduler='all'"),
         ({"tail": "keep"}, "plan.tail='keep'"),
@@ -87,6 +94,10 @@ def test_what_does_not_fit_is_one_sentence(changes: dict, names: str) -> None:
     with pytest.raises(RecipeError) as caught:
         build_plan(list(range(100)), **{"batch_size": 10, **changes})
     assert names in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_share_may_be_all_or_none() -> None:
+    assert [stage.alpha for stage in build_plan(range(100), subsets=2, batch_size=10, sft_ratio=(1.0, 0.0)).stages] == [1.0, 0.0]
 
 
 def test_no_samples_at_all() -> None:
@@ -115,6 +126,7 @@ def test_single_stage_takes_as_many_steps_as_told(total: int, steps: int, batch:
     plan = single_stage_plan(range(total), steps=steps, batch_size=batch, tau=1.0, alpha=0.3, tail=tail)
     (stage,) = plan.stages
     assert plan.total_steps == stage.steps == steps and stage.samples == total
+    assert (stage.index, stage.start, stage.tau, stage.alpha) == (0, 0, 1.0, 0.3)
     assert (stage.epochs - 1) * stage.steps_per_epoch < steps <= stage.epochs * stage.steps_per_epoch
 
 

@@ -106,7 +106,7 @@ def test_positions_of_steps() -> None:
     found = [(p.stage, p.epoch, p.step_in_stage) for p in map(sampler.at, range(plan.total_steps))]
     assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [(1, i // 4, i) for i in range(8)]
     for step in (-1, plan.total_steps):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"step {step} is outside the plan's 12 steps"):
             sampler.at(step)
 
 
@@ -150,6 +150,22 @@ def test_batches_of_a_window_come_in_another_order_each_time() -> None:
     sampler = Sampler(plan, 0, lengths=np.arange(64), window=8)
     firsts = {int(sampler.batch(epoch * 8).min()) // 8 for epoch in range(10)}
     assert len(firsts) > 3
+
+
+def test_a_window_of_one_is_none() -> None:
+    plan, lengths = single_stage_plan(np.arange(64), steps=16, batch_size=8, tau=1.0, alpha=0.0), np.arange(64)
+    plain = [Sampler(plan, 5).batch(step).tolist() for step in range(16)]
+    assert [Sampler(plan, 5, lengths=lengths).batch(step).tolist() for step in range(16)] == plain
+
+
+def test_batches_of_a_window_never_change() -> None:
+    """As permutations: the order of a window's batches is part of the format."""
+    plan = single_stage_plan(np.arange(12), steps=12, batch_size=2, tau=1.0, alpha=0.0)
+    sampler = Sampler(plan, 3, lengths=np.arange(12), window=4)
+    assert [sampler.batch(step).tolist() for step in range(12)] == [
+        [1, 2], [8, 9], [6, 7], [4, 5], [0, 3], [10, 11],
+        [10, 11], [7, 9], [5, 6], [3, 4], [2, 8], [0, 1],
+    ]
 
 
 def test_a_window_needs_lengths() -> None:

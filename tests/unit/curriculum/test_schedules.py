@@ -41,3 +41,16 @@ def test_learning_rate_rises_then_falls_between_its_bounds(total: int, warmup: i
     assert rates[top:] == sorted(set(rates[top:]), reverse=True)
     if warmup < total:
         assert rates[warmup] == 1e-3
+
+
+def test_learning_rate_by_hand() -> None:
+    """Three steps of warm-up on the line to lr, then the cosine as if training began there; beyond the end it stays."""
+    rates = [learning_rate(step, 11, lr=1.0, lr_end=0.2, warmup=3) for step in range(15)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[3:12] == pytest.approx([learning_rate(step, 8, lr=1.0, lr_end=0.2) for step in range(9)])
+    assert rates[7] == pytest.approx(0.6) and rates[11:] == pytest.approx([0.2] * 4)
+
+
+def test_a_warmup_may_leave_one_step_or_none() -> None:
+    assert [learning_rate(step, 6, lr=1.0, lr_end=0.2, warmup=5) for step in (5, 6)] == pytest.approx([1.0, 0.2])
+    assert learning_rate(5, 5, lr=1.0, lr_end=0.2, warmup=5) == 1.0
