@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from pocl_ds import config as recipe_names
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import RankConfig
-from pocl_ds.difficulty.rank import STRATEGIES, fuse, rank, tied_share
+from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, by_metric, fuse, rank, tied_share
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 
 Row = tuple[str, float, float]  # id, rouge_l, cross_entropy
@@ -194,9 +195,9 @@ def test_shards_are_joined_by_id(run: RunDirectory, rows: list[Row], shards: int
 
 def test_a_finished_ranking_is_kept_and_another_recipe_replaces_it(run: RunDirectory, rows: list[Row]) -> None:
     _shard(run, rows, 0, 1)
-    _rank(run)
+    first = _rank(run)
     written = (run.ranking / "order.npy").read_bytes(), (run.ranking / "order.npy").stat().st_mtime_ns
-    _rank(run, reverse=True)
+    assert _rank(run, reverse=True) == first
     assert ((run.ranking / "order.npy").read_bytes(), (run.ranking / "order.npy").stat().st_mtime_ns) == written
     _rank(run, fingerprint="g", reverse=True)
     assert (run.ranking / "order.npy").read_bytes() != written[0]
@@ -207,9 +208,38 @@ def test_degenerate_metrics_are_named(
 ) -> None:
     _shard(run, [(name, 0.0 if i % 2 else i / 1000, entropy) for i, (name, _, entropy) in enumerate(rows)], 0, 1)
     manifest = _rank(run)
+    assert 0 <= manifest.info["seconds"] < 60
     assert manifest.info["tied_share"]["rouge_l"] > 0.45 and manifest.info["tied_share"]["cross_entropy"] == 0
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "rouge_l is degenerate" in warnings[0]
+
+
+def test_a_third_of_ties_is_not_yet_degenerate(run: RunDirectory, rows: list[Row], caplog: pytest.LogCaptureFixture) -> None:
+    _shard(run, [(name, max(i, 20) / 1000, entropy) for i, (name, _, entropy) in enumerate(rows, 1)], 0, 1)
+    assert _rank(run).info["tied_share"]["rouge_l"] == DEGENERATE and "degenerate" not in caplog.text
+
+
+@pytest.fixture
+def length() -> Iterator[None]:
+    """A metric of that name, as a plugin registers it."""
+    names = (recipe_names.STRATEGIES, recipe_names.METRICS)
+    STRATEGIES["length"] = by_metric("length")
+    for known in names:
+        known.append("length")
+    yield
+    del STRATEGIES["length"]
+    for known in names:
+        known.remove("length")
+
+
+def test_a_metric_of_a_plugin_orders_and_is_kept(run: RunDirectory, rows: list[Row], length: None) -> None:
+    path = _shard(run, rows, 0, 1)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    path.write_text("".join(json.dumps({**line, "metrics": {"length": i % 7}}) + "\n" for i, line in enumerate(lines)))
+    _rank(run, strategy="length")
+    wanted = sorted(range(60), key=lambda i: (i % 7, rows[i][2]))
+    assert np.load(run.ranking / "order.npy").tolist() == wanted
+    assert pq.read_table(run.ranking / "ranking.parquet")["length"].to_pylist() == [i % 7 for i in wanted]
 
 
 def test_a_random_order_needs_no_scores(run: RunDirectory, rows: list[Row]) -> None:
@@ -217,7 +247,7 @@ def test_a_random_order_needs_no_scores(run: RunDirectory, rows: list[Row]) -> N
     order = np.load(run.ranking / "order.npy")
     assert sorted(order.tolist()) == list(range(len(rows))) and order.tolist() != sorted(order.tolist())
     assert [rows[i][0] for i in order] == _fuse(rows, seed=4, strategy="random").order
-    assert manifest.info.pop("seconds") >= 0 and manifest.info.pop("peak_host_bytes") > 0
+    assert 0 <= manifest.info.pop("seconds") < 60 and manifest.info.pop("peak_host_bytes") > 0
     assert manifest.info == {"samples": len(rows), "strategy": "random"}
     _rank(run, fingerprint="g", strategy="random", reverse=True)
     assert np.load(run.ranking / "order.npy").tolist() == order[::-1].tolist()
