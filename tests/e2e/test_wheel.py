@@ -17,7 +17,7 @@ from command_line import ROOT, environment
 from pocl_ds import __version__
 
 CODE = ("pocl_ds", "launch", "ds_configs", "slurm")
-OF_A_CHECKOUT = {f"launch/{name}.sh" for name in ("quickstart", "test", "setup", "bench_gpu")}
+OF_A_CHECKOUT = {f"launch/{name}.sh" for name in ("quickstart", "test", "setup", "bench_gpu", "study", "study_gpu")}
 
 
 def call(*words: str | Path, **options: object) -> str:
