@@ -1,4 +1,4 @@
-"""The command `pocl`: parse, call a stage, print. Heavy imports happen inside commands."""
+"""The command `pocl`: parse, decide where a stage runs, print. Heavy imports happen inside commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pocl_ds import __version__
 from pocl_ds import commands as finished
@@ -20,6 +20,7 @@ from pocl_ds.study import commands as studies
 if TYPE_CHECKING:
     from pocl_ds.artifacts import RunDirectory
     from pocl_ds.config import Recipe
+    from pocl_ds.stages import Asked
 
 COMMANDS = {
     "run": ("every stage in order, each only where its result is missing", "pocl run quickstart --run-dir runs/first"),
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N")
         if name == "evaluate":
             command.add_argument("--shard", metavar="I/N", help="with --model: only part I of N of its work, from 0")
-            command.add_argument("--model", choices=("teacher", "initial", "student", "baseline"), help="only this one's answers")
+            command.add_argument("--model", choices=finished.MODELS, help="only this one's answers")
             command.add_argument("--benchmark", help="with --model: only this benchmark")
             command.add_argument("--seed", type=int, help="with --model: only this seed")
         if name == "export":
@@ -159,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 def _command(options: argparse.Namespace) -> int:
     import os
 
-    from pocl_ds import pipeline
+    from pocl_ds import pipeline, stages
     from pocl_ds.exits import place_among_ranks
     from pocl_ds.tracking import keep_log, setup_logging
 
@@ -177,7 +178,7 @@ def _command(options: argparse.Namespace) -> int:
     if rank == 0 and "RANK" in os.environ:
         keep_log(run.logs / f"{options.command}.log")
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
-        _stage(options, recipe, run)
+        stages.run_here(options.command, recipe, run, _asked(options))
         return 0
     _check_part(options)
     inherited = "POCL_WITHIN" in os.environ  # a stage of `pocl run`, which holds the lock
@@ -193,7 +194,7 @@ def _command(options: argparse.Namespace) -> int:
             with pipeline.locked(run) as lock:
                 return pipeline.run_stage(options.command, run, recipe, lock)
     keep_log(run.logs / f"{options.command}.log")
-    _stage(options, recipe, run)
+    stages.run_here(options.command, recipe, run, _asked(options))
     return 0
 
 
@@ -210,12 +211,9 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
     if getattr(options, "ranks", None) is not None:
         overrides.append(f"launch.ranks={options.ranks}")
     if getattr(options, "shard", None):
-        number, count = _shard(options.shard)
-        if options.command == "evaluate":
-            options.shard = number, count
-        else:
-            options.shard = number
-            overrides.append(f"{options.command}.shards={count}")
+        options.shard = _shard(options.shard)
+        if options.command != "evaluate":  # whose parts are of one model, and not the recipe's
+            overrides.append(f"{options.command}.shards={options.shard[1]}")
     if len(names) > 1:
         raise RecipeError(f"two recipes are named ({names[0]}, {names[1]}): give one, overrides have the form field=value")
     if names:
@@ -294,107 +292,11 @@ def _dry_run(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> 
     return 0
 
 
-def _stage(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> None:
-    """Run one stage in this process."""
-    from pocl_ds.pipeline import fingerprints
+def _asked(options: argparse.Namespace) -> Asked:
+    """What a command line says of its stage, beside the recipe."""
+    from pocl_ds.stages import Asked
 
-    STAGE_FUNCTIONS[options.command](options, recipe, run, fingerprints(recipe)[options.command])
-
-
-def _data(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.data.stage import prepare_data
-    from pocl_ds.models.load import load_tokenizer, resolve_model
-
-    path = resolve_model(recipe.student)
-    tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
-    teacher, theirs = recipe.teacher, None
-    if teacher and recipe.one_vocabulary:
-        from pocl_ds.models.vocabulary import reconcile_all
-
-        reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], recipe.student, path)
-    if teacher and recipe.across_tokenizers:
-        theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
-    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs)
-
-
-def _prepare(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.distill.stage import prepare
-
-    prepare(run, student=recipe.student, teacher=recipe.teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
-            fingerprint=fingerprint)  # fmt: skip
-
-
-def _teach(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.curriculum.plan import visits
-    from pocl_ds.distill.teach import teach
-    from pocl_ds.distill.teacher_choice import Use
-    from pocl_ds.errors import RecipeError
-    from pocl_ds.pipeline import keeps_teacher, taus
-
-    if recipe.teacher is None or not keeps_teacher(recipe):
-        raise RecipeError("recipe field teacher.mode is live: there is nothing to keep of a teacher that is asked at each step")
-    plan = recipe.plan
-    seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (2 if recipe.compare.enabled else 1)
-    teach(run, teacher=recipe.teacher, student=recipe.student, config=recipe.teach, use=Use(seen, taus(recipe)),
-          fingerprint=fingerprint, shard=getattr(options, "shard", None))  # fmt: skip
-
-
-def _respond(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.errors import RecipeError
-    from pocl_ds.generation.respond import respond
-
-    if recipe.teacher is None or not recipe.policy.taught:
-        raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and mixture only")
-    respond(run, teacher=recipe.teacher, student=recipe.student, prompt=recipe.prompt, policy=recipe.policy,
-            generation=recipe.score.generation, seed=recipe.seed, fingerprint=fingerprint,
-            threads=recipe.launch.threads)  # fmt: skip
-
-
-def _score(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.artifacts import read_models
-    from pocl_ds.difficulty.score import score
-
-    score(run, recipe.score, recipe.prompt, model_path=read_models(run)["student"],
-          fingerprint=fingerprint, shard=getattr(options, "shard", None), threads=recipe.launch.threads,
-          trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
-
-
-def _rank(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.difficulty.rank import rank
-
-    rank(run, recipe.rank, seed=recipe.seed, fingerprint=fingerprint)
-
-
-def _plan(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.curriculum.stage import make_plan
-
-    make_plan(run, recipe.plan, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
-
-
-def _train(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.distill.stage import train
-    from pocl_ds.pipeline import fingerprints, keeps_teacher
-
-    train(run, taught=fingerprints(recipe)["teach"] if keeps_teacher(recipe) else None,
-          student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
-          policy=recipe.policy, prompt=recipe.prompt,
-          compare=recipe.compare if options.command == "baseline" else None, fingerprint=fingerprint)  # fmt: skip
-
-
-def _evaluate(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.evaluate.judge import judge
-    from pocl_ds.evaluate.stage import answer, held_out, model_path, summarise
-    from pocl_ds.pipeline import evaluated_models
-
-    names = evaluated_models(recipe)
-    if options.model:
-        answer(run, _part(recipe.evaluate, options), recipe.prompt, model=options.model, path=model_path(run, options.model),
-               threads=recipe.launch.threads, shard=options.shard or (0, 1))  # fmt: skip
-        return
-    held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names}, teacher=recipe.teacher,
-             threads=recipe.launch.threads)  # fmt: skip
-    judge(run, recipe.evaluate, names)
-    summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
+    return Asked(**{field.name: getattr(options, field.name, None) for field in fields(Asked)})
 
 
 def _check_part(options: argparse.Namespace) -> None:
@@ -404,44 +306,6 @@ def _check_part(options: argparse.Namespace) -> None:
     part = [word for word in ("shard", "benchmark", "seed") if getattr(options, word, None) is not None]
     if options.command == "evaluate" and not options.model and part:
         raise RecipeError(f"--{part[0]} is a part of one model's answers: say whose with --model")
-
-
-def _part(config: Any, options: argparse.Namespace) -> Any:
-    """The evaluation with only the benchmark and the seed that were named."""
-    from pocl_ds.errors import RecipeError
-
-    part: dict[str, Any] = {}
-    if options.benchmark is not None:
-        if options.benchmark not in config.benchmarks:
-            raise RecipeError(f"--benchmark {options.benchmark}: the recipe has {', '.join(config.benchmarks)}")
-        part["benchmarks"] = {options.benchmark: config.benchmarks[options.benchmark]}
-    if options.seed is not None:
-        if options.seed not in config.seeds:
-            raise RecipeError(f"--seed {options.seed}: the recipe has {', '.join(map(str, config.seeds))}")
-        part["seeds"] = (options.seed,)
-    return config.model_copy(update=part)
-
-
-def _export(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.evaluate.export import export
-    from pocl_ds.recipe import dump_recipe
-
-    print(f"student  {export(run, out=options.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)}")
-
-
-def _report(options: argparse.Namespace, recipe: Recipe, run: RunDirectory, fingerprint: str) -> None:
-    from pocl_ds.recipe import dump_recipe
-    from pocl_ds.report.build import build_report
-
-    build_report(run, recipe.report, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)
-    print(f"report   {run.report / 'report.html'}")
-
-
-STAGE_FUNCTIONS: dict[str, Callable[[argparse.Namespace, Any, Any, str], None]] = {
-    "data": _data, "prepare": _prepare, "teach": _teach, "respond": _respond,
-    "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _train,
-    "evaluate": _evaluate, "export": _export, "report": _report,
-}  # fmt: skip
 
 
 def _bench(options: argparse.Namespace) -> int:

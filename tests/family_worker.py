@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import shutil
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pocl_ds import cli, distributed
+from pocl_ds import distributed, stages
 from pocl_ds.artifacts import RunDirectory, read_json, write_json
 from pocl_ds.recipe import load_recipe
 
@@ -24,7 +23,7 @@ from pocl_ds.recipe import load_recipe
 def stage(name: str, run: Path, *overrides: str) -> None:
     """One stage of a run, in this process."""
     recipe = load_recipe(str(run / "recipe.yaml"), list(overrides))
-    cli._stage(argparse.Namespace(command=name, out=None), recipe, RunDirectory(run))
+    stages.run_here(name, recipe, RunDirectory(run))
 
 
 def train(run: Path) -> None:

@@ -22,7 +22,7 @@ TIERS = (
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
     ("pipeline", "plugins", "commands"),
-    ("cluster",),
+    ("cluster", "stages"),
     ("bench", "study"),
     ("cli",),
 )
@@ -91,7 +91,7 @@ def test_the_rule_catches(file: str, text: str) -> None:
 @pytest.mark.parametrize(
     "module",
     ["config", "recipe", "cli", "errors", "artifacts", "shipped", "ds_config", "curriculum.plan", "difficulty.rank",
-     "pipeline", "study.table", "cluster.status", "cluster.watch", "cluster.submit", "report.build"],
+     "pipeline", "stages", "study.table", "cluster.status", "cluster.watch", "cluster.submit", "report.build"],
 )  # fmt: skip
 def test_a_light_module_loads_nothing_heavy(module: str) -> None:
     code = (

@@ -1,0 +1,172 @@
+"""One stage in this process: each function hands it the parts of the recipe that it needs.
+
+A stage's own module is imported when the stage runs: `pocl rank` needs neither vLLM nor DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pocl_ds.artifacts import RunDirectory, read_models
+from pocl_ds.config import EvaluateConfig, Recipe
+from pocl_ds.errors import RecipeError
+from pocl_ds.pipeline import evaluated_models, fingerprints, keeps_teacher, taus
+from pocl_ds.recipe import dump_recipe
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command line says of its stage beside the recipe: which part of the work, and where the result goes."""
+
+    shard: tuple[int, int] | None = None  # (I, N), from 0: of score, teach and evaluate
+    model: str | None = None  # evaluate: only this one's answers
+    benchmark: str | None = None  # with `model`: only this benchmark
+    seed: int | None = None  # with `model`: only this seed
+    out: Path | None = None  # export: in place of the run directory's export/
+
+    @property
+    def piece(self) -> int | None:
+        """The shard alone, of a stage whose recipe says how many there are."""
+        return None if self.shard is None else self.shard[0]
+
+
+WHOLE = Asked()
+
+
+def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE) -> None:
+    """Run one stage, or the part of it that is asked for, as the only process or as one of its ranks."""
+    FUNCTIONS[name](recipe, run, fingerprints(recipe)[name], asked)
+
+
+def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.data.stage import prepare_data
+    from pocl_ds.models.load import load_tokenizer, resolve_model
+
+    path = resolve_model(recipe.student)
+    tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
+    teacher, theirs = recipe.teacher, None
+    if teacher and recipe.one_vocabulary:
+        from pocl_ds.models.vocabulary import reconcile_all
+
+        reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], recipe.student, path)
+    if teacher and recipe.across_tokenizers:
+        theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
+    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs)
+
+
+def _prepare(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.distill.stage import prepare
+
+    prepare(run, student=recipe.student, teacher=recipe.teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
+            fingerprint=fingerprint)  # fmt: skip
+
+
+def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.curriculum.plan import visits
+    from pocl_ds.distill.teach import teach
+    from pocl_ds.distill.teacher_choice import Use
+
+    if recipe.teacher is None or not keeps_teacher(recipe):
+        raise RecipeError("recipe field teacher.mode is live: there is nothing to keep of a teacher that is asked at each step")
+    plan = recipe.plan
+    seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (2 if recipe.compare.enabled else 1)
+    teach(run, teacher=recipe.teacher, student=recipe.student, config=recipe.teach, use=Use(seen, taus(recipe)),
+          fingerprint=fingerprint, shard=asked.piece)  # fmt: skip
+
+
+def _respond(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.generation.respond import respond
+
+    if recipe.teacher is None or not recipe.policy.taught:
+        raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and mixture only")
+    respond(run, teacher=recipe.teacher, student=recipe.student, prompt=recipe.prompt, policy=recipe.policy,
+            generation=recipe.score.generation, seed=recipe.seed, fingerprint=fingerprint,
+            threads=recipe.launch.threads)  # fmt: skip
+
+
+def _score(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.difficulty.score import score
+
+    score(run, recipe.score, recipe.prompt, model_path=read_models(run)["student"], fingerprint=fingerprint, shard=asked.piece,
+          threads=recipe.launch.threads, trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
+
+
+def _rank(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.difficulty.rank import rank
+
+    rank(run, recipe.rank, seed=recipe.seed, fingerprint=fingerprint)
+
+
+def _plan(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.curriculum.stage import make_plan
+
+    make_plan(run, recipe.plan, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
+
+
+def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    _fit(recipe, run, fingerprint, baseline=False)
+
+
+def _baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    _fit(recipe, run, fingerprint, baseline=True)
+
+
+def _fit(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
+    from pocl_ds.distill.stage import train
+
+    train(run, taught=fingerprints(recipe)["teach"] if keeps_teacher(recipe) else None,
+          student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
+          policy=recipe.policy, prompt=recipe.prompt, compare=recipe.compare if baseline else None,
+          fingerprint=fingerprint)  # fmt: skip
+
+
+def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.evaluate.judge import judge
+    from pocl_ds.evaluate.stage import answer, held_out, model_path, summarise
+
+    if asked.model:
+        answer(run, _part(recipe.evaluate, asked), recipe.prompt, model=asked.model, path=model_path(run, asked.model),
+               threads=recipe.launch.threads, shard=asked.shard or (0, 1))  # fmt: skip
+        return
+    names = evaluated_models(recipe)
+    held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names}, teacher=recipe.teacher,
+             threads=recipe.launch.threads)  # fmt: skip
+    judge(run, recipe.evaluate, names)
+    summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
+
+
+def _part(config: EvaluateConfig, asked: Asked) -> EvaluateConfig:
+    """The evaluation with only the benchmark and the seed that are asked for."""
+    part: dict[str, Any] = {}
+    if asked.benchmark is not None:
+        if asked.benchmark not in config.benchmarks:
+            raise RecipeError(f"--benchmark {asked.benchmark}: the recipe has {', '.join(config.benchmarks)}")
+        part["benchmarks"] = {asked.benchmark: config.benchmarks[asked.benchmark]}
+    if asked.seed is not None:
+        if asked.seed not in config.seeds:
+            raise RecipeError(f"--seed {asked.seed}: the recipe has {', '.join(map(str, config.seeds))}")
+        part["seeds"] = (asked.seed,)
+    return config.model_copy(update=part)
+
+
+def _export(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.evaluate.export import export
+
+    print(f"student  {export(run, out=asked.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)}")
+
+
+def _report(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    from pocl_ds.report.build import build_report
+
+    build_report(run, recipe.report, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)
+    print(f"report   {run.report / 'report.html'}")
+
+
+FUNCTIONS: dict[str, Callable[[Recipe, RunDirectory, str, Asked], None]] = {
+    "data": _data, "prepare": _prepare, "teach": _teach, "respond": _respond,
+    "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _baseline,
+    "evaluate": _evaluate, "export": _export, "report": _report,
+}  # fmt: skip

@@ -1,0 +1,25 @@
+"""One stage in this process: each stage has its function, and gets the part of its work that is asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from pocl_ds import pipeline, stages
+from pocl_ds.config import BenchmarkConfig, EvaluateConfig
+from pocl_ds.errors import RecipeError
+from pocl_ds.stages import Asked
+
+
+def test_every_stage_has_its_function() -> None:
+    assert tuple(stages.FUNCTIONS) == pipeline.NAMES
+
+
+def test_a_part_of_an_evaluation() -> None:
+    config = EvaluateConfig(benchmarks={name: BenchmarkConfig(source=name) for name in ("test", "dolly")}, seeds=(1, 2))
+    assert stages._part(config, Asked()) == config
+    part = stages._part(config, Asked(benchmark="dolly", seed=2))
+    assert (list(part.benchmarks), part.seeds) == (["dolly"], (2,))
+    with pytest.raises(RecipeError, match="--benchmark sni: the recipe has test, dolly"):
+        stages._part(config, Asked(benchmark="sni"))
+    with pytest.raises(RecipeError, match="--seed 3: the recipe has 1, 2"):
+        stages._part(config, Asked(seed=3))
