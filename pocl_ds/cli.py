@@ -161,6 +161,7 @@ def _command(options: argparse.Namespace) -> int:
     import os
 
     from pocl_ds import pipeline, stages
+    from pocl_ds.errors import ResourceError
     from pocl_ds.exits import place_among_ranks
     from pocl_ds.tracking import keep_log, setup_logging
 
@@ -175,9 +176,13 @@ def _command(options: argparse.Namespace) -> int:
         return cluster.size(options, recipe)
     if options.dry_run:
         return _dry_run(options, recipe, run)
-    if rank == 0 and "RANK" in os.environ:
-        keep_log(run.logs / f"{options.command}.log")
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
+        if options.command == "run":
+            raise ResourceError(
+                f"RANK={rank} makes this process one of several ranks, which `pocl run` starts itself: unset RANK and WORLD_SIZE"
+            )
+        if rank == 0:
+            keep_log(run.logs / f"{options.command}.log")
         stages.run_here(options.command, recipe, run, _asked(options))
         return 0
     _check_part(options)
@@ -190,6 +195,8 @@ def _command(options: argparse.Namespace) -> int:
     if not inherited:
         pipeline.enter(run, recipe)
         whole_evaluation = options.command == "evaluate" and not options.model  # one process a model, then the table
+        if options.command == "teach" and options.shard:  # beside other shards, each with ranks of its own
+            return pipeline.run_stage("teach", run, recipe, shard=options.shard)
         if pipeline.needs_ranks(options.command, recipe) or whole_evaluation:
             with pipeline.locked(run) as lock:
                 return pipeline.run_stage(options.command, run, recipe, lock)

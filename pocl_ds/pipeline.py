@@ -179,14 +179,20 @@ def locked(run: RunDirectory) -> Iterator[int]:
         os.close(handle)
 
 
-def run_stage(name: str, run: RunDirectory, recipe: Recipe, lock: int) -> int:
-    """Run one unfinished stage to its end. Returns the exit code; the failed process has said why."""
-    command = [*module_command("pocl_ds.cli"), name, "--run-dir", str(run.path)]
+def run_stage(
+    name: str, run: RunDirectory, recipe: Recipe, lock: int | None = None, *, shard: tuple[int, int] | None = None
+) -> int:
+    """Run one unfinished stage to its end, or the I-th of its N shards. Returns the exit code; the failed process has said why.
+
+    lock: of a caller that holds the run directory.
+    """
+    words = [name, "--run-dir", str(run.path), *(() if shard is None else ("--shard", f"{shard[0]}/{shard[1]}"))]
+    command = [*module_command("pocl_ds.cli"), *words]
     if needs_ranks(name, recipe):
         launcher = ["bash", str(LAUNCHER), "--ranks", str(recipe.launch.ranks)]
         if recipe.launch.threads:
             launcher += ["--threads", str(recipe.launch.threads)]
-        return call([*launcher, name, "--run-dir", str(run.path)], lock)
+        return call([*launcher, *words], lock)
     if name == "evaluate":
         for model in evaluated_models(recipe):
             if code := _answers([*command, "--model", model], recipe, lock):
@@ -194,7 +200,7 @@ def run_stage(name: str, run: RunDirectory, recipe: Recipe, lock: int) -> int:
     return call(command, lock)
 
 
-def _answers(command: list[str], recipe: Recipe, lock: int) -> int:
+def _answers(command: list[str], recipe: Recipe, lock: int | None) -> int:
     """One model's answers, by evaluate.processes engines side by side, each on GPUs or cores of its own."""
     count, gpus = recipe.evaluate.processes, recipe.evaluate.generation.tensor_parallel
     if count == 1:

@@ -1,0 +1,44 @@
+"""What a command line is made into: which processes are started, with which part of the work."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+import pytest
+from refusals import own_signals, sentence
+
+from pocl_ds import pipeline
+from pocl_ds.cli import main
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\nteacher: {model: t, mode: hidden}\nstudent: {model: s}\n")
+    return path
+
+
+def test_one_shard_of_teach_stays_one_shard(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its ranks are processes of their own, which must hear of it; and shards run side by side, so none holds the run."""
+    started: list[list[str]] = []
+    monkeypatch.setattr(pipeline, "call", lambda command, lock=None: started.append(command) or 0)
+    run = tmp_path / "run"
+    run.mkdir()
+    with (run / ".lock").open("w") as another, own_signals():
+        fcntl.flock(another, fcntl.LOCK_EX)
+        assert main(["teach", str(recipe), "--run-dir", str(run), "--shard", "1/4"]) == 0
+    (command,) = started
+    assert command[-5:] == ["teach", "--run-dir", str(run), "--shard", "1/4"]
+    assert "shards: 4" in (run / "recipe.yaml").read_text()
+
+
+def test_a_whole_run_is_not_one_of_many_ranks(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where a cluster's operator sets RANK for every container."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    said = sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run")
+    assert said == "RANK=0 makes this process one of several ranks, which `pocl run` starts itself: unset RANK and WORLD_SIZE"
+    assert not (tmp_path / "run").exists()
