@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
 
 def settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, Any]:
     """What two answers must have in common to be compared: how the prompt was made, and how text was drawn."""
-    file = Path(prompt.template)
+    file = Path(os.path.expanduser(prompt.template))
     name = prompt.template
     if file.suffix == ".jinja" and file.is_file():  # by its text: files of one name may differ
         name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"

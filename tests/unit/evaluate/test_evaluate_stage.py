@@ -16,6 +16,7 @@ from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import PoclError
 from pocl_ds.evaluate import stage
+from pocl_ds.evaluate.answers import settings
 from pocl_ds.metrics.rouge import rouge_l
 
 Configured = Callable[..., EvaluateConfig]
@@ -209,3 +210,14 @@ def test_a_teacher_that_is_not_the_one_of_training_is_said(
         stage.held_out(run, configured(), prompt, paths, teacher=TeacherConfig.model_validate(teacher))
     assert said == ["KL to the teacher is to one alone, not to the mixture of 2 that training asked",
                     "the teacher is evaluated as its model is, not quantised to bnb_4bit as training asked it"]  # fmt: skip
+
+
+def test_a_template_is_told_by_its_text_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with other templates of one name are not compared."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in (str(tmp_path / "t.jinja"), "~/t.jinja"):
+        found = []
+        for text in ("{{ instruction }}", "Say: {{ instruction }}"):
+            (tmp_path / "t.jinja").write_text(text)
+            found.append(settings(PromptConfig(template=name), EvaluateConfig())["template"])
+        assert found[0] != found[1]
