@@ -427,7 +427,7 @@ class PolicyConfig(Section):
 class CompareConfig(Section):
     """A baseline: plain KD on as many sample visits, at one tau and one SFT ratio."""
 
-    enabled: bool = False
+    enabled: bool = Field(False, description="train it too", json_schema_extra=OPERATIONAL)
     tau: Annotated[Float, Field(gt=0)] = 1.0
     sft_ratio: Fraction = 0.3
 

@@ -22,7 +22,7 @@ from pocl_ds import ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
 from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
-from pocl_ds.difficulty.shards import unfinished
+from pocl_ds.difficulty.shards import unfinished, whole_set
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.shipped import LAUNCHER, module_command
@@ -50,16 +50,16 @@ STAGES = (
                                                         healing(r)], ("data",)),
     Stage("teach", lambda run: run.teacher, lambda r: [r.teacher and lasting(r.teacher), truncation(r)], ("data",),
           lambda r: keeps_teacher(r)),
-    Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed],
-          ("data",), lambda r: r.policy.taught),
+    Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed,
+                                                           r.score.generation.backend], ("data",), lambda r: r.policy.taught),
     Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare"),
           lambda r: r.rank.strategy != "random"),
     Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("data", "score")),
     Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
-    Stage("train", lambda run: run.train, lambda r: learning(r), ("plan", "respond")),
-    Stage("baseline", lambda run: run.baseline, lambda r: [learning(r), lasting(r.compare)], ("plan", "respond"),
+    Stage("train", lambda run: run.train, lambda r: learning(r), ("prepare", "plan", "respond")),
+    Stage("baseline", lambda run: run.baseline, lambda r: [learning(r), lasting(r.compare)], ("prepare", "plan", "respond"),
           lambda r: r.compare.enabled),
-    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r), _benchmark_files(r)],
+    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r), _evaluation_files(r)],
           ("train", "baseline")),
     Stage("export", lambda run: run.export, lambda r: None, ("evaluate",)),
     Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
@@ -138,6 +138,14 @@ def finished(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
     return done
 
 
+def _fingerprint_of(stage: Stage, run: RunDirectory) -> str | None:
+    """What a stage's whole result carries; None where it is unfinished."""
+    if stage.name == "score":
+        return whole_set(run)
+    manifest = read_manifest(stage.directory(run))
+    return None if manifest is None else manifest.fingerprint
+
+
 def enter(run: RunDirectory, recipe: Recipe) -> None:
     """Make the run directory this recipe's, or refuse one that holds finished work of another.
 
@@ -148,9 +156,9 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
         before = load_recipe(str(run.recipe))
         old, new = fingerprints(before), fingerprints(recipe)
         for stage in STAGES:
-            manifest = read_manifest(stage.directory(run))
-            if stage.name not in ("evaluate", "export", "report") and manifest and manifest.fingerprint != new[stage.name]:
-                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or "the data files"
+            found = _fingerprint_of(stage, run)
+            if stage.name not in ("evaluate", "export", "report") and found not in (None, new[stage.name]):
+                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or "a file that it names"
                 raise ArtifactError(
                     f"run directory {run.path} holds the finished stage {stage.name!r} of another recipe (changed: {changed}): "
                     "choose another --run-dir, or undo the change"
@@ -269,12 +277,14 @@ def _check_ds_configs(recipe: Recipe) -> None:
 
 def _data_files(recipe: Recipe) -> list[Any]:
     """See `_files`."""
-    return _files((recipe.data.source, recipe.data.validation, recipe.data.test))
+    data, template = recipe.data, recipe.prompt.template
+    return _files((data.source, data.validation, data.test, template if template.endswith(".jinja") else None))
 
 
-def _benchmark_files(recipe: Recipe) -> list[Any]:
+def _evaluation_files(recipe: Recipe) -> list[Any]:
     """See `_files`. Answers follow from the items themselves, whatever file they come from."""
-    return _files(benchmark.source for benchmark in recipe.evaluate.benchmarks.values())
+    sources, judge = [benchmark.source for benchmark in recipe.evaluate.benchmarks.values()], recipe.evaluate.judge
+    return _files([*sources, judge.prompt if judge else None])
 
 
 def _files(sources: Iterable[str | None]) -> list[Any]:

@@ -111,6 +111,8 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
 
 
 def _baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
+    if not recipe.compare.enabled:
+        raise RecipeError("recipe field compare.enabled is false: nothing would look at a baseline, set it to true")
     _fit(recipe, run, fingerprint, baseline=True)
 
 

@@ -31,6 +31,15 @@ def unfinished(run: RunDirectory, config: ScoreConfig, fingerprint: str) -> list
     return _unfinished(run, config.shards, fingerprint)
 
 
+def whole_set(run: RunDirectory) -> str | None:
+    """The fingerprint of a division all of whose shards are done; None where there is none."""
+    found: dict[tuple[str, int], int] = {}
+    for path, shards in _sealed(run):
+        if manifest := read_manifest(run.scores, path.name):
+            found[manifest.fingerprint, shards] = found.get((manifest.fingerprint, shards), 0) + 1
+    return next((fingerprint for (fingerprint, shards), done in found.items() if done == shards), None)
+
+
 def discard_stale(run: RunDirectory, fingerprint: str) -> None:
     """Remove results of another fingerprint, so that no later stage takes them for current ones."""
     for path, _ in _sealed(run):

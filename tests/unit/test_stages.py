@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pocl_ds import pipeline, stages
+from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import BenchmarkConfig, EvaluateConfig
 from pocl_ds.errors import RecipeError
+from pocl_ds.recipe import check_recipe
 from pocl_ds.stages import Asked
 
 
 def test_every_stage_has_its_function() -> None:
     assert tuple(stages.FUNCTIONS) == pipeline.NAMES
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("baseline", "compare.enabled is false: nothing would look at a baseline, set it to true"),
+        ("teach", "teacher.mode is live: there is nothing to keep"),
+        ("respond", "policy.name is off: the teacher writes for seqkd and mixture only"),
+    ],
+)
+def test_a_stage_that_the_recipe_does_not_ask_for(stage: str, words: str, tmp_path: Path) -> None:
+    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}})
+    with pytest.raises(RecipeError, match=f"recipe field {words}"):
+        stages.run_here(stage, recipe, RunDirectory(tmp_path))
 
 
 def test_a_part_of_an_evaluation() -> None:
