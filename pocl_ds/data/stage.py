@@ -69,27 +69,30 @@ def _encode_again(folder: Path, encoder: Encoder) -> None:
 
 
 def _divide(data: DataConfig, folder: Path) -> dict[str, Path]:
-    """Write each split's samples to a file of its own, in the order of the source."""
+    """Write each split's samples to a file of its own, in the order of the source. No prompt lies in two splits."""
     parts = {split: folder / f".{split}.samples" for split in SPLITS}
     streams = {split: path.open("w", encoding="utf-8") for split, path in parts.items()}
-    held_out: set[str] = set()
-    leaked = 0
+    asked: set[str] = set()  # by files that were given for a split
+    left_out = dict.fromkeys(SPLITS, 0)
     try:
-        for split, source in (("validation", data.validation), ("test", data.test)):
+        for given, source in (("test", data.test), ("validation", data.validation), (None, data.source)):
+            fresh: set[str] = set()
             for sample in _source(source, data) if source else ():
+                split = given or _split_of(sample, data)
+                if sample.prompt_key in asked:
+                    left_out[split] += 1
+                    continue
                 streams[split].write(sample.to_json() + "\n")
-                held_out.add(sample.prompt_key)
-        for sample in _source(data.source, data):
-            split = _split_of(sample, data)
-            if split == "train" and sample.prompt_key in held_out:
-                leaked += 1
-                continue
-            streams[split].write(sample.to_json() + "\n")
+                if given:
+                    fresh.add(sample.prompt_key)
+            asked |= fresh
     finally:
         for stream in streams.values():
             stream.close()
-    if leaked:
-        log.warning("%d training samples ask what a validation or test sample asks too: left out of training", leaked)
+    for split, other in (("train", "a validation or test"), ("validation", "a test"), ("test", "a validation")):
+        if count := left_out[split]:
+            name = "training" if split == "train" else split
+            log.warning("%d %s samples ask what %s sample asks too: left out of %s", count, name, other, name)
     return parts
 
 

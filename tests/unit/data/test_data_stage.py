@@ -84,6 +84,24 @@ def test_given_files_replace_the_split_and_their_prompts_leave_training(
     assert "1 training samples ask what a validation or test sample asks too" in caplog.text
 
 
+def test_what_a_test_asks_no_validation_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Validation chooses between checkpoints, and sets DistiLLM's phi: a test that it has seen is none."""
+    source, given = write(tmp_path / "all.jsonl", records(300)), write(tmp_path / "test.jsonl", records(100))
+    splits = prepare(tmp_path / "a", source, test=given, validation_fraction=0.3)
+    asked = {split: {sample.prompt_key for sample in samples} for split, samples in splits.items()}
+    assert len(asked["test"]) == 100 and len(asked["train"]) + len(asked["validation"]) == 200
+    assert not asked["test"] & (asked["train"] | asked["validation"]) and not asked["train"] & asked["validation"]
+    assert len(asked["validation"]) > 20
+    assert "24 validation samples ask what a test sample asks too: left out of validation" in caplog.text
+    assert "76 training samples ask what a validation or test sample asks too: left out of training" in caplog.text
+    splits = prepare(tmp_path / "b", source, test=given, validation=write(tmp_path / "v.jsonl", records(120)))
+    assert [len(splits[split]) for split in stage.SPLITS] == [180, 20, 100]
+    caplog.clear()
+    splits = prepare(tmp_path / "c", source, validation=given, test_fraction=0.3)
+    assert len(splits["validation"]) == 100 and len(splits["train"]) + len(splits["test"]) == 200 and len(splits["test"]) > 20
+    assert "test samples ask what a validation sample asks too: left out of test" in caplog.text
+
+
 def test_the_limit_takes_a_cross_section_of_a_split(tmp_path: Path) -> None:
     """A limited split is not the edge of the split: its samples hash all over."""
     splits = prepare(tmp_path / "run", write(tmp_path / "all.jsonl", records(2000)), train_samples=100)
