@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 
 from pocl_ds.artifacts import atomic_write, disk_faults
 from pocl_ds.credentials import hide
+from pocl_ds.errors import ResourceError
 
 log = logging.getLogger("pocl_ds")
 
@@ -208,8 +210,6 @@ def _tensorboard(directory: Path, step: int) -> Any:
 
 
 def _wandb(directory: Path, project: str, name: str) -> Any:
-    from pocl_ds.errors import ResourceError
-
     try:
         import wandb
     except ImportError:
@@ -219,8 +219,13 @@ def _wandb(directory: Path, project: str, name: str) -> Any:
     identity = directory / "wandb_id"  # one tracker identity over every restart of the run
     if not identity.is_file():
         with atomic_write(identity) as stream:
-            stream.write(wandb.util.generate_id())
-    return wandb.init(project=project, name=name, id=identity.read_text().strip(), resume="allow", dir=str(directory))
+            stream.write(secrets.token_hex(8))
+    try:
+        return wandb.init(project=project, name=name, id=identity.read_text().strip(), resume="allow", dir=str(directory))
+    except wandb.errors.Error as error:
+        reason = " ".join(str(error).split())
+        raise ResourceError(f"train.tracking.wandb=true, and Weights & Biases refuses ({reason}): export WANDB_API_KEY, or "
+                            "WANDB_MODE=offline, or set it to false") from None  # fmt: skip
 
 
 def _short(value: Any) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from pocl_ds import tracking
+from pocl_ds.errors import ResourceError
 from pocl_ds.tracking import MetricsWriter, Progress, Spikes, aligned, read_metrics
 
 
@@ -63,6 +66,26 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5, 1 / 3, 9.0]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One identity over all restarts; a refusal, as of one without a key, is one sentence."""
+    begun: list[dict[str, str]] = []
+    fault: type[Exception] = type("UsageError", (Exception,), {})
+    stub = types.ModuleType("wandb")
+    stub.errors = types.SimpleNamespace(Error=fault)  # type: ignore[attr-defined]
+    stub.init = lambda **options: begun.append(options) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for step in (0, 3):
+        MetricsWriter(tmp_path, step=step, tensorboard=False, wandb=True, wandb_project="p", name="n").close()
+    assert begun[0] == begun[1] and begun[0]["resume"] == "allow" and len(begun[0]["id"]) == 16
+
+    def refuse(**_: str) -> None:
+        raise fault("No API key\nconfigured.")
+
+    stub.init = refuse  # type: ignore[attr-defined]
+    with pytest.raises(ResourceError, match=r"refuses \(No API key configured\.\): export WANDB_API_KEY, or WANDB_MODE=offline"):
+        MetricsWriter(tmp_path, step=3, tensorboard=False, wandb=True, wandb_project="p", name="n")
 
 
 def test_a_spike_is_a_jump_and_not_a_slope() -> None:
