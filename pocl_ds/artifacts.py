@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -71,6 +72,7 @@ def peak_host_bytes() -> int:
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -140,6 +142,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         sync_directory(path.parent)
+
+
+def take_lock(handle: int, path: Path, how: int) -> None:
+    """Lock an open file, `how` as for flock. Raises BlockingIOError where another process has it and LOCK_NB is asked for,
+    ResourceError where its file system keeps no locks.
+    """
+    try:
+        fcntl.flock(handle, how)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        raise ResourceError(f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks (Lustre has them "
+                            "with -o flock), choose another folder") from None  # fmt: skip
 
 
 def sync_directory(path: Path) -> None:

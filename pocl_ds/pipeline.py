@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds import ds_config
-from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest
+from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest, take_lock
 from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.difficulty.shards import unfinished, whole_set
@@ -174,15 +174,17 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
 @contextlib.contextmanager
 def locked(run: RunDirectory) -> Iterator[int]:
     """Hold a run directory for one pipeline at a time; its children inherit the lock, so no orphan is overlooked."""
+    path = run.path / ".lock"
     with disk_faults(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            take_lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{run.path} is in use by another pocl process: wait for it, or end it first") from None
         os.set_inheritable(handle, True)
         yield handle
-    except BlockingIOError:
-        raise ArtifactError(f"{run.path} is in use by another pocl process: wait for it, or end it first") from None
     finally:
         os.close(handle)
 

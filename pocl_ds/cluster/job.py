@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.artifacts import take_lock
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import AGAIN, DONE, ENDED, FAILED, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
 from pocl_ds.errors import RESUME, UNFIT, PoclError, ResourceError
@@ -260,11 +261,14 @@ def main() -> int:
         signal.signal(number, job.stop)
     for got in early:
         job.stop(got, None)
-    with (run / ".lock").open("w") as lock:
+    with (run / ".lock").open("w") as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            take_lock(held.fileno(), run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"{run} is in use by a pocl process outside SLURM: end it, then `pocl resume`")
+            return 2
+        except ResourceError as error:
+            say(str(error))
             return 2
         return job.go()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pocl_ds.artifacts import atomic_directory, disk_faults, file_digest
+from pocl_ds.artifacts import atomic_directory, disk_faults, file_digest, take_lock
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.models.quiet import quiet
 from pocl_ds.shipped import cache_folder
@@ -112,5 +112,5 @@ def _clean_copy(model: Any) -> Any:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        take_lock(handle.fileno(), path, fcntl.LOCK_EX)
         yield  # closing the file frees the lock, also when the process dies

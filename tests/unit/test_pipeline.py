@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from pocl_ds import pipeline
+from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import Recipe
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import RecipeError, ResourceError
 
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
@@ -52,6 +56,25 @@ def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.Monke
     assert [one["CUDA_VISIBLE_DEVICES"] for one in others] == ["5", "GPU-a", "7"]
     with pytest.raises(RecipeError, match=r"evaluate\.processes=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible"):
         run(recipe(2, 2))
+
+
+def test_a_fault_inside_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    """A pipe that is full raises BlockingIOError too."""
+    with pytest.raises(BlockingIOError, match="a full pipe"), pipeline.locked(RunDirectory(tmp_path)):
+        raise BlockingIOError("a full pipe")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre that is mounted without `flock`, NFS whose server keeps no locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    found = pytest.raises(ResourceError, match=r"\.lock cannot be locked \(.+\): its file system is mounted without locks")
+    with found, pipeline.locked(RunDirectory(tmp_path)):
+        pass
 
 
 def test_without_gpus_they_share_the_cores(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
