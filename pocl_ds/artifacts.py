@@ -153,8 +153,10 @@ def take_lock(handle: int, path: Path, how: int) -> None:
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
-        raise ResourceError(f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks (Lustre has them "
-                            "with -o flock), choose another folder") from None  # fmt: skip
+        raise ResourceError(
+            f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks (Lustre has them with -o flock), "
+            "choose another folder"
+        ) from None
 
 
 def sync_directory(path: Path) -> None:
