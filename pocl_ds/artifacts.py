@@ -154,8 +154,8 @@ def take_lock(handle: int, path: Path, how: int) -> None:
         if error.errno not in WITHOUT_LOCKS:
             raise
         raise ResourceError(
-            f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks (Lustre has them with -o flock), "
-            "choose another folder"
+            f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks (Lustre has them with "
+            "-o flock), choose another folder"
         ) from None
 
 
