@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
@@ -153,7 +154,8 @@ class _Scorer:
         log_probs = self.generator.log_probs(sequences, prompt_tokens)
         rouge = rouge_l_many(responses, [references for _, references in samples])
         texts = [references for _, references in samples]
-        extra = {name: METRICS[name](responses, texts, log_probs) for name in self.config.metrics}
+        names = [name for name, _ in samples]
+        extra = {name: _plugin_metric(name, names, responses, texts, log_probs) for name in self.config.metrics}
         for place, ((sample, _), response, found, overlap) in enumerate(zip(samples, responses, log_probs, rouge, strict=True)):
             if not len(found):
                 raise DataError(
@@ -163,7 +165,7 @@ class _Scorer:
             loss = -float(np.mean(found, dtype=np.float64))
             record = {"id": sample, "rouge_l": float(overlap), "cross_entropy": loss, "tokens": len(found)}
             if extra:
-                record["metrics"] = {name: float(values[place]) for name, values in extra.items()}
+                record["metrics"] = {name: values[place] for name, values in extra.items()}
             stream.write(json.dumps({**record, "response": response}, ensure_ascii=False) + "\n")
             metrics["rouge_l"].append(float(overlap))
             metrics["cross_entropy"].append(loss)
@@ -187,3 +189,21 @@ class _Scorer:
                     "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student longer "
                     "(student.heal_steps) or rank by the other metric (rank.strategy)", 100 * share, name,
                 )  # fmt: skip
+
+
+def _plugin_metric(
+    metric: str, ids: list[str], responses: list[str], references: list[list[str]], log_probs: list[NDArray[np.float32]]
+) -> list[float]:
+    """What a plugin's metric says of some samples. Raises RecipeError, DataError where that is not one finite number of each."""
+    try:
+        values = [float(value) for value in METRICS[metric](responses, references, log_probs)]
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"the metric {metric!r} of a plugin gives no numbers ({error}): mend its function") from error
+    if len(values) != len(ids):
+        raise RecipeError(
+            f"the metric {metric!r} of a plugin gives {len(values)} numbers for {len(ids)} samples: mend its function"
+        )
+    for sample, value in zip(ids, values, strict=True):
+        if not math.isfinite(value):
+            raise DataError(f"sample {sample} has {metric}={value}, which has no rank: mend the plugin's function")
+    return values

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,22 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     manifest = read_manifest(run.scores, shard_manifest(run, 0, 2))
     assert manifest is not None
     assert manifest.info["backend"] == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        (lambda texts: [1.0] * (len(texts) + 1), "the metric 'mine' of a plugin gives 12 numbers for 11 samples"),
+        (lambda texts: [1.0] * (len(texts) - 1), "the metric 'mine' of a plugin gives 10 numbers for 11 samples"),
+        (lambda texts: [float(i) if i else float("nan") for i in range(len(texts))], "sample s00-0 has mine=nan"),
+        (lambda texts: ["long"] * len(texts), "the metric 'mine' of a plugin gives no numbers"),
+    ],
+)
+def test_what_a_plugin_s_metric_gives_is_one_number_a_sample(
+    metric: Any, said: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(module.METRICS, "mine", lambda responses, references, log_probs: metric(responses))
+    run = make_run(tmp_path / "run", load_tokenizer(str(tiny_llama)))
+    with pytest.raises((RecipeError, DataError), match=re.escape(said)):
+        run_score(run, tiny_llama, ScoreConfig.model_construct(**{**dict(config()), "metrics": ("mine",)}))
+    assert not list(run.scores.glob("shard*"))
