@@ -1,4 +1,4 @@
-"""Engines side by side: which GPUs each gets, and what becomes of their exit codes."""
+"""What a result depends on; engines side by side: which GPUs each gets, and what becomes of their exit codes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 def run(asked: Recipe) -> Any:
     return pipeline._answers(["pocl", "evaluate", "--model", "student"], asked, 3)
+
+
+@pytest.mark.parametrize("strategy", ["fusion", "random"])
+@pytest.mark.parametrize("change", [{"teacher": {"model": "other"}}, {"teacher": {"model": "t", "dtype": "bfloat16"}},
+                                    {"student": {"model": "m", "heal_steps": 3}}])  # fmt: skip
+def test_what_is_trained_depends_on_the_models_however_samples_are_ordered(strategy: str, change: dict[str, Any]) -> None:
+    tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "rank": {"strategy": strategy},
+            "compare": {"enabled": True}}  # fmt: skip
+    one, other = (pipeline.fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change))
+    for stage in ("prepare", "train", "baseline", "evaluate"):
+        assert one[stage] != other[stage], stage
 
 
 def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
