@@ -30,7 +30,7 @@ from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.build import Job, config_of, load, make_trainer
 from pocl_ds.distill.engine import Engine, start_deepspeed
 from pocl_ds.errors import ArtifactError
-from pocl_ds.models.load import load_model_config, load_tokenizer, resolve_model
+from pocl_ds.models.load import load_model_config, load_tokenizer, pinned_model
 from pocl_ds.models.lora import check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_student, check_teacher
@@ -113,8 +113,8 @@ def prepare(
     if manifest and manifest.fingerprint == fingerprint:
         return
     watch = distributed.Stopwatch()
-    teachers = tuple(resolve_model(one) for one in (teacher, *teacher.others)) if teacher else ()
-    student_path, info = resolve_model(student), {}
+    teachers = tuple(pinned_model(one) for one in (teacher, *teacher.others)) if teacher else ()
+    student_path, info = pinned_model(student), {}
     _check_quantised(teacher, teachers, student, student_path)
     if student.prune:
         pruned = run.models / "pruned"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -25,6 +26,7 @@ from pocl_ds.models.quantization import loading
 from pocl_ds.models.quiet import quiet
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,
                pickle.UnpicklingError)  # fmt: skip
@@ -53,6 +55,24 @@ def resolve_model(config: ModelSource) -> str:
     if not HUB_NAME.fullmatch(source):
         raise ModelError(f"model folder {source} does not exist: check the path, or give a Hub name such as org/name")
     return source
+
+
+def pinned_model(config: ModelSource) -> str:
+    """As `resolve_model`; of a Hub name with a revision the folder of that revision in the Hub's cache. Raises ModelError.
+
+    Later stages know what this returns and nothing else: a name alone would give them the newest revision.
+    """
+    path = resolve_model(config)
+    if config.revision is None or os.path.isdir(path):
+        return path
+    folder = path
+    with _one_sentence(path, f"revision {config.revision}"), quiet():
+        for weights in ("*.safetensors", "*.bin"):
+            folder = snapshot_download(path, revision=config.revision, allow_patterns=[weights, *BESIDE_WEIGHTS],
+                                       ignore_patterns=["*/*"])  # fmt: skip
+            if next(Path(folder).glob(weights), None):
+                break
+    return folder
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

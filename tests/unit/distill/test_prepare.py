@@ -1,0 +1,50 @@
+"""The stage `prepare`: which models later stages read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import constants
+
+from pocl_ds.artifacts import RunDirectory, read_models
+from pocl_ds.config import LossConfig, StudentConfig, TrainConfig
+from pocl_ds.distill.stage import prepare
+from pocl_ds.errors import ModelError
+from pocl_ds.models.load import load_model, pinned_model
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the Hub, offline, with two revisions of one model."""
+    cache = tmp_path / "hub" / "models--org--name"
+    for number, (name, revision) in enumerate((("main", "a" * 40), ("step1000", "b" * 40))):
+        made = tiny_models.llama(tmp_path / name, layers=1, seed=number)
+        shutil.copytree(made, cache / "snapshots" / revision)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_path: Path) -> None:
+    """Scoring, training and evaluation know the path alone: another revision under the same name would go unseen."""
+    run = RunDirectory(tmp_path / "run")
+    student = StudentConfig.model_validate({"model": "org/name", "revision": "step1000"})
+    prepare(run, student=student, teacher=None, train=TrainConfig(), loss=LossConfig(name="sft"), seed=0, fingerprint="f")
+    found, asked = load_model(read_models(run)["student"]), load_model(str(hub / "snapshots" / ("b" * 40)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.parameters(), asked.parameters(), strict=True))
+    assert json.loads((run.models / "models.json").read_text())["teacher"] is None
+
+
+def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"the revision step2000 of org/name cannot be loaded .*: check the name"):
+        pinned_model(StudentConfig.model_validate({"model": "org/name", "revision": "step2000"}))
+    assert pinned_model(StudentConfig.model_validate({"model": "org/name"})) == "org/name"
+    folder = str(hub / "snapshots" / ("a" * 40))
+    assert pinned_model(StudentConfig.model_validate({"model": folder, "revision": "step2000"})) == folder
