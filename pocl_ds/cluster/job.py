@@ -22,7 +22,19 @@ from typing import Any
 
 from pocl_ds.artifacts import take_lock
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.attempts import AGAIN, DONE, ENDED, FAILED, Attempt, Verdict, excluded, judge, read_attempts, write_attempt
+from pocl_ds.cluster.attempts import (
+    AGAIN,
+    DONE,
+    ENDED,
+    FAILED,
+    MENDABLE,
+    Attempt,
+    Verdict,
+    excluded,
+    judge,
+    read_attempts,
+    write_attempt,
+)
 from pocl_ds.errors import RESUME, UNFIT, PoclError, ResourceError
 from pocl_ds.exits import FOLDER, SIGNALS
 
@@ -110,10 +122,12 @@ class Job:
                 if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
                     self._ask()
         code = code if code >= 0 else 128 - code
-        left = sorted((json.loads(p.read_text()) | {"rank": p.stem} for p in exits.glob("*.json")), key=lambda w: w["time"])
+        left = words_of_ranks(exits)
         if what == "preflight" and code and not self.attempt.stopped:
             dumb = sorted(set(self.attempt.nodes) - {word["node"] for word in left})
-            if left and dumb:  # it could not even start its ranks
+            # Where a rank tells a fault, srun ends the others: who has no word then was only cut short.
+            told = any(word["code"] in (UNFIT, MENDABLE) for word in left)
+            if left and dumb and not told:  # it could not even start its ranks
                 self.attempt.error, self.attempt.suspects = f"preflight: {', '.join(dumb)}: no rank of it came to answer", dumb
                 return UNFIT
         return self._meaning(code, left, nodes * per_node)
@@ -206,6 +220,15 @@ def srun(spec: dict[str, Any], run: Path, nodes: int, tasks_per_node: int, logs:
         return [*command, f"--container-image={container['image']}", f"--container-mounts={','.join(mounts)}"]
     binds = [word for mount in mounts for word in ("--bind", mount)]
     return [*command, "apptainer", "exec", *(["--nv"] if spec["gpus_per_node"] else []), *binds, container["image"]]
+
+
+def words_of_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks of a step left (see `exits.leave_word`), by time; one that was ended while it wrote left nothing."""
+    found = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append({**json.loads(path.read_text()), "rank": path.stem})
+    return sorted(found, key=lambda word: word["time"])
 
 
 def progress(run: Path, name: str) -> int:

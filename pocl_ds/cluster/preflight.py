@@ -23,7 +23,7 @@ import torch.distributed as dist
 from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, file_digest, package_versions, write_json
 from pocl_ds.cluster import checks
-from pocl_ds.errors import RESUME, UNFIT, ResourceError
+from pocl_ds.errors import UNFIT, PoclError
 from pocl_ds.exits import leave_when_asked, leave_word
 from pocl_ds.tracking import setup_logging
 
@@ -112,7 +112,8 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     sentence = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
     if set(faults) == set(nodes):
         return 2, sentence
-    return (UNFIT, sentence) if os.uname().nodename in faults else (RESUME, "")
+    # With any other code a fit node's rank would make srun end those that have a fault to tell.
+    return (UNFIT, sentence) if os.uname().nodename in faults else (0, "")
 
 
 def main() -> int:
@@ -123,7 +124,7 @@ def main() -> int:
     spec = json.loads((run.cluster / "jobs" / f"{name}.json").read_text())
     try:
         code, sentence = preflight(run, spec)
-    except ResourceError as error:  # a rank without a device of its own
+    except PoclError as error:  # a rank without a device of its own, or that cannot write
         code, sentence = UNFIT, f"{os.uname().nodename}: {error}"
     except RuntimeError as error:  # torch could not bring the ranks together
         code, sentence = 1, f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the profile's interface"

@@ -12,7 +12,7 @@ import pytest
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cluster import checks, detect, preflight, scheduler
 from pocl_ds.cluster.scheduler import SEPARATOR, Queued
-from pocl_ds.errors import ResourceError
+from pocl_ds.errors import UNFIT, ResourceError
 
 CONFIG = """ClusterName             = north
 SelectType              = select/cons_tres
@@ -122,3 +122,15 @@ def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list((run.cluster / "preflight").iterdir()) == []
     code, sentence = preflight.preflight(run, {"gpus_per_node": 4096, "keep": 2, "adapters": False})
     assert code == 2 and "4096 promised GPUs" in sentence, "wrong on every node: no other node would do"
+
+
+def test_a_rank_of_a_fit_node_leaves_in_peace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun ends all ranks where one leaves with a code: the unfit node's would be gone before it can tell its fault."""
+    RunDirectory(tmp_path).recipe.write_text("x")
+    other = seen("n2", faults=["7 of 8 promised GPUs are visible"])
+    monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [mine, other])
+    spec = {"gpus_per_node": 0, "keep": 2, "adapters": False}
+    assert preflight.preflight(RunDirectory(tmp_path), spec) == (0, "")
+    monkeypatch.setattr(os, "uname", lambda: type("u", (), {"nodename": "n2"}))
+    monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [{**other, "node": "n1", "faults": []}, other])
+    assert preflight.preflight(RunDirectory(tmp_path), spec) == (UNFIT, "n2: 7 of 8 promised GPUs are visible")

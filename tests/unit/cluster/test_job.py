@@ -1,0 +1,67 @@
+"""A job's own program: whom it holds responsible for a step that failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocl_ds.cluster.job import Job, words_of_ranks
+from pocl_ds.errors import UNFIT
+
+LOOK = ["--module", "pocl_ds.cluster.preflight"]
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job on three nodes, in a world without SLURM."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\n[ \"$2\" != hostnames ] || printf 'n1\\nn2\\nn3\\n'\n")
+    leave = 'mkdir -p "$POCL_EXITS"; cp "$SAID"/*.json "$POCL_EXITS"; exit "$(cat "$SAID"/code)"'
+    (programs / "srun").write_text(f"#!/bin/sh\n{leave}\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    monkeypatch.setenv("SAID", str(tmp_path / "said"))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
+    spec = {"name": "train", "nodes": 3, "cpus_per_task": 1, "container": None, "python": "python3", "gpus_per_node": 0}
+    (tmp_path / "run" / "cluster" / "jobs").mkdir(parents=True)
+    (tmp_path / "run" / "cluster" / "jobs" / "train.json").write_text(json.dumps(spec))
+    return Job(tmp_path / "run", "train")
+
+
+def step(job: Job, code: int, words: dict[int, tuple[int, str]]) -> int:
+    """The exit code of a look at the nodes that ended with `code`; words: rank -> its own code and its sentence."""
+    said = job.run.parent / "said"
+    said.mkdir()
+    (said / "code").write_text(str(code))
+    for rank, (own, error) in words.items():
+        word: dict[str, Any] = {"code": own, "error": error, "time": rank, "node": f"n{rank + 1}"}
+        (said / f"rank-{rank}.json").write_text(json.dumps(word))
+    return job._step(0, LOOK, ["train"], 1)
+
+
+@pytest.mark.parametrize("code", [UNFIT, 2])
+def test_a_rank_that_was_ended_before_it_could_speak_is_not_blamed(job: Job, code: int) -> None:
+    """The first rank to leave with a code makes srun end the others: a fit node may then be without a word."""
+    assert step(job, code, {0: (code, "preflight: n1: 7 of 8 promised GPUs are visible"), 1: (0, "")}) == code
+    assert job.attempt.error == "preflight: n1: 7 of 8 promised GPUs are visible"
+    assert job.attempt.suspects == (["n1"] if code == UNFIT else [])
+
+
+def test_a_node_whose_ranks_never_came_is_left_out(job: Job) -> None:
+    lost = (1, "preflight: the ranks do not reach each other")
+    assert step(job, 1, {0: lost, 2: lost}) == UNFIT
+    assert job.attempt.suspects == ["n2"] and "n2: no rank of it came to answer" in job.attempt.error
+
+
+def test_a_rank_that_was_ended_while_it_wrote_has_left_no_word(job: Job) -> None:
+    said = job.run.parent / "said"
+    said.mkdir()
+    (said / "rank-0.json").write_text('{"code": 75, "err')
+    (said / "rank-1.json").write_text('{"code": 75, "error": "", "time": 1.0, "node": "n2"}')
+    assert [word["rank"] for word in words_of_ranks(said)] == ["rank-1"]
