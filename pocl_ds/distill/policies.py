@@ -104,7 +104,8 @@ class Distillm:
     """Adaptive off-policy training with a replay buffer (Ko et al., arXiv 2402.03898).
 
     phi starts at 0 and grows whenever the validation loss has risen. With probability phi a step sees the student's responses:
-    written anew while the buffer fills, and then with probability phi (1 - step / total), else drawn from it.
+    with probability phi (1 - step / total), and while the buffer fills, written anew, else drawn from it. One number is held
+    against both, as in the authors' release.
     """
 
     config: PolicyConfig
@@ -117,17 +118,18 @@ class Distillm:
     def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
         """See `Policy`."""
         step = asked.position.step
-        if draw(self.seed, step, 0) >= self.phi:
+        drawn = draw(self.seed, step, 0)
+        if drawn >= self.phi:
             return asked.split, asked.rows
         kept = self._of_stage(asked)
         full = self.buffer is not None and len(self.buffer) >= self.config.buffer
-        anew = draw(self.seed, step, 1) < self.phi * (1 - step / asked.total_steps)
+        anew = drawn < self.phi * (1 - step / asked.total_steps)
         if not full or anew or len(kept) < len(asked.rows):
             written = self.write(asked.rows, asked.position)
             self._remember(written)
             return written, np.arange(len(written))
         assert self.buffer is not None
-        generator = np.random.default_rng([self.seed, step, 2])
+        generator = np.random.default_rng([self.seed, step, 1])
         chosen = self.buffer.picked(np.sort(generator.choice(kept, len(asked.rows), replace=False)))
         return chosen, np.arange(len(chosen))
 

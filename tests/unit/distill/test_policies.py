@@ -128,6 +128,18 @@ def test_the_buffer_fills_first_and_is_drawn_from_then() -> None:
     assert fresh == pytest.approx(expected, abs=25)
 
 
+@pytest.mark.parametrize("phi", [0.4, 0.8])
+def test_of_all_steps_phi_are_the_students_and_phi_less_with_time_are_written_anew(phi: float) -> None:
+    """METHOD 3: both probabilities are of a step, as in the authors' release, where one number is held against both."""
+    policy, writer = distillm(buffer=BATCH)
+    policy.phi = 1.0
+    policy.sequences(asked(0))
+    policy.phi, writer.calls = phi, []
+    theirs = [step for step in range(TOTAL) if policy.sequences(asked(step))[0] is not SPLIT]
+    assert len(theirs) == pytest.approx(phi * TOTAL, abs=0.1 * TOTAL)
+    assert len(writer.calls) == pytest.approx(phi * TOTAL / 2, abs=0.06 * TOTAL)
+
+
 def test_what_is_drawn_again_is_of_the_stage() -> None:
     policy, writer = distillm(buffer=8)
     policy.phi = 1.0
