@@ -119,7 +119,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -135,13 +135,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):  # safetensors writes files that only their owner may read
                 if file.is_file() and not file.is_symlink():
                     os.chmod(file, (file.stat().st_mode & 0o100 | 0o666) & allowed)
+                    sync(file)
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def take_lock(handle: int, path: Path, how: int) -> None:
@@ -159,8 +160,8 @@ def take_lock(handle: int, path: Path, how: int) -> None:
         ) from None
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable."""
+def sync(path: Path) -> None:
+    """Make a file's contents, or the names in a directory, survive the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -20,6 +20,7 @@ from typing import Any
 
 from pocl_ds import distributed
 from pocl_ds.artifacts import (
+    MANIFEST,
     Manifest,
     damaged_files,
     disk_faults,
@@ -27,7 +28,7 @@ from pocl_ds.artifacts import (
     package_versions,
     read_json,
     read_manifest,
-    sync_directory,
+    sync,
     write_json,
 )
 from pocl_ds.config import CheckpointConfig
@@ -119,6 +120,8 @@ class Checkpoints:
                 state = {"step": save.step, "ranks": distributed.world_size(), "policy": save.remembered}
                 write_json(save.partial / STATE, state)
                 paths = [*paths, save.partial / STATE]
+            for path in {*paths, *(path.parent for path in paths)}:
+                sync(path)  # a manifest that outlives its files would push whole checkpoints out
             save.files = {str(path.relative_to(save.partial)): file_digest(path) for path in paths}
         except (OSError, RuntimeError) as error:  # PoclError of write_json is a RuntimeError too
             save.fault = _reason(error)
@@ -153,10 +156,10 @@ class Checkpoints:
         manifest = Manifest("checkpoint", self.fingerprint, files, info, package_versions())
         final = save.partial.with_suffix("")
         with disk_faults(save.partial):
-            write_json(save.partial / "manifest.json", asdict(manifest))
+            write_json(save.partial / MANIFEST, asdict(manifest))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(save.partial, final)
-            sync_directory(self.directory)
+            sync(self.directory)
             shutil.rmtree(self.directory / RESHARDED, ignore_errors=True)
             self._retire()
 
@@ -203,8 +206,8 @@ class Checkpoints:
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             path = self.directory / f"{PREFIX}{step:08d}"
-            manifest = read_manifest(path)
-            faults = ["manifest.json is missing"] if manifest is None else damaged_files(path, manifest)
+            manifest = _manifest(path)
+            faults = ["manifest.json is missing or damaged"] if manifest is None else damaged_files(path, manifest)
             if faults or manifest is None:
                 log.warning("checkpoint %s is damaged (%s): looking for the one before", path, "; ".join(faults))
                 damaged.append(path)
@@ -238,12 +241,21 @@ class Checkpoints:
         if config.keep_every:
             kept |= {step for step in steps if step % config.keep_every == 0}
         if config.keep_best:
-            manifests = {step: read_manifest(self.directory / f"{PREFIX}{step:08d}") for step in steps}
+            manifests = {step: _manifest(self.directory / f"{PREFIX}{step:08d}") for step in steps}
             losses = {step: found.info["validation_loss"] for step, found in manifests.items()
                       if found and "validation_loss" in found.info}  # fmt: skip
             kept |= {min(losses, key=lambda step: losses[step])} if losses else set()
         for step in set(steps) - kept:
             shutil.rmtree(self.directory / f"{PREFIX}{step:08d}", ignore_errors=True)
+
+
+def _manifest(path: Path) -> Manifest | None:
+    """A checkpoint's manifest, None where it is missing or no JSON. Raises ArtifactError for one of another program or schema."""
+    try:
+        read_json(path / MANIFEST)
+    except ArtifactError:
+        return None
+    return read_manifest(path)
 
 
 def _reason(error: OSError | RuntimeError) -> str | None:

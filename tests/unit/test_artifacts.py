@@ -197,3 +197,24 @@ plain = st.recursive(
 def test_a_fingerprint_is_of_the_values_not_of_their_order(tree: dict[str, object]) -> None:
     assert fingerprint(tree) == fingerprint(dict(reversed(tree.items())))
     assert fingerprint(tree) != fingerprint({**tree, "a key that is long": 1})
+
+
+def test_a_directory_has_its_name_when_its_files_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    sync, rename = os.fsync, os.replace
+
+    def seen(handle: int) -> None:
+        written.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        written.append("named")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_directory(tmp_path / "made") as folder:
+        (folder / "below").mkdir()
+        (folder / "below" / "one").write_text("1")
+        (folder / "two").write_text("2")
+    assert set(written[: written.index("named")]) == {"one", "two"} and written[-1] == tmp_path.name

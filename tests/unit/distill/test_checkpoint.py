@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,52 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(tmp_path: Path, caplog: p
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
     save(again, engine, 15)
     assert again.steps() == [15] and not list((tmp_path / "checkpoints").glob("*.damaged"))
+
+
+@pytest.mark.parametrize("text", ["", '{"stage": "checkpoint"'])
+def test_a_damaged_manifest_is_damage_as_any_other(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, engine = checkpoints(tmp_path, keep=2, keep_best=True), Engine()
+    save(store, engine, 10, loss=1.0)
+    save(store, engine, 20, loss=2.0)
+    (tmp_path / "checkpoints" / "step-00000020" / "manifest.json").write_text(text)
+    assert checkpoints(tmp_path).load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
+    assert "step-00000020 is damaged (manifest.json is missing or damaged)" in caplog.text
+    (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").write_text(text)
+    save(store, engine, 30, loss=3.0)  # what is kept is decided by the manifests that can be read
+    assert store.steps() == [10, 30]
+
+
+def test_one_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), Engine()
+    save(store, engine, 10)
+    save(store, engine, 20)
+    newest = tmp_path / "checkpoints" / "step-00000020" / "manifest.json"
+    newest.write_text(newest.read_text().replace('"schema": 1', '"schema": 9'))
+    with pytest.raises(ArtifactError, match="has schema 9"):
+        checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
+    assert store.steps() == [10, 20]
+
+
+def test_a_checkpoint_has_its_name_when_its_data_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that dies takes with it what its file system has not written: a name must not be there before."""
+    written: set[str] = set()
+    sync, rename = os.fsync, os.replace
+    named: list[set[str]] = []
+
+    def seen(handle: int) -> None:
+        written.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        sync(handle)
+
+    def renamed(source: Path, target: Path) -> None:
+        if Path(target).name == "step-00000001":
+            named.append(set(written))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(os, "replace", renamed)
+    store, engine = checkpoints(tmp_path), Engine()
+    save(store, engine, 1)
+    assert len(named) == 1 and {"weights", "step-00000001.partial"} <= named[0]
 
 
 def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
