@@ -86,11 +86,13 @@ def _submit(options: argparse.Namespace, folder: Path, cells: list[Cell]) -> int
     from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
 
     profile = load_profile(options.profile)
-    for cell in cells:
+    # The jobs of the others may be writing what would be taken over.
+    untouched = [cell for cell in cells if not (directory(folder, cell).cluster / "submission.json").is_file()]
+    for cell in untouched:
         if not is_finished(folder, cell):
             enter(folder, cell)
             adopt(folder, cell, cells)
-    now = [cell for cell in ready(folder, cells) if not (directory(folder, cell).cluster / "submission.json").is_file()]
+    now = [cell for cell in ready(folder, cells) if cell in untouched]
     for cell in now:
         submission = Submission(directory(folder, cell), cell.recipe, profile, nodes=options.nodes, until=cell.until)
         submission.submit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.cli import main
 from pocl_ds.errors import RecipeError
 from pocl_ds.shipped import STUDIES
+from pocl_ds.study import commands
 from pocl_ds.study import run as running
 from pocl_ds.study.plan import Cell, cells_of, load_study, sample_visits
 from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
@@ -106,6 +108,38 @@ def test_what_cells_share_is_submitted_once(tree: dict[str, Any], tmp_path: Path
     assert [cell.name for cell in ready(tmp_path, found)] == [found[0].name]  # all need the same student and scores
     monkeypatch.setattr(running.pipeline, "finished", lambda run, recipe: dict.fromkeys(pipeline.NAMES, True) | {"train": False})
     assert ready(tmp_path, found) == found
+
+
+def test_what_a_submitted_cell_is_writing_is_left_alone(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its jobs may be at work on what another cell has finished meanwhile."""
+    found = cells(tree, tmp_path, "rank.strategy=random", "student.heal_steps=0")
+    done, at_work, waiting = found[:3]
+    finish(tmp_path, done, "data", "prepare")
+    enter(tmp_path, at_work)
+    (directory(tmp_path, at_work).data).mkdir()
+    (directory(tmp_path, at_work).data / "half").touch()
+    for cell in (done, at_work):
+        directory(tmp_path, cell).cluster.mkdir()
+        (directory(tmp_path, cell).cluster / "submission.json").touch()
+    monkeypatch.setattr("pocl_ds.cluster.profile.load_profile", lambda name: None)
+    handed_in: list[Path] = []
+
+    class Submission:
+        jobs = ()
+
+        def __init__(self, run: RunDirectory, *_: Any, **__: Any) -> None:
+            self.run = run
+
+        def submit(self) -> None:
+            handed_in.append(self.run.path)
+
+    monkeypatch.setattr("pocl_ds.cluster.submit.Submission", Submission)
+    commands._submit(argparse.Namespace(profile="x", nodes=None), tmp_path, found[:3])
+    assert [path.name for path in directory(tmp_path, at_work).data.iterdir()] == ["half"]
+    assert (directory(tmp_path, waiting).data / "result").is_file() and handed_in == [directory(tmp_path, waiting).path]
+    assert "submitted 1 of 3 cells; 2 more run already" in capsys.readouterr().out
 
 
 def test_links_fall_back_to_copies(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
