@@ -26,6 +26,11 @@ def kl(a: np.ndarray, b: np.ndarray) -> float:
     return float(sum(x * (math.log(x) - math.log(y)) for x, y in zip(a, b, strict=True) if x > 0))
 
 
+def alpha_beta(p: np.ndarray, q: np.ndarray, a: float, b: float) -> float:
+    terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
+    return float(-terms.sum() / (a * b))
+
+
 def by_hand(name: str, p: np.ndarray, q: np.ndarray) -> float:
     """METHOD 3's table, written out id by id with the default options."""
     if name == "fkl":
@@ -52,9 +57,7 @@ def by_hand(name: str, p: np.ndarray, q: np.ndarray) -> float:
         share = sum(gap[i] for i in head) / gap.sum()
         return share * kl(p, q) + (1 - share) * kl(q, p)
     if name == "ab":
-        a, b = 0.2, 0.7
-        terms = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
-        return float(-terms.sum() / (a * b))
+        return alpha_beta(p, q, 0.2, 0.7)
     raise AssertionError(f"{name} is not written out: add its formula here")
 
 
@@ -63,7 +66,7 @@ def test_every_loss_of_the_recipe_has_its_function() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tau", [1.0, 1.7])
+@pytest.mark.parametrize("tau", [0.6, 1.0, 1.7])
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(3, 40), spread=st.floats(0.1, 6))
 @settings(max_examples=25, deadline=None)
 def test_values_equal_the_formula(name: str, tau: float, seed: int, size: int, spread: float) -> None:
@@ -73,6 +76,27 @@ def test_values_equal_the_formula(name: str, tau: float, seed: int, size: int, s
     found = divergence(name, torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], tau=tau)
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.2, 0.7), (-0.3, 0.8), (1.5, -0.5), (0.5, 0.5)])
+def test_alpha_and_beta_may_have_any_sign(a: float, b: float) -> None:
+    z_p, z_q = np.random.default_rng(0).normal(0, 2, (2, 12))
+    found = divergence("ab", torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], ab_alpha=a, ab_beta=b)
+    assert found.item() == pytest.approx(alpha_beta(softmax(z_p, 1.0), softmax(z_q, 1.0), a, b), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tau_is_one_unless_told_and_its_square_may_be_left_out(name: str) -> None:
+    z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
+    assert torch.equal(divergence(name, z_p, z_q), divergence(name, z_p, z_q, tau=1.0))
+    bare = divergence(name, z_p, z_q, tau=1.7, tau_squared=False)
+    assert torch.allclose(1.7**2 * bare, divergence(name, z_p, z_q, tau=1.7))
+
+
+@pytest.mark.parametrize(("kind", "working"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_sft_asks_no_teacher(kind: torch.dtype, working: torch.dtype) -> None:
+    found = divergence("sft", torch.empty(5, 0), torch.randn(5, 20).to(kind))
+    assert found.tolist() == [0.0] * 5 and found.dtype == working
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tvd", "akl")])
@@ -134,9 +158,13 @@ def test_limits_that_connect_them() -> None:
     assert torch.allclose(value("jsd", beta=1e-7) / 1e-7, value("fkl"), rtol=1e-4)
     assert torch.equal(value("skl", skew=0.0), value("fkl"))
     assert torch.equal(value("srkl", skew=0.0), value("rkl"))
+    assert not value("skl", skew=1.0).any() and not value("srkl", skew=1.0).any()  # either side against itself
     assert torch.allclose(value("ab", ab_alpha=1.0, ab_beta=0.0), value("fkl"), atol=1e-12)
     assert torch.allclose(value("ab", ab_alpha=0.0, ab_beta=1.0), value("rkl"), atol=1e-12)
-    for corner, near in (((0.5, 0.0), (0.5, 1e-6)), ((0.0, 0.5), (1e-6, 0.5)), ((0.4, -0.4), (0.4, -0.4 + 1e-6))):
+    for corner, near in (
+        ((0.5, 0.0), (0.5, 1e-6)), ((0.0, 0.5), (1e-6, 0.5)), ((0.0, 0.0), (1e-5, 1e-5)),
+        ((0.4, -0.4), (0.4, -0.4 + 1e-6)), ((-0.4, 0.4), (-0.4, 0.4 + 1e-6)),
+    ):  # fmt: skip
         exact = value("ab", ab_alpha=corner[0], ab_beta=corner[1])
         assert torch.allclose(exact, value("ab", ab_alpha=near[0], ab_beta=near[1]), rtol=1e-3)
 
@@ -157,6 +185,9 @@ def test_what_does_not_exist_is_named() -> None:
         divergence("fkx", z, z)
     with pytest.raises(RecipeError, match=r"skl has no option 'skw': it has skew"):
         divergence("skl", z, z, skw=1)
+    for name in ACROSS_TOKENIZERS:
+        with pytest.raises(RecipeError, match=f"{name} compares texts, not ids"):
+            divergence(name, z, z)
     with pytest.raises(RecipeError, match="between 0 and 1"):
         divergence("jsd", z, z, beta=1.5)
     with pytest.raises(RecipeError, match="greater than 0"):
