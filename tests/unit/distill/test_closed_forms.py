@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocl_ds.config import LOSSES
 from pocl_ds.distill.closed_forms import CLOSED
@@ -28,9 +29,23 @@ def logits(spread: float, kind: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def spare(like: Tensor) -> Any:
-    """Buffers that hold rubbish, as the caller's do."""
-    kept = [torch.full_like(like, torch.nan) for _ in range(3)]
+    """The three buffers that a caller has; they hold rubbish, as the caller's do."""
+    kept = {number: torch.full_like(like, torch.nan) for number in range(3)}
     return lambda number: kept[number]
+
+
+class NothingLarge(TorchDispatchMode):
+    """Inside, every tensor of at least `size` numbers must lie in known memory."""
+
+    def __init__(self, size: int, known: set[int]) -> None:
+        super().__init__()
+        self.size, self.known = size, known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.numel() >= self.size:
+            assert found.untyped_storage().data_ptr() in self.known, f"{func} makes a tensor of the logits' size"
+        return found
 
 
 def by_autograd(name: str, options: dict[str, Any], teacher: Tensor, student: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,3 +80,12 @@ def test_huge_logits_stay_finite(name: str, options: dict[str, Any]) -> None:
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
     value = CLOSED[name](log_p, log_q, spare(log_p), **options)
     assert value.isfinite().all() and log_q.isfinite().all() and (value >= -1e-5).all()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_no_memory_is_asked_for_but_the_buffers(name: str, options: dict[str, Any]) -> None:
+    log_p, log_q = (side.log_softmax(-1) for side in logits(3.0, torch.float32))
+    buffers = spare(log_p)
+    known = {one.untyped_storage().data_ptr() for one in (log_p, log_q, *map(buffers, range(3)))}
+    with NothingLarge(log_p.numel(), known):
+        CLOSED[name](log_p, log_q, buffers, **options)
