@@ -37,15 +37,16 @@ ACROSS_TOKENIZERS = ("uld", "alm")
 # write?
 POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False, "mixture": True}
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
-METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy
+METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy; each is a ranking strategy too
 BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")  # see evaluate/benchmarks.py
 ALL_LINEAR = "all-linear"  # student.lora.targets
 
 
-def _one_of(what: str, known: Collection[str]) -> Any:
+def _one_of(what: str, *registries: Collection[str]) -> Any:
     """A check that a name is known when the recipe is read."""
 
     def check(value: str) -> str:
+        known = [name for registry in registries for name in registry]
         if value not in known:
             raise ValueError(f"there is no {what} {value!r}: take one of {', '.join(known) or '(none is registered)'}")
         return value
@@ -259,14 +260,16 @@ class ScoreConfig(Section):
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
     count_eos: bool = Field(True, description="cross-entropy counts the EOS; false for parity with the release")
-    metrics: tuple[Annotated[str, _one_of("metric", METRICS)], ...] = Field((), description="of plugins, scored too")
+    metrics: tuple[Annotated[str, _one_of("metric", METRICS)], ...] = Field((), description="scored too")
     shards: Positive = Field(1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL)
 
 
 class RankConfig(Section):
     """From scores to an order, easiest first (METHOD 1.4)."""
 
-    strategy: Annotated[str, _one_of("ranking strategy", STRATEGIES)] = Field("fusion", description=" ".join(STRATEGIES))
+    strategy: Annotated[str, _one_of("ranking strategy", STRATEGIES, METRICS)] = Field(
+        "fusion", description=" ".join(STRATEGIES) + ", or a metric of score.metrics"
+    )
     reverse: bool = Field(False, description="hard to easy")
     k: Annotated[Float, Field(gt=0)] = Field(60, description="constant of reciprocal rank fusion")
 

@@ -19,7 +19,7 @@ A module is imported wherever a recipe that names it is read, on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from pocl_ds import config
@@ -46,27 +46,25 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
     """Register a ranking strategy: from `Scored` to indices, easiest first, a permutation."""
     from pocl_ds.difficulty.rank import STRATEGIES
 
-    return _register("ranking strategy", name, STRATEGIES, lambda: config.STRATEGIES.append(name))
+    return _register("ranking strategy", name, STRATEGIES, lambda: config.STRATEGIES.append(name), config.METRICS)
 
 
 def metric(name: str) -> Callable[[Registered], Registered]:
     """Register a metric of difficulty, which is a ranking strategy of the same name too: small is easy."""
-    from pocl_ds.difficulty.rank import STRATEGIES, by_metric
     from pocl_ds.difficulty.score import METRICS
 
-    def both() -> None:
-        config.METRICS.append(name)
-        config.STRATEGIES.append(name)
-        STRATEGIES[name] = by_metric(name)
-
-    return _register("metric", name, METRICS, both)
+    return _register("metric", name, METRICS, lambda: config.METRICS.append(name), config.STRATEGIES)
 
 
 def _register(
-    kind: str, name: str, registry: dict[str, Any], announce: Callable[[], None]
+    kind: str, name: str, registry: dict[str, Any], announce: Callable[[], None], beside: Collection[str] = ()
 ) -> Callable[[Registered], Registered]:
+    """beside: names that a recipe writes into the same field."""
+
     def register(found: Registered) -> Registered:
         before = registry.get(name)
+        if name in beside:
+            raise RecipeError(f"plugins: rank.strategy={name} has a meaning already: give your {kind} another name")
         if before is not None:
             if getattr(before, "__module__", None) != found.__module__:
                 raise RecipeError(f"plugins: there is a {kind} {name!r} already: give yours another name")

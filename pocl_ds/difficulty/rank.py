@@ -44,7 +44,7 @@ class Scored:
     by_cross_entropy: NDArray[np.int64]
     rrf: NDArray[np.float64]  # larger is easier
     seed: int
-    metrics: Mapping[str, NDArray[np.float64]]  # of plugins
+    metrics: Mapping[str, NDArray[np.float64]]  # of `score.METRICS`, by name
 
 
 class Ranking:
@@ -83,28 +83,26 @@ def fuse(
 
     Ranks start at 1: by rouge_l descending and by cross_entropy ascending, equal values by the other metric, then by
     id. rrf = 1 / (k + rank_rouge_l) + 1 / (k + rank_cross_entropy) (Cormack et al. 2009); equal rrf by rank_rouge_l,
-    which is unique. `random` orders by a hash of id and seed. reverse gives hard to easy.
+    which is unique. `random` orders by a hash of id and seed. The name of one of `metrics` orders by it: small is easy, equal
+    values by cross_entropy, then by id. reverse gives hard to easy.
     Raises DataError where ids repeat, lengths differ or a score is not finite; RecipeError for an unknown strategy or k <= 0.
     """
     if not k > 0:
         raise RecipeError(f"rank.k={k}: the constant of reciprocal rank fusion must be greater than 0, as 60")
-    if strategy not in STRATEGIES:
-        raise RecipeError(f"rank.strategy={strategy!r}: take one of {', '.join(STRATEGIES)}")
+    metrics = metrics or {}
+    if strategy not in STRATEGIES and strategy not in metrics:
+        raise RecipeError(f"rank.strategy={strategy!r}: take one of {', '.join([*STRATEGIES, *metrics])}")
     rouge, entropy = np.asarray(rouge_l, np.float64), np.asarray(cross_entropy, np.float64)
     _check(ids, rouge, entropy)
     by_rouge, by_entropy = _sorted(ids, -rouge, entropy), _sorted(ids, entropy, -rouge)
     rank_rouge, rank_entropy = _ranks(by_rouge), _ranks(by_entropy)
     scores = 1 / (k + rank_rouge) + 1 / (k + rank_entropy)
-    scored = Scored(ids, rouge, entropy, by_rouge, by_entropy, scores, seed, metrics or {})
-    order = np.asarray(STRATEGIES[strategy](scored)).astype(np.int64, copy=False)
-    if strategy not in OWN and sorted(order.tolist()) != list(range(len(ids))):
+    scored = Scored(ids, rouge, entropy, by_rouge, by_entropy, scores, seed, metrics)
+    ordered = _sorted(ids, metrics[strategy], entropy) if strategy in metrics else STRATEGIES[strategy](scored)
+    order = np.asarray(ordered).astype(np.int64, copy=False)
+    if strategy in STRATEGIES and strategy not in OWN and sorted(order.tolist()) != list(range(len(ids))):
         raise RecipeError(f"rank.strategy={strategy} of a plugin does not name every sample once: mend its function")
     return Ranking(ids, order[::-1] if reverse else order, rank_rouge, rank_entropy, scores)
-
-
-def by_metric(name: str) -> Callable[[Scored], NDArray[np.int64]]:
-    """The strategy of a plugin's metric: small is easy, equal values by cross-entropy, then by id."""
-    return lambda scored: _sorted(scored.ids, scored.metrics[name], scored.cross_entropy)
 
 
 def random_order(ids: Ids, seed: int) -> NDArray[np.int64]:

@@ -34,7 +34,8 @@ from pocl_ds.tracking import Progress
 log = logging.getLogger("pocl_ds")
 
 STAGE = "score"
-# Metrics that plugins add: from responses, references and log-probabilities of the references to one number a sample.
+# Metrics beside ROUGE-L and cross-entropy: from the student's responses, references and the references' log-probabilities to one
+# number a sample. None comes with the package.
 METRICS: dict[str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]] = {}
 CHUNK = 256  # samples held in memory at once, and the grain of progress
 
@@ -155,7 +156,7 @@ class _Scorer:
         rouge = rouge_l_many(responses, [references for _, references in samples])
         texts = [references for _, references in samples]
         names = [name for name, _ in samples]
-        extra = {name: _plugin_metric(name, names, responses, texts, log_probs) for name in self.config.metrics}
+        extra = {name: _measured(name, names, responses, texts, log_probs) for name in self.config.metrics}
         for place, ((sample, _), response, found, overlap) in enumerate(zip(samples, responses, log_probs, rouge, strict=True)):
             if not len(found):
                 raise DataError(
@@ -191,19 +192,19 @@ class _Scorer:
                 )  # fmt: skip
 
 
-def _plugin_metric(
+def _measured(
     metric: str, ids: list[str], responses: list[str], references: list[list[str]], log_probs: list[NDArray[np.float32]]
 ) -> list[float]:
-    """What a plugin's metric says of some samples. Raises RecipeError, DataError where that is not one finite number of each."""
+    """What a metric says of some samples. Raises RecipeError, DataError where that is not one finite number of each."""
     try:
         values = [float(value) for value in METRICS[metric](responses, references, log_probs)]
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"the metric {metric!r} of a plugin gives no numbers ({error}): mend its function") from error
+        raise RecipeError(f"the metric {metric!r} gives no numbers ({error}): mend its function") from error
     if len(values) != len(ids):
         raise RecipeError(
-            f"the metric {metric!r} of a plugin gives {len(values)} numbers for {len(ids)} samples: mend its function"
+            f"the metric {metric!r} gives {len(values)} numbers for {len(ids)} samples: mend its function"
         )
     for sample, value in zip(ids, values, strict=True):
         if not math.isfinite(value):
-            raise DataError(f"sample {sample} has {metric}={value}, which has no rank: mend the plugin's function")
+            raise DataError(f"sample {sample} has {metric}={value}, which has no rank: mend the metric's function")
     return values

@@ -119,6 +119,10 @@ def test_what_is_wrong_is_said(plugin: str, tmp_path: Path) -> None:
     (tmp_path / "clashing.py").write_text("from pocl_ds import plugins\nplugins.divergence('fkl')(lambda log_p, log_q: 0)\n")
     with pytest.raises(RecipeError, match="there is a divergence 'fkl' already"):
         check_recipe(recipe("clashing"))
+    for kind, name in (("metric", "fusion"), ("strategy", "words")):
+        (tmp_path / f"clashing_{kind}.py").write_text(f"from pocl_ds import plugins\nplugins.{kind}('{name}')(print)\n")
+        with pytest.raises(RecipeError, match=f"rank.strategy={name} has a meaning already"):
+            check_recipe(recipe(f"clashing_{kind}"))
     rank.STRATEGIES["by_id"] = lambda scored: np.zeros(len(scored.ids), np.int64)
     with pytest.raises(RecipeError, match="does not name every sample once"):
         rank.fuse(["x", "y"], [0.1, 0.2], [1.0, 2.0], strategy="by_id")

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from pocl_ds import config as recipe_names
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import RankConfig
-from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, by_metric, fuse, rank, tied_share
+from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, fuse, rank, tied_share
+from pocl_ds.difficulty.score import METRICS
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 
 Row = tuple[str, float, float]  # id, rouge_l, cross_entropy
@@ -87,6 +88,7 @@ def test_ids_as_bytes_of_any_width_rank_as_strings_do(rows: list[Row], strategy:
 
 def test_every_strategy_of_the_recipe_is_there() -> None:
     assert list(STRATEGIES) == recipe_names.STRATEGIES
+    assert list(METRICS) == recipe_names.METRICS and not set(METRICS) & set(STRATEGIES)
 
 
 def test_a_worked_example() -> None:
@@ -119,8 +121,11 @@ def test_bad_scores_are_one_sentence(ids: list[str], rouge: list[float], entropy
         fuse(ids, rouge, entropy)
 
 
-@pytest.mark.parametrize(("options", "names"), [({"strategy": "luck"}, "rank.strategy='luck'"), ({"k": 0}, "rank.k=0"),
-                                                ({"k": -60}, "rank.k=-60"), ({"k": math.nan}, "rank.k=nan")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [({"strategy": "luck", "metrics": {"words": [1.0]}}, "rank.strategy='luck': take one of fusion, .*random, words"),
+     ({"k": 0}, "rank.k=0"), ({"k": -60}, "rank.k=-60"), ({"k": math.nan}, "rank.k=nan")],
+)  # fmt: skip
 def test_bad_options_are_one_sentence(options: dict[str, Any], names: str) -> None:
     with pytest.raises(RecipeError, match=names):
         fuse(["a"], [0.1], [1.0], **options)
@@ -222,14 +227,9 @@ def test_a_third_of_ties_is_not_yet_degenerate(run: RunDirectory, rows: list[Row
 @pytest.fixture
 def length() -> Iterator[None]:
     """A metric of that name, as a plugin registers it."""
-    names = (recipe_names.STRATEGIES, recipe_names.METRICS)
-    STRATEGIES["length"] = by_metric("length")
-    for known in names:
-        known.append("length")
+    recipe_names.METRICS.append("length")
     yield
-    del STRATEGIES["length"]
-    for known in names:
-        known.remove("length")
+    recipe_names.METRICS.remove("length")
 
 
 def test_a_metric_of_a_plugin_orders_and_is_kept(run: RunDirectory, rows: list[Row], length: None) -> None:

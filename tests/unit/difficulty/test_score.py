@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocl_ds import config as recipe_names
 from pocl_ds.artifacts import RunDirectory, read_manifest
 from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig
 from pocl_ds.data.encode import shard_rows
@@ -244,6 +246,21 @@ def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     assert not list(run.scores.iterdir())
 
 
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A metric by the name `length`: the references' tokens."""
+    monkeypatch.setitem(module.METRICS, "length", lambda responses, references, log_probs: [len(one) for one in log_probs])
+    recipe_names.METRICS.append("length")
+    yield "length"
+    recipe_names.METRICS.remove("length")
+
+
+def test_a_metric_is_scored_beside_the_two(tiny_llama: Path, tmp_path: Path, measure: str) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    run_score(run, tiny_llama, config(metrics=(measure,)))
+    assert all(record["metrics"] == {measure: record["tokens"]} for record in results(run, 1))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     """Cross-entropy to 1e-4 and the same greedy text, two shards served by one engine."""
@@ -276,13 +293,13 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "said"),
     [
-        (lambda texts: [1.0] * (len(texts) + 1), "the metric 'mine' of a plugin gives 12 numbers for 11 samples"),
-        (lambda texts: [1.0] * (len(texts) - 1), "the metric 'mine' of a plugin gives 10 numbers for 11 samples"),
+        (lambda texts: [1.0] * (len(texts) + 1), "the metric 'mine' gives 12 numbers for 11 samples"),
+        (lambda texts: [1.0] * (len(texts) - 1), "the metric 'mine' gives 10 numbers for 11 samples"),
         (lambda texts: [float(i) if i else float("nan") for i in range(len(texts))], "sample s00-0 has mine=nan"),
-        (lambda texts: ["long"] * len(texts), "the metric 'mine' of a plugin gives no numbers"),
+        (lambda texts: ["long"] * len(texts), "the metric 'mine' gives no numbers"),
     ],
 )
-def test_what_a_plugin_s_metric_gives_is_one_number_a_sample(
+def test_what_a_metric_gives_is_one_number_a_sample(
     metric: Any, said: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(module.METRICS, "mine", lambda responses, references, log_probs: metric(responses))
