@@ -158,7 +158,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
         job.student_path, [(path, _quantised(path, job.teacher)) for path in live if job.teacher],
         teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
-        copied=train.checkpoint.in_background, writer=job.policy.on_policy, lora=job.student.lora,
+        copied=train.checkpoint.in_background, writer=job.policy.on_policy,
+        held=job.policy.on_policy and job.policy.refresh_every > 1, lora=job.student.lora,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
     ids = Ids(int(student_config.vocab_size))

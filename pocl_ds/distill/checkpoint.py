@@ -4,7 +4,7 @@ A checkpoint is built under a temporary name: every rank writes its files and di
 When all are done the manifest is written, the directory gets its name, and only then do older ones go. A name without a
 suffix is therefore always a whole one.
 What a rank's random numbers, samples and schedules are follows from the step alone (see `curriculum.sampler`,
-`engine.seed_step`), so the state is the engine's shards and one number.
+`engine.seed_step`), so the state is the engine's shards, one number, and what policy and writer have to remember.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class _Save:
     partial: Path
     validation_loss: float | None
     remembered: dict[str, Any] = field(default_factory=dict)  # by the policy
+    more: Callable[[Path], list[Path]] | None = None  # of rank 0
     thread: threading.Thread | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     fault: str | None = None
@@ -73,15 +75,16 @@ class Checkpoints:
 
     def save(
         self, step: int, engine: Engine, *, last_chance: bool, validation_loss: float | None = None,
-        remembered: dict[str, Any] | None = None,
+        remembered: dict[str, Any] | None = None, more: Callable[[Path], list[Path]] | None = None,
     ) -> None:  # fmt: skip
-        """Write a checkpoint, or begin to where it is done in the background; all ranks together.
+        """Write a checkpoint, or begin to where it is done in the background; all ranks together. more: writes further files into
+        its folder, on rank 0, and says which.
 
         A first failure is said, and training goes on to the next save; a second in a row, or one where no later save
         comes (`last_chance`), raises ResourceError on all ranks. The checkpoint before stays as it is.
         """
         self.settle()
-        save = _Save(step, self.directory / f"{PREFIX}{step:08d}{PARTIAL}", validation_loss, remembered or {})
+        save = _Save(step, self.directory / f"{PREFIX}{step:08d}{PARTIAL}", validation_loss, remembered or {}, more)
         save.fault = self._clear(save.partial)
         if any(distributed.gather_objects(save.fault)):
             self._end(save, last_chance=last_chance)
@@ -119,7 +122,7 @@ class Checkpoints:
             if distributed.rank() == 0:
                 state = {"step": save.step, "ranks": distributed.world_size(), "policy": save.remembered}
                 write_json(save.partial / STATE, state)
-                paths = [*paths, save.partial / STATE]
+                paths = [*paths, save.partial / STATE, *(save.more(save.partial) if save.more else [])]
             for path in {*paths, *(path.parent for path in paths)}:
                 sync(path)  # a manifest that outlives its files would push whole checkpoints out
             save.files = {str(path.relative_to(save.partial)): file_digest(path) for path in paths}
@@ -193,6 +196,10 @@ class Checkpoints:
             engine.reshard(path, target)
         log.info("converted in %.0f s", time.monotonic() - start)
 
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step is."""
+        return self.directory / f"{PREFIX}{step:08d}"
+
     def steps(self) -> list[int]:
         """Steps of the checkpoints with a final name, oldest first."""
         names = (p.name for p in self.directory.glob(f"{PREFIX}*") if p.is_dir() and not p.suffix)
@@ -205,7 +212,7 @@ class Checkpoints:
             shutil.rmtree(leftover, ignore_errors=True)
         steps, damaged = self.steps(), []
         for step in reversed(steps):
-            path = self.directory / f"{PREFIX}{step:08d}"
+            path = self.folder(step)
             manifest = _manifest(path)
             faults = ["manifest.json is missing or damaged"] if manifest is None else damaged_files(path, manifest)
             if faults or manifest is None:
@@ -241,12 +248,12 @@ class Checkpoints:
         if config.keep_every:
             kept |= {step for step in steps if step % config.keep_every == 0}
         if config.keep_best:
-            manifests = {step: _manifest(self.directory / f"{PREFIX}{step:08d}") for step in steps}
+            manifests = {step: _manifest(self.folder(step)) for step in steps}
             losses = {step: found.info["validation_loss"] for step, found in manifests.items()
                       if found and "validation_loss" in found.info}  # fmt: skip
             kept |= {min(losses, key=lambda step: losses[step])} if losses else set()
         for step in set(steps) - kept:
-            shutil.rmtree(self.directory / f"{PREFIX}{step:08d}", ignore_errors=True)
+            shutil.rmtree(self.folder(step), ignore_errors=True)
 
 
 def _manifest(path: Path) -> Manifest | None:

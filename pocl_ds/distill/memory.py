@@ -29,13 +29,14 @@ BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations
 
 def check_memory(
     student: str, teachers: Sequence[tuple[str, float | None]], *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int,
-    sharded: bool, copied: bool, writer: bool = False, lora: LoraConfig | None = None,
+    sharded: bool, copied: bool, writer: bool = False, held: bool = False, lora: LoraConfig | None = None,
 ) -> None:  # fmt: skip
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
     student, teachers: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size; beside a
     teacher, that of its linear modules' weights where they are quantised.
-    copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses.
+    copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses;
+    held: one rank keeps what its writer has, for checkpoints.
     lora: adapters that are trained alone, beside the student's own weights.
     """
     if distributed.device().type != "cpu":
@@ -50,8 +51,9 @@ def check_memory(
     # ZeRO-3 keeps weights from forward to backward where they fit.
     gathered = (still + 2 * trained) * BYTES_GATHERED if sharded else 0
     of_writer = BYTES_OF_WRITER + whole * 4 if writer else 0
+    of_writer_held = whole * 4 if held else 0
     written = still * BYTES_PER_FROZEN_PARAMETER  # whole once more on the rank that writes them: else a step takes more than that
-    need = int(models) + written + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
+    need = int(models) + written + of_writer_held + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
     free = available_bytes()
     if need > free:
         raise ResourceError(

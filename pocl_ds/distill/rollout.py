@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from pocl_ds.models.vocabulary import Ids
 
 log = logging.getLogger("pocl_ds")
 
+WRITER = "writer.pt"  # in a checkpoint
 # Largest difference a token between the writer's log-probability and the trainer's, by the student's type.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 # What the log says of an engine that shares a GPU with its rank, by its sleep level.
@@ -67,6 +70,7 @@ class Rollout:
     cost: Cost = field(default_factory=Cost)
     writer: Generator | None = None
     version: int = -1  # the step whose weights the writer has
+    held: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # these weights on rank 0, for checkpoints
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(self.path, trust_remote_code=self.student.trust_remote_code)
@@ -97,6 +101,29 @@ class Rollout:
         self.cost = Cost(time.monotonic() - start, refreshed, sum(map(len, everyone)), position.step - self.version)
         return written
 
+    def snapshot(self, step: int) -> Callable[[Path], list[Path]]:
+        """What writes down for a checkpoint before `step` the weights that the writer has then, where the student has newer ones.
+        Rank 0 alone calls it; it may do so later.
+        """
+        version, held = self.version, {} if self._due(step) else self.held
+
+        def write(folder: Path) -> list[Path]:
+            if not held:
+                return []
+            torch.save({"step": version, "weights": held}, folder / WRITER)
+            return [folder / WRITER]
+
+        return write
+
+    def restore(self, folder: Path) -> None:
+        """Give the writer the weights that it had when the checkpoint in `folder` was written."""
+        if not (folder / WRITER).is_file():
+            return
+        with distributed.together("give the writer its weights back"):
+            state = torch.load(folder / WRITER, map_location="cpu", weights_only=True)
+            self._writer().refresh(state["weights"])
+        self.version, self.held = int(state["step"]), state["weights"] if distributed.rank() == 0 else {}
+
     def close(self) -> None:
         """End the writer."""
         if self.writer is not None:
@@ -106,9 +133,8 @@ class Rollout:
         return [int(token) for token in self.split.tokens(row)[: int(self.split.prompt_tokens[row])]]
 
     def _refresh(self, step: int, rows: NDArray[np.int64]) -> None:
-        """Bring the writer the weights of the newest step that is a multiple of refresh_every, or of this one at the start."""
-        every = self.config.refresh_every
-        if self.version >= 0 and step // every == self.version // every:
+        """Bring the writer the weights of this step, where it has none of since the last multiple of refresh_every."""
+        if not self._due(step):
             return
         with distributed.together("open the writer of the student's responses"):
             writer = self._writer()
@@ -118,9 +144,16 @@ class Rollout:
             weights = merged(self.module.model, weights)
         with distributed.together("give the writer the student's weights"):
             writer.refresh(weights)
+        lasts = self.config.refresh_every > 1 and distributed.rank() == 0
+        self.held = {name: weight.cpu() for name, weight in weights.items()} if lasts else {}
         del weights
         self.version = step
         self._compare(int(rows[0]))
+
+    def _due(self, step: int) -> bool:
+        """Whether the writer must have new weights before it writes at a step."""
+        every = self.config.refresh_every
+        return self.version < 0 or step // every != self.version // every
 
     @torch.no_grad()
     def _compare(self, row: int) -> None:

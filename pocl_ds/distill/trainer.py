@@ -126,6 +126,8 @@ class Trainer:
             Watchdog(self.directory / "logs", self.train.hang_seconds) as self.watchdog,
             Progress(total, "steps", self.label, done=done) as progress,
         ):
+            if done and self.rollout:
+                self.rollout.restore(self.checkpoints.folder(done))
             for step in range(done, total):
                 self.watchdog.beat()
                 position = self.sampler.at(step)
@@ -148,8 +150,9 @@ class Trainer:
                 if last or (step + 1) % saving.every == 0 or (stage_ends and saving.keep_best):
                     self.watchdog.beat()
                     loss = validation["validation_loss"] if validation else None
+                    writer_has = self.rollout.snapshot(step + 1) if self.rollout else None
                     self.checkpoints.save(step + 1, self.engine, last_chance=last, validation_loss=loss,
-                                          remembered=self.policy.state())  # fmt: skip
+                                          remembered=self.policy.state(), more=writer_has)  # fmt: skip
                 if stopping and step + 1 < total:
                     number = stop.signal or signal.SIGTERM
                     raise Interrupted(

@@ -38,6 +38,7 @@ def test_a_whole_teacher_counts_on_every_rank(tmp_path: Path, monkeypatch: pytes
     assert needed(student, teacher, monkeypatch, teacher_sharded=False) == 20 + 2 * 8 + 2 * 20
     assert needed(student, teacher, monkeypatch, copied=True) == 20 + 12 + 2 * 8 + 20
     assert needed(student, teacher, monkeypatch, writer=True) == 20 + 2 * (8 + 4) + 20
+    assert needed(student, teacher, monkeypatch, writer=True, held=True) == 20 + 2 * (8 + 4) + 4 + 20
     assert needed(student, teacher, monkeypatch, sharded=False, teacher_sharded=False) == 2 * 20 + 2 * 20
 
 

@@ -1,0 +1,120 @@
+"""The writer of the student's responses: when it gets new weights, that it is held to them, that it keeps them over a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pocl_ds.config import PolicyConfig, StudentConfig, TrainConfig
+from pocl_ds.curriculum.sampler import Position
+from pocl_ds.distill.engine import TorchEngine
+from pocl_ds.distill.rollout import WRITER, Rollout
+from pocl_ds.distill.student import Student
+from pocl_ds.errors import ResourceError
+from pocl_ds.generation.transformers_backend import TransformersGenerator
+from pocl_ds.models.attention import PER_SAMPLE
+from pocl_ds.models.load import load_model
+from pocl_ds.models.vocabulary import Ids
+
+SIZE, ROWS = 320, np.arange(4)
+
+
+class Split:
+    """Four samples of ten tokens, of which four are asked."""
+
+    name = "train"
+    ids = np.array([f"s{row}".encode() for row in range(4)], "S4")
+    prompt_tokens = np.full(4, 4, np.int64)
+    total_tokens = np.full(4, 10, np.int64)
+    loss_tokens = total_tokens - prompt_tokens
+
+    def __len__(self) -> int:
+        return 4
+
+    def tokens(self, row: int) -> NDArray[np.uint32]:
+        return np.random.default_rng(row).integers(2, SIZE, 10).astype(np.uint32)
+
+
+@pytest.fixture
+def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many parameters each refresh brought."""
+    found: list[int] = []
+    refresh = TransformersGenerator.refresh
+
+    def counted(self: TransformersGenerator, weights: Mapping[str, Tensor]) -> None:
+        found.append(len(weights))
+        refresh(self, weights)
+
+    monkeypatch.setattr(TransformersGenerator, "refresh", counted)
+    return found
+
+
+def made(folder: Path, *, every: int = 1) -> Rollout:
+    model: Any = load_model(str(folder), attention=PER_SAMPLE)
+    engine = TorchEngine(Student(model, Ids(SIZE), chunk_bytes=1 << 20).train(), TrainConfig())
+    policy = PolicyConfig(name="gkd", rollout="hf", refresh_every=every, max_new_tokens=12)
+    return Rollout(policy, StudentConfig(model=str(folder)), str(folder), engine, Split(), Ids(SIZE), seed=3, longest=20)
+
+
+def learn(rollout: Rollout, size: float = 0.05) -> None:
+    """What an optimizer step would do to the student."""
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in rollout.module.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=source))
+
+
+def write(rollout: Rollout, step: int) -> list[list[int]]:
+    return [text.tolist() for text in rollout.write(ROWS, Position(step, 0, 0, step)).texts]
+
+
+def test_new_weights_come_with_the_first_writing_of_so_many_steps(tiny_llama: Path, refreshed: list[int]) -> None:
+    rollout, seen = made(tiny_llama, every=3), []
+    for step in (1, 2, 3, 5, 7):
+        write(rollout, step)
+        learn(rollout)
+        seen.append((rollout.cost.staleness, len(refreshed)))
+    assert seen == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_a_writer_that_keeps_an_old_weight_ends_the_run(kept: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = made(tiny_llama)
+    write(rollout, 0)
+    refresh, old = TransformersGenerator.refresh, dict(rollout.engine.weights(rollout.module.model))[kept]
+    monkeypatch.setattr(TransformersGenerator, "refresh", lambda self, weights: refresh(self, {**weights, kept: old}))
+    write(rollout, 1)  # which is still the new one
+    learn(rollout)
+    with pytest.raises(ResourceError, match=r"response [\d.]+ nats and the student [\d.]+: it did not take the new weights"):
+        write(rollout, 2)
+
+
+def test_a_writer_goes_on_with_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
+    """Steps 4 to 7 write with the weights of step 4; the run stops before step 6, when the student is two steps further."""
+    first, second, third = (made(tiny_llama, every=4) for _ in range(3))
+    write(first, 4)
+    learn(first)
+    save = first.snapshot(6)
+    expected = write(first, 6), write(first, 8)
+    assert save(tmp_path) == [tmp_path / WRITER]
+    for later in (second, third):
+        learn(later)
+    second.restore(tmp_path)
+    assert write(second, 6) == expected[0] and second.cost.staleness == 2
+    assert second.snapshot(7)(tmp_path) and not second.snapshot(8)(tmp_path)
+    assert write(second, 8) == expected[1] and second.cost.staleness == 0
+    third.restore(tmp_path / "nothing")
+    assert write(third, 6) != expected[0]
+
+
+def test_where_each_step_brings_new_weights_nothing_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
+    rollout = made(tiny_llama)
+    write(rollout, 4)
+    assert rollout.held == {} and rollout.snapshot(5)(tmp_path) == [] and list(tmp_path.iterdir()) == []
