@@ -1,4 +1,4 @@
-"""Every policy on two ranks, tiny models: stopped in the middle and gone on to the same end; one as a baseline too."""
+"""Every policy on two ranks, tiny models: stopped in the middle and gone on to the same end; and without a curriculum."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_runs import computed, records, stop_after, write_recipe
 from pocl_ds import config
 
 POLICIES = {
-    "gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=jsd"],
+    "gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "policy.refresh_every=4", "loss.name=jsd"],
     # A rate so high that the validation loss rises, which is what phi waits for.
     "distillm": ["policy.name=distillm", "policy.rollout=hf", "policy.buffer=8", "policy.phi_step=0.5", "policy.tolerance=0",
                  "loss.name=skl", "train.validate_every=2", "train.lr=0.05"],
@@ -69,9 +69,8 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
     pocl("train", "--run-dir", str(run), *words)
     steps = records(run)
     assert len(steps) == STEPS
-    if name == "gkd":
-        pocl("baseline", "--run-dir", str(run))
-        assert len(records(run, "baseline")) == STEPS
+    pocl("baseline", "--run-dir", str(run))
+    assert len(records(run, "baseline")) == STEPS
     assert all(record["alpha"] == 0 for record in steps)
     if apart:
         assert all(record["kd"] > 0 for record in steps)
@@ -79,7 +78,8 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
         written = [record for record in steps if record["on_policy"]]
         assert 0 < len(written) < len(steps)
         assert any(record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written)
-        assert all(record["staleness"] == 0 for record in written)
+        stale = {record["staleness"] for record in written}
+        assert stale == {0} if name != "gkd" else max(stale) in (1, 2, 3)
     if name == "distillm":
         assert any(record["on_policy"] and record["rollout_seconds"] == 0 for record in steps), "never drew from the buffer"
 
