@@ -188,9 +188,10 @@ class _Reader:
         self.names = {ours: _named(record, ours, fields) for ours in NAMES}
         self.format = format if format != "auto" else self._recognise(record)
         if self.format is None:
+            forms = ", or ".join(" and ".join(form.needed) for form in FORMS.values())
             raise DataError(
-                f"{place}: no known form of record (fields: {_listed(record)}): it needs instruction and output, "
-                f"prompt and completion, or messages; map other names with {setting}, as in {setting}.output=answer"
+                f"{place}: no known form of record (fields: {_listed(record)}): it needs {forms}; "
+                f"map other names with {setting}, as in {setting}.output=answer"
             )
 
     def _recognise(self, record: dict[str, Any]) -> Any:
@@ -255,16 +256,23 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Form:
-    """A form of records. fields: ours, as in `NAMES`; a record that has the first one is of this form."""
+    """A form of records. fields: ours, as in `NAMES`; a record that has the first one is of this form. optional: among them."""
 
     fields: tuple[str, ...]
     read: Callable[[_Reader, dict[str, Any], str], Parts]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> list[str]:
+        """The fields without which there is no record."""
+        return [name for name in self.fields if name not in self.optional]
 
 
-# The forms of `config.Format`, in the order in which they are looked for.
+# The forms of `config.Format`, in the order in which they are looked for: one whose first field stands in records of another form
+# too comes after that form.
 FORMS = {
     "messages": _Form(("messages",), _Reader.messages),
-    "alpaca": _Form(("instruction", "input", "output"), _Reader.alpaca),
+    "alpaca": _Form(("instruction", "input", "output"), _Reader.alpaca, optional=("input",)),
     "prompt": _Form(("prompt", "output"), _Reader.prompt),
 }
 

@@ -28,7 +28,7 @@ FINE = lines(GOOD)
 BROKEN = FINE.splitlines(keepends=True)
 BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
 FORM = (
-    "it needs instruction and output, prompt and completion, or messages; map other names with data.fields, as in "
+    "it needs messages, or instruction and output, or prompt and output; map other names with data.fields, as in "
     "data.fields.output=answer"
 )
 NOT_UTF8 = "data file FILE is not UTF-8 (invalid start byte): convert it"

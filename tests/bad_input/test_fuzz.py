@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import io
+import itertools
 import json
 import os
 import time
@@ -19,7 +20,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.data.samples import Sample, read_samples
+from pocl_ds.data.samples import FORMS, NAMES, Sample, read_samples
 from pocl_ds.errors import DataError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 
@@ -132,7 +133,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-fields = st.sampled_from([*RECORD, "prompt", "completion", "context", "messages", "conversations", "role", "content"])
+fields = st.sampled_from([*itertools.chain.from_iterable(NAMES.values()), "role", "content"])
 
 
 def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:
@@ -169,7 +170,7 @@ def test_lines_with_a_hole(start: int, length: int, put: bytes, folder: Path) ->
 @given(
     records=st.lists(values | st.dictionaries(fields, values, max_size=5) | st.just(RECORD) | st.just(CHAT), max_size=4),
     ending=st.sampled_from(["jsonl", "json"]),
-    format=st.sampled_from(["auto", "alpaca", "prompt", "messages"]),
+    format=st.sampled_from(["auto", *FORMS]),
 )
 def test_records_of_anything(records: list[Any], ending: str, format: str, folder: Path) -> None:
     text = json.dumps(records) if ending == "json" else "".join(json.dumps(record) + "\n" for record in records)
