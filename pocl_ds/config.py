@@ -274,11 +274,21 @@ class RankConfig(Section):
     k: Annotated[Float, Field(gt=0)] = Field(60, description="constant of reciprocal rank fusion")
 
 
+def _epochs(value: Any) -> Any:
+    """One number for all stages, or one for each."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if not numbers or not all(type(number) is int and 1 <= number < 1 << 31 for number in numbers):
+        raise ValueError("write one number of epochs, at least 1, or one for each stage, as in 8 or [10, 8, 6, 6]")
+    return tuple(value) if isinstance(value, list) else value
+
+
 class PlanConfig(Section):
     """Subsets and stages (METHOD 2)."""
 
     subsets: Positive = 4
-    epochs_per_stage: Positive = 8
+    epochs_per_stage: Annotated[int | tuple[int, ...], BeforeValidator(_epochs)] = Field(
+        8, description="one number, or one for each stage"
+    )
     scheduler: Literal["baby_step", "one_pass"] = Field("baby_step", description="cumulative, or each subset alone")
     tau: tuple[Float, Float] = Field((1.0, 2.0), description="temperature of the first and of the last stage")
     sft_ratio: tuple[Fraction, Fraction] = Field((0.3, 0.0), description="share of SFT in the first and the last stage")
@@ -290,6 +300,13 @@ class PlanConfig(Section):
         if min(value) <= 0:
             raise ValueError("a temperature must be greater than 0, as in [1.0, 2.0]")
         return value
+
+    @model_validator(mode="after")
+    def _epochs_of_each(self) -> PlanConfig:
+        if isinstance(self.epochs_per_stage, tuple) and len(self.epochs_per_stage) != self.subsets:
+            raise ValueError(f"epochs_per_stage names {len(self.epochs_per_stage)} stages and subsets={self.subsets}: write one "
+                             "number for each stage, or one for all")  # fmt: skip
+        return self
 
 
 class LossConfig(Section):

@@ -6,6 +6,7 @@ A stage is a slice of the order: Baby Step trains stage i on everything up to su
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
@@ -17,6 +18,7 @@ from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import ArtifactError, RecipeError
 
 Order: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
+Epochs: TypeAlias = "int | tuple[int, ...]"  # of all stages alike, or of each
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def build_plan(
     order: Order,
     *,
     subsets: int = 4,
-    epochs_per_stage: int = 8,
+    epochs_per_stage: Epochs = 8,
     batch_size: int = 64,
     tau: tuple[float, float] = (1.0, 2.0),
     sft_ratio: tuple[float, float] = (0.3, 0.0),
@@ -94,7 +96,8 @@ def build_plan(
     ceiling where tail="pad" fills the last batch of an epoch up. Raises RecipeError, one sentence.
     """
     total = len(order)
-    _check(total, subsets, epochs_per_stage, batch_size, tau, sft_ratio, scheduler, tail)
+    epochs = stage_epochs(subsets, epochs_per_stage)
+    _check(total, subsets, epochs, batch_size, tau, sft_ratio, scheduler, tail)
     stages, stops = [], subset_stops(total, subsets)
     for i, (temperature, alpha) in enumerate(
         zip(stage_values(subsets, tau), stage_values(subsets, sft_ratio), strict=True)
@@ -108,7 +111,7 @@ def build_plan(
                 "(plan.subsets), smaller batches, or set plan.tail=pad"
             )
         stages.append(
-            Stage(i, start, stop, temperature, alpha, epochs_per_stage, per_epoch, epochs_per_stage * per_epoch, order)
+            Stage(i, start, stop, temperature, alpha, epochs[i], per_epoch, epochs[i] * per_epoch, order)
         )
     return Plan(stages, batch_size, scheduler, tail)
 
@@ -118,16 +121,23 @@ def subset_stops(total: int, subsets: int) -> list[int]:
     return [*((i + 1) * (total // subsets) for i in range(subsets - 1)), total]
 
 
-def visits(subsets: int, epochs_per_stage: int, scheduler: str) -> float:
+def stage_epochs(subsets: int, epochs_per_stage: Epochs) -> tuple[int, ...]:
+    """The epochs of each stage."""
+    return epochs_per_stage if isinstance(epochs_per_stage, tuple) else (epochs_per_stage,) * subsets
+
+
+def visits(subsets: int, epochs_per_stage: Epochs, scheduler: str) -> float:
     """How often a sample is seen over all stages, on average; dropped tails count."""
-    return epochs_per_stage * ((subsets + 1) / 2 if scheduler == "baby_step" else 1.0)
+    epochs = stage_epochs(subsets, epochs_per_stage)
+    shares = (i + 1 if scheduler == "baby_step" else 1 for i in range(subsets))  # of `subsets`, as whole numbers: exact
+    return sum(map(operator.mul, epochs, shares)) / subsets
 
 
 def single_stage_plan(
     order: Order, *, steps: int, batch_size: int, tau: float, alpha: float, tail: str = "drop"
 ) -> Plan:
     """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for baseline and healing."""
-    _check(len(order), 1, 1, batch_size, (tau, tau), (alpha, alpha), "baby_step", tail)
+    _check(len(order), 1, (1,), batch_size, (tau, tau), (alpha, alpha), "baby_step", tail)
     per_epoch = _batches(len(order), batch_size, tail)
     if steps < 1:
         raise RecipeError(f"a plan of {steps} steps trains nothing: ask for at least 1")
@@ -142,13 +152,15 @@ def _batches(samples: int, batch_size: int, tail: str) -> int:
 
 
 def _check(
-    total: int, subsets: int, epochs: int, batch_size: int, tau: tuple[float, float], alpha: tuple[float, float],
+    total: int, subsets: int, epochs: tuple[int, ...], batch_size: int, tau: tuple[float, float], alpha: tuple[float, float],
     scheduler: str, tail: str,
 ) -> None:  # fmt: skip
     if subsets < 1 or subsets > total:
         raise RecipeError(f"plan.subsets={subsets} for {total} samples: make it at least 1 and at most one for each sample")
-    if epochs < 1 or batch_size < 1:
-        raise RecipeError(f"plan.epochs_per_stage={epochs} and train.batch_size={batch_size} must be at least 1")
+    if len(epochs) != subsets:
+        raise RecipeError(f"plan.epochs_per_stage={list(epochs)} for plan.subsets={subsets}: give one number for each stage")
+    if min(epochs) < 1 or batch_size < 1:
+        raise RecipeError(f"plan.epochs_per_stage={min(epochs)} and train.batch_size={batch_size} must be at least 1")
     if not all(0 < value < math.inf for value in tau):
         raise RecipeError(f"plan.tau={list(tau)}: a temperature must be a number greater than 0, as in [1.0, 2.0]")
     if not all(0 <= value <= 1 for value in alpha):

@@ -55,9 +55,11 @@ def test_stages_cover_the_order(total: int, subsets: int, batch: int, epochs: in
 
 
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
-def test_visits_are_those_of_the_plan(scheduler: str) -> None:
-    plan = build_plan(range(300), subsets=3, epochs_per_stage=4, batch_size=10, scheduler=scheduler)
-    assert visits(3, 4, scheduler) == plan.total_steps * 10 / 300
+@pytest.mark.parametrize("epochs", [4, (5, 1, 2)])
+def test_visits_are_those_of_the_plan(scheduler: str, epochs: int | tuple[int, ...]) -> None:
+    plan = build_plan(range(300), subsets=3, epochs_per_stage=epochs, batch_size=10, scheduler=scheduler)
+    assert visits(3, epochs, scheduler) == plan.total_steps * 10 / 300
+    assert [stage.epochs for stage in plan.stages] == ([4, 4, 4] if epochs == 4 else [5, 1, 2])
 
 
 def test_a_single_subset_is_the_whole_with_the_first_values() -> None:
@@ -78,6 +80,8 @@ def test_stage_ids_of_an_array_are_views() -> None:
         ({"subsets": 0}, "plan.subsets=0"),
         ({"subsets": 4, "batch_size": 30}, "stage 0 has 25 samples"),
         ({"epochs_per_stage": 0}, "plan.epochs_per_stage=0"),
+        ({"subsets": 2, "epochs_per_stage": (1, 0)}, "plan.epochs_per_stage=0"),
+        ({"subsets": 2, "epochs_per_stage": (1, 2, 3)}, "plan.epochs_per_stage=[1, 2, 3] for plan.subsets=2"),
         ({"batch_size": 0}, "train.batch_size=0"),
         ({"tau": (0.0, 2.0)}, "plan.tau"),
         ({"tau": (1.0, -2.0)}, "plan.tau"),
