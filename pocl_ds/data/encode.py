@@ -45,8 +45,8 @@ class Encoder:
         self.template = load_template(config.template, tokenizer)
 
     def prompt(self, sample: Sample) -> list[int]:
-        """The prompt's ids, the first max_prompt_tokens of them."""
-        return self.template.ids(sample)[: self.config.max_prompt_tokens]
+        """The prompt's ids, the first max_prompt_tokens of them. Raises DataError where there are none."""
+        return self._kept(sample, self.template.ids(sample))
 
     def sample(self, sample: Sample) -> Encoded:
         """Prompt, response and EOS, at most max_length ids; a response that is cut has no EOS."""
@@ -66,9 +66,14 @@ class Encoder:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
+    def _kept(self, sample: Sample, prompt: list[int]) -> list[int]:
+        if not prompt:  # the first token of a response would follow from nothing
+            raise DataError(f"sample {sample.id}: prompt.template={self.config.template} gives an empty prompt: mend the template")
+        return prompt[: self.config.max_prompt_tokens]
+
     def _join(self, sample: Sample, prompt: list[int], response: list[int]) -> Encoded:
         limit, longest = self.config.max_prompt_tokens, self.config.max_length
-        whole = [*prompt[:limit], *response, self.tokenizer.eos_token_id]
+        whole = [*self._kept(sample, prompt), *response, self.tokenizer.eos_token_id]
         truncated = len(prompt) > limit or len(whole) > longest
         if truncated and self.config.overlong == "error":
             raise DataError(

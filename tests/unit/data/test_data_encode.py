@@ -68,6 +68,16 @@ def test_overlong_samples_are_cut_dropped_or_an_error(sample: Sample) -> None:
         encoder(overlong="error").samples([sample])
 
 
+def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
+    """Scoring and generation begin behind a prompt; an engine refuses an empty one in words of its own."""
+    path = tmp_path / "input-only.jinja"
+    path.write_text("{{ input }}")
+    coder, sample = encoder(template=str(path)), make(1)[0]
+    for encode in (coder.sample, coder.prompt, lambda one: coder.samples([one])):
+        with pytest.raises(DataError, match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: mend the template"):
+            encode(sample)
+
+
 def test_only_the_prompt_gets_the_tokenizers_bos() -> None:
     """One BOS, in front of the prompt; none between prompt and response, and one EOS, ours."""
     tokenizer = tiny_models.make_tokenizer()
