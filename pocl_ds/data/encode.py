@@ -68,7 +68,7 @@ class Encoder:
 
     def _kept(self, sample: Sample, prompt: list[int]) -> list[int]:
         if not prompt:  # the first token of a response would follow from nothing
-            raise DataError(f"sample {sample.id}: prompt.template={self.config.template} gives an empty prompt: mend the template")
+            raise DataError(f"sample {sample.id}: prompt.template={self.config.template} gives an empty prompt: mend it")
         return prompt[: self.config.max_prompt_tokens]
 
     def _join(self, sample: Sample, prompt: list[int], response: list[int]) -> Encoded:

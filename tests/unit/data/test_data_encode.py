@@ -74,7 +74,7 @@ def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
     path.write_text("{{ input }}")
     coder, sample = encoder(template=str(path)), make(1)[0]
     for encode in (coder.sample, coder.prompt, lambda one: coder.samples([one])):
-        with pytest.raises(DataError, match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: mend the template"):
+        with pytest.raises(DataError, match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: mend it"):
             encode(sample)
 
 
