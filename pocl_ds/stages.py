@@ -61,7 +61,7 @@ def _prepare(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) 
     from pocl_ds.distill.stage import prepare
 
     prepare(run, student=recipe.student, teacher=recipe.teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
-            fingerprint=fingerprint)  # fmt: skip
+            longest=recipe.prompt.max_length, fingerprint=fingerprint)  # fmt: skip
 
 
 def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:

@@ -17,6 +17,7 @@ from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import (
     ACROSS_TOKENIZERS,
     LossConfig,
+    ModelSource,
     OtherTeacherConfig,
     PolicyConfig,
     StudentConfig,
@@ -219,5 +220,5 @@ def _quantised(path: str, teacher: TeacherConfig) -> float | None:
     return bytes_per_weight(config_of(path, teacher), teacher.quantization)
 
 
-def config_of(path: str, model: StudentConfig | TeacherConfig) -> Any:
+def config_of(path: str, model: ModelSource) -> Any:
     return load_model_config(path, trust_remote_code=model.trust_remote_code, revision=model.revision)

@@ -29,8 +29,8 @@ from pocl_ds.curriculum.stage import baseline_plan, load_plan
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.build import Job, config_of, load, make_trainer
 from pocl_ds.distill.engine import Engine, start_deepspeed
-from pocl_ds.errors import ArtifactError
-from pocl_ds.models.load import load_model_config, load_tokenizer, pinned_model
+from pocl_ds.errors import ArtifactError, ModelError
+from pocl_ds.models.load import load_model_config, load_tokenizer, max_positions, pinned_model
 from pocl_ds.models.lora import check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_student, check_teacher
@@ -106,9 +106,13 @@ def prepare(
     train: TrainConfig,
     loss: LossConfig,
     seed: int,
+    longest: int,
     fingerprint: str,
 ) -> None:
-    """The stage `prepare`: the teacher's folder and the initial student, pruned and healed as the recipe says."""
+    """The stage `prepare`: the teacher's folder and the initial student, pruned and healed as the recipe says.
+
+    longest: tokens of a prompt and its response; every model must be able to read them.
+    """
     manifest = read_manifest(run.models)
     if manifest and manifest.fingerprint == fingerprint:
         return
@@ -122,6 +126,10 @@ def prepare(
             info = _prune(student_path, pruned, student)
         distributed.barrier()
         student_path = str(pruned)
+    for path, model in [*((path, teacher) for path in teachers if teacher), (student_path, student)]:
+        positions = max_positions(config_of(path, model))
+        if positions is not None and longest > positions:
+            raise ModelError(f"prompt.max_length={longest} is more than the {positions} positions of {path}: lower it")
     if student.lora:  # before hours of scoring
         check_adapters(load_model_config(student_path, trust_remote_code=student.trust_remote_code), student.lora)
     if student.heal_steps:
