@@ -28,7 +28,7 @@ def test_a_study_of_two_arms(study: Path) -> None:
     found = pocl("study", str(study), "--run-dir", str(folder))
     assert "study 2/2: pocl-seed42 (shares data, prepare, score, rank)" in found.stderr
     assert (folder / "kd-seed42" / "scores").stat().st_ino != (folder / "pocl-seed42" / "scores").stat().st_ino
-    assert "pocl beside kd: " in found.stdout and "1 trainings each" in found.stdout and "NOT EQUAL" not in found.stdout
+    assert "pocl beside kd: " in found.stdout and "1 training each" in found.stdout and "NOT EQUAL" not in found.stdout
     again = pocl("study", str(study), "--run-dir", str(folder))
     assert "study 1/2: kd-seed42 is done already" in again.stderr and found.stdout.endswith(again.stdout)
 
