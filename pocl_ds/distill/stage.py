@@ -117,14 +117,16 @@ def prepare(
     if manifest and manifest.fingerprint == fingerprint:
         return
     watch = distributed.Stopwatch()
+    if distributed.world_size() > 1:
+        start_deepspeed()  # before anything that ranks wait for
     teachers = tuple(pinned_model(one) for one in (teacher, *teacher.others)) if teacher else ()
     student_path, info = pinned_model(student), {}
     _check_quantised(teacher, teachers, student, student_path)
     if student.prune:
         pruned = run.models / "pruned"
-        if distributed.rank() == 0:
-            info = _prune(student_path, pruned, student)
-        distributed.barrier()
+        with distributed.together("prune the student"):
+            if distributed.rank() == 0:
+                info = _prune(student_path, pruned, student)
         student_path = str(pruned)
     for path, model in [*((path, teacher) for path in teachers if teacher), (student_path, student)]:
         positions = max_positions(config_of(path, model))
@@ -133,7 +135,6 @@ def prepare(
     if student.lora:  # before hours of scoring
         check_adapters(load_model_config(student_path, trust_remote_code=student.trust_remote_code), student.lora)
     if student.heal_steps:
-        start_deepspeed()
         split = EncodedSplit.open(run.data, "train")
         order = permutation(len(split), seed=seed, stage=0, epoch=0)  # a random part: the plan walks it once
         plan = single_stage_plan(

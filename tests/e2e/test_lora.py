@@ -70,3 +70,14 @@ def test_what_is_written_is_a_plain_model_and_a_stop_changes_nothing(planned: Pa
     assert "was written by 2 ranks" in said
     for ours, theirs in zip(computed(fewer), computed(run), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_every_rank_waits_for_the_student_that_one_prunes(tmp_path: Path) -> None:
+    teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
+    student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
+    recipe = write_recipe(tmp_path, teacher, student, train_samples=32,
+                          student={"lora": LORA, "prune": {"drop_layers": "1"}, "heal_steps": 1})  # fmt: skip
+    for stage in ("data", "prepare"):
+        pocl(stage, str(recipe), "--run-dir", str(tmp_path / "run"))
+    healed = json.loads((tmp_path / "run" / "models" / "models.json").read_text())["student"]
+    assert AutoModelForCausalLM.from_pretrained(healed).config.num_hidden_layers == 1
