@@ -162,7 +162,7 @@ def _status(options: argparse.Namespace) -> int:
         if options.watch and sys.stdout.isatty():
             print("\x1b[H\x1b[J", end="")
         print("\n\n".join((f"{run.path.name}\n" if len(runs) > 1 else "") + table(rows) for run, rows in found), flush=True)
-        if not options.watch or all(row.state in ("done", "failed", "cancelled", "gone") for _, rows in found for row in rows):
+        if not (options.watch and any(row.live for _, rows in found for row in rows)):
             return 0
         time.sleep(REFRESH)
 

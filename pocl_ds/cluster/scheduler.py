@@ -13,7 +13,7 @@ from pocl_ds.errors import ResourceError
 SEPARATOR = "\x1f"
 FIELDS = {"id": "%i", "array": "%F", "task": "%K", "name": "%j", "state": "%T", "reason": "%r", "start": "%S", "used": "%M",
           "limit": "%l", "nodes": "%N", "since": "%V"}  # fmt: skip
-GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 SECONDS = 60  # a controller that is busy may take long to answer
 
 

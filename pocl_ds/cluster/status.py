@@ -35,6 +35,7 @@ class Row:
     attempt: str = "-"
     progress: str = ""
     notes: list[str] = field(default_factory=list)  # lines below the table
+    live: bool = False  # whether it waits or runs
 
 
 def status(run: RunDirectory) -> list[Row]:
@@ -65,7 +66,8 @@ def _row(run: RunDirectory, spec: Mapping[str, Any], done: Mapping[str, bool], q
     ids = path.read_text().split() if path.is_file() else []
     jobs = [job for job in queue if job.array in ids]
     tasks = [read_attempts(file) for file in _attempt_files(run, name, bool(spec["items"]))]
-    row = Row(name, ids=", ".join(ids) or "-", progress=_progress(run, name, spec, done))
+    row = Row(name, ids=", ".join(ids) or "-", progress=_progress(run, name, spec, done),
+              live=any(job.state not in scheduler.GONE for job in jobs))  # fmt: skip
     if tasks:
         most = max(len(task) for task in tasks)
         row.attempt = str(most)

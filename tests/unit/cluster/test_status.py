@@ -1,0 +1,52 @@
+"""`pocl status --watch`: it ends when nothing of a run waits or runs any more, however that ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from pocl_ds import pipeline
+from pocl_ds.artifacts import RunDirectory
+from pocl_ds.cli import main
+from pocl_ds.cluster import scheduler
+from pocl_ds.cluster.profile import check_profile
+from pocl_ds.cluster.scheduler import Queued
+from pocl_ds.cluster.submit import Submission
+from pocl_ds.recipe import check_recipe
+
+
+@pytest.mark.parametrize("last", ["TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED", "FAILED"])
+def test_a_watch_ends_with_the_jobs(
+    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}})
+    profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
+    submitted = Submission(RunDirectory(tmp_path / "run"), recipe, profile, nodes=None)
+    pipeline.enter(submitted.run, submitted.recipe)
+    submitted._freeze()
+    states = {"prepare": ["RUNNING", "RUNNING", last]}
+    seen: list[str] = []
+    for number, job in enumerate(submitted.jobs):
+        (submitted.folder / "jobs" / f"{job.name}.ids").write_text(f"{number + 10}\n")
+
+    def queue(ids: list[str]) -> list[Queued]:
+        found = []
+        for number, job in enumerate(submitted.jobs):
+            state = states.get(job.name, ["CANCELLED" if len(seen) > 1 else "PENDING"])
+            fields = {**dict.fromkeys(scheduler.FIELDS, ""), "id": str(number + 10), "array": str(number + 10), "task": "N/A",
+                      "state": state[min(len(seen), len(state) - 1)], "start": "N/A"}  # fmt: skip
+            found.append(Queued(**fields))
+        return found
+
+    monkeypatch.setattr(scheduler, "available", lambda: True)
+    monkeypatch.setattr(scheduler, "queue", queue)
+
+    def sleep(_: float) -> None:
+        seen.append("again")
+        assert len(seen) < 9, "it would go on for ever"
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert main(["status", str(tmp_path / "run"), "--watch"]) == 0
+    assert len(seen) == 2 and capsys.readouterr().out.count("prepare") >= 3
