@@ -223,7 +223,7 @@ class StageTime:
 
 def stage_times(
     student: ModelShape, teacher: ModelShape | None, choice: Choice, work: Work, layout: Layout, device: Device, *,
-    utilisation: float, max_new_tokens: int, sequences: int, compare: bool = False,
+    utilisation: float, max_new_tokens: int, sequences: int,
 ) -> list[StageTime]:  # fmt: skip
     """Scoring, teaching and training, in order. Preparing, evaluation and reports are not counted."""
     rate = device.flops * (1 if choice.dtype != "float32" else 0.5) * utilisation
@@ -232,23 +232,20 @@ def stage_times(
     if teacher is not None and choice.mode in ("hidden", "topk"):
         flops = work.samples * teacher.forward_flops([length], round(loss))
         found.append(StageTime("teach", flops / rate / layout.ranks, flops, "arithmetic"))
-    found.append(_training("train", student, teacher, choice, work, layout, device, rate))
-    if compare:
-        found.append(replace(found[-1], name="baseline"))
+    found.append(_training(student, teacher, choice, work, layout, device, rate))
     return found
 
 
 def _training(
-    name: str, student: ModelShape, teacher: ModelShape | None, choice: Choice, work: Work, layout: Layout, device: Device,
-    rate: float,
-) -> StageTime:  # fmt: skip
+    student: ModelShape, teacher: ModelShape | None, choice: Choice, work: Work, layout: Layout, device: Device, rate: float
+) -> StageTime:
     lengths, loss = [max(1, round(work.tokens))] * work.batch_size, round(work.response_tokens * work.batch_size)
     flops = step_flops(student, teacher, choice, lengths, loss)
     compute = flops / rate / layout.ranks
     micro = max(1, work.batch_size // (choice.micro_batch_size * layout.ranks))
     traffic = micro * micro_traffic(student, teacher, choice, layout.ranks) / layout.link(device)
     why = "arithmetic" if compute >= traffic else "the network"
-    return StageTime(name, work.steps * max(compute, traffic), work.steps * flops, why)
+    return StageTime("train", work.steps * max(compute, traffic), work.steps * flops, why)
 
 
 def _scoring(
