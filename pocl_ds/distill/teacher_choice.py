@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,7 +74,7 @@ def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
     if not path.is_file():
         measured = costs()
         mode, why = decide(measured)
-        own = path.with_name(f".{path.name}.{os.getpid()}")
+        own = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # tasks on two nodes may have one process number
         write_json(own, {"mode": mode, "why": why, "costs": asdict(measured)})
         with disk_faults(path), contextlib.suppress(FileExistsError):  # another task was first: its choice holds
             os.link(own, path)
@@ -93,7 +94,7 @@ def free_bytes(folder: Path, limit_gb: float | None) -> int:
 def disk_rates(folder: Path, size: int) -> tuple[float, float]:
     """Bytes a second written, and read again with a cold page cache."""
     size = max(1 << 20, min(size, PROBE_BYTES))
-    path, block = folder / f".probe.{os.getpid()}", os.urandom(1 << 20)
+    path, block = folder / f".probe.{secrets.token_hex(8)}", os.urandom(1 << 20)
     try:
         with disk_faults(path), path.open("wb", buffering=0) as stream:
             start = time.perf_counter()

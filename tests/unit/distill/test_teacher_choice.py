@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_of_two_that_measure_at_once_one_wins(tmp_path: Path) -> None:
         return COSTS
 
     assert choose(path, slow)["mode"] == "live"
+
+
+def test_tasks_on_two_nodes_may_have_one_process_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "choice.json", os.link
+
+    def late(source: Path, target: Path) -> None:  # the other node's task is through before
+        monkeypatch.setattr(os, "link", link)
+        choose(path, lambda: replace(COSTS, visits=1))
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", late)
+    assert choose(path, lambda: COSTS)["mode"] == "live" and [file.name for file in tmp_path.iterdir()] == ["choice.json"]
 
 
 def test_the_disk_is_looked_at(tmp_path: Path) -> None:
