@@ -10,7 +10,7 @@ Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -176,50 +176,23 @@ class _HeadLoss(torch.autograd.Function):
         grad_enabled: bool,
         weights: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kind = working_type(hidden.dtype)
+        kind, rows = working_type(hidden.dtype), even_share(labels.numel(), sizes.chunk)
         sums = hidden.new_zeros(3, dtype=kind)
         # needs_input_grad does not know of torch.no_grad, and inside forward gradients are always off.
-        need_hidden, need_weight, need_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
-        # Each chunk adds to the head's gradient: float32, or small chunks would drown in bfloat16's rounding.
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        if grad_hidden is not None and weight is None:
-            grad_hidden[:, ids.size :] = 0
-        grad_weight = torch.empty_like(weight, dtype=kind) if weight is not None and need_weight else None
-        if grad_weight is not None:
-            grad_weight[ids.size if labels.numel() else 0 :] = 0  # the first chunk writes the rest
-        grad_bias = torch.zeros_like(bias, dtype=kind) if bias is not None and need_bias else None
-        chunk_rows = even_share(labels.numel(), sizes.chunk)
+        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        gradients = _Gradients(hidden, weight, bias, ids.size, needs)
         block_loss = BlockLoss(
             terms, divergence_options(terms.name, terms.options), ids, (head, teacher_head),
-            Buffers(min(sizes.block, chunk_rows), ids.size, kind, hidden.device), need_gradient=need_hidden or need_weight,
+            Buffers(min(sizes.block, rows), ids.size, kind, hidden.device), need_gradient=any(needs),
         )  # fmt: skip
-        products = hidden.new_empty(chunk_rows, ids.size)
-        if isinstance(teacher_head, (Head, Mixture)):
-            asked = teacher_head.heads if isinstance(teacher_head, Mixture) else (teacher_head,)
-            kind_of_answers = hidden.dtype if asked[0].weight is None else asked[0].weight.dtype
-            shape = (chunk_rows, len(asked), ids.size) if isinstance(teacher_head, Mixture) else (chunk_rows, ids.size)
-            answers = hidden.new_empty(shape, dtype=kind_of_answers)
-        for chunk in (slice(i, i + chunk_rows) for i in range(0, labels.numel(), chunk_rows)):
+        products, answers = hidden.new_empty(rows, ids.size), _Answers(teacher_head, ids, rows, hidden)
+        for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
             part = hidden[chunk]
             product = head.product(part, ids.size, out=products[: len(part)])
-            teacher = None if teacher_hidden is None else teacher_hidden[chunk]
-            if teacher is not None and isinstance(teacher_head, Head):
-                teacher = ids.teacher_product(teacher_head, teacher, out=answers[: len(part)])
-            elif teacher is not None and isinstance(teacher_head, Mixture):
-                for number, (one, states) in enumerate(zip(teacher_head.heads, teacher_head.parts(teacher), strict=True)):
-                    answers[: len(part), number] = ids.teacher_product(one, states)
-                teacher = answers[: len(part)]
+            teacher = None if teacher_hidden is None else answers(teacher_hidden[chunk])
             sums += block_loss(product, teacher, labels[chunk], None if weights is None else weights[chunk])
-            if grad_hidden is not None:
-                if weight is None:
-                    grad_hidden[chunk, : ids.size] = product
-                else:
-                    torch.mm(product, weight[: ids.size], out=grad_hidden[chunk])
-            if grad_weight is not None:
-                _add_product(grad_weight[: ids.size], product, part, first=chunk.start == 0)
-            if grad_bias is not None:
-                grad_bias[: ids.size] += product.sum(0, dtype=kind)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+            gradients.add(chunk, product, part)
+        ctx.gradients = (gradients.hidden, gradients.weight, gradients.bias)
         ctx.types = tuple(None if part is None else part.dtype for part in (hidden, weight, bias))
         total, kd, ce = sums.unbind()
         ctx.mark_non_differentiable(kd, ce)
@@ -235,6 +208,59 @@ class _HeadLoss(torch.autograd.Function):
         ]
         ctx.gradients = None
         return (*found, *([None] * 9))
+
+
+class _Answers:
+    """What the teacher says of a chunk, in one buffer for all of them: products of its head, side by side for a `Mixture`;
+    records and numbers of tokens are handed on as they are.
+    """
+
+    def __init__(self, head: TeacherHead | None, ids: Ids, rows: int, hidden: Tensor) -> None:
+        self.head, self.ids = head, ids
+        if isinstance(head, (Head, Mixture)):
+            first, several = (head, ()) if isinstance(head, Head) else (head.heads[0], (len(head.heads),))
+            kind = hidden.dtype if first.weight is None else first.weight.dtype
+            self.buffer = hidden.new_empty(rows, *several, ids.size, dtype=kind)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        if isinstance(self.head, Head):
+            return self.ids.teacher_product(self.head, states, out=self.buffer[: len(states)])
+        if isinstance(self.head, Mixture):
+            for number, (one, own) in enumerate(zip(self.head.heads, self.head.parts(states), strict=True)):
+                self.buffer[: len(states), number] = self.ids.teacher_product(one, own)
+            return self.buffer[: len(states)]
+        return states
+
+
+class _Gradients:
+    """Of the sum in hidden states [n, d] and head, chunk by chunk; None where nobody needs one.
+
+    Each chunk adds to the head's: in float32, or small chunks would drown in bfloat16's rounding.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, size: int, needs: Sequence[bool]
+    ) -> None:
+        """size: ids that take part, of the head's rows. needs: of hidden, weight and bias."""
+        self.size, self.head, kind = size, weight, working_type(hidden.dtype)
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        if self.hidden is not None and weight is None:
+            self.hidden[:, size:] = 0
+        self.weight = torch.empty_like(weight, dtype=kind) if weight is not None and needs[1] else None
+        if self.weight is not None:
+            self.weight[size if len(hidden) else 0 :] = 0  # the first chunk writes the rest
+        self.bias = torch.zeros_like(bias, dtype=kind) if bias is not None and needs[2] else None
+
+    def add(self, chunk: slice, product: Tensor, part: Tensor) -> None:
+        """product: the gradient in a chunk's products [rows, size]; part: its hidden states."""
+        if self.hidden is not None and self.head is None:
+            self.hidden[chunk, : self.size] = product
+        elif self.hidden is not None and self.head is not None:
+            torch.mm(product, self.head[: self.size], out=self.hidden[chunk])
+        if self.weight is not None:
+            _add_product(self.weight[: self.size], product, part, first=chunk.start == 0)
+        if self.bias is not None:
+            self.bias[: self.size] += product.sum(0, dtype=self.bias.dtype)
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
