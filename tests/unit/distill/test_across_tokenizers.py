@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pocl_ds.data.batches import Batch, Translated
 from pocl_ds.distill import fused_head
 from pocl_ds.distill.across_tokenizers import OtherTokens, alm, pairs, uld
-from pocl_ds.distill.fused_head import ChunkSizes, loss_sums
+from pocl_ds.distill.fused_head import ChunkSizes, LossHead, loss_sums
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
@@ -107,6 +107,17 @@ def test_equals_the_direct_computation(
     wanted, got = (torch.autograd.grad(3 * total, case.leaves) for total in (expected, found[0]))
     for ours, theirs in zip((*found, *got), (expected, kd, ce, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("name", "options"), [("uld", {}), ("uld", {"by_position": True}), ("alm", {})])
+def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
+    name: str, options: dict[str, Any], masked: bool
+) -> None:
+    case, terms = Case(masked=masked), LossTerms(name, tau=1.7, alpha=0.3, options=options)
+    module = LossHead(case.student, Ids(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20)
+    found = module(case.hidden, case.batch, terms, case.teacher_hidden, case.teacher)
+    assert torch.equal(torch.stack(found), torch.stack(case.found(terms, by_position=bool(options))))
 
 
 def test_equal_distributions_have_no_distance_in_any_order_of_ids() -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pocl_ds.data.batches import Batch
 from pocl_ds.distill import fused_head, token_losses
 from pocl_ds.distill.divergences import FUNCTIONS, divergence
-from pocl_ds.distill.fused_head import ChunkSizes, chunk_sizes, loss_sums
+from pocl_ds.distill.fused_head import ChunkSizes, LossHead, chunk_sizes, loss_sums
 from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.heads import Head, Mixture
@@ -66,6 +67,18 @@ def test_equals_the_plain_form(
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_taus_square_may_be_left_out(name: str) -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float64, bias=True, scale=1.0, cap=None)
+    ids, terms = Ids(38), LossTerms(name, tau=0.7, alpha=0.3, tau_squared=False)
+    leaves = [hidden.requires_grad_(), student.weight]
+    expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
+    found = loss_sums(hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher)
+    wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 @pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
 def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -87,6 +100,24 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
     wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
+@pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
+def test_models_that_keep_their_head_give_logits(name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are taken as they are, and those beyond the ids that take part get no gradient."""
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    source = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 23, 40, generator=source, dtype=torch.float64)
+    labels, terms = torch.randint(0, 37, (23,), generator=source), LossTerms(name, tau=0.7, alpha=0.3)
+    ids, eye = Ids(38, torch.arange(38) == 37), Head(nn.Parameter(torch.eye(40, dtype=torch.float64)), None, 1.0, None)
+    expected = plain(student.requires_grad_(), eye, labels, terms, ids, teacher, eye)
+    itself = Head(None, None, 1.0, None, 40)
+    found = loss_sums(student, itself, labels, terms, ids=ids, teacher_hidden=teacher, teacher_head=itself)
+    wanted, got = (torch.autograd.grad(total[0], student) for total in (expected, found))
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+    assert not got[0][:, 38:].any()
 
 
 def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
@@ -138,6 +169,12 @@ def test_a_budget_below_one_row_says_the_least() -> None:
                   teacher_head=teacher, chunk_bytes=1439)  # fmt: skip
 
 
+def test_a_divergence_without_a_teacher_is_refused() -> None:
+    student, _, hidden, _, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+    with pytest.raises(RecipeError, match=r"loss\.name=fkl needs a teacher"):
+        loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40))
+
+
 @pytest.mark.parametrize("name", ["fkl", "akl", "sft"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("budget", [1 << 20, 64 << 20, 1 << 30])
@@ -157,3 +194,51 @@ def test_a_second_backward_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="no second backward"):
         total.backward()
+
+
+class Module:
+    """A head as a module: it masks an id, and a teacher numbers the others otherwise."""
+
+    def __init__(self) -> None:
+        self.student, self.teacher, self.hidden, self.teacher_hidden, self.labels = heads(
+            torch.float64, bias=True, scale=0.5, cap=7.0
+        )
+        mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38]
+        self.ids, self.budget = Ids(38, torch.arange(38) == 37, mapped), 1 << 20
+        self.module = LossHead(self.student, self.ids, self.budget)
+        empty, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(23, dtype=torch.int64)
+        self.batch = Batch(empty, None, None, None, none, self.labels, none, (0,), "train")
+
+    def losses(self, name: str) -> Any:
+        return self.module(self.hidden, self.batch, LossTerms(name, alpha=0.3), self.teacher_hidden, self.teacher)
+
+
+def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
+    case = Module()
+    expected = loss_sums(case.hidden, case.student, case.labels, LossTerms("rkl", alpha=0.3), ids=case.ids,
+                         teacher_hidden=case.teacher_hidden, teacher_head=case.teacher)  # fmt: skip
+    assert torch.equal(torch.stack(case.losses("rkl")), torch.stack(expected))
+    case.module.chunk_bytes = 7
+    with pytest.raises(RecipeError, match=r"loss\.chunk_bytes=7 does not hold one token over 38 ids"):
+        case.losses("rkl")
+
+
+def test_the_modules_parameters_are_the_heads_and_its_masks_move_but_are_not_saved() -> None:
+    case = Module()
+    assert case.module.weight is case.student.weight and case.module.bias is case.student.bias
+    apart = LossHead(case.student, Ids(40, teacher_masked=torch.arange(44) == 43), case.budget)
+    for module, masks in ((case.module, {"masked", "teacher_ids"}), (apart, {"teacher_masked"})):
+        assert {name for name, _ in module.named_buffers()} == masks
+        assert set(module.state_dict()) == {"weight", "bias"}
+
+
+def test_over_all_ids_is_the_softmax_of_generation_and_it_ends() -> None:
+    case = Module()
+    whole = torch.nn.functional.cross_entropy(case.student.logits(case.hidden), case.labels, reduction="sum")
+    before = torch.stack(case.losses("fkl"))
+    with case.module.over_all_ids():
+        inside = case.losses("sft")
+    assert torch.allclose(inside[2], whole) and not torch.allclose(before[2], whole)
+    with pytest.raises(KeyboardInterrupt), case.module.over_all_ids():
+        raise KeyboardInterrupt
+    assert torch.equal(torch.stack(case.losses("fkl")), before)
