@@ -30,6 +30,8 @@ from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.distill.build import Job, config_of, load, make_trainer
 from pocl_ds.distill.engine import Engine, start_deepspeed
 from pocl_ds.errors import ArtifactError, ModelError
+from pocl_ds.models.attention import check_attention
+from pocl_ds.models.heads import check_family
 from pocl_ds.models.load import load_model_config, load_tokenizer, max_positions, pinned_model
 from pocl_ds.models.lora import check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
@@ -121,7 +123,7 @@ def prepare(
         start_deepspeed()  # before anything that ranks wait for
     teachers = tuple(pinned_model(one) for one in (teacher, *teacher.others)) if teacher else ()
     student_path, info = pinned_model(student), {}
-    _check_quantised(teacher, teachers, student, student_path)
+    _check_models(teacher, teachers, student, student_path, loss)
     if student.prune:
         pruned = run.models / "pruned"
         with distributed.together("prune the student"):
@@ -155,12 +157,23 @@ def prepare(
     distributed.barrier()
 
 
-def _check_quantised(teacher: TeacherConfig | None, paths: Sequence[str], student: StudentConfig, student_path: str) -> None:
-    """Refuse quantised weights where they cannot be, before anything is loaded."""
+def _check_models(
+    teacher: TeacherConfig | None, paths: Sequence[str], student: StudentConfig, student_path: str, loss: LossConfig
+) -> None:
+    """Refuse quantised weights where they cannot be, heads that cannot be split, and attention that cannot be another's, before
+    anything is loaded or scored.
+    """
+    config = config_of(student_path, student)
+    check_student(student, config)
+    trained: list[tuple[str, Any]] = [(student.attention, config)]
     if teacher:
         for path in paths:
-            check_teacher(teacher, config_of(path, teacher))
-    check_student(student, config_of(student_path, student))
+            check_teacher(teacher, found := config_of(path, teacher))
+            trained += [] if loss.name == "sft" else [(teacher.attention, found)]  # else training does not ask it
+    for attention, one in trained:
+        check_attention(attention, one)
+        if loss.fused:
+            check_family(one.model_type)
 
 
 def fit(run: RunDirectory, job: Job) -> None:

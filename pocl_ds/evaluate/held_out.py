@@ -39,7 +39,7 @@ from pocl_ds.distributed import device
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import Head, head_of, hidden_states, splits, unsplit
+from pocl_ds.models.heads import SCALES, Head, head_of, hidden_states, splits, unsplit
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 from pocl_ds.models.vocabulary import DifferentTokenizers, Ids, Vocabulary, reconcile
 from pocl_ds.tracking import Progress
@@ -133,7 +133,9 @@ class _Loader:
         self.students = [name for name in paths if name != TEACHER]
 
     def model(self, name: str) -> Any:
-        model: Any = load_model(self.paths[name], dtype=self.dtype, attention=PER_SAMPLE)
+        path = self.paths[name]
+        tested = load_model_config(path).model_type in SCALES  # families whose attention a test holds to per_sample
+        model: Any = load_model(path, dtype=self.dtype, attention=PER_SAMPLE if tested else None)
         return model.to(device()).eval().requires_grad_(False)
 
     def encoder(self, prompt: PromptConfig) -> Encoder:

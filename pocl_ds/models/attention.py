@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
+
+from pocl_ds.errors import ModelError
 
 PER_SAMPLE = "per_sample"
 
@@ -49,13 +51,17 @@ def per_sample(
     sliding_window: int | None = None,
     softcap: float | None = None,
     samples: Samples | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in place of its own attention: [B, T, H, d] of query [B, H, T, d], key, value [B, G, T, d].
 
     samples: of a packed row (B = 1); None where rows are padded on the right. attention_mask is None: transformers makes
-    none for an attention that it does not know. Raises ValueError for keys out of a cache: this is not for generation.
+    none for an attention that it does not know. Raises ValueError for keys out of a cache: this is not for generation; ModelError
+    for attention sinks (s_aux).
     """
+    if s_aux is not None:
+        raise ModelError("the model has attention sinks, which attention=per_sample leaves out: set its attention=eager")
     if key.shape[2] != query.shape[2]:
         raise ValueError("attention=per_sample is for training: generate with sdpa")
 
@@ -69,6 +75,18 @@ def per_sample(
         return torch.cat([attend(*piece) for piece in pieces], dim=1), None
     padded = attend(_pad(query, samples), _pad(key, samples), _pad(value, samples))
     return padded.flatten(0, 1).index_select(0, samples.place)[None], None
+
+
+def check_attention(attention: str | None, config: Any) -> None:
+    """Raise ModelError where a model of this configuration would run without its mask: one whose attention does not go through
+    transformers' interface makes no other, and each token would see those that follow. Code of a model's own is left to try.
+    """
+    made = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if attention == PER_SAMPLE and made is not None and not made._supports_attention_backend:
+        raise ModelError(
+            f"models of the family {config.model_type!r} have an attention of their own, which attention=per_sample cannot "
+            "replace: set its attention=eager"
+        )
 
 
 def _one_by_one(device: torch.device) -> bool:

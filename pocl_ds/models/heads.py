@@ -141,12 +141,23 @@ def head_of(model: Any) -> Head:
             f"the output head of the quantised {family} model is quantised too, and logits are made from its plain weights: take "
             "a model whose head is not"
         )
-    if family not in SCALES or not isinstance(linear, nn.Linear) or model.base_model is model:
-        raise ModelError(
-            f"models of the family {family!r} are not supported: use one of {', '.join(sorted(SCALES))}, "
-            "set loss.fused=false, with which the model's own forward makes logits of all positions at once, or add the family "
-            "to models/heads.py"
-        )
+    check_family(family)
+    if not isinstance(linear, nn.Linear) or model.base_model is model:
+        raise _not_supported(family)
     soft_cap = getattr(model.config, "final_logit_softcapping", None)
     weight = cast(nn.Parameter, linear.weight)
     return Head(weight, linear.bias, float(SCALES[family](model.config)), soft_cap)
+
+
+def check_family(family: str) -> None:
+    """Raise ModelError for a family (`model_type` of a configuration) whose head is not known here."""
+    if family not in SCALES:
+        raise _not_supported(family)
+
+
+def _not_supported(family: str) -> ModelError:
+    return ModelError(
+        f"models of the family {family!r} are not supported: use one of {', '.join(sorted(SCALES))}, "
+        "set loss.fused=false, with which the model's own forward makes logits of all positions at once, or add the family "
+        "to models/heads.py"
+    )

@@ -22,6 +22,7 @@ from pocl_ds.config import ModelSource
 from pocl_ds.distributed import device
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
+from pocl_ds.models.attention import check_attention
 from pocl_ds.models.quantization import loading
 from pocl_ds.models.quiet import quiet
 
@@ -110,7 +111,8 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model with its weights, in evaluation mode.
 
-    attention: None takes sdpa, or eager for a model that caps its attention scores (Gemma 2), which sdpa would leave out.
+    attention: None takes sdpa, or eager for a family without it, and for a model that caps its attention scores (Gemma 2), which
+    sdpa would leave out.
     dropout sets every dropout of the model's configuration; None keeps them. Training passes `use_cache=False` to the
     forward itself (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
     quantization: of teacher.quantization; a quantised model lies on this rank's device from the start.
@@ -121,6 +123,7 @@ def load_model(
     if attention == "sdpa" and capped:
         raise ModelError(f"{path} caps its attention scores (attn_logit_softcapping), which attention=sdpa leaves out: take "
                          "attention=per_sample or eager")  # fmt: skip
+    check_attention(attention, config)
     if dropout is not None:
         set_dropout(config, dropout)
     with _one_sentence(path, "model"), quiet():
@@ -128,7 +131,7 @@ def load_model(
             path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention or ("eager" if capped else "sdpa"),
+            attn_implementation=attention or ("eager" if capped else None),  # None: sdpa where the family has it
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,

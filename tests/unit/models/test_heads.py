@@ -14,7 +14,7 @@ from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import ModelError
 from pocl_ds.models import attention
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import Head, head_of, hidden_states, splits
+from pocl_ds.models.heads import SCALES, Head, head_of, hidden_states, splits
 from pocl_ds.models.vocabulary import Ids
 
 BASE = {
@@ -180,3 +180,18 @@ def test_unknown_family_is_named() -> None:
     model.config.model_type = "mystery"
     with pytest.raises(ModelError, match=r"'mystery' are not supported: use one of .*llama.*set loss.fused=false"):
         head_of(model)
+
+
+def test_every_known_family_lets_its_attention_be_replaced() -> None:
+    for family in SCALES:
+        attention.check_attention(PER_SAMPLE, AutoConfig.for_model(family))
+    bloom = AutoConfig.for_model("bloom")
+    with pytest.raises(ModelError, match="'bloom' have an attention of their own.*set its attention=eager"):
+        attention.check_attention(PER_SAMPLE, bloom)
+    attention.check_attention("eager", bloom)
+
+
+def test_attention_sinks_are_not_left_out_in_silence() -> None:
+    query = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ModelError, match="attention sinks.*set its attention=eager"):
+        attention.per_sample(None, query, query, query, None, s_aux=torch.zeros(2))
