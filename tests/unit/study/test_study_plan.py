@@ -14,6 +14,7 @@ from tiny_runs import write_recipe
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.cli import main
+from pocl_ds.config import STRATEGIES
 from pocl_ds.errors import RecipeError
 from pocl_ds.shipped import STUDIES
 from pocl_ds.study import commands
@@ -77,16 +78,25 @@ def test_a_shipped_study_is_whole(path: Path) -> None:
     assert study.until == "rank" or all(cell.recipe.train.schedule == "whole_run" for cell in found)
 
 
-def test_the_studies_ask_what_the_paper_asks() -> None:
-    method = {cell.point[0][1] for cell in cells_of(load_study("paper"))}
-    assert method == {"fkl", "rkl", "jsd", "tvd", "skl", "srkl", "gkd"}
-    assert {cell.recipe.plan.subsets for cell in cells_of(load_study("subsets"))} == {1, 2, 3, 4, 5, 8, 16}
-    varied = [cell.recipe for cell in cells_of(load_study("ablations"))]
-    orders = {(one.rank.strategy, one.rank.reverse) for one in varied}
-    assert orders == {("fusion", False), ("rouge_l", False), ("cross_entropy", False), ("random", False), ("fusion", True)}
-    assert {one.plan.tau for one in varied} == {(1.0, 2.0), (2.0, 1.0), (1.0, 1.0), (2.0, 2.0)}
-    assert {one.plan.sft_ratio for one in varied} == {(0.3, 0.0), (0.3, 0.3), (0.0, 0.0)}
-    assert {one.plan.scheduler for one in varied} == {"baby_step", "one_pass"}
+def test_the_shipped_ablations_hold_every_part_of_the_method() -> None:
+    cells = {cell.arm: cell.recipe for cell in cells_of(load_study("ablations")) if cell.seed == 42}
+    orders = {(recipe.rank.strategy, recipe.rank.reverse) for recipe in cells.values()}
+    assert orders == {*((name, False) for name in STRATEGIES), ("fusion", True)}
+    assert {recipe.plan.tau for recipe in cells.values()} == {(1, 2), (2, 1), (1, 1), (2, 2)}
+    assert {recipe.plan.sft_ratio for recipe in cells.values()} == {(0.3, 0), (0.3, 0.3), (0, 0)}
+    assert {recipe.plan.scheduler for recipe in cells.values()} == {"baby_step", "one_pass"}
+    assert {sample_visits(recipe) for recipe in cells.values()} == {20}
+    subsets = load_study("subsets")
+    assert {cell.recipe.plan.subsets for cell in cells_of(subsets)} == {1, 2, 3, 4, 5, 8, 16}
+    assert {better for better, _ in subsets.compare} == set(subsets.arms) - {"n1"}
+
+
+def test_the_shipped_table_holds_seven_methods_with_and_without_the_curriculum() -> None:
+    cells = cells_of(load_study("paper"))
+    methods = {(cell.recipe.policy.name, cell.recipe.loss.name) for cell in cells}
+    assert methods == {*(("off", name) for name in ("fkl", "rkl", "jsd", "tvd", "skl", "srkl")), ("gkd", "jsd")}
+    assert len(cells) == 14 and {(cell.recipe.plan.subsets > 1) for cell in cells} == {True, False}
+    assert {sample_visits(cell.recipe) for cell in cells} == {20}
 
 
 def finish(folder: Path, cell: Cell, *stages: str) -> None:
