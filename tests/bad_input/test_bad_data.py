@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from refusals import files_below, sentence
+from refusals import files_below, own_signals, sentence
+
+from pocl_ds.cli import main
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 BEGUN = {"recipe.yaml", "logs/data.log"}  # what a refused stage leaves in an empty run directory
@@ -264,6 +266,33 @@ def test_models(case: str, recipe: Path, tmp_path: Path, tiny_llama: Path, capsy
     said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={model}")
     assert said.startswith(begins.replace("MODEL", str(model))) and said.endswith(ends)
     assert files_below(run) == BEGUN
+
+
+def test_a_chat_template_that_is_not_there(
+    recipe: Path, tmp_path: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={tiny_gpt2}", "prompt.template=chat")
+    assert said == "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a .jinja file"
+    assert files_below(run) == BEGUN
+
+
+def test_a_buffer_that_holds_more_than_the_data(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many samples there are only the data say; what a recipe says of them is a case of tests/unit/test_config.py."""
+    run = tmp_path / "run"
+    words = ["policy.name=distillm", "policy.buffer=40", "policy.rollout=hf", "plan.sft_ratio=[0, 0]", "plan.subsets=1",
+             "rank.strategy=random", "train.engine=torch", "train.batch_size=8"]  # fmt: skip
+    for stage in ("data", "prepare", "rank", "plan"):
+        with own_signals():
+            assert main([stage, str(recipe), "--run-dir", str(run), *words]) == 0
+    count = len((run / "data" / "train.jsonl").read_text().splitlines())
+    assert 8 <= count < 40
+    monkeypatch.setenv("RANK", "0")
+    said = sentence(capsys, "train", "--run-dir", run)
+    assert said == f"policy.buffer=40 is more than the {count} training samples: make it smaller"
+    assert not (run / "train").exists()
 
 
 def test_names_of_models(
