@@ -114,7 +114,8 @@ class SyntheticRun:
                 "loss": loss, "kl": 0.0 if model == "teacher" else loss - 3.45, "tokens": 900.0,
                 "benchmarks": {
                     name: {"samples": items, "rouge_l": rouge, "rouge_l_deviation": 0.42, "rouge_l_by_seed": [rouge],
-                           "exact_match": 0.0, "words": 9.0, "repetition_rate": 0.1}
+                           "exact_match": 0.0, "words": 9.0, "repetition_rate": 0.1, "distinct_1": 0.25, "distinct_2": 0.755,
+                           "loss": 4.321, "kl": 0.765}
                     for name in benchmarks
                 },
             }  # fmt: skip

@@ -13,6 +13,12 @@ from pocl_ds.report.read import MODELS, Facts
 from pocl_ds.tracking import Spikes
 
 ABSENT = "–"
+# Of a benchmark's results beside ROUGE-L: what a reader calls it, where it stands, and its decimals.
+MEASURES: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("exact match", ("exact_match",), 1), ("words", ("words",), 1), ("repetition", ("repetition_rate",), 2),
+    ("distinct-1", ("distinct_1",), 2), ("distinct-2", ("distinct_2",), 2), ("loss/token", ("loss",), 3),
+    ("KL to teacher", ("kl",), 3), ("judge", ("judge", "mean"), 2),
+)  # fmt: skip
 # What a page cannot hold: control characters, and halves of surrogate pairs, which JSON allows and UTF-8 does not.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
@@ -112,17 +118,30 @@ def headline(facts: Facts) -> str:
 
 
 def detail_rows(facts: Facts) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-    """Header, and (model, benchmark, cells): each benchmark's numbers for each model, with an interval over its items."""
-    header = ["benchmark", "model", "items", "ROUGE-L", "95% interval", "exact match", "words", "repetition"]
+    """Header, and (model, benchmark, cells): each benchmark's numbers for each model, with an interval over its items.
+
+    A measure that no model has is left out.
+    """
+    found = [(benchmark, model, (facts.results or {})["models"][model]["benchmarks"][benchmark.name])
+             for benchmark in facts.benchmarks for model in benchmark.intervals]  # fmt: skip
+    measures = [one for one in MEASURES if any(_measured(entry, one[1]) is not None for _, _, entry in found)]
+    header = ["benchmark", "model", "items", "ROUGE-L", "95% interval", *(name for name, _, _ in measures)]
     rows = []
-    for benchmark in facts.benchmarks:
-        for model, (low, high) in benchmark.intervals.items():
-            entry = (facts.results or {})["models"][model]["benchmarks"][benchmark.name]
-            rows.append((model, benchmark.name, [
-                benchmark.name, MODELS[model], f"{entry['samples']:,}", _spread(entry), f"{low:.2f} to {high:.2f}",
-                number(entry.get("exact_match"), 1), number(entry.get("words"), 1), number(entry.get("repetition_rate"), 2),
-            ]))  # fmt: skip
+    for benchmark, model, entry in found:
+        low, high = benchmark.intervals[model]
+        rows.append((model, benchmark.name, [
+            benchmark.name, MODELS[model], f"{entry['samples']:,}", _spread(entry), f"{low:.2f} to {high:.2f}",
+            *(number(_measured(entry, keys), digits) for _, keys, digits in measures),
+        ]))  # fmt: skip
     return header, rows
+
+
+def _measured(entry: dict[str, Any], keys: Sequence[str]) -> float | None:
+    """A number of a benchmark's results, None where it is not there."""
+    found: Any = entry
+    for key in keys:
+        found = None if found is None else found.get(key)
+    return None if found is None else float(found)
 
 
 def training_line(facts: Facts) -> str:

@@ -99,6 +99,42 @@ def test_the_page_says_what_the_run_found(synthetic: Any) -> None:
     assert manifest.info["missing"] == [] and "missing" not in {a.get("class") for _, a in page.tags}
 
 
+def test_a_benchmarks_table_has_every_measure_that_was_taken(synthetic: Any) -> None:
+    synthetic.everything()
+    _, html, markdown = make(synthetic)
+    assert "95% interval" in Page(html).text and "judge" not in Page(html).text + markdown
+    path = synthetic.run.evaluation / "results.json"
+    results = json.loads(path.read_text())
+    verdict = {"mode": "score", "model": "j", "items": 30, "without_score": 1, "mean": 6.543, "deviation": None}
+    results["models"]["student"]["benchmarks"]["test"]["judge"] = verdict
+    write_json(path, results)
+    shutil.rmtree(synthetic.run.report)
+    _, html, markdown = make(synthetic)
+    header, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")]
+                     for line in markdown.splitlines() if line.startswith(("| benchmark", "| test"))]  # fmt: skip
+    found = {row[1]: dict(zip(header, row, strict=True)) for row in rows}
+    assert found["student after"]["judge"] == "6.54" and found["teacher"]["judge"] == "–"
+    low, high = map(float, found["student after"]["95% interval"].split(" to "))
+    assert low < 14.2 < high and high - low < 4
+    for model in ("student before", "student after", "teacher"):
+        one = found[model]
+        assert (one["distinct-1"], one["loss/token"], one["KL to teacher"]) == ("0.25", "4.321", "0.765")
+    assert all(name in Page(html).text for name in (*header, *found["student after"].values()))
+
+
+def test_where_a_result_comes_from_is_told(synthetic: Any) -> None:
+    synthetic.everything()
+    manifest = synthetic.run.train / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    tree["info"]["resumed_at"] = 1234
+    manifest.write_text(json.dumps(tree))
+    text = Page(make(synthetic)[1]).text
+    assert "Fingerprints of the stages" in text and all(16 * letter in text for letter in "drpte")
+    assert "began after step 1,234" in text
+    assert all(version in text for version in tree["versions"].values())
+    assert "process hours" in text and "name: synthetic" in text
+
+
 def test_nothing_is_fetched_and_only_our_scripts_run(synthetic: Any) -> None:
     synthetic.everything()
     page = Page(make(synthetic)[1])
