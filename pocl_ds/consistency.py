@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from pocl_ds.config import Recipe
 
 
+# Options of a loss that are shares, between 0 and 1. Those of a plugin may be any finite numbers, whatever they are called.
+SHARES = {"jsd": ("beta",), "skl": ("skew",), "srkl": ("skew",), "akl": ("mu",)}
+
+
 def check_consistency(recipe: Recipe) -> None:
     """Raise ValueError where fields of a recipe contradict each other."""
     _sizes(recipe)
@@ -50,7 +54,7 @@ def out_of_range(name: str, options: Mapping[str, Any]) -> str | None:
     for option, value in options.items():
         if not math.isfinite(value):
             return f"{name}: {option}={value:g} must be a finite number"
-        if option in ("beta", "skew", "mu") and not 0 <= value <= 1:
+        if option in SHARES.get(name, ()) and not 0 <= value <= 1:
             return f"{name}: {option}={value:g} must lie between 0 and 1"
     if name == "ab" and options["ab_alpha"] + options["ab_beta"] < 0:
         return "ab: ab_alpha + ab_beta must not be negative, or improbable ids weigh without bound"

@@ -26,9 +26,9 @@ MODULE = '''
 from pocl_ds import plugins
 from pocl_ds.distill.policies import Off
 
-@plugins.divergence("squares", weight=0.5)
-def squares(log_p, log_q, *, weight):
-    return weight * (log_p.exp() - log_q.exp()).square().sum(-1)
+@plugins.divergence("squares", weight=0.5, beta=1.0)
+def squares(log_p, log_q, *, weight, beta):
+    return beta * weight * (log_p.exp() - log_q.exp()).square().sum(-1)
 
 @plugins.metric("words")
 def words(responses, references, log_probs):
@@ -72,8 +72,8 @@ def recipe(plugin: str, **changes: Any) -> dict[str, Any]:
 
 def test_a_recipe_uses_all_four(plugin: str) -> None:
     found = check_recipe(recipe(
-        plugin, loss={"name": "squares", "options": {"weight": 2.0}}, policy={"name": "twice", "options": {"times": 2}},
-        rank={"strategy": "words"}, score={"metrics": ["words"]},
+        plugin, loss={"name": "squares", "options": {"weight": 0.5, "beta": 4.0}}, rank={"strategy": "words"},
+        policy={"name": "twice", "options": {"times": 2}}, score={"metrics": ["words"]},
     ))  # fmt: skip
     assert not found.policy.on_policy
 

@@ -188,7 +188,9 @@ def test_what_does_not_exist_is_named() -> None:
     for name in ACROSS_TOKENIZERS:
         with pytest.raises(RecipeError, match=f"{name} compares texts, not ids"):
             divergence(name, z, z)
-    with pytest.raises(RecipeError, match="between 0 and 1"):
-        divergence("jsd", z, z, beta=1.5)
+    for name, option in (("jsd", "beta"), ("skl", "skew"), ("srkl", "skew"), ("akl", "mu")):
+        for value in (-0.1, 1.5):
+            with pytest.raises(RecipeError, match=f"{name}: {option}={value} must lie between 0 and 1"):
+                divergence(name, z, z, **{option: value})
     with pytest.raises(RecipeError, match="greater than 0"):
         divergence("fkl", z, z, tau=0)
