@@ -123,17 +123,13 @@ def prepare(
         start_deepspeed()  # before anything that ranks wait for
     teachers = tuple(pinned_model(one) for one in (teacher, *teacher.others)) if teacher else ()
     student_path, info = pinned_model(student), {}
-    _check_models(teacher, teachers, student, student_path, loss)
+    _check_models(teacher, teachers, student, student_path, loss, longest)
     if student.prune:
         pruned = run.models / "pruned"
         with distributed.together("prune the student"):
             if distributed.rank() == 0:
                 info = _prune(student_path, pruned, student)
         student_path = str(pruned)
-    for path, model in [*((path, teacher) for path in teachers if teacher), (student_path, student)]:
-        positions = max_positions(config_of(path, model))
-        if positions is not None and longest > positions:
-            raise ModelError(f"prompt.max_length={longest} is more than the {positions} positions of {path}: lower it")
     if student.lora:  # before hours of scoring
         check_adapters(load_model_config(student_path, trust_remote_code=student.trust_remote_code), student.lora)
     if student.heal_steps:
@@ -158,18 +154,24 @@ def prepare(
 
 
 def _check_models(
-    teacher: TeacherConfig | None, paths: Sequence[str], student: StudentConfig, student_path: str, loss: LossConfig
+    teacher: TeacherConfig | None, paths: Sequence[str], student: StudentConfig, student_path: str, loss: LossConfig, longest: int
 ) -> None:
-    """Refuse quantised weights where they cannot be, heads that cannot be split, and attention that cannot be another's, before
-    anything is loaded or scored.
+    """Refuse quantised weights where they cannot be, heads that cannot be split, attention that cannot be another's, and models
+    that cannot read as far as samples may reach, before anything is loaded or scored.
     """
     config = config_of(student_path, student)
     check_student(student, config)
+    readers: dict[str, Any] = {student_path: config}
     trained: list[tuple[str, Any]] = [(student.attention, config)]
     if teacher:
         for path in paths:
             check_teacher(teacher, found := config_of(path, teacher))
+            readers[path] = found
             trained += [] if loss.name == "sft" else [(teacher.attention, found)]  # else training does not ask it
+    for path, one in readers.items():
+        positions = max_positions(one)
+        if positions is not None and longest > positions:
+            raise ModelError(f"prompt.max_length={longest} is more than the {positions} positions of {path}: lower it")
     for attention, one in trained:
         check_attention(attention, one)
         if loss.fused:

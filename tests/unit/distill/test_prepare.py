@@ -36,7 +36,8 @@ def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_pa
     """Scoring, training and evaluation know the path alone: another revision under the same name would go unseen."""
     run = RunDirectory(tmp_path / "run")
     student = StudentConfig.model_validate({"model": "org/name", "revision": "step1000"})
-    prepare(run, student=student, teacher=None, train=TrainConfig(), loss=LossConfig(name="sft"), seed=0, fingerprint="f")
+    sft = LossConfig(name="sft")
+    prepare(run, student=student, teacher=None, train=TrainConfig(), loss=sft, longest=8, seed=0, fingerprint="f")
     found, asked = load_model(read_models(run)["student"]), load_model(str(hub / "snapshots" / ("b" * 40)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.parameters(), asked.parameters(), strict=True))
     assert json.loads((run.models / "models.json").read_text())["teacher"] is None
