@@ -119,7 +119,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             child = node[parent] = {}
         if not isinstance(child, dict):
             raise RecipeError(f"override {_shown(override)}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = child
+        node[parent] = dict(child)  # a YAML alias is one and the same mapping in several places
+        node = node[parent]
     node[leaf] = value
 
 

@@ -173,6 +173,13 @@ def test_overrides(tmp_path: Path) -> None:
     assert load_recipe(str(file), ["train.batch_size=32", "train.batch_size=64"]).train.batch_size == 64
 
 
+def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("name: x\nteacher: &one {model: t}\nstudent: *one\n")
+    recipe = load_recipe(str(file), ["student.model=s"])
+    assert recipe.teacher is not None and (recipe.teacher.model, recipe.student.model) == ("t", "s")
+
+
 @pytest.mark.parametrize("mode", ["live", "hidden", "topk", "auto"])
 def test_a_quantised_teacher_says_other_things(mode: str) -> None:
     prints = [fingerprints(check_recipe(changed(teacher__ds_config=None, teacher__mode=mode, teacher__quantization=how)))
