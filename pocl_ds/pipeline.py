@@ -22,6 +22,7 @@ from pocl_ds import ds_config
 from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest, take_lock
 from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
+from pocl_ds.curriculum.stage import plan_of
 from pocl_ds.difficulty.shards import unfinished, whole_set
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
@@ -169,6 +170,21 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
         raise ArtifactError(f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir")
     with atomic_write(run.recipe) as stream:
         stream.write(dump_recipe(recipe))
+
+
+def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
+    """Raise RecipeError where a training asks for more samples than the stage `data` has found: what only the data say is said
+    before hours of scoring.
+    """
+    manifest = read_manifest(run.data)
+    if manifest is None:
+        return
+    samples, batch = int(manifest.info["splits"]["train"]["samples"]), recipe.train.batch_size
+    plan_of(range(samples), recipe.plan, batch_size=batch)
+    if recipe.student.heal_steps and samples < batch:
+        raise RecipeError(f"train.batch_size={batch} is more than the {samples} training samples: healing needs one whole batch")
+    if recipe.policy.name == "distillm" and recipe.policy.buffer > samples:
+        raise RecipeError(f"policy.buffer={recipe.policy.buffer} is more than the {samples} training samples: make it smaller")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from pocl_ds.artifacts import RunDirectory, read_models
 from pocl_ds.config import EvaluateConfig, Recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.pipeline import evaluated_models, fingerprints, keeps_teacher, taus
+from pocl_ds.pipeline import check_sizes, evaluated_models, fingerprints, keeps_teacher, taus
 from pocl_ds.recipe import dump_recipe
 
 
@@ -38,6 +38,8 @@ WHOLE = Asked()
 
 def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE) -> None:
     """Run one stage, or the part of it that is asked for, as the only process or as one of its ranks."""
+    if name not in ("data", "evaluate", "export", "report"):
+        check_sizes(run, recipe)
     FUNCTIONS[name](recipe, run, fingerprints(recipe)[name], asked)
 
 

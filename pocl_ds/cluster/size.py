@@ -12,7 +12,7 @@ import torch
 from pocl_ds.cluster import sizing
 from pocl_ds.cluster.sizing import GB, GPUS, Choice, Device, Layout, Work
 from pocl_ds.config import ModelConfig, Recipe, StudentConfig
-from pocl_ds.curriculum.plan import build_plan
+from pocl_ds.curriculum.stage import plan_of
 from pocl_ds.distill.top_k import TopK
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.load import load_model_config, resolve_model
@@ -51,12 +51,9 @@ class Sizes:
     @cached_property
     def work(self) -> Work:
         """What is trained on, by the recipe's plan."""
-        recipe, asked, plan = self.recipe, self.asked, self.recipe.plan
+        recipe, asked = self.recipe, self.asked
         samples = min(asked.samples, recipe.data.train_samples or asked.samples)
-        steps = build_plan(
-            range(samples), subsets=plan.subsets, epochs_per_stage=plan.epochs_per_stage, batch_size=recipe.train.batch_size,
-            tau=plan.tau, sft_ratio=plan.sft_ratio, scheduler=plan.scheduler, tail=plan.tail,
-        ).total_steps  # fmt: skip
+        steps = plan_of(range(samples), recipe.plan, batch_size=recipe.train.batch_size).total_steps
         return Work(samples, asked.prompt_tokens, asked.response_tokens, recipe.prompt.max_length, recipe.train.batch_size, steps)
 
     @cached_property

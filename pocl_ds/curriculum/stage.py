@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest, write_json, write_manifest
 from pocl_ds.config import CompareConfig, PlanConfig
-from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
+from pocl_ds.curriculum.plan import Order, Plan, build_plan, single_stage_plan
 from pocl_ds.errors import ArtifactError
 
 log = logging.getLogger("pocl_ds")
@@ -29,10 +29,7 @@ def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerpri
     start, order = time.monotonic(), _order(run)
     if not _is_permutation(order):
         raise ArtifactError(f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and run `pocl rank`")
-    pocl = build_plan(
-        order, subsets=plan.subsets, epochs_per_stage=plan.epochs_per_stage, batch_size=batch_size, tau=plan.tau,
-        sft_ratio=plan.sft_ratio, scheduler=plan.scheduler, tail=plan.tail,
-    )
+    pocl = plan_of(order, plan, batch_size=batch_size)
     for stage in pocl.stages:
         log.info("stage %d: %d samples, %d epochs, %d steps, tau %.2f, SFT ratio %.2f", stage.index + 1, stage.samples,
                  stage.epochs, stage.steps, stage.tau, stage.alpha)
@@ -40,6 +37,14 @@ def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerpri
     info = {"samples": len(order), "steps": pocl.total_steps, "visits": pocl.total_steps * batch_size,
             "seconds": time.monotonic() - start}  # fmt: skip
     return write_manifest(run.plan, "plan", fingerprint, info=info)
+
+
+def plan_of(order: Order, plan: PlanConfig, *, batch_size: int) -> Plan:
+    """See `build_plan`."""
+    return build_plan(
+        order, subsets=plan.subsets, epochs_per_stage=plan.epochs_per_stage, batch_size=batch_size, tau=plan.tau,
+        sft_ratio=plan.sft_ratio, scheduler=plan.scheduler, tail=plan.tail,
+    )  # fmt: skip
 
 
 def baseline_plan(pocl: Plan, compare: CompareConfig) -> Plan:

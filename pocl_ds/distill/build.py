@@ -40,7 +40,7 @@ from pocl_ds.distill.student import Student
 from pocl_ds.distill.teacher import LiveTeacher, StoredTeacher, Teacher, Teachers
 from pocl_ds.distill.teacher_store import TeacherStore
 from pocl_ds.distill.trainer import Trainer, TrainingData
-from pocl_ds.errors import ModelError, RecipeError
+from pocl_ds.errors import ModelError
 from pocl_ds.generation.child import INSTEAD
 from pocl_ds.generation.open import check_backend
 from pocl_ds.models.heads import packs
@@ -86,9 +86,6 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
               "validation": EncodedSplit.open(run.data, "validation")}  # fmt: skip
     taught = EncodedSplit.open(job.responses, "train") if job.responses and not seqkd else None
     validation = splits["validation"] if len(splits["validation"]) else None
-    if job.policy.name == "distillm" and job.policy.buffer > len(splits["train"]):
-        count = len(splits["train"])
-        raise RecipeError(f"policy.buffer={job.policy.buffer} is more than the {count} training samples: make it smaller")
     if job.policy.on_policy:
         check_backend(job.policy.rollout, INSTEAD)
     engine, teacher, tokenizer, ids = _build(run, job, splits)
