@@ -23,7 +23,7 @@ def check_consistency(recipe: Recipe) -> None:
 
 
 def _sizes(recipe: Recipe) -> None:
-    """Numbers of samples, tokens and ranks."""
+    """Numbers of samples, tokens and ranks, and what is looked at."""
     share = recipe.train.micro_batch_size * recipe.launch.ranks
     tokens = recipe.train.micro_batch_tokens
     if tokens is not None and tokens < recipe.prompt.max_length:
@@ -45,6 +45,8 @@ def _sizes(recipe: Recipe) -> None:
     if recipe.data.train_samples is not None and recipe.plan.subsets > recipe.data.train_samples:
         raise ValueError(f"plan.subsets={recipe.plan.subsets} is more than data.train_samples="
                          f"{recipe.data.train_samples}: make fewer subsets")
+    if recipe.train.checkpoint.keep_best and not recipe.train.validate_samples:
+        raise ValueError("train.checkpoint.keep_best follows the validation loss: set train.validate_samples")
     if recipe.train.lr_end > recipe.train.lr:
         raise ValueError(f"train.lr_end={recipe.train.lr_end:g} is above train.lr={recipe.train.lr:g}: the cosine falls")
 
@@ -102,6 +104,9 @@ def _policy(recipe: Recipe) -> None:
     if policy.taught and recipe.teacher and recipe.teacher.quantization != "none":
         raise ValueError(f"policy.name={policy.name} lets the teacher write as its model says: remove teacher.quantization="
                          f"{recipe.teacher.quantization}")  # fmt: skip
+    if policy.taught and recipe.teacher and recipe.teacher.others:
+        raise ValueError(f"policy.shares.teacher={policy.shares.teacher:g} lets one teacher write, and teacher.others names "
+                         "more: remove these, or set policy.shares.teacher=0")
     if policy.name == "seqkd" and recipe.teacher and recipe.teacher.mode != "live":
         raise ValueError(f"policy.name=seqkd asks for no distributions: remove teacher.mode={recipe.teacher.mode}")
     if policy.name == "mixture" and policy.taught and recipe.teacher and recipe.teacher.mode != "live":
