@@ -53,7 +53,7 @@ SECTION = re.compile(r"^(parameters|returns?|args|arguments|raises|yields|notes?
 def harvest(config: DocumentationConfig) -> Iterator[Sample]:
     """Pairs of all configured packages, in the order of their names; no answer and no name twice.
 
-    Raises DataError for a package that is not installed.
+    Raises DataError for a package that is not installed, and for one without sources.
     """
     names: set[str] = set()
     answers: set[str] = set()
@@ -105,7 +105,11 @@ def _is_prose(answer: str) -> bool:
 
 def _documented(package: str) -> Iterator[tuple[str, str, str]]:
     """(kind, dotted name, docstring) of everything public in a package, from its sources."""
-    for path, module in _sources(package):
+    sources = list(_sources(package))
+    if not sources:
+        raise DataError(f"data.documentation.packages names {package!r}, which has no public Python sources of its own: name a "
+                        "whole package, as numpy, or leave it out")  # fmt: skip
+    for path, module in sources:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # old escapes in other people's files
@@ -134,6 +138,8 @@ def _sources(package: str) -> Iterator[tuple[Path, str]]:
     if package == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         tops = [root / name for name in sorted(sys.stdlib_module_names)]
+    elif "." in package:  # to find a part of a package would import the package
+        return
     else:
         try:
             spec = importlib.util.find_spec(package)

@@ -114,6 +114,13 @@ def test_a_package_that_is_not_installed_is_named() -> None:
         list(harvest(DocumentationConfig(packages=("no_such_package",))))
 
 
+@pytest.mark.parametrize("name", ["email.mime", "sys", "_collections_abc", "test"])
+def test_what_has_no_source_to_read_is_an_error(name: str) -> None:
+    """A part of a package, what is compiled, what is private: they would be left out without a word."""
+    with pytest.raises(DataError, match=rf"packages names '{name}', which has no public Python sources of its own: name a whole"):
+        list(harvest(DocumentationConfig(packages=("email", name))))
+
+
 def test_all_three_packages_take_no_import_and_little_time() -> None:
     """In a process of its own, where an import of torch by the harvest would show."""
     script = (
