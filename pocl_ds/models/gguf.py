@@ -92,8 +92,6 @@ def _dequantise(file: Path, folder: Path) -> None:
     with quiet():
         _clean_copy(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    for saved in folder.iterdir():  # safetensors writes for the owner alone; a cache may be shared
-        saved.chmod(folder.stat().st_mode & 0o666)
 
 
 def _clean_copy(model: Any) -> Any:

@@ -23,14 +23,12 @@ from pocl_ds.models.load import load_model_config, load_tokenizer
 
 # Two tokenizers with at least this share of tokens in common are the same one with its ids in another order.
 SAME_TOKENS = 0.95
-
+# Text of many kinds: that two tokenizers split it differently is said in the log.
+PROBE = 'It\'s 2,024 items:\n\n    def f(x): return x**2  # naïve café, 你好 🙂\t"quoted" UPPER lower'
 
 
 class DifferentTokenizers(ModelError):
     """Teacher and student split text differently: their distributions are over different things."""
-
-
-PROBE = 'It\'s 2,024 items:\n\n    def f(x): return x**2  # naïve café, 你好 🙂\t"quoted" UPPER lower'
 
 
 @dataclass(frozen=True)
