@@ -1,4 +1,5 @@
-"""DeepSpeed configurations: JSON files chosen by name, whose "auto" values are filled in from the recipe, here only.
+"""DeepSpeed configurations: JSON files chosen by name, whose "auto" values, and those that a file leaves out and the recipe has,
+are filled in from the recipe, here only.
 
 The trainer drives gradient accumulation itself, so DeepSpeed is told of one micro-batch a step.
 """
@@ -99,11 +100,11 @@ def _fill(name: str, values: Values, ranks: int) -> dict[str, Any]:
         zero["contiguous_gradients"] = ranks > 1
     for path, (value, field) in values.items():
         node: Any = tree
-        for part in path[:-1]:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or path[-1] not in node:
-            continue
-        found = node[path[-1]]
+        for depth, part in enumerate(path[:-1], 1):
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise RecipeError(f"ds_config {name}: {'.'.join(path[:depth])} must be an object: start from one in {DS_CONFIGS}")
+        found = node.get(path[-1], "auto")  # DeepSpeed's own defaults, as no clipping, are not the recipe's
         if found == "auto":
             node[path[-1]] = value
         elif found != value:

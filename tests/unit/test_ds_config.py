@@ -106,6 +106,31 @@ def test_a_value_that_agrees_is_kept(tmp_path: Path) -> None:
     assert resolve_student(name, train=TRAIN, dtype="float32", ranks=1)["gradient_clipping"] == 0.5
 
 
+@pytest.mark.parametrize("path", ["gradient_clipping", "bf16", "bf16__enabled", "train_micro_batch_size_per_gpu",
+                                  "gradient_accumulation_steps", "optimizer__params", "optimizer__params__betas",
+                                  "optimizer__params__weight_decay"])  # fmt: skip
+def test_what_a_file_leaves_out_is_the_recipe_s(path: str, tmp_path: Path) -> None:
+    """DeepSpeed's own default for clipping is none, for numbers float32: not what the recipe says."""
+    tree = load_ds_config("student_zero3")
+    *parents, leaf = path.split("__")
+    node = tree
+    for part in parents:
+        node = node[part]
+    kept = node.pop(leaf)
+    file = tmp_path / "short.json"
+    file.write_text(json.dumps(tree))
+    found, whole = (resolve_student(name, train=TRAIN, dtype="bfloat16", ranks=2) for name in (str(file), "student_zero3"))
+    if isinstance(kept, dict):  # what the recipe says nothing of stays DeepSpeed's
+        whole["optimizer"]["params"] = {name: whole["optimizer"]["params"][name] for name in found["optimizer"]["params"]}
+    assert found == whole
+
+
+def test_a_number_in_place_of_an_object_is_named(tmp_path: Path) -> None:
+    for path, fault in (("optimizer__params", "optimizer.params"), ("bf16", "bf16")):
+        with pytest.raises(RecipeError, match=rf"{fault} must be an object"):
+            resolve_student(write(tmp_path, "student_zero3", **{path: 3}), train=TRAIN, dtype="float32", ranks=1)
+
+
 def test_float16_students_are_refused() -> None:
     with pytest.raises(RecipeError, match="bfloat16"):
         resolve_student("student_zero3", train=TRAIN, dtype="float16", ranks=1)
