@@ -18,6 +18,7 @@ from pocl_ds.artifacts import (
     atomic_write,
     fingerprint,
     read_json,
+    read_manifest,
     read_models,
     write_json,
     write_manifest,
@@ -144,7 +145,8 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
     results: dict[str, Any] = {"seeds": list(config.seeds), "models": {}}
     seen = seen_in_training(run, {name: questions(run, config, name) for name, one in config.benchmarks.items()
                                   if one.source != TEST})  # fmt: skip
-    seconds = 0.0
+    measuring = read_manifest(run.evaluation, f"{HELD_OUT}.manifest.json") if losses else None
+    seconds = measuring.info["seconds"] if measuring else 0.0
     for model in models:
         entry: dict[str, Any] = dict(losses.get(model, {}))
         references = entry.pop("benchmarks", {})

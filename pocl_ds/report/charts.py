@@ -161,7 +161,8 @@ def _validation(curves: Curves, baseline: Curves | None, bands: list[tuple[float
             series += _checked(side, f"cross-entropy{name}", "accent", dash)
             divergence = _checked(side, f"divergence{name}", "orange", dash or [7, 3], "validation_kd")
             series += [one for one in divergence if any(one["ys"])]  # none without a teacher
-    return _lines("Validation", "nats per token", series, bands, note="Measured at the end of each stage, at τ = 1.")
+    return _lines("Validation", "nats per token", series, bands,
+                  note="Measured at τ = 1, at the end of each stage and every train.validate_every steps.")
 
 
 def _checked(curves: Curves, name: str, colour: str, dash: list[int], key: str = "validation_ce") -> list[Chart]:

@@ -69,7 +69,7 @@ def spent_by_stage(run: RunDirectory, manifests: dict[str, Manifest]) -> list[Sp
 
 def _spent(stage: str, manifests: list[Manifest]) -> Spent:
     infos = [manifest.info for manifest in manifests]
-    counted = infos[:1] if stage == "evaluate" else infos  # its own seconds are the sum of the answers'
+    counted = infos[:1] if stage == "evaluate" else infos  # its own seconds are the sum of all
     host, device = ([int(info[key]) for info in infos if info.get(key)] for key in ("peak_host_bytes", "peak_device_bytes"))
     return Spent(stage, sum(float(info["seconds"]) for info in counted), int(infos[0].get("ranks", 1)),
                  max(host, default=None), max(device, default=None))  # fmt: skip

@@ -186,7 +186,11 @@ def test_the_summary_joins_seeds_and_seals(run: RunDirectory, configured: Config
     assert results["models"]["student"]["kl"] == pytest.approx(0, abs=1e-6)
     assert read_json(run.evaluation / "results.json") == results
     manifest = read_manifest(run.evaluation)
-    assert manifest is not None and manifest.fingerprint == "e" * 64 and manifest.info["seconds"] > 0
+    assert manifest is not None and manifest.fingerprint == "e" * 64
+    files = [f"{name}/test-seed{seed}.jsonl" for name in names for seed in (10, 20)]
+    parts = [run.evaluation / file for file in ("held_out.json", *files)]
+    taken = [read_manifest(part.parent, f"{part.name}.manifest.json") for part in parts]
+    assert manifest.info["seconds"] == pytest.approx(sum(part.info["seconds"] for part in taken if part))
 
 
 def test_an_unanswered_model_is_one_sentence(run: RunDirectory, configured: Configured) -> None:
