@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pocl_ds import pipeline
-from pocl_ds.config import Int, Recipe, Section
+from pocl_ds.config import Int, Recipe, Section, lasting
 from pocl_ds.curriculum.plan import visits
 from pocl_ds.errors import RecipeError
+from pocl_ds.evaluate.answers import settings
 from pocl_ds.plain_yaml import read_yaml
 from pocl_ds.recipe import first_fault, load_recipe
 from pocl_ds.shipped import STUDIES
@@ -105,7 +106,22 @@ def cells_of(study: StudyConfig, overrides: tuple[str, ...] = ()) -> list[Cell]:
     names = [cell.name for cell in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"study {study.name}: two cells would be called {twice!r}: give the arms other names")
+    if study.until != "rank":
+        _check_evaluations(study.name, found)
     return found
+
+
+def _check_evaluations(name: str, cells: list[Cell]) -> None:
+    """Raise RecipeError where cells could not be put into one table: their students must have been asked alike."""
+    asked = []
+    for cell in cells:
+        evaluate = cell.recipe.evaluate
+        if "student" not in evaluate.models:
+            raise RecipeError(f"study {name}: {cell.name!r} does not evaluate the student: name it in evaluate.models")
+        asked.append([settings(cell.recipe.prompt, evaluate), {**lasting(evaluate), "models": None}])
+    if other := next((number for number, one in enumerate(asked) if one != asked[0]), None):
+        raise RecipeError(f"study {name}: {cells[0].name!r} and {cells[other].name!r} are evaluated in different ways, so they "
+                          "cannot be compared: let no arm change evaluate, nor the template of prompts")  # fmt: skip
 
 
 def sample_visits(recipe: Recipe) -> float:

@@ -55,6 +55,9 @@ def test_every_combination_is_a_run_of_its_own(tree: dict[str, Any], tmp_path: P
         ({"seeds": [1, 1]}, "a seed stands there twice"),
         ({"grids": {}}, "grids does not exist: did you mean grid"),
         ({"arms": {"kd": ["plan.subset=1"]}, "compare": []}, "arm 'kd' at .*did you mean subsets"),
+        ({"arms": {"kd": ["evaluate.models=[teacher]"]}, "compare": []}, "'kd-.*seed1' does not evaluate the student"),
+        ({"arms": {"kd": [], "pocl": ["evaluate.temperature=0.5"]}}, "'kd-.*' and 'pocl-.*' are evaluated in different ways"),
+        ({"arms": {"kd": [], "pocl": ["evaluate.benchmarks=[test,dolly]"]}}, "are evaluated in different ways"),
         ({"grid": {"a": {"x y": [], "x-y": []}}}, "two cells would be called 'kd-x-y-seed1'"),
     ],
 )
