@@ -5,20 +5,28 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.artifacts import (
     SCHEMA,
+    Manifest,
+    RunDirectory,
     atomic_directory,
     atomic_write,
     damaged_files,
+    file_fault,
     fingerprint,
     read_json,
     read_manifest,
+    read_models,
     write_json,
     write_manifest,
 )
@@ -34,7 +42,7 @@ def full_disk(*_: object) -> None:
 
 
 def test_atomic_write(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "file"
+    target = tmp_path / "far" / "below" / "file"
     with atomic_write(target) as stream:
         stream.write("ä")
         assert not target.exists()
@@ -59,6 +67,46 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, fault: type[BaseExce
     assert names(tmp_path) == ["file"]
 
 
+def test_a_fault_is_told_also_where_the_temporary_file_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the fault"), atomic_write(tmp_path / "file"):
+        (tmp_path / names(tmp_path)[0]).unlink()
+        raise RuntimeError("the fault")
+
+
+def test_what_has_a_name_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First the bytes, then the name, then the directory that holds the name; and nothing stays open."""
+    happened: list[Any] = []
+    sync, replace = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        happened.append(path if path.is_dir() else path.read_text())
+        sync(handle)
+
+    def named(source: Path, target: Path) -> None:
+        replace(source, target)
+        happened.append(target.name)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    opened = len(os.listdir("/proc/self/fd"))
+    with atomic_write(tmp_path / "file") as stream:
+        stream.write("text")
+    assert happened == ["text", "file", tmp_path]
+    with atomic_directory(tmp_path / "far" / "below" / "folder"):
+        happened.clear()
+    assert happened == ["folder", tmp_path / "far" / "below"]
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_texts_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from pocl_ds import artifacts as a; p = Path(sys.argv[1]); "
+    code += "a.write_json(p, {'x': chr(228)}); assert a.read_json(p) == {'x': chr(228)}"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.json")], env=plain, check=True, timeout=60)
+    assert "ä" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "file"
     target.write_text("old")
@@ -72,12 +120,29 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(errno.EDQUOT, ResourceError), (errno.EACCES, ArtifactError), (errno.EROFS, ArtifactError)]
+    ("number", "kind", "remedy"),
+    [
+        (errno.EDQUOT, ResourceError, "free some space and start again, finished work is kept"),
+        (errno.EACCES, ArtifactError, "choose another --run-dir or change its permissions"),
+        (errno.EROFS, ArtifactError, "choose another --run-dir or change its permissions"),
+        (errno.ENOTDIR, ArtifactError, "choose another --run-dir or move what is in the way"),
+    ],
 )
-def test_other_faults_of_a_disk(tmp_path: Path, number: int, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="file"), atomic_write(tmp_path / "file"):
+@pytest.mark.parametrize("build", [atomic_write, atomic_directory])
+def test_other_faults_of_a_disk(tmp_path: Path, build: Any, number: int, kind: type[Exception], remedy: str) -> None:
+    with pytest.raises(kind) as caught, build(tmp_path / "file"):
         raise OSError(number, os.strerror(number))
+    assert str(tmp_path / "file") in str(caught.value) and str(caught.value).endswith(f": {remedy}")
     assert names(tmp_path) == []
+
+
+def test_faults_of_files_that_nobody_foresaw() -> None:
+    """Those of a file have a sentence; what names no file, or is no matter of files, may be a defect of ours."""
+    for number in (errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.EIO, errno.ESTALE):
+        sentence = file_fault(OSError(number, os.strerror(number), "/some/file"))
+        assert sentence and sentence.startswith(f"/some/file cannot be used ({os.strerror(number)}): check")
+    assert file_fault(OSError(errno.EIO, "I/O error")) is None
+    assert file_fault(OSError(errno.ENOEXEC, "exec format", "/some/file")) is None
 
 
 def test_a_fault_that_is_not_the_disks_stays_itself(tmp_path: Path) -> None:
@@ -150,7 +215,8 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
     assert written.files["a.txt"]["bytes"] == 5
     assert written.info.pop("peak_host_bytes") > 2**20
     assert written.info == {"samples": 3}
-    assert "numpy" in written.versions
+    assert written.versions["numpy"] == np.__version__
+    assert {"torch", "deepspeed", "transformers", "datasets", "rouge-score", "rapidfuzz"} <= set(written.versions)
     assert damaged_files(tmp_path, written) == []
 
 
@@ -160,24 +226,34 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("alphA")  # same size
     assert damaged_files(tmp_path, manifest) == ["a.txt has another checksum"]
     assert damaged_files(tmp_path, manifest, checksums=False) == []
+    (tmp_path / "a.txt").write_text("alphas")
+    assert damaged_files(tmp_path, manifest) == ["a.txt has 6 bytes instead of 5"]
     (tmp_path / "a.txt").write_text("alph")
     (tmp_path / "sub" / "b.bin").unlink()
     assert damaged_files(tmp_path, manifest) == ["a.txt has 4 bytes instead of 5", "sub/b.bin is missing"]
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "words"),
     [
-        ('{"stage": "x"', "damaged"),
-        ('{"what": 1}', "not a manifest"),
-        (json.dumps({"stage": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}), "schema"),
+        ('{"stage": "x"', "is damaged (Expecting"),
+        ('{"what": 1}', "is not a manifest of this program"),
+        (json.dumps({"stage": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}), f"has schema {SCHEMA + 1}, this "),
     ],
 )
-def test_a_damaged_manifest_is_not_an_unfinished_one(tmp_path: Path, text: str, word: str) -> None:
+def test_a_damaged_manifest_is_not_an_unfinished_one(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ArtifactError, match=word) as caught:
+    with pytest.raises(ArtifactError) as caught:
         read_manifest(tmp_path)
-    assert "manifest.json" in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'} {words}")
+
+
+def test_a_manifest_of_an_earlier_day_is_read(tmp_path: Path) -> None:
+    """Finished work is found again: who changes these names counts SCHEMA up."""
+    tree: dict[str, Any] = {"stage": "data", "fingerprint": "f", "files": {"a.txt": {"bytes": 5, "sha256": "0"}},
+                            "info": {"samples": 3}, "versions": {"torch": "2"}, "schema": 1}  # fmt: skip
+    (tmp_path / "manifest.json").write_text(json.dumps(tree))
+    assert read_manifest(tmp_path) == Manifest("data", "f", tree["files"], {"samples": 3}, {"torch": "2"}, 1)
 
 
 def test_json(tmp_path: Path) -> None:
@@ -218,3 +294,23 @@ def test_a_directory_has_its_name_when_its_files_are_on_the_disk(tmp_path: Path,
         (folder / "below" / "one").write_text("1")
         (folder / "two").write_text("2")
     assert set(written[: written.index("named")]) == {"one", "two"} and written[-1] == tmp_path.name
+
+
+def test_folders_of_a_run_never_change(tmp_path: Path) -> None:
+    stages = ("data", "models", "teacher", "responses", "scores", "ranking", "plan", "train", "baseline", "evaluation", "export",
+              "report", "cluster", "logs")  # fmt: skip
+    run = RunDirectory(str(tmp_path))
+    assert (run.path, run.recipe) == (tmp_path, tmp_path / "recipe.yaml")
+    assert [getattr(run, stage) for stage in stages] == [tmp_path / stage for stage in stages]
+
+
+@pytest.mark.parametrize("tree", [[], {}, {"student": 3}, {"teacher": "t"}])
+def test_models_without_a_student_are_damaged(tmp_path: Path, tree: Any) -> None:
+    run = RunDirectory(tmp_path)
+    with pytest.raises(ArtifactError, match=r"models\.json is missing"):
+        read_models(run)
+    write_json(run.models / "models.json", tree)
+    with pytest.raises(ArtifactError, match=r"models\.json is damaged \(it names no student\): remove its folder"):
+        read_models(run)
+    write_json(run.models / "models.json", {"student": "s", "teacher": "t"})
+    assert read_models(run) == {"student": "s", "teacher": "t"}
