@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ def test_an_id_that_one_side_lacks_is_masked() -> None:
     assert np.flatnonzero(~found.shared).tolist() == [4]
 
 
+def test_what_goes_together_says_no_more_than_its_counts() -> None:
+    teacher, student = (Table(numbered(1001), "t1000") for _ in range(2))
+    assert reconcile(teacher, student, 1001, 1001).report == (
+        "vocabulary: 1001 ids shared (teacher 1001 rows, student 1001): 1001 tokens common, 0 only the teacher's, 0 only the "
+        "student's; rows without a token 0 and 0"
+    )
+
+
 @given(
     st.sets(st.integers(0, 30), min_size=1),
     st.sets(st.integers(0, 30), min_size=1),
@@ -106,6 +115,36 @@ def test_same_tokens_under_other_ids_are_mapped() -> None:
     assert np.flatnonzero(~found.shared).tolist() == [0, 51, 52]
     assert found.teacher_ids[1:51].tolist() == list(range(50))
     assert "50 tokens shared under other ids, mapped" in found.report
+
+
+def test_an_id_of_the_teacher_is_counted_once() -> None:
+    """The student's EOS stands for the teacher's; that it also has a token of that name must not count its probability twice."""
+    teacher = {**numbered(49), "<end>": 49}
+    student = {**{token: index + 1 for token, index in numbered(49).items()}, "</s>": 0, "<end>": 50}
+    found = reconcile(Table(teacher, "<end>"), Table(student, "</s>"), 50, 51)
+    assert found.shared is not None and found.teacher_ids is not None
+    assert (found.teacher_ids[0], found.shared[0], found.shared[50]) == (49, True, False)
+    assert sorted(found.teacher_ids[found.shared]) == list(range(50))
+
+
+def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own revision, their own trust, and the part of a larger model that writes."""
+    asked = []
+
+    def load(path: str, **how: Any) -> Any:
+        asked.append((path, how))
+        rows = {"a": 7, "b": 5}[path]
+        return SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(vocab_size=rows if decoder else 1))
+
+    monkeypatch.setattr(vocabulary, "load_model_config", load)
+    monkeypatch.setattr(vocabulary, "load_tokenizer", lambda path, **how: load(path, **how) and Table(numbered(6)))
+    teacher, student = ModelSource(model="m", revision="r", trust_remote_code=True), ModelSource(model="n")
+    assert vocabulary.reconcile_models(teacher, "a", student, "b").size == 5
+    apart = models_apart([(teacher, "a")], student, "b")
+    first, second = ("a", {"revision": "r", "trust_remote_code": True}), ("b", {"revision": None, "trust_remote_code": False})
+    assert asked == [first, second] * 4
+    assert (apart.size, apart.shared, apart.teacher_ids) == (5, None, None)  # of 6 tokens, the last lies beyond the rows
+    assert apart.teacher_tokens is not None and apart.teacher_tokens.tolist() == [True] * 6 + [False]
 
 
 def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
@@ -137,6 +176,19 @@ def test_ids_number_the_teachers_logits_as_the_students() -> None:
     assert logits.tolist() == [[12.0, 10.0, -math.inf, 14.0]]
     assert ids.teacher_inputs(torch.tensor([[3, 0, 1]])).tolist() == [[4, 2, 0]]
     assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
+
+
+def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
+    shared, theirs = np.array([True, False, True]), np.array([False, True])
+    ids = Ids.of(Vocabulary(3, shared, "", np.array([1, 0, 0]), theirs))
+    assert (ids.size, ids.allowed.tolist()) == (3, shared.tolist())
+    assert ids.teacher_masked is not None and ids.teacher_masked.tolist() == [True, False]
+    moved = ids.to(torch.device("meta"))
+    tensors = (moved.masked, moved.teacher_ids, moved.teacher_masked)
+    assert moved.size == 3 and [tensor.shape for tensor in tensors if tensor is not None and tensor.is_meta] == [(3,), (3,), (2,)]
+    plain, logits = Ids.of(Vocabulary(3, None, "")), torch.ones(1, 3)
+    assert plain == Ids(3) == plain.to(torch.device("meta"))
+    assert plain.allowed.tolist() == [True] * 3 and plain.mask(logits) is logits
 
 
 def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
