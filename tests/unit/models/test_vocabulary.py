@@ -144,7 +144,8 @@ def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.Monke
     first, second = ("a", {"revision": "r", "trust_remote_code": True}), ("b", {"revision": None, "trust_remote_code": False})
     assert asked == [first, second] * 4
     assert (apart.size, apart.shared, apart.teacher_ids) == (5, None, None)  # of 6 tokens, the last lies beyond the rows
-    assert apart.teacher_tokens is not None and apart.teacher_tokens.tolist() == [True] * 6 + [False]
+    masked = Ids.of(apart).teacher_masked
+    assert masked is not None and masked.tolist() == [False] * 6 + [True]
 
 
 def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
