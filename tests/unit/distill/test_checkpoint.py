@@ -21,6 +21,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.value, self.loaded = 0, 0
+        self.resharded: list[bool] = []
         self.gate = threading.Event()
         self.gate.set()
         self.fault: Exception | None = None
@@ -41,6 +42,13 @@ class Engine:
 
     def load(self, directory: Path, *, resharded: bool = False) -> None:
         self.loaded = int((directory / "weights").read_text())
+        self.resharded.append(resharded)
+
+    def reshard(self, source: Path, target: Path) -> None:
+        if self.fault:
+            raise self.fault
+        assert not list(target.iterdir())
+        (target / "weights").write_text((source / "weights").read_text())
 
 
 def checkpoints(folder: Path, **config: Any) -> Checkpoints:
@@ -78,8 +86,8 @@ def test_a_save_in_the_background_has_no_name_before_it_is_whole(tmp_path: Path)
     save(store, engine, 1)
     assert store.writing and store.steps() == []
     engine.value = 77  # training goes on
-    engine.gate.set()
-    store.settle()
+    threading.Timer(0.2, engine.gate.set).start()
+    store.settle()  # waits
     assert not store.writing and store.steps() == [1]
     assert (tmp_path / "checkpoints" / "step-00000001" / "weights").read_text() == "1"
     save(store, engine, 2)
@@ -109,6 +117,83 @@ def test_a_defect_in_the_background_is_not_swallowed(tmp_path: Path) -> None:
         store.settle()
 
 
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (OSError(28, "No space left on device"), "rank 0: No space left on device;"),
+        (OSError("the disk went away"), "rank 0: the disk went away;"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"), "rank 0: no space left on the disk;"),
+        (ArtifactError("the folder is not ours"), "rank 0: the folder is not ours;"),
+    ],
+)
+def test_a_second_failure_in_a_row_or_the_last_chance_ends_the_run(
+    fault: Exception, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, engine = checkpoints(tmp_path), Engine()
+    for step in (1, 2, 3, 4):  # those that succeed lie between
+        engine.fault = fault if step % 2 else None
+        save(store, engine, step)
+        assert store.steps() == list(range(2, step + 1, 2))
+    assert f"step 1 could not be saved to {tmp_path / 'checkpoints'} ({told} there is no checkpoint yet): training" in caplog.text
+    assert f"({told} the newest checkpoint is that of step 2): training goes on, the next save is the last chance" in caplog.text
+    assert {record.name for record in caplog.records} == {"pocl_ds"}
+    assert not list((tmp_path / "checkpoints").glob("*.partial"))
+    engine.fault = fault
+    save(store, engine, 5)
+    with pytest.raises(ResourceError, match="step 6 could not be saved .* step 4.: free some space and start again"):
+        save(store, engine, 6)
+    with pytest.raises(ResourceError, match="step 7 could not be saved"):
+        save(checkpoints(tmp_path), engine, 7, last=True)
+    assert store.steps() == [2, 4]
+
+
+def test_a_place_that_cannot_be_made_is_told_as_other_faults(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    save(checkpoints(tmp_path), Engine(), 1)
+    assert "step 1 could not be saved" in caplog.text
+    with pytest.raises(ResourceError, match="step 1 could not be saved .*there is no checkpoint yet"):
+        save(checkpoints(tmp_path), Engine(), 1, last=True)
+
+
+def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    engine = Engine()
+    engine.fault = RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="^a defect$"):
+        save(checkpoints(tmp_path), engine, 1)
+
+
+def test_other_ranks_write_their_files_and_leave_the_rest_to_rank_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    store, engine, partial = checkpoints(tmp_path), Engine(), tmp_path / "checkpoints" / "step-00000001.partial"
+    partial.mkdir(parents=True)
+    (partial / "theirs").touch()
+    save(store, engine, 1)
+    engine.fault = OSError(28, "No space left on device")
+    save(store, engine, 1)
+    assert sorted(path.name for path in partial.iterdir()) == ["theirs", "weights"] and store.steps() == []
+
+
+def test_a_checkpoint_of_other_ranks_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original stays; what was made of it goes with the next save."""
+    store, engine, made = checkpoints(tmp_path), Engine(), tmp_path / "checkpoints" / "resharded"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engine.value = 7
+    store.save(7, engine, last_chance=False, remembered={"phi": 0.5})  # type: ignore[arg-type]
+    assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.resharded == [False]  # type: ignore[arg-type]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    made.mkdir()
+    (made / "left").touch()  # of a conversion that was cut short
+    assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.loaded == 7  # type: ignore[arg-type]
+    assert engine.resharded == [False, True] and [path.name for path in made.iterdir()] == ["weights"]
+    engine.fault = OSError(28, "No space left on device")
+    with pytest.raises(ResourceError, match=f"the disk is full while writing {made}"):
+        checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
+    engine.fault = None
+    assert store.steps() == [7]
+    save(store, engine, 8)
+    assert store.steps() == [7, 8] and not made.exists()
+
+
 def test_a_damaged_one_does_not_push_out_the_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     store, engine = checkpoints(tmp_path, keep=1, keep_every=10), Engine()
@@ -117,7 +202,7 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(tmp_path: Path, caplog: p
     (tmp_path / "checkpoints" / "step-00000020" / "weights").write_text("21")
     again = checkpoints(tmp_path, keep=1)
     assert again.load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
-    assert "going on from step 10, 10 steps are trained again" in caplog.text
+    assert "going on from step 10, 10 steps are trained again; the damaged files stay as *.damaged" in caplog.text
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged")] == ["step-00000020.damaged"]
     save(again, engine, 15)
     assert again.steps() == [15] and not list((tmp_path / "checkpoints").glob("*.damaged"))
@@ -167,6 +252,22 @@ def test_a_checkpoint_has_its_name_when_its_data_is_on_the_disk(tmp_path: Path, 
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 1)
     assert len(named) == 1 and {"weights", "step-00000001.partial"} <= named[0]
+
+
+def test_where_nothing_was_saved_training_starts(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path).load(Engine()) == (0, {})  # type: ignore[arg-type]
+    leftover = tmp_path / "checkpoints" / "step-00000003.partial"
+    leftover.mkdir(parents=True)
+    assert checkpoints(tmp_path).load(Engine()) == (0, {}) and not leftover.exists()  # type: ignore[arg-type]
+
+
+def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    store, engine = checkpoints(tmp_path), Engine()
+    save(store, engine, 1)
+    other = Checkpoints(store.directory, store.config, fingerprint="g")
+    with pytest.raises(ArtifactError, match="step-00000001 belongs to another recipe or other data: use another --run-dir"):
+        other.load(engine)  # type: ignore[arg-type]
+    assert store.steps() == [1]
 
 
 def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
