@@ -131,13 +131,15 @@ def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked)
     from pocl_ds.evaluate.judge import judge
     from pocl_ds.evaluate.stage import answer, held_out, model_path, summarise
 
+    names = evaluated_models(recipe)
+    trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
+    trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
     if asked.model:
         answer(run, _part(recipe.evaluate, asked), recipe.prompt, model=asked.model, path=model_path(run, asked.model),
-               threads=recipe.launch.threads, shard=asked.shard or (0, 1))  # fmt: skip
+               threads=recipe.launch.threads, shard=asked.shard or (0, 1), trust_remote_code=asked.model in trusted)  # fmt: skip
         return
-    names = evaluated_models(recipe)
     held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names}, teacher=recipe.teacher,
-             threads=recipe.launch.threads)  # fmt: skip
+             threads=recipe.launch.threads, trusted=trusted)  # fmt: skip
     judge(run, recipe.evaluate, names)
     summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
 
@@ -159,7 +161,9 @@ def _part(config: EvaluateConfig, asked: Asked) -> EvaluateConfig:
 def _export(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.evaluate.export import export
 
-    print(f"student  {export(run, out=asked.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)}")
+    folder = export(run, out=asked.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint,
+                    trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
+    print(f"student  {folder}")
 
 
 def _report(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:

@@ -74,6 +74,12 @@ class Job:
     taught: str | None = None  # fingerprint of what was kept of the teacher; None asks the live one
 
     @property
+    def teachers(self) -> list[ModelSource]:
+        """The teacher and the others, each where it lies."""
+        named = (self.teacher, *self.teacher.others) if self.teacher else ()
+        return [one.model_copy(update={"model": path}) for one, path in zip(named, self.teacher_paths, strict=True)]
+
+    @property
     def across_tokenizers(self) -> bool:
         """Whether the teacher reads texts in its own tokens."""
         return self.loss.name in ACROSS_TOKENIZERS
@@ -144,7 +150,7 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
     ranks, train = distributed.world_size(), job.train
     deepspeed = train.engine == "deepspeed"
     student_config = load_model_config(job.student_path, trust_remote_code=job.student.trust_remote_code)
-    live = () if job.taught else job.teacher_paths
+    live = [] if job.taught else job.teachers
     longest = int(splits["train"].total_tokens.max(initial=1))
     logits = 8 * int(student_config.vocab_size) * (train.micro_batch_tokens or train.micro_batch_size * longest)
     frozen = None
@@ -153,7 +159,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
             job.teacher.ds_config, dtype=job.teacher.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size
         )
     check_memory(
-        job.student_path, [(path, _quantised(path, job.teacher)) for path in live if job.teacher],
+        job.student.model_copy(update={"model": job.student_path}),
+        [(source, _quantised(source, job.teacher)) for source in live if job.teacher],
         teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
         teacher_sharded=frozen is not None, chunk_bytes=min(job.loss.chunk_bytes, logits), sharded=deepspeed,
         copied=train.checkpoint.in_background, writer=job.policy.on_policy,
@@ -212,9 +219,9 @@ def load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None
     )
 
 
-def _quantised(path: str, teacher: TeacherConfig) -> float | None:
+def _quantised(source: ModelSource, teacher: TeacherConfig) -> float | None:
     """Bytes of a weight of a teacher's linear modules, where they are quantised."""
-    return bytes_per_weight(config_of(path, teacher), teacher.quantization)
+    return bytes_per_weight(config_of(source.model, source), teacher.quantization)
 
 
 def config_of(path: str, model: ModelSource) -> Any:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pocl_ds import distributed
-from pocl_ds.config import ALL_LINEAR, LoraConfig
+from pocl_ds.config import ALL_LINEAR, LoraConfig, ModelSource
 from pocl_ds.errors import ResourceError
+from pocl_ds.models.load import load_model_config
 from pocl_ds.models.lora import adapter_parameters, targeted
 
 log = logging.getLogger("pocl_ds")
@@ -28,12 +29,13 @@ BYTES_PER_RANK = 2 << 30  # interpreter, libraries, gathered layers, activations
 
 
 def check_memory(
-    student: str, teachers: Sequence[tuple[str, float | None]], *, teacher_bytes: int, teacher_sharded: bool, chunk_bytes: int,
-    sharded: bool, copied: bool, writer: bool = False, held: bool = False, lora: LoraConfig | None = None,
+    student: ModelSource, teachers: Sequence[tuple[ModelSource, float | None]], *, teacher_bytes: int, teacher_sharded: bool,
+    chunk_bytes: int, sharded: bool, copied: bool, writer: bool = False, held: bool = False,
+    lora: LoraConfig | None = None,
 ) -> None:  # fmt: skip
     """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs are left to try.
 
-    student, teachers: folders or Hub names; only their configurations are read. teacher_bytes: a teacher weight's size; beside a
+    student, teachers: where they lie; only their configurations are read. teacher_bytes: a teacher weight's size; beside a
     teacher, that of its linear modules' weights where they are quantised.
     copied: checkpoints are written in the background. writer: each rank has one of its own, for the student's responses;
     held: one rank keeps what its writer has, for checkpoints.
@@ -46,7 +48,7 @@ def check_memory(
     whole = parameters(student)
     trained, still = (adapters(student, lora), whole) if lora else (whole, 0)
     student_bytes = trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied) + still * BYTES_PER_FROZEN_PARAMETER
-    frozen = sum(parameters(path) * teacher_bytes - _spared(path, teacher_bytes, quantised) for path, quantised in teachers)
+    frozen = sum(parameters(one) * teacher_bytes - _spared(one, teacher_bytes, quantised) for one, quantised in teachers)
     models = student_bytes * copies + frozen * (ranks / distributed.world_size() if teacher_sharded else ranks)
     # ZeRO-3 keeps weights from forward to backward where they fit.
     gathered = (still + 2 * trained) * BYTES_GATHERED if sharded else 0
@@ -62,30 +64,30 @@ def check_memory(
         )
 
 
-def _spared(teacher: str, size: int, quantised: float | None) -> int:
+def _spared(teacher: ModelSource, size: int, quantised: float | None) -> int:
     """Bytes that quantised linear modules are smaller."""
     return 0 if quantised is None else int(linear_parameters(teacher) * (size - quantised))
 
 
-def parameters(model: str) -> int:
+def parameters(model: ModelSource) -> int:
     """Number of parameters, from the configuration alone; tied weights count once."""
     return sum(p.numel() for p in _empty(model).parameters())
 
 
-def adapters(model: str, lora: LoraConfig) -> int:
+def adapters(model: ModelSource, lora: LoraConfig) -> int:
     """Number of its adapters' parameters. Raises RecipeError where it cannot have these."""
     return adapter_parameters(_empty(model), lora)
 
 
-def linear_parameters(model: str) -> int:
+def linear_parameters(model: ModelSource) -> int:
     """Number of weights of its linear modules without the head's: what is quantised of a teacher."""
     return sum(module.weight.numel() for module in targeted(_empty(model), (ALL_LINEAR,)).values())
 
 
-def _empty(model: str) -> Any:
-    config = AutoConfig.from_pretrained(model)
+def _empty(model: ModelSource) -> Any:
+    config = load_model_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def available_bytes() -> int:

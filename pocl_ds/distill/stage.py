@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import save_torch_state_dict
+from transformers.dynamic_module_utils import custom_object_save
 
 from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, read_models, write_json, write_manifest
@@ -164,8 +165,8 @@ def _check_models(
     readers: dict[str, Any] = {student_path: config}
     trained: list[tuple[str, Any]] = [(student.attention, config)]
     if teacher:
-        for path in paths:
-            check_teacher(teacher, found := config_of(path, teacher))
+        for path, source in zip(paths, (teacher, *teacher.others), strict=True):
+            check_teacher(teacher, found := config_of(path, source))
             readers[path] = found
             trained += [] if loss.name == "sft" else [(teacher.attention, found)]  # else training does not ask it
     for path, one in readers.items():
@@ -228,6 +229,8 @@ def _write_final(job: Job, engine: Engine, tokenizer: Any) -> None:
         if distributed.rank() == 0:
             folder = stack.enter_context(atomic_directory(job.directory / "final"))
             save_torch_state_dict(state, folder, metadata={"format": "pt"})
+            if getattr(module.model, "_auto_class", None):  # its class is code that came with it, and must go with it
+                custom_object_save(module.model, folder, config=module.model.config)
             module.model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if module.model.can_generate() and module.model.generation_config is not None:

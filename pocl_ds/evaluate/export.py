@@ -36,7 +36,9 @@ PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*
 LOCAL_FIELDS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file")
 
 
-def export(run: RunDirectory, *, out: Path | None, recipe_yaml: str, fingerprint: str) -> Path:
+def export(
+    run: RunDirectory, *, out: Path | None, recipe_yaml: str, fingerprint: str, trust_remote_code: bool = False
+) -> Path:
     """Write train/final with a model card to `out` (default: export/ of the run) and check it; returns the folder.
 
     The folder appears as a whole or not at all. Raises ArtifactError where training is unfinished, where a weight differs
@@ -53,7 +55,7 @@ def export(run: RunDirectory, *, out: Path | None, recipe_yaml: str, fingerprint
     with atomic_directory(target) as folder:
         _copy(source, folder)
         check_weights(source, folder)
-        parameters = check_loads(folder)
+        parameters = check_loads(folder, trust_remote_code=trust_remote_code)
         (folder / "README.md").write_text(model_card(run, recipe_yaml, parameters), encoding="utf-8")
         info = {"parameters": parameters, "seconds": time.monotonic() - start}
         write_manifest(folder, STAGE, fingerprint, info=info)
@@ -76,13 +78,14 @@ def check_weights(source: Path, folder: Path) -> None:
             raise ArtifactError(f"weight {key} of the exported model {fault}: export it again")
 
 
-def check_loads(folder: Path) -> int:
+def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
     """Load the folder as a user would and compare with its files; returns the number of parameters.
 
     Nothing may be missing or superfluous; a tied head may be absent from the files. Raises ArtifactError naming the key.
     """
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True,
+                                                           trust_remote_code=trust_remote_code)  # fmt: skip
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:

@@ -13,7 +13,7 @@ import gc
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,14 @@ def held_out(
     benchmarks: Mapping[str, Sequence[Sample]],
     fingerprint: str,
     threads: int | None = None,
+    trusted: Collection[str] = (),
 ) -> None:
     """Write evaluation/held_out.json: {name: {"loss", "tokens", "kl", "benchmarks": {benchmark: {"loss", "tokens", "kl"}}}}.
 
     paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. benchmarks: each item counts once a
     reference. Both measures are nats per loss token at tau = 1, over the ids that teacher and students share; the outer ones
     are of data/test, and missing where it is empty. Without a teacher there is no `kl`. A teacher with another tokenizer is
-    left out. Raises DataError where there is no token to measure.
+    left out. trusted: the models whose own code may run. Raises DataError where there is no token to measure.
     """
     name = f"{RESULT}.manifest.json"
     done = read_manifest(run.evaluation, name)
@@ -79,13 +80,13 @@ def held_out(
     start = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    load, info = _Loader(dict(paths), config.generation.dtype), dict[str, Any]()
+    load, info = _Loader(dict(paths), config.generation.dtype, trusted), dict[str, Any]()
     try:
         ids = load.ids()
     except DifferentTokenizers:
         log.info("teacher and student have different tokenizers: the students' loss is measured, without the teacher's and a KL")
         students = {name: path for name, path in paths.items() if name != TEACHER}
-        load, info["kl"] = _Loader(students, config.generation.dtype), False
+        load, info["kl"] = _Loader(students, config.generation.dtype, trusted), False
         ids = load.ids()
     with disk_faults(run.evaluation):
         run.evaluation.mkdir(parents=True, exist_ok=True)
@@ -128,31 +129,35 @@ def token_sums(
 class _Loader:
     """Loads the models of an evaluation by their names."""
 
-    def __init__(self, paths: dict[str, str], dtype: str) -> None:
-        self.paths, self.dtype = paths, dtype
+    def __init__(self, paths: dict[str, str], dtype: str, trusted: Collection[str]) -> None:
+        self.paths, self.dtype, self.trusted = paths, dtype, trusted
         self.students = [name for name in paths if name != TEACHER]
 
     def model(self, name: str) -> Any:
-        path = self.paths[name]
-        tested = load_model_config(path).model_type in SCALES  # families whose attention a test holds to per_sample
-        model: Any = load_model(path, dtype=self.dtype, attention=PER_SAMPLE if tested else None)
+        path, trusted = self.paths[name], name in self.trusted
+        tested = load_model_config(path, trust_remote_code=trusted).model_type in SCALES  # their attention is held to per_sample
+        model: Any = load_model(path, dtype=self.dtype, attention=PER_SAMPLE if tested else None, trust_remote_code=trusted)
         return model.to(device()).eval().requires_grad_(False)
+
+    def tokenizer(self, name: str) -> Any:
+        return load_tokenizer(self.paths[name], trust_remote_code=name in self.trusted)
+
+    def rows(self, name: str) -> int:
+        config = load_model_config(self.paths[name], trust_remote_code=name in self.trusted)
+        return int(config.get_text_config(decoder=True).vocab_size)
 
     def encoder(self, prompt: PromptConfig) -> Encoder:
         """Of the students' tokenizer, in which data/test is written too; references are cut, never left out."""
-        tokenizer = load_tokenizer(self.paths[(self.students or [TEACHER])[0]])
-        return Encoder(tokenizer, prompt.model_copy(update={"overlong": "truncate"}))
+        return Encoder(self.tokenizer((self.students or [TEACHER])[0]), prompt.model_copy(update={"overlong": "truncate"}))
 
     def ids(self) -> Ids:
         """The ids that all models share, so that every number is over the same set."""
-        rows = {
-            name: int(load_model_config(path).get_text_config(decoder=True).vocab_size) for name, path in self.paths.items()
-        }
+        rows = {name: self.rows(name) for name in self.paths}
         if TEACHER not in self.paths:
             return Ids(min(rows.values()))
-        teacher = load_tokenizer(self.paths[TEACHER])
+        teacher = self.tokenizer(TEACHER)
         found: list[Vocabulary] = [
-            reconcile(teacher, load_tokenizer(self.paths[name]), rows[TEACHER], rows[name]) for name in self.students
+            reconcile(teacher, self.tokenizer(name), rows[TEACHER], rows[name]) for name in self.students
         ]
         if not found:
             return Ids(rows[TEACHER])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,7 @@ def answer(
     path: str,
     threads: int | None = None,
     shard: tuple[int, int] = (0, 1),
+    trust_remote_code: bool = False,
 ) -> None:
     """Let one model answer every benchmark with every seed that is not answered yet; one engine serves all.
 
@@ -76,7 +77,7 @@ def answer(
     Writes evaluation/MODEL/BENCHMARK-seedS.jsonl with the score of each item.
     """
     check_names(config.benchmarks)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     encoder = Encoder(tokenizer, prompt)
     asked = {name: questions(run, config, name) for name in config.benchmarks}
     how = settings(prompt, config)
@@ -90,7 +91,7 @@ def answer(
         return
     generator = open_generator(
         path, config.generation, tokenizer, max_length=max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
-        threads=threads, instead="evaluate.generation.backend=transformers",
+        threads=threads, trust_remote_code=trust_remote_code, instead="evaluate.generation.backend=transformers",
     )
     try:
         with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:
@@ -115,11 +116,12 @@ def share(sizes: dict[tuple[str, int], int], number: int, count: int) -> list[tu
 
 def held_out(
     run: RunDirectory, config: EvaluateConfig, prompt: PromptConfig, paths: dict[str, str], *,
-    teacher: TeacherConfig | None = None, threads: int | None = None,
+    teacher: TeacherConfig | None = None, threads: int | None = None, trusted: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Loss a token on data/test and on every benchmark's references, and KL(teacher || model) where there is a teacher.
 
-    teacher: as the recipe has it; where the model that is measured is not what training asked, the log says so.
+    teacher: as the recipe has it; where the model that is measured is not what training asked, the log says so. trusted: the
+    models whose own code may run.
     """
     if not config.loss:
         return
@@ -136,7 +138,8 @@ def held_out(
     stamp = fingerprint([{name: _identity(path) for name, path in paths.items()}, config.generation.dtype, lasting(prompt),
                          [ids[row] for row in chosen(ids, config.samples)],
                          {name: [s.to_json() for s in samples] for name, samples in benchmarks.items()}])  # fmt: skip
-    measure(run, config, paths, prompt=prompt, benchmarks=benchmarks, fingerprint=stamp, threads=threads)
+    measure(run, config, paths, prompt=prompt, benchmarks=benchmarks, fingerprint=stamp, threads=threads,
+            trusted=trusted)  # fmt: skip
 
 
 def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str) -> dict[str, Any]:

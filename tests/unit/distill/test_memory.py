@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pocl_ds.config import LoraConfig
+from pocl_ds.config import LoraConfig, ModelSource
 from pocl_ds.distill import memory
 from pocl_ds.errors import ResourceError
 
@@ -19,14 +19,14 @@ def needed(student: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch, *, ran
     monkeypatch.setattr(memory, "available_bytes", lambda: 0)
     monkeypatch.setattr(memory, "BYTES_PER_RANK", 0)
     monkeypatch.setattr(memory, "BYTES_OF_WRITER", 0)
-    monkeypatch.setattr(memory, "parameters", lambda path: 10**9 if path == str(student) else 5 * 10**9)
-    monkeypatch.setattr(memory, "linear_parameters", lambda path: 4 * 10**9)
-    monkeypatch.setattr(memory, "adapters", lambda path, lora: lora.rank * 10**6)
+    monkeypatch.setattr(memory, "parameters", lambda model: 10**9 if model.model == str(student) else 5 * 10**9)
+    monkeypatch.setattr(memory, "linear_parameters", lambda model: 4 * 10**9)
+    monkeypatch.setattr(memory, "adapters", lambda model, lora: lora.rank * 10**6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     options = {"teacher_bytes": 4, "teacher_sharded": True, "chunk_bytes": 0, "sharded": True, "copied": False, **changes}
     with pytest.raises(ResourceError) as found:
-        memory.check_memory(str(student), [(str(teacher), quantised)], **options)
+        memory.check_memory(ModelSource(model=str(student)), [(ModelSource(model=str(teacher)), quantised)], **options)
     match = re.search(r"need about ([\d.]+) GB", str(found.value))
     assert match and "launch.ranks" in str(found.value)
     return float(match.group(1))
@@ -57,7 +57,8 @@ def test_a_quantised_teacher_takes_less(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_fits_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
-    assert memory.parameters(str(tiny_llama)) > 0
-    assert memory.linear_parameters(str(tiny_llama)) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
-    assert memory.adapters(str(tiny_llama), LoraConfig(rank=2, targets=("o_proj",))) == 3 * 2 * (64 + 64)
-    memory.check_memory(str(tiny_llama), [], teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)
+    model = ModelSource(model=str(tiny_llama))
+    assert memory.parameters(model) > 0
+    assert memory.linear_parameters(model) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
+    assert memory.adapters(model, LoraConfig(rank=2, targets=("o_proj",))) == 3 * 2 * (64 + 64)
+    memory.check_memory(model, [], teacher_bytes=4, teacher_sharded=False, chunk_bytes=0, sharded=False, copied=False)
