@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from pocl_ds.generation.protocol import Sampling
 from pocl_ds.shipped import module_command
 
 MEMORY = Path("/dev/shm")
+SPARE = 1 << 20  # bytes of a file beside its tensors
 INSTEAD = "policy.rollout=hf"  # does without this process
 # What makes a process a rank of a group, or of a job step: the child is neither.
 OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "POCL_EXITS", "POCL_WITHIN")
@@ -72,12 +75,14 @@ class ChildGenerator:
 
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
         """See `protocol.Generator`."""
-        folder = MEMORY if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-        handle, name = tempfile.mkstemp(prefix="pocl-weights-", suffix=".safetensors", dir=folder)
+        size = sum(value.numel() * value.element_size() for value in weights.values())
+        handle, name = tempfile.mkstemp(prefix="pocl-weights-", suffix=".safetensors", dir=_room(size))
         os.close(handle)
         try:
             save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, name)
             self._ask("refresh", name)
+        except SafetensorError:  # another rank may have taken the room
+            raise _no_room(size) from None
         finally:
             os.unlink(name)
 
@@ -101,6 +106,21 @@ class ChildGenerator:
         if fault is not None:
             raise ResourceError(fault)
         return value
+
+
+def _room(size: int) -> Path:
+    """A folder with so many bytes: in memory, else for temporary files. A container often has little of the first."""
+    for folder in (MEMORY, Path(tempfile.gettempdir())):
+        if folder.is_dir() and os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > size + SPARE:
+            return folder
+    raise _no_room(size)
+
+
+def _no_room(size: int) -> ResourceError:
+    return ResourceError(
+        f"neither {MEMORY} nor {tempfile.gettempdir()} has the {size / 1e9:.1f} GB in which the student's weights go to their "
+        f"writer: free some, name a larger folder in TMPDIR, or set {INSTEAD}"
+    )
 
 
 def serve(connection: Connection) -> None:
