@@ -78,9 +78,9 @@ def judge(before: Sequence[Attempt], last: Attempt, *, most: int) -> Verdict:
 
 
 def excluded(attempts: Sequence[Attempt]) -> list[str]:
-    """Nodes that a job keeps away from: unfit ones, and those of one-node attempts that ended without a word twice."""
+    """Nodes that a job keeps away from: unfit ones, and those of one-node attempts that ended without a word twice, unasked."""
     found = {node for attempt in attempts for node in attempt.suspects}
-    lost = [a.nodes[0] for a in attempts if a.end is None and len(a.nodes) == 1]
+    lost = [a.nodes[0] for a in attempts if a.end is None and not a.stopped and len(a.nodes) == 1]
     return sorted(found | {node for node in lost if lost.count(node) > 1})
 
 

@@ -114,11 +114,15 @@ class Job:
         self.child = subprocess.Popen(command, env=environment)
         if self.attempt.stopped:  # it came between the question and the start
             self._ask()
+        noted = ""
         while True:
             try:
                 code = self.child.wait(timeout=1.0)
                 break
             except subprocess.TimeoutExpired:
+                if self.attempt.stopped != noted:  # known also where the time that it is given does not last
+                    noted = self.attempt.stopped
+                    write_attempt(self.file, self.attempt)
                 if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
                     self._ask()
         code = code if code >= 0 else 128 - code

@@ -99,3 +99,10 @@ def test_the_newest_line_of_a_number_counts_and_torn_ones_do_not(tmp_path: Path)
         stream.write('{"number": 3, "jo')
     assert [(a.number, a.code) for a in read_attempts(path)] == [(1, 75), (2, None)]
     assert read_attempts(tmp_path / "none") == []
+
+
+def test_a_node_whose_job_was_asked_to_leave_and_then_killed_is_not_left_out() -> None:
+    """A preemption may end a job before it has saved: twice on one node says nothing against that node."""
+    lost = [attempt(number, end=None, stopped="SIGTERM") for number in (1, 2, 3)]
+    assert excluded(lost) == []
+    assert excluded([*lost, attempt(4, end=None), attempt(5, end=None)]) == ["n1"]

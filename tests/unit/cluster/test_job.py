@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.cluster.job import Job, words_of_ranks
 from pocl_ds.errors import UNFIT
 
@@ -65,3 +66,13 @@ def test_a_rank_that_was_ended_while_it_wrote_has_left_no_word(job: Job) -> None
     (said / "rank-0.json").write_text('{"code": 75, "err')
     (said / "rank-1.json").write_text('{"code": 75, "error": "", "time": 1.0, "node": "n2"}')
     assert [word["rank"] for word in words_of_ranks(said)] == ["rank-1"]
+
+
+def test_that_a_job_was_asked_to_leave_is_known_also_where_it_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[str] = []
+    monkeypatch.setattr("pocl_ds.cluster.job.AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(job, "_ask", lambda: known.extend(one.stopped for one in read_attempts(job.file)))
+    (job.run.parent / "bin" / "srun").write_text("#!/bin/sh\nexec sleep 2.5\n")
+    job.attempt.stopped = "SIGTERM"
+    job._step(0, [], ["train"], 1)
+    assert known[-1:] == ["SIGTERM"]
