@@ -15,6 +15,7 @@ from tiny_runs import write_recipe
 from pocl_ds import cli
 from pocl_ds.cluster import sizing
 from pocl_ds.cluster.sizing import GPUS, Choice, Layout, Work
+from pocl_ds.ds_config import load_ds_config
 from pocl_ds.models.shape import ModelShape
 from pocl_ds.recipe import load_recipe
 
@@ -133,3 +134,11 @@ def test_what_does_not_fit_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[
     target = tmp_path / "written.yaml"
     assert cli.main(["size", str(recipe), "--gpus-per-node", "1", "--gpu", "toy", "--samples", "64", "--write", str(target)]) == 2
     assert "IT DOES NOT FIT" in capfd.readouterr().out and not target.exists()
+
+
+@pytest.mark.parametrize("name", ["student_zero3", "student_zero3_offload", "teacher_zero3", "teacher_zero3_offload"])
+def test_memory_is_counted_for_the_shipped_configurations(name: str) -> None:
+    zero = load_ds_config(name)["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == sizing.LIVE_PARAMETERS
+    buckets = [value for field, value in zero.items() if field.endswith("bucket_size")]
+    assert buckets and set(buckets) == {sizing.BUCKET}
