@@ -61,7 +61,7 @@ def _packed_groups(sizes: NDArray[np.int64], by_length: NDArray[np.int64], ranks
             place = int(filled.argmin())
             groups[place].append(int(i))
             filled[place] += sizes[i]
-        if filled.max(initial=0) <= tokens:
+        if filled.max() <= tokens:
             return [np.array(group, np.int64) for group in groups]
         count += ranks
 

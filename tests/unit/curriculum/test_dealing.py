@@ -36,8 +36,19 @@ def test_a_token_budget_is_kept(lengths: list[int], ranks: int, tokens: int, pac
     assert max(max(of_rank) for of_rank in cost) <= tokens
     for m in range(len(dealt[0]) - 1):  # the largest first
         assert min(of_rank[m] for of_rank in cost) >= max(of_rank[m + 1] for of_rank in cost)
+    counts = [len(part) for of_rank in dealt for part in of_rank]
+    assert min(counts) > 0 or max(counts) < 2  # nobody is idle while there is something to share
     if packed:  # never more than twice the least number: two groups of the longest-first rule cannot both be half empty
         assert len(dealt[0]) <= 2 * -(-int(sizes.sum()) // (tokens * ranks)) + 1
+
+
+def test_samples_of_one_length_keep_their_order() -> None:
+    """Every rank deals for itself: a sort that breaks ties as the machine likes would deal differently on another."""
+    sizes = np.random.default_rng(0).integers(1, 4, 64)
+    wanted = sorted(range(64), key=lambda i: -sizes[i])
+    assert share(sizes, ranks=1, micro_batch_size=64)[0][0].tolist() == wanted
+    for packed in (False, True):
+        assert [part.tolist() for part in share_by_tokens(sizes, ranks=1, tokens=192, packed=packed)[0]] == [wanted]
 
 
 def test_packed_groups_are_even() -> None:
