@@ -124,7 +124,8 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Build a directory under a temporary name; it replaces `path` only when the block ends well."""
+    """Build a directory under a temporary name; it replaces `path`, or what that is a link to, only when the block ends well."""
+    path = Path(os.path.realpath(path))
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)

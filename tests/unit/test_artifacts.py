@@ -314,3 +314,18 @@ def test_models_without_a_student_are_damaged(tmp_path: Path, tree: Any) -> None
         read_models(run)
     write_json(run.models / "models.json", {"student": "s", "teacher": "t"})
     assert read_models(run) == {"student": "s", "teacher": "t"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_is_a_link_to_another_disk_stays_one(there: bool, tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "data", tmp_path / "run" / "data"
+    real.parent.mkdir()
+    link.parent.mkdir()
+    if there:
+        real.mkdir()
+        (real / "old").write_text("x")
+    link.symlink_to(real)
+    with atomic_directory(link) as folder:
+        (folder / "new").write_text("y")
+    assert link.is_symlink() and names(real) == names(link) == ["new"]
+    assert names(real.parent) == names(link.parent) == ["data"]
