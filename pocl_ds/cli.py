@@ -322,7 +322,7 @@ def _bench(options: argparse.Namespace) -> int:
     from pocl_ds.errors import RecipeError
 
     if options.name == "list":
-        print("\n".join(f"{name:<8} {purpose}" for name, (_, purpose) in BENCHMARKS.items()))
+        print("\n".join(f"{name:<10} {purpose}" for name, (_, purpose) in BENCHMARKS.items()))
         return 0
     if options.name not in BENCHMARKS:
         raise RecipeError(f"there is no benchmark {options.name!r}: take one of {', '.join(BENCHMARKS)}")
