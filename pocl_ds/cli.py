@@ -44,7 +44,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
     from pocl_ds.credentials import hide
-    from pocl_ds.exits import leave_when_asked, leave_word
+    from pocl_ds.exits import interrupted, leave_when_asked, leave_word
 
     leave_when_asked()
     error = ""
@@ -53,8 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse, or a signal
         code = leaving.code if isinstance(leaving.code, int) else 1
     except Exception as defect:
-        print(hide(traceback.format_exc()), file=sys.stderr, end="", flush=True)
-        code, error = 1, hide(f"{type(defect).__name__}: {defect}")
+        if interrupted():
+            code, error = _interrupted("pocl")
+        else:
+            print(hide(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+            code, error = 1, hide(f"{type(defect).__name__}: {defect}")
     leave_word(code, error)
     return code
 
@@ -62,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> tuple[int, str]:
     """Exit code, and the sentence that says why it is not 0."""
     from pocl_ds.errors import PoclError
+    from pocl_ds.exits import interrupted
 
     options = _options(arguments)
     try:
@@ -72,7 +76,7 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
                 return others.run_command(options), ""
         return _command(options), ""
     except PoclError as error:
-        return error.exit_code, _say(options, str(error))
+        return _interrupted(f"pocl {options.command}") if interrupted() else (error.exit_code, _say(options, str(error)))
     except OSError as error:
         from pocl_ds.artifacts import file_fault
 
@@ -82,8 +86,12 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
             raise
         return 2, _say(options, said)
     except KeyboardInterrupt:
-        print(f"pocl {options.command}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
-        return 130, "interrupted"
+        return _interrupted(f"pocl {options.command}")
+
+
+def _interrupted(who: str) -> tuple[int, str]:
+    print(f"{who}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
+    return 130, "interrupted"
 
 
 def _say(options: argparse.Namespace, sentence: str) -> str:

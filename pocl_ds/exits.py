@@ -21,6 +21,7 @@ from pocl_ds.errors import RESUME, ResourceError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 FOLDER = "POCL_EXITS"
+_came: set[int] = set()  # signals that were only noted
 
 
 def place_among_ranks() -> tuple[int, int]:
@@ -42,12 +43,26 @@ def place_among_ranks() -> tuple[int, int]:
 
 
 def leave_when_asked() -> None:
-    """From now on TERM, USR1 and USR2 end this process with RESUME: what is finished is kept.
+    """From now on TERM, USR1 and USR2 end this process with RESUME: what is finished is kept. Ctrl-C is a KeyboardInterrupt as
+    before, and `interrupted` remembers it.
 
     Training puts its own handlers in their place while it has something to save.
     """
     for number in SIGNALS:
         signal.signal(number, _leave)
+    _came.clear()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it, and so do we
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C came, whatever became of the KeyboardInterrupt: C code that was importing makes an ImportError of it."""
+    return signal.SIGINT in _came
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _came.add(signal.SIGINT)
+    signal.default_int_handler(number, frame)
 
 
 def _leave(number: int, _frame: Any) -> None:

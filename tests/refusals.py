@@ -15,8 +15,8 @@ from pocl_ds.exits import SIGNALS
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """A command takes TERM, USR1 and USR2 for itself; the tests get them back."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """A command takes INT, TERM, USR1 and USR2 for itself; the tests get them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
     try:
         yield
     finally:

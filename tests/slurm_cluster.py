@@ -69,7 +69,7 @@ class Cluster:
         logs = sorted((self.run / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime) if self.run else []
         return "".join(f"\n==> {path}\n{path.read_text()[-1000:]}" for path in logs[-4:])
 
-    def until(self, condition: Callable[[], object], what: str, seconds: float = 200) -> None:
+    def until(self, condition: Callable[[], object], what: str, seconds: float = 400) -> None:
         """Wait, while requeued jobs are hurried on."""
         deadline = time.monotonic() + seconds
         while not condition():

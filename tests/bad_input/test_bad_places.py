@@ -39,7 +39,7 @@ def run(recipe: Path, tmp_path: Path) -> Path:
     (folder / "data").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(found))
     (folder / "data" / "train.jsonl").write_text("{\n")
-    write_manifest(folder / "data", "data", fingerprints(found)["data"])
+    write_manifest(folder / "data", "data", fingerprints(found)["data"], info={"splits": {"train": {"samples": 500}}})
     return folder
 
 

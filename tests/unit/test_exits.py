@@ -44,6 +44,28 @@ def test_a_signal_before_the_training_says_resume_me(number: signal.Signals, tmp
     assert (word["code"], word["error"], word["node"]) == (75, "asked", os.uname().nodename)
 
 
+@pytest.mark.parametrize("became", ["ImportError('PyCapsule_Import could not import')", "ModelError('it cannot be loaded')"])
+def test_ctrl_c_is_one_whatever_a_library_makes_of_it(became: str) -> None:
+    program = f"""
+import os, signal, sys
+from pocl_ds import cli, pipeline
+from pocl_ds.errors import ModelError
+def imports(*_):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        import time
+        time.sleep(9)
+    except KeyboardInterrupt:
+        raise {became} from None
+pipeline.enter = imports
+sys.exit(cli.main(["data", "quickstart", "--run-dir", sys.argv[1]]))
+"""
+    done = subprocess.run([sys.executable, "-c", program, "nowhere"], text=True, capture_output=True, timeout=60,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
+
+
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0"}])
 def test_a_code_is_handed_on(environment: dict[str, str]) -> None:
     out, _ = (child := start(**environment)).communicate(timeout=20)
