@@ -38,8 +38,8 @@ from pocl_ds.data.samples import Sample
 from pocl_ds.distributed import device
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluate.benchmarks import HELD_OUT, chosen, split_ids
-from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import SCALES, Head, head_of, hidden_states, splits, unsplit
+from pocl_ds.models.attention import FAMILIES, PER_SAMPLE
+from pocl_ds.models.heads import Head, head_of, hidden_states, splits, unsplit
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 from pocl_ds.models.vocabulary import DifferentTokenizers, Ids, Vocabulary, reconcile
 from pocl_ds.tracking import Progress
@@ -135,8 +135,8 @@ class _Loader:
 
     def model(self, name: str) -> Any:
         path, trusted = self.paths[name], name in self.trusted
-        tested = load_model_config(path, trust_remote_code=trusted).model_type in SCALES  # their attention is held to per_sample
-        model: Any = load_model(path, dtype=self.dtype, attention=PER_SAMPLE if tested else None, trust_remote_code=trusted)
+        held = load_model_config(path, trust_remote_code=trusted).model_type in FAMILIES
+        model: Any = load_model(path, dtype=self.dtype, attention=PER_SAMPLE if held else None, trust_remote_code=trusted)
         return model.to(device()).eval().requires_grad_(False)
 
     def tokenizer(self, name: str) -> Any:

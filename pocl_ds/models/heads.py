@@ -17,15 +17,12 @@ from torch import nn
 from torch.nn import functional
 
 from pocl_ds.errors import ModelError
-from pocl_ds.models.attention import PER_SAMPLE, Samples
+from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, Samples
 
 # Families whose logits are a plain linear map of the last hidden state (OPT's projection and every family's final norm
 # belong to the backbone), and those that scale them. Each is held to its model's own logits by a test.
 SCALES: dict[str, Callable[[Any], float]] = {
-    **dict.fromkeys(
-        ("gpt2", "opt", "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3", "gpt_neox"),
-        lambda config: 1.0,
-    ),
+    **dict.fromkeys(FAMILIES, lambda config: 1.0),
     "granite": lambda config: 1.0 / config.logits_scaling,
     "cohere": lambda config: config.logit_scale,
     "cohere2": lambda config: config.logit_scale,

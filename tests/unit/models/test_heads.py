@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.distill.student import Student
@@ -183,10 +183,13 @@ def test_unknown_family_is_named() -> None:
 
 
 def test_every_known_family_lets_its_attention_be_replaced() -> None:
+    assert {family for family, _ in FAMILIES} == set(SCALES) == set(attention.FAMILIES)
     for family in SCALES:
-        attention.check_attention(PER_SAMPLE, AutoConfig.for_model(family))
+        config = AutoConfig.for_model(family)
+        assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend
+        attention.check_attention(PER_SAMPLE, config)
     bloom = AutoConfig.for_model("bloom")
-    with pytest.raises(ModelError, match="'bloom' have an attention of their own.*set its attention=eager"):
+    with pytest.raises(ModelError, match="not held to what models of the family 'bloom' do.*set their attention=eager"):
         attention.check_attention(PER_SAMPLE, bloom)
     attention.check_attention("eager", bloom)
 
