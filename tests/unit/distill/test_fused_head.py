@@ -154,12 +154,16 @@ def test_no_loss_tokens_still_touch_every_parameter() -> None:
     assert student.bias is not None and student.bias.grad is not None and hidden.grad is not None
 
 
-def test_no_gradient_is_computed_under_no_grad() -> None:
-    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+@pytest.mark.parametrize("name", ["fkl", "akl"])
+def test_no_gradient_is_computed_under_no_grad(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are the same without."""
+    student, teacher, hidden, teacher_hidden, labels = heads(torch.float32, bias=True, scale=0.5, cap=7.0)
+    asked: dict[str, Any] = {"ids": Ids(40), "teacher_hidden": teacher_hidden, "teacher_head": teacher}
+    expected = loss_sums(hidden, student, labels, LossTerms(name, alpha=0.3), **asked)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
     with torch.no_grad():
-        total, *_ = loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40), teacher_hidden=teacher_hidden,
-                              teacher_head=teacher)  # fmt: skip
-    assert not total.requires_grad
+        found = loss_sums(hidden, student, labels, LossTerms(name, alpha=0.3), **asked)
+    assert torch.equal(torch.stack(found), torch.stack(expected)) and not found[0].requires_grad
 
 
 def test_a_budget_below_one_row_says_the_least() -> None:
