@@ -129,7 +129,8 @@ def test_single_stage_takes_as_many_steps_as_told(total: int, steps: int, batch:
     assume(tail == "pad" or total >= batch)
     plan = single_stage_plan(range(total), steps=steps, batch_size=batch, tau=1.0, alpha=0.3, tail=tail)
     (stage,) = plan.stages
-    assert plan.total_steps == stage.steps == steps and stage.samples == total
+    assert plan.total_steps == stage.steps == steps and stage.samples == total and stage.sample_ids == range(total)
+    assert plan == Plan([stage], batch, "baby_step", tail)
     assert (stage.index, stage.start, stage.tau, stage.alpha) == (0, 0, 1.0, 0.3)
     assert (stage.epochs - 1) * stage.steps_per_epoch < steps <= stage.epochs * stage.steps_per_epoch
 
