@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pocl_ds.curriculum import sampler as sampler_module
 from pocl_ds.curriculum.dealing import share
 from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler, permutation
@@ -105,9 +107,25 @@ def test_positions_of_steps() -> None:
     sampler = Sampler(plan, 0)
     found = [(p.stage, p.epoch, p.step_in_stage) for p in map(sampler.at, range(plan.total_steps))]
     assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [(1, i // 4, i) for i in range(8)]
-    for step in (-1, plan.total_steps):
+    for step in (-1, plan.total_steps, plan.total_steps + 1):
         with pytest.raises(IndexError, match=f"step {step} is outside the plan's 12 steps"):
             sampler.at(step)
+
+
+def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shuffle of a large data set takes longer than a step may wait."""
+    shuffles: list[tuple[int, int]] = []
+
+    def counted(size: int, *, seed: int, stage: int, epoch: int) -> Any:
+        shuffles.append((stage, epoch))
+        return permutation(size, seed=seed, stage=stage, epoch=epoch)
+
+    monkeypatch.setattr(sampler_module, "permutation", counted)
+    plan = build_plan(np.arange(40), subsets=2, epochs_per_stage=2, batch_size=5)
+    sampler = Sampler(plan, 0)
+    for step in range(plan.total_steps):
+        sampler.batch(step)
+    assert shuffles == [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def test_a_single_stage_is_cut_within_its_last_epoch() -> None:
