@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from pocl_ds.names import LOSSES
+
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
 
@@ -65,8 +67,6 @@ def out_of_range(name: str, options: Mapping[str, Any]) -> str | None:
 
 def _loss(recipe: Recipe) -> None:
     """Values of the loss's options, before hours of scoring."""
-    from pocl_ds.config import LOSSES
-
     name, defaults = recipe.loss.name, LOSSES[recipe.loss.name]
     for option, value in recipe.loss.options.items():
         if isinstance(value, bool) is not isinstance(defaults[option], bool):

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from pocl_ds import config
+from pocl_ds import names
 from pocl_ds.errors import RecipeError
 
 Registered = TypeVar("Registered", bound=Callable[..., Any])
@@ -32,28 +32,28 @@ def divergence(name: str, **options: float | bool) -> Callable[[Registered], Reg
     """Register a divergence, from log-probabilities of teacher and student [tokens, ids] to [tokens]. options: their defaults."""
     from pocl_ds.distill.divergences import FUNCTIONS
 
-    return _register("divergence", name, FUNCTIONS, lambda: config.LOSSES.__setitem__(name, options))
+    return _register("divergence", name, FUNCTIONS, lambda: names.LOSSES.__setitem__(name, options))
 
 
 def policy(name: str, *, on_policy: bool) -> Callable[[Registered], Registered]:
     """Register a policy: a class made from (PolicyConfig, write, seed). on_policy: whether it calls `write`."""
     from pocl_ds.distill.policies import POLICIES
 
-    return _register("policy", name, POLICIES, lambda: config.POLICIES.__setitem__(name, on_policy))
+    return _register("policy", name, POLICIES, lambda: names.POLICIES.__setitem__(name, on_policy))
 
 
 def strategy(name: str) -> Callable[[Registered], Registered]:
     """Register a ranking strategy: from `Scored` to indices, easiest first, a permutation."""
     from pocl_ds.difficulty.rank import STRATEGIES
 
-    return _register("ranking strategy", name, STRATEGIES, lambda: config.STRATEGIES.append(name), config.METRICS)
+    return _register("ranking strategy", name, STRATEGIES, lambda: names.STRATEGIES.append(name), names.METRICS)
 
 
 def metric(name: str) -> Callable[[Registered], Registered]:
     """Register a metric of difficulty, which is a ranking strategy of the same name too: small is easy."""
     from pocl_ds.difficulty.score import METRICS
 
-    return _register("metric", name, METRICS, lambda: config.METRICS.append(name), config.STRATEGIES)
+    return _register("metric", name, METRICS, lambda: names.METRICS.append(name), names.STRATEGIES)
 
 
 def _register(

@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, read_manifest, write_manifest
-from pocl_ds.config import METRICS, RankConfig
+from pocl_ds.config import RankConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.names import METRICS
 
 log = logging.getLogger("pocl_ds")
 

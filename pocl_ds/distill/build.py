@@ -14,16 +14,7 @@ from numpy.typing import NDArray
 
 from pocl_ds import distributed, ds_config
 from pocl_ds.artifacts import RunDirectory
-from pocl_ds.config import (
-    ACROSS_TOKENIZERS,
-    LossConfig,
-    ModelSource,
-    OtherTeacherConfig,
-    PolicyConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from pocl_ds.config import LossConfig, ModelSource, OtherTeacherConfig, PolicyConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.curriculum.sampler import Position, Sampler
 from pocl_ds.data.encode import EncodedSplit
@@ -48,6 +39,7 @@ from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, m
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
 from pocl_ds.models.vocabulary import Ids, models_apart, reconcile_all
+from pocl_ds.names import ACROSS_TOKENIZERS
 
 log = logging.getLogger("pocl_ds")
 

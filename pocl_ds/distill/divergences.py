@@ -1,7 +1,7 @@
 """Divergences between teacher p and student q over the next token (METHOD 3).
 
 A divergence is one function below, from the log-probabilities of both sides `[tokens, ids]` to one value a token, and
-one line in `config.LOSSES` with its options. All arithmetic is float32 or float64. Values are the true divergences.
+one line in `names.LOSSES` with its options. All arithmetic is float32 or float64. Values are the true divergences.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_ds.config import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.consistency import out_of_range
 from pocl_ds.errors import RecipeError
+from pocl_ds.names import ACROSS_TOKENIZERS, LOSSES
 
 # The log-probability of an id that is masked (-inf). Its probability underflows to exactly 0 in float32 and float64,
 # while products with 0 and differences between both sides stay finite.
@@ -35,7 +35,7 @@ def divergence(
 
     teacher_logits, student_logits: [tokens, ids], any float type; an id that is -inf on both sides adds exactly zero to
     value and gradient. tau divides both. tau_squared multiplies the result by tau^2, so that gradients keep their size
-    as tau rises (Hinton et al., arXiv 1503.02531). options: see `config.LOSSES`. `sft` never asks the teacher: 0.
+    as tau rises (Hinton et al., arXiv 1503.02531). options: see `names.LOSSES`. `sft` never asks the teacher: 0.
     Returns [tokens], float32, or float64 where the student's logits are. Raises RecipeError for an unknown name, option
     or a value out of range.
     """

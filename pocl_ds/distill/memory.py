@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pocl_ds import distributed
-from pocl_ds.config import ALL_LINEAR, LoraConfig, ModelSource
+from pocl_ds.config import LoraConfig, ModelSource
 from pocl_ds.errors import ResourceError
 from pocl_ds.models.load import load_model_config
 from pocl_ds.models.lora import adapter_parameters, targeted
+from pocl_ds.names import ALL_LINEAR
 
 log = logging.getLogger("pocl_ds")
 

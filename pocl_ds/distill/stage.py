@@ -14,16 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, read_models, write_json, write_manifest
-from pocl_ds.config import (
-    ACROSS_TOKENIZERS,
-    CompareConfig,
-    LossConfig,
-    PolicyConfig,
-    PromptConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from pocl_ds.config import CompareConfig, LossConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
@@ -38,6 +29,7 @@ from pocl_ds.models.lora import check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_student, check_teacher
 from pocl_ds.models.quiet import quiet
+from pocl_ds.names import ACROSS_TOKENIZERS
 
 log = logging.getLogger("pocl_ds")
 

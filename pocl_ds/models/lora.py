@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from pocl_ds.config import ALL_LINEAR, LoraConfig
+from pocl_ds.config import LoraConfig
 from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.models.quiet import quiet
+from pocl_ds.names import ALL_LINEAR
 
 ADAPTER = "default"  # peft's name for the only one
 

@@ -13,7 +13,7 @@ import tiny_models
 from command_line import pocl
 from tiny_runs import computed, records, stop_after, write_recipe
 
-from pocl_ds import config
+from pocl_ds import names
 
 POLICIES = {
     "gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "policy.refresh_every=4", "loss.name=jsd"],
@@ -74,7 +74,7 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
     assert all(record["alpha"] == 0 for record in steps)
     if apart:
         assert all(record["kd"] > 0 for record in steps)
-    if config.POLICIES[words[0].removeprefix("policy.name=")]:
+    if names.POLICIES[words[0].removeprefix("policy.name=")]:
         written = [record for record in steps if record["on_policy"]]
         assert 0 < len(written) < len(steps)
         assert any(record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written)

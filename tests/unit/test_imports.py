@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms by tier: a file imports from lower tiers, from its own room, and within a tier only where `SIDEWAYS` allows it.
 TIERS = (
     ("__init__",),
-    ("errors",),
+    ("errors", "names"),
     ("config", "consistency", "artifacts", "credentials", "exits", "shipped"),
     ("distributed", "tracking", "ds_config", "plain_yaml", "recipe"),
     ("data", "models", "metrics", "curriculum"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pocl_ds import config
+from pocl_ds import names
 from pocl_ds.difficulty import rank, score
 from pocl_ds.distill import divergences, policies
 from pocl_ds.distill.fused_head import loss_sums
@@ -48,7 +48,7 @@ class Twice(Off):
 '''
 
 REGISTRIES: tuple[Any, ...] = (
-    config.LOSSES, config.POLICIES, config.STRATEGIES, config.METRICS, divergences.FUNCTIONS, policies.POLICIES, rank.STRATEGIES,
+    names.LOSSES, names.POLICIES, names.STRATEGIES, names.METRICS, divergences.FUNCTIONS, policies.POLICIES, rank.STRATEGIES,
     score.METRICS,
 )  # fmt: skip
 

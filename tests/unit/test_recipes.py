@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds.config import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.ds_config import resolve_student, resolve_teacher
+from pocl_ds.names import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.shipped import RECIPES
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_ds import config as recipe_names
+from pocl_ds import names as recipe_names
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import RankConfig
 from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, fuse, rank, tied_share

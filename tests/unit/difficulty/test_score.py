@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds import config as recipe_names
+from pocl_ds import names
 from pocl_ds.artifacts import RunDirectory, read_manifest
 from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig
 from pocl_ds.data.encode import shard_rows
@@ -250,9 +250,9 @@ def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
 def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A metric by the name `length`: the references' tokens."""
     monkeypatch.setitem(module.METRICS, "length", lambda responses, references, log_probs: [len(one) for one in log_probs])
-    recipe_names.METRICS.append("length")
+    names.METRICS.append("length")
     yield "length"
-    recipe_names.METRICS.remove("length")
+    names.METRICS.remove("length")
 
 
 def test_a_metric_is_scored_beside_the_two(tiny_llama: Path, tmp_path: Path, measure: str) -> None:

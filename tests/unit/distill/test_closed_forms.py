@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocl_ds.config import LOSSES
 from pocl_ds.distill.closed_forms import CLOSED
 from pocl_ds.distill.divergences import FUNCTIONS, MASKED
+from pocl_ds.names import LOSSES
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, LOSSES[name]) for name in CLOSED),

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.config import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.distill.divergences import FUNCTIONS, divergence
 from pocl_ds.errors import RecipeError
+from pocl_ds.names import ACROSS_TOKENIZERS, LOSSES
 
 NAMES = list(FUNCTIONS)
 

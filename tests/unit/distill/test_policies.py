@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pocl_ds import config
+from pocl_ds import names
 from pocl_ds.config import PolicyConfig, SharesConfig
 from pocl_ds.curriculum.sampler import Position
 from pocl_ds.data.written import Written
@@ -210,5 +210,5 @@ def test_draws_follow_from_seed_step_and_stream() -> None:
 
 
 def test_every_policy_of_the_recipe_is_there() -> None:
-    assert set(POLICIES) == set(config.POLICIES)
+    assert set(POLICIES) == set(names.POLICIES)
     assert isinstance(POLICIES["off"](PolicyConfig(), Writer(), 0), Off)

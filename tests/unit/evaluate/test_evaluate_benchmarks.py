@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from pocl_ds.artifacts import RunDirectory
-from pocl_ds.config import BENCHMARKS, EvaluateConfig
+from pocl_ds.config import EvaluateConfig
 from pocl_ds.errors import DataError
 from pocl_ds.evaluate.benchmarks import KNOWN, questions, seen_in_training
 from pocl_ds.evaluate.stage import share
+from pocl_ds.names import BENCHMARKS
 from pocl_ds.recipe import first_fault
 
 Configured = Callable[..., EvaluateConfig]

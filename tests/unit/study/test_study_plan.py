@@ -14,8 +14,8 @@ from tiny_runs import write_recipe
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.cli import main
-from pocl_ds.config import STRATEGIES
 from pocl_ds.errors import RecipeError
+from pocl_ds.names import STRATEGIES
 from pocl_ds.shipped import STUDIES
 from pocl_ds.study import commands
 from pocl_ds.study import run as running
