@@ -123,7 +123,7 @@ def tied_share(values: Sequence[float] | NDArray[np.float64]) -> float:
 def hash_ids(ids: Ids, seed: int) -> NDArray[np.uint64]:
     """64 bits an id, from its UTF-8 bytes and the seed alone (FNV-1a, then splitmix64)."""
     table = _as_bytes(ids)
-    columns = np.ascontiguousarray(table).view(np.uint8).reshape(len(table), -1)
+    columns = np.ascontiguousarray(table).view(np.uint8).reshape(len(table), table.itemsize)
     with np.errstate(over="ignore"):
         state = np.full(len(table), np.uint64(0xCBF29CE484222325) ^ np.uint64(seed), np.uint64)
         for column in columns.T:  # numpy pads short ids with zeros, which no id contains

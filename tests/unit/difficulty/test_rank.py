@@ -19,17 +19,18 @@ from hypothesis import strategies as st
 from pocl_ds import names as recipe_names
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import RankConfig
-from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, fuse, rank, tied_share
+from pocl_ds.difficulty import rank as ranks
+from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, fuse, hash_ids, rank, tied_share
 from pocl_ds.difficulty.score import METRICS
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 
 Row = tuple[str, float, float]  # id, rouge_l, cross_entropy
 # Few values, so that ties of one metric and of both are common; 0.0 and -0.0 are equal.
 VALUES = st.one_of(st.sampled_from([0.0, -0.0, 0.25, 0.5, 1.0]), st.floats(-1e6, 1e6))
-ROWS = st.dictionaries(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12),
-    st.tuples(VALUES, VALUES), min_size=1, max_size=40,
-).map(lambda table: [(name, *values) for name, values in table.items()])  # fmt: skip
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
+ROWS = st.dictionaries(NAMES, st.tuples(VALUES, VALUES), min_size=1, max_size=40).map(
+    lambda table: [(name, *values) for name, values in table.items()]
+)
 
 
 def _fuse(rows: list[Row], **options: Any) -> Any:
@@ -98,6 +99,11 @@ def test_a_worked_example() -> None:
     assert ranking.order == ["easy", "mixed", "hard"]  # equal rrf: the better rouge_l rank first
 
 
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_nothing_is_ordered_too(strategy: str) -> None:
+    assert fuse([], [], [], strategy=strategy).order == []
+
+
 def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
     ids = [f"s{i}" for i in range(2000)]
     orders = [fuse(ids, [0.0] * 2000, [1.0] * 2000, strategy="random", seed=seed).order_index for seed in (0, 0, 1)]
@@ -119,6 +125,27 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
 def test_bad_scores_are_one_sentence(ids: list[str], rouge: list[float], entropy: list[float], names: str) -> None:
     with pytest.raises(DataError, match=names):
         fuse(ids, rouge, entropy)
+
+
+@given(st.lists(NAMES, max_size=8), st.integers(0, 2**64 - 1))
+def test_a_hash_is_its_definition(ids: list[str], seed: int) -> None:
+    """FNV-1a, then splitmix64: a random order is the same on every machine, today and tomorrow."""
+    wanted = []
+    for name in ids:
+        state = 0xCBF29CE484222325 ^ seed
+        for byte in name.encode():
+            state = (state ^ byte) * 0x100000001B3 % 2**64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            state = (state ^ state >> shift) * factor % 2**64
+        wanted.append(state ^ state >> 31)
+    assert hash_ids(ids, seed).tolist() == wanted
+
+
+def test_ids_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "hash_ids", lambda ids, seed: np.zeros(len(ids), np.uint64))
+    assert fuse(["b", "a", "c"], [0.1, 0.2, 0.3], [1.0] * 3).order == ["c", "a", "b"]
+    with pytest.raises(DataError, match="sample id b stands there more than once"):
+        fuse(["a", "b", "c", "b"], [0.1] * 4, [1.0] * 4)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +201,17 @@ def _rank(run: RunDirectory, fingerprint: str = "f", **config: Any) -> Any:
     return rank(run, RankConfig(**config), seed=4, fingerprint=fingerprint)
 
 
-@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize(("shards", "lines"), [(1, 1), (1, 7), (4, 100_000)])
 @pytest.mark.parametrize("config", [{}, {"strategy": "rouge_l", "reverse": True}, {"strategy": "cross_entropy", "k": 1}])
-def test_shards_are_joined_by_id(run: RunDirectory, rows: list[Row], shards: int, config: dict[str, Any]) -> None:
-    """Lines stand in another order than the data, spread over shards at random: the ranking is that of `fuse`."""
+def test_shards_are_joined_by_id(
+    run: RunDirectory, rows: list[Row], shards: int, lines: int, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Lines stand in another order than the data, spread over shards at random: the ranking is that of `fuse`, however many
+    lines are joined at a time.
+    """
+    monkeypatch.setattr(ranks, "LINES", lines)
+    caplog.set_level(logging.INFO)
     shuffled = random.Random(1).sample(rows, len(rows))
     for shard in range(shards):
         _shard(run, shuffled[shard::shards], shard, shards)
@@ -193,6 +227,7 @@ def test_shards_are_joined_by_id(run: RunDirectory, rows: list[Row], shards: int
     assert table["rank_cross_entropy"] == expected.rank_cross_entropy[order].tolist()
     assert dict(zip(table["id"], table["rrf"], strict=True)) == expected.rrf
     assert manifest.info["samples"] == 60
+    assert f"ranked 60 samples by {config.get('strategy', 'fusion')}: mean ROUGE-L" in caplog.text
     assert manifest.info["mean_rouge_l"] == pytest.approx(sum(row[1] for row in rows) / 60)
     assert manifest.info["mean_cross_entropy"] == pytest.approx(sum(row[2] for row in rows) / 60)
     assert set(manifest.files) == {"ranking.parquet", "order.npy"}
