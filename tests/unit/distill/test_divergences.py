@@ -78,6 +78,13 @@ def test_values_equal_the_formula(name: str, tau: float, seed: int, size: int, s
     assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "sft"])
+def test_every_token_has_its_own_value(name: str) -> None:
+    z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
+    alone = [divergence(name, z_p[i : i + 1], z_q[i : i + 1], tau=1.3) for i in range(6)]
+    assert torch.allclose(divergence(name, z_p, z_q, tau=1.3), torch.cat(alone), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0.7), (-0.3, 0.8), (1.5, -0.5), (0.5, 0.5)])
 def test_alpha_and_beta_may_have_any_sign(a: float, b: float) -> None:
     z_p, z_q = np.random.default_rng(0).normal(0, 2, (2, 12))
