@@ -259,6 +259,7 @@ def test_a_manifest_of_an_earlier_day_is_read(tmp_path: Path) -> None:
 def test_json(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"ä": [1, 2.5, None]})
     assert read_json(tmp_path / "x.json") == {"ä": [1, 2.5, None]}
+    assert (tmp_path / "x.json").read_bytes().endswith(b"\n}\n")  # a text, as tools of the shell want it
     with pytest.raises(ArtifactError, match="missing"):
         read_json(tmp_path / "y.json")
 
