@@ -173,18 +173,23 @@ def test_other_ranks_write_their_files_and_leave_the_rest_to_rank_zero(tmp_path:
     assert sorted(path.name for path in partial.iterdir()) == ["theirs", "weights"] and store.steps() == []
 
 
-def test_a_checkpoint_of_other_ranks_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_other_ranks_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The original stays; what was made of it goes with the next save."""
+    caplog.set_level(logging.INFO)
     store, engine, made = checkpoints(tmp_path), Engine(), tmp_path / "checkpoints" / "resharded"
     monkeypatch.setenv("WORLD_SIZE", "2")
     engine.value = 7
     store.save(7, engine, last_chance=False, remembered={"phi": 0.5})  # type: ignore[arg-type]
     assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.resharded == [False]  # type: ignore[arg-type]
     monkeypatch.setenv("WORLD_SIZE", "1")
-    made.mkdir()
-    (made / "left").touch()  # of a conversion that was cut short
-    assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.loaded == 7  # type: ignore[arg-type]
-    assert engine.resharded == [False, True] and [path.name for path in made.iterdir()] == ["weights"]
+    for again in (False, True):
+        if again:
+            (made / "left").touch()  # of a conversion that was cut short
+        assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.loaded == 7  # type: ignore[arg-type]
+        assert [path.name for path in made.iterdir()] == ["weights"]
+    assert engine.resharded == [False, True, True] and "was written by 2 ranks: converting it for 1" in caplog.text
     engine.fault = OSError(28, "No space left on device")
     with pytest.raises(ResourceError, match=f"the disk is full while writing {made}"):
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
@@ -254,17 +259,34 @@ def test_a_checkpoint_has_its_name_when_its_data_is_on_the_disk(tmp_path: Path, 
     assert len(named) == 1 and {"weights", "step-00000001.partial"} <= named[0]
 
 
-def test_where_nothing_was_saved_training_starts(tmp_path: Path) -> None:
+def test_a_damaged_one_that_cannot_be_set_aside_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, engine = checkpoints(tmp_path), Engine()
+    save(store, engine, 1)
+    save(store, engine, 2)
+    (tmp_path / "checkpoints" / "step-00000002" / "weights").unlink()
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ArtifactError, match="step-00000002 cannot be written .Permission denied.: choose another --run-dir"):
+        checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
+
+
+def test_where_nothing_was_saved_training_starts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     assert checkpoints(tmp_path).load(Engine()) == (0, {})  # type: ignore[arg-type]
     leftover = tmp_path / "checkpoints" / "step-00000003.partial"
     leftover.mkdir(parents=True)
     assert checkpoints(tmp_path).load(Engine()) == (0, {}) and not leftover.exists()  # type: ignore[arg-type]
+    assert f"removing {leftover}, the remains of a save that was cut short" in caplog.text
 
 
-def test_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fingerprint", ["e", "g", ""])
+def test_one_of_another_recipe_is_refused(tmp_path: Path, fingerprint: str) -> None:
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 1)
-    other = Checkpoints(store.directory, store.config, fingerprint="g")
+    other = Checkpoints(store.directory, store.config, fingerprint=fingerprint)
     with pytest.raises(ArtifactError, match="step-00000001 belongs to another recipe or other data: use another --run-dir"):
         other.load(engine)  # type: ignore[arg-type]
     assert store.steps() == [1]
