@@ -68,7 +68,7 @@ def test_padded_rows_are_masked_on_both_sides() -> None:
     assert found.shared is not None
     assert found.shared.sum() == 151_665
     assert found.shared[:151_665].all()
-    assert "271 without a token" in found.report
+    assert found.report.startswith("vocabulary: 151665 ids shared (teacher 152064 rows, student 151936), 271 without a token on")
 
 
 def test_an_id_that_one_side_lacks_is_masked() -> None:
@@ -127,23 +127,33 @@ def test_an_id_of_the_teacher_is_counted_once() -> None:
     assert sorted(found.teacher_ids[found.shared]) == list(range(50))
 
 
+def test_a_role_that_one_side_lacks_maps_nothing() -> None:
+    teacher, student = Table(numbered(50)), Table({token: index + 1 for token, index in numbered(50).items()})
+    for side, token in ((teacher, "t7"), (student, "t8")):
+        plain = reconcile(teacher, student, 50, 51).teacher_ids
+        side.bos_token = token  # type: ignore[attr-defined]
+        found = reconcile(teacher, student, 50, 51).teacher_ids
+        del side.bos_token  # type: ignore[attr-defined]
+        assert found is not None and plain is not None and found.tolist() == plain.tolist() == [0, *range(50)]
+
+
 def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their own revision, their own trust, and the part of a larger model that writes."""
     asked = []
 
     def load(path: str, **how: Any) -> Any:
         asked.append((path, how))
-        rows = {"a": 7, "b": 5}[path]
+        rows = {"a": 7, "b": 4}[path]
         return SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(vocab_size=rows if decoder else 1))
 
     monkeypatch.setattr(vocabulary, "load_model_config", load)
     monkeypatch.setattr(vocabulary, "load_tokenizer", lambda path, **how: load(path, **how) and Table(numbered(6)))
     teacher, student = ModelSource(model="m", revision="r", trust_remote_code=True), ModelSource(model="n")
-    assert vocabulary.reconcile_models(teacher, "a", student, "b").size == 5
+    assert vocabulary.reconcile_models(teacher, "a", student, "b").size == 4
     apart = models_apart([(teacher, "a")], student, "b")
     first, second = ("a", {"revision": "r", "trust_remote_code": True}), ("b", {"revision": None, "trust_remote_code": False})
     assert asked == [first, second] * 4
-    assert (apart.size, apart.shared, apart.teacher_ids) == (5, None, None)  # of 6 tokens, the last lies beyond the rows
+    assert (apart.size, apart.shared, apart.teacher_ids) == (4, None, None)  # of 6 tokens, the last two lie beyond the rows
     masked = Ids.of(apart).teacher_masked
     assert masked is not None and masked.tolist() == [False] * 6 + [True]
 
@@ -170,12 +180,27 @@ def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.Monk
     assert reconcile_all([(source, "b"), (source, "b")], source, "s").teacher_ids is not None
 
 
+def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = {
+        "a": Vocabulary(4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])),
+        "b": Vocabulary(3, np.array([True, True, False]), "two", np.array([2, 5, 0])),
+        "c": Vocabulary(4, None, "one", np.array([2, 6, 4, 3])),
+    }
+    monkeypatch.setattr(vocabulary, "reconcile_models", lambda source, path, *_: each[path])
+    source = ModelSource(model="m")
+    found = reconcile_all([(source, name) for name in each], source, "s")
+    assert found.shared is not None and found.teacher_ids is not None
+    assert (found.size, found.report, found.shared.tolist()) == (3, "one; two", [True, False, False])
+    assert found.teacher_ids.tolist() == [2, 0, 1]  # the first one's; they differ only where ids are masked
+
+
 def test_ids_number_the_teachers_logits_as_the_students() -> None:
     ids = Ids.of(Vocabulary(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4])))
     head = Head(nn.Parameter(torch.eye(5)), None, 1.0, None)
     logits = ids.teacher_logits(head, torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0]]))
     assert logits.tolist() == [[12.0, 10.0, -math.inf, 14.0]]
     assert ids.teacher_inputs(torch.tensor([[3, 0, 1]])).tolist() == [[4, 2, 0]]
+    assert Ids(4).teacher_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, 0.0, 0.0]]  # it may have more rows
     assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
 
 
