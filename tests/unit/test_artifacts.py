@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,7 +104,7 @@ def test_texts_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from pocl_ds import artifacts as a; p = Path(sys.argv[1]); "
     code += "a.write_json(p, {'x': chr(228)}); assert a.read_json(p) == {'x': chr(228)}"
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.json")], env=plain, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.json")], env=plain, cwd=ROOT, check=True, timeout=60)
     assert "ä" in (tmp_path / "x.json").read_text(encoding="utf-8")
 
 
