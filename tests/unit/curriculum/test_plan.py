@@ -42,7 +42,7 @@ def test_stages_cover_the_order(total: int, subsets: int, batch: int, epochs: in
     assume(subsets <= total and (tail == "pad" or total // subsets >= batch))
     order = list(range(100, 100 + total))
     plan = build_plan(order, subsets=subsets, epochs_per_stage=epochs, batch_size=batch, scheduler=scheduler, tail=tail)
-    assert len(plan.stages) == subsets
+    assert (len(plan.stages), plan.batch_size, plan.scheduler, plan.tail) == (subsets, batch, scheduler, tail)
     if scheduler == "baby_step":
         for i, stage in enumerate(plan.stages):
             assert list(stage.sample_ids) == order[: total if i == subsets - 1 else (i + 1) * (total // subsets)]
@@ -118,6 +118,7 @@ def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
     plan = build_plan(order, batch_size=16, scheduler="one_pass", tail="pad")
     text = json.dumps(plan.to_json())
     assert "sample-" not in text and json.loads(text)["samples"] == 300
+    assert json.loads(text)["total_steps"] == plan.total_steps
     again = Plan.from_json(json.loads(text), order)
     assert again == plan and again.stages[1].sample_ids == order[75:150]
     with pytest.raises(ArtifactError, match="300 samples and the ranking holds 299"):
