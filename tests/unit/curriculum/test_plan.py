@@ -73,6 +73,11 @@ def test_stage_ids_of_an_array_are_views() -> None:
     assert np.shares_memory(stage.sample_ids, order)
 
 
+def test_plans_are_compared_and_shown_without_their_orders() -> None:
+    plan, other = build_plan(np.arange(300)), build_plan(np.arange(300)[::-1])
+    assert plan == other and "order" not in repr(plan)
+
+
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
