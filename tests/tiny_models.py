@@ -211,3 +211,21 @@ def _save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+OWN = {
+    "own_config.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n",
+    "own_model.py": "from transformers import LlamaForCausalLM\n\nfrom .own_config import OwnConfig\n\n\n"
+                    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}  # fmt: skip
+
+
+def with_code(folder: Path) -> Path:
+    """Make a LLaMA's folder one of a family that only its own code knows."""
+    tree = json.loads((folder / "config.json").read_text())
+    tree |= {"model_type": "own", "architectures": ["OwnModel"],
+             "auto_map": {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(tree))
+    for name, text in OWN.items():
+        (folder / name).write_text(text)
+    return folder

@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from pocl_ds import distributed
 from pocl_ds.config import LoraConfig, ModelSource
 from pocl_ds.errors import ResourceError
-from pocl_ds.models.load import load_model_config
+from pocl_ds.models.load import empty_model, load_model_config
 from pocl_ds.models.lora import adapter_parameters, targeted
 from pocl_ds.names import ALL_LINEAR
 
@@ -87,8 +84,7 @@ def linear_parameters(model: ModelSource) -> int:
 
 def _empty(model: ModelSource) -> Any:
     config = load_model_config(model.model, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return empty_model(config, trust_remote_code=model.trust_remote_code)
 
 
 def available_bytes() -> int:

@@ -24,7 +24,7 @@ from pocl_ds.distill.engine import Engine, start_deepspeed
 from pocl_ds.errors import ArtifactError, ModelError
 from pocl_ds.models.attention import check_attention
 from pocl_ds.models.heads import check_family
-from pocl_ds.models.load import load_model_config, load_tokenizer, max_positions, pinned_model
+from pocl_ds.models.load import load_tokenizer, max_positions, pinned_model
 from pocl_ds.models.lora import check_adapters, merged, trained_parameters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_student, check_teacher
@@ -124,7 +124,7 @@ def prepare(
                 info = _prune(student_path, pruned, student)
         student_path = str(pruned)
     if student.lora:  # before hours of scoring
-        check_adapters(load_model_config(student_path, trust_remote_code=student.trust_remote_code), student.lora)
+        check_adapters(config_of(student_path, student), student.lora, trust_remote_code=student.trust_remote_code)
     if student.heal_steps:
         split = EncodedSplit.open(run.data, "train")
         order = permutation(len(split), seed=seed, stage=0, epoch=0)  # a random part: the plan walks it once

@@ -93,6 +93,12 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
     return tokenizer
 
 
+def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+    """The model that a configuration describes, on `meta`: names and shapes, no memory."""
+    with torch.device("meta"), quiet():
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_model_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The model's configuration (transformers PretrainedConfig), without its weights. Raises ModelError."""
     with _one_sentence(path, "configuration"), quiet():

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from pocl_ds.config import LoraConfig
 from pocl_ds.errors import RecipeError, ResourceError
-from pocl_ds.models.quiet import quiet
+from pocl_ds.models.load import empty_model
 from pocl_ds.names import ALL_LINEAR
 
 ADAPTER = "default"  # peft's name for the only one
@@ -63,11 +62,10 @@ def _last_parts(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def check_adapters(config: Any, lora: LoraConfig) -> None:
+def check_adapters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> None:
     """Raise ResourceError where peft is missing, RecipeError where the model of this configuration cannot have such adapters."""
     require_peft()
-    with torch.device("meta"), quiet():
-        targeted(AutoModelForCausalLM.from_config(config), lora.targets)
+    targeted(empty_model(config, trust_remote_code=trust_remote_code), lora.targets)
 
 
 def adapter_parameters(model: Any, config: LoraConfig) -> int:

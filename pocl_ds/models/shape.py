@@ -19,7 +19,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pocl_ds.config import LoraConfig
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import check_family, head_of, hidden_states
+from pocl_ds.models.load import empty_model
 from pocl_ds.models.lora import adapter_parameters, is_linear, targeted
 from pocl_ds.models.quiet import quiet
 
@@ -58,8 +59,8 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
     """Sizes of the model that a configuration describes, with adapters where `lora` says so. Raises ModelError for a family whose
     head is not known, RecipeError for adapters that it cannot have.
     """
-    with torch.device("meta"), quiet():
-        model: Any = AutoModelForCausalLM.from_config(config)
+    check_family(config.model_type)
+    model = empty_model(config)
     head = head_of(model)
     blocks = _blocks(model)
     linears = [module for name, module in model.named_modules() if is_linear(module) and module.weight is not head.weight]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 
 from pocl_ds.config import LoraConfig
@@ -97,6 +99,14 @@ def test_what_gets_no_adapter(targets: tuple[str, ...], words: tuple[str, ...], 
         check_adapters(load_model_config(str(tiny_llama)), LoraConfig(targets=targets))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tiny_models.with_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
+    with pytest.raises(RecipeError, match="nothing_of_it"):
+        check_adapters(load_model_config(str(folder), trust_remote_code=True), LoraConfig(targets=("nothing_of_it",)),
+                       trust_remote_code=True)  # fmt: skip
 
 
 def test_without_peft_the_remedy_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
