@@ -102,7 +102,8 @@ def scheduler_answers() -> Finding:
         said = scheduler.call("sinfo", "--noheader", "--format=%P %a %D nodes of %c cores, %G")
     except ResourceError as error:
         return Finding("scheduler", FAIL, str(error))
-    return Finding("scheduler", OK, "; ".join(said.split("\n")).strip("; "))
+    partitions = said.replace("(null)", "no GPUs")  # sinfo's word for no generic resources
+    return Finding("scheduler", OK, "; ".join(partitions.split("\n")).strip("; "))
 
 
 def checkpoint_bytes(run: Path, keep: int, *, adapters: bool) -> int:

@@ -59,6 +59,15 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.scheduler_answers().state == checks.WARN and scheduler.accounted(["1"]) == {}
 
 
+def test_partitions_are_shown_as_sinfo_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    fake(tmp_path, "squeue", "true")
+    fake(tmp_path, "sbatch", "true")
+    fake(tmp_path, "sinfo", "echo 'main* up 3 nodes of 2 cores, (null)'; echo 'gpu up 4 nodes of 96 cores, gpu:h100:8'")
+    found = checks.scheduler_answers()
+    assert found.said == "main* up 3 nodes of 2 cores, no GPUs; gpu up 4 nodes of 96 cores, gpu:h100:8"
+
+
 @pytest.mark.parametrize(("rows", "partition", "expected"), [
     ("cpu|up|1-00:00:00|20|64|256000|(null)\ngpu|up|infinite|4|96|1000000|gpu:h100:8(S:0-1)\n", None,
      {"partition": "gpu", "gpus_per_node": 8, "gpu_type": "h100", "cpus_per_node": 96, "time": "24:00:00", "gres": False}),
