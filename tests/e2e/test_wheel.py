@@ -54,7 +54,8 @@ class Installed:
         (own / "dependencies.pth").write_text("\n".join(paths))
         self.package = own / "pocl_ds"
         self.environment = environment() | {"XDG_CACHE_HOME": str(folder / "cache"), "HOME": str(folder)}
-        self.environment.pop("PYTHONPATH", None)
+        for name in ("PYTHONPATH", "TORCH_EXTENSIONS_DIR"):  # launch/test.sh sets the second
+            self.environment.pop(name, None)
 
     def __call__(self, *words: str | Path, **more: str) -> str:
         return call(*words, cwd=self.elsewhere, env=self.environment | more)
