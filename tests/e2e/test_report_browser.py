@@ -226,6 +226,9 @@ def test_it_prints_on_white_paper(browser: Any, report: Path, tmp_path: Path) ->
     assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert opened.page.evaluate("colour('ink')") == "#1b2130"
     assert max(opened.page.evaluate("CHARTS.map((chart) => chart.plot.width)")) <= 690
+    opened.page.set_viewport_size({"width": 690, "height": 1000})  # A4 between its margins: what is wider would be cut
+    widths = opened.page.evaluate("[...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])")
+    assert len(widths) > 2 and all(needed <= there for needed, there in widths)
     assert opened.faults == []
     opened.context.close()
 
