@@ -6,6 +6,7 @@ Whatever transformers throws on the way becomes one sentence that names the mode
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import pickle
 import re
@@ -94,9 +95,11 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """The model that a configuration describes, on `meta`: names and shapes, no memory."""
+    """The model that a configuration describes, on `meta`: names and shapes, no memory. The configuration stays as it is:
+    transformers writes the attention of a model into its own, which may be another model's too.
+    """
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
 
 
 def load_model_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:

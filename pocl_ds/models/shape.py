@@ -8,6 +8,7 @@ Shapes: T tokens of a micro-batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,7 @@ def activation_bytes(
     from pocl_ds.models.attention import PER_SAMPLE
     from pocl_ds.models.load import set_dropout
 
+    config = copy.deepcopy(config)  # dropout, and what transformers writes into it, are this model's alone
     if dropout is not None:
         set_dropout(config, dropout)
     kept: dict[int, tuple[int, Any]] = {}

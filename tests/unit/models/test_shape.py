@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from pocl_ds.bench.size import CPU_ATTENTION
 from pocl_ds.config import LoraConfig
 from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.load import set_dropout
 from pocl_ds.models.lora import add_adapters, trained_parameters
 from pocl_ds.models.shape import activation_bytes, model_shape
 
@@ -34,7 +36,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_flops_and_parameters_are_the_models_own(name: str) -> None:
-    config = CONFIGS[name]
+    config = copy.deepcopy(CONFIGS[name])
     shape = model_shape(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").eval()
     assert shape.parameters == sum(p.numel() for p in model.parameters())
@@ -54,9 +56,13 @@ def test_flops_and_parameters_are_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("attention", ["per_sample", "eager"])
 def test_activations_are_what_autograd_keeps(name: str, attention: str) -> None:
-    config, kept = CONFIGS[name], {}
+    config, kept = copy.deepcopy(CONFIGS[name]), {}  # transformers writes a model's attention into the configuration it is given
     dropout = 0.0 if attention == "per_sample" else None
+    before = config.to_dict()
     found = activation_bytes(config, LENGTHS, dtype=torch.float32, attention=attention, checkpointing=False, dropout=dropout)
+    assert config.to_dict() == before
+    if dropout is not None:
+        set_dropout(config, dropout)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -80,7 +86,7 @@ def test_activations_are_what_autograd_keeps(name: str, attention: str) -> None:
 def test_with_adapters(name: str) -> None:
     """What autograd keeps follows from what is frozen; the adapters are counted beside the model's own weights."""
     pytest.importorskip("peft")
-    config, lora = CONFIGS[name], LoraConfig(rank=4)
+    config, lora = copy.deepcopy(CONFIGS[name]), LoraConfig(rank=4)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").train()
     assert model_shape(config).adapters == 0 and model_shape(config).trained == model_shape(config).parameters
     add_adapters(model, lora, 0)
