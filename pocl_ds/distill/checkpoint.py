@@ -84,7 +84,7 @@ class Checkpoints:
         comes (`last_chance`), raises ResourceError on all ranks. The checkpoint before stays as it is.
         """
         self.settle()
-        save = _Save(step, self.directory / f"{PREFIX}{step:08d}{PARTIAL}", validation_loss, remembered or {}, more)
+        save = _Save(step, self.folder(step).with_suffix(PARTIAL), validation_loss, remembered or {}, more)
         save.fault = self._clear(save.partial)
         if any(distributed.gather_objects(save.fault)):
             self._end(save, last_chance=last_chance)
