@@ -44,7 +44,7 @@ class DisagreementError(PoclError, RuntimeError):
 
 
 class Interrupted(PoclError):
-    """A signal asked the run to stop; everything is saved and the same command goes on."""
+    """A signal stopped the work; what is finished is saved and the same command goes on."""
 
     def __init__(self, message: str, *, exit_code: int = 130) -> None:
         super().__init__(message)

@@ -24,7 +24,7 @@ from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.curriculum.stage import plan_of
 from pocl_ds.difficulty.shards import unfinished, whole_set
-from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.errors import ArtifactError, Interrupted, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.shipped import LAUNCHER, module_command
 
@@ -253,34 +253,50 @@ def needs_ranks(name: str, recipe: Recipe) -> bool:
 
 
 def call(command: list[str], lock: int | None = None) -> int:
-    """Run a command in its own session, handing on every signal that reaches us, and wait for its end."""
+    """Run a command in its own session, handing on every signal that reaches us, and wait for its end. See `call_together`."""
     return call_together([command], [{}], lock)
 
 
 def call_together(commands: list[list[str]], environments: list[dict[str, str]], lock: int | None = None) -> int:
-    """As `call`, several at once, each with variables of its own. Returns the first exit code that is not 0, when all ended."""
+    """As `call`, several at once, each with variables of its own. Returns the first exit code that is not 0, when all ended.
+
+    A child has said why it left with a code; one that a signal ended has not. Raises what our own handler of a signal raises,
+    where no child answered it: one that was only starting died of it, one at its end never noticed. Raises Interrupted for a
+    child that was killed.
+    """
     children: list[subprocess.Popen[bytes]] = []
+    came: list[int] = []
 
     def hand_on(number: int, _: Any) -> None:
+        came.append(number)
         for child in children:
             child.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    for command, own in zip(commands, environments, strict=True):
-        environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1", **own}
-        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
-        if command[0] != "bash":
-            environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-        children.append(subprocess.Popen(command, start_new_session=True, env=environment,
-                                         pass_fds=() if lock is None else (lock,)))  # fmt: skip
     before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
+        for command, own in zip(commands, environments, strict=True):
+            environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1", **own}
+            environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
+            if command[0] != "bash":
+                environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+            if not came:
+                children.append(subprocess.Popen(command, start_new_session=True, env=environment,
+                                                 pass_fds=() if lock is None else (lock,)))  # fmt: skip
+                if came:  # while it was not on the list
+                    children[-1].send_signal(came[-1])
         codes = [child.wait() for child in children]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    code = next((code for code in codes if code), 0)
-    return code if code >= 0 else 128 - code
+    code = next((code for code in codes if code > 0), 0)
+    if came and not code:
+        signal.raise_signal(came[0])
+    killed = next((-code for code in codes if code < 0), 0)
+    if killed and not code:
+        raise Interrupted(f"a process of this stage was ended by {signal.Signals(killed).name}, often because memory ran out: "
+                          "finished work is kept, the same command goes on", exit_code=128 + killed)  # fmt: skip
+    return code
 
 
 def _check_ds_configs(recipe: Recipe) -> None:

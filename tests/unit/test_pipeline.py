@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import Recipe
-from pocl_ds.errors import RecipeError, ResourceError
+from pocl_ds.errors import Interrupted, RecipeError, ResourceError
 
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
@@ -106,3 +107,46 @@ def test_a_signal_reaches_all() -> None:
     timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.start()
     assert pipeline.call_together([[sys.executable, "-c", code]] * 2, [{}] * 2) == 75
+
+
+@pytest.mark.parametrize("code", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"])
+def test_a_signal_that_no_child_answers_is_ours(code: str) -> None:
+    """One that is starting has no handler yet; one at its end is done."""
+
+    class OurHandlerError(Exception):
+        pass
+
+    def ours(*_: object) -> None:
+        raise OurHandlerError
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        timer.start()
+        with pytest.raises(OurHandlerError):
+            pipeline.call_together([[sys.executable, "-c", f"import signal, sys, time; {code}"]] * 2, [{}] * 2)
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_no_further_child_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the one that was started meanwhile gets it."""
+    real, begun = subprocess.Popen, []
+
+    def popen(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        child = real(*words, **options)
+        begun.append(child)
+        os.kill(os.getpid(), signal.SIGINT)
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.call_together([[sys.executable, "-c", "import time; time.sleep(60)"]] * 2, [{}] * 2)
+    assert [child.returncode for child in begun] == [-signal.SIGINT]
+
+
+def test_a_killed_child_is_told() -> None:
+    with pytest.raises(Interrupted, match="ended by SIGKILL, often because memory ran out") as found:
+        pipeline.call_together([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]], [{}])
+    assert found.value.exit_code == 137
