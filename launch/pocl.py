@@ -4,8 +4,14 @@
 """
 
 import os
-import runpy
+import signal
 import sys
+
+# Until the module catches Ctrl-C it ends this process at once: the traceback of an import helps nobody.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import runpy
 import traceback
 from pathlib import Path
 

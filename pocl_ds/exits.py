@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import json
 import os
 import re
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,15 +47,16 @@ def place_among_ranks() -> tuple[int, int]:
 
 def leave_when_asked() -> None:
     """From now on TERM, USR1 and USR2 end this process with RESUME: what is finished is kept. Ctrl-C is a KeyboardInterrupt as
-    before, and `interrupted` remembers it.
+    before, and `interrupted` remembers it; it comes again where Python would print and forget it, in a destructor.
 
     Training puts its own handlers in their place while it has something to save.
     """
     for number in SIGNALS:
         signal.signal(number, _leave)
     _came.clear()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it, and so do we
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores it, and so do we
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = functools.partial(_again, sys.unraisablehook)
 
 
 def interrupted() -> bool:
@@ -63,6 +67,15 @@ def interrupted() -> bool:
 def _interrupt(number: int, frame: Any) -> None:
     _came.add(signal.SIGINT)
     signal.default_int_handler(number, frame)
+
+
+def _again(others: Callable[[Any], object], unraisable: Any) -> None:
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+        timer.daemon = True
+        timer.start()
+    else:
+        others(unraisable)
 
 
 def _leave(number: int, _frame: Any) -> None:
@@ -76,9 +89,12 @@ def _leave(number: int, _frame: Any) -> None:
 def leave(code: int) -> NoReturn:
     """End this process with `code`, and where it is one of many ranks, without taking the interpreter down piece by piece.
 
-    gloo's threads may still hold a collective's tensors, and a process that tears Python down under them now and then aborts
-    after all its work is done (pytorch/pytorch#190489).
+    From now on Ctrl-C ends it at once: the traceback of Python's own tidying up helps nobody. And gloo's threads may still hold a
+    collective's tensors: a process that tears Python down under them now and then aborts after all its work is done
+    (pytorch/pytorch#190489).
     """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "RANK" not in os.environ:
         sys.exit(code)
     torch = sys.modules.get("torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,14 @@ from pocl_ds.exits import SIGNALS
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """A command takes INT, TERM, USR1 and USR2 for itself; the tests get them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}
+    """A command takes INT, TERM, USR1, USR2 and what no one catches for itself; the tests get them back."""
+    before, hook = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}, sys.unraisablehook
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -66,6 +66,27 @@ sys.exit(cli.main(["data", "quickstart", "--run-dir", sys.argv[1]]))
     assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
 
 
+def test_ctrl_c_in_a_destructor_comes_again() -> None:
+    """Where Python prints its KeyboardInterrupt and goes on; any other fault of one is printed as ever."""
+    program = """
+import os, signal, sys, time
+from pocl_ds import cli, pipeline
+class Left:
+    def __init__(self, what): self.what = what
+    def __del__(self): self.what()
+def works(*_):
+    Left(lambda: 1 / 0)
+    Left(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
+    time.sleep(30)
+pipeline.enter = works
+sys.exit(cli.main(["data", "quickstart", "--run-dir", "nowhere"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=25,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert done.returncode == 130 and "ZeroDivisionError" in done.stderr and "KeyboardInterrupt" not in done.stderr
+    assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
+
+
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0"}])
 def test_a_code_is_handed_on(environment: dict[str, str]) -> None:
     out, _ = (child := start(**environment)).communicate(timeout=20)
