@@ -25,8 +25,10 @@ from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.curriculum.stage import plan_of
 from pocl_ds.difficulty.shards import unfinished, whole_set
 from pocl_ds.errors import ArtifactError, Interrupted, RecipeError
+from pocl_ds.evaluate.benchmarks import local_files
 from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.shipped import LAUNCHER, module_command
+from pocl_ds.tracking import check_wandb
 
 log = logging.getLogger("pocl_ds")
 
@@ -168,6 +170,8 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
             log.info("the recipe changed for stages that are not finished: %s is written anew", run.recipe)
     elif run.path.is_dir() and any(path.name != "logs" for path in run.path.iterdir() if path.name != ".lock"):
         raise ArtifactError(f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir")
+    if recipe.train.tracking.wandb and not finished(run, recipe)["train"]:
+        check_wandb()
     with atomic_write(run.recipe) as stream:
         stream.write(dump_recipe(recipe))
 
@@ -318,7 +322,7 @@ def _data_files(recipe: Recipe) -> list[Any]:
 def _evaluation_files(recipe: Recipe) -> list[Any]:
     """See `_files`. Answers follow from the items themselves, whatever file they come from."""
     sources, judge = [benchmark.source for benchmark in recipe.evaluate.benchmarks.values()], recipe.evaluate.judge
-    return _files([*sources, judge.prompt if judge else None])
+    return _files([*sources, *map(str, local_files(recipe.evaluate)), judge.prompt if judge else None])
 
 
 def _files(sources: Iterable[str | None]) -> list[Any]:

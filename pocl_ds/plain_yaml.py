@@ -6,6 +6,7 @@ tags that make other objects. No file of ours needs any of it.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ MOST_VALUES, DEEPEST = 100_000, 32
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain values only. A date stays the text that it is."""
+    """Plain values only. A date stays the text that it is; 1e-3 is a number, as in YAML 1.2."""
 
     def compose_mapping_node(self, anchor: Any) -> MappingNode:
         node: MappingNode = super().compose_mapping_node(anchor)
@@ -54,6 +55,22 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back as it was."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        # PyYAML's other styles write them as they are, and read a break of the line.
+        style = '"' if any(letter in data for letter in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile("^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def read_yaml(path: Path) -> Any:
@@ -96,6 +113,11 @@ def plain_value(text: str) -> Any:
         elif isinstance(one, list):
             left += [(part, depth + 1) for part in one]
     return value
+
+
+def dump_yaml(value: Any) -> str:
+    """A plain value as YAML; `plain_value` of it is the same value."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def fault(error: yaml.YAMLError) -> str:

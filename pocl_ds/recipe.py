@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from pocl_ds.config import Recipe
 from pocl_ds.credentials import find_secret
 from pocl_ds.errors import PoclError, RecipeError
+from pocl_ds.plain_yaml import dump_yaml, plain_value, read_yaml
 from pocl_ds.plain_yaml import fault as yaml_fault
-from pocl_ds.plain_yaml import plain_value, read_yaml
 from pocl_ds.shipped import RECIPES
 
 
@@ -91,7 +91,7 @@ def _import_plugins(names: Any) -> None:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` of it gives the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _read_tree(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Rank 0 speaks; another rank speaks only through warnings and errors, with its nu
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -209,13 +210,16 @@ def _tensorboard(directory: Path, step: int) -> Any:
     return SummaryWriter(str(directory), purge_step=step + 1)
 
 
+def check_wandb() -> None:
+    """Raise ResourceError where Weights & Biases cannot be logged to: before hours of scoring, not after."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ResourceError("train.tracking.wandb=true needs the package wandb: pip install wandb, or set it to false")
+
+
 def _wandb(directory: Path, project: str, name: str) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise ResourceError(
-            "train.tracking.wandb=true needs the package wandb: pip install wandb, or set it to false"
-        ) from None
+    check_wandb()
+    import wandb
+
     identity = directory / "wandb_id"  # one tracker identity over every restart of the run
     if not identity.is_file():
         with atomic_write(identity) as stream:

@@ -10,13 +10,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pocl_ds.config import NonNegative, Positive, Section
 from pocl_ds.credentials import assigns_secret, find_secret, is_secret_name
 from pocl_ds.errors import RecipeError
-from pocl_ds.plain_yaml import read_yaml
+from pocl_ds.plain_yaml import dump_yaml, read_yaml
 from pocl_ds.recipe import first_fault
 from pocl_ds.shipped import PROFILES
 
@@ -138,7 +137,7 @@ def _assigned_secret(tree: dict[str, Any]) -> str | None:
 
 def dump_profile(profile: Profile) -> str:
     """The profile as YAML, without what was left at its default."""
-    return yaml.safe_dump(profile.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+    return dump_yaml(profile.model_dump(mode="json", exclude_defaults=True))
 
 
 def _path(source: str) -> Path:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -108,6 +109,16 @@ def known_file(known: Known, folder: str | None, name: str) -> Path:
         f"benchmark {name!r} is not in evaluate.benchmark_folder {folder} (looked for {', '.join(known.files)}): put it there, "
         f"or name its file, as in evaluate.benchmarks.{name}=my.jsonl"
     )
+
+
+def local_files(config: EvaluateConfig) -> list[Path]:
+    """The files in evaluate.benchmark_folder that known benchmarks are read from, as far as they are there."""
+    found = []
+    for benchmark in config.benchmarks.values():
+        if benchmark.source in KNOWN and config.benchmark_folder is not None:
+            with suppress(DataError):
+                found.append(known_file(KNOWN[benchmark.source], config.benchmark_folder, benchmark.source))
+    return found
 
 
 def _samples(run: RunDirectory, benchmark: BenchmarkConfig, folder: str | None, name: str) -> list[Sample]:

@@ -7,17 +7,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pocl_ds.artifacts import RunDirectory, package_versions, read_json, read_manifest
 from pocl_ds.evaluate.tables import markdown_table
+from pocl_ds.plain_yaml import dump_yaml, plain_value
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
     """README.md in the form of the Hub: YAML front matter, then Markdown. Parts that the run lacks are said to be missing."""
-    recipe = portable(yaml.safe_load(recipe_yaml))
+    recipe = portable(plain_value(recipe_yaml))
     judge = (recipe.get("evaluate") or {}).get("judge")
     if judge:
         del judge["base_url"]  # which hosts there are is nobody's business
@@ -31,7 +30,7 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
         front["base_model"] = student
     name = recipe["name"]
     parts = [
-        "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---\n",
+        "---\n" + dump_yaml(front) + "---\n",
         f"# {name}\n",
         f"A student of {parameters / 1e6:.1f} million parameters, {_origin(recipe, student, teacher)}\n",
         "## Results\n",
@@ -46,7 +45,7 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
         f"Prompts had the template `{recipe['prompt']['template']}`, at most {recipe['prompt']['max_prompt_tokens']} tokens.\n",
         "## Recipe\n",
-        "```yaml\n" + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) + "```\n",
+        "```yaml\n" + dump_yaml(recipe) + "```\n",
         "## Versions\n",
         _versions(run),
     ]

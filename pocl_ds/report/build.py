@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 
-import yaml
-
 from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
 from pocl_ds.config import ReportConfig
+from pocl_ds.plain_yaml import plain_value
 from pocl_ds.report.markdown import markdown_page
 from pocl_ds.report.page import html_page
 from pocl_ds.report.read import read_facts
@@ -22,7 +21,7 @@ def build_report(run: RunDirectory, config: ReportConfig, *, recipe_yaml: str, f
 
     Raises ArtifactError where a finished artifact is damaged.
     """
-    recipe = yaml.safe_load(recipe_yaml)
+    recipe = plain_value(recipe_yaml)
     facts = read_facts(run, config, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"]))
     inputs = {stage: manifest.fingerprint for stage, manifest in facts.manifests.items()}
     inputs["steps"] = str(0 if facts.curves is None else len(facts.curves.steps["step"]))

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pocl_ds.artifacts import RunDirectory, atomic_write
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.plain_yaml import dump_yaml
 from pocl_ds.recipe import load_recipe
 from pocl_ds.report.charts import overlaid
 from pocl_ds.report.document import browser, cells, document, figures, folded, section, table
@@ -89,7 +88,7 @@ def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
     differences = recipe_differences([run.recipe for run in runs])
     rows = "".join(f"<tr>{cells([name, *('null' if value is None else value for value in values)])}</tr>"
                    for name, values in differences)  # fmt: skip
-    recipes = "".join(folded(run.name, f'<pre tabindex="0">{escaped(yaml.safe_dump(run.recipe, sort_keys=False))}</pre>')
+    recipes = "".join(folded(run.name, f'<pre tabindex="0">{escaped(dump_yaml(run.recipe))}</pre>')
                       for run in runs)  # fmt: skip
     body = "".join([
         f'<header><p class="eyebrow">POCL distillation · comparison</p><h1>{escaped(title)}</h1>'

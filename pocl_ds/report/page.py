@@ -6,8 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from pocl_ds.plain_yaml import plain_value
 from pocl_ds.report.charts import difficulty_charts, seen_charts, subset_bounds, training_charts
 from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
 from pocl_ds.report.items import Benchmark
@@ -33,7 +32,7 @@ ITEM_MENUS = (("benchmark", "Benchmark"), ("left", "Items where"), ("relation", 
 
 def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
     """The whole page."""
-    recipe = yaml.safe_load(recipe_yaml)
+    recipe = plain_value(recipe_yaml)
     training, difficulty, seen = training_charts(facts), difficulty_charts(facts), seen_charts(facts)
     body = "".join([
         f'<header><p class="eyebrow">POCL distillation · run report</p><h1>{escaped(name)}</h1>'

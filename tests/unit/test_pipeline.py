@@ -89,6 +89,28 @@ def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monke
         pass
 
 
+def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) -> None:
+    """Those of a folder too; one that is not there yet, or that no benchmark names, is none."""
+    tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}}
+    tree["evaluate"] = {"models": ["student"], "benchmark_folder": str(tmp_path), "benchmarks": ["dolly", "vicuna"]}
+    asked = Recipe.model_validate(tree)
+    prints = [pipeline.fingerprints(asked)["evaluate"]]
+    for name, text in (("other.jsonl", "one"), ("dolly.jsonl", "one"), ("dolly.jsonl", "two"), ("dolly.jsonl", "one")):
+        (tmp_path / name).write_text(text)
+        prints.append(pipeline.fingerprints(asked)["evaluate"])
+    assert prints[0] == prints[1] and prints[2] == prints[4] and len(set(prints)) == 3
+
+
+def test_a_tracker_that_is_missing_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}, "train": {"tracking": {"wandb": True}}}
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(ResourceError, match=r"train\.tracking\.wandb=true needs the package wandb"):
+        pipeline.enter(run, Recipe.model_validate(tree))
+    assert not run.recipe.exists()
+    pipeline.enter(run, Recipe.model_validate({**tree, "train": {}}))
+
+
 def test_without_gpus_they_share_the_cores(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)

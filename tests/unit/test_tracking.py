@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import logging
 import sys
@@ -73,6 +74,7 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     begun: list[dict[str, str]] = []
     fault: type[Exception] = type("UsageError", (Exception,), {})
     stub = types.ModuleType("wandb")
+    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stub.errors = types.SimpleNamespace(Error=fault)  # type: ignore[attr-defined]
     stub.init = lambda **options: begun.append(options) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", stub)
