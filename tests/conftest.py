@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def log_as_imported() -> Iterator[None]:
     yield
     log.handlers[:], log.propagate = handlers, propagate
     log.setLevel(level)
+
+
+@pytest.fixture
+def modules_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps the code of models in a folder of this test, whatever a test before it imported from another one."""
+    folder = str(tmp_path / "modules")
+    monkeypatch.setenv("HF_MODULES_CACHE", folder)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+    monkeypatch.syspath_prepend(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 @pytest.fixture(scope="session")

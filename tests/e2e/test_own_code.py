@@ -12,8 +12,8 @@ from tiny_runs import write_recipe
 from transformers import AutoModelForCausalLM
 
 
-def test_a_run_of_models_with_code_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("modules_of_models")
+def test_a_run_of_models_with_code_of_their_own(tmp_path: Path) -> None:
     teacher = tiny_models.with_code(tiny_models.llama(tmp_path / "teacher", layers=3))
     student = tiny_models.with_code(tiny_models.llama(tmp_path / "student", layers=2, seed=1))
     recipe = write_recipe(
@@ -26,6 +26,5 @@ def test_a_run_of_models_with_code_of_their_own(tmp_path: Path, monkeypatch: pyt
     results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["models"]
     assert results["student"]["kl"] > 0 and results["teacher"]["loss"] > 0
     assert all((tmp_path / "run" / "export" / name).is_file() for name in tiny_models.OWN)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", trust_remote_code=True)
     assert type(exported).__name__ == "OwnModel" and exported.config.num_hidden_layers == 2

@@ -61,8 +61,8 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_partitions_are_shown_as_sinfo_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    fake(tmp_path, "squeue", "true")
-    fake(tmp_path, "sbatch", "true")
+    for name in ("squeue", "sbatch", "scontrol", "scancel"):
+        fake(tmp_path, name, "true")
     fake(tmp_path, "sinfo", "echo 'main* up 3 nodes of 2 cores, (null)'; echo 'gpu up 4 nodes of 96 cores, gpu:h100:8'")
     found = checks.scheduler_answers()
     assert found.said == "main* up 3 nodes of 2 cores, no GPUs; gpu up 4 nodes of 96 cores, gpu:h100:8"

@@ -101,8 +101,8 @@ def test_what_gets_no_adapter(targets: tuple[str, ...], words: tuple[str, ...], 
         assert word in str(caught.value)
 
 
-def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+@pytest.mark.usefixtures("modules_of_models")
+def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tiny_models.with_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
     with pytest.raises(RecipeError, match="nothing_of_it"):
         check_adapters(load_model_config(str(folder), trust_remote_code=True), LoraConfig(targets=("nothing_of_it",)),

@@ -60,11 +60,11 @@ def with_code(model: Path, target: Path, sprung: Path) -> Path:
     return target
 
 
+@pytest.mark.usefixtures("modules_of_models")
 @pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
 def test_code_that_comes_with_a_model(
     load: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked, where there may be none"))
     sprung = tmp_path / "sprung"
     folder = with_code(tiny_llama, tmp_path / "model", sprung)
