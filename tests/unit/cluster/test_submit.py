@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.artifacts import RunDirectory
+from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.job import srun
 from pocl_ds.cluster.profile import check_profile
 from pocl_ds.cluster.submit import Submission
-from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.recipe import check_recipe
 
 
@@ -131,3 +132,31 @@ def test_a_step_in_a_container(container: Any, words: list[str], monkeypatch: py
     assert found[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"]
     assert "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found
     assert found[len(found) - len(words) :] == words
+
+
+def test_where_one_job_is_refused_those_before_it_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, sent, cancelled = submission(tmp_path / "run"), list[str](), list[list[str]]()
+
+    def submit(script: str, options: list[str]) -> str:
+        if len(sent) == 2:
+            raise ResourceError("sbatch refused (Invalid qos)")
+        sent.append(f"{40 + len(sent)}")
+        return sent[-1]
+
+    monkeypatch.setattr(scheduler, "live", lambda ids: [])
+    monkeypatch.setattr(scheduler, "submit", submit)
+    monkeypatch.setattr(scheduler, "release", lambda ids: pytest.fail("nothing may start"))
+    monkeypatch.setattr(scheduler, "cancel", cancelled.append)
+    with pytest.raises(ResourceError, match="Invalid qos"):
+        found.submit()
+    assert len(found.jobs) > 2 and cancelled == [["40", "41"]]
+
+
+def test_only_jobs_that_wait_for_none_have_a_time_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(scheduler, "start_time", lambda text: asked.append(text) or "tomorrow")
+    found = submission(tmp_path / "run")
+    times = found.start_times()
+    first = [job for job in found.jobs if not job.after]
+    assert asked == [found.script(job) for job in first] and {times[job.name] for job in first} == {"tomorrow"}
+    assert all(times[job.name] == f"after {', '.join(job.after)}" for job in found.jobs if job.after)

@@ -300,3 +300,12 @@ def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="none of the checkpoints .* is whole: remove that directory"):
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
     assert sorted(p.name for p in (tmp_path / "checkpoints").rglob("*")) == before
+
+
+def test_a_step_is_saved_over_what_stands_in_its_name(tmp_path: Path) -> None:
+    """As where a damaged checkpoint of a later step was left, and training comes there again."""
+    store, engine = checkpoints(tmp_path, keep=2), Engine()
+    save(store, engine, 10)
+    (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").write_text("")
+    save(store, engine, 10)
+    assert store.steps() == [10] and checkpoints(tmp_path).load(engine) == (10, {})  # type: ignore[arg-type]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +126,32 @@ def test_a_damaged_export_is_made_again(run: RunDirectory, recipe: str) -> None:
     (folder / "model.safetensors").unlink()
     export(run, out=None, recipe_yaml=recipe, fingerprint="x")
     assert (folder / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda tensors, key: tensors.pop(key), "is missing from the exported model"),
+    (lambda tensors, key: tensors.update(more=tensors[key].clone()), "weight more is unknown in the exported model"),
+    (lambda tensors, key: tensors.update({key: tensors[key][1:].clone()}), r"has shape \(\d+, \d+\) instead of"),
+    (lambda tensors, key: tensors.update({key: tensors[key].half()}), "is torch.float16 instead of torch.float32"),
+])  # fmt: skip
+def test_each_difference_has_its_words(change: Callable[..., Any], words: str, run: RunDirectory, tmp_path: Path) -> None:
+    source, key = run.train / "final", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(source / "model.safetensors")
+    change(tensors, key)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ArtifactError, match=words):
+        room.check_weights(source, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is damaged"):
+        room.check_weights(source, tmp_path)
+
+
+def test_weights_that_config_json_does_not_describe(run: RunDirectory, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run.train / "final", tmp_path / "model"))
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**tree, "num_hidden_layers": tree["num_hidden_layers"] - 1}))
+    with pytest.raises(ArtifactError, match=r"loads with unexpected keys \(model\.layers\.\d"):
+        room.check_loads(folder)
+    (folder / "config.json").write_text(json.dumps({**tree, "dtype": "float16", "torch_dtype": "float16"}))
+    with pytest.raises(ArtifactError, match=r"is torch\.float16 instead of torch\.float32 once loaded: check torch_dtype"):
+        room.check_loads(folder)

@@ -19,7 +19,7 @@ from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
 from pocl_ds.models import vocabulary
 from pocl_ds.models.heads import Head
-from pocl_ds.models.vocabulary import Ids, Vocabulary, models_apart, reconcile, reconcile_all
+from pocl_ds.models.vocabulary import Ids, Vocabulary, _counts, models_apart, reconcile, reconcile_all
 
 
 class Table:
@@ -77,6 +77,15 @@ def test_an_id_that_one_side_lacks_is_masked() -> None:
     found = reconcile(Table(teacher), Table(student), 10, 10)
     assert found.shared is not None
     assert np.flatnonzero(~found.shared).tolist() == [4]
+
+
+def test_tokens_are_counted_by_name_and_rows_by_id() -> None:
+    """A token at another id is common; a row with an id that the head lacks is none."""
+    teacher = {"a": 0, "b": 1, "c": 2, "only": 7}
+    student = {"b": 0, "c": 3, "mine": 1, "too": 2, "far": 20}
+    assert _counts(Table(teacher), Table(student), 9, 6) == (
+        ": 2 tokens common, 2 only the teacher's, 3 only the student's; rows without a token 5 and 2"
+    )
 
 
 def test_what_goes_together_says_no_more_than_its_counts() -> None:

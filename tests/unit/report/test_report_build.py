@@ -9,15 +9,21 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from synthetic_run import STEPS
 
 from pocl_ds.artifacts import Manifest, read_manifest, write_json
 from pocl_ds.config import ReportConfig
+from pocl_ds.curriculum.plan import Plan
+from pocl_ds.curriculum.sampler import Sampler
+from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import ArtifactError
 from pocl_ds.report import build, document
+from pocl_ds.report.visits import times_seen
 from pocl_ds.report.words import clock, markdown_cell
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
@@ -366,3 +372,18 @@ def test_a_reversed_ranking_says_so(synthetic: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(3.21, "3.2 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7500, "2 h 05 min")])
 def test_clock(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_visits_are_those_of_the_sampler(window: int, synthetic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a window, samples change places by their lengths: the count of a cut epoch is of the batches that were drawn."""
+    synthetic.everything()
+    run, plan = synthetic.run, json.loads((synthetic.run.plan / "plan.json").read_text())
+    random, size = np.random.default_rng(0), plan["stages"][-1]["stop"]
+    order, tokens = random.permutation(size), random.integers(1, 99, size)
+    np.save(run.ranking / "order.npy", order)
+    monkeypatch.setattr(EncodedSplit, "open", lambda *_: SimpleNamespace(total_tokens=tokens))
+    seen = times_seen(run, plan, seed=3, window=window, steps=7)
+    sampler = Sampler(Plan.from_json(plan, range(size)), 3, lengths=tokens[order], window=window)
+    drawn = np.concatenate([sampler.batch(step) for step in range(7)])
+    assert seen.tolist() == np.bincount(drawn, minlength=size).tolist()

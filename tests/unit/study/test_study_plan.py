@@ -14,13 +14,13 @@ from tiny_runs import write_recipe
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.cli import main
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import ArtifactError, Interrupted, PoclError, RecipeError
 from pocl_ds.names import STRATEGIES
 from pocl_ds.shipped import STUDIES
 from pocl_ds.study import commands
 from pocl_ds.study import run as running
 from pocl_ds.study.plan import Cell, cells_of, load_study, sample_visits
-from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
+from pocl_ds.study.run import adopt, directory, enter, is_finished, ready, run_cells
 
 
 @pytest.fixture
@@ -187,3 +187,17 @@ def test_the_command_lists_cells_and_does_nothing(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "pocl-rkl-long-seed2" in said and "NOT EQUAL" not in said and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("code", "error", "words"), [
+    (130, Interrupted, "stopped in cell kd.*the same command goes on"), (75, Interrupted, "stopped in cell kd"),
+    (2, ArtifactError, "cell kd.* ended with code 2, see above"),
+])  # fmt: skip
+def test_a_cell_that_does_not_end_well_ends_the_study(
+    code: int, error: type[PoclError], words: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(pipeline, "call", lambda command: started.append(command) or code)
+    with pytest.raises(error, match=words) as found:
+        run_cells(tmp_path, cells(tree, tmp_path))
+    assert len(started) == 1 and found.value.exit_code == (code if error is Interrupted else 2)
