@@ -74,6 +74,16 @@ def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
     assert not any("--mem" in line for line in score)
 
 
+def test_a_line_of_the_setup_that_fails_is_told(tmp_path: Path) -> None:
+    """And only such a line: what a condition asks may fail."""
+    lines = ["module() { return 3; }", "if false; then", "true", "fi", "false || VALUE=here", "module load cuda", "export VALUE"]
+    text = scripts(submission(tmp_path / "run", setup=lines))["train"]
+    script = tmp_path / "script"
+    script.write_text(f"{text[: text.index('# SLURM signals')]}\nfalse\nprintf %s \"$VALUE\"")
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr == "pocl: setup: exit code 3 of: module load cuda; the job goes on\n" and done.stdout == "here"
+
+
 def test_no_hyper_parameter_in_a_script(tmp_path: Path) -> None:
     for text in scripts(submission(tmp_path / "run")).values():
         assert not re.search(r"\blr\b|batch_|epoch|tau\b|train\.[a-z]|loss", text)
