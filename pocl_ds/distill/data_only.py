@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import os
 import pickle
 import re
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -14,6 +16,14 @@ import torch
 from pocl_ds.errors import ArtifactError
 
 FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch.load obeys it also where its caller says weights_only=False
+
+
+def pickle_by_value(kind: type[Enum]) -> None:
+    """From now on members of an enumeration are pickled as its class and a value, which `data_only` reads.
+
+    Python 3.11.0 to 3.11.3 (Debian 12's is one) write the function getattr instead, with which a pickle could do anything.
+    """
+    copyreg.pickle(kind, lambda member: (kind, (member.value,)))
 
 
 @contextlib.contextmanager

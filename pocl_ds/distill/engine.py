@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from pocl_ds import distributed
 from pocl_ds.config import TrainConfig
-from pocl_ds.distill.data_only import data_only
+from pocl_ds.distill.data_only import data_only, pickle_by_value
 from pocl_ds.distill.parameters import (
     clear_moments,
     copied,
@@ -294,11 +294,13 @@ class FrozenEngine:
 
 
 def start_deepspeed() -> None:
-    """Join the process group, once, in the way DeepSpeed wants it."""
+    """Join the process group, once, in the way DeepSpeed wants it; checkpoints that it writes are data (see `_data_only`)."""
     import deepspeed
+    from deepspeed.runtime.zero.config import ZeroStageEnum
 
     if dist.is_initialized():
         return
+    pickle_by_value(ZeroStageEnum)
     on_cpu = distributed.device().type == "cpu"
     if on_cpu:
         # The shared-memory collectives would be compiled for minutes; gloo does the same work.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import collections
 import os
 from concurrent.futures import ProcessPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pocl_ds.distill.data_only import FORCE, data_only
+from pocl_ds.distill.data_only import FORCE, data_only, pickle_by_value
 from pocl_ds.errors import ArtifactError
 
 
@@ -30,6 +31,25 @@ class Trap:
 def careless(path: Path) -> Any:
     """As DeepSpeed loads."""
     return torch.load(path, weights_only=False)
+
+
+class Stage(Enum):
+    """Members as Python 3.11.2 pickles them."""
+
+    WEIGHTS = 3
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (Stage, self.name)
+
+
+def test_a_member_of_an_enumeration_comes_through_whatever_python_wrote_it(tmp_path: Path) -> None:
+    torch.save(Stage.WEIGHTS, tmp_path / "file")
+    with pytest.raises(ArtifactError, match="getattr"), data_only(tmp_path, Stage):
+        careless(tmp_path / "file")
+    pickle_by_value(Stage)
+    torch.save(Stage.WEIGHTS, tmp_path / "file")
+    with data_only(tmp_path, Stage):
+        assert careless(tmp_path / "file") is Stage.WEIGHTS
 
 
 def test_data_comes_through(tmp_path: Path) -> None:
