@@ -280,12 +280,8 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
     before = {number: signal.signal(number, hand_on) for number in numbers}
     try:
         for command, own in zip(commands, environments, strict=True):
-            environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1", **own}
-            environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
-            if command[0] != "bash":
-                environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
             if not came:
-                children.append(subprocess.Popen(command, start_new_session=True, env=environment,
+                children.append(subprocess.Popen(command, start_new_session=True, env=_environment(command, own),
                                                  pass_fds=() if lock is None else (lock,)))  # fmt: skip
                 if came:  # while it was not on the list
                     children[-1].send_signal(came[-1])
@@ -301,6 +297,15 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
         raise Interrupted(f"a process of this stage was ended by {signal.Signals(killed).name}, often because memory ran out: "
                           "finished work is kept, the same command goes on", exit_code=128 + killed)  # fmt: skip
     return code
+
+
+def _environment(command: list[str], own: dict[str, str]) -> dict[str, str]:
+    """A child's variables: ours, what it must know, its own. Ranks get their threads from launch/train.sh."""
+    environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1", **own}
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
+    if command[0] != "bash":
+        environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+    return environment
 
 
 def _check_ds_configs(recipe: Recipe) -> None:

@@ -1,7 +1,8 @@
 """Attempts of a job, and what to do after one: pure rules over a file a job, on the standard library alone.
 
-A job that was asked to stop, or lost its node, goes on by itself as long as it gets further. A crash is tried again once; the
-same error at the same place is a defect that no restart mends.
+A job that was asked to stop, or lost its node, goes on by itself as long as it gets further; one whose nodes SLURM took for
+another, whenever it gets nodes again. A crash is tried again once; the same error at the same place is a defect that no restart
+mends.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from pocl_ds.errors import RESUME, UNFIT
 
 DONE, AGAIN, FAILED, ENDED = "done", "again", "failed", "ended"
 MENDABLE = 2
+PREEMPTED = "preemption"
 VARYING = re.compile(r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|:\d{4,5}\b", re.IGNORECASE)
 
 
@@ -36,6 +39,14 @@ class Attempt:
     outcome: str = ""
     why: str = ""
 
+    @property
+    def counts(self) -> bool:
+        """Whether it speaks about the job. Where SLURM took its nodes (preempted, requeued by somebody) it does not: an array's
+        task has no steps to show for its time, and may be preempted often before it is done once.
+        """
+        ended_while_it_left = self.end is None and self.stopped == "SIGTERM"
+        return self.stopped != PREEMPTED and self.outcome != ENDED and not ended_while_it_left
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -50,31 +61,31 @@ def signature(error: str) -> str:
     return VARYING.sub("#", error).strip()
 
 
-def judge(before: Sequence[Attempt], last: Attempt, *, most: int) -> Verdict:
-    """What to do after `last`, the attempts before it in order. most: attempts in a row without progress."""
+def judge(before: Sequence[Attempt], last: Attempt, *, most: int, taken: bool = False) -> Verdict:
+    """What to do after `last`, the attempts before it in order.
+
+    most: attempts in a row without progress; those whose nodes SLURM took are not among them. taken: SLURM is ending the job.
+    """
     if last.code == 0:
         return Verdict(DONE, "finished")
     if last.code == MENDABLE:
         return Verdict(FAILED, last.error or "a fault in the recipe or its files: see the log")
-    stalled = 1
-    for attempt in reversed(before):
-        if last.progress > attempt.progress:
-            break
-        stalled += 1
     asked = last.code in (RESUME, UNFIT) or bool(last.stopped)
     if not asked:
         same = [a for a in before if a.end is not None and not a.stopped and a.code not in (0, RESUME)
                 and a.progress == last.progress and signature(a.error) == signature(last.error)]  # fmt: skip
         if same:
             return Verdict(FAILED, f"the same error at the same place as in attempt {same[-1].number}: {last.error}")
-    if stalled >= most:
-        return Verdict(FAILED, f"{stalled} attempts without progress (profile field attempts={most}); "
-                               f"the last one: {last.error or last.stopped or f'exit code {last.code}'}")
+    what = last.error or (f"stopped by {last.stopped or 'a signal'}" if asked else f"exit code {last.code}")
+    if taken:
+        return Verdict(ENDED, f"{what}; SLURM itself ends or requeues the job")
+    since = list(takewhile(lambda attempt: last.progress <= attempt.progress, reversed(before)))
+    stalled = sum(attempt.counts for attempt in [last, *since])
+    if last.counts and stalled >= most:
+        return Verdict(FAILED, f"{stalled} attempts without progress (profile field attempts={most}); the last one: {what}")
     if last.code == UNFIT:
-        return Verdict(AGAIN, f"{last.error}; it goes to other nodes")
-    if asked:
-        return Verdict(AGAIN, f"stopped by {last.stopped or 'a signal'}; it goes on")
-    return Verdict(AGAIN, f"{last.error or f'exit code {last.code}'}; one more attempt")
+        return Verdict(AGAIN, f"{what}; it goes to other nodes")
+    return Verdict(AGAIN, f"{what}; {'it goes on' if asked else 'one more attempt'}")
 
 
 def excluded(attempts: Sequence[Attempt]) -> list[str]:

@@ -25,11 +25,10 @@ from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import (
     AGAIN,
     DONE,
-    ENDED,
     FAILED,
     MENDABLE,
+    PREEMPTED,
     Attempt,
-    Verdict,
     excluded,
     judge,
     read_attempts,
@@ -121,7 +120,7 @@ class Job:
                 break
             except subprocess.TimeoutExpired:
                 if self.attempt.stopped != noted:  # known also where the time that it is given does not last
-                    noted = self.attempt.stopped
+                    self.attempt.stopped = noted = PREEMPTED if preempted(self.id) else self.attempt.stopped
                     write_attempt(self.file, self.attempt)
                 if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
                     self._ask()
@@ -148,7 +147,7 @@ class Job:
         if code == 0:
             return 0
         if not self.attempt.stopped and preempted(self.id):
-            self.attempt.stopped = "preemption"
+            self.attempt.stopped = PREEMPTED
         if self.attempt.stopped or (len(words) == tasks and all(word["code"] in (0, RESUME) for word in words)):
             return RESUME
         quiet = sorted({f"rank-{rank}" for rank in range(tasks)} - {word["rank"] for word in words})
@@ -167,9 +166,7 @@ class Job:
     def _end(self) -> int:
         attempt = self.attempt
         attempt.end, attempt.progress = time.time(), progress(self.run, self.spec["name"])
-        verdict = judge(self.before, attempt, most=self.spec["attempts"])
-        if verdict.outcome == AGAIN and taken_away(self.id):
-            verdict = Verdict(ENDED, f"{verdict.why.partition(';')[0]}; SLURM itself ends or requeues the job")
+        verdict = judge(self.before, attempt, most=self.spec["attempts"], taken=attempt.code != 0 and taken_away(self.id))
         attempt.outcome, attempt.why = verdict.outcome, verdict.why
         write_attempt(self.file, attempt)
         say(f"{self.label}: {verdict.outcome}: {verdict.why}")

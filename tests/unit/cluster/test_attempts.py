@@ -6,10 +6,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.cluster.attempts import AGAIN, DONE, FAILED, Attempt, excluded, judge, read_attempts, signature, write_attempt
+from pocl_ds.cluster.attempts import (
+    AGAIN,
+    DONE,
+    ENDED,
+    FAILED,
+    PREEMPTED,
+    Attempt,
+    excluded,
+    judge,
+    read_attempts,
+    signature,
+    write_attempt,
+)
 from pocl_ds.errors import HANG, RESUME, UNFIT
 
 
@@ -47,11 +60,33 @@ def test_a_run_that_gets_further_is_never_given_up() -> None:
 
 
 def test_attempts_without_progress_are_counted() -> None:
-    before = [attempt(1, code=RESUME, stopped="preemption", progress=20)]
+    before = [attempt(1, code=RESUME, stopped="SIGUSR2", progress=20)]
     for number, outcome in ((2, AGAIN), (3, FAILED)):
-        last = attempt(number, code=RESUME, stopped="preemption", progress=20)
+        last = attempt(number, code=RESUME, stopped="SIGUSR2", progress=20)
         assert judge(before, last, most=3).outcome == outcome
         before.append(last)
+
+
+@pytest.mark.parametrize("fields", [
+    {"code": RESUME, "stopped": PREEMPTED},
+    {"code": RESUME, "stopped": "SIGTERM", "outcome": ENDED},  # without a grace time SLURM requeues at once
+    {"end": None, "stopped": "SIGTERM"},  # and may kill it before it is through
+])  # fmt: skip
+def test_an_attempt_whose_nodes_slurm_took_is_not_counted(fields: dict[str, Any]) -> None:
+    """A scoring task has no steps to show: three preemptions in a row used to end it, and the run."""
+    taken = [attempt(number, **fields) for number in range(1, 30)]
+    assert judge(taken, attempt(30, code=RESUME, stopped=PREEMPTED), most=3).outcome == AGAIN
+    slow = [attempt(number, code=RESUME, stopped="SIGUSR2") for number in (30, 31, 32)]
+    assert [judge([*taken, *slow[:n]], slow[n], most=3).outcome for n in range(3)] == [AGAIN, AGAIN, FAILED]
+    assert judge([*slow[:2], *taken], slow[2], most=3).outcome == FAILED, "nor does it forgive the others"
+
+
+def test_what_slurm_ends_is_left_to_slurm() -> None:
+    asked = attempt(1, code=RESUME, stopped="SIGTERM")
+    verdict = judge([asked] * 5, asked, most=3, taken=True)
+    assert verdict.outcome == ENDED and verdict.why == "stopped by SIGTERM; SLURM itself ends or requeues the job"
+    assert judge([], attempt(1, code=0), most=3, taken=True).outcome == DONE
+    assert judge([], attempt(1, code=2, error="no"), most=3, taken=True).outcome == FAILED
 
 
 def test_a_lost_attempt_is_no_crash_but_counts() -> None:
