@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 
-# Until the module catches Ctrl-C it ends this process at once: the traceback of an import helps nobody.
+# Until the module catches Ctrl-C it ends this process at once: the traceback of an import helps nobody. A pipeline starts us with
+# it held back, as Python itself would die of it with a traceback and a code of its own.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
-import runpy
-import traceback
-from pathlib import Path
+import runpy  # noqa: E402
+import traceback  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 tree = Path(__file__).resolve().parents[1]
 if (tree / "pocl_ds").is_dir():

@@ -82,8 +82,11 @@ forward() {
   for pid in "${alive[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
 # Job control gives each rank a process group of its own: Ctrl-C at the terminal reaches this script only, and is forwarded
-# exactly once. Without it a shell's background processes would ignore INT.
+# exactly once. Without it a shell's background processes would ignore INT. What comes while they start is forwarded to all then.
 set -m
+asked=''
+# shellcheck disable=SC2064
+for name in INT TERM USR1 USR2; do trap "asked=$name" "$name"; done
 for ((rank = 0; rank < ranks; rank++)); do
   if ((rank == 0)); then
     RANK=0 LOCAL_RANK=0 "$python" "$here/launch/pocl.py" "$module" "$@" &
@@ -92,10 +95,9 @@ for ((rank = 0; rank < ranks; rank++)); do
   fi
   alive[$rank]=$!
 done
-for name in INT TERM USR1 USR2; do
-  # shellcheck disable=SC2064
-  trap "forward $name" "$name"
-done
+# shellcheck disable=SC2064
+for name in INT TERM USR1 USR2; do trap "forward $name" "$name"; done
+if [ -n "$asked" ]; then forward "$asked"; fi
 
 failed=0 first=0 grace=${POCL_KILL_GRACE:-30} terminate=0 kill_at=0
 while ((${#alive[@]})); do

@@ -265,8 +265,8 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
     """As `call`, several at once, each with variables of its own. Returns the first exit code that is not 0, when all ended.
 
     A child has said why it left with a code; one that a signal ended has not. Raises what our own handler of a signal raises,
-    where no child answered it: one that was only starting died of it, one at its end never noticed. Raises Interrupted for a
-    child that was killed.
+    where no child answered it: one that was only starting died of it (a rank's Python with code 1), one at its end never noticed.
+    Raises Interrupted for a child that was killed.
     """
     children: list[subprocess.Popen[bytes]] = []
     came: list[int] = []
@@ -281,8 +281,7 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
     try:
         for command, own in zip(commands, environments, strict=True):
             if not came:
-                children.append(subprocess.Popen(command, start_new_session=True, env=_environment(command, own),
-                                                 pass_fds=() if lock is None else (lock,)))  # fmt: skip
+                children.append(_start(command, own, lock))
                 if came:  # while it was not on the list
                     children[-1].send_signal(came[-1])
         codes = [child.wait() for child in children]
@@ -290,7 +289,7 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
         for number, handler in before.items():
             signal.signal(number, handler)
     code = next((code for code in codes if code > 0), 0)
-    if came and not code:
+    if came and code in (0, 1):
         signal.raise_signal(came[0])
     killed = next((-code for code in codes if code < 0), 0)
     if killed and not code:
@@ -299,13 +298,19 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
     return code
 
 
-def _environment(command: list[str], own: dict[str, str]) -> dict[str, str]:
-    """A child's variables: ours, what it must know, its own. Ranks get their threads from launch/train.sh."""
+def _start(command: list[str], own: dict[str, str], lock: int | None) -> subprocess.Popen[bytes]:
+    """A child in a session of its own, with our variables and `own`. Ranks get their threads from launch/train.sh."""
     environment = {**os.environ, "POCL_PYTHON": sys.executable, "POCL_WITHIN": "1", "PYTHONUNBUFFERED": "1", **own}
     environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM's remarks on NUMA are for those who ask
     if command[0] != "bash":
         environment.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-    return environment
+    # Ctrl-C waits until launch/pocl.py is ready for it. A shell could not hear it any more, so the launcher of ranks is left out.
+    held = set() if command[0] == "bash" else {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        return subprocess.Popen(command, start_new_session=True, env=environment, pass_fds=() if lock is None else (lock,))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_ds_configs(recipe: Recipe) -> None:

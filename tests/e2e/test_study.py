@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
 import yaml
-from command_line import pocl
+from command_line import ROOT, pocl
 from tiny_runs import write_recipe
 
 
@@ -38,3 +42,33 @@ def test_a_study_of_two_arms(study: Path) -> None:
     assert "kd-seed42, pocl-seed42" in asked and "better" not in asked
     told = pocl("difficulty", str(folder / "kd-seed42"), str(folder / "pocl-seed42"), "--subsets", "2").stdout
     assert told.splitlines()[-1].split()[-2:] == ["100%", "100%"]  # one student, one order
+
+
+def test_the_script_of_a_study(tmp_path: Path) -> None:
+    """launch/study.sh: a teacher is tuned, one cell of the shipped study learns from it and is asked a benchmark's file."""
+    model = tiny_models.llama(tmp_path / "model", layers=30)
+    with (tmp_path / "data.jsonl").open("w") as stream:
+        for i in range(120):
+            stream.write(json.dumps({"instruction": f"Say {i}.", "output": f"It is {i} " * (1 + i % 3)}) + "\n")
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("dolly", "self_inst", "vicuna", "sni"):
+        asked = {"instruction": f"Is it {name}?", "output": "It is."}
+        (tmp_path / "benchmarks" / f"{name}.jsonl").write_text(json.dumps(asked) + "\n")
+    shipped = yaml.safe_load((ROOT / "launch" / "studies" / "small.yaml").read_text())
+    shipped.update(arms={"pocl": []}, grid={"loss": {"rkl": shipped["grid"]["loss"]["rkl"]}}, seeds=[10], compare=[])
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(shipped))
+    quick = ["data.train_samples=32", "data.test_samples=4", "data.validation_samples=8", "evaluate.max_new_tokens=8",
+             "evaluate.generation.backend=transformers"]  # fmt: skip
+    cell = ["student.heal_steps=2", "score.generation.backend=transformers", "score.max_new_tokens=8", "plan.subsets=2"]
+    environment = {**os.environ, "PYTHON": sys.executable, "STUDY": str(tmp_path / "one.yaml"), "RUNS": str(tmp_path / "runs"),
+                   "TEACHER_FIELDS": " ".join([*quick, f"student.model={model}"])}  # fmt: skip
+    found = subprocess.run(["bash", "launch/study.sh", str(tmp_path / "data.jsonl"), str(tmp_path / "benchmarks"), *quick, *cell],
+                           cwd=ROOT, env=environment, text=True, capture_output=True, timeout=380)  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    table = found.stdout.splitlines()
+    assert [word for word in next(line for line in table if "trainings" in line).split() if word in ("dolly", "sni")]
+    assert any(line.startswith("pocl, rkl") for line in table)
+    run = tmp_path / "runs" / "cells" / "pocl-rkl-seed10"
+    assert json.loads((run / "models" / "student" / "config.json").read_text())["num_hidden_layers"] == 10
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["teacher"]["model"] == str(tmp_path / "runs" / "teacher" / "export")

@@ -78,7 +78,6 @@ class Launch:
         while not all((self.folder / f"ready-{rank}").exists() for rank in range(ranks)):
             assert time.monotonic() < deadline, "the ranks did not start"
             time.sleep(0.05)
-        time.sleep(0.3)  # the launcher's own traps stand by now
 
     def environment(self, rank: int) -> dict[str, str]:
         return json.loads((self.folder / f"env-{rank}.json").read_text())
@@ -164,6 +163,16 @@ def test_a_signal_reaches_every_rank_once(launch: Launch, name: str, code: int) 
     process.communicate(timeout=30)
     assert process.returncode == code
     assert [launch.signals(rank) for rank in range(2)] == [name, name]
+
+
+def test_a_signal_while_ranks_are_being_started_reaches_all(launch: Launch) -> None:
+    """The launcher died of it, and the ranks it had started ran on without it."""
+    process = launch.start(12, {str(rank): "die" for rank in range(12)})
+    while not (launch.folder / "logs" / "rank-1.log").exists():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143, said
 
 
 def test_a_second_signal_is_passed_on_too(launch: Launch) -> None:

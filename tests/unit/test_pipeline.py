@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.config import Recipe
 from pocl_ds.errors import Interrupted, RecipeError, ResourceError
+from pocl_ds.shipped import LAUNCHER, module_command
 
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
@@ -164,8 +166,35 @@ def test_no_further_child_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.call_together([[sys.executable, "-c", "import time; time.sleep(60)"]] * 2, [{}] * 2)
+        pipeline.call_together([["bash", "-c", "sleep 60"]] * 2, [{}] * 2)
     assert [child.returncode for child in begun] == [-signal.SIGINT]
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_ctrl_c_while_python_itself_starts(
+    ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before any line of ours runs, Python would die of it in its module `site`: with code 1, which no shell takes for Ctrl-C."""
+    slow = "import pathlib, time\npathlib.Path(__file__).with_name('on').touch()\ntime.sleep(2)\n"
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = ["--version"]
+    command = ["bash", str(LAUNCHER), "--ranks", "2", *words] if ranks else [*module_command("pocl_ds.cli"), *words]
+
+    def press() -> None:
+        while not (tmp_path / "on").exists():
+            time.sleep(0.01)
+        time.sleep(2.6 if ranks else 0.3)  # the launcher asks Python for a port first
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.call(command)
+    pressing.join()
+    said = capfd.readouterr()
+    assert "pocl_ds" not in said.out, "it was asked to stop before it spoke"
+    assert ranks or not said.err
 
 
 def test_a_killed_child_is_told() -> None:
