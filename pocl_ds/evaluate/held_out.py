@@ -301,9 +301,10 @@ def _measure(
                                   is_teacher=model is None)
             loss, divergence, done = loss + one, divergence + two, done + count
             progress.advance(len(batch.rows), loss=loss / done)
-    log.info("%s, %s: loss %.4f, KL to the teacher %.4f a token", batches.name, name, loss / batches.tokens,
-             divergence / batches.tokens)  # fmt: skip
-    return loss / batches.tokens, divergence / batches.tokens
+    loss, divergence = loss / batches.tokens, divergence / batches.tokens
+    beside = "" if teacher is None or model is None else f", KL to the teacher {divergence:.4f}"
+    log.info("%s, %s: loss %.4f%s a token", batches.name, name, loss, beside)
+    return loss, divergence
 
 
 def _states(model: Any, batch: Batch) -> Tensor:

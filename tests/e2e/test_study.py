@@ -69,6 +69,6 @@ def test_the_script_of_a_study(tmp_path: Path) -> None:
     assert [word for word in next(line for line in table if "trainings" in line).split() if word in ("dolly", "sni")]
     assert any(line.startswith("pocl, rkl") for line in table)
     run = tmp_path / "runs" / "cells" / "pocl-rkl-seed10"
-    assert json.loads((run / "models" / "student" / "config.json").read_text())["num_hidden_layers"] == 10
+    assert json.loads((run / "export" / "config.json").read_text())["num_hidden_layers"] == 10
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     assert recipe["teacher"]["model"] == str(tmp_path / "runs" / "teacher" / "export")
