@@ -35,6 +35,8 @@ except SystemExit as leaving:
     code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     if isinstance(leaving.code, str):
         print(leaving.code, file=sys.stderr)
+except KeyboardInterrupt:  # on its way in or out; at work it has been answered with a sentence
+    code = 130
 except BaseException:
     print(hide(traceback.format_exc()), file=sys.stderr, end="")
     code = 1

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, error = _main(arguments)
     except SystemExit as leaving:  # argparse, or a signal
         code = leaving.code if isinstance(leaving.code, int) else 1
-    except Exception as defect:
+    except (Exception, KeyboardInterrupt) as defect:
         if interrupted():
             code, error = _interrupted("pocl")
         else:

@@ -277,7 +277,8 @@ def call_together(commands: list[list[str]], environments: list[dict[str, str]],
             child.send_signal(number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, hand_on) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # what we ignore, children do too
+    before = {number: signal.signal(number, hand_on) for number in heard}
     try:
         for command, own in zip(commands, environments, strict=True):
             if not came:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from refusals import own_signals, sentence
 
-from pocl_ds import pipeline
+from pocl_ds import cli, pipeline
 from pocl_ds.cli import main
 
 
@@ -68,3 +70,10 @@ def test_what_no_command_knows(capsys: pytest.CaptureFixture[str]) -> None:
     found = capsys.readouterr()
     assert "unrecognized arguments" in found.err and "(pocl run --help)" in found.err and "rouge" in found.out
     assert "there is no benchmark 'speed': take one of" in sentence(capsys, "bench", "speed")
+
+
+def test_ctrl_c_while_the_command_line_is_read(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "_parser", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with own_signals():
+        assert main(["run", "quickstart"]) == 130
+    assert capsys.readouterr().err == "pocl: interrupted; finished work is kept, the same command goes on\n"

@@ -197,6 +197,16 @@ def test_ctrl_c_while_python_itself_starts(
     assert ranks or not said.err
 
 
+def test_a_signal_that_we_ignore_is_ignored_by_children_too() -> None:
+    """A shell starts background jobs with Ctrl-C ignored: it ended the stage at work, and the run with it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code = "import os, signal, sys; os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); sys.exit(5)"
+        assert pipeline.call([sys.executable, "-c", code]) == 5
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_killed_child_is_told() -> None:
     with pytest.raises(Interrupted, match="ended by SIGKILL, often because memory ran out") as found:
         pipeline.call_together([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]], [{}])
