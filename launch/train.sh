@@ -15,8 +15,15 @@ set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${POCL_PYTHON:-$here/.venv/bin/python}
-[ -x "$python" ] || python=$(command -v python3)
-ranks=1 threads='' module=pocl_ds.cli
+if ! command -v "$python" >/dev/null; then
+  if [ -n "${POCL_PYTHON:-}" ]; then
+    echo "launch/train.sh: POCL_PYTHON=$POCL_PYTHON is no program here: name an interpreter with the packages of pocl_ds" >&2
+    exit 2
+  fi
+  python=python3
+fi
+python=$(command -v "$python")
+ranks='' threads='' module=pocl_ds.cli
 while (($#)); do
   case $1 in
     --ranks) ranks=${2:?--ranks needs a number}; shift 2 ;;
@@ -26,12 +33,15 @@ while (($#)); do
     *) break ;;
   esac
 done
-if (($# == 0)) || ! [[ $ranks =~ ^[1-9][0-9]*$ && $threads =~ ^([1-9][0-9]*)?$ ]]; then
+if (($# == 0)) || ! [[ $ranks =~ ^([1-9][0-9]*)?$ && $threads =~ ^([1-9][0-9]*)?$ ]]; then
   echo "launch/train.sh: give [--ranks N] [--threads T] and a command, as in: launch/train.sh --ranks 2 train --run-dir runs/x" >&2
   exit 2
 fi
 
-if ! command -v nvidia-smi >/dev/null 2>&1 || ! nvidia-smi -L >/dev/null 2>&1; then
+# A job that was promised GPUs must not become one without: what is wrong then is said where its nodes are looked at.
+if [ -n "${POCL_GPUS:-}" ]; then
+  unset DS_ACCELERATOR
+elif ! command -v nvidia-smi >/dev/null 2>&1 || ! nvidia-smi -L >/dev/null 2>&1; then
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   # On CPUs ZeRO-3 allocates and frees gigabytes of gathered weights a step. glibc would map and unmap each, at a page fault
   # every 4 KiB (a quarter of the step); told so, it keeps and reuses them, for about 1 GiB more memory a rank.
@@ -45,12 +55,24 @@ export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore::FutureWarning}
 PATH=$(dirname "$python"):$PATH
 export PATH
 
-# A task of an `srun` step is one rank. The signal handlers come with Python: until then USR1 and USR2 do no harm.
-if [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ]; then
+# A task of an `srun` step is one rank. Not so the one task of an interactive step, the shell that `salloc` gives on some clusters,
+# where ranks are asked for. The signal handlers come with Python: until then USR1 and USR2 do no harm.
+tasks=${SLURM_STEP_NUM_TASKS:-${SLURM_NTASKS:-1}}
+if [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ] && { ((tasks > 1)) || ((${ranks:-1} == 1)); }; then
+  if ((${ranks:-$tasks} != tasks)); then
+    echo "launch/train.sh: --ranks $ranks in a step of $tasks tasks, each of which is one rank: leave --ranks out" >&2
+    exit 2
+  fi
   trap '' USR1 USR2
-  export RANK=$SLURM_PROCID WORLD_SIZE=${SLURM_STEP_NUM_TASKS:-$SLURM_NTASKS} LOCAL_RANK=${SLURM_LOCALID:-0}
+  export RANK=$SLURM_PROCID WORLD_SIZE=$tasks LOCAL_RANK=${SLURM_LOCALID:-0}
   export LOCAL_WORLD_SIZE=$((WORLD_SIZE / ${SLURM_STEP_NUM_NODES:-1}))
-  export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)}
+  if [ -z "${MASTER_ADDR:-}" ] && ! MASTER_ADDR=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
+  then
+    echo "launch/train.sh: the first node is not known here without scontrol: export MASTER_ADDR" >&2
+    exit 2
+  fi
+  export MASTER_ADDR
+  if [ -n "${TMPDIR:-}" ]; then mkdir -p "$TMPDIR" 2>/dev/null || true; fi  # node-local: preflight tells where it cannot be
   # Below the ephemeral ports; jobs on one node, a job's steps, and its attempts each have their own.
   place=$((SLURM_JOB_ID * 16 + SLURM_STEP_ID + 5 * ${SLURM_RESTART_COUNT:-0}))
   export MASTER_PORT=${MASTER_PORT:-$((10000 + place % 22000))}
@@ -59,9 +81,11 @@ if [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ]; then
 fi
 # In an allocation, as in the script of a job or the shell of `salloc`, the ranks are spread over its nodes.
 if [ -n "${SLURM_JOB_ID:-}" ] && ((${SLURM_NNODES:-1} > 1)); then
-  exec srun --ntasks="$ranks" --kill-on-bad-exit=1 bash "${BASH_SOURCE[0]}" ${threads:+--threads "$threads"} --module "$module" "$@"
+  cores=${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK} # a step does not take it over from its job by itself
+  exec srun --ntasks="${ranks:-1}" ${cores:+"$cores"} --kill-on-bad-exit=1 bash "${BASH_SOURCE[0]}" ${threads:+--threads "$threads"} --module "$module" "$@"
 fi
 
+ranks=${ranks:-1}
 cores=$(nproc)
 threads=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}
 logs=${POCL_LOG_DIR:-}

@@ -107,6 +107,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def node_name() -> str:
+    """This machine's name as SLURM has it, which is often not the whole host name."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def leave_word(code: int, error: str = "") -> None:
     """Note how this rank leaves, where the one that started it wants to know. The first word stays."""
     folder = os.environ.get(FOLDER)
@@ -116,4 +121,4 @@ def leave_word(code: int, error: str = "") -> None:
     with contextlib.suppress(OSError):  # it must never hide the fault that it tells of
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as stream:
-            json.dump({"code": code, "error": error, "time": time.time(), "node": os.uname().nodename}, stream)
+            json.dump({"code": code, "error": error, "time": time.time(), "node": node_name()}, stream)

@@ -106,8 +106,17 @@ def scheduler_answers() -> Finding:
     return Finding("scheduler", OK, "; ".join(partitions.split("\n")).strip("; "))
 
 
-def checkpoint_bytes(run: Path, keep: int, *, adapters: bool) -> int:
-    """What a training writes: weights, and 12 bytes a parameter for each checkpoint that it holds at once, one more while saving.
+def scratch() -> Finding:
+    """The folder for temporary files, where the profile names one: Python would silently take another."""
+    path = os.environ.get("TMPDIR")
+    if path and not (os.path.isdir(path) and os.access(path, os.W_OK)):
+        return Finding("scratch", FAIL, f"TMPDIR={path} is no writable folder: make it, or change the profile's scratch")
+    return Finding("scratch", OK, path or tempfile.gettempdir())
+
+
+def checkpoint_bytes(run: Path, training: Path, keep: int, *, adapters: bool) -> int:
+    """What a training still writes: weights, and 12 bytes a parameter for each checkpoint that it holds at once, one more while
+    saving, less those that lie in its folder already.
 
     adapters: checkpoints hold only these, next to nothing beside the weights. 0 before the student is there.
     """
@@ -118,7 +127,8 @@ def checkpoint_bytes(run: Path, keep: int, *, adapters: bool) -> int:
         return 0
     if adapters:
         return weights * 2
-    return weights * (2 + 6 * (keep + 1))  # a weight may take two bytes: 12 bytes a parameter are up to six times the file
+    there = sum(path.stat().st_size for path in (training / "checkpoints").rglob("*") if path.is_file())
+    return max(weights * (2 + 6 * (keep + 1)) - there, 0)  # a weight may take two bytes: 12 are up to six times the file
 
 
 def here(run: Path) -> list[Finding]:

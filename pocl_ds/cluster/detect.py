@@ -47,7 +47,7 @@ def detect(partition: str | None = None) -> tuple[Profile, list[str]]:
 
 def _gpus(resources: str) -> tuple[str | None, int]:
     """Type and number of a node's GPUs: gpu:8, gpu:h100:8(S:0-1)."""
-    found = re.search(r"gpu:(?:([A-Za-z][\w.-]*):)?(\d+)", resources)
+    found = re.search(r"gpu:(?:([^:,()]+):)?(\d+)(?=[,(]|$)", resources)
     return (found.group(1), int(found.group(2))) if found else (None, 0)
 
 

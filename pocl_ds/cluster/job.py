@@ -26,7 +26,6 @@ from pocl_ds.cluster.attempts import (
     AGAIN,
     DONE,
     FAILED,
-    MENDABLE,
     PREEMPTED,
     Attempt,
     excluded,
@@ -34,7 +33,7 @@ from pocl_ds.cluster.attempts import (
     read_attempts,
     write_attempt,
 )
-from pocl_ds.errors import RESUME, UNFIT, PoclError, ResourceError
+from pocl_ds.errors import HANG, RESUME, UNFIT, PoclError, ResourceError
 from pocl_ds.exits import FOLDER, SIGNALS
 
 AGAIN_SECONDS = 10.0  # a signal that came before a rank could hear it is given again
@@ -110,6 +109,11 @@ class Job:
         say(f"{self.label}: {what} on {nodes * per_node} rank{'s' if nodes * per_node > 1 else ''}")
         environment = {**os.environ, FOLDER: str(exits), "POCL_WITHIN": "1"}
         environment["POCL_PYTHON"] = (self.spec["container"] or {}).get("python") or self.spec["python"]
+        # Known here, where `scontrol` is; an image may lack it. What the submitting shell said of it was of another run.
+        environment.pop("MASTER_PORT", None)
+        environment["MASTER_ADDR"] = self.attempt.nodes[0] if nodes > 1 else "127.0.0.1"
+        if self.spec["gpus_per_node"]:  # then no node may take itself for one without
+            environment["POCL_GPUS"] = str(self.spec["gpus_per_node"])
         self.child = subprocess.Popen(command, env=environment)
         if self.attempt.stopped:  # it came between the question and the start
             self._ask()
@@ -128,9 +132,9 @@ class Job:
         left = words_of_ranks(exits)
         if what == "preflight" and code and not self.attempt.stopped:
             dumb = sorted(set(self.attempt.nodes) - {word["node"] for word in left})
-            # Where a rank tells a fault, srun ends the others: who has no word then was only cut short.
-            told = any(word["code"] in (UNFIT, MENDABLE) for word in left)
-            if left and dumb and not told:  # it could not even start its ranks
+            # Where a rank leaves with a fault, srun ends the others: who has no word then was only cut short.
+            waited = all(word["code"] in (0, HANG) for word in left)
+            if left and dumb and waited:  # it could not even start its ranks
                 self.attempt.error, self.attempt.suspects = f"preflight: {', '.join(dumb)}: no rank of it came to answer", dumb
                 return UNFIT
         return self._meaning(code, left, nodes * per_node)
@@ -184,7 +188,7 @@ class Job:
 
     def _requeue(self) -> int:
         """The same job once more. SLURM ends this script while it does so."""
-        scheduler.call("scontrol", "requeue", self.id)
+        scheduler.patiently(lambda: scheduler.call("scontrol", "requeue", self.id))
         time.sleep(60)
         return RESUME
 
@@ -193,7 +197,8 @@ class Job:
         options = [f"--exclude={','.join(filter(None, [self.spec['exclude'], *nodes]))}"]
         if self.task is not None:
             options.append(f"--array={self.task}")
-        new = scheduler.submit(str(self.folder / "jobs" / f"{self.spec['name']}.sbatch"), options)
+        script = str(self.folder / "jobs" / f"{self.spec['name']}.sbatch")
+        new = scheduler.patiently(lambda: scheduler.submit(script, options))
         with (self.folder / "jobs" / f"{self.spec['name']}.ids").open("a") as stream:
             stream.write(f"{new}\n")
         for name in self.spec["before"]:
@@ -210,17 +215,21 @@ class Job:
 def srun(spec: dict[str, Any], run: Path, nodes: int, tasks_per_node: int, logs: str) -> list[str]:
     """The words of a step: its tasks, their cores, a log a rank, and the container it runs in."""
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}",
-               f"--cpus-per-task={spec['cpus_per_task']}", "--kill-on-bad-exit=1", "--wait=30", f"--output={logs}"]  # fmt: skip
-    if re.search(r"TaskPlugin\s*=\s*\S*(affinity|cgroup)", scheduler.call("scontrol", "show", "config")):
+               f"--cpus-per-task={spec['cpus_per_task']}", "--kill-on-bad-exit=1", "--wait=30", "--export=ALL",
+               f"--output={logs}"]  # fmt: skip
+    if re.search(r"TaskPlugin\s*=\s*\S*(affinity|cgroup)", _shown("config")):
         command.append("--cpu-bind=cores")
     container = spec["container"]
     if not container:
         return command
-    mounts = [f"{run}:{run}", *container["mounts"]]
+    here = os.getcwd()  # where the recipe's relative paths begin
+    mounts = [f"{path}:{path}" for path in dict.fromkeys([str(run), here])] + list(container["mounts"])
     if container["runtime"] == "pyxis":
-        return [*command, f"--container-image={container['image']}", f"--container-mounts={','.join(mounts)}"]
+        return [*command, f"--container-image={container['image']}", f"--container-mounts={','.join(mounts)}",
+                f"--container-workdir={here}"]  # fmt: skip
     binds = [word for mount in mounts for word in ("--bind", mount)]
-    return [*command, "apptainer", "exec", *(["--nv"] if spec["gpus_per_node"] else []), *binds, container["image"]]
+    nvidia = ["--nv"] if spec["gpus_per_node"] else []
+    return [*command, "apptainer", "exec", *nvidia, *binds, "--pwd", here, container["image"]]
 
 
 def words_of_ranks(folder: Path) -> list[dict[str, Any]]:
@@ -247,7 +256,7 @@ def taken_away(job: str) -> bool:
     """Whether SLURM is ending the job for another reason than its time limit: cancelled, it must not come back; requeued by
     somebody, or since a node failed, it does so by itself. Which of the two, SLURM does not tell while it is at it.
     """
-    shown = _shown(job)
+    shown = _shown("job", job)
     state = re.search(r"JobState=(\S+)", shown)
     if state is None or state.group(1) in ("RUNNING", "TIMEOUT"):
         return False
@@ -264,13 +273,14 @@ def _seconds(text: str) -> int:
 
 def preempted(job: str) -> bool:
     """Whether the scheduler takes the job's nodes for another."""
-    found = re.search(r"PreemptTime=(\S+)", _shown(job))
+    found = re.search(r"PreemptTime=(\S+)", _shown("job", job))
     return bool(found and found.group(1) not in ("None", "N/A"))
 
 
-def _shown(job: str) -> str:
+def _shown(*what: str) -> str:
+    """What the controller says; nothing where it is away, as that must not end a job."""
     with contextlib.suppress(ResourceError):
-        return scheduler.call("scontrol", "show", "job", job)
+        return scheduler.call("scontrol", "show", *what)
     return ""
 
 
@@ -285,7 +295,7 @@ def main() -> int:
         signal.signal(number, job.stop)
     for got in early:
         job.stop(got, None)
-    with (run / ".lock").open("w") as held:
+    with (run / ".lock").open("a+") as held:  # NFSv4 refuses a shared lock on what was opened for writing alone
         try:
             take_lock(held.fileno(), run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

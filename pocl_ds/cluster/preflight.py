@@ -14,17 +14,19 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 from statistics import median_low
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, file_digest, package_versions, write_json
 from pocl_ds.cluster import checks
-from pocl_ds.errors import UNFIT, PoclError
-from pocl_ds.exits import leave_when_asked, leave_word
+from pocl_ds.errors import HANG, UNFIT, PoclError, ResourceError
+from pocl_ds.exits import leave_when_asked, leave_word, node_name
 from pocl_ds.tracking import setup_logging
 
 log = logging.getLogger("pocl_ds")
@@ -35,10 +37,13 @@ ROUNDS = 3
 
 
 def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
-    """What this rank sees of its node. `faults`: sentences."""
+    """What this rank sees of its node. `faults`: sentences; `own`: one of them is this node's alone, whatever the others see."""
+    clock = time.time()  # before anything that takes longer on one node than on another
     shared = run.cluster / "preflight"
-    needed = checks.checkpoint_bytes(run.path, keep=spec["keep"], adapters=spec["adapters"])
-    findings = [checks.devices(spec["gpus_per_node"]), checks.folder(run.path, needed), checks.limits()]
+    training = {"train": run.train, "baseline": run.baseline}.get(spec["name"])
+    needed = checks.checkpoint_bytes(run.path, training, keep=spec["keep"], adapters=spec["adapters"]) if training else 0
+    device = checks.devices(spec["gpus_per_node"])
+    findings = [device, checks.folder(run.path, needed), checks.limits(), checks.scratch()]
     faults = [finding.said for finding in findings if finding.state == checks.FAIL]
     for _ in range(50):  # a network file system may show another node's file late
         if (shared / token).is_file():
@@ -47,8 +52,20 @@ def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     else:
         faults.append(f"{run.path} is another folder here than on the first node: mount it on every node")
     recipe = file_digest(run.recipe)["sha256"] if run.recipe.is_file() else "missing"
-    return {"node": os.uname().nodename, "faults": faults, "clock": time.time(), "recipe": recipe, "versions": package_versions(),
-            "notes": [finding.said for finding in findings if finding.state == checks.WARN]}  # fmt: skip
+    return {"node": node_name(), "faults": faults, "own": device.state == checks.FAIL, "clock": clock, "recipe": recipe,
+            "versions": package_versions(), "notes": [finding.said for finding in findings if finding.state == checks.WARN]}
+
+
+def check_ways(spec: dict[str, Any]) -> None:
+    """Raise ResourceError where this node cannot meet the others: they would wait for it, and look as if they were at fault."""
+    if spec["gpus_per_node"] and distributed.device().type == "cpu":
+        raise ResourceError(f"no GPU is visible, where {spec['gpus_per_node']} are promised")
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    here = psutil.net_if_addrs()
+    able = {name for name, addresses in here.items() if any(one.family in (AF_INET, AF_INET6) for one in addresses)}
+    if names and not able & set(names):
+        raise ResourceError(f"it has no network interface {' or '.join(names)} with an address, which the profile names; it has "
+                            f"{', '.join(sorted(able))}")  # fmt: skip
 
 
 def differences(found: list[dict[str, Any]]) -> dict[str, str]:
@@ -89,6 +106,7 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     """Look at every node. Returns the exit code of this rank, and its sentence."""
     start = time.monotonic()
     if distributed.world_size() > 1:
+        check_ways(spec)
         dist.init_process_group("nccl" if distributed.device().type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=spec["patience"]))
     token = distributed.from_rank_zero(f"{os.environ.get('SLURM_JOB_ID', 'here')}-{time.time_ns()}")
@@ -110,10 +128,10 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
                  "".join(f"; {note}" for note in notes))  # fmt: skip
         return 0, ""
     sentence = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
-    if set(faults) == set(nodes):
+    if set(faults) == set(nodes) and not (len(nodes) == 1 and any(look["own"] for look in found)):
         return 2, sentence
     # With any other code a fit node's rank would make srun end those that have a fault to tell.
-    return (UNFIT, sentence) if os.uname().nodename in faults else (0, "")
+    return (UNFIT, sentence) if node_name() in faults else (0, "")
 
 
 def main() -> int:
@@ -122,12 +140,15 @@ def main() -> int:
     name, run = sys.argv[1], RunDirectory(Path(sys.argv[3]))
     setup_logging(distributed.rank(), world_size=distributed.world_size())
     spec = json.loads((run.cluster / "jobs" / f"{name}.json").read_text())
+    start = time.monotonic()
     try:
         code, sentence = preflight(run, spec)
     except PoclError as error:  # a rank without a device of its own, or that cannot write
-        code, sentence = UNFIT, f"{os.uname().nodename}: {error}"
-    except RuntimeError as error:  # torch could not bring the ranks together
-        code, sentence = 1, f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the profile's interface"
+        code, sentence = UNFIT, f"{node_name()}: {error}"
+    except (RuntimeError, ValueError) as error:  # torch could not bring the ranks together
+        # Who waited in vain has others to blame; who failed at once may be at fault himself, or the profile.
+        code = HANG if time.monotonic() - start > 0.8 * spec["patience"] else 1
+        sentence = f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the profile's interface"
     if sentence:
         log.error("preflight: %s", sentence)
     leave_word(code, f"preflight: {sentence}" if sentence else "")

@@ -28,6 +28,12 @@ def _plain(value: str) -> str:
     return value
 
 
+def _scratch(value: str) -> str:
+    if not re.fullmatch(r"(/([A-Za-z0-9_.,:@+=-]|\$[A-Za-z_]\w*|\$\{[A-Za-z_]\w*\})+)+/?", value):
+        raise ValueError("write an absolute path of letters, digits, _ . , : @ + = - and variables, as in /local/$SLURM_JOB_ID")
+    return value
+
+
 def _time(value: str) -> str:
     if not re.fullmatch(r"(\d+-)?\d+(:\d\d){0,2}", value):
         raise ValueError("write a time limit as SLURM does: minutes, HH:MM:SS, or D-HH:MM:SS; in quotes")
@@ -77,7 +83,9 @@ class Profile(Section):
     setup: tuple[str, ...] = Field((), description="lines of shell before anything runs: module load ...")
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(default_factory=dict)
     container: ContainerConfig | None = None
-    scratch: str | None = Field(None, description="node-local folder for temporary files (TMPDIR)")
+    scratch: Annotated[str, AfterValidator(_scratch)] | None = Field(
+        None, description="node-local folder for temporary files (TMPDIR), as in /local/$SLURM_JOB_ID; made if it is not there"
+    )
     options: tuple[Plain, ...] = Field((), description="further options of sbatch, as in --mail-type=END")
     grace_seconds: Positive = Field(120, description="signal so long before the time limit: a checkpoint must fit in")
     preflight_seconds: Positive = Field(120, description="a node whose ranks do not come together in this time is left out")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pocl_ds.errors import ResourceError
@@ -15,6 +17,10 @@ FIELDS = {"id": "%i", "array": "%F", "task": "%K", "name": "%j", "state": "%T", 
           "limit": "%l", "nodes": "%N", "since": "%V"}  # fmt: skip
 GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 SECONDS = 60  # a controller that is busy may take long to answer
+AWAY = re.compile("[Uu]nable to contact|[Tt]imed out|did not answer|Connection (refused|reset)|try again")
+AWAY_SECONDS = (5, 10, 20, 40, 60)  # between trials: a controller that restarts is back within minutes
+# What a surrounding job would tell sbatch, and through it the new one's srun: its memory, its task's number.
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,9 @@ def available() -> bool:
 
 def call(*words: str, given: str | None = None) -> str:
     """Run a command of SLURM, `given` on its input. Raises ResourceError with what it said."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in KEPT}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, input=given)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, input=given, env=own)
     except FileNotFoundError:
         raise ResourceError(f"{words[0]} was not found: use a machine that submits to SLURM, or run `pocl run` here") from None
     except subprocess.TimeoutExpired:
@@ -63,9 +70,25 @@ def call(*words: str, given: str | None = None) -> str:
     return done.stdout or " ".join(done.stderr.split())  # --test-only answers on stderr
 
 
+def patiently(ask: Callable[[], str]) -> str:
+    """What `ask` returns, asked again where the controller is away for some minutes. Raises ResourceError."""
+    for seconds in AWAY_SECONDS:
+        try:
+            return ask()
+        except ResourceError as error:
+            if not AWAY.search(str(error)):
+                raise
+        time.sleep(seconds)
+    return ask()
+
+
 def submit(script: str, options: Sequence[str]) -> str:
-    """Submit a script. Returns the job's id."""
-    return call("sbatch", "--parsable", *options, script).strip().partition(";")[0]
+    """Submit a script. Returns the job's id: the last line, since a site's own sbatch may greet first."""
+    said = call("sbatch", "--parsable", *options, script).strip()
+    number = said.rpartition("\n")[2].partition(";")[0]
+    if not number.isdigit():
+        raise ResourceError(f"sbatch --parsable gave no job id but {said!r}: ask those who run the cluster")
+    return number
 
 
 def start_time(text: str) -> str:

@@ -38,6 +38,7 @@ class Submission:
     """A run, its recipe with as many ranks as its nodes give, a profile, and the jobs that are left to do."""
 
     def __init__(self, run: RunDirectory, recipe: Recipe, profile: Profile, *, nodes: int | None, until: str = "report") -> None:
+        self.until = until
         self.path = run.path.expanduser().resolve()
         if found := UNSAFE.search(str(self.path)):
             raise RecipeError(f"the run directory {str(self.path)!r} holds {found.group()!r}, which SLURM does not take in the "
@@ -64,13 +65,12 @@ class Submission:
         environment = dict(self.profile.environment)
         if self.profile.interface:
             environment |= {"GLOO_SOCKET_IFNAME": self.profile.interface, "NCCL_SOCKET_IFNAME": self.profile.interface}
-        if self.profile.scratch:
-            environment["TMPDIR"] = self.profile.scratch
         world = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
         world.filters["quoted"] = lambda value: shlex.quote(str(value))
         template = world.from_string(JOB_TEMPLATE.read_text(encoding="utf-8"))
         return template.render(
             run=str(self.path), job=job, options=self._options(job), setup=self.profile.setup, environment=environment,
+            scratch=self.profile.scratch,
             python="python3" if self.profile.container else sys.executable,
             launcher=f"{self.folder}/code/launch/pocl.py",
         )  # fmt: skip
@@ -164,7 +164,7 @@ class Submission:
                 if (self.folder / name).is_dir():
                     os.replace(self.folder / name, past / f"{number}-{name}")
         write_json(self.folder / "submission.json", {
-            "jobs": [job.name for job in self.jobs], "profile": self.profile.name,
+            "jobs": [job.name for job in self.jobs], "profile": self.profile.name, "until": self.until,
             "recipe": fingerprint(self.recipe.model_dump()),
             "versions": package_versions(), "python": sys.executable, "directory": self.directory,
             "code": _digest(self.folder / "code"),
@@ -189,8 +189,8 @@ def resume(run: RunDirectory) -> Submission:
     Raises ArtifactError for a run that was never submitted.
     """
     run = RunDirectory(run.path.resolve())
-    enter_submission(run)
-    return Submission(run, load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml")), nodes=None)
+    until = enter_submission(run)["until"]
+    return Submission(run, load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml")), nodes=None, until=until)
 
 
 def enter_submission(run: RunDirectory) -> dict[str, Any]:

@@ -81,13 +81,16 @@ def _difficulty(options: argparse.Namespace) -> int:
 
 def _submit(options: argparse.Namespace, folder: Path, cells: list[Cell]) -> int:
     """Hand in the cells that need not wait for another's scores, teacher or baseline."""
+    from pocl_ds.cluster import scheduler
     from pocl_ds.cluster.profile import load_profile
-    from pocl_ds.cluster.submit import Submission
+    from pocl_ds.cluster.submit import Submission, job_ids
     from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
 
     profile = load_profile(options.profile)
-    # The jobs of the others may be writing what would be taken over.
-    untouched = [cell for cell in cells if not (directory(folder, cell).cluster / "submission.json").is_file()]
+    ids = {cell.name: job_ids(directory(folder, cell)) for cell in cells}
+    live = {job.array for job in scheduler.live([one for found in ids.values() for one in found])}
+    # The jobs of the others may be writing what would be taken over. One whose jobs were refused, or ended, is handed in again.
+    untouched = [cell for cell in cells if not live & set(ids[cell.name])]
     for cell in untouched:
         if not is_finished(folder, cell):
             enter(folder, cell)

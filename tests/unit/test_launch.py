@@ -209,12 +209,36 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
         "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_RESTART_COUNT": "1",
         "PATH": f"{fake}:{os.environ['PATH']}",
     }  # fmt: skip
-    process = launch.start(9, {}, **slurm)
+    process = launch.start(4, {}, **slurm)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     environment = launch.environment(3)
     found = [environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["3", "1", "4", "2", "n1", str(10000 + (123456 * 16 + 2 + 5) % 22000)]
+    _, err = (process := launch.start(9, {}, **slurm)).communicate(timeout=30)
+    assert process.returncode == 2 and "--ranks 9 in a step of 4 tasks" in err
+    (fake / "scontrol").write_text("#!/bin/sh\nexit 127\n")  # as in an image that has none
+    _, err = (process := launch.start(4, {}, **slurm)).communicate(timeout=30)
+    assert process.returncode == 2 and "export MASTER_ADDR" in err
+
+
+def test_the_task_of_an_interactive_step_is_no_rank(launch: Launch) -> None:
+    """`salloc` gives its shell one on some clusters: a run of two ranks became one rank there, without a word."""
+    inside = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290",
+              "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}  # fmt: skip
+    _, err = (process := launch.start(2, {}, **inside)).communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert [launch.environment(rank)["WORLD_SIZE"] for rank in range(2)] == ["2", "2"]
+
+
+def test_what_was_promised_gpus_does_not_become_a_cpu_job(launch: Launch) -> None:
+    launch.start(1, {}, POCL_GPUS="4", DS_ACCELERATOR="cpu").communicate(timeout=30)
+    assert "DS_ACCELERATOR" not in launch.environment(0)
+
+
+def test_an_interpreter_that_is_not_there_is_named(launch: Launch) -> None:
+    _, err = (process := launch.start(1, {}, POCL_PYTHON="python9.9")).communicate(timeout=30)
+    assert process.returncode == 2 and "POCL_PYTHON=python9.9" in err
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.cluster.job import Job, words_of_ranks
-from pocl_ds.errors import UNFIT
+from pocl_ds.errors import HANG, UNFIT
 
 LOOK = ["--module", "pocl_ds.cluster.preflight"]
 
@@ -55,9 +55,15 @@ def test_a_rank_that_was_ended_before_it_could_speak_is_not_blamed(job: Job, cod
 
 
 def test_a_node_whose_ranks_never_came_is_left_out(job: Job) -> None:
-    lost = (1, "preflight: the ranks do not reach each other")
-    assert step(job, 1, {0: lost, 2: lost}) == UNFIT
+    lost = (HANG, "preflight: the ranks do not reach each other")
+    assert step(job, HANG, {0: lost, 2: lost}) == UNFIT
     assert job.attempt.suspects == ["n2"] and "n2: no rank of it came to answer" in job.attempt.error
+
+
+def test_a_node_that_failed_at_once_does_not_make_the_others_suspect(job: Job) -> None:
+    """Its end made srun end them: they were whole, and the job must not keep to the one that is not."""
+    assert step(job, 1, {2: (1, "preflight: the ranks do not reach each other (Unable to find address for: ib0)")}) == 1
+    assert job.attempt.suspects == [] and "ib0" in job.attempt.error
 
 
 def test_a_rank_that_was_ended_while_it_wrote_has_left_no_word(job: Job) -> None:

@@ -90,6 +90,14 @@ def test_a_profile_is_detected(
         detect.detect("x")
 
 
+@pytest.mark.parametrize(("said", "found"), [
+    ("gpu:8", (None, 8)), ("gpu:h100:8(S:0-1)", ("h100", 8)), ("gpu:2080ti:4", ("2080ti", 4)),
+    ("gpu:3090:8(IDX:0-7)", ("3090", 8)), ("gpu:1g.10gb:7,nvme:1", ("1g.10gb", 7)), ("(null)", (None, 0)),
+])  # fmt: skip
+def test_gpus_as_sinfo_names_them(said: str, found: tuple[str | None, int]) -> None:
+    assert detect._gpus(said) == found
+
+
 def test_a_folder_that_cannot_hold_a_run(tmp_path: Path) -> None:
     assert checks.folder(tmp_path / "new").state == checks.OK
     assert "a run needs about" in checks.folder(tmp_path, needed=1 << 60).said
@@ -100,12 +108,24 @@ def test_a_folder_that_cannot_hold_a_run(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_counted(tmp_path: Path) -> None:
-    assert checks.checkpoint_bytes(tmp_path, keep=2, adapters=False) == 0
+    training = tmp_path / "train"
+    assert checks.checkpoint_bytes(tmp_path, training, keep=2, adapters=False) == 0
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "model.safetensors").write_bytes(b"x" * 400)  # a hundred float32 parameters
     (tmp_path / "models" / "models.json").write_text(json.dumps({"student": str(tmp_path / "models"), "teacher": None}))
-    assert checks.checkpoint_bytes(tmp_path, keep=2, adapters=False) >= 100 * (4 + 12 * 3)
-    assert checks.checkpoint_bytes(tmp_path, keep=2, adapters=True) == 800
+    anew = checks.checkpoint_bytes(tmp_path, training, keep=2, adapters=False)
+    assert anew >= 100 * (4 + 12 * 3)
+    assert checks.checkpoint_bytes(tmp_path, training, keep=2, adapters=True) == 800
+    (training / "checkpoints" / "step-3").mkdir(parents=True)
+    (training / "checkpoints" / "step-3" / "shard.pt").write_bytes(b"x" * 1200)
+    assert checks.checkpoint_bytes(tmp_path, training, keep=2, adapters=False) == anew - 1200, "a requeued job has them already"
+
+
+def test_a_folder_for_temporary_files_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert checks.scratch().state == checks.OK
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    assert checks.scratch().state == checks.FAIL and f"TMPDIR={tmp_path}/none" in checks.scratch().said
 
 
 def test_every_check_of_this_machine_says_something(tmp_path: Path) -> None:
@@ -115,7 +135,8 @@ def test_every_check_of_this_machine_says_something(tmp_path: Path) -> None:
 
 
 def seen(node: str, **fields: Any) -> dict[str, Any]:
-    return {"node": node, "faults": [], "notes": [], "clock": 100.0, "recipe": "r", "versions": {"torch": "2"}, **fields}
+    usual = {"node": node, "faults": [], "own": False, "notes": [], "clock": 100.0, "recipe": "r", "versions": {"torch": "2"}}
+    return {**usual, **fields}
 
 
 def test_nodes_that_differ_are_named() -> None:
@@ -128,10 +149,26 @@ def test_nodes_that_differ_are_named() -> None:
 def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path)
     run.recipe.write_text("x")
-    assert preflight.preflight(run, {"gpus_per_node": 0, "keep": 2, "adapters": False}) == (0, "")
+    spec = {"name": "train", "gpus_per_node": 0, "keep": 2, "adapters": False}
+    assert preflight.preflight(run, spec) == (0, "")
     assert list((run.cluster / "preflight").iterdir()) == []
-    code, sentence = preflight.preflight(run, {"gpus_per_node": 4096, "keep": 2, "adapters": False})
-    assert code == 2 and "4096 promised GPUs" in sentence, "wrong on every node: no other node would do"
+    code, sentence = preflight.preflight(run, {**spec, "gpus_per_node": 4096})
+    assert code == UNFIT and "4096 promised GPUs" in sentence, "another node may do"
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    code, sentence = preflight.preflight(run, spec)
+    assert code == 2 and "TMPDIR" in sentence, "wrong on every node: no other node would do"
+
+
+def test_a_node_that_cannot_meet_the_others_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else those that wait for it are taken for the ones at fault."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    preflight.check_ways({"gpus_per_node": 0})
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    with pytest.raises(ResourceError, match="no network interface ib7 with an address"):
+        preflight.check_ways({"gpus_per_node": 0})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ResourceError, match="no GPU is visible, where 8 are promised"):
+        preflight.check_ways({"gpus_per_node": 8})
 
 
 def test_a_rank_of_a_fit_node_leaves_in_peace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +176,9 @@ def test_a_rank_of_a_fit_node_leaves_in_peace(tmp_path: Path, monkeypatch: pytes
     RunDirectory(tmp_path).recipe.write_text("x")
     other = seen("n2", faults=["7 of 8 promised GPUs are visible"])
     monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [mine, other])
-    spec = {"gpus_per_node": 0, "keep": 2, "adapters": False}
+    spec = {"name": "report", "gpus_per_node": 0, "keep": 2, "adapters": False}
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (0, "")
-    monkeypatch.setattr(os, "uname", lambda: type("u", (), {"nodename": "n2"}))
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")  # SLURM's name, whatever the host calls itself
     monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [{**other, "node": "n1", "faults": []}, other])
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (UNFIT, "n2: 7 of 8 promised GPUs are visible")
 

@@ -68,7 +68,7 @@ def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
                    "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8", "--mail-type=END", "--signal=B:USR2@120",
                    f'--output="{tmp_path}/a b; touch x/logs/train-%j.log"'):  # fmt: skip
         assert option in options, option
-    assert "module load cuda" in train and "export NCCL_SOCKET_IFNAME=ib0" in train and "export TMPDIR='/scratch/$USER'" in train
+    assert "module load cuda" in train and "export NCCL_SOCKET_IFNAME=ib0" in train and 'export TMPDIR="/scratch/$USER"' in train
     score = [line for line in text["score"].splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --partition=small", "#SBATCH --time=30", "#SBATCH --array=0-2%2"} <= set(score)
     assert not any("--mem" in line for line in score)
@@ -130,18 +130,65 @@ def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("container", "words"), [
     ({"runtime": "pyxis", "image": "a.sqsh", "mounts": ("/data:/data",), "python": "python"},
-     ["--container-image=a.sqsh", "--container-mounts=/run:/run,/data:/data"]),
+     ["--container-image=a.sqsh", "--container-mounts=/run:/run,/here:/here,/data:/data", "--container-workdir=/here"]),
     ({"runtime": "apptainer", "image": "a.sif", "mounts": (), "python": "python"},
-     ["apptainer", "exec", "--nv", "--bind", "/run:/run", "a.sif"]),
+     ["apptainer", "exec", "--nv", "--bind", "/run:/run", "--bind", "/here:/here", "--pwd", "/here", "a.sif"]),
     (None, []),
 ])  # fmt: skip
 def test_a_step_in_a_container(container: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pocl_ds.cluster.scheduler.call", lambda *_: "TaskPlugin              = task/affinity,task/cgroup")
+    monkeypatch.setattr("os.getcwd", lambda: "/here")
     spec = {"cpus_per_task": 4, "container": container, "gpus_per_node": 4}
     found = srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
     assert found[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"]
-    assert "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found
+    assert "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found and "--export=ALL" in found
     assert found[len(found) - len(words) :] == words
+
+
+@pytest.mark.parametrize("scratch", ["local", "/local/$(id)", "/local/`id`", '/local/"; id; "', "/local/$1", "/a b"])
+def test_a_scratch_folder_is_a_path_and_variables(scratch: str) -> None:
+    with pytest.raises(RecipeError, match=r"scratch.*write an absolute path"):
+        check_profile({"name": "x", "scratch": scratch}, "here")
+    check_profile({"name": "x", "scratch": "/local/${SLURM_JOB_ID}/$USER"}, "here")
+
+
+def test_a_step_starts_also_where_the_controller_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: str) -> str:
+        raise ResourceError("scontrol refused (Unable to contact slurm controller)")
+
+    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", away)
+    spec = {"cpus_per_task": 4, "container": None, "gpus_per_node": 0}
+    assert not any("--cpu-bind" in word for word in srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log"))
+
+
+def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(scheduler.time, "sleep", slept.append)
+    answers = ["Unable to contact slurm controller", "Socket timed out", ""]
+
+    def ask() -> str:
+        if said := answers.pop(0):
+            raise ResourceError(f"scontrol refused ({said})")
+        return "7"
+
+    assert scheduler.patiently(ask) == "7" and slept == [5, 10]
+    answers[:] = ["Invalid qos"]
+    with pytest.raises(ResourceError, match="Invalid qos"):
+        scheduler.patiently(ask)
+    assert len(slept) == 2
+
+
+def test_a_submission_from_within_a_job_is_not_told_of_that_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory a core and our memory a node exclude each other, and its task's number is not ours."""
+    (tmp_path / "sbatch").write_text('#!/bin/sh\necho "Welcome to the cluster"\necho "$SLURM_CONF$SLURM_ARRAY_TASK_ID;north"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    monkeypatch.setenv("SLURM_CONF", "9")
+    assert scheduler.submit("x.sbatch", []) == "9"
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    with pytest.raises(ResourceError, match="gave no job id"):
+        scheduler.submit("x.sbatch", [])
 
 
 def test_where_one_job_is_refused_those_before_it_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,11 @@ def test_what_a_submitted_cell_is_writing_is_left_alone(
     (directory(tmp_path, at_work).data).mkdir()
     (directory(tmp_path, at_work).data / "half").touch()
     for cell in (done, at_work):
-        directory(tmp_path, cell).cluster.mkdir()
+        (directory(tmp_path, cell).cluster / "jobs").mkdir(parents=True)
         (directory(tmp_path, cell).cluster / "submission.json").touch()
+    (directory(tmp_path, at_work).cluster / "jobs" / "train.ids").write_text("41\n")
+    queued = argparse.Namespace(array="41")
+    monkeypatch.setattr("pocl_ds.cluster.scheduler.live", lambda ids: [queued] if "41" in ids else [])
     monkeypatch.setattr("pocl_ds.cluster.profile.load_profile", lambda name: None)
     handed_in: list[Path] = []
 
@@ -163,8 +166,10 @@ def test_what_a_submitted_cell_is_writing_is_left_alone(
     monkeypatch.setattr("pocl_ds.cluster.submit.Submission", Submission)
     commands._submit(argparse.Namespace(profile="x", nodes=None), tmp_path, found[:3])
     assert [path.name for path in directory(tmp_path, at_work).data.iterdir()] == ["half"]
-    assert (directory(tmp_path, waiting).data / "result").is_file() and handed_in == [directory(tmp_path, waiting).path]
-    assert "submitted 1 of 3 cells; 2 more run already" in capsys.readouterr().out
+    assert (directory(tmp_path, waiting).data / "result").is_file()
+    # The first one's jobs were refused, or failed: the same command hands it in again.
+    assert handed_in == [directory(tmp_path, done).path, directory(tmp_path, waiting).path]
+    assert "submitted 2 of 3 cells; 1 more run already" in capsys.readouterr().out
 
 
 def test_links_fall_back_to_copies(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
