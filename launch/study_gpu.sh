@@ -24,7 +24,7 @@ if [ -n "${3:-}" ]; then
 fi
 fields=() teacher=(data.train_samples=8000 train.batch_size=64 train.micro_batch_size=64 evaluate.samples=100)
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  teacher+=(student.dtype=bfloat16)
+  teacher+=(student.dtype=bfloat16 train.engine=deepspeed)
 else
   echo "launch/study_gpu.sh: no GPU is visible, a few steps of each cell on the CPU"
   teacher=(data.train_samples=32 evaluate.samples=4)

@@ -88,12 +88,17 @@ class PromptConfig(Section):
     """How a sample becomes token ids: the same in scoring, training and evaluation."""
 
     template: str = Field("alpaca", description="`alpaca`, `chat` (the tokenizer's own), `plain`, or a .jinja file")
+    template_options: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = Field(
+        default_factory=dict, description="chat: variables of the template, as in {enable_thinking: false}"
+    )
     max_prompt_tokens: Positive = Field(256, description="longer prompts keep their first tokens")
     max_length: Positive = Field(512, description="prompt and response together")
     overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="what to do with longer samples")
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> PromptConfig:
+        if self.template_options and self.template != "chat":
+            raise ValueError(f"template_options are for template=chat, and this is {self.template}: remove them")
         if self.max_prompt_tokens >= self.max_length:
             raise ValueError(f"max_prompt_tokens={self.max_prompt_tokens} leaves no room for a response in "
                              f"max_length={self.max_length}: make it smaller")
@@ -440,17 +445,22 @@ class JudgeConfig(Section):
     """A language model that reads answers and says how good they are, behind any OpenAI-compatible endpoint."""
 
     base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] = Field(
-        description="what stands before /chat/completions, as in http://localhost:8000/v1; without a password or a query"
+        description="what stands before /chat/completions, as in http://localhost:8000/v1; without a password or a query",
+        json_schema_extra=OPERATIONAL,
     )
     model: str = Field(description="as the endpoint calls it")
-    key_env: str | None = Field(None, description="NAME of the environment variable that holds the key, never the key itself")
+    key_env: str | None = Field(None, description="NAME of the environment variable that holds the key, never the key itself",
+                                json_schema_extra=OPERATIONAL)
     mode: Literal["score", "pairwise"] = Field("score", description="1 to 10 alone, or against the answer of another model")
     against: ModelName = Field("initial", description="pairwise: whose answers stand beside; asked in both orders")
     samples: Positive | None = Field(100, description="at most as many of each benchmark, chosen by hash; null for all")
     seeds: Positive = Field(1, description="so many of evaluate.seeds, the first ones")
     prompt: str | None = Field(None, description="a .jinja file in place of the judge's instructions")
-    temperature: Annotated[Float, Field(ge=0)] = 0.0
-    max_tokens: Positive = Field(512, description="of one verdict")
+    temperature: Annotated[Float, Field(ge=0)] | None = Field(0.0, description="null for the endpoint's own")
+    max_tokens: Positive = Field(512, description="of one verdict; one that is longer counts as none")
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what the endpoint calls that limit", json_schema_extra=OPERATIONAL
+    )
     concurrency: Positive = Field(8, description="questions in flight at once", json_schema_extra=OPERATIONAL)
     timeout_seconds: Annotated[Float, Field(gt=0)] = Field(120, description="of one question", json_schema_extra=OPERATIONAL)
     retries: NonNegative = Field(5, description="of a question, each after twice the wait", json_schema_extra=OPERATIONAL)

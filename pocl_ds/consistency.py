@@ -49,6 +49,9 @@ def _sizes(recipe: Recipe) -> None:
                          f"{recipe.data.train_samples}: make fewer subsets")
     if recipe.train.checkpoint.keep_best and not recipe.train.validate_samples:
         raise ValueError("train.checkpoint.keep_best follows the validation loss: set train.validate_samples")
+    if recipe.train.engine == "torch" and recipe.student.dtype != "float32":
+        raise ValueError(f"train.engine=torch keeps no float32 copy of weights, and updates are lost in {recipe.student.dtype}: "
+                         "set student.dtype=float32, or train.engine=deepspeed")
     if recipe.train.lr_end > recipe.train.lr:
         raise ValueError(f"train.lr_end={recipe.train.lr_end:g} is above train.lr={recipe.train.lr:g}: the cosine falls")
 

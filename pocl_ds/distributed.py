@@ -50,7 +50,7 @@ def memory() -> dict[str, float]:
     if where.type == "cpu":
         return {"memory_gib": peak_host_bytes() / 2**30}
     found = {"memory_gib": torch.cuda.max_memory_allocated(where) / 2**30}
-    with contextlib.suppress(ModuleNotFoundError, RuntimeError):  # needs nvidia-ml-py
+    with contextlib.suppress(Exception):  # needs nvidia-ml-py, whose own errors say that a GPU's part does not tell
         found["gpu_busy"] = float(torch.cuda.utilization(where))
     return found
 
@@ -60,6 +60,13 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def settle() -> None:
+    """Wait until all ranks have done what they began, on their GPUs too: before a clock is read."""
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    barrier()
 
 
 def agree(facts: Mapping[str, Any]) -> None:

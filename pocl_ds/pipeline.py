@@ -183,10 +183,15 @@ def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
     manifest = read_manifest(run.data)
     if manifest is None:
         return
-    samples, batch = int(manifest.info["splits"]["train"]["samples"]), recipe.train.batch_size
+    splits, batch = manifest.info["splits"], recipe.train.batch_size
+    samples = int(splits["train"]["samples"])
     plan_of(range(samples), recipe.plan, batch_size=batch)
     if recipe.student.heal_steps and samples < batch:
         raise RecipeError(f"train.batch_size={batch} is more than the {samples} training samples: healing needs one whole batch")
+    needs = "policy.name=distillm" if recipe.policy.name == "distillm" else "train.checkpoint.keep_best"
+    if (recipe.policy.name == "distillm" or recipe.train.checkpoint.keep_best) and not splits["validation"]["samples"]:
+        raise RecipeError(f"{needs} follows the validation loss, and the data holds no validation sample: raise "
+                          "data.validation_fraction, or name a file in data.validation")
     if recipe.policy.name == "distillm" and recipe.policy.buffer > samples:
         raise RecipeError(f"policy.buffer={recipe.policy.buffer} is more than the {samples} training samples: make it smaller")
 

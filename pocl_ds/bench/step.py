@@ -48,6 +48,8 @@ def run(
     """
     words = [word for word in arguments if word != "--switches"]
     names, trl = _parse(words)
+    if trl and torch.cuda.is_available():
+        raise RecipeError("--trl measures TRL on a CPU in float32, and the others would run on the GPU: leave it out here")
     contenders = CONTENDERS if len(words) == len(arguments) else (ZERO3, *SWITCHES)
     cores = os.cpu_count() or 1
     out(f"{cores} cores; {rounds} rounds of {steps} steps, medians")

@@ -126,7 +126,7 @@ def training_memory(
     on_host = choice.offload_student
     # Mixed precision: weights, gradients and a float32 copy; in float32 ZeRO-3 holds a flat copy too.
     kept["student: weights"] = 0.0 if on_host else parameter_bytes(shard, choice.dtype)
-    kept["student: gradients"] = parameter_bytes(trained, choice.dtype)
+    kept["student: gradients"] = 4.0 * trained  # summed over micro-batches in float32 (ds_configs/)
     copies = 3 if mixed or choice.sharded else 2
     kept["student: optimizer"] = 0.0 if on_host else 4.0 * copies * trained
     if choice.sharded:

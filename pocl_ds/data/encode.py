@@ -42,14 +42,14 @@ class Encoder:
         if tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer has no EOS token, so a response would never end: set eos_token in its folder")
         self.tokenizer, self.config = tokenizer, config
-        self.template = load_template(config.template, tokenizer)
+        self.template = load_template(config.template, tokenizer, config.template_options)
 
     def prompt(self, sample: Sample) -> list[int]:
         """The prompt's ids, the first max_prompt_tokens of them. Raises DataError where there are none."""
         return self._kept(sample, self.template.ids(sample))
 
     def sample(self, sample: Sample) -> Encoded:
-        """Prompt, response and EOS, at most max_length ids; a response that is cut has no EOS."""
+        """Prompt, response and EOS, at most max_length ids; a response that is cut, here or before, has no EOS."""
         return self._join(sample, self.template.ids(sample), self._response([sample])[0])
 
     def samples(self, samples: Sequence[Sample]) -> list[Encoded | None]:
@@ -73,7 +73,9 @@ class Encoder:
 
     def _join(self, sample: Sample, prompt: list[int], response: list[int]) -> Encoded:
         limit, longest = self.config.max_prompt_tokens, self.config.max_length
-        whole = [*self._kept(sample, prompt), *response, self.tokenizer.eos_token_id]
+        whole = [*self._kept(sample, prompt), *response]
+        if sample.ended or not response:  # something must be learnt from
+            whole.append(self.tokenizer.eos_token_id)
         truncated = len(prompt) > limit or len(whole) > longest
         if truncated and self.config.overlong == "error":
             raise DataError(
@@ -126,20 +128,21 @@ class EncodedSplit:
         return self.name, row
 
     def first_outside(
-        self, allowed: NDArray[np.bool_], *, prompts: bool, rows: NDArray[np.int64] | None = None
+        self, allowed: NDArray[np.bool_], *, prompts: NDArray[np.bool_], rows: NDArray[np.int64] | None = None
     ) -> tuple[int, int] | None:
-        """Row and id of the first token that is not `allowed` [ids], among responses, or with `prompts` among all tokens.
+        """Row and id of the first token that is not `allowed` [ids] in a response, or in a prompt neither that nor in `prompts`.
 
-        rows: only these rows count.
+        prompts: [ids]. rows: only these rows count.
         """
         for start in range(0, len(self._tokens), BLOCK):
             tokens = np.asarray(self._tokens[start : start + BLOCK])
-            inside = allowed[np.minimum(tokens, len(allowed) - 1)] & (tokens < len(allowed))
-            for place in np.flatnonzero(~inside):
+            known, clipped = tokens < len(allowed), np.minimum(tokens, len(allowed) - 1)
+            for place in np.flatnonzero(~(known & allowed[clipped])):
                 row = int(np.searchsorted(self.starts, start + place, side="right")) - 1
                 if rows is not None and row not in rows:
                     continue
-                if prompts or start + place >= int(self.starts[row]) + int(self.prompt_tokens[row]):
+                asked = start + place < int(self.starts[row]) + int(self.prompt_tokens[row])
+                if not asked or not (known[place] and prompts[clipped[place]]):
                     return row, int(tokens[place])
         return None
 

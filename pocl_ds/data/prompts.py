@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,9 +27,9 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-# Templates of Llama 3 write today's date into the prompt unless they are told one; the prompt of a sample must not change
-# between the day it is scored and the day it is evaluated. This is the date that those templates fall back on.
-DATE = "26 Jul 2024"
+# Templates of Llama 3 write today's date into the prompt unless they are told one, others ask a clock; a sample's prompt must not
+# change between the day it is scored and the day it is evaluated. This is the date that Llama's templates fall back on.
+DATE = datetime(2024, 7, 26)
 
 
 class PromptTemplate(Protocol):
@@ -44,15 +45,15 @@ class PromptTemplate(Protocol):
         """The ids of many prompts, tokenised together; equal to `ids` of each."""
 
 
-def load_template(name: str, tokenizer: Any) -> PromptTemplate:
-    """The template of a recipe: `alpaca`, `chat`, `plain`, or a .jinja file.
+def load_template(name: str, tokenizer: Any, options: Mapping[str, Any] | None = None) -> PromptTemplate:
+    """The template of a recipe: `alpaca`, `chat`, `plain`, or a .jinja file. options: variables for a tokenizer's chat template.
 
     Raises ModelError where the tokenizer has no chat template, RecipeError for a file that is missing or broken.
     """
     if name == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError("prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a .jinja file")
-        return _Chat(tokenizer)
+        return _Chat(tokenizer, options or {})
     if name == "alpaca":
         return _Text(tokenizer, _alpaca)
     if name == "plain":
@@ -84,16 +85,15 @@ class _Text:
 class _Chat:
     """The tokenizer's own chat template, which places every special token itself."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
+        self.options = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": DATE.strftime, **options}
 
     def text(self, sample: Sample) -> str:
         asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
         turns = [{"role": role, "content": content} for role, content in (*sample.history, ("user", asked))]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=DATE)
-            )
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **self.options))
         except Exception as error:  # a template is a program: it divides by zero, recurses, adds a text to a number
             raise DataError(f"sample {sample.id}: the chat template refuses its turns ({error}): mend or remove it") from None
 

@@ -33,23 +33,30 @@ NAMES = {
     "prompt": ("prompt",),
     "messages": ("messages", "conversations"),
 }
+SYSTEM = ("system", "system_prompt")
 Parts: TypeAlias = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]  # instruction, input, references, history
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One instruction with its references; the first is the one trained on. history: earlier turns, (role, content)."""
+    """One instruction with its references; the first is the one trained on. history: earlier turns, (role, content). ended: false
+    where that reference was cut off, so that no EOS may follow it.
+    """
 
     id: str
     instruction: str
     input: str
     references: tuple[str, ...]
     history: tuple[tuple[str, str], ...] = ()
+    ended: bool = True
 
     def to_json(self) -> str:
         """One line of a normalised file."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        tree = asdict(self)
+        if self.ended:
+            del tree["ended"]
+        return json.dumps(tree, ensure_ascii=False)
 
     @property
     def prompt_key(self) -> str:
@@ -99,6 +106,8 @@ def normalise(
             _check_fields(record, place, fields, setting)
             reader = _Reader(record, place, format, fields, setting)
             log.info("%s: read as %s", source, reader.described())
+            if unread := reader.unread(record):
+                log.warning("%s: the field %s is not read: make it a turn of `messages` if models are to see it", source, unread)
         instruction, given, references, history = reader.read(record, place)
         said = _bytes(json.dumps([history, instruction, given, references], ensure_ascii=False), place)
         own = record.get(reader.names["id"])
@@ -126,7 +135,8 @@ def read_normalised(path: Path) -> Iterator[Sample]:
             try:
                 tree = json.loads(line)
                 history = tuple((role, content) for role, content in tree["history"])
-                sample = Sample(tree["id"], tree["instruction"], tree["input"], tuple(tree["references"]), history)
+                sample = Sample(tree["id"], tree["instruction"], tree["input"], tuple(tree["references"]), history,
+                                tree.get("ended", True))  # fmt: skip
             except (ValueError, KeyError, TypeError):
                 raise ArtifactError(f"{path} line {number} is damaged: remove its folder and run its stage again") from None
             yield sample
@@ -184,7 +194,7 @@ class _Reader:
     """Reads records of one form."""
 
     def __init__(self, record: dict[str, Any], place: str, format: str, fields: Mapping[str, str], setting: str) -> None:
-        self.setting = setting
+        self.setting, self.mapped = setting, frozenset(fields)
         self.names = {ours: _named(record, ours, fields) for ours in NAMES}
         self.format = format if format != "auto" else self._recognise(record)
         if self.format is None:
@@ -201,13 +211,20 @@ class _Reader:
         """The form and the names it uses, for the log."""
         return f"{self.format} records ({', '.join(self.names[name] for name in FORMS[self.format].fields)})"
 
+    def unread(self, record: dict[str, Any]) -> str | None:
+        """The field that tells the model how to behave, which records of texts have no place for."""
+        known = set(self.names.values())
+        return next((name for name in SYSTEM if self.format != "messages" and record.get(name) and name not in known), None)
+
     def read(self, record: dict[str, Any], place: str) -> Parts:
         """What a record says."""
         return FORMS[self.format].read(self, record, place)
 
     def alpaca(self, record: dict[str, Any], place: str) -> Parts:
-        """An instruction, perhaps with an input."""
+        """An instruction, perhaps with an input, whose name each record may write or leave out."""
         instruction = self._text(record, "instruction", place)
+        if "input" not in self.mapped:
+            self.names["input"] = next((name for name in NAMES["input"] if record.get(name)), self.names["input"])
         given = "" if record.get(self.names["input"]) is None else self._text(record, "input", place)
         return instruction, given, self._references(record, place), ()
 
@@ -249,7 +266,7 @@ class _Reader:
     def _text(self, record: dict[str, Any], ours: str, place: str) -> str:
         value = record.get(self.names[ours])
         if not isinstance(value, str) or (ours != "input" and not value.strip()):
-            found = "nothing" if value is None else "an empty text" if value == "" else type(value).__name__
+            found = "nothing" if value is None else type(value).__name__ if not isinstance(value, str) else "an empty text"
             raise DataError(f"{place}: field {self.names[ours]!r} must be text, found {found}: mend or remove the record")
         return value
 

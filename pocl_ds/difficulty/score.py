@@ -37,7 +37,8 @@ STAGE = "score"
 # Metrics beside ROUGE-L and cross-entropy: from the student's responses, references and the references' log-probabilities to one
 # number a sample. None comes with the package.
 METRICS: dict[str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]] = {}
-CHUNK = 256  # samples held in memory at once, and the grain of progress
+CHUNK = 256  # at least so many samples are held in memory at once, and are the grain of progress
+ROUNDS = 4  # calls of the engine hold so many times max_sequences prompts: at the end of each it runs dry
 
 
 def score(
@@ -114,8 +115,9 @@ class _Scorer:
         references = self._references(rows)
         metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
         with atomic_write(path) as stream:
-            for first in range(rows.start, rows.stop, CHUNK):
-                chunk = range(first, min(first + CHUNK, rows.stop))
+            step = max(CHUNK, ROUNDS * self.config.generation.max_sequences)
+            for first in range(rows.start, rows.stop, step):
+                chunk = range(first, min(first + step, rows.stop))
                 self._chunk(chunk, list(itertools.islice(references, len(chunk))), stream, metrics)
                 progress.advance(len(chunk), **{name: float(np.mean(values)) for name, values in metrics.items()})
         seconds = max(time.monotonic() - start, 1e-9)

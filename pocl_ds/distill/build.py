@@ -120,13 +120,12 @@ def _never(rows: NDArray[np.int64], position: Position) -> Written:
 
 
 def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
-    """Raise ModelError where a response holds a token that takes no part in the softmax: its loss would be infinite.
-
-    Where ids are mapped, prompts count too: the teacher has to read them.
+    """Raise ModelError where a response holds a token that takes no part in the softmax, as its loss would be infinite, or a
+    prompt one that the teacher cannot read.
     """
     with distributed.together("check the tokens"):
         if distributed.rank() == 0:
-            found = split.first_outside(ids.allowed, prompts=ids.teacher_ids is not None)
+            found = split.first_outside(ids.allowed, prompts=ids.readable)
             if found is not None:
                 raise ModelError(
                     f"sample {split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do not share: "
@@ -169,7 +168,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
         ids = Ids.of(vocabulary)
         where = "sharded over the ranks" if frozen else "whole on every rank"
         log.info("the teacher is %s", "on disk, only its head is loaded" if job.taught else where)
-    _check_tokens(splits["train"], ids)
+    for split in splits.values():
+        _check_tokens(split, ids)
     chunk_sizes(job.loss.name, ids.size, job.loss.chunk_bytes, torch.float32, distributed.device(), max(1, len(live)))
     if job.teacher and job.taught:
         teacher = StoredTeacher(TeacherStore(run.teacher, list(splits.values()), fingerprint=job.taught))
@@ -182,7 +182,8 @@ def _build(run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]) -> tupl
         log.info("%s", add_adapters(model, job.student.lora, job.seed))
     if job.student.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    module = Student(model, ids, chunk_bytes=job.loss.chunk_bytes, split=job.loss.fused).train()
+    # DeepSpeed moves no buffers of a model that it shards: the mask would stay behind.
+    module = Student(model, ids.to(distributed.device()), chunk_bytes=job.loss.chunk_bytes, split=job.loss.fused).train()
     engine: Engine = DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
     return engine, teacher, tokenizer, ids
 

@@ -134,10 +134,14 @@ class Distillm:
         return chosen, np.arange(len(chosen))
 
     def validated(self, loss: float) -> None:
-        """See `Policy`. A loss that did not rise becomes the one to compare with."""
-        if self.accepted is not None and loss >= self.accepted + self.config.tolerance:
+        """See `Policy`. As in the release the first loss is the one to compare with, and then each that counted as a rise: one
+        that stays higher counts once.
+        """
+        if self.accepted is None:
+            self.accepted = loss
+        elif loss >= self.accepted + self.config.tolerance:
             self.phi = min(1.0, self.phi + self.config.phi_step)
-        self.accepted = loss if self.accepted is None else min(loss, self.accepted)
+            self.accepted = loss
 
     def state(self) -> dict[str, Any]:
         """See `Policy`."""

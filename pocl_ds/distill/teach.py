@@ -155,10 +155,10 @@ class _Teaching:
         )
         batch = collate(split, dealt[distributed.rank()][0], self.pad_id, packed=self.packed).to(distributed.device())
         for again in range(2):  # the first forward warms up
-            distributed.barrier()
+            distributed.settle()
             start = time.perf_counter()
             self.live.states(batch)
-            distributed.barrier()
+            distributed.settle()
             seconds = time.perf_counter() - start if again else 0.0
         rate = sum(int(lengths[theirs[0]].sum()) for theirs in dealt) / seconds
         kept = sum(one.bytes for one in shards)

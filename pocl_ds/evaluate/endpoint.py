@@ -18,6 +18,7 @@ from pocl_ds.config import JudgeConfig
 from pocl_ds.errors import ResourceError
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another try
+REFUSED = (400, 413, 422)  # may be this question's own fault
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is put again
 
 
@@ -32,8 +33,10 @@ class Endpoint:
         self.stop = threading.Event()  # set: nobody waits any more for an answer
         self._opener = urllib.request.build_opener(_NoRedirects)
 
-    def ask(self, messages: list[dict[str, str]]) -> str:
-        """The text of the answer. Tries again while the endpoint is busy or away; raises ResourceError where it stays so."""
+    def ask(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
+        """The text of the answer, without thoughts, and whether it came to its end. Tries again while the endpoint is busy or
+        away; raises ResourceError where it stays so, RefusedError where it does not take this question.
+        """
         wait = FIRST_WAIT
         for attempt in range(self.config.retries + 1):
             try:
@@ -49,9 +52,11 @@ class Endpoint:
                 wait *= 2
         raise AssertionError("unreachable")
 
-    def _once(self, messages: list[dict[str, str]]) -> str:
+    def _once(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
         config = self.config
-        body = {"model": config.model, "messages": messages, "temperature": config.temperature, "max_tokens": config.max_tokens}
+        body: dict[str, Any] = {"model": config.model, "messages": messages, config.limit_name: config.max_tokens}
+        if config.temperature is not None:
+            body["temperature"] = config.temperature
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}"} if self._key else {})}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
         try:
@@ -61,22 +66,29 @@ class Endpoint:
             said = self._hidden(" ".join(error.read(2000).decode(errors="replace").split())[:200])
             if error.code in AGAIN:
                 raise _Busy(f"HTTP {error.code}: {said}", _seconds(error.headers.get("Retry-After"))) from None
-            raise ResourceError(f"the judge at {self.url} refuses the question (HTTP {error.code}: {said}): check "
-                                "evaluate.judge.base_url, model and key_env") from None
+            kind = RefusedError if error.code in REFUSED else ResourceError
+            raise kind(f"the judge at {self.url} refuses the question (HTTP {error.code}: {said}): check "
+                       "evaluate.judge.base_url, model and key_env, limit_name and temperature") from None
         except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, an answer cut short
             raise _Busy(self._hidden(str(getattr(error, "reason", None) or error or type(error).__name__))) from None
 
-    def _content(self, body: bytes) -> str:
+    def _content(self, body: bytes) -> tuple[str, bool]:
         try:
-            content = json.loads(body)["choices"][0]["message"]["content"]
+            choice = json.loads(body)["choices"][0]
+            content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
             raise ResourceError(f"the judge at {self.url} does not speak the protocol of OpenAI's chat completions: check "
                                 "evaluate.judge.base_url, which mostly ends in /v1") from None
-        return self._hidden(content) if isinstance(content, str) else ""  # null: it said nothing
+        said = self._hidden(content.rpartition("</think>")[2]) if isinstance(content, str) else ""  # null: it said nothing
+        return said, choice.get("finish_reason") != "length"
 
     def _hidden(self, text: str) -> str:
         """What an endpoint said, without the key, which some repeat."""
         return text.replace(self._key, "***") if self._key else text
+
+
+class RefusedError(ResourceError):
+    """One question that the endpoint does not take."""
 
 
 class _Busy(Exception):

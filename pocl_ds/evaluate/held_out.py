@@ -196,11 +196,10 @@ class _Batches:
         yield collate(self.split, pending, self.pad).to(device())
 
     def check_labels(self, ids: Ids) -> None:
-        """Raises ModelError where a test token takes no part in the softmax: its loss would be infinite.
-
-        Where ids are mapped, prompts count too: the teacher has to read them.
+        """Raises ModelError where a response holds a token that takes no part in the softmax, as its loss would be infinite, or a
+        prompt one that the teacher cannot read.
         """
-        found = self.split.first_outside(ids.allowed, prompts=ids.teacher_ids is not None, rows=self.rows)
+        found = self.split.first_outside(ids.allowed, prompts=ids.readable, rows=self.rows)
         if found is not None:
             raise ModelError(
                 f"{self.name} sample {self.split.ids[found[0]].decode()} holds token id {found[1]}, which teacher and student do "

@@ -56,9 +56,13 @@ def _upload(folder: Path, repository: str, names: list[str], *, private: bool) -
     api: Any = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.repo_info(repository).private:  # one that was there keeps who may see it
+            raise RecipeError(f"--private, but {repository} exists and is public: choose another, or make it private first")
         # Our manifest stays behind; of everything else only what it names goes.
         api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=names, ignore_patterns=[MANIFEST],
                           commit_message="Upload a student distilled with pocl_ds")  # fmt: skip
+    except RecipeError:
+        raise
     except Exception as error:  # network, offline mode, rights: a dozen unrelated types
         reason = " ".join(str(error).split())[:200].replace(token, "***")
         raise ResourceError(f"the Hub does not take {repository} ({type(error).__name__}: {reason}): check the network, and "

@@ -55,7 +55,8 @@ class ChildGenerator:
             )  # fmt: skip
         self.connection = Connection(ours.detach())
         self.tokens = 0
-        self.sleep_level: int = self._ask("open", model_path, config, max_length, threads, sleep_level, trust_remote_code)
+        opened: tuple[int, list[int]] = self._ask("open", model_path, config, max_length, threads, sleep_level, trust_remote_code)
+        self.sleep_level, self.stops = opened
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """See `protocol.Generator`."""
@@ -142,7 +143,7 @@ def serve(connection: Connection) -> None:
                 generator = open_generator(path, config, load_tokenizer(path, trust_remote_code=trusted), max_length=max_length,
                                            threads=threads, trust_remote_code=trusted, instead=INSTEAD,
                                            sleep_level=level)  # fmt: skip
-                value = generator.sleep_level
+                value = generator.sleep_level, generator.stops
             elif what == "refresh":
                 generator.refresh(load_file(arguments[0]))
             else:

@@ -34,6 +34,7 @@ class Generator(Protocol):
     """One loaded model. Prompts are token ids; nothing is added to them (no BOS)."""
 
     tokens: int  # tokens written and scored so far
+    stops: list[int]  # ids that end a response
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """One response a prompt, in order, as text without special tokens; it ends at EOS or at max_new_tokens."""

@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, write_manifest
 from pocl_ds.config import GenerationConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig
 from pocl_ds.data.encode import Encoder, encode_split
 from pocl_ds.data.samples import Sample, read_normalised
 from pocl_ds.generation.open import open_generator
-from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.generation.protocol import Generator, Sampling, decode
 from pocl_ds.models.load import load_tokenizer, resolve_model
 from pocl_ds.tracking import Progress
 
@@ -47,7 +48,7 @@ def respond(
     )  # fmt: skip
     try:
         with atomic_directory(run.responses) as folder:
-            samples = _answered(run, Encoder(asked, whole), generator, policy, seed, ROUNDS * generation.max_sequences)
+            samples = _answered(run, asked, Encoder(asked, whole), generator, policy, seed, ROUNDS * generation.max_sequences)
             counts = encode_split(samples, Encoder(learns, whole), folder, "train")
     finally:
         generator.close()
@@ -57,17 +58,21 @@ def respond(
 
 
 def _answered(
-    run: RunDirectory, encoder: Encoder, generator: Generator, policy: PolicyConfig, seed: int, size: int
+    run: RunDirectory, tokenizer: Any, encoder: Encoder, generator: Generator, policy: PolicyConfig, seed: int, size: int
 ) -> Iterator[Sample]:
     """The training samples with the teacher's response as their reference."""
     path = run.data / "train.jsonl"
     total = sum(1 for _ in read_normalised(path))
-    samples, first = read_normalised(path), 0
+    samples, first, cut = read_normalised(path), 0, 0
     with Progress(total, "responses", STAGE) as progress:
         while part := list(itertools.islice(samples, size)):
             sampling = Sampling(policy.temperature, policy.top_p, policy.max_new_tokens, seed=seed, first=first)
-            texts = generator.generate([encoder.prompt(sample) for sample in part], sampling)
-            for sample, text in zip(part, texts, strict=True):
-                yield replace(sample, references=(text,))
+            for sample, ids in zip(part, generator.write([encoder.prompt(sample) for sample in part], sampling), strict=True):
+                ended = bool(ids) and ids[-1] in generator.stops
+                cut += not ended
+                yield replace(sample, references=(decode(tokenizer, ids, generator.stops),), ended=ended)
             first += len(part)
             progress.advance(len(part))
+    if cut:
+        log.info("respond: %d of %d responses were cut at policy.max_new_tokens=%d: the student is not taught to end there", cut,
+                 total, policy.max_new_tokens)  # fmt: skip

@@ -98,12 +98,13 @@ class VllmGenerator:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+        except (ValueError, RuntimeError, OSError, MemoryError, AssertionError) as error:  # the last: others freed memory
             self.settings.restore()
             reason = " ".join(str(error).split())[:300]
+            share = "gpu_memory_share, " if torch.cuda.is_available() else ""
             raise ResourceError(
-                f"vLLM cannot open {model_path} ({reason}): lower max_sequences or max_batched_tokens where memory is short, "
-                f"or choose the slower {instead}"
+                f"vLLM cannot open {model_path} ({reason}): where memory is short lower {share}max_sequences or "
+                f"max_batched_tokens, or choose the slower {instead}"
             ) from error
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:

@@ -60,17 +60,17 @@ def resolve_model(config: ModelSource) -> str:
 
 
 def pinned_model(config: ModelSource) -> str:
-    """As `resolve_model`; of a Hub name with a revision the folder of that revision in the Hub's cache. Raises ModelError.
+    """As `resolve_model`; of a Hub name the folder of its revision in the Hub's cache, named by the commit. Raises ModelError.
 
-    Later stages know what this returns and nothing else: a name alone would give them the newest revision.
+    Later stages know what this returns and nothing else: a name alone would give each of them what is the newest then.
     """
     path = resolve_model(config)
-    if config.revision is None or os.path.isdir(path):
+    if os.path.isdir(path):
         return path
     folder = path
-    with _one_sentence(path, f"revision {config.revision}"), quiet():
+    with _one_sentence(path, f"revision {config.revision or 'main'}"), quiet():
         for weights in ("*.safetensors", "*.bin"):
-            folder = snapshot_download(path, revision=config.revision, allow_patterns=[weights, *BESIDE_WEIGHTS],
+            folder = snapshot_download(path, revision=config.revision or "main", allow_patterns=[weights, *BESIDE_WEIGHTS],
                                        ignore_patterns=["*/*"])  # fmt: skip
             if next(Path(folder).glob(weights), None):
                 break

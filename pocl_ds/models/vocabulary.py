@@ -69,6 +69,11 @@ class Ids:
         """[size], true where an id takes part."""
         return np.ones(self.size, bool) if self.masked is None else ~self.masked.cpu().numpy()
 
+    @property
+    def readable(self) -> NDArray[np.bool_]:
+        """[size], true where the teacher can read an id in a prompt: its own, and where ids are mapped those that both have."""
+        return np.ones(self.size, bool) if self.teacher_ids is None else self.allowed
+
     def mask(self, logits: Tensor) -> Tensor:
         """Logits [n, size] with -inf where an id takes no part."""
         return logits if self.masked is None else logits.masked_fill(self.masked, float("-inf"))

@@ -196,11 +196,21 @@ def test_first_token_outside(tmp_path: Path) -> None:
     np.save(tmp_path / "train.ids.npy", np.array([b"a", b"b"], "S8"))
     np.array([1, 9, 2, 3, 5, 2, 7], np.uint32).tofile(tmp_path / "train.tokens.bin")
     split = EncodedSplit.open(tmp_path, "train")
-    allowed = np.ones(8, bool)
-    assert split.first_outside(allowed, prompts=False) is None  # the 9 is in a prompt
-    assert split.first_outside(allowed, prompts=True) == (0, 9)
-    allowed[[2, 5]] = False
-    assert split.first_outside(allowed, prompts=False) == (0, 2)
+    allowed, all_ids = np.ones(10, bool), np.ones(10, bool)
+    assert split.first_outside(allowed, prompts=all_ids) is None
+    allowed[[2, 5, 9]] = False
+    assert split.first_outside(allowed, prompts=allowed) == (0, 9)
+    assert split.first_outside(allowed, prompts=all_ids) == (0, 2)  # the 9 is in a prompt
+    assert split.first_outside(allowed, prompts=all_ids, rows=np.array([1])) == (1, 2)
     allowed[2] = True
-    assert split.first_outside(allowed, prompts=False) is None  # 5 is the second sample's prompt
-    assert split.first_outside(np.ones(7, bool), prompts=False) == (1, 7)
+    assert split.first_outside(allowed, prompts=all_ids) is None  # 5 is the second sample's prompt
+    assert split.first_outside(np.ones(8, bool), prompts=np.ones(8, bool)) == (0, 9)  # no id of a teacher with 8 rows
+    assert split.first_outside(np.ones(7, bool), prompts=np.ones(7, bool), rows=np.array([1])) == (1, 7)
+
+
+def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
+    encoder = Encoder(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
+    whole = encoder.sample(Sample("a", "Say it.", "", ("It is",)))
+    cut = encoder.sample(Sample("a", "Say it.", "", ("It is",), ended=False))
+    assert [*cut.ids, 0] == whole.ids and cut.prompt_tokens == whole.prompt_tokens
+    assert encoder.sample(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, "something must be learnt from"

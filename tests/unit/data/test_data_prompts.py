@@ -9,8 +9,10 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import processors
 
+from pocl_ds.config import PromptConfig
 from pocl_ds.data.prompts import load_template
 from pocl_ds.data.samples import Sample
 from pocl_ds.errors import DataError, ModelError, RecipeError
@@ -72,6 +74,18 @@ def test_chat_prompts_do_not_change_with_the_day() -> None:
         "Today: {{ date_string }} {{ messages[0]['content'] }}"
     )
     assert load_template("chat", tokenizer).text(PLAIN) == "Today: 26 Jul 2024 Add the numbers."
+    tokenizer.chat_template = "Today: {{ strftime_now('%B %d, %Y') }}."  # as Granite's, which takes no date
+    assert load_template("chat", tokenizer).text(PLAIN) == "Today: July 26, 2024."
+
+
+def test_variables_of_a_chat_template() -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}quick {% endif %}{{ date_string }}"
+    assert load_template("chat", tokenizer).text(PLAIN) == "26 Jul 2024"
+    options = {"enable_thinking": False, "date_string": "1 Jan"}
+    assert load_template("chat", tokenizer, options).text(PLAIN) == "quick 1 Jan"
+    with pytest.raises(ValidationError, match="template_options are for template=chat, and this is alpaca"):
+        PromptConfig(template_options=options)
 
 
 def test_a_chat_template_that_refuses_a_sample_is_one_sentence() -> None:

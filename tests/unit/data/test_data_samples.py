@@ -278,3 +278,28 @@ def test_real_files_load(shared_data: Path) -> None:
     assert counts["train.jsonl"] == 11_027
     assert counts["eval_dolly500.jsonl"] == 500 and counts["eval_sni_11plus.jsonl"] == 1_694
     assert len(counts) >= 7
+
+
+def test_each_record_names_its_input_as_it_likes(tmp_path: Path) -> None:
+    """Data sets leave empty fields out: the first record's names were taken for all, and later passages lost."""
+    source = jsonl(tmp_path, {"instruction": "a", "output": "b"}, {"instruction": "c", "context": "IN", "output": "d"},
+                   {"instruction": "e", "input": "", "context": "THERE", "output": "f"}, {**GOOD, "context": None})  # fmt: skip
+    assert [sample.input for sample in read_samples(source)] == ["", "IN", "THERE", "1 2"]
+    mapped = jsonl(tmp_path, {"instruction": "a", "passage": "X", "context": "no", "output": "b"}, name="mapped.jsonl")
+    assert [sample.input for sample in read_samples(mapped, fields={"input": "passage"})] == ["X"]
+
+
+def test_a_system_field_that_no_text_has_room_for_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    list(read_samples(jsonl(tmp_path, {"system_prompt": "Be brief.", "question": "a", "response": "b"})))
+    assert "the field system_prompt is not read" in caplog.text
+    caplog.clear()
+    list(read_samples(jsonl(tmp_path, {"system_prompt": "", **GOOD})))
+    assert "is not read" not in caplog.text
+
+
+def test_a_reference_that_was_cut_stays_one(tmp_path: Path) -> None:
+    cut, whole = Sample("a", "b", "", ("c",), ended=False), Sample("d", "e", "", ("f",))
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{cut.to_json()}\n{whole.to_json()}\n")
+    assert list(read_normalised(path)) == [cut, whole] and "ended" not in whole.to_json()

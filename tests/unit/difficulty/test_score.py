@@ -144,6 +144,7 @@ def test_the_number_of_shards_and_chunks_changes_nothing(
     one, three = make_run(tmp_path / "one", tokenizer), make_run(tmp_path / "three", tokenizer)
     run_score(one, tiny_llama, config(temperature=temperature))
     monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "ROUNDS", 0)
     run_score(three, tiny_llama, config(3, temperature=temperature))
     for left, right in zip(results(one, 1), results(three, 3), strict=True):
         assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-5)
@@ -176,6 +177,7 @@ def test_a_kill_leaves_finished_shards_and_nothing_half_written(
 ) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "ROUNDS", 0)
     calls = []
 
     def interrupted(*arguments: Any) -> Any:

@@ -97,10 +97,10 @@ def distillm(**options: Any) -> tuple[Distillm, Writer]:
 
 def test_phi_grows_when_the_validation_loss_has_risen() -> None:
     policy, _ = distillm(phi_step=0.4)
-    for loss, phi in ((2.0, 0.0), (2.05, 0.0), (2.1, 0.4), (1.5, 0.4), (1.59, 0.4), (1.6, 0.8), (9.0, 1.0)):
+    for loss, phi in ((2.0, 0.0), (1.5, 0.0), (2.05, 0.0), (2.1, 0.4), (2.1, 0.4), (2.15, 0.4), (2.3, 0.8), (9.0, 1.0)):
         policy.validated(loss)
         assert policy.phi == pytest.approx(phi), loss
-    assert policy.accepted == 1.5
+    assert policy.accepted == 9.0
 
 
 def test_without_phi_no_one_writes() -> None:

@@ -63,6 +63,15 @@ def test_a_smaller_file_is_said(
     assert len(found) == 7 and "holds 7 items, the published one 10000" in caplog.text
 
 
+def test_a_longer_file_than_the_published_one_is_said(
+    run: RunDirectory, configured: Configured, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The original SelfInst has 252 items, of which the benchmark is not the beginning; UnNI's file is meant to be longer."""
+    write(tmp_path / "vicuna.jsonl", [{"instruction": f"Say {i}.", "output": "x"} for i in range(81)])
+    found = questions(run, configured(benchmarks=["vicuna"], benchmark_folder=str(tmp_path), samples=None), "vicuna")
+    assert len(found) == 80 and "holds more items, the published one 80" in caplog.text
+
+
 def test_the_hub_is_asked_for_the_file(
     run: RunDirectory, configured: Configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

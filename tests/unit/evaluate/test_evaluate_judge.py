@@ -104,6 +104,7 @@ def config(url: str, **judge_fields: Any) -> EvaluateConfig:
     ("text", "score"),
     [("Good.\nScore: 8", 8), ("**Score:** 3", 3), ("score = 4.5", 4.5), ("Score: 2 ... no, Score: 9/10", 9), (" 7 \n", 7),
      ("I give it a 7", None), ("Score: 11", None), ("Score: 0", None), ("", None), ("Score: N", None), ("42", None),
+     ("Score (1-10): 9", 9), ("Score (1-10): **8**/10", 8), ("Score: 1-10", None),
      ("Score: 7th", None), ("Score: 7.5x", None), ("Score: 6. Good", 6)],
 )  # fmt: skip
 def test_scores(text: str, score: float | None) -> None:
@@ -112,7 +113,8 @@ def test_scores(text: str, score: float | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "worth"),
-    [("Verdict: A", 1), ("verdict: **b**", 0), ("Verdict: tie", 0.5), ("A is better", None), ("Verdict: Any", None)],
+    [("Verdict: A", 1), ("Verdict: a tie", 0.5), ("Verdict: a", 1),
+     ("verdict: **b**", 0), ("Verdict: tie", 0.5), ("A is better", None), ("Verdict: Any", None)],
 )
 def test_verdicts(text: str, worth: float | None) -> None:
     assert parse_verdict(text) == worth
@@ -221,6 +223,47 @@ def test_faults_of_an_endpoint_are_one_sentence_without_the_key(
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ResourceError, match=r"JUDGE_KEY, which is not set"):
         judge(answered, asked, ["student"])
+
+
+def test_another_address_is_the_same_judge(answered: RunDirectory, server: Server) -> None:
+    """A server of one's own comes back on another node and port; more samples are asked beside those that were."""
+    judge(answered, config(server.url, samples=4), ["student"])
+    judge(answered, config(server.url.replace("127.0.0.1", "localhost"), samples=4), ["student"])
+    assert len(server.seen) == 4
+
+
+def test_a_question_that_is_refused_is_left_out(
+    answered: RunDirectory, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A filter, or an answer too long for the judge, must not end the others' judging; a judge that refuses all must."""
+    server.reply = lambda question, number: (400, "filtered", {}) if "Question 3?" in question else (200, "Score: 5", {})
+    judge(answered, config(server.url, concurrency=1), ["student"])
+    records = {record["id"]: record for record in read_verdicts(judge_file(answered, "student", "b", 10))}
+    assert records["q3"]["score"] is None and "HTTP 400: filtered" in records["q3"]["said"][0]
+    assert len(records) == 12 and sum(record["score"] == 5 for record in records.values()) == 11
+    assert "1 questions were refused and are left out" in caplog.text
+    server.reply = lambda question, number: (400, "temperature is not supported", {})
+    with pytest.raises(ResourceError, match="HTTP 400: temperature is not supported"):
+        judge(answered, config(server.url, concurrency=1), ["initial"])
+    assert len(server.seen) < 12 + 12, "it is not asked the rest"
+
+
+def test_what_newer_models_are_asked(answered: RunDirectory, server: Server) -> None:
+    asked = config(server.url, temperature=None, limit_name="max_completion_tokens", max_tokens=99, samples=1)
+    server.reply = lambda question, number: (200, "<think>Score: 2?</think>Score: 6", {})
+    judge(answered, asked, ["student"])
+    assert "temperature" not in server.seen[0] and server.seen[0]["max_completion_tokens"] == 99
+    assert "max_tokens" not in server.seen[0]
+    (record,) = read_verdicts(judge_file(answered, "student", "b", 10))
+    assert record["score"] == 6 and record["said"] == ["Score: 6"]
+
+
+def test_a_verdict_that_was_cut_is_none(answered: RunDirectory, server: Server) -> None:
+    cut = json.dumps({"choices": [{"message": {"content": "At first sight Score: 9, but"}, "finish_reason": "length"}]})
+    server.reply = lambda question, number: (200, cut, {"raw": "yes"})
+    judge(answered, config(server.url, samples=1), ["student"])
+    (record,) = read_verdicts(judge_file(answered, "student", "b", 10))
+    assert record == {"id": record["id"], "score": None, "said": ["At first sight Score: 9, but"]}
 
 
 def test_nobody_there(answered: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -26,12 +27,16 @@ class Hub:
 
     calls: list[tuple[str, Any]] = []
     fault: Exception | None = None
+    private = True
 
     def __init__(self, token: str) -> None:
         Hub.calls = [("token", token)]
 
     def create_repo(self, name: str, **options: Any) -> None:
         Hub.calls.append(("create", (name, options)))
+
+    def repo_info(self, name: str) -> Any:
+        return SimpleNamespace(private=Hub.private)
 
     def upload_folder(self, **options: Any) -> None:
         if Hub.fault:
@@ -45,6 +50,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(Hub, "fault", None)
     return Hub
+
+
+def test_nothing_private_goes_where_all_can_see_it(folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub leaves a repository that was there as it is, whatever is asked for."""
+    push(folder, "o/n", private=True, dry_run=False)
+    assert [what for what, _ in hub.calls] == ["token", "create", "upload"]
+    monkeypatch.setattr(hub, "private", False)
+    with pytest.raises(RecipeError, match="--private, but o/n exists and is public"):
+        push(folder, "o/n", private=True, dry_run=False)
+    assert [what for what, _ in hub.calls] == ["token", "create"]
 
 
 def test_a_dry_run_lists_files_and_asks_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
