@@ -57,6 +57,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(plan__tau=[0, 2]), ("plan.tau", "greater than 0")),
     (changed(plan__tau=[1.0]), ("plan.tau", "missing")),
     (changed(plan__sft_ratio=[1.5, 0]), ("plan.sft_ratio", "less than or equal to 1")),
+    (changed(train__engine="torch", student__dtype="bfloat16"), ("train.engine=torch", "bfloat16", "train.engine=deepspeed")),
     (changed(plan__subsets=5, data__train_samples=4), ("plan.subsets=5", "data.train_samples=4", "fewer")),
     (changed(loss__name="kl"), ("loss", "'kl'", "fkl, rkl")),
     (changed(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory
+from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import Recipe
 from pocl_ds.errors import Interrupted, RecipeError, ResourceError
 from pocl_ds.shipped import LAUNCHER, module_command
@@ -101,6 +101,23 @@ def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) ->
         (tmp_path / name).write_text(text)
         prints.append(pipeline.fingerprints(asked)["evaluate"])
     assert prints[0] == prints[1] and prints[2] == prints[4] and len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(("fields", "words"), [
+    ({"policy": {"name": "distillm", "buffer": 8}, "plan": {"sft_ratio": [0, 0]}}, "policy.name=distillm follows the validation"),
+    ({"train": {"batch_size": 8, "checkpoint": {"keep_best": True}}}, "train.checkpoint.keep_best follows the validation loss"),
+])  # fmt: skip
+def test_what_follows_a_validation_loss_needs_samples_for_it(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """A run without them would end well, as plain distillation under another name."""
+    run = RunDirectory(tmp_path)
+    tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "train": {"batch_size": 8}, **fields}
+    for samples in (5, 0):
+        splits = {"train": {"samples": 64}, "validation": {"samples": samples}}
+        write_manifest(run.data, "data", "f", info={"splits": splits}, files=[])
+        if samples:
+            pipeline.check_sizes(run, Recipe.model_validate(tree))
+    with pytest.raises(RecipeError, match=words):
+        pipeline.check_sizes(run, Recipe.model_validate(tree))
 
 
 def test_a_tracker_that_is_missing_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.job import srun
 from pocl_ds.cluster.profile import check_profile
-from pocl_ds.cluster.submit import Submission
+from pocl_ds.cluster.submit import Submission, resume
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.recipe import check_recipe
 
@@ -121,7 +121,6 @@ def test_more_nodes_than_the_batch_divides_by(tmp_path: Path) -> None:
 
 def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
     from pocl_ds.cluster.status import status
-    from pocl_ds.cluster.submit import resume
 
     for function in (status, resume):
         with pytest.raises(ArtifactError, match="was never submitted"):
@@ -143,6 +142,18 @@ def test_a_step_in_a_container(container: Any, words: list[str], monkeypatch: py
     assert found[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"]
     assert "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found and "--export=ALL" in found
     assert found[len(found) - len(words) :] == words
+
+
+def test_what_goes_on_ends_where_it_was_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell of a study that only ranks must not begin to train because it was cut off."""
+    run, recipe = RunDirectory(tmp_path / "run"), submission(tmp_path / "x").recipe
+    found = Submission(run, recipe, check_profile({"name": "here", "cpus_per_node": 8}, "here"), nodes=1, until="rank")
+    monkeypatch.setattr(scheduler, "live", lambda ids: [])
+    monkeypatch.setattr(scheduler, "submit", lambda script, options: "7")
+    monkeypatch.setattr(scheduler, "release", lambda ids: None)
+    monkeypatch.chdir(tmp_path)
+    found.submit()
+    assert [job.name for job in resume(run).jobs] == [job.name for job in found.jobs] and "train" not in found.show()
 
 
 @pytest.mark.parametrize("scratch", ["local", "/local/$(id)", "/local/`id`", '/local/"; id; "', "/local/$1", "/a b"])
