@@ -185,7 +185,12 @@ def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
         return
     splits, batch = manifest.info["splits"], recipe.train.batch_size
     samples = int(splits["train"]["samples"])
-    plan_of(range(samples), recipe.plan, batch_size=batch)
+    plan = plan_of(range(samples), recipe.plan, batch_size=batch)
+    shortest = min(stage.steps for stage in plan.stages) if recipe.train.schedule == "per_stage" else plan.total_steps
+    if recipe.train.warmup_steps >= shortest:
+        where = "a stage" if recipe.train.schedule == "per_stage" else "the run"
+        raise RecipeError(f"train.warmup_steps={recipe.train.warmup_steps} never ends in the {shortest} steps of {where}, so "
+                          "that train.lr would not be reached: lower it")
     if recipe.student.heal_steps and samples < batch:
         raise RecipeError(f"train.batch_size={batch} is more than the {samples} training samples: healing needs one whole batch")
     needs = "policy.name=distillm" if recipe.policy.name == "distillm" else "train.checkpoint.keep_best"

@@ -120,6 +120,25 @@ def test_what_follows_a_validation_loss_needs_samples_for_it(fields: dict[str, A
         pipeline.check_sizes(run, Recipe.model_validate(tree))
 
 
+def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
+    """64 samples in four subsets: a first stage of two steps an epoch."""
+    run = RunDirectory(tmp_path)
+    write_manifest(run.data, "data", "f", info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}}, files=[])
+
+    def check(warmup: int, schedule: str) -> None:
+        train = {"batch_size": 8, "warmup_steps": warmup, "schedule": schedule}
+        plan = {"subsets": 4, "epochs_per_stage": 1}
+        tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "train": train, "plan": plan}
+        pipeline.check_sizes(run, Recipe.model_validate(tree))
+
+    check(1, "per_stage")
+    check(19, "whole_run")
+    with pytest.raises(RecipeError, match="train.warmup_steps=2 never ends in the 2 steps of a stage"):
+        check(2, "per_stage")
+    with pytest.raises(RecipeError, match="train.warmup_steps=20 never ends in the 20 steps of the run"):
+        check(20, "whole_run")
+
+
 def test_a_tracker_that_is_missing_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}, "train": {"tracking": {"wandb": True}}}
