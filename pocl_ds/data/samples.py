@@ -40,16 +40,14 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One instruction with its references; the first is the one trained on. history: earlier turns, (role, content). ended: false
-    where that reference was cut off, so that no EOS may follow it.
-    """
+    """One instruction with its references; the first is the one trained on. history: earlier turns, (role, content)."""
 
     id: str
     instruction: str
     input: str
     references: tuple[str, ...]
     history: tuple[tuple[str, str], ...] = ()
-    ended: bool = True
+    ended: bool = True  # false where the first reference was cut off: no EOS may follow it
 
     def to_json(self) -> str:
         """One line of a normalised file."""
