@@ -67,7 +67,7 @@ Explain in one or two sentences, then end with a line of the form "Verdict: A", 
 # Some repeat the range, "Score (1-10): 7", which is no score, or say "a tie", which is no A.
 SCORE = re.compile(r"score\W{0,6}?(?:1\s*[-–]\s*10\W{0,6})?(\d+(?:\.\d+)?)(?!\.?\w|\s*[-–]\s*\d)", re.IGNORECASE)
 VERDICT = re.compile(r"verdict\W{0,6}(?:a\s+(?=tie))?(A|B|tie)\b", re.IGNORECASE)
-REFUSALS = 3  # so many first questions refused and none answered: the judge is at fault, not they
+REFUSALS = 3  # so many questions refused and none ever answered: the judge is at fault, not they
 WORTH = {"a": 1.0, "tie": 0.5, "b": 0.0}
 
 
@@ -203,7 +203,6 @@ class _Court:
         if not left:
             return found
         endpoint, lock, refused = Endpoint(self.config), threading.Lock(), dict[str, dict[str, Any]]()
-        answered: list[str] = []
         with disk_faults(partial), partial.open("a", encoding="utf-8") as stream, Progress(
             len(asked), "verdicts", label, done=len(found)
         ) as progress:
@@ -214,12 +213,12 @@ class _Court:
                 except RefusedError as error:  # this question: a filter, or too long an answer
                     with lock:
                         refused[key] = {"score": None, "said": [str(error)]}
-                        if len(refused) == len(left) or (not answered and len(refused) >= REFUSALS):
+                        progress.advance()
+                        if not found and len(refused) >= min(REFUSALS, len(left)):
                             raise
                     return
                 with lock:
                     found[key] = entry
-                    answered.append(key)
                     stream.write(json.dumps({"stamp": stamps[key], **entry}, ensure_ascii=False) + "\n")
                     stream.flush()
                     progress.advance()

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, write_manifest
 from pocl_ds.config import GenerationConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig
@@ -48,7 +47,7 @@ def respond(
     )  # fmt: skip
     try:
         with atomic_directory(run.responses) as folder:
-            samples = _answered(run, asked, Encoder(asked, whole), generator, policy, seed, ROUNDS * generation.max_sequences)
+            samples = _answered(run, Encoder(asked, whole), generator, policy, seed, ROUNDS * generation.max_sequences)
             counts = encode_split(samples, Encoder(learns, whole), folder, "train")
     finally:
         generator.close()
@@ -58,7 +57,7 @@ def respond(
 
 
 def _answered(
-    run: RunDirectory, tokenizer: Any, encoder: Encoder, generator: Generator, policy: PolicyConfig, seed: int, size: int
+    run: RunDirectory, encoder: Encoder, generator: Generator, policy: PolicyConfig, seed: int, size: int
 ) -> Iterator[Sample]:
     """The training samples with the teacher's response as their reference."""
     path = run.data / "train.jsonl"
@@ -70,7 +69,7 @@ def _answered(
             for sample, ids in zip(part, generator.write([encoder.prompt(sample) for sample in part], sampling), strict=True):
                 ended = bool(ids) and ids[-1] in generator.stops
                 cut += not ended
-                yield replace(sample, references=(decode(tokenizer, ids, generator.stops),), ended=ended)
+                yield replace(sample, references=(decode(encoder.tokenizer, ids, generator.stops),), ended=ended)
             first += len(part)
             progress.advance(len(part))
     if cut:

@@ -349,3 +349,19 @@ def test_a_real_vllm_server_judges(answered: RunDirectory, vllm_server: str, mon
     monkeypatch.setenv("JUDGE_KEY", "wrong")
     with pytest.raises(ResourceError, match=r"HTTP 401"):
         judge(answered, config(vllm_server, prompt=str(short), **{**fields, "samples": 7}), ["student"])
+
+
+def test_a_refused_question_that_alone_is_left_ends_nothing(answered: RunDirectory, server: Server) -> None:
+    """After an interruption the same command must come to its end, though nothing else is asked any more."""
+
+    def reply(question: str, number: int) -> tuple[int, str, dict[str, str]]:
+        return (404, "stopped", {}) if "Question 3?" in question else (200, "Score: 5", {})
+
+    server.reply = reply
+    with pytest.raises(ResourceError, match="HTTP 404"):
+        judge(answered, config(server.url, concurrency=1), ["student"])
+    server.reply = lambda question, number: (400, "filtered", {}) if "Question 3?" in question else (200, "Score: 5", {})
+    for _ in range(2):
+        judge(answered, config(server.url, concurrency=1), ["student"])
+    records = read_verdicts(judge_file(answered, "student", "b", 10))
+    assert [record["id"] for record in records if record["score"] is None] == ["q3"] and len(records) == 12
