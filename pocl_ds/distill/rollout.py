@@ -37,6 +37,7 @@ from pocl_ds.models.vocabulary import Ids
 log = logging.getLogger("pocl_ds")
 
 WRITER = "writer.pt"  # in a checkpoint
+NEVER = -1  # in place of the step whose weights a writer has: it has none
 # Largest difference a token between the writer's log-probability and the trainer's, by the student's type.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
 # What the log says of an engine that shares a GPU with its rank, by its sleep level.
@@ -69,7 +70,7 @@ class Rollout:
     longest: int  # tokens of a prompt and its response
     cost: Cost = field(default_factory=Cost)
     writer: Generator | None = None
-    version: int = -1  # the step whose weights the writer has
+    version: int = NEVER  # the step whose weights the writer has
     held: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # these weights on rank 0, for checkpoints
 
     def __post_init__(self) -> None:
@@ -95,10 +96,13 @@ class Rollout:
                             seed=self.seed * 1_000_003 + position.step, first=mine.start)  # fmt: skip
         responses: list[list[int]] = []
         with distributed.together("write the student's responses"):
-            responses = self._writer().write(prompts, sampling) if prompts else []
+            responses = self._writer().write(prompts, sampling)
+            self._writer().rest()
         everyone = [one for part in distributed.gather_objects(responses) for one in part]
         written = Written.of(self.split, rows, everyone, eos_id=self.eos_id, longest=self.longest, allowed=self.allowed)
         self.cost = Cost(time.monotonic() - start, refreshed, sum(map(len, everyone)), position.step - self.version)
+        if self._sleep_level == 2:
+            self.version = NEVER
         return written
 
     def snapshot(self, step: int) -> Callable[[Path], list[Path]]:
@@ -122,6 +126,7 @@ class Rollout:
         with distributed.together("give the writer its weights back"):
             state = torch.load(folder / WRITER, map_location="cpu", weights_only=True)
             self._writer().refresh(state["weights"])
+            self._writer().rest()
         self.version, self.held = int(state["step"]), state["weights"] if distributed.rank() == 0 else {}
 
     def close(self) -> None:
@@ -153,7 +158,7 @@ class Rollout:
     def _due(self, step: int) -> bool:
         """Whether the writer must have new weights before it writes at a step."""
         every = self.config.refresh_every
-        return self.version < 0 or step // every != self.version // every
+        return self.version == NEVER or step // every != self.version // every
 
     @torch.no_grad()
     def _compare(self, row: int) -> None:
@@ -174,6 +179,13 @@ class Rollout:
                     "did not take the new weights; set policy.rollout=hf"
                 )
 
+    @property
+    def _sleep_level(self) -> int:
+        """What is asked of an engine between writes: with new weights before each nobody needs the old ones."""
+        if self.config.rollout != "vllm" or not self.on_gpu:
+            return 0
+        return 2 if self.config.refresh_every == 1 else 1
+
     def _writer(self) -> Generator:
         if self.writer is None:
             settings = GenerationConfig(
@@ -191,14 +203,13 @@ class Rollout:
         threads = torch.get_num_threads()
         if settings.backend == "vllm":
             device = _visible(distributed.device().index or 0) if self.on_gpu else None
-            # With new weights before each write nobody needs the old ones.
-            level = (2 if self.config.refresh_every == 1 else 1) if self.on_gpu else 0
             return ChildGenerator(self.path, settings, max_length=self.longest, threads=threads, trust_remote_code=trusted,
-                                  device=device, sleep_level=level)  # fmt: skip
+                                  device=device, sleep_level=self._sleep_level)  # fmt: skip
         from pocl_ds.generation.transformers_backend import TransformersGenerator
 
         tokenizer = load_tokenizer(self.path, trust_remote_code=trusted)
-        return TransformersGenerator(self.path, settings, tokenizer, threads=threads, trust_remote_code=trusted)
+        return TransformersGenerator(self.path, settings, tokenizer, max_length=self.longest, threads=threads,
+                                     trust_remote_code=trusted)  # fmt: skip
 
 
 def _visible(index: int) -> str:

@@ -87,6 +87,10 @@ class ChildGenerator:
         finally:
             os.unlink(name)
 
+    def rest(self) -> None:
+        """See `protocol.Generator`."""
+        self._ask("rest")
+
     def close(self) -> None:
         """End the process."""
         if self.process.poll() is None:

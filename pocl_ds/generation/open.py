@@ -67,5 +67,6 @@ def open_generator(
     from pocl_ds.generation.transformers_backend import TransformersGenerator
 
     return TransformersGenerator(
-        model_path, config, tokenizer, threads=threads, trust_remote_code=trust_remote_code, revision=revision
-    )
+        model_path, config, tokenizer, max_length=max_length, threads=threads, trust_remote_code=trust_remote_code,
+        revision=revision,
+    )  # fmt: skip

@@ -55,6 +55,10 @@ class Generator(Protocol):
         """
         ...
 
+    def rest(self) -> None:
+        """Nothing is asked for a while: give back the memory of a GPU that others want, where the backend can."""
+        ...
+
     def close(self) -> None:
         """Free the model and whatever the backend started."""
         ...

@@ -35,6 +35,7 @@ class TransformersGenerator:
         config: GenerationConfig,
         tokenizer: Any,
         *,
+        max_length: int,
         threads: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
@@ -44,7 +45,7 @@ class TransformersGenerator:
             torch.set_num_threads(threads)
         model = load_model(model_path, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision)
         self.model: Any = model.to(device()).eval()
-        self.config, self.tokenizer, self.tokens = config, tokenizer, 0
+        self.config, self.tokenizer, self.max_length, self.tokens = config, tokenizer, max_length, 0
         self.stops = stop_ids(tokenizer, self.model.generation_config)
         # The model's own decoding settings (temperature, repetition penalty) must not add to ours.
         self.model.generation_config = DecodingConfig()
@@ -55,33 +56,42 @@ class TransformersGenerator:
 
     @torch.inference_mode()
     def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """See `protocol.Generator`. Prompts of like length go together, padded on the left."""
+        """See `protocol.Generator`. Prompts of like length go together, padded on the left, and as many new tokens fit for each
+        of them: the model may have no positions beyond.
+        """
         responses: list[list[int]] = [[]] * len(prompts)
+        room = [min(sampling.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
+        for spare in sorted({one for one in room if one > 0}, reverse=True):
+            alike = [index for index, one in enumerate(room) if one == spare]
+            for batch in _batches([len(prompts[index]) + spare for index in alike], self.config):
+                self._write_batch([alike[place] for place in batch], prompts, sampling, spare, responses)
+        return responses
+
+    def _write_batch(self, batch: Sequence[int], prompts: Sequence[Sequence[int]], sampling: Sampling, spare: int,
+                     responses: list[list[int]]) -> None:  # fmt: skip
+        """Write at most `spare` tokens to each of the prompts `batch`."""
         decoding = DecodingConfig(
             do_sample=False,
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=spare,
             eos_token_id=self.stops,
             pad_token_id=self.stops[0],
             use_cache=True,
         )
-        spare = sampling.max_new_tokens
-        for batch in _batches([len(prompt) + spare for prompt in prompts], self.config):
-            ids, mask = _padded([prompts[index] for index in batch], self.model.device, left=True)
-            processors = LogitsProcessorList()
-            if sampling.temperature > 0:
-                processors.append(TemperatureLogitsWarper(sampling.temperature))
-                if sampling.top_p < 1:
-                    processors.append(TopPLogitsWarper(sampling.top_p))
-                processors.append(_GumbelNoise([sampling.request_seed(index) for index in batch], self.model.device))
-            with quiet():
-                output = self.model.generate(
-                    input_ids=ids, attention_mask=mask, generation_config=decoding, logits_processor=processors
-                )
-            for index, response in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-                length = next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
-                responses[index] = response[:length]
-                self.tokens += length
-        return responses
+        ids, mask = _padded([prompts[index] for index in batch], self.model.device, left=True)
+        processors = LogitsProcessorList()
+        if sampling.temperature > 0:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(sampling.top_p))
+            processors.append(_GumbelNoise([sampling.request_seed(index) for index in batch], self.model.device))
+        with quiet():
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=decoding, logits_processor=processors
+            )
+        for index, response in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            length = next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
+            responses[index] = response[:length]
+            self.tokens += length
 
     @torch.no_grad()
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
@@ -111,6 +121,9 @@ class TransformersGenerator:
                     results[index] = torch.cat(found).cpu().numpy()
                 self.tokens += stop
         return results
+
+    def rest(self) -> None:
+        """See `protocol.Generator`; the model stays where it is."""
 
     def close(self) -> None:
         """Free the model."""

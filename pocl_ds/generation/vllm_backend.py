@@ -42,9 +42,9 @@ ENVIRONMENT = {
 class VllmGenerator:
     """See `protocol.Generator`.
 
-    sleep_level: where the engine's GPU memory is wanted by another process between calls of `write`. 0 keeps it. Otherwise the
-    engine sleeps after each: at level 1 its weights wait in the CPU's memory, at level 2 they are dropped, and `refresh` must
-    come first. A machine whose engine cannot sleep keeps level 0.
+    sleep_level: what `rest` does, where another process wants the engine's GPU memory for a while. 0 keeps it. Otherwise the
+    engine sleeps: at level 1 its weights wait in the CPU's memory, at level 2 they are dropped, and `refresh` must come first. A
+    machine whose engine cannot sleep keeps level 0.
     """
 
     def __init__(
@@ -126,9 +126,6 @@ class VllmGenerator:
         ]
         responses = [list(output.outputs[0].token_ids) for output in self._run(prompts, requests)]
         self.tokens += sum(map(len, responses))
-        if self.sleep_level:
-            self.engine.sleep(level=self.sleep_level)
-            self.asleep = True
         return responses
 
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
@@ -158,6 +155,12 @@ class VllmGenerator:
             self.tokens += len(sequence)
         return results
 
+    def rest(self) -> None:
+        """See `protocol.Generator`."""
+        if self.sleep_level and not self.asleep:
+            self.engine.sleep(level=self.sleep_level)
+            self.asleep = True
+
     def close(self) -> None:
         """Shut the engine down, destroy vLLM's process groups and give the threads back."""
         if self.engine is None:
@@ -171,6 +174,8 @@ class VllmGenerator:
         self.settings.restore()
 
     def _run(self, prompts: Sequence[Sequence[int]], requests: list[Any]) -> list[Any]:
+        if not prompts:
+            return []
         if self.asleep:
             if self.sleep_level == 2:
                 raise RuntimeError("the engine dropped its weights when it went to sleep: refresh it first")

@@ -72,11 +72,13 @@ def test_a_rollouts_engine_gives_its_memory_back_between_writes(level: int, tiny
         writer.refresh(weights)
         first = writer.log_probs([sequence], [5])[0]
         written = writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0))
+        writer.rest()
         freed = torch.cuda.mem_get_info()[0] - awake
         assert freed > 0.2 * torch.cuda.mem_get_info()[1]
         if level == 1:
             np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
             writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0))
+            writer.rest()
         writer.refresh({name: value * 1.5 for name, value in weights.items()})
         assert np.abs(writer.log_probs([sequence], [5])[0] - first).max() > 1e-2
         writer.refresh(weights)

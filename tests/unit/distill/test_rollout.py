@@ -118,3 +118,40 @@ def test_where_each_step_brings_new_weights_nothing_is_kept(tiny_llama: Path, tm
     rollout = made(tiny_llama)
     write(rollout, 4)
     assert rollout.held == {} and rollout.snapshot(5)(tmp_path) == [] and list(tmp_path.iterdir()) == []
+
+
+class Level2:
+    """A writer whose engine drops its weights when it rests, as one on a GPU: writes down what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+        self.calls.append("refresh")
+
+    def write(self, prompts: list[list[int]], sampling: Any) -> list[list[int]]:
+        self.calls.append("write")
+        return [[5, 0]] * len(prompts)
+
+    def rest(self) -> None:
+        self.calls.append("rest")
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_an_engine_rests_whenever_nothing_is_asked_of_it(every: int, tiny_llama: Path, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """After each write and after a resume; and one that dropped its weights gets them for a second write of the same step."""
+    rollout = made(tiny_llama, every=every)
+    writer: Any = Level2()
+    rollout.config = rollout.config.model_copy(update={"rollout": "vllm"})
+    monkeypatch.setattr(rollout, "on_gpu", True)
+    monkeypatch.setattr(rollout, "_compare", lambda row: None)
+    monkeypatch.setattr(rollout, "_open", lambda settings: writer)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    write(rollout, 0)
+    write(rollout, 0)
+    whole = ["refresh", "write", "rest"]
+    assert writer.calls == (whole + whole if every == 1 else whole + whole[1:])
+    torch.save({"step": 0, "weights": {}}, tmp_path / WRITER)
+    rollout.restore(tmp_path)
+    assert writer.calls[-2:] == ["refresh", "rest"]

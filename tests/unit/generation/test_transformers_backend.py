@@ -28,10 +28,10 @@ WORDS = [
 ]
 
 
-def opened(folder: Path, **fields: Any) -> tuple[Generator, Any]:
+def opened(folder: Path, *, max_length: int = 256, **fields: Any) -> tuple[Generator, Any]:
     tokenizer = load_tokenizer(str(folder))
     config = GenerationConfig(backend="transformers", **fields)
-    return open_generator(str(folder), config, tokenizer, max_length=256), tokenizer
+    return open_generator(str(folder), config, tokenizer, max_length=max_length), tokenizer
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"])
@@ -138,3 +138,21 @@ def test_threads_are_given_back(tiny_llama: Path) -> None:
     assert torch.get_num_threads() == 2
     generator.close()
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_opt"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_prompt_is_written_beyond_the_models_positions(name: str, temperature: float, request: pytest.FixtureRequest) -> None:
+    """Each response ends where its own sequence is full, whatever prompts are written beside it, and begins as with more room."""
+    folder = request.getfixturevalue(name)
+    positions = load_model(str(folder)).config.max_position_embeddings
+    generator, tokenizer = opened(folder, max_length=positions, max_sequences=4)
+    generator.stops.clear()
+    generator.stops.append(tokenizer.vocab_size - 1)
+    lengths = [positions - 3, 5, positions - 1, positions - 3, positions, 7, positions - 8]
+    prompts = [[2 + (place * 7 + row) % 90 for place in range(length)] for row, length in enumerate(lengths)]
+    found = generator.write(prompts, Sampling(temperature, 1.0, 8, seed=3))
+    assert [len(one) for one in found] == [min(8, positions - length) for length in lengths]
+    for row, prompt in enumerate(prompts):
+        assert generator.write([prompt], Sampling(temperature, 1.0, 8, seed=3, first=row)) == [found[row]]
+    generator.close()

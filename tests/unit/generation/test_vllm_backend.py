@@ -183,17 +183,23 @@ def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the weights of before."""
+    """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the weights of before. Nothing to
+    write wakes nothing, and an engine at rest is not sent to rest again.
+    """
     generator = opened_asleep(tiny_llama, level, monkeypatch)
     for _ in range(2):
         generator.refresh({"model.embed_tokens.weight": torch.zeros(1)})
         generator.log_probs([[7, 8]], [1])
         assert generator.write([[7]], Sampling(*DRAWN)) == [[5, 0]]
+        generator.rest()
+        assert generator.write([], Sampling(*DRAWN)) == []
+        generator.rest()
     if level == 2:
         with pytest.raises(RuntimeError, match="refresh it first"):
             generator.write([[7]], Sampling(*DRAWN))
     else:
         generator.write([[7]], Sampling(*DRAWN))
+        generator.rest()
     generator.settings.restore()
     step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
     expected = {
