@@ -40,6 +40,16 @@ COMMANDS = {
     "bench": ("measure a part of this program on this machine", "pocl bench rouge"),
 }
 
+# What a stage's memory follows from, beside the models' own size.
+SMALLER = {
+    **dict.fromkeys(("prepare", "train", "baseline"), "lower train.micro_batch_size or loss.chunk_bytes, set "
+                    "student.activation_checkpointing=true, or take more GPUs: `pocl size` says how many"),
+    "teach": "lower teach.batch_tokens, or shard the teacher with teacher.ds_config",
+    **dict.fromkeys(("respond", "score"), "lower score.generation.max_sequences and score.generation.max_batched_tokens"),
+    "evaluate": "lower evaluate.generation.max_sequences and max_batched_tokens; the held-out loss needs each model whole on one "
+                "GPU, and evaluate.loss=false leaves it out",
+}  # fmt: skip
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
@@ -64,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str] | None) -> tuple[int, str]:
     """Exit code, and the sentence that says why it is not 0."""
-    from pocl_ds.errors import PoclError
+    from pocl_ds.errors import PoclError, memory_fault
     from pocl_ds.exits import interrupted
 
     options = _options(arguments)
@@ -77,6 +87,11 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
         return _command(options), ""
     except PoclError as error:
         return _interrupted(f"pocl {options.command}") if interrupted() else (error.exit_code, _say(options, str(error)))
+    except (RuntimeError, MemoryError) as error:
+        if (said := memory_fault(error)) is None:
+            raise
+        remedy = SMALLER.get(options.command, "take a machine with more")
+        return 2, _say(options, f"memory ran out ({said}): finished work is kept; {remedy}")
     except OSError as error:
         from pocl_ds.artifacts import file_fault
 
