@@ -66,8 +66,10 @@ class DataConfig(Section):
     source: str = Field("documentation", description="`documentation`, a .jsonl/.json/.parquet file, or a Hub name")
     hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
     hub_split: str = Field("train", description="split of a Hub data set")
+    hub_revision: str | None = Field(None, description="revision of a Hub data set: a commit stays what it is")
     format: Format = Field("auto", description="form of the records")
     fields: Fields = Field(default_factory=dict, description="our field -> the name it has in the file")
+    invalid: Literal["error", "skip"] = Field("error", description="a record without a text to learn from: an empty answer, say")
     validation: str | None = Field(None, description="file with validation samples; else split off by hash")
     test: str | None = Field(None, description="file with test samples; else split off by hash")
     validation_fraction: Fraction = Field(0.05, description="share split off by hash of the prompt")
@@ -437,6 +439,7 @@ class BenchmarkConfig(Section):
     source: str = Field(description="`test` for the held-out split, one of " + " ".join(BENCHMARKS) + ", a file, or a Hub name")
     hub_subset: str | None = Field(None, description="configuration name of a Hub data set")
     hub_split: str = Field("test", description="split of a Hub data set")
+    hub_revision: str | None = Field(None, description="revision of a Hub data set: a commit stays what it is")
     format: Format = Field("auto", description="form of the records")
     fields: Fields = Field(default_factory=dict, description="our field -> the name it has in the file")
 

@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pocl_ds.data.seen import SeenKeys
 from pocl_ds.errors import ArtifactError, DataError
 
 log = logging.getLogger("pocl_ds")
@@ -35,6 +35,7 @@ NAMES = {
 }
 SYSTEM = ("system", "system_prompt")
 Parts: TypeAlias = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]  # instruction, input, references, history
+Unusable: TypeAlias = Callable[[DataError], object]
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -70,12 +71,14 @@ def read_samples(
     fields: Mapping[str, str] | None = None,
     hub_subset: str | None = None,
     hub_split: str = "train",
+    hub_revision: str | None = None,
     setting: str = "data.fields",
+    invalid: Unusable | None = None,
 ) -> Iterator[Sample]:
     """Samples of a .jsonl, .json or .parquet file, or of a data set on the Hub, one at a time.
 
     fields: our name -> the name in the file, where they differ; setting: where a recipe says so. Ids are the records' own,
-    else a hash of the content.
+    else a hash of the content. invalid: told of a record that says nothing to learn from, which is then left out.
     Raises DataError naming file, line and remedy.
     """
     path = Path(os.path.expanduser(source))
@@ -87,14 +90,15 @@ def read_samples(
         fault = "has an unknown ending" if there else "does not exist"
         raise DataError(f"data file {source} {fault}: give a {', '.join(FILES)} file or a Hub name")
     else:
-        records = _hub_records(source, hub_subset, hub_split)
-    yield from normalise(records, source, format, fields or {}, setting)
+        records = _hub_records(source, hub_subset, hub_split, hub_revision)
+    yield from normalise(records, source, format, fields or {}, setting, invalid)
 
 
 def normalise(
-    records: Iterable[tuple[str, Any]], source: str, format: str, fields: Mapping[str, str], setting: str = "data.fields"
-) -> Iterator[Sample]:
-    """Turn (place, record) pairs into samples."""
+    records: Iterable[tuple[str, Any]], source: str, format: str, fields: Mapping[str, str], setting: str = "data.fields",
+    invalid: Unusable | None = None,
+) -> Iterator[Sample]:  # fmt: skip
+    """Turn (place, record) pairs into samples. invalid: as `read_samples` has it."""
     reader = None
     seen, contents = SeenKeys(), SeenKeys()
     for place, record in records:
@@ -106,8 +110,14 @@ def normalise(
             log.info("%s: read as %s", source, reader.described())
             if unread := reader.unread(record):
                 log.warning("%s: the field %s is not read: make it a turn of `messages` if models are to see it", source, unread)
-        instruction, given, references, history = reader.read(record, place)
-        said = _bytes(json.dumps([history, instruction, given, references], ensure_ascii=False), place)
+        try:
+            instruction, given, references, history = reader.read(record, place)
+            said = _bytes(json.dumps([history, instruction, given, references], ensure_ascii=False), place)
+        except DataError as fault:
+            if invalid is None:
+                raise
+            invalid(fault)
+            continue
         own = record.get(reader.names["id"])
         if own is None or own == "":
             identity = hashlib.sha256(said).hexdigest()[:16]
@@ -138,54 +148,6 @@ def read_normalised(path: Path) -> Iterator[Sample]:
             except (ValueError, KeyError, TypeError):
                 raise ArtifactError(f"{path} line {number} is damaged: remove its folder and run its stage again") from None
             yield sample
-
-
-class SeenKeys:
-    """64-bit keys, each with a number of 1 or more, in 16 bytes a slot: ten million take 270 MB, a dict six times that.
-
-    Open addressing. That two different ids among ten million share a key has a chance of 3 in a million.
-    """
-
-    def __init__(self) -> None:
-        self._count, self._bits = 0, 10
-        self._keys, self._numbers = self._tables()
-
-    def __len__(self) -> int:
-        return self._count
-
-    def get(self, key: int) -> int:
-        """The number at a key, 0 where there is none."""
-        return self._numbers[self._slot(key)]
-
-    def put(self, key: int, number: int) -> int:
-        """Set the number at a key; returns the one that was there, 0 where there was none."""
-        slot = self._slot(key)
-        earlier = self._numbers[slot]
-        self._keys[slot], self._numbers[slot] = key, number
-        if not earlier:
-            self._count += 1
-            if self._count > 0.7 * (1 << self._bits):
-                self._grow()
-        return earlier
-
-    def _tables(self) -> tuple[array[int], array[int]]:
-        return array("Q", bytes(8 << self._bits)), array("Q", bytes(8 << self._bits))
-
-    def _slot(self, key: int) -> int:
-        mask = (1 << self._bits) - 1
-        slot = key & mask
-        while self._numbers[slot] and self._keys[slot] != key:
-            slot = (slot + 1) & mask
-        return slot
-
-    def _grow(self) -> None:
-        keys, numbers = self._keys, self._numbers
-        self._bits += 1
-        self._keys, self._numbers = self._tables()
-        for key, number in zip(keys, numbers):
-            if number:
-                slot = self._slot(key)
-                self._keys[slot], self._numbers[slot] = key, number
 
 
 class _Reader:
@@ -385,16 +347,16 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"data file {path} is not a Parquet file ({error}): check it") from None
 
 
-def _hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_records(name: str, subset: str | None, split: str, revision: str | None) -> Iterator[tuple[str, Any]]:
     import datasets
 
     try:
-        found = datasets.load_dataset(name, subset, split=split)
+        found = datasets.load_dataset(name, subset, split=split, revision=revision)
     except Exception as error:  # the library raises a dozen unrelated types, network ones among them
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"data set {name!r} (subset {subset}, split {split!r}) cannot be had ({type(error).__name__}: {reason}): check "
-            "the name and the network, or give a .jsonl file"
+            f"data set {name!r} (subset {subset}, split {split!r}, revision {revision or 'main'}) cannot be had "
+            f"({type(error).__name__}: {reason}): check the name and the network, or give a .jsonl file"
         ) from None
     for number, record in enumerate(found, 1):
         yield f"{name} record {number}", record

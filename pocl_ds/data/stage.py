@@ -10,7 +10,7 @@ import heapq
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,22 @@ SPLITS = ("train", "validation", "test")
 TEACHER = "teacher"  # folder below the data's
 
 
+@dataclass
+class Unusable:
+    """Records that say nothing to learn from, as data.invalid has it."""
+
+    mode: str
+    count: int = 0
+    first: str = ""
+
+    def __call__(self, fault: DataError) -> None:
+        """Count one, or raise DataError where such records are an error."""
+        if self.mode == "error":
+            raise DataError(f"{fault}; data.invalid=skip leaves out every such record") from None
+        self.first = self.first or str(fault)
+        self.count += 1
+
+
 def prepare_data(
     run: RunDirectory, data: DataConfig, prompt: PromptConfig, tokenizer: Any, fingerprint: str, teacher_tokenizer: Any = None
 ) -> Manifest:
@@ -40,7 +56,10 @@ def prepare_data(
     start = time.monotonic()
     encoder = Encoder(tokenizer, prompt)
     with atomic_directory(run.data) as folder:
-        parts = _divide(data, folder)
+        unusable = Unusable(data.invalid)
+        parts = _divide(data, folder, unusable)
+        if unusable.count:
+            log.warning("%d records say nothing to learn from and are left out; the first: %s", unusable.count, unusable.first)
         counts = {}
         for split in SPLITS:
             limit = getattr(data, f"{split}_samples")
@@ -56,7 +75,7 @@ def prepare_data(
         info = {
             "source": data.source, "splits": {split: asdict(count) for split, count in counts.items()},
             "tokenizer": tokenizer.name_or_path, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id,
-            "vocabulary": len(tokenizer), "seconds": time.monotonic() - start,
+            "vocabulary": len(tokenizer), "unusable": unusable.count, "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "data", fingerprint, info=info)
 
@@ -68,7 +87,7 @@ def _encode_again(folder: Path, encoder: Encoder) -> None:
         encode_split(read_normalised(folder / f"{split}.jsonl"), encoder, folder / TEACHER, split, texts=False)
 
 
-def _divide(data: DataConfig, folder: Path) -> dict[str, Path]:
+def _divide(data: DataConfig, folder: Path, unusable: Unusable) -> dict[str, Path]:
     """Write each split's samples to a file of its own, in the order of the source. No prompt lies in two splits."""
     parts = {split: folder / f".{split}.samples" for split in SPLITS}
     streams = {split: path.open("w", encoding="utf-8") for split, path in parts.items()}
@@ -77,7 +96,7 @@ def _divide(data: DataConfig, folder: Path) -> dict[str, Path]:
     try:
         for given, source in (("test", data.test), ("validation", data.validation), (None, data.source)):
             fresh: set[str] = set()
-            for sample in _source(source, data) if source else ():
+            for sample in _source(source, data, unusable) if source else ():
                 split = given or _split_of(sample, data)
                 if sample.prompt_key in asked:
                     left_out[split] += 1
@@ -96,11 +115,12 @@ def _divide(data: DataConfig, folder: Path) -> dict[str, Path]:
     return parts
 
 
-def _source(source: str, data: DataConfig) -> Iterator[Sample]:
+def _source(source: str, data: DataConfig, unusable: Unusable) -> Iterator[Sample]:
     if source == "documentation":
         return harvest(data.documentation)
     fields = {str(ours): theirs for ours, theirs in data.fields.items()}
-    return read_samples(source, format=data.format, fields=fields, hub_subset=data.hub_subset, hub_split=data.hub_split)
+    return read_samples(source, format=data.format, fields=fields, hub_subset=data.hub_subset, hub_split=data.hub_split,
+                        hub_revision=data.hub_revision, invalid=unusable)  # fmt: skip
 
 
 def _split_of(sample: Sample, data: DataConfig) -> str:

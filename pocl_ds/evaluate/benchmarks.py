@@ -97,10 +97,10 @@ def seen_in_training(run: RunDirectory, asked: Mapping[str, Sequence[Sample]]) -
     return found
 
 
-def known_file(known: Known, folder: str | None, name: str) -> Path:
+def known_file(known: Known, folder: str | None, name: str, revision: str | None = None) -> Path:
     """The file of a known benchmark: in the folder where one is named, else from the Hub. Raises DataError."""
     if folder is None:
-        return _downloaded(known, name)
+        return _downloaded(known, name, revision)
     for file in known.files:
         path = Path(os.path.expanduser(folder)) / file
         if path.is_file():
@@ -127,9 +127,10 @@ def _samples(run: RunDirectory, benchmark: BenchmarkConfig, folder: str | None, 
     fields = {str(ours): theirs for ours, theirs in benchmark.fields.items()}
     known, setting = KNOWN.get(benchmark.source), f"evaluate.benchmarks.{name}.fields"
     if known is None:
-        return list(read_samples(benchmark.source, format=benchmark.format, fields=fields, hub_subset=benchmark.hub_subset,
-                                 hub_split=benchmark.hub_split, setting=setting))  # fmt: skip
-    path = known_file(known, folder, benchmark.source)
+        return list(read_samples(benchmark.source, format=benchmark.format, fields=fields, setting=setting,
+                                 hub_subset=benchmark.hub_subset, hub_split=benchmark.hub_split,
+                                 hub_revision=benchmark.hub_revision))  # fmt: skip
+    path = known_file(known, folder, benchmark.source, benchmark.hub_revision)
     samples = list(islice(read_samples(str(path), format=benchmark.format, fields=fields, setting=setting), known.items + 1))
     longer = len(samples) > known.items and benchmark.source != "unni"  # whose file is longer: the benchmark is its beginning
     if longer or len(samples) < known.items:
@@ -138,11 +139,11 @@ def _samples(run: RunDirectory, benchmark: BenchmarkConfig, folder: str | None, 
     return samples[: known.items]
 
 
-def _downloaded(known: Known, name: str) -> Path:
+def _downloaded(known: Known, name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.hf_hub_download(known.repository, known.hub_file, repo_type="dataset"))
+        return Path(huggingface_hub.hf_hub_download(known.repository, known.hub_file, repo_type="dataset", revision=revision))
     except Exception as error:  # network, offline mode, access: a dozen unrelated types
         reason = " ".join(str(error).split())[:200]
         raise DataError(

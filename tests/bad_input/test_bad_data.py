@@ -39,6 +39,8 @@ NOTHING_LEFT = (
     "these or give more data"
 )
 
+LEFT_OUT = "; data.invalid=skip leaves out every such record"
+
 # The file's ending and content (None: no file), further words -> the sentence.
 DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     "not there": ("jsonl", None, (), "data file FILE does not exist: check the path"),
@@ -91,19 +93,19 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         lines([{"instruction": "a"}]),
         (),
         "FILE line 1: there is no field 'output' (fields: instruction): add it, or "
-        "name the one that holds the answer with data.fields.output",
+        "name the one that holds the answer with data.fields.output" + LEFT_OUT,
     ),
     "an empty output": (
         "jsonl",
         lines([{"instruction": "a", "output": " "}]),
         (),
-        "FILE line 1: output must be text or a list of texts, none empty: mend or remove it",
+        "FILE line 1: output must be text or a list of texts, none empty: mend or remove it" + LEFT_OUT,
     ),
     "a list as instruction": (
         "jsonl",
         lines([{"instruction": ["a"], "output": "b"}]),
         (),
-        "FILE line 1: field 'instruction' must be text, found list: mend or remove the record",
+        "FILE line 1: field 'instruction' must be text, found list: mend or remove the record" + LEFT_OUT,
     ),
     "ids twice": (
         "jsonl",
@@ -187,8 +189,8 @@ def test_sources_that_are_no_file(recipe: Path, tmp_path: Path, capsys: pytest.C
         (f"/{'a' * 300}.jsonl", "data file SOURCE does not exist: check the path"),
         (
             "org/name",
-            "data set 'SOURCE' (subset None, split 'train') cannot be had (ConnectionError: Couldn't reach 'SOURCE' on the Hub "
-            "(OfflineModeIsEnabled)): check the name and the network, or give a .jsonl file",
+            "data set 'SOURCE' (subset None, split 'train', revision main) cannot be had (ConnectionError: Couldn't reach "
+            "'SOURCE' on the Hub (OfflineModeIsEnabled)): check the name and the network, or give a .jsonl file",
         ),
     ):
         said = sentence(capsys, "data", recipe, "--run-dir", run, f"data.source={source}")

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.config import Fields, Format
-from pocl_ds.data.samples import FORMS, NAMES, Sample, SeenKeys, normalise, read_normalised, read_samples
+from pocl_ds.data.samples import FORMS, NAMES, Sample, normalise, read_normalised, read_samples
+from pocl_ds.data.seen import SeenKeys
 from pocl_ds.errors import DataError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -236,7 +237,7 @@ class TestBadInput:
     def test_a_hub_set_that_cannot_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
 
-        def unreachable(name: str, subset: str | None, *, split: str) -> None:
+        def unreachable(name: str, subset: str | None, *, split: str, revision: str | None) -> None:
             raise ConnectionError(f"Couldn't reach {name}\nsecond line")
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
@@ -246,12 +247,12 @@ class TestBadInput:
     def test_a_hub_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
 
-        def found(name: str, subset: str | None, *, split: str) -> Any:
-            assert (name, subset, split) == ("someone/some-set", "small", "test")
+        def found(name: str, subset: str | None, *, split: str, revision: str | None) -> Any:
+            assert (name, subset, split, revision) == ("someone/some-set", "small", "test", "a1b2c3")
             return datasets.Dataset.from_list([GOOD, {**GOOD, "output": "4"}])
 
         monkeypatch.setattr(datasets, "load_dataset", found)
-        samples = list(read_samples("someone/some-set", hub_subset="small", hub_split="test"))
+        samples = list(read_samples("someone/some-set", hub_subset="small", hub_split="test", hub_revision="a1b2c3"))
         assert [sample.references for sample in samples] == [("3",), ("4",)]
 
 

@@ -131,11 +131,32 @@ def test_a_finished_stage_is_found_and_a_damaged_one_is_made_again(tmp_path: Pat
     source = write(tmp_path / "all.jsonl", records(50))
     first = prepare(tmp_path / "run", source)
     calls = []
-    monkeypatch.setattr(stage, "_divide", lambda data, folder, real=stage._divide: calls.append(1) or real(data, folder))
+    monkeypatch.setattr(stage, "_divide", lambda *given, real=stage._divide: calls.append(1) or real(*given))
     assert prepare(tmp_path / "run", source) == first and not calls
     (tmp_path / "run" / "data" / "train.tokens.bin").unlink()
     assert prepare(tmp_path / "run", source) == first and calls == [1]
     assert len(EncodedSplit.open(tmp_path / "run" / "data", "train").tokens(0))
+
+
+def test_records_that_say_nothing_are_an_error_or_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is broken, and not merely empty, stays an error."""
+    rows: list[Any] = records(40)
+    whole = prepare(tmp_path / "whole", write(tmp_path / "whole.jsonl", rows))
+    rows[3:3] = [{"instruction": "Say it.", "output": " "}, {"instruction": "Say it.", "output": "half \ud800"}]
+    rows = [{"instruction": "Say it."}, *rows, {"instruction": None, "output": "it"}]
+    source = write(tmp_path / "part.jsonl", rows)
+    with pytest.raises(DataError, match="line 1: there is no field 'output' .*; data.invalid=skip leaves out every such"):
+        prepare(tmp_path / "error", source)
+    assert prepare(tmp_path / "skip", source, invalid="skip") == whole
+    assert "4 records say nothing to learn from and are left out; the first: " in caplog.text
+    manifest = read_manifest(tmp_path / "skip" / "data")
+    assert manifest is not None and manifest.info["unusable"] == 4
+    with (tmp_path / "part.jsonl").open("a") as stream:
+        stream.write('{"instruction": "cut')
+    with pytest.raises(DataError, match="line 45 is not valid JSON"):
+        prepare(tmp_path / "broken", source, invalid="skip")
+    with pytest.raises(DataError, match="leaves no training samples"):
+        prepare(tmp_path / "none", write(tmp_path / "none.jsonl", [{"instruction": "Say it.", "output": ""}]), invalid="skip")
 
 
 def test_nothing_left_to_train_on_is_one_sentence(tmp_path: Path) -> None:

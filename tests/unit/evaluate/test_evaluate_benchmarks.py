@@ -80,13 +80,14 @@ def test_the_hub_is_asked_for_the_file(
     asked: list[Any] = []
     path = write(tmp_path / "valid.jsonl", [{"instruction": "q", "prompt": "whole prompt", "input": "", "output": "a"}])
 
-    def download(repository: str, file: str, *, repo_type: str) -> str:
-        asked.append((repository, file, repo_type))
+    def download(repository: str, file: str, *, repo_type: str, revision: str | None) -> str:
+        asked.append((repository, file, repo_type, revision))
         return str(path)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    (sample,) = questions(run, configured(benchmarks=["sni"]), "sni")
-    assert asked == [("MiniLLM/sinst", "11_/valid.jsonl", "dataset")] and sample.instruction == "q"
+    at_a_commit = {"sni": {"source": "sni", "hub_revision": "a1b2c3"}}
+    (sample,) = questions(run, configured(benchmarks=at_a_commit), "sni")
+    assert asked == [("MiniLLM/sinst", "11_/valid.jsonl", "dataset", "a1b2c3")] and sample.instruction == "q"
 
 
 def test_without_a_network_one_sentence(run: RunDirectory, configured: Configured) -> None:
