@@ -573,7 +573,8 @@ class Recipe(Section):
     @property
     def one_vocabulary(self) -> bool:
         """Whether teacher and student must have their tokens in common."""
-        return self.teacher is not None and self.loss.name != "sft" and not self.across_tokenizers
+        distils = self.loss.name != "sft" or self.student.heal_steps > 0  # healing does, whatever comes after it
+        return self.teacher is not None and distils and not self.across_tokenizers
 
 
 def lasting(section: BaseModel) -> dict[str, Any]:

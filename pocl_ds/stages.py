@@ -5,6 +5,7 @@ A stage's own module is imported when the stage runs: `pocl rank` needs neither 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 
 from pocl_ds.artifacts import RunDirectory, read_models
 from pocl_ds.config import EvaluateConfig, Recipe
-from pocl_ds.errors import RecipeError
+from pocl_ds.errors import ModelError, PoclError, RecipeError
 from pocl_ds.pipeline import check_sizes, evaluated_models, fingerprints, keeps_teacher, taus
 from pocl_ds.recipe import dump_recipe
+
+log = logging.getLogger("pocl_ds")
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,15 @@ def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> 
     tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
     teacher, theirs = recipe.teacher, None
     if teacher and recipe.one_vocabulary:
-        from pocl_ds.models.vocabulary import reconcile_all
+        from pocl_ds.models.vocabulary import DifferentTokenizers, reconcile_all
 
-        reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], recipe.student, path)
+        try:
+            reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], recipe.student, path)
+        except DifferentTokenizers:
+            if recipe.loss.name != "sft":
+                raise
+            raise ModelError(f"student.heal_steps={recipe.student.heal_steps} is plain distillation, which needs the same "
+                             "tokens, and teacher and student have different tokenizers: set it to 0") from None
     if teacher and recipe.across_tokenizers:
         theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
     prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs)
@@ -129,7 +138,7 @@ def _fit(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool)
 
 def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.evaluate.judge import judge
-    from pocl_ds.evaluate.stage import answer, held_out, model_path, summarise
+    from pocl_ds.evaluate.stage import RESULTS, answer, held_out, model_path, summarise
 
     names = evaluated_models(recipe)
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
@@ -140,7 +149,12 @@ def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked)
         return
     held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names}, teacher=recipe.teacher,
              threads=recipe.launch.threads, trusted=trusted)  # fmt: skip
-    judge(run, recipe.evaluate, names)
+    try:
+        judge(run, recipe.evaluate, names)
+    except PoclError:  # an endpoint is the part that is most often away
+        summarise(run, recipe.evaluate.model_copy(update={"judge": None}), names)
+        log.info("evaluate: %s has everything but what the judge says", run.evaluation / RESULTS)
+        raise
     summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
 
 

@@ -178,7 +178,7 @@ class Submission:
             **spec, "python": sys.executable, "container": profile.container and profile.container.model_dump(mode="json"),
             "attempts": profile.attempts, "patience": profile.preflight_seconds, "exclude": profile.exclude,
             "keep": self.recipe.train.checkpoint.keep, "adapters": self.recipe.student.lora is not None,
-            "preflight": job.tasks > 1 or bool(job.gpus_per_node and not job.items),
+            "preflight": job.tasks > 1 or job.gpus_per_node > 0,
             "before": [other.name for other in self.jobs if job.name in other.after],
         }  # fmt: skip
 

@@ -114,12 +114,15 @@ class _Scorer:
         start, tokens = time.monotonic(), self.generator.tokens
         references = self._references(rows)
         metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
+        sums = dict.fromkeys(metrics, 0.0)
         with atomic_write(path) as stream:
             step = max(CHUNK, ROUNDS * self.config.generation.max_sequences)
             for first in range(rows.start, rows.stop, step):
                 chunk = range(first, min(first + step, rows.stop))
                 self._chunk(chunk, list(itertools.islice(references, len(chunk))), stream, metrics)
-                progress.advance(len(chunk), **{name: float(np.mean(values)) for name, values in metrics.items()})
+                for name, values in metrics.items():
+                    sums[name] += sum(values[-len(chunk) :])
+                progress.advance(len(chunk), **{name: total / len(metrics[name]) for name, total in sums.items()})
         seconds = max(time.monotonic() - start, 1e-9)
         tokens = self.generator.tokens - tokens
         info: dict[str, Any] = {

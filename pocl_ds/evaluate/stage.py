@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.artifacts import (
+    MANIFEST,
     RunDirectory,
     atomic_write,
     fingerprint,
@@ -142,8 +143,8 @@ def held_out(
             trusted=trusted)  # fmt: skip
 
 
-def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str) -> dict[str, Any]:
-    """Gather evaluation/results.json: by model and benchmark the mean and deviation over seeds. Seals the stage."""
+def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str | None = None) -> dict[str, Any]:
+    """Gather evaluation/results.json: by model and benchmark the mean and deviation over seeds. fingerprint: seals the stage."""
     losses = read_json(run.evaluation / HELD_OUT) if config.loss and (run.evaluation / HELD_OUT).is_file() else {}
     results: dict[str, Any] = {"seeds": list(config.seeds), "models": {}}
     seen = seen_in_training(run, {name: questions(run, config, name) for name, one in config.benchmarks.items()
@@ -167,8 +168,10 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
             entry["benchmarks"][name] = found
             seconds += sum(manifest.info["seconds"] for manifest in manifests if manifest)
         results["models"][model] = entry
+    (run.evaluation / MANIFEST).unlink(missing_ok=True)  # of what another recipe found
     write_json(run.evaluation / RESULTS, results)
-    write_manifest(run.evaluation, "evaluate", fingerprint, files=[run.evaluation / RESULTS], info={"seconds": seconds})
+    if fingerprint is not None:
+        write_manifest(run.evaluation, "evaluate", fingerprint, files=[run.evaluation / RESULTS], info={"seconds": seconds})
     return results
 
 

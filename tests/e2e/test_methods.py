@@ -106,6 +106,9 @@ def test_two_tokenizers_need_a_loss_across_them(planned_apart: Path, tmp_path: P
     found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False)
     assert found.returncode == 2
     assert "different tokenizers" in found.stderr and "loss.name=alm or uld" in found.stderr
+    words = ["loss.name=sft", "policy.name=seqkd", "compare.enabled=false", "student.heal_steps=2"]
+    found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False)
+    assert found.returncode == 2 and "student.heal_steps=2 is plain distillation" in found.stderr, found.stderr
 
 
 def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:

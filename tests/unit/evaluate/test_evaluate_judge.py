@@ -20,15 +20,17 @@ from typing import Any
 
 import pytest
 
-from pocl_ds.artifacts import RunDirectory, read_json, write_manifest
+from pocl_ds.artifacts import RunDirectory, read_json, read_manifest, write_manifest
 from pocl_ds.config import EvaluateConfig, JudgeConfig, Recipe
 from pocl_ds.errors import PoclError, RecipeError, ResourceError
 from pocl_ds.evaluate import endpoint as room
+from pocl_ds.evaluate import stage
 from pocl_ds.evaluate.answers import answers_file
 from pocl_ds.evaluate.judge import judge, judge_file, judged, parse_score, parse_verdict, read_verdicts
 from pocl_ds.evaluate.side_by_side import Side, put_side_by_side
 from pocl_ds.evaluate.stage import summarise
-from pocl_ds.recipe import dump_recipe
+from pocl_ds.recipe import dump_recipe, load_recipe
+from pocl_ds.stages import run_here
 
 KEY = "sk-very-secret-0123"
 Reply = Callable[[str, int], tuple[int, str, dict[str, str]]]  # question, number of the request -> status, text, headers
@@ -155,6 +157,25 @@ def test_a_restart_asks_only_what_is_left(answered: RunDirectory, server: Server
     judge(answered, config(server.url, samples=None), ["student"])
     assert len(server.seen) == 7 and not partial.exists()
     assert sorted(r["score"] for r in read_verdicts(judge_file(answered, "student", "b", 10))) == [5.0] * 5 + [6.0] * 7
+
+
+def test_a_judge_that_is_away_takes_no_other_number_with_it(
+    answered: RunDirectory, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.reply = lambda *_: (503, "busy", {})
+    recipe = load_recipe("quickstart", ["compare.enabled=false"])
+    recipe = recipe.model_copy(update={"evaluate": config(server.url).model_copy(update={"models": ("initial", "student")})})
+    monkeypatch.setattr(stage, "model_path", lambda run, name: name)
+    write_manifest(answered.evaluation, "evaluate", "of another recipe", files=[])
+    with pytest.raises(ResourceError, match="does not answer"):
+        run_here("evaluate", recipe, answered)
+    found = json.loads((answered.evaluation / stage.RESULTS).read_text())["models"]["student"]["benchmarks"]["b"]
+    assert found["rouge_l"] == 50 and "judge" not in found
+    assert read_manifest(answered.evaluation) is None  # the stage is not done
+    server.reply = lambda *_: (200, "Score: 6", {})
+    run_here("evaluate", recipe, answered)
+    found = json.loads((answered.evaluation / stage.RESULTS).read_text())["models"]["student"]["benchmarks"]["b"]
+    assert found["judge"]["mean"] == 6 and read_manifest(answered.evaluation) is not None
 
 
 def test_another_prompt_or_answer_is_judged_again(answered: RunDirectory, server: Server, tmp_path: Path) -> None:
