@@ -77,6 +77,7 @@ END
   printf '127.0.0.1 localhost\n%s.1 %s\n' "$NET" "$(hostname)" >>"$BASE/hosts"
   cat >>"$CONFIG" <<END
 PartitionName=main Nodes=${NODES// /,} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=abrupt Nodes=${NODES// /,} MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes=${NODES// /,} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 END
 }

@@ -102,11 +102,11 @@ def test_a_pipeline_comes_to_its_report(cluster: Cluster, calm: Path) -> None:
     assert "nothing to submit" in cluster.pocl("resume", str(calm)).stdout
 
 
-def held_profile(folder: Path) -> str:
-    """The profile with jobs that wait for a release: time to change what they run."""
+def held_profile(folder: Path, **fields: Any) -> str:
+    """The profile with other fields, and jobs that wait for a release: time to change what they run."""
     path = folder / "held.yaml"
-    text = (Path(__file__).parents[2] / "slurm" / "profiles" / "test-cluster.yaml").read_text()
-    path.write_text(text + "options: [--hold]\npreflight_seconds: 15\n")
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "slurm" / "profiles" / "test-cluster.yaml").read_text())
+    path.write_text(yaml.safe_dump({**shipped, "options": ["--hold"], "preflight_seconds": 15, **fields}))
     return str(path)
 
 
@@ -115,9 +115,9 @@ def release(cluster: Cluster, run: Path) -> None:
         cluster.call("scontrol", "release", path.read_text().split()[-1])
 
 
-def submit_changed(cluster: Cluster, run: Path, folder: Path, line: str) -> None:
+def submit_changed(cluster: Cluster, run: Path, folder: Path, line: str, **fields: Any) -> None:
     """Submit a run whose frozen code executes a line more at the beginning of each training step."""
-    cluster.pocl("submit", "--profile", held_profile(folder), "--run-dir", str(run))
+    cluster.pocl("submit", "--profile", held_profile(folder, **fields), "--run-dir", str(run))
     file = run / "cluster" / "code" / "pocl_ds" / "distill" / "trainer.py"
     mark = "                position = self.sampler.at(step)\n"
     text = file.read_text()
@@ -170,6 +170,24 @@ def test_preempted_cut_off_and_with_a_node_killed(cluster: Cluster, calm: Path, 
     assert [attempt["stopped"] for attempt in found[:2]] == ["preemption", "SIGUSR2"]
     assert found[2]["end"] is None and found[3]["outcome"] == "done"
     assert "again" not in moments["end"] and moments["training"].count("waits for") >= 2
+    assert_equal(run, calm)
+
+
+def test_preempted_without_a_grace_time(cluster: Cluster, calm: Path, folder: Path) -> None:
+    """SLURM kills it then, twice and once before its first step: none of that is an attempt that failed."""
+    run = planned_copy(calm, folder / "abrupt")
+    submit_changed(cluster, run, folder, "time.sleep(0.3)", partition="abrupt", attempts=1)
+    for number, before in ((1, 0), (2, 10)):
+        cluster.until(lambda number=number: len(attempts(run, "train")) == number, f"attempt {number}")
+        cluster.until(lambda before=before: recorded(run) >= before, f"{before} steps")
+        urgent = cluster.call("sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null",
+                              "--wrap=sleep 1").strip()  # fmt: skip
+        cluster.until(lambda urgent=urgent: cluster.state(urgent) == "COMPLETED", "the urgent job")
+    cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
+    cluster.pocl("cancel", str(run))
+    found = attempts(run, "train")
+    print([(one["end"], one["stopped"], one["outcome"], one["code"]) for one in found])
+    assert len(found) == 3 and found[2]["outcome"] == "done"
     assert_equal(run, calm)
 
 
