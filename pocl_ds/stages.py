@@ -6,18 +6,20 @@ A stage's own module is imported when the stage runs: `pocl rank` needs neither 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pocl_ds.artifacts import RunDirectory, read_models
-from pocl_ds.config import EvaluateConfig, Recipe
+from pocl_ds.artifacts import RunDirectory, read_manifest, read_models
+from pocl_ds.config import EvaluateConfig, ModelSource, Recipe, StudentConfig, TeacherConfig
 from pocl_ds.errors import ModelError, PoclError, RecipeError
 from pocl_ds.pipeline import check_sizes, evaluated_models, fingerprints, keeps_teacher, taus
 from pocl_ds.recipe import dump_recipe
 
 log = logging.getLogger("pocl_ds")
+
+Source = TypeVar("Source", bound=ModelSource)
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,18 @@ def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE)
 
 def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.data.stage import prepare_data
-    from pocl_ds.models.load import load_tokenizer, resolve_model
+    from pocl_ds.models.load import commit_of, load_tokenizer, resolve_model
 
-    path = resolve_model(recipe.student)
-    tokenizer = load_tokenizer(path, trust_remote_code=recipe.student.trust_remote_code, revision=recipe.student.revision)
-    teacher, theirs = recipe.teacher, None
+    named = [recipe.student, *([recipe.teacher, *recipe.teacher.others] if recipe.teacher else [])]
+    commits = {_name(source): commit for source in named if (commit := commit_of(source)) is not None}
+    student, teacher = _at_commits(recipe, commits)
+    path, theirs = resolve_model(student), None
+    tokenizer = load_tokenizer(path, trust_remote_code=student.trust_remote_code, revision=student.revision)
     if teacher and recipe.one_vocabulary:
         from pocl_ds.models.vocabulary import DifferentTokenizers, reconcile_all
 
         try:
-            reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], recipe.student, path)
+            reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], student, path)
         except DifferentTokenizers:
             if recipe.loss.name != "sft":
                 raise
@@ -65,13 +69,35 @@ def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> 
                              "tokens, and teacher and student have different tokenizers: set it to 0") from None
     if teacher and recipe.across_tokenizers:
         theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
-    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs)
+    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs, commits)
+
+
+def _at_commits(recipe: Recipe, commits: Mapping[str, str]) -> tuple[StudentConfig, TeacherConfig | None]:
+    """Student and teachers at the commits that the stage `data` found: a branch of the Hub may move while a run lasts."""
+
+    def pinned(source: Source) -> Source:
+        return source.model_copy(update={"revision": commits.get(_name(source), source.revision)})
+
+    teacher = recipe.teacher
+    if teacher:
+        teacher = pinned(teacher).model_copy(update={"others": tuple(map(pinned, teacher.others))})
+    return pinned(recipe.student), teacher
+
+
+def _name(source: ModelSource) -> str:
+    return f"{source.model}@{source.revision or 'main'}"
+
+
+def _commits(run: RunDirectory) -> dict[str, str]:
+    manifest = read_manifest(run.data)
+    return manifest.info["commits"] if manifest else {}
 
 
 def _prepare(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.distill.stage import prepare
 
-    prepare(run, student=recipe.student, teacher=recipe.teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
+    student, teacher = _at_commits(recipe, _commits(run))
+    prepare(run, student=student, teacher=teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
             longest=recipe.prompt.max_length, fingerprint=fingerprint)  # fmt: skip
 
 
@@ -83,8 +109,10 @@ def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
     if recipe.teacher is None or not keeps_teacher(recipe):
         raise RecipeError("recipe field teacher.mode is live: there is nothing to keep of a teacher that is asked at each step")
     plan = recipe.plan
+    student, teacher = _at_commits(recipe, _commits(run))
+    assert teacher is not None
     seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (2 if recipe.compare.enabled else 1)
-    teach(run, teacher=recipe.teacher, student=recipe.student, config=recipe.teach, use=Use(seen, taus(recipe)),
+    teach(run, teacher=teacher, student=student, config=recipe.teach, use=Use(seen, taus(recipe)),
           fingerprint=fingerprint, shard=asked.piece)  # fmt: skip
 
 
@@ -93,7 +121,9 @@ def _respond(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) 
 
     if recipe.teacher is None or not recipe.policy.taught:
         raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and mixture only")
-    respond(run, teacher=recipe.teacher, student=recipe.student, prompt=recipe.prompt, policy=recipe.policy,
+    student, teacher = _at_commits(recipe, _commits(run))
+    assert teacher is not None
+    respond(run, teacher=teacher, student=student, prompt=recipe.prompt, policy=recipe.policy,
             generation=recipe.score.generation, seed=recipe.seed, fingerprint=fingerprint,
             threads=recipe.launch.threads)  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ class Unusable:
 
 
 def prepare_data(
-    run: RunDirectory, data: DataConfig, prompt: PromptConfig, tokenizer: Any, fingerprint: str, teacher_tokenizer: Any = None
-) -> Manifest:
+    run: RunDirectory, data: DataConfig, prompt: PromptConfig, tokenizer: Any, fingerprint: str, teacher_tokenizer: Any = None,
+    commits: Mapping[str, str] | None = None,
+) -> Manifest:  # fmt: skip
     """Read, split, encode; data/ appears as a whole or not at all. Raises DataError where nothing is left to train on.
 
-    teacher_tokenizer: encode what training reads in its tokens too, row by row, below data/teacher.
+    teacher_tokenizer: encode what training reads in its tokens too, row by row, below data/teacher. commits: of the Hub's models,
+    for the manifest: later stages take these.
     """
     manifest = read_manifest(run.data)
     if manifest and manifest.fingerprint == fingerprint and not damaged_files(run.data, manifest, checksums=False):
@@ -75,7 +77,8 @@ def prepare_data(
         info = {
             "source": data.source, "splits": {split: asdict(count) for split, count in counts.items()},
             "tokenizer": tokenizer.name_or_path, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id,
-            "vocabulary": len(tokenizer), "unusable": unusable.count, "seconds": time.monotonic() - start,
+            "vocabulary": len(tokenizer), "unusable": unusable.count, "commits": dict(commits or {}),
+            "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "data", fingerprint, info=info)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -57,6 +57,15 @@ def resolve_model(config: ModelSource) -> str:
     if not HUB_NAME.fullmatch(source):
         raise ModelError(f"model folder {source} does not exist: check the path, or give a Hub name such as org/name")
     return source
+
+
+def commit_of(config: ModelSource) -> str | None:
+    """The commit that a Hub name's revision is now; None for what lies on this machine. Raises ModelError."""
+    path = resolve_model(config)
+    if os.path.isdir(path):
+        return None
+    with _one_sentence(path, f"revision {config.revision or 'main'}"), quiet():
+        return Path(hf_hub_download(path, "config.json", revision=config.revision or "main")).parent.name
 
 
 def pinned_model(config: ModelSource) -> str:

