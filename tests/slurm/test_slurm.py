@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from slurm_cluster import Cluster
 from tiny_runs import write_recipe
 
+from pocl_ds.cluster.attempts import Attempt
 from pocl_ds.tracking import read_metrics
 
 pytestmark = pytest.mark.timeout(900)
@@ -174,7 +175,7 @@ def test_preempted_cut_off_and_with_a_node_killed(cluster: Cluster, calm: Path, 
 
 
 def test_preempted_without_a_grace_time(cluster: Cluster, calm: Path, folder: Path) -> None:
-    """SLURM kills it then, twice and once before its first step: none of that is an attempt that failed."""
+    """TERM, and five seconds later KILL (KillWait), once before the first step: none of that is an attempt that failed."""
     run = planned_copy(calm, folder / "abrupt")
     submit_changed(cluster, run, folder, "time.sleep(0.3)", partition="abrupt", attempts=1)
     for number, before in ((1, 0), (2, 10)):
@@ -186,8 +187,8 @@ def test_preempted_without_a_grace_time(cluster: Cluster, calm: Path, folder: Pa
     cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
     cluster.pocl("cancel", str(run))
     found = attempts(run, "train")
-    print([(one["end"], one["stopped"], one["outcome"], one["code"]) for one in found])
     assert len(found) == 3 and found[2]["outcome"] == "done"
+    assert not any(Attempt(**one).counts for one in found[:2]) and found[1]["progress"] >= 10
     assert_equal(run, calm)
 
 
