@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
+from command_line import pocl
+from tiny_runs import records, write_recipe
 
 from pocl_ds.bench import loss as bench_loss
 from pocl_ds.config import GenerationConfig
@@ -86,3 +89,20 @@ def test_a_rollouts_engine_gives_its_memory_back_between_writes(level: int, tiny
         assert writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0)) == written
     finally:
         writer.close()
+
+
+@pytest.mark.parametrize("loss", ["fkl", "alm"])
+def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_path: Path) -> None:
+    """The mask of ids without a token, and of ALM the groups of a batch: DeepSpeed moves none of them."""
+    teacher = tiny_models.llama(tmp_path / "teacher", tied=False, seed=1, rows=400)
+    student = tiny_models.llama(tmp_path / "student", rows=384)
+    recipe = write_recipe(
+        tmp_path, teacher, student, train_samples=32, teacher={"dtype": "bfloat16"}, student={"dtype": "bfloat16"},
+        rank={"strategy": "random"}, plan={"subsets": 1, "epochs_per_stage": 1}, loss={"name": loss}, launch={"ranks": 1},
+    )  # fmt: skip
+    run = tmp_path / "run"
+    for stage in ("data", "prepare", "rank", "plan", "train"):
+        said = pocl(stage, str(recipe), "--run-dir", str(run)).stderr
+    assert loss == "alm" or "without a token on both sides masked" in said
+    losses = [record["loss"] for record in records(run)]
+    assert len(losses) == 4 and all(np.isfinite(losses))
