@@ -42,6 +42,9 @@ def _sizes(recipe: Recipe) -> None:
         raise ValueError(f"loss.name={recipe.loss.name} needs a teacher: set teacher.model, or loss.name=sft")
     if recipe.teacher is None and recipe.student.heal_steps:
         raise ValueError(f"student.heal_steps={recipe.student.heal_steps} is distillation and needs a teacher: set it to 0")
+    if 0 < recipe.student.heal_steps <= recipe.train.warmup_steps:
+        raise ValueError(f"train.warmup_steps={recipe.train.warmup_steps} never ends in the {recipe.student.heal_steps} steps of "
+                         "student.heal_steps: lower it, or heal longer")
     if recipe.teacher is not None and recipe.loss.name == "sft" and not recipe.policy.taught:
         raise ValueError("loss.name=sft never asks the teacher: remove the teacher section, or name a divergence")
     if recipe.data.train_samples is not None and recipe.plan.subsets > recipe.data.train_samples:

@@ -65,6 +65,8 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(loss__name="sft"), ("loss.name=sft", "teacher")),
     ({"name": "x", "student": {"model": "s"}}, ("loss.name=fkl", "teacher.model")),
     ({"name": "x", "student": {"model": "s", "heal_steps": 3}, "loss": {"name": "sft"}}, ("heal_steps=3", "set it to 0")),
+    ({"name": "x", "student": {"model": "s", "heal_steps": 3}, "teacher": {"model": "t"}, "train": {"warmup_steps": 3}},
+     ("train.warmup_steps=3 never ends in the 3 steps", "heal longer")),
     (changed(prompt__max_prompt_tokens=512), ("max_prompt_tokens=512", "max_length=512", "smaller")),
     (changed(student__prune__drop_layers="ten"), ("student.prune.drop_layers='ten'", "10-19")),
     (changed(data__validation_fraction=0.6, data__test_fraction=0.5), ("validation_fraction", "less than 1")),
