@@ -91,8 +91,8 @@ def answer(
     if not todo:
         return
     generator = open_generator(
-        path, config.generation, tokenizer, max_length=max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
-        threads=threads, trust_remote_code=trust_remote_code, instead="evaluate.generation.backend=transformers",
+        path, config.generation, tokenizer, max_length=prompt.max_prompt_tokens + config.max_new_tokens, threads=threads,
+        trust_remote_code=trust_remote_code, instead="evaluate.generation.backend=transformers",
     )
     try:
         with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:

@@ -41,7 +41,7 @@ def respond(
     whole = prompt.model_copy(update={"overlong": "truncate"})  # rows stay those of data/train
     generator = open_generator(
         path, generation.model_copy(update={"dtype": teacher.dtype}), asked, threads=threads,
-        max_length=max(prompt.max_length, prompt.max_prompt_tokens + policy.max_new_tokens),
+        max_length=prompt.max_prompt_tokens + policy.max_new_tokens,
         trust_remote_code=teacher.trust_remote_code, revision=teacher.revision,
         instead="score.generation.backend=transformers",
     )  # fmt: skip
