@@ -9,17 +9,15 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pocl_ds.artifacts import RunDirectory, read_manifest, read_models
-from pocl_ds.config import EvaluateConfig, ModelSource, Recipe, StudentConfig, TeacherConfig
+from pocl_ds.config import EvaluateConfig, Recipe, StudentConfig, TeacherConfig
 from pocl_ds.errors import ModelError, PoclError, RecipeError
 from pocl_ds.pipeline import check_sizes, evaluated_models, fingerprints, keeps_teacher, taus
 from pocl_ds.recipe import dump_recipe
 
 log = logging.getLogger("pocl_ds")
-
-Source = TypeVar("Source", bound=ModelSource)
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,9 @@ def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE)
 
 def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.data.stage import prepare_data
-    from pocl_ds.models.load import commit_of, load_tokenizer, resolve_model
+    from pocl_ds.models.load import commits_of, load_tokenizer, resolve_model
 
-    named = [recipe.student, *([recipe.teacher, *recipe.teacher.others] if recipe.teacher else [])]
-    commits = {_name(source): commit for source in named if (commit := commit_of(source)) is not None}
+    commits = commits_of([recipe.student, *([recipe.teacher, *recipe.teacher.others] if recipe.teacher else [])])
     student, teacher = _at_commits(recipe, commits)
     path, theirs = resolve_model(student), None
     tokenizer = load_tokenizer(path, trust_remote_code=student.trust_remote_code, revision=student.revision)
@@ -73,22 +70,18 @@ def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> 
 
 
 def _at_commits(recipe: Recipe, commits: Mapping[str, str]) -> tuple[StudentConfig, TeacherConfig | None]:
-    """Student and teachers at the commits that the stage `data` found: a branch of the Hub may move while a run lasts."""
-
-    def pinned(source: Source) -> Source:
-        return source.model_copy(update={"revision": commits.get(_name(source), source.revision)})
+    """Student and teachers as the stage `data` found them."""
+    from pocl_ds.models.load import at_commit
 
     teacher = recipe.teacher
     if teacher:
-        teacher = pinned(teacher).model_copy(update={"others": tuple(map(pinned, teacher.others))})
-    return pinned(recipe.student), teacher
-
-
-def _name(source: ModelSource) -> str:
-    return f"{source.model}@{source.revision or 'main'}"
+        others = tuple(at_commit(other, commits) for other in teacher.others)
+        teacher = at_commit(teacher, commits).model_copy(update={"others": others})
+    return at_commit(recipe.student, commits), teacher
 
 
 def _commits(run: RunDirectory) -> dict[str, str]:
+    """What the stage `data` noted of the Hub's models."""
     manifest = read_manifest(run.data)
     return manifest.info["commits"] if manifest else {}
 

@@ -35,7 +35,7 @@ NAMES = {
 }
 SYSTEM = ("system", "system_prompt")
 Parts: TypeAlias = tuple[str, str, tuple[str, ...], tuple[tuple[str, str], ...]]  # instruction, input, references, history
-Unusable: TypeAlias = Callable[[DataError], object]
+OnInvalid: TypeAlias = Callable[[DataError], object]
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 
 
@@ -73,7 +73,7 @@ def read_samples(
     hub_split: str = "train",
     hub_revision: str | None = None,
     setting: str = "data.fields",
-    invalid: Unusable | None = None,
+    invalid: OnInvalid | None = None,
 ) -> Iterator[Sample]:
     """Samples of a .jsonl, .json or .parquet file, or of a data set on the Hub, one at a time.
 
@@ -96,7 +96,7 @@ def read_samples(
 
 def normalise(
     records: Iterable[tuple[str, Any]], source: str, format: str, fields: Mapping[str, str], setting: str = "data.fields",
-    invalid: Unusable | None = None,
+    invalid: OnInvalid | None = None,
 ) -> Iterator[Sample]:  # fmt: skip
     """Turn (place, record) pairs into samples. invalid: as `read_samples` has it."""
     reader = None

@@ -10,9 +10,9 @@ import copy
 import os
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -32,6 +32,7 @@ BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,
                pickle.UnpicklingError)  # fmt: skip
+Source = TypeVar("Source", bound=ModelSource)
 OWN_CODE = "contains custom code"  # what transformers says where a model brings some
 
 
@@ -59,13 +60,25 @@ def resolve_model(config: ModelSource) -> str:
     return source
 
 
-def commit_of(config: ModelSource) -> str | None:
-    """The commit that a Hub name's revision is now; None for what lies on this machine. Raises ModelError."""
-    path = resolve_model(config)
-    if os.path.isdir(path):
-        return None
-    with _one_sentence(path, f"revision {config.revision or 'main'}"), quiet():
-        return Path(hf_hub_download(path, "config.json", revision=config.revision or "main")).parent.name
+def commits_of(sources: Iterable[ModelSource]) -> dict[str, str]:
+    """What each Hub name's revision is now: `name@revision` -> commit. Raises ModelError."""
+    found = {}
+    for source in sources:
+        path = resolve_model(source)
+        if not os.path.isdir(path):
+            with _one_sentence(path, f"revision {source.revision or 'main'}"), quiet():
+                file = hf_hub_download(path, "config.json", revision=source.revision or "main")
+            found[_named(source)] = Path(file).parent.name
+    return found
+
+
+def at_commit(source: Source, commits: Mapping[str, str]) -> Source:
+    """The same model at the commit that `commits_of` found for it: a branch of the Hub may move while a run lasts."""
+    return source.model_copy(update={"revision": commits.get(_named(source), source.revision)})
+
+
+def _named(source: ModelSource) -> str:
+    return f"{source.model}@{source.revision or 'main'}"
 
 
 def pinned_model(config: ModelSource) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from refusals import sentence
 
 from pocl_ds import stages
 from pocl_ds.errors import memory_fault
-from tests.refusals import sentence
 
 # As torch 2.13 words it.
 CUDA = (
