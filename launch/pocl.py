@@ -24,6 +24,7 @@ else:  # inside an installed package, which is found by itself; this folder must
     del sys.path[0]
 
 from pocl_ds.credentials import hide  # noqa: E402
+from pocl_ds.exits import last_word, leave  # noqa: E402
 from pocl_ds.shipped import cache_folder  # noqa: E402
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
@@ -34,13 +35,11 @@ try:
 except SystemExit as leaving:
     code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     if isinstance(leaving.code, str):
-        print(leaving.code, file=sys.stderr)
+        last_word(leaving.code)
 except KeyboardInterrupt:  # on its way in or out; at work it has been answered with a sentence
     code = 130
 except BaseException:
-    print(hide(traceback.format_exc()), file=sys.stderr, end="")
+    last_word(hide(traceback.format_exc()).rstrip())
     code = 1
-
-from pocl_ds.exits import leave  # noqa: E402
 
 leave(code)

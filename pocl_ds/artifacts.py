@@ -96,6 +96,8 @@ def disk_faults(path: Path) -> Iterator[None]:
 
 def file_fault(error: OSError) -> str | None:
     """A sentence for a fault of files that nobody foresaw where it came up; None where it may be a defect of this program."""
+    if error.filename is None and error.errno in FULL:  # an open file has no name any more: stdout, most often
+        return f"an output's disk is full ({error.strerror}): free some space and start again, finished work is kept"
     if error.filename is None or error.errno not in (*FULL, *FORBIDDEN, *IN_THE_WAY, errno.EIO, errno.ESTALE):
         return None
     return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check its name, its permissions and its disk"

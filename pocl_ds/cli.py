@@ -54,7 +54,7 @@ SMALLER = {
 def main(arguments: list[str] | None = None) -> int:
     """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
     from pocl_ds.credentials import hide
-    from pocl_ds.exits import interrupted, leave_when_asked, leave_word
+    from pocl_ds.exits import interrupted, last_word, leave_when_asked, leave_word
 
     leave_when_asked()
     error = ""
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         if interrupted():
             code, error = _interrupted("pocl")
         else:
-            print(hide(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+            last_word(hide(traceback.format_exc()).rstrip())
             code, error = 1, hide(f"{type(defect).__name__}: {defect}")
     leave_word(code, error)
     return code
@@ -105,17 +105,20 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
 
 
 def _interrupted(who: str) -> tuple[int, str]:
-    print(f"{who}: interrupted; finished work is kept, the same command goes on", file=sys.stderr)
+    from pocl_ds.exits import last_word
+
+    last_word(f"{who}: interrupted; finished work is kept, the same command goes on")
     return 130, "interrupted"
 
 
 def _say(options: argparse.Namespace, sentence: str) -> str:
     """Print a sentence as one line, and return it: texts of a user's files may hold a terminal's commands, and secrets."""
     from pocl_ds.credentials import hide
+    from pocl_ds.exits import last_word
 
     said = hide(sentence)
     shown = "".join(letter if letter.isprintable() else " " if letter.isspace() else repr(letter)[1:-1] for letter in said)
-    print(f"pocl {options.command}: {shown}", file=sys.stderr, flush=True)
+    last_word(f"pocl {options.command}: {shown}")
     return said
 
 

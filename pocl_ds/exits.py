@@ -82,8 +82,16 @@ def _leave(number: int, _frame: Any) -> None:
     for other in SIGNALS:  # a second one must not interrupt the tidying up
         signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(number).name
-    print(f"pocl: {name}: leaving; finished work is kept, the same command goes on", file=sys.stderr, flush=True)
+    last_word(f"pocl: {name}: leaving; finished work is kept, the same command goes on")
     raise SystemExit(RESUME)
+
+
+def last_word(sentence: str) -> None:
+    """Say on stderr why this process leaves. Where that cannot be written, as on a full disk that a rank's log lies on or to a
+    terminal that is gone, it still leaves as it would have, with the same exit code.
+    """
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
@@ -35,9 +36,31 @@ class _Formatter(logging.Formatter):
         return hide(super().format(record))
 
 
+class _Terminal(logging.StreamHandler):
+    """Lines on stderr. One that cannot be written, to a terminal that is gone or a log on a full disk, ends no run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _File(logging.FileHandler):
+    """Lines in a file. Where they cannot be written the terminal hears of it, once."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        fault = sys.exc_info()[1]
+        if not isinstance(fault, OSError):
+            super().handleError(record)
+        elif not self.told:
+            self.told = True
+            log.warning("%s cannot be written (%s): lines are lacking there from here on", self.baseFilename, fault.strerror)
+
+
 def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
     """Send the package's log to stderr: rank 0 in full, the others' warnings with their number."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Terminal(sys.stderr)
     mark = f"[rank {rank}] " if world_size > 1 and rank else ""
     handler.setFormatter(_Formatter(f"%(asctime)s {mark}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
@@ -49,7 +72,7 @@ def keep_log(path: Path) -> None:
     """Write what the log says to a file too, behind what is there: `pocl watch` reads it. Progress comes now and then."""
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _File(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(handler)
 
@@ -88,7 +111,8 @@ class Progress:
             if self.terminal or self.done > self.said:
                 self._show()
             if self.terminal and not self.silent:
-                sys.stderr.write("\n")
+                with suppress(OSError):
+                    sys.stderr.write("\n")
 
     @property
     def rate(self) -> float:
@@ -105,9 +129,10 @@ class Progress:
         per = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.1f} s/{self.unit.removesuffix('s')}"
         line = f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {clock(left)}{facts}"
         if self.terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r\x1b[K" + line[: width - 1])
-            sys.stderr.flush()
+            with suppress(OSError):  # a terminal that is gone ends no run
+                width = os.get_terminal_size(sys.stderr.fileno()).columns
+                sys.stderr.write("\r\x1b[K" + line[: width - 1])
+                sys.stderr.flush()
             if self.shown - self.kept >= FILE_INTERVAL or self.done == self.total:
                 self.kept = self.shown
                 for handler in log.handlers:

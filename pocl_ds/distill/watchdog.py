@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import TracebackType
 
 from pocl_ds import distributed
 from pocl_ds.errors import HANG
-from pocl_ds.exits import leave_word
+from pocl_ds.exits import last_word, leave_word
 
 # Where a thread cannot run because C code holds the interpreter, faulthandler's own timer fires this much later.
 LATER = 30.0
@@ -60,6 +59,6 @@ class Watchdog:
                 f"rank {distributed.rank()} did nothing for {silent:.0f} s (train.hang_seconds={self.seconds:g}): the stacks of "
                 f"its threads are in {self.path}; the run ends, the same command goes on from the last checkpoint"
             )
-            print(said, file=sys.stderr, flush=True)
+            last_word(said)
             leave_word(HANG, said)
             os._exit(HANG)

@@ -44,6 +44,35 @@ def test_a_signal_before_the_training_says_resume_me(number: signal.Signals, tmp
     assert (word["code"], word["error"], word["node"]) == (75, "asked", os.uname().nodename)
 
 
+WORDS = {
+    "a refusal": ("from pocl_ds.cli import main; sys.exit(main(['run', 'no such recipe']))", 2),
+    "a defect": ("from pocl_ds import cli; cli._main = lambda _: 1 / 0; sys.exit(cli.main([]))", 1),
+    "a signal": ("from pocl_ds import exits; exits.leave_when_asked(); os.kill(os.getpid(), 15); time.sleep(9)", 75),
+    "a hang": ("from pocl_ds.distill.watchdog import Watchdog\n"
+               "with Watchdog(pathlib.Path(sys.argv[1]), 0.2): time.sleep(9)", 74),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_a_last_word_that_cannot_be_written_changes_no_exit_code(case: str, tmp_path: Path) -> None:
+    """As of a rank whose log lies on a full disk."""
+    program, code = WORDS[case]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-c", f"import os, pathlib, sys, time\n{program}", str(tmp_path)], stderr=full,
+                              timeout=60)  # fmt: skip
+    assert done.returncode == code
+
+
+@pytest.mark.parametrize("words", [["run", "quickstart", "--dry-run"], ["bench", "list"]])
+def test_output_that_cannot_be_written_is_a_sentence(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([sys.executable, "-m", "pocl_ds.cli", *words], stdout=full, stderr=subprocess.PIPE, text=True,
+                              timeout=60)  # fmt: skip
+    assert done.returncode == 2
+    said = "an output's disk is full (No space left on device): free some space and start again, finished work is kept"
+    assert done.stderr == f"pocl {words[0]}: {said}\n"
+
+
 @pytest.mark.parametrize("became", ["ImportError('PyCapsule_Import could not import')", "ModelError('it cannot be loaded')"])
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it(became: str) -> None:
     program = f"""

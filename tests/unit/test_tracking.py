@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import logging
+import os
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,40 @@ def test_the_last_state_is_said_once(lines: list[str], monkeypatch: pytest.Monke
             progress.advance(loss=1.23456)
     assert len(lines) == 3
     assert lines[-1].startswith("train  3/3 steps") and lines[-1].endswith("loss 1.235")
+
+
+def test_a_log_file_that_cannot_be_written_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not by a traceback a line, which is logging's own way; and the terminal still has every line."""
+    tracking.setup_logging()
+    tracking.keep_log(Path("/dev/full"))
+    for number in range(3):
+        tracking.log.info("line %d", number)
+    said = [line.split(" ", 1)[1] for line in capsys.readouterr().err.splitlines()]
+    told = "/dev/full cannot be written (No space left on device): lines are lacking there from here on"
+    assert said == ["line 0", told, "line 1", "line 2"]
+
+
+def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    main, side = os.openpty()
+    terminal = open(side, "w", encoding="utf-8")  # noqa: SIM115 # closing it fails too
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(tracking, "TERMINAL_INTERVAL", 0.0)
+    tracking.setup_logging()
+    tracking.keep_log(tmp_path / "log")
+    try:
+        with Progress(2, "steps", "train") as progress:
+            progress.advance()
+            os.close(main)
+            with pytest.raises(OSError, match="Input/output"):
+                print("nobody is there", file=terminal, flush=True)
+            progress.advance()
+        tracking.log.info("the end")
+    finally:
+        monkeypatch.undo()
+        with suppress(OSError):
+            terminal.close()
+    kept = (tmp_path / "log").read_text()
+    assert "train  2/2 steps" in kept and "the end" in kept
 
 
 def test_what_was_not_said_is_said_at_the_end(lines: list[str]) -> None:
