@@ -8,6 +8,7 @@ mends.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -108,7 +109,13 @@ def read_attempts(path: Path) -> list[Attempt]:
 
 
 def write_attempt(path: Path, attempt: Attempt) -> None:
-    """Append what is known of an attempt; the newest line of a number counts."""
+    """Append what is known of an attempt; the newest line of a number counts. A line that was torn, as by a full disk, takes none
+    of the next ones with it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(asdict(attempt)) + "\n")
+    with path.open("a+b") as stream:
+        torn = b""
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            torn = b"" if stream.read() == b"\n" else b"\n"
+        stream.write(torn + json.dumps(asdict(attempt)).encode() + b"\n")

@@ -26,6 +26,7 @@ from pocl_ds.cluster.attempts import (
     AGAIN,
     DONE,
     FAILED,
+    MENDABLE,
     PREEMPTED,
     Attempt,
     excluded,
@@ -42,8 +43,9 @@ TAIL = 12  # lines of a failing rank's log
 
 
 def say(text: str) -> None:
-    """A line of the job's own log."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    """A line of the job's own log, where there is room for it."""
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 class Job:
@@ -78,12 +80,19 @@ class Job:
     def go(self) -> int:
         """Every step in order, then the verdict. Returns the exit code of the job."""
         say(f"{self.label}: attempt {self.attempt.number} as job {self.id} on {', '.join(self.attempt.nodes)}")
-        write_attempt(self.file, self.attempt)
+        self._note()
         if bad := sorted(set(excluded(self.before)) & set(self.attempt.nodes)):
             self.attempt.code, self.attempt.error = UNFIT, f"{', '.join(bad)} failed this job before"
         else:
             self.attempt.code = self._steps()
         return self._end()
+
+    def _note(self) -> None:
+        """Write down what is known of this attempt; a full disk does not end it."""
+        try:
+            write_attempt(self.file, self.attempt)
+        except OSError as fault:
+            say(f"{self.label}: {self.file} cannot be written ({fault.strerror}): `pocl status` will not know of this")
 
     def _steps(self) -> int:
         steps = [(["--module", "pocl_ds.cluster.preflight"], [self.spec["name"]], True)] if self.spec["preflight"] else []
@@ -125,7 +134,7 @@ class Job:
             except subprocess.TimeoutExpired:
                 if self.attempt.stopped != noted:  # known also where the time that it is given does not last
                     self.attempt.stopped = noted = PREEMPTED if preempted(self.id) else self.attempt.stopped
-                    write_attempt(self.file, self.attempt)
+                    self._note()
                 if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
                     self._ask()
         code = code if code >= 0 else 128 - code
@@ -155,8 +164,10 @@ class Job:
         if self.attempt.stopped or (len(words) == tasks and all(word["code"] in (0, RESUME) for word in words)):
             return RESUME
         quiet = sorted({f"rank-{rank}" for rank in range(tasks)} - {word["rank"] for word in words})
-        self.attempt.error = (f"{', '.join(quiet[:4]) or 'a rank'} ended without a word (exit code {code}): killed, often for "
-                              "want of memory, or its node is gone")
+        often = "killed, often for want of memory, or its node is gone"
+        if code == MENDABLE:  # it left by itself, and would have said why
+            often = f"it found no room to say why, so the disk of {self.run} may be full"
+        self.attempt.error = f"{', '.join(quiet[:4]) or 'a rank'} ended without a word (exit code {code}): {often}"
         self._show(quiet[0] if quiet else "rank-0")
         return code
 
@@ -172,7 +183,7 @@ class Job:
         attempt.end, attempt.progress = time.time(), progress(self.run, self.spec["name"])
         verdict = judge(self.before, attempt, most=self.spec["attempts"], taken=attempt.code != 0 and taken_away(self.id))
         attempt.outcome, attempt.why = verdict.outcome, verdict.why
-        write_attempt(self.file, attempt)
+        self._note()
         say(f"{self.label}: {verdict.outcome}: {verdict.why}")
         if verdict.outcome == DONE:
             return 0
@@ -182,7 +193,7 @@ class Job:
             return self._move(excluded([*self.before, attempt])) if attempt.code == UNFIT else self._requeue()
         except PoclError as error:
             attempt.outcome, attempt.why = FAILED, f"{verdict.why}; but {error}; `pocl resume` tries again"
-            write_attempt(self.file, attempt)
+            self._note()
             say(f"{self.label}: {attempt.why}")
             return attempt.code or 1
 

@@ -82,6 +82,9 @@ def _row(run: RunDirectory, spec: Mapping[str, Any], done: Mapping[str, bool], q
         row.notes = [note] if note else []
     else:
         row.state = _gone(ids, tasks, rows, spec)
+    lost = [task[-1].number for task in tasks if task and task[-1].end is None]
+    if lost and not row.live and row.state in ("failed", "gone"):
+        row.notes.append(f"attempt {lost[-1]} left no word of its end: its node may be gone, or the disk of {run.path} full")
     waiting = [task[-1] for task in tasks if task and task[-1].outcome == AGAIN]
     if waiting and row.state not in ("done", "failed"):
         row.notes.append(f"attempt {waiting[-1].number}: {waiting[-1].why}")

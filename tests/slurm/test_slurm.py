@@ -281,6 +281,31 @@ def test_a_fault_of_the_users_is_the_end_at_once(cluster: Cluster, calm: Path, f
     assert "plan.json is damaged" in cluster.pocl("status", str(run)).stdout
 
 
+@pytest.fixture
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    path = folder / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_a_full_disk_is_the_end_until_there_is_room(cluster: Cluster, calm: Path, folder: Path, small_disk: Path) -> None:
+    """Ranks and job find no room to say why: it is told all the same, and no finished work is lost."""
+    run, filler = planned_copy(calm, small_disk / "run"), small_disk / "filler"
+    fill = f"import shutil; open({str(filler)!r}, 'wb').write(bytes(shutil.disk_usage({str(small_disk)!r}).free))"
+    submit_changed(cluster, run, folder, f"if step == 21 and distributed.rank() == 0: exec({fill!r})")
+    cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
+    cluster.until(lambda: cluster.state(cluster.job(run, "report")) == "CANCELLED", "the rest to be cancelled")
+    said = cluster.pocl("status", str(run)).stdout
+    assert "full" in said and "since train did not finish" in said
+    filler.unlink()
+    cluster.pocl("resume", str(run))
+    cluster.until(lambda: done(run), "the resumed run")
+    assert_equal(run, calm)
+
+
 def test_an_unfit_node_is_left_out(cluster: Cluster, calm: Path, folder: Path) -> None:
     run = planned_copy(calm, folder / "unfit")
     cluster.pocl("submit", "--profile", held_profile(folder), "--run-dir", str(run))

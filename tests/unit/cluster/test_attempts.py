@@ -133,6 +133,8 @@ def test_the_newest_line_of_a_number_counts_and_torn_ones_do_not(tmp_path: Path)
     with path.open("a") as stream:
         stream.write('{"number": 3, "jo')
     assert [(a.number, a.code) for a in read_attempts(path)] == [(1, 75), (2, None)]
+    write_attempt(path, attempt(4))
+    assert [a.number for a in read_attempts(path)] == [1, 2, 4]
     assert read_attempts(tmp_path / "none") == []
 
 

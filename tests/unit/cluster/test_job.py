@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setenv("SAID", str(tmp_path / "said"))
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-3]")
-    spec = {"name": "train", "nodes": 3, "cpus_per_task": 1, "container": None, "python": "python3", "gpus_per_node": 0}
+    spec = {"name": "train", "nodes": 3, "cpus_per_task": 1, "container": None, "python": "python3", "gpus_per_node": 0,
+            "attempts": 3}
     (tmp_path / "run" / "cluster" / "jobs").mkdir(parents=True)
     (tmp_path / "run" / "cluster" / "jobs" / "train.json").write_text(json.dumps(spec))
     return Job(tmp_path / "run", "train")
@@ -72,6 +74,34 @@ def test_a_rank_that_was_ended_while_it_wrote_has_left_no_word(job: Job) -> None
     (said / "rank-0.json").write_text('{"code": 75, "err')
     (said / "rank-1.json").write_text('{"code": 75, "error": "", "time": 1.0, "node": "n2"}')
     assert [word["rank"] for word in words_of_ranks(said)] == ["rank-1"]
+
+
+def test_a_rank_that_found_no_room_for_its_word(job: Job) -> None:
+    """Its code tells that it was not killed."""
+    said = job.run.parent / "said"
+    said.mkdir()
+    (said / "code").write_text("2")
+    (said / "rank-1.json").touch()
+    assert job._step(0, [], ["train"], 1) == 2
+    assert job.attempt.error.endswith(f"(exit code 2): it found no room to say why, so the disk of {job.run} may be full")
+
+
+def test_an_attempt_that_cannot_be_noted_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job.file.parent.mkdir()
+    job.file.symlink_to("/dev/full")
+    monkeypatch.setattr(job, "_steps", lambda: 0)
+    assert job.go() == 0
+    lines = [line.split(" ", 1)[1] for line in capsys.readouterr().out.splitlines()]
+    unknown = f"train: {job.file} cannot be written (No space left on device): `pocl status` will not know of this"
+    assert lines == ["train: attempt 1 as job 7 on n1, n2, n3", unknown, unknown, "train: done: finished"]
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert job.go() == 0
+        monkeypatch.undo()
+        with suppress(OSError):
+            full.close()
 
 
 def test_that_a_job_was_asked_to_leave_is_known_also_where_it_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

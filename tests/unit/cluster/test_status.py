@@ -11,6 +11,7 @@ from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cli import main
 from pocl_ds.cluster import scheduler
+from pocl_ds.cluster.attempts import Attempt, write_attempt
 from pocl_ds.cluster.profile import check_profile
 from pocl_ds.cluster.scheduler import Queued
 from pocl_ds.cluster.submit import Submission
@@ -50,3 +51,22 @@ def test_a_watch_ends_with_the_jobs(
     monkeypatch.setattr(time, "sleep", sleep)
     assert main(["status", str(tmp_path / "run"), "--watch"]) == 0
     assert len(seen) == 2 and capsys.readouterr().out.count("prepare") >= 3
+
+
+@pytest.mark.parametrize("end", [None, 9.0])
+def test_a_job_whose_last_attempt_could_not_be_noted(
+    end: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}})
+    profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
+    submitted = Submission(RunDirectory(tmp_path / "run"), recipe, profile, nodes=None)
+    pipeline.enter(submitted.run, submitted.recipe)
+    submitted._freeze()
+    fields = {**dict.fromkeys(scheduler.FIELDS, ""), "id": "10", "array": "10", "task": "N/A", "state": "FAILED", "start": "N/A"}
+    (submitted.folder / "jobs" / "prepare.ids").write_text("10\n")
+    write_attempt(submitted.folder / "attempts" / "prepare.jsonl", Attempt(1, "10", ["n1"], 5.0, end))
+    monkeypatch.setattr(scheduler, "available", lambda: True)
+    monkeypatch.setattr(scheduler, "queue", lambda _: [Queued(**fields)])
+    assert main(["status", str(tmp_path / "run")]) == 0
+    said = f"attempt 1 left no word of its end: its node may be gone, or the disk of {tmp_path / 'run'} full"
+    assert (said in capsys.readouterr().out) == (end is None)
