@@ -96,6 +96,9 @@ for argument in "$@"; do
 done
 logs=${logs:-$(mktemp -d)}
 mkdir -p "$logs"
+exits=$(mktemp -d) # each rank's word on why it left
+trap 'rm -rf "$exits"' EXIT
+export POCL_EXITS=$exits
 
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 export WORLD_SIZE=$ranks LOCAL_WORLD_SIZE=$ranks MASTER_ADDR=127.0.0.1 MASTER_PORT=$port OMP_NUM_THREADS=$threads
@@ -123,7 +126,7 @@ done
 for name in INT TERM USR1 USR2; do trap "forward $name" "$name"; done
 if [ -n "$asked" ]; then forward "$asked"; fi
 
-failed=0 first=0 grace=${POCL_KILL_GRACE:-30} terminate=0 kill_at=0
+failed=0 first=0 ended=() grace=${POCL_KILL_GRACE:-30} terminate=0 kill_at=0
 while ((${#alive[@]})); do
   for rank in "${!alive[@]}"; do
     pid=${alive[$rank]}
@@ -132,8 +135,9 @@ while ((${#alive[@]})); do
     wait "$pid" 2>/dev/null || code=$?
     unset "alive[$rank]"
     if ((rank == 0)); then first=$code; fi
+    if ((code != 0 && (failed == 0 || terminate))); then ended+=("$rank:$code"); fi
     if ((code != 0 && failed == 0)); then
-      failed=$code failed_rank=$rank
+      failed=$code
       # Ranks that stop for the same reason get a moment to say so themselves.
       terminate=$((SECONDS + 3)) kill_at=$((SECONDS + 3 + grace))
     fi
@@ -144,9 +148,13 @@ while ((${#alive[@]})); do
   sleep 0.2 &
   wait $! 2>/dev/null || true
 done
+if ((failed == 0)); then exit 0; fi
+{ read -r failed_rank failed && read -r said; } < <("$python" "$here/launch/pocl.py" pocl_ds.first_fault "$exits" "${ended[@]}")
 # Where all ranks stop for one reason, rank 0 has said it; a code of 1 is a defect, and each rank's own.
-if ((failed && failed_rank && !(first == failed && failed != 1))); then
-  echo "launch/train.sh: rank $failed_rank failed first, with exit code $failed; the end of $logs/rank-$failed_rank.log:" >&2
-  tail -n 12 "$logs/rank-$failed_rank.log" >&2
+if ((failed_rank && !(first == failed && failed != 1))); then
+  log=$logs/rank-$failed_rank.log
+  echo "launch/train.sh: rank $failed_rank failed first, with exit code $failed; the end of $log:" >&2
+  tail -n 12 "$log" >&2
+  if [ -n "$said" ] && ! grep -qF -- "$said" "$log"; then echo "$said" >&2; fi # the log lies on a full disk
 fi
 exit "$failed"

@@ -130,3 +130,12 @@ def leave_word(code: int, error: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as stream:
             json.dump({"code": code, "error": error, "time": time.time(), "node": node_name()}, stream)
+
+
+def words_of_ranks(folder: Path) -> list[dict[str, Any]]:
+    """What the ranks of a step left (see `leave_word`), by time; one that was ended while it wrote left nothing."""
+    found = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append({**json.loads(path.read_text()), "rank": path.stem})
+    return sorted(found, key=lambda word: word["time"])

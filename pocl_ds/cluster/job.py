@@ -35,7 +35,7 @@ from pocl_ds.cluster.attempts import (
     write_attempt,
 )
 from pocl_ds.errors import HANG, RESUME, UNFIT, PoclError, ResourceError
-from pocl_ds.exits import FOLDER, SIGNALS
+from pocl_ds.exits import FOLDER, SIGNALS, words_of_ranks
 
 AGAIN_SECONDS = 10.0  # a signal that came before a rank could hear it is given again
 METRICS = {"prepare": "models/heal", "train": "train", "baseline": "baseline"}
@@ -241,15 +241,6 @@ def srun(spec: dict[str, Any], run: Path, nodes: int, tasks_per_node: int, logs:
     binds = [word for mount in mounts for word in ("--bind", mount)]
     nvidia = ["--nv"] if spec["gpus_per_node"] else []
     return [*command, "apptainer", "exec", *nvidia, *binds, "--pwd", here, container["image"]]
-
-
-def words_of_ranks(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of a step left (see `exits.leave_word`), by time; one that was ended while it wrote left nothing."""
-    found = []
-    for path in folder.glob("*.json"):
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append({**json.loads(path.read_text()), "rank": path.stem})
-    return sorted(found, key=lambda word: word["time"])
 
 
 def progress(run: Path, name: str) -> int:

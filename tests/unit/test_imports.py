@@ -17,7 +17,7 @@ TIERS = (
     ("__init__",),
     ("errors", "names"),
     ("config", "consistency", "artifacts", "credentials", "exits", "shipped"),
-    ("distributed", "tracking", "ds_config", "plain_yaml", "recipe"),
+    ("distributed", "first_fault", "tracking", "ds_config", "plain_yaml", "recipe"),
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),

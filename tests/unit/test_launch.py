@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from pocl_ds.first_fault import first_fault
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCHER = REPOSITORY / "launch" / "train.sh"
 
@@ -41,6 +43,18 @@ if behaviour.startswith("exit"):
     time.sleep(0.3)
     print("the reason of rank", rank, flush=True)
     os._exit(int(behaviour.split()[1]))
+if behaviour == "cause":  # a rank takes its time to tear down what the others notice at once
+    from pocl_ds.exits import leave_word
+    leave_word(2, "the cause")
+    (folder / "left").touch()
+    time.sleep(1.0)
+    os._exit(2)
+if behaviour == "consequence":
+    while not (folder / "left").exists():
+        time.sleep(0.01)
+    from pocl_ds.exits import leave_word
+    leave_word(1, "RuntimeError: Connection closed by peer")
+    os._exit(1)
 deadline = time.monotonic() + 40
 while behaviour != "end" and time.monotonic() < deadline:
     time.sleep(0.05)
@@ -145,6 +159,30 @@ def test_a_rank_that_ignores_term_is_killed(launch: Launch) -> None:
     assert process.returncode == 7
     assert launch.signals(0) == "SIGTERM"
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("cause", [0, 1])
+def test_the_rank_that_left_first_decides_not_the_one_that_was_gone_first(launch: Launch, cause: int) -> None:
+    process = launch.start(2, {str(cause): "cause", str(1 - cause): "consequence"})
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 2
+    if cause:  # its sentence is told also where its log has none, as on a full disk
+        assert "rank 1 failed first, with exit code 2" in said and said.endswith("the cause\n")
+    assert "Connection closed" not in said
+
+
+@pytest.mark.parametrize(("ended", "words", "expected"), [
+    ({1: 1, 0: 2}, [(0, 2), (1, 1)], (0, 2, "word of 0")),
+    ({0: 1, 1: 137}, [(0, 1)], (1, 137, "")),  # killed: the other only lost it
+    ({0: 75, 1: 75}, [(0, 75), (1, 75)], (0, 75, "")),
+    ({0: 75, 1: 2}, [(0, 75), (1, 2)], (1, 2, "word of 1")),
+    ({1: 134}, [(1, 0)], (1, 134, "")),  # done, and died afterwards
+    ({0: 134, 1: 2}, [(0, 2), (1, 2)], (0, 2, "word of 0")),  # said why, and died afterwards
+    ({1: 1, 0: 1}, [], (1, 1, "")),
+])  # fmt: skip
+def test_whose_fault_it_was(ended: dict[int, int], words: list[tuple[int, int]], expected: tuple[int, int, str]) -> None:
+    left = [{"rank": f"rank-{rank}", "code": code, "error": f"word\n of {rank}", "time": 0.0} for rank, code in words]
+    assert first_fault(ended, left) == expected
 
 
 def test_a_killed_rank_is_137(launch: Launch) -> None:
