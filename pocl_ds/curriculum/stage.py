@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest, write_json, write_manifest
+from pocl_ds.artifacts import Manifest, RunDirectory, read_json, whole_result, write_json, write_manifest
 from pocl_ds.config import CompareConfig, PlanConfig
 from pocl_ds.curriculum.plan import Order, Plan, build_plan, single_stage_plan
 from pocl_ds.errors import ArtifactError
@@ -23,8 +23,7 @@ def make_plan(run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerpri
     It holds no sample ids: a stage is a slice of ranking/order.npy. Raises RecipeError where samples, subsets and
     batches do not fit, ArtifactError where the ranking is missing or not an order of all samples.
     """
-    manifest = read_manifest(run.plan)
-    if manifest and manifest.fingerprint == fingerprint:
+    if manifest := whole_result(run.plan, fingerprint):
         return manifest
     start, order = time.monotonic(), _order(run)
     if not _is_permutation(order):
@@ -72,7 +71,7 @@ def _order(run: RunDirectory) -> NDArray[np.int64]:
         raise ArtifactError(f"{path} is missing: run `pocl rank` first")
     try:
         order: NDArray[np.int64] = np.load(path, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): remove ranking/ and run `pocl rank` again") from None
     return order
 

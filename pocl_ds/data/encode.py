@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.artifacts import save_array
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.prompts import load_template
 from pocl_ds.data.samples import Sample
@@ -99,6 +100,8 @@ class EncodedSplit:
             self.starts, self.prompt_tokens, self.total_tokens = index[:, 0], index[:, 1], index[:, 2]
             empty = paths[2].stat().st_size == 0  # nothing can be mapped there
             self._tokens = np.empty(0, np.uint32) if empty else np.memmap(paths[2], np.uint32, "r")
+            if len(self._tokens) != (end := int(self.starts[-1] + self.total_tokens[-1]) if len(index) else 0):
+                raise ValueError(f"{len(self._tokens)} tokens instead of {end}")
         except (ValueError, IndexError, EOFError) as error:
             fault = f"{directory}/{split}.* is damaged ({error}): remove {directory} and run its stage again"
             raise ArtifactError(fault) from None
@@ -203,12 +206,13 @@ def encode_split(
                 kept.append(sample.id.encode())
                 if lines:
                     lines.write(sample.to_json() + "\n")
-                np.asarray(encoded.ids, np.uint32).tofile(binary)
+                binary.write(np.asarray(encoded.ids, np.uint32).tobytes())  # `tofile` misses a full disk
             index.append(np.array(rows, np.int64).reshape(-1, 3))
             ids.append(np.array(kept, "S") if kept else np.empty(0, "S1"))
     table = np.concatenate(index) if index else np.empty((0, 3), np.int64)
-    np.save(directory / f"{split}.index.npy", table)
-    np.save(directory / f"{split}.ids.npy", np.concatenate(ids) if ids else np.empty(0, "S1"))
+    for name, array in (("index", table), ("ids", np.concatenate(ids) if ids else np.empty(0, "S1"))):
+        with (directory / f"{split}.{name}.npy").open("wb") as stream:
+            save_array(stream, array)
     return counts
 
 

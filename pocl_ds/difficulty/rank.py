@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, read_manifest, write_manifest
+from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, save_array, whole_result, write_manifest
 from pocl_ds.config import RankConfig
 from pocl_ds.data.encode import EncodedSplit
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
@@ -135,8 +135,7 @@ def hash_ids(ids: Ids, seed: int) -> NDArray[np.uint64]:
 
 def rank(run: RunDirectory, config: RankConfig, *, seed: int, fingerprint: str) -> Manifest:
     """The stage `rank`: score shards -> ranking/ranking.parquet and ranking/order.npy, joined by sample id."""
-    manifest = read_manifest(run.ranking)
-    if manifest and manifest.fingerprint == fingerprint:
+    if manifest := whole_result(run.ranking, fingerprint):
         return manifest
     start, split = time.monotonic(), EncodedSplit.open(run.data, "train")
     if config.strategy == "random":  # needs no scores, so there are none
@@ -175,7 +174,7 @@ def _write(
     with atomic_write(run.ranking / "ranking.parquet", "wb") as stream:
         pq.write_table(pa.table({"id": ids, **{name: values[order] for name, values in columns.items()}}), stream)
     with atomic_write(run.ranking / "order.npy", "wb") as stream:
-        np.save(stream, order)
+        save_array(stream, order)
     return write_manifest(run.ranking, "rank", fingerprint, info={"samples": len(order), **info})
 
 

@@ -25,6 +25,7 @@ from pocl_ds.artifacts import (
     Manifest,
     damaged_files,
     disk_faults,
+    disk_is_full,
     file_digest,
     package_versions,
     read_json,
@@ -41,8 +42,6 @@ log = logging.getLogger("pocl_ds")
 PREFIX, PARTIAL, DAMAGED, STATE = "step-", ".partial", ".damaged", "trainer.json"
 RESHARDED = "resharded"  # a checkpoint of another number of ranks, rewritten; gone with the next save
 FAILURES = 2  # failed saves in a row that end a run
-# What torch's writer says when the disk is full; it does not keep the errno.
-FULL_DISK = ("PytorchStreamWriter failed", "iostream error", "No space left", "file write failed", "unexpected pos")
 
 
 @dataclass
@@ -139,11 +138,12 @@ class Checkpoints:
         gathered = distributed.gather_objects((save.fault, save.files))
         faults = [fault for fault, _ in gathered if fault]
         if not faults:
-            with distributed.together("seal the checkpoint"):
-                if distributed.rank() == 0:
-                    self._seal(save, {name: digest for _, files in gathered for name, digest in files.items()})
-            self.failures = 0
-            return
+            files = {name: digest for _, files in gathered for name, digest in files.items()}
+            fault = distributed.from_rank_zero(self._seal(save, files) if distributed.rank() == 0 else None)
+            if fault is None:
+                self.failures = 0
+                return
+            faults = [fault]
         if distributed.rank() == 0:
             shutil.rmtree(save.partial, ignore_errors=True)
         self.failures += 1
@@ -154,17 +154,21 @@ class Checkpoints:
         log.error("step %d could not be saved to %s (%s; %s): training goes on, the next save is the last chance",
                   save.step, self.directory, faults[0], kept)  # fmt: skip
 
-    def _seal(self, save: _Save, files: dict[str, dict[str, Any]]) -> None:
+    def _seal(self, save: _Save, files: dict[str, dict[str, Any]]) -> str | None:
+        """Give a checkpoint its manifest and its name, and take older ones away. Returns why that could not be done."""
         info = {"step": save.step} | ({} if save.validation_loss is None else {"validation_loss": save.validation_loss})
         manifest = Manifest("checkpoint", self.fingerprint, files, info, package_versions())
         final = save.partial.with_suffix("")
-        with disk_faults(save.partial):
+        try:
             write_json(save.partial / MANIFEST, asdict(manifest))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(save.partial, final)
             sync(self.directory)
-            shutil.rmtree(self.directory / RESHARDED, ignore_errors=True)
-            self._retire()
+        except (OSError, PoclError) as error:
+            return _reason(error)
+        shutil.rmtree(self.directory / RESHARDED, ignore_errors=True)
+        self._retire()
+        return None
 
     def load(self, engine: Engine) -> tuple[int, dict[str, Any]]:
         """Put the newest whole checkpoint into the engine; all ranks together. Returns its step, 0 where there is none, and what
@@ -213,8 +217,11 @@ class Checkpoints:
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             path = self.folder(step)
-            manifest = _manifest(path)
-            faults = ["manifest.json is missing or damaged"] if manifest is None else damaged_files(path, manifest)
+            try:
+                manifest = _manifest(path)
+                faults = ["manifest.json is missing or damaged"] if manifest is None else damaged_files(path, manifest)
+            except OSError as error:
+                manifest, faults = None, [f"it cannot be read ({error.strerror})"]
             if faults or manifest is None:
                 log.warning("checkpoint %s is damaged (%s): looking for the one before", path, "; ".join(faults))
                 damaged.append(path)
@@ -265,12 +272,12 @@ def _manifest(path: Path) -> Manifest | None:
     return read_manifest(path)
 
 
-def _reason(error: OSError | RuntimeError) -> str | None:
+def _reason(error: Exception) -> str | None:
     """Why a file could not be written; None for what is no matter of files."""
     if isinstance(error, OSError):
         return f"rank {distributed.rank()}: {error.strerror or error}"
     if isinstance(error, PoclError):
         return f"rank {distributed.rank()}: {error}"
-    if any(words in str(error) for words in FULL_DISK):
+    if disk_is_full(error):
         return f"rank {distributed.rank()}: no space left on the disk"
     return None

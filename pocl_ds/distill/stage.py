@@ -13,7 +13,16 @@ from huggingface_hub import save_torch_state_dict
 from transformers.dynamic_module_utils import custom_object_save
 
 from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, read_models, write_json, write_manifest
+from pocl_ds.artifacts import (
+    RunDirectory,
+    atomic_directory,
+    read_manifest,
+    read_models,
+    whole_result,
+    within_models,
+    write_json,
+    write_manifest,
+)
 from pocl_ds.config import CompareConfig, LossConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
@@ -108,8 +117,7 @@ def prepare(
 
     longest: tokens of a prompt and its response; every model must be able to read them.
     """
-    manifest = read_manifest(run.models)
-    if manifest and manifest.fingerprint == fingerprint:
+    if whole_result(run.models, fingerprint):
         return
     watch = distributed.Stopwatch()
     if distributed.world_size() > 1:
@@ -139,10 +147,13 @@ def prepare(
         student_path = str(run.models / "heal" / "final")
         info |= {"heal_steps": student.heal_steps, "heal_samples": student.heal_steps * train.batch_size}
     if distributed.rank() == 0:
-        paths = {"teacher": teachers[0] if teachers else None, "other_teachers": teachers[1:], "student": student_path}
+        paths = {"teacher": teachers[0] if teachers else None, "other_teachers": teachers[1:],
+                 "student": within_models(run, student_path)}  # fmt: skip
         write_json(run.models / "models.json", paths)
+        ours = Path(student_path).is_relative_to(run.models)
+        made = [path for path in sorted(Path(student_path).rglob("*")) if path.is_file()] if ours else []
         write_manifest(run.models, "prepare", fingerprint, info={**info, "seconds": watch.lap()},
-                       files=[run.models / "models.json"])
+                       files=[run.models / "models.json", *made])
     distributed.barrier()
 
 
@@ -173,8 +184,7 @@ def _check_models(
 
 def fit(run: RunDirectory, job: Job) -> None:
     """Train one student to the end of its plan and write `final/`, a Hugging Face folder."""
-    manifest = read_manifest(job.directory)
-    if manifest and manifest.fingerprint == job.fingerprint:
+    if whole_result(job.directory, job.fingerprint):
         return
     watch = distributed.Stopwatch()
     if job.train.engine == "deepspeed" or distributed.world_size() > 1:

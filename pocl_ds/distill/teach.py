@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from pocl_ds import distributed, ds_config
-from pocl_ds.artifacts import RunDirectory, atomic_directory, disk_faults, read_manifest, write_json, write_manifest
+from pocl_ds.artifacts import RunDirectory, atomic_directory, disk_faults, read_manifest, save_array, write_json, write_manifest
 from pocl_ds.config import StudentConfig, TeachConfig, TeacherConfig
 from pocl_ds.curriculum.dealing import share_by_tokens
 from pocl_ds.data.batches import collate
@@ -211,8 +211,8 @@ class _Teaching:
             info["lost"] = distributed.all_sum(self.lost.to(distributed.device())).tolist()
         distributed.barrier()
         if distributed.rank() == 0:
-            with disk_faults(shard.checksums):
-                np.save(shard.checksums, kept)
+            with disk_faults(shard.checksums), shard.checksums.open("wb") as file:
+                save_array(file, kept)
             write_manifest(shard.directory, STAGE, fingerprint, name=shard.manifest, files=[shard.path, shard.checksums],
                            info=info)  # fmt: skip
 

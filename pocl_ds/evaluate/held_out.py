@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
+import shutil
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -46,7 +48,7 @@ from pocl_ds.tracking import Progress
 
 log = logging.getLogger("pocl_ds")
 
-RESULT = "held_out.json"
+RESULT, SCRATCH = "held_out.json", ".references-"
 # Bytes for one chunk of logits, and the rows of v float32 numbers that are alive in it: logits, log-probabilities and
 # probabilities of both sides, and their product.
 CHUNK_BYTES, ROWS_ALIVE = 256 << 20, 8
@@ -90,7 +92,9 @@ def held_out(
         ids = load.ids()
     with disk_faults(run.evaluation):
         run.evaluation.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".references-", dir=run.evaluation) as folder:
+        for left in run.evaluation.glob(f"{SCRATCH}*"):  # of a process that was killed: a teacher's states fill a disk
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run.evaluation) as folder:
             sets = _sets(run, config, load.encoder(prompt), benchmarks, Path(folder))
             for batches in sets.values():
                 batches.check_labels(ids)
@@ -267,8 +271,9 @@ def _teacher(folder: Path, load: _Loader, sets: dict[str, _Batches], ids: Ids) -
     found: dict[str, Tensor] = {}
     for number, (key, batches) in enumerate(sets.items()):
         path = folder / f"hidden-{number}"
-        with path.open("wb") as stream:
-            stream.truncate(batches.tokens * head.width * dtype.itemsize)
+        with path.open("wb") as stream:  # with its room: a write to a mapped file that finds none ends the process
+            if size := batches.tokens * head.width * dtype.itemsize:
+                os.posix_fallocate(stream.fileno(), 0, size)
         states = torch.from_file(str(path), shared=True, size=batches.tokens * head.width, dtype=dtype).view(-1, head.width)
         done = 0
         with torch.inference_mode(), Progress(len(batches.rows), "samples", f"{batches.name}, teacher") as progress:

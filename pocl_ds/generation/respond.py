@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pocl_ds.artifacts import RunDirectory, atomic_directory, read_manifest, write_manifest
+from pocl_ds.artifacts import RunDirectory, atomic_directory, whole_result, write_manifest
 from pocl_ds.config import GenerationConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig
 from pocl_ds.data.encode import Encoder, encode_split
 from pocl_ds.data.samples import Sample, read_normalised
@@ -32,8 +32,7 @@ def respond(
     generation: GenerationConfig, seed: int, fingerprint: str, threads: int | None = None,
 ) -> None:  # fmt: skip
     """Write responses/, whose split `train` has the rows of data/train. generation: the engine, as scoring has it."""
-    manifest = read_manifest(run.responses)
-    if manifest and manifest.fingerprint == fingerprint:
+    if whole_result(run.responses, fingerprint):
         return
     start, path, student_path = time.monotonic(), resolve_model(teacher), resolve_model(student)
     asked = load_tokenizer(path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
@@ -49,11 +48,11 @@ def respond(
         with atomic_directory(run.responses) as folder:
             samples = _answered(run, Encoder(asked, whole), generator, policy, seed, ROUNDS * generation.max_sequences)
             counts = encode_split(samples, Encoder(learns, whole), folder, "train")
+            write_manifest(folder, STAGE, fingerprint, info={"samples": counts.samples, "tokens": counts.response_tokens,
+                                                             "seconds": time.monotonic() - start})  # fmt: skip
     finally:
         generator.close()
     log.info("respond: %d responses, %.1f tokens on average", counts.samples, counts.response_tokens / max(counts.samples, 1))
-    write_manifest(run.responses, STAGE, fingerprint, info={"samples": counts.samples, "tokens": counts.response_tokens,
-                                                            "seconds": time.monotonic() - start})  # fmt: skip
 
 
 def _answered(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory, atomic_write
+from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults
 from pocl_ds.errors import RESUME, ArtifactError, Interrupted
 from pocl_ds.recipe import dump_recipe
 from pocl_ds.shipped import module_command
@@ -110,8 +110,9 @@ def _link(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(one, other)
 
-    shutil.rmtree(target, ignore_errors=True)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=link)
-    os.replace(partial, target)
+    with disk_faults(target):
+        shutil.rmtree(target, ignore_errors=True)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial, copy_function=link)
+        os.replace(partial, target)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny_runs import computed, records, stop_after, write_recipe
 from transformers import AutoModelForCausalLM
 
+from pocl_ds.artifacts import RunDirectory, read_models
+
 pytest.importorskip("peft")
 LORA = {"rank": 4, "alpha": 16, "targets": "q_proj,down_proj"}
 
@@ -47,7 +49,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_written_is_a_plain_model_and_a_stop_changes_nothing(planned: Path, tmp_path: Path) -> None:
     """Responses come from a writer with merged weights, whose probabilities are compared with the student's at each step."""
-    initial = Path(json.loads((planned / "models" / "models.json").read_text())["student"])
+    initial = Path(read_models(RunDirectory(planned))["student"])
     only_targets_differ(planned.parent / "student", initial)
     run, stopped, fewer = (Path(shutil.copytree(planned, tmp_path / name)) for name in ("run", "stopped", "fewer"))
     said = pocl("train", "--run-dir", str(run)).stderr
@@ -79,5 +81,5 @@ def test_every_rank_waits_for_the_student_that_one_prunes(tmp_path: Path) -> Non
                           student={"lora": LORA, "prune": {"drop_layers": "1"}, "heal_steps": 1})  # fmt: skip
     for stage in ("data", "prepare"):
         pocl(stage, str(recipe), "--run-dir", str(tmp_path / "run"))
-    healed = json.loads((tmp_path / "run" / "models" / "models.json").read_text())["student"]
+    healed = read_models(RunDirectory(tmp_path / "run"))["student"]
     assert AutoModelForCausalLM.from_pretrained(healed).config.num_hidden_layers == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,11 +24,14 @@ from pocl_ds.artifacts import (
     atomic_directory,
     atomic_write,
     damaged_files,
+    disk_faults,
     file_fault,
     fingerprint,
     read_json,
     read_manifest,
     read_models,
+    whole_result,
+    within_models,
     write_json,
     write_manifest,
 )
@@ -120,6 +124,9 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names(tmp_path) == ["file"]
 
 
+LOST_REMEDY = "look at its disk or mount, and whether another process changes what lies there, and start again"
+
+
 @pytest.mark.parametrize(
     ("number", "kind", "remedy"),
     [
@@ -127,6 +134,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (errno.EACCES, ArtifactError, "choose another --run-dir or change its permissions"),
         (errno.EROFS, ArtifactError, "choose another --run-dir or change its permissions"),
         (errno.ENOTDIR, ArtifactError, "choose another --run-dir or move what is in the way"),
+        *((number, ArtifactError, LOST_REMEDY) for number in (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.ENOTEMPTY)),
     ],
 )
 @pytest.mark.parametrize("build", [atomic_write, atomic_directory])
@@ -135,6 +143,68 @@ def test_other_faults_of_a_disk(tmp_path: Path, build: Any, number: int, kind: t
         raise OSError(number, os.strerror(number))
     assert str(tmp_path / "file") in str(caught.value) and str(caught.value).endswith(f": {remedy}")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("Error while serializing: IoError(Os { code: 28, message: No space left on device })"),
+    Exception("No space left on device (os error 28)"), Exception("Disk quota exceeded (os error 122)"),
+    RuntimeError("[enforce fail at inline_container.cc:779] unexpected pos 64 vs 0"), OSError("5000 requested and 0 written"),
+    shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]),
+], ids=lambda error: str(error)[:20])  # fmt: skip
+def test_a_full_disk_in_the_words_of_libraries(error: Exception, tmp_path: Path) -> None:
+    """Which keep the number to themselves."""
+    with pytest.raises(ResourceError, match=r"the disk is full while writing .*/file \(.*\): free some space"), disk_faults(
+        tmp_path / "file"
+    ):
+        raise error
+
+
+def test_what_others_miss_elsewhere_is_not_the_disks(tmp_path: Path) -> None:
+    for error in (FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/model"), ArtifactError("No space left, we said")):
+        with pytest.raises(type(error)) as caught, disk_faults(tmp_path / "file"):
+            raise error
+        assert caught.value is error
+
+
+def test_a_folder_that_is_taken_away_meanwhile(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="could not be written .No such file"), atomic_write(tmp_path / "below" / "file"):
+        shutil.rmtree(tmp_path / "below")
+
+
+def test_two_that_build_the_same_directory(tmp_path: Path) -> None:
+    """The later one's stays; neither stops the other."""
+    with atomic_directory(tmp_path / "made") as one:
+        (one / "of").write_text("one")
+        with atomic_directory(tmp_path / "made") as two:
+            (two / "of").write_text("two")
+    assert (tmp_path / "made" / "of").read_text() == "one" and names(tmp_path) == ["made"]
+    with pytest.raises(ArtifactError, match="move what is in the way"), atomic_directory(tmp_path / "made" / "of"):
+        pass
+    assert (tmp_path / "made" / "of").read_text() == "one"
+
+
+def test_a_manifest_that_goes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of an array remove what is stale while others look at it."""
+    write_manifest(tmp_path, "data", "f", files=[])
+    monkeypatch.setattr(Path, "is_file", lambda path: path.unlink() or True)  # type: ignore[func-returns-value]
+    assert read_manifest(tmp_path) is None
+
+
+def test_a_result_whose_files_are_gone_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    write_manifest(tmp_path, "plan", "f")
+    assert whole_result(tmp_path, "f") is not None and whole_result(tmp_path, "g") is None
+    (tmp_path / "plan.json").unlink()
+    assert whole_result(tmp_path, "f") is None
+
+
+def test_a_model_of_the_run_moves_with_it(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "one")
+    made = {"student": within_models(run, str(run.models / "heal" / "final")), "teacher": within_models(run, "/a/teacher")}
+    write_json(run.models / "models.json", made)
+    run.path.rename(tmp_path / "two")
+    found = read_models(RunDirectory(tmp_path / "two"))
+    assert found == {"student": str(tmp_path / "two" / "models" / "heal" / "final"), "teacher": "/a/teacher"}
 
 
 def test_faults_of_files_that_nobody_foresaw() -> None:

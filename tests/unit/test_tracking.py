@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import types
 from contextlib import suppress
 from pathlib import Path
@@ -103,6 +104,36 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5, 1 / 3, 9.0]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
+
+
+def test_metrics_on_a_full_disk_are_told_by_their_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    writer = MetricsWriter(tmp_path, step=0, tensorboard=False, wandb=False, wandb_project="", name="")
+    with pytest.raises(ResourceError, match=f"the disk is full while writing {tmp_path / 'metrics.jsonl'}: free"):
+        try:
+            writer.write({"kind": "step", "step": 1})
+        finally:
+            writer.close()
+
+
+def test_tensorboard_on_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread's error reaches whoever writes next, and is not printed besides."""
+    monkeypatch.setattr(threading, "excepthook", lambda fault: printed.append(fault.exc_value))
+    printed: list[object] = []
+    writer = MetricsWriter(tmp_path, step=0, tensorboard=True, wandb=False, wandb_project="", name="")
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.unlink()
+    file.symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match=f"the disk is full while writing {tmp_path / 'tensorboard'}: free"):
+        for step in range(200):
+            writer.write({"kind": "step", "step": step, "loss": 1.0})
+            with suppress(OSError):
+                writer.board.flush()  # else it waits two minutes
+    writer.close()
+    assert printed == []
+    for fault in (OSError(28, "No space left on device"), KeyError("a defect")):
+        threading.excepthook(threading.ExceptHookArgs((type(fault), fault, None, None)))
+    assert [str(one) for one in printed] == ["'a defect'"]
 
 
 def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

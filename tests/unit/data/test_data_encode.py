@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -214,3 +215,20 @@ def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
     cut = encoder.sample(Sample("a", "Say it.", "", ("It is",), ended=False))
     assert [*cut.ids, 0] == whole.ids and cut.prompt_tokens == whole.prompt_tokens
     assert encoder.sample(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, "something must be learnt from"
+
+
+@pytest.mark.parametrize("part", ["tokens.bin", "index.npy", "ids.npy"])
+def test_a_full_disk_is_noticed(part: str, tmp_path: Path) -> None:
+    """numpy's own way into a file misses it, or gives an error without a number, and what is not whole would be sealed."""
+    (tmp_path / f"train.{part}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        encode_split(iter(make(3)), encoder(), tmp_path, "train")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_tokens_that_are_cut_off_are_damaged(tmp_path: Path) -> None:
+    encode_split(iter(make(3)), encoder(), tmp_path, "train")
+    whole = (tmp_path / "train.tokens.bin").read_bytes()
+    (tmp_path / "train.tokens.bin").write_bytes(whole[:-8])
+    with pytest.raises(ArtifactError, match=f"is damaged .{len(whole) // 4 - 2} tokens instead of {len(whole) // 4}.: remove"):
+        EncodedSplit.open(tmp_path, "train")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pocl_ds.artifacts import read_manifest
+from pocl_ds.artifacts import MANIFEST, file_digest, read_manifest
 from pocl_ds.config import CheckpointConfig
 from pocl_ds.distill.checkpoint import Checkpoints
 from pocl_ds.errors import ArtifactError, ResourceError
@@ -153,6 +153,43 @@ def test_a_place_that_cannot_be_made_is_told_as_other_faults(tmp_path: Path, cap
     assert "step 1 could not be saved" in caplog.text
     with pytest.raises(ResourceError, match="step 1 could not be saved .*there is no checkpoint yet"):
         save(checkpoints(tmp_path), Engine(), 1, last=True)
+
+
+def test_a_seal_that_fails_is_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, engine = checkpoints(tmp_path), Engine()
+    save(store, engine, 1)
+
+    def full(*_: Any) -> None:
+        raise ResourceError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pocl_ds.distill.checkpoint.write_json", lambda path, value: full() if path.name == MANIFEST else None)
+        patched.setattr("pocl_ds.distill.checkpoint.sync", lambda path: None)
+        patched.setattr("pocl_ds.distill.checkpoint.file_digest", lambda path: {})
+        save(store, engine, 2)
+        assert "step 2 could not be saved" in caplog.text and "(rank 0: the disk is full; the newest" in caplog.text
+        with pytest.raises(ResourceError, match="step 3 could not be saved"):
+            save(store, engine, 3)
+    assert store.steps() == [1] and not list((tmp_path / "checkpoints").glob("*.partial"))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, engine = checkpoints(tmp_path), Engine()
+    for step in (1, 2):
+        save(store, engine, step)
+
+    def digest(path: Path) -> dict[str, Any]:
+        if "00000002" in str(path):
+            raise OSError(5, "Input/output error", str(path))
+        return file_digest(path)
+
+    monkeypatch.setattr("pocl_ds.artifacts.file_digest", digest)
+    assert checkpoints(tmp_path).load(engine)[0] == 1  # type: ignore[arg-type]
+    assert "it cannot be read (Input/output error)" in caplog.text
 
 
 def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
