@@ -219,7 +219,7 @@ def _command(options: argparse.Namespace) -> int:
             keep_log(run.logs / "run.log")
             return _run(recipe, run, lock, options.until)
     if not inherited:
-        pipeline.enter(run, recipe)
+        pipeline.join(run, recipe)
         whole_evaluation = options.command == "evaluate" and not options.model  # one process a model, then the table
         if options.command == "teach" and options.shard:  # beside other shards, each with ranks of its own
             return pipeline.run_stage("teach", run, recipe, shard=options.shard)

@@ -16,6 +16,7 @@ from pocl_ds.config import TrainConfig
 from pocl_ds.errors import RecipeError
 from pocl_ds.shipped import DS_CONFIGS
 
+NUMERIC = ("communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients")
 Values = dict[tuple[str, ...], tuple[Any, str]]  # path in the JSON -> (the recipe's value, the recipe's field)
 
 
@@ -83,6 +84,15 @@ def resolve_teacher(name: str | None, *, dtype: str, ranks: int, micro_batch_siz
     if stage != 3:
         raise RecipeError(f"ds_config {name}: zero_optimization.stage={stage}: a frozen model is sharded by stage 3 only")
     return None if ranks == 1 and "offload_param" not in tree["zero_optimization"] else tree
+
+
+def numerics(name: str | None) -> dict[str, Any] | None:
+    """What a configuration says of how numbers are kept and sent; all else says where they lie, and may change in a run."""
+    if name is None:
+        return None
+    tree = load_ds_config(name)
+    zero = {key: value for key, value in tree.get("zero_optimization", {}).items() if key.startswith("zero_quantized")}
+    return {key: tree[key] for key in NUMERIC if key in tree} | zero or None
 
 
 def _sizes(micro_batch_size: int, ranks: int) -> Values:

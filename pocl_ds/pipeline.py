@@ -13,14 +13,25 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pocl_ds import ds_config
-from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults, fingerprint, read_manifest, take_lock
-from pocl_ds.config import Recipe, lasting
+from pocl_ds.artifacts import (
+    MANIFEST,
+    RunDirectory,
+    atomic_write,
+    content_digest,
+    disk_faults,
+    fingerprint,
+    read_manifest,
+    take_lock,
+    whole_result,
+)
+from pocl_ds.config import ModelSource, Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.curriculum.stage import plan_of
 from pocl_ds.difficulty.shards import unfinished, whole_set
@@ -32,7 +43,13 @@ from pocl_ds.tracking import check_wandb
 
 log = logging.getLogger("pocl_ds")
 
-EDGE = 1 << 20  # bytes of a data file's beginning and end that enter its fingerprint
+SETTLE = 5.0  # seconds in which others may be entering the same run directory
+FILES = (".jsonl", ".json", ".parquet", ".jinja", ".gguf")
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.py")
+
+
+class InUseError(ArtifactError):
+    """Another process holds the run directory."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +66,14 @@ class Stage:
 STAGES = (
     Stage("data", lambda run: run.data, lambda r: [lasting(r.data), lasting(r.prompt), r.student.model, r.student.revision,
                                                    _data_files(r), own_tokens(r)], ()),
-    Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), r.teacher and lasting(r.teacher),
+    Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), _model_files([r.student]), teachers(r),
                                                         healing(r)], ("data",)),
-    Stage("teach", lambda run: run.teacher, lambda r: [r.teacher and lasting(r.teacher), truncation(r)], ("data",),
-          lambda r: keeps_teacher(r)),
-    Stage("respond", lambda run: run.responses, lambda r: [r.teacher and lasting(r.teacher), lasting(r.policy), r.seed,
-                                                           r.score.generation.backend], ("data",), lambda r: r.policy.taught),
-    Stage("score", lambda run: run.scores, lambda r: lasting(r.score), ("data", "prepare"),
+    Stage("teach", lambda run: run.teacher, lambda r: [teachers(r), truncation(r)], ("data",), lambda r: keeps_teacher(r)),
+    Stage("respond", lambda run: run.responses, lambda r: [teachers(r), lasting(r.policy), r.seed, r.score.generation.backend],
+          ("data",), lambda r: r.policy.taught),
+    Stage("score", lambda run: run.scores, lambda r: [lasting(r.score), _plugin_files(r)], ("data", "prepare"),
           lambda r: r.rank.strategy != "random"),
-    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed], ("data", "score")),
+    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed, _plugin_files(r)], ("data", "score")),
     Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
     Stage("train", lambda run: run.train, lambda r: learning(r), ("prepare", "plan", "respond")),
     Stage("baseline", lambda run: run.baseline, lambda r: [learning(r), lasting(r.compare)], ("prepare", "plan", "respond"),
@@ -68,6 +84,7 @@ STAGES = (
     Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
 )  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
+OF_TRAINING = ("evaluate", "export", "report")
 
 
 def wanted_stages(recipe: Recipe, until: str = NAMES[-1]) -> tuple[Stage, ...]:
@@ -105,10 +122,17 @@ def truncation(recipe: Recipe) -> list[Any] | None:
     return [recipe.teach.k, taus(recipe)] if topk else None
 
 
+def teachers(recipe: Recipe) -> list[Any] | None:
+    """The teacher, and what lies in the folders that it and others are read from."""
+    teacher = recipe.teacher
+    return [lasting(teacher), _model_files([teacher, *teacher.others])] if teacher else None
+
+
 def learning(recipe: Recipe) -> list[Any]:
     """What a training's result follows from, beside its plan and its data."""
+    configurations = [recipe.student.ds_config, recipe.teacher.ds_config if recipe.teacher else None]
     return [lasting(recipe.train), lasting(recipe.loss), lasting(recipe.policy), recipe.seed, truncation(recipe),
-            list(recipe.plugins)]  # fmt: skip
+            _plugin_files(recipe), [ds_config.numerics(name) for name in configurations]]  # fmt: skip
 
 
 def evaluated_models(recipe: Recipe) -> list[str]:
@@ -130,14 +154,15 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
 
 def finished(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
-    """Which stages have a whole result of this recipe."""
-    expected, done = fingerprints(recipe), {}
+    """Which stages have a whole result of this recipe; what is said of a training, only where that is there too."""
+    expected, done = fingerprints(recipe), dict[str, bool]()
+    wanted = {stage.name for stage in STAGES if stage.wanted(recipe)}
     for stage in STAGES:
         if stage.name == "score":
             done["score"] = run.scores.is_dir() and not unfinished(run, recipe.score, expected["score"])
             continue
-        manifest = read_manifest(stage.directory(run))
-        done[stage.name] = manifest is not None and manifest.fingerprint == expected[stage.name]
+        there = stage.name not in OF_TRAINING or all(done[name] for name in stage.after if name in wanted)
+        done[stage.name] = there and whole_result(stage.directory(run), expected[stage.name]) is not None
     return done
 
 
@@ -155,13 +180,16 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
     Only fields whose stages are unfinished, and operational ones, may differ from those of the last time.
     """
     _check_ds_configs(recipe)
+    if strange := sorted(set(str(run.path.absolute())) & set("*?[")):
+        raise ArtifactError(f"{run.path.absolute()} has {strange[0]!r} in it, which DeepSpeed takes for a pattern when it looks "
+                            "for its checkpoints: choose another --run-dir")  # fmt: skip
     if run.recipe.is_file():
         before = load_recipe(str(run.recipe))
         old, new = fingerprints(before), fingerprints(recipe)
         for stage in STAGES:
             found = _fingerprint_of(stage, run)
-            if stage.name not in ("evaluate", "export", "report") and found not in (None, new[stage.name]):
-                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or "a file that it names"
+            if stage.name not in OF_TRAINING and found not in (None, new[stage.name]):
+                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or _changed_file(recipe)
                 raise ArtifactError(
                     f"run directory {run.path} holds the finished stage {stage.name!r} of another recipe (changed: {changed}): "
                     "choose another --run-dir, or undo the change"
@@ -174,6 +202,24 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
         check_wandb()
     with atomic_write(run.recipe) as stream:
         stream.write(dump_recipe(recipe))
+
+
+def join(run: RunDirectory, recipe: Recipe) -> None:
+    """As `enter`, beside processes that may hold the run directory: where one does, its recipe must be this one, to the letter.
+
+    Stages that wait in it read that file, and shards of one recipe enter at the same time.
+    """
+    begin = time.monotonic()
+    while True:
+        try:
+            with locked(run):
+                return enter(run, recipe)
+        except InUseError:
+            if run.recipe.is_file() and run.recipe.read_text(encoding="utf-8") == dump_recipe(recipe):
+                return None
+            if time.monotonic() - begin > SETTLE:
+                raise
+        time.sleep(0.2)
 
 
 def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
@@ -212,7 +258,7 @@ def locked(run: RunDirectory) -> Iterator[int]:
         try:
             take_lock(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ArtifactError(f"{run.path} is in use by another pocl process: wait for it, or end it first") from None
+            raise InUseError(f"{run.path} is in use by another pocl process: wait for it, or end it first") from None
         os.set_inheritable(handle, True)
         yield handle
     finally:
@@ -347,18 +393,36 @@ def _evaluation_files(recipe: Recipe) -> list[Any]:
 
 
 def _files(sources: Iterable[str | None]) -> list[Any]:
-    """Size and edges of the files among some sources: enough to notice another file of the same name, at any size."""
+    """What lies in the files among some sources: another file of the same name is noticed."""
+    paths = [Path(os.path.expanduser(source)) for source in sources if source]
+    return [content_digest(path) for path in paths if os.path.isfile(path)]
+
+
+def _model_files(sources: Iterable[ModelSource]) -> list[Any]:
+    """What lies in the folders and files among some models; one of the Hub has its commit, one in a package its version."""
     found: list[Any] = []
     for source in sources:
-        path = Path(os.path.expanduser(source or ""))
-        if not source or not os.path.isfile(path):
-            continue
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            head = stream.read(EDGE)
-            stream.seek(max(size - EDGE, 0))
-            found.append([size, fingerprint([head.hex(), stream.read().hex()])])
+        path = Path(os.path.expanduser(source.model))
+        files = [path] if os.path.isfile(path) else []
+        if os.path.isdir(path):
+            files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)} - {path / MANIFEST})
+        found.append([[file.name, *content_digest(file)] for file in files])
     return found
+
+
+def _plugin_files(recipe: Recipe) -> list[Any]:
+    """The recipe's own methods, name and text of each module; reading the recipe has imported them."""
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in recipe.plugins]
+    return [[name, *_files([file])] for name, file in zip(recipe.plugins, files, strict=True)]
+
+
+def _changed_file(recipe: Recipe) -> str:
+    """Words for what differs where no field does."""
+    data, template = recipe.data, recipe.prompt.template
+    files = [source for source in (data.source, data.validation, data.test, template) if source and Path(source).suffix in FILES]
+    models = [source.model for source in (recipe.student, recipe.teacher) if source and source.model.startswith(("/", ".", "~"))]
+    gone = next((source for source in [*files, *models] if not os.path.exists(os.path.expanduser(source))), None)
+    return f"{gone} is not there any more, put it back" if gone else "what lies in a file or a model folder that it names"
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from pocl_ds.artifacts import Manifest, RunDirectory, atomic_write, damaged_files, read_manifest, write_manifest
+from pocl_ds.artifacts import fingerprint as result_digest
 from pocl_ds.config import ReportConfig
 from pocl_ds.plain_yaml import plain_value
 from pocl_ds.report.markdown import markdown_page
@@ -23,7 +24,7 @@ def build_report(run: RunDirectory, config: ReportConfig, *, recipe_yaml: str, f
     """
     recipe = plain_value(recipe_yaml)
     facts = read_facts(run, config, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"]))
-    inputs = {stage: manifest.fingerprint for stage, manifest in facts.manifests.items()}
+    inputs = {stage: result_digest([found.fingerprint, found.files]) for stage, found in facts.manifests.items()}
     inputs["steps"] = str(0 if facts.curves is None else len(facts.curves.steps["step"]))
     inputs["attempts"] = str([(attempt["label"], attempt["number"], attempt["end"]) for attempt in facts.history.attempts])
     done = read_manifest(run.report)

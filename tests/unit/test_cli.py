@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from refusals import own_signals, sentence
 
 from pocl_ds import cli, pipeline
+from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cli import main
+from pocl_ds.recipe import load_recipe
 
 
 @pytest.fixture
@@ -26,13 +29,29 @@ def test_one_shard_of_teach_stays_one_shard(recipe: Path, tmp_path: Path, monkey
     started: list[list[str]] = []
     monkeypatch.setattr(pipeline, "call", lambda command, lock=None: started.append(command) or 0)
     run = tmp_path / "run"
-    run.mkdir()
-    with (run / ".lock").open("w") as another, own_signals():
-        fcntl.flock(another, fcntl.LOCK_EX)
-        assert main(["teach", str(recipe), "--run-dir", str(run), "--shard", "1/4"]) == 0
-    (command,) = started
+    for shard in ("0/4", "1/4"):
+        with (run / ".lock").open("w") if run.exists() else nullcontext() as another, own_signals():
+            if another:
+                fcntl.flock(another, fcntl.LOCK_EX)
+            assert main(["teach", str(recipe), "--run-dir", str(run), "--shard", shard]) == 0
+    command = started[1]
     assert command[-5:] == ["teach", "--run-dir", str(run), "--shard", "1/4"]
     assert "shards: 4" in (run / "recipe.yaml").read_text()
+
+
+def test_what_others_are_reading_is_not_changed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe of a run that another process is at: a stage beside it must have the same."""
+    monkeypatch.setattr(pipeline, "SETTLE", 0.1)
+    run = RunDirectory(tmp_path / "run")
+    pipeline.enter(run, load_recipe(str(recipe)))
+    before = run.recipe.read_text()
+    with (run.path / ".lock").open("w") as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # as jobs do
+        said = sentence(capsys, "plan", recipe, "--run-dir", run.path, "train.lr=0.5")
+        assert "is in use by another pocl process" in said and run.recipe.read_text() == before
+        assert "order.npy" in sentence(capsys, "plan", recipe, "--run-dir", run.path)  # comes in, and misses the stages before
 
 
 def test_a_whole_run_is_not_one_of_many_ranks(

@@ -86,7 +86,7 @@ def imports(*_):
         time.sleep(9)
     except KeyboardInterrupt:
         raise {became} from None
-pipeline.enter = imports
+pipeline.join = imports
 sys.exit(cli.main(["data", "quickstart", "--run-dir", sys.argv[1]]))
 """
     done = subprocess.run([sys.executable, "-c", program, "nowhere"], text=True, capture_output=True, timeout=60,
@@ -107,7 +107,7 @@ def works(*_):
     Left(lambda: 1 / 0)
     Left(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
     time.sleep(30)
-pipeline.enter = works
+pipeline.join = works
 sys.exit(cli.main(["data", "quickstart", "--run-dir", "nowhere"]))
 """
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=25,

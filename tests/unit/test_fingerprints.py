@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pocl_ds.artifacts import RunDirectory, write_manifest
+from pocl_ds import artifacts
+from pocl_ds.artifacts import RunDirectory, content_digest, write_manifest
 from pocl_ds.difficulty.shards import shard_file, shard_manifest
 from pocl_ds.errors import ArtifactError
-from pocl_ds.pipeline import NAMES, enter, fingerprints
+from pocl_ds.pipeline import NAMES, STAGES, enter, fingerprints, finished
 from pocl_ds.recipe import check_recipe, override_recipe
 
 BASE: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}}
@@ -50,6 +53,83 @@ def test_a_file_is_told_by_its_text(tmp_path: Path) -> None:
             path.write_text(text)
             found.append(fingerprints(override_recipe(check_recipe(BASE), [*judge, f"{field}={path}"]))[first])
         assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) -> None:
+    """A teacher that is trained again into the same folder is another one."""
+    (tmp_path / name).write_text("one")
+    for field, stages in (("teacher", {"prepare", "teach", "respond"}), ("student", {"prepare"})):
+        words = [f"{field}.model={tmp_path}"]
+        before = fingerprints(override_recipe(check_recipe(BASE), words))
+        (tmp_path / "manifest.json").write_text(field)  # which has times in it
+        os.utime(tmp_path / name, ns=(1, 1))
+        assert fingerprints(override_recipe(check_recipe(BASE), words)) == before
+        (tmp_path / name).write_text(field)
+        after = fingerprints(override_recipe(check_recipe(BASE), words))
+        assert {stage for stage in NAMES if before[stage] != after[stage]} >= stages | {"score", "train", "evaluate"}
+
+
+def test_a_change_in_the_middle_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(bytes(9 << 20))
+    before = content_digest(path)
+    with path.open("r+b") as stream:
+        stream.seek(5_000_000)
+        stream.write(b"x")
+    os.utime(path, ns=(1, 1))
+    assert content_digest(path) != before
+    monkeypatch.setattr(artifacts, "WHOLE", 0)  # of a larger one the ends and blocks
+    for place, told in ((0, True), (path.stat().st_size - 1, True), (artifacts.BLOCK + 1, False)):
+        monkeypatch.setattr(artifacts, "BLOCKS", 3)
+        artifacts._content.cache_clear()
+        before = content_digest(path)
+        with path.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(b"y")
+        artifacts._content.cache_clear()
+        assert (content_digest(path) != before) == told
+
+
+def test_a_plugin_is_told_by_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    file, found = tmp_path / "told_plugin.py", []
+    for text in ("", "x = 1\n"):
+        file.write_text(text)
+        found.append(fingerprints(check_recipe({**BASE, "plugins": ["told_plugin"]})))
+    assert {stage for stage in NAMES if found[0][stage] != found[1][stage]} >= {"score", "rank", "train"}
+
+
+def test_of_a_ds_config_only_how_numbers_are_kept_counts(tmp_path: Path) -> None:
+    words = [f"student.ds_config={tmp_path / 'ds.json'}"]
+    found = []
+    for more in ({}, {"zero_optimization": {"stage": 3}}, {"data_types": {"grad_accum_dtype": "bf16"}}):
+        (tmp_path / "ds.json").write_text(json.dumps(more))
+        found.append(fingerprints(override_recipe(check_recipe(BASE), words))["train"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+    recipe, run = override_recipe(check_recipe(BASE), [f"data.source={tmp_path / 'data.jsonl'}"]), RunDirectory(tmp_path / "run")
+    enter(run, recipe)
+    run.data.mkdir()
+    write_manifest(run.data, "data", fingerprints(recipe)["data"])
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(ArtifactError, match=f"changed: {tmp_path / 'data.jsonl'} is not there any more, put it back"):
+        enter(run, recipe)
+
+
+def test_what_is_said_of_a_training_goes_with_it(tmp_path: Path) -> None:
+    """A training that is done again must not leave the tables of the one before."""
+    recipe, run = check_recipe(BASE), RunDirectory(tmp_path / "run")
+    for stage in STAGES:
+        stage.directory(run).mkdir(parents=True)
+        write_manifest(stage.directory(run), stage.name, fingerprints(recipe)[stage.name])
+    assert all(finished(run, recipe)[name] for name in ("train", "evaluate", "export", "report"))
+    (run.train / "manifest.json").unlink()
+    done = finished(run, recipe)
+    assert done["plan"] and not any(done[name] for name in ("train", "evaluate", "export", "report"))
 
 
 def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import Recipe
-from pocl_ds.errors import Interrupted, RecipeError, ResourceError
+from pocl_ds.errors import ArtifactError, Interrupted, RecipeError, ResourceError
 from pocl_ds.shipped import LAUNCHER, module_command
 
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
@@ -147,6 +147,13 @@ def test_a_tracker_that_is_missing_is_said_before_anything_runs(tmp_path: Path, 
         pipeline.enter(run, Recipe.model_validate(tree))
     assert not run.recipe.exists()
     pipeline.enter(run, Recipe.model_validate({**tree, "train": {}}))
+
+
+def test_a_place_that_deepspeed_takes_for_a_pattern_is_refused(tmp_path: Path) -> None:
+    tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}}
+    with pytest.raises(ArtifactError, match=r"has '\[' in it, which DeepSpeed takes for a pattern"):
+        pipeline.enter(RunDirectory(tmp_path / "run[1]"), Recipe.model_validate(tree))
+    assert not (tmp_path / "run[1]").exists()
 
 
 def test_without_gpus_they_share_the_cores(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,6 +303,13 @@ def test_repeating_finds_the_page_and_a_run_that_went_on_gets_a_new_one(syntheti
     assert make(synthetic, fingerprint="g")[0].fingerprint == "g" and path.stat().st_mtime_ns != changed
     path.write_text("cut")
     assert "17.80" in make(synthetic, fingerprint="g")[1]
+    manifest = synthetic.run.evaluation / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    next(iter(tree["files"].values()))["sha256"] = "of another training with the same recipe"
+    manifest.write_text(json.dumps(tree))
+    changed = path.stat().st_mtime_ns
+    make(synthetic, fingerprint="g")
+    assert path.stat().st_mtime_ns != changed
 
 
 def test_a_failure_leaves_the_old_page_whole(synthetic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
