@@ -95,7 +95,9 @@ class PromptConfig(Section):
     )
     max_prompt_tokens: Positive = Field(256, description="longer prompts keep their first tokens")
     max_length: Positive = Field(512, description="prompt and response together")
-    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="what to do with longer samples")
+    overlong: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="what to do with longer samples; an evaluation cuts and counts prompts, or stops with error"
+    )
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> PromptConfig:

@@ -49,6 +49,18 @@ class Encoder:
         """The prompt's ids, the first max_prompt_tokens of them. Raises DataError where there are none."""
         return self._kept(sample, self.template.ids(sample))
 
+    def prompts(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
+        """As `prompt`, many at once, and how many were cut. None is left out, since each is to be answered.
+
+        Raises DataError too for one that would be cut with prompt.overlong=error.
+        """
+        whole, limit = self.template.many(samples), self.config.max_prompt_tokens
+        cut = [number for number, ids in enumerate(whole) if len(ids) > limit]
+        if cut and self.config.overlong == "error":
+            raise DataError(f"sample {samples[cut[0]].id} has {len(whole[cut[0]])} prompt tokens (limit {limit}): raise "
+                            "prompt.max_prompt_tokens, or set prompt.overlong")
+        return [self._kept(sample, ids) for sample, ids in zip(samples, whole, strict=True)], len(cut)
+
     def sample(self, sample: Sample) -> Encoded:
         """Prompt, response and EOS, at most max_length ids; a response that is cut, here or before, has no EOS."""
         return self._join(sample, self.template.ids(sample), self._response([sample])[0])

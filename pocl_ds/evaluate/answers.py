@@ -69,6 +69,7 @@ def summary(runs: Sequence[Sequence[dict[str, Any]]], manifests: Sequence[Manife
         "distinct_1": statistics.fmean(distinct_n(of_seed, 1) for of_seed in texts),
         "distinct_2": statistics.fmean(distinct_n(of_seed, 2) for of_seed in texts),
         "references": statistics.fmean(len(record["references"]) for record in runs[0]),
+        "cut_prompts": max(info["cut_prompts"] for info in infos),
         "answer_tokens": tokens / len(every),
         "tokens_per_second": tokens / max(seconds, 1e-9),
     }

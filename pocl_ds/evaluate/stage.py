@@ -90,6 +90,7 @@ def answer(
     todo = [key for key in share({key: len(asked[key[0]]) for key in prints}, *shard) if not _answered(run, model, key, prints)]
     if not todo:
         return
+    prompts = {name: _prompts(encoder, name, model, asked[name]) for name in dict.fromkeys(name for name, _ in todo)}
     generator = open_generator(
         path, config.generation, tokenizer, max_length=prompt.max_prompt_tokens + config.max_new_tokens, threads=threads,
         trust_remote_code=trust_remote_code, instead="evaluate.generation.backend=transformers",
@@ -98,9 +99,11 @@ def answer(
         with Progress(sum(len(asked[name]) for name, _ in todo), "answers", f"evaluate {model}") as progress:
             for name, seed in todo:
                 file = answers_file(run, model, name, seed)
-                info = _write_answers(file, asked[name], generator, encoder, config, seed, progress)
+                ids, cut = prompts[name]
+                info = _write_answers(file, asked[name], ids, generator, encoder, config, seed, progress)
+                info |= {"benchmark": name, "seed": seed, "settings": how, "cut_prompts": cut}
                 write_manifest(file.parent, "answers", prints[name, seed], files=[file], name=f"{file.name}.manifest.json",
-                               info={**info, "benchmark": name, "seed": seed, "settings": how})  # fmt: skip
+                               info=info)  # fmt: skip
     finally:
         generator.close()
 
@@ -144,9 +147,11 @@ def held_out(
 
 
 def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, fingerprint: str | None = None) -> dict[str, Any]:
-    """Gather evaluation/results.json: by model and benchmark the mean and deviation over seeds. fingerprint: seals the stage."""
+    """Gather evaluation/results.json: by model and benchmark the mean and deviation over seeds, and what belongs beside
+    it (`metrics.marks`). fingerprint: seals the stage.
+    """
     losses = read_json(run.evaluation / HELD_OUT) if config.loss and (run.evaluation / HELD_OUT).is_file() else {}
-    results: dict[str, Any] = {"seeds": list(config.seeds), "models": {}}
+    results: dict[str, Any] = {"seeds": list(config.seeds), "marks": {}, "models": {}}
     seen = seen_in_training(run, {name: questions(run, config, name) for name, one in config.benchmarks.items()
                                   if one.source != TEST})  # fmt: skip
     measuring = read_manifest(run.evaluation, f"{HELD_OUT}.manifest.json") if losses else None
@@ -168,6 +173,9 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
             entry["benchmarks"][name] = found
             seconds += sum(manifest.info["seconds"] for manifest in manifests if manifest)
         results["models"][model] = entry
+    for name in config.benchmarks if models else ():
+        if marks := _marks([results["models"][model]["benchmarks"][name] for model in models]):
+            results["marks"][name] = marks
     (run.evaluation / MANIFEST).unlink(missing_ok=True)  # of what another recipe found
     write_json(run.evaluation / RESULTS, results)
     if fingerprint is not None:
@@ -175,9 +183,28 @@ def summarise(run: RunDirectory, config: EvaluateConfig, models: list[str], *, f
     return results
 
 
+def _prompts(encoder: Encoder, name: str, model: str, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
+    """A benchmark's prompts as this model reads them, and how many were cut: their ends, a chat template's too, are missing."""
+    ids, cut = encoder.prompts(samples)
+    if cut:
+        log.warning("benchmark %s, %s: %d of %d prompts are cut to prompt.max_prompt_tokens=%d and answered without their ends: "
+                    "raise it", name, model, cut, len(ids), encoder.config.max_prompt_tokens)  # fmt: skip
+    return ids, cut
+
+
+def _marks(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """What is to be said beside a benchmark's numbers wherever they stand, from its entries of all models."""
+    cut, items = sorted({entry["cut_prompts"] for entry in entries}), entries[0]["samples"]
+    marks = []
+    if cut[-1]:  # a teacher may have other tokens
+        counts = f"{cut[0]} to {cut[-1]}" if len(cut) > 1 else str(cut[-1])
+        marks.append(f"{counts} of {items} prompts cut by prompt.max_prompt_tokens")
+    return marks
+
+
 def _write_answers(
-    file: Path, samples: Sequence[Sample], generator: Generator, encoder: Encoder, config: EvaluateConfig, seed: int,
-    progress: Progress,
+    file: Path, samples: Sequence[Sample], prompts: Sequence[list[int]], generator: Generator, encoder: Encoder,
+    config: EvaluateConfig, seed: int, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer and score, an item a line; what there is to say of it: seconds, tokens."""
     start, before, writing = time.monotonic(), generator.tokens, 0.0
@@ -187,7 +214,7 @@ def _write_answers(
             part = samples[first : first + size]
             sampling = Sampling(config.temperature, config.top_p, config.max_new_tokens, seed=seed, first=first)
             began = time.monotonic()
-            texts = generator.generate([encoder.prompt(sample) for sample in part], sampling)
+            texts = generator.generate(prompts[first : first + size], sampling)
             writing += time.monotonic() - began
             for sample, text in zip(part, texts, strict=True):
                 record = {

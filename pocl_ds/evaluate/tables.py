@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pocl_ds.metrics.marks import mark_lines, marked
 from pocl_ds.tracking import aligned
 
 ROWS = (
@@ -12,8 +13,8 @@ ROWS = (
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """Plain text, columns aligned."""
-    return "\n".join(aligned(table_rows(results), numbers=True, rule=True))
+    """Plain text, columns aligned; what there is to say of marked columns stands below."""
+    return "\n".join([*aligned(table_rows(results), numbers=True, rule=True), *mark_lines(results)])
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -21,6 +22,8 @@ def markdown_table(results: dict[str, Any]) -> str:
     rows = table_rows(results)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    for line in mark_lines(results):
+        lines += ["", line]
     return "\n".join(lines)
 
 
@@ -28,7 +31,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """Header and one row a model: held-out loss and KL a token in nats, ROUGE-L x 100 a benchmark."""
     models = results["models"]
     benchmarks = list(dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"]))
-    rows = [["", "loss/token", "KL to teacher", *(f"ROUGE-L {name}" for name in benchmarks)]]
+    rows = [["", "loss/token", "KL to teacher", *(f"ROUGE-L {marked(results, name)}" for name in benchmarks)]]
     for model, label in ROWS:
         if model in models:
             entry = models[model]

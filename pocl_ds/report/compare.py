@@ -13,6 +13,7 @@ from typing import Any
 from pocl_ds.artifacts import RunDirectory, atomic_write
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.metrics.marks import MARK, mark_lines
 from pocl_ds.plain_yaml import dump_yaml
 from pocl_ds.recipe import load_recipe
 from pocl_ds.report.charts import overlaid
@@ -83,6 +84,7 @@ def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
     mixed, why = _mixed(runs, bool(differing))
     sentences = [f"These results were measured in different ways and do not compare. {one}" for one in differing]
     sentences += [f"{run.name}: {sentence}" for run in runs for sentence in run.facts.missing]
+    sentences += [f"{run.name}: {line}" for run in runs for line in mark_lines(run.facts.results or {})]
     names = " · ".join(run.name for run in runs)
     title = f"{len(runs)} runs side by side"
     differences = recipe_differences([run.recipe for run in runs])
@@ -93,7 +95,7 @@ def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
     body = "".join([
         f'<header><p class="eyebrow">POCL distillation · comparison</p><h1>{escaped(title)}</h1>'
         f'<p class="lead">{escaped(names)}</p></header>',
-        missing(sentences), section("Results", _results(runs, marked=bool(differing)), anchor="results",
+        missing(sentences), section("Results", _results(runs, differing=bool(differing)), anchor="results",
                                     note="Of the students after training: mean ± standard deviation over seeds, in brackets a "
                                     "95% bootstrap interval over items, ROUGE-L ×100."),
         section("What the recipes differ in", table(["field", *(run.name for run in runs)], rows, css="wrap", caption="recipes")
@@ -123,14 +125,16 @@ def _read(paths: Sequence[Path]) -> list[Compared]:
     return runs
 
 
-def _results(runs: Sequence[Compared], *, marked: bool) -> str:
-    """One column a run."""
+def _results(runs: Sequence[Compared], *, differing: bool) -> str:
+    """One column a run. differing: they were measured in different ways."""
     names = list(dict.fromkeys(one.name for run in runs for one in run.facts.benchmarks))
-    sign = " ⚠" if marked else ""
+    sign = f" {MARK}" if differing else ""
     rows = []
     for name in names:
-        rows.append([f"ROUGE-L, {name}{sign}", *(_score(run.facts, name, "student") for run in runs)])
-        rows.append([f"ROUGE-L of the teacher, {name}{sign}", *(_score(run.facts, name, "teacher") for run in runs)])
+        said = any(name in (run.facts.results or {}).get("marks", {}) for run in runs)
+        rouge = f"{name} {MARK}" if differing or said else name
+        rows.append([f"ROUGE-L, {rouge}", *(_score(run.facts, name, "student") for run in runs)])
+        rows.append([f"ROUGE-L of the teacher, {rouge}", *(_score(run.facts, name, "teacher") for run in runs)])
     for key, label in (("loss", "held-out loss (nats/token)"), ("kl", "KL to teacher (nats/token)")):
         models = [run.facts.results["models"].get("student", {}) if run.facts.results else {} for run in runs]
         rows.append([label + sign, *(number(model.get(key), 3) for model in models)])

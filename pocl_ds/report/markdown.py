@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pocl_ds.metrics.marks import mark_lines
 from pocl_ds.report.items import Item
 from pocl_ds.report.read import MODELS, Facts
 from pocl_ds.report.words import (
@@ -26,7 +27,8 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -
         header, rows = results_rows(facts.results)
         seeds = len(facts.results["seeds"])
         spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-        parts += ["## Results", _table(header, [cells for _, cells in rows]), f"ROUGE-L ×100, {spread}."]
+        parts += ["## Results", _table(header, [cells for _, cells in rows]),
+                  *(markdown_cell(line) for line in mark_lines(facts.results)), f"ROUGE-L ×100, {spread}."]  # fmt: skip
         header, details = detail_rows(facts)
         parts += [_table(header, [cells for _, _, cells in details])] if details else []
     if facts.plan is not None:

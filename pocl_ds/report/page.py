@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from pocl_ds.metrics.marks import mark_lines, marked
 from pocl_ds.plain_yaml import plain_value
 from pocl_ds.report.charts import difficulty_charts, seen_charts, subset_bounds, training_charts
 from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
@@ -84,7 +85,7 @@ def tiles(facts: Facts) -> str:
 
     found = []
     for label, values, digits in (
-        (f"ROUGE-L, {facts.benchmark}", (rouge(student), rouge(initial), rouge(teacher)), 1),
+        (f"ROUGE-L, {marked(facts.results or {}, facts.benchmark)}", (rouge(student), rouge(initial), rouge(teacher)), 1),
         ("held-out loss, nats/token", (student.get("loss"), initial.get("loss"), teacher.get("loss")), 2),
         ("KL to teacher, nats/token", (student.get("kl"), initial.get("kl"), None), 2),
     ):
@@ -144,7 +145,8 @@ def _results(facts: Facts) -> str:
             if len(facts.benchmarks) > 1 else "")  # fmt: skip
     more = f'<div id="details">{menu}{table(header_2, body, caption="by benchmark")}</div>' if details else ""
     why = "The interval is a bootstrap over items of their mean over seeds: it says how much other questions might change."
-    return section("Results", table(header, main, caption="models"), f'<p class="note">{escaped(note)} {why}</p>', more,
+    said = "".join(f'<p class="note">{escaped(line)}</p>' for line in mark_lines(facts.results))
+    return section("Results", table(header, main, caption="models"), said, f'<p class="note">{escaped(note)} {why}</p>', more,
                    anchor="results")  # fmt: skip
 
 

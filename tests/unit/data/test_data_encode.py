@@ -69,6 +69,16 @@ def test_overlong_samples_are_cut_dropped_or_an_error(sample: Sample) -> None:
         encoder(overlong="error").samples([sample])
 
 
+def test_prompts_to_be_answered_are_cut_and_counted_never_dropped() -> None:
+    samples = [Sample(f"s{n}", "a" * n, "", ("b",)) for n in (16, 17, 20)]
+    for overlong in ("truncate", "drop"):
+        coder = encoder(overlong=overlong)
+        assert coder.prompts(samples) == ([coder.prompt(sample) for sample in samples], 2)
+    with pytest.raises(DataError, match=r"s17 has 17 prompt tokens \(limit 16\): raise prompt\.max_prompt_tokens"):
+        encoder(overlong="error").prompts(samples)
+    assert encoder(overlong="error").prompts(samples[:1])[1] == 0
+
+
 def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
     """Scoring and generation begin behind a prompt; an engine refuses an empty one in words of its own."""
     path = tmp_path / "input-only.jinja"

@@ -93,7 +93,8 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
             "response": f"{model} says {i}", "rouge_l": 0.5, "exact_match": False,
         }) + "\n" for i in range(12)))  # fmt: skip
         write_manifest(file.parent, "answers", "f", files=[file], name=f"{file.name}.manifest.json",
-                       info={"seconds": 1.0, "tokens": 60, "generation_seconds": 2.0, "settings": {}})  # fmt: skip
+                       info={"seconds": 1.0, "tokens": 60, "generation_seconds": 2.0, "cut_prompts": 0,
+                             "settings": {}})  # fmt: skip
     return run
 
 

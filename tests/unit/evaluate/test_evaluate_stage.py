@@ -193,6 +193,26 @@ def test_the_summary_joins_seeds_and_seals(run: RunDirectory, configured: Config
     assert manifest.info["seconds"] == pytest.approx(sum(part.info["seconds"] for part in taken if part))
 
 
+def test_cut_prompts_are_said_once_and_stand_beside_the_numbers(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(stage.log, "warning", lambda text, *values: said.append(text % values))
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "word " * n, "output": "a"}) + "\n" for n in (1, 1, 400)))
+    config = configured(benchmarks={"test": "test", "mine": str(path)}, loss=False)
+    answer(run, config, prompt, "student")
+    assert said == ["benchmark mine, student: 1 of 3 prompts are cut to prompt.max_prompt_tokens=300 and answered without their "
+                    "ends: raise it"]  # fmt: skip
+    info = read_manifest(run.evaluation / "student", "mine-seed20.jsonl.manifest.json").info  # type: ignore[union-attr]
+    assert info["cut_prompts"] == 1
+    results = stage.summarise(run, config, ["student"])
+    assert [results["models"]["student"]["benchmarks"][name]["cut_prompts"] for name in ("test", "mine")] == [0, 1]
+    assert results["marks"] == {"mine": ["1 of 3 prompts cut by prompt.max_prompt_tokens"]}
+    with pytest.raises(PoclError, match=r"has \d+ prompt tokens \(limit 300\)"):
+        answer(run, config, prompt.model_copy(update={"overlong": "error"}), "student")
+
+
 def test_an_unanswered_model_is_one_sentence(run: RunDirectory, configured: Configured) -> None:
     with pytest.raises(PoclError, match="run `pocl evaluate --model student`"):
         stage.summarise(run, configured(loss=False), ["student"], fingerprint="e")

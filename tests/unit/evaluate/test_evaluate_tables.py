@@ -29,6 +29,12 @@ def test_rows_stand_in_the_order_of_the_story() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_what_there_is_to_say_of_a_benchmark_stands_below_both_tables() -> None:
+    said = {**RESULTS, "marks": {"test": ["2 of 9 prompts cut", "more"]}}
+    for table in (results_table(said), markdown_table(said)):
+        assert "ROUGE-L test ⚠" in table.splitlines()[0] and table.splitlines()[-1] == "⚠ test: 2 of 9 prompts cut; more"
+
+
 def test_markdown_has_as_many_cells_in_every_line() -> None:
     lines = markdown_table(RESULTS).splitlines()
     assert len(lines) == 5

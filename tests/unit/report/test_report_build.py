@@ -128,6 +128,15 @@ def test_a_benchmarks_table_has_every_measure_that_was_taken(synthetic: Any) -> 
     assert all(name in Page(html).text for name in (*header, *found["student after"].values()))
 
 
+def test_what_there_is_to_say_of_a_benchmark_is_on_both_pages(synthetic: Any) -> None:
+    synthetic.everything()
+    path = synthetic.run.evaluation / "results.json"
+    write_json(path, {**json.loads(path.read_text()), "marks": {"test": ["2 of 30 prompts cut"]}})
+    _, html, markdown = make(synthetic)
+    assert Page(html).text.count("ROUGE-L, test ⚠") == 2 and "⚠ test: 2 of 30 prompts cut" in Page(html).text
+    assert "ROUGE-L, test ⚠" in markdown and "\n⚠ test: 2 of 30 prompts cut\n" in markdown
+
+
 def test_where_a_result_comes_from_is_told(synthetic: Any) -> None:
     synthetic.everything()
     manifest = synthetic.run.train / "manifest.json"

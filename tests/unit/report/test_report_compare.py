@@ -54,6 +54,14 @@ def test_other_ways_of_measuring_are_refused_or_marked(tmp_path: Path, overrides
     assert "do not compare" in text and "ROUGE-L, test ⚠" in text
 
 
+def test_what_there_is_to_say_of_a_benchmark_is_said_of_its_run(tmp_path: Path) -> None:
+    runs = [made(tmp_path / "a"), made(tmp_path / "b")]
+    path = runs[1] / "evaluation" / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "marks": {"test": ["2 of 30 prompts cut"]}}))
+    text = compare_runs(runs).read_text(encoding="utf-8")
+    assert "ROUGE-L, test ⚠" in text and "b: ⚠ test: 2 of 30 prompts cut" in text and "a: ⚠" not in text
+
+
 def test_other_ways_do_not_matter_where_nothing_was_measured(tmp_path: Path) -> None:
     compare_runs([made(tmp_path / "a"), made(tmp_path / "b", "evaluate.temperature=0.5", evaluated=False)])
 
