@@ -16,6 +16,7 @@ from pocl_ds.evaluate.answers import answers_file, answers_manifest, read_answer
 from pocl_ds.evaluate.compare import Comparison, compare, compare_mean, sentence
 from pocl_ds.evaluate.judge import judge_file, read_verdicts
 from pocl_ds.metrics.bootstrap import Floats
+from pocl_ds.metrics.marks import lines_of_all
 from pocl_ds.tracking import aligned
 
 log = logging.getLogger("pocl_ds")
@@ -126,6 +127,7 @@ def lines_of(table: Table, a: Side, b: Side) -> list[str]:
     lines = [*aligned(rows, numbers=True), ""]
     unit = MEASURES[table.measure][0]
     lines += [f"{name}: {sentence(found, a.name, b.name, unit)}" for name, found in table.comparisons.items()]
+    lines += lines_of_all([(side.name, results_of(side.run)) for side in (a, b)], table.comparisons)
     lines += [f"NOT COMPARABLE, shown by --force: {mark}" for mark in table.marks]
     lines.append("\nIntervals and p: paired bootstrap over items; ± beside a mean: deviation over seeds. Other trainings are not "
                  "in them.")

@@ -199,6 +199,8 @@ def _marks(entries: Sequence[dict[str, Any]]) -> list[str]:
     if cut[-1]:  # a teacher may have other tokens
         counts = f"{cut[0]} to {cut[-1]}" if len(cut) > 1 else str(cut[-1])
         marks.append(f"{counts} of {items} prompts cut by prompt.max_prompt_tokens")
+    if seen := entries[0].get("seen_in_training"):
+        marks.append(f"{seen} of {items} items seen in training")
     return marks
 
 

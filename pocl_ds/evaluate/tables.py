@@ -31,7 +31,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """Header and one row a model: held-out loss and KL a token in nats, ROUGE-L x 100 a benchmark."""
     models = results["models"]
     benchmarks = list(dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"]))
-    rows = [["", "loss/token", "KL to teacher", *(f"ROUGE-L {marked(results, name)}" for name in benchmarks)]]
+    rows = [["", "loss/token", "KL to teacher", *(f"ROUGE-L {marked(name, results)}" for name in benchmarks)]]
     for model, label in ROWS:
         if model in models:
             entry = models[model]

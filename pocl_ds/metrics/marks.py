@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MARK = "⚠"
 
 
-def marked(results: Mapping[str, Any], benchmark: str) -> str:
-    """A benchmark's name in a table, with a sign where there is more to say of it."""
-    return f"{benchmark} {MARK}" if benchmark in results.get("marks", {}) else benchmark
+def marked(benchmark: str, *results: Mapping[str, Any]) -> str:
+    """A benchmark's name in a table of these results, with a sign where there is more to say of it."""
+    return f"{benchmark} {MARK}" if any(benchmark in one.get("marks", {}) for one in results) else benchmark
 
 
 def mark_lines(results: Mapping[str, Any]) -> list[str]:
     """What there is to say, a line a benchmark."""
-    return [f"{MARK} {benchmark}: {'; '.join(said)}" for benchmark, said in results.get("marks", {}).items()]
+    return lines_of_all([("", results)], results.get("marks", {}))
+
+
+def lines_of_all(named: Sequence[tuple[str, Mapping[str, Any]]], benchmarks: Collection[str]) -> list[str]:
+    """The same of some benchmarks in several results, each line once; behind what is not said of all stands of whom."""
+    found: dict[str, list[str]] = {}
+    for name, results in named:
+        for benchmark, said in results.get("marks", {}).items():
+            if benchmark in benchmarks:
+                found.setdefault(f"{MARK} {benchmark}: {'; '.join(said)}", []).append(name)
+    return [line if len(names) == len(named) else f"{line} ({', '.join(dict.fromkeys(names))})" for line, names in found.items()]

@@ -13,7 +13,7 @@ from typing import Any
 from pocl_ds.artifacts import RunDirectory, atomic_write
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.metrics.marks import MARK, mark_lines
+from pocl_ds.metrics.marks import MARK, mark_lines, marked
 from pocl_ds.plain_yaml import dump_yaml
 from pocl_ds.recipe import load_recipe
 from pocl_ds.report.charts import overlaid
@@ -131,8 +131,7 @@ def _results(runs: Sequence[Compared], *, differing: bool) -> str:
     sign = f" {MARK}" if differing else ""
     rows = []
     for name in names:
-        said = any(name in (run.facts.results or {}).get("marks", {}) for run in runs)
-        rouge = f"{name} {MARK}" if differing or said else name
+        rouge = f"{name}{sign}" if differing else marked(name, *(run.facts.results or {} for run in runs))
         rows.append([f"ROUGE-L, {rouge}", *(_score(run.facts, name, "student") for run in runs)])
         rows.append([f"ROUGE-L of the teacher, {rouge}", *(_score(run.facts, name, "teacher") for run in runs)])
     for key, label in (("loss", "held-out loss (nats/token)"), ("kl", "KL to teacher (nats/token)")):

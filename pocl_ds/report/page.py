@@ -85,7 +85,7 @@ def tiles(facts: Facts) -> str:
 
     found = []
     for label, values, digits in (
-        (f"ROUGE-L, {marked(facts.results or {}, facts.benchmark)}", (rouge(student), rouge(initial), rouge(teacher)), 1),
+        (f"ROUGE-L, {marked(facts.benchmark, facts.results or {})}", (rouge(student), rouge(initial), rouge(teacher)), 1),
         ("held-out loss, nats/token", (student.get("loss"), initial.get("loss"), teacher.get("loss")), 2),
         ("KL to teacher, nats/token", (student.get("kl"), initial.get("kl"), None), 2),
     ):

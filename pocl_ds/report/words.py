@@ -84,7 +84,7 @@ def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, li
     entries = {model: results["models"][model] for model in models}
     measures = [key for key in ("loss", "kl") if any(entry.get(key) is not None for entry in entries.values())]
     names = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
-    header = ["model", *(names[key] for key in measures), *(f"ROUGE-L, {marked(results, name)}" for name in benchmarks)]
+    header = ["model", *(names[key] for key in measures), *(f"ROUGE-L, {marked(name, results)}" for name in benchmarks)]
     rows = []
     for model, entry in entries.items():
         cells = [MODELS[model], *(number(entry.get(key), 3) for key in measures)]

@@ -14,6 +14,7 @@ from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, read_manifest
 from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
 from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, resampled_means, two_sided_p
+from pocl_ds.metrics.marks import lines_of_all, marked
 from pocl_ds.report.history import spent_by_stage
 from pocl_ds.study.difficulty import difficulty_lines, read_seen
 from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
@@ -88,13 +89,15 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         seen = [read_seen(directory(folder, cell), cell.name) for cell in done]
         return difficulty_lines(seen, max(cell.recipe.plan.subsets for cell in done))
     benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
-    rows = [["", "trainings", *benchmarks, "validation loss", "ordering", "training"]]
+    named = [(cell.group, results_of(directory(folder, cell))) for cell in done]
+    header = [marked(name, *(results for _, results in named)) for name in benchmarks]
+    rows = [["", "trainings", *header, "validation loss", "ordering", "training"]]
     for group in dict.fromkeys(cell.group for cell in done):
         runs = [directory(folder, cell) for cell in done if cell.group == group]
         found = [results_of(run)["models"][STUDENT]["benchmarks"] for run in runs]
         rows.append([group, str(len(found)), *(_spread([each[name]["rouge_l"] for each in found]) for name in benchmarks),
                      _validation(runs), *_times(runs)])  # fmt: skip
-    lines = aligned(rows, numbers=True)
+    lines = aligned(rows, numbers=True) + lines_of_all(named, benchmarks)
     every = [*benchmarks, ALL] if len(benchmarks) > 1 else benchmarks
     shown: list[Difference] = []
     for (better, worse), point, name in itertools.product(study.compare, dict.fromkeys(cell.point for cell in cells), every):

@@ -91,6 +91,17 @@ def test_other_conditions_are_refused_unless_forced(change: dict[str, Any], word
     assert any(line.startswith("NOT COMPARABLE") and word in line for line in lines_of(table, a, b))
 
 
+def test_what_there_is_to_say_of_a_benchmark_is_said_of_its_side(written: Written) -> None:
+    a, b = (Side(written(name, {"student": {"dolly": scores(0), "sni": scores(0)}}), "student", name.upper()) for name in "ab")
+    for side, more in ((a, {}), (b, {"sni": ["1 of 60 items seen in training"]})):
+        path = side.run.evaluation / "results.json"
+        write_json(path, {**json.loads(path.read_text()), "marks": {"dolly": ["2 of 60 prompts cut"], **more}})
+    lines = [line for line in lines_of(put_side_by_side(a, b), a, b) if line.startswith("⚠")]
+    assert lines == ["⚠ dolly: 2 of 60 prompts cut", "⚠ sni: 1 of 60 items seen in training (B)"]
+    lines = lines_of(put_side_by_side(a, b, benchmark="sni"), a, b)
+    assert [line for line in lines if line.startswith("⚠")] == ["⚠ sni: 1 of 60 items seen in training (B)"]
+
+
 def test_other_items_are_refused_and_with_force_the_common_ones_remain(written: Written) -> None:
     few = {key: value for key, value in scores(0.05).items() if int(key[1:]) < 40}
     a = Side(written("a", {"student": {"dolly": scores(0)}}), "student", "A")

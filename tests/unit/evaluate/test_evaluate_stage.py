@@ -193,13 +193,15 @@ def test_the_summary_joins_seeds_and_seals(run: RunDirectory, configured: Config
     assert manifest.info["seconds"] == pytest.approx(sum(part.info["seconds"] for part in taken if part))
 
 
-def test_cut_prompts_are_said_once_and_stand_beside_the_numbers(
+def test_cut_and_seen_prompts_are_said_and_stand_beside_the_numbers(
     run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
     monkeypatch.setattr(stage.log, "warning", lambda text, *values: said.append(text % values))
     path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"instruction": "word " * n, "output": "a"}) + "\n" for n in (1, 1, 400)))
+    trained = json.loads((run.data / "train.jsonl").read_text().splitlines()[0])
+    asked = [(trained["instruction"], trained["input"]), ("Never asked.", ""), ("word " * 400, "")]
+    path.write_text("".join(json.dumps({"instruction": one, "input": two, "output": "a"}) + "\n" for one, two in asked))
     config = configured(benchmarks={"test": "test", "mine": str(path)}, loss=False)
     answer(run, config, prompt, "student")
     assert said == ["benchmark mine, student: 1 of 3 prompts are cut to prompt.max_prompt_tokens=300 and answered without their "
@@ -208,7 +210,8 @@ def test_cut_prompts_are_said_once_and_stand_beside_the_numbers(
     assert info["cut_prompts"] == 1
     results = stage.summarise(run, config, ["student"])
     assert [results["models"]["student"]["benchmarks"][name]["cut_prompts"] for name in ("test", "mine")] == [0, 1]
-    assert results["marks"] == {"mine": ["1 of 3 prompts cut by prompt.max_prompt_tokens"]}
+    said_of_it = ["1 of 3 prompts cut by prompt.max_prompt_tokens", "1 of 3 items seen in training"]
+    assert results["marks"] == {"mine": said_of_it}
     with pytest.raises(PoclError, match=r"has \d+ prompt tokens \(limit 300\)"):
         answer(run, config, prompt.model_copy(update={"overlong": "error"}), "student")
 

@@ -1,14 +1,63 @@
-"""Intervals over items and trainings at once."""
+"""Intervals over items and trainings at once; what a table says beside them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from tiny_runs import write_recipe
 
-from pocl_ds.study.table import two_level
+from pocl_ds.artifacts import write_json, write_manifest
+from pocl_ds.evaluate.answers import answers_file
+from pocl_ds.study import table
+from pocl_ds.study.plan import cells_of, load_study
+from pocl_ds.study.run import directory
+from pocl_ds.study.table import result_lines, two_level
+
+Lines = Callable[..., list[str]]
+
+
+@pytest.fixture
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
+    """Makes the result lines of a finished study of two arms and two seeds, whose second arm answers everything better."""
+    monkeypatch.setattr(table, "is_finished", lambda folder, cell: True)
+
+    def make(*, items: int = 30, marks: dict[str, Any] | None = None, steps: tuple[int, int] = (42, 42)) -> list[str]:
+        recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
+        tree = {"name": "s", "base": str(recipe), "arms": {"kd": ["plan.subsets=1", "plan.epochs_per_stage=4"], "pocl": []},
+                "seeds": [1, 2], "compare": [["pocl", "kd"]]}  # fmt: skip
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
+        study = load_study(str(tmp_path / "study.yaml"))
+        for cell in cells_of(study):
+            run, better = directory(tmp_path, cell), cell.arm == "pocl"
+            file = answers_file(run, "student", "test", 10)
+            file.parent.mkdir(parents=True)
+            file.write_text("".join(json.dumps({"id": f"q{i}", "instruction": "Q", "references": ["r"], "response": "x",
+                                                "rouge_l": 0.2 + 0.1 * better}) + "\n" for i in range(items)))  # fmt: skip
+            write_manifest(file.parent, "answers", "f", files=[file], name=f"{file.name}.manifest.json",
+                           info={"settings": {"template": "alpaca"}})  # fmt: skip
+            results = {"student": {"benchmarks": {"test": {"rouge_l": 20.0}}}}
+            write_json(run.evaluation / "results.json", {"seeds": [10], "models": results, "marks": marks if better else {}})
+            write_json(run.plan / "plan.json", {"samples": 100, "batch_size": 8, "total_steps": steps[better]})
+            run.train.mkdir()
+            (run.train / "metrics.jsonl").write_text('{"kind": "validation", "validation_ce": 5.0}\n')
+        return result_lines(tmp_path, study, cells_of(study))
+
+    return make
+
+
+def test_what_there_is_to_say_of_a_benchmark_is_said_of_its_arm(lines: Lines) -> None:
+    found = lines(marks={"test": ["3 of 30 items seen in training"]})
+    assert "test ⚠" in found[0] and found[3] == "⚠ test: 3 of 30 items seen in training (pocl)"
+    assert found[4].startswith("test: pocl beside kd: better by 10.00")
 
 
 def test_a_difference_that_is_everywhere_is_shown() -> None:
