@@ -35,14 +35,15 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
 
 
 def settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, Any]:
-    """What two answers must have in common to be compared: how the prompt was made, and how text was drawn."""
+    """What two answers must have in common to be compared: how the prompt was made, how and by what text was drawn."""
     file = Path(os.path.expanduser(prompt.template))
     name = prompt.template
     if file.suffix == ".jinja" and file.is_file():  # by its text: files of one name may differ
         name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     return {
-        "template": name, "max_prompt_tokens": prompt.max_prompt_tokens, "temperature": config.temperature,
-        "top_p": config.top_p, "max_new_tokens": config.max_new_tokens,
+        "template": name, "template_options": prompt.template_options, "max_prompt_tokens": prompt.max_prompt_tokens,
+        "temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_new_tokens,
+        "backend": config.generation.backend, "dtype": config.generation.dtype,
     }  # fmt: skip
 
 

@@ -174,8 +174,11 @@ class _Court:
             for key in asked:
                 stream.write(json.dumps({"id": key, **found[key]}, ensure_ascii=False) + "\n")
         silent = sum(entry["score"] is None for entry in found.values())
-        info = {"items": len(found), "without_score": silent, "judge": config.model, "mode": config.mode,
-                "how": f"{config.model} {config.mode} {self.how[:12]}"}  # fmt: skip
+        how = f"{config.model} {config.mode} {self.how[:12]}"
+        if config.mode == "pairwise":  # a win rate is one over these answers, not over others
+            opponent = fingerprint([[key, others[key]["response"]] for key in sorted(others)])
+            how += f" against {config.against} {opponent[:12]}"
+        info = {"items": len(found), "without_score": silent, "judge": config.model, "mode": config.mode, "how": how}
         write_manifest(file.parent, "judge", stamp, files=[file], name=name, info=info)
         file.with_name(f"{file.name}.partial").unlink(missing_ok=True)
         if silent:

@@ -61,6 +61,7 @@ def evaluation_differences(runs: Sequence[Compared]) -> list[str]:
         first = evaluated[0]
         sides = [{**{f"prompt.{key}": value for key, value in run.recipe["prompt"].items()},
                   **{f"evaluate.{key}": run.recipe["evaluate"][key] for key in DECODING},
+                  **{f"evaluate.generation.{key}": run.recipe["evaluate"]["generation"][key] for key in ("backend", "dtype")},
                   "benchmarks": [one.name for one in run.facts.benchmarks]} for run in (first, other)]  # fmt: skip
         differing = [key for key in {**sides[0], **sides[1]} if sides[0].get(key) != sides[1].get(key)]
         found += [f"{key}: {sides[0].get(key)} in {first.name}, {sides[1].get(key)} in {other.name}" for key in differing]

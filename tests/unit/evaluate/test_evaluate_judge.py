@@ -6,6 +6,7 @@ import http.server
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from pocl_ds.artifacts import RunDirectory, read_json, read_manifest, write_manifest
+from pocl_ds.artifacts import RunDirectory, read_json, read_manifest, write_json, write_manifest
 from pocl_ds.config import EvaluateConfig, JudgeConfig, Recipe
-from pocl_ds.errors import PoclError, RecipeError, ResourceError
+from pocl_ds.errors import ArtifactError, PoclError, RecipeError, ResourceError
 from pocl_ds.evaluate import endpoint as room
 from pocl_ds.evaluate import stage
 from pocl_ds.evaluate.answers import answers_file
@@ -212,6 +213,27 @@ def test_pairs_are_asked_in_both_orders(answered: RunDirectory, server: Server) 
     assert {record["score"] for record in read_verdicts(judge_file(answered, "student", "b", 10))} == {1.0}
     with pytest.raises(RecipeError, match=r"against=initial is not evaluated"):
         judge(answered, asked, ["student"])
+
+
+@pytest.mark.parametrize("against", ["initial", "teacher"])
+def test_win_rates_over_other_opponents_are_not_compared(
+    against: str, answered: RunDirectory, server: Server, tmp_path: Path
+) -> None:
+    """Another model's answers, or other answers of a model of the same name; over the same ones they are."""
+    server.reply = lambda *_: (200, "Verdict: A", {})
+    sides = []
+    for name, theirs, said in (("a", "initial", ""), ("b", "initial", ""), ("c", against, "again")):
+        run = RunDirectory(shutil.copytree(answered.path, tmp_path / name))
+        shutil.copytree(run.evaluation / "initial", run.evaluation / "teacher")
+        file = answers_file(run, theirs, "b", 10)
+        file.write_text(file.read_text().replace("initial says", f"initial says {said}"))
+        asked = config(server.url, mode="pairwise", against=theirs, samples=None if name == "a" else 6)
+        judge(run, asked, [theirs, "student"])
+        write_json(run.evaluation / "results.json", {"seeds": [10], "models": {"student": {"benchmarks": {"b": {}}}}})
+        sides.append(Side(run, "student", name))
+    assert put_side_by_side(sides[0], sides[1], measure="judge").comparisons["b"].items == 6
+    with pytest.raises(ArtifactError, match=f"judge differs .*against {against}"):
+        put_side_by_side(sides[0], sides[2], measure="judge")
 
 
 def test_a_busy_endpoint_is_asked_again(answered: RunDirectory, server: Server) -> None:

@@ -239,6 +239,16 @@ def test_a_teacher_that_is_not_the_one_of_training_is_said(
                     "the teacher is evaluated as its model is, not quantised to bnb_4bit as training asked it"]  # fmt: skip
 
 
+@pytest.mark.parametrize(("prompt", "config"), [
+    ({"template": "chat", "template_options": {"enable_thinking": False}}, {}),
+    ({"template": "chat"}, {"generation": {"backend": "transformers"}}),
+    ({"template": "chat"}, {"generation": {"dtype": "bfloat16"}}),
+])  # fmt: skip
+def test_what_else_moves_answers_is_compared_too(prompt: dict, config: dict) -> None:
+    first = settings(PromptConfig(template="chat"), EvaluateConfig())
+    assert settings(PromptConfig(**prompt), EvaluateConfig(**config)) != first
+
+
 def test_a_template_is_told_by_its_text_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs with other templates of one name are not compared."""
     monkeypatch.setenv("HOME", str(tmp_path))

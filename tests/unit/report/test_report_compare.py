@@ -42,6 +42,7 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "extra", "said"),
     [(["evaluate.temperature=0.5"], "", r"evaluate\.temperature: \S+ in a, 0\.5 in b"),
+     (["evaluate.generation.dtype=bfloat16"], "", r"evaluate\.generation\.dtype: float32 in a, bfloat16 in b"),
      (["evaluate.max_new_tokens=9"], "", r"evaluate\.max_new_tokens: \d+ in a, 9 in b"),
      (["prompt.max_length=333"], "", r"prompt\.max_length: \d+ in a, 333 in b"), ([], "other words", "other questions than a")],
 )  # fmt: skip
