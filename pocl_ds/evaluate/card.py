@@ -20,23 +20,24 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
     judge = (recipe.get("evaluate") or {}).get("judge")
     if judge:
         del judge["base_url"]  # which hosts there are is nobody's business
-    student, teacher = recipe["student"]["model"], (recipe.get("teacher") or {}).get("model")
+    student, plan = recipe["student"]["model"], read_json(run.plan / "plan.json")
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pocl_ds", "knowledge-distillation", "curriculum-learning"],
-    }
+        "tags": ["pocl_ds", *(["knowledge-distillation"] if recipe.get("teacher") else []),
+                 *(["curriculum-learning"] if len(plan["stages"]) > 1 else [])],
+    }  # fmt: skip
     if HUB_NAME.fullmatch(student) and not Path(student).exists():
         front["base_model"] = student
     name = recipe["name"]
     parts = [
         "---\n" + dump_yaml(front) + "---\n",
         f"# {name}\n",
-        f"A student of {parameters / 1e6:.1f} million parameters, {_origin(recipe, student, teacher)}\n",
+        f"A student of {parameters / 1e6:.1f} million parameters, {_origin(recipe, plan)}\n",
         "## Results\n",
         _results(run),
         "## Training\n",
-        _training(run, recipe),
+        _training(run, recipe, plan),
         "## Data\n",
         _data(run, recipe),
         "## Use\n",
@@ -63,14 +64,37 @@ def portable(value: Any) -> Any:
     return value
 
 
-def _origin(recipe: dict[str, Any], student: str, teacher: str | None) -> str:
-    text = f"made from `{student}`"
+def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
+    """What it was made from and by which method, in one sentence."""
+    text, policy, rank = f"made from `{recipe['student']['model']}`", recipe["policy"], recipe["rank"]
     if recipe["student"].get("prune"):
         text += f" without its layers {recipe['student']['prune']['drop_layers']}"
-    if teacher is None:
-        return text + " by supervised fine-tuning over a curriculum (no teacher)."
-    text += f" and distilled from the teacher `{teacher}` by progressive overload curriculum learning"
-    return text + " (POCL, arXiv 2506.05695)."
+    several = len(plan["stages"]) > 1
+    as_published = plan["scheduler"] == "baby_step" and rank["strategy"] != "random" and not rank["reverse"]
+    named = "progressive overload curriculum learning (POCL, arXiv 2506.05695)" if as_published else "a curriculum"
+    if recipe["loss"]["name"] != "sft":
+        text += f" and distilled from the {_teachers(recipe['teacher'])} by {named if several else 'plain KD'}"
+        return text + ("." if policy["name"] == "off" else f", on responses by the policy {_policy(policy)}.")
+    text += " by supervised fine-tuning"
+    if recipe.get("teacher"):
+        data = "the data's responses and " if policy["name"] != "seqkd" else ""
+        text += f" on {data}what the {_teachers(recipe['teacher'])} wrote (policy {_policy(policy)})"
+    text += f", with {named}" if several else ""
+    return text + ("." if recipe.get("teacher") else "; no teacher.")
+
+
+def _teachers(teacher: dict[str, Any]) -> str:
+    others = teacher.get("others") or []
+    if not others:
+        return f"teacher `{teacher['model']}`"
+    every = [f"`{one['model']}` (weight {one['weight']:g})" for one in (teacher, *others)]
+    return f"teachers {', '.join(every[:-1])} and {every[-1]}"
+
+
+def _policy(policy: dict[str, Any]) -> str:
+    if policy["name"] != "mixture":
+        return f"`{policy['name']}`"
+    return f"`mixture` ({', '.join(f'{source} {share:g}' for source, share in policy['shares'].items())})"
 
 
 def _results(run: RunDirectory) -> str:
@@ -85,23 +109,26 @@ def _results(run: RunDirectory) -> str:
     )
 
 
-def _training(run: RunDirectory, recipe: dict[str, Any]) -> str:
-    plan, manifest = read_json(run.plan / "plan.json"), read_manifest(run.train)
-    train, loss = recipe["train"], recipe["loss"]
+def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -> str:
+    manifest, train, loss, rank = read_manifest(run.train), recipe["train"], recipe["loss"], recipe["rank"]
+    order = "in random order" if rank["strategy"] == "random" else f"by `{rank['strategy']}` difficulty"
+    order += ", hardest first" if rank["reverse"] else ""
     lines = [
         f"- loss: `{loss['name']}`; optimizer AdamW, batch {plan['batch_size']}, learning rate {train['lr']:g} to "
         f"{train['lr_end']:g} ({train['schedule']})",
-        f"- {plan['scheduler']} curriculum by `{recipe['rank']['strategy']}` difficulty",
+        f"- {plan['scheduler']} curriculum {order}" if len(plan["stages"]) > 1 else "- no curriculum: one stage over all samples",
     ]
     if recipe["student"].get("heal_steps"):
         lines.append(f"- healed first by {recipe['student']['heal_steps']} steps of plain distillation")
     if manifest is not None and "seconds" in manifest.info:
         lines.append(f"- trained in {manifest.info['seconds']:.0f} s on {manifest.info.get('ranks', 1)} ranks")
-    rows = ["| stage | samples | epochs | steps | tau | SFT ratio |", "| ---: | ---: | ---: | ---: | ---: | ---: |"]
+    blended = loss["name"] != "sft"  # of SFT alone neither has an effect
+    header = ["stage", "samples", "epochs", "steps", *(["tau", "SFT ratio"] if blended else [])]
+    rows = [header, ["---:"] * len(header)]
     for stage in plan["stages"]:
-        rows.append(f"| {stage['index'] + 1} | {stage['stop'] - stage['start']} | {stage['epochs']} | {stage['steps']} "
-                    f"| {stage['tau']:.3g} | {stage['alpha']:.3g} |")
-    return "\n".join([*lines, "", *rows]) + "\n"
+        cells = [stage["index"] + 1, stage["stop"] - stage["start"], stage["epochs"], stage["steps"]]
+        rows.append([*map(str, cells), *([f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}"] if blended else [])])
+    return "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def _data(run: RunDirectory, recipe: dict[str, Any]) -> str:

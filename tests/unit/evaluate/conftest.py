@@ -21,7 +21,8 @@ student: {model: gpt2-tiny, prune: null, heal_steps: 0}
 teacher: {model: /home/somebody/secret/teacher}
 prompt: {template: alpaca, max_prompt_tokens: 300}
 loss: {name: fkl}
-rank: {strategy: fusion}
+policy: {name: "off"}
+rank: {strategy: fusion, reverse: false}
 train: {lr: 0.001, lr_end: 0.0, schedule: per_stage}
 data: {source: /home/somebody/secret/data.jsonl}
 """

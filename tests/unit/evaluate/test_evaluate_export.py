@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pocl_ds.artifacts import RunDirectory, read_manifest
+from pocl_ds.artifacts import RunDirectory, read_manifest, write_json
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluate import export as room
+from pocl_ds.evaluate.card import model_card
 from pocl_ds.evaluate.export import export
+from pocl_ds.recipe import dump_recipe, load_recipe
 
 
 def test_the_folder_holds_the_trained_model(run: RunDirectory, recipe: str) -> None:
@@ -102,6 +104,28 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
     assert not [text for text in texts if "/home/somebody" in text or str(run.path) in text]
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "teacher" in card and "data.jsonl" in card
+
+
+@pytest.mark.parametrize(("overrides", "stages", "said", "unsaid"), [
+    ([], 2, ["distilled from the teacher `T` by progressive", "baby_step curriculum by `fusion` difficulty\n", "tau"], []),
+    ([], 1, ["distilled from the teacher `T` by plain KD.", "no curriculum: one stage"], ["POCL", "curriculum-learning"]),
+    (["rank.reverse=true"], 2, ["by a curriculum.", "`fusion` difficulty, hardest first"], ["POCL"]),
+    (["policy.name=gkd", "plan.sft_ratio=[0, 0]"], 1, ["by plain KD, on responses by the policy `gkd`."], ["POCL"]),
+    (["policy.name=seqkd", "loss.name=sft"], 1, ["fine-tuning on what the teacher `T` wrote (policy `seqkd`)."], ["tau"]),
+    (["policy.name=mixture", "policy.shares={data: 0.5, teacher: 0.5}", "loss.name=sft"], 2,
+     ["on the data's responses and what the teacher `T` wrote (policy `mixture` (data 0.5, student 0, teacher 0.5)), with"], []),
+    (["teacher.others=[{model: U, weight: 2}]"], 1, ["from the teachers `T` (weight 1) and `U` (weight 2) by plain KD."], []),
+    (["teacher=null", "loss.name=sft", "student.heal_steps=0"], 1, ["by supervised fine-tuning; no teacher."],
+     ["knowledge-distillation", "tau"]),
+])  # fmt: skip
+def test_the_card_names_the_method_that_made_the_model(
+    overrides: list[str], stages: int, said: list[str], unsaid: list[str], run: RunDirectory
+) -> None:
+    stage = {"index": 0, "start": 0, "stop": 40, "tau": 1.0, "alpha": 0.3, "epochs": 1, "steps": 5}
+    write_json(run.plan / "plan.json", {"batch_size": 8, "scheduler": "baby_step", "stages": [stage] * stages})
+    words = ["teacher.model=T", "compare.enabled=false", *overrides]
+    card = model_card(run, dump_recipe(load_recipe("quickstart", words)), 1000).split("## Recipe")[0]
+    assert all(text in card for text in said) and not any(text in card for text in unsaid), card
 
 
 def test_a_file_added_to_an_export_is_not_deleted(run: RunDirectory, recipe: str) -> None:
