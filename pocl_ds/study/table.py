@@ -12,6 +12,7 @@ import numpy as np
 
 from pocl_ds import pipeline
 from pocl_ds.artifacts import RunDirectory, read_manifest
+from pocl_ds.evaluate.compare import FEW
 from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
 from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, resampled_means, two_sided_p
 from pocl_ds.metrics.marks import lines_of_all, marked
@@ -33,15 +34,21 @@ class Difference:
     high: float
     p: float
     trainings: int
+    items: int
+
+    @property
+    def of_few(self) -> bool:
+        """Whether there are too few items to claim anything."""
+        return self.items < FEW
 
     @property
     def sentence(self) -> str:
         """Whether B is better, in words."""
         width = (self.high - self.low) / 2
         about = f"± {width:.2f}, p = {self.p:.2g}, {self.trainings} training{'s' if self.trainings > 1 else ''} each"
-        if self.low > 0 or self.high < 0:
+        if not self.of_few and (self.low > 0 or self.high < 0):
             return f"{'better' if self.mean > 0 else 'worse'} by {abs(self.mean):.2f} {about}"
-        return f"no difference shown: {self.mean:+.2f} {about}"
+        return f"no difference shown: {self.mean:+.2f} {about}" + (f"; {self.items} items are too few" if self.of_few else "")
 
 
 def two_level(differences: Floats, *, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
@@ -58,7 +65,7 @@ def two_level(differences: Floats, *, resamples: int = RESAMPLES, seed: int = 0)
         off = differences.mean(0).std(ddof=1) / trainings**0.5
         drawn = np.random.default_rng([seed, trainings]).standard_t(trainings - 1, resamples)
         means += np.copysign(off, mean) * drawn  # A beside B says the opposite of B beside A
-    return Difference(mean, *interval(means), two_sided_p(means), trainings)
+    return Difference(mean, *interval(means), two_sided_p(means), trainings, len(differences))
 
 
 def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
@@ -105,10 +112,10 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
             where = "".join(f", {label}" for _, label in point)
             lines.append(f"{name}{where}: {better} beside {worse}: {pair.sentence}")
             shown.append(pair)
-    several = sum(pair.trainings > 1 for pair in shown)
+    several = sum(pair.trainings > 1 and not pair.of_few for pair in shown)
     if several > 1:
         lines.append(f"{several} comparisons: of arms that are alike {0.05 * several:.1f} would show a difference by chance")
-    if several < len(shown):
+    if any(pair.trainings == 1 for pair in shown):
         lines.append("with one training each an interval is over items alone: how far other trainings would differ is not in it")
     visits = {sample_visits(cell.recipe) for cell in cells}
     if len(visits) > 1:

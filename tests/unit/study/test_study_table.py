@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
     """Makes the result lines of a finished study of two arms and two seeds, whose second arm answers everything better."""
     monkeypatch.setattr(table, "is_finished", lambda folder, cell: True)
 
-    def make(*, items: int = 30, marks: dict[str, Any] | None = None, steps: tuple[int, int] = (42, 42)) -> list[str]:
+    def make(*, items: int = 30, benchmarks: Sequence[str] = ("test",), marks: dict[str, Any] | None = None) -> list[str]:
         recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
         tree = {"name": "s", "base": str(recipe), "arms": {"kd": ["plan.subsets=1", "plan.epochs_per_stage=4"], "pocl": []},
                 "seeds": [1, 2], "compare": [["pocl", "kd"]]}  # fmt: skip
@@ -38,15 +38,16 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
         study = load_study(str(tmp_path / "study.yaml"))
         for cell in cells_of(study):
             run, better = directory(tmp_path, cell), cell.arm == "pocl"
-            file = answers_file(run, "student", "test", 10)
-            file.parent.mkdir(parents=True)
-            file.write_text("".join(json.dumps({"id": f"q{i}", "instruction": "Q", "references": ["r"], "response": "x",
-                                                "rouge_l": 0.2 + 0.1 * better}) + "\n" for i in range(items)))  # fmt: skip
-            write_manifest(file.parent, "answers", "f", files=[file], name=f"{file.name}.manifest.json",
-                           info={"settings": {"template": "alpaca"}})  # fmt: skip
-            results = {"student": {"benchmarks": {"test": {"rouge_l": 20.0}}}}
-            write_json(run.evaluation / "results.json", {"seeds": [10], "models": results, "marks": marks if better else {}})
-            write_json(run.plan / "plan.json", {"samples": 100, "batch_size": 8, "total_steps": steps[better]})
+            for benchmark in benchmarks:
+                file = answers_file(run, "student", benchmark, 10)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("".join(json.dumps({"id": f"q{i}", "instruction": "Q", "references": ["r"], "response": "x",
+                                                    "rouge_l": 0.2 + 0.1 * better}) + "\n" for i in range(items)))  # fmt: skip
+                write_manifest(file.parent, "answers", "f", files=[file], name=f"{file.name}.manifest.json",
+                               info={"settings": {"template": "alpaca"}})  # fmt: skip
+            results = {"student": {"benchmarks": {benchmark: {"rouge_l": 20.0} for benchmark in benchmarks}}}
+            said = marks or {} if better else {}
+            write_json(run.evaluation / "results.json", {"seeds": [10], "models": results, "marks": said})
             run.train.mkdir()
             (run.train / "metrics.jsonl").write_text('{"kind": "validation", "validation_ce": 5.0}\n')
         return result_lines(tmp_path, study, cells_of(study))
@@ -65,6 +66,13 @@ def test_a_difference_that_is_everywhere_is_shown() -> None:
     assert (found.mean, found.low, found.high) == (2.0, 2.0, 2.0) and found.p < 0.02
     assert found.sentence == "better by 2.00 ± 0.00, p = 0.01, 3 trainings each"
     assert two_level(np.full((30, 1), -2.0), resamples=200).sentence == "worse by 2.00 ± 0.00, p = 0.01, 1 training each"
+
+
+@pytest.mark.parametrize(("items", "said"), [(19, "no difference shown: +2.00 ±"), (20, "better by 2.00 ±")])
+def test_a_handful_of_items_shows_nothing(items: int, said: str, lines: Lines) -> None:
+    found = two_level(np.full((items, 3), 2.0), resamples=200)
+    assert found.sentence.startswith(said) and found.sentence.endswith("; 19 items are too few") == (items == 19)
+    assert any("comparisons: of arms" in line for line in lines(items=items, benchmarks=("test", "more"))) == (items == 20)
 
 
 def test_trainings_that_disagree_show_nothing_however_many_items_there_are() -> None:
