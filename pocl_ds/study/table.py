@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 import numpy as np
 
 from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory, read_manifest
+from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
 from pocl_ds.evaluate.compare import FEW
 from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
 from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, resampled_means, two_sided_p
@@ -23,6 +23,7 @@ from pocl_ds.study.run import directory, is_finished
 from pocl_ds.tracking import aligned, clock, read_metrics
 
 STUDENT, MEASURE, ALL = "student", "rouge_l", "all items"
+UNEQUAL = 1.01  # arms whose visits differ by more are said to
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,18 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         lines.append(f"{several} comparisons: of arms that are alike {0.05 * several:.1f} would show a difference by chance")
     if any(pair.trainings == 1 for pair in shown):
         lines.append("with one training each an interval is over items alone: how far other trainings would differ is not in it")
-    visits = {sample_visits(cell.recipe) for cell in cells}
-    if len(visits) > 1:
-        lines.append(f"NOT EQUAL: cells see a sample {', '.join(f'{value:g}' for value in sorted(visits))} times")
-    return lines
+    return [*lines, *_unequal(folder, done, cells)]
+
+
+def _unequal(folder: Path, done: Sequence[Cell], cells: Sequence[Cell]) -> list[str]:
+    """Whether arms see samples unequally often: by the plans of finished cells, whose stages drop tails; else by recipes."""
+    plans = {cell.group: read_json(directory(folder, cell).plan / "plan.json") for cell in done}
+    seen = {group: plan["total_steps"] * plan["batch_size"] / plan["samples"] for group, plan in plans.items()}
+    if max(seen.values()) > UNEQUAL * min(seen.values()):
+        found = ", ".join(f"{value:.2f} times by {group}" for group, value in seen.items())
+        return [f"NOT EQUAL: a sample is seen on average {found}"]
+    visits = sorted({sample_visits(cell.recipe) for cell in cells})
+    return [f"NOT EQUAL: cells see a sample {', '.join(f'{value:g}' for value in visits)} times"] if len(visits) > 1 else []
 
 
 def _pair(folder: Path, done: Sequence[Cell], arms: tuple[str, str], point: tuple[tuple[str, str], ...],

@@ -30,9 +30,12 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
     """Makes the result lines of a finished study of two arms and two seeds, whose second arm answers everything better."""
     monkeypatch.setattr(table, "is_finished", lambda folder, cell: True)
 
-    def make(*, items: int = 30, benchmarks: Sequence[str] = ("test",), marks: dict[str, Any] | None = None) -> list[str]:
+    def make(
+        *, items: int = 30, benchmarks: Sequence[str] = ("test",), marks: dict[str, Any] | None = None,
+        steps: tuple[int, int] = (42, 42), kd: str = "4",
+    ) -> list[str]:  # fmt: skip
         recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
-        tree = {"name": "s", "base": str(recipe), "arms": {"kd": ["plan.subsets=1", "plan.epochs_per_stage=4"], "pocl": []},
+        tree = {"name": "s", "base": str(recipe), "arms": {"kd": ["plan.subsets=1", f"plan.epochs_per_stage={kd}"], "pocl": []},
                 "seeds": [1, 2], "compare": [["pocl", "kd"]]}  # fmt: skip
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
         study = load_study(str(tmp_path / "study.yaml"))
@@ -48,6 +51,7 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
             results = {"student": {"benchmarks": {benchmark: {"rouge_l": 20.0} for benchmark in benchmarks}}}
             said = marks or {} if better else {}
             write_json(run.evaluation / "results.json", {"seeds": [10], "models": results, "marks": said})
+            write_json(run.plan / "plan.json", {"samples": 100, "batch_size": 8, "total_steps": steps[better]})
             run.train.mkdir()
             (run.train / "metrics.jsonl").write_text('{"kind": "validation", "validation_ce": 5.0}\n')
         return result_lines(tmp_path, study, cells_of(study))
@@ -73,6 +77,15 @@ def test_a_handful_of_items_shows_nothing(items: int, said: str, lines: Lines) -
     found = two_level(np.full((items, 3), 2.0), resamples=200)
     assert found.sentence.startswith(said) and found.sentence.endswith("; 19 items are too few") == (items == 19)
     assert any("comparisons: of arms" in line for line in lines(items=items, benchmarks=("test", "more"))) == (items == 20)
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"steps": (70, 64)}, ["NOT EQUAL: a sample is seen on average 5.60 times by kd, 5.12 times by pocl"]),
+    ({"steps": (1000, 1009)}, []), ({"kd": "3"}, ["NOT EQUAL: cells see a sample 3, 4 times"]),
+])  # fmt: skip
+def test_arms_that_see_samples_unequally_often_are_told(settings: dict[str, Any], said: list[str], lines: Lines) -> None:
+    """Dropped tails of stages count: a recipe's epochs alone do not say how many steps there are."""
+    assert [line for line in lines(**settings) if line.startswith("NOT EQUAL")] == said
 
 
 def test_trainings_that_disagree_show_nothing_however_many_items_there_are() -> None:
