@@ -373,7 +373,9 @@ class TrainConfig(Section):
         0, description="steps whose loss or gradient is not finite that may be left out before the run stops"
     )
     validate_samples: NonNegative = Field(64, description="validation samples looked at after each stage; 0 for none")
-    validate_every: Positive | None = Field(None, description="steps after which validation is looked at too")
+    validate_every: Positive | None = Field(
+        None, description="steps after which validation is looked at too; distillm needs it, and looks before the first too"
+    )
     hang_seconds: Annotated[Float, Field(gt=0)] = Field(
         1800, description="a rank silent for so long writes its stacks and ends the run", json_schema_extra=OPERATIONAL
     )

@@ -134,3 +134,6 @@ def _policy(recipe: Recipe) -> None:
         raise ValueError(f"policy.buffer={policy.buffer} is more than data.train_samples={samples}: make it smaller")
     if policy.name == "distillm" and not recipe.train.validate_samples:
         raise ValueError("policy.name=distillm follows the validation loss: set train.validate_samples")
+    if policy.name == "distillm" and recipe.train.validate_every is None:
+        raise ValueError("policy.name=distillm follows the validation loss, at which train.validate_every=null looks after each "
+                         "stage only: set train.validate_every to a number of steps, a tenth of all for one")

@@ -172,7 +172,7 @@ class MetricsWriter:
     """Training metrics of rank 0: metrics.jsonl always, TensorBoard and Weights & Biases where asked.
 
     On resume everything after the checkpoint's step is dropped first, so that the files tell of one run,
-    not of two that overlap.
+    not of two that overlap; from step 0 everything.
     """
 
     def __init__(self, directory: Path, *, step: int, tensorboard: bool, wandb: bool, wandb_project: str, name: str) -> None:
@@ -229,7 +229,7 @@ def _drop_after(path: Path, step: int) -> None:
                 record = json.loads(line)
             except json.JSONDecodeError:  # the line that a kill cut short
                 break
-            if record["step"] <= step:
+            if step and record["step"] <= step:  # what stands at step 0 is said anew there
                 new.write(line)
 
 
@@ -237,7 +237,7 @@ def _tensorboard(directory: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     threading.excepthook = partial(_unless_full, threading.excepthook)  # its thread hands its error on to whoever writes next
-    return SummaryWriter(str(directory), purge_step=step + 1)
+    return SummaryWriter(str(directory), purge_step=step + 1 if step else 0)
 
 
 def _unless_full(others: Callable[[threading.ExceptHookArgs], object], fault: threading.ExceptHookArgs) -> None:

@@ -36,6 +36,10 @@ class Asked:
 class Policy(Protocol):
     """See the module. Every method is called by all ranks with the same arguments."""
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether it follows the validation loss: it is then told of that before the first step too."""
+
     def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
         """What the step trains on, and which rows of it: as many as were asked for."""
 
@@ -51,6 +55,8 @@ class Policy(Protocol):
 
 class Off:
     """The data's own responses."""
+
+    adaptive = False
 
     def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
         """See `Policy`."""
@@ -114,6 +120,7 @@ class Distillm:
     phi: float = 0.0
     accepted: float | None = None  # the validation loss that a later one is compared with
     buffer: Written | None = field(default=None, repr=False)
+    adaptive = True
 
     def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
         """See `Policy`."""
@@ -134,8 +141,8 @@ class Distillm:
         return chosen, np.arange(len(chosen))
 
     def validated(self, loss: float) -> None:
-        """See `Policy`. As in the release the first loss is the one to compare with, and then each that counted as a rise: one
-        that stays higher counts once.
+        """See `Policy`. As in the release the loss before the first step is the one to compare with, and then each that counted
+        as a rise: one that stays higher counts once.
         """
         if self.accepted is None:
             self.accepted = loss

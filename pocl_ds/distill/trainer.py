@@ -128,6 +128,8 @@ class Trainer:
         ):
             if done and self.rollout:
                 self.rollout.restore(self.checkpoints.folder(done))
+            if not done and self.policy.adaptive:  # later runs have it in their checkpoint
+                self._validate(writer, stage=0, done=0)
             for step in range(done, total):
                 self.watchdog.beat()
                 position = self.sampler.at(step)
@@ -141,17 +143,14 @@ class Trainer:
                                 self.label, step + 1, times, record["loss"])  # fmt: skip
                 facts = {"loss": record["loss"], "tokens/s": record["tokens_per_second"]} if trained else {}
                 progress.advance(1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", **facts)
-                validation, stage_ends = None, position.step_in_stage + 1 == self.plan.stages[position.stage].steps
+                stage_ends = position.step_in_stage + 1 == self.plan.stages[position.stage].steps
                 due = self.train.validate_every is not None and (step + 1) % self.train.validate_every == 0
-                if (stage_ends or due) and (validation := self._validate(position)):
-                    self._write(writer, validation)
-                    self.policy.validated(validation["validation_loss"])
+                found = self._validate(writer, stage=position.stage, done=step + 1) if stage_ends or due else None
                 last = stopping or step + 1 == total
                 if last or (step + 1) % saving.every == 0 or (stage_ends and saving.keep_best):
                     self.watchdog.beat()
-                    loss = validation["validation_loss"] if validation else None
                     writer_has = self.rollout.snapshot(step + 1) if self.rollout else None
-                    self.checkpoints.save(step + 1, self.engine, last_chance=last, validation_loss=loss,
+                    self.checkpoints.save(step + 1, self.engine, last_chance=last, validation_loss=found,
                                           remembered=self.policy.state(), more=writer_has)  # fmt: skip
                 if stopping and step + 1 < total:
                     number = stop.signal or signal.SIGTERM
@@ -251,8 +250,18 @@ class Trainer:
             return position.step_in_stage, self.plan.stages[position.stage].steps
         return position.step, self.plan.total_steps
 
+    def _validate(self, writer: MetricsWriter | None, *, stage: int, done: int) -> float | None:
+        """Write the validation loss after `done` steps down and tell the policy of it; None where no sample is looked at."""
+        record = self._validation(stage, done)
+        if record is None:
+            return None
+        self._write(writer, record)
+        loss = float(record["validation_loss"])
+        self.policy.validated(loss)
+        return loss
+
     @torch.no_grad()
-    def _validate(self, position: Position) -> dict[str, Any] | None:
+    def _validation(self, stage: int, done: int) -> dict[str, Any] | None:
         """Loss and divergence a token at tau = 1 on the first validation samples; every rank makes as many forwards."""
         split = self.data.validation
         count = 0 if split is None else min(len(split), self.train.validate_samples)
@@ -275,9 +284,9 @@ class Trainer:
             sums += torch.stack([kd_sum, ce_sum, kd_sum.new_tensor(batch.labels.numel())])
         self.engine.module.train()
         kd, ce, tokens = distributed.all_sum(sums).tolist()
-        log.info("%s: stage %d, step %d: validation loss %.4f, divergence %.4f a token", self.label, position.stage + 1,
-                 position.step + 1, ce / tokens, kd / tokens)  # fmt: skip
-        return {"kind": "validation", "step": position.step + 1, "stage": position.stage,
+        log.info("%s: stage %d, step %d: validation loss %.4f, divergence %.4f a token", self.label, stage + 1, done,
+                 ce / tokens, kd / tokens)  # fmt: skip
+        return {"kind": "validation", "step": done, "stage": stage,
                 "validation_loss": ce / tokens, "validation_kd": kd / tokens, "validation_ce": ce / tokens}
 
     def _writer(self, step: int) -> MetricsWriter | None:

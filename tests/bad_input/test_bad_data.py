@@ -282,7 +282,8 @@ def test_a_chat_template_that_is_not_there(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["policy.name=distillm", "policy.buffer=64", "policy.rollout=hf", "plan.sft_ratio=[0, 0]"],
+        (["policy.name=distillm", "policy.buffer=64", "policy.rollout=hf", "plan.sft_ratio=[0, 0]",
+          "train.validate_every=1"],
          "policy.buffer=64 is more than the COUNT training samples: make it smaller"),
         (["plan.subsets=64"], "plan.subsets=64 for COUNT samples: make it at least 1 and at most one for each sample"),
         (["train.batch_size=64"], "stage 0 has COUNT samples, fewer than train.batch_size=64: make fewer subsets (plan.subsets), "

@@ -80,12 +80,16 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
         assert any(record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written)
         stale = {record["staleness"] for record in written}
         assert stale == {0} if name != "gkd" else max(stale) in (1, 2, 3)
-    if name == "distillm":
+    if name == "distillm":  # before the first step too, or one stage would end before phi may move
+        for training in ("train", "baseline"):
+            assert [record["step"] for record in records(run, training, "validation")] == list(range(0, STEPS + 1, 2))
+            assert any(record["on_policy"] for record in records(run, training))
         assert any(record["on_policy"] and record["rollout_seconds"] == 0 for record in steps), "never drew from the buffer"
 
     assert stop_after(stopped, 5, *words) < STEPS
     pocl("train", "--run-dir", str(stopped))
     assert computed(stopped) == computed(run)
+    assert records(stopped, kind="validation") == records(run, kind="validation")
     weights = [(path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, stopped)]
     assert weights[0] == weights[1]
 

@@ -82,6 +82,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(policy__name="gkd", plan__sft_ratio=[0, 0], compare__enabled=True), ("compare.sft_ratio=0",)),
     (changed(policy__name="distillm", plan__sft_ratio=[0, 0], data__train_samples=99), ("policy.buffer=1000", "=99", "smaller")),
     (changed(policy__name="distillm", plan__sft_ratio=[0, 0], train__validate_samples=0), ("train.validate_samples",)),
+    (changed(policy__name="distillm", plan__sft_ratio=[0, 0]), ("policy.name=distillm", "train.validate_every=null", "a number")),
     (changed(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
     (changed(policy__name="seqkd", loss__name="sft", teacher__mode="topk"), ("policy.name=seqkd", "teacher.mode=topk")),
     ({"name": "x", "student": {"model": "s"}, "policy": {"name": "gkd"}, "loss": {"name": "sft"}}, ("gkd", "teacher.model")),

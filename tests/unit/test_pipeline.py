@@ -104,7 +104,8 @@ def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("fields", "words"), [
-    ({"policy": {"name": "distillm", "buffer": 8}, "plan": {"sft_ratio": [0, 0]}}, "policy.name=distillm follows the validation"),
+    ({"policy": {"name": "distillm", "buffer": 8}, "plan": {"sft_ratio": [0, 0]},
+      "train": {"batch_size": 8, "validate_every": 4}}, "policy.name=distillm follows the validation"),
     ({"train": {"batch_size": 8, "checkpoint": {"keep_best": True}}}, "train.checkpoint.keep_best follows the validation loss"),
 ])  # fmt: skip
 def test_what_follows_a_validation_loss_needs_samples_for_it(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
