@@ -372,7 +372,7 @@ class TrainConfig(Section):
     skip_non_finite: NonNegative = Field(
         0, description="steps whose loss or gradient is not finite that may be left out before the run stops"
     )
-    validate_samples: NonNegative = Field(64, description="validation samples looked at after each stage; 0 for none")
+    validate_samples: NonNegative = Field(64, description="validation samples to look at after a stage, chosen by hash; 0: none")
     validate_every: Positive | None = Field(
         None, description="steps after which validation is looked at too; distillm needs it, and looks before the first too"
     )

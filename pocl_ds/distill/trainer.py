@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import heapq
 import logging
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,7 @@ class Trainer:
         self.non_finite = NonFinite(directory, allowed=train.skip_non_finite)
         self.device = distributed.device()
         self.first_step = 0  # of this process: where it resumed
+        self.validated = by_hash(data.validation.ids if data.validation else (), train.validate_samples)  # rows
 
     def run(self) -> None:
         """Train from the newest checkpoint to the end of the plan. Raises Interrupted after a signal, everything saved."""
@@ -117,6 +120,9 @@ class Trainer:
         writer, spikes = self._writer(done), Spikes()
         self.non_finite.skipped = distributed.from_rank_zero(len(read_metrics(writer.path, "skipped")) if writer else 0)
         total, saving = self.plan.total_steps, self.train.checkpoint
+        if len(self.validated) and self.data.validation:
+            log.info("%s: validation looks at %d of %d samples, chosen by the hash of their ids", self.label,
+                     len(self.validated), len(self.data.validation))  # fmt: skip
         distributed.agree({"fingerprint": self.fingerprint, "first step": done, "steps": total, "packed": self.layout.packed,
                            "train": self.train.model_dump_json(), **package_versions()})  # fmt: skip
         with (
@@ -262,22 +268,21 @@ class Trainer:
 
     @torch.no_grad()
     def _validation(self, stage: int, done: int) -> dict[str, Any] | None:
-        """Loss and divergence a token at tau = 1 on the first validation samples; every rank makes as many forwards."""
-        split = self.data.validation
-        count = 0 if split is None else min(len(split), self.train.validate_samples)
-        if split is None or count == 0:
+        """Loss and divergence a token at tau = 1 on the chosen validation samples; every rank makes as many forwards."""
+        split, chosen = self.data.validation, self.validated
+        if split is None or not len(chosen):
             return None
-        lengths = np.asarray(split.total_tokens[:count], np.int64)
+        lengths = np.asarray(split.total_tokens[chosen], np.int64)
         budget = self.train.micro_batch_tokens or self.train.micro_batch_size * int(lengths.max())
-        dealt = share_by_tokens(
+        mine = [chosen[members] for members in share_by_tokens(
             lengths, ranks=distributed.world_size(), tokens=max(budget, int(lengths.max())), packed=self.layout.packed
-        )
+        )[distributed.rank()]]  # fmt: skip
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         if self.teacher is not None:
-            self.teacher.require(split.name, np.concatenate(dealt[distributed.rank()]))
+            self.teacher.require(split.name, np.concatenate(mine))
         self.engine.module.eval()
-        for rows in dealt[distributed.rank()]:  # a rank without a sample runs a token that does not count
+        for rows in mine:  # a rank without a sample runs a token that does not count
             self.watchdog.beat()
             batch = self._batch(split, rows).to(self.device)
             _, kd_sum, ce_sum = self._forward(batch, terms)
@@ -286,7 +291,7 @@ class Trainer:
         kd, ce, tokens = distributed.all_sum(sums).tolist()
         log.info("%s: stage %d, step %d: validation loss %.4f, divergence %.4f a token", self.label, stage + 1, done,
                  ce / tokens, kd / tokens)  # fmt: skip
-        return {"kind": "validation", "step": done, "stage": stage,
+        return {"kind": "validation", "step": done, "stage": stage, "samples": len(chosen), "of": len(split),
                 "validation_loss": ce / tokens, "validation_kd": kd / tokens, "validation_ce": ce / tokens}
 
     def _writer(self, step: int) -> MetricsWriter | None:
@@ -302,6 +307,14 @@ class Trainer:
     def _write(writer: MetricsWriter | None, record: dict[str, Any] | None) -> None:
         if writer and record:
             writer.write(record)
+
+
+def by_hash(ids: Sequence[bytes] | NDArray[np.bytes_], limit: int) -> NDArray[np.int64]:
+    """Rows of at most `limit` ids, those whose sha256 comes first, ascending: a file sorted by source gives of all kinds, and
+    every run on the same data the same ones.
+    """
+    first = heapq.nsmallest(limit, ((hashlib.sha256(bytes(one)).digest(), row) for row, one in enumerate(ids)))
+    return np.sort(np.array([row for _, row in first], np.int64))
 
 
 def _digest(ids: NDArray[np.bytes_]) -> str:

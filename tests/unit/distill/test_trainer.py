@@ -1,9 +1,12 @@
-"""The loop around a student that is one number: when validation is looked at, and what a stop leaves of it."""
+"""The loop around a student that is one number: when validation is looked at, on what, and what a stop leaves of it."""
 
 from __future__ import annotations
 
 import json
+import logging
+import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +89,17 @@ class Listener(Off):
         self.told = list(state["told"])
 
 
-def trainer(folder: Path, engine: Any, policy: Off) -> Trainer:
-    splits: list[Any] = [Split("train", [f"t{i}" for i in range(4)]), Split("validation", ["v"])]
+def trainer(folder: Path, engine: Any, policy: Off, validation: Sequence[str] = ("v",), seed: int = 0) -> Trainer:
+    splits: list[Any] = [Split("train", [f"t{i}" for i in range(4)]), Split("validation", list(validation))]
     plan = single_stage_plan(np.arange(4), steps=STEPS, batch_size=2, tau=1.0, alpha=0.0)
     train = TrainConfig.model_validate({
         "batch_size": 2, "micro_batch_size": 2, "validate_every": 2, "checkpoint": {"every": 3},
         "tracking": {"tensorboard": False},
     })  # fmt: skip
     return Trainer(
-        folder, plan=plan, sampler=Sampler(plan, 0), data=TrainingData(splits[0], np.arange(4), splits[1], 0), engine=engine,
-        teacher=None, loss=LossConfig(name="sft"), train=train, seed=0, fingerprint="f", label="train", layout=Layout(True, 0.0),
-        policy=policy, rollout=None,
+        folder, plan=plan, sampler=Sampler(plan, seed), data=TrainingData(splits[0], np.arange(4), splits[1], 0), engine=engine,
+        teacher=None, loss=LossConfig(name="sft"), train=train, seed=seed, fingerprint="f", label="train",
+        layout=Layout(True, 0.0), policy=policy, rollout=None,
     )  # fmt: skip
 
 
@@ -134,3 +137,20 @@ def test_what_was_said_before_a_first_checkpoint_is_not_said_twice(tmp_path: Pat
     trainer(tmp_path, Engine(), policy := Listener(True)).run()
     assert policy.told == [0, 2, 4, 6]
     assert [record["step"] for record in validations(tmp_path)] == [0, 2, 4, 6]
+
+
+def test_validation_looks_at_all_kinds_and_always_at_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file may be sorted by source; another order, seed or moment changes nothing."""
+    names = [f"{kind}-{number}" for kind in "abcd" for number in range(100)]
+    chosen = []
+    for seed in range(2):
+        engine, folder = Engine(), tmp_path / str(seed)
+        with caplog.at_level(logging.INFO, "pocl_ds"):
+            trainer(folder, engine, Listener(False), names, seed).run()
+        looks = np.array(engine.looked_at).reshape(3, 64)
+        chosen += [sorted(names[row] for row in look) for look in looks]
+        assert all(record["samples"] == 64 and record["of"] == 400 for record in validations(folder))
+        random.Random(0).shuffle(names)
+    assert all(one == chosen[0] for one in chosen)
+    assert all(8 <= sum(name.startswith(kind) for name in chosen[0]) <= 24 for kind in "abcd")
+    assert "train: validation looks at 64 of 400 samples, chosen by the hash of their ids" in caplog.text
