@@ -22,6 +22,7 @@ from pocl_ds.errors import ArtifactError, DataError
 log = logging.getLogger("pocl_ds")
 
 MAX_ID_BYTES = 128
+LONG = 10  # words of a text that two samples do not share by chance
 SHOWN = 20  # names of a record that a sentence lists
 FILES = (".jsonl", ".json", ".parquet")
 # What our fields are called in data sets that people use, most specific first.
@@ -62,6 +63,12 @@ class Sample:
         """sha256 of what the model is asked: samples that share it never lie in two splits."""
         asked = json.dumps([self.history, self.instruction, self.input], ensure_ascii=False)
         return hashlib.sha256(asked.encode()).hexdigest()
+
+
+def text_key(text: str) -> int | None:
+    """64 bits of a text, whatever its case and white space; None where it has fewer than LONG words."""
+    words = text.lower().split()
+    return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "big") if len(words) >= LONG else None
 
 
 def read_samples(

@@ -1,7 +1,8 @@
 """The stage `data`: from the source to three encoded splits.
 
 A sample's split and its place in a limited selection follow from the hash of its *prompt*. So neither depends on the order
-of a file, and samples that ask the same never lie in two splits.
+of a file, and samples that ask the same, word for word, never lie in two splits. Those that ask it in other words may: what
+training has of the references of the others is counted.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from pocl_ds.artifacts import Manifest, RunDirectory, atomic_directory, damaged_
 from pocl_ds.config import DataConfig, PromptConfig
 from pocl_ds.data.documentation import harvest
 from pocl_ds.data.encode import Encoder, encode_split
-from pocl_ds.data.samples import Sample, read_normalised, read_samples
+from pocl_ds.data.samples import LONG, Sample, read_normalised, read_samples, text_key
+from pocl_ds.data.seen import SeenKeys
 from pocl_ds.errors import DataError
 
 log = logging.getLogger("pocl_ds")
 
-SPLITS = ("train", "validation", "test")
+HELD_OUT = ("validation", "test")
+SPLITS = ("train", *HELD_OUT)
 TEACHER = "teacher"  # folder below the data's
 
 
@@ -78,7 +81,7 @@ def prepare_data(
             "source": data.source, "splits": {split: asdict(count) for split, count in counts.items()},
             "tokenizer": tokenizer.name_or_path, "pad_id": tokenizer.pad_token_id, "eos_id": tokenizer.eos_token_id,
             "vocabulary": len(tokenizer), "unusable": unusable.count, "commits": dict(commits or {}),
-            "seconds": time.monotonic() - start,
+            "known_references": _known_references(folder), "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "data", fingerprint, info=info)
 
@@ -116,6 +119,40 @@ def _divide(data: DataConfig, folder: Path, unusable: Unusable) -> dict[str, Pat
             name = "training" if split == "train" else split
             log.warning("%d %s samples ask what %s sample asks too: left out of %s", count, name, other, name)
     return parts
+
+
+def _known_references(folder: Path) -> dict[str, dict[str, int]]:
+    """Of validation and test: samples with a long reference (`text_key`), and those of them that have one which is a response of
+    a training sample too, as where a source asks one question in several wordings. Holds a number a reference of these two
+    splits, and nothing of training.
+    """
+    found, held_out = {}, SeenKeys()  # 1, or 2 for what training has too
+    for split in HELD_OUT:
+        for sample in read_normalised(folder / f"{split}.jsonl"):
+            for key in _keys(sample.references):
+                held_out.put(key, 1)
+    for sample in read_normalised(folder / "train.jsonl") if len(held_out) else ():
+        for key in _keys(sample.references[:1]):  # the one that is trained on
+            if held_out.get(key):
+                held_out.put(key, 2)
+    for split in HELD_OUT:
+        samples = long = known = 0
+        for sample in read_normalised(folder / f"{split}.jsonl"):
+            keys = _keys(sample.references)
+            samples += 1
+            long += bool(keys)
+            known += any(held_out.get(key) == 2 for key in keys)
+        found[split] = {"long": long, "known": known}
+        if known:
+            log.warning("%s: %d of %d samples (%.1f%%) have a reference of %d words or more that is a response of training too, "
+                        "whatever its case and white space, of %d that have one so long: their numbers may tell of memory", split,
+                        known, samples, 100 * known / samples, LONG, long)  # fmt: skip
+    return found
+
+
+def _keys(texts: Iterable[str]) -> list[int]:
+    """Those of the long ones among some texts."""
+    return [key for text in texts if (key := text_key(text)) is not None]
 
 
 def _source(source: str, data: DataConfig, unusable: Unusable) -> Iterator[Sample]:

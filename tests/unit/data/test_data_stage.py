@@ -102,6 +102,31 @@ def test_what_a_test_asks_no_validation_asks(tmp_path: Path, caplog: pytest.LogC
     assert "test samples ask what a validation sample asks too: left out of test" in caplog.text
 
 
+def test_what_is_asked_in_other_words_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As in P3, where one item stands under several templates. Short answers are alike by chance."""
+    far = [f"It takes {n} steps to come from here to the next village." for n in range(5)]
+    asked = [
+        ("Say how far, 0.", f" {far[0].upper()} ".replace(" TO ", "\n to ")),
+        ("Say how far, 1.", [f"{far[0]} Or so.", far[1]]),
+        ("Say how far, 2.", far[2]),  # training has it under this prompt alone, and loses it
+        ("Say how far, 3.", far[3]),  # training has it as a second reference, which is not trained on
+        ("Say yes.", "Yes."),
+    ]
+    trained = [("How far, 0?", far[0]), ("How far, 1?", far[1]), ("Say how far, 2.", far[2]), ("How far, 3?", [far[4], far[3]]),
+               ("Yes?", "Yes.")]  # fmt: skip
+    given = write(tmp_path / "test.jsonl", [{"instruction": prompt, "output": text} for prompt, text in asked])
+    source = write(tmp_path / "all.jsonl", [{"instruction": prompt, "output": text} for prompt, text in trained])
+    prepare(tmp_path / "run", source, test=given, validation_fraction=0.0)
+    manifest = read_manifest(tmp_path / "run" / "data")
+    assert manifest is not None
+    assert manifest.info["known_references"] == {"validation": {"long": 0, "known": 0}, "test": {"long": 4, "known": 2}}
+    assert "test: 2 of 5 samples (40.0%) have a reference of 10 words or more that is a response of training too" in caplog.text
+    assert "of 4 that have one so long" in caplog.text
+    caplog.clear()
+    prepare(tmp_path / "none", write(tmp_path / "few.jsonl", records(20)), test=given, validation_fraction=0.0)
+    assert "a response of training" not in caplog.text
+
+
 def test_the_limit_takes_a_cross_section_of_a_split(tmp_path: Path) -> None:
     """A limited split is not the edge of the split: its samples hash all over."""
     splits = prepare(tmp_path / "run", write(tmp_path / "all.jsonl", records(2000)), train_samples=100)
