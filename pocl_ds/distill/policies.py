@@ -6,6 +6,7 @@ change is who wrote the responses. What it draws follows from seed and step alon
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from pocl_ds.config import PolicyConfig
 from pocl_ds.curriculum.sampler import Position
 from pocl_ds.data.written import Sequences, Written
+
+log = logging.getLogger("pocl_ds")
 
 Rows = NDArray[np.int64]
 Write = Callable[[Rows, Position], Written]  # the student's responses to the prompts of some rows, by all ranks together
@@ -148,6 +151,8 @@ class Distillm:
             self.accepted = loss
         elif loss >= self.accepted + self.config.tolerance:
             self.phi = min(1.0, self.phi + self.config.phi_step)
+            log.info("the validation loss rose from %.4f to %.4f: from here on the student's responses have %.0f%% of the steps",
+                     self.accepted, loss, 100 * self.phi)  # fmt: skip
             self.accepted = loss
 
     def state(self) -> dict[str, Any]:

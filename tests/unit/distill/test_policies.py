@@ -95,12 +95,15 @@ def distillm(**options: Any) -> tuple[Distillm, Writer]:
     return Distillm(PolicyConfig(name="distillm", **options), writer, 3), writer
 
 
-def test_phi_grows_when_the_validation_loss_has_risen() -> None:
+def test_phi_grows_when_the_validation_loss_has_risen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pocl_ds")
     policy, _ = distillm(phi_step=0.4)
     for loss, phi in ((2.0, 0.0), (1.5, 0.0), (2.05, 0.0), (2.1, 0.4), (2.1, 0.4), (2.15, 0.4), (2.3, 0.8), (9.0, 1.0)):
         policy.validated(loss)
         assert policy.phi == pytest.approx(phi), loss
     assert policy.accepted == 9.0
+    assert caplog.messages[1] == ("the validation loss rose from 2.1000 to 2.3000: from here on the student's responses have 80% "
+                                  "of the steps")  # fmt: skip
 
 
 def test_without_phi_no_one_writes() -> None:
