@@ -11,13 +11,19 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from pocl_ds.artifacts import peak_host_bytes
 from pocl_ds.errors import DisagreementError, PoclError, ResourceError
+
+# How long ranks wait for one that works alone (digests a checkpoint, converts shards, seals what a teacher said), in seconds.
+# The ends of hangs are others': the watchdog, who leaves stacks, and the launcher and SLURM, where a rank died.
+PATIENCE = 4 * 3600.0
 
 
 def rank() -> int:
@@ -62,6 +68,19 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def be_patient(hang_seconds: float = 0.0) -> timedelta:
+    """Let every group of ranks, also one that is made later, wait longer than the watchdog does. Returns how long.
+
+    NCCL's own end of a wait is an abort without stacks; it comes after 10 minutes in DeepSpeed's group, and in each that it makes
+    from it after torch's default, whatever the first one was given.
+    """
+    patience = timedelta(seconds=PATIENCE + hang_seconds)
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(patience, group)
+    return patience
+
+
 def settle() -> None:
     """Wait until all ranks have done what they began, on their GPUs too: before a clock is read."""
     if device().type == "cuda":
@@ -72,7 +91,7 @@ def settle() -> None:
 def agree(facts: Mapping[str, Any]) -> None:
     """Make sure that all ranks are about to do the same. Raises DisagreementError on every rank, naming who differs and how.
 
-    Costs one reduction of two numbers: ranks that go different ways would else be seen as a timeout, half an hour later.
+    Costs one reduction of two numbers: ranks that go different ways would else be seen as a hang, after train.hang_seconds.
     """
     if not dist.is_initialized():
         return

@@ -103,6 +103,7 @@ class DeepSpeedEngine:
         self.engine, *_ = deepspeed.initialize(
             model=module, model_parameters=parameter_groups(module, train.weight_decay), config=ds_config
         )
+        distributed.be_patient(train.hang_seconds)
         self.module = module
         self.ranks = distributed.world_size()
         # It puts a script into every checkpoint, between two barriers, where a full disk would leave the other ranks waiting.
@@ -213,6 +214,7 @@ class TorchEngine:
     """A student whole on every rank; gradients are summed over ranks. The reference for tests."""
 
     def __init__(self, module: nn.Module, train: TrainConfig) -> None:
+        distributed.be_patient(train.hang_seconds)
         self.module = module.to(distributed.device())
         self.clip = train.clip
         self.optimizer = torch.optim.AdamW(
@@ -312,7 +314,7 @@ def start_deepspeed() -> None:
         if distributed.world_size() > 1:
             raise ResourceError("MASTER_PORT is not set: start ranks through launch/train.sh")
         os.environ["MASTER_PORT"] = "0"
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False, timeout=distributed.be_patient())
     if on_cpu:
         _keep_gloo_from_teams()
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch.distributed as dist
 from gradient_worker import write_split
 
 from pocl_ds.artifacts import RunDirectory
@@ -22,18 +19,7 @@ from pocl_ds.distill.fused_head import LossSums
 from pocl_ds.distill.trainer import Trainer
 from pocl_ds.errors import NumericalError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def alone() -> Iterator[None]:
-    """DeepSpeed makes this process a rank: what starts processes later must not find it so."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
+pytestmark = pytest.mark.usefixtures("alone")
 ENGINES = ["torch", "student_zero3", "student_zero2"]
 
 
