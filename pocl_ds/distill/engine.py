@@ -176,13 +176,13 @@ class DeepSpeedEngine:
         """Undo what DeepSpeed's universal load does to an Adam with several parameter groups.
 
         Every group gets the first one's values, so that biases and norms would decay; and all states share one step
-        counter, which torch counts up in place once a group.
+        counter, which torch counts up in place once a group, and which is on the CPU, where a GPU's fused kernel cannot read it.
         """
         for group, decay in zip(self.engine.optimizer.param_groups, self.weight_decays, strict=True):
             group["weight_decay"] = decay
-        for state in self.engine.optimizer.optimizer.state.values():
+        for parameter, state in self.engine.optimizer.optimizer.state.items():
             if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(parameter.device, copy=True)
 
     def reshard(self, source: Path, target: Path) -> None:
         if self.zero_stage != 3:

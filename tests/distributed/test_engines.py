@@ -1,8 +1,9 @@
-"""What engines set up around DeepSpeed: how long ranks wait."""
+"""What engines set up around DeepSpeed: how long ranks wait, and what a conversion of shards leaves."""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,3 +44,18 @@ def test_ranks_wait_longer_than_the_watchdog(name: str, hang_seconds: float) -> 
     engine.backward(engine(torch.ones(1, 4)).sum(), normaliser=1, last=True)
     engine.step(1e-3)
     dist.barrier()
+
+
+def test_converted_shards_count_their_steps_where_the_parameter_is() -> None:
+    """A GPU's fused Adam reads the counter there; `meta` stands for it. Each has a counter of its own."""
+    shared = torch.tensor(3.0)
+    states: dict[Any, Any] = {torch.empty(2, device=where): {"step": shared} for where in ("meta", "cpu", "cpu")}
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine.weight_decays = [0.1, 0.0]
+    groups = [{"weight_decay": 0.1}, {"weight_decay": 0.1}]
+    engine.engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups, optimizer=SimpleNamespace(state=states)))
+    engine._mend_universal_load()
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(state["step"].device == parameter.device for parameter, state in states.items())
+    steps = [state["step"] for state in states.values() if state["step"].device.type == "cpu"]
+    assert [float(step) for step in steps] == [3.0, 3.0] and len({step.data_ptr() for step in (shared, *steps)}) == 3
