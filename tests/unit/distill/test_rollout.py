@@ -56,11 +56,12 @@ def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def made(folder: Path, *, every: int = 1) -> Rollout:
-    model: Any = load_model(str(folder), attention=PER_SAMPLE)
+def made(folder: Path, *, every: int = 1, dtype: Any = "float32") -> Rollout:
+    model: Any = load_model(str(folder), attention=PER_SAMPLE, dtype=dtype)
     engine = TorchEngine(Student(model, Ids(SIZE), chunk_bytes=1 << 20).train(), TrainConfig())
     policy = PolicyConfig(name="gkd", rollout="hf", refresh_every=every, max_new_tokens=12)
-    return Rollout(policy, StudentConfig(model=str(folder)), str(folder), engine, Split(), Ids(SIZE), seed=3, longest=20)
+    student = StudentConfig(model=str(folder), dtype=dtype)
+    return Rollout(policy, student, str(folder), engine, Split(), Ids(SIZE), seed=3, longest=20)
 
 
 def learn(rollout: Rollout, size: float = 0.05) -> None:
@@ -84,9 +85,11 @@ def test_new_weights_come_with_the_first_writing_of_so_many_steps(tiny_llama: Pa
     assert seen == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
 
 
-@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"])
-def test_a_writer_that_keeps_an_old_weight_ends_the_run(kept: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout = made(tiny_llama)
+@pytest.mark.parametrize(("kept", "dtype"), [("model.embed_tokens.weight", "float32"), ("model.embed_tokens.weight", "bfloat16"),
+                                             ("model.layers.1.mlp.down_proj.weight", "float32")])  # fmt: skip
+def test_a_writer_that_keeps_an_old_weight_ends_the_run(kept: str, dtype: str, tiny_llama: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    rollout = made(tiny_llama, dtype=dtype)
     write(rollout, 0)
     refresh, old = TransformersGenerator.refresh, dict(rollout.engine.weights(rollout.module.model))[kept]
     monkeypatch.setattr(TransformersGenerator, "refresh", lambda self, weights: refresh(self, {**weights, kept: old}))
@@ -94,6 +97,35 @@ def test_a_writer_that_keeps_an_old_weight_ends_the_run(kept: str, tiny_llama: P
     learn(rollout)
     with pytest.raises(ResourceError, match=r"response [\d.]+ nats and the student [\d.]+: it did not take the new weights"):
         write(rollout, 2)
+
+
+@pytest.mark.parametrize(("dtype", "on_gpu", "tokens", "allowed"), [
+    ("float32", False, 6, 1e-3), ("float32", True, 1, 0.06), ("float32", True, 6, 1e-2 + 0.05 / 6),
+    ("bfloat16", False, 1, 0.6), ("bfloat16", True, 1, 0.6), ("bfloat16", True, 100, 0.105),
+])  # fmt: skip
+@pytest.mark.parametrize("share", [-0.5, 0.5, 1.5, float("nan")])
+def test_how_far_a_writer_may_be_off_a_token(share: float, dtype: str, on_gpu: bool, tokens: int, allowed: float,
+                                             tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """By more in a short response, whose rounding does not even out; the longest of the batch is looked at."""
+    rollout, split = made(tiny_llama, dtype=dtype), Split()
+    split.loss_tokens = np.array([1, tokens, 1, 1])
+    split.total_tokens = split.prompt_tokens + split.loss_tokens
+    monkeypatch.setattr(split, "tokens", lambda row: np.arange(2, 2 + split.total_tokens[row]).astype(np.uint32))
+    rollout.split, rollout.longest, rollout.on_gpu = split, 200, on_gpu
+    asked, log_probs = [], TransformersGenerator.log_probs
+
+    def off(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
+        found = log_probs(self, sequences, starts)
+        asked.append(len(found[0]))
+        return [one + share * allowed for one in found]
+
+    monkeypatch.setattr(TransformersGenerator, "log_probs", off)
+    if abs(share) < 1:
+        write(rollout, 0)
+    else:
+        with pytest.raises(ResourceError, match="it did not take the new weights"):
+            write(rollout, 0)
+    assert asked == [tokens]
 
 
 def test_a_writer_goes_on_with_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
