@@ -17,6 +17,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,8 @@ from pocl_ds.errors import ArtifactError, ResourceError
 
 log = logging.getLogger("pocl_ds")
 
+# What the names of rotary positions' buffers hold in every family of transformers.
+INVERSE_FREQUENCIES = "inv_freq"
 
 Write: TypeAlias = Callable[[], list[Path]]
 
@@ -346,17 +349,30 @@ def _data_only(directory: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def sharded_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
-    """Inside, `from_pretrained` builds a model in shards (zero.Init): no rank ever holds it whole."""
+    """Inside, `from_pretrained` builds a model in shards (zero.Init): no rank ever holds it whole.
+
+    zero.Init makes each float tensor one of the weights' type. bfloat16 would change the inverse frequencies of rotary positions
+    by up to 2%: they stay in float32, as in a model that is loaded whole, beside what the model or the configuration names.
+    """
     if ds_config is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
         yield
         return
+    from deepspeed.runtime.zero import partition_parameters
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    named = partition_parameters.keep_in_fp32_pattern
+
+    def kept(module: nn.Module, setting: Any, dtype: torch.dtype) -> re.Pattern[str]:
+        others = named(module, setting, dtype)
+        return re.compile(f"{INVERSE_FREQUENCIES}|{others.pattern}" if others else INVERSE_FREQUENCIES)
+
+    partition_parameters.keep_in_fp32_pattern = kept
     keep = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference
     try:
         yield
     finally:
+        partition_parameters.keep_in_fp32_pattern = named
         unset_hf_deepspeed_config()
         del keep
 

@@ -1,8 +1,9 @@
-"""What engines set up around DeepSpeed: how long ranks wait, and what a conversion of shards leaves."""
+"""What engines set up around DeepSpeed: how long ranks wait, what is not rounded, and what a conversion of shards leaves."""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.distill.engine import DeepSpeedEngine, FrozenEngine, TorchEngine, start_deepspeed
+from pocl_ds.distill.engine import DeepSpeedEngine, FrozenEngine, TorchEngine, sharded_loading, start_deepspeed
 from pocl_ds.distributed import PATIENCE
 from pocl_ds.ds_config import resolve_student, resolve_teacher
+from pocl_ds.models.load import load_model
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -59,3 +62,50 @@ def test_converted_shards_count_their_steps_where_the_parameter_is() -> None:
     assert all(state["step"].device == parameter.device for parameter, state in states.items())
     steps = [state["step"] for state in states.values() if state["step"].device.type == "cpu"]
     assert [float(step) for step in steps] == [3.0, 3.0] and len({step.data_ptr() for step in (shared, *steps)}) == 3
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32,
+         "initializer_range": 0.2}  # fmt: skip
+DEEPSEEK = {**SMALL, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("llama", "qwen2", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "granite", "cohere"), SMALL),
+    "gpt_neox": {**SMALL, "rotary_pct": 0.5}, "gptj": {"n_embd": 64, "n_head": 2, "n_layer": 2, "rotary_dim": 16},
+    "gpt2": {"n_embd": 64, "n_head": 2, "n_layer": 2}, "deepseek_v3": DEEPSEEK,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_models_buffers_are_those_of_a_whole_one(family: str, dtype: str, tmp_path: Path) -> None:
+    """Inverse frequencies above all; and what a model itself wants in float32 (DeepSeek's routing bias)."""
+    start_deepspeed()
+    config = AutoConfig.for_model(family, vocab_size=128, bos_token_id=0, eos_token_id=0, pad_token_id=1, **FAMILIES[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    whole = dict(load_model(str(tmp_path), dtype=dtype).named_buffers())
+    frozen = resolve_teacher("teacher_zero3", dtype=dtype, ranks=2, micro_batch_size=1)
+    assert frozen is not None
+    with sharded_loading({**frozen, "train_batch_size": 1}):
+        sharded = load_model(str(tmp_path), dtype=dtype)
+    FrozenEngine(sharded, {**frozen, "train_batch_size": 1})
+    found = dict(sharded.named_buffers())
+    assert found.keys() == whole.keys() and hasattr(next(sharded.parameters()), "ds_id")
+    for name, buffer in whole.items():
+        assert found[name].dtype == buffer.dtype and found[name].equal(buffer), name
+
+
+def test_a_students_positions_are_those_of_its_export(tiny_llama: Path) -> None:
+    """Also where a ds_config names what else stays in float32, or nothing."""
+    start_deepspeed()
+    train = TrainConfig(batch_size=1, micro_batch_size=1)
+    config = resolve_student("student_zero3", train=train, dtype="bfloat16", ranks=1)
+    whole = load_model(str(tiny_llama), dtype="bfloat16")
+    ids = torch.randint(2, 300, (1, 300), generator=torch.Generator().manual_seed(0))
+    for kept in ("auto", [], ["norm"]):
+        config["data_types"]["keep_in_fp32_modules"] = kept
+        with sharded_loading(config):
+            model = load_model(str(tiny_llama), dtype="bfloat16")
+        engine: Any = DeepSpeedEngine(model, train, config)
+        with torch.no_grad():
+            assert engine(ids).logits.equal(whole(ids).logits)
