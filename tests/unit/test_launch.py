@@ -300,19 +300,53 @@ def test_bad_arguments(arguments: list[str]) -> None:
 def test_setup_says_what_is_wrong(
     environment: dict[str, str], arguments: list[str], words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    (tmp_path / "launch").mkdir()
-    shutil.copy(REPOSITORY / "launch" / "setup.sh", tmp_path / "launch")
-    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
-    for pins in REPOSITORY.glob("constraints*.txt"):
-        shutil.copy(pins, tmp_path)
-    done = subprocess.run(
-        ["bash", str(tmp_path / "launch" / "setup.sh"), *arguments],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=30,
-    )  # fmt: skip
+    done = set_up(tmp_path, *arguments, **environment)
     assert done.returncode == 2
     for word in words:
         assert word in done.stderr
     assert not list(tmp_path.glob(".venv/.pocl-*"))
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    """One that the scripts find before the machine's own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """launch/setup.sh in a checkout of its own; the programs in its bin/ come first."""
+    (folder / "launch").mkdir(exist_ok=True)
+    for file in (REPOSITORY / "launch" / "setup.sh", REPOSITORY / "pyproject.toml", *REPOSITORY.glob("constraints*.txt")):
+        shutil.copy(file, folder / file.relative_to(REPOSITORY))
+    return subprocess.run(
+        ["bash", str(folder / "launch" / "setup.sh"), *arguments], capture_output=True, text=True, timeout=30,
+        env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("programs", "before", "stack", "why"), [
+    ({}, "", "CPU", "no NVIDIA GPU answers;"),
+    ({"sinfo": "echo '(null)'"}, "cpu", "CPU", "no NVIDIA GPU answers;"),
+    ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "", "CPU", "sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh;"),
+    ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "cuda", "CUDA", ".venv has it already;"),
+    ({"nvidia-smi": "echo 'GPU 0: H100'"}, "cpu", "CUDA", "nvidia-smi names a GPU;"),
+])  # fmt: skip
+def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, stack: str, why: str, tmp_path: Path) -> None:
+    """A login node has no GPU: its set-up takes the CPU stack, says whom it is not for, and keeps the other once it is there."""
+    program(tmp_path / ".venv" / "bin", "python", "exit 0")
+    for name, body in {"sinfo": "exit 1", "nvidia-smi": "exit 9", **programs}.items():
+        program(tmp_path / "bin", name, body)
+    if before:
+        for name, text in {"base": "an older key", "stack": before}.items():
+            (tmp_path / ".venv" / f".pocl-{name}").write_text(text)
+    # Where the stack changes, the folder is made anew: by a python that makes one of the same kind.
+    program(tmp_path / "bin", "python3.12", f'[ "$1" != -m ] || cp {tmp_path}/bin/python {tmp_path}/.venv/bin/')
+    program(tmp_path / "bin", "python", "exit 0")
+    done = set_up(tmp_path, POCL_STACK="", PYTHON="")
+    assert done.returncode == 0, done.stderr
+    assert f"setup: the {stack} stack, since " in done.stdout and why in done.stdout
+    assert (tmp_path / ".venv" / ".pocl-stack").read_text() == f"{stack.lower()}\n"
 
 
 def test_pins_are_exact_and_unique_for_each_python() -> None:

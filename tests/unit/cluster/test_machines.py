@@ -152,11 +152,46 @@ def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     spec = {"name": "train", "gpus_per_node": 0, "keep": 2, "adapters": False}
     assert preflight.preflight(run, spec) == (0, "")
     assert list((run.cluster / "preflight").iterdir()) == []
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
     code, sentence = preflight.preflight(run, {**spec, "gpus_per_node": 4096})
     assert code == UNFIT and "4096 promised GPUs" in sentence, "another node may do"
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     code, sentence = preflight.preflight(run, spec)
     assert code == 2 and "TMPDIR" in sentence, "wrong on every node: no other node would do"
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_torch_without_cuda_is_no_nodes_own_fault(ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set-up on a login node without a GPU took the CPU stack: each attempt left its good nodes out."""
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    code, sentence = preflight.preflight(RunDirectory(tmp_path), {"gpus_per_node": 8})
+    assert code == 2 and sentence.endswith("the CPU build: POCL_STACK=cuda bash launch/setup.sh")
+
+
+@pytest.mark.parametrize(("built", "smi", "gres", "state", "said"), [
+    (False, "exit 9", "(null)", checks.OK, "no GPU; "),
+    (False, "exit 9", "gpu:h100:8", checks.WARN, f"sinfo names GPUs, and {checks.CPU_BUILD}; "),
+    (False, "echo 'GPU 0: H100 (UUID: x)'", "(null)", checks.WARN, f"nvidia-smi names GPUs, and {checks.CPU_BUILD}; "),
+    (True, "exit 9", "gpu:h100:8", checks.OK, "no GPU; "),
+    (True, "echo 'GPU 0: H100 (UUID: x)'", "(null)", checks.WARN, "torch cannot use (the driver is too old): until that"),
+])  # fmt: skip
+def test_gpus_that_torch_cannot_use_are_told(
+    built: bool, smi: str, gres: str, state: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init() -> None:
+        raise RuntimeError("the driver is too old. Please update it\nor not")
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, body in {"nvidia-smi": smi, "sinfo": f"echo '{gres}'"}.items():
+        fake(tmp_path, name, body)
+    for name in ("squeue", "sbatch", "scontrol", "scancel"):
+        fake(tmp_path, name, "true")
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: built)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", init)
+    found = checks.devices(None)
+    assert found.state == state and said in found.said
 
 
 def test_a_node_that_cannot_meet_the_others_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
