@@ -7,4 +7,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$here"
 bash launch/setup.sh --quickstart
 export PATH=$here/.venv/bin:$PATH
-exec pocl run quickstart --run-dir runs/quickstart "$@"
+ranks=()
+if [ "$(cat .venv/.pocl-stack)" = cuda ] && [ "$(python -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then
+  echo "quickstart: one GPU is visible, which holds one rank: launch.ranks=1 in place of the recipe's 2"
+  ranks=(launch.ranks=1)
+fi
+exec pocl run quickstart --run-dir runs/quickstart "${ranks[@]}" "$@"

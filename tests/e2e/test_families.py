@@ -6,7 +6,6 @@ Each number is held to plain transformers: full logits, the model's own eager at
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -32,7 +31,7 @@ from pocl_ds.models.heads import head_of, hidden_states
 from pocl_ds.models.load import load_model
 from pocl_ds.tracking import read_metrics
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+pytestmark = pytest.mark.vllm
 
 FAMILIES = list(tiny_models.FAMILIES)
 

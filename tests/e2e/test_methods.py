@@ -115,6 +115,7 @@ def test_two_tokenizers_need_a_loss_across_them(planned_apart: Path, tmp_path: P
     assert found.returncode == 2 and "student.heal_steps=2 is plain distillation" in found.stderr, found.stderr
 
 
+@pytest.mark.vllm
 def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
     """Its probabilities are compared with the student's after each refresh: a run that ends has passed that."""
     run = Path(shutil.copytree(planned, tmp_path / "run"))

@@ -349,6 +349,50 @@ def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, sta
     assert (tmp_path / ".venv" / ".pocl-stack").read_text() == f"{stack.lower()}\n"
 
 
+def checkout(folder: Path, script: str, gpus: int) -> None:
+    """One with this script, a set-up that is done, and `nvidia-smi` and torch that name so many GPUs; python and pocl note what
+    they are asked, and what they see.
+    """
+    (folder / "launch").mkdir()
+    shutil.copy(REPOSITORY / "launch" / script, folder / "launch")
+    (folder / "launch" / "setup.sh").write_text("exit 0\n")
+    names = "; ".join(["exit 9"] if not gpus else [f"echo 'GPU {number}: H100'" for number in range(gpus)])
+    program(folder / "bin", "nvidia-smi", names)
+    note = 'echo "$* cuda=${CUDA_VISIBLE_DEVICES-unset} accelerator=${DS_ACCELERATOR-unset}"'
+    for name, body in {"ruff": "true", "mypy": "true", "pocl": note}.items():
+        program(folder / ".venv" / "bin", name, body)
+    program(folder / ".venv" / "bin", "python", f'case $* in -c*) echo {gpus} ;; *"-m gpu"*) {note}; exit 5 ;; *) {note} ;; esac')
+    (folder / ".venv" / ".pocl-stack").write_text("cuda\n" if gpus else "cpu\n")
+
+
+def ran(folder: Path, script: str, *arguments: str) -> list[str]:
+    """The lines of what it said, to a good end."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "DS_"))}
+    done = subprocess.run(
+        ["bash", str(folder / "launch" / script), *arguments], capture_output=True, text=True, timeout=30,
+        env={**environment, "PATH": f"{folder / 'bin'}:{environment['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("gpus", "words"), [(0, "train.lr=1"), (1, "launch.ranks=1 train.lr=1"), (2, "train.lr=1")])
+def test_the_quickstart_takes_one_rank_where_one_gpu_is(gpus: int, words: str, tmp_path: Path) -> None:
+    checkout(tmp_path, "quickstart.sh", gpus)
+    *said, last = ran(tmp_path, "quickstart.sh", "train.lr=1")
+    assert last.startswith(f"run quickstart --run-dir runs/quickstart {words} cuda=")
+    assert len(said) == (gpus == 1) and all("launch.ranks=1" in line for line in said)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_only_what_asks_for_a_gpu_is_tested_on_one(gpus: int, tmp_path: Path) -> None:
+    """Its code for no test at all, of a choice that asks for none on a GPU, is no failure."""
+    checkout(tmp_path, "test.sh", gpus)
+    asked = [line for line in ran(tmp_path, "test.sh", "tests/unit") if line.startswith("-m pytest")]
+    assert asked[0].endswith("tests/unit cuda= accelerator=cpu")
+    assert asked[1:] == ["-m pytest -n 0 -m gpu tests/unit cuda=unset accelerator=unset"] * gpus
+
+
 def test_pins_are_exact_and_unique_for_each_python() -> None:
     requirements = pytest.importorskip("packaging.requirements")
     for version in ("3.10", "3.11", "3.12"):

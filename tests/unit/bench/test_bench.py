@@ -90,6 +90,7 @@ def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
         teacher.run(["C"])
 
 
+@pytest.mark.vllm
 def test_rollout_prints_both_writers() -> None:
     lines: list[str] = []
     found = rollout.run(["tiny"], lines.append, rounds=1, steps=2, most=12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -263,7 +262,7 @@ def test_a_metric_is_scored_beside_the_two(tiny_llama: Path, tmp_path: Path, mea
     assert all(record["metrics"] == {measure: record["tokens"]} for record in results(run, 1))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.vllm
 def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     """Cross-entropy to 1e-4 and the same greedy text, two shards served by one engine."""
     tokenizer = load_tokenizer(str(tiny_llama))

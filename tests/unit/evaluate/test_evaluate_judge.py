@@ -344,7 +344,6 @@ def vllm_server(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A real vLLM server with a tiny model, which takes half a minute to come up; the address that it answers at."""
     import tiny_models
 
-    pytest.importorskip("vllm")
     model, port = tiny_models.llama(models_folder / "judge"), _free_port()
     log = tmp_path_factory.mktemp("vllm") / "log"
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
@@ -373,6 +372,7 @@ def vllm_server(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
 def test_a_real_vllm_server_judges(answered: RunDirectory, vllm_server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights answer garbage: it is kept, counted, and no score is made of it. And a model that is not served."""
     monkeypatch.setenv("JUDGE_KEY", KEY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from pocl_ds.generation.protocol import Sampling
 from pocl_ds.generation.vllm_backend import VllmGenerator
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).resolve().parents[3]
 POSITIONS = 512
