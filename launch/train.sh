@@ -66,6 +66,13 @@ if [ -n "${SLURM_STEP_ID:-}" ] && [ -n "${SLURM_PROCID:-}" ] && { ((tasks > 1)) 
   trap '' USR1 USR2
   export RANK=$SLURM_PROCID WORLD_SIZE=$tasks LOCAL_RANK=${SLURM_LOCALID:-0}
   export LOCAL_WORLD_SIZE=$((WORLD_SIZE / ${SLURM_STEP_NUM_NODES:-1}))
+  # Of a node's GPUs each task may see its own alone (--gpus-per-task=1, --gpu-bind=single:1): the only one, whatever its number.
+  # Where there are fewer GPUs than tasks, the one that all see is not theirs: a rank without one says so.
+  if ((LOCAL_WORLD_SIZE > 1 && ${SLURM_GPUS_ON_NODE:-$LOCAL_WORLD_SIZE} >= LOCAL_WORLD_SIZE)) &&
+    [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[^,]+$ ]]; then
+    LOCAL_RANK=0
+    if [ -n "${POCL_GPUS:-}" ]; then POCL_GPUS=1; fi
+  fi
   if [ -z "${MASTER_ADDR:-}" ] && ! MASTER_ADDR=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
   then
     echo "launch/train.sh: the first node is not known here without scontrol: export MASTER_ADDR" >&2

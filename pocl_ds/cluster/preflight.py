@@ -42,7 +42,7 @@ def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     shared = run.cluster / "preflight"
     training = {"train": run.train, "baseline": run.baseline}.get(spec["name"])
     needed = checks.checkpoint_bytes(run.path, training, keep=spec["keep"], adapters=spec["adapters"]) if training else 0
-    device = checks.devices(spec["gpus_per_node"])
+    device = checks.devices(promised(spec))
     findings = [device, checks.folder(run.path, needed), checks.limits(), checks.scratch()]
     faults = [finding.said for finding in findings if finding.state == checks.FAIL]
     for _ in range(50):  # a network file system may show another node's file late
@@ -54,6 +54,11 @@ def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     recipe = file_digest(run.recipe)["sha256"] if run.recipe.is_file() else "missing"
     return {"node": node_name(), "faults": faults, "own": device.state == checks.FAIL, "clock": clock, "recipe": recipe,
             "versions": package_versions(), "notes": [finding.said for finding in findings if finding.state == checks.WARN]}
+
+
+def promised(spec: dict[str, Any]) -> int:
+    """GPUs that this rank must see: its node's, or as launch/train.sh knows, the one that is its own."""
+    return int(os.environ.get("POCL_GPUS", spec["gpus_per_node"]))
 
 
 def check_ways(spec: dict[str, Any]) -> None:

@@ -260,6 +260,24 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
     assert process.returncode == 2 and "export MASTER_ADDR" in err
 
 
+@pytest.mark.parametrize(("visible", "on_node", "local", "promised"), [
+    ("0", "4", "0", "1"), ("GPU-5f1", None, "0", "1"), ("0,1,2,3", "4", "3", "4"), ("", None, "3", "4"), (None, None, "3", "4"),
+    ("0", "1", "3", "4"),  # one GPU for all four
+])  # fmt: skip
+def test_a_task_that_sees_its_own_gpu_alone_takes_it(
+    visible: str | None, on_node: str | None, local: str, promised: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    both = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
+    given = {name: value for name, value in both.items() if value is not None}
+    slurm = {"SLURM_PROCID": "7", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2",
+             "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "MASTER_ADDR": "n1", "POCL_GPUS": "4"}  # fmt: skip
+    _, err = (process := launch.start(8, {}, **slurm, **given)).communicate(timeout=30)
+    assert process.returncode == 0, err
+    found = launch.environment(7)
+    assert (found["LOCAL_RANK"], found["POCL_GPUS"], found["LOCAL_WORLD_SIZE"]) == (local, promised, "4")
+
+
 def test_the_task_of_an_interactive_step_is_no_rank(launch: Launch) -> None:
     """`salloc` gives its shell one on some clusters: a run of two ranks became one rank there, without a word."""
     inside = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290",

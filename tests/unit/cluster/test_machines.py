@@ -155,6 +155,9 @@ def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
     code, sentence = preflight.preflight(run, {**spec, "gpus_per_node": 4096})
     assert code == UNFIT and "4096 promised GPUs" in sentence, "another node may do"
+    monkeypatch.setenv("POCL_GPUS", "2")  # launch/train.sh knows what of them this rank sees
+    assert "0 of 2 promised GPUs" in preflight.preflight(run, {**spec, "gpus_per_node": 4096})[1]
+    monkeypatch.delenv("POCL_GPUS")
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     code, sentence = preflight.preflight(run, spec)
     assert code == 2 and "TMPDIR" in sentence, "wrong on every node: no other node would do"
