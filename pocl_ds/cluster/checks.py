@@ -60,7 +60,10 @@ def devices(promised: int | None) -> Finding:
     if not count:
         unused = _unused_gpus()
         return Finding("devices", WARN if unused else OK, f"{unused or 'no GPU'}; {len(os.sched_getaffinity(0))} CPU cores")
-    free, total = torch.cuda.mem_get_info(0)
+    try:
+        free, total = torch.cuda.mem_get_info(0)
+    except RuntimeError as error:  # its memory is damaged, or somebody has taken it for himself alone
+        return Finding("devices", FAIL, f"GPU 0 does not answer ({str(error).splitlines()[0]}): leave this node out")
     state = WARN if free < 0.9 * total else OK
     note = f"; only {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: somebody else is on it" if state == WARN else ""
     return Finding("devices", state, f"{count} x {torch.cuda.get_device_name(0)}{note}")

@@ -32,7 +32,7 @@ from pocl_ds.tracking import setup_logging
 log = logging.getLogger("pocl_ds")
 
 CLOCKS = 5.0  # seconds that nodes may differ by
-MEBIBYTES = {"cpu": 16, "cuda": 256}  # of the all-reduce that is timed
+MEBIBYTES = {"cpu": 16, "cuda": 512}  # of the all-reduce that is timed: on a GPU some milliseconds, as its end is seen within one
 ROUNDS = 3
 
 
@@ -61,10 +61,26 @@ def promised(spec: dict[str, Any]) -> int:
     return int(os.environ.get("POCL_GPUS", spec["gpus_per_node"]))
 
 
-def check_ways(spec: dict[str, Any]) -> None:
+def check_device(gpus: int) -> None:
+    """Raise ResourceError where this rank's GPU is not there or cannot add two numbers, as one whose memory is damaged or that
+    somebody else has taken for himself alone.
+
+    gpus: how many are promised.
+    """
+    try:
+        device = distributed.device()
+        torch.ones(1, device=device).add_(1).item()
+    except PoclError:
+        raise
+    except RuntimeError as error:
+        number = os.environ.get("LOCAL_RANK", "0")
+        raise ResourceError(f"its GPU {number} cannot compute ({str(error).splitlines()[0]}): leave this node out") from error
+    if device.type == "cpu":
+        raise ResourceError(f"no GPU is visible, where {gpus} are promised ({checks.why_no_gpu()})")
+
+
+def check_ways() -> None:
     """Raise ResourceError where this node cannot meet the others: they would wait for it, and look as if they were at fault."""
-    if spec["gpus_per_node"] and distributed.device().type == "cpu":
-        raise ResourceError(f"no GPU is visible, where {spec['gpus_per_node']} are promised ({checks.why_no_gpu()})")
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     here = psutil.net_if_addrs()
     able = {name for name, addresses in here.items() if any(one.family in (AF_INET, AF_INET6) for one in addresses)}
@@ -110,10 +126,13 @@ def bandwidth() -> float:
 def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     """Look at every node. Returns the exit code of this rank, and its sentence."""
     start = time.monotonic()
-    if spec["gpus_per_node"] and not torch.backends.cuda.is_built():  # wrong on every node: none is to be left out for it
-        return 2, f"GPUs are promised, and {checks.CPU_BUILD}"
+    if gpus := promised(spec):
+        if not torch.backends.cuda.is_built():  # wrong on every node: none is to be left out for it
+            return 2, f"GPUs are promised, and {checks.CPU_BUILD}"
+        check_device(gpus)
     if distributed.world_size() > 1:
-        check_ways(spec)
+        check_ways()
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # what stalls raises, as on gloo: else torch's watchdog aborts us
         dist.init_process_group("nccl" if distributed.device().type == "cuda" else "gloo",
                                 timeout=timedelta(seconds=spec["patience"]))
     token = distributed.from_rank_zero(f"{os.environ.get('SLURM_JOB_ID', 'here')}-{time.time_ns()}")

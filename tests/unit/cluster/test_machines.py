@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cluster import checks, detect, preflight, scheduler
 from pocl_ds.cluster.scheduler import SEPARATOR, Queued
-from pocl_ds.errors import UNFIT, ResourceError
+from pocl_ds.errors import HANG, UNFIT, ResourceError
 
 CONFIG = """ClusterName             = north
 SelectType              = select/cons_tres
@@ -153,6 +154,7 @@ def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert preflight.preflight(run, spec) == (0, "")
     assert list((run.cluster / "preflight").iterdir()) == []
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr(preflight, "check_device", lambda gpus: None)
     code, sentence = preflight.preflight(run, {**spec, "gpus_per_node": 4096})
     assert code == UNFIT and "4096 promised GPUs" in sentence, "another node may do"
     monkeypatch.setenv("POCL_GPUS", "2")  # launch/train.sh knows what of them this rank sees
@@ -200,13 +202,70 @@ def test_gpus_that_torch_cannot_use_are_told(
 def test_a_node_that_cannot_meet_the_others_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else those that wait for it are taken for the ones at fault."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    preflight.check_ways({"gpus_per_node": 0})
+    preflight.check_ways()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     with pytest.raises(ResourceError, match="no network interface ib7 with an address"):
-        preflight.check_ways({"gpus_per_node": 0})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ResourceError, match="no GPU is visible, where 8 are promised"):
-        preflight.check_ways({"gpus_per_node": 8})
+        preflight.check_ways()
+
+
+def looked_at(run: Path, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The word that a preflight's process leaves."""
+    for folder in ("cluster/jobs", "words"):
+        (run / folder).mkdir(parents=True)
+    (run / "cluster" / "jobs" / "train.json").write_text(json.dumps({"name": "train", "keep": 2, "adapters": False, **spec}))
+    monkeypatch.setenv("POCL_EXITS", str(run / "words"))
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    monkeypatch.setattr("sys.argv", ["preflight", "train", "--run-dir", str(run)])
+    monkeypatch.setattr(preflight, "leave_when_asked", lambda: None)
+    monkeypatch.setattr(preflight, "setup_logging", lambda *_, **__: None)
+    code = preflight.main()
+    word: dict[str, Any] = json.loads(next((run / "words").iterdir()).read_text())
+    assert word["code"] == code
+    return word
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+@pytest.mark.parametrize(("visible", "error"), [
+    (True, "its GPU 0 cannot compute (CUDA error: uncorrectable ECC error encountered): leave this node out"),
+    (False, "no GPU is visible, where 8 are promised (the driver is too old)"),
+])  # fmt: skip
+def test_a_gpu_that_cannot_compute_makes_its_node_unfit(
+    visible: bool, error: str, ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for ranks that do not reach each other, and by a job of one rank not seen at all."""
+
+    def fail(said: str) -> None:
+        raise RuntimeError(f"{said}\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: visible)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: fail("CUDA error: uncorrectable ECC error encountered"))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: fail("CUDA error: uncorrectable ECC error encountered"))
+    monkeypatch.setattr("torch.cuda.init", lambda: fail("the driver is too old. Please update it"))
+    word = looked_at(tmp_path, {"gpus_per_node": 8, "patience": 5}, monkeypatch)
+    assert (word["code"], word["error"]) == (UNFIT, f"preflight: n1: {error}")
+    if visible:
+        assert checks.devices(None).said.startswith("GPU 0 does not answer (CUDA error: uncorrectable ECC error encountered)")
+
+
+def test_ranks_that_do_not_come_together_in_time_hang_instead_of_being_aborted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """c10d's watchdog, which aborts its process at a timeout of NCCL, is not there where waiting blocks and raises."""
+
+    def stall(backend: str, timeout: Any) -> None:
+        assert os.environ["TORCH_NCCL_BLOCKING_WAIT"] == "1"
+        time.sleep(timeout.total_seconds())
+        raise RuntimeError("timed out in blocking wait")
+
+    monkeypatch.setenv("TORCH_NCCL_BLOCKING_WAIT", "")  # put back afterwards
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", stall)
+    word = looked_at(tmp_path, {"gpus_per_node": 0, "patience": 0.2}, monkeypatch)
+    assert word["code"] == HANG and "the ranks do not reach each other (timed out in blocking wait)" in word["error"]
 
 
 def test_a_rank_of_a_fit_node_leaves_in_peace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
