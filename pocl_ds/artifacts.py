@@ -209,6 +209,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
+def clear_remains(path: Path) -> None:
+    """Remove what a process that was killed while it built `path` left beside it. Nobody else may be building it."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if re.fullmatch("[0-9a-f]{16}", left.suffix[1:]):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def take_lock(handle: int, path: Path, how: int) -> None:
     """Lock an open file, `how` as for flock. Raises BlockingIOError where another process has it and LOCK_NB is asked for,
     ResourceError where its file system keeps no locks.

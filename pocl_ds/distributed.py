@@ -50,6 +50,12 @@ def device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def device_name() -> str:
+    """This rank's device in words: where a GPU was expected, CPU is a finding."""
+    where = device()
+    return "CPU" if where.type == "cpu" else torch.cuda.get_device_name(where)
+
+
 def memory() -> dict[str, float]:
     """Most memory that this process took so far in GiB, on its GPU where it has one; there also how busy that is, in percent."""
     where = device()

@@ -16,6 +16,7 @@ from pocl_ds import distributed
 from pocl_ds.artifacts import (
     RunDirectory,
     atomic_directory,
+    clear_remains,
     read_manifest,
     read_models,
     whole_result,
@@ -189,6 +190,8 @@ def fit(run: RunDirectory, job: Job) -> None:
     watch = distributed.Stopwatch()
     if job.train.engine == "deepspeed" or distributed.world_size() > 1:
         start_deepspeed()
+    log.info("%s: %s, engine %s, on %d × %s", job.label, job.directory, job.train.engine, distributed.world_size(),
+             distributed.device_name())  # fmt: skip
     trainer = make_trainer(run, job)
     trainer.run()
     _write_final(job, trainer.engine, load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code))
@@ -197,7 +200,8 @@ def fit(run: RunDirectory, job: Job) -> None:
         info = {
             **peak, "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
             "trained_parameters": trained_parameters(trainer.engine.module)[0],
-            "ranks": distributed.world_size(), "engine": job.train.engine, "packed": trainer.layout.packed,
+            "ranks": distributed.world_size(), "device": distributed.device_name(), "engine": job.train.engine,
+            "packed": trainer.layout.packed,
             "padding_share": round(trainer.layout.padding_share, 4),
             "resumed_at": trainer.first_step, "skipped_steps": trainer.non_finite.skipped,
         }
@@ -215,6 +219,7 @@ def _prune(source: str, target: Path, student: StudentConfig) -> dict[str, Any]:
     model = prune_layers(model, layers)
     after = sum(p.numel() for p in model.parameters())
     log.info("pruned %d layers: %.1f million parameters become %.1f million", len(layers), before / 1e6, after / 1e6)
+    clear_remains(target)
     with atomic_directory(target) as folder, quiet():
         model.save_pretrained(folder)
         load_tokenizer(source, trust_remote_code=student.trust_remote_code).save_pretrained(folder)
@@ -229,6 +234,7 @@ def _write_final(job: Job, engine: Engine, tokenizer: Any) -> None:
         state = merged(module.model, state)
     with distributed.together("write the trained weights"), contextlib.ExitStack() as stack:
         if distributed.rank() == 0:
+            clear_remains(job.directory / "final")
             folder = stack.enter_context(atomic_directory(job.directory / "final"))
             save_torch_state_dict(state, folder, metadata={"format": "pt"})
             if getattr(module.model, "_auto_class", None):  # its class is code that came with it, and must go with it

@@ -23,6 +23,7 @@ from pocl_ds.artifacts import (
     RunDirectory,
     atomic_directory,
     atomic_write,
+    clear_remains,
     damaged_files,
     disk_faults,
     file_fault,
@@ -181,6 +182,14 @@ def test_two_that_build_the_same_directory(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="move what is in the way"), atomic_directory(tmp_path / "made" / "of"):
         pass
     assert (tmp_path / "made" / "of").read_text() == "one"
+
+
+def test_remains_of_what_a_killed_process_built(tmp_path: Path) -> None:
+    for name in (".final.0123456789abcdef", ".final.notours", ".other.0123456789abcdef", "final"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").touch()
+    clear_remains(tmp_path / "final")
+    assert names(tmp_path) == [".final.notours", ".other.0123456789abcdef", "final"]
 
 
 def test_a_manifest_that_goes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
