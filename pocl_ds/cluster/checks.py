@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -67,6 +68,22 @@ def devices(promised: int | None) -> Finding:
     state = WARN if free < 0.9 * total else OK
     note = f"; only {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: somebody else is on it" if state == WARN else ""
     return Finding("devices", state, f"{count} x {torch.cuda.get_device_name(0)}{note}")
+
+
+def compiler() -> Finding:
+    """What vLLM needs on a GPU, where its Triton compiles: a C compiler, and Python's headers."""
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return Finding("compiler", OK, "vLLM's CPU build needs none")
+    version = f"python3.{sys.version_info[1]}"
+    found = {"gcc": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+             f"{version}-dev": Path(sysconfig.get_paths()["include"], "Python.h").exists()}  # fmt: skip
+    missing = [package for package, there in found.items() if not there]
+    if missing:
+        return Finding("compiler", WARN, f"vLLM cannot write on a GPU without {' and '.join(missing)}: install it, or set "
+                                         "generation.backend=transformers")  # fmt: skip
+    return Finding("compiler", OK, f"{found['gcc']}, and the headers of {version}")
 
 
 def _unused_gpus() -> str:
@@ -168,6 +185,6 @@ def checkpoint_bytes(run: Path, training: Path, keep: int, *, adapters: bool) ->
 def here(run: Path) -> list[Finding]:
     """Every check of this machine."""
     checks: list[Callable[[], Finding]] = [
-        python_packages, lambda: devices(None), lambda: folder(run), limits, scheduler_answers,
+        python_packages, lambda: devices(None), compiler, lambda: folder(run), limits, scheduler_answers,
     ]  # fmt: skip
     return [check() for check in checks]

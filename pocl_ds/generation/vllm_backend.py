@@ -10,6 +10,9 @@ import importlib
 import logging
 import math
 import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +40,11 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
+
+
+FAULTS = (ValueError, RuntimeError, OSError, MemoryError, subprocess.SubprocessError,
+          AssertionError)  # the last: others freed memory while the engine measured it  # fmt: skip
+COMPILING = re.compile(r"C compiler|Python\.h|\b(gcc|clang|cc)'")  # what Triton says, by itself or through torch's inductor
 
 
 class VllmGenerator:
@@ -98,14 +106,9 @@ class VllmGenerator:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
-        except (ValueError, RuntimeError, OSError, MemoryError, AssertionError) as error:  # the last: others freed memory
+        except FAULTS as error:
             self.settings.restore()
-            reason = " ".join(str(error).split())[:300]
-            share = "gpu_memory_share, " if torch.cuda.is_available() else ""
-            raise ResourceError(
-                f"vLLM cannot open {model_path} ({reason}): where memory is short lower {share}max_sequences or "
-                f"max_batched_tokens, or choose the slower {instead}"
-            ) from error
+            raise ResourceError(f"vLLM cannot open {model_path} {_why(error)}, or choose the slower {instead}") from error
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """See `protocol.Generator`."""
@@ -218,6 +221,16 @@ def _prepare_environment(model_config: Any, config: GenerationConfig, max_length
     positions = max_positions(model_config)
     if positions is not None and max_length + 1 > positions:  # the one token more is never fed to the model
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+
+
+def _why(error: Exception) -> str:
+    """What went wrong while an engine was opened, and what to do."""
+    said = " ".join(str(error).split())
+    if isinstance(error, subprocess.SubprocessError) or COMPILING.search(said):
+        package = f"python3.{sys.version_info[1]}-dev"
+        return f"({said[:300]}): on a GPU it compiles, with a C compiler and Python's headers: install gcc and {package}"
+    share = "gpu_memory_share, " if torch.cuda.is_available() else ""
+    return f"({said[:300]}): where memory is short lower {share}max_sequences or max_batched_tokens"
 
 
 def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -18,6 +18,7 @@ import pytest
 from pocl_ds.first_fault import first_fault
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+BASH = shutil.which("bash") or "bash"
 LAUNCHER = REPOSITORY / "launch" / "train.sh"
 
 # What each rank runs in place of pocl_ds.cli: it notes its environment and its signals, then does what it is told.
@@ -338,7 +339,7 @@ def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     for file in (REPOSITORY / "launch" / "setup.sh", REPOSITORY / "pyproject.toml", *REPOSITORY.glob("constraints*.txt")):
         shutil.copy(file, folder / file.relative_to(REPOSITORY))
     return subprocess.run(
-        ["bash", str(folder / "launch" / "setup.sh"), *arguments], capture_output=True, text=True, timeout=30,
+        [BASH, str(folder / "launch" / "setup.sh"), *arguments], capture_output=True, text=True, timeout=30,
         env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **environment},
     )  # fmt: skip
 
@@ -365,6 +366,32 @@ def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, sta
     assert done.returncode == 0, done.stderr
     assert f"setup: the {stack} stack, since " in done.stdout and why in done.stdout
     assert (tmp_path / ".venv" / ".pocl-stack").read_text() == f"{stack.lower()}\n"
+
+
+TOOLS = ("bash", "cat", "cut", "dirname", "env", "flock", "grep", "mkdir", "sed", "sha256sum", "tail")
+
+
+@pytest.mark.parametrize(("stack", "user", "header", "apt", "said"), [
+    ("cuda", 0, False, "install -y gcc libc6-dev python3.11-dev", "is missing, installing it with apt-get"),
+    ("cuda", 0, True, "install -y gcc libc6-dev", "is missing, installing it with apt-get"),
+    ("cuda", 7, False, "", "vLLM cannot write on a GPU without gcc libc6-dev python3.11-dev: run 'sudo apt-get install gcc"),
+    ("cpu", 0, False, "", ""),
+])  # fmt: skip
+def test_the_cuda_stack_gets_what_vllm_compiles_with(
+    stack: str, user: int, header: bool, apt: str, said: str, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bin"
+    body = f'case $2 in *Python.h*) exit {int(not header)} ;; *python3*) echo python3.11-$3 ;; esac'
+    program(tmp_path / ".venv" / "bin", "python", body)
+    program(bare, "id", f"echo {user}")
+    program(bare, "apt-get", f'echo "$*" >>{tmp_path}/asked')
+    for name in TOOLS:
+        (bare / name).symlink_to(shutil.which(name) or name)
+    done = set_up(tmp_path, POCL_STACK=stack, PATH=str(bare), CC="")
+    assert done.returncode == 0, done.stderr
+    asked = tmp_path / "asked"
+    assert (asked.read_text().splitlines() if asked.exists() else []) == (["update", apt] if apt else [])
+    assert said in done.stdout and ("gcc" in done.stdout) == bool(said)
 
 
 def checkout(folder: Path, script: str, gpus: int) -> None:

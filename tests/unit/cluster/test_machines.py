@@ -131,7 +131,7 @@ def test_a_folder_for_temporary_files_that_is_not_there(tmp_path: Path, monkeypa
 
 def test_every_check_of_this_machine_says_something(tmp_path: Path) -> None:
     findings = checks.here(tmp_path)
-    assert {finding.what for finding in findings} == {"packages", "devices", "run directory", "limits", "scheduler"}
+    assert {finding.what for finding in findings} == {"packages", "devices", "compiler", "run directory", "limits", "scheduler"}
     assert all(finding.said and finding.state in (checks.OK, checks.WARN, checks.FAIL) for finding in findings)
 
 
@@ -278,6 +278,25 @@ def test_a_rank_of_a_fit_node_leaves_in_peace(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("SLURMD_NODENAME", "n2")  # SLURM's name, whatever the host calls itself
     monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [{**other, "node": "n1", "faults": []}, other])
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (UNFIT, "n2: 7 of 8 promised GPUs are visible")
+
+
+@pytest.mark.parametrize(("built", "gcc", "header", "state", "said"), [
+    (False, None, False, checks.OK, "vLLM's CPU build needs none"),
+    (True, "/usr/bin/gcc", True, checks.OK, "/usr/bin/gcc, and the headers of python3."),
+    (True, None, True, checks.WARN, "without gcc: install it"),
+    (True, None, False, checks.WARN, "without gcc and python3."),
+])  # fmt: skip
+def test_a_compiler_that_vllm_needs_on_a_gpu(
+    built: bool, gcc: str | None, header: bool, state: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if header:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: built)
+    monkeypatch.setattr(checks.shutil, "which", lambda name: gcc if name == "gcc" else None)
+    monkeypatch.setattr(checks.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    found = checks.compiler()
+    assert found.state == state and said in found.said
 
 
 @pytest.mark.parametrize(("there", "state", "words"), [

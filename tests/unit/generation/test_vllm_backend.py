@@ -180,6 +180,27 @@ def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
+@pytest.mark.parametrize(("error", "words", "silent"), [
+    (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "non-zero exit status 1.): on a GPU it compiles", "memory"),
+    (RuntimeError("Failed to find C compiler. Please specify"), "install gcc and python3.", "memory"),
+    (RuntimeError("backend='inductor' raised: Command '['/usr/bin/gcc', 'x.c']' failed"), "with a C compiler", "memory"),
+    (ValueError("No available memory for the cache blocks"), "where memory is short lower max_sequences", "compile"),
+])  # fmt: skip
+def test_an_engine_that_cannot_be_opened(
+    error: Exception, words: str, silent: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(SleepingEngine, "__init__", lambda self, **options: fail(**options))
+    with pytest.raises(ResourceError) as caught:
+        opened_asleep(tiny_llama, 0, monkeypatch)
+    said = str(caught.value)
+    assert said.startswith(f"vLLM cannot open {tiny_llama} (") and said.endswith(", or choose the slower "
+                                                                                 "generation.backend=transformers")  # fmt: skip
+    assert words in said and silent not in said.replace(str(tiny_llama), "").partition("):")[2]
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the weights of before. Nothing to
