@@ -139,6 +139,21 @@ sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists()
   echo "setup: vLLM cannot write on a GPU without ${packages[*]}: run 'sudo apt-get install ${packages[*]}', on its nodes too"
 }
 
+# What torch cannot use it leaves aside without a word, and trains on the CPU.
+ensure_gpu() {
+  nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || return 0
+  local why driver
+  why=$(env -u CUDA_VISIBLE_DEVICES PYTHONWARNINGS=ignore "$venv/bin/python" -c 'import torch
+try:
+    torch.cuda.is_available() or torch.cuda.init()
+except RuntimeError as error:
+    said = str(error).splitlines()[0].partition(". ")[0]
+    print(f"({said}): it wants a driver for CUDA {torch.version.cuda}")')
+  [ -n "$why" ] || return 0
+  read -r driver < <(nvidia-smi --query-gpu=driver_version --format=csv,noheader) || driver=unknown
+  fail "torch cannot use this machine's GPU $why, and this one is $driver: update it, or set POCL_STACK=cpu"
+}
+
 install_base() {
   echo "setup: the ${stack^^} stack, since $why; the log is ${log#"$here"/}"
   [ "$stack" = cuda ] || step "torch $torch, CPU build" install_cpu_torch
@@ -148,6 +163,7 @@ install_base() {
   [ "$stack" = cuda ] || step "without torchvision, torchaudio, torchcodec" "${pip[@]}" uninstall -y torchvision torchaudio torchcodec
   step "a first import of torch, transformers, deepspeed" env PYTHONWARNINGS=ignore \
     "$venv/bin/python" -c 'import torch, transformers, deepspeed, datasets, pocl_ds.config'
+  [ "$stack" = cpu ] || ensure_gpu
 }
 
 for group in "${missing[@]}"; do

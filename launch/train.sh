@@ -41,7 +41,7 @@ fi
 # A job that was promised GPUs must not become one without: what is wrong then is said where its nodes are looked at.
 if [ -n "${POCL_GPUS:-}" ]; then
   unset DS_ACCELERATOR
-elif ! command -v nvidia-smi >/dev/null 2>&1 || ! nvidia-smi -L >/dev/null 2>&1; then
+elif ! nvidia-smi -L >/dev/null 2>&1 && ! compgen -G '/dev/nvidia[0-9]*' >/dev/null; then # a container may lack nvidia-smi
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   # On CPUs ZeRO-3 allocates and frees gigabytes of gathered weights a step. glibc would map and unmap each, at a page fault
   # every 4 KiB (a quarter of the step); told so, it keeps and reuses them, for about 1 GiB more memory a rank.

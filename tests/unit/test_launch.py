@@ -293,6 +293,22 @@ def test_what_was_promised_gpus_does_not_become_a_cpu_job(launch: Launch) -> Non
     assert "DS_ACCELERATOR" not in launch.environment(0)
 
 
+@pytest.mark.parametrize(("smi", "device", "accelerator"), [
+    ("exit 0", "false", None), ("exit 127", "true", None), ("exit 127", "false", "cpu"),
+])  # fmt: skip
+def test_a_gpu_is_not_overlooked_where_nvidia_smi_is_not(
+    smi: str, device: str, accelerator: str | None, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container, which then trained on the CPU."""
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    program(launch.folder / "bin", "nvidia-smi", smi)
+    found = {"BASH_FUNC_compgen%%": f"() {{ [ \"$2\" = '/dev/nvidia[0-9]*' ] && {device}; }}"}  # bash takes it for its own
+    path = f"{launch.folder / 'bin'}:{os.environ['PATH']}"
+    _, err = (process := launch.start(1, {}, PATH=path, **found)).communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert launch.environment(0).get("DS_ACCELERATOR") == accelerator
+
+
 def test_an_interpreter_that_is_not_there_is_named(launch: Launch) -> None:
     _, err = (process := launch.start(1, {}, POCL_PYTHON="python9.9")).communicate(timeout=30)
     assert process.returncode == 2 and "POCL_PYTHON=python9.9" in err
@@ -366,6 +382,27 @@ def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, sta
     assert done.returncode == 0, done.stderr
     assert f"setup: the {stack} stack, since " in done.stdout and why in done.stdout
     assert (tmp_path / ".venv" / ".pocl-stack").read_text() == f"{stack.lower()}\n"
+
+
+@pytest.mark.parametrize(("able", "smi", "code"), [
+    (False, "GPU 0: H100", 2), (True, "GPU 0: H100", 0), (False, "No devices were found", 0),
+])  # fmt: skip
+def test_a_gpu_that_torch_cannot_use_ends_the_setup(able: bool, smi: str, code: int, tmp_path: Path) -> None:
+    """With a driver that is too old for it torch trains on the CPU, and says nothing."""
+    init = "raise RuntimeError('The driver is too old (found version 12040). Please update it')"
+    (tmp_path / "torch.py").write_text(
+        f"class cuda:\n    def is_available(): return {able}\n    def init(): {init}\nclass version: cuda = '13.0'\n"
+    )
+    named = f"case $* in *torch.cuda*) PYTHONPATH={tmp_path} exec {sys.executable} \"$@\" ;; esac"
+    program(tmp_path / ".venv" / "bin", "python", named)
+    program(tmp_path / "bin", "nvidia-smi", f"case $1 in -L) echo '{smi}' ;; *) echo 550.54.14 ;; esac")
+    done = set_up(tmp_path, POCL_STACK="cuda")
+    assert done.returncode == code and (tmp_path / ".venv" / ".pocl-base").exists() == (code == 0), done.stderr
+    if code:
+        assert done.stderr.strip().endswith(
+            "torch cannot use this machine's GPU (The driver is too old (found version 12040)): it wants a driver for CUDA 13.0, "
+            "and this one is 550.54.14: update it, or set POCL_STACK=cpu"
+        )
 
 
 TOOLS = ("bash", "cat", "cut", "dirname", "env", "flock", "grep", "mkdir", "sed", "sha256sum", "tail")
