@@ -5,12 +5,12 @@ Results that were measured in another way cannot be compared: they are refused, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.artifacts import RunDirectory, atomic_write
+from pocl_ds.artifacts import RunDirectory, atomic_write, read_manifest
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.metrics.marks import MARK, mark_lines, marked
@@ -21,9 +21,10 @@ from pocl_ds.report.document import browser, cells, document, figures, folded, s
 from pocl_ds.report.items import Benchmark, Item
 from pocl_ds.report.page import ITEM_MENUS, item_data, missing
 from pocl_ds.report.read import Facts, read_facts
-from pocl_ds.report.words import ABSENT, clock, escaped, number, size
+from pocl_ds.report.words import ABSENT, clock, escaped, kl_lines, number, size
 
 PAGE = "comparison.html"
+LABELS = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
 DECODING = ("temperature", "top_p", "max_new_tokens", "samples")
 
 
@@ -34,6 +35,7 @@ class Compared:
     name: str
     recipe: dict[str, Any]
     facts: Facts
+    ids: int | None = None  # over which loss and KL were measured
 
 
 def compare_runs(paths: Sequence[Path], out: Path | None = None, *, force: bool = False) -> Path:
@@ -71,6 +73,46 @@ def evaluation_differences(runs: Sequence[Compared]) -> list[str]:
     return found
 
 
+def loss_differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
+    """Of LABELS what does not compare, and why, as far as manifests tell: nats a token are of some texts in some tokens."""
+    found: dict[str, list[str]] = {}
+    for key in LABELS:
+        measured = [run for run in runs if _students(run).get(key) is not None]
+        for other in measured[1:]:
+            found.setdefault(key, []).extend(_why_apart(measured[0], other, key))
+    return {key: why for key, why in found.items() if why}
+
+
+def _why_apart(one: Compared, other: Compared, key: str) -> list[str]:
+    both, found = f"{one.name} and {other.name}", []
+    data, theirs = (run.facts.manifests.get("data") for run in (one, other))
+    if data and theirs:
+        texts, tokens = (data.files.get(f"test.{part}") != theirs.files.get(f"test.{part}") for part in ("jsonl", "tokens.bin"))
+        if texts:
+            found.append(f"{both} have other test splits")
+        if data.info.get("vocabulary") != theirs.info.get("vocabulary") or (tokens and not texts):
+            found.append(f"{both} split texts into other tokens")
+    if one.ids != other.ids:
+        found.append(f"{one.name} counts {one.ids} token ids and {other.name} {other.ids}")
+    if key == "kl" and _teacher(one) != _teacher(other):
+        found.append(f"the teacher of {one.name} is {_teacher(one)} and that of {other.name} {_teacher(other)}")
+    return found
+
+
+def _students(run: Compared) -> dict[str, Any]:
+    """What the results say of the student."""
+    found: dict[str, Any] = run.facts.results["models"].get("student", {}) if run.facts.results else {}
+    return found
+
+
+def _teacher(run: Compared) -> str:
+    """The one that is evaluated, at the commit that the run took."""
+    teacher, data = run.recipe["teacher"] or {"model": "none", "revision": None}, run.facts.manifests.get("data")
+    name = f"{teacher['model']}@{teacher['revision'] or 'main'}"
+    commit = data.info.get("commits", {}).get(name, teacher["revision"]) if data else teacher["revision"]
+    return f"{teacher['model']} at {commit}" if commit else str(teacher["model"])
+
+
 def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
     """(dotted field, its value in each recipe) for the fields that are not the same in all."""
     flat = [dict(_fields(recipe)) for recipe in recipes]
@@ -86,6 +128,10 @@ def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
     sentences = [f"These results were measured in different ways and do not compare. {one}" for one in differing]
     sentences += [f"{run.name}: {sentence}" for run in runs for sentence in run.facts.missing]
     sentences += [f"{run.name}: {line}" for run in runs for line in mark_lines(run.facts.results or {})]
+    apart = loss_differences(runs)
+    sentences += [f"{MARK} {LABELS[key]} does not compare: {'; '.join(why)}." for key, why in apart.items()]
+    if other_teachers := [f"{run.name}: {MARK} {line}" for run in runs for line in kl_lines(run.facts.results, run.recipe)]:
+        sentences, apart = [*sentences, *other_teachers], {**apart, "kl": other_teachers}
     names = " · ".join(run.name for run in runs)
     title = f"{len(runs)} runs side by side"
     differences = recipe_differences([run.recipe for run in runs])
@@ -96,7 +142,7 @@ def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
     body = "".join([
         f'<header><p class="eyebrow">POCL distillation · comparison</p><h1>{escaped(title)}</h1>'
         f'<p class="lead">{escaped(names)}</p></header>',
-        missing(sentences), section("Results", _results(runs, differing=bool(differing)), anchor="results",
+        missing(sentences), section("Results", _results(runs, differing=bool(differing), apart=apart), anchor="results",
                                     note="Of the students after training: mean ± standard deviation over seeds, in brackets a "
                                     "95% bootstrap interval over items, ROUGE-L ×100."),
         section("What the recipes differ in", table(["field", *(run.name for run in runs)], rows, css="wrap", caption="recipes")
@@ -122,12 +168,14 @@ def _read(paths: Sequence[Path]) -> list[Compared]:
             raise RecipeError(f"{path} is not a run directory: it holds no recipe.yaml")
         recipe = load_recipe(str(run.recipe)).model_dump(mode="json")
         facts = read_facts(run, room, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"]))
-        runs.append(Compared(label if labels.count(label) == 1 else str(path), recipe, facts))
+        measured = read_manifest(run.evaluation, "held_out.json.manifest.json")
+        ids = measured.info["ids"] if measured else None
+        runs.append(Compared(label if labels.count(label) == 1 else str(path), recipe, facts, ids))
     return runs
 
 
-def _results(runs: Sequence[Compared], *, differing: bool) -> str:
-    """One column a run. differing: they were measured in different ways."""
+def _results(runs: Sequence[Compared], *, differing: bool, apart: Collection[str]) -> str:
+    """One column a run. differing: they were measured in different ways; apart: of LABELS, what does not compare."""
     names = list(dict.fromkeys(one.name for run in runs for one in run.facts.benchmarks))
     sign = f" {MARK}" if differing else ""
     rows = []
@@ -135,9 +183,9 @@ def _results(runs: Sequence[Compared], *, differing: bool) -> str:
         rouge = f"{name}{sign}" if differing else marked(name, *(run.facts.results or {} for run in runs))
         rows.append([f"ROUGE-L, {rouge}", *(_score(run.facts, name, "student") for run in runs)])
         rows.append([f"ROUGE-L of the teacher, {rouge}", *(_score(run.facts, name, "teacher") for run in runs)])
-    for key, label in (("loss", "held-out loss (nats/token)"), ("kl", "KL to teacher (nats/token)")):
-        models = [run.facts.results["models"].get("student", {}) if run.facts.results else {} for run in runs]
-        rows.append([label + sign, *(number(model.get(key), 3) for model in models)])
+    for key, label in LABELS.items():
+        name = f"{label} {MARK}" if differing or key in apart else label
+        rows.append([name, *(number(_students(run).get(key), 3) for run in runs)])
     infos = [run.facts.manifests["train"].info if "train" in run.facts.manifests else {} for run in runs]
     rows.append(["steps", *(ABSENT if run.facts.curves is None else f"{run.facts.curves.last:,}" for run in runs)])
     rows.append(["time of training", *(clock(info["seconds"]) if "seconds" in info else ABSENT for info in infos)])

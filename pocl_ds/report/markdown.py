@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pocl_ds.metrics.marks import mark_lines
+from pocl_ds.plain_yaml import plain_value
 from pocl_ds.report.items import Item
 from pocl_ds.report.read import MODELS, Facts
 from pocl_ds.report.words import (
     detail_rows,
     headline,
+    kl_lines,
     markdown_cell,
     mean_seen,
     plan_rows,
@@ -28,7 +30,8 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -
         seeds = len(facts.results["seeds"])
         spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
         parts += ["## Results", _table(header, [cells for _, cells in rows]),
-                  *(markdown_cell(line) for line in mark_lines(facts.results)), f"ROUGE-L ×100, {spread}."]  # fmt: skip
+                  *map(markdown_cell, mark_lines(facts.results) + kl_lines(facts.results, plain_value(recipe_yaml))),
+                  f"ROUGE-L ×100, {spread}."]  # fmt: skip
         header, details = detail_rows(facts)
         parts += [_table(header, [cells for _, _, cells in details])] if details else []
     if facts.plan is not None:

@@ -18,6 +18,7 @@ from pocl_ds.report.words import (
     detail_rows,
     escaped,
     headline,
+    kl_lines,
     mean_seen,
     number,
     plan_rows,
@@ -38,7 +39,7 @@ def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
     body = "".join([
         f'<header><p class="eyebrow">POCL distillation · run report</p><h1>{escaped(name)}</h1>'
         f'<p class="lead">{escaped(headline(facts))}</p></header>',
-        missing(facts.missing), tiles(facts), about(facts, recipe), _results(facts),
+        missing(facts.missing), tiles(facts), about(facts, recipe), _results(facts, recipe),
         _curriculum(facts, figures(seen, len(difficulty) + len(training))),
         section("Difficulty", figures(difficulty, 0), anchor="difficulty",
                 note="How hard each sample is for the initial student, and the subset it fell into."),
@@ -132,7 +133,7 @@ def _bounds(facts: Facts) -> list[int]:
     return subset_bounds(facts.plan) if facts.plan else []
 
 
-def _results(facts: Facts) -> str:
+def _results(facts: Facts, recipe: dict[str, Any]) -> str:
     if facts.results is None:
         return ""
     header, rows = results_rows(facts.results)
@@ -145,7 +146,7 @@ def _results(facts: Facts) -> str:
             if len(facts.benchmarks) > 1 else "")  # fmt: skip
     more = f'<div id="details">{menu}{table(header_2, body, caption="by benchmark")}</div>' if details else ""
     why = "The interval is a bootstrap over items of their mean over seeds: it says how much other questions might change."
-    said = "".join(f'<p class="note">{escaped(line)}</p>' for line in mark_lines(facts.results))
+    said = "".join(f'<p class="note">{escaped(line)}</p>' for line in mark_lines(facts.results) + kl_lines(facts.results, recipe))
     return section("Results", table(header, main, caption="models"), said, f'<p class="note">{escaped(note)} {why}</p>', more,
                    anchor="results")  # fmt: skip
 

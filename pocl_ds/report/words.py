@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -90,6 +90,21 @@ def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, li
         cells = [MODELS[model], *(number(entry.get(key), 3) for key in measures)]
         rows.append((model, cells + [_spread(entry["benchmarks"].get(name)) for name in benchmarks]))
     return header, rows
+
+
+def kl_lines(results: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> list[str]:
+    """Where "KL to teacher" in the results is not to what training asked."""
+    teacher = recipe.get("teacher") or {}
+    if all(entry.get("kl") is None for entry in (results or {"models": {}})["models"].values()):
+        return []
+    found = []
+    if teacher.get("others"):
+        found.append(f"KL to teacher is to {teacher['model']} alone, not to the mixture of {1 + len(teacher['others'])} that "
+                     "training asked.")
+    if teacher.get("quantization", "none") != "none":
+        found.append(f"KL to teacher is to the teacher as its model is, not quantised to {teacher['quantization']} as training "
+                     "asked it.")
+    return found
 
 
 def headline(facts: Facts) -> str:

@@ -137,6 +137,15 @@ def test_what_there_is_to_say_of_a_benchmark_is_on_both_pages(synthetic: Any) ->
     assert "ROUGE-L, test ⚠" in markdown and "\n⚠ test: 2 of 30 prompts cut\n" in markdown
 
 
+def test_a_divergence_to_another_teacher_than_training_asked_is_said(synthetic: Any) -> None:
+    synthetic.everything()
+    synthetic.recipe += "teacher: {model: T, quantization: bnb_4bit, others: [{model: U}]}\n"
+    _, html, markdown = make(synthetic)
+    for said in ("KL to teacher is to T alone, not to the mixture of 2 that training asked.",
+                 "KL to teacher is to the teacher as its model is, not quantised to bnb"):  # fmt: skip
+        assert said in Page(html).text and said in markdown
+
+
 def test_where_a_result_comes_from_is_told(synthetic: Any) -> None:
     synthetic.everything()
     manifest = synthetic.run.train / "manifest.json"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from synthetic_run import SyntheticRun
 
+from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.report.command import compared
@@ -61,6 +62,38 @@ def test_what_there_is_to_say_of_a_benchmark_is_said_of_its_run(tmp_path: Path) 
     path.write_text(json.dumps({**json.loads(path.read_text()), "marks": {"test": ["2 of 30 prompts cut"]}}))
     text = compare_runs(runs).read_text(encoding="utf-8")
     assert "ROUGE-L, test ⚠" in text and "b: ⚠ test: 2 of 30 prompts cut" in text and "a: ⚠" not in text
+
+
+def measured(folder: Path, *overrides: str, text: str = "{}", tokens: str = "t", ids: int = 320, vocabulary: int = 320) -> Path:
+    made(folder, "compare.enabled=false", *overrides)
+    run = RunDirectory(folder)
+    run.data.mkdir()
+    for name, content in (("test.jsonl", text), ("test.tokens.bin", tokens)):
+        (run.data / name).write_text(content)
+    write_manifest(run.data, "data", "d" * 64, info={"vocabulary": vocabulary, "commits": {}, "splits": {}})
+    write_manifest(run.evaluation, "held_out", "h", info={"ids": ids}, files=[], name="held_out.json.manifest.json")
+    return folder
+
+
+OTHER_TEACHER = ["teacher.model=T", "teacher.revision=r"]
+
+
+@pytest.mark.parametrize(("overrides", "changes", "said", "both"), [
+    ([], {}, "", False), ([], {"text": "[]", "tokens": "u"}, "a and b have other test splits.", True),
+    ([], {"tokens": "u"}, "a and b split texts into other tokens.", True),
+    ([], {"text": "[]", "vocabulary": 9}, "a and b have other test splits; a and b split texts into other tokens.", True),
+    ([], {"ids": 300}, "a counts 320 token ids and b 300.", True), (OTHER_TEACHER, {}, "and that of b T at r.", False),
+    (["teacher.others=[{model: U}]", "teacher.mode=live"], {}, "not to the mixture of 2 that training asked.", False),
+    (["teacher.quantization=bnb_8bit", "teacher.ds_config=null"], {}, "not quantised to bnb_8bit as training asked it.", False),
+])  # fmt: skip
+def test_losses_that_do_not_compare_are_marked(
+    overrides: list[str], changes: dict[str, Any], said: str, both: bool, tmp_path: Path
+) -> None:
+    """Nats a token are of some texts in some tokens, KL is to some teacher: the rows stay, with a sign and a sentence."""
+    runs = [measured(tmp_path / "a"), measured(tmp_path / "b", *overrides, **changes)]
+    text = compare_runs(runs).read_text(encoding="utf-8")
+    assert said in text and "ROUGE-L, test ⚠" not in text
+    assert ("held-out loss (nats/token) ⚠</th>" in text) == both and ("KL to teacher (nats/token) ⚠</th>" in text) == bool(said)
 
 
 def test_other_ways_do_not_matter_where_nothing_was_measured(tmp_path: Path) -> None:
