@@ -224,7 +224,10 @@ def _sets(
         sets[HELD_OUT] = _Batches("the test split", split, chosen(split_ids(split), config.samples), pad, generation)
     for number, (name, samples) in enumerate(benchmarks.items()):
         single = (replace(sample, references=(text,)) for sample in samples for text in sample.references)
-        encode_split(single, encoder, folder, str(number), texts=False)
+        counts = encode_split(single, encoder, folder, str(number), texts=False)
+        if counts.truncated:
+            log.warning("benchmark %s: %d of %d references are cut, or their prompts, for loss and KL: raise prompt.max_length "
+                        "or prompt.max_prompt_tokens", name, counts.truncated, counts.samples)  # fmt: skip
         encoded = EncodedSplit.open(folder, str(number))
         sets[f"{OF_BENCHMARK}{name}"] = _Batches(f"benchmark {name}", encoded, range(len(encoded)), pad, generation)
     return sets

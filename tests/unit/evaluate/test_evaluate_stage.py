@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,16 @@ def test_references_of_a_benchmark_are_measured_as_the_test_split_is(
     assert results["benchmarks"]["test"]["kl"] == results["kl"] == pytest.approx(results["benchmarks"]["same"]["kl"], rel=1e-5)
     assert "tokens" not in results["benchmarks"]["same"]
     assert results["benchmarks"]["twice"]["references"] == 2
+
+
+def test_references_that_are_cut_are_said(
+    run: RunDirectory, configured: Configured, prompt: PromptConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "b.jsonl").write_text(json.dumps({"instruction": "q", "output": ["a", "word " * 400, "b"]}) + "\n")
+    config = configured(benchmarks={"test": "test", "b": str(tmp_path / "b.jsonl")})
+    with caplog.at_level(logging.WARNING, "pocl_ds"):
+        stage.held_out(run, config, prompt, {"initial": stage.model_path(run, "initial")})
+    assert "benchmark b: 1 of 3 references are cut" in caplog.text and "benchmark test" not in caplog.text
 
 
 def test_parts_of_an_evaluation_are_the_whole(
