@@ -32,7 +32,9 @@ def test_a_study_of_two_arms(study: Path) -> None:
     found = pocl("study", str(study), "--run-dir", str(folder))
     assert "study 2/2: pocl-seed42 (shares data, prepare, score, rank)" in found.stderr
     assert (folder / "kd-seed42" / "scores").stat().st_ino != (folder / "pocl-seed42" / "scores").stat().st_ino
-    assert "pocl beside kd: " in found.stdout and "1 training each" in found.stdout and "NOT EQUAL" not in found.stdout
+    assert "pocl beside kd: " in found.stdout and "1 training each" in found.stdout
+    # Subsets of 10, 20 and 32 samples leave tails of 2 and 4 in batches of 8.
+    assert "NOT EQUAL: a sample is seen on average 4.00 times by kd, 3.50 times by pocl" in found.stdout
     again = pocl("study", str(study), "--run-dir", str(folder))
     assert "study 1/2: kd-seed42 is done already" in again.stderr and found.stdout.endswith(again.stdout)
 
