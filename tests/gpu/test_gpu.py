@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
-from command_line import pocl
+from command_line import ROOT, environment, pocl
 from tiny_runs import records, write_recipe
 
 from pocl_ds.bench import loss as bench_loss
@@ -106,3 +109,14 @@ def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_
     assert loss == "alm" or "without a token on both sides masked" in said
     losses = [record["loss"] for record in records(run)]
     assert len(losses) == 4 and all(np.isfinite(losses))
+
+
+def test_a_run_on_fewer_gpus_goes_on(tmp_path: Path) -> None:
+    """Its fused Adam reads the converted counters on the GPU. A process of its own: DeepSpeed makes it a rank."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
+    command = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", "1", "--module", "reshard_worker", str(tmp_path)]
+    found = subprocess.run(command, text=True, capture_output=True, timeout=300, env={
+        **environment(), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(tmp_path / "logs"), "PYTHONPATH": paths,
+    })  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "the same step on cuda" in found.stdout
