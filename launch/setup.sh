@@ -32,7 +32,7 @@ case ${POCL_STACK:-} in
       stack=cuda why="nvidia-smi names a GPU"
     elif [ -f "$venv/.pocl-base" ] && [ "$(cat "$venv/.pocl-stack" 2>/dev/null)" = cuda ]; then
       stack=cuda why=".venv has it already" # as on a login node, for the nodes with GPUs
-    elif [[ $(sinfo -h -o %G 2>/dev/null) == *gpu* ]]; then
+    elif [[ $(timeout 10 sinfo -h -o %G 2>/dev/null) == *gpu* ]]; then
       stack=cpu why="no NVIDIA GPU answers here; sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh"
     else
       stack=cpu why="no NVIDIA GPU answers"

@@ -365,6 +365,7 @@ def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
     ({"sinfo": "echo '(null)'"}, "cpu", "CPU", "no NVIDIA GPU answers;"),
     ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "", "CPU", "sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh;"),
     ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "cuda", "CUDA", ".venv has it already;"),
+    ({"sinfo": "exec sleep 60"}, "", "CPU", "no NVIDIA GPU answers;"),  # its controller is away
     ({"nvidia-smi": "echo 'GPU 0: H100'"}, "cpu", "CUDA", "nvidia-smi names a GPU;"),
 ])  # fmt: skip
 def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, stack: str, why: str, tmp_path: Path) -> None:
