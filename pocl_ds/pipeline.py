@@ -196,12 +196,19 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
                 )
         if old != new:
             log.info("the recipe changed for stages that are not finished: %s is written anew", run.recipe)
-    elif run.path.is_dir() and any(path.name != "logs" for path in run.path.iterdir() if path.name != ".lock"):
-        raise ArtifactError(f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir")
+    _check_place(run)
     if recipe.train.tracking.wandb and not finished(run, recipe)["train"]:
         check_wandb()
     with atomic_write(run.recipe) as stream:
         stream.write(dump_recipe(recipe))
+
+
+def _check_place(run: RunDirectory) -> None:
+    """Refuse a folder of something else, before anything is written there."""
+    if run.recipe.is_file() or not run.path.is_dir():
+        return
+    if any(path.name not in ("logs", ".lock") for path in run.path.iterdir()):
+        raise ArtifactError(f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir")
 
 
 def join(run: RunDirectory, recipe: Recipe) -> None:
@@ -243,6 +250,10 @@ def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
     if (recipe.policy.name == "distillm" or recipe.train.checkpoint.keep_best) and not splits["validation"]["samples"]:
         raise RecipeError(f"{needs} follows the validation loss, and the data holds no validation sample: raise "
                           "data.validation_fraction, or name a file in data.validation")
+    every = recipe.train.validate_every
+    if recipe.policy.name == "distillm" and every and every >= plan.total_steps:
+        raise RecipeError(f"train.validate_every={every} never comes in the {plan.total_steps} steps of the run, so that the "
+                          "probability of policy.name=distillm would not move: lower it")
     if recipe.policy.name == "distillm" and recipe.policy.buffer > samples:
         raise RecipeError(f"policy.buffer={recipe.policy.buffer} is more than the {samples} training samples: make it smaller")
 
@@ -251,6 +262,7 @@ def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
 def locked(run: RunDirectory) -> Iterator[int]:
     """Hold a run directory for one pipeline at a time; its children inherit the lock, so no orphan is overlooked."""
     path = run.path / ".lock"
+    _check_place(run)
     with disk_faults(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -20,7 +20,8 @@ from pocl_ds.errors import RESUME, UNFIT
 DONE, AGAIN, FAILED, ENDED = "done", "again", "failed", "ended"
 MENDABLE = 2
 PREEMPTED = "preemption"
-VARYING = re.compile(r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|:\d{4,5}\b", re.IGNORECASE)
+VARYING = re.compile(r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|\d+ milliseconds|:\d{4,5}\b",
+                     re.IGNORECASE)  # fmt: skip
 
 
 @dataclass

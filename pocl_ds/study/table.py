@@ -151,7 +151,9 @@ def _pair(folder: Path, done: Sequence[Cell], arms: tuple[str, str], point: tupl
 
 
 def _validation(runs: Sequence[RunDirectory]) -> str:
-    """Cross-entropy a token of the validation split after training: finer than ROUGE-L where students are weak."""
+    """Cross-entropy a token, after training, of the validation samples that training looks at, the same in all arms: finer than
+    ROUGE-L where students are weak.
+    """
     found = [records[-1]["validation_ce"] for run in runs if (records := read_metrics(run.train / "metrics.jsonl", "validation"))]
     return _spread(found) if len(found) == len(runs) else "-"
 

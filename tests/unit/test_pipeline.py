@@ -121,6 +121,20 @@ def test_what_follows_a_validation_loss_needs_samples_for_it(fields: dict[str, A
         pipeline.check_sizes(run, Recipe.model_validate(tree))
 
 
+def test_a_validation_that_never_comes(tmp_path: Path) -> None:
+    """Twenty steps: the probability of the student's own responses moves at validations alone."""
+    run = RunDirectory(tmp_path)
+    write_manifest(run.data, "data", "f", info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}}, files=[])
+    plan = {"subsets": 4, "epochs_per_stage": 1, "sft_ratio": [0, 0]}
+    for every in (19, 20):
+        tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "policy": {"name": "distillm", "buffer": 8},
+                "train": {"batch_size": 8, "validate_every": every}, "plan": plan}
+        if every == 19:
+            pipeline.check_sizes(run, Recipe.model_validate(tree))
+    with pytest.raises(RecipeError, match=r"train\.validate_every=20 never comes in the 20 steps"):
+        pipeline.check_sizes(run, Recipe.model_validate(tree))
+
+
 def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
     """64 samples in four subsets: a first stage of two steps an epoch."""
     run = RunDirectory(tmp_path)

@@ -123,6 +123,7 @@ def test_nodes_that_a_job_keeps_away_from() -> None:
 def test_signatures_forget_addresses_times_and_ports() -> None:
     assert signature("at 0x7f1 on host:29500 12:30:59 pid 77") == signature("at 0xabc on host:31000 08:00:00 pid 8")
     assert signature("step 12") != signature("step 13")
+    assert signature("ran for 120041 milliseconds") == signature("ran for 120007 milliseconds")  # as c10d words a hang
 
 
 def test_the_newest_line_of_a_number_counts_and_torn_ones_do_not(tmp_path: Path) -> None:
