@@ -47,7 +47,7 @@ def work(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
         commands = [[sys.executable, "-m", "family_worker", name, *map(str, runs[part::processes])] for part in range(processes)]
     started = [subprocess.Popen(one, env=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for one in commands]
     for process in started:
-        said = process.communicate(timeout=350)[0]
+        said = process.communicate(timeout=800)[0]
         assert process.returncode == 0, said[-4000:]
 
 
