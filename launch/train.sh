@@ -156,7 +156,12 @@ while ((${#alive[@]})); do
   wait $! 2>/dev/null || true
 done
 if ((failed == 0)); then exit 0; fi
-{ read -r failed_rank failed && read -r said; } < <("$python" "$here/launch/pocl.py" pocl_ds.first_fault "$exits" "${ended[@]}")
+failed_rank=${ended[0]%%:*} said=''
+if found=$("$python" "$here/launch/pocl.py" pocl_ds.first_fault "$exits" "${ended[@]}"); then
+  read -r failed_rank failed <<<"$found"
+  said=${found#*$'\n'} # none leaves the first line, which no log has
+  if [ "$said" = "$found" ]; then said=''; fi
+fi
 # Where all ranks stop for one reason, rank 0 has said it; a code of 1 is a defect, and each rank's own.
 if ((failed_rank && !(first == failed && failed != 1))); then
   log=$logs/rank-$failed_rank.log
