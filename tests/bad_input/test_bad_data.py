@@ -19,7 +19,7 @@ from refusals import files_below, own_signals, sentence
 from pocl_ds.cli import main
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
-BEGUN = {"recipe.yaml", "logs/data.log"}  # what a refused stage leaves in an empty run directory
+BEGUN = {".lock", "recipe.yaml", "logs/data.log"}  # what a refused stage leaves in an empty run directory
 
 
 def lines(records: list[dict[str, Any]]) -> str:
