@@ -127,6 +127,8 @@ up() {
   running "$BASE/pids/slurmctld.pid" || write_config
   start_munge
   start_network
+  # A small disk that all share: there before the nodes are, since each gets the mounts of the moment in which it starts.
+  if ! mountpoint -q "$BASE/small"; then mkdir -p "$BASE/small" && mount -t tmpfs -o size=24m,mode=1777 none "$BASE/small"; fi
   running "$BASE/pids/slurmctld.pid" || slurmctld -f "$CONFIG"
   wait_for scontrol ping
   for node in $NODES; do start_node "$node"; done
@@ -154,6 +156,7 @@ down() {
     wait_for sh -c "! kill -0 $(cat "$BASE/pids/slurmctld.pid")"
   fi
   ip link del "$BRIDGE" 2>/dev/null || true
+  if mountpoint -q "$BASE/small"; then umount -l "$BASE/small"; fi
   rm -rf "$BASE"
 }
 

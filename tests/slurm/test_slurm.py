@@ -18,7 +18,7 @@ import tiny_models
 import yaml
 from command_line import ROOT
 from safetensors.torch import load_file
-from slurm_cluster import Cluster
+from slurm_cluster import BASE, Cluster
 from tiny_runs import write_recipe
 
 from pocl_ds.cluster.attempts import Attempt
@@ -274,36 +274,30 @@ def test_several_recipes_are_several_runs(cluster: Cluster, recipe: Path, folder
 
 def test_a_fault_of_the_users_is_the_end_at_once(cluster: Cluster, calm: Path, folder: Path) -> None:
     run = planned_copy(calm, folder / "fault")
-    (run / "plan" / "plan.json").write_text("{")
+    plan = run / "plan" / "plan.json"
+    plan.write_text("{" * plan.stat().st_size)  # of another size it would be made again
     cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run))
     cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
     assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["failed"]
     assert "plan.json is damaged" in cluster.pocl("status", str(run)).stdout
 
 
-@pytest.fixture
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 24 MiB."""
-    path = folder / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(path)], check=True)
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def test_a_full_disk_is_the_end_until_there_is_room(cluster: Cluster, calm: Path, folder: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_the_end_until_there_is_room(cluster: Cluster, calm: Path, folder: Path) -> None:
     """Ranks and job find no room to say why: it is told all the same, and no finished work is lost."""
-    run, filler = planned_copy(calm, small_disk / "run"), small_disk / "filler"
-    fill = f"import shutil; open({str(filler)!r}, 'wb').write(bytes(shutil.disk_usage({str(small_disk)!r}).free))"
+    disk = BASE / "small"
+    run, filler = planned_copy(calm, disk / "run"), disk / "filler"
+    fill = f"import shutil; open({str(filler)!r}, 'wb').write(bytes(shutil.disk_usage({str(disk)!r}).free))"
     submit_changed(cluster, run, folder, f"if step == 21 and distributed.rank() == 0: exec({fill!r})")
     cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
     cluster.until(lambda: cluster.state(cluster.job(run, "report")) == "CANCELLED", "the rest to be cancelled")
     said = cluster.pocl("status", str(run)).stdout
-    assert "full" in said and "since train did not finish" in said
+    assert "full" in said and "since train did not finish" in said, said + cluster.newest_logs()
     filler.unlink()
     cluster.pocl("resume", str(run))
+    release(cluster, run)
     cluster.until(lambda: done(run), "the resumed run")
     assert_equal(run, calm)
+    shutil.rmtree(run)
 
 
 def test_an_unfit_node_is_left_out(cluster: Cluster, calm: Path, folder: Path) -> None:

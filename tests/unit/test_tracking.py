@@ -122,8 +122,8 @@ def test_tensorboard_on_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: py
     printed: list[object] = []
     writer = MetricsWriter(tmp_path, step=0, tensorboard=True, wandb=False, wandb_project="", name="")
     (file,) = (tmp_path / "tensorboard").iterdir()
-    file.unlink()
-    file.symlink_to("/dev/full")
+    (tmp_path / "full").symlink_to("/dev/full")
+    os.replace(tmp_path / "full", file)  # at once: the thread may be about to write its first event
     with pytest.raises(ResourceError, match=f"the disk is full while writing {tmp_path / 'tensorboard'}: free"):
         for step in range(200):
             writer.write({"kind": "step", "step": step, "loss": 1.0})
