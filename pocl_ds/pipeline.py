@@ -14,29 +14,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_ds import ds_config
+from pocl_ds import contents, ds_config
 from pocl_ds.artifacts import (
-    MANIFEST,
     RunDirectory,
     atomic_write,
-    content_digest,
     disk_faults,
     fingerprint,
     read_manifest,
     take_lock,
     whole_result,
 )
-from pocl_ds.config import ModelSource, Recipe, lasting
+from pocl_ds.config import Recipe, lasting
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.curriculum.stage import plan_of
 from pocl_ds.difficulty.shards import unfinished, whole_set
 from pocl_ds.errors import ArtifactError, Interrupted, RecipeError
-from pocl_ds.evaluate.benchmarks import local_files
 from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.shipped import LAUNCHER, module_command
 from pocl_ds.tracking import check_wandb
@@ -44,8 +41,6 @@ from pocl_ds.tracking import check_wandb
 log = logging.getLogger("pocl_ds")
 
 SETTLE = 5.0  # seconds in which others may be entering the same run directory
-FILES = (".jsonl", ".json", ".parquet", ".jinja", ".gguf")
-MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.py")
 
 
 class InUseError(ArtifactError):
@@ -65,21 +60,21 @@ class Stage:
 
 STAGES = (
     Stage("data", lambda run: run.data, lambda r: [lasting(r.data), lasting(r.prompt), r.student.model, r.student.revision,
-                                                   _data_files(r), own_tokens(r)], ()),
-    Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), _model_files([r.student]), teachers(r),
+                                                   contents.data_files(r), own_tokens(r)], ()),
+    Stage("prepare", lambda run: run.models, lambda r: [lasting(r.student), contents.model_files([r.student]), teachers(r),
                                                         healing(r)], ("data",)),
     Stage("teach", lambda run: run.teacher, lambda r: [teachers(r), truncation(r)], ("data",), lambda r: keeps_teacher(r)),
     Stage("respond", lambda run: run.responses, lambda r: [teachers(r), lasting(r.policy), r.seed, r.score.generation.backend],
           ("data",), lambda r: r.policy.taught),
-    Stage("score", lambda run: run.scores, lambda r: [lasting(r.score), _plugin_files(r)], ("data", "prepare"),
+    Stage("score", lambda run: run.scores, lambda r: [lasting(r.score), contents.plugin_files(r)], ("data", "prepare"),
           lambda r: r.rank.strategy != "random"),
-    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed, _plugin_files(r)], ("data", "score")),
+    Stage("rank", lambda run: run.ranking, lambda r: [lasting(r.rank), r.seed, contents.plugin_files(r)], ("data", "score")),
     Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
     Stage("train", lambda run: run.train, lambda r: learning(r), ("prepare", "plan", "respond")),
     Stage("baseline", lambda run: run.baseline, lambda r: [learning(r), lasting(r.compare)], ("prepare", "plan", "respond"),
           lambda r: r.compare.enabled),
-    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r), _evaluation_files(r)],
-          ("train", "baseline")),
+    Stage("evaluate", lambda run: run.evaluation, lambda r: [lasting(r.evaluate), evaluated_models(r),
+                                                                contents.evaluation_files(r)], ("train", "baseline")),
     Stage("export", lambda run: run.export, lambda r: None, ("evaluate",)),
     Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
 )  # fmt: skip
@@ -125,14 +120,14 @@ def truncation(recipe: Recipe) -> list[Any] | None:
 def teachers(recipe: Recipe) -> list[Any] | None:
     """The teacher, and what lies in the folders that it and others are read from."""
     teacher = recipe.teacher
-    return [lasting(teacher), _model_files([teacher, *teacher.others])] if teacher else None
+    return [lasting(teacher), contents.model_files([teacher, *teacher.others])] if teacher else None
 
 
 def learning(recipe: Recipe) -> list[Any]:
     """What a training's result follows from, beside its plan and its data."""
     configurations = [recipe.student.ds_config, recipe.teacher.ds_config if recipe.teacher else None]
     return [lasting(recipe.train), lasting(recipe.loss), lasting(recipe.policy), recipe.seed, truncation(recipe),
-            _plugin_files(recipe), [ds_config.numerics(name) for name in configurations]]  # fmt: skip
+            contents.plugin_files(recipe), [ds_config.numerics(name) for name in configurations]]  # fmt: skip
 
 
 def evaluated_models(recipe: Recipe) -> list[str]:
@@ -189,7 +184,7 @@ def enter(run: RunDirectory, recipe: Recipe) -> None:
         for stage in STAGES:
             found = _fingerprint_of(stage, run)
             if stage.name not in OF_TRAINING and found not in (None, new[stage.name]):
-                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or _changed_file(recipe)
+                changed = ", ".join(_differences(before.model_dump(), recipe.model_dump())) or contents.changed_file(recipe)
                 raise ArtifactError(
                     f"run directory {run.path} holds the finished stage {stage.name!r} of another recipe (changed: {changed}): "
                     "choose another --run-dir, or undo the change"
@@ -390,51 +385,6 @@ def _check_ds_configs(recipe: Recipe) -> None:
         ds_config.resolve_teacher(
             recipe.teacher.ds_config, dtype=recipe.teacher.dtype, ranks=ranks, micro_batch_size=recipe.train.micro_batch_size
         )
-
-
-def _data_files(recipe: Recipe) -> list[Any]:
-    """See `_files`."""
-    data, template = recipe.data, recipe.prompt.template
-    return _files((data.source, data.validation, data.test, template if template.endswith(".jinja") else None))
-
-
-def _evaluation_files(recipe: Recipe) -> list[Any]:
-    """See `_files`. Answers follow from the items themselves, whatever file they come from."""
-    sources, judge = [benchmark.source for benchmark in recipe.evaluate.benchmarks.values()], recipe.evaluate.judge
-    return _files([*sources, *map(str, local_files(recipe.evaluate)), judge.prompt if judge else None])
-
-
-def _files(sources: Iterable[str | None]) -> list[Any]:
-    """What lies in the files among some sources: another file of the same name is noticed."""
-    paths = [Path(os.path.expanduser(source)) for source in sources if source]
-    return [content_digest(path) for path in paths if os.path.isfile(path)]
-
-
-def _model_files(sources: Iterable[ModelSource]) -> list[Any]:
-    """What lies in the folders and files among some models; one of the Hub has its commit, one in a package its version."""
-    found: list[Any] = []
-    for source in sources:
-        path = Path(os.path.expanduser(source.model))
-        files = [path] if os.path.isfile(path) else []
-        if os.path.isdir(path):
-            files = sorted({file for pattern in MODEL_FILES for file in path.glob(pattern)} - {path / MANIFEST})
-        found.append([[file.name, *content_digest(file)] for file in files])
-    return found
-
-
-def _plugin_files(recipe: Recipe) -> list[Any]:
-    """The recipe's own methods, name and text of each module; reading the recipe has imported them."""
-    files = [getattr(sys.modules.get(name), "__file__", None) for name in recipe.plugins]
-    return [[name, *_files([file])] for name, file in zip(recipe.plugins, files, strict=True)]
-
-
-def _changed_file(recipe: Recipe) -> str:
-    """Words for what differs where no field does."""
-    data, template = recipe.data, recipe.prompt.template
-    files = [source for source in (data.source, data.validation, data.test, template) if source and Path(source).suffix in FILES]
-    models = [source.model for source in (recipe.student, recipe.teacher) if source and source.model.startswith(("/", ".", "~"))]
-    gone = next((source for source in [*files, *models] if not os.path.exists(os.path.expanduser(source))), None)
-    return f"{gone} is not there any more, put it back" if gone else "what lies in a file or a model folder that it names"
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

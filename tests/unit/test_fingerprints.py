@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pocl_ds import artifacts
-from pocl_ds.artifacts import RunDirectory, content_digest, write_manifest
+from pocl_ds import contents
+from pocl_ds.artifacts import RunDirectory, write_manifest
+from pocl_ds.contents import content_digest
 from pocl_ds.difficulty.shards import shard_file, shard_manifest
 from pocl_ds.errors import ArtifactError
 from pocl_ds.pipeline import NAMES, STAGES, enter, fingerprints, finished
@@ -79,15 +80,15 @@ def test_a_change_in_the_middle_of_a_large_file(tmp_path: Path, monkeypatch: pyt
         stream.write(b"x")
     os.utime(path, ns=(1, 1))
     assert content_digest(path) != before
-    monkeypatch.setattr(artifacts, "WHOLE", 0)  # of a larger one the ends and blocks
-    for place, told in ((0, True), (path.stat().st_size - 1, True), (artifacts.BLOCK + 1, False)):
-        monkeypatch.setattr(artifacts, "BLOCKS", 3)
-        artifacts._content.cache_clear()
+    monkeypatch.setattr(contents, "WHOLE", 0)  # of a larger one the ends and blocks
+    for place, told in ((0, True), (path.stat().st_size - 1, True), (contents.BLOCK + 1, False)):
+        monkeypatch.setattr(contents, "BLOCKS", 3)
+        contents._content.cache_clear()
         before = content_digest(path)
         with path.open("r+b") as stream:
             stream.seek(place)
             stream.write(b"y")
-        artifacts._content.cache_clear()
+        contents._content.cache_clear()
         assert (content_digest(path) != before) == told
 
 

@@ -21,6 +21,7 @@ TIERS = (
     ("data", "models", "metrics", "curriculum"),
     ("generation",),
     ("difficulty", "distill", "evaluate", "report"),
+    ("contents",),
     ("pipeline", "plugins", "commands"),
     ("cluster", "stages"),
     ("bench", "study"),

@@ -18,15 +18,21 @@ from pocl_ds.cluster.submit import Submission
 from pocl_ds.recipe import check_recipe
 
 
+def submission(folder: Path) -> Submission:
+    """Of a small run, whose jobs nobody has."""
+    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}})
+    profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
+    submitted = Submission(RunDirectory(folder / "run"), recipe, profile, nodes=None)
+    pipeline.enter(submitted.run, submitted.recipe)
+    submitted._freeze()
+    return submitted
+
+
 @pytest.mark.parametrize("last", ["TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED", "FAILED"])
 def test_a_watch_ends_with_the_jobs(
     last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}})
-    profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
-    submitted = Submission(RunDirectory(tmp_path / "run"), recipe, profile, nodes=None)
-    pipeline.enter(submitted.run, submitted.recipe)
-    submitted._freeze()
+    submitted = submission(tmp_path)
     states = {"prepare": ["RUNNING", "RUNNING", last]}
     seen: list[str] = []
     for number, job in enumerate(submitted.jobs):
@@ -57,11 +63,7 @@ def test_a_watch_ends_with_the_jobs(
 def test_a_job_whose_last_attempt_could_not_be_noted(
     end: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}})
-    profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
-    submitted = Submission(RunDirectory(tmp_path / "run"), recipe, profile, nodes=None)
-    pipeline.enter(submitted.run, submitted.recipe)
-    submitted._freeze()
+    submitted = submission(tmp_path)
     fields = {**dict.fromkeys(scheduler.FIELDS, ""), "id": "10", "array": "10", "task": "N/A", "state": "FAILED", "start": "N/A"}
     (submitted.folder / "jobs" / "prepare.ids").write_text("10\n")
     write_attempt(submitted.folder / "attempts" / "prepare.jsonl", Attempt(1, "10", ["n1"], 5.0, end))
