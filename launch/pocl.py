@@ -1,4 +1,5 @@
-"""Runs a module of pocl_ds, wherever one stands: `python -m` would take what lies in the working directory first.
+"""Runs a module of pocl_ds, wherever one stands: `python -m` would take what lies in the working
+directory first.
 
     python launch/pocl.py MODULE ARGUMENT...
 """
@@ -7,8 +8,9 @@ import os
 import signal
 import sys
 
-# Until the module catches Ctrl-C it ends this process at once: the traceback of an import helps nobody. A pipeline starts us with
-# it held back, as Python itself would die of it with a traceback and a code of its own.
+# Until the module catches Ctrl-C it ends this process at once: the traceback of an import helps
+# nobody. A pipeline starts us with it held back, as Python itself would die of it with a traceback
+# and a code of its own.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

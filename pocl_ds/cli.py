@@ -1,4 +1,6 @@
-"""The command `pocl`: parse, decide where a stage runs, print. Heavy imports happen inside commands."""
+"""The command `pocl`: parse, decide where a stage runs, print. Heavy imports happen inside
+commands.
+"""
 
 from __future__ import annotations
 
@@ -23,36 +25,71 @@ if TYPE_CHECKING:
     from pocl_ds.stages import Asked
 
 COMMANDS = {
-    "run": ("every stage in order, each only where its result is missing", "pocl run quickstart --run-dir runs/first"),
-    "data": ("read, split and encode the instruction data", "pocl data my.yaml --run-dir runs/x data.source=my.jsonl"),
+    "run": (
+        "every stage in order, each only where its result is missing",
+        "pocl run quickstart --run-dir runs/first",
+    ),
+    "data": (
+        "read, split and encode the instruction data",
+        "pocl data my.yaml --run-dir runs/x data.source=my.jsonl",
+    ),
     "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
-    "teach": ("keep what the teacher says, where teacher.mode is not live", "pocl teach --run-dir runs/x --shard 0/4"),
-    "respond": ("let the teacher answer every training prompt, where policy.name asks for it", "pocl respond --run-dir runs/x"),
-    "score": ("answer every training prompt; ROUGE-L and cross-entropy", "pocl score --run-dir runs/x --shard 2/8"),
+    "teach": (
+        "keep what the teacher says, where teacher.mode is not live",
+        "pocl teach --run-dir runs/x --shard 0/4",
+    ),
+    "respond": (
+        "let the teacher answer every training prompt, where policy.name asks for it",
+        "pocl respond --run-dir runs/x",
+    ),
+    "score": (
+        "answer every training prompt; ROUGE-L and cross-entropy",
+        "pocl score --run-dir runs/x --shard 2/8",
+    ),
     "rank": ("order the samples from easy to hard", "pocl rank --run-dir runs/x"),
     "plan": ("cut the order into stages", "pocl plan --run-dir runs/x"),
     "train": ("distil, from where it stopped", "pocl train --run-dir runs/x"),
-    "baseline": ("plain KD on as many sample visits, to compare with", "pocl baseline --run-dir runs/x compare.enabled=true"),
-    "evaluate": ("answer the benchmarks and score the answers", "pocl evaluate --run-dir runs/x --model student"),
-    "export": ("write the student as a Hugging Face folder with a model card", "pocl export --run-dir runs/x --out my-student"),
-    "report": ("one page and one table of everything a run found; of several, one page that compares them",
-               "pocl report runs/a runs/b runs/c"),
+    "baseline": (
+        "plain KD on as many sample visits, to compare with",
+        "pocl baseline --run-dir runs/x compare.enabled=true",
+    ),
+    "evaluate": (
+        "answer the benchmarks and score the answers",
+        "pocl evaluate --run-dir runs/x --model student",
+    ),
+    "export": (
+        "write the student as a Hugging Face folder with a model card",
+        "pocl export --run-dir runs/x --out my-student",
+    ),
+    "report": (
+        "one page and one table of everything a run found; of several, one page that compares them",
+        "pocl report runs/a runs/b runs/c",
+    ),
     "bench": ("measure a part of this program on this machine", "pocl bench rouge"),
 }
 
 # What a stage's memory follows from, beside the models' own size.
 SMALLER = {
-    **dict.fromkeys(("prepare", "train", "baseline"), "lower train.micro_batch_size or loss.chunk_bytes, set "
-                    "student.activation_checkpointing=true, or take more GPUs: `pocl size` says how many"),
+    **dict.fromkeys(
+        ("prepare", "train", "baseline"),
+        "lower train.micro_batch_size or loss.chunk_bytes, set "
+        "student.activation_checkpointing=true, or take more GPUs: `pocl size` says how many",
+    ),
     "teach": "lower teach.batch_tokens, or shard the teacher with teacher.ds_config",
-    **dict.fromkeys(("respond", "score"), "lower score.generation.max_sequences and score.generation.max_batched_tokens"),
-    "evaluate": "lower evaluate.generation.max_sequences and max_batched_tokens; the held-out loss needs each model whole on one "
-                "GPU, and evaluate.loss=false leaves it out",
-}  # fmt: skip
+    **dict.fromkeys(
+        ("respond", "score"),
+        "lower score.generation.max_sequences and score.generation.max_batched_tokens",
+    ),
+    "evaluate": "lower evaluate.generation.max_sequences and max_batched_tokens; the held-out "
+    "loss needs each model whole on one "
+    "GPU, and evaluate.loss=false leaves it out",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for Ctrl-C."""
+    """Entry of the command line. Returns the exit code: 0, 2 for a fault the user can mend, 130 for
+    Ctrl-C.
+    """
     from pocl_ds.credentials import hide
     from pocl_ds.exits import interrupted, last_word, leave_when_asked, leave_word
 
@@ -86,7 +123,11 @@ def _main(arguments: list[str] | None) -> tuple[int, str]:
                 return others.run_command(options), ""
         return _command(options), ""
     except PoclError as error:
-        return _interrupted(f"pocl {options.command}") if interrupted() else (error.exit_code, _say(options, str(error)))
+        return (
+            _interrupted(f"pocl {options.command}")
+            if interrupted()
+            else (error.exit_code, _say(options, str(error)))
+        )
     except (RuntimeError, MemoryError) as error:
         if (said := memory_fault(error)) is None:
             raise
@@ -112,18 +153,25 @@ def _interrupted(who: str) -> tuple[int, str]:
 
 
 def _say(options: argparse.Namespace, sentence: str) -> str:
-    """Print a sentence as one line, and return it: texts of a user's files may hold a terminal's commands, and secrets."""
+    """Print a sentence as one line, and return it: texts of a user's files may hold a terminal's
+    commands, and secrets.
+    """
     from pocl_ds.credentials import hide
     from pocl_ds.exits import last_word
 
     said = hide(sentence)
-    shown = "".join(letter if letter.isprintable() else " " if letter.isspace() else repr(letter)[1:-1] for letter in said)
+    shown = "".join(
+        letter if letter.isprintable() else " " if letter.isspace() else repr(letter)[1:-1]
+        for letter in said
+    )
     last_word(f"pocl {options.command}: {shown}")
     return said
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    """The parsed command line; overrides may stand anywhere, which argparse does not take by itself."""
+    """The parsed command line; overrides may stand anywhere, which argparse does not take by
+    itself.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "bench":
@@ -139,13 +187,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pocl",
         description="Distil a large language model into a small one, by curriculum.",
-        epilog="start: pocl run quickstart --run-dir runs/quickstart · each command: pocl COMMAND --help",
+        epilog="start: pocl run quickstart --run-dir runs/quickstart · each command: pocl COMMAND "
+        "--help",
     )
     parser.add_argument("--version", action="version", version=f"pocl {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (purpose, example) in {**COMMANDS, **finished.COMMANDS, **studies.COMMANDS, **cluster.COMMANDS}.items():
+    for name, (purpose, example) in {
+        **COMMANDS,
+        **finished.COMMANDS,
+        **studies.COMMANDS,
+        **cluster.COMMANDS,
+    }.items():
         command = commands.add_parser(
-            name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.", epilog=f"example: {example}"
+            name,
+            help=purpose,
+            description=f"{purpose[0].upper()}{purpose[1:]}.",
+            epilog=f"example: {example}",
         )
         if name == "bench":
             command.add_argument("name", help="which benchmark; `list` names them")
@@ -159,25 +216,52 @@ def _parser() -> argparse.ArgumentParser:
             if name not in cluster.RECIPE_COMMANDS:
                 continue
         command.add_argument(
-            "words", nargs="*", metavar="RECIPE | field=value",
-            help="a recipe file or the name of a shipped one (left out: the run directory's), and dotted overrides",
-        )  # fmt: skip
-        command.add_argument("--run-dir", type=Path, help="where results go (default: runs/ and the recipe's name)")
-        command.add_argument("--dry-run", action="store_true", help="show the resolved recipe and what would run; do nothing")
+            "words",
+            nargs="*",
+            metavar="RECIPE | field=value",
+            help="a recipe file or the name of a shipped one (left out: the run directory's), and "
+            "dotted overrides",
+        )
+        command.add_argument(
+            "--run-dir", type=Path, help="where results go (default: runs/ and the recipe's name)"
+        )
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="show the resolved recipe and what would run; do nothing",
+        )
         if name == "run":
-            command.add_argument("--compare", action="store_true", help="also train plain KD on as many sample visits")
-            command.add_argument("--ranks", type=int, help="processes that share the models (launch.ranks)")
+            command.add_argument(
+                "--compare",
+                action="store_true",
+                help="also train plain KD on as many sample visits",
+            )
+            command.add_argument(
+                "--ranks", type=int, help="processes that share the models (launch.ranks)"
+            )
             stages = list(COMMANDS)[1:-1]  # without `run` and `bench`
-            command.add_argument("--until", choices=stages, default=stages[-1], metavar="STAGE", help="the last one (report)")
+            command.add_argument(
+                "--until",
+                choices=stages,
+                default=stages[-1],
+                metavar="STAGE",
+                help="the last one (report)",
+            )
         if name in ("score", "teach"):
-            command.add_argument("--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N")
+            command.add_argument(
+                "--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N"
+            )
         if name == "evaluate":
-            command.add_argument("--shard", metavar="I/N", help="with --model: only part I of N of its work, from 0")
+            command.add_argument(
+                "--shard", metavar="I/N", help="with --model: only part I of N of its work, from 0"
+            )
             command.add_argument("--model", choices=finished.MODELS, help="only this one's answers")
             command.add_argument("--benchmark", help="with --model: only this benchmark")
             command.add_argument("--seed", type=int, help="with --model: only this seed")
         if name == "export":
-            command.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
+            command.add_argument(
+                "--out", type=Path, help="folder to write (default: export/ in the run directory)"
+            )
         if name == "report":
             report.add_arguments(command)
     return parser
@@ -205,7 +289,8 @@ def _command(options: argparse.Namespace) -> int:
     if "RANK" in os.environ:  # one rank of a stage that another process of ours started
         if options.command == "run":
             raise ResourceError(
-                f"RANK={rank} makes this process one of several ranks, which `pocl run` starts itself: unset RANK and WORLD_SIZE"
+                f"RANK={rank} makes this process one of several ranks, which `pocl run` starts "
+                f"itself: unset RANK and WORLD_SIZE"
             )
         if rank == 0:
             keep_log(run.logs / f"{options.command}.log")
@@ -220,8 +305,12 @@ def _command(options: argparse.Namespace) -> int:
             return _run(recipe, run, lock, options.until)
     if not inherited:
         pipeline.join(run, recipe)
-        whole_evaluation = options.command == "evaluate" and not options.model  # one process a model, then the table
-        if options.command == "teach" and options.shard:  # beside other shards, each with ranks of its own
+        whole_evaluation = (
+            options.command == "evaluate" and not options.model
+        )  # one process a model, then the table
+        if (
+            options.command == "teach" and options.shard
+        ):  # beside other shards, each with ranks of its own
             return pipeline.run_stage("teach", run, recipe, shard=options.shard)
         if pipeline.needs_ranks(options.command, recipe) or whole_evaluation:
             with pipeline.locked(run) as lock:
@@ -248,18 +337,26 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
         if options.command != "evaluate":  # whose parts are of one model, and not the recipe's
             overrides.append(f"{options.command}.shards={options.shard[1]}")
     if len(names) > 1:
-        raise RecipeError(f"two recipes are named ({names[0]}, {names[1]}): give one, overrides have the form field=value")
+        raise RecipeError(
+            f"two recipes are named ({names[0]}, {names[1]}): give one, overrides have the form "
+            f"field=value"
+        )
     if names:
         recipe = load_recipe(names[0], overrides)
     elif options.run_dir and (options.run_dir / "recipe.yaml").is_file():
         recipe = load_recipe(str(options.run_dir / "recipe.yaml"), overrides)
     else:
-        raise RecipeError("no recipe is named: give a file or a shipped name (pocl run quickstart), or a --run-dir that has one")
+        raise RecipeError(
+            "no recipe is named: give a file or a shipped name (pocl run quickstart), or a "
+            "--run-dir that has one"
+        )
     return recipe, RunDirectory(options.run_dir or Path("runs") / recipe.name)
 
 
 def _recipes(options: argparse.Namespace) -> list[tuple[Recipe, RunDirectory]]:
-    """The recipe of a command line; of several, each with a run directory of its own below --run-dir."""
+    """The recipe of a command line; of several, each with a run directory of its own below
+    --run-dir.
+    """
     from pocl_ds.artifacts import RunDirectory
     from pocl_ds.errors import RecipeError
     from pocl_ds.recipe import load_recipe
@@ -271,15 +368,24 @@ def _recipes(options: argparse.Namespace) -> list[tuple[Recipe, RunDirectory]]:
     recipes = [load_recipe(file, overrides) for file in files]
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"two recipes are named {twice!r}: each needs a name of its own (field name)")
-    return [(recipe, RunDirectory((options.run_dir or Path("runs")) / recipe.name)) for recipe in recipes]
+        raise RecipeError(
+            f"two recipes are named {twice!r}: each needs a name of its own (field name)"
+        )
+    return [
+        (recipe, RunDirectory((options.run_dir or Path("runs")) / recipe.name))
+        for recipe in recipes
+    ]
 
 
 def _shard(text: str) -> tuple[int, int]:
     from pocl_ds.errors import RecipeError
 
     number, _, count = text.partition("/")
-    if not (re.fullmatch("[0-9]{1,9}", number) and re.fullmatch("[0-9]{1,9}", count) and int(number) < int(count)):
+    if not (
+        re.fullmatch("[0-9]{1,9}", number)
+        and re.fullmatch("[0-9]{1,9}", count)
+        and int(number) < int(count)
+    ):
         raise RecipeError(f"--shard {text}: write I/N with I from 0 to N-1, as in 2/8")
     return int(number), int(count)
 
@@ -317,10 +423,18 @@ def _dry_run(options: argparse.Namespace, recipe: Recipe, run: RunDirectory) -> 
 
     print(dump_recipe(recipe), end="")
     print(f"\nrun directory: {run.path}")
-    done = pipeline.finished(run, recipe) if run.recipe.is_file() else dict.fromkeys(pipeline.NAMES, False)
+    done = (
+        pipeline.finished(run, recipe)
+        if run.recipe.is_file()
+        else dict.fromkeys(pipeline.NAMES, False)
+    )
     for stage in pipeline.wanted_stages(recipe, getattr(options, "until", pipeline.NAMES[-1])):
         if options.command in ("run", stage.name):
-            ranks = f" on {recipe.launch.ranks} ranks" if pipeline.needs_ranks(stage.name, recipe) else ""
+            ranks = (
+                f" on {recipe.launch.ranks} ranks"
+                if pipeline.needs_ranks(stage.name, recipe)
+                else ""
+            )
             print(f"{stage.name:<10} {'done' if done[stage.name] else f'would run{ranks}'}")
     return 0
 
@@ -336,7 +450,9 @@ def _check_part(options: argparse.Namespace) -> None:
     """A part of an evaluation is of one model."""
     from pocl_ds.errors import RecipeError
 
-    part = [word for word in ("shard", "benchmark", "seed") if getattr(options, word, None) is not None]
+    part = [
+        word for word in ("shard", "benchmark", "seed") if getattr(options, word, None) is not None
+    ]
     if options.command == "evaluate" and not options.model and part:
         raise RecipeError(f"--{part[0]} is a part of one model's answers: say whose with --model")
 
@@ -351,7 +467,9 @@ def _bench(options: argparse.Namespace) -> int:
         print("\n".join(f"{name:<10} {purpose}" for name, (_, purpose) in BENCHMARKS.items()))
         return 0
     if options.name not in BENCHMARKS:
-        raise RecipeError(f"there is no benchmark {options.name!r}: take one of {', '.join(BENCHMARKS)}")
+        raise RecipeError(
+            f"there is no benchmark {options.name!r}: take one of {', '.join(BENCHMARKS)}"
+        )
     importlib.import_module(BENCHMARKS[options.name][0]).run(options.arguments)
     return 0
 

@@ -1,7 +1,9 @@
-"""Passwords, tokens and keys: refused in what is written into a run directory, blotted out of what is shown.
+"""Passwords, tokens and keys: refused in what is written into a run directory, blotted out of what
+is shown.
 
-A secret's place is the environment (HF_TOKEN, WANDB_API_KEY, the variable that evaluate.judge.key_env names) or the file of the
-program that asks for it, as `hf auth login` writes one.
+A secret's place is the environment (HF_TOKEN, WANDB_API_KEY, the variable that
+evaluate.judge.key_env names) or the file of the program that asks for it, as `hf auth login` writes
+one.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ from typing import Any
 
 NAME = re.compile(r"(?:^|_)(?:token|secret|password|passwd|passphrase|\w*key)$", re.IGNORECASE)
 IN_ADDRESS = re.compile(r"(?<=://)[^/?#@\s'\"]+(?=@)")  # user:password, or a token alone
-TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b")
-ASSIGNED = re.compile(r"\b(\w+)=(?![\"']?\$)[\"']?[^\s\"',;]")  # in a line of shell; not NAME=$OTHER
+TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b"
+)
+ASSIGNED = re.compile(
+    r"\b(\w+)=(?![\"']?\$)[\"']?[^\s\"',;]"
+)  # in a line of shell; not NAME=$OTHER
 FEWEST_LETTERS = 12  # a shorter value stands in too many texts by chance
 HIDDEN = "***"
 
@@ -29,7 +35,9 @@ def assigns_secret(line: str) -> bool:
 
 
 def hide(text: str) -> str:
-    """A text without the secrets of this process's environment, passwords in addresses, and what looks like a token."""
+    """A text without the secrets of this process's environment, passwords in addresses, and what
+    looks like a token.
+    """
     for value in _values():
         text = text.replace(value, HIDDEN)
     return TOKEN.sub(HIDDEN, IN_ADDRESS.sub(HIDDEN, text))
@@ -52,5 +60,9 @@ def _first(entries: list[tuple[str, Any]]) -> str | None:
 
 def _values() -> list[str]:
     """The longest first, since one may be part of another. The path of a key's file is none."""
-    named = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= FEWEST_LETTERS}
+    named = {
+        value
+        for name, value in os.environ.items()
+        if is_secret_name(name) and len(value) >= FEWEST_LETTERS
+    }
     return sorted((value for value in named if not os.path.exists(value)), key=len, reverse=True)

@@ -21,8 +21,9 @@ from torch.distributed import distributed_c10d
 from pocl_ds.artifacts import peak_host_bytes
 from pocl_ds.errors import DisagreementError, PoclError, ResourceError
 
-# How long ranks wait for one that works alone (digests a checkpoint, converts shards, seals what a teacher said), in seconds.
-# The ends of hangs are others': the watchdog, who leaves stacks, and the launcher and SLURM, where a rank died.
+# How long ranks wait for one that works alone (digests a checkpoint, converts shards, seals what a
+# teacher said), in seconds. The ends of hangs are others': the watchdog, who leaves stacks, and the
+# launcher and SLURM, where a rank died.
 PATIENCE = 4 * 3600.0
 
 
@@ -37,13 +38,16 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """This rank's device: its own GPU, else the CPU. Raises ResourceError where a rank has no GPU of its own."""
+    """This rank's device: its own GPU, else the CPU. Raises ResourceError where a rank has no GPU
+    of its own.
+    """
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
         raise ResourceError(
-            f"rank {rank()} has no GPU: {torch.cuda.device_count()} are visible on this node, local rank is {local}; "
+            f"rank {rank()} has no GPU: {torch.cuda.device_count()} are visible on this node, "
+            f"local rank is {local}; "
             "start at most one rank a GPU (launch.ranks)"
         )
     torch.cuda.set_device(local)
@@ -57,12 +61,16 @@ def device_name() -> str:
 
 
 def memory() -> dict[str, float]:
-    """Most memory that this process took so far in GiB, on its GPU where it has one; there also how busy that is, in percent."""
+    """Most memory that this process took so far in GiB, on its GPU where it has one; there also how
+    busy that is, in percent.
+    """
     where = device()
     if where.type == "cpu":
         return {"memory_gib": peak_host_bytes() / 2**30}
     found = {"memory_gib": torch.cuda.max_memory_allocated(where) / 2**30}
-    with contextlib.suppress(Exception):  # needs nvidia-ml-py, whose own errors say that a GPU's part does not tell
+    with contextlib.suppress(
+        Exception
+    ):  # needs nvidia-ml-py, whose own errors say that a GPU's part does not tell
         found["gpu_busy"] = float(torch.cuda.utilization(where))
     return found
 
@@ -75,10 +83,12 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def be_patient(hang_seconds: float = 0.0) -> timedelta:
-    """Let every group of ranks, also one that is made later, wait longer than the watchdog does. Returns how long.
+    """Let every group of ranks, also one that is made later, wait longer than the watchdog does.
+    Returns how long.
 
-    NCCL's own end of a wait is an abort without stacks; it comes after 10 minutes in DeepSpeed's group, and in each that it makes
-    from it after torch's default, whatever the first one was given.
+    NCCL's own end of a wait is an abort without stacks; it comes after 10 minutes in DeepSpeed's
+    group, and in each that it makes from it after torch's default, whatever the first one was
+    given.
     """
     patience = timedelta(seconds=PATIENCE + hang_seconds)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
@@ -95,9 +105,11 @@ def settle() -> None:
 
 
 def agree(facts: Mapping[str, Any]) -> None:
-    """Make sure that all ranks are about to do the same. Raises DisagreementError on every rank, naming who differs and how.
+    """Make sure that all ranks are about to do the same. Raises DisagreementError on every rank,
+    naming who differs and how.
 
-    Costs one reduction of two numbers: ranks that go different ways would else be seen as a hang, after train.hang_seconds.
+    Costs one reduction of two numbers: ranks that go different ways would else be seen as a hang,
+    after train.hang_seconds.
     """
     if not dist.is_initialized():
         return
@@ -111,10 +123,14 @@ def agree(facts: Mapping[str, Any]) -> None:
     common = Counter(map(repr, everyone)).most_common(1)[0][0]
     usual = next(found for found in everyone if repr(found) == common)
     odd = next(number for number, found in enumerate(everyone) if repr(found) != common)
-    names = [name for name in {**usual, **everyone[odd]} if usual.get(name) != everyone[odd].get(name)]
+    names = [
+        name for name in {**usual, **everyone[odd]} if usual.get(name) != everyone[odd].get(name)
+    ]
     raise DisagreementError(
         f"rank {odd} is about to do something else than the others: "
-        + "; ".join(f"{name} {everyone[odd].get(name)!r} against {usual.get(name)!r}" for name in names)
+        + "; ".join(
+            f"{name} {everyone[odd].get(name)!r} against {usual.get(name)!r}" for name in names
+        )
         + ": start all ranks from the same code, recipe and run directory"
     )
 
@@ -144,7 +160,9 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def peak_memory() -> dict[str, int]:
-    """The most memory that any rank ever held, bytes: on its host, and on its GPU where there is one. All ranks call it."""
+    """The most memory that any rank ever held, bytes: on its host, and on its GPU where there is
+    one. All ranks call it.
+    """
     mine = {"peak_host_bytes": peak_host_bytes()}
     if device().type == "cuda":
         mine["peak_device_bytes"] = torch.cuda.max_memory_allocated()
@@ -154,7 +172,8 @@ def peak_memory() -> dict[str, int]:
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Run a block on every rank; where one fails with a user's fault, all leave with that same sentence.
+    """Run a block on every rank; where one fails with a user's fault, all leave with that same
+    sentence.
 
     Without it one rank would stop and the others hang in their next collective call.
     """

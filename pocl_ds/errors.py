@@ -1,4 +1,5 @@
-"""What a user can cause. Each message is one sentence: the field or file, what was found, what to do.
+"""What a user can cause. Each message is one sentence: the field or file, what was found, what to
+do.
 
 The command line prints the sentence and exits with `exit_code`; a traceback means a defect of ours.
 """
@@ -8,7 +9,9 @@ import re
 RESUME = 75  # exit code EX_TEMPFAIL: everything is saved, start the same command again
 UNFIT = 71  # EX_OSERR: this node cannot do its part, another may
 HANG = 74  # a rank was silent for too long
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
 
 
 class PoclError(Exception):
@@ -54,12 +57,16 @@ class Interrupted(PoclError):
 
 
 def memory_fault(error: Exception) -> str | None:
-    """What was asked for, and of what, where a machine's or a GPU's memory ran out; None where that is not the fault. There is no
-    one type for it: torch, its libraries and numpy each have their own.
+    """What was asked for, and of what, where a machine's or a GPU's memory ran out; None where that
+    is not the fault. There is no one type for it: torch, its libraries and numpy each have their
+    own.
     """
     said = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(said):
         return None
-    parts = (r"tried to allocate ([\d.]+ \w+)", r"(GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free)")
+    parts = (
+        r"tried to allocate ([\d.]+ \w+)",
+        r"(GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free)",
+    )
     found = [part[1] for part in (re.search(text, said, re.IGNORECASE) for text in parts) if part]
     return ", ".join(found) or said[:200] or "no more is known"

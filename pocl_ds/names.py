@@ -1,12 +1,12 @@
-"""Names that recipes may use, to which plugins add theirs. The functions stand elsewhere, so that a recipe is read without
-what is heavy; tests hold the two together.
+"""Names that recipes may use, to which plugins add theirs. The functions stand elsewhere, so that a
+recipe is read without what is heavy; tests hold the two together.
 """
 
 from __future__ import annotations
 
-# Every loss by name, with its options and their defaults (METHOD 3). The function of the same name stands in
-# `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no divergence; those across tokenizers
-# stand in `distill/across_tokenizers.py`.
+# Every loss by name, with its options and their defaults (METHOD 3). The function of the same name
+# stands in `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no
+# divergence; those across tokenizers stand in `distill/across_tokenizers.py`.
 LOSSES: dict[str, dict[str, float | bool]] = {
     "fkl": {},
     "rkl": {},
@@ -24,8 +24,16 @@ LOSSES: dict[str, dict[str, float | bool]] = {
 ACROSS_TOKENIZERS = ("uld", "alm")
 
 # May the student write?
-POLICIES: dict[str, bool] = {"off": False, "gkd": True, "distillm": True, "seqkd": False, "mixture": True}
+POLICIES: dict[str, bool] = {
+    "off": False,
+    "gkd": True,
+    "distillm": True,
+    "seqkd": False,
+    "mixture": True,
+}
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
-METRICS: list[str] = []  # of difficulty, beside ROUGE-L and cross-entropy; each is a ranking strategy too
+METRICS: list[
+    str
+] = []  # of difficulty, beside ROUGE-L and cross-entropy; each is a ranking strategy too
 BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")  # see evaluate/benchmarks.py
 ALL_LINEAR = "all-linear"  # student.lora.targets

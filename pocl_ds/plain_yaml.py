@@ -1,7 +1,8 @@
-"""YAML that people write, as plain values: texts, numbers, true, false, null, lists, mappings. All else is one sentence.
+"""YAML that people write, as plain values: texts, numbers, true, false, null, lists, mappings. All
+else is one sentence.
 
-YAML can say more: a key twice (the last one counts, without a word), anchors that multiply into gigabytes or hold themselves,
-tags that make other objects. No file of ours needs any of it.
+YAML can say more: a key twice (the last one counts, without a word), anchors that multiply into
+gigabytes or hold themselves, tags that make other objects. No file of ours needs any of it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 from pocl_ds.errors import RecipeError
 
-LARGEST = 1 << 20  # bytes of a file; a data file that was named by mistake would be read for minutes
+LARGEST = (
+    1 << 20
+)  # bytes of a file; a data file that was named by mistake would be read for minutes
 MOST_VALUES, DEEPEST = 100_000, 32
 
 
@@ -29,27 +32,45 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+                    raise ConstructorError(
+                        None, None, f"{key.value!r} stands there twice", key.start_mark
+                    )
                 seen.add(key.value)
         return node
 
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         try:
             value = super().construct_object(node, deep=deep)
-        except (ValueError, LookupError):  # !!int abc, !!int, !!bool abc, or more digits than Python reads
-            raise ConstructorError(None, None, f"{node.value[:40]!r} is not what its tag says", node.start_mark) from None
+        except (
+            ValueError,
+            LookupError,
+        ):  # !!int abc, !!int, !!bool abc, or more digits than Python reads
+            raise ConstructorError(
+                None, None, f"{node.value[:40]!r} is not what its tag says", node.start_mark
+            ) from None
         if isinstance(value, int) and value.bit_length() > 64:
-            raise ConstructorError(None, None, f"{node.value[:40]!r} is a number beyond 64 bits", node.start_mark)
+            raise ConstructorError(
+                None, None, f"{node.value[:40]!r} is a number beyond 64 bits", node.start_mark
+            )
         return value
 
     def construct_undefined(self, node: Node) -> Any:
-        raise ConstructorError(None, None, f"the tag {node.tag} makes something else than a plain value", node.start_mark)
+        raise ConstructorError(
+            None,
+            None,
+            f"the tag {node.tag} makes something else than a plain value",
+            node.start_mark,
+        )
 
 
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
 _Loader.yaml_constructors = {
     None: _Loader.construct_undefined,
-    **{tag: make for tag, make in yaml.SafeLoader.yaml_constructors.items() if tag and tag.rpartition(":")[2] in _PLAIN},
+    **{
+        tag: make
+        for tag, make in yaml.SafeLoader.yaml_constructors.items()
+        if tag and tag.rpartition(":")[2] in _PLAIN
+    },
 }
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
@@ -70,7 +91,9 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile("^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile("^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def read_yaml(path: Path) -> Any:
@@ -78,10 +101,15 @@ def read_yaml(path: Path) -> Any:
     try:
         size = path.stat().st_size
         if size > LARGEST:
-            raise RecipeError(f"{path} has {size} bytes, more than any recipe, study or profile: check that it is the right file")
+            raise RecipeError(
+                f"{path} has {size} bytes, more than any recipe, study or profile: check that it "
+                f"is the right file"
+            )
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
+        raise RecipeError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it"
+        ) from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}): check the file") from None
     try:
@@ -106,7 +134,9 @@ def plain_value(text: str) -> Any:
             raise yaml.YAMLError(f"it is more than {DEEPEST} levels deep")
         if found > MOST_VALUES:  # a few lines of anchors may stand for billions
             raise yaml.YAMLError(f"it stands for more than {MOST_VALUES} values")
-        if isinstance(one, str) and ("\0" in one or any("\ud800" <= letter <= "\udfff" for letter in one)):
+        if isinstance(one, str) and (
+            "\0" in one or any("\ud800" <= letter <= "\udfff" for letter in one)
+        ):
             raise yaml.YAMLError("a text holds a zero byte or half a character")
         if isinstance(one, dict):
             left += [(part, depth + 1) for pair in one.items() for part in pair]

@@ -1,4 +1,5 @@
-"""What a module of yours registers, named in a recipe's `plugins`: one function and one decorator for each method.
+"""What a module of yours registers, named in a recipe's `plugins`: one function and one decorator
+for each method.
 
     from pocl_ds import plugins
 
@@ -29,14 +30,18 @@ Registered = TypeVar("Registered", bound=Callable[..., Any])
 
 
 def divergence(name: str, **options: float | bool) -> Callable[[Registered], Registered]:
-    """Register a divergence, from log-probabilities of teacher and student [tokens, ids] to [tokens]. options: their defaults."""
+    """Register a divergence, from log-probabilities of teacher and student [tokens, ids] to
+    [tokens]. options: their defaults.
+    """
     from pocl_ds.distill.divergences import FUNCTIONS
 
     return _register("divergence", name, FUNCTIONS, lambda: names.LOSSES.__setitem__(name, options))
 
 
 def policy(name: str, *, on_policy: bool) -> Callable[[Registered], Registered]:
-    """Register a policy: a class made from (PolicyConfig, write, seed). on_policy: whether it calls `write`."""
+    """Register a policy: a class made from (PolicyConfig, write, seed). on_policy: whether it calls
+    `write`.
+    """
     from pocl_ds.distill.policies import POLICIES
 
     return _register("policy", name, POLICIES, lambda: names.POLICIES.__setitem__(name, on_policy))
@@ -46,28 +51,41 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
     """Register a ranking strategy: from `Scored` to indices, easiest first, a permutation."""
     from pocl_ds.difficulty.rank import STRATEGIES
 
-    return _register("ranking strategy", name, STRATEGIES, lambda: names.STRATEGIES.append(name), names.METRICS)
+    return _register(
+        "ranking strategy", name, STRATEGIES, lambda: names.STRATEGIES.append(name), names.METRICS
+    )
 
 
 def metric(name: str) -> Callable[[Registered], Registered]:
-    """Register a metric of difficulty, which is a ranking strategy of the same name too: small is easy."""
+    """Register a metric of difficulty, which is a ranking strategy of the same name too: small is
+    easy.
+    """
     from pocl_ds.difficulty.score import METRICS
 
     return _register("metric", name, METRICS, lambda: names.METRICS.append(name), names.STRATEGIES)
 
 
 def _register(
-    kind: str, name: str, registry: dict[str, Any], announce: Callable[[], None], beside: Collection[str] = ()
+    kind: str,
+    name: str,
+    registry: dict[str, Any],
+    announce: Callable[[], None],
+    beside: Collection[str] = (),
 ) -> Callable[[Registered], Registered]:
     """beside: names that a recipe writes into the same field."""
 
     def register(found: Registered) -> Registered:
         before = registry.get(name)
         if name in beside:
-            raise RecipeError(f"plugins: rank.strategy={name} has a meaning already: give your {kind} another name")
+            raise RecipeError(
+                f"plugins: rank.strategy={name} has a meaning already: give your {kind} another "
+                f"name"
+            )
         if before is not None:
             if getattr(before, "__module__", None) != found.__module__:
-                raise RecipeError(f"plugins: there is a {kind} {name!r} already: give yours another name")
+                raise RecipeError(
+                    f"plugins: there is a {kind} {name!r} already: give yours another name"
+                )
             return found  # the same module, imported under a second name
         registry[name] = found
         announce()

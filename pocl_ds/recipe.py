@@ -1,4 +1,6 @@
-"""A recipe on disk: a YAML file or a shipped name, dotted overrides, and one sentence for what is wrong in it."""
+"""A recipe on disk: a YAML file or a shipped name, dotted overrides, and one sentence for what is
+wrong in it.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ from pocl_ds.shipped import RECIPES
 def load_recipe(source: str, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe and apply dotted overrides.
 
-    source: a YAML file or the name of a shipped recipe. overrides: `section.field=value`, the value in YAML.
-    Raises RecipeError, one sentence with field, value and remedy.
+    source: a YAML file or the name of a shipped recipe. overrides: `section.field=value`, the value
+    in YAML. Raises RecipeError, one sentence with field, value and remedy.
     """
     tree = _read_tree(recipe_path(source))
     for override in overrides or []:
@@ -50,16 +52,26 @@ def recipe_path(source: str) -> Path:
     if os.sep not in source and os.path.isfile(shipped):
         return shipped
     if os.path.isdir(path):
-        raise RecipeError(f"recipe {source} is a folder: name a file in it, or a run directory with --run-dir")
+        raise RecipeError(
+            f"recipe {source} is a folder: name a file in it, or a run directory with --run-dir"
+        )
     names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-    raise RecipeError(f"recipe {source!r} is neither a file nor a shipped recipe ({names}): check the name")
+    raise RecipeError(
+        f"recipe {source!r} is neither a file nor a shipped recipe ({names}): check the name"
+    )
 
 
 def check_recipe(tree: dict[str, Any]) -> Recipe:
-    """Validate a tree of plain values, after its plugins were imported. Raises RecipeError naming the first field at fault."""
+    """Validate a tree of plain values, after its plugins were imported. Raises RecipeError naming
+    the first field at fault.
+    """
     if field := find_secret(tree):  # before any check, whose message might show it
-        raise RecipeError(f"recipe field {field} holds a password, a token or a key, and recipes are written down: remove it, "
-                          "and export it as a variable (HF_TOKEN, WANDB_API_KEY, the one of evaluate.judge.key_env)")  # fmt: skip
+        raise RecipeError(
+            f"recipe field {field} holds a password, a token or a key, and recipes are written "
+            f"down: remove it, "
+            "and export it as a variable (HF_TOKEN, WANDB_API_KEY, the one of "
+            "evaluate.judge.key_env)"
+        )
     _import_plugins(tree.get("plugins"))
     try:
         return Recipe.model_validate(tree)
@@ -79,13 +91,15 @@ def _import_plugins(names: Any) -> None:
             importlib.import_module(str(name))
         except ModuleNotFoundError as error:
             raise RecipeError(
-                f"recipe field plugins: module {name} cannot be imported ({error}): put its folder into PYTHONPATH"
+                f"recipe field plugins: module {name} cannot be imported ({error}): put its "
+                f"folder into PYTHONPATH"
             ) from None
         except PoclError:
             raise
         except Exception as error:  # the module is the user's, and may do anything
             raise RecipeError(
-                f"recipe field plugins: module {name!r} cannot be imported ({type(error).__name__}: {error}): mend it"
+                f"recipe field plugins: module {name!r} cannot be imported "
+                f"({type(error).__name__}: {error}): mend it"
             ) from error
 
 
@@ -109,7 +123,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = plain_value(text)
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"override {_shown(override)}: the value is not valid YAML ({yaml_fault(error)}): quote it"
+            f"override {_shown(override)}: the value is not valid YAML ({yaml_fault(error)}): "
+            f"quote it"
         ) from None
     node = tree
     *parents, leaf = key.split(".")
@@ -118,7 +133,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise RecipeError(f"override {_shown(override)}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise RecipeError(
+                f"override {_shown(override)}: {'.'.join(parents[: depth + 1])} is a value, not a "
+                f"section"
+            )
         node[parent] = dict(child)  # a YAML alias is one and the same mapping in several places
         node = node[parent]
     node[leaf] = value
@@ -126,7 +144,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def first_fault(error: ValidationError, what: str, model: type[BaseModel]) -> str:
     """The first fault of a tree as one sentence that begins with `what`; further ones are counted."""
-    faults = sorted(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    faults = sorted(
+        error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden"
+    )
     fault = faults[0]  # a misspelt field first: it explains the one that is missing
     field = ".".join(str(part) for part in fault["loc"])
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -136,7 +156,9 @@ def first_fault(error: ValidationError, what: str, model: type[BaseModel]) -> st
     if kind == "missing":
         return f"{what} {field} is missing: add it{more}"
     if kind == "model_type":
-        return f"{what} {field}={_shown(fault['input'])} is a section: write its fields below it{more}"
+        return (
+            f"{what} {field}={_shown(fault['input'])} is a section: write its fields below it{more}"
+        )
     if not field:
         return f"{what.removesuffix('field').rstrip(' :')}: {message}{more}"
     shown = "" if isinstance(fault["input"], dict) else f"={_shown(fault['input'])}"
@@ -144,7 +166,9 @@ def first_fault(error: ValidationError, what: str, model: type[BaseModel]) -> st
 
 
 def _shown(value: Any) -> str:
-    """A value as it stands in a sentence: not the whole of a long one, nor of one that holds another a thousand times."""
+    """A value as it stands in a sentence: not the whole of a long one, nor of one that holds
+    another a thousand times.
+    """
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
     return short.repr(value)
@@ -157,8 +181,14 @@ def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
             continue
         annotation = section.model_fields[str(part)].annotation
         candidates = [annotation, *getattr(annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        section = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
+        )
         if section is None:
             return ": remove it"
     close = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
-    return f": did you mean {close[0]}?" if close else f": the fields here are {', '.join(section.model_fields)}"
+    return (
+        f": did you mean {close[0]}?"
+        if close
+        else f": the fields here are {', '.join(section.model_fields)}"
+    )

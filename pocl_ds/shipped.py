@@ -1,7 +1,9 @@
-"""Where what is shipped beside the code lies, in a checkout as in an installed wheel, and where caches may be written.
+"""Where what is shipped beside the code lies, in a checkout as in an installed wheel, and where
+caches may be written.
 
-A checkout, and the copy of the code that jobs run, have `launch/`, `ds_configs/` and `slurm/` beside the package. A wheel has
-them inside it, since site-packages is no place for folders of such names.
+A checkout, and the copy of the code that jobs run, have `launch/`, `ds_configs/` and `slurm/`
+beside the package. A wheel has them inside it, since site-packages is no place for folders of such
+names.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ JOB_TEMPLATE = ROOT / "slurm" / "job.sbatch.j2"
 
 
 def module_command(module: str) -> list[str]:
-    """What runs a module of this very tree in a process of its own: `python -m` looks into the working directory first."""
+    """What runs a module of this very tree in a process of its own: `python -m` looks into the
+    working directory first.
+    """
     return [sys.executable, str(ROOT / "launch" / "pocl.py"), module]
 
 
 def cache_folder() -> Path:
-    """Where caches go: `.cache` of a checkout, else the user's own, since site-packages belongs to whoever installed it."""
+    """Where caches go: `.cache` of a checkout, else the user's own, since site-packages belongs to
+    whoever installed it.
+    """
     if (ROOT / "pyproject.toml").is_file():
         return ROOT / ".cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pocl_ds"

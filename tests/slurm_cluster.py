@@ -20,7 +20,9 @@ class Cluster:
     """The cluster, by its own commands."""
 
     def __init__(self) -> None:
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("POCL_", "SLURM_"))}
+        self.environment = {
+            k: v for k, v in os.environ.items() if not k.startswith(("POCL_", "SLURM_"))
+        }
         self.run: Path | None = None  # the one that was submitted last
         self.environment["SLURM_CONF"] = str(BASE / "slurm.conf")
 
@@ -30,12 +32,19 @@ class Cluster:
 
     def call(self, *words: str, check: bool = True) -> str:
         """A SLURM command."""
-        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=60
+        )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
     def pocl(
-        self, *words: str, check: bool = True, user: str | None = None, python: str = sys.executable, **environment: str
+        self,
+        *words: str,
+        check: bool = True,
+        user: str | None = None,
+        python: str = sys.executable,
+        **environment: str,
     ) -> subprocess.CompletedProcess[str]:
         """`pocl WORDS...` on the login node."""
         if words[0] == "submit":
@@ -44,7 +53,9 @@ class Cluster:
         if user:
             command = ["runuser", "-u", user, "--", *command]
         where = {**self.environment, **environment}
-        done = subprocess.run(command, cwd=ROOT, env=where, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            command, cwd=ROOT, env=where, capture_output=True, text=True, timeout=120
+        )
         assert not check or done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
         return done
 
@@ -59,14 +70,20 @@ class Cluster:
 
     def hurry(self) -> None:
         """Requeued jobs wait two minutes for their credentials to expire: not here."""
-        for line in self.call("squeue", "--noheader", "--states=PENDING", "--format=%A %r").splitlines():
+        for line in self.call(
+            "squeue", "--noheader", "--states=PENDING", "--format=%A %r"
+        ).splitlines():
             job, reason = line.split(maxsplit=1)
             if reason == "BeginTime":
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def newest_logs(self) -> str:
         """The ends of what the last submitted run's jobs and ranks said last."""
-        logs = sorted((self.run / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime) if self.run else []
+        logs = (
+            sorted((self.run / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
+            if self.run
+            else []
+        )
         return "".join(f"\n==> {path}\n{path.read_text()[-1000:]}" for path in logs[-4:])
 
     def until(self, condition: Callable[[], object], what: str, seconds: float = 400) -> None:
@@ -74,6 +91,9 @@ class Cluster:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                raise AssertionError(f"waited {seconds:.0f} s for {what}:\n{self.call('squeue', '-a')}{self.newest_logs()}")
+                raise AssertionError(
+                    f"waited {seconds:.0f} s for "
+                    f"{what}:\n{self.call('squeue', '-a')}{self.newest_logs()}"
+                )
             self.hurry()
             time.sleep(0.3)

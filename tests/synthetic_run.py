@@ -43,25 +43,65 @@ class SyntheticRun:
         """texts: are put into prompts, references and answers in turn."""
         self.run.data.mkdir(parents=True)
         self.run.scores.mkdir(parents=True)
-        samples_file, shard = self.run.data / "train.jsonl", self.run.scores / "shard-00000-of-00001.jsonl"
+        samples_file, shard = (
+            self.run.data / "train.jsonl",
+            self.run.scores / "shard-00000-of-00001.jsonl",
+        )
         with samples_file.open("w") as data, shard.open("w") as scores:
             for i in range(samples):
                 text = texts[i % len(texts)] if texts else ""
-                record = {"id": f"s{i}", "instruction": f"Say what sample {i} is about. {text}", "input": text,
-                          "references": [f"It is about {i}. {text}"], "history": []}  # fmt: skip
+                record = {
+                    "id": f"s{i}",
+                    "instruction": f"Say what sample {i} is about. {text}",
+                    "input": text,
+                    "references": [f"It is about {i}. {text}"],
+                    "history": [],
+                }
                 data.write(json.dumps(record) + "\n")
-                scored = {"id": f"s{i}", "rouge_l": 0.1, "cross_entropy": 2.0, "response": f"the {i} {text}"}
+                scored = {
+                    "id": f"s{i}",
+                    "rouge_l": 0.1,
+                    "cross_entropy": 2.0,
+                    "response": f"the {i} {text}",
+                }
                 scores.write(json.dumps(scored) + "\n")
-        write_manifest(self.run.scores, "score", "s" * 64, info={"seconds": 30.5}, files=[], name=f"{shard.name}.manifest.json")
+        write_manifest(
+            self.run.scores,
+            "score",
+            "s" * 64,
+            info={"seconds": 30.5},
+            files=[],
+            name=f"{shard.name}.manifest.json",
+        )
         (self.run.data / "test.jsonl").write_text("{}\n")
-        write_manifest(self.run.data, "data", "d" * 64, info={"seconds": 4.2, "splits": {"train": {"samples": 400}}})
+        write_manifest(
+            self.run.data,
+            "data",
+            "d" * 64,
+            info={"seconds": 4.2, "splits": {"train": {"samples": 400}}},
+        )
 
     def plan(self, samples: int = 400) -> None:
         stages = [
-            {"index": i, "start": 0, "stop": (i + 1) * samples // 4, "tau": 1 + i / 3, "alpha": 0.3 - i / 10, "epochs": 1,
-             "steps_per_epoch": 18 * (i + 1), "steps": 18 * (i + 1)} for i in range(4)
-        ]  # fmt: skip
-        tree = {"batch_size": 8, "total_steps": 180, "scheduler": "baby_step", "tail": "drop", "stages": stages}
+            {
+                "index": i,
+                "start": 0,
+                "stop": (i + 1) * samples // 4,
+                "tau": 1 + i / 3,
+                "alpha": 0.3 - i / 10,
+                "epochs": 1,
+                "steps_per_epoch": 18 * (i + 1),
+                "steps": 18 * (i + 1),
+            }
+            for i in range(4)
+        ]
+        tree = {
+            "batch_size": 8,
+            "total_steps": 180,
+            "scheduler": "baby_step",
+            "tail": "drop",
+            "stages": stages,
+        }
         write_json(self.run.plan / "plan.json", tree)
         write_manifest(self.run.plan, "plan", "p" * 64)
 
@@ -72,21 +112,47 @@ class SyntheticRun:
             for step in range(1, steps + 1):
                 stage = min(3, int(math.sqrt(step / steps * 16.0)))
                 tau, alpha = 1 + stage / 3, 0.3 - stage / 10
-                kd, ce = (4 * math.exp(-step / steps * 3) + 0.8 + noise[step - 1, 0]), 4.3 + noise[step - 1, 1]
+                kd, ce = (
+                    (4 * math.exp(-step / steps * 3) + 0.8 + noise[step - 1, 0]),
+                    4.3 + noise[step - 1, 1],
+                )
                 record = {
-                    "kind": "step", "step": step, "stage": stage, "epoch": 0, "loss": alpha * ce + (1 - alpha) * kd, "kd": kd,
-                    "ce": ce, "tau": tau, "alpha": alpha, "lr": 3e-4 * 0.5 * (1 + math.cos(math.pi * step / steps)),
-                    "grad_norm": 1.0, "tokens": 200, "tokens_per_second": 410 + 30 * noise[step - 1, 0], "seconds": 1.0,
+                    "kind": "step",
+                    "step": step,
+                    "stage": stage,
+                    "epoch": 0,
+                    "loss": alpha * ce + (1 - alpha) * kd,
+                    "kd": kd,
+                    "ce": ce,
+                    "tau": tau,
+                    "alpha": alpha,
+                    "lr": 3e-4 * 0.5 * (1 + math.cos(math.pi * step / steps)),
+                    "grad_norm": 1.0,
+                    "tokens": 200,
+                    "tokens_per_second": 410 + 30 * noise[step - 1, 0],
+                    "seconds": 1.0,
                     "sample_ids_digest": "0" * 16,
-                }  # fmt: skip
+                }
                 stream.write(json.dumps(record) + "\n")
                 if step % (steps // 4) == 0:
-                    record = {"kind": "validation", "step": step, "stage": stage, "validation_loss": 4.5,
-                              "validation_kd": 1.0 - step / steps / 4, "validation_ce": 4.9 - step / steps}  # fmt: skip
+                    record = {
+                        "kind": "validation",
+                        "step": step,
+                        "stage": stage,
+                        "validation_loss": 4.5,
+                        "validation_kd": 1.0 - step / steps / 4,
+                        "validation_ce": 4.9 - step / steps,
+                    }
                     stream.write(json.dumps(record) + "\n")
             stream.write('{"kind": "step", "ste')  # a kill cut this line short
         if finished:
-            info = {"seconds": 211.0, "ranks": 2, "steps": steps, "packed": True, "padding_share": 0.314}
+            info = {
+                "seconds": 211.0,
+                "ranks": 2,
+                "steps": steps,
+                "packed": True,
+                "padding_share": 0.314,
+            }
             write_manifest(self.run.train, "train", "t" * 64, info=info)
 
     def ranking(self, samples: int = 400) -> None:
@@ -96,11 +162,19 @@ class SyntheticRun:
         ids = [f"s{i}" for i in range(samples)]
         self.run.ranking.mkdir(parents=True)
         np.save(self.run.ranking / "order.npy", np.arange(samples))
-        pq.write_table(pa.table({"id": ids, "rouge_l": rouge, "cross_entropy": entropy}), self.run.ranking / "ranking.parquet")
+        pq.write_table(
+            pa.table({"id": ids, "rouge_l": rouge, "cross_entropy": entropy}),
+            self.run.ranking / "ranking.parquet",
+        )
         write_manifest(self.run.ranking, "rank", "r" * 64, info={"samples": samples})
 
     def evaluation(
-        self, texts: dict[str, str] | None = None, *, items: int = 30, benchmarks: Sequence[str] = ("test",), extra: str = ""
+        self,
+        texts: dict[str, str] | None = None,
+        *,
+        items: int = 30,
+        benchmarks: Sequence[str] = ("test",),
+        extra: str = "",
     ) -> None:
         texts = texts or TEXTS
         results: dict[str, Any] = {"seeds": [10, 20], "models": {}}
@@ -111,27 +185,54 @@ class SyntheticRun:
                 for seed in (10, 20):
                     self._answers(model, name, seed, text, items, rouge / 100, extra)
             results["models"][model] = {
-                "loss": loss, "kl": 0.0 if model == "teacher" else loss - 3.45, "tokens": 900.0,
+                "loss": loss,
+                "kl": 0.0 if model == "teacher" else loss - 3.45,
+                "tokens": 900.0,
                 "benchmarks": {
-                    name: {"samples": items, "rouge_l": rouge, "rouge_l_deviation": 0.42, "rouge_l_by_seed": [rouge],
-                           "exact_match": 0.0, "words": 9.0, "repetition_rate": 0.1, "distinct_1": 0.25, "distinct_2": 0.755,
-                           "loss": 4.321, "kl": 0.765}
+                    name: {
+                        "samples": items,
+                        "rouge_l": rouge,
+                        "rouge_l_deviation": 0.42,
+                        "rouge_l_by_seed": [rouge],
+                        "exact_match": 0.0,
+                        "words": 9.0,
+                        "repetition_rate": 0.1,
+                        "distinct_1": 0.25,
+                        "distinct_2": 0.755,
+                        "loss": 4.321,
+                        "kl": 0.765,
+                    }
                     for name in benchmarks
                 },
-            }  # fmt: skip
+            }
         write_json(self.run.evaluation / "results.json", results)
-        write_manifest(self.run.evaluation, "evaluate", "e" * 64, files=[self.run.evaluation / "results.json"],
-                       info={"seconds": 64.0})
+        write_manifest(
+            self.run.evaluation,
+            "evaluate",
+            "e" * 64,
+            files=[self.run.evaluation / "results.json"],
+            info={"seconds": 64.0},
+        )
 
-    def _answers(self, model: str, benchmark: str, seed: int, text: str, items: int, rouge: float, extra: str) -> None:
+    def _answers(
+        self, model: str, benchmark: str, seed: int, text: str, items: int, rouge: float, extra: str
+    ) -> None:
         folder = self.run.evaluation / model
         folder.mkdir(parents=True, exist_ok=True)
         spread = np.random.default_rng([ord(model[0]), seed]).normal(0, 0.05, items)
         spread -= spread.mean()
         with (folder / f"{benchmark}-seed{seed}.jsonl").open("w") as stream:
             for i in range(items):
-                stream.write(json.dumps({
-                    "id": f"q{i}", "prompt": f"### Instruction:\nQ{i} {extra}",
-                    "instruction": f"Explain what `numpy.argsort` does ({i}). {extra}", "response": text,
-                    "references": ["Returns the indices that would sort an array."], "rouge_l": float(rouge + spread[i]),
-                }) + "\n")  # fmt: skip
+                stream.write(
+                    json.dumps(
+                        {
+                            "id": f"q{i}",
+                            "prompt": f"### Instruction:\nQ{i} {extra}",
+                            "instruction": f"Explain what `numpy.argsort` does ({i}). {extra}",
+                            "response": text,
+                            "references": ["Returns the indices that would sort an array."],
+                            "rouge_l": float(rouge + spread[i]),
+                        }
+                    )
+                    + "\n"
+                )

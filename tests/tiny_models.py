@@ -1,6 +1,8 @@
-"""Tiny random language models as Hugging Face folders, made in a second: what tests distil instead of real ones.
+"""Tiny random language models as Hugging Face folders, made in a second: what tests distil instead
+of real ones.
 
-Other processes import this too (`PYTHONPATH=tests`). All share one byte-level BPE tokenizer, so any two make a pair.
+Other processes import this too (`PYTHONPATH=tests`). All share one byte-level BPE tokenizer, so any
+two make a pair.
 """
 
 from __future__ import annotations
@@ -17,35 +19,63 @@ CHAT_TEMPLATE = (
 )
 
 CORPUS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
-    "Below is an instruction that describes a task, paired with an input that provides further context.",
-    "### Instruction: ### Input: ### Response: Explain what the function does. Return the sum of the values.",
-    "The quick brown fox jumps over the lazy dog while the student learns from the teacher, step by step.",
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.",
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context.",
+    "### Instruction: ### Input: ### Response: Explain what the function does. Return the sum of "
+    "the values.",
+    "The quick brown fox jumps over the lazy dog while the student learns from the teacher, step "
+    "by step.",
 ] * 4
 
 
 HIDDEN = 64
-# What a family's configuration says beyond `_DECODER`: its head's specials among it, and tied heads where real models tie.
+# What a family's configuration says beyond `_DECODER`: its head's specials among it, and tied heads
+# where real models tie.
 _DECODER = {
-    "hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-    "max_position_embeddings": MAX_POSITIONS, "initializer_range": 0.1,
-}  # fmt: skip
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITIONS,
+    "initializer_range": 0.1,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": HIDDEN, "n_head": 2, "n_positions": MAX_POSITIONS, "initializer_range": 0.1},
-    "opt": {"hidden_size": HIDDEN, "ffn_dim": 2 * HIDDEN, "num_attention_heads": 2, "max_position_embeddings": MAX_POSITIONS,
-            "word_embed_proj_dim": 32, "do_layer_norm_before": False, "init_std": 0.1},
+    "opt": {
+        "hidden_size": HIDDEN,
+        "ffn_dim": 2 * HIDDEN,
+        "num_attention_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "word_embed_proj_dim": 32,
+        "do_layer_norm_before": False,
+        "init_std": 0.1,
+    },
     "llama": {**_DECODER, "tie_word_embeddings": False},
     "qwen2": {**_DECODER, "tie_word_embeddings": True},
     "qwen3": {**_DECODER, "tie_word_embeddings": True},
     "mistral": {**_DECODER, "sliding_window": 16},
     "gemma": _DECODER,
-    "gemma2": {**_DECODER, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 1.5, "query_pre_attn_scalar": 32,
-               "sliding_window": 16},
+    "gemma2": {
+        **_DECODER,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 1.5,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 16,
+    },
     "phi": {**_DECODER, "num_key_value_heads": 2},
-    "granite": {**_DECODER, "logits_scaling": 8.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.5,
-                "attention_multiplier": 0.2, "tie_word_embeddings": True},
+    "granite": {
+        **_DECODER,
+        "logits_scaling": 8.0,
+        "embedding_multiplier": 6.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+        "tie_word_embeddings": True,
+    },
     "cohere": {**_DECODER, "logit_scale": 0.25},
-}  # fmt: skip
+}
 
 
 def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
@@ -64,7 +94,11 @@ def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=EOS, bos_token=EOS, pad_token=PAD, model_max_length=MAX_POSITIONS
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        bos_token=EOS,
+        pad_token=PAD,
+        model_max_length=MAX_POSITIONS,
     )
     if chat:
         wrapped.chat_template = CHAT_TEMPLATE
@@ -72,32 +106,51 @@ def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
 
 
 def make_sentencepiece_tokenizer() -> Any:
-    """A tokenizer in the form of LLaMA 2's: a space as U+2581, also before the text, and bytes for what it does not know."""
+    """A tokenizer in the form of LLaMA 2's: a space as U+2581, also before the text, and bytes for
+    what it does not know.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     tree = json.loads(tokenizer.to_str())  # bytes are no special tokens there, which texts may hold
     tree["added_tokens"] = tree["added_tokens"][:3]
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tree)), unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<unk>", model_max_length=MAX_POSITIONS,
-    )  # fmt: skip
+        tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        model_max_length=MAX_POSITIONS,
+    )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 
 def llama(
-    folder: Path, *, tied: bool = True, layers: int = 3, hidden: int = 64, seed: int = 0, rows: int | None = None,
+    folder: Path,
+    *,
+    tied: bool = True,
+    layers: int = 3,
+    hidden: int = 64,
+    seed: int = 0,
+    rows: int | None = None,
     tokenizer: Any = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """LLaMA with grouped-query attention and a chat template; `rows` pads the vocabulary."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -120,7 +173,13 @@ def llama(
 
 
 def gpt2(
-    folder: Path, *, layers: int = 2, hidden: int = 64, seed: int = 0, dropout: float = 0.1, tokenizer: Any = None
+    folder: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    seed: int = 0,
+    dropout: float = 0.1,
+    tokenizer: Any = None,
 ) -> Path:
     """GPT-2: learned positions, tied head, dropout on as in the real one."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -143,9 +202,17 @@ def gpt2(
 
 
 def opt(
-    folder: Path, *, layers: int = 2, hidden: int = 64, projection: int | None = 32, seed: int = 0, tokenizer: Any = None
+    folder: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    projection: int | None = 32,
+    seed: int = 0,
+    tokenizer: Any = None,
 ) -> Path:
-    """OPT in the form of OPT-350M where `projection` is given: embeddings projected in and out, norms after."""
+    """OPT in the form of OPT-350M where `projection` is given: embeddings projected in and out,
+    norms after.
+    """
     from transformers import OPTConfig, OPTForCausalLM
 
     return _save(
@@ -166,16 +233,22 @@ def opt(
 
 
 def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
-    """A model of `FAMILIES`. Its biases and norms are not the zeros and ones of a fresh one, which would hide a mistake."""
+    """A model of `FAMILIES`. Its biases and norms are not the zeros and ones of a fresh one, which
+    would hide a mistake.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer(chat=True)
     depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
     config = AutoConfig.for_model(
-        name, vocab_size=len(tokenizer), bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **{**FAMILIES[name], depth: layers},
-    )  # fmt: skip
+        name,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **{**FAMILIES[name], depth: layers},
+    )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).float()
@@ -188,14 +261,22 @@ def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
 
 
 def _save(
-    folder: Path, model_class: Any, config_class: Any, seed: int, rows: int | None, *, chat: bool = False, tokenizer: Any = None,
+    folder: Path,
+    model_class: Any,
+    config_class: Any,
+    seed: int,
+    rows: int | None,
+    *,
+    chat: bool = False,
+    tokenizer: Any = None,
     **fields: Any,
-) -> Path:  # fmt: skip
+) -> Path:
     import torch
 
     tokenizer = tokenizer or make_tokenizer(chat=chat)
     spread = "initializer_range" if model_class.__name__ != "OPTForCausalLM" else "init_std"
-    # A spread wider than the usual 0.02 keeps the next-token distribution away from uniform: greedy text has no ties.
+    # A spread wider than the usual 0.02 keeps the next-token distribution away from uniform: greedy
+    # text has no ties.
     config = config_class(
         vocab_size=rows or len(tokenizer),
         bos_token_id=tokenizer.eos_token_id,
@@ -214,17 +295,25 @@ def _save(
 
 
 OWN = {
-    "own_config.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n",
-    "own_model.py": "from transformers import LlamaForCausalLM\n\nfrom .own_config import OwnConfig\n\n\n"
-                    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
-}  # fmt: skip
+    "own_config.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n   "
+    " model_type = 'own'\n",
+    "own_model.py": "from transformers import LlamaForCausalLM\n\nfrom .own_config import "
+    "OwnConfig\n\n\n"
+    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+}
 
 
 def with_code(folder: Path) -> Path:
     """Make a LLaMA's folder one of a family that only its own code knows."""
     tree = json.loads((folder / "config.json").read_text())
-    tree |= {"model_type": "own", "architectures": ["OwnModel"],
-             "auto_map": {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}}  # fmt: skip
+    tree |= {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {
+            "AutoConfig": "own_config.OwnConfig",
+            "AutoModelForCausalLM": "own_model.OwnModel",
+        },
+    }
     (folder / "config.json").write_text(json.dumps(tree))
     for name, text in OWN.items():
         (folder / name).write_text(text)

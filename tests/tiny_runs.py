@@ -1,4 +1,6 @@
-"""A whole run in small, as a recipe: what end-to-end tests change a field or two of, stop, and read the records of."""
+"""A whole run in small, as a recipe: what end-to-end tests change a field or two of, stop, and read
+the records of.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,28 @@ import yaml
 from command_line import start
 
 
-def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples: int, **changes: dict[str, Any]) -> Path:
-    """data.jsonl of 90 samples and recipe.yaml below `folder`. changes: fields by section, over those here."""
+def write_recipe(
+    folder: Path, teacher: Path, student: Path, /, *, train_samples: int, **changes: dict[str, Any]
+) -> Path:
+    """data.jsonl of 90 samples and recipe.yaml below `folder`. changes: fields by section, over
+    those here.
+    """
     with (folder / "data.jsonl").open("w") as stream:
         for i in range(90):
-            record = {"instruction": f"Say {i} and {i * i % 17}.", "output": f"It is {i} " * (1 + i % 4)}
+            record = {
+                "instruction": f"Say {i} and {i * i % 17}.",
+                "output": f"It is {i} " * (1 + i % 4),
+            }
             stream.write(json.dumps(record) + "\n")
     small = {"backend": "transformers", "max_sequences": 16}
     tree: dict[str, Any] = {
         "name": "tiny",
-        "data": {"source": str(folder / "data.jsonl"), "test_fraction": 0.1, "validation_fraction": 0.1,
-                 "train_samples": train_samples},
+        "data": {
+            "source": str(folder / "data.jsonl"),
+            "test_fraction": 0.1,
+            "validation_fraction": 0.1,
+            "train_samples": train_samples,
+        },
         "prompt": {"template": "chat", "max_prompt_tokens": 64, "max_length": 96},
         "teacher": {"model": str(teacher)},
         "student": {"model": str(student)},
@@ -30,7 +43,7 @@ def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples
         "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 3}},
         "evaluate": {"generation": small, "seeds": [1], "max_new_tokens": 8},
         "launch": {"ranks": 2, "threads": 1},
-    }  # fmt: skip
+    }
     for section, fields in changes.items():
         tree[section] = {**tree.get(section, {}), **fields}
     path = folder / "recipe.yaml"
@@ -40,7 +53,9 @@ def write_recipe(folder: Path, teacher: Path, student: Path, /, *, train_samples
 
 def records(run: Path, training: str = "train", kind: str = "step") -> list[dict[str, Any]]:
     """What a training wrote down, of one kind."""
-    lines = [json.loads(line) for line in (run / training / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (run / training / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line for line in lines if line["kind"] == kind]
 
 

@@ -9,12 +9,17 @@ from pocl_ds.errors import RecipeError
 
 
 def whole_numbers(arguments: Sequence[int | str], of: str, *, least: int = 1) -> tuple[int, ...]:
-    """The arguments as numbers. Raises RecipeError naming the first that is not one, or is below `least`."""
+    """The arguments as numbers. Raises RecipeError naming the first that is not one, or is below
+    `least`.
+    """
     found = []
     for argument in arguments:
         text = str(argument).replace("_", "")
         if not (text.isascii() and text.isdigit()) or int(text) < least:
-            raise RecipeError(f"{argument!r} is not a number of {of}: give whole numbers of at least {least}, as in 1000 10_000")
+            raise RecipeError(
+                f"{argument!r} is not a number of {of}: give whole numbers of at least {least}, "
+                f"as in 1000 10_000"
+            )
         found.append(int(text))
     return tuple(found)
 

@@ -1,4 +1,5 @@
-"""The ranks of `pocl bench checkpoint`: trains a student a few steps, saves it both ways, loads and converts what was saved.
+"""The ranks of `pocl bench checkpoint`: trains a student a few steps, saves it both ways, loads and
+converts what was saved.
 
     launch/train.sh --ranks R --module pocl_ds.bench.checkpoint_worker WORKLOAD FOLDER STEPS OUT
 """
@@ -31,16 +32,25 @@ def main(work: Workload, folder: Path, steps: int, out: Path) -> None:
     """Write the seconds of each part, and the checkpoint's bytes a parameter."""
     start_deepspeed()
     trainer = _trainer(work, folder, steps)
-    parameters = sum(int(getattr(p, "ds_numel", p.numel())) for p in trainer.engine.module.parameters())
+    parameters = sum(
+        int(getattr(p, "ds_numel", p.numel())) for p in trainer.engine.module.parameters()
+    )
     plain = _steps(trainer, 0, steps)
     directory = folder / "checkpoints"
     at_once = Checkpoints(directory, CheckpointConfig(keep=9), fingerprint="bench")
-    saved = [_timed(lambda step=step: at_once.save(step, trainer.engine, last_chance=False)) for step in (1, 2)]
-    behind = Checkpoints(directory, CheckpointConfig(keep=9, in_background=True), fingerprint="bench")
+    saved = [
+        _timed(lambda step=step: at_once.save(step, trainer.engine, last_chance=False))
+        for step in (1, 2)
+    ]
+    behind = Checkpoints(
+        directory, CheckpointConfig(keep=9, in_background=True), fingerprint="bench"
+    )
     stalls, meanwhile, whole = [], [], []
     for step in (3, 4):
         begin = time.perf_counter()
-        stalls.append(_timed(lambda step=step: behind.save(step, trainer.engine, last_chance=False)))
+        stalls.append(
+            _timed(lambda step=step: behind.save(step, trainer.engine, last_chance=False))
+        )
         while any(distributed.gather_objects(behind.writing)):
             meanwhile += _steps(trainer, 0, 1)
         stalls[-1] += _timed(behind.settle)
@@ -58,9 +68,20 @@ def main(work: Workload, folder: Path, steps: int, out: Path) -> None:
         shutil.rmtree(target)
     distributed.barrier()
     if distributed.rank() == 0:
-        write_json(out, {"step": statistics.median(plain), "save": saved, "stall": stalls, "whole": whole,
-                         "step_meanwhile": statistics.median(meanwhile) if meanwhile else None, "load": loaded,
-                         "convert": converted, "bytes_per_parameter": size / parameters, "parameters": parameters})
+        write_json(
+            out,
+            {
+                "step": statistics.median(plain),
+                "save": saved,
+                "stall": stalls,
+                "whole": whole,
+                "step_meanwhile": statistics.median(meanwhile) if meanwhile else None,
+                "load": loaded,
+                "convert": converted,
+                "bytes_per_parameter": size / parameters,
+                "parameters": parameters,
+            },
+        )
 
 
 def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
@@ -70,18 +91,35 @@ def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     distributed.barrier()
     count = len(work.lengths)
     train = TrainConfig(
-        batch_size=count, micro_batch_size=max(1, count // distributed.world_size()), validate_samples=0,
+        batch_size=count,
+        micro_batch_size=max(1, count // distributed.world_size()),
+        validate_samples=0,
         tracking=TrackingConfig(tensorboard=False),
-    )  # fmt: skip
+    )
     student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": precision()})
     plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=1.0)
-    job = build.Job(run.train, "bench", "bench", plan, np.arange(count), student.model, student, (), None,
-                    LossConfig(name="sft"), train, 0)  # fmt: skip
+    job = build.Job(
+        run.train,
+        "bench",
+        "bench",
+        plan,
+        np.arange(count),
+        student.model,
+        student,
+        (),
+        None,
+        LossConfig(name="sft"),
+        train,
+        0,
+    )
     return build.make_trainer(run, job)
 
 
 def _steps(trainer: Trainer, first: int, count: int) -> list[float]:
-    return [trainer._step(trainer.sampler.at(step), StopFlag())[0]["seconds"] for step in range(first, first + count)]
+    return [
+        trainer._step(trainer.sampler.at(step), StopFlag())[0]["seconds"]
+        for step in range(first, first + count)
+    ]
 
 
 def _timed(action: Any) -> float:

@@ -1,8 +1,9 @@
-"""Time and extra memory of head and divergence alone: ours, plain full logits, Liger's chunked loss where it is installed.
+"""Time and extra memory of head and divergence alone: ours, plain full logits, Liger's chunked loss
+where it is installed.
 
-Forward and backward from hidden states to the gradients of hidden states and head, forward KL at tau = 1. Contenders take
-turns in one process; extra memory is the peak over what stood there before: of the allocator on a GPU, of the process on a
-CPU, whose high-water mark is set back first.
+Forward and backward from hidden states to the gradients of hidden states and head, forward KL at
+tau = 1. Contenders take turns in one process; extra memory is the peak over what stood there
+before: of the allocator on a GPU, of the process on a CPU, whose high-water mark is set back first.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ Contender = Callable[[Tensor, nn.Parameter, Tensor, nn.Parameter, Tensor], Tenso
 
 @dataclass
 class Row:
-    """What one contender took at one shape: seconds of each round, largest extra MiB, and its loss a token."""
+    """What one contender took at one shape: seconds of each round, largest extra MiB, and its loss
+    a token.
+    """
 
     name: str
     seconds: list[float]
@@ -47,10 +50,14 @@ class Row:
     loss: float
 
 
-def run(arguments: Sequence[int | str] = (), out: Callable[[str], None] = print, *, rounds: int = ROUNDS) -> list[list[Row]]:
-    """Print and return a table a shape. arguments: tokens, ids and width of one shape; the device's own shapes without.
+def run(
+    arguments: Sequence[int | str] = (), out: Callable[[str], None] = print, *, rounds: int = ROUNDS
+) -> list[list[Row]]:
+    """Print and return a table a shape. arguments: tokens, ids and width of one shape; the device's
+    own shapes without.
 
-    float32 on CPUs, bfloat16 on GPUs. Raises RecipeError for arguments of another number, or that are no numbers.
+    float32 on CPUs, bfloat16 on GPUs. Raises RecipeError for arguments of another number, or that
+    are no numbers.
     """
     numbers = whole_numbers(arguments, "tokens, ids or width")
     if len(numbers) not in (0, 3):
@@ -58,10 +65,15 @@ def run(arguments: Sequence[int | str] = (), out: Callable[[str], None] = print,
     where = device()
     on_gpu = where.type == "cuda"
     torch.set_num_threads(os.cpu_count() or 1)
-    shapes = ((numbers[0], numbers[1], numbers[2]),) if numbers else GPU_SHAPES if on_gpu else CPU_SHAPES
+    shapes = (
+        ((numbers[0], numbers[1], numbers[2]),) if numbers else GPU_SHAPES if on_gpu else CPU_SHAPES
+    )
     kind = torch.bfloat16 if on_gpu else torch.float32
-    out(f"{torch.cuda.get_device_name() if on_gpu else f'{os.cpu_count()} CPU cores'}, {str(kind)[6:]}, forward and backward, "
-        f"{rounds} rounds, median (least..most)")  # fmt: skip
+    out(
+        f"{torch.cuda.get_device_name() if on_gpu else f'{os.cpu_count()} CPU cores'}, "
+        f"{str(kind)[6:]}, forward and backward, "
+        f"{rounds} rounds, median (least..most)"
+    )
     tables = []
     for shape in shapes:
         tables.append(_shape(shape, kind, where, rounds))
@@ -69,7 +81,10 @@ def run(arguments: Sequence[int | str] = (), out: Callable[[str], None] = print,
         for row in tables[-1]:
             times = [1000 * second for second in row.seconds]
             spread = f"({min(times):.0f}..{max(times):.0f})"
-            out(f"{row.name:<18}{statistics.median(times):>9.1f} ms  {spread:<16}{row.extra_mib:>8.0f} MiB   loss {row.loss:.5f}")
+            out(
+                f"{row.name:<18}{statistics.median(times):>9.1f} ms  "
+                f"{spread:<16}{row.extra_mib:>8.0f} MiB   loss {row.loss:.5f}"
+            )
     return tables
 
 
@@ -80,10 +95,14 @@ def contenders() -> dict[str, Contender]:
     return found | ({"Liger chunked JSD": liger} if liger else {})
 
 
-def _shape(shape: tuple[int, int, int], kind: torch.dtype, where: torch.device, rounds: int) -> list[Row]:
+def _shape(
+    shape: tuple[int, int, int], kind: torch.dtype, where: torch.device, rounds: int
+) -> list[Row]:
     tokens, size, width = shape
     source = torch.Generator(where).manual_seed(0)
-    draw = lambda *sizes: torch.randn(*sizes, generator=source, device=where, dtype=torch.float32).to(kind)  # noqa: E731
+    draw = lambda *sizes: torch.randn(
+        *sizes, generator=source, device=where, dtype=torch.float32
+    ).to(kind)  # noqa: E731
     hidden, teacher_hidden = draw(tokens, width), draw(tokens, width)
     weight, teacher_weight = (nn.Parameter(draw(size, width) / width**0.5) for _ in range(2))
     labels = torch.randint(0, size, (tokens,), generator=source, device=where)
@@ -105,17 +124,38 @@ def _shape(shape: tuple[int, int, int], kind: torch.dtype, where: torch.device, 
     return list(rows.values())
 
 
-def _ours(hidden: Tensor, weight: nn.Parameter, teacher_hidden: Tensor, teacher_weight: nn.Parameter, labels: Tensor) -> Tensor:
+def _ours(
+    hidden: Tensor,
+    weight: nn.Parameter,
+    teacher_hidden: Tensor,
+    teacher_weight: nn.Parameter,
+    labels: Tensor,
+) -> Tensor:
     heads = Head(weight, None, 1.0, None), Head(teacher_weight, None, 1.0, None)
-    total, *_ = loss_sums(hidden, heads[0], labels, LossTerms("fkl"), ids=Ids(len(weight)), teacher_hidden=teacher_hidden,
-                          teacher_head=heads[1])  # fmt: skip
+    total, *_ = loss_sums(
+        hidden,
+        heads[0],
+        labels,
+        LossTerms("fkl"),
+        ids=Ids(len(weight)),
+        teacher_hidden=teacher_hidden,
+        teacher_head=heads[1],
+    )
     return total / len(labels)
 
 
-def _plain(hidden: Tensor, weight: nn.Parameter, teacher_hidden: Tensor, teacher_weight: nn.Parameter, labels: Tensor) -> Tensor:
+def _plain(
+    hidden: Tensor,
+    weight: nn.Parameter,
+    teacher_hidden: Tensor,
+    teacher_weight: nn.Parameter,
+    labels: Tensor,
+) -> Tensor:
     log_q = functional.log_softmax(functional.linear(hidden, weight).float(), -1)
     with torch.no_grad():
-        log_p = functional.log_softmax(functional.linear(teacher_hidden, teacher_weight).float(), -1)
+        log_p = functional.log_softmax(
+            functional.linear(teacher_hidden, teacher_weight).float(), -1
+        )
     return functional.kl_div(log_q, log_p, log_target=True, reduction="sum") / len(labels)
 
 
@@ -124,8 +164,12 @@ def _liger() -> Contender | None:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError:
         return None
-    loss: Any = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
-    return lambda hidden, weight, other, other_weight, labels: loss(hidden, weight, other, other_weight.detach(), labels)
+    loss: Any = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
+    )
+    return lambda hidden, weight, other, other_weight, labels: loss(
+        hidden, weight, other, other_weight.detach(), labels
+    )
 
 
 def _start(where: torch.device) -> int:

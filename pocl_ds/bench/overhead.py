@@ -1,7 +1,9 @@
-"""What POCL's own stages cost beside baseline KD at equal sample visits, in seconds and FLOPs, of a run that is finished.
+"""What POCL's own stages cost beside baseline KD at equal sample visits, in seconds and FLOPs, of a
+run that is finished.
 
-Scoring, ranking and planning come on top of the training; the schedules themselves cost nothing. Seconds are what the stages
-took; FLOPs follow from the models' configurations and the run's own tokens.
+Scoring, ranking and planning come on top of the training; the schedules themselves cost nothing.
+Seconds are what the stages took; FLOPs follow from the models' configurations and the run's own
+tokens.
 """
 
 from __future__ import annotations
@@ -29,26 +31,40 @@ def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> di
     """Print and return the cost of each stage. arguments: the directory of a finished run."""
     run_directory = RunDirectory(one_path(arguments, "the directory of a finished run"))
     if read_manifest(run_directory.train) is None:
-        raise ArtifactError(f"{run_directory.path} holds no finished training: run `pocl run` to its end first")
+        raise ArtifactError(
+            f"{run_directory.path} holds no finished training: run `pocl run` to its end first"
+        )
     seconds, flops = _seconds(run_directory), _flops(run_directory)
     reference = "baseline" if "baseline" in seconds else "train"
     out(f"{run_directory.path}: beside {reference}, as many sample visits")
     for name in NAMES:
         if name in seconds:
             share = 100 * seconds[name] / seconds[reference]
-            work = f"{flops[name] / 1e12:>12.2f} TFLOP{100 * flops[name] / flops[reference]:>8.1f}%" if name in flops else ""
+            work = (
+                f"{flops[name] / 1e12:>12.2f} TFLOP{100 * flops[name] / flops[reference]:>8.1f}%"
+                if name in flops
+                else ""
+            )
             out(f"  {name:<10}{seconds[name]:>10.1f} s{share:>8.1f}%{work}")
     extra = [name for name in ("score", "rank", "plan") if name in seconds]
     share = sum(seconds[name] for name in extra) / seconds[reference]
     work_share = sum(flops.get(name, 0.0) for name in extra) / flops[reference]
-    out(f"scoring, ranking and planning add {100 * share:.1f}% of {reference}'s seconds and {100 * work_share:.1f}% of its FLOPs")
+    out(
+        f"scoring, ranking and planning add {100 * share:.1f}% of {reference}'s seconds and "
+        f"{100 * work_share:.1f}% of its FLOPs"
+    )
     return {"seconds": seconds, "flops": flops, "share": share, "flops_share": work_share}
 
 
 def _seconds(run: RunDirectory) -> dict[str, float]:
-    """Of each stage, from the manifests; of trainings, of their steps alone, without loading and saving."""
+    """Of each stage, from the manifests; of trainings, of their steps alone, without loading and
+    saving.
+    """
     found: dict[str, float] = {}
-    for name, folder, pattern in (("score", run.scores, "shard-*.manifest.json"), ("teach", run.teacher, "*-of-*.manifest.json")):
+    for name, folder, pattern in (
+        ("score", run.scores, "shard-*.manifest.json"),
+        ("teach", run.teacher, "*-of-*.manifest.json"),
+    ):
         manifests = [read_manifest(path.parent, path.name) for path in sorted(folder.glob(pattern))]
         if manifests:
             found[name] = sum(float(one.info["seconds"]) for one in manifests if one)
@@ -58,7 +74,9 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
             found[name] = float(manifest.info["seconds"])
     for name, folder in (("train", run.train), ("baseline", run.baseline)):
         if (folder / "metrics.jsonl").is_file():
-            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            records = [
+                json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+            ]
             found[name] = sum(record["seconds"] for record in records if record["kind"] == "step")
     return found
 
@@ -66,25 +84,38 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
 def _flops(run: RunDirectory) -> dict[str, float]:
     """Of scoring (prompts read, answers written, references read) and of trainings."""
     recipe, models = load_recipe(str(run.recipe)), read_models(run)
-    student = model_shape(load_model_config(models["student"], trust_remote_code=recipe.student.trust_remote_code),
-                          recipe.student.lora)  # fmt: skip
+    student = model_shape(
+        load_model_config(models["student"], trust_remote_code=recipe.student.trust_remote_code),
+        recipe.student.lora,
+    )
     teacher: ModelShape | None = None
     if recipe.teacher and models["teacher"]:
-        teacher = model_shape(load_model_config(models["teacher"], trust_remote_code=recipe.teacher.trust_remote_code))
+        teacher = model_shape(
+            load_model_config(models["teacher"], trust_remote_code=recipe.teacher.trust_remote_code)
+        )
     split = EncodedSplit.open(run.data, "train")
     lengths, loss = np.asarray(split.total_tokens), np.asarray(split.loss_tokens)
-    found = {"score": _scoring(run, student, split)} if any(run.scores.glob("shard-*.jsonl")) else {}
+    found = (
+        {"score": _scoring(run, student, split)} if any(run.scores.glob("shard-*.jsonl")) else {}
+    )
     kept = recipe.teacher is not None and recipe.teacher.mode in ("hidden", "topk")
     mode = "none" if teacher is None else "hidden" if kept else "live"
     choice = Choice(1, checkpointing=recipe.student.activation_checkpointing, mode=mode)
     sizes = zip(lengths.tolist(), loss.tolist(), strict=True)
-    each = np.array([step_flops(student, teacher, choice, [length], count) for length, count in sizes])
+    each = np.array(
+        [step_flops(student, teacher, choice, [length], count) for length, count in sizes]
+    )
     if teacher is not None and mode != "live":
         found["teach"] = sum(teacher.forward_flops([int(length)], 0) for length in lengths)
     plan = load_plan(run.plan / "plan.json")
     order = np.load(run.ranking / "order.npy")
-    means = [each[order[stage.start : stage.stop]].mean() for stage in plan.stages]  # a stage sees its samples alike
-    found["train"] = float(sum(mean * stage.steps for mean, stage in zip(means, plan.stages, strict=True)) * plan.batch_size)
+    means = [
+        each[order[stage.start : stage.stop]].mean() for stage in plan.stages
+    ]  # a stage sees its samples alike
+    found["train"] = float(
+        sum(mean * stage.steps for mean, stage in zip(means, plan.stages, strict=True))
+        * plan.batch_size
+    )
     if (run.baseline / "plan.json").is_file():
         found["baseline"] = float(each.mean() * plan.total_steps * plan.batch_size)
     return found
@@ -94,11 +125,17 @@ def _scoring(run: RunDirectory, student: ModelShape, split: EncodedSplit) -> flo
     """A prompt is read and an answer written, then prompt and reference are read once more."""
     recipe, model = load_recipe(str(run.recipe)), read_models(run)["student"]
     limit, total = recipe.score.max_new_tokens, 0.0
-    answers = [json.loads(line) for path in sorted(run.scores.glob("shard-*.jsonl")) for line in path.read_text().splitlines()]
+    answers = [
+        json.loads(line)
+        for path in sorted(run.scores.glob("shard-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
     tokenizer = load_tokenizer(model, trust_remote_code=recipe.student.trust_remote_code)
     rows = split.rows_of([answer["id"] for answer in answers])
     for row, answer in zip(rows, answers, strict=True):
-        written = min(limit, len(tokenizer(answer["response"], add_special_tokens=False)["input_ids"]) + 1)
+        written = min(
+            limit, len(tokenizer(answer["response"], add_special_tokens=False)["input_ids"]) + 1
+        )
         total += student.forward_flops([int(split.prompt_tokens[row]) + written], written)
         total += student.forward_flops([int(split.total_tokens[row])], int(split.loss_tokens[row]))
     return total

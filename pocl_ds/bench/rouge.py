@@ -1,7 +1,8 @@
 """How many times as fast as rouge-score our ROUGE-L is, by length of text.
 
-Words are drawn as in real text (Zipf: few words often, many rarely), so remembered stems help as much as they would there
-and no more. Both sides score pairs of the same pool, in turns, so that a busy machine slows both.
+Words are drawn as in real text (Zipf: few words often, many rarely), so remembered stems help as
+much as they would there and no more. Both sides score pairs of the same pool, in turns, so that a
+busy machine slows both.
 """
 
 from __future__ import annotations
@@ -15,11 +16,36 @@ from dataclasses import dataclass
 from pocl_ds.bench.arguments import whole_numbers
 from pocl_ds.metrics.rouge import forget_stems, rouge_l_many
 
-PAIRS = 300  # distinct pairs of a round; we score all, rouge-score the first few, compared by the time of one pair
-ROUGE_SCORE_PAIRS = {16: 150, 64: 60, 128: 40, 256: 24, 512: 12}  # chosen for about a second a size and round
+# distinct pairs of a round; we score all, rouge-score the first few, compared by the time of one
+# pair
+PAIRS = 300
+ROUGE_SCORE_PAIRS = {
+    16: 150,
+    64: 60,
+    128: 40,
+    256: 24,
+    512: 12,
+}  # chosen for about a second a size and round
 VOCABULARY = 6000
-SUFFIXES = ("", "", "s", "ed", "ing", "ly", "er", "ation", "ness", "ful", "ize", "ability", "ment", "ous")
-SYLLABLES = [a + b for a in "bcdfglmnprstv" for b in ("a", "e", "i", "o", "u", "en", "or", "al", "in", "ter")]
+SUFFIXES = (
+    "",
+    "",
+    "s",
+    "ed",
+    "ing",
+    "ly",
+    "er",
+    "ation",
+    "ness",
+    "ful",
+    "ize",
+    "ability",
+    "ment",
+    "ous",
+)
+SYLLABLES = [
+    a + b for a in "bcdfglmnprstv" for b in ("a", "e", "i", "o", "u", "en", "or", "al", "in", "ter")
+]
 
 
 @dataclass(frozen=True)
@@ -35,21 +61,34 @@ class Ratios:
 
 
 def run(
-    lengths: Sequence[int | str] = (), out: Callable[[str], None] = print, *, rounds: int = 5, pairs: int = PAIRS
+    lengths: Sequence[int | str] = (),
+    out: Callable[[str], None] = print,
+    *,
+    rounds: int = 5,
+    pairs: int = PAIRS,
 ) -> list[Ratios]:
-    """Print and return the ratio at each length in words: median over rounds, with the smallest and the largest.
+    """Print and return the ratio at each length in words: median over rounds, with the smallest and
+    the largest.
 
-    lengths: words of a text, 16 to 512 where none is given. Raises RecipeError where one is not a number of words.
-    cold: no stem is remembered when a round begins; warm: the same pairs once more.
+    lengths: words of a text, 16 to 512 where none is given. Raises RecipeError where one is not a
+    number of words. cold: no stem is remembered when a round begins; warm: the same pairs once
+    more.
     """
-    out(f"ROUGE-L: times as fast as rouge-score, median of {rounds} rounds (min..max); {pairs} distinct pairs a round")
-    out(f"{'words':>6}  {'stems cold':>22}  {'stems warm':>22}  {'rouge-score':>12}  {'cold':>9}  {'warm':>9}")
+    out(
+        f"ROUGE-L: times as fast as rouge-score, median of {rounds} rounds (min..max); {pairs} "
+        f"distinct pairs a round"
+    )
+    out(
+        f"{'words':>6}  {'stems cold':>22}  {'stems warm':>22}  {'rouge-score':>12}  {'cold':>9}  "
+        f"{'warm':>9}"
+    )
     table = []
     for words in whole_numbers(lengths, "words") or tuple(ROUGE_SCORE_PAIRS):
         row = measure(words, rounds=rounds, pairs=pairs)
         table.append(row)
         out(
-            f"{words:>6}  {_spread(row.cold):>22}  {_spread(row.warm):>22}  {row.rouge_score_us:>9.0f} us"
+            f"{words:>6}  {_spread(row.cold):>22}  {_spread(row.warm):>22}  "
+            f"{row.rouge_score_us:>9.0f} us"
             f"  {row.cold_us:>6.1f} us  {row.warm_us:>6.1f} us"
         )
     return table
@@ -76,11 +115,15 @@ def measure(words: int, *, rounds: int, pairs: int) -> Ratios:
             found = rouge_l_many(left, references)
             times.append((time.perf_counter() - begin) / pairs)
         if found[:few].tolist() != expected:
-            raise RuntimeError(f"ROUGE-L differs from rouge-score at {words} words: the benchmark compares nothing")
+            raise RuntimeError(
+                f"ROUGE-L differs from rouge-score at {words} words: the benchmark compares nothing"
+            )
     return Ratios(
-        words, [a / b for a, b in zip(theirs, cold, strict=True)], [a / b for a, b in zip(theirs, warm, strict=True)],
+        words,
+        [a / b for a, b in zip(theirs, cold, strict=True)],
+        [a / b for a, b in zip(theirs, warm, strict=True)],
         *(1e6 * statistics.median(times) for times in (theirs, cold, warm)),
-    )  # fmt: skip
+    )
 
 
 def texts(count: int, words: int, *, seed: int) -> list[str]:
@@ -96,7 +139,10 @@ def _vocabulary() -> list[str]:
     source = random.Random(0)
     found: dict[str, None] = {}
     while len(found) < VOCABULARY:
-        found["".join(source.choices(SYLLABLES, k=source.choice((1, 1, 2, 2, 3)))) + source.choice(SUFFIXES)] = None
+        found[
+            "".join(source.choices(SYLLABLES, k=source.choice((1, 1, 2, 2, 3))))
+            + source.choice(SUFFIXES)
+        ] = None
     return list(found)
 
 

@@ -1,7 +1,7 @@
 """Time and peak memory of ranking, planning and sampling, from ten thousand to ten million samples.
 
-Each size runs in a process of its own, because a process's peak memory never falls. Making up ids and scores is not timed,
-though their memory counts.
+Each size runs in a process of its own, because a process's peak memory never falls. Making up ids
+and scores is not timed, though their memory counts.
 """
 
 from __future__ import annotations
@@ -29,22 +29,34 @@ SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 SMALLEST = 256  # four subsets of one batch of 64
 
 
-def run(sizes: Sequence[int | str] = (), out: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Print and return a row for each number of samples. Seconds on one core; memory of the whole process.
+def run(
+    sizes: Sequence[int | str] = (), out: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Print and return a row for each number of samples. Seconds on one core; memory of the whole
+    process.
 
     sizes: 10k to 10M where none is given. Raises RecipeError where one is not a number of samples.
     """
     counts = whole_numbers(sizes, "samples", least=SMALLEST) or SIZES
     out("rank, plan and sampler on synthetic samples, one process a size, one core")
-    out(f"{'samples':>10}  {'rank':>8}  {'plan':>8}  {'batch 0':>8}  {'resume':>8}  {'sum':>8}  {'peak':>9}")
+    out(
+        f"{'samples':>10}  {'rank':>8}  {'plan':>8}  {'batch 0':>8}  {'resume':>8}  {'sum':>8}  "
+        f"{'peak':>9}"
+    )
     rows = []
     for size in counts:
         row = _in_a_process(size)
         rows.append(row)
         steps = ("rank", "plan", "first_batch", "resumed_batch")
         cells = "  ".join(f"{row[name]:>6.2f} s" for name in steps)
-        out(f"{size:>10}  {cells}  {sum(row[name] for name in steps):>6.2f} s  {row['peak_mib']:>5.0f} MiB")
-    out("batch 0: sampler made and asked for its first batch; resume: a new sampler over the order on disk, asked for")
+        out(
+            f"{size:>10}  {cells}  {sum(row[name] for name in steps):>6.2f} s  "
+            f"{row['peak_mib']:>5.0f} MiB"
+        )
+    out(
+        "batch 0: sampler made and asked for its first batch; resume: a new sampler over the "
+        "order on disk, asked for"
+    )
     out("a batch in the middle of an epoch of the last stage")
     return rows
 
@@ -53,7 +65,8 @@ def measure(size: int) -> dict[str, Any]:
     """Seconds of each part at one size, and this process's peak memory in MiB."""
     source = np.random.default_rng(0)
     ids = np.char.mod("sample-%08d", source.permutation(size)).astype("S15")
-    # A tenth of the answers share nothing with the reference, as with a weak student; ROUGE-L takes few values.
+    # A tenth of the answers share nothing with the reference, as with a weak student; ROUGE-L takes
+    # few values.
     rouge = np.where(source.random(size) < 0.1, 0.0, source.integers(0, 4000, size) / 4000)
     entropy = source.gamma(4.0, 0.7, size)
     row: dict[str, Any] = {"samples": size}
@@ -87,8 +100,11 @@ def _in_a_process(size: int) -> dict[str, Any]:
     one_core = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
         [*module_command("pocl_ds.bench.scale"), str(size)],
-        check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **one_core},
-    )  # fmt: skip
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **one_core},
+    )
     row: dict[str, Any] = json.loads(done.stdout)
     return row
 

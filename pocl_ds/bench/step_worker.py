@@ -1,11 +1,14 @@
-"""One contender of `pocl bench step`, in its own process or ranks: times steps over one batch, writes what it found.
+"""One contender of `pocl bench step`, in its own process or ranks: times steps over one batch,
+writes what it found.
 
-    launch/train.sh --ranks R --threads T --module pocl_ds.bench.step_worker VARIANT WORKLOAD FOLDER STEPS OUT
+launch/train.sh --ranks R --threads T --module pocl_ds.bench.step_worker VARIANT WORKLOAD FOLDER
+STEPS OUT
 
-Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), each also with one of the recipe's switches
-(zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager), with the teacher's hidden states from disk (torch+stored) and
-without a teacher (torch+sft); full (all logits of both sides, as research code does it), sft
-(the student alone, from transformers); idle (ranks that have joined and hold no model).
+Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), each also with one of
+the recipe's switches (zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager), with the
+teacher's hidden states from disk (torch+stored) and without a teacher (torch+sft); full (all logits
+of both sides, as research code does it), sft (the student alone, from transformers); idle (ranks
+that have joined and hold no model).
 """
 
 from __future__ import annotations
@@ -24,7 +27,15 @@ from torch.nn import functional
 from pocl_ds import distributed
 from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
-from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TeachConfig, TeacherConfig, TrackingConfig, TrainConfig
+from pocl_ds.config import (
+    CheckpointConfig,
+    LossConfig,
+    StudentConfig,
+    TeachConfig,
+    TeacherConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
 from pocl_ds.distill import build
 from pocl_ds.distill.engine import start_deepspeed
@@ -46,10 +57,16 @@ def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> N
         measure = ours if variant.startswith(("zero3", "torch")) else plain
         seconds, loss = measure(variant, work, folder, steps + 1)
     on_gpu = distributed.device().type == "cuda"
-    own = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    own = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if on_gpu
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
     peak = distributed.gather_objects(own)
     if distributed.rank() == 0:
-        write_json(out, {"seconds": seconds[1:], "peak_mib": sum(peak), "peaks_mib": peak, "loss": loss})
+        write_json(
+            out, {"seconds": seconds[1:], "peak_mib": sum(peak), "peaks_mib": peak, "loss": loss}
+        )
 
 
 def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
@@ -65,7 +82,8 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
 def make_training(
     variant: str, work: Workload, folder: Path, run: RunDirectory, plan: Plan, copies: int = 1
 ) -> Callable[[], Trainer]:
-    """The data and, for a stored teacher, what is kept of it are written now; the trainer is made when it is called for.
+    """The data and, for a stored teacher, what is kept of it are written now; the trainer is made
+    when it is called for.
 
     copies: how often the workload's samples stand in the data, each time with other tokens.
     """
@@ -74,28 +92,63 @@ def make_training(
     count = len(work.lengths)
     engine, _, switch = variant.partition("+")
     train = TrainConfig(
-        engine="torch" if engine == "torch" else "deepspeed", batch_size=count, layout="padded" if switch == "padded" else "auto",
-        micro_batch_size=max(1, count // distributed.world_size()), lr=LR, validate_samples=0,
-        checkpoint=CheckpointConfig(every=10**9), tracking=TrackingConfig(tensorboard=False),
-    )  # fmt: skip
+        engine="torch" if engine == "torch" else "deepspeed",
+        batch_size=count,
+        layout="padded" if switch == "padded" else "auto",
+        micro_batch_size=max(1, count // distributed.world_size()),
+        lr=LR,
+        validate_samples=0,
+        checkpoint=CheckpointConfig(every=10**9),
+        tracking=TrackingConfig(tensorboard=False),
+    )
     kind = precision()
     attention = switch if switch in ("sdpa", "eager") else "per_sample"
-    teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": kind, "attention": attention,
-                                            "mode": "hidden" if switch == "stored" else "live"})  # fmt: skip
+    teacher = TeacherConfig.model_validate(
+        {
+            "model": str(folder / "teacher"),
+            "dtype": kind,
+            "attention": attention,
+            "mode": "hidden" if switch == "stored" else "live",
+        }
+    )
     student = StudentConfig.model_validate(
-        {"model": str(folder / "student"), "dtype": kind, "attention": attention,
-         "activation_checkpointing": switch == "checkpointing"}
-    )  # fmt: skip
+        {
+            "model": str(folder / "student"),
+            "dtype": kind,
+            "attention": attention,
+            "activation_checkpointing": switch == "checkpointing",
+        }
+    )
     if engine == "zero3":
         start_deepspeed()
         distributed.barrier()
     taught = "bench" if switch == "stored" else None
     if taught:
-        teach(run, teacher=teacher, student=student, config=TeachConfig(), use=Use(1.0), fingerprint=taught)
+        teach(
+            run,
+            teacher=teacher,
+            student=student,
+            config=TeachConfig(),
+            use=Use(1.0),
+            fingerprint=taught,
+        )
     asked = None if switch == "sft" else teacher
     loss = LossConfig(name="sft" if asked is None else "fkl")
-    job = build.Job(run.train, "bench", "bench", plan, np.arange(count * copies), student.model, student,
-                    (asked.model,) if asked else (), asked, loss, train, 0, taught=taught)  # fmt: skip
+    job = build.Job(
+        run.train,
+        "bench",
+        "bench",
+        plan,
+        np.arange(count * copies),
+        student.model,
+        student,
+        (asked.model,) if asked else (),
+        asked,
+        loss,
+        train,
+        0,
+        taught=taught,
+    )
     return lambda: build.make_trainer(run, job)
 
 
@@ -110,19 +163,37 @@ def write_split(work: Workload, folder: Path, copies: int = 1) -> None:
     batch = [sample for one in sequences(work, copies) for sample in one]
     for name, samples in (("train", batch), ("validation", [])):
         sizes = np.array([len(ids) for _, ids in samples], np.int64)
-        index = np.stack([np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples], np.int64), sizes], 1)
+        index = np.stack(
+            [
+                np.cumsum(sizes) - sizes,
+                np.array([prompt for prompt, _ in samples], np.int64),
+                sizes,
+            ],
+            1,
+        )
         np.save(folder / f"{name}.index.npy", index.reshape(-1, 3))
-        np.save(folder / f"{name}.ids.npy", np.array([f"s{i}".encode() for i in range(len(samples))], "S8"))
-        np.array([token for _, ids in samples for token in ids], np.uint32).tofile(folder / f"{name}.tokens.bin")
+        np.save(
+            folder / f"{name}.ids.npy",
+            np.array([f"s{i}".encode() for i in range(len(samples))], "S8"),
+        )
+        np.array([token for _, ids in samples for token in ids], np.uint32).tofile(
+            folder / f"{name}.tokens.bin"
+        )
 
 
-def plain(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
-    """A loop as one writes it without thinking of memory: padded, every logit of both models at once."""
+def plain(
+    variant: str, work: Workload, folder: Path, steps: int
+) -> tuple[list[float], list[float]]:
+    """A loop as one writes it without thinking of memory: padded, every logit of both models at
+    once.
+    """
     where, kind = distributed.device(), precision()
     student: Any = load_model(str(folder / "student"), dtype=kind).to(where).train()
     teacher: Any = None
     if variant == "full":
-        teacher = load_model(str(folder / "teacher"), dtype=kind).to(where).eval().requires_grad_(False)
+        teacher = (
+            load_model(str(folder / "teacher"), dtype=kind).to(where).eval().requires_grad_(False)
+        )
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.01)
     batch = sequences(work, 1)[0]
     width = max(len(ids) for _, ids in batch)
@@ -149,7 +220,9 @@ def plain(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[
     return seconds, losses
 
 
-def _full_logits(student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _full_logits(
+    student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
     output = student(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
     with torch.no_grad():
         target = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -161,8 +234,12 @@ def _full_logits(student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tens
     return result
 
 
-def _sft(student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    loss: torch.Tensor = student(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+def _sft(
+    student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    loss: torch.Tensor = student(
+        input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
+    ).loss
     return loss
 
 

@@ -1,6 +1,8 @@
-"""One way of a whole POCL run for `pocl bench teacher`: what teaching and training took, and reading with a cold page cache.
+"""One way of a whole POCL run for `pocl bench teacher`: what teaching and training took, and
+reading with a cold page cache.
 
-    launch/train.sh --ranks R --threads T --module pocl_ds.bench.teacher_worker VARIANT WORKLOAD FOLDER EPOCHS OUT
+launch/train.sh --ranks R --threads T --module pocl_ds.bench.teacher_worker VARIANT WORKLOAD FOLDER
+EPOCHS OUT
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def main(variant: str, work: Workload, folder: Path, epochs: int, out: Path) -> 
     """Four stages of `epochs` epochs over four batches, the teacher live or stored."""
     run, count = RunDirectory(folder / f"whole-{variant}"), len(work.lengths)
     begin = time.perf_counter()
-    plan = build_plan(np.arange(count * STAGES), subsets=STAGES, epochs_per_stage=epochs, batch_size=count)
+    plan = build_plan(
+        np.arange(count * STAGES), subsets=STAGES, epochs_per_stage=epochs, batch_size=count
+    )
     training = make_training(variant, work, folder, run, plan, copies=STAGES)
     taught = time.perf_counter()
     training().run()
@@ -37,8 +41,16 @@ def main(variant: str, work: Workload, folder: Path, epochs: int, out: Path) -> 
     read = _cold_reads(run, count) if variant.endswith("+stored") else None
     if distributed.rank() == 0:
         steps = [record["seconds"] for record in read_metrics(run.train / "metrics.jsonl")]
-        write_json(out, {"teach": taught - begin, "train": ended - taught, "step": statistics.median(steps), "read": read,
-                         "steps": len(steps)})
+        write_json(
+            out,
+            {
+                "teach": taught - begin,
+                "train": ended - taught,
+                "step": statistics.median(steps),
+                "read": read,
+                "steps": len(steps),
+            },
+        )
 
 
 def _cold_reads(run: RunDirectory, count: int) -> list[float]:

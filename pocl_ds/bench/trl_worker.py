@@ -1,4 +1,5 @@
-"""TRL's GKD trainer with lmbda=0 (dataset responses only) on the same models and batch; needs TRL, not this package.
+"""TRL's GKD trainer with lmbda=0 (dataset responses only) on the same models and batch; needs TRL,
+not this package.
 
     PYTHON_WITH_TRL trl_worker.py FOLDER STEPS OUT
 """
@@ -43,27 +44,48 @@ def main(folder: Path, steps: int, out: Path) -> None:
             "labels": [pad([-100] * prompt + ids[prompt:], -100) for prompt, ids in batch],
         }
         found = {name: torch.tensor(values) for name, values in made.items()}
-        shortest = min(prompt for prompt, _ in batch)  # the trainer takes its width as where responses begin
+        shortest = min(
+            prompt for prompt, _ in batch
+        )  # the trainer takes its width as where responses begin
         found["prompts"] = found["input_ids"][:, :shortest]
         found["prompt_attention_mask"] = found["attention_mask"][:, :shortest]
         return found
 
-    models = [AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in ("student", "teacher")]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        for name in ("student", "teacher")
+    ]
     clock = Clock()
     config = GKDConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=len(batch), max_steps=steps + 1, lmbda=0.0, beta=0.0,
-        temperature=1.0, learning_rate=1e-4, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True,
-        gradient_checkpointing=False, remove_unused_columns=False, bf16=False, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=len(batch),
+        max_steps=steps + 1,
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        learning_rate=1e-4,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        gradient_checkpointing=False,
+        remove_unused_columns=False,
+        bf16=False,
+        disable_tqdm=True,
+    )
     from datasets import Dataset
 
     chat = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     trainer = GKDTrainer(
-        model=models[0], teacher_model=models[1], args=config, processing_class=tokenizer, callbacks=[clock],
+        model=models[0],
+        teacher_model=models[1],
+        args=config,
+        processing_class=tokenizer,
+        callbacks=[clock],
         train_dataset=Dataset.from_list([{"messages": chat}] * len(batch) * (steps + 1)),
-    )  # fmt: skip
+    )
     trainer.data_collator = collate
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

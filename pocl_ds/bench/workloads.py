@@ -1,9 +1,10 @@
-"""Work that steps are timed on: two models with random weights, and batches of random tokens, as files.
+"""Work that steps are timed on: two models with random weights, and batches of random tokens, as
+files.
 
-A: SmolLM2-135M and its 20-layer student, 8 instruction samples a step (1,100 tokens, 310 of them responses; 1,752 padded).
-S: the same samples, models of a third of the size, 12 layers into 8.
-B: two-layer models of width 256 with 151,936 ids, 4 x 512 tokens, all of them responses: the head is nearly all the work.
-tiny: A in small, for tests.
+A: SmolLM2-135M and its 20-layer student, 8 instruction samples a step (1,100 tokens, 310 of them
+responses; 1,752 padded). S: the same samples, models of a third of the size, 12 layers into 8. B:
+two-layer models of width 256 with 151,936 ids, 4 x 512 tokens, all of them responses: the head is
+nearly all the work. tiny: A in small, for tests.
 """
 
 from __future__ import annotations
@@ -39,49 +40,109 @@ class Workload:
 
 
 _SMOL = {
-    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-    "max_position_embeddings": 2048, "tie_word_embeddings": True,
-}  # fmt: skip
-_SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 2}
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+_SMALL = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
 _WIDE = {
-    "vocab_size": 151936, "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
-    "max_position_embeddings": 2048, "tie_word_embeddings": True, "num_hidden_layers": 2,
-}  # fmt: skip
+    "vocab_size": 151936,
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 2,
+}
 # Heads of 32, the least that vLLM takes on a CPU.
 _TINY = {
-    **_WIDE, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2,
-}  # fmt: skip
+    **_WIDE,
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
 
 WORKLOADS = {
     work.name: work
     for work in (
-        Workload("A", {**_SMOL, "num_hidden_layers": 30}, {**_SMOL, "num_hidden_layers": 20},
-                 ((157, 219), (137, 190), (119, 165), (101, 140), (86, 120), (75, 105), (64, 90), (51, 71))),
-        Workload("S", {**_SMOL, **_SMALL, "num_hidden_layers": 12}, {**_SMOL, **_SMALL, "num_hidden_layers": 8},
-                 ((157, 219), (137, 190), (119, 165), (101, 140), (86, 120), (75, 105), (64, 90), (51, 71))),
+        Workload(
+            "A",
+            {**_SMOL, "num_hidden_layers": 30},
+            {**_SMOL, "num_hidden_layers": 20},
+            (
+                (157, 219),
+                (137, 190),
+                (119, 165),
+                (101, 140),
+                (86, 120),
+                (75, 105),
+                (64, 90),
+                (51, 71),
+            ),
+        ),
+        Workload(
+            "S",
+            {**_SMOL, **_SMALL, "num_hidden_layers": 12},
+            {**_SMOL, **_SMALL, "num_hidden_layers": 8},
+            (
+                (157, 219),
+                (137, 190),
+                (119, 165),
+                (101, 140),
+                (86, 120),
+                (75, 105),
+                (64, 90),
+                (51, 71),
+            ),
+        ),
         Workload("B", _WIDE, _WIDE, ((0, 512),) * 4),
-        Workload("tiny", {**_TINY, "num_hidden_layers": 3}, {**_TINY, "num_hidden_layers": 2}, ((5, 9), (3, 8), (6, 7), (2, 4))),
+        Workload(
+            "tiny",
+            {**_TINY, "num_hidden_layers": 3},
+            {**_TINY, "num_hidden_layers": 2},
+            ((5, 9), (3, 8), (6, 7), (2, 4)),
+        ),
     )
-}  # fmt: skip
+}
 
 
 def sequences(work: Workload, steps: int, seed: int = 0) -> list[list[tuple[int, list[int]]]]:
     """(prompt tokens, ids) of every sample of every step."""
     source = np.random.default_rng(seed)
     size = work.student["vocab_size"]
-    return [[(prompt, source.integers(3, size, whole).tolist()) for prompt, whole in work.lengths] for _ in range(steps)]
+    return [
+        [(prompt, source.integers(3, size, whole).tolist()) for prompt, whole in work.lengths]
+        for _ in range(steps)
+    ]
 
 
 def write_models(work: Workload, folder: Path) -> tuple[Path, Path]:
     """Folders of teacher and student, each with a tokenizer of one word an id."""
     words = {f"w{i}": i for i in range(work.student["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), eos_token="w1", pad_token="w2", unk_token="w0"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
+        eos_token="w1",
+        pad_token="w2",
+        unk_token="w0",
     )
     paths = folder / "teacher", folder / "student"
     for seed, (path, shape) in enumerate(zip(paths, (work.teacher, work.student), strict=True)):
         torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=1, eos_token_id=1, pad_token_id=2)).save_pretrained(path)
+        LlamaForCausalLM(
+            LlamaConfig(**shape, bos_token_id=1, eos_token_id=1, pad_token_id=2)
+        ).save_pretrained(path)
         tokenizer.save_pretrained(path)
     return paths
 
@@ -94,21 +155,25 @@ def write_steps(work: Workload, path: Path, steps: int) -> None:
 def flops(work: Workload) -> float:
     """Multiplications and additions of a KD step without padding, heads at loss positions only.
 
-    Forward 2 a weight and token, backward 4; the teacher runs forward only; attention over each sample's own length.
+    Forward 2 a weight and token, backward 4; the teacher runs forward only; attention over each
+    sample's own length.
     """
     total, tokens = 0.0, sum(whole for _, whole in work.lengths)
     for shape, passes in ((work.teacher, 1), (work.student, 3)):
         d, layers = shape["hidden_size"], shape["num_hidden_layers"]
         kv = d * shape["num_key_value_heads"] // shape["num_attention_heads"]
         weights = layers * (2 * d * d + 2 * d * kv + 3 * d * shape["intermediate_size"])
-        attention = layers * sum(2 * whole * (whole + 1) * d for _, whole in work.lengths)  # half of each square
+        attention = layers * sum(
+            2 * whole * (whole + 1) * d for _, whole in work.lengths
+        )  # half of each square
         head = d * shape["vocab_size"] * work.loss_tokens
         total += passes * (2 * weights * tokens + attention + 2 * head)
     return total
 
 
 def gemm_rate(threads: int, seconds: float = 1.0) -> float:
-    """Multiplications and additions a second of matrix products here, the best of shapes as in these models.
+    """Multiplications and additions a second of matrix products here, the best of shapes as in
+    these models.
 
     float32 on a CPU, bfloat16 on a GPU.
     """
@@ -116,9 +181,16 @@ def gemm_rate(threads: int, seconds: float = 1.0) -> float:
     where, best = device(), 0.0
     kind = torch.bfloat16 if where.type == "cuda" else torch.float32
     wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
-    shapes = [(8192, 8192, 8192)] if where.type == "cuda" else [(1024, 1024, 1024), (512, 576, 1536), (512, 1536, 576)]
+    shapes = (
+        [(8192, 8192, 8192)]
+        if where.type == "cuda"
+        else [(1024, 1024, 1024), (512, 576, 1536), (512, 1536, 576)]
+    )
     for m, k, n in shapes:
-        a, b = torch.randn(m, k, device=where, dtype=kind), torch.randn(k, n, device=where, dtype=kind)
+        a, b = (
+            torch.randn(m, k, device=where, dtype=kind),
+            torch.randn(k, n, device=where, dtype=kind),
+        )
         torch.mm(a, b)
         wait()
         begin, rounds = time.perf_counter(), 0

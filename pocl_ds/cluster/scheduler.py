@@ -1,4 +1,6 @@
-"""SLURM's own commands, each behind a function: words in, plain values out. No shell is ever built from strings."""
+"""SLURM's own commands, each behind a function: words in, plain values out. No shell is ever built
+from strings.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,43 @@ from dataclasses import dataclass
 from pocl_ds.errors import ResourceError
 
 SEPARATOR = "\x1f"
-FIELDS = {"id": "%i", "array": "%F", "task": "%K", "name": "%j", "state": "%T", "reason": "%r", "start": "%S", "used": "%M",
-          "limit": "%l", "nodes": "%N", "since": "%V"}  # fmt: skip
-GONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+FIELDS = {
+    "id": "%i",
+    "array": "%F",
+    "task": "%K",
+    "name": "%j",
+    "state": "%T",
+    "reason": "%r",
+    "start": "%S",
+    "used": "%M",
+    "limit": "%l",
+    "nodes": "%N",
+    "since": "%V",
+}
+GONE = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
 SECONDS = 60  # a controller that is busy may take long to answer
-AWAY = re.compile("[Uu]nable to contact|[Tt]imed out|did not answer|Connection (refused|reset)|try again")
-AWAY_SECONDS = (5, 10, 20, 40, 60)  # between trials: a controller that restarts is back within minutes
-# What a surrounding job would tell sbatch, and through it the new one's srun: its memory, its task's number.
+AWAY = re.compile(
+    "[Uu]nable to contact|[Tt]imed out|did not answer|Connection (refused|reset)|try again"
+)
+AWAY_SECONDS = (
+    5,
+    10,
+    20,
+    40,
+    60,
+)  # between trials: a controller that restarts is back within minutes
+# What a surrounding job would tell sbatch, and through it the new one's srun: its memory, its
+# task's number.
 KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
@@ -57,21 +89,35 @@ def available() -> bool:
 
 def call(*words: str, given: str | None = None) -> str:
     """Run a command of SLURM, `given` on its input. Raises ResourceError with what it said."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in KEPT}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name in KEPT
+    }
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS, input=given, env=own)
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=SECONDS, input=given, env=own
+        )
     except FileNotFoundError:
-        raise ResourceError(f"{words[0]} was not found: use a machine that submits to SLURM, or run `pocl run` here") from None
+        raise ResourceError(
+            f"{words[0]} was not found: use a machine that submits to SLURM, or run `pocl run` here"
+        ) from None
     except subprocess.TimeoutExpired:
-        raise ResourceError(f"{words[0]} did not answer for {SECONDS} s: is the controller up (scontrol ping)?") from None
+        raise ResourceError(
+            f"{words[0]} did not answer for {SECONDS} s: is the controller up (scontrol ping)?"
+        ) from None
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        raise ResourceError(f"{words[0]} refused ({said}): change the profile, or ask those who run the cluster")
+        raise ResourceError(
+            f"{words[0]} refused ({said}): change the profile, or ask those who run the cluster"
+        )
     return done.stdout or " ".join(done.stderr.split())  # --test-only answers on stderr
 
 
 def patiently(ask: Callable[[], str]) -> str:
-    """What `ask` returns, asked again where the controller is away for some minutes. Raises ResourceError."""
+    """What `ask` returns, asked again where the controller is away for some minutes. Raises
+    ResourceError.
+    """
     for seconds in AWAY_SECONDS:
         try:
             return ask()
@@ -83,11 +129,15 @@ def patiently(ask: Callable[[], str]) -> str:
 
 
 def submit(script: str, options: Sequence[str]) -> str:
-    """Submit a script. Returns the job's id: the last line, since a site's own sbatch may greet first."""
+    """Submit a script. Returns the job's id: the last line, since a site's own sbatch may greet
+    first.
+    """
     said = call("sbatch", "--parsable", *options, script).strip()
     number = said.rpartition("\n")[2].partition(";")[0]
     if not number.isdigit():
-        raise ResourceError(f"sbatch --parsable gave no job id but {said!r}: ask those who run the cluster")
+        raise ResourceError(
+            f"sbatch --parsable gave no job id but {said!r}: ask those who run the cluster"
+        )
     return number
 
 
@@ -102,20 +152,31 @@ def queue(ids: Sequence[str]) -> list[Queued]:
         return []
     form = SEPARATOR.join(FIELDS.values())
     try:
-        said = call("squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", f"--format={form}")
+        said = call(
+            "squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", f"--format={form}"
+        )
     except ResourceError as error:
         if "Invalid job id" in str(error):  # all of them ended long ago
             return []
         raise
     lines = [line.split(SEPARATOR) for line in said.splitlines() if line.strip()]
-    return [Queued(*(value.strip() for value in line)) for line in lines if len(line) == len(FIELDS)]
+    return [
+        Queued(*(value.strip() for value in line)) for line in lines if len(line) == len(FIELDS)
+    ]
 
 
 def accounted(ids: Sequence[str]) -> dict[str, str]:
     """Final states by job id from the accounting, {} on a cluster without it."""
     if not ids or not shutil.which("sacct"):
         return {}
-    words = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={','.join(ids)}", "--format=JobID,State"]
+    words = [
+        "sacct",
+        "--noheader",
+        "--allocations",
+        "--parsable2",
+        f"--jobs={','.join(ids)}",
+        "--format=JobID,State",
+    ]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:

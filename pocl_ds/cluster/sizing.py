@@ -1,9 +1,11 @@
-"""How large a run is before it starts: memory of a rank, arithmetic, traffic, hours. Pure numbers from two configurations.
+"""How large a run is before it starts: memory of a rank, arithmetic, traffic, hours. Pure numbers
+from two configurations.
 
-Memory is counted by what holds it, at the moment when it is fullest. What ZeRO-3 does follows from the shipped ds_configs:
-shards of weights, gradients and Adam's states, two blocks gathered (all weights, where they are fewer than
-`stage3_max_live_parameters`), one bucket that is reduced. Times are arithmetic over a stated share of the peak, or traffic over
-the links where that takes longer; generation is bound by reading weights and caches.
+Memory is counted by what holds it, at the moment when it is fullest. What ZeRO-3 does follows from
+the shipped ds_configs: shards of weights, gradients and Adam's states, two blocks gathered (all
+weights, where they are fewer than `stage3_max_live_parameters`), one bucket that is reduced. Times
+are arithmetic over a stated share of the peak, or traffic over the links where that takes longer;
+generation is bound by reading weights and caches.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Layout:
 
     def link(self, device: Device) -> float:
         """Bytes a second that a rank gets in a collective call over all ranks."""
-        return device.link if self.nodes == 1 else min(device.link, self.network / self.ranks_per_node)
+        return (
+            device.link if self.nodes == 1 else min(device.link, self.network / self.ranks_per_node)
+        )
 
 
 @dataclass(frozen=True)
@@ -94,27 +98,45 @@ class Choice:
     teacher_dtype: str = "bfloat16"
     sharded: bool = True  # by ZeRO-3; else whole, in plain PyTorch
     teacher_sharded: bool = True
-    teacher_quantised: float | None = None  # bytes of a weight of the teacher's linear modules, where it is quantised
+    teacher_quantised: float | None = (
+        None  # bytes of a weight of the teacher's linear modules, where it is quantised
+    )
     chunk_bytes: int = 512 << 20
     record_bytes: int = 292  # of a token, where mode is topk
 
     def teacher_weights(self, teacher: ModelShape) -> float:
         """Bytes of the whole teacher."""
         quantised = 0.0 if self.teacher_quantised is None else float(teacher.matrix_parameters)
-        return parameter_bytes(teacher.parameters - quantised, self.teacher_dtype) + quantised * (self.teacher_quantised or 0)
+        return parameter_bytes(teacher.parameters - quantised, self.teacher_dtype) + quantised * (
+            self.teacher_quantised or 0
+        )
 
     def teacher_width(self, teacher: ModelShape) -> float:
         """Bytes that are kept of a loss token."""
-        return self.record_bytes if self.mode == "topk" else parameter_bytes(teacher.width, self.teacher_dtype)
+        return (
+            self.record_bytes
+            if self.mode == "topk"
+            else parameter_bytes(teacher.width, self.teacher_dtype)
+        )
 
 
-Activations = Callable[[Sequence[int], bool], float]  # lengths of a micro-batch, checkpointing -> bytes
+Activations = Callable[
+    [Sequence[int], bool], float
+]  # lengths of a micro-batch, checkpointing -> bytes
 
 
 def training_memory(
-    student: ModelShape, teacher: ModelShape | None, choice: Choice, ranks: int, lengths: Sequence[int], loss_tokens: int,
-    activations: Activations, base: float, *, gloo: bool = False,
-) -> dict[str, float]:  # fmt: skip
+    student: ModelShape,
+    teacher: ModelShape | None,
+    choice: Choice,
+    ranks: int,
+    lengths: Sequence[int],
+    loss_tokens: int,
+    activations: Activations,
+    base: float,
+    *,
+    gloo: bool = False,
+) -> dict[str, float]:
     """Bytes of one rank in a step, by what holds them, for a micro-batch of these lengths.
 
     gloo: between CPUs, where what is gathered lies there twice more on its way (`pocl bench size`).
@@ -124,7 +146,8 @@ def training_memory(
     mixed = choice.dtype != "float32"
     kept: dict[str, float] = {"libraries and buffers": base}
     on_host = choice.offload_student
-    # Mixed precision: weights, gradients and a float32 copy; in float32 ZeRO-3 holds a flat copy too.
+    # Mixed precision: weights, gradients and a float32 copy; in float32 ZeRO-3 holds a flat copy
+    # too.
     kept["student: weights"] = 0.0 if on_host else parameter_bytes(shard, choice.dtype)
     kept["student: gradients"] = 4.0 * trained  # summed over micro-batches in float32 (ds_configs/)
     copies = 3 if mixed or choice.sharded else 2
@@ -134,10 +157,16 @@ def training_memory(
         kept["student: bucket"] = 2 * parameter_bytes(min(BUCKET, student.trained), choice.dtype)
     kept["student: activations"] = activations(lengths, choice.checkpointing)
     if choice.checkpointing:
-        kept["student: activations"] += activations(lengths, False) / student.layers  # one block is computed again
-    kept["logits"] = min(float(choice.chunk_bytes), loss_tokens * student.rows * _logit_bytes(choice.dtype))
+        kept["student: activations"] += (
+            activations(lengths, False) / student.layers
+        )  # one block is computed again
+    kept["logits"] = min(
+        float(choice.chunk_bytes), loss_tokens * student.rows * _logit_bytes(choice.dtype)
+    )
     if not student.adapters:
-        kept["head's gradient"] = (6.0 if mixed else 4.0) * student.head_parameters  # in float32, then in its own type
+        kept["head's gradient"] = (
+            6.0 if mixed else 4.0
+        ) * student.head_parameters  # in float32, then in its own type
         kept["embeddings' gradient"] = parameter_bytes(student.head_parameters, choice.dtype)
     if choice.sharded and not on_host:
         kept["student: gradient of the update"] = 4.0 * trained  # the shard once more, flat
@@ -147,7 +176,9 @@ def training_memory(
         kept["teacher: weights"] = 0.0 if choice.offload_teacher else weights
         if sharded or choice.offload_teacher:
             kept["teacher: gathered"] = parameter_bytes(_live(teacher), choice.teacher_dtype)
-        widest = teacher.block_parameters / max(teacher.width, 1)  # numbers of a token alive in a block, at most
+        widest = teacher.block_parameters / max(
+            teacher.width, 1
+        )  # numbers of a token alive in a block, at most
         kept["teacher: forward"] = parameter_bytes(sum(lengths) * widest, choice.teacher_dtype)
     elif teacher is not None and choice.mode == "hidden":
         kept["teacher: head"] = parameter_bytes(teacher.head_parameters, choice.teacher_dtype)
@@ -156,17 +187,23 @@ def training_memory(
     return kept
 
 
-def host_memory(student: ModelShape, teacher: ModelShape | None, choice: Choice, layout: Layout) -> float:
+def host_memory(
+    student: ModelShape, teacher: ModelShape | None, choice: Choice, layout: Layout
+) -> float:
     """Bytes of a node's own memory that offloading takes."""
     share = layout.ranks_per_node / layout.ranks
-    found = (12 * student.trained + 2 * student.parameters) * share if choice.offload_student else 0.0
+    found = (
+        (12 * student.trained + 2 * student.parameters) * share if choice.offload_student else 0.0
+    )
     if teacher is not None and choice.offload_teacher and choice.mode == "live":
         found += parameter_bytes(teacher.parameters, choice.teacher_dtype) * share
     return found
 
 
 def _live(shape: ModelShape) -> float:
-    """Weights whole on a rank at once: all, where ZeRO-3 may keep so many, else two blocks and the embeddings."""
+    """Weights whole on a rank at once: all, where ZeRO-3 may keep so many, else two blocks and the
+    embeddings.
+    """
     return shape.parameters if shape.parameters <= LIVE_PARAMETERS else gathered_parameters(shape)
 
 
@@ -175,17 +212,26 @@ def _logit_bytes(dtype: str) -> float:
     return 2.0 * (4 if dtype == "float32" else 2)
 
 
-def scoring_memory(student: ModelShape, dtype: str, device: Device, share: float) -> dict[str, float]:
+def scoring_memory(
+    student: ModelShape, dtype: str, device: Device, share: float
+) -> dict[str, float]:
     """vLLM in scoring: its weights, and what its cache of keys and values gets."""
     weights = parameter_bytes(student.parameters, dtype)
-    return {"vLLM: weights": weights, "vLLM: cache": max(0.0, device.memory * share - weights - device.base)}
+    return {
+        "vLLM: weights": weights,
+        "vLLM: cache": max(0.0, device.memory * share - weights - device.base),
+    }
 
 
 def step_flops(
-    student: ModelShape, teacher: ModelShape | None, choice: Choice, lengths: Sequence[int], loss_tokens: int
+    student: ModelShape,
+    teacher: ModelShape | None,
+    choice: Choice,
+    lengths: Sequence[int],
+    loss_tokens: int,
 ) -> float:
-    """Of one step: forward, and twice that backward; the body once more with activation checkpointing. Frozen weights hand their
-    gradient on and have none.
+    """Of one step: forward, and twice that backward; the body once more with activation
+    checkpointing. Frozen weights hand their gradient on and have none.
     """
     body, passes = student.forward_flops(lengths, 0), 4 if choice.checkpointing else 3
     head = 2.0 * student.head_parameters * loss_tokens
@@ -199,11 +245,15 @@ def step_flops(
     return total
 
 
-def micro_traffic(student: ModelShape, teacher: ModelShape | None, choice: Choice, ranks: int) -> float:
+def micro_traffic(
+    student: ModelShape, teacher: ModelShape | None, choice: Choice, ranks: int
+) -> float:
     """Bytes that each rank receives in one micro-step: weights gathered, gradients scattered."""
     if not choice.sharded or ranks == 1:
         return 0.0
-    passes = 1 if student.parameters <= LIVE_PARAMETERS else 2  # kept from forward to backward, or gathered again
+    passes = (
+        1 if student.parameters <= LIVE_PARAMETERS else 2
+    )  # kept from forward to backward, or gathered again
     numbers = passes * float(student.parameters) + student.trained
     found = parameter_bytes(numbers, choice.dtype)
     if teacher is not None and choice.mode == "live" and choice.teacher_sharded:
@@ -222,9 +272,17 @@ class StageTime:
 
 
 def stage_times(
-    student: ModelShape, teacher: ModelShape | None, choice: Choice, work: Work, layout: Layout, device: Device, *,
-    utilisation: float, max_new_tokens: int, sequences: int,
-) -> list[StageTime]:  # fmt: skip
+    student: ModelShape,
+    teacher: ModelShape | None,
+    choice: Choice,
+    work: Work,
+    layout: Layout,
+    device: Device,
+    *,
+    utilisation: float,
+    max_new_tokens: int,
+    sequences: int,
+) -> list[StageTime]:
     """Scoring, teaching and training, in order. Preparing, evaluation and reports are not counted."""
     rate = device.flops * (1 if choice.dtype != "float32" else 0.5) * utilisation
     found = [_scoring(student, work, layout, device, rate, max_new_tokens, sequences)]
@@ -237,9 +295,18 @@ def stage_times(
 
 
 def _training(
-    student: ModelShape, teacher: ModelShape | None, choice: Choice, work: Work, layout: Layout, device: Device, rate: float
+    student: ModelShape,
+    teacher: ModelShape | None,
+    choice: Choice,
+    work: Work,
+    layout: Layout,
+    device: Device,
+    rate: float,
 ) -> StageTime:
-    lengths, loss = [max(1, round(work.tokens))] * work.batch_size, round(work.response_tokens * work.batch_size)
+    lengths, loss = (
+        [max(1, round(work.tokens))] * work.batch_size,
+        round(work.response_tokens * work.batch_size),
+    )
     flops = step_flops(student, teacher, choice, lengths, loss)
     compute = flops / rate / layout.ranks
     micro = max(1, work.batch_size // (choice.micro_batch_size * layout.ranks))
@@ -249,42 +316,77 @@ def _training(
 
 
 def _scoring(
-    student: ModelShape, work: Work, layout: Layout, device: Device, rate: float, max_new_tokens: int, sequences: int
+    student: ModelShape,
+    work: Work,
+    layout: Layout,
+    device: Device,
+    rate: float,
+    max_new_tokens: int,
+    sequences: int,
 ) -> StageTime:
-    """Each step of generation reads the weights once for all sequences in flight, and their keys and values."""
+    """Each step of generation reads the weights once for all sequences in flight, and their keys
+    and values.
+    """
     new = work.samples * max_new_tokens
     prompt = student.forward_flops([max(1, round(work.prompt_tokens))], 0) * work.samples
     flops = prompt + new * 2.0 * (student.matrix_parameters + student.head_parameters)
     weights = parameter_bytes(student.parameters, "bfloat16")
-    cached = kv_cache_bytes(student, round(work.prompt_tokens + max_new_tokens / 2), "bfloat16") * sequences
+    cached = (
+        kv_cache_bytes(student, round(work.prompt_tokens + max_new_tokens / 2), "bfloat16")
+        * sequences
+    )
     reads = new / sequences * (weights + cached) / device.bandwidth
     seconds = max(flops / rate, reads) / layout.ranks
-    return StageTime("score", seconds, flops, "arithmetic" if flops / rate >= reads else "reading weights and caches")
+    return StageTime(
+        "score",
+        seconds,
+        flops,
+        "arithmetic" if flops / rate >= reads else "reading weights and caches",
+    )
 
 
 def fitting(
-    memory: Callable[[Choice], float], choice: Choice, available: float, most: int, batch_size: int, ranks: int
+    memory: Callable[[Choice], float],
+    choice: Choice,
+    available: float,
+    most: int,
+    batch_size: int,
+    ranks: int,
 ) -> Choice | None:
-    """The choice with the largest micro-batch that fits, asking for as little else as possible; None where nothing does.
+    """The choice with the largest micro-batch that fits, asking for as little else as possible;
+    None where nothing does.
 
-    memory: bytes of a rank. most: largest micro-batch tried. First as asked; then with activation checkpointing; then with
-    weights and optimizer in the node's own memory.
+    memory: bytes of a rank. most: largest micro-batch tried. First as asked; then with activation
+    checkpointing; then with weights and optimizer in the node's own memory.
     """
-    ways = [choice, replace(choice, checkpointing=True), replace(choice, checkpointing=True, offload_teacher=True),
-            replace(choice, checkpointing=True, offload_teacher=True, offload_student=True)]  # fmt: skip
+    ways = [
+        choice,
+        replace(choice, checkpointing=True),
+        replace(choice, checkpointing=True, offload_teacher=True),
+        replace(choice, checkpointing=True, offload_teacher=True, offload_student=True),
+    ]
     found = (largest(memory, way, available, most, batch_size, ranks) for way in ways)
     return next((choice for choice in found if choice is not None), None)
 
 
 def largest(
-    memory: Callable[[Choice], float], choice: Choice, available: float, most: int, batch_size: int, ranks: int
+    memory: Callable[[Choice], float],
+    choice: Choice,
+    available: float,
+    most: int,
+    batch_size: int,
+    ranks: int,
 ) -> Choice | None:
-    """The choice with the largest micro-batch that fits and divides the batch, nothing else changed; None where none does."""
+    """The choice with the largest micro-batch that fits and divides the batch, nothing else
+    changed; None where none does.
+    """
     sizes = (size for size in range(most, 0, -1) if batch_size % (size * ranks) == 0)
     tried = (replace(choice, micro_batch_size=size) for size in sizes)
     return next((one for one in tried if memory(one) <= FITS * available), None)
 
 
 def checkpoint_bytes(student: ModelShape) -> float:
-    """Weights, moments and what else a checkpoint holds: 12 bytes a trained parameter (`pocl bench checkpoint`)."""
+    """Weights, moments and what else a checkpoint holds: 12 bytes a trained parameter (`pocl bench
+    checkpoint`).
+    """
     return 12.0 * student.trained

@@ -1,4 +1,6 @@
-"""From a recipe to dependent jobs: freeze what they run in the run directory, render their scripts, hand them to SLURM."""
+"""From a recipe to dependent jobs: freeze what they run in the run directory, render their scripts,
+hand them to SLURM.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,33 @@ from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.recipe import check_recipe, load_recipe
 from pocl_ds.shipped import JOB_TEMPLATE, copy_code
 
-UNSAFE = re.compile(r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]')  # in the name of an output file SLURM reads these as its own
+UNSAFE = re.compile(
+    r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
+)  # in the name of an output file SLURM reads these as its own
 
 
 class Submission:
-    """A run, its recipe with as many ranks as its nodes give, a profile, and the jobs that are left to do."""
+    """A run, its recipe with as many ranks as its nodes give, a profile, and the jobs that are left
+    to do.
+    """
 
-    def __init__(self, run: RunDirectory, recipe: Recipe, profile: Profile, *, nodes: int | None, until: str = "report") -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        profile: Profile,
+        *,
+        nodes: int | None,
+        until: str = "report",
+    ) -> None:
         self.until = until
         self.path = run.path.expanduser().resolve()
         if found := UNSAFE.search(str(self.path)):
-            raise RecipeError(f"the run directory {str(self.path)!r} holds {found.group()!r}, which SLURM does not take in the "
-                              "name of a log: choose another --run-dir")
+            raise RecipeError(
+                f"the run directory {str(self.path)!r} holds {found.group()!r}, which SLURM does "
+                f"not take in the "
+                "name of a log: choose another --run-dir"
+            )
         self.run, self.profile = RunDirectory(self.path), profile
         count, tasks = nodes_for(recipe, profile, nodes)
         self.recipe = recipe
@@ -53,52 +70,85 @@ class Submission:
         done = dict.fromkeys(pipeline.NAMES, False)
         if self.run.recipe.is_file():
             done = pipeline.finished(self.run, self.recipe)
-        done |= dict.fromkeys(pipeline.NAMES[pipeline.NAMES.index(until) + 1 :], True)  # as if: nobody asks for them
+        done |= dict.fromkeys(
+            pipeline.NAMES[pipeline.NAMES.index(until) + 1 :], True
+        )  # as if: nobody asks for them
         self.jobs = pipeline_jobs(self.recipe, profile, done, nodes=count, tasks=tasks)
         self.folder = self.run.cluster
         self.directory = os.getcwd()  # the recipe's relative paths begin here
         if UNSAFE.search(self.directory):
-            raise RecipeError(f"the working directory {self.directory!r} has a name that SLURM does not take: choose another")
+            raise RecipeError(
+                f"the working directory {self.directory!r} has a name that SLURM does not take: "
+                f"choose another"
+            )
 
     def script(self, job: JobSpec) -> str:
         """The text of a job's script."""
         environment = dict(self.profile.environment)
         if self.profile.interface:
-            environment |= {"GLOO_SOCKET_IFNAME": self.profile.interface, "NCCL_SOCKET_IFNAME": self.profile.interface}
-        world = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+            environment |= {
+                "GLOO_SOCKET_IFNAME": self.profile.interface,
+                "NCCL_SOCKET_IFNAME": self.profile.interface,
+            }
+        world = jinja2.Environment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
+        )
         world.filters["quoted"] = lambda value: shlex.quote(str(value))
         template = world.from_string(JOB_TEMPLATE.read_text(encoding="utf-8"))
         return template.render(
-            run=str(self.path), job=job, options=self._options(job), setup=self.profile.setup, environment=environment,
+            run=str(self.path),
+            job=job,
+            options=self._options(job),
+            setup=self.profile.setup,
+            environment=environment,
             scratch=self.profile.scratch,
             python="python3" if self.profile.container else sys.executable,
             launcher=f"{self.folder}/code/launch/pocl.py",
-        )  # fmt: skip
+        )
 
     def _options(self, job: JobSpec) -> list[str]:
         """What stands in the #SBATCH lines: numbers, checked words, and one quoted path."""
         profile = self.profile
-        limits = {"partition": profile.partition, "time": profile.time, "memory": profile.memory if job.whole_nodes else None}
+        limits = {
+            "partition": profile.partition,
+            "time": profile.time,
+            "memory": profile.memory if job.whole_nodes else None,
+        }
         own: Any = profile.jobs
         if own := own.get(job.name):
             limits |= {name: value for name, value in own.model_dump().items() if value is not None}
         throttle = f"%{profile.array_tasks}" if profile.array_tasks else ""
         pattern = f"{self.path}/logs/{job.name}-%j.log"
         found = {
-            "job-name": f"{self.recipe.name}:{job.name}", "output": f'"{pattern}"', "open-mode": "append",
-            "partition": limits["partition"], "account": profile.account, "qos": profile.qos, "constraint": profile.constraint,
-            "reservation": profile.reservation, "exclude": profile.exclude, "time": limits["time"], "mem": limits["memory"],
-            "nodes": job.nodes, "ntasks-per-node": job.tasks_per_node, "cpus-per-task": job.cpus_per_task,
-            "signal": f"B:USR2@{profile.grace_seconds}", "chdir": f'"{self.directory}"',
+            "job-name": f"{self.recipe.name}:{job.name}",
+            "output": f'"{pattern}"',
+            "open-mode": "append",
+            "partition": limits["partition"],
+            "account": profile.account,
+            "qos": profile.qos,
+            "constraint": profile.constraint,
+            "reservation": profile.reservation,
+            "exclude": profile.exclude,
+            "time": limits["time"],
+            "mem": limits["memory"],
+            "nodes": job.nodes,
+            "ntasks-per-node": job.tasks_per_node,
+            "cpus-per-task": job.cpus_per_task,
+            "signal": f"B:USR2@{profile.grace_seconds}",
+            "chdir": f'"{self.directory}"',
             "array": f"0-{len(job.items) - 1}{throttle}" if job.items else None,
-        }  # fmt: skip
+        }
         if job.gpus_per_node:
             kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
             if profile.gres:
                 found["gres"] = f"gpu:{kind}{job.gpus_per_node}"
             else:
                 found["gpus-per-node"] = f"{kind}{job.gpus_per_node}"
-        return [*(f"--{name}={value}" for name, value in found.items() if value is not None), "--requeue", *profile.options]
+        return [
+            *(f"--{name}={value}" for name, value in found.items() if value is not None),
+            "--requeue",
+            *profile.options,
+        ]
 
     def show(self) -> str:
         """The jobs and how they hang together, as lines."""
@@ -122,10 +172,15 @@ class Submission:
         return found
 
     def submit(self) -> dict[str, str]:
-        """Freeze, render and submit. Returns the job ids by name; where one is refused, those before it are cancelled."""
+        """Freeze, render and submit. Returns the job ids by name; where one is refused, those
+        before it are cancelled.
+        """
         if busy := scheduler.live(job_ids(self.run)):
-            raise ArtifactError(f"{self.path} has jobs that wait or run ({', '.join(sorted({job.id for job in busy}))}): "
-                                f"see `pocl status {self.path}`, or `pocl cancel` them first")
+            raise ArtifactError(
+                f"{self.path} has jobs that wait or run "
+                f"({', '.join(sorted({job.id for job in busy}))}): "
+                f"see `pocl status {self.path}`, or `pocl cancel` them first"
+            )
         with pipeline.locked(self.run):
             pipeline.enter(self.run, self.recipe)
             self._freeze()
@@ -133,9 +188,16 @@ class Submission:
         try:
             for job in self.jobs:
                 options = ["--kill-on-invalid-dep=yes"]
-                # The first ones wait until all are there: a job that moves to other nodes looks for those that wait for it.
-                options.append(f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}" if job.after else "--hold")
-                ids[job.name] = scheduler.submit(str(self.folder / "jobs" / f"{job.name}.sbatch"), options)
+                # The first ones wait until all are there: a job that moves to other nodes looks for
+                # those that wait for it.
+                options.append(
+                    f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}"
+                    if job.after
+                    else "--hold"
+                )
+                ids[job.name] = scheduler.submit(
+                    str(self.folder / "jobs" / f"{job.name}.sbatch"), options
+                )
                 with atomic_write(self.folder / "jobs" / f"{job.name}.ids") as stream:
                     stream.write(f"{ids[job.name]}\n")
             if "--hold" not in self.profile.options:
@@ -156,31 +218,45 @@ class Submission:
             for job in self.jobs:
                 (folder / f"{job.name}.sbatch").write_text(self.script(job))
                 write_json(folder / f"{job.name}.json", self._spec(job))
-        if (self.folder / "attempts").is_dir():  # those of an earlier submission do not count against this one
+        if (
+            self.folder / "attempts"
+        ).is_dir():  # those of an earlier submission do not count against this one
             past = self.folder / "past"
             past.mkdir(exist_ok=True)
             number = len(list(past.iterdir()))
             for name in ("attempts", "exits"):
                 if (self.folder / name).is_dir():
                     os.replace(self.folder / name, past / f"{number}-{name}")
-        write_json(self.folder / "submission.json", {
-            "jobs": [job.name for job in self.jobs], "profile": self.profile.name, "until": self.until,
-            "recipe": fingerprint(self.recipe.model_dump()),
-            "versions": package_versions(), "python": sys.executable, "directory": self.directory,
-            "code": _digest(self.folder / "code"),
-        })  # fmt: skip
+        write_json(
+            self.folder / "submission.json",
+            {
+                "jobs": [job.name for job in self.jobs],
+                "profile": self.profile.name,
+                "until": self.until,
+                "recipe": fingerprint(self.recipe.model_dump()),
+                "versions": package_versions(),
+                "python": sys.executable,
+                "directory": self.directory,
+                "code": _digest(self.folder / "code"),
+            },
+        )
 
     def _spec(self, job: JobSpec) -> dict[str, Any]:
         """What the job's own program reads."""
         profile = self.profile
         spec = asdict(job)
         return {
-            **spec, "python": sys.executable, "container": profile.container and profile.container.model_dump(mode="json"),
-            "attempts": profile.attempts, "patience": profile.preflight_seconds, "exclude": profile.exclude,
-            "keep": self.recipe.train.checkpoint.keep, "adapters": self.recipe.student.lora is not None,
+            **spec,
+            "python": sys.executable,
+            "container": profile.container and profile.container.model_dump(mode="json"),
+            "attempts": profile.attempts,
+            "patience": profile.preflight_seconds,
+            "exclude": profile.exclude,
+            "keep": self.recipe.train.checkpoint.keep,
+            "adapters": self.recipe.student.lora is not None,
             "preflight": job.tasks > 1 or job.gpus_per_node > 0,
             "before": [other.name for other in self.jobs if job.name in other.after],
-        }  # fmt: skip
+        }
 
 
 def resume(run: RunDirectory) -> Submission:
@@ -190,17 +266,27 @@ def resume(run: RunDirectory) -> Submission:
     """
     run = RunDirectory(run.path.resolve())
     until = enter_submission(run)["until"]
-    return Submission(run, load_recipe(str(run.recipe)), load_profile(str(run.cluster / "profile.yaml")), nodes=None, until=until)
+    return Submission(
+        run,
+        load_recipe(str(run.recipe)),
+        load_profile(str(run.cluster / "profile.yaml")),
+        nodes=None,
+        until=until,
+    )
 
 
 def enter_submission(run: RunDirectory) -> dict[str, Any]:
-    """What was submitted, from now on in the directory that it was submitted from: its recipe's relative paths begin there.
+    """What was submitted, from now on in the directory that it was submitted from: its recipe's
+    relative paths begin there.
 
     Raises ArtifactError for a run that was never submitted.
     """
     file = run.cluster / "submission.json"
     if not file.is_file():
-        raise ArtifactError(f"{run.path} was never submitted: run `pocl submit RECIPE --profile NAME --run-dir {run.path}`")
+        raise ArtifactError(
+            f"{run.path} was never submitted: run `pocl submit RECIPE --profile NAME --run-dir "
+            f"{run.path}`"
+        )
     submission: dict[str, Any] = read_json(file)
     if Path(submission["directory"]).is_dir():
         os.chdir(submission["directory"])
@@ -209,7 +295,11 @@ def enter_submission(run: RunDirectory) -> dict[str, Any]:
 
 def job_ids(run: RunDirectory) -> list[str]:
     """All ids under which the run's jobs were submitted."""
-    return [line for path in sorted((run.cluster / "jobs").glob("*.ids")) for line in path.read_text().split()]
+    return [
+        line
+        for path in sorted((run.cluster / "jobs").glob("*.ids"))
+        for line in path.read_text().split()
+    ]
 
 
 def cancel(run: RunDirectory) -> list[str]:
@@ -225,5 +315,3 @@ def _digest(folder: Path) -> str:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
-
-

@@ -1,4 +1,6 @@
-"""`pocl watch`: one run live in a terminal, from its directory alone, so that it works from any machine that sees it."""
+"""`pocl watch`: one run live in a terminal, from its directory alone, so that it works from any
+machine that sees it.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ class View:
     training: str | None = None  # train or baseline
     steps: list[dict[str, Any]] = field(default_factory=list)
     total: int = 0
-    bands: list[int] = field(default_factory=list)  # the step after which each stage of the plan ends
+    bands: list[int] = field(
+        default_factory=list
+    )  # the step after which each stage of the plan ends
     events: list[str] = field(default_factory=list)
 
     @property
@@ -55,8 +59,10 @@ def look(run: RunDirectory) -> View:
     names = [stage.name for stage in pipeline.STAGES if stage.wanted(recipe)]
     now = next((name for name in names if not done[name]), None)
     teacher = f"{recipe.teacher.model} → " if recipe.teacher else ""
-    view = View(f"{recipe.name}: {teacher}{recipe.student.model}, {recipe.loss.name}, {recipe.policy.name}",
-                [(name, "done" if done[name] else "now" if name == now else "") for name in names])  # fmt: skip
+    view = View(
+        f"{recipe.name}: {teacher}{recipe.student.model}, {recipe.loss.name}, {recipe.policy.name}",
+        [(name, "done" if done[name] else "now" if name == now else "") for name in names],
+    )
     if now and (path := _newest(run, now)):
         view.working, view.silent = _last_line(path), time.time() - path.stat().st_mtime
     for training, folder in (("train", run.train), ("baseline", run.baseline)):
@@ -83,7 +89,9 @@ def screen(view: View, width: int) -> str:
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """The run of some values in at most `width` characters, each the mean of its share; what is not finite is left out."""
+    """The run of some values in at most `width` characters, each the mean of its share; what is not
+    finite is left out.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return ""
@@ -92,24 +100,36 @@ def spark(values: Sequence[float], width: int) -> str:
     means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
-    return "".join(BLOCKS[min(len(BLOCKS) - 1, int((mean - low) / span * len(BLOCKS)))] for mean in means)
+    return "".join(
+        BLOCKS[min(len(BLOCKS) - 1, int((mean - low) / span * len(BLOCKS)))] for mean in means
+    )
 
 
 def _training(view: View, width: int) -> list[str]:
     last, recent = view.steps[-1], view.steps[-RECENT:]
     seconds = median(record["seconds"] for record in recent)
     stage = f"stage {last['stage'] + 1}/{max(len(view.bands), 1)}"
-    left = f", {clock((view.total - last['step']) * seconds)} left" if view.total > last["step"] else ""
-    words = [f"{view.training}: step {last['step']}/{view.total}, {stage}, {seconds:.2f} s a step, "
-             f"{median(record['tokens_per_second'] for record in recent):.0f} tokens/s{left}"]  # fmt: skip
+    left = (
+        f", {clock((view.total - last['step']) * seconds)} left"
+        if view.total > last["step"]
+        else ""
+    )
+    words = [
+        f"{view.training}: step {last['step']}/{view.total}, {stage}, {seconds:.2f} s a step, "
+        f"{median(record['tokens_per_second'] for record in recent):.0f} tokens/s{left}"
+    ]
     for name in ("loss", "kd", "ce"):
         values = [record[name] for record in view.steps]
         words.append(f"{name:<5}{values[-1]:>9.4f}  {spark(values, max(8, width - 18))}")
-    words.append(f"tau {last['tau']:.2f}  SFT share {last['alpha']:.2f}  lr {last['lr']:.2e}  gradient norm "
-                 f"{last['grad_norm']:.3f}")  # fmt: skip
+    words.append(
+        f"tau {last['tau']:.2f}  SFT share {last['alpha']:.2f}  lr {last['lr']:.2e}  gradient norm "
+        f"{last['grad_norm']:.3f}"
+    )
     memory = f"memory {last['memory_gib']:.1f} GiB (rank 0)" if "memory_gib" in last else ""
     busy = f", GPU {last['gpu_busy']:.0f}% busy" if "gpu_busy" in last else ""
-    share = f", writing {100 * last['rollout_share']:.0f}% of a step" if "rollout_share" in last else ""
+    share = (
+        f", writing {100 * last['rollout_share']:.0f}% of a step" if "rollout_share" in last else ""
+    )
     return [*words, memory + busy + share] if memory else words
 
 
@@ -135,9 +155,13 @@ def _events(run: RunDirectory) -> list[str]:
     for path in run.logs.glob("*.log"):
         for line in _tail(path).splitlines():
             parts = line.split(" ", 3)
-            if len(parts) == 4 and (parts[2] in ("WARNING", "ERROR") or "validation loss" in parts[3]):
+            if len(parts) == 4 and (
+                parts[2] in ("WARNING", "ERROR") or "validation loss" in parts[3]
+            ):
                 try:
-                    moment = time.mktime(time.strptime(f"{parts[0]} {parts[1]}", "%Y-%m-%d %H:%M:%S"))
+                    moment = time.mktime(
+                        time.strptime(f"{parts[0]} {parts[1]}", "%Y-%m-%d %H:%M:%S")
+                    )
                 except ValueError:
                     continue
                 found.append((moment, f"{parts[1]}  {parts[3]}"))
@@ -149,11 +173,19 @@ def _events(run: RunDirectory) -> list[str]:
     for path in (run.cluster / "attempts").glob("*.jsonl"):
         for attempt in read_attempts(path)[1:]:
             moment = attempt.start
-            found.append((moment, f"{_time(moment)}  {path.stem}: attempt {attempt.number}, {attempt.outcome or 'running'}"))
+            found.append(
+                (
+                    moment,
+                    f"{_time(moment)}  {path.stem}: attempt {attempt.number}, "
+                    f"{attempt.outcome or 'running'}",
+                )
+            )
     for stage in pipeline.STAGES:
         manifest, file = read_manifest(stage.directory(run)), stage.directory(run) / MANIFEST
         if manifest and file.is_file():
-            found.append((file.stat().st_mtime, f"{_time(file.stat().st_mtime)}  {stage.name}: done"))
+            found.append(
+                (file.stat().st_mtime, f"{_time(file.stat().st_mtime)}  {stage.name}: done")
+            )
     return [text for _, text in sorted(found)]
 
 

@@ -1,1 +1,3 @@
-"""The curriculum: subsets and stages, what changes from stage to stage, and which samples a step sees. Pure code."""
+"""The curriculum: subsets and stages, what changes from stage to stage, and which samples a step
+sees. Pure code.
+"""

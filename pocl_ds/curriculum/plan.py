@@ -1,6 +1,7 @@
 """The plan: from an order, easiest first, to stages (METHOD 2). Nothing here knows of ranks.
 
-A stage is a slice of the order: Baby Step trains stage i on everything up to subset i, One Pass on subset i alone.
+A stage is a slice of the order: Baby Step trains stage i on everything up to subset i, One Pass on
+subset i alone.
 """
 
 from __future__ import annotations
@@ -66,16 +67,27 @@ class Plan:
         for stage in self.stages:
             tree = asdict(Stage(**{**stage.__dict__, "order": ()}))
             stages.append({name: value for name, value in tree.items() if name != "order"})
-        return {"samples": self.stages[-1].stop, "batch_size": self.batch_size, "scheduler": self.scheduler, "tail": self.tail,
-                "total_steps": self.total_steps, "stages": stages}  # fmt: skip
+        return {
+            "samples": self.stages[-1].stop,
+            "batch_size": self.batch_size,
+            "scheduler": self.scheduler,
+            "tail": self.tail,
+            "total_steps": self.total_steps,
+            "stages": stages,
+        }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any], order: Order) -> Plan:
-        """The plan that `to_json` described, over its order. Raises ArtifactError where it is of another order's length."""
+        """The plan that `to_json` described, over its order. Raises ArtifactError where it is of
+        another order's length.
+        """
         stages = [Stage(**stage, order=order) for stage in tree["stages"]]
         if stages[-1].stop != len(order):
-            raise ArtifactError(f"the plan was made for {stages[-1].stop} samples and the ranking holds {len(order)}: "
-                                "remove plan/ and run `pocl plan` again")
+            raise ArtifactError(
+                f"the plan was made for {stages[-1].stop} samples and the ranking holds "
+                f"{len(order)}: "
+                "remove plan/ and run `pocl plan` again"
+            )
         return cls(stages, tree["batch_size"], tree["scheduler"], tree["tail"])
 
 
@@ -92,8 +104,9 @@ def build_plan(
 ) -> Plan:
     """Cut an order (ids, easiest first) into stages.
 
-    Stage i ends where subset i does (`subset_stops`). Steps are epochs * floor(samples / batch_size), or the
-    ceiling where tail="pad" fills the last batch of an epoch up. Raises RecipeError, one sentence.
+    Stage i ends where subset i does (`subset_stops`). Steps are epochs * floor(samples /
+    batch_size), or the ceiling where tail="pad" fills the last batch of an epoch up. Raises
+    RecipeError, one sentence.
     """
     total = len(order)
     epochs = stage_epochs(subsets, epochs_per_stage)
@@ -107,11 +120,22 @@ def build_plan(
         per_epoch = _batches(stop - start, batch_size, tail)
         if per_epoch == 0:
             raise RecipeError(
-                f"stage {i} has {stop - start} samples, fewer than train.batch_size={batch_size}: make fewer subsets "
+                f"stage {i} has {stop - start} samples, fewer than train.batch_size={batch_size}: "
+                f"make fewer subsets "
                 "(plan.subsets), smaller batches, or set plan.tail=pad"
             )
         stages.append(
-            Stage(i, start, stop, temperature, alpha, epochs[i], per_epoch, epochs[i] * per_epoch, order)
+            Stage(
+                i,
+                start,
+                stop,
+                temperature,
+                alpha,
+                epochs[i],
+                per_epoch,
+                epochs[i] * per_epoch,
+                order,
+            )
         )
     return Plan(stages, batch_size, scheduler, tail)
 
@@ -123,26 +147,35 @@ def subset_stops(total: int, subsets: int) -> list[int]:
 
 def stage_epochs(subsets: int, epochs_per_stage: Epochs) -> tuple[int, ...]:
     """The epochs of each stage."""
-    return epochs_per_stage if isinstance(epochs_per_stage, tuple) else (epochs_per_stage,) * subsets
+    return (
+        epochs_per_stage if isinstance(epochs_per_stage, tuple) else (epochs_per_stage,) * subsets
+    )
 
 
 def visits(subsets: int, epochs_per_stage: Epochs, scheduler: str) -> float:
     """How often a sample is seen over all stages, on average; dropped tails count."""
     epochs = stage_epochs(subsets, epochs_per_stage)
-    shares = (i + 1 if scheduler == "baby_step" else 1 for i in range(subsets))  # of `subsets`, as whole numbers: exact
+    shares = (
+        i + 1 if scheduler == "baby_step" else 1 for i in range(subsets)
+    )  # of `subsets`, as whole numbers: exact
     return sum(map(operator.mul, epochs, shares)) / subsets
 
 
 def single_stage_plan(
     order: Order, *, steps: int, batch_size: int, tau: float, alpha: float, tail: str = "drop"
 ) -> Plan:
-    """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for baseline and healing."""
+    """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for
+    baseline and healing.
+    """
     _check(len(order), 1, (1,), batch_size, (tau, tau), (alpha, alpha), "baby_step", tail)
     per_epoch = _batches(len(order), batch_size, tail)
     if steps < 1:
         raise RecipeError(f"a plan of {steps} steps trains nothing: ask for at least 1")
     if per_epoch == 0:
-        raise RecipeError(f"{len(order)} samples do not fill one batch of train.batch_size={batch_size}: make it smaller")
+        raise RecipeError(
+            f"{len(order)} samples do not fill one batch of train.batch_size={batch_size}: make "
+            f"it smaller"
+        )
     stage = Stage(0, 0, len(order), tau, alpha, -(-steps // per_epoch), per_epoch, steps, order)
     return Plan([stage], batch_size, "baby_step", tail)
 
@@ -152,17 +185,34 @@ def _batches(samples: int, batch_size: int, tail: str) -> int:
 
 
 def _check(
-    total: int, subsets: int, epochs: tuple[int, ...], batch_size: int, tau: tuple[float, float], alpha: tuple[float, float],
-    scheduler: str, tail: str,
-) -> None:  # fmt: skip
+    total: int,
+    subsets: int,
+    epochs: tuple[int, ...],
+    batch_size: int,
+    tau: tuple[float, float],
+    alpha: tuple[float, float],
+    scheduler: str,
+    tail: str,
+) -> None:
     if subsets < 1 or subsets > total:
-        raise RecipeError(f"plan.subsets={subsets} for {total} samples: make it at least 1 and at most one for each sample")
+        raise RecipeError(
+            f"plan.subsets={subsets} for {total} samples: make it at least 1 and at most one for "
+            f"each sample"
+        )
     if len(epochs) != subsets:
-        raise RecipeError(f"plan.epochs_per_stage={list(epochs)} for plan.subsets={subsets}: give one number for each stage")
+        raise RecipeError(
+            f"plan.epochs_per_stage={list(epochs)} for plan.subsets={subsets}: give one number "
+            f"for each stage"
+        )
     if min(epochs) < 1 or batch_size < 1:
-        raise RecipeError(f"plan.epochs_per_stage={min(epochs)} and train.batch_size={batch_size} must be at least 1")
+        raise RecipeError(
+            f"plan.epochs_per_stage={min(epochs)} and train.batch_size={batch_size} must be at "
+            f"least 1"
+        )
     if not all(0 < value < math.inf for value in tau):
-        raise RecipeError(f"plan.tau={list(tau)}: a temperature must be a number greater than 0, as in [1.0, 2.0]")
+        raise RecipeError(
+            f"plan.tau={list(tau)}: a temperature must be a number greater than 0, as in [1.0, 2.0]"
+        )
     if not all(0 <= value <= 1 for value in alpha):
         raise RecipeError(f"plan.sft_ratio={list(alpha)}: a share must lie between 0 and 1")
     if scheduler not in ("baby_step", "one_pass"):

@@ -1,8 +1,9 @@
 """Which samples a step sees: a pure function of (plan, seed, step).
 
-No rank draws a random number of its own. The global batch of a step depends on neither the number of ranks nor the
-micro-batch size, so another number of ranks can go on from any step. Lengths move samples between neighbouring batches
-of an epoch's shuffle only, and only where a window is asked for: the curriculum stays as it is.
+No rank draws a random number of its own. The global batch of a step depends on neither the number
+of ranks nor the micro-batch size, so another number of ranks can go on from any step. Lengths move
+samples between neighbouring batches of an epoch's shuffle only, and only where a window is asked
+for: the curriculum stays as it is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from numpy.typing import NDArray
 
 from pocl_ds.curriculum.plan import Plan
 
-_GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN, _MIX_1, _MIX_2 = (
+    np.uint64(0x9E3779B97F4A7C15),
+    np.uint64(0xBF58476D1CE4E5B9),
+    np.uint64(0x94D049BB133111EB),
+)
 _BLOCK = 1 << 14  # keys mixed at once
 _WINDOW = 0x57494E444F57  # sets the order of batches in a window apart from the order of samples
 
@@ -32,11 +37,14 @@ class Position:
 class Sampler:
     """Global batches of a plan, step by step or from any step.
 
-    lengths: tokens of each sample in the plan's order. window: so many neighbouring batches of an epoch's shuffle exchange
-    their samples until each holds like lengths; they then come in shuffled order. Every sample stays within its window.
+    lengths: tokens of each sample in the plan's order. window: so many neighbouring batches of an
+    epoch's shuffle exchange their samples until each holds like lengths; they then come in shuffled
+    order. Every sample stays within its window.
     """
 
-    def __init__(self, plan: Plan, seed: int, *, lengths: NDArray[np.int64] | None = None, window: int = 1) -> None:
+    def __init__(
+        self, plan: Plan, seed: int, *, lengths: NDArray[np.int64] | None = None, window: int = 1
+    ) -> None:
         if window > 1 and lengths is None:
             raise ValueError("a length window needs the lengths")
         self.plan, self.seed, self.lengths, self.window = plan, seed, lengths, window
@@ -56,12 +64,15 @@ class Sampler:
     def batch(self, step: int) -> NDArray[np.int64]:
         """Positions into the plan's order of a step's global batch: [batch_size], shuffled.
 
-        A padded tail is filled with the first samples of the epoch's own shuffle, from its start as often as needed.
+        A padded tail is filled with the first samples of the epoch's own shuffle, from its start as
+        often as needed.
         """
         position = self.at(step)
         stage = self.plan.stages[position.stage]
         if self._epoch != (position.stage, position.epoch):
-            self._shuffled = permutation(stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch)
+            self._shuffled = permutation(
+                stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch
+            )
             self._shuffled += stage.start
             self._epoch = (position.stage, position.epoch)
         number = position.step_in_stage % stage.steps_per_epoch
@@ -71,8 +82,12 @@ class Sampler:
         count = min(self.window, stage.steps_per_epoch - first)
         rows = self._neighbours(first, count)
         batches = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(count, -1)
-        order = permutation(count, seed=self.seed ^ _WINDOW, stage=position.stage,
-                            epoch=position.epoch * stage.steps_per_epoch + first)  # fmt: skip
+        order = permutation(
+            count,
+            seed=self.seed ^ _WINDOW,
+            stage=position.stage,
+            epoch=position.epoch * stage.steps_per_epoch + first,
+        )
         return batches[order[number - first]]
 
     def _neighbours(self, first: int, count: int) -> NDArray[np.int64]:
@@ -87,9 +102,9 @@ class Sampler:
 def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
     """A shuffle of 0 .. size-1 that follows from its arguments by arithmetic alone.
 
-    Number i is sorted by the high bits of splitmix64(base + i), then by i itself, which stands in the low bits of its key: no
-    two keys are equal, so any sort gives one result, on every machine and with every release of numpy. Sorting keys in
-    place takes half the time of argsort.
+    Number i is sorted by the high bits of splitmix64(base + i), then by i itself, which stands in
+    the low bits of its key: no two keys are equal, so any sort gives one result, on every machine
+    and with every release of numpy. Sorting keys in place takes half the time of argsort.
     """
     low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     with np.errstate(over="ignore"):

@@ -1,4 +1,6 @@
-"""What rises and falls over a run: temperature and SFT ratio by stage, the learning rate by step (METHOD 2)."""
+"""What rises and falls over a run: temperature and SFT ratio by stage, the learning rate by step
+(METHOD 2).
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,17 @@ def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
     first, last = ends
     if stages == 1:
         return [first]
-    return [first + (last - first) * i / (stages - 1) for i in range(stages - 1)] + [last]  # the last to the last bit
+    return [first + (last - first) * i / (stages - 1) for i in range(stages - 1)] + [
+        last
+    ]  # the last to the last bit
 
 
 def learning_rate(step: int, total: int, *, lr: float, lr_end: float, warmup: int = 0) -> float:
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then a cosine from lr to lr_end.
+    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then a cosine from lr to
+    lr_end.
 
-    As in the release: the first step after the warm-up runs at lr, and lr_end is reached after the last one.
+    As in the release: the first step after the warm-up runs at lr, and lr_end is reached after the
+    last one.
     """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)

@@ -1,4 +1,6 @@
-"""Batches: rows of an encoded split as tensors, padded to the longest, or packed behind one another without padding."""
+"""Batches: rows of an encoded split as tensors, padded to the longest, or packed behind one another
+without padding.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +17,20 @@ from pocl_ds.data.written import Sequences
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples padded on the right to T tokens, or packed into one row of T tokens; n loss tokens (responses, their EOS).
+    """B samples padded on the right to T tokens, or packed into one row of T tokens; n loss tokens
+    (responses, their EOS).
 
     The hidden state at t predicts token t + 1, so `positions` are one before their labels.
     """
 
     input_ids: Tensor  # [B, T] int64; packed: [1, T]
-    attention_mask: Tensor | None  # [B, T] int64, from lengths: a padding id may well be a real EOS elsewhere; packed: None
+    attention_mask: (
+        Tensor | None
+    )  # [B, T] int64, from lengths: a padding id may well be a real EOS elsewhere; packed: None
     position_ids: Tensor | None  # packed: [1, T] int64, from 0 in each sample
     lengths: tuple[int, ...] | None  # packed: tokens of each sample in the row
-    positions: Tensor  # [n] int64, flat index into input_ids of the hidden state that predicts a loss token
+    # [n] int64, flat index into input_ids of the hidden state that predicts a loss token
+    positions: Tensor
     labels: Tensor  # [n] int64
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
     rows: tuple[int, ...]
@@ -43,27 +49,39 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved, translated=self.translated.to(device) if self.translated else None)
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(
+            self, **moved, translated=self.translated.to(device) if self.translated else None
+        )
 
 
 @dataclass(frozen=True)
 class Translated:
-    """A batch in the tokens of a teacher with another tokenizer: m loss tokens of its own, and which of both stand for the
-    same text. A span is a stretch of a response that begins and ends with a token on both sides.
+    """A batch in the tokens of a teacher with another tokenizer: m loss tokens of its own, and
+    which of both stand for the same text. A span is a stretch of a response that begins and ends
+    with a token on both sides.
     """
 
     batch: Batch
-    ours: Tensor  # [n] int64, the span of each of the student's loss tokens, ascending; -1 where there is none
+    # [n] int64, the span of each of the student's loss tokens, ascending; -1 where there is none
+    ours: Tensor
     theirs: Tensor  # [m] int64, of the teacher's
     spans: int
 
     def to(self, device: torch.device) -> Translated:
         """The same on a device."""
-        return Translated(self.batch.to(device), self.ours.to(device), self.theirs.to(device), self.spans)
+        return Translated(
+            self.batch.to(device), self.ours.to(device), self.theirs.to(device), self.spans
+        )
 
 
-def collate(split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False) -> Batch:
+def collate(
+    split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False
+) -> Batch:
     """Some rows of a split, or of responses that were written just now, as a batch.
 
     Without rows it is one token that nothing is learned from, so that a model can run.
@@ -74,10 +92,16 @@ def collate(split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: i
     prompts = np.maximum(np.asarray(split.prompt_tokens[picked], np.int64), 1)
     sample = np.repeat(np.arange(len(picked)), lengths)
     column = np.arange(len(sample)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    tokens = np.concatenate([split.tokens(int(row)) for row in picked]).astype(np.int64) if len(picked) else sample
+    tokens = (
+        np.concatenate([split.tokens(int(row)) for row in picked]).astype(np.int64)
+        if len(picked)
+        else sample
+    )
     is_label = column >= prompts[sample]
     width = int(lengths.max(initial=1))
-    flat = np.arange(len(sample)) if packed else sample * width + column  # where each token lies in the batch
+    flat = (
+        np.arange(len(sample)) if packed else sample * width + column
+    )  # where each token lies in the batch
     shape = (1, max(len(sample), 1)) if packed else (max(len(picked), 1), width)
     ids = np.full(shape, pad_id, np.int64)
     ids.reshape(-1)[flat] = tokens
@@ -98,4 +122,3 @@ def collate(split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: i
         tuple(picked.tolist()),
         split.name,
     )
-

@@ -1,7 +1,8 @@
 """The default corpus: instruction-response pairs from documentation that the machine already has.
 
-Docstrings of the standard library and of installed packages, read from their sources without importing or running
-anything: "Explain what `textwrap.dedent` does." -> the first paragraph of its docstring. Real human text, no download.
+Docstrings of the standard library and of installed packages, read from their sources without
+importing or running anything: "Explain what `textwrap.dedent` does." -> the first paragraph of its
+docstring. Real human text, no download.
 """
 
 from __future__ import annotations
@@ -41,13 +42,35 @@ QUESTIONS = {
         "What would one use the Python module `{name}` for?",
     ),
 }
-SKIPPED = {"test", "tests", "testing", "idlelib", "lib2to3", "turtledemo", "ensurepip", "site-packages", "__pycache__",
-           "_vendor", "third_party", "vendor", "__main__"}  # fmt: skip
-BOILERPLATE = re.compile(r"deprecated|todo|fixme|see the documentation|internal use|do not use|copyright|licen[cs]e", re.I)
+SKIPPED = {
+    "test",
+    "tests",
+    "testing",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "site-packages",
+    "__pycache__",
+    "_vendor",
+    "third_party",
+    "vendor",
+    "__main__",
+}
+BOILERPLATE = re.compile(
+    r"deprecated|todo|fixme|see the documentation|internal use|do not use|copyright|licen[cs]e",
+    re.I,
+)
 ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
-EMPHASIS = re.compile(r"(?<![\w*`])\*{1,2}([A-Za-z][^*`]*?[\w.)])\*{1,2}(?![\w*`])")  # but not *args, 2 * 3 or `*`
+EMPHASIS = re.compile(
+    r"(?<![\w*`])\*{1,2}([A-Za-z][^*`]*?[\w.)])\*{1,2}(?![\w*`])"
+)  # but not *args, 2 * 3 or `*`
 SIGNATURE = re.compile(r"^[\w.*, ]*\w+\(.*\)(\s*->.*)?\s*$")
-SECTION = re.compile(r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see also|attributes)\s*:?\s*$", re.I)
+SECTION = re.compile(
+    r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see "
+    r"also|attributes)\s*:?\s*$",
+    re.I,
+)
 
 
 def harvest(config: DocumentationConfig) -> Iterator[Sample]:
@@ -79,9 +102,15 @@ def first_paragraph(docstring: str) -> str:
         lines = [line for line in block.splitlines() if line.strip()]
         while lines and SIGNATURE.match(lines[0].strip()):  # C functions open with their signature
             lines.pop(0)
-        if not lines or SECTION.match(lines[0].strip()) or re.match(r"^\s*([-=~*^#.|+>]|:\w)", lines[0]):
+        if (
+            not lines
+            or SECTION.match(lines[0].strip())
+            or re.match(r"^\s*([-=~*^#.|+>]|:\w)", lines[0])
+        ):
             continue
-        if any(line.lstrip().startswith((">>>", ".. ", "|", "+-")) for line in lines) or set(lines[-1].strip()) <= set("=-~^"):
+        if any(line.lstrip().startswith((">>>", ".. ", "|", "+-")) for line in lines) or set(
+            lines[-1].strip()
+        ) <= set("=-~^"):
             continue
         return _plain(" ".join(line.strip() for line in lines))
     return ""
@@ -93,22 +122,32 @@ def _plain(text: str) -> str:
     text = re.sub(r"`([^`<]+?)\s*<[^>]+>`_+", r"\1", text)
     text = re.sub(r"`([^`<]+)`_+(?!\w)", r"\1", text)
     text = EMPHASIS.sub(r"\1", text)
-    text = re.split(r"\s:(?:param|type|returns?|rtype|raises?)\b", re.sub(r"\s+", " ", text).strip())[0]
+    text = re.split(
+        r"\s:(?:param|type|returns?|rtype|raises?)\b", re.sub(r"\s+", " ", text).strip()
+    )[0]
     text = re.sub(r":\s*:?$|::$|(?<!\.)\.\.$", ".", text)
     return text if text[-1:] in ".!?" else f"{text}." if text else ""
 
 
 def _is_prose(answer: str) -> bool:
     letters = sum(character.isalpha() or character == " " for character in answer)
-    return answer.isascii() and letters >= 0.75 * len(answer) and answer[0].isalnum() and "http" not in answer
+    return (
+        answer.isascii()
+        and letters >= 0.75 * len(answer)
+        and answer[0].isalnum()
+        and "http" not in answer
+    )
 
 
 def _documented(package: str) -> Iterator[tuple[str, str, str]]:
     """(kind, dotted name, docstring) of everything public in a package, from its sources."""
     sources = list(_sources(package))
     if not sources:
-        raise DataError(f"data.documentation.packages names {package!r}, which has no public Python sources of its own: name a "
-                        "whole package, as numpy, or leave it out")  # fmt: skip
+        raise DataError(
+            f"data.documentation.packages names {package!r}, which has no public Python sources "
+            f"of its own: name a "
+            "whole package, as numpy, or leave it out"
+        )
     for path, module in sources:
         try:
             with warnings.catch_warnings():
@@ -123,7 +162,9 @@ def _documented(package: str) -> Iterator[tuple[str, str, str]]:
 
 def _members(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str, str, str]]:
     for child in node.body:
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or child.name.startswith("_"):
+        if not isinstance(
+            child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ) or child.name.startswith("_"):
             continue
         kind = "class" if isinstance(child, ast.ClassDef) else "function"
         name = f"{prefix}.{child.name}"
@@ -134,7 +175,9 @@ def _members(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str
 
 
 def _sources(package: str) -> Iterator[tuple[Path, str]]:
-    """Source files and module names of the standard library or one package, sorted; private and test modules left out."""
+    """Source files and module names of the standard library or one package, sorted; private and
+    test modules left out.
+    """
     if package == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         tops = [root / name for name in sorted(sys.stdlib_module_names)]
@@ -146,7 +189,10 @@ def _sources(package: str) -> Iterator[tuple[Path, str]]:
         except (ImportError, ValueError):
             spec = None
         if spec is None or spec.origin is None:
-            raise DataError(f"data.documentation.packages names {package!r}, which is not installed: install it or leave it out")
+            raise DataError(
+                f"data.documentation.packages names {package!r}, which is not installed: install "
+                f"it or leave it out"
+            )
         top = Path(spec.origin)
         root = top.parents[1] if top.name == "__init__.py" else top.parent
         tops = [root / package]
@@ -156,5 +202,9 @@ def _sources(package: str) -> Iterator[tuple[Path, str]]:
             parts = list(path.relative_to(root).with_suffix("").parts)
             if parts[-1] == "__init__":
                 parts.pop()
-            if path.is_file() and parts and not any(part.startswith("_") or part in SKIPPED for part in parts):
+            if (
+                path.is_file()
+                and parts
+                and not any(part.startswith("_") or part in SKIPPED for part in parts)
+            ):
                 yield path, ".".join(parts)

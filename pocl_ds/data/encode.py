@@ -1,8 +1,9 @@
-"""From samples to token ids on disk, and back as memory maps: tokenised once, never a Python list of all.
+"""From samples to token ids on disk, and back as memory maps: tokenised once, never a Python list
+of all.
 
-A sample is its prompt's ids, its response's ids, and the EOS that ends it. The prompt's ids are the same in scoring,
-training and evaluation, because the response is tokenised apart and put behind them. Lengths are kept, so that a
-padding id that equals EOS does no harm.
+A sample is its prompt's ids, its response's ids, and the EOS that ends it. The prompt's ids are the
+same in scoring, training and evaluation, because the response is tokenised apart and put behind
+them. Lengths are kept, so that a padding id that equals EOS does no harm.
 """
 
 from __future__ import annotations
@@ -41,28 +42,41 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, config: PromptConfig) -> None:
         if tokenizer.eos_token_id is None:
-            raise ModelError("the tokenizer has no EOS token, so a response would never end: set eos_token in its folder")
+            raise ModelError(
+                "the tokenizer has no EOS token, so a response would never end: set eos_token in "
+                "its folder"
+            )
         self.tokenizer, self.config = tokenizer, config
         self.template = load_template(config.template, tokenizer, config.template_options)
 
     def prompt(self, sample: Sample) -> list[int]:
-        """The prompt's ids, the first max_prompt_tokens of them. Raises DataError where there are none."""
+        """The prompt's ids, the first max_prompt_tokens of them. Raises DataError where there are
+        none.
+        """
         return self._kept(sample, self.template.ids(sample))
 
     def prompts(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
-        """As `prompt`, many at once, and how many were cut. None is left out, since each is to be answered.
+        """As `prompt`, many at once, and how many were cut. None is left out, since each is to be
+        answered.
 
         Raises DataError too for one that would be cut with prompt.overlong=error.
         """
         whole, limit = self.template.many(samples), self.config.max_prompt_tokens
         cut = [number for number, ids in enumerate(whole) if len(ids) > limit]
         if cut and self.config.overlong == "error":
-            raise DataError(f"sample {samples[cut[0]].id} has {len(whole[cut[0]])} prompt tokens (limit {limit}): raise "
-                            "prompt.max_prompt_tokens, or set prompt.overlong")
-        return [self._kept(sample, ids) for sample, ids in zip(samples, whole, strict=True)], len(cut)
+            raise DataError(
+                f"sample {samples[cut[0]].id} has {len(whole[cut[0]])} prompt tokens (limit "
+                f"{limit}): raise "
+                "prompt.max_prompt_tokens, or set prompt.overlong"
+            )
+        return [self._kept(sample, ids) for sample, ids in zip(samples, whole, strict=True)], len(
+            cut
+        )
 
     def sample(self, sample: Sample) -> Encoded:
-        """Prompt, response and EOS, at most max_length ids; a response that is cut, here or before, has no EOS."""
+        """Prompt, response and EOS, at most max_length ids; a response that is cut, here or before,
+        has no EOS.
+        """
         return self._join(sample, self.template.ids(sample), self._response([sample])[0])
 
     def samples(self, samples: Sequence[Sample]) -> list[Encoded | None]:
@@ -81,7 +95,10 @@ class Encoder:
 
     def _kept(self, sample: Sample, prompt: list[int]) -> list[int]:
         if not prompt:  # the first token of a response would follow from nothing
-            raise DataError(f"sample {sample.id}: prompt.template={self.config.template} gives an empty prompt: mend it")
+            raise DataError(
+                f"sample {sample.id}: prompt.template={self.config.template} gives an empty "
+                f"prompt: mend it"
+            )
         return prompt[: self.config.max_prompt_tokens]
 
     def _join(self, sample: Sample, prompt: list[int], response: list[int]) -> Encoded:
@@ -92,8 +109,10 @@ class Encoder:
         truncated = len(prompt) > limit or len(whole) > longest
         if truncated and self.config.overlong == "error":
             raise DataError(
-                f"sample {sample.id} has {len(prompt)} prompt tokens (limit {limit}) and {len(prompt) + len(response) + 1} in "
-                f"all (limit {longest}): raise prompt.max_prompt_tokens or prompt.max_length, or set prompt.overlong"
+                f"sample {sample.id} has {len(prompt)} prompt tokens (limit {limit}) and "
+                f"{len(prompt) + len(response) + 1} in "
+                f"all (limit {longest}): raise prompt.max_prompt_tokens or prompt.max_length, or "
+                f"set prompt.overlong"
             )
         return Encoded(whole[:longest], min(len(prompt), limit), truncated)
 
@@ -109,10 +128,16 @@ class EncodedSplit:
         try:
             self.ids: NDArray[np.bytes_] = np.load(paths[0], mmap_mode="r")
             index = np.load(paths[1], mmap_mode="r")
-            self.starts, self.prompt_tokens, self.total_tokens = index[:, 0], index[:, 1], index[:, 2]
+            self.starts, self.prompt_tokens, self.total_tokens = (
+                index[:, 0],
+                index[:, 1],
+                index[:, 2],
+            )
             empty = paths[2].stat().st_size == 0  # nothing can be mapped there
             self._tokens = np.empty(0, np.uint32) if empty else np.memmap(paths[2], np.uint32, "r")
-            if len(self._tokens) != (end := int(self.starts[-1] + self.total_tokens[-1]) if len(index) else 0):
+            if len(self._tokens) != (
+                end := int(self.starts[-1] + self.total_tokens[-1]) if len(index) else 0
+            ):
                 raise ValueError(f"{len(self._tokens)} tokens instead of {end}")
         except (ValueError, IndexError, EOFError) as error:
             fault = f"{directory}/{split}.* is damaged ({error}): remove {directory} and run its stage again"
@@ -122,7 +147,9 @@ class EncodedSplit:
 
     @classmethod
     def open(cls, directory: Path, split: str) -> EncodedSplit:
-        """The split `train`, `validation` or `test` of a data directory. Raises ArtifactError where it is not there."""
+        """The split `train`, `validation` or `test` of a data directory. Raises ArtifactError where
+        it is not there.
+        """
         return cls(directory, split)
 
     def __len__(self) -> int:
@@ -143,9 +170,14 @@ class EncodedSplit:
         return self.name, row
 
     def first_outside(
-        self, allowed: NDArray[np.bool_], *, prompts: NDArray[np.bool_], rows: NDArray[np.int64] | None = None
+        self,
+        allowed: NDArray[np.bool_],
+        *,
+        prompts: NDArray[np.bool_],
+        rows: NDArray[np.int64] | None = None,
     ) -> tuple[int, int] | None:
-        """Row and id of the first token that is not `allowed` [ids] in a response, or in a prompt neither that nor in `prompts`.
+        """Row and id of the first token that is not `allowed` [ids] in a response, or in a prompt
+        neither that nor in `prompts`.
 
         prompts: [ids]. rows: only these rows count.
         """
@@ -163,16 +195,27 @@ class EncodedSplit:
 
     def rows_of(self, ids: Sequence[str] | NDArray[np.bytes_]) -> NDArray[np.int64]:
         """Rows of some ids. Raises ArtifactError naming the first that is not there."""
-        wanted = ids if isinstance(ids, np.ndarray) else np.array([name.encode() for name in ids], dtype="S")
+        wanted = (
+            ids
+            if isinstance(ids, np.ndarray)
+            else np.array([name.encode() for name in ids], dtype="S")
+        )
         if self._by_id is None:
             self._by_id = np.argsort(self.ids, kind="stable")
         if not len(wanted):
             return np.empty(0, np.int64)
-        place = np.searchsorted(self.ids, wanted, sorter=self._by_id) if len(self) else np.zeros(len(wanted), np.int64)
+        place = (
+            np.searchsorted(self.ids, wanted, sorter=self._by_id)
+            if len(self)
+            else np.zeros(len(wanted), np.int64)
+        )
         rows = self._by_id[np.minimum(place, len(self) - 1)] if len(self) else place
         wrong = self.ids[rows] != wanted if len(self) else np.ones(len(wanted), bool)
         if wrong.any():
-            raise ArtifactError(f"sample {wanted[int(np.argmax(wrong))].decode()} is not in {self._name}: run its stage again")
+            raise ArtifactError(
+                f"sample {wanted[int(np.argmax(wrong))].decode()} is not in {self._name}: run its "
+                f"stage again"
+            )
         return rows
 
 
@@ -198,9 +241,13 @@ def encode_split(
     """Write a split's encoding below `directory`, streaming, and with `texts` its jsonl too."""
     counts = EncodingCounts()
     index: list[NDArray[np.int64]] = []
-    ids: list[NDArray[np.bytes_]] = []  # arrays: ten million bytes objects would take three times as much
+    ids: list[
+        NDArray[np.bytes_]
+    ] = []  # arrays: ten million bytes objects would take three times as much
     with (
-        (directory / f"{split}.jsonl").open("w", encoding="utf-8") if texts else contextlib.nullcontext() as lines,
+        (directory / f"{split}.jsonl").open("w", encoding="utf-8")
+        if texts
+        else contextlib.nullcontext() as lines,
         (directory / f"{split}.tokens.bin").open("wb") as binary,
     ):
         for chunk in batched(samples, BATCH):
@@ -218,11 +265,16 @@ def encode_split(
                 kept.append(sample.id.encode())
                 if lines:
                     lines.write(sample.to_json() + "\n")
-                binary.write(np.asarray(encoded.ids, np.uint32).tobytes())  # `tofile` misses a full disk
+                binary.write(
+                    np.asarray(encoded.ids, np.uint32).tobytes()
+                )  # `tofile` misses a full disk
             index.append(np.array(rows, np.int64).reshape(-1, 3))
             ids.append(np.array(kept, "S") if kept else np.empty(0, "S1"))
     table = np.concatenate(index) if index else np.empty((0, 3), np.int64)
-    for name, array in (("index", table), ("ids", np.concatenate(ids) if ids else np.empty(0, "S1"))):
+    for name, array in (
+        ("index", table),
+        ("ids", np.concatenate(ids) if ids else np.empty(0, "S1")),
+    ):
         with (directory / f"{split}.{name}.npy").open("wb") as stream:
             save_array(stream, array)
     return counts

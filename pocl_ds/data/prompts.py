@@ -16,7 +16,8 @@ from pocl_ds.errors import DataError, ModelError, RecipeError
 
 # The template of Stanford Alpaca, as MiniLLM and the POCL release use it.
 ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
@@ -27,8 +28,9 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-# Templates of Llama 3 write today's date into the prompt unless they are told one, others ask a clock; a sample's prompt must not
-# change between the day it is scored and the day it is evaluated. This is the date that Llama's templates fall back on.
+# Templates of Llama 3 write today's date into the prompt unless they are told one, others ask a
+# clock; a sample's prompt must not change between the day it is scored and the day it is evaluated.
+# This is the date that Llama's templates fall back on.
 DATE = datetime(2024, 7, 26)
 
 
@@ -45,14 +47,21 @@ class PromptTemplate(Protocol):
         """The ids of many prompts, tokenised together; equal to `ids` of each."""
 
 
-def load_template(name: str, tokenizer: Any, options: Mapping[str, Any] | None = None) -> PromptTemplate:
-    """The template of a recipe: `alpaca`, `chat`, `plain`, or a .jinja file. options: variables for a tokenizer's chat template.
+def load_template(
+    name: str, tokenizer: Any, options: Mapping[str, Any] | None = None
+) -> PromptTemplate:
+    """The template of a recipe: `alpaca`, `chat`, `plain`, or a .jinja file. options: variables for
+    a tokenizer's chat template.
 
-    Raises ModelError where the tokenizer has no chat template, RecipeError for a file that is missing or broken.
+    Raises ModelError where the tokenizer has no chat template, RecipeError for a file that is
+    missing or broken.
     """
     if name == "chat":
         if not getattr(tokenizer, "chat_template", None):
-            raise ModelError("prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a .jinja file")
+            raise ModelError(
+                "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain "
+                "or a .jinja file"
+            )
         return _Chat(tokenizer, options or {})
     if name == "alpaca":
         return _Text(tokenizer, _alpaca)
@@ -74,7 +83,9 @@ class _Text:
         return self.many([sample])[0]
 
     def many(self, samples: Sequence[Sample]) -> list[list[int]]:
-        prompts: list[list[int]] = self.tokenizer([self.text(sample) for sample in samples])["input_ids"]
+        prompts: list[list[int]] = self.tokenizer([self.text(sample) for sample in samples])[
+            "input_ids"
+        ]
         for ids in prompts:
             # Some tokenizers close what they encode with EOS: a prompt is not finished.
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
@@ -87,15 +98,29 @@ class _Chat:
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
-        self.options = {"date_string": DATE.strftime("%d %b %Y"), "strftime_now": DATE.strftime, **options}
+        self.options = {
+            "date_string": DATE.strftime("%d %b %Y"),
+            "strftime_now": DATE.strftime,
+            **options,
+        }
 
     def text(self, sample: Sample) -> str:
         asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
-        turns = [{"role": role, "content": content} for role, content in (*sample.history, ("user", asked))]
+        turns = [
+            {"role": role, "content": content}
+            for role, content in (*sample.history, ("user", asked))
+        ]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **self.options))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=True, **self.options
+                )
+            )
         except Exception as error:  # a template is a program: it divides by zero, recurses, adds a text to a number
-            raise DataError(f"sample {sample.id}: the chat template refuses its turns ({error}): mend or remove it") from None
+            raise DataError(
+                f"sample {sample.id}: the chat template refuses its turns ({error}): mend or "
+                f"remove it"
+            ) from None
 
     def ids(self, sample: Sample) -> list[int]:
         return self.many([sample])[0]
@@ -120,7 +145,8 @@ def _plain(sample: Sample) -> str:
 def _no_history(sample: Sample, template: str) -> None:
     if sample.history:
         raise DataError(
-            f"sample {sample.id} has {len(sample.history)} earlier turns, which prompt.template={template} cannot show: "
+            f"sample {sample.id} has {len(sample.history)} earlier turns, which "
+            f"prompt.template={template} cannot show: "
             "use prompt.template=chat or a .jinja file"
         )
 
@@ -131,21 +157,36 @@ def _jinja(name: str) -> Any:
         raise RecipeError(f"prompt.template={name!r}: take alpaca, chat, plain, or a .jinja file")
     try:
         source = path.read_text(encoding="utf-8")
-        template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(source)
+        template = ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        ).from_string(source)
     except OSError as error:
-        raise RecipeError(f"prompt.template {name} cannot be read ({error.strerror}): check the path") from None
+        raise RecipeError(
+            f"prompt.template {name} cannot be read ({error.strerror}): check the path"
+        ) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"prompt.template {name} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
+        raise RecipeError(
+            f"prompt.template {name} is not UTF-8 ({error.reason} at byte {error.start}): convert "
+            f"it"
+        ) from None
     except jinja2.TemplateSyntaxError as error:
-        raise RecipeError(f"prompt.template {name} line {error.lineno} is not valid Jinja ({error.message}): mend it") from None
+        raise RecipeError(
+            f"prompt.template {name} line {error.lineno} is not valid Jinja ({error.message}): "
+            f"mend it"
+        ) from None
 
     def render(sample: Sample) -> str:
         history = [{"role": role, "content": content} for role, content in sample.history]
         try:
-            return template.render(instruction=sample.instruction, input=sample.input, history=history)
+            return template.render(
+                instruction=sample.instruction, input=sample.input, history=history
+            )
         except Exception as error:  # as above
             reason = str(error) or type(error).__name__
-            raise DataError(f"sample {sample.id}: prompt.template {name} fails ({reason}): its variables are instruction, "
-                            "input and history") from None
+            raise DataError(
+                f"sample {sample.id}: prompt.template {name} fails ({reason}): its variables are "
+                f"instruction, "
+                "input and history"
+            ) from None
 
     return render

@@ -6,9 +6,11 @@ from array import array
 
 
 class SeenKeys:
-    """64-bit keys, each with a number of 1 or more, in 16 bytes a slot: ten million take 270 MB, a dict six times that.
+    """64-bit keys, each with a number of 1 or more, in 16 bytes a slot: ten million take 270 MB, a
+    dict six times that.
 
-    Open addressing. That two different ids among ten million share a key has a chance of 3 in a million.
+    Open addressing. That two different ids among ten million share a key has a chance of 3 in a
+    million.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""Sequences to train on, wherever they come from: a split on disk, or responses that were written just now."""
+"""Sequences to train on, wherever they come from: a split on disk, or responses that were written
+just now.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,21 @@ class Sequences(Protocol):
         """The split of the data, and the row of it, that a sequence's prompt stands in."""
 
 
-def count_loss_tokens(total_tokens: NDArray[np.int64], prompt_tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Loss positions of sequences of these lengths. Token 0 has no hidden state before it, so it is never a label."""
+def count_loss_tokens(
+    total_tokens: NDArray[np.int64], prompt_tokens: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Loss positions of sequences of these lengths. Token 0 has no hidden state before it, so it is
+    never a label.
+    """
     found: NDArray[np.int64] = total_tokens - np.maximum(prompt_tokens, 1)
     return found
 
 
 @dataclass
 class Written:
-    """Responses of a model to prompts of a split, in memory. rows: which samples of the split the prompts are of."""
+    """Responses of a model to prompts of a split, in memory. rows: which samples of the split the
+    prompts are of.
+    """
 
     rows: NDArray[np.int64]
     ids: NDArray[np.bytes_]
@@ -54,19 +62,32 @@ class Written:
 
     @classmethod
     def of(
-        cls, split: Sequences, rows: NDArray[np.int64], responses: Sequence[Sequence[int]], *, eos_id: int, longest: int,
+        cls,
+        split: Sequences,
+        rows: NDArray[np.int64],
+        responses: Sequence[Sequence[int]],
+        *,
+        eos_id: int,
+        longest: int,
         allowed: NDArray[np.bool_],
-    ) -> Written:  # fmt: skip
-        """Responses to the prompts of some rows, cut where one grows beyond `longest` tokens, prompt included, or names an id
-        that takes no part in the loss; where nothing is left, EOS alone.
+    ) -> Written:
+        """Responses to the prompts of some rows, cut where one grows beyond `longest` tokens,
+        prompt included, or names an id that takes no part in the loss; where nothing is left, EOS
+        alone.
         """
         prompts, texts = np.asarray(split.prompt_tokens[rows], np.int64), []
         for row, prompt, response in zip(rows, prompts, responses, strict=True):
             kept = np.asarray(response[: longest - int(prompt)], np.int64)
-            outside = np.flatnonzero((kept >= len(allowed)) | ~allowed[np.minimum(kept, len(allowed) - 1)])
+            outside = np.flatnonzero(
+                (kept >= len(allowed)) | ~allowed[np.minimum(kept, len(allowed) - 1)]
+            )
             kept = kept[: outside[0]] if len(outside) else kept
             kept = kept if len(kept) else np.array([eos_id])
-            texts.append(np.concatenate([np.asarray(split.tokens(int(row))[:prompt]), kept]).astype(np.uint32))
+            texts.append(
+                np.concatenate([np.asarray(split.tokens(int(row))[:prompt]), kept]).astype(
+                    np.uint32
+                )
+            )
         return cls(np.asarray(rows), np.asarray(split.ids[rows]), prompts, texts)
 
     def __len__(self) -> int:
@@ -87,9 +108,18 @@ class Written:
 
     def picked(self, places: NDArray[np.int64]) -> Written:
         """Some of them."""
-        return Written(self.rows[places], self.ids[places], self.prompt_tokens[places], [self.texts[int(i)] for i in places])
+        return Written(
+            self.rows[places],
+            self.ids[places],
+            self.prompt_tokens[places],
+            [self.texts[int(i)] for i in places],
+        )
 
     def joined(self, other: Written) -> Written:
         """These, then others."""
-        rows, prompts = (np.concatenate([getattr(self, n), getattr(other, n)]) for n in ("rows", "prompt_tokens"))
-        return Written(rows, np.concatenate([self.ids, other.ids]), prompts, [*self.texts, *other.texts])
+        rows, prompts = (
+            np.concatenate([getattr(self, n), getattr(other, n)]) for n in ("rows", "prompt_tokens")
+        )
+        return Written(
+            rows, np.concatenate([self.ids, other.ids]), prompts, [*self.texts, *other.texts]
+        )

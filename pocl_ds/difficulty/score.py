@@ -1,8 +1,8 @@
 """The scoring stage: how well the initial student answers each training sample (METHOD 1.1 to 1.3).
 
-Work is cut into shards. A shard is a range of rows of data/train; its result appears as a whole, with its manifest, or
-not at all, so that an interrupted run repeats unfinished shards only, and shards can run as separate jobs. Scores are
-keyed by sample id.
+Work is cut into shards. A shard is a range of rows of data/train; its result appears as a whole,
+with its manifest, or not at all, so that an interrupted run repeats unfinished shards only, and
+shards can run as separate jobs. Scores are keyed by sample id.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from pocl_ds.config import PromptConfig, ScoreConfig
 from pocl_ds.data.encode import EncodedSplit, shard_rows
 from pocl_ds.data.samples import read_normalised
 from pocl_ds.difficulty.rank import DEGENERATE, tied_share
-from pocl_ds.difficulty.shards import discard_other_divisions, discard_stale, shard_file, shard_manifest, unfinished
+from pocl_ds.difficulty.shards import (
+    discard_other_divisions,
+    discard_stale,
+    shard_file,
+    shard_manifest,
+    unfinished,
+)
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.generation.open import open_generator
 from pocl_ds.generation.protocol import Generator, Sampling
@@ -34,11 +40,14 @@ from pocl_ds.tracking import Progress
 log = logging.getLogger("pocl_ds")
 
 STAGE = "score"
-# Metrics beside ROUGE-L and cross-entropy: from the student's responses, references and the references' log-probabilities to one
-# number a sample. None comes with the package.
-METRICS: dict[str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]] = {}
+# Metrics beside ROUGE-L and cross-entropy: from the student's responses, references and the
+# references' log-probabilities to one number a sample. None comes with the package.
+METRICS: dict[
+    str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]
+] = {}
 CHUNK = 256  # at least so many samples are held in memory at once, and are the grain of progress
-ROUNDS = 4  # calls of the engine hold so many times max_sequences prompts: at the end of each it runs dry
+# calls of the engine hold so many times max_sequences prompts: at the end of each it runs dry
+ROUNDS = 4
 
 
 def score(
@@ -55,13 +64,16 @@ def score(
 ) -> None:
     """Score the unfinished shards, or one of them.
 
-    For each sample the student writes one response; `rouge_l` compares it with the references, `cross_entropy` is the
-    student's mean negative log-likelihood of the encoded response, in nats per token at tau = 1. One engine serves the
-    whole call. Raises RecipeError for a shard that does not exist, ArtifactError, DataError, ModelError, ResourceError.
+    For each sample the student writes one response; `rouge_l` compares it with the references,
+    `cross_entropy` is the student's mean negative log-likelihood of the encoded response, in nats
+    per token at tau = 1. One engine serves the whole call. Raises RecipeError for a shard that does
+    not exist, ArtifactError, DataError, ModelError, ResourceError.
     """
     if shard is not None and not 0 <= shard < config.shards:
         last = config.shards - 1
-        raise RecipeError(f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}")
+        raise RecipeError(
+            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}"
+        )
     discard_stale(run, fingerprint)
     todo = [s for s in unfinished(run, config, fingerprint) if shard is None or s == shard]
     if not todo:
@@ -69,7 +81,8 @@ def score(
     split = EncodedSplit.open(run.data, "train")
     if len(split) < config.shards:
         raise RecipeError(
-            f"score.shards={config.shards} is more than the {len(split)} training samples: make fewer shards"
+            f"score.shards={config.shards} is more than the {len(split)} training samples: make "
+            f"fewer shards"
         )
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, revision=revision)
     generator = open_generator(
@@ -99,17 +112,36 @@ class _Scorer:
     """One call's engine and data, for its shards one after another."""
 
     def __init__(
-        self, run: RunDirectory, config: ScoreConfig, split: EncodedSplit, generator: Generator, eos_id: int
+        self,
+        run: RunDirectory,
+        config: ScoreConfig,
+        split: EncodedSplit,
+        generator: Generator,
+        eos_id: int,
     ) -> None:
-        self.run, self.config, self.split, self.generator, self.eos_id = run, config, split, generator, eos_id
-        self.tied = {"rouge_l": 0.0, "cross_entropy": 0.0}  # samples whose value another of their shard equals
+        self.run, self.config, self.split, self.generator, self.eos_id = (
+            run,
+            config,
+            split,
+            generator,
+            eos_id,
+        )
+        self.tied = {
+            "rouge_l": 0.0,
+            "cross_entropy": 0.0,
+        }  # samples whose value another of their shard equals
         self.scored = 0
 
     def shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
         """Score one shard and seal it."""
         shards = self.config.shards
-        path, manifest = shard_file(self.run, shard, shards), shard_manifest(self.run, shard, shards)
-        (self.run.scores / manifest).unlink(missing_ok=True)  # its file is damaged, else the shard were finished
+        path, manifest = (
+            shard_file(self.run, shard, shards),
+            shard_manifest(self.run, shard, shards),
+        )
+        (self.run.scores / manifest).unlink(
+            missing_ok=True
+        )  # its file is damaged, else the shard were finished
         rows = shard_rows(len(self.split), shard, shards)
         start, tokens = time.monotonic(), self.generator.tokens
         references = self._references(rows)
@@ -122,7 +154,9 @@ class _Scorer:
                 self._chunk(chunk, list(itertools.islice(references, len(chunk))), stream, metrics)
                 for name, values in metrics.items():
                     sums[name] += sum(values[-len(chunk) :])
-                progress.advance(len(chunk), **{name: total / len(metrics[name]) for name, total in sums.items()})
+                progress.advance(
+                    len(chunk), **{name: total / len(metrics[name]) for name, total in sums.items()}
+                )
         seconds = max(time.monotonic() - start, 1e-9)
         tokens = self.generator.tokens - tokens
         info: dict[str, Any] = {
@@ -141,17 +175,26 @@ class _Scorer:
         write_manifest(self.run.scores, STAGE, fingerprint, info=info, files=[path], name=manifest)
 
     def _chunk(
-        self, rows: range, samples: list[tuple[str, list[str]]], stream: IO[Any], metrics: dict[str, list[float]]
+        self,
+        rows: range,
+        samples: list[tuple[str, list[str]]],
+        stream: IO[Any],
+        metrics: dict[str, list[float]],
     ) -> None:
         """Append the scores of some rows; samples: id and references of each."""
         if len(samples) != len(rows):
             raise ArtifactError(
-                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl data` again"
+                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl data` "
+                f"again"
             )
         sequences = [[int(token) for token in self.split.tokens(row)] for row in rows]
         prompt_tokens = [int(self.split.prompt_tokens[row]) for row in rows]
         sampling = Sampling(
-            self.config.temperature, self.config.top_p, self.config.max_new_tokens, seed=0, first=rows.start
+            self.config.temperature,
+            self.config.top_p,
+            self.config.max_new_tokens,
+            seed=0,
+            first=rows.start,
         )
         prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
         responses = self.generator.generate(prompts, sampling)
@@ -161,15 +204,26 @@ class _Scorer:
         rouge = rouge_l_many(responses, [references for _, references in samples])
         texts = [references for _, references in samples]
         names = [name for name, _ in samples]
-        extra = {name: _measured(name, names, responses, texts, log_probs) for name in self.config.metrics}
-        for place, ((sample, _), response, found, overlap) in enumerate(zip(samples, responses, log_probs, rouge, strict=True)):
+        extra = {
+            name: _measured(name, names, responses, texts, log_probs)
+            for name in self.config.metrics
+        }
+        for place, ((sample, _), response, found, overlap) in enumerate(
+            zip(samples, responses, log_probs, rouge, strict=True)
+        ):
             if not len(found):
                 raise DataError(
-                    f"sample {sample} has no response token to score: remove it from the data, or count the EOS "
+                    f"sample {sample} has no response token to score: remove it from the data, or "
+                    f"count the EOS "
                     "(score.count_eos=true)"
                 )
             loss = -float(np.mean(found, dtype=np.float64))
-            record = {"id": sample, "rouge_l": float(overlap), "cross_entropy": loss, "tokens": len(found)}
+            record = {
+                "id": sample,
+                "rouge_l": float(overlap),
+                "cross_entropy": loss,
+                "tokens": len(found),
+            }
             if extra:
                 record["metrics"] = {name: values[place] for name, values in extra.items()}
             stream.write(json.dumps({**record, "response": response}, ensure_ascii=False) + "\n")
@@ -177,39 +231,59 @@ class _Scorer:
             metrics["cross_entropy"].append(loss)
 
     def _references(self, rows: range) -> Iterator[tuple[str, list[str]]]:
-        """Id and references of each row, read from the normalised samples; ids must agree with the encoded split."""
+        """Id and references of each row, read from the normalised samples; ids must agree with the
+        encoded split.
+        """
         path = self.run.data / "train.jsonl"
         samples = itertools.islice(read_normalised(path), rows.start, rows.stop)
         for row, sample in zip(rows, samples, strict=False):
             if bytes(self.split.ids[row]) != sample.id.encode():
                 raise ArtifactError(
-                    f"{path} line {row + 1} and train.ids.npy name different samples: run `pocl data` again"
+                    f"{path} line {row + 1} and train.ids.npy name different samples: run `pocl "
+                    f"data` again"
                 )
             yield sample.id, list(sample.references)
 
     def warn_of_ties(self) -> None:
-        """Say where a metric of the samples scored here has so many equal values, by shard, that its ranks say little."""
+        """Say where a metric of the samples scored here has so many equal values, by shard, that
+        its ranks say little.
+        """
         for name, tied in self.tied.items():
             if (share := tied / self.scored) > DEGENERATE:
                 log.warning(
-                    "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal the student longer "
-                    "(student.heal_steps) or rank by the other metric (rank.strategy)", 100 * share, name,
-                )  # fmt: skip
+                    "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal "
+                    "the student longer "
+                    "(student.heal_steps) or rank by the other metric (rank.strategy)",
+                    100 * share,
+                    name,
+                )
 
 
 def _measured(
-    metric: str, ids: list[str], responses: list[str], references: list[list[str]], log_probs: list[NDArray[np.float32]]
+    metric: str,
+    ids: list[str],
+    responses: list[str],
+    references: list[list[str]],
+    log_probs: list[NDArray[np.float32]],
 ) -> list[float]:
-    """What a metric says of some samples. Raises RecipeError, DataError where that is not one finite number of each."""
+    """What a metric says of some samples. Raises RecipeError, DataError where that is not one
+    finite number of each.
+    """
     try:
         values = [float(value) for value in METRICS[metric](responses, references, log_probs)]
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"the metric {metric!r} gives no numbers ({error}): mend its function") from error
+        raise RecipeError(
+            f"the metric {metric!r} gives no numbers ({error}): mend its function"
+        ) from error
     if len(values) != len(ids):
         raise RecipeError(
-            f"the metric {metric!r} gives {len(values)} numbers for {len(ids)} samples: mend its function"
+            f"the metric {metric!r} gives {len(values)} numbers for {len(ids)} samples: mend its "
+            f"function"
         )
     for sample, value in zip(ids, values, strict=True):
         if not math.isfinite(value):
-            raise DataError(f"sample {sample} has {metric}={value}, which has no rank: mend the metric's function")
+            raise DataError(
+                f"sample {sample} has {metric}={value}, which has no rank: mend the metric's "
+                f"function"
+            )
     return values

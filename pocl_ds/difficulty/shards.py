@@ -1,4 +1,6 @@
-"""Which shards of the scores are done. Light: every command that looks at a run asks this, most of them without a model."""
+"""Which shards of the scores are done. Light: every command that looks at a run asks this, most of
+them without a model.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def shard_manifest(run: RunDirectory, shard: int, shards: int) -> str:
 def unfinished(run: RunDirectory, config: ScoreConfig, fingerprint: str) -> list[int]:
     """Shards without a whole result of this fingerprint, ascending.
 
-    None where all samples have been scored in another division into shards: how work is cut does not change it.
+    None where all samples have been scored in another division into shards: how work is cut does
+    not change it.
     """
     for shards in {shards for _, shards in _sealed(run)} - {config.shards}:
         if not _unfinished(run, shards, fingerprint):
@@ -37,7 +40,9 @@ def whole_set(run: RunDirectory) -> str | None:
     for path, shards in _sealed(run):
         if manifest := read_manifest(run.scores, path.name):
             found[manifest.fingerprint, shards] = found.get((manifest.fingerprint, shards), 0) + 1
-    return next((fingerprint for (fingerprint, shards), done in found.items() if done == shards), None)
+    return next(
+        (fingerprint for (fingerprint, shards), done in found.items() if done == shards), None
+    )
 
 
 def discard_stale(run: RunDirectory, fingerprint: str) -> None:
@@ -68,7 +73,10 @@ def _finished(run: RunDirectory, shard: int, shards: int, fingerprint: str) -> b
 
 def _sealed(run: RunDirectory) -> list[tuple[Path, int]]:
     """Manifests of shards, each with the number of shards of its division."""
-    return [(path, int(path.name.split(".")[0].rpartition("-")[2])) for path in sorted(run.scores.glob(MANIFESTS))]
+    return [
+        (path, int(path.name.split(".")[0].rpartition("-")[2]))
+        for path in sorted(run.scores.glob(MANIFESTS))
+    ]
 
 
 def _remove(manifest: Path) -> None:

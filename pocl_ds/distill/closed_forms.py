@@ -1,12 +1,14 @@
-"""Divergences whose gradient in the student's logits is known: value and gradient in a few passes, in place.
+"""Divergences whose gradient in the student's logits is known: value and gradient in a few passes,
+in place.
 
-The same values as `divergences`, without a graph: a chunk then needs half the memory and half the passes of autograd. A
-divergence that is not here goes through autograd.
+The same values as `divergences`, without a graph: a chunk then needs half the memory and half the
+passes of autograd. A divergence that is not here goes through autograd.
 
-Each function takes log p and log q [tokens, ids], both of which it may overwrite, and up to three more buffers of their
-shape, `spare(0)` to `spare(2)`; it returns the value a token, and leaves in log q the gradient of that value in the logits
-that log q is the log-softmax of. With g = dD/d log q the gradient is
-g - q sum(g). A masked id holds `divergences.MASKED` on both sides and gets exactly 0.
+Each function takes log p and log q [tokens, ids], both of which it may overwrite, and up to three
+more buffers of their shape, `spare(0)` to `spare(2)`; it returns the value a token, and leaves in
+log q the gradient of that value in the logits that log q is the log-softmax of. With g = dD/d log q
+the gradient is g - q sum(g). A masked id holds `divergences.MASKED` on both sides and gets exactly
+0.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def tvd(log_p: Tensor, log_q: Tensor, spare: Spare) -> Tensor:
 
 
 def jsd(log_p: Tensor, log_q: Tensor, spare: Spare, *, beta: float) -> Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: g = (1 - beta) q log(q / m)."""
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: g = (1 - beta) q log(q /
+    m).
+    """
     if beta == 0:
         return fkl(log_p, log_q, spare)
     if beta == 1:
@@ -75,8 +79,12 @@ def skl(log_p: Tensor, log_q: Tensor, spare: Spare, *, skew: float) -> Tensor:
     return value
 
 
-def srkl(log_p: Tensor, log_q: Tensor, spare: Spare, *, skew: float, detach_mixture: bool) -> Tensor:
-    """KL(q || m), m = (1 - skew) p + skew q: g = q (log(q / m) + 1 - skew q / m), the last term not where m is detached."""
+def srkl(
+    log_p: Tensor, log_q: Tensor, spare: Spare, *, skew: float, detach_mixture: bool
+) -> Tensor:
+    """KL(q || m), m = (1 - skew) p + skew q: g = q (log(q / m) + 1 - skew q / m), the last term not
+    where m is detached.
+    """
     if skew == 0:
         return rkl(log_p, log_q, spare)
     p, q = torch.exp(log_p, out=spare(0)), torch.exp(log_q, out=spare(1))
@@ -91,8 +99,12 @@ def srkl(log_p: Tensor, log_q: Tensor, spare: Spare, *, skew: float, detach_mixt
 
 
 def _log_(mixture: Tensor) -> Tensor:
-    """Logarithm in place. Where both parts underflowed it stays finite, and is multiplied by their 0."""
+    """Logarithm in place. Where both parts underflowed it stays finite, and is multiplied by their
+    0.
+    """
     return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
 
 
-CLOSED: dict[str, Callable[..., Any]] = {function.__name__: function for function in (fkl, rkl, tvd, jsd, skl, srkl)}
+CLOSED: dict[str, Callable[..., Any]] = {
+    function.__name__: function for function in (fkl, rkl, tvd, jsd, skl, srkl)
+}

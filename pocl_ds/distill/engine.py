@@ -1,9 +1,10 @@
 """Engines: what holds a model's shards, runs its backward and updates it.
 
-Two behind one protocol: DeepSpeed ZeRO, for work; plain PyTorch, the numerical reference. The trainer hands over loss
-*sums*; `backward` is the one place that turns them into the mean over the optimizer step's loss tokens. DeepSpeed averages
-gradients over ranks, so the sum is multiplied by the number of ranks; accumulation is driven from here (the boundary is
-set by hand), so DeepSpeed divides by nothing else.
+Two behind one protocol: DeepSpeed ZeRO, for work; plain PyTorch, the numerical reference. The
+trainer hands over loss *sums*; `backward` is the one place that turns them into the mean over the
+optimizer step's loss tokens. DeepSpeed averages gradients over ranks, so the sum is multiplied by
+the number of ranks; accumulation is driven from here (the boundary is set by hand), so DeepSpeed
+divides by nothing else.
 
 This is the only file that imports deepspeed.
 """
@@ -63,7 +64,8 @@ class Engine(Protocol):
         """Accumulate gradients of loss_sum / normaliser; `last` marks the step's last micro-batch."""
 
     def step(self, lr: float) -> float:
-        """Clip, update with this learning rate, clear gradients. Returns the gradient norm before clipping.
+        """Clip, update with this learning rate, clear gradients. Returns the gradient norm before
+        clipping.
 
         Where that is not finite, neither weights nor optimizer change.
         """
@@ -72,8 +74,9 @@ class Engine(Protocol):
         """Forget the optimizer's moments and step count, keep the weights."""
 
     def snapshot(self, directory: Path, *, copy: bool) -> Write:
-        """Take this rank's part of weights and optimizer. The function that comes back writes it below `directory`, which
-        exists, and names the files; it waits for no other rank, and raises OSError or RuntimeError.
+        """Take this rank's part of weights and optimizer. The function that comes back writes it
+        below `directory`, which exists, and names the files; it waits for no other rank, and raises
+        OSError or RuntimeError.
 
         copy: take it to the CPU's memory, so that training can go on while it is written.
         """
@@ -82,13 +85,17 @@ class Engine(Protocol):
         """Read what a snapshot wrote with the same number of ranks, or what `reshard` made of it."""
 
     def reshard(self, source: Path, target: Path) -> None:
-        """Rewrite what snapshots wrote below `source` so that any number of ranks can load it. One rank alone calls it."""
+        """Rewrite what snapshots wrote below `source` so that any number of ranks can load it. One
+        rank alone calls it.
+        """
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """Whole weights of a part of the module, on the CPU, on rank 0; empty elsewhere."""
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters of a part of the module, one after another, copies, on every rank; tied ones once."""
+        """Whole parameters of a part of the module, one after another, copies, on every rank; tied
+        ones once.
+        """
 
 
 class DeepSpeedEngine:
@@ -100,16 +107,22 @@ class DeepSpeedEngine:
 
         self.zero_stage = ds_config.get("zero_optimization", {}).get("stage", 0)
         if distributed.world_size() == 1:
-            # Alone, a rank would join, scale and copy its gradients only to get them back. DeepSpeed looks the function up in its
-            # module, and a process that is alone stays so: this is right for every engine in it.
-            stage3.reduce_scatter_coalesced = lambda tensors, group=None: [tensor.view(-1) for tensor in tensors]
+            # Alone, a rank would join, scale and copy its gradients only to get them back.
+            # DeepSpeed looks the function up in its module, and a process that is alone stays so:
+            # this is right for every engine in it.
+            stage3.reduce_scatter_coalesced = lambda tensors, group=None: [
+                tensor.view(-1) for tensor in tensors
+            ]
         self.engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=parameter_groups(module, train.weight_decay), config=ds_config
+            model=module,
+            model_parameters=parameter_groups(module, train.weight_decay),
+            config=ds_config,
         )
         distributed.be_patient(train.hang_seconds)
         self.module = module
         self.ranks = distributed.world_size()
-        # It puts a script into every checkpoint, between two barriers, where a full disk would leave the other ranks waiting.
+        # It puts a script into every checkpoint, between two barriers, where a full disk would
+        # leave the other ranks waiting.
         self.engine._copy_recovery_script = lambda *_: None
         self.weight_decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         self.frozen = frozen_names(module)
@@ -125,29 +138,44 @@ class DeepSpeedEngine:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        # DeepSpeed leaves an update with a non-finite gradient out by itself, and keeps the norm of the step before.
-        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        # DeepSpeed leaves an update with a non-finite gradient out by itself, and keeps the norm of
+        # the step before.
+        return (
+            float(self.engine.get_global_grad_norm())
+            if self.engine.was_step_applied()
+            else math.inf
+        )
 
     def restart_optimizer(self) -> None:
         inner = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
         clear_moments(inner)
 
     def snapshot(self, directory: Path, *, copy: bool) -> Write:
-        """See `Engine`. DeepSpeed meets in barriers between its files, where a rank that cannot write would leave the others
-        waiting: so nothing is written before all states are taken.
+        """See `Engine`. DeepSpeed meets in barriers between its files, where a rank that cannot
+        write would leave the others waiting: so nothing is written before all states are taken.
         """
         writer, write = self.engine.checkpoint_engine, self.engine.checkpoint_engine.save
         taken: list[tuple[Any, str]] = []
 
         def take(state_dict: Any, path: str) -> None:
-            if self.frozen and "module" in state_dict:  # DeepSpeed itself leaves out one name of a weight that has two
-                state_dict["module"] = {key: part for key, part in state_dict["module"].items() if key not in self.frozen}
+            if (
+                self.frozen and "module" in state_dict
+            ):  # DeepSpeed itself leaves out one name of a weight that has two
+                state_dict["module"] = {
+                    key: part
+                    for key, part in state_dict["module"].items()
+                    if key not in self.frozen
+                }
             taken.append((copied(state_dict) if copy else state_dict, path))
 
         writer.save = take
         try:
-            self.engine.save_checkpoint(str(directory), tag="zero", save_latest=False,
-                                        exclude_frozen_parameters=bool(self.frozen))  # fmt: skip
+            self.engine.save_checkpoint(
+                str(directory),
+                tag="zero",
+                save_latest=False,
+                exclude_frozen_parameters=bool(self.frozen),
+            )
         finally:
             del writer.save  # the class's own method shows again
 
@@ -162,12 +190,18 @@ class DeepSpeedEngine:
         self.engine._config.load_universal_checkpoint = resharded
         try:
             with _data_only(directory):
-                path, _ = self.engine.load_checkpoint(str(directory), tag="universal" if resharded else "zero",
-                                                      custom_load_fn=self._load_module)  # fmt: skip
+                path, _ = self.engine.load_checkpoint(
+                    str(directory),
+                    tag="universal" if resharded else "zero",
+                    custom_load_fn=self._load_module,
+                )
         finally:
             self.engine._config.load_universal_checkpoint = False
         if path is None:
-            raise ArtifactError(f"DeepSpeed found no checkpoint in {directory}: remove it, training goes on from the one before")
+            raise ArtifactError(
+                f"DeepSpeed found no checkpoint in {directory}: remove it, training goes on from "
+                f"the one before"
+            )
         if resharded:
             self._mend_universal_load()
 
@@ -178,10 +212,13 @@ class DeepSpeedEngine:
     def _mend_universal_load(self) -> None:
         """Undo what DeepSpeed's universal load does to an Adam with several parameter groups.
 
-        Every group gets the first one's values, so that biases and norms would decay; and all states share one step
-        counter, which torch counts up in place once a group, and which is on the CPU, where a GPU's fused kernel cannot read it.
+        Every group gets the first one's values, so that biases and norms would decay; and all
+        states share one step counter, which torch counts up in place once a group, and which is on
+        the CPU, where a GPU's fused kernel cannot read it.
         """
-        for group, decay in zip(self.engine.optimizer.param_groups, self.weight_decays, strict=True):
+        for group, decay in zip(
+            self.engine.optimizer.param_groups, self.weight_decays, strict=True
+        ):
             group["weight_decay"] = decay
         for parameter, state in self.engine.optimizer.optimizer.state.items():
             if isinstance(state.get("step"), Tensor):
@@ -190,16 +227,22 @@ class DeepSpeedEngine:
     def reshard(self, source: Path, target: Path) -> None:
         if self.zero_stage != 3:
             raise ArtifactError(
-                f"a checkpoint of ZeRO stage {self.zero_stage} cannot change its number of ranks: start with as many as before, "
+                f"a checkpoint of ZeRO stage {self.zero_stage} cannot change its number of ranks: "
+                f"start with as many as before, "
                 "or use a ds_config of stage 3"
             )
         from deepspeed.checkpoint import ds_to_universal
 
         workers = max(1, (os.cpu_count() or 1) // 2)
         options = argparse.Namespace(
-            input_folder=str(source / "zero"), output_folder=str(target / "universal"), num_extract_workers=workers,
-            num_merge_workers=workers, keep_temp_folder=False, strict=True, inject_missing_state=False,
-        )  # fmt: skip
+            input_folder=str(source / "zero"),
+            output_folder=str(target / "universal"),
+            num_extract_workers=workers,
+            num_merge_workers=workers,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=False,
+        )
         with contextlib.redirect_stdout(io.StringIO()), _data_only(source):
             ds_to_universal.main(options)
 
@@ -221,7 +264,11 @@ class TorchEngine:
         self.module = module.to(distributed.device())
         self.clip = train.clip
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
+            parameter_groups(module, train.weight_decay),
+            lr=train.lr,
+            betas=train.betas,
+            eps=train.eps,
+            fused=True,
         )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.frozen = frozen_names(module)
@@ -250,7 +297,9 @@ class TorchEngine:
     def snapshot(self, directory: Path, *, copy: bool) -> Write:
         if distributed.rank():
             return list
-        module = {name: part for name, part in self.module.state_dict().items() if name not in self.frozen}
+        module = {
+            name: part for name, part in self.module.state_dict().items() if name not in self.frozen
+        }
         live = {"module": module, "optimizer": self.optimizer.state_dict()}
         state, path = copied(live) if copy else live, directory / "torch.pt"
 
@@ -276,14 +325,22 @@ class TorchEngine:
 
 
 class FrozenEngine:
-    """A model that only runs forward: the teacher. Sharded by ZeRO-3 where a configuration is given."""
+    """A model that only runs forward: the teacher. Sharded by ZeRO-3 where a configuration is
+    given.
+    """
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any] | None) -> None:
         module.eval().requires_grad_(False)
         self.sharded = ds_config is not None
         if ds_config is None:
-            where = distributed.device()  # a quantised model is there already, and must not be moved
-            self.module: Any = module if all(part.device == where for part in module.parameters()) else module.to(where)
+            where = (
+                distributed.device()
+            )  # a quantised model is there already, and must not be moved
+            self.module: Any = (
+                module
+                if all(part.device == where for part in module.parameters())
+                else module.to(where)
+            )
             return
         import deepspeed
 
@@ -299,7 +356,9 @@ class FrozenEngine:
 
 
 def start_deepspeed() -> None:
-    """Join the process group, once, in the way DeepSpeed wants it; checkpoints that it writes are data (see `_data_only`)."""
+    """Join the process group, once, in the way DeepSpeed wants it; checkpoints that it writes are
+    data (see `_data_only`).
+    """
     import deepspeed
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -311,13 +370,20 @@ def start_deepspeed() -> None:
         # The shared-memory collectives would be compiled for minutes; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         if distributed.world_size() > 1:
             raise ResourceError("MASTER_PORT is not set: start ranks through launch/train.sh")
         os.environ["MASTER_PORT"] = "0"
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False, timeout=distributed.be_patient())
+    deepspeed.init_distributed(
+        dist_backend="gloo" if on_cpu else "nccl", verbose=False, timeout=distributed.be_patient()
+    )
     if on_cpu:
         _keep_gloo_from_teams()
 
@@ -325,15 +391,18 @@ def start_deepspeed() -> None:
 def _keep_gloo_from_teams() -> None:
     """Make gloo's own threads copy tensors alone, all ranks together.
 
-    Else the first large gather gives each of them an OpenMP team. With more such threads than cores OpenMP stops spinning
-    between operations, also in the training's own team, where then every small operation waits for a thread to wake up:
-    steps took up to 1.2 times as long. A thread keeps the number it saw at its first parallel operation.
+    Else the first large gather gives each of them an OpenMP team. With more such threads than cores
+    OpenMP stops spinning between operations, also in the training's own team, where then every
+    small operation waits for a thread to wake up: steps took up to 1.2 times as long. A thread
+    keeps the number it saw at its first parallel operation.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     part = torch.zeros(1 << 16)  # torch shares out what is larger than half of this
     whole = torch.zeros(len(part) * distributed.world_size())
-    for work in [dist.all_gather_into_tensor(whole, part, async_op=True) for _ in range(16)]:  # so that no thread has none
+    for work in [
+        dist.all_gather_into_tensor(whole, part, async_op=True) for _ in range(16)
+    ]:  # so that no thread has none
         work.wait()
     torch.set_num_threads(threads)
 
@@ -351,8 +420,9 @@ def _data_only(directory: Path) -> contextlib.AbstractContextManager[None]:
 def sharded_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
     """Inside, `from_pretrained` builds a model in shards (zero.Init): no rank ever holds it whole.
 
-    zero.Init makes each float tensor one of the weights' type. bfloat16 would change the inverse frequencies of rotary positions
-    by up to 2%: they stay in float32, as in a model that is loaded whole, beside what the model or the configuration names.
+    zero.Init makes each float tensor one of the weights' type. bfloat16 would change the inverse
+    frequencies of rotary positions by up to 2%: they stay in float32, as in a model that is loaded
+    whole, beside what the model or the configuration names.
     """
     if ds_config is None or ds_config.get("zero_optimization", {}).get("stage") != 3:
         yield
@@ -365,7 +435,9 @@ def sharded_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
 
     def kept(module: nn.Module, setting: Any, dtype: torch.dtype) -> re.Pattern[str]:
         others = named(module, setting, dtype)
-        return re.compile(f"{INVERSE_FREQUENCIES}|{others.pattern}" if others else INVERSE_FREQUENCIES)
+        return re.compile(
+            f"{INVERSE_FREQUENCIES}|{others.pattern}" if others else INVERSE_FREQUENCIES
+        )
 
     partition_parameters.keep_in_fp32_pattern = kept
     keep = HfDeepSpeedConfig(ds_config)  # transformers holds only a weak reference
@@ -387,8 +459,12 @@ def gather_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def seed_step(seed: int, step: int, micro: int) -> None:
-    """Give dropout its random numbers as a function of seed, step, micro-batch and rank: nothing to save, nothing to lose."""
-    words = np.random.SeedSequence([seed, step, micro, distributed.rank()]).generate_state(2, np.uint64)
+    """Give dropout its random numbers as a function of seed, step, micro-batch and rank: nothing to
+    save, nothing to lose.
+    """
+    words = np.random.SeedSequence([seed, step, micro, distributed.rank()]).generate_state(
+        2, np.uint64
+    )
     torch.manual_seed(int(words[0] >> 1))
     random.seed(int(words[1]))
     np.random.seed(int(words[1]) & 0xFFFFFFFF)

@@ -24,22 +24,29 @@ STEPS = 16  # of each stage, whose lengths are looked at
 
 @dataclass(frozen=True)
 class Layout:
-    """packed: samples behind one another in one row. padding_share: of a padded micro-batch's tokens, what padding would be."""
+    """packed: samples behind one another in one row. padding_share: of a padded micro-batch's
+    tokens, what padding would be.
+    """
 
     packed: bool
     padding_share: float
 
 
-def choose_layout(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64], models: Sequence[Any]) -> Layout:
-    """How micro-batches lie: as the recipe says, else packed wherever the models' attention allows it.
+def choose_layout(
+    train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64], models: Sequence[Any]
+) -> Layout:
+    """How micro-batches lie: as the recipe says, else packed wherever the models' attention allows
+    it.
 
-    With attention at each sample alone packing never costs more than padding. lengths: tokens of each sample, easiest
-    first. Raises RecipeError where packing is asked of a model that cannot keep packed samples apart.
+    With attention at each sample alone packing never costs more than padding. lengths: tokens of
+    each sample, easiest first. Raises RecipeError where packing is asked of a model that cannot
+    keep packed samples apart.
     """
     unable = next((model.config for model in models if not packs(model)), None)
     if unable is not None and train.layout == "packed":
         raise RecipeError(
-            f"train.layout=packed: {unable.model_type} with attention={unable._attn_implementation} does not keep packed "
+            f"train.layout=packed: {unable.model_type} with "
+            f"attention={unable._attn_implementation} does not keep packed "
             "samples apart: choose attention per_sample, or layout padded"
         )
     packed = train.layout != "padded" and unable is None
@@ -47,15 +54,22 @@ def choose_layout(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int6
     if train.layout == "auto" and unable is not None:
         why = f"{unable.model_type} with attention={unable._attn_implementation} cannot be packed"
     layout = Layout(packed, padding_share(train, sampler, lengths))
-    log.info("micro-batches are %s: %s; padding %s %.0f%% of their tokens", "packed" if packed else "padded", why,
-             "would be" if packed else "is", 100 * layout.padding_share)  # fmt: skip
+    log.info(
+        "micro-batches are %s: %s; padding %s %.0f%% of their tokens",
+        "packed" if packed else "padded",
+        why,
+        "would be" if packed else "is",
+        100 * layout.padding_share,
+    )
     return layout
 
 
 def padding_share(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64]) -> float:
     """Share of padding in padded micro-batches, over the first steps of each stage."""
     batches = _padded_micro_batches(train, _first_batches(sampler, lengths))
-    return 1 - sum(int(batch.sum()) for batch in batches) / sum(len(batch) * int(batch.max()) for batch in batches)
+    return 1 - sum(int(batch.sum()) for batch in batches) / sum(
+        len(batch) * int(batch.max()) for batch in batches
+    )
 
 
 def _first_batches(sampler: Sampler, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -68,13 +82,18 @@ def _first_batches(sampler: Sampler, lengths: NDArray[np.int64]) -> list[NDArray
     return found
 
 
-def _padded_micro_batches(train: TrainConfig, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+def _padded_micro_batches(
+    train: TrainConfig, batches: list[NDArray[np.int64]]
+) -> list[NDArray[np.int64]]:
     """Lengths in the padded micro-batches that all ranks make of some global batches."""
     found = []
     for batch in batches:
         dealt = deal(
-            batch, ranks=distributed.world_size(), micro_batch_size=train.micro_batch_size,
-            micro_batch_tokens=train.micro_batch_tokens, packed=False,
-        )  # fmt: skip
+            batch,
+            ranks=distributed.world_size(),
+            micro_batch_size=train.micro_batch_size,
+            micro_batch_tokens=train.micro_batch_tokens,
+            packed=False,
+        )
         found += [batch[members] for rank in dealt for members in rank if len(members)]
     return found

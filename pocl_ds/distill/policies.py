@@ -1,7 +1,8 @@
 """Policies: which sequences does the next step train on? (METHOD 3)
 
-A policy is asked at each step, on all ranks alike, with the rows that the curriculum gives; the prompts stay those, what may
-change is who wrote the responses. What it draws follows from seed and step alone; what it remembers goes into checkpoints.
+A policy is asked at each step, on all ranks alike, with the rows that the curriculum gives; the
+prompts stay those, what may change is who wrote the responses. What it draws follows from seed and
+step alone; what it remembers goes into checkpoints.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ from pocl_ds.data.written import Sequences, Written
 log = logging.getLogger("pocl_ds")
 
 Rows = NDArray[np.int64]
-Write = Callable[[Rows, Position], Written]  # the student's responses to the prompts of some rows, by all ranks together
+Write = Callable[
+    [Rows, Position], Written
+]  # the student's responses to the prompts of some rows, by all ranks together
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One step's question. rows: of the split, from the curriculum; stage_rows: all rows of the stage, for what is kept."""
+    """One step's question. rows: of the split, from the curriculum; stage_rows: all rows of the
+    stage, for what is kept.
+    """
 
     position: Position
     total_steps: int
@@ -41,7 +46,9 @@ class Policy(Protocol):
 
     @property
     def adaptive(self) -> bool:
-        """Whether it follows the validation loss: it is then told of that before the first step too."""
+        """Whether it follows the validation loss: it is then told of that before the first step
+        too.
+        """
 
     def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
         """What the step trains on, and which rows of it: as many as were asked for."""
@@ -77,7 +84,9 @@ class Off:
 
 
 class Gkd(Off):
-    """With probability lmbda the student writes a step's responses (Agarwal et al., arXiv 2306.13649)."""
+    """With probability lmbda the student writes a step's responses (Agarwal et al., arXiv
+    2306.13649).
+    """
 
     def __init__(self, config: PolicyConfig, write: Write, seed: int) -> None:
         self.config, self.write, self.seed = config, write, seed
@@ -91,7 +100,9 @@ class Gkd(Off):
 
 
 class Mixture(Off):
-    """A step's responses are the data's, the student's or the teacher's, with the probabilities of policy.shares."""
+    """A step's responses are the data's, the student's or the teacher's, with the probabilities of
+    policy.shares.
+    """
 
     def __init__(self, config: PolicyConfig, write: Write, seed: int) -> None:
         self.shares, self.write, self.seed = config.shares, write, seed
@@ -99,7 +110,11 @@ class Mixture(Off):
     def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
         """See `Policy`."""
         edges = np.cumsum([self.shares.data, self.shares.student, self.shares.teacher])
-        source = int(np.searchsorted(edges / edges[-1], draw(self.seed, asked.position.step, 0), side="right"))
+        source = int(
+            np.searchsorted(
+                edges / edges[-1], draw(self.seed, asked.position.step, 0), side="right"
+            )
+        )
         if source == 1:
             written = self.write(asked.rows, asked.position)
             return written, np.arange(len(written))
@@ -112,9 +127,10 @@ class Mixture(Off):
 class Distillm:
     """Adaptive off-policy training with a replay buffer (Ko et al., arXiv 2402.03898).
 
-    phi starts at 0 and grows whenever the validation loss has risen. With probability phi a step sees the student's responses:
-    with probability phi (1 - step / total), and while the buffer fills, written anew, else drawn from it. One number is held
-    against both, as in the authors' release.
+    phi starts at 0 and grows whenever the validation loss has risen. With probability phi a step
+    sees the student's responses: with probability phi (1 - step / total), and while the buffer
+    fills, written anew, else drawn from it. One number is held against both, as in the authors'
+    release.
     """
 
     config: PolicyConfig
@@ -144,15 +160,20 @@ class Distillm:
         return chosen, np.arange(len(chosen))
 
     def validated(self, loss: float) -> None:
-        """See `Policy`. As in the release the loss before the first step is the one to compare with, and then each that counted
-        as a rise: one that stays higher counts once.
+        """See `Policy`. As in the release the loss before the first step is the one to compare
+        with, and then each that counted as a rise: one that stays higher counts once.
         """
         if self.accepted is None:
             self.accepted = loss
         elif loss >= self.accepted + self.config.tolerance:
             self.phi = min(1.0, self.phi + self.config.phi_step)
-            log.info("the validation loss rose from %.4f to %.4f: from here on the student's responses have %.0f%% of the steps",
-                     self.accepted, loss, 100 * self.phi)  # fmt: skip
+            log.info(
+                "the validation loss rose from %.4f to %.4f: from here on the student's responses "
+                "have %.0f%% of the steps",
+                self.accepted,
+                loss,
+                100 * self.phi,
+            )
             self.accepted = loss
 
     def state(self) -> dict[str, Any]:
@@ -170,12 +191,16 @@ class Distillm:
         self.phi, self.accepted = state["phi"], state["accepted"]
         if "rows" in state:
             self.buffer = Written(
-                np.array(state["rows"], np.int64), np.array([name.encode() for name in state["ids"]], "S"),
-                np.array(state["prompts"], np.int64), [np.array(text, np.uint32) for text in state["texts"]],
-            )  # fmt: skip
+                np.array(state["rows"], np.int64),
+                np.array([name.encode() for name in state["ids"]], "S"),
+                np.array(state["prompts"], np.int64),
+                [np.array(text, np.uint32) for text in state["texts"]],
+            )
 
     def _of_stage(self, asked: Asked) -> Rows:
-        """Places in the buffer whose prompts are the stage's: the curriculum holds for what is seen again too."""
+        """Places in the buffer whose prompts are the stage's: the curriculum holds for what is seen
+        again too.
+        """
         if self.buffer is None:
             return np.empty(0, np.int64)
         return np.flatnonzero(np.isin(self.buffer.rows, asked.stage_rows()))
@@ -183,12 +208,16 @@ class Distillm:
     def _remember(self, written: Written) -> None:
         """The newest `buffer` responses."""
         joined = written if self.buffer is None else self.buffer.joined(written)
-        self.buffer = joined.picked(np.arange(max(0, len(joined) - self.config.buffer), len(joined)))
+        self.buffer = joined.picked(
+            np.arange(max(0, len(joined) - self.config.buffer), len(joined))
+        )
 
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "off": lambda config, write, seed: Off(),
-    "seqkd": lambda config, write, seed: Off(),  # its responses were written by the teacher, before training
+    "seqkd": lambda config, write, seed: (
+        Off()
+    ),  # its responses were written by the teacher, before training
     "gkd": Gkd,
     "mixture": Mixture,
     "distillm": Distillm,
@@ -196,5 +225,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 
 
 def draw(seed: int, step: int, stream: int) -> float:
-    """A number in [0, 1) that follows from its arguments alone: the same on all ranks, and after a resume."""
+    """A number in [0, 1) that follows from its arguments alone: the same on all ranks, and after a
+    resume.
+    """
     return float(np.random.default_rng([seed, step, stream]).random())

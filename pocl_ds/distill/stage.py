@@ -1,4 +1,6 @@
-"""Trainings as stages: POCL itself, its plain-KD baseline, and the healing of a freshly pruned student."""
+"""Trainings as stages: POCL itself, its plain-KD baseline, and the healing of a freshly pruned
+student.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,15 @@ from pocl_ds.artifacts import (
     write_json,
     write_manifest,
 )
-from pocl_ds.config import CompareConfig, LossConfig, PolicyConfig, PromptConfig, StudentConfig, TeacherConfig, TrainConfig
+from pocl_ds.config import (
+    CompareConfig,
+    LossConfig,
+    PolicyConfig,
+    PromptConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
 from pocl_ds.curriculum.stage import baseline_plan, load_plan
@@ -90,7 +100,8 @@ def train(
 
 
 def asks_live(run: RunDirectory, teacher: TeacherConfig, taught: str | None) -> bool:
-    """Whether the stage `teach` found with teacher.mode=auto that nothing of the teacher is worth keeping.
+    """Whether the stage `teach` found with teacher.mode=auto that nothing of the teacher is worth
+    keeping.
 
     Raises ArtifactError where the recipe no longer leaves that choice.
     """
@@ -98,8 +109,11 @@ def asks_live(run: RunDirectory, teacher: TeacherConfig, taught: str | None) -> 
     if manifest is None or manifest.fingerprint != taught or manifest.info["mode"] != "live":
         return False
     if teacher.mode != "auto":
-        raise ArtifactError(f"teacher.mode={teacher.mode}, and {run.teacher} says that with mode auto nothing was kept: remove "
-                            f"{run.teacher}/manifest.json and run `pocl teach`")  # fmt: skip
+        raise ArtifactError(
+            f"teacher.mode={teacher.mode}, and {run.teacher} says that with mode auto nothing was "
+            f"kept: remove "
+            f"{run.teacher}/manifest.json and run `pocl teach`"
+        )
     return True
 
 
@@ -114,7 +128,8 @@ def prepare(
     longest: int,
     fingerprint: str,
 ) -> None:
-    """The stage `prepare`: the teacher's folder and the initial student, pruned and healed as the recipe says.
+    """The stage `prepare`: the teacher's folder and the initial student, pruned and healed as the
+    recipe says.
 
     longest: tokens of a prompt and its response; every model must be able to read them.
     """
@@ -133,36 +148,82 @@ def prepare(
                 info = _prune(student_path, pruned, student)
         student_path = str(pruned)
     if student.lora:  # before hours of scoring
-        check_adapters(config_of(student_path, student), student.lora, trust_remote_code=student.trust_remote_code)
+        check_adapters(
+            config_of(student_path, student),
+            student.lora,
+            trust_remote_code=student.trust_remote_code,
+        )
     if student.heal_steps:
         split = EncodedSplit.open(run.data, "train")
-        order = permutation(len(split), seed=seed, stage=0, epoch=0)  # a random part: the plan walks it once
+        order = permutation(
+            len(split), seed=seed, stage=0, epoch=0
+        )  # a random part: the plan walks it once
         plan = single_stage_plan(
-            order, steps=student.heal_steps, batch_size=train.batch_size, tau=HEAL_TAU, alpha=HEAL_SFT_RATIO
+            order,
+            steps=student.heal_steps,
+            batch_size=train.batch_size,
+            tau=HEAL_TAU,
+            alpha=HEAL_SFT_RATIO,
         )
         healing = train.model_copy(update={"schedule": "whole_run"})
         kd = LossConfig(name="fkl", chunk_bytes=loss.chunk_bytes, fused=loss.fused)
         kd = loss if loss.name in ACROSS_TOKENIZERS else kd
-        fit(run, Job(run.models / "heal", fingerprint, "heal", plan, order, student_path, student, teachers, teacher, kd,
-                     healing, seed))
+        fit(
+            run,
+            Job(
+                run.models / "heal",
+                fingerprint,
+                "heal",
+                plan,
+                order,
+                student_path,
+                student,
+                teachers,
+                teacher,
+                kd,
+                healing,
+                seed,
+            ),
+        )
         student_path = str(run.models / "heal" / "final")
-        info |= {"heal_steps": student.heal_steps, "heal_samples": student.heal_steps * train.batch_size}
+        info |= {
+            "heal_steps": student.heal_steps,
+            "heal_samples": student.heal_steps * train.batch_size,
+        }
     if distributed.rank() == 0:
-        paths = {"teacher": teachers[0] if teachers else None, "other_teachers": teachers[1:],
-                 "student": within_models(run, student_path)}  # fmt: skip
+        paths = {
+            "teacher": teachers[0] if teachers else None,
+            "other_teachers": teachers[1:],
+            "student": within_models(run, student_path),
+        }
         write_json(run.models / "models.json", paths)
         ours = Path(student_path).is_relative_to(run.models)
-        made = [path for path in sorted(Path(student_path).rglob("*")) if path.is_file()] if ours else []
-        write_manifest(run.models, "prepare", fingerprint, info={**info, "seconds": watch.lap()},
-                       files=[run.models / "models.json", *made])
+        made = (
+            [path for path in sorted(Path(student_path).rglob("*")) if path.is_file()]
+            if ours
+            else []
+        )
+        write_manifest(
+            run.models,
+            "prepare",
+            fingerprint,
+            info={**info, "seconds": watch.lap()},
+            files=[run.models / "models.json", *made],
+        )
     distributed.barrier()
 
 
 def _check_models(
-    teacher: TeacherConfig | None, paths: Sequence[str], student: StudentConfig, student_path: str, loss: LossConfig, longest: int
+    teacher: TeacherConfig | None,
+    paths: Sequence[str],
+    student: StudentConfig,
+    student_path: str,
+    loss: LossConfig,
+    longest: int,
 ) -> None:
-    """Refuse quantised weights where they cannot be, heads that cannot be split, attention that cannot be another's, and models
-    that cannot read as far as samples may reach, before anything is loaded or scored.
+    """Refuse quantised weights where they cannot be, heads that cannot be split, attention that
+    cannot be another's, and models that cannot read as far as samples may reach, before anything is
+    loaded or scored.
     """
     config = config_of(student_path, student)
     check_student(student, config)
@@ -172,11 +233,16 @@ def _check_models(
         for path, source in zip(paths, (teacher, *teacher.others), strict=True):
             check_teacher(teacher, found := config_of(path, source))
             readers[path] = found
-            trained += [] if loss.name == "sft" else [(teacher.attention, found)]  # else training does not ask it
+            trained += (
+                [] if loss.name == "sft" else [(teacher.attention, found)]
+            )  # else training does not ask it
     for path, one in readers.items():
         positions = max_positions(one)
         if positions is not None and longest > positions:
-            raise ModelError(f"prompt.max_length={longest} is more than the {positions} positions of {path}: lower it")
+            raise ModelError(
+                f"prompt.max_length={longest} is more than the {positions} positions of {path}: "
+                f"lower it"
+            )
     for attention, one in trained:
         check_attention(attention, one)
         if loss.fused:
@@ -190,20 +256,36 @@ def fit(run: RunDirectory, job: Job) -> None:
     watch = distributed.Stopwatch()
     if job.train.engine == "deepspeed" or distributed.world_size() > 1:
         start_deepspeed()
-    log.info("%s: %s, engine %s, on %d × %s", job.label, job.directory, job.train.engine, distributed.world_size(),
-             distributed.device_name())  # fmt: skip
+    log.info(
+        "%s: %s, engine %s, on %d × %s",
+        job.label,
+        job.directory,
+        job.train.engine,
+        distributed.world_size(),
+        distributed.device_name(),
+    )
     trainer = make_trainer(run, job)
     trainer.run()
-    _write_final(job, trainer.engine, load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code))
+    _write_final(
+        job,
+        trainer.engine,
+        load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code),
+    )
     peak = distributed.peak_memory()
     if distributed.rank() == 0:
         info = {
-            **peak, "steps": job.plan.total_steps, "samples": job.plan.total_steps * job.plan.batch_size, "seconds": watch.lap(),
+            **peak,
+            "steps": job.plan.total_steps,
+            "samples": job.plan.total_steps * job.plan.batch_size,
+            "seconds": watch.lap(),
             "trained_parameters": trained_parameters(trainer.engine.module)[0],
-            "ranks": distributed.world_size(), "device": distributed.device_name(), "engine": job.train.engine,
+            "ranks": distributed.world_size(),
+            "device": distributed.device_name(),
+            "engine": job.train.engine,
             "packed": trainer.layout.packed,
             "padding_share": round(trainer.layout.padding_share, 4),
-            "resumed_at": trainer.first_step, "skipped_steps": trainer.non_finite.skipped,
+            "resumed_at": trainer.first_step,
+            "skipped_steps": trainer.non_finite.skipped,
         }
         files = [p for p in sorted((job.directory / "final").rglob("*")) if p.is_file()]
         write_manifest(job.directory, job.label, job.fingerprint, info=info, files=files)
@@ -218,7 +300,12 @@ def _prune(source: str, target: Path, student: StudentConfig) -> dict[str, Any]:
     before = sum(p.numel() for p in model.parameters())
     model = prune_layers(model, layers)
     after = sum(p.numel() for p in model.parameters())
-    log.info("pruned %d layers: %.1f million parameters become %.1f million", len(layers), before / 1e6, after / 1e6)
+    log.info(
+        "pruned %d layers: %.1f million parameters become %.1f million",
+        len(layers),
+        before / 1e6,
+        after / 1e6,
+    )
     clear_remains(target)
     with atomic_directory(target) as folder, quiet():
         model.save_pretrained(folder)
@@ -237,7 +324,9 @@ def _write_final(job: Job, engine: Engine, tokenizer: Any) -> None:
             clear_remains(job.directory / "final")
             folder = stack.enter_context(atomic_directory(job.directory / "final"))
             save_torch_state_dict(state, folder, metadata={"format": "pt"})
-            if getattr(module.model, "_auto_class", None):  # its class is code that came with it, and must go with it
+            if getattr(
+                module.model, "_auto_class", None
+            ):  # its class is code that came with it, and must go with it
                 custom_object_save(module.model, folder, config=module.model.config)
             module.model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""The student in training: one module from ids to loss sums, so that every hook of ZeRO-3 fires where it should."""
+"""The student in training: one module from ids to loss sums, so that every hook of ZeRO-3 fires
+where it should.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +17,29 @@ from pocl_ds.models.vocabulary import Ids
 class Student(nn.Module):
     """Backbone -> hidden states at loss positions -> fused head and loss.
 
-    A batch without loss tokens still runs through every parameter: its loss is 0 with a graph, so that no rank hangs in
-    a reduction the others wait for.
+    A batch without loss tokens still runs through every parameter: its loss is 0 with a graph, so
+    that no rank hangs in a reduction the others wait for.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Ids, *, chunk_bytes: int, split: bool = True) -> None:
-        """split: the head apart from the backbone; else logits come from the model's own forward, of all positions at once."""
+    def __init__(
+        self, model: PreTrainedModel, ids: Ids, *, chunk_bytes: int, split: bool = True
+    ) -> None:
+        """split: the head apart from the backbone; else logits come from the model's own forward,
+        of all positions at once.
+        """
         super().__init__()
         self.model, self.split = model, split
         self.loss_head = LossHead(head_of(model) if split else unsplit(model), ids, chunk_bytes)
 
     def forward(
-        self, batch: Batch, terms: LossTerms, teacher_hidden: Tensor | None = None, teacher_head: TeacherHead | None = None
+        self,
+        batch: Batch,
+        terms: LossTerms,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: TeacherHead | None = None,
     ) -> LossSums:
-        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], side by side for a `Mixture`,
-        or records of a `TopK`.
+        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], side by side
+        for a `Mixture`, or records of a `TopK`.
 
         The loss tokens are the teacher's own where the batch is translated.
         """

@@ -35,11 +35,14 @@ class Teacher(Protocol):
     """Who gives the target distributions. Every method is called by all ranks together."""
 
     def require(self, split: str, rows: NDArray[np.int64]) -> None:
-        """Make sure that these rows of a split can be asked for next. Raises ArtifactError on all ranks where one's cannot."""
+        """Make sure that these rows of a split can be asked for next. Raises ArtifactError on all
+        ranks where one's cannot.
+        """
 
     def states(self, batch: Batch) -> Tensor:
-        """What the head makes distributions of, for the batch's loss tokens: final hidden states [loss tokens, width], or
-        records [loss tokens, bytes] of a `TopK`. Of a batch that is translated: for the teacher's own loss tokens.
+        """What the head makes distributions of, for the batch's loss tokens: final hidden states
+        [loss tokens, width], or records [loss tokens, bytes] of a `TopK`. Of a batch that is
+        translated: for the teacher's own loss tokens.
         """
 
     def head(self) -> contextlib.AbstractContextManager[TeacherHead]:
@@ -49,7 +52,14 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A frozen model, its body sharded by ZeRO-3 where a configuration is given."""
 
-    def __init__(self, model: PreTrainedModel, ds_config: dict[str, Any] | None, ids: Ids, *, split: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ds_config: dict[str, Any] | None,
+        ids: Ids,
+        *,
+        split: bool = True,
+    ) -> None:
         """split: see `Student`."""
         self.model, self.ids = model, ids.to(distributed.device())
         self._head = head_of(model) if split else unsplit(model)
@@ -61,7 +71,11 @@ class LiveTeacher:
     def states(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
         translated = batch.translated
-        read = translated.batch if translated else replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids))
+        read = (
+            translated.batch
+            if translated
+            else replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids))
+        )
         states: Tensor = self.engine(read)
         return states
 
@@ -74,7 +88,9 @@ class LiveTeacher:
 
 
 class Teachers:
-    """Several live models over the same tokens, asked one after the other; their distributions are mixed."""
+    """Several live models over the same tokens, asked one after the other; their distributions are
+    mixed.
+    """
 
     def __init__(self, teachers: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
         self.teachers = tuple(teachers)
@@ -91,21 +107,35 @@ class Teachers:
     def head(self) -> Iterator[Mixture]:
         """See `Teacher`."""
         with contextlib.ExitStack() as stack:
-            yield Mixture(tuple(stack.enter_context(teacher.head()) for teacher in self.teachers), self.weights)
+            yield Mixture(
+                tuple(stack.enter_context(teacher.head()) for teacher in self.teachers),
+                self.weights,
+            )
 
 
 class StoredTeacher:
-    """What `pocl teach` kept, and the head that reads it, whole on each rank; the model's body is not there."""
+    """What `pocl teach` kept, and the head that reads it, whole on each rank; the model's body is
+    not there.
+    """
 
     def __init__(self, store: TeacherStore) -> None:
         self.store = store
-        self._head = TopK(**store.top_k) if store.top_k else self._read_head(store.directory / "head")
+        self._head = (
+            TopK(**store.top_k) if store.top_k else self._read_head(store.directory / "head")
+        )
 
     def _read_head(self, folder: Path) -> Head:
         store = self.store
         where, kind = distributed.device(), getattr(torch, store.dtype)
-        state = {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
-        parts = {name: nn.Parameter(value.to(where, kind), requires_grad=False) for name, value in state.items()}
+        state = {
+            name: value
+            for file in sorted(folder.glob("*.safetensors"))
+            for name, value in load_file(file).items()
+        }
+        parts = {
+            name: nn.Parameter(value.to(where, kind), requires_grad=False)
+            for name, value in state.items()
+        }
         shape = read_json(folder / "head.json")
         return Head(parts["weight"], parts.get("bias"), shape["scale"], shape["soft_cap"])
 

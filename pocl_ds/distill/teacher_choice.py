@@ -1,4 +1,6 @@
-"""Ask the teacher at each step, or keep its hidden states? `teacher.mode: auto` measures, and takes what costs less time."""
+"""Ask the teacher at each step, or keep its hidden states? `teacher.mode: auto` measures, and takes
+what costs less time.
+"""
 
 from __future__ import annotations
 
@@ -49,34 +51,46 @@ class Costs:
     @property
     def hidden_seconds(self) -> float:
         """One forward, one write, and a read from disk at each visit."""
-        once = self.tokens / self.forward_tokens_per_second + self.bytes / self.write_bytes_per_second
+        once = (
+            self.tokens / self.forward_tokens_per_second + self.bytes / self.write_bytes_per_second
+        )
         return once + self.visits * self.bytes / self.read_bytes_per_second
 
 
 def decide(costs: Costs) -> tuple[str, str]:
     """`live` or `hidden`, and why."""
-    needed = f"{costs.bytes / 1e9:.2f} GB of hidden states, {costs.free_bytes / 1e9:.2f} GB may be used"
+    needed = (
+        f"{costs.bytes / 1e9:.2f} GB of hidden states, {costs.free_bytes / 1e9:.2f} GB may be used"
+    )
     if costs.bytes > costs.free_bytes:
         return "live", f"{needed}: they do not fit"
     live, hidden = costs.live_seconds, costs.hidden_seconds
     why = (
-        f"each sample is seen {costs.visits:.1f} times; at {costs.forward_tokens_per_second:.0f} tokens/s forward, "
-        f"{costs.write_bytes_per_second / 1e6:.0f} MB/s written and {costs.read_bytes_per_second / 1e6:.0f} MB/s read, asking "
-        f"the live teacher takes {live:.0f} s and keeping its hidden states {hidden:.0f} s ({needed})"
+        f"each sample is seen {costs.visits:.1f} times; at {costs.forward_tokens_per_second:.0f} "
+        f"tokens/s forward, "
+        f"{costs.write_bytes_per_second / 1e6:.0f} MB/s written and "
+        f"{costs.read_bytes_per_second / 1e6:.0f} MB/s read, asking "
+        f"the live teacher takes {live:.0f} s and keeping its hidden states {hidden:.0f} s "
+        f"({needed})"
     )
     return ("hidden" if hidden < live else "live"), why
 
 
 def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
-    """The choice in a file, {"mode", "why", "costs"}: read where it was made, else measured and written, once for all tasks of
-    an array. One rank calls it.
+    """The choice in a file, {"mode", "why", "costs"}: read where it was made, else measured and
+    written, once for all tasks of an array. One rank calls it.
     """
     if not path.is_file():
         measured = costs()
         mode, why = decide(measured)
-        own = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # tasks on two nodes may have one process number
+        own = path.with_name(
+            f".{path.name}.{secrets.token_hex(8)}"
+        )  # tasks on two nodes may have one process number
         write_json(own, {"mode": mode, "why": why, "costs": asdict(measured)})
-        with disk_faults(path), contextlib.suppress(FileExistsError):  # another task was first: its choice holds
+        with (
+            disk_faults(path),
+            contextlib.suppress(FileExistsError),
+        ):  # another task was first: its choice holds
             os.link(own, path)
         own.unlink()
     found: dict[str, Any] = read_json(path)
@@ -85,7 +99,9 @@ def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
 
 
 def free_bytes(folder: Path, limit_gb: float | None) -> int:
-    """What may be written there: the disk's free space but a little, or teach.disk_gb where that is less."""
+    """What may be written there: the disk's free space but a little, or teach.disk_gb where that is
+    less.
+    """
     state = os.statvfs(folder)
     free = int(state.f_bavail * state.f_frsize * (1 - SPARE))
     return free if limit_gb is None else min(free, int(limit_gb * 1e9))

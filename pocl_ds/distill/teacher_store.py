@@ -1,9 +1,10 @@
-"""What the teacher says of each loss position, on disk: its final hidden states, of which its head makes the same distribution
-again at any temperature, or with teacher.mode=topk records of its largest probabilities.
+"""What the teacher says of each loss position, on disk: its final hidden states, of which its head
+makes the same distribution again at any temperature, or with teacher.mode=topk records of its
+largest probabilities.
 
-A state is kept in the teacher's compute type: width numbers a token, where logits would be as many as the vocabulary. A split
-lies in shards of neighbouring rows; where a row begins follows from the encoded split. Each row has a checksum, looked at
-whenever it is read.
+A state is kept in the teacher's compute type: width numbers a token, where logits would be as many
+as the vocabulary. A split lies in shards of neighbouring rows; where a row begins follows from the
+encoded split. Each row has a checksum, looked at whenever it is read.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from pocl_ds.errors import ArtifactError, ResourceError
 STAGE = "teach"
 HALVES = (torch.bfloat16, torch.float16)
 # numpy has no bfloat16: halves are kept as the integers of their bits.
-RAW: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.int16), "float16": np.dtype(np.int16),
-                                   "uint8": np.dtype(np.uint8)}  # fmt: skip
+RAW: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.int16),
+    "float16": np.dtype(np.int16),
+    "uint8": np.dtype(np.uint8),
+}
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,22 @@ class Shard:
     dtype: str
 
     @classmethod
-    def of(cls, directory: Path, split: EncodedSplit, number: int, count: int, width: int, dtype: str) -> Shard:
+    def of(
+        cls, directory: Path, split: EncodedSplit, number: int, count: int, width: int, dtype: str
+    ) -> Shard:
         """Shard `number` of `count`."""
         rows = shard_rows(len(split), number, count)
         tokens = split.loss_tokens[rows.start : rows.stop]
-        return cls(directory, split.name, number, count, rows, np.concatenate([[0], np.cumsum(tokens)]), width, dtype)
+        return cls(
+            directory,
+            split.name,
+            number,
+            count,
+            rows,
+            np.concatenate([[0], np.cumsum(tokens)]),
+            width,
+            dtype,
+        )
 
     name = property(lambda self: f"{self.split}-{self.number:05d}-of-{self.count:05d}")
     path = property(lambda self: self.directory / f"{self.name}.bin")
@@ -68,7 +84,9 @@ class Shard:
             raise
 
     def write(self, stream: int, row: int, states: Tensor) -> int:
-        """Put a row's states [loss tokens, width] in place, through a file descriptor. Returns their checksum."""
+        """Put a row's states [loss tokens, width] in place, through a file descriptor. Returns
+        their checksum.
+        """
         kept = states.detach().to("cpu").contiguous()
         data = whole = (kept.view(torch.int16) if kept.dtype in HALVES else kept).numpy().tobytes()
         place = int(self.starts[row - self.rows.start]) * self.width * RAW[self.dtype].itemsize
@@ -79,20 +97,29 @@ class Shard:
     def sealed(self, fingerprint: str) -> Manifest | None:
         """Its manifest, where it is whole and of this teacher and data."""
         found = read_manifest(self.directory, self.manifest)
-        if found is None or found.fingerprint != fingerprint or damaged_files(self.directory, found, checksums=False):
+        if (
+            found is None
+            or found.fingerprint != fingerprint
+            or damaged_files(self.directory, found, checksums=False)
+        ):
             return None
         return found
 
 
 class TeacherStore:
-    """The stored states of some splits, memory-mapped. Their width and type are what the stage's manifest says."""
+    """The stored states of some splits, memory-mapped. Their width and type are what the stage's
+    manifest says.
+    """
 
     def __init__(self, directory: Path, splits: list[EncodedSplit], *, fingerprint: str) -> None:
         self.directory = directory
         sealed = read_manifest(directory)
         if sealed is None or sealed.fingerprint != fingerprint:
-            raise ArtifactError(f"{directory} holds no whole cache of this teacher and data: run `pocl teach`, or set "
-                                "teacher.mode=live")  # fmt: skip
+            raise ArtifactError(
+                f"{directory} holds no whole cache of this teacher and data: run `pocl teach`, or "
+                f"set "
+                "teacher.mode=live"
+            )
         self.width, self.dtype = int(sealed.info["width"]), str(sealed.info["dtype"])
         self.top_k: dict[str, Any] | None = sealed.info.get("top_k")
         kind = RAW[self.dtype]
@@ -102,10 +129,16 @@ class TeacherStore:
             for number in range(count := int(sealed.info["shards"])):
                 shard = Shard.of(directory, split, number, count, self.width, self.dtype)
                 if shard.sealed(fingerprint) is None:
-                    raise ArtifactError(f"{shard.path} is missing, or not what `pocl teach` wrote: remove "
-                                        f"{directory}/manifest.json, and run `pocl teach`, it makes this shard anew")  # fmt: skip
-                states: NDArray[Any] = np.memmap(shard.path, kind, "r") if shard.bytes else np.empty(0, kind)
-                self._shards.setdefault(split.name, []).append((shard, states.reshape(-1, self.width), np.load(shard.checksums)))
+                    raise ArtifactError(
+                        f"{shard.path} is missing, or not what `pocl teach` wrote: remove "
+                        f"{directory}/manifest.json, and run `pocl teach`, it makes this shard anew"
+                    )
+                states: NDArray[Any] = (
+                    np.memmap(shard.path, kind, "r") if shard.bytes else np.empty(0, kind)
+                )
+                self._shards.setdefault(split.name, []).append(
+                    (shard, states.reshape(-1, self.width), np.load(shard.checksums))
+                )
                 self._first.setdefault(split.name, []).append(shard.rows.start)
 
     def read(self, split: str, rows: tuple[int, ...]) -> Tensor:
@@ -120,12 +153,19 @@ class TeacherStore:
         for row in rows:
             states, checksum, shard = self._row(split, int(row))
             if zlib.crc32(states.data) != checksum:
-                return (f"{shard.path} is damaged at row {row} of {split}: remove it and {self.directory}/manifest.json, and run "
-                        "`pocl teach`, it makes this shard anew")  # fmt: skip
+                return (
+                    f"{shard.path} is damaged at row {row} of {split}: remove it and "
+                    f"{self.directory}/manifest.json, and run "
+                    "`pocl teach`, it makes this shard anew"
+                )
         return None
 
     def _row(self, split: str, row: int) -> tuple[NDArray[Any], int, Shard]:
         place = int(np.searchsorted(self._first[split], row, side="right")) - 1
         shard, states, checksums = self._shards[split][place]
         inside = row - shard.rows.start
-        return states[shard.starts[inside] : shard.starts[inside + 1]], int(checksums[inside]), shard
+        return (
+            states[shard.starts[inside] : shard.starts[inside + 1]],
+            int(checksums[inside]),
+            shard,
+        )

@@ -1,8 +1,10 @@
-"""The teacher's distribution as its k largest probabilities and the mass of all others, in a few bytes a token.
+"""The teacher's distribution as its k largest probabilities and the mass of all others, in a few
+bytes a token.
 
-The mass of the rest is kept for each temperature of the plan: a list made at tau = 1 would lose the tail at tau = 2. Student
-and teacher are then compared over k + 1 outcomes, the k ids and "any other", which for most divergences is a lower bound of
-the whole one (data-processing inequality). What that leaves out is measured when the list is written (`lost`).
+The mass of the rest is kept for each temperature of the plan: a list made at tau = 1 would lose the
+tail at tau = 2. Student and teacher are then compared over k + 1 outcomes, the k ids and "any
+other", which for most divergences is a lower bound of the whole one (data-processing inequality).
+What that leaves out is measured when the list is written (`lost`).
 
 Shapes: n tokens, v ids that take part, k kept ids.
 """
@@ -26,7 +28,9 @@ LARGEST = 1 << 18  # ids fit 18 bits: 16 in a number of their own, the others fo
 
 @dataclass(frozen=True)
 class TopK:
-    """How a distribution over `size` ids becomes a record of bytes, and back. taus: of the plan, and 1."""
+    """How a distribution over `size` ids becomes a record of bytes, and back. taus: of the plan,
+    and 1.
+    """
 
     k: int
     size: int
@@ -34,16 +38,26 @@ class TopK:
 
     @property
     def bytes(self) -> int:
-        """Of one token's record: scale and the rest at each tau in float32, k distances, k ids; rounded up to 4."""
+        """Of one token's record: scale and the rest at each tau in float32, k distances, k ids;
+        rounded up to 4.
+        """
         high = -(-self.k // 4) if self.size > 1 << 16 else 0
         return -(-(4 * (1 + len(self.taus)) + 4 * self.k + high) // 4) * 4
 
     def check(self, allowed: int) -> None:
-        """Raise RecipeError where there are not so many ids, or more than a record can name. allowed: ids with a probability."""
+        """Raise RecipeError where there are not so many ids, or more than a record can name.
+        allowed: ids with a probability.
+        """
         if self.k > allowed:
-            raise RecipeError(f"teach.k={self.k} is more than the {allowed} ids that teacher and student share: take fewer")
+            raise RecipeError(
+                f"teach.k={self.k} is more than the {allowed} ids that teacher and student share: "
+                f"take fewer"
+            )
         if self.size > LARGEST:
-            raise RecipeError(f"teacher.mode=topk names at most {LARGEST} ids, this vocabulary has {self.size}: use mode=hidden")
+            raise RecipeError(
+                f"teacher.mode=topk names at most {LARGEST} ids, this vocabulary has {self.size}: "
+                f"use mode=hidden"
+            )
 
     def encode(self, logits: Tensor) -> Tensor:
         """Records [n, bytes] of logits [n, v], -inf where an id is masked."""
@@ -53,25 +67,38 @@ class TopK:
         steps = (below / scale.clamp(min=torch.finfo(scale.dtype).tiny) * STEPS).round().int()
         rest = (logits.float() - top[:, :1]).scatter_(-1, ids, -math.inf)
         masses = torch.stack([torch.logsumexp(rest / tau, -1) for tau in self.taus], -1)
-        parts = [_bytes(torch.cat([scale, masses], -1)), _bytes(steps.to(torch.uint16)), _bytes((ids & 0xFFFF).to(torch.uint16))]
+        parts = [
+            _bytes(torch.cat([scale, masses], -1)),
+            _bytes(steps.to(torch.uint16)),
+            _bytes((ids & 0xFFFF).to(torch.uint16)),
+        ]
         if self.size > 1 << 16:
             high = torch.nn.functional.pad(ids >> 16, (0, -self.k % 4)).view(len(ids), -1, 4)
-            parts.append((high << torch.tensor([0, 2, 4, 6], device=ids.device)).sum(-1).to(torch.uint8))
+            parts.append(
+                (high << torch.tensor([0, 2, 4, 6], device=ids.device)).sum(-1).to(torch.uint8)
+            )
         found = torch.cat(parts, -1)
         return torch.nn.functional.pad(found, (0, self.bytes - found.shape[-1]))
 
     def decode(self, records: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-        """Ids [n, k] and log-probabilities [n, k + 1] at tau, the rest's last, MASKED where there is none.
+        """Ids [n, k] and log-probabilities [n, k + 1] at tau, the rest's last, MASKED where there
+        is none.
 
         Raises RecipeError for a tau that the records were not made for.
         """
         if tau not in self.taus:
             made = ", ".join(f"{one:g}" for one in self.taus)
-            raise RecipeError(f"the teacher's top-{self.k} lists were made for tau {made}, not {tau:g}: run `pocl teach` again")
+            raise RecipeError(
+                f"the teacher's top-{self.k} lists were made for tau {made}, not {tau:g}: run "
+                f"`pocl teach` again"
+            )
         numbers = 1 + len(self.taus)
         head = records[:, : 4 * numbers].contiguous().view(torch.float32)
         rest = records[:, 4 * numbers :]
-        steps, low = (rest[:, 2 * self.k * i : 2 * self.k * (i + 1)].contiguous().view(torch.uint16).int() for i in range(2))
+        steps, low = (
+            rest[:, 2 * self.k * i : 2 * self.k * (i + 1)].contiguous().view(torch.uint16).int()
+            for i in range(2)
+        )
         ids = low.long()
         if self.size > 1 << 16:
             high = rest[:, 4 * self.k : 4 * self.k - (-self.k // 4)].long()
@@ -82,8 +109,9 @@ class TopK:
         return ids, torch.log_softmax(weights, -1).clamp(min=MASKED)
 
     def lost(self, logits: Tensor, records: Tensor) -> Tensor:
-        """What the records leave out, summed over n tokens: [taus, 2], the rest's mass, and KL from the whole distribution to
-        the recorded one with the rest's mass spread evenly over its ids, in nats. logits: [n, v], -inf where masked.
+        """What the records leave out, summed over n tokens: [taus, 2], the rest's mass, and KL from
+        the whole distribution to the recorded one with the rest's mass spread evenly over its ids,
+        in nats. logits: [n, v], -inf where masked.
         """
         allowed = (logits > -math.inf).sum(-1, keepdim=True)
         found = []
@@ -98,12 +126,19 @@ class TopK:
 
 
 def truncated_divergence(
-    ids: Tensor, log_p: Tensor, log_q: Tensor, name: str, options: dict[str, Any], spare: Callable[[], Tensor],
+    ids: Tensor,
+    log_p: Tensor,
+    log_q: Tensor,
+    name: str,
+    options: dict[str, Any],
+    spare: Callable[[], Tensor],
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the divergence over k ids and "any other", and its gradient with respect to the logits of log_q.
+    """Sum of the divergence over k ids and "any other", and its gradient with respect to the logits
+    of log_q.
 
-    ids: [n, k]; log_p: [n, k + 1]; log_q: [n, v], overwritten by the gradient; spare: a buffer [n, v].
+    ids: [n, k]; log_p: [n, k + 1]; log_q: [n, v], overwritten by the gradient; spare: a buffer [n,
+    v].
     """
     others = spare().copy_(log_q).scatter_(-1, ids, MASKED)
     rest = torch.logsumexp(others, -1, keepdim=True)

@@ -1,6 +1,8 @@
-"""Hangs are found: a rank that says nothing for too long writes every thread's stack and ends the process.
+"""Hangs are found: a rank that says nothing for too long writes every thread's stack and ends the
+process.
 
-In a hung collective all ranks fall silent, so each leaves its own stacks: the one that is somewhere else is the culprit.
+In a hung collective all ranks fall silent, so each leaves its own stacks: the one that is somewhere
+else is the culprit.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ from pocl_ds import distributed
 from pocl_ds.errors import HANG
 from pocl_ds.exits import last_word, leave_word
 
-# Where a thread cannot run because C code holds the interpreter, faulthandler's own timer fires this much later.
+# Where a thread cannot run because C code holds the interpreter, faulthandler's own timer fires
+# this much later.
 LATER = 30.0
 
 
 class Watchdog:
-    """Ends the process, with stacks in `directory`/stacks-rank-R.txt, when `beat` was not called for `seconds`."""
+    """Ends the process, with stacks in `directory`/stacks-rank-R.txt, when `beat` was not called
+    for `seconds`.
+    """
 
     def __init__(self, directory: Path, seconds: float) -> None:
         self.path, self.seconds = directory / f"stacks-rank-{distributed.rank()}.txt", seconds
@@ -36,7 +41,12 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._ended.set()
         faulthandler.cancel_dump_traceback_later()
         self._thread.join()
@@ -56,8 +66,10 @@ class Watchdog:
             faulthandler.dump_traceback(self._stream, all_threads=True)
             self._stream.flush()
             said = (
-                f"rank {distributed.rank()} did nothing for {silent:.0f} s (train.hang_seconds={self.seconds:g}): the stacks of "
-                f"its threads are in {self.path}; the run ends, the same command goes on from the last checkpoint"
+                f"rank {distributed.rank()} did nothing for {silent:.0f} s "
+                f"(train.hang_seconds={self.seconds:g}): the stacks of "
+                f"its threads are in {self.path}; the run ends, the same command goes on from the "
+                f"last checkpoint"
             )
             last_word(said)
             leave_word(HANG, said)

@@ -1,4 +1,6 @@
-"""The model card of an exported student: what it is, how it was made, how well it does. No path of this machine."""
+"""The model card of an exported student: what it is, how it was made, how well it does. No path of
+this machine.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
-    """README.md in the form of the Hub: YAML front matter, then Markdown. Parts that the run lacks are said to be missing."""
+    """README.md in the form of the Hub: YAML front matter, then Markdown. Parts that the run lacks
+    are said to be missing.
+    """
     recipe = portable(plain_value(recipe_yaml))
     judge = (recipe.get("evaluate") or {}).get("judge")
     if judge:
@@ -24,9 +28,12 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pocl_ds", *(["knowledge-distillation"] if recipe.get("teacher") else []),
-                 *(["curriculum-learning"] if len(plan["stages"]) > 1 else [])],
-    }  # fmt: skip
+        "tags": [
+            "pocl_ds",
+            *(["knowledge-distillation"] if recipe.get("teacher") else []),
+            *(["curriculum-learning"] if len(plan["stages"]) > 1 else []),
+        ],
+    }
     if HUB_NAME.fullmatch(student) and not Path(student).exists():
         front["base_model"] = student
     name = recipe["name"]
@@ -41,10 +48,11 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
         "## Data\n",
         _data(run, recipe),
         "## Use\n",
-        '```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
-        f"Prompts had the template `{recipe['prompt']['template']}`, at most {recipe['prompt']['max_prompt_tokens']} tokens.\n",
+        f"Prompts had the template `{recipe['prompt']['template']}`, at most "
+        f"{recipe['prompt']['max_prompt_tokens']} tokens.\n",
         "## Recipe\n",
         "```yaml\n" + dump_yaml(recipe) + "```\n",
         "## Versions\n",
@@ -66,19 +74,33 @@ def portable(value: Any) -> Any:
 
 def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     """What it was made from and by which method, in one sentence."""
-    text, policy, rank = f"made from `{recipe['student']['model']}`", recipe["policy"], recipe["rank"]
+    text, policy, rank = (
+        f"made from `{recipe['student']['model']}`",
+        recipe["policy"],
+        recipe["rank"],
+    )
     if recipe["student"].get("prune"):
         text += f" without its layers {recipe['student']['prune']['drop_layers']}"
     several = len(plan["stages"]) > 1
-    as_published = plan["scheduler"] == "baby_step" and rank["strategy"] != "random" and not rank["reverse"]
-    named = "progressive overload curriculum learning (POCL, arXiv 2506.05695)" if as_published else "a curriculum"
+    as_published = (
+        plan["scheduler"] == "baby_step" and rank["strategy"] != "random" and not rank["reverse"]
+    )
+    named = (
+        "progressive overload curriculum learning (POCL, arXiv 2506.05695)"
+        if as_published
+        else "a curriculum"
+    )
     if recipe["loss"]["name"] != "sft":
         text += f" and distilled from the {_teachers(recipe['teacher'])} by {named if several else 'plain KD'}"
-        return text + ("." if policy["name"] == "off" else f", on responses by the policy {_policy(policy)}.")
+        return text + (
+            "." if policy["name"] == "off" else f", on responses by the policy {_policy(policy)}."
+        )
     text += " by supervised fine-tuning"
     if recipe.get("teacher"):
         data = "the data's responses and " if policy["name"] != "seqkd" else ""
-        text += f" on {data}what the {_teachers(recipe['teacher'])} wrote (policy {_policy(policy)})"
+        text += (
+            f" on {data}what the {_teachers(recipe['teacher'])} wrote (policy {_policy(policy)})"
+        )
     text += f", with {named}" if several else ""
     return text + ("." if recipe.get("teacher") else "; no teacher.")
 
@@ -105,29 +127,55 @@ def _results(run: RunDirectory) -> str:
     seeds = len(results["seeds"])
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
     return (
-        markdown_table(results) + f"\nLoss and KL: nats per token of held-out responses. ROUGE-L x100{spread}.\n"
+        markdown_table(results)
+        + f"\nLoss and KL: nats per token of held-out responses. ROUGE-L x100{spread}.\n"
     )
 
 
 def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -> str:
-    manifest, train, loss, rank = read_manifest(run.train), recipe["train"], recipe["loss"], recipe["rank"]
-    order = "in random order" if rank["strategy"] == "random" else f"by `{rank['strategy']}` difficulty"
+    manifest, train, loss, rank = (
+        read_manifest(run.train),
+        recipe["train"],
+        recipe["loss"],
+        recipe["rank"],
+    )
+    order = (
+        "in random order" if rank["strategy"] == "random" else f"by `{rank['strategy']}` difficulty"
+    )
     order += ", hardest first" if rank["reverse"] else ""
     lines = [
-        f"- loss: `{loss['name']}`; optimizer AdamW, batch {plan['batch_size']}, learning rate {train['lr']:g} to "
+        f"- loss: `{loss['name']}`; optimizer AdamW, batch {plan['batch_size']}, learning rate "
+        f"{train['lr']:g} to "
         f"{train['lr_end']:g} ({train['schedule']})",
-        f"- {plan['scheduler']} curriculum {order}" if len(plan["stages"]) > 1 else "- no curriculum: one stage over all samples",
+        f"- {plan['scheduler']} curriculum {order}"
+        if len(plan["stages"]) > 1
+        else "- no curriculum: one stage over all samples",
     ]
     if recipe["student"].get("heal_steps"):
-        lines.append(f"- healed first by {recipe['student']['heal_steps']} steps of plain distillation")
+        lines.append(
+            f"- healed first by {recipe['student']['heal_steps']} steps of plain distillation"
+        )
     if manifest is not None and "seconds" in manifest.info:
-        lines.append(f"- trained in {manifest.info['seconds']:.0f} s on {manifest.info.get('ranks', 1)} ranks")
+        lines.append(
+            f"- trained in {manifest.info['seconds']:.0f} s on {manifest.info.get('ranks', 1)} "
+            f"ranks"
+        )
     blended = loss["name"] != "sft"  # of SFT alone neither has an effect
     header = ["stage", "samples", "epochs", "steps", *(["tau", "SFT ratio"] if blended else [])]
     rows = [header, ["---:"] * len(header)]
     for stage in plan["stages"]:
-        cells = [stage["index"] + 1, stage["stop"] - stage["start"], stage["epochs"], stage["steps"]]
-        rows.append([*map(str, cells), *([f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}"] if blended else [])])
+        cells = [
+            stage["index"] + 1,
+            stage["stop"] - stage["start"],
+            stage["epochs"],
+            stage["steps"],
+        ]
+        rows.append(
+            [
+                *map(str, cells),
+                *([f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}"] if blended else []),
+            ]
+        )
     return "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
@@ -137,8 +185,11 @@ def _data(run: RunDirectory, recipe: dict[str, Any]) -> str:
         return "The data folder of the run is gone.\n"
     splits = manifest.info.get("splits", {})
     counts = ", ".join(f"{split} {tree['samples']}" for split, tree in splits.items())
-    return (f"Source `{recipe['data']['source']}` (samples: {counts}); fingerprint of data and preparation "
-            f"`{manifest.fingerprint}`.\n")
+    return (
+        f"Source `{recipe['data']['source']}` (samples: {counts}); fingerprint of data and "
+        f"preparation "
+        f"`{manifest.fingerprint}`.\n"
+    )
 
 
 def _versions(run: RunDirectory) -> str:

@@ -1,6 +1,8 @@
-"""One question to an OpenAI-compatible endpoint, with the standard library: POST BASE_URL/chat/completions.
+"""One question to an OpenAI-compatible endpoint, with the standard library: POST
+BASE_URL/chat/completions.
 
-The key goes into one header of the request and nowhere else: not into logs, messages, files, nor to another host.
+The key goes into one header of the request and nowhere else: not into logs, messages, files, nor to
+another host.
 """
 
 from __future__ import annotations
@@ -23,19 +25,25 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is put again
 
 
 class Endpoint:
-    """Where questions go. Raises ResourceError where evaluate.judge.key_env names a variable that is not set."""
+    """Where questions go. Raises ResourceError where evaluate.judge.key_env names a variable that
+    is not set.
+    """
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config, self.url = config, f"{config.base_url.rstrip('/')}/chat/completions"
         self._key = os.environ.get(config.key_env, "") if config.key_env else ""
         if config.key_env and not self._key:
-            raise ResourceError(f"evaluate.judge.key_env names {config.key_env}, which is not set: export the judge's key there")
+            raise ResourceError(
+                f"evaluate.judge.key_env names {config.key_env}, which is not set: export the "
+                f"judge's key there"
+            )
         self.stop = threading.Event()  # set: nobody waits any more for an answer
         self._opener = urllib.request.build_opener(_NoRedirects)
 
     def ask(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
-        """The text of the answer, without thoughts, and whether it came to its end. Tries again while the endpoint is busy or
-        away; raises ResourceError where it stays so, RefusedError where it does not take this question.
+        """The text of the answer, without thoughts, and whether it came to its end. Tries again
+        while the endpoint is busy or away; raises ResourceError where it stays so, RefusedError
+        where it does not take this question.
         """
         wait = FIRST_WAIT
         for attempt in range(self.config.retries + 1):
@@ -44,8 +52,10 @@ class Endpoint:
             except _Busy as busy:
                 if attempt == self.config.retries or self.stop.is_set():
                     raise ResourceError(
-                        f"the judge at {self.url} does not answer ({busy}) after {attempt + 1} tries: what is judged is kept, "
-                        "start the same command again when it is there, or check evaluate.judge.base_url"
+                        f"the judge at {self.url} does not answer ({busy}) after {attempt + 1} "
+                        f"tries: what is judged is kept, "
+                        "start the same command again when it is there, or check "
+                        "evaluate.judge.base_url"
                     ) from None
                 # Requests that failed together must not come back together.
                 self.stop.wait(min(max(wait * random.uniform(0.5, 1.5), busy.after), LONGEST_WAIT))
@@ -54,32 +64,55 @@ class Endpoint:
 
     def _once(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
         config = self.config
-        body: dict[str, Any] = {"model": config.model, "messages": messages, config.limit_name: config.max_tokens}
+        body: dict[str, Any] = {
+            "model": config.model,
+            "messages": messages,
+            config.limit_name: config.max_tokens,
+        }
         if config.temperature is not None:
             body["temperature"] = config.temperature
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self._key}"} if self._key else {})}
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers, method="POST")
+        headers = {
+            "Content-Type": "application/json",
+            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+        }
+        request = urllib.request.Request(
+            self.url, json.dumps(body).encode(), headers, method="POST"
+        )
         try:
             with self._opener.open(request, timeout=config.timeout_seconds) as response:
                 return self._content(response.read())
         except urllib.error.HTTPError as error:
             said = self._hidden(" ".join(error.read(2000).decode(errors="replace").split())[:200])
             if error.code in AGAIN:
-                raise _Busy(f"HTTP {error.code}: {said}", _seconds(error.headers.get("Retry-After"))) from None
+                raise _Busy(
+                    f"HTTP {error.code}: {said}", _seconds(error.headers.get("Retry-After"))
+                ) from None
             kind = RefusedError if error.code in REFUSED else ResourceError
-            raise kind(f"the judge at {self.url} refuses the question (HTTP {error.code}: {said}): check "
-                       "evaluate.judge.base_url, model and key_env, limit_name and temperature") from None
-        except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, an answer cut short
-            raise _Busy(self._hidden(str(getattr(error, "reason", None) or error or type(error).__name__))) from None
+            raise kind(
+                f"the judge at {self.url} refuses the question (HTTP {error.code}: {said}): check "
+                "evaluate.judge.base_url, model and key_env, limit_name and temperature"
+            ) from None
+        except (
+            OSError,
+            http.client.HTTPException,
+        ) as error:  # no connection, a timeout, an answer cut short
+            raise _Busy(
+                self._hidden(str(getattr(error, "reason", None) or error or type(error).__name__))
+            ) from None
 
     def _content(self, body: bytes) -> tuple[str, bool]:
         try:
             choice = json.loads(body)["choices"][0]
             content = choice["message"]["content"]
         except (ValueError, LookupError, TypeError):
-            raise ResourceError(f"the judge at {self.url} does not speak the protocol of OpenAI's chat completions: check "
-                                "evaluate.judge.base_url, which mostly ends in /v1") from None
-        said = self._hidden(content.rpartition("</think>")[2]) if isinstance(content, str) else ""  # null: it said nothing
+            raise ResourceError(
+                f"the judge at {self.url} does not speak the protocol of OpenAI's chat "
+                f"completions: check "
+                "evaluate.judge.base_url, which mostly ends in /v1"
+            ) from None
+        said = (
+            self._hidden(content.rpartition("</think>")[2]) if isinstance(content, str) else ""
+        )  # null: it said nothing
         return said, choice.get("finish_reason") != "length"
 
     def _hidden(self, text: str) -> str:

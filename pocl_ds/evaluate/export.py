@@ -1,4 +1,6 @@
-"""The trained student as a Hugging Face folder for others, checked key by key against what the trainer saved."""
+"""The trained student as a Hugging Face folder for others, checked key by key against what the
+trainer saved.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,38 @@ log = logging.getLogger("pocl_ds")
 STAGE = "export"
 # What a model folder is made of; logs, optimizer states and whatever else lies there stay behind.
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
-# Fields in which transformers keeps where a model was loaded from: a path of this machine is nobody's business.
-LOCAL_FIELDS = ("_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file")
+# Fields in which transformers keeps where a model was loaded from: a path of this machine is
+# nobody's business.
+LOCAL_FIELDS = (
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "special_tokens_map_file",
+)
 
 
 def export(
-    run: RunDirectory, *, out: Path | None, recipe_yaml: str, fingerprint: str, trust_remote_code: bool = False
+    run: RunDirectory,
+    *,
+    out: Path | None,
+    recipe_yaml: str,
+    fingerprint: str,
+    trust_remote_code: bool = False,
 ) -> Path:
-    """Write train/final with a model card to `out` (default: export/ of the run) and check it; returns the folder.
+    """Write train/final with a model card to `out` (default: export/ of the run) and check it;
+    returns the folder.
 
-    The folder appears as a whole or not at all. Raises ArtifactError where training is unfinished, where a weight differs
-    from the trainer's (naming it), or where `out` holds something else.
+    The folder appears as a whole or not at all. Raises ArtifactError where training is unfinished,
+    where a weight differs from the trainer's (naming it), or where `out` holds something else.
     """
     target = (out or run.export).expanduser().resolve()
     existing = _ours(target)
-    if existing and existing.fingerprint == fingerprint and not damaged_files(target, existing, checksums=False):
+    if (
+        existing
+        and existing.fingerprint == fingerprint
+        and not damaged_files(target, existing, checksums=False)
+    ):
         log.info("the exported model is there already: %s", target)
         return target
     start = time.monotonic()
@@ -56,7 +75,9 @@ def export(
         _copy(source, folder)
         check_weights(source, folder)
         parameters = check_loads(folder, trust_remote_code=trust_remote_code)
-        (folder / "README.md").write_text(model_card(run, recipe_yaml, parameters), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(run, recipe_yaml, parameters), encoding="utf-8"
+        )
         info = {"parameters": parameters, "seconds": time.monotonic() - start}
         write_manifest(folder, STAGE, fingerprint, info=info)
     log.info("exported %.1f million parameters to %s", parameters / 1e6, target)
@@ -64,15 +85,19 @@ def export(
 
 
 def check_weights(source: Path, folder: Path) -> None:
-    """Every tensor of `source` stands in `folder` with the same key, shape, dtype and bytes, and no other.
+    """Every tensor of `source` stands in `folder` with the same key, shape, dtype and bytes, and no
+    other.
 
     Raises ArtifactError naming the first key that differs.
     """
     expected, found = _keys(source), _keys(folder)
     for key in sorted(expected.keys() | found.keys()):
         if key not in found or key not in expected:
-            raise ArtifactError(f"weight {key} is {'missing from' if key in expected else 'unknown in'} the exported model: "
-                                "export it again")
+            raise ArtifactError(
+                f"weight {key} is {'missing from' if key in expected else 'unknown in'} the "
+                f"exported model: "
+                "export it again"
+            )
         fault = _difference(_tensor(expected[key], key), _tensor(found[key], key))
         if fault:
             raise ArtifactError(f"weight {key} of the exported model {fault}: export it again")
@@ -81,22 +106,30 @@ def check_weights(source: Path, folder: Path) -> None:
 def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
     """Load the folder as a user would and compare with its files; returns the number of parameters.
 
-    Nothing may be missing or superfluous; a tied head may be absent from the files. Raises ArtifactError naming the key.
+    Nothing may be missing or superfluous; a tied head may be absent from the files. Raises
+    ArtifactError naming the key.
     """
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True,
-                                                           trust_remote_code=trust_remote_code)  # fmt: skip
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[kind]:
             key = min(str(entry if isinstance(entry, str) else entry[0]) for entry in report[kind])
-            raise ArtifactError(f"the exported model loads with {kind.replace('_', ' ')} ({key}): the trainer's weights and "
-                                "config.json do not go together, train again")
+            raise ArtifactError(
+                f"the exported model loads with {kind.replace('_', ' ')} ({key}): the trainer's "
+                f"weights and "
+                "config.json do not go together, train again"
+            )
     state = model.state_dict()
     for key, file in _keys(folder).items():
         fault = _difference(_tensor(file, key), state[key]) if key in state else None
         if fault:
-            raise ArtifactError(f"weight {key} of the exported model {fault} once loaded: check torch_dtype in config.json")
+            raise ArtifactError(
+                f"weight {key} of the exported model {fault} once loaded: check torch_dtype in "
+                f"config.json"
+            )
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -118,7 +151,10 @@ def _ours(target: Path) -> Manifest | None:
         raise ArtifactError(foreign)
     added = present - manifest.files.keys() - {MANIFEST}
     if added:
-        raise ArtifactError(f"{target} holds {min(added)}, which is not ours: move it away, or name a new folder with --out")
+        raise ArtifactError(
+            f"{target} holds {min(added)}, which is not ours: move it away, or name a new folder "
+            f"with --out"
+        )
     return manifest
 
 
@@ -129,7 +165,10 @@ def _check_source(run: RunDirectory, source: Path) -> None:
         raise ArtifactError(f"{source} is missing or unfinished: run `pocl train` to its end")
     faults = damaged_files(run.train, manifest)
     if faults:
-        raise ArtifactError(f"the trained model is not as it was saved ({faults[0]}): restore {run.train} or train again")
+        raise ArtifactError(
+            f"the trained model is not as it was saved ({faults[0]}): restore {run.train} or "
+            f"train again"
+        )
     if not any(source.glob("*.safetensors")):
         raise ArtifactError(f"{source} holds no safetensors: train again")
 
@@ -145,7 +184,11 @@ def _copy(source: Path, folder: Path) -> None:
             write_json(path, {key: value for key, value in tree.items() if key not in LOCAL_FIELDS})
     if not (folder / "generation_config.json").is_file():
         tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        ids = {key: tree[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in tree}
+        ids = {
+            key: tree[key]
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if key in tree
+        }
         GenerationConfig(**ids).save_pretrained(folder)
 
 
@@ -168,7 +211,9 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> str | None:
-    """What is wrong with a tensor; bytes are compared, so that NaN equals itself and -0.0 is not 0.0."""
+    """What is wrong with a tensor; bytes are compared, so that NaN equals itself and -0.0 is not
+    0.0.
+    """
     if found.shape != expected.shape:
         return f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     if found.dtype != expected.dtype:

@@ -1,4 +1,6 @@
-"""Two models' answers put side by side: read, checked that they may be compared, joined by the items' ids, and compared."""
+"""Two models' answers put side by side: read, checked that they may be compared, joined by the
+items' ids, and compared.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,11 @@ from pocl_ds.tracking import aligned
 log = logging.getLogger("pocl_ds")
 
 # Measure -> what its unit is called, and by how much the number on disk is multiplied.
-MEASURES = {"rouge_l": ("ROUGE-L", 100.0), "exact_match": ("% exact match", 100.0), "judge": ("in the judge's scores", 1.0)}
+MEASURES = {
+    "rouge_l": ("ROUGE-L", 100.0),
+    "exact_match": ("% exact match", 100.0),
+    "judge": ("in the judge's scores", 1.0),
+}
 MEAN = "mean of all"  # no benchmark can be called so
 
 
@@ -37,7 +43,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Answered:
-    """A model's scores on one benchmark: item -> its scores by seed; how they were made; what was asked of each item."""
+    """A model's scores on one benchmark: item -> its scores by seed; how they were made; what was
+    asked of each item.
+    """
 
     scores: dict[str, list[float]]
     settings: dict[str, Any]
@@ -46,7 +54,9 @@ class Answered:
 
 @dataclass(frozen=True)
 class Table:
-    """Comparisons by benchmark, with their mean where there are several. marks: why they should not have been compared."""
+    """Comparisons by benchmark, with their mean where there are several. marks: why they should not
+    have been compared.
+    """
 
     comparisons: dict[str, Comparison]
     marks: list[str]
@@ -58,8 +68,8 @@ def put_side_by_side(
 ) -> Table:
     """Compare B with A on every benchmark that both answered, or on one.
 
-    Raises ArtifactError where template, decoding, or items differ, unless forced: then what differs is said in `marks`, and
-    items are those of both.
+    Raises ArtifactError where template, decoding, or items differ, unless forced: then what differs
+    is said in `marks`, and items are those of both.
     """
     if measure not in MEASURES:
         raise RecipeError(f"there is no measure {measure!r}: take one of {', '.join(MEASURES)}")
@@ -69,8 +79,11 @@ def put_side_by_side(
         one, other = (read_side(side, name, measure) for side in (a, b))
         differences = _differences(one, other)
         if differences and not force:
-            raise ArtifactError(f"benchmark {name}: {differences[0]}, so {a.name} and {b.name} are not comparable: evaluate both "
-                                "alike, or look at them all the same with --force")  # fmt: skip
+            raise ArtifactError(
+                f"benchmark {name}: {differences[0]}, so {a.name} and {b.name} are not "
+                f"comparable: evaluate both "
+                "alike, or look at them all the same with --force"
+            )
         marks += [f"{name}: {text}" for text in differences]
         pairs[name] = _joined(one, other, name, measure)
     found = {name: compare(*pair) for name, pair in pairs.items()}
@@ -80,28 +93,42 @@ def put_side_by_side(
 
 
 def read_side(side: Side, benchmark: str, measure: str) -> Answered:
-    """A model's scores on a benchmark, all seeds that its results hold. Raises ArtifactError where a part is missing."""
+    """A model's scores on a benchmark, all seeds that its results hold. Raises ArtifactError where
+    a part is missing.
+    """
     scores: dict[str, list[float]] = {}
     asked: dict[str, Any] = {}
     how: dict[str, Any] | None = None
     seeds, factor = results_of(side.run)["seeds"], MEASURES[measure][1]
     files = [answers_file(side.run, side.model, benchmark, seed) for seed in seeds]
     if measure == "judge":  # it may have looked at the first seeds only
-        files = [file for seed, file in zip(seeds, files) if judge_file(side.run, side.model, benchmark, seed).is_file()]
+        files = [
+            file
+            for seed, file in zip(seeds, files)
+            if judge_file(side.run, side.model, benchmark, seed).is_file()
+        ]
     for file in files:
         records, manifest = read_answers(file), answers_manifest(file)
         settings = manifest.info.get("settings") if manifest else None
         if settings is None or (how is not None and settings != how):
-            raise ArtifactError(f"{file} does not say how it was made as the other seeds do: run `pocl evaluate` again")
+            raise ArtifactError(
+                f"{file} does not say how it was made as the other seeds do: run `pocl evaluate` "
+                f"again"
+            )
         how = settings
         values = _values(file, records, measure)
         for record in records:
-            asked.setdefault(record["id"], [record["instruction"], record.get("input", ""), record["references"]])
+            asked.setdefault(
+                record["id"], [record["instruction"], record.get("input", ""), record["references"]]
+            )
             if record["id"] in values:
                 scores.setdefault(record["id"], []).append(factor * values[record["id"]])
     if how is None:
-        raise ArtifactError(f"{side.run.evaluation / side.model} holds no verdicts on {benchmark}: run `pocl evaluate` with "
-                            "evaluate.judge first")
+        raise ArtifactError(
+            f"{side.run.evaluation / side.model} holds no verdicts on {benchmark}: run `pocl "
+            f"evaluate` with "
+            "evaluate.judge first"
+        )
     if measure == "judge":
         how = {**how, "judge": _judged_how(side, benchmark, seeds)}
     whole = {key: values for key, values in scores.items() if len(values) == len(files)}
@@ -112,7 +139,10 @@ def results_of(run: RunDirectory) -> dict[str, Any]:
     """The results of a finished evaluation."""
     path: Path = run.evaluation / "results.json"
     if not path.is_file():
-        raise ArtifactError(f"{run.path} holds no finished evaluation: run `pocl evaluate --run-dir {run.path}` first")
+        raise ArtifactError(
+            f"{run.path} holds no finished evaluation: run `pocl evaluate --run-dir {run.path}` "
+            f"first"
+        )
     found: dict[str, Any] = read_json(path)
     return found
 
@@ -121,16 +151,30 @@ def lines_of(table: Table, a: Side, b: Side) -> list[str]:
     """A table and a sentence for each benchmark, for the terminal."""
     rows = [["", a.name, b.name, "difference", "95% interval", "p", "items"]]
     for name, found in table.comparisons.items():
-        rows.append([name, _mean(found.mean_a, found.deviation_a), _mean(found.mean_b, found.deviation_b),
-                     f"{found.difference:+.2f}", f"{found.low:+.2f} .. {found.high:+.2f}", f"{found.p:.2g}",
-                     str(found.items)])  # fmt: skip
+        rows.append(
+            [
+                name,
+                _mean(found.mean_a, found.deviation_a),
+                _mean(found.mean_b, found.deviation_b),
+                f"{found.difference:+.2f}",
+                f"{found.low:+.2f} .. {found.high:+.2f}",
+                f"{found.p:.2g}",
+                str(found.items),
+            ]
+        )
     lines = [*aligned(rows, numbers=True), ""]
     unit = MEASURES[table.measure][0]
-    lines += [f"{name}: {sentence(found, a.name, b.name, unit)}" for name, found in table.comparisons.items()]
+    lines += [
+        f"{name}: {sentence(found, a.name, b.name, unit)}"
+        for name, found in table.comparisons.items()
+    ]
     lines += lines_of_all([(side.name, results_of(side.run)) for side in (a, b)], table.comparisons)
     lines += [f"NOT COMPARABLE, shown by --force: {mark}" for mark in table.marks]
-    lines.append("\nIntervals and p: paired bootstrap over items; ± beside a mean: deviation over seeds. Other trainings are not "
-                 "in them.")
+    lines.append(
+        "\nIntervals and p: paired bootstrap over items; ± beside a mean: deviation over seeds. "
+        "Other trainings are not "
+        "in them."
+    )
     return lines
 
 
@@ -139,16 +183,23 @@ def _benchmarks(a: Side, b: Side, only: str | None) -> list[str]:
     for side in (a, b):
         models = results_of(side.run)["models"]
         if side.model not in models:
-            raise RecipeError(f"{side.run.path} has no results of {side.model!r}: it has {', '.join(models)}")
+            raise RecipeError(
+                f"{side.run.path} has no results of {side.model!r}: it has {', '.join(models)}"
+            )
         held.append(list(models[side.model]["benchmarks"]))
     both = [name for name in held[0] if name in held[1]]
     if only is not None and only not in both:
         raise RecipeError(f"--benchmark {only}: both have {', '.join(both) or 'none in common'}")
     if not both:
-        raise ArtifactError(f"{a.name} and {b.name} have no benchmark in common ({', '.join(held[0])}; {', '.join(held[1])}): "
-                            "evaluate both on the same")
+        raise ArtifactError(
+            f"{a.name} and {b.name} have no benchmark in common ({', '.join(held[0])}; "
+            f"{', '.join(held[1])}): "
+            "evaluate both on the same"
+        )
     if only is None and (alone := sorted(set(held[0]) ^ set(held[1]))):
-        log.warning("compare: only one of both was evaluated on %s, which is left out", ", ".join(alone))
+        log.warning(
+            "compare: only one of both was evaluated on %s, which is left out", ", ".join(alone)
+        )
     return both if only is None else [only]
 
 
@@ -157,7 +208,9 @@ def _values(file: Path, records: list[dict[str, Any]], measure: str) -> dict[str
     if measure != "judge":
         return {record["id"]: float(record[measure]) for record in records}
     verdicts = read_verdicts(file.with_name(f"{file.stem}.judge.jsonl"))
-    return {record["id"]: float(record["score"]) for record in verdicts if record["score"] is not None}
+    return {
+        record["id"]: float(record["score"]) for record in verdicts if record["score"] is not None
+    }
 
 
 def _judged_how(side: Side, benchmark: str, seeds: Sequence[int]) -> list[Any]:
@@ -174,8 +227,11 @@ def _judged_how(side: Side, benchmark: str, seeds: Sequence[int]) -> list[Any]:
 def _differences(a: Answered, b: Answered) -> list[str]:
     """Why two sides should not be compared, each a part of a sentence."""
     names = dict.fromkeys([*a.settings, *b.settings])
-    found = [f"{name} differs ({a.settings.get(name)} and {b.settings.get(name)})" for name in names
-             if a.settings.get(name) != b.settings.get(name)]  # fmt: skip
+    found = [
+        f"{name} differs ({a.settings.get(name)} and {b.settings.get(name)})"
+        for name in names
+        if a.settings.get(name) != b.settings.get(name)
+    ]
     one, other = len(a.asked.keys() - b.asked.keys()), len(b.asked.keys() - a.asked.keys())
     if one or other:
         found.append(f"the items differ ({one} and {other} that the other was not asked)")
@@ -189,10 +245,17 @@ def _joined(a: Answered, b: Answered, name: str, measure: str) -> tuple[Floats, 
     """Scores [n, s] and [n, s'] of the items of both, by id, never by position."""
     ids = sorted(a.scores.keys() & b.scores.keys())
     if len(ids) < 2:
-        raise ArtifactError(f"benchmark {name}: {len(ids)} items have a score of {measure} on both sides: two are the least")
+        raise ArtifactError(
+            f"benchmark {name}: {len(ids)} items have a score of {measure} on both sides: two are "
+            f"the least"
+        )
     if left := len(a.asked.keys() | b.asked.keys()) - len(ids):
-        log.log(logging.INFO if measure == "judge" else logging.WARNING,
-                "compare: %s: %d items without a score on one side are left out", name, left)
+        log.log(
+            logging.INFO if measure == "judge" else logging.WARNING,
+            "compare: %s: %d items without a score on one side are left out",
+            name,
+            left,
+        )
     one, other = (np.array([side.scores[key] for key in ids], np.float64) for side in (a, b))
     return one, other
 

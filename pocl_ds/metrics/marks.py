@@ -1,4 +1,6 @@
-"""What belongs beside a benchmark's numbers wherever they are shown: `marks` of results.json, sentences by benchmark."""
+"""What belongs beside a benchmark's numbers wherever they are shown: `marks` of results.json,
+sentences by benchmark.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,11 @@ MARK = "⚠"
 
 def marked(benchmark: str, *results: Mapping[str, Any]) -> str:
     """A benchmark's name in a table of these results, with a sign where there is more to say of it."""
-    return f"{benchmark} {MARK}" if any(benchmark in one.get("marks", {}) for one in results) else benchmark
+    return (
+        f"{benchmark} {MARK}"
+        if any(benchmark in one.get("marks", {}) for one in results)
+        else benchmark
+    )
 
 
 def mark_lines(results: Mapping[str, Any]) -> list[str]:
@@ -18,11 +24,18 @@ def mark_lines(results: Mapping[str, Any]) -> list[str]:
     return lines_of_all([("", results)], results.get("marks", {}))
 
 
-def lines_of_all(named: Sequence[tuple[str, Mapping[str, Any]]], benchmarks: Collection[str]) -> list[str]:
-    """The same of some benchmarks in several results, each line once; behind what is not said of all stands of whom."""
+def lines_of_all(
+    named: Sequence[tuple[str, Mapping[str, Any]]], benchmarks: Collection[str]
+) -> list[str]:
+    """The same of some benchmarks in several results, each line once; behind what is not said of
+    all stands of whom.
+    """
     found: dict[str, list[str]] = {}
     for name, results in named:
         for benchmark, said in results.get("marks", {}).items():
             if benchmark in benchmarks:
                 found.setdefault(f"{MARK} {benchmark}: {'; '.join(said)}", []).append(name)
-    return [line if len(names) == len(named) else f"{line} ({', '.join(dict.fromkeys(names))})" for line, names in found.items()]
+    return [
+        line if len(names) == len(named) else f"{line} ({', '.join(dict.fromkeys(names))})"
+        for line, names in found.items()
+    ]

@@ -1,7 +1,9 @@
-"""ROUGE-L, equal to the package rouge-score (use_stemmer=True) to the last bit, and many times as fast.
+"""ROUGE-L, equal to the package rouge-score (use_stemmer=True) to the last bit, and many times as
+fast.
 
-Three things make the difference: a word is stemmed once and remembered as a number, texts become lists of numbers, and the
-longest common subsequence of two lists is found bit-parallel (rapidfuzz) instead of cell by cell.
+Three things make the difference: a word is stemmed once and remembered as a number, texts become
+lists of numbers, and the longest common subsequence of two lists is found bit-parallel (rapidfuzz)
+instead of cell by cell.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _STEMMER = PorterStemmer()
 
 
 class _Numbers(dict[str, int]):
-    """Word -> number of its stem, learned on first use; 0 where the stem is not a word, which rouge-score drops."""
+    """Word -> number of its stem, learned on first use; 0 where the stem is not a word, which
+    rouge-score drops.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +36,9 @@ class _Numbers(dict[str, int]):
         self.fresh = itertools.count(1)
 
     def __missing__(self, word: str) -> int:
-        stem = word if len(word) <= 3 else _STEMMER.stem(word)  # rouge-score leaves short words alone
+        stem = (
+            word if len(word) <= 3 else _STEMMER.stem(word)
+        )  # rouge-score leaves short words alone
         number = self.stems.setdefault(stem, next(self.fresh)) if _WORD.fullmatch(stem) else 0
         self[word] = number
         return number
@@ -53,7 +59,9 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     if isinstance(references, str):
         raise DataError("ROUGE-L needs a list of references, not one string: put it into a list")
     if not references:
-        raise DataError("ROUGE-L needs at least one reference: a sample without an output cannot be scored")
+        raise DataError(
+            "ROUGE-L needs at least one reference: a sample without an output cannot be scored"
+        )
     if len(_numbers) > REMEMBERED:
         forget_stems()
     numbers = _numbers  # one numbering for the whole call, whatever another thread does
@@ -61,10 +69,14 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(_f_measure(words, numbers.of(reference)) for reference in references)
 
 
-def rouge_l_many(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+def rouge_l_many(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> NDArray[np.float64]:
     """`rouge_l` of each prediction against its own references: float64 [n]."""
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} lists of references")
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} lists of references"
+        )
     pairs = zip(predictions, references, strict=True)
     return np.fromiter((rouge_l(*pair) for pair in pairs), np.float64, len(predictions))
 

@@ -12,15 +12,19 @@ def exact_match(prediction: str, references: Sequence[str]) -> bool:
 
 
 def repetition_rate(text: str, n: int = 3) -> float:
-    """Share of n-grams of words that occurred before in the same text, 0 to 1; 0 for texts shorter than n words."""
+    """Share of n-grams of words that occurred before in the same text, 0 to 1; 0 for texts shorter
+    than n words.
+    """
     grams = _grams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of all texts together, 0 to 1 (Li et al. 2016, arXiv 1510.03055).
+    """Different n-grams of words over all n-grams of all texts together, 0 to 1 (Li et al. 2016,
+    arXiv 1510.03055).
 
-    0 where no text has n words. More text gives a smaller number: compare equally many answers of like length only.
+    0 where no text has n words. More text gives a smaller number: compare equally many answers of
+    like length only.
     """
     total, different = 0, set[tuple[str, ...]]()
     for text in texts:

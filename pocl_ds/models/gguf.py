@@ -1,6 +1,8 @@
-"""GGUF files: found also inside installed packages, and dequantised once into a Hugging Face folder.
+"""GGUF files: found also inside installed packages, and dequantised once into a Hugging Face
+folder.
 
-The folder's name holds the sha256 of the file, so a moved file is not converted twice and a changed one is.
+The folder's name holds the sha256 of the file, so a moved file is not converted twice and a changed
+one is.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ PACKAGE_SCHEME = "package://"
 
 
 def file_in_package(source: str) -> Path:
-    """The file that `package://PACKAGE/FILE` names; the package is located, not imported. Raises ModelError."""
+    """The file that `package://PACKAGE/FILE` names; the package is located, not imported. Raises
+    ModelError.
+    """
     package, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
     if not package.isidentifier() or not name or ".." in Path(name).parts:
         raise ModelError(f"model {source!r} is not of the form package://PACKAGE/FILE.gguf")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"model {source}: the Python package {package} is not installed: pip install {package.replace('_', '-')}"
+            f"model {source}: the Python package {package} is not installed: pip install "
+            f"{package.replace('_', '-')}"
         )
     folders = [Path(folder) for folder in spec.submodule_search_locations]
     for folder in folders:
@@ -43,7 +48,8 @@ def file_in_package(source: str) -> Path:
             return folder / name
     found = sorted(str(p.relative_to(folder)) for folder in folders for p in folder.rglob("*.gguf"))
     raise ModelError(
-        f"model {source}: package {package} has no file {name}; its models are: {', '.join(found) or 'none'}"
+        f"model {source}: package {package} has no file {name}; its models are: "
+        f"{', '.join(found) or 'none'}"
     )
 
 
@@ -77,7 +83,10 @@ def dequantised_folder(file: Path) -> Path:
 def _dequantise(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(file.parent),
+        "gguf_file": file.name,
+    }
     try:
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -88,14 +97,18 @@ def _dequantise(file: Path, folder: Path) -> None:
         ) from error
     except Exception as error:  # what two libraries raise over a damaged file has no common type
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{file} cannot be read as a GGUF language model ({reason}): give another model") from error
+        raise ModelError(
+            f"{file} cannot be read as a GGUF language model ({reason}): give another model"
+        ) from error
     with quiet():
         _clean_copy(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
 def _clean_copy(model: Any) -> Any:
-    """The same weights in a model that knows nothing of GGUF: `save_pretrained` refuses one that was loaded from it."""
+    """The same weights in a model that knows nothing of GGUF: `save_pretrained` refuses one that
+    was loaded from it.
+    """
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,7 +1,9 @@
-"""A causal language model in two parts: the backbone up to its last hidden state, and the head that makes logits.
+"""A causal language model in two parts: the backbone up to its last hidden state, and the head that
+makes logits.
 
-Distillation needs logits at loss positions only, and in chunks; so the head is applied apart from the model's own
-forward. What a family does after the head's matrix (a scale, a soft cap) is written down here, family by family.
+Distillation needs logits at loss positions only, and in chunks; so the head is applied apart from
+the model's own forward. What a family does after the head's matrix (a scale, a soft cap) is written
+down here, family by family.
 
 Shapes: B sequences, T positions, D width of the head's input, V vocabulary rows, n positions.
 """
@@ -19,8 +21,9 @@ from torch.nn import functional
 from pocl_ds.errors import ModelError
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, Samples
 
-# Families whose logits are a plain linear map of the last hidden state (OPT's projection and every family's final norm
-# belong to the backbone), and those that scale them. Each is held to its model's own logits by a test.
+# Families whose logits are a plain linear map of the last hidden state (OPT's projection and every
+# family's final norm belong to the backbone), and those that scale them. Each is held to its
+# model's own logits by a test.
 SCALES: dict[str, Callable[[Any], float]] = {
     **dict.fromkeys(FAMILIES, lambda config: 1.0),
     "granite": lambda config: 1.0 / config.logits_scaling,
@@ -33,9 +36,13 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits. Under ZeRO-3 the parameters are partitioned: gather them around `logits`."""
+    """From hidden states to logits. Under ZeRO-3 the parameters are partitioned: gather them around
+    `logits`.
+    """
 
-    weight: nn.Parameter | None  # [V, D], shared with the embeddings where the model ties them; None: see `unsplit`
+    weight: (
+        nn.Parameter | None
+    )  # [V, D], shared with the embeddings where the model ties them; None: see `unsplit`
     bias: nn.Parameter | None  # [V]
     scale: float
     soft_cap: float | None
@@ -43,19 +50,31 @@ class Head:
 
     def __post_init__(self) -> None:
         if self.weight is not None:  # a partitioned parameter has no shape
-            object.__setattr__(self, "rows", int(getattr(self.weight, "ds_shape", self.weight.shape)[0]))
+            object.__setattr__(
+                self, "rows", int(getattr(self.weight, "ds_shape", self.weight.shape)[0])
+            )
 
     @property
     def width(self) -> int:
         """D."""
-        return self.rows if self.weight is None else int(getattr(self.weight, "ds_shape", self.weight.shape)[1])
+        return (
+            self.rows
+            if self.weight is None
+            else int(getattr(self.weight, "ds_shape", self.weight.shape)[1])
+        )
 
     def logits(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
-        """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None: all V)."""
+        """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None:
+        all V).
+        """
         return self.finish_(self.product(hidden, size))
 
-    def product(self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """hidden Wᵀ + b for the first `size` ids; written to `out` where it is given, without a gradient."""
+    def product(
+        self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """hidden Wᵀ + b for the first `size` ids; written to `out` where it is given, without a
+        gradient.
+        """
         if self.weight is None:
             return hidden[:, :size].clone() if out is None else out.copy_(hidden[:, :size])
         weight, bias = self.weight[:size], None if self.bias is None else self.bias[:size]
@@ -75,7 +94,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Heads of several models over the same tokens, whose distributions are mixed: sum of weight x softmax(logits / tau).
+    """Heads of several models over the same tokens, whose distributions are mixed: sum of weight x
+    softmax(logits / tau).
 
     Their hidden states lie side by side: [n, sum of widths].
     """
@@ -97,11 +117,12 @@ def hidden_states(
     *,
     split: bool = True,
 ) -> torch.Tensor:
-    """Last hidden states [B, T, D] after the final norm, without logits and without a cache; or unsplit the logits [B, T, V].
+    """Last hidden states [B, T, D] after the final norm, without logits and without a cache; or
+    unsplit the logits [B, T, V].
 
-    input_ids, attention_mask: [B, T], padding on the right. lengths and position_ids [1, T]: of the samples packed behind
-    one another in a single row, for a model that `packs`. The backbone runs through its own forward, so that ZeRO-3's hooks
-    fire. Row t predicts token t + 1.
+    input_ids, attention_mask: [B, T], padding on the right. lengths and position_ids [1, T]: of the
+    samples packed behind one another in a single row, for a model that `packs`. The backbone runs
+    through its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
     """
     packed: dict[str, Any] = {}
     if lengths is not None:
@@ -122,20 +143,27 @@ def splits(model: Any) -> bool:
 
 
 def unsplit(model: Any) -> Head:
-    """In place of a head that is not known: the model's own logits count as its hidden states, and are left as they are."""
+    """In place of a head that is not known: the model's own logits count as its hidden states, and
+    are left as they are.
+    """
     return Head(None, None, 1.0, None, int(model.config.get_text_config(decoder=True).vocab_size))
 
 
 def head_of(model: Any) -> Head:
-    """The model's head. Raises ModelError for a family whose way from hidden state to logits is not known here, and for a head
-    whose weights are quantised.
+    """The model's head. Raises ModelError for a family whose way from hidden state to logits is not
+    known here, and for a head whose weights are quantised.
     """
     family = model.config.model_type
     linear = model.get_output_embeddings()
     quantised = getattr(model, "hf_quantizer", None) is not None
-    if family in SCALES and quantised and not (isinstance(linear, nn.Linear) and linear.weight.dtype in PLAIN):
+    if (
+        family in SCALES
+        and quantised
+        and not (isinstance(linear, nn.Linear) and linear.weight.dtype in PLAIN)
+    ):
         raise ModelError(
-            f"the output head of the quantised {family} model is quantised too, and logits are made from its plain weights: take "
+            f"the output head of the quantised {family} model is quantised too, and logits are "
+            f"made from its plain weights: take "
             "a model whose head is not"
         )
     check_family(family)
@@ -154,7 +182,9 @@ def check_family(family: str) -> None:
 
 def _not_supported(family: str) -> ModelError:
     return ModelError(
-        f"models of the family {family!r} are not supported: use one of {', '.join(sorted(SCALES))}, "
-        "set loss.fused=false, with which the model's own forward makes logits of all positions at once, or add the family "
+        f"models of the family {family!r} are not supported: use one of "
+        f"{', '.join(sorted(SCALES))}, "
+        "set loss.fused=false, with which the model's own forward makes logits of all positions "
+        "at once, or add the family "
         "to models/heads.py"
     )

@@ -1,4 +1,5 @@
-"""From what a recipe names (Hub name, folder, GGUF file) to a model, its configuration and its tokenizer.
+"""From what a recipe names (Hub name, folder, GGUF file) to a model, its configuration and its
+tokenizer.
 
 Whatever transformers throws on the way becomes one sentence that names the model and the remedy.
 """
@@ -30,8 +31,17 @@ from pocl_ds.models.quiet import quiet
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-LOAD_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError,
-               pickle.UnpicklingError)  # fmt: skip
+LOAD_FAULTS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
 Source = TypeVar("Source", bound=ModelSource)
 OWN_CODE = "contains custom code"  # what transformers says where a model brings some
 
@@ -39,8 +49,9 @@ OWN_CODE = "contains custom code"  # what transformers says where a model brings
 def resolve_model(config: ModelSource) -> str:
     """The folder or Hub name that the `load_*` functions take.
 
-    Hub names and model folders are returned as they are. A .gguf file, also one inside an installed package
-    (`package://PACKAGE/FILE.gguf`), is dequantised once into a folder of the cache (see `gguf`). Raises ModelError.
+    Hub names and model folders are returned as they are. A .gguf file, also one inside an installed
+    package (`package://PACKAGE/FILE.gguf`), is dequantised once into a folder of the cache (see
+    `gguf`). Raises ModelError.
     """
     source = config.model
     if source.startswith(gguf.PACKAGE_SCHEME):
@@ -54,9 +65,14 @@ def resolve_model(config: ModelSource) -> str:
             raise ModelError(f"model file {source} does not exist: check the path")
         return str(gguf.dequantised_folder(path))
     if os.path.isfile(path):
-        raise ModelError(f"model {source} is a file: give a Hugging Face folder, a Hub name or a .gguf file")
+        raise ModelError(
+            f"model {source} is a file: give a Hugging Face folder, a Hub name or a .gguf file"
+        )
     if not HUB_NAME.fullmatch(source):
-        raise ModelError(f"model folder {source} does not exist: check the path, or give a Hub name such as org/name")
+        raise ModelError(
+            f"model folder {source} does not exist: check the path, or give a Hub name such as "
+            f"org/name"
+        )
     return source
 
 
@@ -73,7 +89,9 @@ def commits_of(sources: Iterable[ModelSource]) -> dict[str, str]:
 
 
 def at_commit(source: Source, commits: Mapping[str, str]) -> Source:
-    """The same model at the commit that `commits_of` found for it: a branch of the Hub may move while a run lasts."""
+    """The same model at the commit that `commits_of` found for it: a branch of the Hub may move
+    while a run lasts.
+    """
     return source.model_copy(update={"revision": commits.get(_named(source), source.revision)})
 
 
@@ -82,9 +100,11 @@ def _named(source: ModelSource) -> str:
 
 
 def pinned_model(config: ModelSource) -> str:
-    """As `resolve_model`; of a Hub name the folder of its revision in the Hub's cache, named by the commit. Raises ModelError.
+    """As `resolve_model`; of a Hub name the folder of its revision in the Hub's cache, named by the
+    commit. Raises ModelError.
 
-    Later stages know what this returns and nothing else: a name alone would give each of them what is the newest then.
+    Later stages know what this returns and nothing else: a name alone would give each of them what
+    is the newest then.
     """
     path = resolve_model(config)
     if os.path.isdir(path):
@@ -92,20 +112,28 @@ def pinned_model(config: ModelSource) -> str:
     folder = path
     with _one_sentence(path, f"revision {config.revision or 'main'}"), quiet():
         for weights in ("*.safetensors", "*.bin"):
-            folder = snapshot_download(path, revision=config.revision or "main", allow_patterns=[weights, *BESIDE_WEIGHTS],
-                                       ignore_patterns=["*/*"])  # fmt: skip
+            folder = snapshot_download(
+                path,
+                revision=config.revision or "main",
+                allow_patterns=[weights, *BESIDE_WEIGHTS],
+                ignore_patterns=["*/*"],
+            )
             if next(Path(folder).glob(weights), None):
                 break
     return folder
 
 
-def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+def load_tokenizer(
+    path: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
     """The tokenizer of a model. Raises ModelError, also where it has no EOS.
 
     One without a padding token pads with EOS: masks are made from lengths, never from ids.
     """
     with _one_sentence(path, "tokenizer"), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, revision=revision
+        )
     if tokenizer is None or tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {path} has no EOS token, so a response would never end: "
@@ -117,17 +145,26 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, revision: str 
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """The model that a configuration describes, on `meta`: names and shapes, no memory. The configuration stays as it is:
-    transformers writes the attention of a model into its own, which may be another model's too.
+    """The model that a configuration describes, on `meta`: names and shapes, no memory. The
+    configuration stays as it is: transformers writes the attention of a model into its own, which
+    may be another model's too.
     """
     with torch.device("meta"), quiet():
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=trust_remote_code
+        )
 
 
-def load_model_config(path: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
-    """The model's configuration (transformers PretrainedConfig), without its weights. Raises ModelError."""
+def load_model_config(
+    path: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The model's configuration (transformers PretrainedConfig), without its weights. Raises
+    ModelError.
+    """
     with _one_sentence(path, "configuration"), quiet():
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        return AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, revision=revision
+        )
 
 
 def load_model(
@@ -142,18 +179,22 @@ def load_model(
 ) -> PreTrainedModel:
     """A causal language model with its weights, in evaluation mode.
 
-    attention: None takes sdpa, or eager for a family without it, and for a model that caps its attention scores (Gemma 2), which
-    sdpa would leave out.
-    dropout sets every dropout of the model's configuration; None keeps them. Training passes `use_cache=False` to the
-    forward itself (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
-    quantization: of teacher.quantization; a quantised model lies on this rank's device from the start.
-    Raises ModelError, also where the folder lacks weights that the model needs: they would be random.
+    attention: None takes sdpa, or eager for a family without it, and for a model that caps its
+    attention scores (Gemma 2), which sdpa would leave out. dropout sets every dropout of the
+    model's configuration; None keeps them. Training passes `use_cache=False` to the forward itself
+    (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
+    quantization: of teacher.quantization; a quantised model lies on this rank's device from the
+    start. Raises ModelError, also where the folder lacks weights that the model needs: they would
+    be random.
     """
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     if attention == "sdpa" and capped:
-        raise ModelError(f"{path} caps its attention scores (attn_logit_softcapping), which attention=sdpa leaves out: take "
-                         "attention=per_sample or eager")  # fmt: skip
+        raise ModelError(
+            f"{path} caps its attention scores (attn_logit_softcapping), which attention=sdpa "
+            f"leaves out: take "
+            "attention=per_sample or eager"
+        )
     check_attention(attention, config)
     if dropout is not None:
         set_dropout(config, dropout)
@@ -162,27 +203,37 @@ def load_model(
             path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention or ("eager" if capped else None),  # None: sdpa where the family has it
+            attn_implementation=attention
+            or ("eager" if capped else None),  # None: sdpa where the family has it
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,
             **loading(quantization, dtype, config, device()),
         )
     model, loaded = found
-    faults = sorted([*loaded["missing_keys"], *(str(fault[0]) for fault in loaded["mismatched_keys"])])
+    faults = sorted(
+        [*loaded["missing_keys"], *(str(fault[0]) for fault in loaded["mismatched_keys"])]
+    )
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise ModelError(
-            f"the weights of {path} lack {faults[0]}{more}, or have it in another shape: the folder is not "
+            f"the weights of {path} lack {faults[0]}{more}, or have it in another shape: the "
+            f"folder is not "
             "a whole causal language model, get it again"
         )
     return cast(PreTrainedModel, model)
 
 
 def set_dropout(config: Any, dropout: float) -> None:
-    """Set every dropout rate of a configuration (`attention_dropout`, `resid_pdrop`, ...), in place."""
+    """Set every dropout rate of a configuration (`attention_dropout`, `resid_pdrop`, ...), in
+    place.
+    """
     for name, value in config.to_dict().items():
-        if name.endswith(("dropout", "pdrop")) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if (
+            name.endswith(("dropout", "pdrop"))
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+        ):
             setattr(config, name, dropout)
 
 
@@ -194,9 +245,14 @@ def max_positions(config: Any) -> int | None:
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
-        raise ModelError(f"folder {path} is no model folder, config.json is missing: give a Hugging Face model folder")
+        raise ModelError(
+            f"folder {path} is no model folder, config.json is missing: give a Hugging Face model "
+            f"folder"
+        )
     if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ModelError(f"model folder {path} holds no weights (*.safetensors or *.bin): get the whole model")
+        raise ModelError(
+            f"model folder {path} holds no weights (*.safetensors or *.bin): get the whole model"
+        )
 
 
 @contextlib.contextmanager
@@ -211,15 +267,25 @@ def _one_sentence(path: str, part: str) -> Iterator[None]:
         if isinstance(error, KeyError):
             reason = f"unknown {reason}"
         missing = isinstance(error, ImportError)
-        closed = [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)] if Path(path).is_dir() else []
+        closed = (
+            [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
+            if Path(path).is_dir()
+            else []
+        )
         if closed:
-            reason, remedy = f"{', '.join(closed)} may not be read", "change the permissions of that folder's files"
+            reason, remedy = (
+                f"{', '.join(closed)} may not be read",
+                "change the permissions of that folder's files",
+            )
         elif isinstance(error, pickle.UnpicklingError):
             found = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"its *.bin file holds more than data: {found[1] if found else 'a damaged pickle'}; nothing of it was run"
             remedy = "get the model as *.safetensors"
         elif OWN_CODE in reason:
-            reason, remedy = "it brings code of its own", "set trust_remote_code: true beside its name if you have read that code"
+            reason, remedy = (
+                "it brings code of its own",
+                "set trust_remote_code: true beside its name if you have read that code",
+            )
         elif missing:
             remedy = "install what it names"
         elif Path(path).exists():

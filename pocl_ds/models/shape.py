@@ -1,7 +1,9 @@
-"""What a model costs, from its configuration alone: parameters, arithmetic, and what its forward keeps for backward.
+"""What a model costs, from its configuration alone: parameters, arithmetic, and what its forward
+keeps for backward.
 
-Nothing is loaded. The model is built of fake tensors, which have shapes and no memory, and run once: so activations follow
-from the family's own code, its dropout and its attention, and not from a formula that knows one family.
+Nothing is loaded. The model is built of fake tensors, which have shapes and no memory, and run
+once: so activations follow from the family's own code, its dropout and its attention, and not from
+a formula that knows one family.
 
 Shapes: T tokens of a micro-batch.
 """
@@ -50,21 +52,33 @@ class ModelShape:
         return self.adapters or self.parameters
 
     def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
-        """Multiplications and additions of one forward: attention causal over each sample, the head at loss positions only."""
+        """Multiplications and additions of one forward: attention causal over each sample, the head
+        at loss positions only.
+        """
         tokens = sum(lengths)
-        attention = self.layers * sum(2.0 * length * (length + 1) * self.attention_width for length in lengths)
-        return 2.0 * self.matrix_parameters * tokens + attention + 2.0 * self.head_parameters * loss_tokens
+        attention = self.layers * sum(
+            2.0 * length * (length + 1) * self.attention_width for length in lengths
+        )
+        return (
+            2.0 * self.matrix_parameters * tokens
+            + attention
+            + 2.0 * self.head_parameters * loss_tokens
+        )
 
 
 def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
-    """Sizes of the model that a configuration describes, with adapters where `lora` says so. Raises ModelError for a family whose
-    head is not known, RecipeError for adapters that it cannot have.
+    """Sizes of the model that a configuration describes, with adapters where `lora` says so. Raises
+    ModelError for a family whose head is not known, RecipeError for adapters that it cannot have.
     """
     check_family(config.model_type)
     model = empty_model(config)
     head = head_of(model)
     blocks = _blocks(model)
-    linears = [module for name, module in model.named_modules() if is_linear(module) and module.weight is not head.weight]
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if is_linear(module) and module.weight is not head.weight
+    ]
     heads = config.num_attention_heads
     width_of_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
@@ -85,30 +99,46 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
 
 
 def activation_bytes(
-    config: Any, lengths: Sequence[int], *, dtype: torch.dtype, attention: str, checkpointing: bool, dropout: float | None = None,
+    config: Any,
+    lengths: Sequence[int],
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    checkpointing: bool,
+    dropout: float | None = None,
     lora: LoraConfig | None = None,
-) -> int:  # fmt: skip
-    """Bytes that the backbone's forward keeps for its backward over one micro-batch, its last hidden states included.
+) -> int:
+    """Bytes that the backbone's forward keeps for its backward over one micro-batch, its last
+    hidden states included.
 
-    lengths: tokens of each sample. With attention=per_sample they lie behind one another; else they are padded. lora: adapters
-    that are trained alone.
+    lengths: tokens of each sample. With attention=per_sample they lie behind one another; else they
+    are padded. lora: adapters that are trained alone.
     """
     from pocl_ds.models.attention import PER_SAMPLE
     from pocl_ds.models.load import set_dropout
 
-    config = copy.deepcopy(config)  # dropout, and what transformers writes into it, are this model's alone
+    config = copy.deepcopy(
+        config
+    )  # dropout, and what transformers writes into it, are this model's alone
     if dropout is not None:
         set_dropout(config, dropout)
     kept: dict[int, tuple[int, Any]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), quiet():
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).train()
+        model: Any = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=dtype
+        ).train()
         adapters = _imitated(model, lora) if lora else []
         for module in model.modules():
-            if hasattr(module, "layerdrop"):  # OPT looks at a random number there, which fake tensors do not have
+            if hasattr(
+                module, "layerdrop"
+            ):  # OPT looks at a random number there, which fake tensors do not have
                 module.training = False
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *adapters)}
+        own = {
+            tensor.untyped_storage()._cdata
+            for tensor in (*model.parameters(), *model.buffers(), *adapters)
+        }
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -128,16 +158,27 @@ def activation_bytes(
 
 
 def _imitated(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
-    """Freeze a fake model and let its linear modules compute what adapters would add: peft moves its own, which fakes cannot."""
+    """Freeze a fake model and let its linear modules compute what adapters would add: peft moves
+    its own, which fakes cannot.
+    """
     model.requires_grad_(False)
     made: list[nn.Parameter] = []
     for module in targeted(model, lora.targets).values():
-        inputs, outputs = module.weight.shape if type(module).__name__ == "Conv1D" else module.weight.shape[::-1]
-        down, up = (nn.Parameter(module.weight.new_empty(shape)) for shape in ((lora.rank, inputs), (outputs, lora.rank)))
+        inputs, outputs = (
+            module.weight.shape if type(module).__name__ == "Conv1D" else module.weight.shape[::-1]
+        )
+        down, up = (
+            nn.Parameter(module.weight.new_empty(shape))
+            for shape in ((lora.rank, inputs), (outputs, lora.rank))
+        )
 
-        def add(module: nn.Module, given: Any, output: Tensor, down: Tensor = down, up: Tensor = up) -> Tensor:
+        def add(
+            module: nn.Module, given: Any, output: Tensor, down: Tensor = down, up: Tensor = up
+        ) -> Tensor:
             read = functional.dropout(given[0], lora.dropout) if lora.dropout else given[0]
-            return output + functional.linear(functional.linear(read, down), up) * (lora.alpha / lora.rank)
+            return output + functional.linear(functional.linear(read, down), up) * (
+                lora.alpha / lora.rank
+            )
 
         module.register_forward_hook(add)
         made += [down, up]
@@ -156,7 +197,9 @@ def parameter_bytes(numbers: float, dtype: str) -> float:
 
 
 def gathered_parameters(shape: ModelShape) -> int:
-    """Parameters whole on a rank while ZeRO-3 works: two blocks (one at work, one prefetched) and the embeddings or head."""
+    """Parameters whole on a rank while ZeRO-3 works: two blocks (one at work, one prefetched) and
+    the embeddings or head.
+    """
     return min(shape.parameters, 2 * shape.block_parameters + shape.largest)
 
 

@@ -1,4 +1,6 @@
-"""One HTML file that needs nothing beside it: styles, scripts and data are in it, and nothing else may run or be fetched."""
+"""One HTML file that needs nothing beside it: styles, scripts and data are in it, and nothing else
+may run or be fetched.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,29 @@ STYLES = ("uplot.css", "report.css")
 
 
 def document(title: str, body: str, data: dict[str, Any], *, subsets: int = 1) -> str:
-    """The page: `body` is HTML that is escaped already, `data` what its scripts read. subsets: how many need a colour."""
+    """The page: `body` is HTML that is escaped already, `data` what its scripts read. subsets: how
+    many need a colour.
+    """
     styles = [_asset(name) for name in STYLES] + [variables(subsets)]
     scripts = [_asset(name) for name in SCRIPTS]
-    policy = (f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; base-uri 'none'; "
-              "form-action 'none'")  # fmt: skip
+    policy = (
+        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; "
+        f"base-uri 'none'; "
+        "form-action 'none'"
+    )
     head = [
-        '<meta charset="utf-8">', f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">', '<meta name="color-scheme" content="light dark">',
-        f"<title>{escaped(title)} · POCL report</title>", *(f"<style>{style}</style>" for style in styles),
-    ]  # fmt: skip
+        '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f"<title>{escaped(title)} · POCL report</title>",
+        *(f"<style>{style}</style>" for style in styles),
+    ]
     tail = "".join(f"<script>{script}</script>" for script in scripts)
-    return (f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head><body><main>{_with_contents(body)}</main>'
-            f'<script type="application/json" id="data">{embedded(data)}</script>{tail}</body></html>\n')
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{"".join(head)}</head><body><main>{_with_contents(body)}</main>'
+        f'<script type="application/json" id="data">{embedded(data)}</script>{tail}</body></html>\n'
+    )
 
 
 def embedded(data: Any) -> str:
@@ -47,8 +59,10 @@ def table(header: Sequence[str], rows: str, *, css: str = "", caption: str = "")
     head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
     name = f"<caption>{escaped(caption)}</caption>" if caption else ""
     label = f' aria-label="{escaped(caption or "table")}"'
-    return (f'<div class="scroll" role="region" tabindex="0"{label}><table class="{css}">{name}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>")
+    return (
+        f'<div class="scroll" role="region" tabindex="0"{label}><table class="{css}">{name}<thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
 
 
 def cells(values: Sequence[object]) -> str:
@@ -76,18 +90,25 @@ def figures(charts: Sequence[Chart], first: int) -> str:
     for number, chart in enumerate(charts, first):
         wide = " wide" if chart["wide"] else ""
         note = f"<figcaption>{escaped(chart['note'])}</figcaption>" if chart["note"] else ""
-        found.append(f'<figure class="chart{wide}" data-chart="{number}"><h3>{escaped(chart["title"])}</h3>'
-                     f'<div class="legend"></div><div class="plot"></div>{note}</figure>')
+        found.append(
+            f'<figure class="chart{wide}" data-chart="{number}"><h3>{escaped(chart["title"])}</h3>'
+            f'<div class="legend"></div><div class="plot"></div>{note}</figure>'
+        )
     return f'<div class="charts">{"".join(found)}</div>' if found else ""
 
 
 def browser(name: str, selects: Sequence[tuple[str, str]]) -> str:
     """A list to search and filter, which the script fills. selects: (field, label) of its menus."""
-    menus = "".join(f'<label>{escaped(label)}<select data-field="{field}"></select></label>' for field, label in selects)
-    return (f'<div class="browser" data-browser="{name}"><div class="controls" role="search"><label class="wide">Search'
-            f'<input type="search" autocomplete="off" spellcheck="false"></label>{menus}</div>'
-            '<p class="count note" role="status"></p><div class="rows"></div>'
-            f'<nav class="pager" aria-label="pages of {name}"></nav></div>')
+    menus = "".join(
+        f'<label>{escaped(label)}<select data-field="{field}"></select></label>'
+        for field, label in selects
+    )
+    return (
+        f'<div class="browser" data-browser="{name}"><div class="controls" role="search"><label class="wide">Search'
+        f'<input type="search" autocomplete="off" spellcheck="false"></label>{menus}</div>'
+        '<p class="count note" role="status"></p><div class="rows"></div>'
+        f'<nav class="pager" aria-label="pages of {name}"></nav></div>'
+    )
 
 
 def bar(share: float) -> str:
@@ -96,10 +117,14 @@ def bar(share: float) -> str:
 
 
 def _with_contents(body: str) -> str:
-    """The body with links to its sections behind the header. Text from data cannot look like a section: it is escaped."""
+    """The body with links to its sections behind the header. Text from data cannot look like a
+    section: it is escaped.
+    """
     found = re.findall(r'<section id="(\w+)"><h2>(.*?)</h2>', body)
     links = "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in found)
-    return body.replace("</header>", f'</header><nav class="contents" aria-label="sections">{links}</nav>', 1)
+    return body.replace(
+        "</header>", f'</header><nav class="contents" aria-label="sections">{links}</nav>', 1
+    )
 
 
 def _asset(name: str) -> str:

@@ -1,4 +1,6 @@
-"""Where a run was: its jobs and their attempts, seconds and memory by stage. Files are read as they are."""
+"""Where a run was: its jobs and their attempts, seconds and memory by stage. Files are read as they
+are.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,19 @@ from typing import Any
 
 from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest
 
-ORDER = ("data", "prepare", "teach", "respond", "score", "rank", "plan", "train", "baseline", "evaluate", "export")
+ORDER = (
+    "data",
+    "prepare",
+    "teach",
+    "respond",
+    "score",
+    "rank",
+    "plan",
+    "train",
+    "baseline",
+    "evaluate",
+    "export",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,10 @@ class History:
     @property
     def node_hours(self) -> float:
         """Nodes times hours of the attempts that ended; those whose end is unknown count nothing."""
-        return sum((a["end"] - a["start"]) * len(a["nodes"]) for a in self.attempts if a.get("end")) / 3600
+        return (
+            sum((a["end"] - a["start"]) * len(a["nodes"]) for a in self.attempts if a.get("end"))
+            / 3600
+        )
 
 
 def read_history(run: RunDirectory) -> History:
@@ -47,8 +64,10 @@ def read_history(run: RunDirectory) -> History:
     folders = [*sorted((run.cluster / "past").glob("*-attempts")), run.cluster / "attempts"]
     attempts = [
         {**attempt, "label": path.stem, "round": number}
-        for number, folder in enumerate(folders) for path in sorted(folder.glob("*.jsonl")) for attempt in _attempts(path)
-    ]  # fmt: skip
+        for number, folder in enumerate(folders)
+        for path in sorted(folder.glob("*.jsonl"))
+        for attempt in _attempts(path)
+    ]
     attempts.sort(key=lambda attempt: (attempt["start"], attempt["label"]))
     return History(read_json(submission) if submission.is_file() else {}, attempts)
 
@@ -56,23 +75,41 @@ def read_history(run: RunDirectory) -> History:
 def spent_by_stage(run: RunDirectory, manifests: dict[str, Manifest]) -> list[Spent]:
     """In the order of the way of a run; stages that do not say how long they took are left out."""
     parts: dict[str, list[Manifest]] = {stage: [manifest] for stage, manifest in manifests.items()}
-    for stage, folder, pattern in (("teach", run.teacher, "*-of-*.manifest.json"), ("score", run.scores, "shard-*.manifest.json"),
-                                   ("respond", run.responses, "manifest.json")):
+    for stage, folder, pattern in (
+        ("teach", run.teacher, "*-of-*.manifest.json"),
+        ("score", run.scores, "shard-*.manifest.json"),
+        ("respond", run.responses, "manifest.json"),
+    ):
         shards = [read_manifest(path.parent, path.name) for path in sorted(folder.glob(pattern))]
         if found := [shard for shard in shards if shard and "seconds" in shard.info]:
             parts[stage] = found
     if "evaluate" in parts:  # the answers were written by processes of their own, before
-        parts["evaluate"] += [one for path in sorted(run.evaluation.glob("*/*.manifest.json"))
-                              if (one := read_manifest(path.parent, path.name))]
-    return [_spent(stage, parts[stage]) for stage in ORDER if stage in parts and "seconds" in parts[stage][0].info]
+        parts["evaluate"] += [
+            one
+            for path in sorted(run.evaluation.glob("*/*.manifest.json"))
+            if (one := read_manifest(path.parent, path.name))
+        ]
+    return [
+        _spent(stage, parts[stage])
+        for stage in ORDER
+        if stage in parts and "seconds" in parts[stage][0].info
+    ]
 
 
 def _spent(stage: str, manifests: list[Manifest]) -> Spent:
     infos = [manifest.info for manifest in manifests]
     counted = infos[:1] if stage == "evaluate" else infos  # its own seconds are the sum of all
-    host, device = ([int(info[key]) for info in infos if info.get(key)] for key in ("peak_host_bytes", "peak_device_bytes"))
-    return Spent(stage, sum(float(info["seconds"]) for info in counted), int(infos[0].get("ranks", 1)),
-                 max(host, default=None), max(device, default=None))  # fmt: skip
+    host, device = (
+        [int(info[key]) for info in infos if info.get(key)]
+        for key in ("peak_host_bytes", "peak_device_bytes")
+    )
+    return Spent(
+        stage,
+        sum(float(info["seconds"]) for info in counted),
+        int(infos[0].get("ranks", 1)),
+        max(host, default=None),
+        max(device, default=None),
+    )
 
 
 def _attempts(path: Path) -> list[dict[str, Any]]:

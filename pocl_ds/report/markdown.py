@@ -29,9 +29,15 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -
         header, rows = results_rows(facts.results)
         seeds = len(facts.results["seeds"])
         spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-        parts += ["## Results", _table(header, [cells for _, cells in rows]),
-                  *map(markdown_cell, mark_lines(facts.results) + kl_lines(facts.results, plain_value(recipe_yaml))),
-                  f"ROUGE-L ×100, {spread}."]  # fmt: skip
+        parts += [
+            "## Results",
+            _table(header, [cells for _, cells in rows]),
+            *map(
+                markdown_cell,
+                mark_lines(facts.results) + kl_lines(facts.results, plain_value(recipe_yaml)),
+            ),
+            f"ROUGE-L ×100, {spread}.",
+        ]
         header, details = detail_rows(facts)
         parts += [_table(header, [cells for _, _, cells in details])] if details else []
     if facts.plan is not None:
@@ -41,18 +47,27 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -
     if shown := facts.examples(examples):
         models = [model for model in MODELS if model in shown[0].answers]
         header = ["prompt", "reference", *(MODELS[model] for model in models)]
-        parts += ["## Answers", _table(header, [_example(item, models) for item in shown], align="---"),
-                  "In brackets: ROUGE-L ×100."]  # fmt: skip
+        parts += [
+            "## Answers",
+            _table(header, [_example(item, models) for item in shown], align="---"),
+            "In brackets: ROUGE-L ×100.",
+        ]
     if facts.spent:
         header = ["stage", "time", "processes", "host memory", "GPU memory"]
-        parts += ["## Time and memory by stage", _table(header, spent_rows(facts.spent)), "Memory: the peak of one process."]
+        parts += [
+            "## Time and memory by stage",
+            _table(header, spent_rows(facts.spent)),
+            "Memory: the peak of one process.",
+        ]
     found = ", ".join(f"{package} {version}" for package, version in versions(facts).items())
     parts += ["## Versions", markdown_cell(found), "## Recipe", _fenced(recipe_yaml)]
     return "\n\n".join(parts) + "\n"
 
 
 def _example(item: Item, models: list[str]) -> list[str]:
-    answers = [f"({item.answers[model][1]:.0f}) {item.answers[model][0].strip()}" for model in models]
+    answers = [
+        f"({item.answers[model][1]:.0f}) {item.answers[model][0].strip()}" for model in models
+    ]
     return [item.question, "\n".join(item.references), *answers]
 
 

@@ -1,4 +1,6 @@
-"""What a run has to tell: its artifacts, read as they are. A part that is missing or unfinished becomes a sentence."""
+"""What a run has to tell: its artifacts, read as they are. A part that is missing or unfinished
+becomes a sentence.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,25 @@ from pocl_ds.report.samples import Samples, read_samples
 from pocl_ds.report.visits import times_seen
 
 Floats = NDArray[np.float64]
-COLUMNS = ("step", "stage", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "tokens_per_second")
+COLUMNS = (
+    "step",
+    "stage",
+    "loss",
+    "kd",
+    "ce",
+    "tau",
+    "alpha",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+)
 # Order of the models in tables and examples, and what a reader calls them.
-MODELS = {"initial": "student before", "student": "student after", "baseline": "plain KD", "teacher": "teacher"}
+MODELS = {
+    "initial": "student before",
+    "student": "student after",
+    "baseline": "plain KD",
+    "teacher": "teacher",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,9 @@ class Curves:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Difficulty of every sample, in the order of the ranking. bounds: subset i is [bounds[i], bounds[i + 1])."""
+    """Difficulty of every sample, in the order of the ranking. bounds: subset i is [bounds[i],
+    bounds[i + 1]).
+    """
 
     rouge_l: Floats
     cross_entropy: Floats
@@ -60,7 +80,9 @@ class Facts:
     baseline: Curves | None = None
     ranking: Ranking | None = None
     results: dict[str, Any] | None = None
-    benchmarks: list[Benchmark] = field(default_factory=list)  # the first is the one that headlines tell of
+    benchmarks: list[Benchmark] = field(
+        default_factory=list
+    )  # the first is the one that headlines tell of
     samples: Samples | None = None
     seen: NDArray[np.int64] | None = None  # draws of each sample, easiest first
     spent: list[Spent] = field(default_factory=list)
@@ -78,7 +100,9 @@ class Facts:
 
 
 def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: int) -> Facts:
-    """Read a run. seed, window: of the recipe, to know who was drawn. Raises ArtifactError where an artifact is damaged."""
+    """Read a run. seed, window: of the recipe, to know who was drawn. Raises ArtifactError where an
+    artifact is damaged.
+    """
     facts = Facts(manifests=_manifests(run))
     if "plan" in facts.manifests:
         facts.plan = read_json(run.plan / "plan.json")
@@ -88,7 +112,10 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
     if facts.curves is None:
         facts.missing.append("Training has not started, so there are no curves.")
     elif "train" not in facts.manifests:
-        facts.missing.append(f"Training is not finished: the curves end at step {facts.curves.last}{_of_plan(facts.plan)}.")
+        facts.missing.append(
+            f"Training is not finished: the curves end at step "
+            f"{facts.curves.last}{_of_plan(facts.plan)}."
+        )
     _hold_together(facts)
     room = config.megabytes * 1_000_000
     if facts.plan is not None and facts.curves is not None:
@@ -101,7 +128,10 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
     else:
         there = len(list(run.evaluation.glob("*/*.manifest.json")))
         part = f" ({there} answer files are there)" if there else ""
-        facts.missing.append(f"There is no finished evaluation{part}, so results and answers are not shown: run `pocl evaluate`.")
+        facts.missing.append(
+            f"There is no finished evaluation{part}, so results and answers are not shown: run "
+            f"`pocl evaluate`."
+        )
     _read_difficulty(run, facts, config.samples, room - sum(one.weight for one in facts.benchmarks))
     facts.spent, facts.history = spent_by_stage(run, facts.manifests), read_history(run)
     return facts
@@ -110,9 +140,16 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
 def _hold_together(facts: Facts) -> None:
     """Leave out a plan of another ranking: who is in which subset would be wrong."""
     rank = facts.manifests.get("rank")
-    if facts.plan and rank and rank.info["samples"] != (planned := facts.plan["stages"][-1]["stop"]):
-        facts.missing.append(f"The plan was made for {planned} samples and the ranking holds {rank.info['samples']}, so stages "
-                             "and subsets are not shown: run `pocl plan` again.")
+    if (
+        facts.plan
+        and rank
+        and rank.info["samples"] != (planned := facts.plan["stages"][-1]["stop"])
+    ):
+        facts.missing.append(
+            f"The plan was made for {planned} samples and the ranking holds "
+            f"{rank.info['samples']}, so stages "
+            "and subsets are not shown: run `pocl plan` again."
+        )
         facts.plan = None
 
 
@@ -125,7 +162,9 @@ def _read_difficulty(run: RunDirectory, facts: Facts, most: int, room: int) -> N
         return
     info = facts.manifests["rank"].info
     if info.get("strategy") == "random":
-        facts.missing.append("The order is random: no sample was scored, so difficulty is not shown.")
+        facts.missing.append(
+            "The order is random: no sample was scored, so difficulty is not shown."
+        )
     else:
         facts.ranking = _ranking(run, facts.plan, info)
     if "data" not in facts.manifests:
@@ -139,7 +178,9 @@ def _of_plan(plan: dict[str, Any] | None) -> str:
 
 
 def metric_columns(path: Path) -> Curves | None:
-    """The columns of a metrics.jsonl, read line by line; a half-written last line is left out. None for no steps."""
+    """The columns of a metrics.jsonl, read line by line; a half-written last line is left out. None
+    for no steps.
+    """
     columns = {name: array("d") for name in COLUMNS}
     validation = []
     with path.open(encoding="utf-8") as stream:
@@ -152,7 +193,9 @@ def metric_columns(path: Path) -> Curves | None:
                     values.append(float("nan") if value is None else float(value))
     if not columns["step"]:
         return None
-    return Curves({name: np.frombuffer(values, np.float64) for name, values in columns.items()}, validation)
+    return Curves(
+        {name: np.frombuffer(values, np.float64) for name, values in columns.items()}, validation
+    )
 
 
 def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -168,9 +211,15 @@ def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 def _manifests(run: RunDirectory) -> dict[str, Manifest]:
     """Stage -> its manifest, for the stages that are finished."""
     folders = {
-        "data": run.data, "prepare": run.models, "rank": run.ranking, "plan": run.plan, "train": run.train,
-        "baseline": run.baseline, "evaluate": run.evaluation, "export": run.export,
-    }  # fmt: skip
+        "data": run.data,
+        "prepare": run.models,
+        "rank": run.ranking,
+        "plan": run.plan,
+        "train": run.train,
+        "baseline": run.baseline,
+        "evaluate": run.evaluation,
+        "export": run.export,
+    }
     found = {stage: read_manifest(folder) for stage, folder in folders.items()}
     return {stage: manifest for stage, manifest in found.items() if manifest is not None}
 
@@ -185,8 +234,12 @@ def _ranking(run: RunDirectory, plan: dict[str, Any] | None, info: dict[str, Any
     try:
         table = pq.read_table(path, columns=["rouge_l", "cross_entropy"])
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}): remove the folder and run `pocl rank` again") from None
-    rouge, entropy = (table[name].to_numpy().astype(np.float64) for name in ("rouge_l", "cross_entropy"))
+        raise ArtifactError(
+            f"{path} cannot be read ({error}): remove the folder and run `pocl rank` again"
+        ) from None
+    rouge, entropy = (
+        table[name].to_numpy().astype(np.float64) for name in ("rouge_l", "cross_entropy")
+    )
     stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge)]
     ends = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
     return Ranking(rouge, entropy, [0, *stops], ends)

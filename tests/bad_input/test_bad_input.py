@@ -1,6 +1,8 @@
-"""Faults that need a run with real ranks or a real process: one sentence, exit code 2, nothing half-written.
+"""Faults that need a run with real ranks or a real process: one sentence, exit code 2, nothing
+half-written.
 
-Ctrl-C: exit code 130, and the same command goes on. What needs neither stands in the tables of the files beside this one.
+Ctrl-C: exit code 130, and the same command goes on. What needs neither stands in the tables of the
+files beside this one.
 """
 
 from __future__ import annotations
@@ -31,14 +33,21 @@ def lines(records: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
+def recipe(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path
+) -> Path:
     """A small recipe that works."""
     folder = tmp_path_factory.mktemp("recipe")
     return write_recipe(
-        folder, tiny_llama_untied, tiny_llama, train_samples=24,
-        prompt={"template": "plain"}, plan={"subsets": 2, "epochs_per_stage": 1},
-        train={"batch_size": 4, "checkpoint": {"every": 2}}, evaluate={"temperature": 0},
-    )  # fmt: skip
+        folder,
+        tiny_llama_untied,
+        tiny_llama,
+        train_samples=24,
+        prompt={"template": "plain"},
+        plan={"subsets": 2, "epochs_per_stage": 1},
+        train={"batch_size": 4, "checkpoint": {"every": 2}},
+        evaluate={"temperature": 0},
+    )
 
 
 def refused(found: subprocess.CompletedProcess[str], *parts: str) -> str:
@@ -64,20 +73,42 @@ def test_a_sample_longer_than_the_limit_is_counted(
 ) -> None:
     """Not a fault: response and prompt are cut to their limits, and how many is said."""
     path = tmp_path / "long.jsonl"
-    long = [{"instruction": "Say much.", "output": "word " * 300}, {"instruction": "w " * 900, "output": "a"}]
+    long = [
+        {"instruction": "Say much.", "output": "word " * 300},
+        {"instruction": "w " * 900, "output": "a"},
+    ]
     path.write_text(lines([*GOOD, *long]))
     words = [f"data.source={path}", "data.train_samples=null", "data.test_fraction=0.1"]
     with own_signals():
         assert main(["data", str(recipe), "--run-dir", str(tmp_path / "run"), *words]) == 0
-    assert sum(int(count) for count in re.findall(r"(\d+) truncated, 0 dropped", capsys.readouterr().err)) == 2
+    assert (
+        sum(
+            int(count)
+            for count in re.findall(r"(\d+) truncated, 0 dropped", capsys.readouterr().err)
+        )
+        == 2
+    )
 
 
 def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished: Path) -> None:
-    """The teacher's configuration says 100 layers of width 16,384: known to be too much before anything is loaded."""
-    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("train", "evaluation", "export", "report"))
-    huge = shutil.copytree(json.loads((run / "models" / "models.json").read_text())["teacher"], tmp_path / "huge")
+    """The teacher's configuration says 100 layers of width 16,384: known to be too much before
+    anything is loaded.
+    """
+    run = shutil.copytree(
+        finished,
+        tmp_path / "run",
+        ignore=shutil.ignore_patterns("train", "evaluation", "export", "report"),
+    )
+    huge = shutil.copytree(
+        json.loads((run / "models" / "models.json").read_text())["teacher"], tmp_path / "huge"
+    )
     config = json.loads((huge / "config.json").read_text())
-    config |= {"num_hidden_layers": 100, "hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 64}
+    config |= {
+        "num_hidden_layers": 100,
+        "hidden_size": 16384,
+        "intermediate_size": 65536,
+        "num_attention_heads": 64,
+    }
     (huge / "config.json").write_text(json.dumps(config))
     models = json.loads((run / "models" / "models.json").read_text())
     (run / "models" / "models.json").write_text(json.dumps({**models, "teacher": str(huge)}))
@@ -94,7 +125,11 @@ def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_benchmark_without_references(finished: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation", "export", "report", "logs"))
+    run = shutil.copytree(
+        finished,
+        tmp_path / "run",
+        ignore=shutil.ignore_patterns("evaluation", "export", "report", "logs"),
+    )
     path = tmp_path / "bad.jsonl"
     path.write_text(lines([{"instruction": "Say it."}] * 3))
     words = ["--model", "student", f"evaluate.benchmarks.mine={path}"]
@@ -108,7 +143,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "none", str(folder)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("no right to mount a small file system here")
     yield folder
@@ -117,17 +154,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_while_saving(finished: Path, small_disk: Path) -> None:
     run = small_disk / "run"
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("train", "evaluation", "export", "report", "logs"))
+    shutil.copytree(
+        finished,
+        run,
+        ignore=shutil.ignore_patterns("train", "evaluation", "export", "report", "logs"),
+    )
     filler = small_disk / "filler"
     room = shutil.disk_usage(small_disk).free - 300_000
     filler.write_bytes(b"0" * room)
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name not in (".lock", "recipe.yaml")}
+    before = {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name not in (".lock", "recipe.yaml")
+    }
     refused(pocl("train", "--run-dir", str(run), check=False), "space", str(run))
     assert all(path.read_bytes() == content for path, content in before.items())
     assert unfinished(run / "train" / "final") == []
     filler.unlink()
     pocl("train", "--run-dir", str(run))
-    ours, theirs = ((path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished))
+    ours, theirs = (
+        (path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished)
+    )
     assert ours == theirs
 
 
@@ -135,7 +182,9 @@ STAGES = ("data", "prepare", "score", "rank", "plan", "train", "evaluate", "expo
 FOLDERS = {"prepare": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
 
 
-@pytest.mark.parametrize("stage", ["data", "score", "train", "evaluate"])  # a child while it imports, at work, ranks, engines
+@pytest.mark.parametrize(
+    "stage", ["data", "score", "train", "evaluate"]
+)  # a child while it imports, at work, ranks, engines
 def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
     """INT a moment after the stage began; then the same command ends it."""
     later = [FOLDERS.get(name, name) for name in STAGES[STAGES.index(stage) :]]
@@ -151,13 +200,21 @@ def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> Non
     _, said = child.communicate(timeout=60)
     if child.returncode == 0:
         pytest.skip(f"{stage} was done before the signal came")
-    # A shell shows 130 for both: Python ends itself by the signal where it came while C code ran Python (half an import).
+    # A shell shows 130 for both: Python ends itself by the signal where it came while C code ran
+    # Python (half an import).
     assert child.returncode in (130, -signal.SIGINT), (child.returncode, said[-2000:])
     assert "Traceback" not in said
-    assert sum(line.startswith(("pocl ", "pocl: ")) for line in said.splitlines()) == 1, said[-2000:]
-    for name in STAGES[: STAGES.index(stage) + 1]:  # a loaded machine may have been interrupted a stage early
+    assert sum(line.startswith(("pocl ", "pocl: ")) for line in said.splitlines()) == 1, said[
+        -2000:
+    ]
+    for name in STAGES[
+        : STAGES.index(stage) + 1
+    ]:  # a loaded machine may have been interrupted a stage early
         if not (run / FOLDERS.get(name, name) / "manifest.json").is_file():
             pocl(name, str(recipe), "--run-dir", str(run))
     if stage == "train":
-        ours, theirs = ((path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished))
+        ours, theirs = (
+            (path / "train" / "final" / "model.safetensors").read_bytes()
+            for path in (run, finished)
+        )
         assert ours == theirs

@@ -1,4 +1,6 @@
-"""Run directories, environments and commands that cannot be: each with its sentence, and what was there stays as it was."""
+"""Run directories, environments and commands that cannot be: each with its sentence, and what was
+there stays as it was.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ NOBODY = 65534
 def recipe(tmp_path: Path) -> Path:
     (tmp_path / "d.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
     path = tmp_path / "r.yaml"
-    path.write_text(f"name: x\nteacher: {{model: t}}\nstudent: {{model: s}}\ndata: {{source: {tmp_path / 'd.jsonl'}}}\n")
+    path.write_text(
+        f"name: x\nteacher: {{model: t}}\nstudent: {{model: s}}\ndata: {{source: "
+        f"{tmp_path / 'd.jsonl'}}}\n"
+    )
     return path
 
 
@@ -39,7 +44,12 @@ def run(recipe: Path, tmp_path: Path) -> Path:
     (folder / "data").mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(found))
     (folder / "data" / "train.jsonl").write_text("{\n")
-    write_manifest(folder / "data", "data", fingerprints(found)["data"], info={"splits": {"train": {"samples": 500}}})
+    write_manifest(
+        folder / "data",
+        "data",
+        fingerprints(found)["data"],
+        info={"splits": {"train": {"samples": 500}}},
+    )
     return folder
 
 
@@ -81,7 +91,8 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a manifest that is nested without end": (
         written("data/manifest.json", "[" * 100_000),
         ("run",),
-        "RUN/data/manifest.json is damaged (maximum recursion depth exceeded while decoding a JSON array from a unicode string): "
+        "RUN/data/manifest.json is damaged (maximum recursion depth exceeded while decoding a "
+        "JSON array from a unicode string): "
         "remove it and run its stage again",
     ),
     "a list as manifest": (written("data/manifest.json", "[]"), ("run",), STRANGE),
@@ -95,37 +106,55 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a recipe that is none": (
         written("recipe.yaml", "a: ["),
         ("run",),
-        "RUN/recipe.yaml line 1 is not valid YAML (expected the node content, but found '<stream end>'): mend it",
+        "RUN/recipe.yaml line 1 is not valid YAML (expected the node content, but found '<stream "
+        "end>'): mend it",
     ),
     "models that are none": (
         written("models/models.json", "[]"),
         ("score",),
-        "RUN/models/models.json is damaged (it names no student): remove its folder and run `pocl prepare` again",
+        "RUN/models/models.json is damaged (it names no student): remove its folder and run `pocl "
+        "prepare` again",
     ),
-    "no models": (lambda run: None, ("score",), "RUN/models/models.json is missing: run the stage that makes it"),
-    "no order": (lambda run: None, ("plan",), "RUN/ranking/order.npy is missing: run `pocl rank` first"),
-    "no training": (lambda run: None, ("export",), "RUN/train/final is missing or unfinished: run `pocl train` to its end"),
+    "no models": (
+        lambda run: None,
+        ("score",),
+        "RUN/models/models.json is missing: run the stage that makes it",
+    ),
+    "no order": (
+        lambda run: None,
+        ("plan",),
+        "RUN/ranking/order.npy is missing: run `pocl rank` first",
+    ),
+    "no training": (
+        lambda run: None,
+        ("export",),
+        "RUN/train/final is missing or unfinished: run `pocl train` to its end",
+    ),
     "a folder as lock": (
         lambda run: (run / ".lock").mkdir(),
         ("run",),
-        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move what is in the way",
+        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move what "
+        "is in the way",
     ),
     "a file as logs": (
         written("logs", ""),
         ("score",),
-        "RUN/logs/score.log cannot be written (File exists: RUN/logs): choose another --run-dir or move what is in the way",
+        "RUN/logs/score.log cannot be written (File exists: RUN/logs): choose another --run-dir "
+        "or move what is in the way",
     ),
     "an unknown ds_config": (
         lambda run: None,
         ("run", "student.ds_config=none"),
         "ds_config 'none' is neither a file nor one of "
-        "student_zero2, student_zero3, student_zero3_offload, teacher_zero3, teacher_zero3_offload: check the name",
+        "student_zero2, student_zero3, student_zero3_offload, teacher_zero3, "
+        "teacher_zero3_offload: check the name",
     ),
     "half a ds_config": (
         written("logs/ds.json", "{"),
         ("run", "student.ds_config=RUN/logs/ds.json"),
         "ds_config RUN/logs/ds.json is not "
-        "valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)): mend the file",
+        "valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char "
+        "1)): mend the file",
     ),
     "a list as ds_config": (
         written("logs/ds.json", "[]"),
@@ -145,13 +174,17 @@ def test_run_directories(case: str, run: Path, capsys: pytest.CaptureFixture[str
     damage, (command, *words), expected = RUNS[case]
     damage(run)
     kept = {name: (run / name).read_bytes() for name in files_below(run) - {"recipe.yaml"}}
-    said = sentence(capsys, command, "--run-dir", run, *(word.replace("RUN", str(run)) for word in words))
+    said = sentence(
+        capsys, command, "--run-dir", run, *(word.replace("RUN", str(run)) for word in words)
+    )
     assert said == expected.replace("RUN", str(run))
     assert files_below(run) - {"recipe.yaml", ".lock", f"logs/{command}.log"} == set(kept)
     assert {name: (run / name).read_bytes() for name in kept} == kept
 
 
-def test_places_that_are_no_run_directory(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_places_that_are_no_run_directory(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, other = tmp_path / "file", tmp_path / "other"
     file.write_text("x")
     other.mkdir()
@@ -186,7 +219,9 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_without_permission(recipe: Path, open_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_permission(
+    recipe: Path, open_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Root may do everything, so the call is made as nobody."""
     if os.geteuid():
         pytest.skip("only root can become nobody")
@@ -201,25 +236,46 @@ def test_without_permission(recipe: Path, open_folder: Path, capsys: pytest.Capt
         os.seteuid(0)
         data.chmod(0)
         os.seteuid(NOBODY)
-        unreadable = sentence(capsys, "data", text, "--run-dir", open_folder / "run", f"data.source={data}")
+        unreadable = sentence(
+            capsys, "data", text, "--run-dir", open_folder / "run", f"data.source={data}"
+        )
         os.seteuid(0)
         text.chmod(0)
         os.seteuid(NOBODY)
         secret = sentence(capsys, "data", text, "--run-dir", open_folder / "other")
     finally:
         os.seteuid(0)
-    assert denied == (f"{closed}/run cannot be written (Permission denied): choose another --run-dir or change its permissions")
-    assert unreadable == f"{data} cannot be used (Permission denied): check its name, its permissions and its disk"
+    assert denied == (
+        f"{closed}/run cannot be written (Permission denied): choose another --run-dir or change "
+        f"its permissions"
+    )
+    assert (
+        unreadable
+        == f"{data} cannot be used (Permission denied): check its name, its permissions and its "
+        f"disk"
+    )
     assert secret == f"{text} cannot be read (Permission denied): check the file"
     assert not (closed / "run").exists() and not (open_folder / "other").exists()
 
 
 # Variables -> the sentence. Only a launcher sets them.
 RANKS: dict[str, tuple[dict[str, str], str]] = {
-    "a word as rank": ({"RANK": "one"}, "RANK='one' is no number: start ranks through launch/train.sh, or unset it"),
-    "no rank at all": ({"RANK": ""}, "RANK='' is no number: start ranks through launch/train.sh, or unset it"),
-    "a negative rank": ({"RANK": "-1"}, "RANK='-1' is no number: start ranks through launch/train.sh, or unset it"),
-    "a word as world": ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number: start ranks through launch/train.sh, or unset it"),
+    "a word as rank": (
+        {"RANK": "one"},
+        "RANK='one' is no number: start ranks through launch/train.sh, or unset it",
+    ),
+    "no rank at all": (
+        {"RANK": ""},
+        "RANK='' is no number: start ranks through launch/train.sh, or unset it",
+    ),
+    "a negative rank": (
+        {"RANK": "-1"},
+        "RANK='-1' is no number: start ranks through launch/train.sh, or unset it",
+    ),
+    "a word as world": (
+        {"WORLD_SIZE": "two"},
+        "WORLD_SIZE='two' is no number: start ranks through launch/train.sh, or unset it",
+    ),
     "a rank beyond the world": (
         {"RANK": "2", "WORLD_SIZE": "2"},
         "RANK=2 is not below WORLD_SIZE=2: start ranks through launch/train.sh, or unset both",
@@ -241,7 +297,11 @@ RANKS: dict[str, tuple[dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", RANKS)
 def test_ranks(
-    case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    case: str,
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     variables, expected = RANKS[case]
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
@@ -253,10 +313,17 @@ def test_ranks(
 
 
 def test_another_python(tmp_path: Path) -> None:
-    """launch/setup.sh in a copy of the tree, with an interpreter that says it is 3.9, and with one that is none."""
+    """launch/setup.sh in a copy of the tree, with an interpreter that says it is 3.9, and with one
+    that is none.
+    """
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
-    for name in ("constraints.txt", "constraints-cpu.txt", "constraints-cuda.txt", "pyproject.toml"):
+    for name in (
+        "constraints.txt",
+        "constraints-cpu.txt",
+        "constraints-cuda.txt",
+        "pyproject.toml",
+    ):
         shutil.copy(ROOT / name, tmp_path)
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
@@ -270,7 +337,8 @@ def test_another_python(tmp_path: Path) -> None:
         )
         assert found.returncode == 2
         assert found.stderr == (
-            f"launch/setup.sh: PYTHON={python} is not a Python 3.10, 3.11 or 3.12: name one, or leave PYTHON unset\n"
+            f"launch/setup.sh: PYTHON={python} is not a Python 3.10, 3.11 or 3.12: name one, or "
+            f"leave PYTHON unset\n"
         )
         assert not (tmp_path / ".venv").exists()
 
@@ -288,13 +356,17 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "push": (
         ("HERE", "--repo", "a/b"),
         NO_RUN,
-        "HERE/export holds no finished export: run `pocl export` first, or name its folder with --folder",
+        "HERE/export holds no finished export: run `pocl export` first, or name its folder with "
+        "--folder",
     ),
     "watch": (("HERE",), *["HERE holds no recipe.yaml: give the directory of a run"] * 2),
     "status": (("HERE",), NO_RUN, NEVER),
     "resume": (("HERE",), NO_RUN, NEVER),
     "logs": (("HERE",), NO_RUN, "there is no log HERE/logs/*-*.log yet: see `pocl status HERE`"),
-    "report": (("HERE", "elsewhere"), *["HERE is not a run directory: it holds no recipe.yaml"] * 2),
+    "report": (
+        ("HERE", "elsewhere"),
+        *["HERE is not a run directory: it holds no recipe.yaml"] * 2,
+    ),
 }
 
 
@@ -303,41 +375,63 @@ def test_commands(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     words, *expected = COMMANDS[command]
     here = tmp_path / "here"
     for wanted in expected:
-        assert sentence(capsys, command, *(word.replace("HERE", str(here)) for word in words)) == wanted.replace(
-            "HERE", str(here)
-        )
+        assert sentence(
+            capsys, command, *(word.replace("HERE", str(here)) for word in words)
+        ) == wanted.replace("HERE", str(here))
         assert files_below(here) == set()
         here.mkdir(exist_ok=True)
 
 
 # What a study or a profile holds -> the sentence of either.
 OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
-    "no YAML": (b"a: [", *["FILE line 1 is not valid YAML (expected the node content, but found '<stream end>'): mend it"] * 2),
+    "no YAML": (
+        b"a: [",
+        *[
+            "FILE line 1 is not valid YAML (expected the node content, but found '<stream end>'): "
+            "mend it"
+        ]
+        * 2,
+    ),
     "no UTF-8": (b"\xff", *["FILE is not UTF-8 (invalid start byte at byte 0): convert it"] * 2),
     "a list": (
         b"[]",
         "FILE holds no fields: start from a shipped study in launch/studies/",
         f"profile FILE holds no fields: start from one in {PROFILES}, or from `pocl profile detect`",
     ),
-    "a key twice": (b"name: x\nname: y\n", *["FILE line 2 is not valid YAML ('name' stands there twice): mend it"] * 2),
+    "a key twice": (
+        b"name: x\nname: y\n",
+        *["FILE line 2 is not valid YAML ('name' stands there twice): mend it"] * 2,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", OTHER_FILES)
-def test_studies_and_profiles(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_studies_and_profiles(
+    case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, study, profile = OTHER_FILES[case]
     file, run = tmp_path / "f.yaml", tmp_path / "run"
     file.write_bytes(content)
     assert sentence(capsys, "study", file, "--run-dir", run) == study.replace("FILE", str(file))
-    assert sentence(capsys, "submit", recipe, "--profile", file, "--run-dir", run) == profile.replace("FILE", str(file))
+    assert sentence(
+        capsys, "submit", recipe, "--profile", file, "--run-dir", run
+    ) == profile.replace("FILE", str(file))
     assert not run.exists()
 
 
-def test_names_of_studies_profiles_and_benchmarks(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_of_studies_profiles_and_benchmarks(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("nope", "a" * 300):
-        assert sentence(capsys, "study", name).startswith(f"study '{name}' is neither a file nor a shipped study (")
+        assert sentence(capsys, "study", name).startswith(
+            f"study '{name}' is neither a file nor a shipped study ("
+        )
         assert sentence(capsys, "submit", recipe, "--profile", name).startswith(
             f"profile '{name}' is neither a file nor a name ("
         )
-        assert sentence(capsys, "bench", name).startswith(f"there is no benchmark '{name}': take one of rouge, ")
-        assert sentence(capsys, "size", recipe, "--gpu", name).startswith(f"--gpu {name}: take one of ")
+        assert sentence(capsys, "bench", name).startswith(
+            f"there is no benchmark '{name}': take one of rouge, "
+        )
+        assert sentence(capsys, "size", recipe, "--gpu", name).startswith(
+            f"--gpu {name}: take one of "
+        )

@@ -1,4 +1,5 @@
-"""Recipes that are wrong as files or as words of a command line: each with its sentence, and nothing is written.
+"""Recipes that are wrong as files or as words of a command line: each with its sentence, and
+nothing is written.
 
 What is wrong with single fields stands in tests/unit/test_config.py.
 """
@@ -14,7 +15,8 @@ from pocl_ds.shipped import RECIPES
 
 BASE = "name: x\nteacher: {model: t}\nstudent: {model: s}\n"
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n" for before, after in zip("abcdefghi", "bcdefghij")
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, after in zip("abcdefghi", "bcdefghij")
 )
 BROKEN = "FILE line 4 is not valid YAML ({}): mend it"
 WHOLE = "FILE is not valid YAML ({}): mend it"
@@ -22,15 +24,24 @@ TAG = "the tag tag:yaml.org,2002:{} makes something else than a plain value"
 
 # What follows the base (or, as bytes, the whole file) -> the sentence.
 FILES: dict[str, tuple[str | bytes, str]] = {
-    "an open bracket": ("plan: [1\n", "FILE line 5 is not valid YAML (expected ',' or ']', but got '<stream end>'): mend it"),
+    "an open bracket": (
+        "plan: [1\n",
+        "FILE line 5 is not valid YAML (expected ',' or ']', but got '<stream end>'): mend it",
+    ),
     "a tab": ("\tseed: 1\n", BROKEN.format("found character '\\t' that cannot start any token")),
     "a key twice": ("name: y\n", BROKEN.format("'name' stands there twice")),
     "a key twice below": ("train: {lr: 1, lr: 2}\n", BROKEN.format("'lr' stands there twice")),
     "an unknown field": ("trian: {}\n", "recipe field trian does not exist: did you mean train?"),
     "a number as a key": ("1: y\n", "recipe field 1=1: keys should be strings"),
     "a list as a key": ("? [a]\n: y\n", BROKEN.format("found unhashable key")),
-    "a number with too many digits": (f"seed: {'9' * 5000}\n", BROKEN.format(f"'{'9' * 40}' is not what its tag says")),
-    "a number beyond 64 bits": (f"seed: {'9' * 30}\n", BROKEN.format(f"'{'9' * 30}' is a number beyond 64 bits")),
+    "a number with too many digits": (
+        f"seed: {'9' * 5000}\n",
+        BROKEN.format(f"'{'9' * 40}' is not what its tag says"),
+    ),
+    "a number beyond 64 bits": (
+        f"seed: {'9' * 30}\n",
+        BROKEN.format(f"'{'9' * 30}' is a number beyond 64 bits"),
+    ),
     "a number beyond 63 bits": (
         f"seed: {1 << 63}\n",
         f"recipe field seed={1 << 63}: input should be less than 9223372036854776000",
@@ -39,36 +50,64 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "a tag that lies": ("seed: !!int abc\n", BROKEN.format("'abc' is not what its tag says")),
     "bytes": ("hardware: !!binary aGk=\n", BROKEN.format(TAG.format("binary"))),
     "a set": ("hardware: !!set {a}\n", BROKEN.format(TAG.format("set"))),
-    "code": ("hardware: !!python/object/apply:os.system [ls]\n", BROKEN.format(TAG.format("python/object/apply:os.system"))),
+    "code": (
+        "hardware: !!python/object/apply:os.system [ls]\n",
+        BROKEN.format(TAG.format("python/object/apply:os.system")),
+    ),
     "a document too many": ("---\nname: y\n", BROKEN.format("but found another document")),
-    "an anchor that holds itself": ("policy: {options: &a {b: *a}}\n", WHOLE.format("it is more than 32 levels deep")),
+    "an anchor that holds itself": (
+        "policy: {options: &a {b: *a}}\n",
+        WHOLE.format("it is more than 32 levels deep"),
+    ),
     "anchors that multiply": (LAUGHS, WHOLE.format("it stands for more than 100000 values")),
     "too deep": (f"hardware: {'[' * 600}\n", WHOLE.format("it is nested too deeply")),
-    "half a character": ('hardware: "\\ud800"\n', WHOLE.format("a text holds a zero byte or half a character")),
-    "a zero byte in a text": ('hardware: "a\\0b"\n', WHOLE.format("a text holds a zero byte or half a character")),
+    "half a character": (
+        'hardware: "\\ud800"\n',
+        WHOLE.format("a text holds a zero byte or half a character"),
+    ),
+    "a zero byte in a text": (
+        'hardware: "a\\0b"\n',
+        WHOLE.format("a text holds a zero byte or half a character"),
+    ),
     "a zero byte": ("\0", WHOLE.format("special characters are not allowed")),
     "a list": (b"- 1\n", f"FILE holds no sections: start from a shipped recipe in {RECIPES}"),
     "nothing": (b"", f"FILE holds no sections: start from a shipped recipe in {RECIPES}"),
-    "UTF-16": (BASE.encode("utf-16"), "FILE is not UTF-8 (invalid start byte at byte 0): convert it"),
-    "Latin-1": (b"name: \xe9\n", "FILE is not UTF-8 (invalid continuation byte at byte 6): convert it"),
+    "UTF-16": (
+        BASE.encode("utf-16"),
+        "FILE is not UTF-8 (invalid start byte at byte 0): convert it",
+    ),
+    "Latin-1": (
+        b"name: \xe9\n",
+        "FILE is not UTF-8 (invalid continuation byte at byte 6): convert it",
+    ),
     "data by mistake": (
         b"x" * ((1 << 20) + 1),
-        "FILE has 1048577 bytes, more than any recipe, study or profile: check that it is the right file",
+        "FILE has 1048577 bytes, more than any recipe, study or profile: check that it is the "
+        "right file",
     ),
     "a long text for a number": (
         f"seed: {'a' * 3000}\n",
-        f"recipe field seed='{'a' * 57}...{'a' * 58}': input should be a valid integer, unable to parse string as an integer",
+        f"recipe field seed='{'a' * 57}...{'a' * 58}': input should be a valid integer, unable to "
+        f"parse string as an integer",
     ),
-    "infinity": ("train: {lr: .inf}\n", "recipe field train.lr=inf: input should be a finite number"),
-    "a range of one": ("plan: {sft_ratio: [.nan, 0]}\n", "recipe field plan.sft_ratio.0=nan: input should be a finite number"),
+    "infinity": (
+        "train: {lr: .inf}\n",
+        "recipe field train.lr=inf: input should be a finite number",
+    ),
+    "a range of one": (
+        "plan: {sft_ratio: [.nan, 0]}\n",
+        "recipe field plan.sft_ratio.0=nan: input should be a finite number",
+    ),
     "a stage without epochs": (
         "plan: {epochs_per_stage: [2, 0, 2, 2]}\n",
-        "recipe field plan.epochs_per_stage=[2, 0, 2, 2]: write one number of epochs, at least 1, or one for each stage, as in "
+        "recipe field plan.epochs_per_stage=[2, 0, 2, 2]: write one number of epochs, at least 1, "
+        "or one for each stage, as in "
         "8 or [10, 8, 6, 6]",
     ),
     "epochs of other stages": (
         "plan: {epochs_per_stage: [2, 2]}\n",
-        "recipe field plan: epochs_per_stage names 2 stages and subsets=4: write one number for each stage, or one for all",
+        "recipe field plan: epochs_per_stage names 2 stages and subsets=4: write one number for "
+        "each stage, or one for all",
     ),
     "an option that is no number": (
         "loss: {name: jsd, options: {beta: .nan}}\n",
@@ -84,7 +123,8 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     ),
     "a plugin without a name": (
         "plugins: ['']\n",
-        "recipe field plugins: module '' cannot be imported (ValueError: Empty module name): mend it",
+        "recipe field plugins: module '' cannot be imported (ValueError: Empty module name): mend "
+        "it",
     ),
     "a plugin that is not there": (
         "plugins: [no_such_plugin]\n",
@@ -95,22 +135,36 @@ FILES: dict[str, tuple[str | bytes, str]] = {
 
 # Words after the recipe -> the sentence.
 WORDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "no field": (("train.lr",), "two recipes are named (FILE, train.lr): give one, overrides have the form field=value"),
+    "no field": (
+        ("train.lr",),
+        "two recipes are named (FILE, train.lr): give one, overrides have the form field=value",
+    ),
     "no name": (("=3",), "override '=3' is not of the form section.field=value"),
     "below a value": (("name.first=x",), "override 'name.first=x': name is a value, not a section"),
-    "a misspelt field": (("train.lrr=1",), "recipe field train.lrr does not exist: did you mean lr?"),
+    "a misspelt field": (
+        ("train.lrr=1",),
+        "recipe field train.lrr does not exist: did you mean lr?",
+    ),
     "nothing after =": (("seed=",), "recipe field seed=None: input should be a valid integer"),
     "an open list": (
         ("train.lr=[",),
-        "override 'train.lr=[': the value is not valid YAML (expected the node content, but found '<stream end>'): quote it",
+        "override 'train.lr=[': the value is not valid YAML (expected the node content, but found "
+        "'<stream end>'): quote it",
     ),
     "a tag": (
         ("hardware=!foo x",),
-        "override 'hardware=!foo x': the value is not valid YAML (the tag !foo makes something else "
+        "override 'hardware=!foo x': the value is not valid YAML (the tag !foo makes something "
+        "else "
         "than a plain value): quote it",
     ),
-    "true for a number": (("launch.ranks=true",), "recipe field launch.ranks=True: a number is needed, not true or false"),
-    "the last of two counts": (("train.lr=1", "train.lr=-1"), "recipe field train.lr=-1: input should be greater than 0"),
+    "true for a number": (
+        ("launch.ranks=true",),
+        "recipe field launch.ranks=True: a number is needed, not true or false",
+    ),
+    "the last of two counts": (
+        ("train.lr=1", "train.lr=-1"),
+        "recipe field train.lr=-1: input should be greater than 0",
+    ),
 }
 
 
@@ -125,14 +179,18 @@ def recipe(tmp_path: Path) -> Path:
 def test_files(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, expected = FILES[case]
     recipe.write_bytes(content if isinstance(content, bytes) else (BASE + content).encode())
-    assert sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run") == expected.replace("FILE", str(recipe))
+    assert sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run") == expected.replace(
+        "FILE", str(recipe)
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("case", WORDS)
 def test_words(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, expected = WORDS[case]
-    assert sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run", *words) == expected.replace("FILE", str(recipe))
+    assert sentence(
+        capsys, "run", recipe, "--run-dir", tmp_path / "run", *words
+    ) == expected.replace("FILE", str(recipe))
     assert not (tmp_path / "run").exists()
 
 
@@ -142,22 +200,32 @@ def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         sentence(capsys, "run", tmp_path)
         == f"recipe {tmp_path} is a folder: name a file in it, or a run directory with --run-dir"
     )
-    assert sentence(capsys, "run", "quikstart").startswith("recipe 'quikstart' is neither a file nor a shipped recipe (")
-    assert sentence(capsys, "run", "a" * 300).startswith(f"recipe '{'a' * 300}' is neither a file nor a shipped recipe (")
+    assert sentence(capsys, "run", "quikstart").startswith(
+        "recipe 'quikstart' is neither a file nor a shipped recipe ("
+    )
+    assert sentence(capsys, "run", "a" * 300).startswith(
+        f"recipe '{'a' * 300}' is neither a file nor a shipped recipe ("
+    )
     assert sentence(capsys, "run") == (
-        "no recipe is named: give a file or a shipped name (pocl run quickstart), or a --run-dir that has one"
+        "no recipe is named: give a file or a shipped name (pocl run quickstart), or a --run-dir "
+        "that has one"
     )
     assert (
-        sentence(capsys, "run", recipe, "--ranks", 0) == "recipe field launch.ranks=0: input should be greater than or equal to 1"
+        sentence(capsys, "run", recipe, "--ranks", 0)
+        == "recipe field launch.ranks=0: input should be greater than or equal to 1"
     )
     for shard in ("2/1", "1/1", "1", "²/3", "-1/2", "a/b"):
         assert (
-            sentence(capsys, "score", recipe, f"--shard={shard}") == f"--shard {shard}: write I/N with I from 0 to N-1, as in 2/8"
+            sentence(capsys, "score", recipe, f"--shard={shard}")
+            == f"--shard {shard}: write I/N with I from 0 to N-1, as in 2/8"
         )
 
 
 def test_a_plugin_with_a_fault_of_its_own(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, text, fault in (
@@ -166,11 +234,15 @@ def test_a_plugin_with_a_fault_of_its_own(
     ):
         (tmp_path / f"{name}.py").write_text(text)
         said = sentence(capsys, "run", recipe, f"plugins=[{name}]")
-        assert said == f"recipe field plugins: module '{name}' cannot be imported ({fault}): mend it"
+        assert (
+            said == f"recipe field plugins: module '{name}' cannot be imported ({fault}): mend it"
+        )
 
 
 def test_a_date_is_a_text(recipe: Path) -> None:
-    """Hub revisions may look like one; YAML would make another object of it, and refuse the 45th of a month."""
+    """Hub revisions may look like one; YAML would make another object of it, and refuse the 45th of
+    a month.
+    """
     from pocl_ds.recipe import dump_recipe, load_recipe
 
     for date in ("2024-12-01", "2024-13-45"):

@@ -1,4 +1,5 @@
-"""Whatever a recipe or a data file holds, reading it ends soon, in a result or in one of our own sentences.
+"""Whatever a recipe or a data file holds, reading it ends soon, in a result or in one of our own
+sentences.
 
 POCL_FUZZ=20000 takes that many examples of each instead of the 200 of the suite.
 """
@@ -25,7 +26,8 @@ from pocl_ds.errors import DataError, RecipeError
 from pocl_ds.recipe import dump_recipe, load_recipe
 
 EXAMPLES = int(os.environ.get("POCL_FUZZ", "200"))
-LONGEST = 5.0  # seconds of this process's own time for one example; a machine may be busy with something else
+# seconds of this process's own time for one example; a machine may be busy with something else
+LONGEST = 5.0
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 SHIPPED = dump_recipe(load_recipe("quickstart"))
@@ -34,7 +36,24 @@ FULL = yaml.safe_load(SHIPPED)
 MARKS = [
     *"{}[]'\"#%`=~é\ud7ff",
     *("yes", "null", ".nan", ".inf", "1e999", "2024-13-45", "\\ud800"),
-    *(": ", "- ", "? ", "| ", "> ", "&a ", "*a", "<<: ", "!!int ", "!!set ", "!x ", "---\n", "\t", "\n", "\n  ", "\0"),
+    *(
+        ": ",
+        "- ",
+        "? ",
+        "| ",
+        "> ",
+        "&a ",
+        "*a",
+        "<<: ",
+        "!!int ",
+        "!!set ",
+        "!x ",
+        "---\n",
+        "\t",
+        "\n",
+        "\n  ",
+        "\0",
+    ),
     *("0x" + "f" * 99, "9" * 5000, "[" * 400, "{a: " * 200, "a: &a [*a, *a]\n"),
 ]
 text_of_yaml = st.lists(st.sampled_from(MARKS) | st.text(max_size=6), max_size=8).map("".join)
@@ -49,7 +68,8 @@ plain = st.recursive(
     | st.datetimes()
     | st.sets(st.integers(), max_size=2),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers() | st.none(), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.integers() | st.none(), inner, max_size=3)
     ),
     max_leaves=8,
 )
@@ -83,7 +103,9 @@ def within_time(work: Callable[[], Any], fault: type[Exception]) -> Any:
 
 def read_recipe(content: str | bytes, folder: Path, overrides: list[str] | None = None) -> None:
     path = folder / "r.yaml"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    path.write_bytes(
+        content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    )
     recipe = within_time(lambda: load_recipe(str(path), overrides), RecipeError)
     if recipe is not None:
         path.write_text(dump_recipe(recipe), encoding="utf-8")
@@ -113,7 +135,10 @@ def test_a_recipe_with_a_hole(start: int, length: int, put: str, folder: Path) -
 @many
 @given(
     words=st.lists(
-        st.tuples(st.sampled_from(names(FULL)) | st.text(max_size=6), text_of_yaml | st.from_type(float).map(str)),
+        st.tuples(
+            st.sampled_from(names(FULL)) | st.text(max_size=6),
+            text_of_yaml | st.from_type(float).map(str),
+        ),
         min_size=1,
         max_size=3,
     ),
@@ -126,11 +151,19 @@ def test_overrides_of_anything(words: list[tuple[str, str]], equals: str, folder
 RECORD = {"id": "a", "instruction": "b", "input": "c", "output": "d"}
 CHAT = {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "d"}]}
 LINES = "".join(
-    json.dumps(record) + "\n" for record in (RECORD, {**RECORD, "id": 7, "output": ["d", "e"]}, {**RECORD, "id": None})
+    json.dumps(record) + "\n"
+    for record in (RECORD, {**RECORD, "id": 7, "output": ["d", "e"]}, {**RECORD, "id": None})
 )
 values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("\ud800"),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.just("\ud800"),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 fields = st.sampled_from([*itertools.chain.from_iterable(NAMES.values()), "role", "content"])
@@ -147,7 +180,8 @@ def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -
 
 @many
 @given(
-    content=st.binary(max_size=80) | st.text(max_size=80).map(str.encode), ending=st.sampled_from(["jsonl", "json", "parquet"])
+    content=st.binary(max_size=80) | st.text(max_size=80).map(str.encode),
+    ending=st.sampled_from(["jsonl", "json", "parquet"]),
 )
 def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
     read_data(content, ending, folder)
@@ -159,7 +193,19 @@ def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
     length=st.integers(0, 30),
     put=st.binary(max_size=6)
     | st.sampled_from(
-        [b"\n", b"\r", b"\0", b"\xef\xbb\xbf", b"[" * 2000, b"9" * 5000, b"1e999", b'"\\ud800"', b"NaN", b"{}", b"null,"]
+        [
+            b"\n",
+            b"\r",
+            b"\0",
+            b"\xef\xbb\xbf",
+            b"[" * 2000,
+            b"9" * 5000,
+            b"1e999",
+            b'"\\ud800"',
+            b"NaN",
+            b"{}",
+            b"null,",
+        ]
     ),
 )
 def test_lines_with_a_hole(start: int, length: int, put: bytes, folder: Path) -> None:
@@ -168,12 +214,19 @@ def test_lines_with_a_hole(start: int, length: int, put: bytes, folder: Path) ->
 
 @many
 @given(
-    records=st.lists(values | st.dictionaries(fields, values, max_size=5) | st.just(RECORD) | st.just(CHAT), max_size=4),
+    records=st.lists(
+        values | st.dictionaries(fields, values, max_size=5) | st.just(RECORD) | st.just(CHAT),
+        max_size=4,
+    ),
     ending=st.sampled_from(["jsonl", "json"]),
     format=st.sampled_from(["auto", *FORMS]),
 )
 def test_records_of_anything(records: list[Any], ending: str, format: str, folder: Path) -> None:
-    text = json.dumps(records) if ending == "json" else "".join(json.dumps(record) + "\n" for record in records)
+    text = (
+        json.dumps(records)
+        if ending == "json"
+        else "".join(json.dumps(record) + "\n" for record in records)
+    )
     read_data(text.encode(), ending, folder, format)
 
 

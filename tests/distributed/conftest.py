@@ -12,7 +12,9 @@ from deepspeed.utils import groups
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[None]:
-    """DeepSpeed makes this process a rank: what starts processes later must not find it so, nor the next such tests its group."""
+    """DeepSpeed makes this process a rank: what starts processes later must not find it so, nor the
+    next such tests its group.
+    """
     before = dict(os.environ)
     yield
     os.environ.clear()

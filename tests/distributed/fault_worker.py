@@ -1,6 +1,6 @@
 """Ranks of test_faults: a training in which rank 1 does something else from step 2 on.
 
-    launch/train.sh --ranks 2 --module fault_worker FAULT TEACHER STUDENT FOLDER
+launch/train.sh --ranks 2 --module fault_worker FAULT TEACHER STUDENT FOLDER
 """
 
 from __future__ import annotations
@@ -34,11 +34,28 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
         for part in ("ids.npy", "index.npy", "tokens.bin"):
             (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
     distributed.barrier()
-    train = TrainConfig(batch_size=12, micro_batch_size=2, hang_seconds=10, tracking=TrackingConfig(tensorboard=False))
+    train = TrainConfig(
+        batch_size=12,
+        micro_batch_size=2,
+        hang_seconds=10,
+        tracking=TrackingConfig(tensorboard=False),
+    )
     plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, tau=1.0, alpha=0.3)
     odd = distributed.rank() == 1
-    job = Job(run.train, "other" if odd and fault == "recipe" else "one", "train", plan, np.arange(12), student,
-              StudentConfig(model=student), (teacher,), TeacherConfig(model=teacher), LossConfig(), train, 0)  # fmt: skip
+    job = Job(
+        run.train,
+        "other" if odd and fault == "recipe" else "one",
+        "train",
+        plan,
+        np.arange(12),
+        student,
+        StudentConfig(model=student),
+        (teacher,),
+        TeacherConfig(model=teacher),
+        LossConfig(),
+        train,
+        0,
+    )
     trainer = make_trainer(run, job)
     deal = trainer._deal
 

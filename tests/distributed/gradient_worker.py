@@ -1,4 +1,5 @@
-"""Ranks of test_gradients: the trainer's own step over a batch for each case, gradients against plain float64 PyTorch.
+"""Ranks of test_gradients: the trainer's own step over a batch for each case, gradients against
+plain float64 PyTorch.
 
     launch/train.sh --ranks R --module gradient_worker CASES.json OUT.json
 """
@@ -43,35 +44,56 @@ class Recorder(DeepSpeedEngine):
 
     def step(self, lr: float) -> float:
         named = dict(self.module.model.named_parameters())  # type: ignore[operator,union-attr]
-        self.gradients = {name: safe_get_full_grad(parameter).clone() for name, parameter in named.items()}
+        self.gradients = {
+            name: safe_get_full_grad(parameter).clone() for name, parameter in named.items()
+        }
         return 0.0
 
 
 def write_split(folder: Path) -> list[tuple[int, list[int]]]:
-    """12 samples of unlike lengths, one of them without a loss token; the longest shares a batch with the shortest."""
+    """12 samples of unlike lengths, one of them without a loss token; the longest shares a batch
+    with the shortest.
+    """
     source = np.random.default_rng(0)
-    samples = [(int(source.integers(1, 6)), source.integers(2, SIZE, int(source.integers(7, 40))).tolist()) for _ in range(11)]
+    samples = [
+        (int(source.integers(1, 6)), source.integers(2, SIZE, int(source.integers(7, 40))).tolist())
+        for _ in range(11)
+    ]
     samples.append((5, source.integers(2, SIZE, 5).tolist()))
     sizes = np.array([len(ids) for _, ids in samples], np.int64)
-    index = np.stack([np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples]), sizes], 1)
+    index = np.stack(
+        [np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples]), sizes], 1
+    )
     np.save(folder / "train.index.npy", index)
-    np.save(folder / "train.ids.npy", np.array([f"s{i}".encode() for i in range(len(samples))], "S8"))
-    np.array([token for _, ids in samples for token in ids], np.uint32).tofile(folder / "train.tokens.bin")
+    np.save(
+        folder / "train.ids.npy", np.array([f"s{i}".encode() for i in range(len(samples))], "S8")
+    )
+    np.array([token for _, ids in samples for token in ids], np.uint32).tofile(
+        folder / "train.tokens.bin"
+    )
     return samples
 
 
 def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """Gradients of one step, whole, on every rank."""
-    train = TrainConfig(batch_size=12, micro_batch_size=case["micro"], micro_batch_tokens=case.get("tokens"))
+    train = TrainConfig(
+        batch_size=12, micro_batch_size=case["micro"], micro_batch_tokens=case.get("tokens")
+    )
     ranks = distributed.world_size()
-    frozen = ds_config.resolve_teacher("teacher_zero3", dtype="float32", ranks=ranks, micro_batch_size=1)
+    frozen = ds_config.resolve_teacher(
+        "teacher_zero3", dtype="float32", ranks=ranks, micro_batch_size=1
+    )
     config = ds_config.resolve_student("student_zero3", train=train, dtype="float32", ranks=ranks)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # nothing whole by accident
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = (
+        0  # nothing whole by accident
+    )
     ids = Ids(SIZE)
     teachers = []
     for path in (case["teacher"], *case.get("others", ())):
         with sharded_loading(frozen):
-            teachers.append(LiveTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids))
+            teachers.append(
+                LiveTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids)
+            )
     teacher = Teachers(teachers, WEIGHTS) if len(teachers) > 1 else teachers[0]
     with sharded_loading(config):
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
@@ -83,10 +105,21 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     plan = single_stage_plan(np.arange(12), steps=1, batch_size=12, tau=TAU, alpha=ALPHA)
     sampler = Sampler(plan, 0)
     trainer = Trainer(
-        folder, plan=plan, sampler=sampler, data=TrainingData(EncodedSplit.open(folder, "train"), np.arange(12), None, 1),
-        engine=engine, teacher=teacher, loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20), train=train, seed=0,
-        fingerprint="", label="", layout=Layout(case["packed"], 0.0), policy=Off(), rollout=None,
-    )  # fmt: skip
+        folder,
+        plan=plan,
+        sampler=sampler,
+        data=TrainingData(EncodedSplit.open(folder, "train"), np.arange(12), None, 1),
+        engine=engine,
+        teacher=teacher,
+        loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20),
+        train=train,
+        seed=0,
+        fingerprint="",
+        label="",
+        layout=Layout(case["packed"], 0.0),
+        policy=Off(),
+        rollout=None,
+    )
     trainer._step(sampler.at(0), StopFlag())
     return engine.gradients
 
@@ -94,19 +127,36 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
 def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict[str, torch.Tensor]:
     """The same in one process, float64, a sample at a time, every logit, autograd through all."""
     student: Any = load_model(case["student"], dropout=0.0).double().train()
-    teachers: list[Any] = [load_model(path).double() for path in (case["teacher"], *case.get("others", ()))]
+    teachers: list[Any] = [
+        load_model(path).double() for path in (case["teacher"], *case.get("others", ()))
+    ]
     shares = [weight / sum(WEIGHTS) for weight in WEIGHTS] if len(teachers) > 1 else [1.0]
     total = sum(len(ids) - max(prompt, 1) for prompt, ids in samples)
     for prompt, tokens in samples:
         ids = torch.tensor([tokens])
         with torch.no_grad():
-            answers = [teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TAU for teacher in teachers]
-            target = TAU * sum(share * each.softmax(-1) for share, each in zip(shares, answers, strict=True)).log()
+            answers = [
+                teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TAU
+                for teacher in teachers
+            ]
+            target = (
+                TAU
+                * sum(
+                    share * each.softmax(-1) for share, each in zip(shares, answers, strict=True)
+                ).log()
+            )
         logits = student(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
-        ce = torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum") if len(logits) else logits.sum()
+        ce = (
+            torch.nn.functional.cross_entropy(logits, ids[0, prompt:], reduction="sum")
+            if len(logits)
+            else logits.sum()
+        )
         kd = divergence(case["loss"], target, logits, tau=TAU).sum()
         ((ALPHA * ce + (1 - ALPHA) * kd) / total).backward()
-    return {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in student.named_parameters()}
+    return {
+        name: p.grad if p.grad is not None else torch.zeros_like(p)
+        for name, p in student.named_parameters()
+    }
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:
@@ -122,7 +172,9 @@ def main(cases: list[dict[str, Any]], out: Path) -> None:
                 wanted = expected(case, samples)
                 assert ours.keys() == wanted.keys()
                 scale = max(float(g.abs().max()) for g in wanted.values())
-                found.append(max(float((ours[n].double() - wanted[n]).abs().max()) for n in wanted) / scale)
+                found.append(
+                    max(float((ours[n].double() - wanted[n]).abs().max()) for n in wanted) / scale
+                )
             distributed.barrier()
     if distributed.rank() == 0:
         out.write_text(json.dumps(found))

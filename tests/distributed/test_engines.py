@@ -1,4 +1,6 @@
-"""What engines set up around DeepSpeed: how long ranks wait, what is not rounded, and what a conversion of shards leaves."""
+"""What engines set up around DeepSpeed: how long ranks wait, what is not rounded, and what a
+conversion of shards leaves.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from torch.distributed import distributed_c10d
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.distill.engine import DeepSpeedEngine, FrozenEngine, TorchEngine, sharded_loading, start_deepspeed
+from pocl_ds.distill.engine import (
+    DeepSpeedEngine,
+    FrozenEngine,
+    TorchEngine,
+    sharded_loading,
+    start_deepspeed,
+)
 from pocl_ds.distributed import PATIENCE
 from pocl_ds.ds_config import resolve_student, resolve_teacher
 from pocl_ds.models.load import load_model
@@ -26,7 +34,10 @@ pytestmark = pytest.mark.usefixtures("alone")
 def patience() -> set[timedelta]:
     """How long groups wait: each that there is, and a new one."""
     dist.new_group([0])
-    return {group._get_backend(torch.device("cpu")).options._timeout for group in distributed_c10d._world.pg_map}
+    return {
+        group._get_backend(torch.device("cpu")).options._timeout
+        for group in distributed_c10d._world.pg_map
+    }
 
 
 @pytest.mark.parametrize("hang_seconds", [1800.0, 9e9])
@@ -40,9 +51,12 @@ def test_ranks_wait_longer_than_the_watchdog(name: str, hang_seconds: float) -> 
     assert min(patience()) >= timedelta(seconds=PATIENCE)
     train = TrainConfig(batch_size=1, micro_batch_size=1, hang_seconds=hang_seconds)
     engine: Any = (
-        TorchEngine(nn.Linear(4, 4), train) if name == "torch"
-        else DeepSpeedEngine(nn.Linear(4, 4), train, resolve_student(name, train=train, dtype="float32", ranks=1))
-    )  # fmt: skip
+        TorchEngine(nn.Linear(4, 4), train)
+        if name == "torch"
+        else DeepSpeedEngine(
+            nn.Linear(4, 4), train, resolve_student(name, train=train, dtype="float32", ranks=1)
+        )
+    )
     assert min(patience()) > timedelta(seconds=hang_seconds + 60)
     engine.backward(engine(torch.ones(1, 4)).sum(), normaliser=1, last=True)
     engine.step(1e-3)
@@ -50,38 +64,85 @@ def test_ranks_wait_longer_than_the_watchdog(name: str, hang_seconds: float) -> 
 
 
 def test_converted_shards_count_their_steps_where_the_parameter_is() -> None:
-    """A GPU's fused Adam reads the counter there; `meta` stands for it. Each has a counter of its own."""
+    """A GPU's fused Adam reads the counter there; `meta` stands for it. Each has a counter of its
+    own.
+    """
     shared = torch.tensor(3.0)
-    states: dict[Any, Any] = {torch.empty(2, device=where): {"step": shared} for where in ("meta", "cpu", "cpu")}
+    states: dict[Any, Any] = {
+        torch.empty(2, device=where): {"step": shared} for where in ("meta", "cpu", "cpu")
+    }
     engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
     engine.weight_decays = [0.1, 0.0]
     groups = [{"weight_decay": 0.1}, {"weight_decay": 0.1}]
-    engine.engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups, optimizer=SimpleNamespace(state=states)))
+    engine.engine = SimpleNamespace(
+        optimizer=SimpleNamespace(param_groups=groups, optimizer=SimpleNamespace(state=states))
+    )
     engine._mend_universal_load()
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(state["step"].device == parameter.device for parameter, state in states.items())
     steps = [state["step"] for state in states.values() if state["step"].device.type == "cpu"]
-    assert [float(step) for step in steps] == [3.0, 3.0] and len({step.data_ptr() for step in (shared, *steps)}) == 3
+    assert [float(step) for step in steps] == [3.0, 3.0] and len(
+        {step.data_ptr() for step in (shared, *steps)}
+    ) == 3
 
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32,
-         "initializer_range": 0.2}  # fmt: skip
-DEEPSEEK = {**SMALL, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32,
-            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-            "moe_intermediate_size": 32}  # fmt: skip
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.2,
+}
+DEEPSEEK = {
+    **SMALL,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("llama", "qwen2", "mistral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "granite", "cohere"), SMALL),
-    "gpt_neox": {**SMALL, "rotary_pct": 0.5}, "gptj": {"n_embd": 64, "n_head": 2, "n_layer": 2, "rotary_dim": 16},
-    "gpt2": {"n_embd": 64, "n_head": 2, "n_layer": 2}, "deepseek_v3": DEEPSEEK,
-}  # fmt: skip
+    **dict.fromkeys(
+        (
+            "llama",
+            "qwen2",
+            "mistral",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "phi",
+            "phi3",
+            "granite",
+            "cohere",
+        ),
+        SMALL,
+    ),
+    "gpt_neox": {**SMALL, "rotary_pct": 0.5},
+    "gptj": {"n_embd": 64, "n_head": 2, "n_layer": 2, "rotary_dim": 16},
+    "gpt2": {"n_embd": 64, "n_head": 2, "n_layer": 2},
+    "deepseek_v3": DEEPSEEK,
+}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sharded_models_buffers_are_those_of_a_whole_one(family: str, dtype: str, tmp_path: Path) -> None:
-    """Inverse frequencies above all; and what a model itself wants in float32 (DeepSeek's routing bias)."""
+def test_a_sharded_models_buffers_are_those_of_a_whole_one(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    """Inverse frequencies above all; and what a model itself wants in float32 (DeepSeek's routing
+    bias).
+    """
     start_deepspeed()
-    config = AutoConfig.for_model(family, vocab_size=128, bos_token_id=0, eos_token_id=0, pad_token_id=1, **FAMILIES[family])
+    config = AutoConfig.for_model(
+        family, vocab_size=128, bos_token_id=0, eos_token_id=0, pad_token_id=1, **FAMILIES[family]
+    )
     model = AutoModelForCausalLM.from_config(config)
     kept = model.state_dict()
     for name, buffer in model.named_buffers():

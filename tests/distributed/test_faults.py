@@ -23,18 +23,44 @@ SAID = {
 
 @pytest.mark.parametrize("fault", SAID)
 def test_fault(fault: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
-    command = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", "2", "--threads", "1", "--module", "fault_worker",
-               fault, str(tiny_llama_untied), str(tiny_llama), str(tmp_path / "run")]  # fmt: skip
+    command = [
+        "bash",
+        str(ROOT / "launch" / "train.sh"),
+        "--ranks",
+        "2",
+        "--threads",
+        "1",
+        "--module",
+        "fault_worker",
+        fault,
+        str(tiny_llama_untied),
+        str(tiny_llama),
+        str(tmp_path / "run"),
+    ]
     start = time.monotonic()
-    found = subprocess.run(command, text=True, capture_output=True, timeout=200, env={
-        **environment(), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(tmp_path / "logs"), "POCL_KILL_GRACE": "3",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
-    })  # fmt: skip
+    found = subprocess.run(
+        command,
+        text=True,
+        capture_output=True,
+        timeout=200,
+        env={
+            **environment(),
+            "POCL_PYTHON": sys.executable,
+            "POCL_LOG_DIR": str(tmp_path / "logs"),
+            "POCL_KILL_GRACE": "3",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        },
+    )
     code, parts = SAID[fault]
     assert found.returncode == code, (found.returncode, found.stderr[-3000:])
     for part in parts:
         assert part in found.stderr, found.stderr[-3000:]
     assert time.monotonic() - start < 120
     if fault == "sleep":
-        stacks = {rank: (tmp_path / "run" / "train" / "logs" / f"stacks-rank-{rank}.txt").read_text() for rank in (0, 1)}
-        assert "strange" in stacks[1] and "strange" not in stacks[0]  # the sleeper is the one that is somewhere else
+        stacks = {
+            rank: (tmp_path / "run" / "train" / "logs" / f"stacks-rank-{rank}.txt").read_text()
+            for rank in (0, 1)
+        }
+        assert (
+            "strange" in stacks[1] and "strange" not in stacks[0]
+        )  # the sleeper is the one that is somewhere else

@@ -1,4 +1,6 @@
-"""ZeRO-3 ranks give the gradients of one plain process over the union batch, whatever the ranks and micro-batches."""
+"""ZeRO-3 ranks give the gradients of one plain process over the union batch, whatever the ranks and
+micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +14,119 @@ from typing import Any
 import pytest
 from command_line import ROOT, environment
 
-# A covering set: every pair of values of (micro-batch, layout, rows of a chunk, tied, checkpointing) stands in some case.
+# A covering set: every pair of values of (micro-batch, layout, rows of a chunk, tied,
+# checkpointing) stands in some case.
 SHAPES: list[dict[str, Any]] = [
-    {"micro": 1, "packed": False, "rows": 1, "model": "tied", "checkpointing": False, "loss": "fkl"},
-    {"micro": 2, "packed": True, "rows": 7, "model": "untied", "checkpointing": True, "loss": "srkl"},
-    {"micro": 4, "packed": False, "rows": 500, "model": "untied", "checkpointing": False, "loss": "jsd"},
-    {"micro": 1, "packed": True, "rows": 500, "model": "gpt2", "checkpointing": True, "loss": "rkl"},
+    {
+        "micro": 1,
+        "packed": False,
+        "rows": 1,
+        "model": "tied",
+        "checkpointing": False,
+        "loss": "fkl",
+    },
+    {
+        "micro": 2,
+        "packed": True,
+        "rows": 7,
+        "model": "untied",
+        "checkpointing": True,
+        "loss": "srkl",
+    },
+    {
+        "micro": 4,
+        "packed": False,
+        "rows": 500,
+        "model": "untied",
+        "checkpointing": False,
+        "loss": "jsd",
+    },
+    {
+        "micro": 1,
+        "packed": True,
+        "rows": 500,
+        "model": "gpt2",
+        "checkpointing": True,
+        "loss": "rkl",
+    },
     {"micro": 4, "packed": True, "rows": 1, "model": "tied", "checkpointing": True, "loss": "tvd"},
     {"micro": 2, "packed": False, "rows": 7, "model": "opt", "checkpointing": False, "loss": "skl"},
-    {"micro": 1, "tokens": 48, "packed": True, "rows": 7, "model": "opt", "checkpointing": False, "loss": "akl"},
-    {"micro": 1, "tokens": 90, "packed": False, "rows": 7, "model": "tied", "checkpointing": True, "loss": "ab"},
-    {"micro": 2, "packed": True, "rows": 7, "model": "tied", "checkpointing": False, "loss": "fkl", "others": ["gpt2"]},
+    {
+        "micro": 1,
+        "tokens": 48,
+        "packed": True,
+        "rows": 7,
+        "model": "opt",
+        "checkpointing": False,
+        "loss": "akl",
+    },
+    {
+        "micro": 1,
+        "tokens": 90,
+        "packed": False,
+        "rows": 7,
+        "model": "tied",
+        "checkpointing": True,
+        "loss": "ab",
+    },
+    {
+        "micro": 2,
+        "packed": True,
+        "rows": 7,
+        "model": "tied",
+        "checkpointing": False,
+        "loss": "fkl",
+        "others": ["gpt2"],
+    },
 ]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_gradients(
-    ranks: int, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path, tiny_gpt2: Path, tiny_opt: Path
+    ranks: int,
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_llama_untied: Path,
+    tiny_gpt2: Path,
+    tiny_opt: Path,
 ) -> None:
     models = {"tied": tiny_llama, "untied": tiny_llama_untied, "gpt2": tiny_gpt2, "opt": tiny_opt}
     teachers = {"tied": tiny_llama_untied, "untied": tiny_llama, "gpt2": tiny_opt, "opt": tiny_gpt2}
-    shapes = [dict(shape) for shape in SHAPES if 12 % (ranks * shape["micro"]) == 0 or "tokens" in shape]
+    shapes = [
+        dict(shape) for shape in SHAPES if 12 % (ranks * shape["micro"]) == 0 or "tokens" in shape
+    ]
     for shape in shapes:
         shape["others"] = [str(models[name]) for name in shape.get("others", [])]
-    cases = [{**shape, "student": str(models[shape["model"]]), "teacher": str(teachers[shape["model"]])} for shape in shapes]
+    cases = [
+        {**shape, "student": str(models[shape["model"]]), "teacher": str(teachers[shape["model"]])}
+        for shape in shapes
+    ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    command = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", str(ranks), "--threads", "1", "--module", "gradient_worker",
-               str(tmp_path / "cases.json"), str(tmp_path / "out.json")]  # fmt: skip
+    command = [
+        "bash",
+        str(ROOT / "launch" / "train.sh"),
+        "--ranks",
+        str(ranks),
+        "--threads",
+        "1",
+        "--module",
+        "gradient_worker",
+        str(tmp_path / "cases.json"),
+        str(tmp_path / "out.json"),
+    ]
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    found = subprocess.run(command, text=True, capture_output=True, timeout=350, env={
-        **environment(), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(tmp_path / "logs"), "PYTHONPATH": paths,
-    })  # fmt: skip
+    found = subprocess.run(
+        command,
+        text=True,
+        capture_output=True,
+        timeout=350,
+        env={
+            **environment(),
+            "POCL_PYTHON": sys.executable,
+            "POCL_LOG_DIR": str(tmp_path / "logs"),
+            "PYTHONPATH": paths,
+        },
+    )
     assert found.returncode == 0, found.stderr[-3000:]
     errors = json.loads((tmp_path / "out.json").read_text())
     assert len(errors) == len(cases) > 5

@@ -1,4 +1,6 @@
-"""Numbers that go wrong never reach the weights: the run stops, with the batch on disk, or leaves the step out."""
+"""Numbers that go wrong never reach the weights: the run stops, with the batch on disk, or leaves
+the step out.
+"""
 
 from __future__ import annotations
 
@@ -30,19 +32,41 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
     for part in ("ids.npy", "index.npy", "tokens.bin"):
         (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
     kind = "torch" if engine == "torch" else "deepspeed"
-    train = TrainConfig(engine=kind, batch_size=4, micro_batch_size=2, tracking=TrackingConfig(tensorboard=False),
-                        layout="padded", **changes)  # fmt: skip
+    train = TrainConfig(
+        engine=kind,
+        batch_size=4,
+        micro_batch_size=2,
+        tracking=TrackingConfig(tensorboard=False),
+        layout="padded",
+        **changes,
+    )
     plan = single_stage_plan(np.arange(12), steps=3, batch_size=4, tau=1.0, alpha=0.3)
-    config = StudentConfig(model=str(student), **({} if engine == "torch" else {"ds_config": engine}))
-    job = Job(run.train, "one", "train", plan, np.arange(12), str(student), config, (str(teacher),),
-              TeacherConfig(model=str(teacher)), LossConfig(), train, 0)  # fmt: skip
+    config = StudentConfig(
+        model=str(student), **({} if engine == "torch" else {"ds_config": engine})
+    )
+    job = Job(
+        run.train,
+        "one",
+        "train",
+        plan,
+        np.arange(12),
+        str(student),
+        config,
+        (str(teacher),),
+        TeacherConfig(model=str(teacher)),
+        LossConfig(),
+        train,
+        0,
+    )
     if kind == "deepspeed":
         start_deepspeed()
     return make_trainer(run, job)
 
 
 def poison(trainer: Trainer, steps: list[int], what: str) -> None:
-    """Make the second micro-batch of some steps give a loss that is no number, or a gradient that is none."""
+    """Make the second micro-batch of some steps give a loss that is no number, or a gradient that
+    is none.
+    """
     forward, calls = trainer._forward, iter(range(1000))
 
     def poisoned(batch: Any, terms: Any) -> LossSums:
@@ -59,7 +83,10 @@ def poison(trainer: Trainer, steps: list[int], what: str) -> None:
 
 
 def weights(trainer: Trainer) -> dict[str, Any]:
-    return {name: value.clone() for name, value in trainer.engine.state(trainer.engine.module.model).items()}
+    return {
+        name: value.clone()
+        for name, value in trainer.engine.state(trainer.engine.module.model).items()
+    }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -71,23 +98,36 @@ def test_the_run_stops_before_the_update_and_names_the_batch(
     trainer = make(run, tiny_llama_untied, tiny_llama, engine)
     before = weights(trainer)
     poison(trainer, [0], what)
-    with pytest.raises(NumericalError, match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, .*train.skip_non_finite"):
+    with pytest.raises(
+        NumericalError,
+        match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, .*train.skip_non_finite",
+    ):
         trainer.run()
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
     found = json.loads((run.train / "non_finite-step-00000001.json").read_text())
     assert found["step"] == 1 and found["what"] == what
     assert [len(batch["ids"]) for batch in found["micro_batches"]] == [2, 2]
-    assert [batch["loss_sum"] == "nan" for batch in found["micro_batches"]] == [False, what == "loss"]
+    assert [batch["loss_sum"] == "nan" for batch in found["micro_batches"]] == [
+        False,
+        what == "loss",
+    ]
     assert not list((run.train / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_that_is_left_out_changes_nothing(engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
+def test_a_step_that_is_left_out_changes_nothing(
+    engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
+) -> None:
     """The steps around it come to the weights of a run that never had it."""
-    trainer = make(RunDirectory(tmp_path / "one"), tiny_llama_untied, tiny_llama, engine, skip_non_finite=1)
+    trainer = make(
+        RunDirectory(tmp_path / "one"), tiny_llama_untied, tiny_llama, engine, skip_non_finite=1
+    )
     poison(trainer, [1], "gradient norm")
     trainer.run()
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "one" / "train" / "metrics.jsonl").read_text().splitlines()]
+    kinds = [
+        json.loads(line)["kind"]
+        for line in (tmp_path / "one" / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert kinds == ["step", "skipped", "step", "validation"]
 
     never = make(RunDirectory(tmp_path / "two"), tiny_llama_untied, tiny_llama, engine)
@@ -104,8 +144,12 @@ def test_a_step_that_is_left_out_changes_nothing(engine: str, tmp_path: Path, ti
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def test_more_steps_than_may_be_left_out(tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
-    trainer = make(RunDirectory(tmp_path), tiny_llama_untied, tiny_llama, "torch", skip_non_finite=1)
+def test_more_steps_than_may_be_left_out(
+    tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
+) -> None:
+    trainer = make(
+        RunDirectory(tmp_path), tiny_llama_untied, tiny_llama, "torch", skip_non_finite=1
+    )
     poison(trainer, [0, 2], "loss")
     with pytest.raises(NumericalError, match="the loss is nan at step 3"):
         trainer.run()

@@ -1,6 +1,6 @@
 """One rank that saves DeepSpeed's checkpoints, reads them again, and then as a stranger left them.
 
-    launch/train.sh --ranks 1 --module untrusted_worker FOLDER
+launch/train.sh --ranks 1 --module untrusted_worker FOLDER
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ def refused(function: Callable[..., None], *arguments: Path) -> None:
 def check(name: str, dtype: str, folder: Path) -> None:
     train = TrainConfig(batch_size=2, micro_batch_size=2)
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    engine = DeepSpeedEngine(module, train, resolve_student(name, train=train, dtype=dtype, ranks=1))
-    engine.backward(engine(torch.ones(2, 8, dtype=getattr(torch, dtype))).float().sum(), normaliser=2, last=True)
+    engine = DeepSpeedEngine(
+        module, train, resolve_student(name, train=train, dtype=dtype, ranks=1)
+    )
+    engine.backward(
+        engine(torch.ones(2, 8, dtype=getattr(torch, dtype))).float().sum(), normaliser=2, last=True
+    )
     engine.step(1e-3)
     saved, converted, sprung = folder / name / dtype, folder / name / "converted", folder / "sprung"
     saved.mkdir(parents=True)
@@ -61,6 +65,10 @@ def check(name: str, dtype: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     start_deepspeed()
-    for case in (("student_zero3", "float32"), ("student_zero3", "bfloat16"), ("student_zero2", "float32")):
+    for case in (
+        ("student_zero3", "float32"),
+        ("student_zero3", "bfloat16"),
+        ("student_zero2", "float32"),
+    ):
         check(*case, Path(sys.argv[1]))
     print("read as data")

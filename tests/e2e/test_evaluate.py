@@ -1,4 +1,6 @@
-"""An evaluation as a user starts it: two engines side by side, benchmarks of a folder, then what looks at its results."""
+"""An evaluation as a user starts it: two engines side by side, benchmarks of a folder, then what
+looks at its results.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +17,41 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path) -> Path:
-    """An evaluated and exported run; its folder holds a benchmark that is called as a published one."""
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path
+) -> Path:
+    """An evaluated and exported run; its folder holds a benchmark that is called as a published
+    one.
+    """
     folder = tmp_path_factory.mktemp("evaluate")
-    items = [{"instruction": f"Ask {i}.", "input": "", "output": [f"It is {i}", "or not"]} for i in range(24)]
+    items = [
+        {"instruction": f"Ask {i}.", "input": "", "output": [f"It is {i}", "or not"]}
+        for i in range(24)
+    ]
     (folder / "vicuna.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     recipe = write_recipe(
-        folder, tiny_llama_untied, tiny_llama, train_samples=24,
-        plan={"subsets": 2, "epochs_per_stage": 1}, rank={"strategy": "random"}, launch={"ranks": 1},
-        evaluate={"models": ["teacher", "student"], "seeds": [1, 2], "benchmarks": ["test", "vicuna"], "processes": 2,
-                  "benchmark_folder": str(folder)},
-    )  # fmt: skip
+        folder,
+        tiny_llama_untied,
+        tiny_llama,
+        train_samples=24,
+        plan={"subsets": 2, "epochs_per_stage": 1},
+        rank={"strategy": "random"},
+        launch={"ranks": 1},
+        evaluate={
+            "models": ["teacher", "student"],
+            "seeds": [1, 2],
+            "benchmarks": ["test", "vicuna"],
+            "processes": 2,
+            "benchmark_folder": str(folder),
+        },
+    )
     run = str(folder / "run")
-    for stage in ("data", "prepare", "rank", "plan"):  # in this process: each of its own takes seconds to start
+    for stage in (
+        "data",
+        "prepare",
+        "rank",
+        "plan",
+    ):  # in this process: each of its own takes seconds to start
         assert main([stage, str(recipe), "--run-dir", run]) == 0
     pocl("train", "--run-dir", run)
     pocl("evaluate", "--run-dir", run)
@@ -39,10 +63,19 @@ def test_results_hold_every_measure(finished: Path) -> None:
     results = json.loads((finished / "evaluation" / "results.json").read_text())
     for model, entry in results["models"].items():
         for found in entry["benchmarks"].values():
-            assert found["tokens_per_second"] > 0 and 0 < found["distinct_1"] <= 1 and found["loss"] > 0
+            assert (
+                found["tokens_per_second"] > 0
+                and 0 < found["distinct_1"] <= 1
+                and found["loss"] > 0
+            )
             assert (found["kl"] == 0) == (model == "teacher")
-    manifests = [json.loads(path.read_text())["info"] for path in (finished / "evaluation" / "student").glob("*.manifest.json")]
-    assert {(info["benchmark"], info["seed"]) for info in manifests} == {(b, s) for b in ("test", "vicuna") for s in (1, 2)}
+    manifests = [
+        json.loads(path.read_text())["info"]
+        for path in (finished / "evaluation" / "student").glob("*.manifest.json")
+    ]
+    assert {(info["benchmark"], info["seed"]) for info in manifests} == {
+        (b, s) for b in ("test", "vicuna") for s in (1, 2)
+    }
 
 
 def test_what_looks_at_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,10 +84,16 @@ def test_what_looks_at_a_run(finished: Path, capsys: pytest.CaptureFixture[str])
         return capsys.readouterr().out
 
     said = said_by("compare", "--models", "teacher", "student", "--benchmark", "vicuna")
-    assert "vicuna: " in said and ("better than" in said or "worse than" in said or "no difference shown" in said)
+    assert "vicuna: " in said and (
+        "better than" in said or "worse than" in said or "no difference shown" in said
+    )
     assert said_by("samples", "--subset", "2", "--n", "3").count("── ") == 3
     said = said_by("push", "--repo", "my-org/tiny", "--dry-run")
-    assert "would upload to my-org/tiny" in said and "model.safetensors" in said and "README.md" in said
+    assert (
+        "would upload to my-org/tiny" in said
+        and "model.safetensors" in said
+        and "README.md" in said
+    )
 
 
 def test_a_part_without_its_model_is_refused(finished: Path) -> None:

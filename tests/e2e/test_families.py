@@ -1,7 +1,8 @@
-"""Every family through the real stages: scored by vLLM, trained with the live teacher and with its kept states on two ZeRO-3
-ranks, exported, and reloaded in vLLM and transformers.
+"""Every family through the real stages: scored by vLLM, trained with the live teacher and with its
+kept states on two ZeRO-3 ranks, exported, and reloaded in vLLM and transformers.
 
-Each number is held to plain transformers: full logits, the model's own eager attention, no code of ours.
+Each number is held to plain transformers: full logits, the model's own eager attention, no code of
+ours.
 """
 
 from __future__ import annotations
@@ -37,15 +38,37 @@ FAMILIES = list(tiny_models.FAMILIES)
 
 
 def work(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
-    """family_worker over some runs: as ranks together, or in processes that share the runs between them."""
+    """family_worker over some runs: as ranks together, or in processes that share the runs between
+    them.
+    """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    where = {**environment(), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(folder / "logs"), "PYTHONPATH": paths}
+    where = {
+        **environment(),
+        "POCL_PYTHON": sys.executable,
+        "POCL_LOG_DIR": str(folder / "logs"),
+        "PYTHONPATH": paths,
+    }
     if name == "train":
-        launcher = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", str(processes), "--threads", "1"]
+        launcher = [
+            "bash",
+            str(ROOT / "launch" / "train.sh"),
+            "--ranks",
+            str(processes),
+            "--threads",
+            "1",
+        ]
         commands = [[*launcher, "--module", "family_worker", name, *map(str, runs)]]
     else:
-        commands = [[sys.executable, "-m", "family_worker", name, *map(str, runs[part::processes])] for part in range(processes)]
-    started = [subprocess.Popen(one, env=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for one in commands]
+        commands = [
+            [sys.executable, "-m", "family_worker", name, *map(str, runs[part::processes])]
+            for part in range(processes)
+        ]
+    started = [
+        subprocess.Popen(
+            one, env=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for one in commands
+    ]
     for process in started:
         said = process.communicate(timeout=800)[0]
         assert process.returncode == 0, said[-4000:]
@@ -53,7 +76,9 @@ def work(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The finished run directory of each family, and beside it the folders teacher, student and other (a third model)."""
+    """The finished run directory of each family, and beside it the folders teacher, student and
+    other (a third model).
+    """
     found, folder = {}, tmp_path_factory.mktemp("families")
     for seed, name in enumerate(FAMILIES):
         run = found[name] = folder / name / "run"
@@ -62,10 +87,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         student = tiny_models.family(run.parent / "student", name, layers=2, seed=100 + seed)
         tiny_models.family(run.parent / "other", name, layers=2, seed=200 + seed)
         write_recipe(
-            run, teacher, student, train_samples=24, plan={"subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
+            run,
+            teacher,
+            student,
+            train_samples=24,
+            plan={"subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
             score={"generation": {"max_sequences": 16}, "max_new_tokens": 8, "shards": 1},
             student={"dropout": 0.0},
-        )  # fmt: skip
+        )
         for each in ("data", "prepare"):
             stage(each, run)
     everyone = list(found.values())
@@ -77,7 +106,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for run in everyone:
         split = EncodedSplit.open(run / "data", "test")
         sequences = [split.tokens(row).tolist() for row in range(3)]
-        task = {"other": str(run.parent / "other"), "sequences": sequences, "starts": split.prompt_tokens[:3].tolist()}
+        task = {
+            "other": str(run.parent / "other"),
+            "sequences": sequences,
+            "starts": split.prompt_tokens[:3].tolist(),
+        }
         (run / "task.json").write_text(json.dumps(task))
     work("reload", everyone, folder, processes=2)
     return found
@@ -99,17 +132,25 @@ def of_tokens(log_probs: torch.Tensor, ids: list[int], start: int) -> torch.Tens
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scores_are_transformers_own(name: str, runs: dict[str, Path]) -> None:
     split = EncodedSplit.open(runs[name] / "data", "train")
-    lines = [json.loads(line) for path in runs[name].glob("scores/*.jsonl") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in runs[name].glob("scores/*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     assert len(lines) == len(split) == 24
     for line in lines[:3]:
         (row,) = split.rows_of([line["id"]])
         ids, start = split.tokens(row).tolist(), int(split.prompt_tokens[row])
-        expected = -of_tokens(logits(runs[name].parent / "student", ids).log_softmax(-1), ids, start).mean()
+        expected = -of_tokens(
+            logits(runs[name].parent / "student", ids).log_softmax(-1), ids, start
+        ).mean()
         assert line["cross_entropy"] == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loss_is_that_of_full_logits_live_and_from_disk(name: str, runs: dict[str, Path]) -> None:
+def test_the_loss_is_that_of_full_logits_live_and_from_disk(
+    name: str, runs: dict[str, Path]
+) -> None:
     """The first step's KD a token, forward KL at tau 1; then all steps and the weights."""
     run = runs[name]
     split, plan = EncodedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
@@ -117,7 +158,10 @@ def test_the_loss_is_that_of_full_logits_live_and_from_disk(name: str, runs: dic
     kd = []
     for row in rows:
         ids, start = split.tokens(row).tolist(), int(split.prompt_tokens[row])
-        teacher, student = (logits(run.parent / who, ids).log_softmax(-1)[start - 1 :] for who in ("teacher", "student"))
+        teacher, student = (
+            logits(run.parent / who, ids).log_softmax(-1)[start - 1 :]
+            for who in ("teacher", "student")
+        )
         kd.append((teacher.exp() * (teacher - student)).sum(-1))
     steps = {way: read_metrics(run / way / "metrics.jsonl") for way in ("live", "train")}
     assert plan.stages[0].tau == 1 and len(steps["live"]) == 4
@@ -128,22 +172,31 @@ def test_the_loss_is_that_of_full_logits_live_and_from_disk(name: str, runs: dic
             assert live[one] == pytest.approx(stored[one], rel=2e-5)
     weights = [load_file(run / way / "final" / "model.safetensors") for way in steps]
     assert weights[0].keys() == weights[1].keys()
-    # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few weights differ by a part of it.
+    # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few
+    # weights differ by a part of it.
     assert max(float((weights[0][one] - weights[1][one]).abs().max()) for one in weights[0]) < 2e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_export_says_the_same_in_vllm_in_transformers_and_in_the_trainer(name: str, runs: dict[str, Path]) -> None:
+def test_the_export_says_the_same_in_vllm_in_transformers_and_in_the_trainer(
+    name: str, runs: dict[str, Path]
+) -> None:
     """Also after vLLM took the weights of another model of the family, as a rollout's writer does."""
     run = runs[name]
     task, found = (json.loads((run / file).read_text()) for file in ("task.json", "reloaded.json"))
     model = load_model(str(run / "export"), attention=PER_SAMPLE)
     for place, (ids, start) in enumerate(zip(task["sequences"], task["starts"], strict=True)):
-        exported, other = (logits(folder, ids).log_softmax(-1) for folder in (run / "export", run.parent / "other"))
+        exported, other = (
+            logits(folder, ids).log_softmax(-1) for folder in (run / "export", run.parent / "other")
+        )
         assert (exported - other).abs().max() > 0.05
         for name_, expected in (("exported", exported), ("refreshed", other)):
-            np.testing.assert_allclose(found[name_][place], of_tokens(expected, ids, start), atol=1e-4)
+            np.testing.assert_allclose(
+                found[name_][place], of_tokens(expected, ids, start), atol=1e-4
+            )
         with torch.no_grad():
-            states = hidden_states(model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long))[0, :-1]
+            states = hidden_states(
+                model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
+            )[0, :-1]
             ours = head_of(model).logits(states).log_softmax(-1)
         np.testing.assert_allclose(ours, exported, atol=1e-5)

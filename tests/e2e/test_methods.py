@@ -1,4 +1,6 @@
-"""Every policy on two ranks, tiny models: stopped in the middle and gone on to the same end; and without a curriculum."""
+"""Every policy on two ranks, tiny models: stopped in the middle and gone on to the same end; and
+without a curriculum.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,34 @@ from tiny_runs import computed, records, stop_after, write_recipe
 from pocl_ds import names
 
 POLICIES = {
-    "gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "policy.refresh_every=4", "loss.name=jsd"],
+    "gkd": [
+        "policy.name=gkd",
+        "policy.lmbda=0.7",
+        "policy.rollout=hf",
+        "policy.refresh_every=4",
+        "loss.name=jsd",
+    ],
     # A rate so high that the validation loss rises, which is what phi waits for.
-    "distillm": ["policy.name=distillm", "policy.rollout=hf", "policy.buffer=8", "policy.phi_step=0.5", "policy.tolerance=0",
-                 "loss.name=skl", "train.validate_every=2", "train.lr=0.05"],
+    "distillm": [
+        "policy.name=distillm",
+        "policy.rollout=hf",
+        "policy.buffer=8",
+        "policy.phi_step=0.5",
+        "policy.tolerance=0",
+        "loss.name=skl",
+        "train.validate_every=2",
+        "train.lr=0.05",
+    ],
     "seqkd": ["policy.name=seqkd", "loss.name=sft"],
-    "mixture": ["policy.name=mixture", "policy.shares.data=0.3", "policy.shares.student=0.4", "policy.shares.teacher=0.3",
-                "policy.rollout=hf"],
+    "mixture": [
+        "policy.name=mixture",
+        "policy.shares.data=0.3",
+        "policy.shares.student=0.4",
+        "policy.shares.teacher=0.3",
+        "policy.rollout=hf",
+    ],
     "uld, gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=uld"],
-}  # fmt: skip
+}
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
 
 
@@ -33,8 +54,14 @@ def plan_without_sft(folder: Path, *words: str, tokenizer: Any = None) -> Path:
     teacher = tiny_models.llama(folder / "teacher", layers=3, tokenizer=tokenizer)
     student = tiny_models.llama(folder / "student", layers=2, seed=1)
     recipe = write_recipe(
-        folder, teacher, student, train_samples=32, policy={"max_new_tokens": 6}, rank={"strategy": "random"},
-        plan={"subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]}, compare={"enabled": True, "sft_ratio": 0},
+        folder,
+        teacher,
+        student,
+        train_samples=32,
+        policy={"max_new_tokens": 6},
+        rank={"strategy": "random"},
+        plan={"subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]},
+        compare={"enabled": True, "sft_ratio": 0},
     )
     for stage in ("data", "prepare", "rank", "plan"):
         pocl(stage, str(recipe), "--run-dir", str(folder / "run"), *words)
@@ -54,17 +81,25 @@ def planned_apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_policy_from_its_plan_to_its_weights(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     apart = name.startswith("uld")
     planned = request.getfixturevalue("planned_apart" if apart else "planned")
     run, words = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
     if name in ("seqkd", "mixture"):
         pocl("respond", "--run-dir", str(run), *words)
         ours, data = (np.load(run / folder / "train.ids.npy") for folder in ("responses", "data"))
-        lines = [(run / folder / "train.jsonl").read_text().splitlines() for folder in ("responses", "data")]
+        lines = [
+            (run / folder / "train.jsonl").read_text().splitlines()
+            for folder in ("responses", "data")
+        ]
         assert ours.tolist() == data.tolist()
         for one, other in zip(*(map(json.loads, part) for part in lines), strict=True):
-            assert one["instruction"] == other["instruction"] and one["references"] != other["references"]
+            assert (
+                one["instruction"] == other["instruction"]
+                and one["references"] != other["references"]
+            )
     stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
     pocl("train", "--run-dir", str(run), *words)
     steps = records(run)
@@ -77,49 +112,78 @@ def test_a_policy_from_its_plan_to_its_weights(name: str, request: pytest.Fixtur
     if names.POLICIES[words[0].removeprefix("policy.name=")]:
         written = [record for record in steps if record["on_policy"]]
         assert 0 < len(written) < len(steps)
-        assert any(record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written)
+        assert any(
+            record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written
+        )
         stale = {record["staleness"] for record in written}
         assert stale == {0} if name != "gkd" else max(stale) in (1, 2, 3)
     if name == "distillm":  # before the first step too, or one stage would end before phi may move
         for training in ("train", "baseline"):
-            assert [record["step"] for record in records(run, training, "validation")] == list(range(0, STEPS + 1, 2))
+            assert [record["step"] for record in records(run, training, "validation")] == list(
+                range(0, STEPS + 1, 2)
+            )
             assert any(record["on_policy"] for record in records(run, training))
-        assert any(record["on_policy"] and record["rollout_seconds"] == 0 for record in steps), "never drew from the buffer"
+        assert any(record["on_policy"] and record["rollout_seconds"] == 0 for record in steps), (
+            "never drew from the buffer"
+        )
 
     assert stop_after(stopped, 5, *words) < STEPS
     pocl("train", "--run-dir", str(stopped))
     assert computed(stopped) == computed(run)
     assert records(stopped, kind="validation") == records(run, kind="validation")
-    weights = [(path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, stopped)]
+    weights = [
+        (path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, stopped)
+    ]
     assert weights[0] == weights[1]
 
 
 def test_alm_from_its_plan_to_the_report(planned_apart: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(planned_apart, tmp_path / "run"))
     found = pocl("run", "--run-dir", str(run))
-    assert "each read their own tokens: " in found.stderr and "without the teacher's and a KL" in found.stderr
+    assert (
+        "each read their own tokens: " in found.stderr
+        and "without the teacher's and a KL" in found.stderr
+    )
     for training in ("train", "baseline"):
-        assert [record["step"] for record in records(run, training) if record["kd"] > 0] == list(range(1, STEPS + 1))
+        assert [record["step"] for record in records(run, training) if record["kd"] > 0] == list(
+            range(1, STEPS + 1)
+        )
     models = json.loads((run / "evaluation" / "results.json").read_text())["models"]
-    assert "loss" not in models["teacher"] and models["teacher"]["benchmarks"]["test"]["samples"] > 0
+    assert (
+        "loss" not in models["teacher"] and models["teacher"]["benchmarks"]["test"]["samples"] > 0
+    )
     assert models["student"]["loss"] > 0 and "kl" not in models["student"]
 
 
 def test_two_tokenizers_need_a_loss_across_them(planned_apart: Path, tmp_path: Path) -> None:
     recipe = planned_apart / "recipe.yaml"
-    found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False)
+    found = pocl(
+        "data", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False
+    )
     assert found.returncode == 2
     assert "different tokenizers" in found.stderr and "loss.name=alm or uld" in found.stderr
     words = ["loss.name=sft", "policy.name=seqkd", "compare.enabled=false", "student.heal_steps=2"]
     found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False)
-    assert found.returncode == 2 and "student.heal_steps=2 is plain distillation" in found.stderr, found.stderr
+    assert found.returncode == 2 and "student.heal_steps=2 is plain distillation" in found.stderr, (
+        found.stderr
+    )
 
 
 @pytest.mark.vllm
 def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
-    """Its probabilities are compared with the student's after each refresh: a run that ends has passed that."""
+    """Its probabilities are compared with the student's after each refresh: a run that ends has
+    passed that.
+    """
     run = Path(shutil.copytree(planned, tmp_path / "run"))
-    found = pocl("train", "--run-dir", str(run), "policy.name=gkd", "policy.lmbda=1", "policy.refresh_every=4", "loss.name=jsd")
+    found = pocl(
+        "train",
+        "--run-dir",
+        str(run),
+        "policy.name=gkd",
+        "policy.lmbda=1",
+        "policy.refresh_every=4",
+        "loss.name=jsd",
+    )
     assert "written by vllm" in found.stderr
     steps = records(run)
     assert len(steps) == STEPS and all(record["on_policy"] for record in steps)

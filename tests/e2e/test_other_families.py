@@ -1,4 +1,6 @@
-"""Families whose head is not known: refused before anything is scored, and trained by loss.fused=false."""
+"""Families whose head is not known: refused before anything is scored, and trained by
+loss.fused=false.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,20 @@ from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.curriculum.stage import load_plan
 from pocl_ds.data.encode import EncodedSplit
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
 
 
 def made(folder: Path, family: str, **fields: Any) -> Path:
     tokenizer = tiny_models.make_tokenizer(chat=True)
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=1, **fields)
+    config = AutoConfig.for_model(
+        family, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=1, **fields
+    )
     torch.manual_seed(len(family))
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -37,12 +47,21 @@ def made(folder: Path, family: str, **fields: Any) -> Path:
 def recipe(tmp_path: Path) -> Path:
     """StarCoder 2, whose attention is transformers' own, teaches BLOOM, which has one of its own."""
     teacher = made(tmp_path / "teacher", "starcoder2", **SMALL, num_key_value_heads=2)
-    student = made(tmp_path / "student", "bloom", hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2)
+    student = made(
+        tmp_path / "student", "bloom", hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
+    )
     return write_recipe(
-        tmp_path, teacher, student, train_samples=24, student={"dropout": 0.0}, rank={"strategy": "random"},
+        tmp_path,
+        teacher,
+        student,
+        train_samples=24,
+        student={"dropout": 0.0},
+        rank={"strategy": "random"},
         plan={"subsets": 1, "epochs_per_stage": 2, "tau": [1.5, 1.5], "sft_ratio": [0, 0]},
-        evaluate={"models": ["student"]}, train={"engine": "torch"}, launch={"ranks": 1},
-    )  # fmt: skip
+        evaluate={"models": ["student"]},
+        train={"engine": "torch"},
+        launch={"ranks": 1},
+    )
 
 
 def test_what_cannot_be_is_said_before_anything_is_scored(
@@ -52,34 +71,56 @@ def test_what_cannot_be_is_said_before_anything_is_scored(
     others = ["teacher.attention=sdpa", "student.attention=eager"]
     for family, other in zip(("starcoder2", "bloom"), reversed(others), strict=True):
         said = sentence(capsys, "prepare", recipe, "--run-dir", run, "loss.fused=false", other)
-        assert said == (f"attention=per_sample is not held to what models of the family {family!r} do, which may lie in their "
-                        "mask: set their attention=eager, or sdpa where they have it")  # fmt: skip
+        assert said == (
+            f"attention=per_sample is not held to what models of the family {family!r} do, which "
+            f"may lie in their "
+            "mask: set their attention=eager, or sdpa where they have it"
+        )
     said = sentence(capsys, "prepare", recipe, "--run-dir", run, *others)
     assert said.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
     assert "set loss.fused=false, with which" in said
     student = {"model": str(tiny_models.llama(tmp_path / "known"))}
     pair.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "student": student}))
-    said = sentence(capsys, "prepare", pair, "--run-dir", tmp_path / "other", "teacher.attention=sdpa")
+    said = sentence(
+        capsys, "prepare", pair, "--run-dir", tmp_path / "other", "teacher.attention=sdpa"
+    )
     assert said.startswith("models of the family 'starcoder2' are not supported")
     assert not (run / "models").exists() and not (tmp_path / "other" / "models").exists()
 
 
 def first_divergence(run: Path) -> float:
-    """tau^2 KL a token of the first step's samples, by the models' own logits, one by one in float64."""
+    """tau^2 KL a token of the first step's samples, by the models' own logits, one by one in
+    float64.
+    """
     split, plan = EncodedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
-    models = [AutoModelForCausalLM.from_pretrained(run.parent / name, attn_implementation="eager").double().eval()
-              for name in ("teacher", "student")]  # fmt: skip
+    models = [
+        AutoModelForCausalLM.from_pretrained(run.parent / name, attn_implementation="eager")
+        .double()
+        .eval()
+        for name in ("teacher", "student")
+    ]
     found = []
     for row in np.load(run / "ranking" / "order.npy")[Sampler(plan, seed=42).batch(0)]:
-        ids, start = torch.from_numpy(split.tokens(row).astype(np.int64))[None], int(split.prompt_tokens[row])
+        ids, start = (
+            torch.from_numpy(split.tokens(row).astype(np.int64))[None],
+            int(split.prompt_tokens[row]),
+        )
         with torch.no_grad():
-            log_p, log_q = ((model(input_ids=ids).logits[0, start - 1 : -1] / 1.5).log_softmax(-1) for model in models)
+            log_p, log_q = (
+                (model(input_ids=ids).logits[0, start - 1 : -1] / 1.5).log_softmax(-1)
+                for model in models
+            )
         found.append((log_p.exp() * (log_p - log_q)).sum(-1) * 1.5**2)
     return float(torch.cat(found).mean())
 
 
-def test_without_the_fused_head_they_are_trained(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, words = tmp_path / "run", ["student.attention=eager", "teacher.attention=sdpa", "loss.fused=false"]
+def test_without_the_fused_head_they_are_trained(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, words = (
+        tmp_path / "run",
+        ["student.attention=eager", "teacher.attention=sdpa", "loss.fused=false"],
+    )
     for stage in ("data", "prepare", "rank", "plan"):
         assert main([stage, str(recipe), "--run-dir", str(run), *words]) == 0
     monkeypatch.setitem(os.environ, "RANK", "0")
@@ -88,4 +129,7 @@ def test_without_the_fused_head_they_are_trained(recipe: Path, tmp_path: Path, m
     steps = records(run)
     assert len(steps) == 6 and steps[-1]["kd"] < steps[0]["kd"]
     assert steps[0]["kd"] == pytest.approx(first_divergence(run), rel=1e-5)
-    assert json.loads((run / "evaluation" / "results.json").read_text())["models"]["student"]["loss"] > 0
+    assert (
+        json.loads((run / "evaluation" / "results.json").read_text())["models"]["student"]["loss"]
+        > 0
+    )

@@ -1,4 +1,6 @@
-"""Models that bring code of their own go the whole way where the recipe trusts them, and what is exported brings it too."""
+"""Models that bring code of their own go the whole way where the recipe trusts them, and what is
+exported brings it too.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,23 @@ def test_a_run_of_models_with_code_of_their_own(tmp_path: Path) -> None:
     teacher = tiny_models.with_code(tiny_models.llama(tmp_path / "teacher", layers=3))
     student = tiny_models.with_code(tiny_models.llama(tmp_path / "student", layers=2, seed=1))
     recipe = write_recipe(
-        tmp_path, teacher, student, train_samples=24, plan={"subsets": 2, "epochs_per_stage": 1}, rank={"strategy": "random"},
-        launch={"ranks": 1}, loss={"fused": False}, teacher={"trust_remote_code": True, "attention": "sdpa"},
+        tmp_path,
+        teacher,
+        student,
+        train_samples=24,
+        plan={"subsets": 2, "epochs_per_stage": 1},
+        rank={"strategy": "random"},
+        launch={"ranks": 1},
+        loss={"fused": False},
+        teacher={"trust_remote_code": True, "attention": "sdpa"},
         student={"trust_remote_code": True, "attention": "sdpa"},
         evaluate={"models": ["teacher", "student"], "seeds": [1], "benchmarks": ["test"]},
-    )  # fmt: skip
+    )
     pocl("run", str(recipe), "--run-dir", str(tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["models"]
     assert results["student"]["kl"] > 0 and results["teacher"]["loss"] > 0
     assert all((tmp_path / "run" / "export" / name).is_file() for name in tiny_models.OWN)
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", trust_remote_code=True)
+    exported = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "export", trust_remote_code=True
+    )
     assert type(exported).__name__ == "OwnModel" and exported.config.num_hidden_layers == 2

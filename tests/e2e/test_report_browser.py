@@ -1,4 +1,6 @@
-"""The report in headless Chromium: it opens without a fault or a request, draws, searches, filters, and prints."""
+"""The report in headless Chromium: it opens without a fault or a request, draws, searches, filters,
+and prints.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,15 @@ from pocl_ds.report.compare import compare_runs
 
 SAMPLES = 3000
 HOSTILE = (
-    "<script>alert(1)</script>", "</script><img src=x onerror=alert(2)>", "\"quotes\" 'and' `more` & &amp;",
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(2)>",
+    "\"quotes\" 'and' `more` & &amp;",
     "שלום \u202e gnp.exe",
-    "🧑‍🚀 𝒳", "\x00\x07 \ud800 control", "<!-- <script> --> {{constructor}}", "an ordinary sample",
-)  # fmt: skip
+    "🧑‍🚀 𝒳",
+    "\x00\x07 \ud800 control",
+    "<!-- <script> --> {{constructor}}",
+    "an ordinary sample",
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Share of pixels of each chart that are not its background, measured on the canvas itself.
 DRAWN = """() => [...document.querySelectorAll('.plot canvas')].map((canvas) => {
@@ -52,7 +59,10 @@ def chromium() -> str | None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (launch/setup.sh --dev brings it)")
+    api = pytest.importorskip(
+        "playwright.sync_api",
+        reason="playwright is not installed (launch/setup.sh --dev brings it)",
+    )
     path = chromium()
     if path is None:
         pytest.skip("there is no Chromium, and it could not be installed: apt-get install chromium")
@@ -80,7 +90,9 @@ class Opened:
     def __init__(self, browser: Any, file: Path, **context: Any) -> None:
         self.faults: list[str] = []
         self.requests: list[str] = []
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **context})
+        self.context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}, **context}
+        )
         self.page = self.context.new_page()
         self.page.on("console", lambda message: self.faults.append(message.text))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
@@ -96,7 +108,9 @@ class Opened:
     def found(self, list_name: str, expected: int) -> None:
         """Wait for a search, which begins a moment after the last key."""
         words = re.compile(rf"^{expected:,} of ")
-        self.page.locator(f'[data-browser="{list_name}"] .count').filter(has_text=words).wait_for(timeout=4000)
+        self.page.locator(f'[data-browser="{list_name}"] .count').filter(has_text=words).wait_for(
+            timeout=4000
+        )
 
 
 @pytest.fixture
@@ -133,11 +147,16 @@ def test_samples_are_searched_filtered_and_opened(opened: Opened) -> None:
     opened.found("samples", SAMPLES // 4)
     assert set(root.locator(".facts span:nth-child(2)").all_inner_texts()) == {"subset 3"}
     root.locator("select").nth(1).select_option("seen")
-    seen = [int(text.split()[1][:-1]) for text in root.locator(".facts span:nth-child(6)").all_inner_texts()]
+    seen = [
+        int(text.split()[1][:-1])
+        for text in root.locator(".facts span:nth-child(6)").all_inner_texts()
+    ]
     assert seen == sorted(seen, reverse=True)
     root.locator(".pager button", has_text="on").click()
     assert "page 2 of" in root.locator(".pager").inner_text()
-    assert page.evaluate("document.activeElement.textContent") == "on"  # the keyboard stays where it was
+    assert (
+        page.evaluate("document.activeElement.textContent") == "on"
+    )  # the keyboard stays where it was
 
 
 def test_items_are_filtered_by_who_is_better(opened: Opened) -> None:
@@ -149,7 +168,9 @@ def test_items_are_filtered_by_who_is_better(opened: Opened) -> None:
     menus["left"].select_option(label="student after")
     menus["relation"].select_option("above")
     menus["right"].select_option(label="teacher")
-    student, teacher = (data["scores"][data["models"].index(name)] for name in ("student after", "teacher"))
+    student, teacher = (
+        data["scores"][data["models"].index(name)] for name in ("student after", "teacher")
+    )
     better = sum(a > b for a, b in zip(student, teacher, strict=True))
     assert 0 < better < 200 and opened.count("items") == better
     root.locator("summary").first.click()
@@ -169,7 +190,9 @@ def test_charts_answer_to_mouse_and_keyboard(opened: Opened) -> None:
     box = loss.locator(".u-over").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50)
     assert "@" in loss.locator(".key b").first.inner_text()
-    assert "@" in page.locator("figure", has_text="Learning rate").locator(".key b").first.inner_text()  # moves along
+    assert (
+        "@" in page.locator("figure", has_text="Learning rate").locator(".key b").first.inner_text()
+    )  # moves along
     reset = loss.locator(".reset")
     assert not reset.is_visible()
     page.mouse.down()
@@ -196,19 +219,26 @@ def test_a_click_on_a_dot_shows_its_sample(opened: Opened) -> None:
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.5)
     tip = page.locator(".tip").inner_text()
     page.mouse.click(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.5)
-    assert tip.split(",")[0] in page.locator('[data-browser="samples"] details[open] summary').inner_text().split()
+    assert (
+        tip.split(",")[0]
+        in page.locator('[data-browser="samples"] details[open] summary').inner_text().split()
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits_its_window_in_both_lights(browser: Any, report: Path, scheme: str, width: int) -> None:
+def test_it_fits_its_window_in_both_lights(
+    browser: Any, report: Path, scheme: str, width: int
+) -> None:
     opened = Opened(browser, report, viewport={"width": width, "height": 844}, color_scheme=scheme)
     page = opened.page
     for root in ("samples", "items"):
         page.locator(f'[data-browser="{root}"] summary').first.click()
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    wide = page.evaluate("[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, .sr') && "
-                         "e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.className)")  # fmt: skip
+    wide = page.evaluate(
+        "[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, .sr') && "
+        "e.getBoundingClientRect().right > innerWidth + 1).map((e) => e.className)"
+    )
     assert wide == []
     assert all(painted > 0.01 for painted, _ in page.evaluate(DRAWN))
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -223,11 +253,18 @@ def test_it_prints_on_white_paper(browser: Any, report: Path, tmp_path: Path) ->
     assert pdf.startswith(b"%PDF") and len(pdf) > 50_000
     opened.page.emulate_media(media="print")
     opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert (
+        opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        == "rgb(255, 255, 255)"
+    )
     assert opened.page.evaluate("colour('ink')") == "#1b2130"
     assert max(opened.page.evaluate("CHARTS.map((chart) => chart.plot.width)")) <= 690
-    opened.page.set_viewport_size({"width": 690, "height": 1000})  # A4 between its margins: what is wider would be cut
-    widths = opened.page.evaluate("[...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])")
+    opened.page.set_viewport_size(
+        {"width": 690, "height": 1000}
+    )  # A4 between its margins: what is wider would be cut
+    widths = opened.page.evaluate(
+        "[...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])"
+    )
     assert len(widths) > 2 and all(needed <= there for needed, there in widths)
     assert opened.faults == []
     opened.context.close()
@@ -241,7 +278,9 @@ def test_half_a_run_and_a_comparison_open(browser: Any, tmp_path: Path) -> None:
         made.train(finished=name != "half")
         if name != "half":
             made.evaluation(extra=HOSTILE[number])
-        made.run.recipe.write_text(dump_recipe(load_recipe("quickstart", [f"train.lr=0.000{number + 1}"])))
+        made.run.recipe.write_text(
+            dump_recipe(load_recipe("quickstart", [f"train.lr=0.000{number + 1}"]))
+        )
         runs.append(made.run.path)
     build_report(made.run, ReportConfig(), recipe_yaml=made.recipe, fingerprint="f")
     with pytest.raises(ArtifactError, match="other questions"):
@@ -249,7 +288,11 @@ def test_half_a_run_and_a_comparison_open(browser: Any, tmp_path: Path) -> None:
     half, forced = made.run.report / "report.html", compare_runs(runs, force=True)
     (made.run.path.parent / "two" / "evaluation" / "manifest.json").unlink()
     together = compare_runs(runs, tmp_path / "together.html")
-    for file, sentence in ((half, "Training is not finished"), (forced, "do not compare"), (together, "two: There is no")):
+    for file, sentence in (
+        (half, "Training is not finished"),
+        (forced, "do not compare"),
+        (together, "two: There is no"),
+    ):
         opened = Opened(browser, file)
         assert sentence in opened.page.locator(".missing").inner_text()
         assert all(painted > 0.01 for painted, _ in opened.page.evaluate(DRAWN))

@@ -1,4 +1,6 @@
-"""A study of two arms through the real command: what they share is done once, and the pair is compared."""
+"""A study of two arms through the real command: what they share is done once, and the pair is
+compared.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,21 @@ from tiny_runs import write_recipe
 def study(tmp_path: Path) -> Path:
     teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
     student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
-    recipe = write_recipe(tmp_path, teacher, student, train_samples=32, evaluate={"models": ["student"], "loss": False},
-                          train={"engine": "torch"}, launch={"ranks": 1})  # fmt: skip
-    tree = {"name": "pair", "base": str(recipe), "arms": {"kd": ["plan.subsets=1", "plan.epochs_per_stage=4"], "pocl": []},
-            "compare": [["pocl", "kd"]]}  # fmt: skip
+    recipe = write_recipe(
+        tmp_path,
+        teacher,
+        student,
+        train_samples=32,
+        evaluate={"models": ["student"], "loss": False},
+        train={"engine": "torch"},
+        launch={"ranks": 1},
+    )
+    tree = {
+        "name": "pair",
+        "base": str(recipe),
+        "arms": {"kd": ["plan.subsets=1", "plan.epochs_per_stage=4"], "pocl": []},
+        "compare": [["pocl", "kd"]],
+    }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path / "study.yaml"
 
@@ -31,44 +44,95 @@ def test_a_study_of_two_arms(study: Path) -> None:
     folder = study.parent / "runs"
     found = pocl("study", str(study), "--run-dir", str(folder))
     assert "study 2/2: pocl-seed42 (shares data, prepare, score, rank)" in found.stderr
-    assert (folder / "kd-seed42" / "scores").stat().st_ino != (folder / "pocl-seed42" / "scores").stat().st_ino
+    assert (folder / "kd-seed42" / "scores").stat().st_ino != (
+        folder / "pocl-seed42" / "scores"
+    ).stat().st_ino
     assert "pocl beside kd: " in found.stdout and "1 training each" in found.stdout
     # Subsets of 10, 20 and 32 samples leave tails of 2 and 4 in batches of 8.
-    assert "NOT EQUAL: a sample is seen on average 4.00 times by kd, 3.50 times by pocl" in found.stdout
+    assert (
+        "NOT EQUAL: a sample is seen on average 4.00 times by kd, 3.50 times by pocl"
+        in found.stdout
+    )
     again = pocl("study", str(study), "--run-dir", str(folder))
-    assert "study 1/2: kd-seed42 is done already" in again.stderr and found.stdout.endswith(again.stdout)
+    assert "study 1/2: kd-seed42 is done already" in again.stderr and found.stdout.endswith(
+        again.stdout
+    )
 
     ranked = study.with_name("ranked.yaml")  # the same cells, of which only the order is asked
     ranked.write_text(study.read_text() + "until: rank\n")
     asked = pocl("study", str(ranked), "--run-dir", str(folder), "--watch").stdout
     assert "kd-seed42, pocl-seed42" in asked and "better" not in asked
-    told = pocl("difficulty", str(folder / "kd-seed42"), str(folder / "pocl-seed42"), "--subsets", "2").stdout
+    told = pocl(
+        "difficulty", str(folder / "kd-seed42"), str(folder / "pocl-seed42"), "--subsets", "2"
+    ).stdout
     assert told.splitlines()[-1].split()[-2:] == ["100%", "100%"]  # one student, one order
 
 
 def test_the_script_of_a_study(tmp_path: Path) -> None:
-    """launch/study.sh: a teacher is tuned, one cell of the shipped study learns from it and is asked a benchmark's file."""
+    """launch/study.sh: a teacher is tuned, one cell of the shipped study learns from it and is
+    asked a benchmark's file.
+    """
     model = tiny_models.llama(tmp_path / "model", layers=30)
     with (tmp_path / "data.jsonl").open("w") as stream:
         for i in range(120):
-            stream.write(json.dumps({"instruction": f"Say {i}.", "output": f"It is {i} " * (1 + i % 3)}) + "\n")
+            stream.write(
+                json.dumps({"instruction": f"Say {i}.", "output": f"It is {i} " * (1 + i % 3)})
+                + "\n"
+            )
     (tmp_path / "benchmarks").mkdir()
     for name in ("dolly", "self_inst", "vicuna", "sni"):
         asked = {"instruction": f"Is it {name}?", "output": "It is."}
         (tmp_path / "benchmarks" / f"{name}.jsonl").write_text(json.dumps(asked) + "\n")
     shipped = yaml.safe_load((ROOT / "launch" / "studies" / "small.yaml").read_text())
-    shipped.update(arms={"pocl": []}, grid={"loss": {"rkl": shipped["grid"]["loss"]["rkl"]}}, seeds=[10], compare=[])
+    shipped.update(
+        arms={"pocl": []},
+        grid={"loss": {"rkl": shipped["grid"]["loss"]["rkl"]}},
+        seeds=[10],
+        compare=[],
+    )
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(shipped))
-    quick = ["data.train_samples=32", "data.test_samples=4", "data.validation_samples=8", "evaluate.max_new_tokens=8",
-             "evaluate.generation.backend=transformers"]  # fmt: skip
-    cell = ["student.heal_steps=2", "score.generation.backend=transformers", "score.max_new_tokens=8", "plan.subsets=2"]
-    environment = {**os.environ, "PYTHON": sys.executable, "STUDY": str(tmp_path / "one.yaml"), "RUNS": str(tmp_path / "runs"),
-                   "TEACHER_FIELDS": " ".join([*quick, f"student.model={model}"])}  # fmt: skip
-    found = subprocess.run(["bash", "launch/study.sh", str(tmp_path / "data.jsonl"), str(tmp_path / "benchmarks"), *quick, *cell],
-                           cwd=ROOT, env=environment, text=True, capture_output=True, timeout=380)  # fmt: skip
+    quick = [
+        "data.train_samples=32",
+        "data.test_samples=4",
+        "data.validation_samples=8",
+        "evaluate.max_new_tokens=8",
+        "evaluate.generation.backend=transformers",
+    ]
+    cell = [
+        "student.heal_steps=2",
+        "score.generation.backend=transformers",
+        "score.max_new_tokens=8",
+        "plan.subsets=2",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "STUDY": str(tmp_path / "one.yaml"),
+        "RUNS": str(tmp_path / "runs"),
+        "TEACHER_FIELDS": " ".join([*quick, f"student.model={model}"]),
+    }
+    found = subprocess.run(
+        [
+            "bash",
+            "launch/study.sh",
+            str(tmp_path / "data.jsonl"),
+            str(tmp_path / "benchmarks"),
+            *quick,
+            *cell,
+        ],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=380,
+    )
     assert found.returncode == 0, found.stderr[-3000:]
     table = found.stdout.splitlines()
-    assert [word for word in next(line for line in table if "trainings" in line).split() if word in ("dolly", "sni")]
+    assert [
+        word
+        for word in next(line for line in table if "trainings" in line).split()
+        if word in ("dolly", "sni")
+    ]
     assert any(line.startswith("pocl, rkl") for line in table)
     run = tmp_path / "runs" / "cells" / "pocl-rkl-seed10"
     assert json.loads((run / "export" / "config.json").read_text())["num_hidden_layers"] == 10

@@ -1,4 +1,6 @@
-"""Full-vocabulary distillation across two families on their real tables: GPT-2 teachers, an OPT student."""
+"""Full-vocabulary distillation across two families on their real tables: GPT-2 teachers, an OPT
+student.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,41 @@ def tokenizer(folder: Path, eos: str) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     made = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos, pad_token=eos)
 
 
 @pytest.fixture
 def run(shared_data: Path, tmp_path: Path) -> Path:
-    """Three steps of KL from a mixture of two GPT-2 to an OPT, on real samples, without SFT and with full batches."""
+    """Three steps of KL from a mixture of two GPT-2 to an OPT, on real samples, without SFT and
+    with full batches.
+    """
     tables = shared_data / "tokenizers"
     gpt2, opt = tokenizer(tables / "gpt2", "<|endoftext|>"), tokenizer(tables / "opt", "</s>")
     for seed in (0, 1):
         tiny_models.gpt2(tmp_path / f"teacher{seed}", seed=seed, hidden=32, tokenizer=gpt2)
     tiny_models.opt(tmp_path / "student", hidden=32, projection=None, tokenizer=opt)
     recipe = {
-        "name": "across", "data": {"source": str(shared_data / "train.jsonl"), "train_samples": 24, "validation_samples": 4},
+        "name": "across",
+        "data": {
+            "source": str(shared_data / "train.jsonl"),
+            "train_samples": 24,
+            "validation_samples": 4,
+        },
         "prompt": {"max_prompt_tokens": 64, "max_length": 96},
-        "teacher": {"model": str(tmp_path / "teacher0"), "weight": 3.0, "others": [{"model": str(tmp_path / "teacher1")}]},
+        "teacher": {
+            "model": str(tmp_path / "teacher0"),
+            "weight": 3.0,
+            "others": [{"model": str(tmp_path / "teacher1")}],
+        },
         "student": {"model": str(tmp_path / "student"), "dropout": 0.0},
-        "rank": {"strategy": "random"}, "plan": {"subsets": 1, "epochs_per_stage": 3, "tau": [1.5, 1.5], "sft_ratio": [0, 0]},
+        "rank": {"strategy": "random"},
+        "plan": {"subsets": 1, "epochs_per_stage": 3, "tau": [1.5, 1.5], "sft_ratio": [0, 0]},
         "train": {"engine": "torch", "batch_size": 8, "micro_batch_size": 4, "lr": 1e-3},
-    }  # fmt: skip
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path / "run"
 
@@ -53,26 +70,41 @@ def test_gpt2_teaches_opt_every_token_they_share(
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--run-dir", str(run)]) == 0
     said = capsys.readouterr().err
-    assert "50257 tokens shared under other ids, mapped" in said and "50257 tokens common, 0 only the teacher's" in said
+    assert (
+        "50257 tokens shared under other ids, mapped" in said
+        and "50257 tokens common, 0 only the teacher's" in said
+    )
     assert "a mixture: 0.75 of" in said
-    steps = [json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line) for line in (run / "train" / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [step for step in steps if step["kind"] == "step"]
     assert len(steps) == 9 and steps[-1]["kd"] < steps[0]["kd"]
     assert steps[0]["kd"] == pytest.approx(first_divergence(run), rel=1e-4)
 
 
 def first_divergence(run: Path) -> float:
-    """tau^2 KL a token of the first step's samples, token by token name, in float64: no code of the package but its data."""
+    """tau^2 KL a token of the first step's samples, token by token name, in float64: no code of the
+    package but its data.
+    """
     folder = run.parent
     load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name).double().eval()  # noqa: E731
     student, teachers, tau = load("student"), [load("teacher0"), load("teacher1")], 1.5
-    names: list[dict[str, int]] = [json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
-                                   for name in ("student", "teacher0")]  # fmt: skip
+    names: list[dict[str, int]] = [
+        json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
+        for name in ("student", "teacher0")
+    ]
     common = [token for token in names[0] if token in names[1] and token != "<|endoftext|>"]
-    left, right = [names[0][token] for token in [*common, "</s>"]], [names[1][token] for token in [*common, "<|endoftext|>"]]
+    left, right = (
+        [names[0][token] for token in [*common, "</s>"]],
+        [names[1][token] for token in [*common, "<|endoftext|>"]],
+    )
     number = dict(zip(left, right, strict=True))
     order = np.load(run / "ranking" / "order.npy")
-    index, tokens = np.load(run / "data" / "train.index.npy"), np.fromfile(run / "data" / "train.tokens.bin", np.uint32)
+    index, tokens = (
+        np.load(run / "data" / "train.index.npy"),
+        np.fromfile(run / "data" / "train.tokens.bin", np.uint32),
+    )
     first = json.loads((run / "train" / "metrics.jsonl").read_text().splitlines()[0])
     from pocl_ds.curriculum.sampler import Sampler
     from pocl_ds.curriculum.stage import load_plan
@@ -84,8 +116,13 @@ def first_divergence(run: Path) -> float:
         ids = torch.from_numpy(tokens[start : start + size].astype(np.int64))[None]
         mapped = torch.tensor([[number[int(token)] for token in ids[0]]])
         with torch.no_grad():
-            log_q = (student(input_ids=ids).logits[0, prompt - 1 : -1][:, left] / tau).log_softmax(-1)
-            answers = [(teacher(input_ids=mapped).logits[0, prompt - 1 : -1][:, right] / tau).softmax(-1) for teacher in teachers]
+            log_q = (student(input_ids=ids).logits[0, prompt - 1 : -1][:, left] / tau).log_softmax(
+                -1
+            )
+            answers = [
+                (teacher(input_ids=mapped).logits[0, prompt - 1 : -1][:, right] / tau).softmax(-1)
+                for teacher in teachers
+            ]
         p = 0.75 * answers[0] + 0.25 * answers[1]
         total += float((p * (p.log() - log_q)).sum()) * tau**2
         count += size - prompt

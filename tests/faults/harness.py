@@ -1,10 +1,12 @@
-"""Kills real runs at random moments and compares what comes of them with a run that nobody disturbed.
+"""Kills real runs at random moments and compares what comes of them with a run that nobody
+disturbed.
 
     python tests/faults/harness.py --kills 50 --seed 0
 
-Each kill is SIGKILL to one rank, one stage's process, or everything at once, at a moment drawn from the seed: a stage first,
-half of them training, then a moment within it; then the same command goes on. A run that reached its end is compared bit by
-bit: every step's record, the scores, the answers, the weights. Ends with a table, and with code 1 where anything differs.
+Each kill is SIGKILL to one rank, one stage's process, or everything at once, at a moment drawn from
+the seed: a stage first, half of them training, then a moment within it; then the same command goes
+on. A run that reached its end is compared bit by bit: every step's record, the scores, the answers,
+the weights. Ends with a table, and with code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -31,7 +33,20 @@ import tiny_models
 from command_line import ROOT, environment
 from tiny_runs import write_recipe
 
-KEPT = ("step", "stage", "epoch", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "tokens", "sample_ids_digest")
+KEPT = (
+    "step",
+    "stage",
+    "epoch",
+    "loss",
+    "kd",
+    "ce",
+    "tau",
+    "alpha",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "sample_ids_digest",
+)
 STAGES = ["data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report"]
 RUN = 13  # kills of one run
 LONGEST = 400  # seconds that one attempt may take
@@ -55,27 +70,42 @@ class Kill:
 
 
 def prepare(folder: Path) -> Path:
-    """The recipe of a small run with dropout, three stages, and a checkpoint every third step, written while training goes on."""
+    """The recipe of a small run with dropout, three stages, and a checkpoint every third step,
+    written while training goes on.
+    """
     teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
     student = tiny_models.llama(folder / "student")
     return write_recipe(
-        folder, teacher, student, train_samples=60, student={"heal_steps": 4, "dropout": 0.1}, score={"shards": 4},
-        plan={"epochs_per_stage": 4}, train={"checkpoint": {"every": 3, "in_background": True}},
-    )  # fmt: skip
+        folder,
+        teacher,
+        student,
+        train_samples=60,
+        student={"heal_steps": 4, "dropout": 0.1},
+        score={"shards": 4},
+        plan={"epochs_per_stage": 4},
+        train={"checkpoint": {"every": 3, "in_background": True}},
+    )
 
 
 def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
     """`pocl run`, its words going to a file."""
     with log.open("wb") as stream:
-        return subprocess.Popen([sys.executable, "-m", "pocl_ds.cli", "run", str(recipe), "--run-dir", str(run)], cwd=ROOT,
-                                env={**environment(), "POCL_KILL_GRACE": "2"}, stdout=stream, stderr=stream,
-                                start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            [sys.executable, "-m", "pocl_ds.cli", "run", str(recipe), "--run-dir", str(run)],
+            cwd=ROOT,
+            env={**environment(), "POCL_KILL_GRACE": "2"},
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
 
 
 def descendants(pid: int) -> list[int]:
     """Children of a process, theirs, and so on."""
     found = []
-    for child in subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split():
+    for child in subprocess.run(
+        ["pgrep", "-P", str(pid)], capture_output=True, text=True
+    ).stdout.split():
         found += [int(child), *descendants(int(child))]
     return found
 
@@ -84,7 +114,9 @@ def kill(child: subprocess.Popen[bytes], source: random.Random) -> str:
     """SIGKILL to something of a run. Returns what."""
     family = descendants(child.pid)
     words = {pid: command_line(pid) for pid in family}
-    workers = [pid for pid in family if "pocl_ds.cli" in words[pid] and "train.sh" not in words[pid]]
+    workers = [
+        pid for pid in family if "pocl_ds.cli" in words[pid] and "train.sh" not in words[pid]
+    ]
     victim = source.choice(["worker", "worker", "everything"])
     if victim == "everything" or not workers:
         for pid in [child.pid, *family]:
@@ -122,7 +154,10 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def durations(said: str) -> dict[str, float]:
     """Seconds of each stage of a whole run."""
-    return {name: float(seconds) for name, seconds in re.findall(r"^\S+ (\w+): done in (\d+) s", said, re.MULTILINE)}
+    return {
+        name: float(seconds)
+        for name, seconds in re.findall(r"^\S+ (\w+): done in (\d+) s", said, re.MULTILINE)
+    }
 
 
 def done_stages(said: str) -> list[str]:
@@ -131,16 +166,24 @@ def done_stages(said: str) -> list[str]:
 
 
 def targets(source: random.Random, count: int) -> list[str]:
-    """Stages to kill a run in, in their order; half of the kills fall into the training, wherever it is by then."""
+    """Stages to kill a run in, in their order; half of the kills fall into the training, wherever
+    it is by then.
+    """
     others = [name for name in STAGES if name != "train"]
     drawn = ["train" if source.random() < 0.5 else source.choice(others) for _ in range(count)]
     return sorted(drawn, key=STAGES.index)
 
 
 def attempt(
-    recipe: Path, run: Path, source: random.Random, target: str | None, lasts: dict[str, float], log: Path
+    recipe: Path,
+    run: Path,
+    source: random.Random,
+    target: str | None,
+    lasts: dict[str, float],
+    log: Path,
 ) -> Kill | None:
-    """Start or go on, and kill at a random moment of the target's. None where the run came to its end before, or nobody kills.
+    """Start or go on, and kill at a random moment of the target's. None where the run came to its
+    end before, or nobody kills.
 
     Half of a training's kills come while it steps, the others while it starts.
     """
@@ -169,7 +212,9 @@ def attempt(
 
 
 def went_on_at(said: str, recorded: int) -> int | None:
-    """The step that an attempt's training went on from; None where it was killed before it came to that."""
+    """The step that an attempt's training went on from; None where it was killed before it came to
+    that.
+    """
     if found := re.search(r"train: going on after step (\d+) of", said):
         return int(found.group(1))
     if "train: done already" in said:  # the kill came after the training's manifest
@@ -180,13 +225,22 @@ def went_on_at(said: str, recorded: int) -> int | None:
 def differences(run: Path, reference: Path) -> list[str]:
     """Names of the results that are not the same."""
     found = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
-    patterns = ("train/final/model.safetensors", "models/heal/final/model.safetensors", "scores/*.jsonl", "ranking/order.npy",
-                "evaluation/*/*.jsonl", "export/model.safetensors")  # fmt: skip
+    patterns = (
+        "train/final/model.safetensors",
+        "models/heal/final/model.safetensors",
+        "scores/*.jsonl",
+        "ranking/order.npy",
+        "evaluation/*/*.jsonl",
+        "export/model.safetensors",
+    )
     for pattern in patterns:
         paths = sorted(path.relative_to(reference) for path in reference.glob(pattern))
         assert paths, pattern
         for path in paths:
-            if not (run / path).is_file() or (run / path).read_bytes() != (reference / path).read_bytes():
+            if (
+                not (run / path).is_file()
+                or (run / path).read_bytes() != (reference / path).read_bytes()
+            ):
                 found.append(str(path))
     return found
 
@@ -197,9 +251,14 @@ def main(kills: int, seed: int, folder: Path) -> int:
     recipe, reference = prepare(folder), folder / "reference"
     begin = time.monotonic()
     if code := start(recipe, reference, log).wait(timeout=LONGEST):
-        raise RuntimeError(f"the undisturbed run ended with code {code}:\n{log.read_text()[-3000:]}")
+        raise RuntimeError(
+            f"the undisturbed run ended with code {code}:\n{log.read_text()[-3000:]}"
+        )
     lasts = durations(log.read_text())
-    print(f"undisturbed: {len(records(reference))} steps, {time.monotonic() - begin:.0f} s", flush=True)
+    print(
+        f"undisturbed: {len(records(reference))} steps, {time.monotonic() - begin:.0f} s",
+        flush=True,
+    )
     print("kill  victim       after     stage      step  resumed at  lost", flush=True)
     table: list[Kill] = []
     runs = different = 0
@@ -220,15 +279,24 @@ def main(kills: int, seed: int, folder: Path) -> int:
         runs += 1
         wrong = differences(run, reference)
         different += bool(wrong)
-        verdict = f"DIFFERS in {', '.join(wrong)}" if wrong else "equal to the undisturbed one, bit by bit"
+        verdict = (
+            f"DIFFERS in {', '.join(wrong)}"
+            if wrong
+            else "equal to the undisturbed one, bit by bit"
+        )
         print(f"      run {runs}: {verdict}", flush=True)
         shutil.rmtree(run)
-    print(f"{len(table)} kills in {runs} runs, {different} of them with another result; {time.monotonic() - begin:.0f} s")
+    print(
+        f"{len(table)} kills in {runs} runs, {different} of them with another result; "
+        f"{time.monotonic() - begin:.0f} s"
+    )
     return 1 if different else 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

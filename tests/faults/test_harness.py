@@ -8,7 +8,14 @@ from pathlib import Path
 
 
 def test_killed_runs_end_equal() -> None:
-    command = [sys.executable, str(Path(__file__).with_name("harness.py")), "--kills", "3", "--seed", "1"]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("harness.py")),
+        "--kills",
+        "3",
+        "--seed",
+        "1",
+    ]
     found = subprocess.run(command, text=True, capture_output=True, timeout=390)
     assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
     assert "0 of them with another result" in found.stdout

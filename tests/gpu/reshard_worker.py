@@ -1,6 +1,6 @@
 """One rank that saves a ZeRO-3 checkpoint, converts it, and takes the same step from both.
 
-    launch/train.sh --ranks 1 --module reshard_worker FOLDER
+launch/train.sh --ranks 1 --module reshard_worker FOLDER
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def main(folder: Path) -> None:
     start_deepspeed()
     train = TrainConfig(batch_size=2, micro_batch_size=2)
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
-    engine = DeepSpeedEngine(module, train, resolve_student("student_zero3", train=train, dtype="bfloat16", ranks=1))
+    engine = DeepSpeedEngine(
+        module, train, resolve_student("student_zero3", train=train, dtype="bfloat16", ranks=1)
+    )
     step(engine)
     engine.snapshot(folder, copy=False)()
     engine.reshard(folder, folder)
@@ -38,7 +40,10 @@ def main(folder: Path) -> None:
     plain = step(engine)
     engine.load(folder, resharded=True)
     converted = step(engine)
-    assert all(plain[name].equal(expected[name]) and converted[name].equal(expected[name]) for name in expected)
+    assert all(
+        plain[name].equal(expected[name]) and converted[name].equal(expected[name])
+        for name in expected
+    )
     print("the same step on", distributed.device().type)
 
 

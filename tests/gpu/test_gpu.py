@@ -1,4 +1,6 @@
-"""What only a GPU can show: the same equalities in bfloat16 on its kernels, and the bars of time and memory."""
+"""What only a GPU can show: the same equalities in bfloat16 on its kernels, and the bars of time
+and memory.
+"""
 
 from __future__ import annotations
 
@@ -28,36 +30,56 @@ from pocl_ds.models.vocabulary import Ids
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and none is visible"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device, and none is visible"
+    ),
 ]
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_the_fused_head_in_bfloat16_is_nearer_to_float64_than_the_plain_form(name: str) -> None:
     source = torch.Generator().manual_seed(1)
-    hidden, teacher_hidden = (torch.randn(300, 64, generator=source, dtype=torch.float64) for _ in range(2))
-    weight, teacher_weight = (torch.randn(5000, 64, generator=source, dtype=torch.float64) / 8 for _ in range(2))
+    hidden, teacher_hidden = (
+        torch.randn(300, 64, generator=source, dtype=torch.float64) for _ in range(2)
+    )
+    weight, teacher_weight = (
+        torch.randn(5000, 64, generator=source, dtype=torch.float64) / 8 for _ in range(2)
+    )
     labels = torch.randint(0, 5000, (300,), generator=source)
     gradients = {}
     for kind in (torch.float64, torch.bfloat16):
         leaf = torch.nn.Parameter(weight.to("cuda", kind))
-        q, p = hidden.to("cuda", kind) @ leaf.T, teacher_hidden.to("cuda", kind) @ teacher_weight.to("cuda", kind).T
+        q, p = (
+            hidden.to("cuda", kind) @ leaf.T,
+            teacher_hidden.to("cuda", kind) @ teacher_weight.to("cuda", kind).T,
+        )
         ce = torch.nn.functional.cross_entropy(q, labels.cuda(), reduction="sum")
         (0.3 * ce + 0.7 * divergence(name, p, q, tau=1.5).sum()).backward()
         gradients[kind] = leaf.grad.double()
     leaf = torch.nn.Parameter(weight.to("cuda", torch.bfloat16))
-    heads = Head(leaf, None, 1.0, None), Head(torch.nn.Parameter(teacher_weight.to("cuda", torch.bfloat16)), None, 1.0, None)
+    heads = (
+        Head(leaf, None, 1.0, None),
+        Head(torch.nn.Parameter(teacher_weight.to("cuda", torch.bfloat16)), None, 1.0, None),
+    )
     total, *_ = loss_sums(
-        hidden.to("cuda", torch.bfloat16), heads[0], labels.cuda(), LossTerms(name, 1.5, 0.3), ids=Ids(5000),
-        teacher_hidden=teacher_hidden.to("cuda", torch.bfloat16), teacher_head=heads[1], chunk_bytes=4 << 20,
-    )  # fmt: skip
+        hidden.to("cuda", torch.bfloat16),
+        heads[0],
+        labels.cuda(),
+        LossTerms(name, 1.5, 0.3),
+        ids=Ids(5000),
+        teacher_hidden=teacher_hidden.to("cuda", torch.bfloat16),
+        teacher_head=heads[1],
+        chunk_bytes=4 << 20,
+    )
     total.backward()
     exact = gradients[torch.float64]
     assert (leaf.grad.double() - exact).norm() <= (gradients[torch.bfloat16] - exact).norm() * 1.02
 
 
 def test_the_bars_of_time_and_memory() -> None:
-    """8192 tokens x 128,256 ids x 4096 in 60 ms and 11 GB on an H100: what Liger's chunked loss sets."""
+    """8192 tokens x 128,256 ids x 4096 in 60 ms and 11 GB on an H100: what Liger's chunked loss
+    sets.
+    """
     if "H100" not in torch.cuda.get_device_name() and "H200" not in torch.cuda.get_device_name():
         pytest.skip(f"the bars are an H100's, this is {torch.cuda.get_device_name()}")
     (table,) = bench_loss.run([8192, 128_256, 4096], print, rounds=5)
@@ -66,14 +88,20 @@ def test_the_bars_of_time_and_memory() -> None:
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_a_rollouts_engine_gives_its_memory_back_between_writes(level: int, tiny_llama: Path) -> None:
+def test_a_rollouts_engine_gives_its_memory_back_between_writes(
+    level: int, tiny_llama: Path
+) -> None:
     """And writes with the weights that it got before (level 1) or gets anew (both)."""
     pytest.importorskip("vllm")
     config = GenerationConfig(gpu_memory_share=0.3, max_sequences=8)
-    writer = ChildGenerator(str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level)
+    writer = ChildGenerator(
+        str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level
+    )
     try:
         assert writer.sleep_level == level
-        weights = {name: value.detach() for name, value in load_model(str(tiny_llama)).named_parameters()}
+        weights = {
+            name: value.detach() for name, value in load_model(str(tiny_llama)).named_parameters()
+        }
         sequence, awake = list(range(2, 60)), torch.cuda.mem_get_info()[0]
         writer.refresh(weights)
         first = writer.log_probs([sequence], [5])[0]
@@ -96,13 +124,23 @@ def test_a_rollouts_engine_gives_its_memory_back_between_writes(level: int, tiny
 
 @pytest.mark.parametrize("loss", ["fkl", "alm"])
 def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_path: Path) -> None:
-    """The mask of ids without a token, and of ALM the groups of a batch: DeepSpeed moves none of them."""
+    """The mask of ids without a token, and of ALM the groups of a batch: DeepSpeed moves none of
+    them.
+    """
     teacher = tiny_models.llama(tmp_path / "teacher", tied=False, seed=1, rows=400)
     student = tiny_models.llama(tmp_path / "student", rows=384)
     recipe = write_recipe(
-        tmp_path, teacher, student, train_samples=32, teacher={"dtype": "bfloat16"}, student={"dtype": "bfloat16"},
-        rank={"strategy": "random"}, plan={"subsets": 1, "epochs_per_stage": 1}, loss={"name": loss}, launch={"ranks": 1},
-    )  # fmt: skip
+        tmp_path,
+        teacher,
+        student,
+        train_samples=32,
+        teacher={"dtype": "bfloat16"},
+        student={"dtype": "bfloat16"},
+        rank={"strategy": "random"},
+        plan={"subsets": 1, "epochs_per_stage": 1},
+        loss={"name": loss},
+        launch={"ranks": 1},
+    )
     run = tmp_path / "run"
     for stage in ("data", "prepare", "rank", "plan", "train"):
         said = pocl(stage, str(recipe), "--run-dir", str(run)).stderr
@@ -112,11 +150,30 @@ def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_
 
 
 def test_a_run_on_fewer_gpus_goes_on(tmp_path: Path) -> None:
-    """Its fused Adam reads the converted counters on the GPU. A process of its own: DeepSpeed makes it a rank."""
+    """Its fused Adam reads the converted counters on the GPU. A process of its own: DeepSpeed makes
+    it a rank.
+    """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
-    command = ["bash", str(ROOT / "launch" / "train.sh"), "--ranks", "1", "--module", "reshard_worker", str(tmp_path)]
-    found = subprocess.run(command, text=True, capture_output=True, timeout=300, env={
-        **environment(), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(tmp_path / "logs"), "PYTHONPATH": paths,
-    })  # fmt: skip
+    command = [
+        "bash",
+        str(ROOT / "launch" / "train.sh"),
+        "--ranks",
+        "1",
+        "--module",
+        "reshard_worker",
+        str(tmp_path),
+    ]
+    found = subprocess.run(
+        command,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={
+            **environment(),
+            "POCL_PYTHON": sys.executable,
+            "POCL_LOG_DIR": str(tmp_path / "logs"),
+            "PYTHONPATH": paths,
+        },
+    )
     assert found.returncode == 0, found.stderr[-3000:]
     assert "the same step on cuda" in found.stdout

@@ -1,4 +1,6 @@
-"""A SLURM cluster of three nodes on this machine. Skipped, with the reason, where it cannot be started."""
+"""A SLURM cluster of three nodes on this machine. Skipped, with the reason, where it cannot be
+started.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,18 @@ def missing() -> str:
     """Why no cluster can be started here, or nothing."""
     if os.geteuid() != 0:
         return "starting a SLURM cluster needs root"
-    if subprocess.run(["unshare", "--net", "--mount", "--uts", "true"], capture_output=True).returncode:
+    if subprocess.run(
+        ["unshare", "--net", "--mount", "--uts", "true"], capture_output=True
+    ).returncode:
         return "this machine gives no namespaces to its root"
-    done = subprocess.run(["bash", str(SCRIPT), "install"], capture_output=True, text=True, timeout=600)
-    return f"SLURM is not installed and could not be: {done.stderr.strip()[-200:]}" if done.returncode else ""
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "install"], capture_output=True, text=True, timeout=600
+    )
+    return (
+        f"SLURM is not installed and could not be: {done.stderr.strip()[-200:]}"
+        if done.returncode
+        else ""
+    )
 
 
 @pytest.fixture(scope="session")

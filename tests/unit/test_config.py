@@ -1,4 +1,6 @@
-"""Recipes: what is wrong is said in one sentence, with the field and the remedy, and nothing but RecipeError escapes."""
+"""Recipes: what is wrong is said in one sentence, with the field and the remedy, and nothing but
+RecipeError escapes.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,24 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(student__lora={"r": 8}), ("student.lora.r", "the fields here are rank, alpha")),
     (changed(student__lora={"targets": ""}), ("student.lora.targets=''", "write each once")),
     (changed(student__lora={"targets": []}), ("student.lora.targets", "at least 1")),
-    (changed(student__lora={"targets": "q_proj, q_proj"}), ("student.lora.targets", "write each once")),
-    (changed(student__lora={"targets": ["all-linear", "q_proj"]}), ("student.lora.targets", "write it alone")),
+    (
+        changed(student__lora={"targets": "q_proj, q_proj"}),
+        ("student.lora.targets", "write each once"),
+    ),
+    (
+        changed(student__lora={"targets": ["all-linear", "q_proj"]}),
+        ("student.lora.targets", "write it alone"),
+    ),
     (changed(student=None), ("student", "section")),
     ({"name": "x", "teacher": {"model": "t"}}, ("student", "missing", "add it")),
     (changed(teacher__model=None), ("teacher.model=None", "string")),
     (changed(train__batch_size="many"), ("train.batch_size='many'", "integer")),
     (changed(train__batch_size=0), ("train.batch_size=0", "greater than or equal to 1")),
     (changed(train__batch_size=True), ("train.batch_size=True", "number")),
-    (changed(train__batch_size=10), ("train.batch_size=10", "train.micro_batch_size=8", "launch.ranks=1", "change one")),
+    (
+        changed(train__batch_size=10),
+        ("train.batch_size=10", "train.micro_batch_size=8", "launch.ranks=1", "change one"),
+    ),
     (changed(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
     (changed(train__lr=float("nan")), ("train.lr", "finite")),
     (changed(train__lr=1e-8), ("train.lr_end=1e-07", "train.lr=1e-08")),
@@ -57,53 +68,149 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(plan__tau=[0, 2]), ("plan.tau", "greater than 0")),
     (changed(plan__tau=[1.0]), ("plan.tau", "missing")),
     (changed(plan__sft_ratio=[1.5, 0]), ("plan.sft_ratio", "less than or equal to 1")),
-    (changed(train__engine="torch", student__dtype="bfloat16"), ("train.engine=torch", "bfloat16", "train.engine=deepspeed")),
-    (changed(plan__subsets=5, data__train_samples=4), ("plan.subsets=5", "data.train_samples=4", "fewer")),
+    (
+        changed(train__engine="torch", student__dtype="bfloat16"),
+        ("train.engine=torch", "bfloat16", "train.engine=deepspeed"),
+    ),
+    (
+        changed(plan__subsets=5, data__train_samples=4),
+        ("plan.subsets=5", "data.train_samples=4", "fewer"),
+    ),
     (changed(loss__name="kl"), ("loss", "'kl'", "fkl, rkl")),
     (changed(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),
     (changed(loss={"name": "fkl", "options": {"beta": 0.1}}), ("fkl", "'beta'", "no options")),
     (changed(loss__name="sft"), ("loss.name=sft", "teacher")),
     ({"name": "x", "student": {"model": "s"}}, ("loss.name=fkl", "teacher.model")),
-    ({"name": "x", "student": {"model": "s", "heal_steps": 3}, "loss": {"name": "sft"}}, ("heal_steps=3", "set it to 0")),
-    ({"name": "x", "student": {"model": "s", "heal_steps": 3}, "teacher": {"model": "t"}, "train": {"warmup_steps": 3}},
-     ("train.warmup_steps=3 never ends in the 3 steps", "heal longer")),
-    (changed(prompt__max_prompt_tokens=512), ("max_prompt_tokens=512", "max_length=512", "smaller")),
+    (
+        {"name": "x", "student": {"model": "s", "heal_steps": 3}, "loss": {"name": "sft"}},
+        ("heal_steps=3", "set it to 0"),
+    ),
+    (
+        {
+            "name": "x",
+            "student": {"model": "s", "heal_steps": 3},
+            "teacher": {"model": "t"},
+            "train": {"warmup_steps": 3},
+        },
+        ("train.warmup_steps=3 never ends in the 3 steps", "heal longer"),
+    ),
+    (
+        changed(prompt__max_prompt_tokens=512),
+        ("max_prompt_tokens=512", "max_length=512", "smaller"),
+    ),
     (changed(student__prune__drop_layers="ten"), ("student.prune.drop_layers='ten'", "10-19")),
-    (changed(data__validation_fraction=0.6, data__test_fraction=0.5), ("validation_fraction", "less than 1")),
+    (
+        changed(data__validation_fraction=0.6, data__test_fraction=0.5),
+        ("validation_fraction", "less than 1"),
+    ),
     (changed(evaluate__temperature=0), ("temperature=0", "one seed")),
     (changed(evaluate__seeds=[1, 1]), ("seed", "once")),
     (changed(evaluate__seeds=[]), ("evaluate.seeds", "at least 1")),
     (changed(name="a/b"), ("name='a/b'", "pattern")),
-    (changed(policy={"name": "gkd", "lmbda": 1.5}), ("policy.lmbda=1.5", "less than or equal to 1")),
-    (changed(policy={"name": "gkd", "lmbda": -0.1}), ("policy.lmbda=-0.1", "greater than or equal to 0")),
+    (
+        changed(policy={"name": "gkd", "lmbda": 1.5}),
+        ("policy.lmbda=1.5", "less than or equal to 1"),
+    ),
+    (
+        changed(policy={"name": "gkd", "lmbda": -0.1}),
+        ("policy.lmbda=-0.1", "greater than or equal to 0"),
+    ),
     (changed(policy__name="gkd"), ("policy.name=gkd", "plan.sft_ratio=[0, 0]")),
-    (changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="hidden"), ("policy.name=gkd", "teacher.mode=live")),
-    (changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="topk"), ("policy.name=gkd", "teacher.mode=topk")),
-    (changed(policy__name="gkd", plan__sft_ratio=[0, 0], compare__enabled=True), ("compare.sft_ratio=0",)),
-    (changed(policy__name="distillm", plan__sft_ratio=[0, 0], data__train_samples=99), ("policy.buffer=1000", "=99", "smaller")),
-    (changed(policy__name="distillm", plan__sft_ratio=[0, 0], train__validate_samples=0), ("train.validate_samples",)),
-    (changed(policy__name="distillm", plan__sft_ratio=[0, 0]), ("policy.name=distillm", "train.validate_every=null", "a number")),
+    (
+        changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="hidden"),
+        ("policy.name=gkd", "teacher.mode=live"),
+    ),
+    (
+        changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="topk"),
+        ("policy.name=gkd", "teacher.mode=topk"),
+    ),
+    (
+        changed(policy__name="gkd", plan__sft_ratio=[0, 0], compare__enabled=True),
+        ("compare.sft_ratio=0",),
+    ),
+    (
+        changed(policy__name="distillm", plan__sft_ratio=[0, 0], data__train_samples=99),
+        ("policy.buffer=1000", "=99", "smaller"),
+    ),
+    (
+        changed(policy__name="distillm", plan__sft_ratio=[0, 0], train__validate_samples=0),
+        ("train.validate_samples",),
+    ),
+    (
+        changed(policy__name="distillm", plan__sft_ratio=[0, 0]),
+        ("policy.name=distillm", "train.validate_every=null", "a number"),
+    ),
     (changed(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
-    (changed(policy__name="seqkd", loss__name="sft", teacher__mode="topk"), ("policy.name=seqkd", "teacher.mode=topk")),
-    ({"name": "x", "student": {"model": "s"}, "policy": {"name": "gkd"}, "loss": {"name": "sft"}}, ("gkd", "teacher.model")),
-    (changed(policy={"name": "mixture", "shares": {"student": 0.5}}), ("policy.shares", "sum to 1")),
-    (changed(policy={"name": "mixture", "shares": {"data": 0, "student": 1}}), ("policy.name=mixture", "plan.sft_ratio=[0, 0]")),
-    (changed(policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}}, teacher__mode="topk"),
-     ("policy.shares.teacher=1", "teacher.mode=live")),
-    (changed(policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}}, teacher__others=[{"model": "o"}]),
-     ("policy.shares.teacher=1", "teacher.others", "remove these")),
-    (changed(train={"validate_samples": 0, "checkpoint": {"keep_best": True}}), ("keep_best", "set train.validate_samples")),
+    (
+        changed(policy__name="seqkd", loss__name="sft", teacher__mode="topk"),
+        ("policy.name=seqkd", "teacher.mode=topk"),
+    ),
+    (
+        {
+            "name": "x",
+            "student": {"model": "s"},
+            "policy": {"name": "gkd"},
+            "loss": {"name": "sft"},
+        },
+        ("gkd", "teacher.model"),
+    ),
+    (
+        changed(policy={"name": "mixture", "shares": {"student": 0.5}}),
+        ("policy.shares", "sum to 1"),
+    ),
+    (
+        changed(policy={"name": "mixture", "shares": {"data": 0, "student": 1}}),
+        ("policy.name=mixture", "plan.sft_ratio=[0, 0]"),
+    ),
+    (
+        changed(
+            policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}}, teacher__mode="topk"
+        ),
+        ("policy.shares.teacher=1", "teacher.mode=live"),
+    ),
+    (
+        changed(
+            policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
+            teacher__others=[{"model": "o"}],
+        ),
+        ("policy.shares.teacher=1", "teacher.others", "remove these"),
+    ),
+    (
+        changed(train={"validate_samples": 0, "checkpoint": {"keep_best": True}}),
+        ("keep_best", "set train.validate_samples"),
+    ),
     (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
     (changed(teacher__mode="cached"), ("teacher.mode='cached'", "hidden", "topk")),
     (changed(loss__name="alm", teacher__mode="topk"), ("loss.name=alm", "teacher.mode=live")),
     (changed(loss__fused=False, teacher__mode="hidden"), ("loss.fused=false", "teacher.mode=live")),
-    (changed(loss__name="uld", teacher__others=[{"model": "o"}]), ("teacher.others", "loss.name=uld")),
-    (changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]), ("teacher.mode=hidden", "teacher.others")),
-    (changed(teacher__others=[{"model": "o", "weight": 0}]), ("teacher.others.0.weight=0", "greater than")),
-    (changed(teacher__quantization="int4"), ("teacher.quantization='int4'", "bnb_8bit", "bnb_4bit")),
-    (changed(teacher__quantization="bnb_4bit"), ("quantization=bnb_4bit", "teacher_zero3", "set teacher.ds_config=null")),
-    (changed(policy__name="seqkd", loss__name="sft", teacher={"model": "t", "ds_config": None, "quantization": "bnb_8bit"}),
-     ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit")),
+    (
+        changed(loss__name="uld", teacher__others=[{"model": "o"}]),
+        ("teacher.others", "loss.name=uld"),
+    ),
+    (
+        changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]),
+        ("teacher.mode=hidden", "teacher.others"),
+    ),
+    (
+        changed(teacher__others=[{"model": "o", "weight": 0}]),
+        ("teacher.others.0.weight=0", "greater than"),
+    ),
+    (
+        changed(teacher__quantization="int4"),
+        ("teacher.quantization='int4'", "bnb_8bit", "bnb_4bit"),
+    ),
+    (
+        changed(teacher__quantization="bnb_4bit"),
+        ("quantization=bnb_4bit", "teacher_zero3", "set teacher.ds_config=null"),
+    ),
+    (
+        changed(
+            policy__name="seqkd",
+            loss__name="sft",
+            teacher={"model": "t", "ds_config": None, "quantization": "bnb_8bit"},
+        ),
+        ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit"),
+    ),
     (changed(teach__k=0), ("teach.k=0", "greater than")),
 ]
 
@@ -128,22 +235,31 @@ def paths(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Every key of a tree, as a path."""
     if not isinstance(tree, dict):
         return []
-    return [p for key, value in tree.items() for p in [(*prefix, key), *paths(value, (*prefix, key))]]
+    return [
+        p for key, value in tree.items() for p in [(*prefix, key), *paths(value, (*prefix, key))]
+    ]
 
 
 FULL = yaml.safe_load(dump_recipe(load_recipe("quickstart")))
 garbage = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    path=st.sampled_from(paths(FULL)), value=garbage, how=st.sampled_from(["delete", "replace", "add"]), key=st.text(max_size=8)
+    path=st.sampled_from(paths(FULL)),
+    value=garbage,
+    how=st.sampled_from(["delete", "replace", "add"]),
+    key=st.text(max_size=8),
 )
-def test_no_recipe_does_more_than_fail_with_a_sentence(path: tuple[str, ...], value: Any, how: str, key: str) -> None:
+def test_no_recipe_does_more_than_fail_with_a_sentence(
+    path: tuple[str, ...], value: Any, how: str, key: str
+) -> None:
     tree = copy.deepcopy(FULL)
     node = tree
     for part in path[:-1]:
@@ -169,7 +285,13 @@ def test_overrides(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(BASE))
     recipe = load_recipe(
-        str(file), ["train.batch_size=32", "plan.tau=[1, 3]", "student.prune.drop_layers=1-2", "teacher.dtype=bfloat16"]
+        str(file),
+        [
+            "train.batch_size=32",
+            "plan.tau=[1, 3]",
+            "student.prune.drop_layers=1-2",
+            "teacher.dtype=bfloat16",
+        ],
     )
     assert recipe.train.batch_size == 32
     assert recipe.plan.tau == (1.0, 3.0)
@@ -177,7 +299,10 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.student.prune.drop_layers == "1-2"
     assert recipe.teacher is not None
     assert (recipe.teacher.model, recipe.teacher.dtype) == ("t", "bfloat16")
-    assert load_recipe(str(file), ["train.batch_size=32", "train.batch_size=64"]).train.batch_size == 64
+    assert (
+        load_recipe(str(file), ["train.batch_size=32", "train.batch_size=64"]).train.batch_size
+        == 64
+    )
 
 
 def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Path) -> None:
@@ -189,8 +314,14 @@ def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Pat
 
 @pytest.mark.parametrize("mode", ["live", "hidden", "topk", "auto"])
 def test_a_quantised_teacher_says_other_things(mode: str) -> None:
-    prints = [fingerprints(check_recipe(changed(teacher__ds_config=None, teacher__mode=mode, teacher__quantization=how)))
-              for how in ("none", "bnb_8bit", "bnb_4bit")]  # fmt: skip
+    prints = [
+        fingerprints(
+            check_recipe(
+                changed(teacher__ds_config=None, teacher__mode=mode, teacher__quantization=how)
+            )
+        )
+        for how in ("none", "bnb_8bit", "bnb_4bit")
+    ]
     assert all(len({found[stage] for found in prints}) == 3 for stage in ("teach", "train"))
     assert len({found["data"] for found in prints}) == 1
 
@@ -200,9 +331,17 @@ def test_adapters_as_overrides(tmp_path: Path) -> None:
     file.write_text(yaml.safe_dump(BASE))
     recipe = load_recipe(str(file), ["student.lora.targets=q_proj, v_proj", "student.lora.alpha=8"])
     assert recipe.student.lora is not None
-    assert (recipe.student.lora.rank, recipe.student.lora.alpha, recipe.student.lora.targets) == (16, 8, ("q_proj", "v_proj"))
+    assert (recipe.student.lora.rank, recipe.student.lora.alpha, recipe.student.lora.targets) == (
+        16,
+        8,
+        ("q_proj", "v_proj"),
+    )
     plain, adapted = load_recipe(str(file)), load_recipe(str(file), ["student.lora={}"])
-    assert plain.student.lora is None and adapted.student.lora is not None and adapted.student.lora.targets == ("all-linear",)
+    assert (
+        plain.student.lora is None
+        and adapted.student.lora is not None
+        and adapted.student.lora.targets == ("all-linear",)
+    )
     assert len({fingerprints(one)["train"] for one in (plain, adapted, recipe)}) == 3
 
 
@@ -260,7 +399,9 @@ def test_operational_fields_do_not_last() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_written_and_read_again_has_the_same_fingerprints(path: Path, tmp_path: Path) -> None:
+def test_a_recipe_written_and_read_again_has_the_same_fingerprints(
+    path: Path, tmp_path: Path
+) -> None:
     """A default of 60 that comes back as 60.0 would make a finished run another recipe's."""
     recipe = load_recipe(str(path))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))

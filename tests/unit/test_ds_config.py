@@ -13,7 +13,15 @@ from pocl_ds.ds_config import load_ds_config, resolve_student, resolve_teacher
 from pocl_ds.errors import RecipeError
 from pocl_ds.shipped import DS_CONFIGS
 
-TRAIN = TrainConfig(batch_size=32, micro_batch_size=4, lr=3e-4, lr_end=1e-6, weight_decay=0.02, clip=0.5, betas=(0.9, 0.95))
+TRAIN = TrainConfig(
+    batch_size=32,
+    micro_batch_size=4,
+    lr=3e-4,
+    lr_end=1e-6,
+    weight_decay=0.02,
+    clip=0.5,
+    betas=(0.9, 0.95),
+)
 
 
 def write(folder: Path, name: str, **changes: Any) -> str:
@@ -33,8 +41,12 @@ def write(folder: Path, name: str, **changes: Any) -> str:
 def test_the_five_are_there() -> None:
     shipped = {path.stem for path in DS_CONFIGS.glob("*.json")}
     assert shipped == {
-        "student_zero3", "student_zero3_offload", "student_zero2", "teacher_zero3", "teacher_zero3_offload",
-    }  # fmt: skip
+        "student_zero3",
+        "student_zero3_offload",
+        "student_zero2",
+        "teacher_zero3",
+        "teacher_zero3_offload",
+    }
 
 
 @pytest.mark.parametrize("name", ["student_zero3", "student_zero3_offload", "student_zero2"])
@@ -48,8 +60,13 @@ def test_a_student(name: str, dtype: str, ranks: int) -> None:
     assert tree["gradient_clipping"] == 0.5
     assert tree["bf16"]["enabled"] is (dtype == "bfloat16")
     assert tree["optimizer"]["params"] == {
-        "lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.02, "torch_adam": True, "fused": True,
-    }  # fmt: skip
+        "lr": 3e-4,
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "weight_decay": 0.02,
+        "torch_adam": True,
+        "fused": True,
+    }
     assert ("offload_optimizer" in tree["zero_optimization"]) == ("offload" in name)
 
 
@@ -60,7 +77,10 @@ def test_a_teacher(name: str, dtype: str) -> None:
     assert '"auto"' not in json.dumps(tree)
     assert "optimizer" not in tree
     assert tree["train_batch_size"] == 6
-    assert (tree["bf16"]["enabled"], tree["fp16"]["enabled"]) == (dtype == "bfloat16", dtype == "float16")
+    assert (tree["bf16"]["enabled"], tree["fp16"]["enabled"]) == (
+        dtype == "bfloat16",
+        dtype == "float16",
+    )
 
 
 def test_a_teacher_is_whole_where_there_is_nothing_to_shard() -> None:
@@ -80,20 +100,31 @@ def test_resolving_leaves_the_file_alone() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_micro_batch_size_per_gpu": 16}, ("train_micro_batch_size_per_gpu=16", "train.micro_batch_size", "4")),
+        (
+            {"train_micro_batch_size_per_gpu": 16},
+            ("train_micro_batch_size_per_gpu=16", "train.micro_batch_size", "4"),
+        ),
         ({"train_batch_size": 64}, ("train_batch_size=64", "auto")),
         ({"gradient_accumulation_steps": 4}, ("gradient_accumulation_steps=4", "auto")),
         ({"gradient_clipping": 1.0}, ("gradient_clipping=1.0", "train.clip", "0.5")),
         ({"bf16__enabled": True}, ("bf16.enabled=True", "student.dtype", "False")),
         ({"fp16__enabled": True}, ("fp16.enabled=True", "student.dtype")),
         ({"optimizer__params__lr": 0.1}, ("optimizer.params.lr=0.1", "train.lr", "0.0003")),
-        ({"optimizer__params__weight_decay": 0.0}, ("optimizer.params.weight_decay=0.0", "train.weight_decay", "0.02")),
+        (
+            {"optimizer__params__weight_decay": 0.0},
+            ("optimizer.params.weight_decay=0.0", "train.weight_decay", "0.02"),
+        ),
         ({"optimizer__type": "SGD"}, ("optimizer.type='SGD'", "AdamW")),
         ({"scheduler": {"type": "WarmupLR"}}, ("scheduler", "train.schedule")),
-        ({"zero_optimization__reduce_bucket_size": "auto"}, ("zero_optimization.reduce_bucket_size", "write a value")),
+        (
+            {"zero_optimization__reduce_bucket_size": "auto"},
+            ("zero_optimization.reduce_bucket_size", "write a value"),
+        ),
     ],
 )
-def test_a_contradiction_is_named(tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_a_contradiction_is_named(
+    tmp_path: Path, changes: dict[str, Any], words: tuple[str, ...]
+) -> None:
     name = write(tmp_path, "student_zero3", **changes)
     with pytest.raises(RecipeError) as caught:
         resolve_student(name, train=TRAIN, dtype="float32", ranks=2)
@@ -106,9 +137,19 @@ def test_a_value_that_agrees_is_kept(tmp_path: Path) -> None:
     assert resolve_student(name, train=TRAIN, dtype="float32", ranks=1)["gradient_clipping"] == 0.5
 
 
-@pytest.mark.parametrize("path", ["gradient_clipping", "bf16", "bf16__enabled", "train_micro_batch_size_per_gpu",
-                                  "gradient_accumulation_steps", "optimizer__params", "optimizer__params__betas",
-                                  "optimizer__params__weight_decay"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "gradient_clipping",
+        "bf16",
+        "bf16__enabled",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "optimizer__params",
+        "optimizer__params__betas",
+        "optimizer__params__weight_decay",
+    ],
+)
 def test_what_a_file_leaves_out_is_the_recipe_s(path: str, tmp_path: Path) -> None:
     """DeepSpeed's own default for clipping is none, for numbers float32: not what the recipe says."""
     tree = load_ds_config("student_zero3")
@@ -119,16 +160,23 @@ def test_what_a_file_leaves_out_is_the_recipe_s(path: str, tmp_path: Path) -> No
     kept = node.pop(leaf)
     file = tmp_path / "short.json"
     file.write_text(json.dumps(tree))
-    found, whole = (resolve_student(name, train=TRAIN, dtype="bfloat16", ranks=2) for name in (str(file), "student_zero3"))
+    found, whole = (
+        resolve_student(name, train=TRAIN, dtype="bfloat16", ranks=2)
+        for name in (str(file), "student_zero3")
+    )
     if isinstance(kept, dict):  # what the recipe says nothing of stays DeepSpeed's
-        whole["optimizer"]["params"] = {name: whole["optimizer"]["params"][name] for name in found["optimizer"]["params"]}
+        whole["optimizer"]["params"] = {
+            name: whole["optimizer"]["params"][name] for name in found["optimizer"]["params"]
+        }
     assert found == whole
 
 
 def test_a_number_in_place_of_an_object_is_named(tmp_path: Path) -> None:
     for path, fault in (("optimizer__params", "optimizer.params"), ("bf16", "bf16")):
         with pytest.raises(RecipeError, match=rf"{fault} must be an object"):
-            resolve_student(write(tmp_path, "student_zero3", **{path: 3}), train=TRAIN, dtype="float32", ranks=1)
+            resolve_student(
+                write(tmp_path, "student_zero3", **{path: 3}), train=TRAIN, dtype="float32", ranks=1
+            )
 
 
 def test_float16_students_are_refused() -> None:
@@ -136,9 +184,13 @@ def test_float16_students_are_refused() -> None:
         resolve_student("student_zero3", train=TRAIN, dtype="float16", ranks=1)
 
 
-@pytest.mark.parametrize(("name", "word"), [("student_zero3", "optimizer"), ("student_zero2", "optimizer")])
+@pytest.mark.parametrize(
+    ("name", "word"), [("student_zero3", "optimizer"), ("student_zero2", "optimizer")]
+)
 def test_a_teacher_has_no_optimizer(name: str, word: str, tmp_path: Path) -> None:
-    changed = write(tmp_path, name, gradient_clipping=1.0, optimizer={"type": "AdamW", "params": {}})
+    changed = write(
+        tmp_path, name, gradient_clipping=1.0, optimizer={"type": "AdamW", "params": {}}
+    )
     with pytest.raises(RecipeError, match=word):
         resolve_teacher(changed, dtype="float32", ranks=1, micro_batch_size=1)
 
@@ -146,7 +198,10 @@ def test_a_teacher_has_no_optimizer(name: str, word: str, tmp_path: Path) -> Non
 def test_a_teacher_is_sharded(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="stage=2"):
         resolve_teacher(
-            write(tmp_path, "teacher_zero3", zero_optimization__stage=2), dtype="float32", ranks=1, micro_batch_size=1
+            write(tmp_path, "teacher_zero3", zero_optimization__stage=2),
+            dtype="float32",
+            ranks=1,
+            micro_batch_size=1,
         )
 
 

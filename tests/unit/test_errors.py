@@ -14,8 +14,10 @@ from pocl_ds.errors import memory_fault
 
 # As torch 2.13 words it.
 CUDA = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.12 GiB is free. "
-    "Including non-PyTorch memory, this process has 77.98 GiB memory in use. Of the allocated memory 70.00 GiB is allocated by "
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 1.12 GiB is free. "
+    "Including non-PyTorch memory, this process has 77.98 GiB memory in use. Of the allocated "
+    "memory 70.00 GiB is allocated by "
     "PyTorch."
 )
 FOUND = "2.50 GiB, GPU 0 has a total capacity of 79.11 GiB of which 1.12 GiB is free"
@@ -31,15 +33,22 @@ def test_faults_of_memory_and_others() -> None:
             make()
         assert (memory_fault(found.value) or "").startswith(expected)
     assert memory_fault(torch.OutOfMemoryError(CUDA)) == FOUND
-    assert memory_fault(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert memory_fault(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    )
     assert memory_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 @pytest.mark.parametrize(
-    ("stage", "remedy"), [("rank", "take a machine with more"), ("evaluate", "evaluate.loss=false leaves it out")]
+    ("stage", "remedy"),
+    [("rank", "take a machine with more"), ("evaluate", "evaluate.loss=false leaves it out")],
 )
 def test_a_stage_whose_memory_ran_out_names_what_it_follows_from(
-    stage: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    remedy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError(CUDA)
@@ -48,4 +57,8 @@ def test_a_stage_whose_memory_ran_out_names_what_it_follows_from(
     words = ["--model", "student"] if stage == "evaluate" else []
     monkeypatch.setattr(stages, "check_sizes", lambda run, recipe: None)
     said = sentence(capsys, stage, "quickstart", "--run-dir", tmp_path / "run", *words)
-    assert said.startswith(f"memory ran out ({FOUND})") and "finished work is kept" in said and said.endswith(remedy)
+    assert (
+        said.startswith(f"memory ran out ({FOUND})")
+        and "finished work is kept" in said
+        and said.endswith(remedy)
+    )

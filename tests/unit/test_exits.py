@@ -29,12 +29,19 @@ leave(7)
 
 
 def start(*words: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env={**os.environ, **environment})  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_before_the_training_says_resume_me(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_before_the_training_says_resume_me(
+    number: signal.Signals, tmp_path: Path
+) -> None:
     child = start("wait", RANK="3", POCL_EXITS=str(tmp_path / "exits"))
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     child.send_signal(number)
@@ -47,10 +54,17 @@ def test_a_signal_before_the_training_says_resume_me(number: signal.Signals, tmp
 WORDS = {
     "a refusal": ("from pocl_ds.cli import main; sys.exit(main(['run', 'no such recipe']))", 2),
     "a defect": ("from pocl_ds import cli; cli._main = lambda _: 1 / 0; sys.exit(cli.main([]))", 1),
-    "a signal": ("from pocl_ds import exits; exits.leave_when_asked(); os.kill(os.getpid(), 15); time.sleep(9)", 75),
-    "a hang": ("from pocl_ds.distill.watchdog import Watchdog\n"
-               "with Watchdog(pathlib.Path(sys.argv[1]), 0.2): time.sleep(9)", 74),
-}  # fmt: skip
+    "a signal": (
+        "from pocl_ds import exits; exits.leave_when_asked(); os.kill(os.getpid(), 15); "
+        "time.sleep(9)",
+        75,
+    ),
+    "a hang": (
+        "from pocl_ds.distill.watchdog import Watchdog\n"
+        "with Watchdog(pathlib.Path(sys.argv[1]), 0.2): time.sleep(9)",
+        74,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WORDS)
@@ -58,22 +72,33 @@ def test_a_last_word_that_cannot_be_written_changes_no_exit_code(case: str, tmp_
     """As of a rank whose log lies on a full disk."""
     program, code = WORDS[case]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-c", f"import os, pathlib, sys, time\n{program}", str(tmp_path)], stderr=full,
-                              timeout=60)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", f"import os, pathlib, sys, time\n{program}", str(tmp_path)],
+            stderr=full,
+            timeout=60,
+        )
     assert done.returncode == code
 
 
 @pytest.mark.parametrize("words", [["run", "quickstart", "--dry-run"], ["bench", "list"]])
 def test_output_that_cannot_be_written_is_a_sentence(words: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([sys.executable, "-m", "pocl_ds.cli", *words], stdout=full, stderr=subprocess.PIPE, text=True,
-                              timeout=60)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "pocl_ds.cli", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
     assert done.returncode == 2
     said = "an output's disk is full (No space left on device): free some space and start again, finished work is kept"
     assert done.stderr == f"pocl {words[0]}: {said}\n"
 
 
-@pytest.mark.parametrize("became", ["ImportError('PyCapsule_Import could not import')", "ModelError('it cannot be loaded')"])
+@pytest.mark.parametrize(
+    "became",
+    ["ImportError('PyCapsule_Import could not import')", "ModelError('it cannot be loaded')"],
+)
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it(became: str) -> None:
     program = f"""
 import os, signal, sys
@@ -89,14 +114,21 @@ def imports(*_):
 pipeline.join = imports
 sys.exit(cli.main(["data", "quickstart", "--run-dir", sys.argv[1]]))
 """
-    done = subprocess.run([sys.executable, "-c", program, "nowhere"], text=True, capture_output=True, timeout=60,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program, "nowhere"],
+        text=True,
+        capture_output=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     assert done.returncode == 130 and "Traceback" not in done.stderr
     assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
 
 
 def test_ctrl_c_in_a_destructor_comes_again() -> None:
-    """Where Python prints its KeyboardInterrupt and goes on; any other fault of one is printed as ever."""
+    """Where Python prints its KeyboardInterrupt and goes on; any other fault of one is printed as
+    ever.
+    """
     program = """
 import os, signal, sys, time
 from pocl_ds import cli, pipeline
@@ -110,9 +142,18 @@ def works(*_):
 pipeline.join = works
 sys.exit(cli.main(["data", "quickstart", "--run-dir", "nowhere"]))
 """
-    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=25,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
-    assert done.returncode == 130 and "ZeroDivisionError" in done.stderr and "KeyboardInterrupt" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        text=True,
+        capture_output=True,
+        timeout=25,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert (
+        done.returncode == 130
+        and "ZeroDivisionError" in done.stderr
+        and "KeyboardInterrupt" not in done.stderr
+    )
     assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
 
 

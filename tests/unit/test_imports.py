@@ -12,7 +12,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Rooms by tier: a file imports from lower tiers, from its own room, and within a tier only where `SIDEWAYS` allows it.
+# Rooms by tier: a file imports from lower tiers, from its own room, and within a tier only where
+# `SIDEWAYS` allows it.
 TIERS = (
     ("__init__",),
     ("errors", "names"),
@@ -29,7 +30,11 @@ TIERS = (
 )
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
 SIDEWAYS: set[tuple[str, str]] = set()  # (room, room it may enter in its own tier)
-ONE_FILE = {"deepspeed": "distill/engine.py", "vllm": "generation/vllm_backend.py", "peft": "models/lora.py"}
+ONE_FILE = {
+    "deepspeed": "distill/engine.py",
+    "vllm": "generation/vllm_backend.py",
+    "peft": "models/lora.py",
+}
 HEAVY = ("torch", "transformers", "deepspeed", "vllm", "datasets", "peft")
 
 
@@ -47,7 +52,11 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             module = node.module or ""
-            names.update([f"pocl_ds.{alias.name}" for alias in node.names] if module == "pocl_ds" else [module])
+            names.update(
+                [f"pocl_ds.{alias.name}" for alias in node.names]
+                if module == "pocl_ds"
+                else [module]
+            )
     return names
 
 
@@ -63,7 +72,9 @@ def violations(path: Path, text: str) -> list[str]:
             continue
         if other not in TIER:
             found.append(f"imports {name}, a room without a tier")
-        elif TIER[other] > TIER[room] or (TIER[other] == TIER[room] and TIER[room] >= 4 and (room, other) not in SIDEWAYS):
+        elif TIER[other] > TIER[room] or (
+            TIER[other] == TIER[room] and TIER[room] >= 4 and (room, other) not in SIDEWAYS
+        ):
             found.append(f"{room} imports {name}, which is not a room before it")
     return found
 
@@ -91,14 +102,32 @@ def test_the_rule_catches(file: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["config", "recipe", "cli", "errors", "artifacts", "shipped", "ds_config", "curriculum.plan", "difficulty.rank",
-     "pipeline", "stages", "study.table", "cluster.status", "cluster.watch", "cluster.submit", "report.build"],
-)  # fmt: skip
+    [
+        "config",
+        "recipe",
+        "cli",
+        "errors",
+        "artifacts",
+        "shipped",
+        "ds_config",
+        "curriculum.plan",
+        "difficulty.rank",
+        "pipeline",
+        "stages",
+        "study.table",
+        "cluster.status",
+        "cluster.watch",
+        "cluster.submit",
+        "report.build",
+    ],
+)
 def test_a_light_module_loads_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, pocl_ds.{module}\n"
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "sys.exit(f'loads {loaded}' if loaded else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr

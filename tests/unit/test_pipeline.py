@@ -1,4 +1,6 @@
-"""What a result depends on; engines side by side: which GPUs each gets, and what becomes of their exit codes."""
+"""What a result depends on; engines side by side: which GPUs each gets, and what becomes of their
+exit codes.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +28,23 @@ Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
 
 def recipe(processes: int, tensor_parallel: int = 1) -> Recipe:
-    evaluate = {"processes": processes, "generation": {"tensor_parallel": tensor_parallel}, "models": ["student"]}
-    return Recipe.model_validate({"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}, "evaluate": evaluate})
+    evaluate = {
+        "processes": processes,
+        "generation": {"tensor_parallel": tensor_parallel},
+        "models": ["student"],
+    }
+    return Recipe.model_validate(
+        {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}, "evaluate": evaluate}
+    )
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     found: Calls = []
 
-    def together(commands: list[list[str]], environments: list[dict[str, str]], lock: int | None = None) -> int:
+    def together(
+        commands: list[list[str]], environments: list[dict[str, str]], lock: int | None = None
+    ) -> int:
         found.append((commands, environments))
         return 0
 
@@ -47,12 +57,27 @@ def run(asked: Recipe) -> Any:
 
 
 @pytest.mark.parametrize("strategy", ["fusion", "random"])
-@pytest.mark.parametrize("change", [{"teacher": {"model": "other"}}, {"teacher": {"model": "t", "dtype": "bfloat16"}},
-                                    {"student": {"model": "m", "heal_steps": 3}}])  # fmt: skip
-def test_what_is_trained_depends_on_the_models_however_samples_are_ordered(strategy: str, change: dict[str, Any]) -> None:
-    tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "rank": {"strategy": strategy},
-            "compare": {"enabled": True}}  # fmt: skip
-    one, other = (pipeline.fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": {"model": "other"}},
+        {"teacher": {"model": "t", "dtype": "bfloat16"}},
+        {"student": {"model": "m", "heal_steps": 3}},
+    ],
+)
+def test_what_is_trained_depends_on_the_models_however_samples_are_ordered(
+    strategy: str, change: dict[str, Any]
+) -> None:
+    tree = {
+        "name": "r",
+        "student": {"model": "m"},
+        "teacher": {"model": "t"},
+        "rank": {"strategy": strategy},
+        "compare": {"enabled": True},
+    }
+    one, other = (
+        pipeline.fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change)
+    )
     for stage in ("prepare", "train", "baseline", "evaluate"):
         assert one[stage] != other[stage], stage
 
@@ -68,25 +93,36 @@ def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.Monke
     assert [command[-2:] for command in first] == [["--shard", "0/2"], ["--shard", "1/2"]]
     assert devices == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     assert [one["CUDA_VISIBLE_DEVICES"] for one in others] == ["5", "GPU-a", "7"]
-    with pytest.raises(RecipeError, match=r"evaluate\.processes=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible"):
+    with pytest.raises(
+        RecipeError,
+        match=r"evaluate\.processes=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible",
+    ):
         run(recipe(2, 2))
 
 
 def test_a_fault_inside_is_not_taken_for_another_process(tmp_path: Path) -> None:
     """A pipe that is full raises BlockingIOError too."""
-    with pytest.raises(BlockingIOError, match="a full pipe"), pipeline.locked(RunDirectory(tmp_path)):
+    with (
+        pytest.raises(BlockingIOError, match="a full pipe"),
+        pipeline.locked(RunDirectory(tmp_path)),
+    ):
         raise BlockingIOError("a full pipe")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_named(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lustre that is mounted without `flock`, NFS whose server keeps no locks."""
 
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    found = pytest.raises(ResourceError, match=r"\.lock cannot be locked \(.+\): its file system is mounted without locks")
+    found = pytest.raises(
+        ResourceError,
+        match=r"\.lock cannot be locked \(.+\): its file system is mounted without locks",
+    )
     with found, pipeline.locked(RunDirectory(tmp_path)):
         pass
 
@@ -94,24 +130,53 @@ def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monke
 def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) -> None:
     """Those of a folder too; one that is not there yet, or that no benchmark names, is none."""
     tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}}
-    tree["evaluate"] = {"models": ["student"], "benchmark_folder": str(tmp_path), "benchmarks": ["dolly", "vicuna"]}
+    tree["evaluate"] = {
+        "models": ["student"],
+        "benchmark_folder": str(tmp_path),
+        "benchmarks": ["dolly", "vicuna"],
+    }
     asked = Recipe.model_validate(tree)
     prints = [pipeline.fingerprints(asked)["evaluate"]]
-    for name, text in (("other.jsonl", "one"), ("dolly.jsonl", "one"), ("dolly.jsonl", "two"), ("dolly.jsonl", "one")):
+    for name, text in (
+        ("other.jsonl", "one"),
+        ("dolly.jsonl", "one"),
+        ("dolly.jsonl", "two"),
+        ("dolly.jsonl", "one"),
+    ):
         (tmp_path / name).write_text(text)
         prints.append(pipeline.fingerprints(asked)["evaluate"])
     assert prints[0] == prints[1] and prints[2] == prints[4] and len(set(prints)) == 3
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"policy": {"name": "distillm", "buffer": 8}, "plan": {"sft_ratio": [0, 0]},
-      "train": {"batch_size": 8, "validate_every": 4}}, "policy.name=distillm follows the validation"),
-    ({"train": {"batch_size": 8, "checkpoint": {"keep_best": True}}}, "train.checkpoint.keep_best follows the validation loss"),
-])  # fmt: skip
-def test_what_follows_a_validation_loss_needs_samples_for_it(fields: dict[str, Any], words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {
+                "policy": {"name": "distillm", "buffer": 8},
+                "plan": {"sft_ratio": [0, 0]},
+                "train": {"batch_size": 8, "validate_every": 4},
+            },
+            "policy.name=distillm follows the validation",
+        ),
+        (
+            {"train": {"batch_size": 8, "checkpoint": {"keep_best": True}}},
+            "train.checkpoint.keep_best follows the validation loss",
+        ),
+    ],
+)
+def test_what_follows_a_validation_loss_needs_samples_for_it(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     """A run without them would end well, as plain distillation under another name."""
     run = RunDirectory(tmp_path)
-    tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "train": {"batch_size": 8}, **fields}
+    tree = {
+        "name": "r",
+        "student": {"model": "m"},
+        "teacher": {"model": "t"},
+        "train": {"batch_size": 8},
+        **fields,
+    }
     for samples in (5, 0):
         splits = {"train": {"samples": 64}, "validation": {"samples": samples}}
         write_manifest(run.data, "data", "f", info={"splits": splits}, files=[])
@@ -124,11 +189,23 @@ def test_what_follows_a_validation_loss_needs_samples_for_it(fields: dict[str, A
 def test_a_validation_that_never_comes(tmp_path: Path) -> None:
     """Twenty steps: the probability of the student's own responses moves at validations alone."""
     run = RunDirectory(tmp_path)
-    write_manifest(run.data, "data", "f", info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}}, files=[])
+    write_manifest(
+        run.data,
+        "data",
+        "f",
+        info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}},
+        files=[],
+    )
     plan = {"subsets": 4, "epochs_per_stage": 1, "sft_ratio": [0, 0]}
     for every in (19, 20):
-        tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "policy": {"name": "distillm", "buffer": 8},
-                "train": {"batch_size": 8, "validate_every": every}, "plan": plan}
+        tree = {
+            "name": "r",
+            "student": {"model": "m"},
+            "teacher": {"model": "t"},
+            "policy": {"name": "distillm", "buffer": 8},
+            "train": {"batch_size": 8, "validate_every": every},
+            "plan": plan,
+        }
         if every == 19:
             pipeline.check_sizes(run, Recipe.model_validate(tree))
     with pytest.raises(RecipeError, match=r"train\.validate_every=20 never comes in the 20 steps"):
@@ -138,25 +215,48 @@ def test_a_validation_that_never_comes(tmp_path: Path) -> None:
 def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
     """64 samples in four subsets: a first stage of two steps an epoch."""
     run = RunDirectory(tmp_path)
-    write_manifest(run.data, "data", "f", info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}}, files=[])
+    write_manifest(
+        run.data,
+        "data",
+        "f",
+        info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}},
+        files=[],
+    )
 
     def check(warmup: int, schedule: str) -> None:
         train = {"batch_size": 8, "warmup_steps": warmup, "schedule": schedule}
         plan = {"subsets": 4, "epochs_per_stage": 1}
-        tree = {"name": "r", "student": {"model": "m"}, "teacher": {"model": "t"}, "train": train, "plan": plan}
+        tree = {
+            "name": "r",
+            "student": {"model": "m"},
+            "teacher": {"model": "t"},
+            "train": train,
+            "plan": plan,
+        }
         pipeline.check_sizes(run, Recipe.model_validate(tree))
 
     check(1, "per_stage")
     check(19, "whole_run")
-    with pytest.raises(RecipeError, match="train.warmup_steps=2 never ends in the 2 steps of a stage"):
+    with pytest.raises(
+        RecipeError, match="train.warmup_steps=2 never ends in the 2 steps of a stage"
+    ):
         check(2, "per_stage")
-    with pytest.raises(RecipeError, match="train.warmup_steps=20 never ends in the 20 steps of the run"):
+    with pytest.raises(
+        RecipeError, match="train.warmup_steps=20 never ends in the 20 steps of the run"
+    ):
         check(20, "whole_run")
 
 
-def test_a_tracker_that_is_missing_is_said_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_missing_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}, "train": {"tracking": {"wandb": True}}}
+    tree = {
+        "name": "r",
+        "student": {"model": "m"},
+        "loss": {"name": "sft"},
+        "train": {"tracking": {"wandb": True}},
+    }
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ResourceError, match=r"train\.tracking\.wandb=true needs the package wandb"):
         pipeline.enter(run, Recipe.model_validate(tree))
@@ -191,7 +291,9 @@ def test_a_signal_reaches_all() -> None:
     assert pipeline.call_together([[sys.executable, "-c", code]] * 2, [{}] * 2) == 75
 
 
-@pytest.mark.parametrize("code", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"])
+@pytest.mark.parametrize(
+    "code", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"]
+)
 def test_a_signal_that_no_child_answers_is_ours(code: str) -> None:
     """One that is starting has no handler yet; one at its end is done."""
 
@@ -206,7 +308,9 @@ def test_a_signal_that_no_child_answers_is_ours(code: str) -> None:
         timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.start()
         with pytest.raises(OurHandlerError):
-            pipeline.call_together([[sys.executable, "-c", f"import signal, sys, time; {code}"]] * 2, [{}] * 2)
+            pipeline.call_together(
+                [[sys.executable, "-c", f"import signal, sys, time; {code}"]] * 2, [{}] * 2
+            )
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -232,12 +336,18 @@ def test_no_further_child_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_ctrl_c_while_python_itself_starts(
     ranks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Before any line of ours runs, Python would die of it in its module `site`: with code 1, which no shell takes for Ctrl-C."""
+    """Before any line of ours runs, Python would die of it in its module `site`: with code 1, which
+    no shell takes for Ctrl-C.
+    """
     slow = "import pathlib, time\npathlib.Path(__file__).with_name('on').touch()\ntime.sleep(2)\n"
     (tmp_path / "sitecustomize.py").write_text(slow)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = ["--version"]
-    command = ["bash", str(LAUNCHER), "--ranks", "2", *words] if ranks else [*module_command("pocl_ds.cli"), *words]
+    command = (
+        ["bash", str(LAUNCHER), "--ranks", "2", *words]
+        if ranks
+        else [*module_command("pocl_ds.cli"), *words]
+    )
 
     def press() -> None:
         while not (tmp_path / "on").exists():
@@ -256,16 +366,22 @@ def test_ctrl_c_while_python_itself_starts(
 
 
 def test_a_signal_that_we_ignore_is_ignored_by_children_too() -> None:
-    """A shell starts background jobs with Ctrl-C ignored: it ended the stage at work, and the run with it."""
+    """A shell starts background jobs with Ctrl-C ignored: it ended the stage at work, and the run
+    with it.
+    """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        code = "import os, signal, sys; os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); sys.exit(5)"
+        code = (
+            "import os, signal, sys; os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); sys.exit(5)"
+        )
         assert pipeline.call([sys.executable, "-c", code]) == 5
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_a_killed_child_is_told() -> None:
-    with pytest.raises(Interrupted, match="ended by SIGKILL, often because memory ran out") as found:
+    with pytest.raises(
+        Interrupted, match="ended by SIGKILL, often because memory ran out"
+    ) as found:
         pipeline.call_together([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]], [{}])
     assert found.value.exit_code == 137

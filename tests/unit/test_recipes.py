@@ -13,9 +13,15 @@ from pocl_ds.shipped import RECIPES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 WANTED = {
-    "quickstart", "gpt2-1.5b-to-0.1b", "opt-2.7b-to-350m", "opt-6.7b-to-1.3b", "llama3.1-8b-to-3.2-1b",
-    "qwen2.5-7b-to-0.5b", "tinyllama-1gpu", "teacher-sft",
-}  # fmt: skip
+    "quickstart",
+    "gpt2-1.5b-to-0.1b",
+    "opt-2.7b-to-350m",
+    "opt-6.7b-to-1.3b",
+    "llama3.1-8b-to-3.2-1b",
+    "qwen2.5-7b-to-0.5b",
+    "tinyllama-1gpu",
+    "teacher-sft",
+}
 MEASURED = {"quickstart", "smollm2-teacher", "smollm2-study"}
 
 
@@ -37,24 +43,45 @@ def test_a_shipped_recipe(name: str, tmp_path: Path) -> None:
     assert load_recipe(str(resolved)) == recipe
 
     ranks, train = recipe.launch.ranks, recipe.train
-    student = resolve_student(recipe.student.ds_config, train=train, dtype=recipe.student.dtype, ranks=ranks)
+    student = resolve_student(
+        recipe.student.ds_config, train=train, dtype=recipe.student.dtype, ranks=ranks
+    )
     assert student["train_batch_size"] == train.micro_batch_size * ranks
     if recipe.teacher:
         config = recipe.teacher
-        teacher = resolve_teacher(config.ds_config, dtype=config.dtype, ranks=ranks, micro_batch_size=train.micro_batch_size)
+        teacher = resolve_teacher(
+            config.ds_config,
+            dtype=config.dtype,
+            ranks=ranks,
+            micro_batch_size=train.micro_batch_size,
+        )
         assert (teacher is None) == (ranks == 1)
         assert teacher is None or teacher["zero_optimization"]["stage"] == 3
 
 
 def test_the_papers_recipe_has_the_papers_numbers() -> None:
     recipe = load_recipe("gpt2-1.5b-to-0.1b")
-    assert (recipe.plan.subsets, recipe.plan.epochs_per_stage, recipe.plan.scheduler) == (4, 8, "baby_step")
+    assert (recipe.plan.subsets, recipe.plan.epochs_per_stage, recipe.plan.scheduler) == (
+        4,
+        8,
+        "baby_step",
+    )
     assert (recipe.plan.tau, recipe.plan.sft_ratio) == ((1.0, 2.0), (0.3, 0.0))
     assert (recipe.rank.strategy, recipe.rank.k) == ("fusion", 60)
     train = recipe.train
-    assert (train.batch_size, train.lr, train.lr_end, train.weight_decay, train.clip) == (64, 1e-4, 1e-7, 0.01, 1.0)
+    assert (train.batch_size, train.lr, train.lr_end, train.weight_decay, train.clip) == (
+        64,
+        1e-4,
+        1e-7,
+        0.01,
+        1.0,
+    )
     assert (train.schedule, train.warmup_steps) == ("per_stage", 0)
-    assert (recipe.prompt.template, recipe.prompt.max_prompt_tokens, recipe.prompt.max_length) == ("alpaca", 256, 512)
+    assert (recipe.prompt.template, recipe.prompt.max_prompt_tokens, recipe.prompt.max_length) == (
+        "alpaca",
+        256,
+        512,
+    )
     assert recipe.evaluate.seeds == (10, 20, 30, 40, 50)
 
 

@@ -1,4 +1,6 @@
-"""One stage in this process: each stage has its function, and gets the part of its work that is asked for."""
+"""One stage in this process: each stage has its function, and gets the part of its work that is
+asked for.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_a_stage_that_the_recipe_does_not_ask_for(stage: str, words: str, tmp_pa
 
 
 def test_a_part_of_an_evaluation() -> None:
-    config = EvaluateConfig(benchmarks={name: BenchmarkConfig(source=name) for name in ("test", "dolly")}, seeds=(1, 2))
+    config = EvaluateConfig(
+        benchmarks={name: BenchmarkConfig(source=name) for name in ("test", "dolly")}, seeds=(1, 2)
+    )
     assert stages._part(config, Asked()) == config
     part = stages._part(config, Asked(benchmark="dolly", seed=2))
     assert (list(part.benchmarks), part.seeds) == (["dolly"], (2,))

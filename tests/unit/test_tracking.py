@@ -36,7 +36,9 @@ def test_the_last_state_is_said_once(lines: list[str], monkeypatch: pytest.Monke
     assert lines[-1].startswith("train  3/3 steps") and lines[-1].endswith("loss 1.235")
 
 
-def test_a_log_file_that_cannot_be_written_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_file_that_cannot_be_written_is_told_of_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Not by a traceback a line, which is logging's own way; and the terminal still has every line."""
     tracking.setup_logging()
     tracking.keep_log(Path("/dev/full"))
@@ -47,7 +49,9 @@ def test_a_log_file_that_cannot_be_written_is_told_of_once(capsys: pytest.Captur
     assert said == ["line 0", told, "line 1", "line 2"]
 
 
-def test_a_terminal_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_terminal_that_is_gone_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     main, side = os.openpty()
     terminal = open(side, "w", encoding="utf-8")  # noqa: SIM115 # closing it fails too
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -101,30 +105,45 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path, step=3, **options)  # type: ignore[arg-type]
     writer.write({"kind": "step", "step": 4, "loss": 9.0})
     writer.close()
-    assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 0.5, 1 / 3, 9.0]
+    assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [
+        1.0,
+        0.5,
+        1 / 3,
+        9.0,
+    ]
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
 
 
 def test_metrics_on_a_full_disk_are_told_by_their_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    writer = MetricsWriter(tmp_path, step=0, tensorboard=False, wandb=False, wandb_project="", name="")
-    with pytest.raises(ResourceError, match=f"the disk is full while writing {tmp_path / 'metrics.jsonl'}: free"):
+    writer = MetricsWriter(
+        tmp_path, step=0, tensorboard=False, wandb=False, wandb_project="", name=""
+    )
+    with pytest.raises(
+        ResourceError, match=f"the disk is full while writing {tmp_path / 'metrics.jsonl'}: free"
+    ):
         try:
             writer.write({"kind": "step", "step": 1})
         finally:
             writer.close()
 
 
-def test_tensorboard_on_a_full_disk_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_on_a_full_disk_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its thread's error reaches whoever writes next, and is not printed besides."""
     monkeypatch.setattr(threading, "excepthook", lambda fault: printed.append(fault.exc_value))
     printed: list[object] = []
-    writer = MetricsWriter(tmp_path, step=0, tensorboard=True, wandb=False, wandb_project="", name="")
+    writer = MetricsWriter(
+        tmp_path, step=0, tensorboard=True, wandb=False, wandb_project="", name=""
+    )
     (file,) = (tmp_path / "tensorboard").iterdir()
     (tmp_path / "full").symlink_to("/dev/full")
     os.replace(tmp_path / "full", file)  # at once: the thread may be about to write its first event
-    with pytest.raises(ResourceError, match=f"the disk is full while writing {tmp_path / 'tensorboard'}: free"):
+    with pytest.raises(
+        ResourceError, match=f"the disk is full while writing {tmp_path / 'tensorboard'}: free"
+    ):
         for step in range(200):
             writer.write({"kind": "step", "step": step, "loss": 1.0})
             with suppress(OSError):
@@ -144,11 +163,15 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     stub.errors = types.SimpleNamespace(Error=fault)  # type: ignore[attr-defined]
     logged: list[tuple[dict[str, float], int]] = []
-    tracker = types.SimpleNamespace(finish=lambda: None, log=lambda values, step: logged.append((values, step)))
+    tracker = types.SimpleNamespace(
+        finish=lambda: None, log=lambda values, step: logged.append((values, step))
+    )
     stub.init = lambda **options: begun.append(options) or tracker  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", stub)
     for step in (0, 3):
-        writer = MetricsWriter(tmp_path, step=step, tensorboard=False, wandb=True, wandb_project="p", name="n")
+        writer = MetricsWriter(
+            tmp_path, step=step, tensorboard=False, wandb=True, wandb_project="p", name="n"
+        )
         writer.write({"kind": "step", "step": step + 1, "loss": 2.5, "norm": None})
         writer.close()
     assert logged == [({"step/loss": 2.5}, 1), ({"step/loss": 2.5}, 4)]
@@ -158,7 +181,10 @@ def test_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         raise fault("No API key\nconfigured.")
 
     stub.init = refuse  # type: ignore[attr-defined]
-    with pytest.raises(ResourceError, match=r"refuses \(No API key configured\.\): export WANDB_API_KEY, or WANDB_MODE=offline"):
+    with pytest.raises(
+        ResourceError,
+        match=r"refuses \(No API key configured\.\): export WANDB_API_KEY, or WANDB_MODE=offline",
+    ):
         MetricsWriter(tmp_path, step=3, tensorboard=False, wandb=True, wandb_project="p", name="n")
 
 
@@ -171,11 +197,18 @@ def test_a_spike_is_a_jump_and_not_a_slope() -> None:
     assert spikes.seen(3.2, 0) is None
     assert [spikes.seen(12.0, 1) for _ in range(5)] == [None] * 5  # another stage has another loss
     constant = Spikes()
-    assert [constant.seen(2.0, 0) for _ in range(20)] == [None] * 20 and constant.seen(2.3, 0) is None
+    assert [constant.seen(2.0, 0) for _ in range(20)] == [None] * 20 and constant.seen(
+        2.3, 0
+    ) is None
 
 
 def test_columns_stand_below_one_another() -> None:
     rows = [["", "loss"], ["student", "4.25"], ["all", "10.5"]]
     assert aligned(rows) == ["         loss", "student  4.25", "all      10.5"]
-    assert aligned(rows, numbers=True, rule=True) == ["         loss", "-------  ----", "student  4.25", "all      10.5"]
+    assert aligned(rows, numbers=True, rule=True) == [
+        "         loss",
+        "-------  ----",
+        "student  4.25",
+        "all      10.5",
+    ]
     assert aligned([["a", "bb"], ["a", "b"]], numbers=True) == ["a  bb", "a   b"]

@@ -8,7 +8,19 @@ from types import ModuleType
 
 import pytest
 
-from pocl_ds.bench import BENCHMARKS, checkpoint, loss, overhead, rollout, rouge, scale, size, step, teacher, workloads
+from pocl_ds.bench import (
+    BENCHMARKS,
+    checkpoint,
+    loss,
+    overhead,
+    rollout,
+    rouge,
+    scale,
+    size,
+    step,
+    teacher,
+    workloads,
+)
 from pocl_ds.cli import main
 from pocl_ds.errors import ArtifactError, RecipeError
 
@@ -49,23 +61,41 @@ def test_loss_says_the_same_for_all_and_ours_is_small() -> None:
 
 
 def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands there beyond hidden states, their gradient and the head's gradient is a chunk, however many tokens."""
+    """What stands there beyond hidden states, their gradient and the head's gradient is a chunk,
+    however many tokens.
+    """
     from pocl_ds.distill import fused_head
 
-    monkeypatch.setattr(fused_head.loss_sums, "__kwdefaults__", {**fused_head.loss_sums.__kwdefaults__, "chunk_bytes": 16 << 20})
-    few, many = (loss.run([tokens, 8000, 16], lambda _: None, rounds=1)[0][0].extra_mib for tokens in (1000, 16_000))
-    assert many - few < 12  # 15,000 more tokens in the plain form: 480 MB for one side's logits alone
+    monkeypatch.setattr(
+        fused_head.loss_sums,
+        "__kwdefaults__",
+        {**fused_head.loss_sums.__kwdefaults__, "chunk_bytes": 16 << 20},
+    )
+    few, many = (
+        loss.run([tokens, 8000, 16], lambda _: None, rounds=1)[0][0].extra_mib
+        for tokens in (1000, 16_000)
+    )
+    assert (
+        many - few < 12
+    )  # 15,000 more tokens in the plain form: 480 MB for one side's logits alone
 
 
 def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     found = step.run(["tiny"], lines.append, rounds=1, steps=1)["tiny"]
-    assert [label for label in found if label != "floor"] == [label for label, _, _ in step.CONTENDERS]
+    assert [label for label in found if label != "floor"] == [
+        label for label, _, _ in step.CONTENDERS
+    ]
     timed = [row for label, row in found.items() if label != "floor"]
-    assert all(row["least"] <= row["median"] <= row["most"] and row["peak_mib"] > 100 for row in timed)
+    assert all(
+        row["least"] <= row["median"] <= row["most"] and row["peak_mib"] > 100 for row in timed
+    )
     monkeypatch.setattr(step, "SWITCHES", step.SWITCHES[:1])
     switched = step.run(["tiny", "--switches"], lines.append, rounds=1, steps=1)["tiny"]
-    assert [label for label in switched if label != "floor"] == ["ours, ZeRO-3, 1 rank", *(label for label, *_ in step.SWITCHES)]
+    assert [label for label in switched if label != "floor"] == [
+        "ours, ZeRO-3, 1 rank",
+        *(label for label, *_ in step.SWITCHES),
+    ]
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
         step.run(["C"])
 
@@ -74,7 +104,9 @@ def test_checkpoint_says_what_a_save_costs() -> None:
     lines: list[str] = []
     found = checkpoint.run(["tiny"], lines.append)
     assert all(found[part] for part in ("step", "save", "stall", "whole", "load", "convert"))
-    assert 12 <= found["bytes_per_parameter"] < 40  # weights and two moments in float32; tiny files have heads
+    assert (
+        12 <= found["bytes_per_parameter"] < 40
+    )  # weights and two moments in float32; tiny files have heads
     with pytest.raises(RecipeError, match="give one workload"):
         checkpoint.run(["C"])
 
@@ -96,7 +128,9 @@ def test_rollout_prints_both_writers() -> None:
     found = rollout.run(["tiny"], lines.append, rounds=1, steps=2, most=12)
     assert list(found["steps"]) == list(rollout.WRITERS)
     for (steps,) in found["steps"].values():
-        assert len(steps) == 2 and all(0 < step["rollout_refresh_seconds"] < step["rollout_seconds"] for step in steps)
+        assert len(steps) == 2 and all(
+            0 < step["rollout_refresh_seconds"] < step["rollout_seconds"] for step in steps
+        )
         lengths = [length for step in steps for length in step["lengths"]]
         assert len(set(lengths)) > 1 and max(lengths) <= 12
         assert sum(lengths) == sum(step["rollout_tokens"] for step in steps)
@@ -106,11 +140,16 @@ def test_rollout_prints_both_writers() -> None:
 
 
 def test_size_predicts_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models: nearly all of it is what a rank takes without one, so this only shows that both sides are there."""
+    """Tiny models: nearly all of it is what a rank takes without one, so this only shows that both
+    sides are there.
+    """
     monkeypatch.setattr(size, "RANKS", (1,))
     rows = size.run(["tiny"], lambda _: None, steps=1)
     assert [row["mode"] for row in rows] == ["live", "hidden"]
-    assert all(0.8 < row["measured"] / row["predicted"] < 1.25 and row["predicted"] > row["base"] for row in rows)
+    assert all(
+        0.8 < row["measured"] / row["predicted"] < 1.25 and row["predicted"] > row["base"]
+        for row in rows
+    )
     counted, formula = size.flops(workloads.WORKLOADS["A"])
     assert formula == pytest.approx(counted, rel=0.02)
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
@@ -141,7 +180,9 @@ def test_flops_of_a_workload_are_those_that_torch_counts() -> None:
         for prompt, whole in work.lengths:
             ids = torch.zeros(1, whole, dtype=torch.long)
             with FlopCounterMode(display=False) as counter:
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, max(prompt, 1) - 1 : -1]
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[
+                    0, max(prompt, 1) - 1 : -1
+                ]
                 model.lm_head(hidden)
             total += passes * counter.get_total_flops()
     assert workloads.flops(work) == pytest.approx(total, rel=0.03)

@@ -67,24 +67,40 @@ def test_attempts_without_progress_are_counted() -> None:
         before.append(last)
 
 
-@pytest.mark.parametrize("fields", [
-    {"code": RESUME, "stopped": PREEMPTED},
-    {"code": RESUME, "stopped": "SIGTERM", "outcome": ENDED},  # without a grace time SLURM requeues at once
-    {"end": None, "stopped": "SIGTERM"},  # and may kill it before it is through
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"code": RESUME, "stopped": PREEMPTED},
+        {
+            "code": RESUME,
+            "stopped": "SIGTERM",
+            "outcome": ENDED,
+        },  # without a grace time SLURM requeues at once
+        {"end": None, "stopped": "SIGTERM"},  # and may kill it before it is through
+    ],
+)
 def test_an_attempt_whose_nodes_slurm_took_is_not_counted(fields: dict[str, Any]) -> None:
     """A scoring task has no steps to show: three preemptions in a row used to end it, and the run."""
     taken = [attempt(number, **fields) for number in range(1, 30)]
     assert judge(taken, attempt(30, code=RESUME, stopped=PREEMPTED), most=3).outcome == AGAIN
     slow = [attempt(number, code=RESUME, stopped="SIGUSR2") for number in (30, 31, 32)]
-    assert [judge([*taken, *slow[:n]], slow[n], most=3).outcome for n in range(3)] == [AGAIN, AGAIN, FAILED]
-    assert judge([*slow[:2], *taken], slow[2], most=3).outcome == FAILED, "nor does it forgive the others"
+    assert [judge([*taken, *slow[:n]], slow[n], most=3).outcome for n in range(3)] == [
+        AGAIN,
+        AGAIN,
+        FAILED,
+    ]
+    assert judge([*slow[:2], *taken], slow[2], most=3).outcome == FAILED, (
+        "nor does it forgive the others"
+    )
 
 
 def test_what_slurm_ends_is_left_to_slurm() -> None:
     asked = attempt(1, code=RESUME, stopped="SIGTERM")
     verdict = judge([asked] * 5, asked, most=3, taken=True)
-    assert verdict.outcome == ENDED and verdict.why == "stopped by SIGTERM; SLURM itself ends or requeues the job"
+    assert (
+        verdict.outcome == ENDED
+        and verdict.why == "stopped by SIGTERM; SLURM itself ends or requeues the job"
+    )
     assert judge([], attempt(1, code=0), most=3, taken=True).outcome == DONE
     assert judge([], attempt(1, code=2, error="no"), most=3, taken=True).outcome == FAILED
 
@@ -92,10 +108,19 @@ def test_what_slurm_ends_is_left_to_slurm() -> None:
 def test_a_lost_attempt_is_no_crash_but_counts() -> None:
     lost = attempt(1, end=None, progress=20)
     assert judge([lost], attempt(2, **{**CRASH, "progress": 20}), most=5).outcome == AGAIN
-    assert judge([lost] * 4, attempt(5, code=RESUME, stopped="SIGTERM", progress=20), most=5).outcome == FAILED
+    assert (
+        judge([lost] * 4, attempt(5, code=RESUME, stopped="SIGTERM", progress=20), most=5).outcome
+        == FAILED
+    )
 
 
-@given(st.lists(st.tuples(st.sampled_from([1, RESUME, HANG, UNFIT, 137]), st.integers(0, 3)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1, RESUME, HANG, UNFIT, 137]), st.integers(0, 3)),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_every_job_comes_to_an_end(codes: list[tuple[int, int]]) -> None:
     """Without progress beyond a bound, no sequence of codes goes on for ever."""
     before: list[Attempt] = []
@@ -121,9 +146,13 @@ def test_nodes_that_a_job_keeps_away_from() -> None:
 
 
 def test_signatures_forget_addresses_times_and_ports() -> None:
-    assert signature("at 0x7f1 on host:29500 12:30:59 pid 77") == signature("at 0xabc on host:31000 08:00:00 pid 8")
+    assert signature("at 0x7f1 on host:29500 12:30:59 pid 77") == signature(
+        "at 0xabc on host:31000 08:00:00 pid 8"
+    )
     assert signature("step 12") != signature("step 13")
-    assert signature("ran for 120041 milliseconds") == signature("ran for 120007 milliseconds")  # as c10d words a hang
+    assert signature("ran for 120041 milliseconds") == signature(
+        "ran for 120007 milliseconds"
+    )  # as c10d words a hang
 
 
 def test_the_newest_line_of_a_number_counts_and_torn_ones_do_not(tmp_path: Path) -> None:
@@ -140,7 +169,9 @@ def test_the_newest_line_of_a_number_counts_and_torn_ones_do_not(tmp_path: Path)
 
 
 def test_a_node_whose_job_was_asked_to_leave_and_then_killed_is_not_left_out() -> None:
-    """A preemption may end a job before it has saved: twice on one node says nothing against that node."""
+    """A preemption may end a job before it has saved: twice on one node says nothing against that
+    node.
+    """
     lost = [attempt(number, end=None, stopped="SIGTERM") for number in (1, 2, 3)]
     assert excluded(lost) == []
     assert excluded([*lost, attempt(4, end=None), attempt(5, end=None)]) == ["n1"]

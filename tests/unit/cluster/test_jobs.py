@@ -1,4 +1,6 @@
-"""A run as jobs: which there are, how wide, after which; and profiles that say what a cluster asks for."""
+"""A run as jobs: which there are, how wide, after which; and profiles that say what a cluster asks
+for.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +25,52 @@ GPU = check_profile({"name": "gpu", "gpus_per_node": 4, "cpus_per_node": 64}, "h
 
 def recipe(**sections: Any) -> Recipe:
     tree: dict[str, Any] = {
-        "name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "score": {"shards": 3},
-        "train": {"batch_size": 64, "micro_batch_size": 1}, "launch": {"ranks": 8}, "evaluate": {"seeds": [1, 2]},
-    }  # fmt: skip
+        "name": "x",
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "score": {"shards": 3},
+        "train": {"batch_size": 64, "micro_batch_size": 1},
+        "launch": {"ranks": 8},
+        "evaluate": {"seeds": [1, 2]},
+    }
     return check_recipe({**tree, **sections})
 
 
 def jobs(of: Recipe, **done: bool) -> dict[str, JobSpec]:
     nodes, tasks = nodes_for(of, GPU, None)
-    found = pipeline_jobs(of, GPU, {**dict.fromkeys(pipeline.NAMES, False), **done}, nodes=nodes, tasks=tasks)
+    found = pipeline_jobs(
+        of, GPU, {**dict.fromkeys(pipeline.NAMES, False), **done}, nodes=nodes, tasks=tasks
+    )
     return {job.name: job for job in found}
 
 
 def test_the_whole_pipeline() -> None:
     found = jobs(recipe())
     assert {name: job.after for name, job in found.items()} == {
-        "prepare": (), "score": ("prepare",), "plan": ("score",), "train": ("plan",), "evaluate": ("train",),
+        "prepare": (),
+        "score": ("prepare",),
+        "plan": ("score",),
+        "train": ("plan",),
+        "evaluate": ("train",),
         "report": ("evaluate",),
-    }  # fmt: skip
+    }
     train = found["train"]
-    assert (train.nodes, train.tasks_per_node, train.gpus_per_node, train.cpus_per_task) == (2, 4, 4, 16)
+    assert (train.nodes, train.tasks_per_node, train.gpus_per_node, train.cpus_per_task) == (
+        2,
+        4,
+        4,
+        16,
+    )
     assert found["score"].items[2] == ("--shard", "2/3") and found["score"].gpus_per_node == 1
     assert len(found["evaluate"].items) == 3 * 2
-    assert found["evaluate"].items[0] == ("--model", "teacher", "--benchmark", "test", "--seed", "1")
+    assert found["evaluate"].items[0] == (
+        "--model",
+        "teacher",
+        "--benchmark",
+        "test",
+        "--seed",
+        "1",
+    )
     assert found["prepare"].tasks == 1 and found["plan"].gpus_per_node == 0
 
 
@@ -60,7 +85,11 @@ def test_a_baseline_is_trained_beside_and_awaited() -> None:
 
 def test_a_teacher_that_is_asked_once_is_asked_beside_the_scores() -> None:
     found = jobs(recipe(teacher={"model": "t", "mode": "hidden"}, teach={"shards": 4}))
-    assert found["teach"].after == ("prepare",) and found["teach"].tasks == 8 and len(found["teach"].items) == 4
+    assert (
+        found["teach"].after == ("prepare",)
+        and found["teach"].tasks == 8
+        and len(found["teach"].items) == 4
+    )
     assert found["train"].after == ("plan", "teach") and "teach" not in jobs(recipe())
 
 
@@ -73,13 +102,17 @@ STAGES = st.fixed_dictionaries({name: st.booleans() for name in pipeline.NAMES})
 
 
 @given(STAGES, st.booleans(), st.booleans())
-def test_what_is_done_is_left_out_and_order_stays(done: dict[str, bool], compare: bool, random: bool) -> None:
+def test_what_is_done_is_left_out_and_order_stays(
+    done: dict[str, bool], compare: bool, random: bool
+) -> None:
     of = recipe(compare={"enabled": compare}, rank={"strategy": "random" if random else "fusion"})
     found = jobs(of, **done)
     names = list(found)
     covered = [stage for job in found.values() for stage in job.stages]
     wanted = {stage.name for stage in pipeline.STAGES if stage.wanted(of)}
-    assert {name for name in wanted if not done[name]} <= set(covered) and len(set(covered)) == len(covered)
+    assert {name for name in wanted if not done[name]} <= set(covered) and len(set(covered)) == len(
+        covered
+    )
     for place, (name, job) in enumerate(found.items()):
         assert set(job.after) <= set(names[:place]), "only earlier jobs that run"
         assert not job.stages or not all(done[stage] for stage in job.stages)
@@ -92,7 +125,9 @@ def test_ranks_fill_nodes() -> None:
     assert nodes_for(recipe(launch={"ranks": 2}), GPU, None) == (1, 2)
     assert nodes_for(recipe(), GPU, 5) == (5, 4)
     with pytest.raises(RecipeError, match=r"launch.ranks=6 does not fill whole nodes of 4"):
-        nodes_for(recipe(launch={"ranks": 6}, train={"batch_size": 66, "micro_batch_size": 1}), GPU, None)
+        nodes_for(
+            recipe(launch={"ranks": 6}, train={"batch_size": 66, "micro_batch_size": 1}), GPU, None
+        )
 
 
 @pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -101,24 +136,31 @@ def test_shipped_profiles(path: Path) -> None:
     assert check_profile(yaml.safe_load(dump_profile(profile)), "again") == profile
 
 
-@pytest.mark.parametrize(("fields", "words"), [
-    ({"partiton": "x"}, ("partiton does not exist", "did you mean partition")),
-    ({"partition": "a b; touch x"}, ("partition", "letters, digits")),
-    ({"time": "soon"}, ("time='soon'", "D-HH:MM:SS")),
-    ({"options": ["-p x"]}, ("options", "letters, digits")),
-    ({"options": ["mail"]}, ("--name=value",)),
-    ({"gpus_per_node": 2, "ranks_per_node": 3}, ("ranks_per_node=3", "GPU of its own")),
-    ({"cpus_per_node": 1, "ranks_per_node": 2}, ("cpus_per_node=1", "a core")),
-    ({"environment": {"A B": "x"}}, ("environment",)),
-    ({"jobs": {"train": {"tme": "1"}}}, ("jobs.train.tme does not exist", "did you mean time")),
-    ({"container": {"runtime": "docker", "image": "x"}}, ("container.runtime",)),
-])  # fmt: skip
-def test_a_profile_that_is_wrong_is_one_sentence(fields: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"partiton": "x"}, ("partiton does not exist", "did you mean partition")),
+        ({"partition": "a b; touch x"}, ("partition", "letters, digits")),
+        ({"time": "soon"}, ("time='soon'", "D-HH:MM:SS")),
+        ({"options": ["-p x"]}, ("options", "letters, digits")),
+        ({"options": ["mail"]}, ("--name=value",)),
+        ({"gpus_per_node": 2, "ranks_per_node": 3}, ("ranks_per_node=3", "GPU of its own")),
+        ({"cpus_per_node": 1, "ranks_per_node": 2}, ("cpus_per_node=1", "a core")),
+        ({"environment": {"A B": "x"}}, ("environment",)),
+        ({"jobs": {"train": {"tme": "1"}}}, ("jobs.train.tme does not exist", "did you mean time")),
+        ({"container": {"runtime": "docker", "image": "x"}}, ("container.runtime",)),
+    ],
+)
+def test_a_profile_that_is_wrong_is_one_sentence(
+    fields: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(fields))
     with pytest.raises(RecipeError) as found:
         load_profile(str(path))
-    assert all(word in str(found.value) for word in words) and "\n" not in str(found.value), found.value
+    assert all(word in str(found.value) for word in words) and "\n" not in str(found.value), (
+        found.value
+    )
 
 
 def test_a_profile_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

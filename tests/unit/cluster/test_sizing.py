@@ -19,30 +19,67 @@ from pocl_ds.ds_config import load_ds_config
 from pocl_ds.models.shape import ModelShape
 from pocl_ds.recipe import load_recipe
 
-SMALL = ModelShape("llama", 1_300_000_000, 50_000_000, 1_200_000_000, 100_000_000, 100_000_000, 24, 50_000, *[2048] * 3, True)
-LARGE = ModelShape("llama", 6_700_000_000, 200_000_000, 6_400_000_000, 200_000_000, 200_000_000, 32, 50_000, *[4096] * 3, True)
+SMALL = ModelShape(
+    "llama",
+    1_300_000_000,
+    50_000_000,
+    1_200_000_000,
+    100_000_000,
+    100_000_000,
+    24,
+    50_000,
+    *[2048] * 3,
+    True,
+)
+LARGE = ModelShape(
+    "llama",
+    6_700_000_000,
+    200_000_000,
+    6_400_000_000,
+    200_000_000,
+    200_000_000,
+    32,
+    50_000,
+    *[4096] * 3,
+    True,
+)
 WORK = Work(10_000, 120, 40, 512, 1024, 300)
 
 
 def total(choice: Choice, ranks: int, samples: int = 2) -> float:
     activations = lambda lengths, checkpointing: sum(lengths) * (1e4 if checkpointing else 1e6)  # noqa: E731
-    found = sizing.training_memory(SMALL, LARGE, choice, ranks, [512] * samples, 511 * samples, activations, 2e9)
+    found = sizing.training_memory(
+        SMALL, LARGE, choice, ranks, [512] * samples, 511 * samples, activations, 2e9
+    )
     assert all(size >= 0 for size in found.values())
     return sum(found.values())
 
 
 @settings(max_examples=50, deadline=None)
-@given(ranks=st.integers(2, 64), samples=st.integers(1, 8), checkpointing=st.booleans(), mode=st.sampled_from(["live", "hidden"]))
-def test_more_ranks_less_memory_and_more_samples_more(ranks: int, samples: int, checkpointing: bool, mode: str) -> None:
+@given(
+    ranks=st.integers(2, 64),
+    samples=st.integers(1, 8),
+    checkpointing=st.booleans(),
+    mode=st.sampled_from(["live", "hidden"]),
+)
+def test_more_ranks_less_memory_and_more_samples_more(
+    ranks: int, samples: int, checkpointing: bool, mode: str
+) -> None:
     choice = Choice(samples, checkpointing=checkpointing, mode=mode)
-    assert total(choice, ranks + 1, samples) < total(choice, ranks, samples) < total(choice, ranks, samples + 1)
+    assert (
+        total(choice, ranks + 1, samples)
+        < total(choice, ranks, samples)
+        < total(choice, ranks, samples + 1)
+    )
     assert total(replace(choice, mode="hidden"), ranks, samples) <= total(choice, ranks, samples)
-    assert total(replace(choice, offload_student=True), ranks, samples) < total(choice, ranks, samples)
+    assert total(replace(choice, offload_student=True), ranks, samples) < total(
+        choice, ranks, samples
+    )
 
 
 def test_by_hand() -> None:
-    """ZeRO-3 in bfloat16, over the ranks: 2 bytes of weights and 12 of Adam a parameter (ZeRO, 2020), 4 of gradients, which are
-    summed in float32.
+    """ZeRO-3 in bfloat16, over the ranks: 2 bytes of weights and 12 of Adam a parameter (ZeRO,
+    2020), 4 of gradients, which are summed in float32.
     """
     found = sizing.training_memory(SMALL, LARGE, Choice(1), 8, [512], 511, lambda *_: 0.0, 0.0)
     states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
@@ -53,14 +90,19 @@ def test_by_hand() -> None:
 
 
 def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
-    """0.02 of 1.3 thousand million are trained: 2 bytes of each weight, and 16 more of an adapter's."""
+    """0.02 of 1.3 thousand million are trained: 2 bytes of each weight, and 16 more of an
+    adapter's.
+    """
     adapted = replace(SMALL, adapters=20_000_000)
     found = sizing.training_memory(adapted, LARGE, Choice(1), 8, [512], 511, lambda *_: 0.0, 0.0)
     states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
     assert states == pytest.approx((2 * 1.32e9 + 16 * 20e6) / 8)
     assert not {"head's gradient", "embeddings' gradient"} & found.keys()
     assert sizing.checkpoint_bytes(adapted) == 12 * 20e6
-    assert sizing.host_memory(adapted, None, Choice(1, offload_student=True), Layout(1, 8)) == 12 * 20e6 + 2 * 1.3e9
+    assert (
+        sizing.host_memory(adapted, None, Choice(1, offload_student=True), Layout(1, 8))
+        == 12 * 20e6 + 2 * 1.3e9
+    )
     traffic = [sizing.micro_traffic(shape, None, Choice(1), 4) for shape in (adapted, SMALL)]
     assert traffic[0] / traffic[1] == pytest.approx((2 * 1.3e9 + 20e6) / (3 * 1.3e9))
     choice, lengths = replace(Choice(1), mode="none"), [1000] * 10
@@ -90,7 +132,9 @@ def test_a_slow_network_is_what_a_step_waits_for() -> None:
     arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
 
     def times(speed: float, mode: str = "live") -> list[sizing.StageTime]:
-        return sizing.stage_times(SMALL, LARGE, replace(choice, mode=mode), WORK, Layout(4, 4, speed), device, **arguments)
+        return sizing.stage_times(
+            SMALL, LARGE, replace(choice, mode=mode), WORK, Layout(4, 4, speed), device, **arguments
+        )
 
     slow, fast = times(1e8), times(1e13)
     assert slow[-1].why == "the network" and fast[-1].why == "arithmetic"
@@ -105,7 +149,9 @@ def test_as_little_is_changed_as_fits() -> None:
     asked = Choice(8)
     found = sizing.fitting(memory, asked, 45.0, 16, 64, 4)
     assert found == replace(asked, micro_batch_size=4)
-    assert sizing.fitting(memory, asked, 5.0, 16, 64, 4) == replace(asked, micro_batch_size=2, checkpointing=True)
+    assert sizing.fitting(memory, asked, 5.0, 16, 64, 4) == replace(
+        asked, micro_batch_size=2, checkpointing=True
+    )
     assert sizing.fitting(memory, asked, 1.0, 16, 64, 4) is None
 
 
@@ -113,15 +159,34 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
     student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
     recipe = write_recipe(tmp_path, teacher, student, train_samples=64)
-    words = ["size", str(recipe), "--nodes", "2", "--gpus-per-node", "4", "--gpu", "a100-40g", "--samples", "64"]
+    words = [
+        "size",
+        str(recipe),
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--gpu",
+        "a100-40g",
+        "--samples",
+        "64",
+    ]
     assert cli.main([*words, "--write", str(tmp_path / "written.yaml")]) == 0
     page = capfd.readouterr().out
-    for part in ("8 ranks", "student: gathered", "largest micro-batch that fits", "POCL, all of it", "plain SFT"):
+    for part in (
+        "8 ranks",
+        "student: gathered",
+        "largest micro-batch that fits",
+        "POCL, all of it",
+        "plain SFT",
+    ):
         assert part in page
     assert cli.main([*words, "student.lora.rank=4"]) == 0
     assert "0.0 million of adapters are trained" in capfd.readouterr().out
     written = load_recipe(str(tmp_path / "written.yaml"))
-    assert written.launch.ranks == 8 and written.train.micro_batch_size == 1  # 8 samples over 8 ranks
+    assert (
+        written.launch.ranks == 8 and written.train.micro_batch_size == 1
+    )  # 8 samples over 8 ranks
 
     assert cli.main([*words, "--gpu", "abacus"]) == 2
     assert "--gpu abacus: take one of h200-141g" in capfd.readouterr().err
@@ -129,16 +194,36 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(GPUS, "toy", replace(GPUS["a100-40g"], name="toy", memory=3e9, base=2.9e9))
     model = tiny_models.llama(tmp_path / "model")
     recipe = write_recipe(tmp_path, model, model, train_samples=64)
     target = tmp_path / "written.yaml"
-    assert cli.main(["size", str(recipe), "--gpus-per-node", "1", "--gpu", "toy", "--samples", "64", "--write", str(target)]) == 2
+    assert (
+        cli.main(
+            [
+                "size",
+                str(recipe),
+                "--gpus-per-node",
+                "1",
+                "--gpu",
+                "toy",
+                "--samples",
+                "64",
+                "--write",
+                str(target),
+            ]
+        )
+        == 2
+    )
     assert "IT DOES NOT FIT" in capfd.readouterr().out and not target.exists()
 
 
-@pytest.mark.parametrize("name", ["student_zero3", "student_zero3_offload", "teacher_zero3", "teacher_zero3_offload"])
+@pytest.mark.parametrize(
+    "name", ["student_zero3", "student_zero3_offload", "teacher_zero3", "teacher_zero3_offload"]
+)
 def test_memory_is_counted_for_the_shipped_configurations(name: str) -> None:
     zero = load_ds_config(name)["zero_optimization"]
     assert zero["stage3_max_live_parameters"] == sizing.LIVE_PARAMETERS

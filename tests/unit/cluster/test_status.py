@@ -20,7 +20,9 @@ from pocl_ds.recipe import check_recipe
 
 def submission(folder: Path) -> Submission:
     """Of a small run, whose jobs nobody has."""
-    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}})
+    recipe = check_recipe(
+        {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}}
+    )
     profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
     submitted = Submission(RunDirectory(folder / "run"), recipe, profile, nodes=None)
     pipeline.enter(submitted.run, submitted.recipe)
@@ -28,7 +30,9 @@ def submission(folder: Path) -> Submission:
     return submitted
 
 
-@pytest.mark.parametrize("last", ["TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED", "FAILED"])
+@pytest.mark.parametrize(
+    "last", ["TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED", "FAILED"]
+)
 def test_a_watch_ends_with_the_jobs(
     last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,8 +46,14 @@ def test_a_watch_ends_with_the_jobs(
         found = []
         for number, job in enumerate(submitted.jobs):
             state = states.get(job.name, ["CANCELLED" if len(seen) > 1 else "PENDING"])
-            fields = {**dict.fromkeys(scheduler.FIELDS, ""), "id": str(number + 10), "array": str(number + 10), "task": "N/A",
-                      "state": state[min(len(seen), len(state) - 1)], "start": "N/A"}  # fmt: skip
+            fields = {
+                **dict.fromkeys(scheduler.FIELDS, ""),
+                "id": str(number + 10),
+                "array": str(number + 10),
+                "task": "N/A",
+                "state": state[min(len(seen), len(state) - 1)],
+                "start": "N/A",
+            }
             found.append(Queued(**fields))
         return found
 
@@ -61,12 +71,24 @@ def test_a_watch_ends_with_the_jobs(
 
 @pytest.mark.parametrize("end", [None, 9.0])
 def test_a_job_whose_last_attempt_could_not_be_noted(
-    end: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    end: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     submitted = submission(tmp_path)
-    fields = {**dict.fromkeys(scheduler.FIELDS, ""), "id": "10", "array": "10", "task": "N/A", "state": "FAILED", "start": "N/A"}
+    fields = {
+        **dict.fromkeys(scheduler.FIELDS, ""),
+        "id": "10",
+        "array": "10",
+        "task": "N/A",
+        "state": "FAILED",
+        "start": "N/A",
+    }
     (submitted.folder / "jobs" / "prepare.ids").write_text("10\n")
-    write_attempt(submitted.folder / "attempts" / "prepare.jsonl", Attempt(1, "10", ["n1"], 5.0, end))
+    write_attempt(
+        submitted.folder / "attempts" / "prepare.jsonl", Attempt(1, "10", ["n1"], 5.0, end)
+    )
     monkeypatch.setattr(scheduler, "available", lambda: True)
     monkeypatch.setattr(scheduler, "queue", lambda _: [Queued(**fields)])
     assert main(["status", str(tmp_path / "run")]) == 0

@@ -1,4 +1,6 @@
-"""Scripts as text: every value quoted, every option where it belongs, and shellcheck has nothing to say."""
+"""Scripts as text: every value quoted, every option where it belongs, and shellcheck has nothing to
+say.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,16 @@ from pocl_ds.recipe import check_recipe
 
 
 def submission(run: Path, **profile: Any) -> Submission:
-    recipe = check_recipe({
-        "name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 2}, "score": {"shards": 3},
-        "train": {"batch_size": 8, "micro_batch_size": 1},
-    })  # fmt: skip
+    recipe = check_recipe(
+        {
+            "name": "x",
+            "teacher": {"model": "t"},
+            "student": {"model": "s"},
+            "launch": {"ranks": 2},
+            "score": {"shards": 3},
+            "train": {"batch_size": 8, "micro_batch_size": 1},
+        }
+    )
     fields = {"name": "here", "cpus_per_node": 8, "ranks_per_node": 1, **profile}
     return Submission(RunDirectory(run), recipe, check_profile(fields, "here"), nodes=None)
 
@@ -37,12 +45,19 @@ def scripts(found: Submission) -> dict[str, str]:
     return {job.name: found.script(job) for job in found.jobs}
 
 
-CHARACTERS = st.characters(blacklist_characters='%"\\/', blacklist_categories=("Cs", "Cc", "Zl", "Zp"))
+CHARACTERS = st.characters(
+    blacklist_characters='%"\\/', blacklist_categories=("Cs", "Cc", "Zl", "Zp")
+)
 HOSTILE = st.text(CHARACTERS, min_size=1, max_size=20)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(name=HOSTILE, value=st.text(st.characters(blacklist_characters="\0\r", blacklist_categories=("Cs",)), max_size=20))
+@given(
+    name=HOSTILE,
+    value=st.text(
+        st.characters(blacklist_characters="\0\r", blacklist_categories=("Cs",)), max_size=20
+    ),
+)
 def test_names_and_values_are_only_text(name: str, value: str, tmp_path: Path) -> None:
     """bash, reading the script, sees one word where one was meant."""
     run = tmp_path / f"r{name}"
@@ -50,25 +65,57 @@ def test_names_and_values_are_only_text(name: str, value: str, tmp_path: Path) -
     line = next(line for line in text.splitlines() if "pocl_ds.cluster.job" in line)
     assert shlex.split(line.removesuffix("&"))[-2:] == [str(run.resolve()), "train"]
     export = text[text.index("export VALUE=") : text.index("# SLURM signals")]
-    done = subprocess.run(["bash", "-c", f'{export}\nprintf %s "$VALUE"'], capture_output=True, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", f'{export}\nprintf %s "$VALUE"'], capture_output=True, cwd=tmp_path
+    )
     assert done.stdout.decode() == value
 
 
 def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
-    text = scripts(submission(
-        tmp_path / "a b; touch x", partition="p", account="acc", qos="q", memory="10G", constraint="a&b", time="1-00:00:00",
-        options=["--mail-type=END"], interface="ib0", scratch="/scratch/$USER", setup=["module load cuda"], array_tasks=2,
-        jobs={"score": {"partition": "small", "time": "30"}},
-    ))  # fmt: skip
+    text = scripts(
+        submission(
+            tmp_path / "a b; touch x",
+            partition="p",
+            account="acc",
+            qos="q",
+            memory="10G",
+            constraint="a&b",
+            time="1-00:00:00",
+            options=["--mail-type=END"],
+            interface="ib0",
+            scratch="/scratch/$USER",
+            setup=["module load cuda"],
+            array_tasks=2,
+            jobs={"score": {"partition": "small", "time": "30"}},
+        )
+    )
     train = text["train"].splitlines()
     options = [line.removeprefix("#SBATCH ") for line in train if line.startswith("#SBATCH")]
     first = next(number for number, line in enumerate(train) if line and not line.startswith("#"))
-    assert not any(line.startswith("#SBATCH") for line in train[first:]), "sbatch stops reading there"
-    for option in ("--partition=p", "--account=acc", "--qos=q", "--mem=10G", "--constraint=a&b", "--time=1-00:00:00", "--requeue",
-                   "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=8", "--mail-type=END", "--signal=B:USR2@120",
-                   f'--output="{tmp_path}/a b; touch x/logs/train-%j.log"'):  # fmt: skip
+    assert not any(line.startswith("#SBATCH") for line in train[first:]), (
+        "sbatch stops reading there"
+    )
+    for option in (
+        "--partition=p",
+        "--account=acc",
+        "--qos=q",
+        "--mem=10G",
+        "--constraint=a&b",
+        "--time=1-00:00:00",
+        "--requeue",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=8",
+        "--mail-type=END",
+        "--signal=B:USR2@120",
+        f'--output="{tmp_path}/a b; touch x/logs/train-%j.log"',
+    ):
         assert option in options, option
-    assert "module load cuda" in train and "export NCCL_SOCKET_IFNAME=ib0" in train and 'export TMPDIR="/scratch/$USER"' in train
+    assert (
+        "module load cuda" in train
+        and "export NCCL_SOCKET_IFNAME=ib0" in train
+        and 'export TMPDIR="/scratch/$USER"' in train
+    )
     score = [line for line in text["score"].splitlines() if line.startswith("#SBATCH")]
     assert {"#SBATCH --partition=small", "#SBATCH --time=30", "#SBATCH --array=0-2%2"} <= set(score)
     assert not any("--mem" in line for line in score)
@@ -76,12 +123,23 @@ def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
 
 def test_a_line_of_the_setup_that_fails_is_told(tmp_path: Path) -> None:
     """And only such a line: what a condition asks may fail."""
-    lines = ["module() { return 3; }", "if false; then", "true", "fi", "false || VALUE=here", "module load cuda", "export VALUE"]
+    lines = [
+        "module() { return 3; }",
+        "if false; then",
+        "true",
+        "fi",
+        "false || VALUE=here",
+        "module load cuda",
+        "export VALUE",
+    ]
     text = scripts(submission(tmp_path / "run", setup=lines))["train"]
     script = tmp_path / "script"
-    script.write_text(f"{text[: text.index('# SLURM signals')]}\nfalse\nprintf %s \"$VALUE\"")
+    script.write_text(f'{text[: text.index("# SLURM signals")]}\nfalse\nprintf %s "$VALUE"')
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stderr == "pocl: setup: exit code 3 of: module load cuda; the job goes on\n" and done.stdout == "here"
+    assert (
+        done.stderr == "pocl: setup: exit code 3 of: module load cuda; the job goes on\n"
+        and done.stdout == "here"
+    )
 
 
 def test_no_hyper_parameter_in_a_script(tmp_path: Path) -> None:
@@ -91,7 +149,9 @@ def test_no_hyper_parameter_in_a_script(tmp_path: Path) -> None:
 
 def test_gpus_by_either_option(tmp_path: Path) -> None:
     fields = {"gpus_per_node": 2, "gpu_type": "h100", "ranks_per_node": 2}
-    assert "#SBATCH --gpus-per-node=h100:2" in scripts(submission(tmp_path / "run", **fields))["train"]
+    assert (
+        "#SBATCH --gpus-per-node=h100:2" in scripts(submission(tmp_path / "run", **fields))["train"]
+    )
     by_gres = scripts(submission(tmp_path / "run", gres=True, **fields))["train"]
     assert "#SBATCH --gres=gpu:h100:2" in by_gres and "--gpus-per-node" not in by_gres
 
@@ -100,7 +160,9 @@ def test_shellcheck(tmp_path: Path) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if checker is None:
         pytest.skip("shellcheck is not installed (launch/setup.sh --dev brings it)")
-    for name, text in scripts(submission(tmp_path / "a b", environment={"A": "it's"}, setup=["module load x"])).items():
+    for name, text in scripts(
+        submission(tmp_path / "a b", environment={"A": "it's"}, setup=["module load x"])
+    ).items():
         path = tmp_path / f"{name}.sh"
         path.write_text(text)
         done = subprocess.run([checker, str(path)], capture_output=True, text=True)
@@ -115,7 +177,9 @@ def test_a_run_directory_that_slurm_would_misread(tmp_path: Path) -> None:
 
 def test_more_nodes_than_the_batch_divides_by(tmp_path: Path) -> None:
     found = submission(tmp_path / "run")
-    with pytest.raises(RecipeError, match="train.batch_size=8 is not a multiple of .* x launch.ranks=3"):
+    with pytest.raises(
+        RecipeError, match="train.batch_size=8 is not a multiple of .* x launch.ranks=3"
+    ):
         Submission(found.run, found.recipe, found.profile, nodes=3)
 
 
@@ -127,36 +191,83 @@ def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
             function(RunDirectory(tmp_path))
 
 
-@pytest.mark.parametrize(("container", "words"), [
-    ({"runtime": "pyxis", "image": "a.sqsh", "mounts": ("/data:/data",), "python": "python"},
-     ["--container-image=a.sqsh", "--container-mounts=/run:/run,/here:/here,/data:/data", "--container-workdir=/here"]),
-    ({"runtime": "apptainer", "image": "a.sif", "mounts": (), "python": "python"},
-     ["apptainer", "exec", "--nv", "--bind", "/run:/run", "--bind", "/here:/here", "--pwd", "/here", "a.sif"]),
-    (None, []),
-])  # fmt: skip
-def test_a_step_in_a_container(container: Any, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", lambda *_: "TaskPlugin              = task/affinity,task/cgroup")
+@pytest.mark.parametrize(
+    ("container", "words"),
+    [
+        (
+            {"runtime": "pyxis", "image": "a.sqsh", "mounts": ("/data:/data",), "python": "python"},
+            [
+                "--container-image=a.sqsh",
+                "--container-mounts=/run:/run,/here:/here,/data:/data",
+                "--container-workdir=/here",
+            ],
+        ),
+        (
+            {"runtime": "apptainer", "image": "a.sif", "mounts": (), "python": "python"},
+            [
+                "apptainer",
+                "exec",
+                "--nv",
+                "--bind",
+                "/run:/run",
+                "--bind",
+                "/here:/here",
+                "--pwd",
+                "/here",
+                "a.sif",
+            ],
+        ),
+        (None, []),
+    ],
+)
+def test_a_step_in_a_container(
+    container: Any, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "pocl_ds.cluster.scheduler.call",
+        lambda *_: "TaskPlugin              = task/affinity,task/cgroup",
+    )
     monkeypatch.setattr("os.getcwd", lambda: "/here")
     spec = {"cpus_per_task": 4, "container": container, "gpus_per_node": 4}
     found = srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
-    assert found[:5] == ["srun", "--nodes=2", "--ntasks=8", "--ntasks-per-node=4", "--cpus-per-task=4"]
-    assert "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found and "--export=ALL" in found
+    assert found[:5] == [
+        "srun",
+        "--nodes=2",
+        "--ntasks=8",
+        "--ntasks-per-node=4",
+        "--cpus-per-task=4",
+    ]
+    assert (
+        "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found and "--export=ALL" in found
+    )
     assert found[len(found) - len(words) :] == words
 
 
-def test_what_goes_on_ends_where_it_was_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_on_ends_where_it_was_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A cell of a study that only ranks must not begin to train because it was cut off."""
     run, recipe = RunDirectory(tmp_path / "run"), submission(tmp_path / "x").recipe
-    found = Submission(run, recipe, check_profile({"name": "here", "cpus_per_node": 8}, "here"), nodes=1, until="rank")
+    found = Submission(
+        run,
+        recipe,
+        check_profile({"name": "here", "cpus_per_node": 8}, "here"),
+        nodes=1,
+        until="rank",
+    )
     monkeypatch.setattr(scheduler, "live", lambda ids: [])
     monkeypatch.setattr(scheduler, "submit", lambda script, options: "7")
     monkeypatch.setattr(scheduler, "release", lambda ids: None)
     monkeypatch.chdir(tmp_path)
     found.submit()
-    assert [job.name for job in resume(run).jobs] == [job.name for job in found.jobs] and "train" not in found.show()
+    assert [job.name for job in resume(run).jobs] == [
+        job.name for job in found.jobs
+    ] and "train" not in found.show()
 
 
-@pytest.mark.parametrize("scratch", ["local", "/local/$(id)", "/local/`id`", '/local/"; id; "', "/local/$1", "/a b"])
+@pytest.mark.parametrize(
+    "scratch", ["local", "/local/$(id)", "/local/`id`", '/local/"; id; "', "/local/$1", "/a b"]
+)
 def test_a_scratch_folder_is_a_path_and_variables(scratch: str) -> None:
     with pytest.raises(RecipeError, match=r"scratch.*write an absolute path"):
         check_profile({"name": "x", "scratch": scratch}, "here")
@@ -169,7 +280,9 @@ def test_a_step_starts_also_where_the_controller_is_away(monkeypatch: pytest.Mon
 
     monkeypatch.setattr("pocl_ds.cluster.scheduler.call", away)
     spec = {"cpus_per_task": 4, "container": None, "gpus_per_node": 0}
-    assert not any("--cpu-bind" in word for word in srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log"))
+    assert not any(
+        "--cpu-bind" in word for word in srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+    )
 
 
 def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,9 +302,15 @@ def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatc
     assert len(slept) == 2
 
 
-def test_a_submission_from_within_a_job_is_not_told_of_that_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory a core and our memory a node exclude each other, and its task's number is not ours."""
-    (tmp_path / "sbatch").write_text('#!/bin/sh\necho "Welcome to the cluster"\necho "$SLURM_CONF$SLURM_ARRAY_TASK_ID;north"\n')
+def test_a_submission_from_within_a_job_is_not_told_of_that_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory a core and our memory a node exclude each other, and its task's number is not
+    ours.
+    """
+    (tmp_path / "sbatch").write_text(
+        '#!/bin/sh\necho "Welcome to the cluster"\necho "$SLURM_CONF$SLURM_ARRAY_TASK_ID;north"\n'
+    )
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
@@ -202,7 +321,9 @@ def test_a_submission_from_within_a_job_is_not_told_of_that_job(tmp_path: Path, 
         scheduler.submit("x.sbatch", [])
 
 
-def test_where_one_job_is_refused_those_before_it_are_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_one_job_is_refused_those_before_it_are_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, sent, cancelled = submission(tmp_path / "run"), list[str](), list[list[str]]()
 
     def submit(script: str, options: list[str]) -> str:
@@ -220,11 +341,17 @@ def test_where_one_job_is_refused_those_before_it_are_cancelled(tmp_path: Path, 
     assert len(found.jobs) > 2 and cancelled == [["40", "41"]]
 
 
-def test_only_jobs_that_wait_for_none_have_a_time_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_jobs_that_wait_for_none_have_a_time_to_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     monkeypatch.setattr(scheduler, "start_time", lambda text: asked.append(text) or "tomorrow")
     found = submission(tmp_path / "run")
     times = found.start_times()
     first = [job for job in found.jobs if not job.after]
-    assert asked == [found.script(job) for job in first] and {times[job.name] for job in first} == {"tomorrow"}
-    assert all(times[job.name] == f"after {', '.join(job.after)}" for job in found.jobs if job.after)
+    assert asked == [found.script(job) for job in first] and {times[job.name] for job in first} == {
+        "tomorrow"
+    }
+    assert all(
+        times[job.name] == f"after {', '.join(job.after)}" for job in found.jobs if job.after
+    )

@@ -24,13 +24,17 @@ from pocl_ds.recipe import dump_recipe, load_recipe
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     """A run whose data are done and whose scores are on their way."""
-    recipe = load_recipe(str(write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)))
+    recipe = load_recipe(
+        str(write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40))
+    )
     found = RunDirectory(tmp_path / "run")
     found.data.mkdir(parents=True)
     found.recipe.write_text(dump_recipe(recipe))
     write_manifest(found.data, "data", fingerprints(recipe)["data"], info={})
     found.logs.mkdir()
-    (found.logs / "prepare.log").write_text("2026-01-01 10:00:00 INFO loading\n2026-01-01 10:00:01 WARNING a word of warning\n")
+    (found.logs / "prepare.log").write_text(
+        "2026-01-01 10:00:00 INFO loading\n2026-01-01 10:00:01 WARNING a word of warning\n"
+    )
     return found
 
 
@@ -40,9 +44,23 @@ def training(run: RunDirectory, steps: int) -> None:
     run.train.mkdir()
     with (run.train / "metrics.jsonl").open("w") as stream:
         for step in range(1, steps + 1):
-            record = {"kind": "step", "step": step, "stage": int(step > 10), "loss": 3.0 / step, "kd": 1.0 / step, "ce": 2.0,
-                      "tau": 1.0, "alpha": 0.3, "lr": 1e-4, "grad_norm": 0.5, "seconds": 2.0, "tokens_per_second": 100.0,
-                      "memory_gib": 1.5, "gpu_busy": 80.0, "rollout_share": 0.25}  # fmt: skip
+            record = {
+                "kind": "step",
+                "step": step,
+                "stage": int(step > 10),
+                "loss": 3.0 / step,
+                "kd": 1.0 / step,
+                "ce": 2.0,
+                "tau": 1.0,
+                "alpha": 0.3,
+                "lr": 1e-4,
+                "grad_norm": 0.5,
+                "seconds": 2.0,
+                "tokens_per_second": 100.0,
+                "memory_gib": 1.5,
+                "gpu_busy": 80.0,
+                "rollout_share": 0.25,
+            }
             stream.write(json.dumps(record) + "\n")
         stream.write('{"kind": "step", "st')  # being written
     (run.train / "checkpoints" / "step-00000010").mkdir(parents=True)
@@ -66,14 +84,19 @@ def test_a_training(run: RunDirectory) -> None:
     assert all(len(line) <= 40 for line in screen(view, 40).splitlines())
 
 
-def test_the_command_draws_once_where_there_is_no_terminal(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_draws_once_where_there_is_no_terminal(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["watch", str(run.path)]) == 0
     assert "▸ prepare" in capsys.readouterr().out
     assert main(["watch", str(run.path / "data")]) == 2
     assert "holds no recipe.yaml: give the directory of a run" in capsys.readouterr().err
 
 
-@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50), st.integers(1, 20))
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50),
+    st.integers(1, 20),
+)
 def test_a_spark_line_fits_and_spans_its_values(values: list[float], width: int) -> None:
     found = spark(values, width)
     finite = [value for value in values if abs(value) < float("inf")]
@@ -82,7 +105,9 @@ def test_a_spark_line_fits_and_spans_its_values(values: list[float], width: int)
         assert BLOCKS[0] in found and BLOCKS[-1] in found
 
 
-def test_progress_on_a_terminal_is_kept_in_the_log_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal_is_kept_in_the_log_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracking.setup_logging()
     tracking.keep_log(tmp_path / "logs" / "score.log")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

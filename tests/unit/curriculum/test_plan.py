@@ -35,29 +35,60 @@ def test_eight_epochs_a_stage_cost_twenty_of_the_whole() -> None:
 
 
 @given(
-    total=st.integers(1, 3000), subsets=st.integers(1, 12), batch=st.integers(1, 70), epochs=st.integers(1, 9),
-    scheduler=st.sampled_from(["baby_step", "one_pass"]), tail=st.sampled_from(["drop", "pad"]),
-)  # fmt: skip
-def test_stages_cover_the_order(total: int, subsets: int, batch: int, epochs: int, scheduler: str, tail: str) -> None:
+    total=st.integers(1, 3000),
+    subsets=st.integers(1, 12),
+    batch=st.integers(1, 70),
+    epochs=st.integers(1, 9),
+    scheduler=st.sampled_from(["baby_step", "one_pass"]),
+    tail=st.sampled_from(["drop", "pad"]),
+)
+def test_stages_cover_the_order(
+    total: int, subsets: int, batch: int, epochs: int, scheduler: str, tail: str
+) -> None:
     assume(subsets <= total and (tail == "pad" or total // subsets >= batch))
     order = list(range(100, 100 + total))
-    plan = build_plan(order, subsets=subsets, epochs_per_stage=epochs, batch_size=batch, scheduler=scheduler, tail=tail)
-    assert (len(plan.stages), plan.batch_size, plan.scheduler, plan.tail) == (subsets, batch, scheduler, tail)
+    plan = build_plan(
+        order,
+        subsets=subsets,
+        epochs_per_stage=epochs,
+        batch_size=batch,
+        scheduler=scheduler,
+        tail=tail,
+    )
+    assert (len(plan.stages), plan.batch_size, plan.scheduler, plan.tail) == (
+        subsets,
+        batch,
+        scheduler,
+        tail,
+    )
     if scheduler == "baby_step":
         for i, stage in enumerate(plan.stages):
-            assert list(stage.sample_ids) == order[: total if i == subsets - 1 else (i + 1) * (total // subsets)]
+            assert (
+                list(stage.sample_ids)
+                == order[: total if i == subsets - 1 else (i + 1) * (total // subsets)]
+            )
     else:
         assert [name for stage in plan.stages for name in stage.sample_ids] == order
         assert all(stage.samples == total // subsets for stage in plan.stages[:-1])
     for stage in plan.stages:
-        per_epoch = math.floor(stage.samples / batch) if tail == "drop" else math.ceil(stage.samples / batch)
-        assert (stage.steps_per_epoch, stage.steps, stage.epochs) == (per_epoch, epochs * per_epoch, epochs)
+        per_epoch = (
+            math.floor(stage.samples / batch)
+            if tail == "drop"
+            else math.ceil(stage.samples / batch)
+        )
+        assert (stage.steps_per_epoch, stage.steps, stage.epochs) == (
+            per_epoch,
+            epochs * per_epoch,
+            epochs,
+        )
 
 
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
 @pytest.mark.parametrize("epochs", [4, (5, 1, 2)])
 def test_visits_are_those_of_the_plan(scheduler: str, epochs: int | tuple[int, ...]) -> None:
-    plan = build_plan(range(300), subsets=3, epochs_per_stage=epochs, batch_size=10, scheduler=scheduler)
+    plan = build_plan(
+        range(300), subsets=3, epochs_per_stage=epochs, batch_size=10, scheduler=scheduler
+    )
     assert visits(3, epochs, scheduler) == plan.total_steps * 10 / 300
     assert [stage.epochs for stage in plan.stages] == ([4, 4, 4] if epochs == 4 else [5, 1, 2])
 
@@ -86,7 +117,10 @@ def test_plans_are_compared_and_shown_without_their_orders() -> None:
         ({"subsets": 4, "batch_size": 30}, "stage 0 has 25 samples"),
         ({"epochs_per_stage": 0}, "plan.epochs_per_stage=0"),
         ({"subsets": 2, "epochs_per_stage": (1, 0)}, "plan.epochs_per_stage=0"),
-        ({"subsets": 2, "epochs_per_stage": (1, 2, 3)}, "plan.epochs_per_stage=[1, 2, 3] for plan.subsets=2"),
+        (
+            {"subsets": 2, "epochs_per_stage": (1, 2, 3)},
+            "plan.epochs_per_stage=[1, 2, 3] for plan.subsets=2",
+        ),
         ({"batch_size": 0}, "train.batch_size=0"),
         ({"tau": (0.0, 2.0)}, "plan.tau"),
         ({"tau": (1.0, -2.0)}, "plan.tau"),
@@ -106,7 +140,10 @@ def test_what_does_not_fit_is_one_sentence(changes: dict, names: str) -> None:
 
 
 def test_a_share_may_be_all_or_none() -> None:
-    assert [stage.alpha for stage in build_plan(range(100), subsets=2, batch_size=10, sft_ratio=(1.0, 0.0)).stages] == [1.0, 0.0]
+    assert [
+        stage.alpha
+        for stage in build_plan(range(100), subsets=2, batch_size=10, sft_ratio=(1.0, 0.0)).stages
+    ] == [1.0, 0.0]
 
 
 def test_no_samples_at_all() -> None:
@@ -115,7 +152,10 @@ def test_no_samples_at_all() -> None:
 
 
 def test_a_small_stage_may_be_padded() -> None:
-    assert [stage.steps for stage in build_plan(range(100), batch_size=30, tail="pad", epochs_per_stage=2).stages] == [2, 4, 6, 8]
+    assert [
+        stage.steps
+        for stage in build_plan(range(100), batch_size=30, tail="pad", epochs_per_stage=2).stages
+    ] == [2, 4, 6, 8]
 
 
 def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
@@ -130,19 +170,43 @@ def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
         Plan.from_json(json.loads(text), order[1:])
 
 
-@given(total=st.integers(1, 400), steps=st.integers(1, 200), batch=st.integers(1, 40), tail=st.sampled_from(["drop", "pad"]))
-def test_single_stage_takes_as_many_steps_as_told(total: int, steps: int, batch: int, tail: str) -> None:
+@given(
+    total=st.integers(1, 400),
+    steps=st.integers(1, 200),
+    batch=st.integers(1, 40),
+    tail=st.sampled_from(["drop", "pad"]),
+)
+def test_single_stage_takes_as_many_steps_as_told(
+    total: int, steps: int, batch: int, tail: str
+) -> None:
     assume(tail == "pad" or total >= batch)
-    plan = single_stage_plan(range(total), steps=steps, batch_size=batch, tau=1.0, alpha=0.3, tail=tail)
+    plan = single_stage_plan(
+        range(total), steps=steps, batch_size=batch, tau=1.0, alpha=0.3, tail=tail
+    )
     (stage,) = plan.stages
-    assert plan.total_steps == stage.steps == steps and stage.samples == total and stage.sample_ids == range(total)
+    assert (
+        plan.total_steps == stage.steps == steps
+        and stage.samples == total
+        and stage.sample_ids == range(total)
+    )
     assert plan == Plan([stage], batch, "baby_step", tail)
     assert (stage.index, stage.start, stage.tau, stage.alpha) == (0, 0, 1.0, 0.3)
-    assert (stage.epochs - 1) * stage.steps_per_epoch < steps <= stage.epochs * stage.steps_per_epoch
+    assert (
+        (stage.epochs - 1) * stage.steps_per_epoch < steps <= stage.epochs * stage.steps_per_epoch
+    )
 
 
-@pytest.mark.parametrize(("changes", "names"), [({"steps": 0}, "0 steps"), ({"batch_size": 11}, "train.batch_size=11"),
-                                                ({"tau": 0.0}, "tau"), ({"alpha": 2.0}, "sft_ratio")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"steps": 0}, "0 steps"),
+        ({"batch_size": 11}, "train.batch_size=11"),
+        ({"tau": 0.0}, "tau"),
+        ({"alpha": 2.0}, "sft_ratio"),
+    ],
+)
 def test_single_stage_refuses(changes: dict, names: str) -> None:
     with pytest.raises(RecipeError, match=names):
-        single_stage_plan(range(10), **{"steps": 3, "batch_size": 5, "tau": 1.0, "alpha": 0.3, **changes})
+        single_stage_plan(
+            range(10), **{"steps": 3, "batch_size": 5, "tau": 1.0, "alpha": 0.3, **changes}
+        )

@@ -29,9 +29,21 @@ def test_writes_the_plan_and_loads_it_over_the_order(run: RunDirectory) -> None:
     assert plan == build_plan(order, epochs_per_stage=3, batch_size=16)
     assert list(plan.stages[1].sample_ids) == order[:200].tolist()
     assert manifest.info.pop("seconds") >= 0 and manifest.info.pop("peak_host_bytes") > 0
-    assert manifest.info == {"samples": 400, "steps": plan.total_steps, "visits": plan.total_steps * 16}
+    assert manifest.info == {
+        "samples": 400,
+        "steps": plan.total_steps,
+        "visits": plan.total_steps * 16,
+    }
     assert set(read_json(run.plan / "plan.json")["stages"][0]) == {
-        "index", "start", "stop", "tau", "alpha", "epochs", "steps_per_epoch", "steps"}  # fmt: skip
+        "index",
+        "start",
+        "stop",
+        "tau",
+        "alpha",
+        "epochs",
+        "steps_per_epoch",
+        "steps",
+    }
 
 
 def test_a_finished_plan_is_kept_and_another_recipe_replaces_it(run: RunDirectory) -> None:
@@ -75,5 +87,7 @@ def test_missing_damaged_or_other_rankings(run: RunDirectory) -> None:
 
 
 def test_too_large_batches_are_refused(run: RunDirectory) -> None:
-    with pytest.raises(RecipeError, match="stage 0 has 100 samples, fewer than train.batch_size=128"):
+    with pytest.raises(
+        RecipeError, match="stage 0 has 100 samples, fewer than train.batch_size=128"
+    ):
         make_plan(run, PlanConfig(), batch_size=128, fingerprint="f")

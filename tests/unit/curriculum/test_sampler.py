@@ -22,12 +22,20 @@ MASK = (1 << 64) - 1
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    subsets, batch, tail = draw(st.integers(1, 4)), draw(st.integers(1, 12)), draw(st.sampled_from(["drop", "pad"]))
+    subsets, batch, tail = (
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 12)),
+        draw(st.sampled_from(["drop", "pad"])),
+    )
     total = draw(st.integers(subsets * (batch if tail == "drop" else 1), 120))
     return build_plan(
-        np.arange(total), subsets=subsets, epochs_per_stage=draw(st.integers(1, 3)), batch_size=batch, tail=tail,
+        np.arange(total),
+        subsets=subsets,
+        epochs_per_stage=draw(st.integers(1, 3)),
+        batch_size=batch,
+        tail=tail,
         scheduler=draw(st.sampled_from(["baby_step", "one_pass"])),
-    )  # fmt: skip
+    )
 
 
 def _plain_permutation(size: int, seed: int, stage: int, epoch: int) -> list[int]:
@@ -54,14 +62,34 @@ def test_permutation_is_its_definition(size: int, seed: int, stage: int, epoch: 
 
 def test_permutation_never_changes() -> None:
     """A checkpoint written today must go on tomorrow: these numbers are part of the format."""
-    assert permutation(12, seed=42, stage=1, epoch=3).tolist() == [8, 5, 0, 1, 7, 4, 9, 10, 11, 3, 6, 2]
+    assert permutation(12, seed=42, stage=1, epoch=3).tolist() == [
+        8,
+        5,
+        0,
+        1,
+        7,
+        4,
+        9,
+        10,
+        11,
+        3,
+        6,
+        2,
+    ]
 
 
 def test_permutations_differ_by_seed_stage_and_epoch_and_mix_well() -> None:
-    kinds = {permutation(50, seed=a, stage=b, epoch=c).tobytes() for a in range(4) for b in range(4) for c in range(4)}
+    kinds = {
+        permutation(50, seed=a, stage=b, epoch=c).tobytes()
+        for a in range(4)
+        for b in range(4)
+        for c in range(4)
+    }
     assert len(kinds) == 64
     first = Counter(int(permutation(8, seed=0, stage=0, epoch=e)[0]) for e in range(8000))
-    assert sum((count - 1000) ** 2 / 1000 for count in first.values()) < 30  # chi square of 7 degrees: p = 1e-4
+    assert (
+        sum((count - 1000) ** 2 / 1000 for count in first.values()) < 30
+    )  # chi square of 7 degrees: p = 1e-4
 
 
 @given(plans(), st.integers(0, 1000))
@@ -99,14 +127,18 @@ def test_resumed_anywhere_equals_uninterrupted(plan: Plan, seed: int, data: st.D
         stop = min(start + 5, plan.total_steps)
         assert [resumed.batch(step).tolist() for step in range(start, stop)] == batches[start:stop]
     backwards = Sampler(plan, seed)
-    assert [backwards.batch(step).tolist() for step in reversed(range(plan.total_steps))] == batches[::-1]
+    assert [
+        backwards.batch(step).tolist() for step in reversed(range(plan.total_steps))
+    ] == batches[::-1]
 
 
 def test_positions_of_steps() -> None:
     plan = build_plan(np.arange(40), subsets=2, epochs_per_stage=2, batch_size=10)
     sampler = Sampler(plan, 0)
     found = [(p.stage, p.epoch, p.step_in_stage) for p in map(sampler.at, range(plan.total_steps))]
-    assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [(1, i // 4, i) for i in range(8)]
+    assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [
+        (1, i // 4, i) for i in range(8)
+    ]
     for step in (-1, plan.total_steps, plan.total_steps + 1):
         with pytest.raises(IndexError, match=f"step {step} is outside the plan's 12 steps"):
             sampler.at(step)
@@ -139,15 +171,23 @@ def test_the_order_may_lie_on_disk(tmp_path: Path) -> None:
     np.save(tmp_path / "order.npy", np.arange(100)[::-1])
     order = np.load(tmp_path / "order.npy", mmap_mode="r")
     sampler = Sampler(build_plan(order, subsets=2, batch_size=8), 1)
-    assert set(order[sampler.batch(0)].tolist()) <= set(range(50, 100))  # the first half of the order
+    assert set(order[sampler.batch(0)].tolist()) <= set(
+        range(50, 100)
+    )  # the first half of the order
 
 
 @given(plans(), st.integers(2, 5), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_window_moves_samples_only_within_itself(plan: Plan, window: int, data: st.DataObject) -> None:
-    """Each window holds the samples that it holds without; each of its batches holds a run of the sorted lengths."""
+def test_a_window_moves_samples_only_within_itself(
+    plan: Plan, window: int, data: st.DataObject
+) -> None:
+    """Each window holds the samples that it holds without; each of its batches holds a run of the
+    sorted lengths.
+    """
     total = len(plan.stages[-1].order)
-    lengths = np.array(data.draw(st.lists(st.integers(1, 9), min_size=total, max_size=total)), np.int64)
+    lengths = np.array(
+        data.draw(st.lists(st.integers(1, 9), min_size=total, max_size=total)), np.int64
+    )
     plain, moved = Sampler(plan, 3), Sampler(plan, 3, lengths=lengths, window=window)
     start = 0
     for stage in plan.stages:
@@ -171,7 +211,10 @@ def test_batches_of_a_window_come_in_another_order_each_time() -> None:
 
 
 def test_a_window_of_one_is_none() -> None:
-    plan, lengths = single_stage_plan(np.arange(64), steps=16, batch_size=8, tau=1.0, alpha=0.0), np.arange(64)
+    plan, lengths = (
+        single_stage_plan(np.arange(64), steps=16, batch_size=8, tau=1.0, alpha=0.0),
+        np.arange(64),
+    )
     plain = [Sampler(plan, 5).batch(step).tolist() for step in range(16)]
     assert [Sampler(plan, 5, lengths=lengths).batch(step).tolist() for step in range(16)] == plain
 
@@ -181,14 +224,26 @@ def test_batches_of_a_window_never_change() -> None:
     plan = single_stage_plan(np.arange(12), steps=12, batch_size=2, tau=1.0, alpha=0.0)
     sampler = Sampler(plan, 3, lengths=np.arange(12), window=4)
     assert [sampler.batch(step).tolist() for step in range(12)] == [
-        [1, 2], [8, 9], [6, 7], [4, 5], [0, 3], [10, 11],
-        [10, 11], [7, 9], [5, 6], [3, 4], [2, 8], [0, 1],
+        [1, 2],
+        [8, 9],
+        [6, 7],
+        [4, 5],
+        [0, 3],
+        [10, 11],
+        [10, 11],
+        [7, 9],
+        [5, 6],
+        [3, 4],
+        [2, 8],
+        [0, 1],
     ]
 
 
 def test_a_window_needs_lengths() -> None:
     with pytest.raises(ValueError, match="needs the lengths"):
-        Sampler(single_stage_plan(np.arange(8), steps=1, batch_size=8, tau=1.0, alpha=0.0), 0, window=2)
+        Sampler(
+            single_stage_plan(np.arange(8), steps=1, batch_size=8, tau=1.0, alpha=0.0), 0, window=2
+        )
 
 
 @given(plans(), st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)]))
@@ -200,4 +255,6 @@ def test_the_global_batch_knows_no_ranks(plan: Plan, layout: tuple[int, int]) ->
     for step in range(0, plan.total_steps, 5):
         batch = sampler.batch(step)
         dealt = share(batch % 7, ranks=ranks, micro_batch_size=micro)
-        assert sorted(np.concatenate([batch[part] for of_rank in dealt for part in of_rank])) == sorted(batch)
+        assert sorted(
+            np.concatenate([batch[part] for of_rank in dealt for part in of_rank])
+        ) == sorted(batch)

@@ -20,19 +20,30 @@ from pocl_ds.data.samples import Sample
 def write(folder: Path, samples: list[tuple[list[int], int]]) -> EncodedSplit:
     """A split with these ids and prompt lengths."""
     starts = np.cumsum([0, *(len(ids) for ids, _ in samples)])[:-1]
-    index = [(start, prompt, len(ids)) for start, (ids, prompt) in zip(starts, samples, strict=True)]
+    index = [
+        (start, prompt, len(ids)) for start, (ids, prompt) in zip(starts, samples, strict=True)
+    ]
     np.save(folder / "train.index.npy", np.array(index, np.int64))
-    np.save(folder / "train.ids.npy", np.array([f"s{n}".encode() for n in range(len(samples))], "S8"))
-    np.concatenate([np.array(ids, np.uint32) for ids, _ in samples]).tofile(folder / "train.tokens.bin")
+    np.save(
+        folder / "train.ids.npy", np.array([f"s{n}".encode() for n in range(len(samples))], "S8")
+    )
+    np.concatenate([np.array(ids, np.uint32) for ids, _ in samples]).tofile(
+        folder / "train.tokens.bin"
+    )
     return EncodedSplit.open(folder, "train")
 
 
 def test_three_tokens(tmp_path: Path) -> None:
-    """Prompt 5, response 7, EOS 0, padded with EOS to four: state 0 predicts 7, state 1 predicts EOS, nothing else counts."""
+    """Prompt 5, response 7, EOS 0, padded with EOS to four: state 0 predicts 7, state 1 predicts
+    EOS, nothing else counts.
+    """
     split = write(tmp_path, [([5, 7, 0], 1), ([5, 6, 7, 0], 2)])
     batch = collate(split, [0, 1], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 7, 0, 0], [5, 6, 7, 0]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]  # the true EOS is in, the padding is not
+    assert batch.attention_mask.tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+    ]  # the true EOS is in, the padding is not
     assert batch.positions.tolist() == [0, 1, 4 + 1, 4 + 2]
     assert batch.labels.tolist() == [7, 0, 7, 0]
     assert batch.sample_of_token.tolist() == [0, 0, 1, 1]
@@ -51,7 +62,10 @@ SAMPLES = st.lists(
 @given(SAMPLES, st.integers(0, 9), st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
 def test_collate_equals_the_slow_definition(
-    tmp_path_factory: pytest.TempPathFactory, samples: list[tuple[list[int], int]], pad_id: int, random: object
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[tuple[list[int], int]],
+    pad_id: int,
+    random: object,
 ) -> None:
     split = write(tmp_path_factory.mktemp("batch"), samples)
     rows = list(range(len(samples)))
@@ -67,8 +81,18 @@ def test_collate_equals_the_slow_definition(
             positions.append(place * width + token - 1)
             labels.append(ids[token])
             owners.append(place)
-    assert (batch.positions.tolist(), batch.labels.tolist(), batch.sample_of_token.tolist()) == (positions, labels, owners)
-    tensors = (batch.input_ids, batch.attention_mask, batch.positions, batch.labels, batch.sample_of_token)
+    assert (batch.positions.tolist(), batch.labels.tolist(), batch.sample_of_token.tolist()) == (
+        positions,
+        labels,
+        owners,
+    )
+    tensors = (
+        batch.input_ids,
+        batch.attention_mask,
+        batch.positions,
+        batch.labels,
+        batch.sample_of_token,
+    )
     assert all(tensor.dtype == torch.int64 for tensor in tensors)
     assert batch.rows == tuple(rows)
 
@@ -85,22 +109,34 @@ def test_packed_holds_the_same_tokens_without_padding(
     assert packed.attention_mask is None and packed.position_ids is not None
     assert packed.input_ids[0].tolist() == [token for row in rows for token in samples[row][0]]
     assert packed.lengths == tuple(len(samples[row][0]) for row in rows) and padded.lengths is None
-    assert packed.position_ids[0].tolist() == [place for row in rows for place in range(len(samples[row][0]))]
-    assert torch.equal(packed.labels, padded.labels) and torch.equal(packed.sample_of_token, padded.sample_of_token)
+    assert packed.position_ids[0].tolist() == [
+        place for row in rows for place in range(len(samples[row][0]))
+    ]
+    assert torch.equal(packed.labels, padded.labels) and torch.equal(
+        packed.sample_of_token, padded.sample_of_token
+    )
     for position, label in zip(packed.positions.tolist(), packed.labels.tolist(), strict=True):
         assert packed.input_ids[0, position + 1] == label
-        assert packed.position_ids[0, position + 1] == packed.position_ids[0, position] + 1  # of the same sample
+        assert (
+            packed.position_ids[0, position + 1] == packed.position_ids[0, position] + 1
+        )  # of the same sample
 
 
 def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None:
     tokenizer = tiny_models.make_tokenizer()
     samples = [Sample(f"s{n}", "Say it.", "", ("word " * n,)) for n in range(1, 6)]
-    encode_split(iter(samples), Encoder(tokenizer, PromptConfig(template="plain")), tmp_path, "train")
+    encode_split(
+        iter(samples), Encoder(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
+    )
     split = EncodedSplit.open(tmp_path, "train")
-    one, other = (collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id))
+    one, other = (
+        collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    )
     for name in ("attention_mask", "positions", "labels", "sample_of_token"):
         assert torch.equal(getattr(one, name), getattr(other, name))
-    assert (one.labels == tokenizer.eos_token_id).sum() == 5  # each sample's own EOS is learned, once
+    assert (
+        one.labels == tokenizer.eos_token_id
+    ).sum() == 5  # each sample's own EOS is learned, once
     assert len(one.labels) == int((split.total_tokens - split.prompt_tokens).sum())
 
 

@@ -1,4 +1,6 @@
-"""Ids on disk: the same prompt everywhere, EOS that counts, cuts as the recipe says, and rows found by id."""
+"""Ids on disk: the same prompt everywhere, EOS that counts, cuts as the recipe says, and rows found
+by id.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +29,23 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=6
 
 
 def encoder(tokenizer: Any = TOKENIZER, **options: Any) -> Encoder:
-    return Encoder(tokenizer, PromptConfig(**{"template": "plain", "max_prompt_tokens": 16, "max_length": 32, **options}))
+    return Encoder(
+        tokenizer,
+        PromptConfig(**{"template": "plain", "max_prompt_tokens": 16, "max_length": 32, **options}),
+    )
 
 
 def make(count: int, *, words: int = 3) -> list[Sample]:
-    return [Sample(f"s{n}", f"Say {n}.", "x" * (n % 7), (f"answer {n} " * words,)) for n in range(count)]
+    return [
+        Sample(f"s{n}", f"Say {n}.", "x" * (n % 7), (f"answer {n} " * words,)) for n in range(count)
+    ]
 
 
 @given(TEXT, TEXT, st.integers(1, 40), st.integers(1, 40), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_a_sample_is_prompt_response_and_eos(instruction: str, answer: str, limit: int, room: int, pad_is_eos: bool) -> None:
+def test_a_sample_is_prompt_response_and_eos(
+    instruction: str, answer: str, limit: int, room: int, pad_is_eos: bool
+) -> None:
     tokenizer = TOKENIZER_PAD_EOS if pad_is_eos else TOKENIZER
     coder = encoder(tokenizer, max_prompt_tokens=limit, max_length=limit + room)
     sample = Sample("s", instruction, "", (answer, "another reference"))
@@ -61,11 +70,16 @@ def test_the_limit_is_met_exactly() -> None:
     assert len(cut.ids) == 32 and cut.truncated and cut.ids[-1] != TOKENIZER.eos_token_id
 
 
-@pytest.mark.parametrize("sample", [Sample("long-one", "a" * 17, "", ("b",)), Sample("long-one", "a", "", ("b" * 40,))])
+@pytest.mark.parametrize(
+    "sample", [Sample("long-one", "a" * 17, "", ("b",)), Sample("long-one", "a", "", ("b" * 40,))]
+)
 def test_overlong_samples_are_cut_dropped_or_an_error(sample: Sample) -> None:
     assert encoder().samples([sample])[0] is not None
     assert encoder(overlong="drop").samples([sample]) == [None]
-    with pytest.raises(DataError, match=r"long-one has \d+ prompt tokens \(limit 16\) and \d+ in all \(limit 32\): raise"):
+    with pytest.raises(
+        DataError,
+        match=r"long-one has \d+ prompt tokens \(limit 16\) and \d+ in all \(limit 32\): raise",
+    ):
         encoder(overlong="error").samples([sample])
 
 
@@ -74,18 +88,25 @@ def test_prompts_to_be_answered_are_cut_and_counted_never_dropped() -> None:
     for overlong in ("truncate", "drop"):
         coder = encoder(overlong=overlong)
         assert coder.prompts(samples) == ([coder.prompt(sample) for sample in samples], 2)
-    with pytest.raises(DataError, match=r"s17 has 17 prompt tokens \(limit 16\): raise prompt\.max_prompt_tokens"):
+    with pytest.raises(
+        DataError, match=r"s17 has 17 prompt tokens \(limit 16\): raise prompt\.max_prompt_tokens"
+    ):
         encoder(overlong="error").prompts(samples)
     assert encoder(overlong="error").prompts(samples[:1])[1] == 0
 
 
 def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
-    """Scoring and generation begin behind a prompt; an engine refuses an empty one in words of its own."""
+    """Scoring and generation begin behind a prompt; an engine refuses an empty one in words of its
+    own.
+    """
     path = tmp_path / "input-only.jinja"
     path.write_text("{{ input }}")
     coder, sample = encoder(template=str(path)), make(1)[0]
     for encode in (coder.sample, coder.prompt, lambda one: coder.samples([one])):
-        with pytest.raises(DataError, match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: mend it"):
+        with pytest.raises(
+            DataError,
+            match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: mend it",
+        ):
             encode(sample)
 
 
@@ -93,7 +114,8 @@ def test_only_the_prompt_gets_the_tokenizers_bos() -> None:
     """One BOS, in front of the prompt; none between prompt and response, and one EOS, ours."""
     tokenizer = tiny_models.make_tokenizer()
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{tiny_models.PAD} $A {tiny_models.EOS}", special_tokens=[(tiny_models.EOS, 0), (tiny_models.PAD, 1)]
+        single=f"{tiny_models.PAD} $A {tiny_models.EOS}",
+        special_tokens=[(tiny_models.EOS, 0), (tiny_models.PAD, 1)],
     )
     encoded = encoder(tokenizer).sample(Sample("s", "ab", "", ("cd",)))
     bare = encoder().sample(Sample("s", "ab", "", ("cd",)))
@@ -120,7 +142,9 @@ def test_a_split_on_disk_is_its_samples(tmp_path: Path) -> None:
     for row, sample in enumerate(kept):
         expected = coder.sample(sample)
         assert split.tokens(row).tolist() == expected.ids
-        assert split.prompt_tokens[row] == expected.prompt_tokens and split.total_tokens[row] == len(expected.ids)
+        assert split.prompt_tokens[row] == expected.prompt_tokens and split.total_tokens[
+            row
+        ] == len(expected.ids)
     assert counts.tokens == split.total_tokens.sum()
     assert counts.response_tokens == (split.total_tokens - split.prompt_tokens).sum()
     assert split.tokens(0).dtype == np.uint32
@@ -136,7 +160,9 @@ def test_an_empty_split_can_be_written_and_opened(tmp_path: Path) -> None:
 
 @given(st.permutations(list(range(40))), st.integers(0, 40))
 @settings(max_examples=30, deadline=None)
-def test_rows_are_found_by_id(tmp_path_factory: pytest.TempPathFactory, order: list[int], asked: int) -> None:
+def test_rows_are_found_by_id(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], asked: int
+) -> None:
     folder = tmp_path_factory.mktemp("rows")
     samples = make(40)
     encode_split((samples[n] for n in order), encoder(), folder, "train")
@@ -144,7 +170,10 @@ def test_rows_are_found_by_id(tmp_path_factory: pytest.TempPathFactory, order: l
     wanted = [f"s{n}" for n in range(asked)]
     rows = split.rows_of(wanted)
     assert [split.ids[row].decode() for row in rows] == wanted
-    assert split.rows_of(np.array(wanted, "S20") if wanted else np.empty(0, "S1")).tolist() == rows.tolist()
+    assert (
+        split.rows_of(np.array(wanted, "S20") if wanted else np.empty(0, "S1")).tolist()
+        == rows.tolist()
+    )
 
 
 def test_a_missing_id_is_named(tmp_path: Path) -> None:
@@ -182,7 +211,10 @@ def test_encoding_streams(tmp_path: Path) -> None:
     """5,000 samples of 16 kB are 80 MB of text, of which no more than a batch is in memory."""
     coder = encoder()
     coder.template = _Instruction(coder.template)
-    long = (Sample(f"s{n}", "Say.", "", ("word",), (("user", str(n) + "x" * 16_384),)) for n in range(5000))
+    long = (
+        Sample(f"s{n}", "Say.", "", ("word",), (("user", str(n) + "x" * 16_384),))
+        for n in range(5000)
+    )
     tracemalloc.start()
     try:
         assert encode_split(long, coder, tmp_path, "train").samples == 5000
@@ -199,7 +231,9 @@ class _Instruction:
         self.template = template
 
     def many(self, samples: Sequence[Sample]) -> list[list[int]]:
-        return self.template.many([Sample(sample.id, sample.instruction, "", sample.references) for sample in samples])
+        return self.template.many(
+            [Sample(sample.id, sample.instruction, "", sample.references) for sample in samples]
+        )
 
 
 def test_first_token_outside(tmp_path: Path) -> None:
@@ -215,8 +249,14 @@ def test_first_token_outside(tmp_path: Path) -> None:
     assert split.first_outside(allowed, prompts=all_ids, rows=np.array([1])) == (1, 2)
     allowed[2] = True
     assert split.first_outside(allowed, prompts=all_ids) is None  # 5 is the second sample's prompt
-    assert split.first_outside(np.ones(8, bool), prompts=np.ones(8, bool)) == (0, 9)  # no id of a teacher with 8 rows
-    assert split.first_outside(np.ones(7, bool), prompts=np.ones(7, bool), rows=np.array([1])) == (1, 7)
+    assert split.first_outside(np.ones(8, bool), prompts=np.ones(8, bool)) == (
+        0,
+        9,
+    )  # no id of a teacher with 8 rows
+    assert split.first_outside(np.ones(7, bool), prompts=np.ones(7, bool), rows=np.array([1])) == (
+        1,
+        7,
+    )
 
 
 def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
@@ -224,12 +264,16 @@ def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
     whole = encoder.sample(Sample("a", "Say it.", "", ("It is",)))
     cut = encoder.sample(Sample("a", "Say it.", "", ("It is",), ended=False))
     assert [*cut.ids, 0] == whole.ids and cut.prompt_tokens == whole.prompt_tokens
-    assert encoder.sample(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, "something must be learnt from"
+    assert encoder.sample(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, (
+        "something must be learnt from"
+    )
 
 
 @pytest.mark.parametrize("part", ["tokens.bin", "index.npy", "ids.npy"])
 def test_a_full_disk_is_noticed(part: str, tmp_path: Path) -> None:
-    """numpy's own way into a file misses it, or gives an error without a number, and what is not whole would be sealed."""
+    """numpy's own way into a file misses it, or gives an error without a number, and what is not
+    whole would be sealed.
+    """
     (tmp_path / f"train.{part}").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
         encode_split(iter(make(3)), encoder(), tmp_path, "train")
@@ -240,5 +284,8 @@ def test_tokens_that_are_cut_off_are_damaged(tmp_path: Path) -> None:
     encode_split(iter(make(3)), encoder(), tmp_path, "train")
     whole = (tmp_path / "train.tokens.bin").read_bytes()
     (tmp_path / "train.tokens.bin").write_bytes(whole[:-8])
-    with pytest.raises(ArtifactError, match=f"is damaged .{len(whole) // 4 - 2} tokens instead of {len(whole) // 4}.: remove"):
+    with pytest.raises(
+        ArtifactError,
+        match=f"is damaged .{len(whole) // 4 - 2} tokens instead of {len(whole) // 4}.: remove",
+    ):
         EncodedSplit.open(tmp_path, "train")

@@ -1,4 +1,6 @@
-"""What a model is asked: the exact Alpaca text, the tokenizer's chat template, files of one's own, and no stray EOS."""
+"""What a model is asked: the exact Alpaca text, the tokenizer's chat template, files of one's own,
+and no stray EOS.
+"""
 
 from __future__ import annotations
 
@@ -30,25 +32,35 @@ def tokenizer() -> Any:
 def test_the_alpaca_text_is_that_of_the_paper(tokenizer: Any) -> None:
     template = load_template("alpaca", tokenizer)
     assert template.text(PLAIN) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
         "### Instruction:\nAdd the numbers.\n\n### Response:\n"
     )
     assert template.text(WITH_INPUT) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response "
         "that appropriately completes the request.\n\n"
         "### Instruction:\nAdd the numbers.\n\n### Input:\n1 and 2\n\n### Response:\n"
     )
 
 
-@given(st.text(st.characters(exclude_categories=("Cs",))), st.text(st.characters(exclude_categories=("Cs",)), min_size=1))
+@given(
+    st.text(st.characters(exclude_categories=("Cs",))),
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
+)
 def test_braces_and_anything_else_in_the_data_are_data(instruction: str, given_input: str) -> None:
     text = load_template("alpaca", None).text(Sample("x", instruction, given_input, ("",)))
-    assert f"### Instruction:\n{instruction}\n\n### Input:\n{given_input}\n\n### Response:\n" in text
+    assert (
+        f"### Instruction:\n{instruction}\n\n### Input:\n{given_input}\n\n### Response:\n" in text
+    )
 
 
 def test_plain_is_instruction_and_input(tokenizer: Any) -> None:
     template = load_template("plain", tokenizer)
-    assert template.text(PLAIN) == "Add the numbers." and template.text(WITH_INPUT) == "Add the numbers.\n1 and 2"
+    assert (
+        template.text(PLAIN) == "Add the numbers."
+        and template.text(WITH_INPUT) == "Add the numbers.\n1 and 2"
+    )
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain"])
@@ -59,22 +71,33 @@ def test_templates_without_turns_refuse_history(tokenizer: Any, name: str) -> No
 
 def test_chat_is_the_tokenizers_own(tokenizer: Any) -> None:
     template = load_template("chat", tokenizer)
-    assert template.text(WITH_HISTORY) == "<user>\n1 + 2?\n<assistant>\n3\n<user>\nAnd twice that?\n<assistant>\n"
-    turns = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "3"},
-             {"role": "user", "content": "And twice that?"}]  # fmt: skip
+    assert (
+        template.text(WITH_HISTORY)
+        == "<user>\n1 + 2?\n<assistant>\n3\n<user>\nAnd twice that?\n<assistant>\n"
+    )
+    turns = [
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": "3"},
+        {"role": "user", "content": "And twice that?"},
+    ]
     own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert template.ids(WITH_HISTORY) == own
 
 
 def test_chat_prompts_do_not_change_with_the_day() -> None:
-    """Templates of Llama 3.2 ask for today's date; a prompt must be the same when scored and when evaluated."""
+    """Templates of Llama 3.2 ask for today's date; a prompt must be the same when scored and when
+    evaluated.
+    """
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% "
+        "endif %}"
         "Today: {{ date_string }} {{ messages[0]['content'] }}"
     )
     assert load_template("chat", tokenizer).text(PLAIN) == "Today: 26 Jul 2024 Add the numbers."
-    tokenizer.chat_template = "Today: {{ strftime_now('%B %d, %Y') }}."  # as Granite's, which takes no date
+    tokenizer.chat_template = (
+        "Today: {{ strftime_now('%B %d, %Y') }}."  # as Granite's, which takes no date
+    )
     assert load_template("chat", tokenizer).text(PLAIN) == "Today: July 26, 2024."
 
 
@@ -84,7 +107,9 @@ def test_variables_of_a_chat_template() -> None:
     assert load_template("chat", tokenizer).text(PLAIN) == "26 Jul 2024"
     options = {"enable_thinking": False, "date_string": "1 Jan"}
     assert load_template("chat", tokenizer, options).text(PLAIN) == "quick 1 Jan"
-    with pytest.raises(ValidationError, match="template_options are for template=chat, and this is alpaca"):
+    with pytest.raises(
+        ValidationError, match="template_options are for template=chat, and this is alpaca"
+    ):
         PromptConfig(template_options=options)
 
 
@@ -107,8 +132,11 @@ class TestJinja:
         return str(path)
 
     def test_a_file_is_rendered(self, tmp_path: Path, tokenizer: Any) -> None:
-        name = self.write(tmp_path, "{% for turn in history %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
-                                    "Q: {{ instruction }}{% if input %} ({{ input }}){% endif %}\nA:\n")  # fmt: skip
+        name = self.write(
+            tmp_path,
+            "{% for turn in history %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+            "Q: {{ instruction }}{% if input %} ({{ input }}){% endif %}\nA:\n",
+        )
         template = load_template(name, tokenizer)
         assert template.text(WITH_INPUT) == "Q: Add the numbers. (1 and 2)\nA:\n"
         assert template.text(WITH_HISTORY).startswith("user: 1 + 2?\nassistant: 3\nQ: And")
@@ -133,7 +161,11 @@ class TestSpecialTokens:
     def closing(self, single: str) -> Any:
         tokenizer = tiny_models.make_tokenizer()
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[(tiny_models.EOS, tokenizer.eos_token_id), (tiny_models.PAD, tokenizer.pad_token_id)]
+            single=single,
+            special_tokens=[
+                (tiny_models.EOS, tokenizer.eos_token_id),
+                (tiny_models.PAD, tokenizer.pad_token_id),
+            ],
         )
         return tokenizer
 

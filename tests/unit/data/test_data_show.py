@@ -22,17 +22,35 @@ def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path / "run")
     run.data.mkdir(parents=True)
     for split, count in (("train", 12), ("validation", 2), ("test", 0)):
-        lines = [{"id": f"s{i}", "instruction": f"Say {i}.", "input": "", "references": [f"number {i}", "or\x1b[31m so"],
-                  "history": []} for i in range(count)]  # fmt: skip
+        lines = [
+            {
+                "id": f"s{i}",
+                "instruction": f"Say {i}.",
+                "input": "",
+                "references": [f"number {i}", "or\x1b[31m so"],
+                "history": [],
+            }
+            for i in range(count)
+        ]
         (run.data / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_manifest(run.data, "data", "d")
     run.ranking.mkdir()
     order = np.arange(12)[::-1]
     np.save(run.ranking / "order.npy", order)
-    pq.write_table(pa.table({"id": [f"s{i}" for i in order], "rouge_l": order / 20, "cross_entropy": 3.0 - order / 12}),
-                   run.ranking / "ranking.parquet")  # fmt: skip
+    pq.write_table(
+        pa.table(
+            {
+                "id": [f"s{i}" for i in order],
+                "rouge_l": order / 20,
+                "cross_entropy": 3.0 - order / 12,
+            }
+        ),
+        run.ranking / "ranking.parquet",
+    )
     write_manifest(run.ranking, "rank", "r")
-    write_json(run.plan / "plan.json", {"stages": [{"start": 0, "stop": stop} for stop in (4, 8, 12)]})
+    write_json(
+        run.plan / "plan.json", {"stages": [{"start": 0, "stop": stop} for stop in (4, 8, 12)]}
+    )
     write_manifest(run.plan, "plan", "p")
     return run
 
@@ -40,14 +58,19 @@ def run(tmp_path: Path) -> RunDirectory:
 def test_a_subset_from_easy_to_hard(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["samples", str(run.path), "--subset", "3", "--n", "2"]) == 0
     said = capsys.readouterr().out
-    assert said.index("── s3  place 9 of 12  rouge_l 0.150  cross_entropy 2.750") < said.index("── s0  place 12 of 12")
+    assert said.index("── s3  place 9 of 12  rouge_l 0.150  cross_entropy 2.750") < said.index(
+        "── s0  place 12 of 12"
+    )
     assert said.count("──") == 2 and "number 3" in said
     assert "\x1b" not in said and r"\x1b[31m" in said  # data does not command the terminal
 
 
 def test_splits_and_the_whole_ranking(run: RunDirectory) -> None:
     assert [text.split()[1] for text in show_samples(run, count=3)] == ["s11", "s5", "s0"]
-    assert [text.split()[1] for text in show_samples(run, split="validation", count=9)] == ["s0", "s1"]
+    assert [text.split()[1] for text in show_samples(run, split="validation", count=9)] == [
+        "s0",
+        "s1",
+    ]
     (run.ranking / "manifest.json").unlink()
     assert [text.split()[1] for text in show_samples(run, count=2)] == ["s0", "s11"]
 

@@ -41,8 +41,12 @@ TEXTS = [
 ]
 
 
-def make_run(folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: bool = False) -> RunDirectory:
-    """A data directory as the contract has it, written by hand; the last sample is truncated: it has no EOS."""
+def make_run(
+    folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: bool = False
+) -> RunDirectory:
+    """A data directory as the contract has it, written by hand; the last sample is truncated: it
+    has no EOS.
+    """
     run = RunDirectory(folder)
     run.data.mkdir(parents=True)
     ids: list[bytes] = []
@@ -52,13 +56,27 @@ def make_run(folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: boo
     for row in range(samples):
         name = f"s{row * 7 % 13:02d}-{row}"
         answer = TEXTS[row % len(TEXTS)]
-        prompt = tokenizer(f"Explain number {row}." * (1 + row % 3)).input_ids[: PROMPT.max_prompt_tokens]
+        prompt = tokenizer(f"Explain number {row}." * (1 + row % 3)).input_ids[
+            : PROMPT.max_prompt_tokens
+        ]
         response = [] if empty else tokenizer(answer).input_ids
-        whole = prompt + response + ([] if row == samples - 1 and not empty else [tokenizer.eos_token_id])
+        whole = (
+            prompt
+            + response
+            + ([] if row == samples - 1 and not empty else [tokenizer.eos_token_id])
+        )
         index.append((len(tokens), len(prompt), len(whole)))
         tokens += whole
         ids.append(name.encode())
-        lines.append({"id": name, "instruction": "", "input": "", "references": [answer, "another one"], "history": []})
+        lines.append(
+            {
+                "id": name,
+                "instruction": "",
+                "input": "",
+                "references": [answer, "another one"],
+                "history": [],
+            }
+        )
     (run.data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     np.array(tokens, np.uint32).tofile(run.data / "train.tokens.bin")
     np.save(run.data / "train.index.npy", np.array(index, np.int64))
@@ -68,7 +86,9 @@ def make_run(folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: boo
 
 def config(shards: int = 1, **fields: Any) -> ScoreConfig:
     generation = GenerationConfig(backend="transformers", max_sequences=4)
-    return ScoreConfig(**{"generation": generation, "max_new_tokens": 12, "shards": shards, **fields})
+    return ScoreConfig(
+        **{"generation": generation, "max_new_tokens": 12, "shards": shards, **fields}
+    )
 
 
 def run_score(run: RunDirectory, model: Path, settings: ScoreConfig, **fields: Any) -> None:
@@ -106,7 +126,9 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
             output = model.generate(ids[:, :prompt_tokens], max_new_tokens=12, do_sample=False)
         assert record["cross_entropy"] == pytest.approx(float(loss), abs=1e-5)
         assert record["tokens"] == total - prompt_tokens
-        assert record["response"] == tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
+        assert record["response"] == tokenizer.decode(
+            output[0, prompt_tokens:], skip_special_tokens=True
+        )
         assert record["rouge_l"] == rouge_l(record["response"], line["references"])
     manifest = read_manifest(run.scores, shard_manifest(run, 0, 1))
     assert manifest is not None
@@ -130,7 +152,9 @@ def test_without_eos_as_the_release_counts(tiny_gpt2: Path, tmp_path: Path) -> N
         with torch.no_grad():
             end = -float(model(ids).logits[0, -2].log_softmax(-1)[tokenizer.eos_token_id])
         total_loss = with_eos["cross_entropy"] * with_eos["tokens"]
-        assert total_loss - without["cross_entropy"] * without["tokens"] == pytest.approx(end, abs=1e-3)
+        assert total_loss - without["cross_entropy"] * without["tokens"] == pytest.approx(
+            end, abs=1e-3
+        )
     truncated, again = pairs[-1]
     assert truncated == again  # it has no EOS to leave out
 
@@ -160,7 +184,9 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     whole = results(run, 4)
     before = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
     shard_file(run, 1, 4).unlink()
-    (run.scores / shard_manifest(run, 3, 4)).unlink()  # a kill between the scores and their manifest
+    (
+        run.scores / shard_manifest(run, 3, 4)
+    ).unlink()  # a kill between the scores and their manifest
     assert unfinished(run, settings, "f") == [1, 3]
     run_score(run, tiny_llama, settings)
     assert results(run, 4) == whole
@@ -189,11 +215,16 @@ def test_a_kill_leaves_finished_shards_and_nothing_half_written(
     monkeypatch.setattr(module, "rouge_l_many", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_score(run, tiny_llama, config(3))
-    assert sorted(path.name for path in run.scores.iterdir()) == [shard_file(run, 0, 3).name, shard_manifest(run, 0, 3)]
+    assert sorted(path.name for path in run.scores.iterdir()) == [
+        shard_file(run, 0, 3).name,
+        shard_manifest(run, 0, 3),
+    ]
     assert unfinished(run, config(3), "f") == [1, 2]
 
 
-def test_nothing_to_do_opens_no_engine(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_to_do_opens_no_engine(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(2))
     monkeypatch.setattr(module, "open_generator", lambda *a, **k: pytest.fail("opened"))
@@ -207,17 +238,25 @@ def test_another_fingerprint_is_scored_anew(tiny_llama: Path, tmp_path: Path) ->
     run_score(run, tiny_llama, config(3))
     assert unfinished(run, config(2), "g") == [0, 1]
     run_score(run, tiny_llama, config(2, max_new_tokens=3), fingerprint="g", shard=1)
-    assert sorted(path.name for path in run.scores.iterdir()) == [shard_file(run, 1, 2).name, shard_manifest(run, 1, 2)]
+    assert sorted(path.name for path in run.scores.iterdir()) == [
+        shard_file(run, 1, 2).name,
+        shard_manifest(run, 1, 2),
+    ]
 
 
 def test_a_division_given_up_is_cleared(tiny_llama: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(3), shard=0)
     run_score(run, tiny_llama, config(1))
-    assert sorted(path.name for path in run.scores.iterdir()) == [shard_file(run, 0, 1).name, shard_manifest(run, 0, 1)]
+    assert sorted(path.name for path in run.scores.iterdir()) == [
+        shard_file(run, 0, 1).name,
+        shard_manifest(run, 0, 1),
+    ]
 
 
-def test_degenerate_metric_warns(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_degenerate_metric_warns(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A random model answers with noise: every ROUGE is 0, every cross-entropy differs."""
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     with caplog.at_level(logging.WARNING, "pocl_ds"):
@@ -236,7 +275,9 @@ def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"score.shards=12 is more than the 11"):
         run_score(run, tiny_llama, config(12))
     with pytest.raises(DataError, match=r"has no response token to score"):
-        run_score(make_run(tmp_path / "b", tokenizer, empty=True), tiny_llama, config(count_eos=False))
+        run_score(
+            make_run(tmp_path / "b", tokenizer, empty=True), tiny_llama, config(count_eos=False)
+        )
     lines = (run.data / "train.jsonl").read_text().splitlines(keepends=True)
     (run.data / "train.jsonl").write_text("".join(lines[1:] + lines[:1]))
     with pytest.raises(ArtifactError, match=r"line 1 and train.ids.npy name different samples"):
@@ -250,7 +291,11 @@ def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A metric by the name `length`: the references' tokens."""
-    monkeypatch.setitem(module.METRICS, "length", lambda responses, references, log_probs: [len(one) for one in log_probs])
+    monkeypatch.setitem(
+        module.METRICS,
+        "length",
+        lambda responses, references, log_probs: [len(one) for one in log_probs],
+    )
     names.METRICS.append("length")
     yield "length"
     names.METRICS.remove("length")
@@ -269,7 +314,8 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     reference, run = make_run(tmp_path / "t", tokenizer), make_run(tmp_path / "v", tokenizer)
     run_score(reference, tiny_llama, config(2))
     code = (
-        "from pocl_ds.artifacts import RunDirectory; from pocl_ds.config import PromptConfig, ScoreConfig\n"
+        "from pocl_ds.artifacts import RunDirectory; from pocl_ds.config import PromptConfig, "
+        "ScoreConfig\n"
         "from pocl_ds.difficulty.score import score\n"
         f"score(RunDirectory({str(run.path)!r}), ScoreConfig(max_new_tokens=12, shards=2), "
         f"PromptConfig(max_prompt_tokens=40, max_length=96), model_path={str(tiny_llama)!r}, "
@@ -294,17 +340,30 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metric", "said"),
     [
-        (lambda texts: [1.0] * (len(texts) + 1), "the metric 'mine' gives 12 numbers for 11 samples"),
-        (lambda texts: [1.0] * (len(texts) - 1), "the metric 'mine' gives 10 numbers for 11 samples"),
-        (lambda texts: [float(i) if i else float("nan") for i in range(len(texts))], "sample s00-0 has mine=nan"),
+        (
+            lambda texts: [1.0] * (len(texts) + 1),
+            "the metric 'mine' gives 12 numbers for 11 samples",
+        ),
+        (
+            lambda texts: [1.0] * (len(texts) - 1),
+            "the metric 'mine' gives 10 numbers for 11 samples",
+        ),
+        (
+            lambda texts: [float(i) if i else float("nan") for i in range(len(texts))],
+            "sample s00-0 has mine=nan",
+        ),
         (lambda texts: ["long"] * len(texts), "the metric 'mine' gives no numbers"),
     ],
 )
 def test_what_a_metric_gives_is_one_number_a_sample(
     metric: Any, said: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(module.METRICS, "mine", lambda responses, references, log_probs: metric(responses))
+    monkeypatch.setitem(
+        module.METRICS, "mine", lambda responses, references, log_probs: metric(responses)
+    )
     run = make_run(tmp_path / "run", load_tokenizer(str(tiny_llama)))
     with pytest.raises((RecipeError, DataError), match=re.escape(said)):
-        run_score(run, tiny_llama, ScoreConfig.model_construct(**{**dict(config()), "metrics": ("mine",)}))
+        run_score(
+            run, tiny_llama, ScoreConfig.model_construct(**{**dict(config()), "metrics": ("mine",)})
+        )
     assert not list(run.scores.glob("shard*"))

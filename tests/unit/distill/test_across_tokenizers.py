@@ -1,4 +1,6 @@
-"""Losses across tokenizers against a direct computation: a loop over spans, all logits at once, autograd."""
+"""Losses across tokenizers against a direct computation: a loop over spans, all logits at once,
+autograd.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.models.heads import Head
 from pocl_ds.models.vocabulary import Ids
 
-# Two samples: the student's tokens, the teacher's, and which of them are one text. The second is cut short for the student.
+# Two samples: the student's tokens, the teacher's, and which of them are one text. The second is
+# cut short for the student.
 OURS = torch.tensor([0, 0, 1, 2, 2, 3, 4, -1])
 THEIRS = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, -1, -1])
 SAMPLES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
@@ -48,17 +51,36 @@ class Case:
     def logits(self) -> tuple[Tensor, Tensor]:
         cap, bias = self.student.soft_cap, self.student.bias
         assert cap is not None and bias is not None
-        ours = cap * torch.tanh((self.hidden @ self.student.weight.T + bias) * self.student.scale / cap)
+        ours = cap * torch.tanh(
+            (self.hidden @ self.student.weight.T + bias) * self.student.scale / cap
+        )
         theirs = self.teacher_hidden @ self.teacher.weight.T
         masks = self.ids.masked, self.teacher_ids.masked
         if masks[0] is not None and masks[1] is not None:
-            ours, theirs = ours.masked_fill(masks[0], -math.inf), theirs.masked_fill(masks[1], -math.inf)
+            ours, theirs = (
+                ours.masked_fill(masks[0], -math.inf),
+                theirs.masked_fill(masks[1], -math.inf),
+            )
         return ours, theirs
 
     def found(self, terms: LossTerms, *, by_position: bool = False) -> Any:
-        asked = OtherTokens(self.teacher_hidden, self.teacher, self.teacher_ids, self.translated.batch.labels, self.translated)
+        asked = OtherTokens(
+            self.teacher_hidden,
+            self.teacher,
+            self.teacher_ids,
+            self.translated.batch.labels,
+            self.translated,
+        )
         rows = pairs(self.batch, self.translated, by_position=by_position)
-        return loss_sums(self.hidden, self.student, self.labels, terms, ids=self.ids, teacher_hidden=rows, teacher_head=asked)
+        return loss_sums(
+            self.hidden,
+            self.student,
+            self.labels,
+            terms,
+            ids=self.ids,
+            teacher_hidden=rows,
+            teacher_head=asked,
+        )
 
 
 def direct_uld(case: Case, tau: float, pairing: list[tuple[int, int]]) -> Tensor:
@@ -82,7 +104,11 @@ def direct_alm(case: Case, tau: float) -> Tensor:
         for token in range(len(OURS)):
             q = q + ours[token, case.labels[token]] if OURS[token] == span else q
         for token in range(len(THEIRS)):
-            p = p + theirs[token, case.translated.batch.labels[token]] if THEIRS[token] == span else p
+            p = (
+                p + theirs[token, case.translated.batch.labels[token]]
+                if THEIRS[token] == span
+                else p
+            )
         p, q = (p / tau).exp(), (q / tau).exp()
         total = total + p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     return total
@@ -99,7 +125,11 @@ def test_equals_the_direct_computation(
     case, by_position = Case(), name.endswith("position")
     aligned = [(0, 0), (2, 1), (3, 4), (5, 5), (6, 7)]
     placed = [*((i, i) for i in range(6)), (6, 7), (7, 8)]
-    kd = tau**2 * (direct_alm(case, tau) if name == "alm" else direct_uld(case, tau, placed if by_position else aligned))
+    kd = tau**2 * (
+        direct_alm(case, tau)
+        if name == "alm"
+        else direct_uld(case, tau, placed if by_position else aligned)
+    )
     ce = torch.nn.functional.cross_entropy(case.logits()[0], case.labels, reduction="sum")
     expected = alpha * ce + (1 - alpha) * kd
     terms = LossTerms(name.split()[0], tau=tau, alpha=alpha)
@@ -110,18 +140,26 @@ def test_equals_the_direct_computation(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("name", "options"), [("uld", {}), ("uld", {"by_position": True}), ("alm", {})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("uld", {}), ("uld", {"by_position": True}), ("alm", {})]
+)
 def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
     name: str, options: dict[str, Any], masked: bool
 ) -> None:
     case, terms = Case(masked=masked), LossTerms(name, tau=1.7, alpha=0.3, options=options)
-    module = LossHead(case.student, Ids(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20)
+    module = LossHead(
+        case.student, Ids(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
+    )
     found = module(case.hidden, case.batch, terms, case.teacher_hidden, case.teacher)
-    assert torch.equal(torch.stack(found), torch.stack(case.found(terms, by_position=bool(options))))
+    assert torch.equal(
+        torch.stack(found), torch.stack(case.found(terms, by_position=bool(options)))
+    )
 
 
 def test_equal_distributions_have_no_distance_in_any_order_of_ids() -> None:
-    log_p = torch.randn(4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1)
+    log_p = torch.randn(
+        4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).log_softmax(-1)
     value, gradient = uld(log_p, log_p[:, torch.randperm(9)])
     assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
     assert (alm(log_p[:, 0], log_p[:, 0], 1.5) == 0).all()
@@ -131,7 +169,9 @@ def test_a_certain_span_stays_finite() -> None:
     log_q = torch.tensor([0.0, -1e-9, -200.0], requires_grad=True)
     value = alm(torch.tensor([0.0, -0.5, 0.0]), log_q, 1.0)
     value.sum().backward()
-    assert torch.isfinite(value).all() and log_q.grad is not None and torch.isfinite(log_q.grad).all()
+    assert (
+        torch.isfinite(value).all() and log_q.grad is not None and torch.isfinite(log_q.grad).all()
+    )
 
 
 def test_a_teacher_without_tokens_adds_nothing() -> None:

@@ -53,18 +53,33 @@ def test_a_member_of_an_enumeration_comes_through_whatever_python_wrote_it(tmp_p
 
 
 def test_data_comes_through(tmp_path: Path) -> None:
-    torch.save({"x": torch.ones(2), "n": 3, "known": Known(), "order": collections.OrderedDict(a=1)}, tmp_path / "file")
+    torch.save(
+        {"x": torch.ones(2), "n": 3, "known": Known(), "order": collections.OrderedDict(a=1)},
+        tmp_path / "file",
+    )
     with data_only(tmp_path, Known):
         found = careless(tmp_path / "file")
-    assert found["n"] == 3 and isinstance(found["known"], Known) and torch.equal(found["x"], torch.ones(2))
+    assert (
+        found["n"] == 3
+        and isinstance(found["known"], Known)
+        and torch.equal(found["x"], torch.ones(2))
+    )
     assert FORCE not in os.environ
-    with pytest.raises(ArtifactError, match=r"holds more than data \([\w.]+\.Known\), and nothing"), data_only(tmp_path):
+    with (
+        pytest.raises(ArtifactError, match=r"holds more than data \([\w.]+\.Known\), and nothing"),
+        data_only(tmp_path),
+    ):
         careless(tmp_path / "file")
 
 
 def test_a_damaged_pickle_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"no pickle at all")
-    with pytest.raises(ArtifactError, match=r"holds more than data \(a damaged pickle\), and nothing"), data_only(tmp_path):
+    with (
+        pytest.raises(
+            ArtifactError, match=r"holds more than data \(a damaged pickle\), and nothing"
+        ),
+        data_only(tmp_path),
+    ):
         careless(tmp_path / "file")
 
 

@@ -1,4 +1,6 @@
-"""Divergences against independent float64 forms, finite differences and the properties that define them."""
+"""Divergences against independent float64 forms, finite differences and the properties that define
+them.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_every_loss_of_the_recipe_has_its_function() -> None:
 @pytest.mark.parametrize("tau", [0.6, 1.0, 1.7])
 @given(seed=st.integers(0, 2**32 - 1), size=st.integers(3, 40), spread=st.floats(0.1, 6))
 @settings(max_examples=25, deadline=None)
-def test_values_equal_the_formula(name: str, tau: float, seed: int, size: int, spread: float) -> None:
+def test_values_equal_the_formula(
+    name: str, tau: float, seed: int, size: int, spread: float
+) -> None:
     generator = np.random.default_rng(seed)
     z_p, z_q = generator.normal(0, spread, size), generator.normal(0, spread, size)
     expected = by_hand(name, softmax(z_p, tau), softmax(z_q, tau)) * tau**2
@@ -82,14 +86,20 @@ def test_values_equal_the_formula(name: str, tau: float, seed: int, size: int, s
 def test_every_token_has_its_own_value(name: str) -> None:
     z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
     alone = [divergence(name, z_p[i : i + 1], z_q[i : i + 1], tau=1.3) for i in range(6)]
-    assert torch.allclose(divergence(name, z_p, z_q, tau=1.3), torch.cat(alone), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(
+        divergence(name, z_p, z_q, tau=1.3), torch.cat(alone), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0.7), (-0.3, 0.8), (1.5, -0.5), (0.5, 0.5)])
 def test_alpha_and_beta_may_have_any_sign(a: float, b: float) -> None:
     z_p, z_q = np.random.default_rng(0).normal(0, 2, (2, 12))
-    found = divergence("ab", torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], ab_alpha=a, ab_beta=b)
-    assert found.item() == pytest.approx(alpha_beta(softmax(z_p, 1.0), softmax(z_q, 1.0), a, b), rel=1e-9)
+    found = divergence(
+        "ab", torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], ab_alpha=a, ab_beta=b
+    )
+    assert found.item() == pytest.approx(
+        alpha_beta(softmax(z_p, 1.0), softmax(z_q, 1.0), a, b), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +110,9 @@ def test_tau_is_one_unless_told_and_its_square_may_be_left_out(name: str) -> Non
     assert torch.allclose(1.7**2 * bare, divergence(name, z_p, z_q, tau=1.7))
 
 
-@pytest.mark.parametrize(("kind", "working"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    ("kind", "working"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
 def test_sft_asks_no_teacher(kind: torch.dtype, working: torch.dtype) -> None:
     found = divergence("sft", torch.empty(5, 0), torch.randn(5, 20).to(kind))
     assert found.tolist() == [0.0] * 5 and found.dtype == working
@@ -109,7 +121,10 @@ def test_sft_asks_no_teacher(kind: torch.dtype, working: torch.dtype) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tvd", "akl")])
 def test_gradients_equal_finite_differences(name: str) -> None:
     torch.manual_seed(0)
-    z_p, z_q = torch.randn(4, 7, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    z_p, z_q = (
+        torch.randn(4, 7, dtype=torch.float64),
+        torch.randn(4, 7, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda z: divergence(name, z_p, z, tau=1.3), (z_q,))
 
 
@@ -165,13 +180,18 @@ def test_limits_that_connect_them() -> None:
     assert torch.allclose(value("jsd", beta=1e-7) / 1e-7, value("fkl"), rtol=1e-4)
     assert torch.equal(value("skl", skew=0.0), value("fkl"))
     assert torch.equal(value("srkl", skew=0.0), value("rkl"))
-    assert not value("skl", skew=1.0).any() and not value("srkl", skew=1.0).any()  # either side against itself
+    assert (
+        not value("skl", skew=1.0).any() and not value("srkl", skew=1.0).any()
+    )  # either side against itself
     assert torch.allclose(value("ab", ab_alpha=1.0, ab_beta=0.0), value("fkl"), atol=1e-12)
     assert torch.allclose(value("ab", ab_alpha=0.0, ab_beta=1.0), value("rkl"), atol=1e-12)
     for corner, near in (
-        ((0.5, 0.0), (0.5, 1e-6)), ((0.0, 0.5), (1e-6, 0.5)), ((0.0, 0.0), (1e-5, 1e-5)),
-        ((0.4, -0.4), (0.4, -0.4 + 1e-6)), ((-0.4, 0.4), (-0.4, 0.4 + 1e-6)),
-    ):  # fmt: skip
+        ((0.5, 0.0), (0.5, 1e-6)),
+        ((0.0, 0.5), (1e-6, 0.5)),
+        ((0.0, 0.0), (1e-5, 1e-5)),
+        ((0.4, -0.4), (0.4, -0.4 + 1e-6)),
+        ((-0.4, 0.4), (-0.4, 0.4 + 1e-6)),
+    ):
         exact = value("ab", ab_alpha=corner[0], ab_beta=corner[1])
         assert torch.allclose(exact, value("ab", ab_alpha=near[0], ab_beta=near[1]), rtol=1e-3)
 
@@ -197,7 +217,9 @@ def test_what_does_not_exist_is_named() -> None:
             divergence(name, z, z)
     for name, option in (("jsd", "beta"), ("skl", "skew"), ("srkl", "skew"), ("akl", "mu")):
         for value in (-0.1, 1.5):
-            with pytest.raises(RecipeError, match=f"{name}: {option}={value} must lie between 0 and 1"):
+            with pytest.raises(
+                RecipeError, match=f"{name}: {option}={value} must lie between 0 and 1"
+            ):
                 divergence(name, z, z, **{option: value})
     with pytest.raises(RecipeError, match="greater than 0"):
         divergence("fkl", z, z, tau=0)

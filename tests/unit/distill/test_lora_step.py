@@ -1,4 +1,6 @@
-"""Steps that train adapters alone are those of plain PyTorch and peft, and checkpoints hold nothing else."""
+"""Steps that train adapters alone are those of plain PyTorch and peft, and checkpoints hold nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,17 @@ def tokens(step: int) -> torch.Tensor:
 def batch_of(ids: torch.Tensor) -> Batch:
     labels = ids[0, PROMPT:]
     positions = torch.arange(PROMPT - 1, ids.shape[1] - 1)
-    return Batch(ids, torch.ones_like(ids), None, None, positions, labels, torch.zeros_like(labels), (0,), "train")
+    return Batch(
+        ids,
+        torch.ones_like(ids),
+        None,
+        None,
+        positions,
+        labels,
+        torch.zeros_like(labels),
+        (0,),
+        "train",
+    )
 
 
 def made(folder: Path) -> TorchEngine:
@@ -67,7 +79,9 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
     torch.manual_seed(7)
     plain = peft.get_peft_model(base, settings).train()
     trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=TRAIN.lr, betas=TRAIN.betas, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=TRAIN.lr, betas=TRAIN.betas, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay
+    )
     for step in range(STEPS):
         ids = tokens(step)
         with torch.no_grad():
@@ -81,7 +95,10 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
         optimizer.zero_grad()
 
     ours = dict(engine.module.model.named_parameters())  # type: ignore[operator,union-attr]
-    theirs = {name.removeprefix("base_model.model."): parameter for name, parameter in plain.named_parameters()}
+    theirs = {
+        name.removeprefix("base_model.model."): parameter
+        for name, parameter in plain.named_parameters()
+    }
     initial = dict(made(tiny_llama).module.model.named_parameters())  # type: ignore[operator,union-attr]
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
@@ -90,7 +107,9 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
         assert parameter.grad is None
 
 
-def test_a_checkpoint_holds_adapters_alone(tiny_llama: Path, tiny_llama_untied: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_adapters_alone(
+    tiny_llama: Path, tiny_llama_untied: Path, tmp_path: Path
+) -> None:
     teacher = load_model(str(tiny_llama_untied))
     whole, stopped = made(tiny_llama), made(tiny_llama)
     run(whole, teacher)
@@ -103,6 +122,11 @@ def test_a_checkpoint_holds_adapters_alone(tiny_llama: Path, tiny_llama_untied: 
     state = whole.module.state_dict()
     assert all(torch.equal(part, state[name]) for name, part in again.module.state_dict().items())
 
-    full = TorchEngine(Student(load_model(str(tiny_llama), attention=PER_SAMPLE), Ids(SIZE), chunk_bytes=1 << 20), TRAIN)
-    with pytest.raises(ArtifactError, match=r"the checkpoint and the student differ in .*remove the checkpoint"):
+    full = TorchEngine(
+        Student(load_model(str(tiny_llama), attention=PER_SAMPLE), Ids(SIZE), chunk_bytes=1 << 20),
+        TRAIN,
+    )
+    with pytest.raises(
+        ArtifactError, match=r"the checkpoint and the student differ in .*remove the checkpoint"
+    ):
         full.load(tmp_path)

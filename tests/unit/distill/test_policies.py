@@ -1,4 +1,6 @@
-"""Policies: who writes a step's responses follows from seed and step, the buffer keeps to the stage, and all of it resumes."""
+"""Policies: who writes a step's responses follows from seed and step, the buffer keeps to the
+stage, and all of it resumes.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +51,22 @@ class Writer:
 
     def __call__(self, rows: NDArray[np.int64], position: Position) -> Written:
         self.calls.append(position.step)
-        return Written.of(SPLIT, rows, [[10 + position.step, 0]] * len(rows), eos_id=0, longest=9, allowed=np.ones(500, bool))
+        return Written.of(
+            SPLIT,
+            rows,
+            [[10 + position.step, 0]] * len(rows),
+            eos_id=0,
+            longest=9,
+            allowed=np.ones(500, bool),
+        )
 
 
 def asked(step: int, rows: NDArray[np.int64] | None = None, stage: range = range(20)) -> Asked:
-    chosen = np.random.default_rng([7, step]).choice(list(stage), BATCH, replace=False) if rows is None else rows
+    chosen = (
+        np.random.default_rng([7, step]).choice(list(stage), BATCH, replace=False)
+        if rows is None
+        else rows
+    )
     return Asked(Position(step, 0, 0, step), TOTAL, SPLIT, chosen, lambda: np.array(stage))
 
 
@@ -70,7 +83,9 @@ def test_gkd_writes_with_its_probability(lmbda: float) -> None:
     writer = Writer()
     policy = Gkd(PolicyConfig(name="gkd", lmbda=lmbda), writer, 5)
     found = [policy.sequences(asked(step)) for step in range(TOTAL)]
-    assert len(writer.calls) == pytest.approx(lmbda * TOTAL, abs=0.1 * TOTAL if 0 < lmbda < 1 else 0)
+    assert len(writer.calls) == pytest.approx(
+        lmbda * TOTAL, abs=0.1 * TOTAL if 0 < lmbda < 1 else 0
+    )
     assert [step for step in range(TOTAL) if found[step][0] is not SPLIT] == writer.calls
     again = Writer()
     other = Gkd(PolicyConfig(name="gkd", lmbda=lmbda), again, 5)
@@ -81,13 +96,23 @@ def test_gkd_writes_with_its_probability(lmbda: float) -> None:
 
 def test_a_mixture_takes_from_each_source_its_share() -> None:
     writer, taught = Writer(), copy.copy(SPLIT)
-    policy = Mixture(PolicyConfig(name="mixture", shares=SharesConfig(data=0.5, student=0.3, teacher=0.2)), writer, 5)
+    policy = Mixture(
+        PolicyConfig(name="mixture", shares=SharesConfig(data=0.5, student=0.3, teacher=0.2)),
+        writer,
+        5,
+    )
     found = [policy.sequences(replace(asked(step), taught=taught)) for step in range(TOTAL)]
     counts = [sum(split is source for split, _ in found) for source in (SPLIT, taught)]
-    assert counts[0] == pytest.approx(0.5 * TOTAL, abs=0.1 * TOTAL) and counts[1] == pytest.approx(0.2 * TOTAL, abs=0.1 * TOTAL)
+    assert counts[0] == pytest.approx(0.5 * TOTAL, abs=0.1 * TOTAL) and counts[1] == pytest.approx(
+        0.2 * TOTAL, abs=0.1 * TOTAL
+    )
     assert len(writer.calls) == TOTAL - sum(counts) and policy.state() == {}
-    only = Mixture(PolicyConfig(name="mixture", shares=SharesConfig(data=0, teacher=1)), Writer(), 5)
-    assert all(only.sequences(replace(asked(step), taught=taught))[0] is taught for step in range(TOTAL))
+    only = Mixture(
+        PolicyConfig(name="mixture", shares=SharesConfig(data=0, teacher=1)), Writer(), 5
+    )
+    assert all(
+        only.sequences(replace(asked(step), taught=taught))[0] is taught for step in range(TOTAL)
+    )
 
 
 def distillm(**options: Any) -> tuple[Distillm, Writer]:
@@ -98,17 +123,32 @@ def distillm(**options: Any) -> tuple[Distillm, Writer]:
 def test_phi_grows_when_the_validation_loss_has_risen(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "pocl_ds")
     policy, _ = distillm(phi_step=0.4)
-    for loss, phi in ((2.0, 0.0), (1.5, 0.0), (2.05, 0.0), (2.1, 0.4), (2.1, 0.4), (2.15, 0.4), (2.3, 0.8), (9.0, 1.0)):
+    for loss, phi in (
+        (2.0, 0.0),
+        (1.5, 0.0),
+        (2.05, 0.0),
+        (2.1, 0.4),
+        (2.1, 0.4),
+        (2.15, 0.4),
+        (2.3, 0.8),
+        (9.0, 1.0),
+    ):
         policy.validated(loss)
         assert policy.phi == pytest.approx(phi), loss
     assert policy.accepted == 9.0
-    assert caplog.messages[1] == ("the validation loss rose from 2.1000 to 2.3000: from here on the student's responses have 80% "
-                                  "of the steps")  # fmt: skip
+    assert caplog.messages[1] == (
+        "the validation loss rose from 2.1000 to 2.3000: from here on the student's responses "
+        "have 80% "
+        "of the steps"
+    )
 
 
 def test_without_phi_no_one_writes() -> None:
     policy, writer = distillm()
-    assert all(policy.sequences(asked(step))[0] is SPLIT for step in range(TOTAL)) and writer.calls == []
+    assert (
+        all(policy.sequences(asked(step))[0] is SPLIT for step in range(TOTAL))
+        and writer.calls == []
+    )
 
 
 def test_the_buffer_fills_first_and_is_drawn_from_then() -> None:
@@ -119,7 +159,10 @@ def test_the_buffer_fills_first_and_is_drawn_from_then() -> None:
     assert writer.calls == [0, 1, 2] and policy.buffer is not None and len(policy.buffer) == 12
     fresh = 0
     for step in range(3, TOTAL):
-        before = {row: text.tolist() for row, text in zip(policy.buffer.rows, policy.buffer.texts, strict=True)}
+        before = {
+            row: text.tolist()
+            for row, text in zip(policy.buffer.rows, policy.buffer.texts, strict=True)
+        }
         found, rows = policy.sequences(asked(step))
         assert isinstance(found, Written) and len(rows) == BATCH and len(policy.buffer) == 12
         if writer.calls[-1] == step:
@@ -132,8 +175,12 @@ def test_the_buffer_fills_first_and_is_drawn_from_then() -> None:
 
 
 @pytest.mark.parametrize("phi", [0.4, 0.8])
-def test_of_all_steps_phi_are_the_students_and_phi_less_with_time_are_written_anew(phi: float) -> None:
-    """METHOD 3: both probabilities are of a step, as in the authors' release, where one number is held against both."""
+def test_of_all_steps_phi_are_the_students_and_phi_less_with_time_are_written_anew(
+    phi: float,
+) -> None:
+    """METHOD 3: both probabilities are of a step, as in the authors' release, where one number is
+    held against both.
+    """
     policy, writer = distillm(buffer=BATCH)
     policy.phi = 1.0
     policy.sequences(asked(0))
@@ -148,8 +195,14 @@ def test_what_is_drawn_again_is_of_the_stage() -> None:
     policy.phi = 1.0
     policy.sequences(asked(0, stage=range(10)))
     policy.sequences(asked(1, stage=range(10)))
-    found, _ = policy.sequences(asked(TOTAL - 1, stage=range(10, 20)))  # nothing kept is of that stage
-    assert isinstance(found, Written) and writer.calls[-1] == TOTAL - 1 and set(found.rows) <= set(range(10, 20))
+    found, _ = policy.sequences(
+        asked(TOTAL - 1, stage=range(10, 20))
+    )  # nothing kept is of that stage
+    assert (
+        isinstance(found, Written)
+        and writer.calls[-1] == TOTAL - 1
+        and set(found.rows) <= set(range(10, 20))
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -201,15 +254,42 @@ def test_a_response_is_cut_where_it_must_be() -> None:
     allowed = np.ones(50, bool)
     allowed[40] = False
     rows = np.array([3, 4, 5, 6])
-    found = Written.of(SPLIT, rows, [[7, 8, 0], [7, 40, 8, 0], [40, 0], [9] * 20], eos_id=0, longest=6, allowed=allowed)
-    assert [text.tolist() for text in found.texts] == [[5, 3, 7, 8, 0], [5, 4, 7], [5, 5, 0], [5, 6, 9, 9, 9, 9]]
-    assert found.total_tokens.tolist() == [5, 3, 3, 6] and found.loss_tokens.tolist() == [3, 1, 1, 4]
+    found = Written.of(
+        SPLIT,
+        rows,
+        [[7, 8, 0], [7, 40, 8, 0], [40, 0], [9] * 20],
+        eos_id=0,
+        longest=6,
+        allowed=allowed,
+    )
+    assert [text.tolist() for text in found.texts] == [
+        [5, 3, 7, 8, 0],
+        [5, 4, 7],
+        [5, 5, 0],
+        [5, 6, 9, 9, 9, 9],
+    ]
+    assert found.total_tokens.tolist() == [5, 3, 3, 6] and found.loss_tokens.tolist() == [
+        3,
+        1,
+        1,
+        4,
+    ]
     assert found.ids.tolist() == [b"s3", b"s4", b"s5", b"s6"]
 
 
 def test_draws_follow_from_seed_step_and_stream() -> None:
     assert draw(1, 2, 0) == draw(1, 2, 0)
-    assert len({draw(seed, step, stream) for seed in range(3) for step in range(3) for stream in range(2)}) == 18
+    assert (
+        len(
+            {
+                draw(seed, step, stream)
+                for seed in range(3)
+                for step in range(3)
+                for stream in range(2)
+            }
+        )
+        == 18
+    )
 
 
 def test_every_policy_of_the_recipe_is_there() -> None:

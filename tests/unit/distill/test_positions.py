@@ -1,4 +1,6 @@
-"""Samples longer than a model can read are refused before hours of scoring and training, not by an index error, or after them."""
+"""Samples longer than a model can read are refused before hours of scoring and training, not by an
+index error, or after them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_a_sample_that_a_model_cannot_read(
 ) -> None:
     path = short(tiny_gpt2, tmp_path / "short", 40)
     models = (path, tiny_gpt2) if who == "teacher" else (tiny_gpt2, path)
-    recipe = write_recipe(tmp_path, *models, train_samples=24, rank={"strategy": "random"}, launch={"ranks": 1})
+    recipe = write_recipe(
+        tmp_path, *models, train_samples=24, rank={"strategy": "random"}, launch={"ranks": 1}
+    )
     said = sentence(capsys, "prepare", recipe, "--run-dir", tmp_path / "run")
     assert said == f"prompt.max_length=96 is more than the 40 positions of {path}: lower it"
     words = ["prompt.max_length=40", "prompt.max_prompt_tokens=30"]

@@ -36,43 +36,90 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_path: Path) -> None:
-    """Scoring, training and evaluation know the path alone: another revision under the same name would go unseen."""
+    """Scoring, training and evaluation know the path alone: another revision under the same name
+    would go unseen.
+    """
     run = RunDirectory(tmp_path / "run")
     student = StudentConfig.model_validate({"model": "org/name", "revision": "step1000"})
     sft = LossConfig(name="sft")
-    prepare(run, student=student, teacher=None, train=TrainConfig(), loss=sft, longest=8, seed=0, fingerprint="f")
-    found, asked = load_model(read_models(run)["student"]), load_model(str(hub / "snapshots" / ("b" * 40)))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found.parameters(), asked.parameters(), strict=True))
+    prepare(
+        run,
+        student=student,
+        teacher=None,
+        train=TrainConfig(),
+        loss=sft,
+        longest=8,
+        seed=0,
+        fingerprint="f",
+    )
+    found, asked = (
+        load_model(read_models(run)["student"]),
+        load_model(str(hub / "snapshots" / ("b" * 40))),
+    )
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(found.parameters(), asked.parameters(), strict=True)
+    )
     assert json.loads((run.models / "models.json").read_text())["teacher"] is None
 
 
 def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"the revision step2000 of org/name cannot be loaded .*: check the name"):
+    with pytest.raises(
+        ModelError, match=r"the revision step2000 of org/name cannot be loaded .*: check the name"
+    ):
         pinned_model(StudentConfig.model_validate({"model": "org/name", "revision": "step2000"}))
     folder = str(hub / "snapshots" / ("a" * 40))
-    assert pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, "what is the newest now, for good"
-    assert pinned_model(StudentConfig.model_validate({"model": folder, "revision": "step2000"})) == folder
+    assert pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, (
+        "what is the newest now, for good"
+    )
+    assert (
+        pinned_model(StudentConfig.model_validate({"model": folder, "revision": "step2000"}))
+        == folder
+    )
 
 
 def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage `data` notes what each name is, before weights are fetched; what comes later takes that."""
+    """The stage `data` notes what each name is, before weights are fetched; what comes later takes
+    that.
+    """
     source, run = tmp_path / "data.jsonl", RunDirectory(tmp_path / "run")
-    source.write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(40)))
+    source.write_text(
+        "".join(
+            json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(40)
+        )
+    )
     other = {"model": "org/name", "revision": "step1000"}
-    recipe = Recipe.model_validate({
-        "name": "x", "student": {"model": "org/name"}, "teacher": {**other, "mode": "hidden"}, "data": {"source": str(source)},
-        "train": {"batch_size": 4, "micro_batch_size": 4}, "launch": {"ranks": 1},
-    })  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "student": {"model": "org/name"},
+            "teacher": {**other, "mode": "hidden"},
+            "data": {"source": str(source)},
+            "train": {"batch_size": 4, "micro_batch_size": 4},
+            "launch": {"ranks": 1},
+        }
+    )
     run_here("data", recipe, run)
     (hub / "refs" / "main").write_text("b" * 40)
     (hub / "refs" / "step1000").write_text("a" * 40)
     run_here("prepare", recipe, run)
-    assert [Path(read_models(run)[name]).name for name in ("student", "teacher")] == ["a" * 40, "b" * 40]
+    assert [Path(read_models(run)[name]).name for name in ("student", "teacher")] == [
+        "a" * 40,
+        "b" * 40,
+    ]
     asked: list[Any] = []
-    monkeypatch.setattr(module, "teach", lambda run, **given: asked.extend((given["student"], given["teacher"])))
+    monkeypatch.setattr(
+        module, "teach", lambda run, **given: asked.extend((given["student"], given["teacher"]))
+    )
     run_here("teach", recipe, run)
     assert [one.revision for one in asked] == ["a" * 40, "b" * 40]
     with pytest.raises(ModelError, match="the revision step7 of org/name cannot be loaded"):
-        run_here("data", recipe.model_copy(update={"student": StudentConfig(model="org/name", revision="step7")}), run)
+        run_here(
+            "data",
+            recipe.model_copy(
+                update={"student": StudentConfig(model="org/name", revision="step7")}
+            ),
+            run,
+        )

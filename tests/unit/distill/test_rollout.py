@@ -1,4 +1,6 @@
-"""The writer of the student's responses: when it gets new weights, that it is held to them, that it keeps them over a stop."""
+"""The writer of the student's responses: when it gets new weights, that it is held to them, that it
+keeps them over a stop.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def write(rollout: Rollout, step: int) -> list[list[int]]:
     return [text.tolist() for text in rollout.write(ROWS, Position(step, 0, 0, step)).texts]
 
 
-def test_new_weights_come_with_the_first_writing_of_so_many_steps(tiny_llama: Path, refreshed: list[int]) -> None:
+def test_new_weights_come_with_the_first_writing_of_so_many_steps(
+    tiny_llama: Path, refreshed: list[int]
+) -> None:
     rollout, seen = made(tiny_llama, every=3), []
     for step in (1, 2, 3, 5, 7):
         write(rollout, step)
@@ -85,32 +89,67 @@ def test_new_weights_come_with_the_first_writing_of_so_many_steps(tiny_llama: Pa
     assert seen == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
 
 
-@pytest.mark.parametrize(("kept", "dtype"), [("model.embed_tokens.weight", "float32"), ("model.embed_tokens.weight", "bfloat16"),
-                                             ("model.layers.1.mlp.down_proj.weight", "float32")])  # fmt: skip
-def test_a_writer_that_keeps_an_old_weight_ends_the_run(kept: str, dtype: str, tiny_llama: Path,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [
+        ("model.embed_tokens.weight", "float32"),
+        ("model.embed_tokens.weight", "bfloat16"),
+        ("model.layers.1.mlp.down_proj.weight", "float32"),
+    ],
+)
+def test_a_writer_that_keeps_an_old_weight_ends_the_run(
+    kept: str, dtype: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rollout = made(tiny_llama, dtype=dtype)
     write(rollout, 0)
-    refresh, old = TransformersGenerator.refresh, dict(rollout.engine.weights(rollout.module.model))[kept]
-    monkeypatch.setattr(TransformersGenerator, "refresh", lambda self, weights: refresh(self, {**weights, kept: old}))
+    refresh, old = (
+        TransformersGenerator.refresh,
+        dict(rollout.engine.weights(rollout.module.model))[kept],
+    )
+    monkeypatch.setattr(
+        TransformersGenerator,
+        "refresh",
+        lambda self, weights: refresh(self, {**weights, kept: old}),
+    )
     write(rollout, 1)  # which is still the new one
     learn(rollout)
-    with pytest.raises(ResourceError, match=r"response [\d.]+ nats and the student [\d.]+: it did not take the new weights"):
+    with pytest.raises(
+        ResourceError,
+        match=r"response [\d.]+ nats and the student [\d.]+: it did not take the new weights",
+    ):
         write(rollout, 2)
 
 
-@pytest.mark.parametrize(("dtype", "on_gpu", "tokens", "allowed"), [
-    ("float32", False, 6, 1e-3), ("float32", True, 1, 0.06), ("float32", True, 6, 1e-2 + 0.05 / 6),
-    ("bfloat16", False, 1, 0.6), ("bfloat16", True, 1, 0.6), ("bfloat16", True, 100, 0.105),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "on_gpu", "tokens", "allowed"),
+    [
+        ("float32", False, 6, 1e-3),
+        ("float32", True, 1, 0.06),
+        ("float32", True, 6, 1e-2 + 0.05 / 6),
+        ("bfloat16", False, 1, 0.6),
+        ("bfloat16", True, 1, 0.6),
+        ("bfloat16", True, 100, 0.105),
+    ],
+)
 @pytest.mark.parametrize("share", [-0.5, 0.5, 1.5, float("nan")])
-def test_how_far_a_writer_may_be_off_a_token(share: float, dtype: str, on_gpu: bool, tokens: int, allowed: float,
-                                             tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """By more in a short response, whose rounding does not even out; the longest of the batch is looked at."""
+def test_how_far_a_writer_may_be_off_a_token(
+    share: float,
+    dtype: str,
+    on_gpu: bool,
+    tokens: int,
+    allowed: float,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By more in a short response, whose rounding does not even out; the longest of the batch is
+    looked at.
+    """
     rollout, split = made(tiny_llama, dtype=dtype), Split()
     split.loss_tokens = np.array([1, tokens, 1, 1])
     split.total_tokens = split.prompt_tokens + split.loss_tokens
-    monkeypatch.setattr(split, "tokens", lambda row: np.arange(2, 2 + split.total_tokens[row]).astype(np.uint32))
+    monkeypatch.setattr(
+        split, "tokens", lambda row: np.arange(2, 2 + split.total_tokens[row]).astype(np.uint32)
+    )
     rollout.split, rollout.longest, rollout.on_gpu = split, 200, on_gpu
     asked, log_probs = [], TransformersGenerator.log_probs
 
@@ -129,7 +168,9 @@ def test_how_far_a_writer_may_be_off_a_token(share: float, dtype: str, on_gpu: b
 
 
 def test_a_writer_goes_on_with_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
-    """Steps 4 to 7 write with the weights of step 4; the run stops before step 6, when the student is two steps further."""
+    """Steps 4 to 7 write with the weights of step 4; the run stops before step 6, when the student
+    is two steps further.
+    """
     first, second, third = (made(tiny_llama, every=4) for _ in range(3))
     write(first, 4)
     learn(first)
@@ -146,14 +187,22 @@ def test_a_writer_goes_on_with_the_weights_that_it_had(tiny_llama: Path, tmp_pat
     assert write(third, 6) != expected[0]
 
 
-def test_where_each_step_brings_new_weights_nothing_is_kept(tiny_llama: Path, tmp_path: Path) -> None:
+def test_where_each_step_brings_new_weights_nothing_is_kept(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     rollout = made(tiny_llama)
     write(rollout, 4)
-    assert rollout.held == {} and rollout.snapshot(5)(tmp_path) == [] and list(tmp_path.iterdir()) == []
+    assert (
+        rollout.held == {}
+        and rollout.snapshot(5)(tmp_path) == []
+        and list(tmp_path.iterdir()) == []
+    )
 
 
 class Level2:
-    """A writer whose engine drops its weights when it rests, as one on a GPU: writes down what it is asked."""
+    """A writer whose engine drops its weights when it rests, as one on a GPU: writes down what it
+    is asked.
+    """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -170,9 +219,12 @@ class Level2:
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_an_engine_rests_whenever_nothing_is_asked_of_it(every: int, tiny_llama: Path, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """After each write and after a resume; and one that dropped its weights gets them for a second write of the same step."""
+def test_an_engine_rests_whenever_nothing_is_asked_of_it(
+    every: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each write and after a resume; and one that dropped its weights gets them for a second
+    write of the same step.
+    """
     rollout = made(tiny_llama, every=every)
     writer: Any = Level2()
     rollout.config = rollout.config.model_copy(update={"rollout": "vllm"})

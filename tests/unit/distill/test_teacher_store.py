@@ -29,10 +29,15 @@ def write_split(folder: Path, sizes: list[tuple[int, int]]) -> EncodedSplit:
     return EncodedSplit.open(folder, "train")
 
 
-def fill(folder: Path, split: EncodedSplit, shards: int, dtype: str, width: int = 5) -> list[torch.Tensor]:
+def fill(
+    folder: Path, split: EncodedSplit, shards: int, dtype: str, width: int = 5
+) -> list[torch.Tensor]:
     """Random states of every row, stored; the rows of a shard written backwards, as ranks might."""
     source = torch.Generator().manual_seed(3)
-    states = [torch.randn(int(count), width, generator=source).to(getattr(torch, dtype)) for count in split.loss_tokens]
+    states = [
+        torch.randn(int(count), width, generator=source).to(getattr(torch, dtype))
+        for count in split.loss_tokens
+    ]
     for number in range(shards):
         shard = Shard.of(folder, split, number, shards, width, dtype)
         shard.allocate()
@@ -40,18 +45,33 @@ def fill(folder: Path, split: EncodedSplit, shards: int, dtype: str, width: int 
         checksums = {row: shard.write(stream, row, states[row]) for row in reversed(shard.rows)}
         os.close(stream)
         np.save(shard.checksums, np.array([checksums[row] for row in shard.rows], np.uint32))
-        write_manifest(folder, STAGE, PRINT, name=shard.manifest, files=[shard.path, shard.checksums])
-    write_manifest(folder, STAGE, PRINT, info={"shards": shards, "width": width, "dtype": dtype}, files=[])
+        write_manifest(
+            folder, STAGE, PRINT, name=shard.manifest, files=[shard.path, shard.checksums]
+        )
+    write_manifest(
+        folder, STAGE, PRINT, info={"shards": shards, "width": width, "dtype": dtype}, files=[]
+    )
     return states
 
 
 SIZES = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=9)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None)
-@given(sizes=SIZES, shards=st.integers(1, 4), dtype=st.sampled_from(["float32", "bfloat16", "float16"]), data=st.data())
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
+)
+@given(
+    sizes=SIZES,
+    shards=st.integers(1, 4),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    data=st.data(),
+)
 def test_what_goes_in_comes_out(
-    sizes: list[tuple[int, int]], shards: int, dtype: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    sizes: list[tuple[int, int]],
+    shards: int,
+    dtype: str,
+    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
     split = write_split(folder, sizes)
@@ -60,7 +80,10 @@ def test_what_goes_in_comes_out(
     rows = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=6))
     found = store.read("train", tuple(rows))
     expected = torch.cat([states[row] for row in rows]) if rows else found
-    assert found.dtype == getattr(torch, dtype) and found.shape == (sum(len(states[row]) for row in rows), 5)
+    assert found.dtype == getattr(torch, dtype) and found.shape == (
+        sum(len(states[row]) for row in rows),
+        5,
+    )
     assert torch.equal(found, expected)
     assert store.fault("train", np.array(rows, np.int64)) is None
 
@@ -90,7 +113,9 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         TeacherStore(tmp_path, [split], fingerprint=PRINT)
 
 
-def test_a_full_disk_shows_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_shows_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     split = write_split(tmp_path, [(2, 3)])
     shard = Shard.of(tmp_path, split, 0, 1, 5, "float32")
 

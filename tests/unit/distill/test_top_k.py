@@ -1,4 +1,6 @@
-"""The k largest probabilities: records hold them, the loss over them is the loss over k + 1 outcomes, what is lost is told."""
+"""The k largest probabilities: records hold them, the loss over them is the loss over k + 1
+outcomes, what is lost is told.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,17 @@ def logits_of(tokens: int, size: int, seed: int, spread: float, masked: int = 0)
 
 
 @settings(max_examples=60, deadline=None)
-@given(tokens=st.integers(1, 4), size=st.sampled_from([5, 64, 65_536, 65_537, 151_936]), k=st.integers(1, 9),
-       seed=st.integers(0, 99), spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]), masked=st.integers(0, 3))  # fmt: skip
-def test_a_record_holds_the_largest_and_the_rest(tokens: int, size: int, k: int, seed: int, spread: float, masked: int) -> None:
+@given(
+    tokens=st.integers(1, 4),
+    size=st.sampled_from([5, 64, 65_536, 65_537, 151_936]),
+    k=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]),
+    masked=st.integers(0, 3),
+)
+def test_a_record_holds_the_largest_and_the_rest(
+    tokens: int, size: int, k: int, seed: int, spread: float, masked: int
+) -> None:
     k = min(k, size - masked)
     logits, codec = logits_of(tokens, size, seed, spread, masked), TopK(k, size, TAUS)
     records = codec.encode(logits)
@@ -42,9 +52,13 @@ def test_a_record_holds_the_largest_and_the_rest(tokens: int, size: int, k: int,
         ids, log_p = codec.decode(records, tau)
         exact = torch.log_softmax(logits / tau, -1)
         largest = logits.topk(k, -1).values
-        assert torch.equal(logits.gather(-1, ids), largest.float().double()) or torch.allclose(logits.gather(-1, ids), largest)
+        assert torch.equal(logits.gather(-1, ids), largest.float().double()) or torch.allclose(
+            logits.gather(-1, ids), largest
+        )
         span = largest[:, :1] - largest[:, -1:]
-        step = span / 65_535 / tau + 1e-5 + 1e-6 * largest.abs().max()  # half a step either way, and float32
+        step = (
+            span / 65_535 / tau + 1e-5 + 1e-6 * largest.abs().max()
+        )  # half a step either way, and float32
         assert bool(((log_p[:, :-1] - exact.gather(-1, ids)).abs() <= step).all())
         rest = exact.scatter(-1, ids, -math.inf).exp().sum(-1)
         assert torch.allclose(log_p[:, -1].double().exp(), rest, atol=2e-4)
@@ -56,7 +70,15 @@ def test_a_record_is_small() -> None:
     assert TopK(64, 50_257, TAUS).bytes < TopK(64, 151_936, TAUS).bytes
 
 
-def over_outcomes(hidden: Tensor, head: Head, labels: Tensor, terms: LossTerms, ids: Ids, codec: TopK, records: Tensor) -> Any:
+def over_outcomes(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    terms: LossTerms,
+    ids: Ids,
+    codec: TopK,
+    records: Tensor,
+) -> Any:
     """The loss over k ids and any other, written down plainly."""
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, : ids.size] * head.scale
     logits = ids.mask(head.soft_cap * torch.tanh(logits / head.soft_cap))
@@ -81,16 +103,25 @@ def test_the_loss_is_that_over_k_and_the_rest(
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
-    head, hidden = Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0), draw(11, 8).requires_grad_()
+    head, hidden = (
+        Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0),
+        draw(11, 8).requires_grad_(),
+    )
     masked = torch.zeros(38, dtype=torch.bool)
     masked[[3, 37]] = True
-    ids, codec, labels = Ids(38, masked), TopK(6, 38, TAUS), torch.randint(4, 37, (11,), generator=source)
+    ids, codec, labels = (
+        Ids(38, masked),
+        TopK(6, 38, TAUS),
+        torch.randint(4, 37, (11,), generator=source),
+    )
     records = codec.encode(ids.mask(3 * draw(11, 38)))
     terms = LossTerms(name, tau=tau, alpha=alpha)
     expected = over_outcomes(hidden, head, labels, terms, ids, codec, records)
     leaves = [hidden, head.weight, head.bias]
     wanted = torch.autograd.grad(expected[0], leaves)
-    found = loss_sums(hidden, head, labels, terms, ids=ids, teacher_hidden=records, teacher_head=codec)
+    found = loss_sums(
+        hidden, head, labels, terms, ids=ids, teacher_hidden=records, teacher_head=codec
+    )
     got = torch.autograd.grad(found[0], leaves)
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-7, atol=1e-8)
@@ -99,12 +130,30 @@ def test_the_loss_is_that_over_k_and_the_rest(
 @pytest.mark.parametrize("tau", TAUS)
 def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(tau: float) -> None:
     source = torch.Generator().manual_seed(2)
-    hidden, labels = torch.randn(9, 8, generator=source), torch.randint(0, 30, (9,), generator=source)
-    head, logits = Head(nn.Parameter(torch.randn(30, 8, generator=source)), None, 1.0, None), logits_of(9, 30, 4, 2.0).float()
+    hidden, labels = (
+        torch.randn(9, 8, generator=source),
+        torch.randint(0, 30, (9,), generator=source),
+    )
+    head, logits = (
+        Head(nn.Parameter(torch.randn(30, 8, generator=source)), None, 1.0, None),
+        logits_of(9, 30, 4, 2.0).float(),
+    )
     identity, terms = Head(nn.Parameter(torch.eye(30)), None, 1.0, None), LossTerms("fkl", tau=tau)
-    whole = loss_sums(hidden, head, labels, terms, ids=Ids(30), teacher_hidden=logits, teacher_head=identity)[1]
+    whole = loss_sums(
+        hidden, head, labels, terms, ids=Ids(30), teacher_hidden=logits, teacher_head=identity
+    )[1]
     kept = [
-        float(loss_sums(hidden, head, labels, terms, ids=Ids(30), teacher_hidden=codec.encode(logits), teacher_head=codec)[1])
+        float(
+            loss_sums(
+                hidden,
+                head,
+                labels,
+                terms,
+                ids=Ids(30),
+                teacher_hidden=codec.encode(logits),
+                teacher_head=codec,
+            )[1]
+        )
         for codec in (TopK(k, 30, TAUS) for k in (1, 4, 12, 30))
     ]
     assert kept == sorted(kept) and kept[0] < 0.9 * float(whole)
@@ -120,7 +169,9 @@ def test_what_is_lost_is_told() -> None:
         even = (1 - p.gather(-1, kept).sum(-1)) / (46 - 5)
         spread = torch.where(p > 0, even[:, None], 0.0).scatter(-1, kept, p.gather(-1, kept))
         assert mass == pytest.approx(float(spread.scatter(-1, kept, 0.0).sum()), rel=1e-3)
-        assert divergence == pytest.approx(float((p * (p / spread).log()).nan_to_num().sum()), rel=1e-2)
+        assert divergence == pytest.approx(
+            float((p * (p / spread).log()).nan_to_num().sum()), rel=1e-2
+        )
 
 
 def test_what_cannot_be_kept_is_refused() -> None:

@@ -1,4 +1,6 @@
-"""The loop around a student that is one number: when validation is looked at, on what, and what a stop leaves of it."""
+"""The loop around a student that is one number: when validation is looked at, on what, and what a
+stop leaves of it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ class Split:
 
     def __init__(self, name: str, ids: list[str]) -> None:
         self.name, self.ids = name, np.array([one.encode() for one in ids], "S")
-        self.prompt_tokens, self.total_tokens = np.full(len(ids), 1, np.int64), np.full(len(ids), 2, np.int64)
+        self.prompt_tokens, self.total_tokens = (
+            np.full(len(ids), 1, np.int64),
+            np.full(len(ids), 2, np.int64),
+        )
         self.loss_tokens = self.total_tokens - self.prompt_tokens
 
     def __len__(self) -> int:
@@ -89,18 +94,39 @@ class Listener(Off):
         self.told = list(state["told"])
 
 
-def trainer(folder: Path, engine: Any, policy: Off, validation: Sequence[str] = ("v",), seed: int = 0) -> Trainer:
-    splits: list[Any] = [Split("train", [f"t{i}" for i in range(4)]), Split("validation", list(validation))]
+def trainer(
+    folder: Path, engine: Any, policy: Off, validation: Sequence[str] = ("v",), seed: int = 0
+) -> Trainer:
+    splits: list[Any] = [
+        Split("train", [f"t{i}" for i in range(4)]),
+        Split("validation", list(validation)),
+    ]
     plan = single_stage_plan(np.arange(4), steps=STEPS, batch_size=2, tau=1.0, alpha=0.0)
-    train = TrainConfig.model_validate({
-        "batch_size": 2, "micro_batch_size": 2, "validate_every": 2, "checkpoint": {"every": 3},
-        "tracking": {"tensorboard": False},
-    })  # fmt: skip
+    train = TrainConfig.model_validate(
+        {
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "validate_every": 2,
+            "checkpoint": {"every": 3},
+            "tracking": {"tensorboard": False},
+        }
+    )
     return Trainer(
-        folder, plan=plan, sampler=Sampler(plan, seed), data=TrainingData(splits[0], np.arange(4), splits[1], 0), engine=engine,
-        teacher=None, loss=LossConfig(name="sft"), train=train, seed=seed, fingerprint="f", label="train",
-        layout=Layout(True, 0.0), policy=policy, rollout=None,
-    )  # fmt: skip
+        folder,
+        plan=plan,
+        sampler=Sampler(plan, seed),
+        data=TrainingData(splits[0], np.arange(4), splits[1], 0),
+        engine=engine,
+        teacher=None,
+        loss=LossConfig(name="sft"),
+        train=train,
+        seed=seed,
+        fingerprint="f",
+        label="train",
+        layout=Layout(True, 0.0),
+        policy=policy,
+        rollout=None,
+    )
 
 
 def validations(folder: Path) -> list[dict[str, Any]]:
@@ -113,7 +139,9 @@ def validations(folder: Path) -> list[dict[str, Any]]:
 def test_an_adaptive_policy_knows_the_loss_before_the_first_step(
     adaptive: bool, looked_at: list[int], stop: int | None, tmp_path: Path
 ) -> None:
-    """Once, also where a run was stopped: what it is compared with later is that of the student before any step."""
+    """Once, also where a run was stopped: what it is compared with later is that of the student
+    before any step.
+    """
     policy = Listener(adaptive)
     if stop is not None:
         at = {stop: lambda: signal.raise_signal(signal.SIGTERM)}
@@ -139,7 +167,9 @@ def test_what_was_said_before_a_first_checkpoint_is_not_said_twice(tmp_path: Pat
     assert [record["step"] for record in validations(tmp_path)] == [0, 2, 4, 6]
 
 
-def test_validation_looks_at_all_kinds_and_always_at_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_validation_looks_at_all_kinds_and_always_at_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A file may be sorted by source; another order, seed or moment changes nothing."""
     names = [f"{kind}-{number}" for kind in "abcd" for number in range(100)]
     chosen = []
@@ -149,8 +179,13 @@ def test_validation_looks_at_all_kinds_and_always_at_the_same(tmp_path: Path, ca
             trainer(folder, engine, Listener(False), names, seed).run()
         looks = np.array(engine.looked_at).reshape(3, 64)
         chosen += [sorted(names[row] for row in look) for look in looks]
-        assert all(record["samples"] == 64 and record["of"] == 400 for record in validations(folder))
+        assert all(
+            record["samples"] == 64 and record["of"] == 400 for record in validations(folder)
+        )
         random.Random(0).shuffle(names)
     assert all(one == chosen[0] for one in chosen)
     assert all(8 <= sum(name.startswith(kind) for name in chosen[0]) <= 24 for kind in "abcd")
-    assert "train: validation looks at 64 of 400 samples, chosen by the hash of their ids" in caplog.text
+    assert (
+        "train: validation looks at 64 of 400 samples, chosen by the hash of their ids"
+        in caplog.text
+    )

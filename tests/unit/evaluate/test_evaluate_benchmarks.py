@@ -1,4 +1,6 @@
-"""Known benchmarks from files, from a folder and from the Hub; what is refused; parts of an evaluation."""
+"""Known benchmarks from files, from a folder and from the Hub; what is refused; parts of an
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -34,41 +36,77 @@ def test_recipes_and_the_registry_know_the_same_names() -> None:
 
 def test_names_are_a_short_form(configured: Configured) -> None:
     long = configured(benchmarks={"dolly": {"source": "dolly"}, "vicuna": {"source": "vicuna"}})
-    assert configured(benchmarks=["dolly", "vicuna"]) == configured(benchmarks="dolly, vicuna") == long
+    assert (
+        configured(benchmarks=["dolly", "vicuna"]) == configured(benchmarks="dolly, vicuna") == long
+    )
     assert configured(benchmarks={"mine": "a.jsonl"}).benchmarks["mine"].source == "a.jsonl"
     assert EvaluateConfig.model_validate(long.model_dump(mode="json")) == long
 
 
-def test_the_real_files_by_name(run: RunDirectory, configured: Configured, shared_data: Path) -> None:
-    config = configured(benchmarks=["dolly", "self_inst", "vicuna", "sni"], benchmark_folder=str(shared_data), samples=None)
+def test_the_real_files_by_name(
+    run: RunDirectory, configured: Configured, shared_data: Path
+) -> None:
+    config = configured(
+        benchmarks=["dolly", "self_inst", "vicuna", "sni"],
+        benchmark_folder=str(shared_data),
+        samples=None,
+    )
     found = {name: questions(run, config, name) for name in config.benchmarks}
-    assert {name: len(samples) for name, samples in found.items()} == {"dolly": 500, "self_inst": 242, "vicuna": 80, "sni": 1694}
+    assert {name: len(samples) for name, samples in found.items()} == {
+        "dolly": 500,
+        "self_inst": 242,
+        "vicuna": 80,
+        "sni": 1694,
+    }
     assert sum(len(sample.references) for sample in found["sni"]) > 1.4 * 1694  # several references
-    assert all(sample.references and len({s.id for s in found[name]}) == KNOWN[name].items
-               for name in found for sample in found[name][:1])  # fmt: skip
+    assert all(
+        sample.references and len({s.id for s in found[name]}) == KNOWN[name].items
+        for name in found
+        for sample in found[name][:1]
+    )
 
 
-def test_short_answers_are_not_taken_for_unni(run: RunDirectory, configured: Configured, shared_data: Path) -> None:
+def test_short_answers_are_not_taken_for_unni(
+    run: RunDirectory, configured: Configured, shared_data: Path
+) -> None:
     config = configured(benchmarks=["unni"], benchmark_folder=str(shared_data))
-    with pytest.raises(DataError, match=r"'unni' is not in evaluate.benchmark_folder .*looked for unni.jsonl.*my\.jsonl"):
+    with pytest.raises(
+        DataError,
+        match=r"'unni' is not in evaluate.benchmark_folder .*looked for unni.jsonl.*my\.jsonl",
+    ):
         questions(run, config, "unni")
 
 
 def test_a_smaller_file_is_said(
     run: RunDirectory, configured: Configured, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(tmp_path / "uinst" / "11_" / "valid.jsonl", [{"instruction": f"q{i}", "output": ["a", "b"]} for i in range(7)])
+    write(
+        tmp_path / "uinst" / "11_" / "valid.jsonl",
+        [{"instruction": f"q{i}", "output": ["a", "b"]} for i in range(7)],
+    )
     with caplog.at_level(logging.WARNING, "pocl_ds"):
-        found = questions(run, configured(benchmarks=["unni"], benchmark_folder=str(tmp_path), samples=None), "unni")
+        found = questions(
+            run,
+            configured(benchmarks=["unni"], benchmark_folder=str(tmp_path), samples=None),
+            "unni",
+        )
     assert len(found) == 7 and "holds 7 items, the published one 10000" in caplog.text
 
 
 def test_a_longer_file_than_the_published_one_is_said(
     run: RunDirectory, configured: Configured, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The original SelfInst has 252 items, of which the benchmark is not the beginning; UnNI's file is meant to be longer."""
-    write(tmp_path / "vicuna.jsonl", [{"instruction": f"Say {i}.", "output": "x"} for i in range(81)])
-    found = questions(run, configured(benchmarks=["vicuna"], benchmark_folder=str(tmp_path), samples=None), "vicuna")
+    """The original SelfInst has 252 items, of which the benchmark is not the beginning; UnNI's file
+    is meant to be longer.
+    """
+    write(
+        tmp_path / "vicuna.jsonl", [{"instruction": f"Say {i}.", "output": "x"} for i in range(81)]
+    )
+    found = questions(
+        run,
+        configured(benchmarks=["vicuna"], benchmark_folder=str(tmp_path), samples=None),
+        "vicuna",
+    )
     assert len(found) == 80 and "holds more items, the published one 80" in caplog.text
 
 
@@ -78,7 +116,10 @@ def test_the_hub_is_asked_for_the_file(
     import huggingface_hub
 
     asked: list[Any] = []
-    path = write(tmp_path / "valid.jsonl", [{"instruction": "q", "prompt": "whole prompt", "input": "", "output": "a"}])
+    path = write(
+        tmp_path / "valid.jsonl",
+        [{"instruction": "q", "prompt": "whole prompt", "input": "", "output": "a"}],
+    )
 
     def download(repository: str, file: str, *, repo_type: str, revision: str | None) -> str:
         asked.append((repository, file, repo_type, revision))
@@ -87,11 +128,17 @@ def test_the_hub_is_asked_for_the_file(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     at_a_commit = {"sni": {"source": "sni", "hub_revision": "a1b2c3"}}
     (sample,) = questions(run, configured(benchmarks=at_a_commit), "sni")
-    assert asked == [("MiniLLM/sinst", "11_/valid.jsonl", "dataset", "a1b2c3")] and sample.instruction == "q"
+    assert (
+        asked == [("MiniLLM/sinst", "11_/valid.jsonl", "dataset", "a1b2c3")]
+        and sample.instruction == "q"
+    )
 
 
 def test_without_a_network_one_sentence(run: RunDirectory, configured: Configured) -> None:
-    with pytest.raises(DataError, match=r"benchmark 'vicuna' .* cannot be had from the Hub .*evaluate.benchmark_folder"):
+    with pytest.raises(
+        DataError,
+        match=r"benchmark 'vicuna' .* cannot be had from the Hub .*evaluate.benchmark_folder",
+    ):
         questions(run, configured(benchmarks=["vicuna"]), "vicuna")
 
 
@@ -99,7 +146,10 @@ def test_questions_that_training_saw_are_counted(
     run: RunDirectory, configured: Configured, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()][:3]
-    items = [{"instruction": item["instruction"], "input": item["input"], "output": "another answer"} for item in trained]
+    items = [
+        {"instruction": item["instruction"], "input": item["input"], "output": "another answer"}
+        for item in trained
+    ]
     path = write(tmp_path / "b.jsonl", [*items, {"instruction": "Never asked.", "output": "a"}])
     asked = questions(run, configured(benchmarks={"b": str(path)}), "b")
     with caplog.at_level(logging.WARNING, "pocl_ds"):
@@ -108,7 +158,9 @@ def test_questions_that_training_saw_are_counted(
 
 
 @pytest.mark.parametrize("output", [None, [], "", ["a", " "]])
-def test_an_item_without_a_reference(output: Any, run: RunDirectory, configured: Configured, tmp_path: Path) -> None:
+def test_an_item_without_a_reference(
+    output: Any, run: RunDirectory, configured: Configured, tmp_path: Path
+) -> None:
     item = {"instruction": "q2"} | ({} if output is None else {"output": output})
     path = write(tmp_path / "b.jsonl", [{"instruction": "q1", "output": "a"}, item])
     with pytest.raises(DataError, match=r"b\.jsonl line 2: .*output"):
@@ -117,8 +169,15 @@ def test_an_item_without_a_reference(output: Any, run: RunDirectory, configured:
 
 def test_other_field_names(run: RunDirectory, configured: Configured, tmp_path: Path) -> None:
     path = write(tmp_path / "b.jsonl", [{"ask": "q1", "gold": ["a", "b"]}])
-    config = configured(benchmarks={"b": {"source": str(path), "fields": {"instruction": "ask", "output": "gold"},
-                                          "format": "alpaca"}})  # fmt: skip
+    config = configured(
+        benchmarks={
+            "b": {
+                "source": str(path),
+                "fields": {"instruction": "ask", "output": "gold"},
+                "format": "alpaca",
+            }
+        }
+    )
     assert questions(run, config, "b")[0].references == ("a", "b")
     with pytest.raises(DataError, match=r"evaluate\.benchmarks\.b\.fields"):
         questions(run, configured(benchmarks={"b": str(path)}), "b")
@@ -128,19 +187,27 @@ def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
     from pydantic import ValidationError
 
     with pytest.raises(ValidationError) as caught:
-        EvaluateConfig.model_validate({"judge": {"base_url": "http://h/v1", "model": "m", "key_env": "sk-secret-1"}})
+        EvaluateConfig.model_validate(
+            {"judge": {"base_url": "http://h/v1", "model": "m", "key_env": "sk-secret-1"}}
+        )
     said = first_fault(caught.value, "recipe field", EvaluateConfig)
     assert "key_env is not the name" in said and "secret" not in said
 
 
-@pytest.mark.parametrize("url", ["http://user:pw@host/v1", "https://host/v1?key=x", "host/v1", "ftp://host"])
+@pytest.mark.parametrize(
+    "url", ["http://user:pw@host/v1", "https://host/v1?key=x", "host/v1", "ftp://host"]
+)
 def test_urls_that_hold_a_secret_or_are_none(url: str) -> None:
     with pytest.raises(ValueError):
         EvaluateConfig.model_validate({"judge": {"base_url": url, "model": "m"}})
 
 
 def test_shares_are_whole_disjoint_and_even() -> None:
-    sizes = {(name, seed): size for name, size in (("unni", 1000), ("sni", 170), ("dolly", 50)) for seed in range(5)}
+    sizes = {
+        (name, seed): size
+        for name, size in (("unni", 1000), ("sni", 170), ("dolly", 50))
+        for seed in range(5)
+    }
     for count in (1, 2, 3, 8):
         parts = [share(sizes, number, count) for number in range(count)]
         assert sorted(key for part in parts for key in part) == sorted(sizes)

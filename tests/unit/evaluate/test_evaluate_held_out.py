@@ -23,7 +23,9 @@ def head(rows: int, width: int) -> Head:
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 12, 1 << 28])
-def test_masked_ids_add_nothing_and_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masked_ids_add_nothing_and_chunks_change_nothing(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(room, "CHUNK_BYTES", chunk)
     student, teacher = head(30, 5), head(24, 7)
@@ -33,7 +35,10 @@ def test_masked_ids_add_nothing_and_chunks_change_nothing(chunk: int, monkeypatc
     labels = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 23])
     loss, kl = room.token_sums(hidden, student, labels, room.Ids(24, masked), other, teacher)
     kept = (~masked).nonzero()[:, 0]
-    q, p = ((h.double() @ w.weight.double().T)[:, kept].log_softmax(-1) for h, w in ((hidden, student), (other, teacher)))
+    q, p = (
+        (h.double() @ w.weight.double().T)[:, kept].log_softmax(-1)
+        for h, w in ((hidden, student), (other, teacher))
+    )
     place = torch.tensor([int((kept == label).nonzero()) for label in labels])
     assert loss == pytest.approx(float(-q[torch.arange(11), place].sum()), rel=1e-5)
     assert kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
@@ -42,7 +47,9 @@ def test_masked_ids_add_nothing_and_chunks_change_nothing(chunk: int, monkeypatc
 def test_a_broken_model_gives_no_number(run: RunDirectory) -> None:
     student, teacher = head(8, 4), head(8, 4)
     hidden = torch.full((2, 4), float("nan"))
-    loss, kl = room.token_sums(hidden, student, torch.tensor([1, 2]), room.Ids(8, None), torch.ones(2, 4), teacher)
+    loss, kl = room.token_sums(
+        hidden, student, torch.tensor([1, 2]), room.Ids(8, None), torch.ones(2, 4), teacher
+    )
     assert loss != loss and kl != kl  # NaN is never taken for 0
 
 
@@ -54,8 +61,12 @@ def test_a_limit_takes_ids_by_hash_not_by_place(
     assert few != ids[:5] and sorted(few) == sorted(ids[::-1][i] for i in chosen(ids[::-1], 5))
     assert set(few) < {ids[i] for i in chosen(ids, 9)}  # a larger limit adds
     assert len(EncodedSplit.open(run.data, "test")) > 6
-    stage.held_out(run, configured(samples=6), prompt, {"initial": stage.model_path(run, "initial")})
-    assert not [path for path in run.evaluation.iterdir() if path.name.startswith(".")]  # hidden states are cleaned up
+    stage.held_out(
+        run, configured(samples=6), prompt, {"initial": stage.model_path(run, "initial")}
+    )
+    assert not [
+        path for path in run.evaluation.iterdir() if path.name.startswith(".")
+    ]  # hidden states are cleaned up
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])

@@ -52,7 +52,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     return Hub
 
 
-def test_nothing_private_goes_where_all_can_see_it(folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_private_goes_where_all_can_see_it(
+    folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Hub leaves a repository that was there as it is, whatever is asked for."""
     push(folder, "o/n", private=True, dry_run=False)
     assert [what for what, _ in hub.calls] == ["token", "create", "upload"]
@@ -62,7 +64,9 @@ def test_nothing_private_goes_where_all_can_see_it(folder: Path, hub: type[Hub],
     assert [what for what, _ in hub.calls] == ["token", "create"]
 
 
-def test_a_dry_run_lists_files_and_asks_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_lists_files_and_asks_nobody(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("the Hub may not be asked")
 
@@ -91,7 +95,9 @@ def test_without_a_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push(folder, "o/n", private=False, dry_run=False)
 
 
-def test_a_refusal_is_one_sentence_without_the_token(folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_is_one_sentence_without_the_token(
+    folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hub, "fault", OSError(f"403 for Bearer {TOKEN}\nat line 2"))
     with pytest.raises(ResourceError, match="does not take o/n") as caught:
         push(folder, "o/n", private=False, dry_run=False)
@@ -99,7 +105,19 @@ def test_a_refusal_is_one_sentence_without_the_token(folder: Path, hub: type[Hub
 
 
 @pytest.mark.parametrize(
-    "name", ["student", "a/b/c", "a/", "/b", "a b/c", "-a/b", "a/b.", "a/../b", "https://hf.co/a/b", "a/b--c"]
+    "name",
+    [
+        "student",
+        "a/b/c",
+        "a/",
+        "/b",
+        "a b/c",
+        "-a/b",
+        "a/b.",
+        "a/../b",
+        "https://hf.co/a/b",
+        "a/b--c",
+    ],
 )
 def test_other_names(name: str, folder: Path) -> None:
     with pytest.raises(RecipeError, match="ORG/NAME"):

@@ -22,7 +22,11 @@ RESULTS = {
 
 def test_rows_stand_in_the_order_of_the_story() -> None:
     lines = results_table(RESULTS).splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == ["student before", "student after", "teacher"]
+    assert [line.split("  ")[0] for line in lines[2:]] == [
+        "student before",
+        "student after",
+        "teacher",
+    ]
     assert "8.515" in lines[2] and "–" in lines[2] and "0.80 ± 0.13" in lines[2]
     assert "4.250" in lines[3] and "0.800" in lines[3] and "14.20 ± 0.50" in lines[3]
     assert lines[4].rstrip().endswith("17.75")
@@ -32,7 +36,10 @@ def test_rows_stand_in_the_order_of_the_story() -> None:
 def test_what_there_is_to_say_of_a_benchmark_stands_below_both_tables() -> None:
     said = {**RESULTS, "marks": {"test": ["2 of 9 prompts cut", "more"]}}
     for table in (results_table(said), markdown_table(said)):
-        assert "ROUGE-L test ⚠" in table.splitlines()[0] and table.splitlines()[-1] == "⚠ test: 2 of 9 prompts cut; more"
+        assert (
+            "ROUGE-L test ⚠" in table.splitlines()[0]
+            and table.splitlines()[-1] == "⚠ test: 2 of 9 prompts cut; more"
+        )
 
 
 def test_markdown_has_as_many_cells_in_every_line() -> None:

@@ -52,17 +52,25 @@ def test_weights_go_through_memory_where_it_holds_them(rooms: dict[Path, int]) -
         told = Told()
         told.refresh(WEIGHTS)
         ((path, found),) = told.seen
-        assert path.parent == room and found.keys() == WEIGHTS.keys() and all(found[name].equal(WEIGHTS[name]) for name in found)
+        assert (
+            path.parent == room
+            and found.keys() == WEIGHTS.keys()
+            and all(found[name].equal(WEIGHTS[name]) for name in found)
+        )
         assert list(memory.iterdir()) == list(disk.iterdir()) == []
         rooms[memory] = SIZE
 
 
-def test_weights_that_have_no_room_are_one_sentence(rooms: dict[Path, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_have_no_room_are_one_sentence(
+    rooms: dict[Path, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory, disk = rooms
     sentence = f"neither {memory} nor {disk} has the 0.0 GB .* name a larger folder in TMPDIR, or set policy.rollout=hf"
 
     def full(*_: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     with monkeypatch.context() as patch:
         patch.setattr(child, "save_file", full)

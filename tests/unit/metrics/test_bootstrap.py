@@ -1,4 +1,6 @@
-"""The bootstrap itself: what it draws, what it says of a mean, and that blocks change nothing of its size."""
+"""The bootstrap itself: what it draws, what it says of a mean, and that blocks change nothing of
+its size.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,12 @@ from pocl_ds.metrics.bootstrap import interval, resampled_means, two_sided_p
 
 def test_draws_follow_from_their_arguments_alone() -> None:
     values = np.arange(30.0)
-    assert np.array_equal(resampled_means(values, resamples=50), resampled_means(values, resamples=50))
-    assert not np.array_equal(resampled_means(values, resamples=50), resampled_means(values, resamples=50, seed=[0, 1]))
+    assert np.array_equal(
+        resampled_means(values, resamples=50), resampled_means(values, resamples=50)
+    )
+    assert not np.array_equal(
+        resampled_means(values, resamples=50), resampled_means(values, resamples=50, seed=[0, 1])
+    )
 
 
 @pytest.mark.parametrize("block", [1, 1 << 22])

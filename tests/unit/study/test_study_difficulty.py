@@ -1,4 +1,6 @@
-"""How far students agree: rank correlations against their definition, subsets against counting, and what a run leaves."""
+"""How far students agree: rank correlations against their definition, subsets against counting, and
+what a run leaves.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from hypothesis import strategies as st
 
 from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.errors import ArtifactError
-from pocl_ds.study.difficulty import Seen, compare_pair, difficulty_lines, partial, ranks, read_seen, spearman
+from pocl_ds.study.difficulty import (
+    Seen,
+    compare_pair,
+    difficulty_lines,
+    partial,
+    ranks,
+    read_seen,
+    spearman,
+)
 
 Values = st.lists(st.integers(-5, 5), min_size=2, max_size=12)
 
@@ -23,22 +33,30 @@ def seen(name: str, order: list[int], tokens: list[int] | None = None) -> Seen:
     """Samples s0.. in an order; the score of a sample is its place."""
     places = np.arange(len(order), dtype=float)
     lengths = np.array([(tokens or [7] * (max(order) + 1))[number] for number in order])
-    return Seen(name, np.array([f"s{number}".encode() for number in order]), -places, places, lengths)
+    return Seen(
+        name, np.array([f"s{number}".encode() for number in order]), -places, places, lengths
+    )
 
 
 @given(Values)
 def test_ranks_count_what_is_smaller_and_half_of_what_is_equal(values: list[int]) -> None:
-    expected = [sum(other < one for other in values) + (values.count(one) - 1) / 2 for one in values]
+    expected = [
+        sum(other < one for other in values) + (values.count(one) - 1) / 2 for one in values
+    ]
     assert ranks(np.array(values, float)).tolist() == expected
 
 
 @settings(deadline=None)
 @given(st.permutations(range(9)), st.permutations(range(9)))
-def test_spearman_is_the_sum_of_squares_where_nothing_ties(one: list[int], other: list[int]) -> None:
+def test_spearman_is_the_sum_of_squares_where_nothing_ties(
+    one: list[int], other: list[int]
+) -> None:
     squares = sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
     found = spearman(np.array(one, float), np.array(other, float))
     assert found == pytest.approx(1 - 6 * squares / (9 * (81 - 1)))
-    assert spearman(np.array(one, float), np.exp(np.array(other, float))) == pytest.approx(found)  # of ranks alone
+    assert spearman(np.array(one, float), np.exp(np.array(other, float))) == pytest.approx(
+        found
+    )  # of ranks alone
 
 
 def test_spearman_of_nothing_is_no_number() -> None:
@@ -72,10 +90,15 @@ def test_a_pair_counts_places_of_the_samples_in_common() -> None:
 
 def test_an_order_of_lengths_is_said() -> None:
     lines = difficulty_lines([seen("long", list(range(8)), list(range(8)))], 4)
-    assert lines[-1] == "long: its order is largely one of lengths (+1.00 with the response's tokens)"
+    assert (
+        lines[-1] == "long: its order is largely one of lengths (+1.00 with the response's tokens)"
+    )
     assert not any("by chance" in line for line in lines)
     both = difficulty_lines([seen("a", list(range(8))), seen("b", list(range(8)))], 4)
-    assert any("4 subsets (by chance 25%)" in line for line in both) and both[-1].split()[-2:] == ["100%", "100%"]
+    assert any("4 subsets (by chance 25%)" in line for line in both) and both[-1].split()[-2:] == [
+        "100%",
+        "100%",
+    ]
 
 
 def test_a_ranked_run_is_read_in_its_order(tmp_path: Path) -> None:
@@ -85,7 +108,9 @@ def test_a_ranked_run_is_read_in_its_order(tmp_path: Path) -> None:
     for folder in (run.data, run.ranking):
         folder.mkdir(parents=True)
     np.save(run.data / "train.ids.npy", np.array([b"x", b"y", b"z"]))
-    np.save(run.data / "train.index.npy", np.array([[0, 2, 5], [5, 1, 3], [8, 1, 9]]))  # start, prompt, total
+    np.save(
+        run.data / "train.index.npy", np.array([[0, 2, 5], [5, 1, 3], [8, 1, 9]])
+    )  # start, prompt, total
     np.arange(17, dtype=np.uint32).tofile(run.data / "train.tokens.bin")
     np.save(run.ranking / "order.npy", np.array([2, 0, 1]))
     table = {"id": ["z", "x", "y"], "rouge_l": [0.9, 0.5, 0.1], "cross_entropy": [1.0, 2.0, 3.0]}

@@ -27,10 +27,16 @@ from pocl_ds.study.run import adopt, directory, enter, is_finished, ready, run_c
 def tree(tmp_path: Path) -> dict[str, Any]:
     recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
     return {
-        "name": "small", "base": str(recipe), "arms": {"kd": ["plan.subsets=1"], "pocl": []}, "seeds": [1, 2],
-        "grid": {"loss.name": ["fkl", "rkl"], "size": {"short": ["plan.epochs_per_stage=1"], "long": []}},
+        "name": "small",
+        "base": str(recipe),
+        "arms": {"kd": ["plan.subsets=1"], "pocl": []},
+        "seeds": [1, 2],
+        "grid": {
+            "loss.name": ["fkl", "rkl"],
+            "size": {"short": ["plan.epochs_per_stage=1"], "long": []},
+        },
         "compare": [["pocl", "kd"]],
-    }  # fmt: skip
+    }
 
 
 def cells(tree: dict[str, Any], folder: Path, *words: str) -> list[Cell]:
@@ -43,31 +49,54 @@ def test_every_combination_is_a_run_of_its_own(tree: dict[str, Any], tmp_path: P
     assert len(found) == 2 * 2 * 2 * 2 == len({cell.name for cell in found})
     one = next(cell for cell in found if cell.name == "pocl-rkl-short-seed2")
     recipe = one.recipe
-    assert (recipe.loss.name, recipe.plan.epochs_per_stage, recipe.plan.subsets, recipe.seed) == ("rkl", 1, 3, 2)
-    assert recipe.train.lr == 0.5 and one.group == "pocl, rkl, short" and sample_visits(recipe) == 2.0
+    assert (recipe.loss.name, recipe.plan.epochs_per_stage, recipe.plan.subsets, recipe.seed) == (
+        "rkl",
+        1,
+        3,
+        2,
+    )
+    assert (
+        recipe.train.lr == 0.5 and one.group == "pocl, rkl, short" and sample_visits(recipe) == 2.0
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"arms": {}}, "arms: dictionary should have at least 1"),
-        ({"compare": [["pocl", "sft"]]}, "compare names the arm 'sft', which is not among kd, pocl"),
+        (
+            {"compare": [["pocl", "sft"]]},
+            "compare names the arm 'sft', which is not among kd, pocl",
+        ),
         ({"seeds": [1, 1]}, "a seed stands there twice"),
         ({"grids": {}}, "grids does not exist: did you mean grid"),
         ({"arms": {"kd": ["plan.subset=1"]}, "compare": []}, "arm 'kd' at .*did you mean subsets"),
-        ({"arms": {"kd": ["evaluate.models=[teacher]"]}, "compare": []}, "'kd-.*seed1' does not evaluate the student"),
-        ({"arms": {"kd": [], "pocl": ["evaluate.temperature=0.5"]}}, "'kd-.*' and 'pocl-.*' are evaluated in different ways"),
-        ({"arms": {"kd": [], "pocl": ["evaluate.benchmarks=[test,dolly]"]}}, "are evaluated in different ways"),
+        (
+            {"arms": {"kd": ["evaluate.models=[teacher]"]}, "compare": []},
+            "'kd-.*seed1' does not evaluate the student",
+        ),
+        (
+            {"arms": {"kd": [], "pocl": ["evaluate.temperature=0.5"]}},
+            "'kd-.*' and 'pocl-.*' are evaluated in different ways",
+        ),
+        (
+            {"arms": {"kd": [], "pocl": ["evaluate.benchmarks=[test,dolly]"]}},
+            "are evaluated in different ways",
+        ),
         ({"grid": {"a": {"x y": [], "x-y": []}}}, "two cells would be called 'kd-x-y-seed1'"),
     ],
 )
-def test_a_study_that_is_wrong_says_where(tree: dict[str, Any], change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_a_study_that_is_wrong_says_where(
+    tree: dict[str, Any], change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match=words):
         cells({**tree, **change}, tmp_path)
 
 
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'none' is neither a file nor a shipped study \(ablations, "):
+    with pytest.raises(
+        RecipeError, match=r"'none' is neither a file nor a shipped study \(ablations, "
+    ):
         load_study("none")
 
 
@@ -97,7 +126,10 @@ def test_the_shipped_ablations_hold_every_part_of_the_method() -> None:
 def test_the_shipped_table_holds_seven_methods_with_and_without_the_curriculum() -> None:
     cells = cells_of(load_study("paper"))
     methods = {(cell.recipe.policy.name, cell.recipe.loss.name) for cell in cells}
-    assert methods == {*(("off", name) for name in ("fkl", "rkl", "jsd", "tvd", "skl", "srkl")), ("gkd", "jsd")}
+    assert methods == {
+        *(("off", name) for name in ("fkl", "rkl", "jsd", "tvd", "skl", "srkl")),
+        ("gkd", "jsd"),
+    }
     assert len(cells) == 14 and {(cell.recipe.plan.subsets > 1) for cell in cells} == {True, False}
     assert {sample_visits(cell.recipe) for cell in cells} == {20}
 
@@ -110,7 +142,9 @@ def finish(folder: Path, cell: Cell, *stages: str) -> None:
             where = stage.directory(run)
             where.mkdir(parents=True, exist_ok=True)
             (where / "result").write_text(cell.name)
-            write_manifest(where, stage.name, pipeline.fingerprints(cell.recipe)[stage.name], info={})
+            write_manifest(
+                where, stage.name, pipeline.fingerprints(cell.recipe)[stage.name], info={}
+            )
 
 
 def test_what_another_cell_has_finished_is_taken_over(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -128,15 +162,26 @@ def test_what_another_cell_has_finished_is_taken_over(tree: dict[str, Any], tmp_
     assert os.path.samefile(mine, theirs) and not is_finished(tmp_path, other)
 
 
-def test_what_cells_share_is_submitted_once(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cells_share_is_submitted_once(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = cells(tree, tmp_path)
-    assert [cell.name for cell in ready(tmp_path, found)] == [found[0].name]  # all need the same student and scores
-    monkeypatch.setattr(running.pipeline, "finished", lambda run, recipe: dict.fromkeys(pipeline.NAMES, True) | {"train": False})
+    assert [cell.name for cell in ready(tmp_path, found)] == [
+        found[0].name
+    ]  # all need the same student and scores
+    monkeypatch.setattr(
+        running.pipeline,
+        "finished",
+        lambda run, recipe: dict.fromkeys(pipeline.NAMES, True) | {"train": False},
+    )
     assert ready(tmp_path, found) == found
 
 
 def test_what_a_submitted_cell_is_writing_is_left_alone(
-    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tree: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its jobs may be at work on what another cell has finished meanwhile."""
     found = cells(tree, tmp_path, "rank.strategy=random", "student.heal_steps=0")
@@ -150,7 +195,9 @@ def test_what_a_submitted_cell_is_writing_is_left_alone(
         (directory(tmp_path, cell).cluster / "submission.json").touch()
     (directory(tmp_path, at_work).cluster / "jobs" / "train.ids").write_text("41\n")
     queued = argparse.Namespace(array="41")
-    monkeypatch.setattr("pocl_ds.cluster.scheduler.live", lambda ids: [queued] if "41" in ids else [])
+    monkeypatch.setattr(
+        "pocl_ds.cluster.scheduler.live", lambda ids: [queued] if "41" in ids else []
+    )
     monkeypatch.setattr("pocl_ds.cluster.profile.load_profile", lambda name: None)
     handed_in: list[Path] = []
 
@@ -172,7 +219,9 @@ def test_what_a_submitted_cell_is_writing_is_left_alone(
     assert "submitted 2 of 3 cells; 1 more run already" in capsys.readouterr().out
 
 
-def test_links_fall_back_to_copies(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_fall_back_to_copies(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise OSError("not here")
 
@@ -181,25 +230,47 @@ def test_links_fall_back_to_copies(tree: dict[str, Any], tmp_path: Path, monkeyp
     finish(tmp_path, found[0], "data")
     enter(tmp_path, found[1])
     assert adopt(tmp_path, found[1], found) == ["data"]
-    assert (RunDirectory(directory(tmp_path, found[1]).path).data / "result").read_text() == found[0].name
+    assert (RunDirectory(directory(tmp_path, found[1]).path).data / "result").read_text() == found[
+        0
+    ].name
 
 
 def test_the_command_lists_cells_and_does_nothing(
     tree: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells(tree, tmp_path)
-    arguments = ["study", str(tmp_path / "study.yaml"), "--run-dir", str(tmp_path / "runs"), "--dry-run", "train.lr=0.1"]
+    arguments = [
+        "study",
+        str(tmp_path / "study.yaml"),
+        "--run-dir",
+        str(tmp_path / "runs"),
+        "--dry-run",
+        "train.lr=0.1",
+    ]
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert "pocl-rkl-long-seed2" in said and "NOT EQUAL" not in said and not (tmp_path / "runs").exists()
+    assert (
+        "pocl-rkl-long-seed2" in said
+        and "NOT EQUAL" not in said
+        and not (tmp_path / "runs").exists()
+    )
 
 
-@pytest.mark.parametrize(("code", "error", "words"), [
-    (130, Interrupted, "stopped in cell kd.*the same command goes on"), (75, Interrupted, "stopped in cell kd"),
-    (2, ArtifactError, "cell kd.* ended with code 2, see above"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "error", "words"),
+    [
+        (130, Interrupted, "stopped in cell kd.*the same command goes on"),
+        (75, Interrupted, "stopped in cell kd"),
+        (2, ArtifactError, "cell kd.* ended with code 2, see above"),
+    ],
+)
 def test_a_cell_that_does_not_end_well_ends_the_study(
-    code: int, error: type[PoclError], words: str, tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int,
+    error: type[PoclError],
+    words: str,
+    tree: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(pipeline, "call", lambda command: started.append(command) or code)

@@ -27,16 +27,29 @@ Lines = Callable[..., list[str]]
 
 @pytest.fixture
 def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
-    """Makes the result lines of a finished study of two arms and two seeds, whose second arm answers everything better."""
+    """Makes the result lines of a finished study of two arms and two seeds, whose second arm
+    answers everything better.
+    """
     monkeypatch.setattr(table, "is_finished", lambda folder, cell: True)
 
     def make(
-        *, items: int = 30, benchmarks: Sequence[str] = ("test",), marks: dict[str, Any] | None = None,
-        steps: tuple[int, int] = (42, 42), kd: str = "4",
-    ) -> list[str]:  # fmt: skip
-        recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
-        tree = {"name": "s", "base": str(recipe), "arms": {"kd": ["plan.subsets=1", f"plan.epochs_per_stage={kd}"], "pocl": []},
-                "seeds": [1, 2], "compare": [["pocl", "kd"]]}  # fmt: skip
+        *,
+        items: int = 30,
+        benchmarks: Sequence[str] = ("test",),
+        marks: dict[str, Any] | None = None,
+        steps: tuple[int, int] = (42, 42),
+        kd: str = "4",
+    ) -> list[str]:
+        recipe = write_recipe(
+            tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40
+        )
+        tree = {
+            "name": "s",
+            "base": str(recipe),
+            "arms": {"kd": ["plan.subsets=1", f"plan.epochs_per_stage={kd}"], "pocl": []},
+            "seeds": [1, 2],
+            "compare": [["pocl", "kd"]],
+        }
         (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
         study = load_study(str(tmp_path / "study.yaml"))
         for cell in cells_of(study):
@@ -44,16 +57,46 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
             for benchmark in benchmarks:
                 file = answers_file(run, "student", benchmark, 10)
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text("".join(json.dumps({"id": f"q{i}", "instruction": "Q", "references": ["r"], "response": "x",
-                                                    "rouge_l": 0.2 + 0.1 * better}) + "\n" for i in range(items)))  # fmt: skip
-                write_manifest(file.parent, "answers", "f", files=[file], name=f"{file.name}.manifest.json",
-                               info={"settings": {"template": "alpaca"}})  # fmt: skip
-            results = {"student": {"benchmarks": {benchmark: {"rouge_l": 20.0} for benchmark in benchmarks}}}
+                file.write_text(
+                    "".join(
+                        json.dumps(
+                            {
+                                "id": f"q{i}",
+                                "instruction": "Q",
+                                "references": ["r"],
+                                "response": "x",
+                                "rouge_l": 0.2 + 0.1 * better,
+                            }
+                        )
+                        + "\n"
+                        for i in range(items)
+                    )
+                )
+                write_manifest(
+                    file.parent,
+                    "answers",
+                    "f",
+                    files=[file],
+                    name=f"{file.name}.manifest.json",
+                    info={"settings": {"template": "alpaca"}},
+                )
+            results = {
+                "student": {
+                    "benchmarks": {benchmark: {"rouge_l": 20.0} for benchmark in benchmarks}
+                }
+            }
             said = marks or {} if better else {}
-            write_json(run.evaluation / "results.json", {"seeds": [10], "models": results, "marks": said})
-            write_json(run.plan / "plan.json", {"samples": 100, "batch_size": 8, "total_steps": steps[better]})
+            write_json(
+                run.evaluation / "results.json", {"seeds": [10], "models": results, "marks": said}
+            )
+            write_json(
+                run.plan / "plan.json",
+                {"samples": 100, "batch_size": 8, "total_steps": steps[better]},
+            )
             run.train.mkdir()
-            (run.train / "metrics.jsonl").write_text('{"kind": "validation", "validation_ce": 5.0}\n')
+            (run.train / "metrics.jsonl").write_text(
+                '{"kind": "validation", "validation_ce": 5.0}\n'
+            )
         return result_lines(tmp_path, study, cells_of(study))
 
     return make
@@ -69,21 +112,39 @@ def test_a_difference_that_is_everywhere_is_shown() -> None:
     found = two_level(np.full((30, 3), 2.0), resamples=200)
     assert (found.mean, found.low, found.high) == (2.0, 2.0, 2.0) and found.p < 0.02
     assert found.sentence == "better by 2.00 ± 0.00, p = 0.01, 3 trainings each"
-    assert two_level(np.full((30, 1), -2.0), resamples=200).sentence == "worse by 2.00 ± 0.00, p = 0.01, 1 training each"
+    assert (
+        two_level(np.full((30, 1), -2.0), resamples=200).sentence
+        == "worse by 2.00 ± 0.00, p = 0.01, 1 training each"
+    )
 
 
-@pytest.mark.parametrize(("items", "said"), [(19, "no difference shown: +2.00 ±"), (20, "better by 2.00 ±")])
+@pytest.mark.parametrize(
+    ("items", "said"), [(19, "no difference shown: +2.00 ±"), (20, "better by 2.00 ±")]
+)
 def test_a_handful_of_items_shows_nothing(items: int, said: str, lines: Lines) -> None:
     found = two_level(np.full((items, 3), 2.0), resamples=200)
-    assert found.sentence.startswith(said) and found.sentence.endswith("; 19 items are too few") == (items == 19)
-    assert any("comparisons: of arms" in line for line in lines(items=items, benchmarks=("test", "more"))) == (items == 20)
+    assert found.sentence.startswith(said) and found.sentence.endswith(
+        "; 19 items are too few"
+    ) == (items == 19)
+    assert any(
+        "comparisons: of arms" in line for line in lines(items=items, benchmarks=("test", "more"))
+    ) == (items == 20)
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"steps": (70, 64)}, ["NOT EQUAL: a sample is seen on average 5.60 times by kd, 5.12 times by pocl"]),
-    ({"steps": (1000, 1009)}, []), ({"kd": "3"}, ["NOT EQUAL: cells see a sample 3, 4 times"]),
-])  # fmt: skip
-def test_arms_that_see_samples_unequally_often_are_told(settings: dict[str, Any], said: list[str], lines: Lines) -> None:
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"steps": (70, 64)},
+            ["NOT EQUAL: a sample is seen on average 5.60 times by kd, 5.12 times by pocl"],
+        ),
+        ({"steps": (1000, 1009)}, []),
+        ({"kd": "3"}, ["NOT EQUAL: cells see a sample 3, 4 times"]),
+    ],
+)
+def test_arms_that_see_samples_unequally_often_are_told(
+    settings: dict[str, Any], said: list[str], lines: Lines
+) -> None:
     """Dropped tails of stages count: a recipe's epochs alone do not say how many steps there are."""
     assert [line for line in lines(**settings) if line.startswith("NOT EQUAL")] == said
 
@@ -93,14 +154,20 @@ def test_trainings_that_disagree_show_nothing_however_many_items_there_are() -> 
     differences = source.normal(0, 0.1, (2000, 3)) + np.array([1.0, -1.0, 0.3])
     found = two_level(differences, resamples=500)
     assert found.low < 0 < found.high and found.sentence.startswith("no difference shown: +0.10 ±")
-    assert two_level(differences[:, :1], resamples=500).low > 0  # one training alone would have claimed it
+    assert (
+        two_level(differences[:, :1], resamples=500).low > 0
+    )  # one training alone would have claimed it
 
 
 def test_few_trainings_that_scatter_are_covered_as_often_as_the_interval_says() -> None:
-    """Three seeds are what studies have: drawn with replacement, as items are, they covered the truth in four of five trials."""
+    """Three seeds are what studies have: drawn with replacement, as items are, they covered the
+    truth in four of five trials.
+    """
     source, covered = np.random.default_rng(2), 0
     for trial in range(300):
-        found = two_level(source.normal(0, 3.0, (60, 3)) + source.normal(0, 1.5, 3), resamples=500, seed=trial)
+        found = two_level(
+            source.normal(0, 3.0, (60, 3)) + source.normal(0, 1.5, 3), resamples=500, seed=trial
+        )
         covered += found.low <= 0 <= found.high
     assert covered >= 0.92 * 300
 
@@ -118,4 +185,6 @@ def test_the_interval_has_the_size_that_theory_gives() -> None:
 @given(arrays(np.float64, (5, 2), elements=st.floats(-10, 10, width=32)))
 def test_turned_round_it_says_the_opposite(differences: np.ndarray) -> None:
     one, other = two_level(differences, resamples=300), two_level(-differences, resamples=300)
-    assert (one.mean, one.low, one.high) == pytest.approx((-other.mean, -other.high, -other.low)) and one.p == other.p
+    assert (one.mean, one.low, one.high) == pytest.approx(
+        (-other.mean, -other.high, -other.low)
+    ) and one.p == other.p
