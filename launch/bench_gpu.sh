@@ -25,5 +25,5 @@ else
   shapes=(512 4000 64) step=(tiny)
 fi
 "$python" -m pytest -q -p no:cacheprovider tests/gpu
-"$python" -m pocl_ds.cli bench loss "${shapes[@]}"
-"$python" -m pocl_ds.cli bench step "${step[@]}"
+"$python" -m pocl_ds.cli.main bench loss "${shapes[@]}"
+"$python" -m pocl_ds.cli.main bench step "${step[@]}"

@@ -25,9 +25,9 @@ if (tree / "pocl_ds").is_dir():
 else:  # inside an installed package, which is found by itself; this folder must not be a place to import from
     del sys.path[0]
 
-from pocl_ds.credentials import hide  # noqa: E402
-from pocl_ds.exits import last_word, leave  # noqa: E402
-from pocl_ds.shipped import cache_folder  # noqa: E402
+from pocl_ds.resources import cache_folder  # noqa: E402
+from pocl_ds.runtime.credentials import hide  # noqa: E402
+from pocl_ds.runtime.process_exit import last_word, leave  # noqa: E402
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
 sys.argv = sys.argv[1:]

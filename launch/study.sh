@@ -22,7 +22,7 @@ if [ -z "$python" ]; then
   bash "$here/launch/setup.sh" --quickstart
   python=$here/.venv/bin/python
 fi
-pocl() { POCL_PYTHON=$python "$python" "$here/launch/pocl.py" pocl_ds.cli "$@"; }
+pocl() { POCL_PYTHON=$python "$python" "$here/launch/pocl.py" pocl_ds.cli.main "$@"; }
 read -r -a teacher <<<"${TEACHER_FIELDS:-}"
 
 pocl run smollm2-teacher --run-dir "$runs/teacher" "data.source=$data" "${teacher[@]}"

@@ -4,7 +4,7 @@
 #   launch/train.sh [--ranks N] [--threads T] [--module MODULE] COMMAND ARGUMENT...
 #   launch/train.sh --ranks 2 train --run-dir runs/quickstart
 #
-# On one machine: N processes of MODULE COMMAND ARGUMENT... (MODULE is pocl_ds.cli unless told). Rank 0 writes to
+# On one machine: N processes of MODULE COMMAND ARGUMENT... (MODULE is pocl_ds.cli.main unless told). Rank 0 writes to
 # the terminal, every other rank to a log of its own in POCL_LOG_DIR, in the run directory's logs/, or in a temporary folder.
 # When a rank fails, the others are ended (POCL_KILL_GRACE seconds after TERM comes KILL), the failed rank's last lines are
 # shown, and its exit code is the script's. INT, TERM, USR1 and USR2 are passed on to every rank, once.
@@ -23,7 +23,7 @@ if ! command -v "$python" >/dev/null; then
   python=python3
 fi
 python=$(command -v "$python")
-ranks='' threads='' module=pocl_ds.cli
+ranks='' threads='' module=pocl_ds.cli.main
 while (($#)); do
   case $1 in
     --ranks) ranks=${2:?--ranks needs a number}; shift 2 ;;
@@ -157,7 +157,7 @@ while ((${#alive[@]})); do
 done
 if ((failed == 0)); then exit 0; fi
 failed_rank=${ended[0]%%:*} said=''
-if found=$("$python" "$here/launch/pocl.py" pocl_ds.first_fault "$exits" "${ended[@]}"); then
+if found=$("$python" "$here/launch/pocl.py" pocl_ds.runtime.first_failure "$exits" "${ended[@]}"); then
   read -r failed_rank failed <<<"$found"
   said=${found#*$'\n'} # none leaves the first line, which no log has
   if [ "$said" = "$found" ]; then said=''; fi

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from pocl_ds import names
+from pocl_ds.config import registry
 from pocl_ds.errors import RecipeError
 
 Registered = TypeVar("Registered", bound=Callable[..., Any])
@@ -33,18 +33,22 @@ def divergence(name: str, **options: float | bool) -> Callable[[Registered], Reg
     """Register a divergence, from log-probabilities of teacher and student [tokens, ids] to
     [tokens]. options: their defaults.
     """
-    from pocl_ds.distill.divergences import FUNCTIONS
+    from pocl_ds.losses.divergences import FUNCTIONS
 
-    return _register("divergence", name, FUNCTIONS, lambda: names.LOSSES.__setitem__(name, options))
+    return _register(
+        "divergence", name, FUNCTIONS, lambda: registry.LOSSES.__setitem__(name, options)
+    )
 
 
 def policy(name: str, *, on_policy: bool) -> Callable[[Registered], Registered]:
     """Register a policy: a class made from (PolicyConfig, write, seed). on_policy: whether it calls
     `write`.
     """
-    from pocl_ds.distill.policies import POLICIES
+    from pocl_ds.rollouts.policies import POLICIES
 
-    return _register("policy", name, POLICIES, lambda: names.POLICIES.__setitem__(name, on_policy))
+    return _register(
+        "policy", name, POLICIES, lambda: registry.POLICIES.__setitem__(name, on_policy)
+    )
 
 
 def strategy(name: str) -> Callable[[Registered], Registered]:
@@ -52,7 +56,11 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
     from pocl_ds.difficulty.rank import STRATEGIES
 
     return _register(
-        "ranking strategy", name, STRATEGIES, lambda: names.STRATEGIES.append(name), names.METRICS
+        "ranking strategy",
+        name,
+        STRATEGIES,
+        lambda: registry.STRATEGIES.append(name),
+        registry.METRICS,
     )
 
 
@@ -62,7 +70,9 @@ def metric(name: str) -> Callable[[Registered], Registered]:
     """
     from pocl_ds.difficulty.score import METRICS
 
-    return _register("metric", name, METRICS, lambda: names.METRICS.append(name), names.STRATEGIES)
+    return _register(
+        "metric", name, METRICS, lambda: registry.METRICS.append(name), registry.STRATEGIES
+    )
 
 
 def _register(

@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
 def start(*words: str) -> subprocess.Popen[str]:
     """`pocl WORDS...`, running."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pocl_ds.cli", *words],
+        [sys.executable, "-m", "pocl_ds.cli.main", *words],
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -38,7 +38,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """`pocl WORDS...` to its end."""
     found = subprocess.run(
-        [sys.executable, "-m", "pocl_ds.cli", *words],
+        [sys.executable, "-m", "pocl_ds.cli.main", *words],
         cwd=ROOT,
         env=environment(),
         text=True,

@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pocl_ds import distributed, stages
-from pocl_ds.artifacts import RunDirectory, read_json, write_json
-from pocl_ds.recipe import load_recipe
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.runtime import distributed
+from pocl_ds.workflow import steps
+from pocl_ds.workflow.run_dir import RunDirectory, read_json, write_json
 
 
 def stage(name: str, run: Path, *overrides: str) -> None:
     """One stage of a run, in this process."""
     recipe = load_recipe(str(run / "recipe.yaml"), list(overrides))
-    stages.run_here(name, recipe, RunDirectory(run))
+    steps.run_here(name, recipe, RunDirectory(run))
 
 
 def train(run: Path) -> None:
@@ -46,7 +47,7 @@ def reload(run: Path) -> None:
     student and of the other model.
     """
     from pocl_ds.config import GenerationConfig
-    from pocl_ds.generation.open import open_generator
+    from pocl_ds.generation.backends import open_generator
     from pocl_ds.models.load import load_model, load_tokenizer
 
     task: dict[str, Any] = read_json(run / "task.json")

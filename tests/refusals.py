@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds.cli import main
-from pocl_ds.exits import SIGNALS
+from pocl_ds.cli.main import main
+from pocl_ds.runtime.process_exit import SIGNALS
 
 
 @contextmanager

@@ -49,7 +49,7 @@ class Cluster:
         """`pocl WORDS...` on the login node."""
         if words[0] == "submit":
             self.run = Path(words[words.index("--run-dir") + 1])
-        command = [python, "-m", "pocl_ds.cli", *words]
+        command = [python, "-m", "pocl_ds.cli.main", *words]
         if user:
             command = ["runuser", "-u", user, "--", *command]
         where = {**self.environment, **environment}

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_ds.artifacts import RunDirectory, write_json, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory, write_json, write_manifest
 
 STEPS = 180
 ATTACK = "<script>alert('x')</script> | one\ntwo ![i](http://example.org/i.png) \u0007"

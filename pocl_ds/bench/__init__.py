@@ -16,7 +16,7 @@ BENCHMARKS = {
         "how fast the student writes while it learns, with vLLM and transformers",
     ),
     "size": (
-        "pocl_ds.bench.size",
+        "pocl_ds.bench.estimate",
         "pocl size against measured memory, and FLOPs against torch's counter",
     ),
     "overhead": (

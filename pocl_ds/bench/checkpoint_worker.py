@@ -15,17 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.step_worker import precision, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
-from pocl_ds.config import CheckpointConfig, LossConfig, StudentConfig, TrackingConfig, TrainConfig
+from pocl_ds.config import (
+    CheckpointConfig,
+    LossConfig,
+    StudentConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.distill import build
-from pocl_ds.distill.checkpoint import PREFIX, Checkpoints
-from pocl_ds.distill.engine import start_deepspeed
-from pocl_ds.distill.trainer import StopFlag, Trainer
-from pocl_ds.tracking import setup_logging
+from pocl_ds.engines.engine import start_deepspeed
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.tracking import setup_logging
+from pocl_ds.training import build
+from pocl_ds.training.checkpoint import PREFIX, Checkpoints
+from pocl_ds.training.trainer import StopFlag, Trainer
+from pocl_ds.workflow.run_dir import RunDirectory, write_json
 
 
 def main(work: Workload, folder: Path, steps: int, out: Path) -> None:

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pocl_ds.bench.arguments import whole_numbers
-from pocl_ds.distill.fused_head import loss_sums
-from pocl_ds.distill.token_losses import LossTerms
-from pocl_ds.distributed import device
 from pocl_ds.errors import RecipeError
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import Head
-from pocl_ds.models.vocabulary import Ids
+from pocl_ds.models.vocab import Ids
+from pocl_ds.runtime.distributed import device
 
 # tokens, ids, width
 CPU_SHAPES = ((256, 49_152, 576), (1024, 49_152, 576), (512, 151_936, 256), (2048, 151_936, 256))
@@ -102,7 +102,7 @@ def _shape(
     source = torch.Generator(where).manual_seed(0)
     draw = lambda *sizes: torch.randn(
         *sizes, generator=source, device=where, dtype=torch.float32
-    ).to(kind)  # noqa: E731
+    ).to(kind)
     hidden, teacher_hidden = draw(tokens, width), draw(tokens, width)
     weight, teacher_weight = (nn.Parameter(draw(size, width) / width**0.5) for _ in range(2))
     labels = torch.randint(0, size, (tokens,), generator=source, device=where)

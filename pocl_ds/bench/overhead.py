@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds.artifacts import RunDirectory, read_manifest, read_models
 from pocl_ds.bench.arguments import one_path
-from pocl_ds.cluster.sizing import Choice, step_flops
-from pocl_ds.curriculum.stage import load_plan
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.curriculum.plan_step import load_plan
+from pocl_ds.data.tokenized import EncodedSplit
 from pocl_ds.errors import ArtifactError
+from pocl_ds.models.cost import ModelShape, model_shape
+from pocl_ds.models.estimate import Choice, step_flops
 from pocl_ds.models.load import load_model_config, load_tokenizer
-from pocl_ds.models.shape import ModelShape, model_shape
-from pocl_ds.recipe import load_recipe
+from pocl_ds.workflow.run_dir import RunDirectory, read_manifest, read_models
 
 NAMES = ("score", "rank", "plan", "teach", "train", "baseline")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.errors import ResourceError
-from pocl_ds.shipped import LAUNCHER
+from pocl_ds.resources import LAUNCHER
 
 
 def run_ranks(

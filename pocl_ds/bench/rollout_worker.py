@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.rollout import COPIES
 from pocl_ds.bench.step_worker import precision, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
@@ -28,11 +26,13 @@ from pocl_ds.config import (
 )
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Position
-from pocl_ds.data.written import Written
-from pocl_ds.distill import build
-from pocl_ds.distill.policies import Rows
-from pocl_ds.distill.trainer import Trainer
-from pocl_ds.tracking import read_metrics, setup_logging
+from pocl_ds.data.generated import Written
+from pocl_ds.rollouts.policies import Rows
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.tracking import read_metrics, setup_logging
+from pocl_ds.training import build
+from pocl_ds.training.trainer import Trainer
+from pocl_ds.workflow.run_dir import RunDirectory, write_json
 
 
 def main(

@@ -23,7 +23,7 @@ from pocl_ds.bench.arguments import whole_numbers
 from pocl_ds.curriculum.plan import build_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.difficulty.rank import fuse
-from pocl_ds.shipped import module_command
+from pocl_ds.resources import module_command
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
 SMALLEST = 256  # four subsets of one batch of 64

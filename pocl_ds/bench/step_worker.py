@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
 from pocl_ds.config import (
     CheckpointConfig,
@@ -37,13 +35,15 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
-from pocl_ds.distill import build
-from pocl_ds.distill.engine import start_deepspeed
-from pocl_ds.distill.teach import teach
-from pocl_ds.distill.teacher_choice import Use
-from pocl_ds.distill.trainer import Trainer
+from pocl_ds.engines.engine import start_deepspeed
 from pocl_ds.models.load import load_model
-from pocl_ds.tracking import read_metrics, setup_logging
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.tracking import read_metrics, setup_logging
+from pocl_ds.teachers.cache_writer import teach
+from pocl_ds.teachers.mode_selection import Use
+from pocl_ds.training import build
+from pocl_ds.training.trainer import Trainer
+from pocl_ds.workflow.run_dir import RunDirectory, write_json
 
 ALPHA, LR = 0.3, 1e-4
 

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, write_json
 from pocl_ds.bench.step_worker import make_training
 from pocl_ds.bench.workloads import WORKLOADS, Workload
 from pocl_ds.curriculum.plan import build_plan
-from pocl_ds.data.encode import EncodedSplit
-from pocl_ds.distill.teacher_store import TeacherStore
-from pocl_ds.tracking import read_metrics, setup_logging
+from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.tracking import read_metrics, setup_logging
+from pocl_ds.teachers.cache import TeacherStore
+from pocl_ds.workflow.run_dir import RunDirectory, write_json
 
 STAGES, READS = 4, 10
 

@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pocl_ds.distributed import device
+from pocl_ds.runtime.distributed import device
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.artifacts import take_lock
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import (
     AGAIN,
@@ -37,7 +36,8 @@ from pocl_ds.cluster.attempts import (
     write_attempt,
 )
 from pocl_ds.errors import HANG, RESUME, UNFIT, PoclError, ResourceError
-from pocl_ds.exits import FOLDER, SIGNALS, words_of_ranks
+from pocl_ds.runtime.process_exit import FOLDER, SIGNALS, words_of_ranks
+from pocl_ds.workflow.run_dir import take_lock
 
 AGAIN_SECONDS = 10.0  # a signal that came before a rank could hear it is given again
 METRICS = {"prepare": "models/heal", "train": "train", "baseline": "baseline"}

@@ -11,7 +11,7 @@ from typing import Any
 from pocl_ds.cluster.profile import Profile
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.pipeline import STAGES, evaluated_models, needs_ranks
+from pocl_ds.workflow.pipeline import STAGES, evaluated_models, needs_ranks
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory, file_digest, package_versions, write_json
 from pocl_ds.cluster import checks
 from pocl_ds.errors import HANG, UNFIT, PoclError, ResourceError
-from pocl_ds.exits import leave_when_asked, leave_word, node_name
-from pocl_ds.tracking import setup_logging
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.process_exit import leave_when_asked, leave_word, node_name
+from pocl_ds.runtime.tracking import setup_logging
+from pocl_ds.workflow.run_dir import RunDirectory, file_digest, package_versions, write_json
 
 log = logging.getLogger("pocl_ds")
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pocl_ds.config import NonNegative, Positive, Section
-from pocl_ds.credentials import assigns_secret, find_secret, is_secret_name
+from pocl_ds.config.recipe_file import first_fault
+from pocl_ds.config.yaml_io import dump_yaml, read_yaml
 from pocl_ds.errors import RecipeError
-from pocl_ds.plain_yaml import dump_yaml, read_yaml
-from pocl_ds.recipe import first_fault
-from pocl_ds.shipped import PROFILES
+from pocl_ds.resources import PROFILES
+from pocl_ds.runtime.credentials import assigns_secret, find_secret, is_secret_name
 
 PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=&|*()\[\]%-]+")
 

@@ -12,15 +12,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory, read_json
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import AGAIN, DONE, FAILED, Attempt, read_attempts
 from pocl_ds.cluster.job import METRICS
 from pocl_ds.cluster.submit import enter_submission, job_ids
-from pocl_ds.curriculum.stage import steps_of_stages
-from pocl_ds.recipe import load_recipe
-from pocl_ds.tracking import aligned, read_metrics
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.curriculum.plan_step import steps_of_stages
+from pocl_ds.runtime.tracking import aligned, read_metrics
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.run_dir import RunDirectory, read_json
 
 LINES = 6  # of a failing rank's log
 RECENT = 20  # steps that a rate is taken over

@@ -15,8 +15,15 @@ from typing import Any
 
 import jinja2
 
-from pocl_ds import pipeline
-from pocl_ds.artifacts import (
+from pocl_ds.cluster import scheduler
+from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
+from pocl_ds.cluster.profile import Profile, dump_profile, load_profile
+from pocl_ds.config import Recipe
+from pocl_ds.config.recipe_file import check_recipe, load_recipe
+from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.resources import JOB_TEMPLATE, copy_code
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.run_dir import (
     RunDirectory,
     atomic_directory,
     atomic_write,
@@ -25,13 +32,6 @@ from pocl_ds.artifacts import (
     read_json,
     write_json,
 )
-from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
-from pocl_ds.cluster.profile import Profile, dump_profile, load_profile
-from pocl_ds.config import Recipe
-from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.recipe import check_recipe, load_recipe
-from pocl_ds.shipped import JOB_TEMPLATE, copy_code
 
 UNSAFE = re.compile(
     r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]'

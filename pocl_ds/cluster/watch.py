@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pocl_ds import pipeline
-from pocl_ds.artifacts import MANIFEST, RunDirectory, read_manifest
 from pocl_ds.cluster.attempts import read_attempts
-from pocl_ds.curriculum.stage import steps_of_stages
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.curriculum.plan_step import steps_of_stages
 from pocl_ds.errors import ArtifactError
-from pocl_ds.recipe import load_recipe
-from pocl_ds.tracking import clock, read_metrics
+from pocl_ds.runtime.tracking import clock, read_metrics
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.run_dir import MANIFEST, RunDirectory, read_manifest
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # steps that a rate is taken over

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.data.written import Sequences
+from pocl_ds.data.generated import Sequences
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pocl_ds.config import DocumentationConfig
-from pocl_ds.data.samples import Sample
+from pocl_ds.data.records import Sample
 from pocl_ds.errors import DataError
 
 QUESTIONS = {

@@ -20,7 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pocl_ds.artifacts import (
+from pocl_ds.config import RankConfig
+from pocl_ds.config.registry import METRICS
+from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.workflow.run_dir import (
     Manifest,
     RunDirectory,
     atomic_write,
@@ -28,10 +32,6 @@ from pocl_ds.artifacts import (
     whole_result,
     write_manifest,
 )
-from pocl_ds.config import RankConfig
-from pocl_ds.data.encode import EncodedSplit
-from pocl_ds.errors import ArtifactError, DataError, RecipeError
-from pocl_ds.names import METRICS
 
 log = logging.getLogger("pocl_ds")
 

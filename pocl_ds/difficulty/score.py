@@ -18,10 +18,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.artifacts import RunDirectory, atomic_write, write_manifest
 from pocl_ds.config import PromptConfig, ScoreConfig
-from pocl_ds.data.encode import EncodedSplit, shard_rows
-from pocl_ds.data.samples import read_normalised
+from pocl_ds.data.records import read_normalised
+from pocl_ds.data.tokenized import EncodedSplit, shard_rows
 from pocl_ds.difficulty.rank import DEGENERATE, tied_share
 from pocl_ds.difficulty.shards import (
     discard_other_divisions,
@@ -31,11 +30,12 @@ from pocl_ds.difficulty.shards import (
     unfinished,
 )
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
-from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, Sampling
 from pocl_ds.metrics.rouge import rouge_l_many
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.tracking import Progress
+from pocl_ds.runtime.tracking import Progress
+from pocl_ds.workflow.run_dir import RunDirectory, atomic_write, write_manifest
 
 log = logging.getLogger("pocl_ds")
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pocl_ds.artifacts import RunDirectory, damaged_files, read_manifest
 from pocl_ds.config import ScoreConfig
+from pocl_ds.workflow.run_dir import RunDirectory, damaged_files, read_manifest
 
 MANIFESTS = "shard-*-of-*.jsonl.manifest.json"
 

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from pocl_ds.config import GenerationConfig
-from pocl_ds.distributed import device
 from pocl_ds.generation.protocol import Sampling, decode, stop_ids
 from pocl_ds.models.heads import head_of, hidden_states, splits, unsplit
 from pocl_ds.models.load import load_model
 from pocl_ds.models.quiet import quiet
+from pocl_ds.runtime.distributed import device
 
 HEAD_ROWS = 512  # positions whose logits [rows, V] are held at once
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from pocl_ds.artifacts import atomic_directory, disk_faults, file_digest, take_lock
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.models.quiet import quiet
-from pocl_ds.shipped import cache_folder
+from pocl_ds.resources import cache_folder
+from pocl_ds.workflow.run_dir import atomic_directory, disk_faults, file_digest, take_lock
 
 log = logging.getLogger("pocl_ds")
 

@@ -21,12 +21,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pocl_ds.config import ModelSource
-from pocl_ds.distributed import device
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
 from pocl_ds.models.attention import check_attention
 from pocl_ds.models.quantization import loading
 from pocl_ds.models.quiet import quiet
+from pocl_ds.runtime.distributed import device
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")

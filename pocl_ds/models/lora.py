@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from pocl_ds.config import LoraConfig
+from pocl_ds.config.registry import ALL_LINEAR
 from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.models.load import empty_model
-from pocl_ds.names import ALL_LINEAR
 
 ADAPTER = "default"  # peft's name for the only one
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from pocl_ds.artifacts import (
+from pocl_ds.config import ReportConfig
+from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.report.markdown import markdown_page
+from pocl_ds.report.page import html_page
+from pocl_ds.report.run_summary import read_facts
+from pocl_ds.workflow.run_dir import (
     Manifest,
     RunDirectory,
     atomic_write,
@@ -12,12 +17,7 @@ from pocl_ds.artifacts import (
     read_manifest,
     write_manifest,
 )
-from pocl_ds.artifacts import fingerprint as result_digest
-from pocl_ds.config import ReportConfig
-from pocl_ds.plain_yaml import plain_value
-from pocl_ds.report.markdown import markdown_page
-from pocl_ds.report.page import html_page
-from pocl_ds.report.read import read_facts
+from pocl_ds.workflow.run_dir import fingerprint as result_digest
 
 log = logging.getLogger("pocl_ds")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.report.read import Curves, Facts, Ranking
+from pocl_ds.report.run_summary import Curves, Facts, Ranking
 from pocl_ds.report.samples import thin
 
 Floats = NDArray[np.floating[Any]]

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.artifacts import RunDirectory, atomic_write, read_manifest
 from pocl_ds.config import ReportConfig
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.config.yaml_io import dump_yaml
 from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.metrics.marks import MARK, mark_lines, marked
-from pocl_ds.plain_yaml import dump_yaml
-from pocl_ds.recipe import load_recipe
+from pocl_ds.metrics.footnotes import MARK, mark_lines, marked
 from pocl_ds.report.charts import overlaid
 from pocl_ds.report.document import browser, cells, document, figures, folded, section, table
+from pocl_ds.report.formatting import ABSENT, clock, escaped, kl_lines, number, size
 from pocl_ds.report.items import Benchmark, Item
 from pocl_ds.report.page import ITEM_MENUS, item_data, missing
-from pocl_ds.report.read import Facts, read_facts
-from pocl_ds.report.words import ABSENT, clock, escaped, kl_lines, number, size
+from pocl_ds.report.run_summary import Facts, read_facts
+from pocl_ds.workflow.run_dir import RunDirectory, atomic_write, read_manifest
 
 PAGE = "comparison.html"
 LABELS = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}

@@ -15,7 +15,7 @@ from typing import Any
 
 from pocl_ds.report.charts import Chart
 from pocl_ds.report.colours import variables
-from pocl_ds.report.words import UNPRINTABLE, escaped
+from pocl_ds.report.formatting import UNPRINTABLE, escaped
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("uplot.js", "charts.js", "plane.js", "lists.js", "page.js")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.artifacts import Manifest, RunDirectory, read_json, read_manifest
+from pocl_ds.workflow.run_dir import Manifest, RunDirectory, read_json, read_manifest
 
 ORDER = (
     "data",

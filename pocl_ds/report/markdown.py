@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pocl_ds.metrics.marks import mark_lines
-from pocl_ds.plain_yaml import plain_value
-from pocl_ds.report.items import Item
-from pocl_ds.report.read import MODELS, Facts
-from pocl_ds.report.words import (
+from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.metrics.footnotes import mark_lines
+from pocl_ds.report.formatting import (
     detail_rows,
     headline,
     kl_lines,
@@ -18,6 +16,8 @@ from pocl_ds.report.words import (
     training_line,
     versions,
 )
+from pocl_ds.report.items import Item
+from pocl_ds.report.run_summary import MODELS, Facts
 
 
 def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -> str:

@@ -8,13 +8,11 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from pocl_ds.metrics.marks import mark_lines, marked
-from pocl_ds.plain_yaml import plain_value
+from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.metrics.footnotes import mark_lines, marked
 from pocl_ds.report.charts import difficulty_charts, seen_charts, subset_bounds, training_charts
 from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
-from pocl_ds.report.items import Benchmark
-from pocl_ds.report.read import MODELS, Facts
-from pocl_ds.report.words import (
+from pocl_ds.report.formatting import (
     about_rows,
     clock,
     detail_rows,
@@ -29,6 +27,8 @@ from pocl_ds.report.words import (
     training_line,
     versions,
 )
+from pocl_ds.report.items import Benchmark
+from pocl_ds.report.run_summary import MODELS, Facts
 
 SAMPLE_MENUS = (("subset", "Subset"), ("sort", "Order"))
 ITEM_MENUS = (

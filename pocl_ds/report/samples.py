@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.artifacts import RunDirectory
 from pocl_ds.errors import ArtifactError
+from pocl_ds.workflow.run_dir import RunDirectory
 
 LONGEST = 700  # characters of a text that the page holds
 RECORD = 40  # bytes of a record beside its texts

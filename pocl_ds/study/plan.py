@@ -14,14 +14,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pocl_ds import pipeline
 from pocl_ds.config import Int, Recipe, Section, lasting
+from pocl_ds.config.recipe_file import first_fault, load_recipe
+from pocl_ds.config.yaml_io import read_yaml
 from pocl_ds.curriculum.plan import visits
 from pocl_ds.errors import RecipeError
-from pocl_ds.evaluate.answers import settings
-from pocl_ds.plain_yaml import read_yaml
-from pocl_ds.recipe import first_fault, load_recipe
-from pocl_ds.shipped import STUDIES
+from pocl_ds.evaluation.answers import settings
+from pocl_ds.resources import STUDIES
+from pocl_ds.workflow import pipeline
 
 UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 

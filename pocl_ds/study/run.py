@@ -15,12 +15,12 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory, atomic_write, disk_faults
+from pocl_ds.config.recipe_file import dump_recipe
 from pocl_ds.errors import RESUME, ArtifactError, Interrupted
-from pocl_ds.recipe import dump_recipe
-from pocl_ds.shipped import module_command
+from pocl_ds.resources import module_command
 from pocl_ds.study.plan import Cell
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.run_dir import RunDirectory, atomic_write, disk_faults
 
 log = logging.getLogger("pocl_ds")
 
@@ -83,7 +83,7 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
         )
         code = pipeline.call(
             [
-                *module_command("pocl_ds.cli"),
+                *module_command("pocl_ds.cli.main"),
                 "run",
                 "--run-dir",
                 str(run.path),

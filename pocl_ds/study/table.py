@@ -12,17 +12,17 @@ from statistics import fmean, stdev
 
 import numpy as np
 
-from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory, read_json, read_manifest
-from pocl_ds.evaluate.compare import FEW
-from pocl_ds.evaluate.side_by_side import Side, read_side, results_of
+from pocl_ds.evaluation.comparison import FEW
+from pocl_ds.evaluation.side_by_side import Side, read_side, results_of
 from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, resampled_means, two_sided_p
-from pocl_ds.metrics.marks import lines_of_all, marked
+from pocl_ds.metrics.footnotes import lines_of_all, marked
 from pocl_ds.report.history import spent_by_stage
-from pocl_ds.study.difficulty import difficulty_lines, read_seen
+from pocl_ds.runtime.tracking import aligned, clock, read_metrics
+from pocl_ds.study.difficulty_agreement import difficulty_lines, read_seen
 from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
 from pocl_ds.study.run import directory, is_finished
-from pocl_ds.tracking import aligned, clock, read_metrics
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.run_dir import RunDirectory, read_json, read_manifest
 
 STUDENT, MEASURE, ALL = "student", "rouge_l", "all items"
 UNEQUAL = 1.01  # arms whose visits differ by more are said to

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from refusals import files_below, own_signals, sentence
 
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 BEGUN = {

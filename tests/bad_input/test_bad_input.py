@@ -23,7 +23,7 @@ from command_line import pocl, start
 from refusals import own_signals
 from tiny_runs import write_recipe
 
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 
 GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 

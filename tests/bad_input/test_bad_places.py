@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from refusals import files_below, sentence
 
-from pocl_ds.artifacts import write_manifest
-from pocl_ds.pipeline import fingerprints
-from pocl_ds.recipe import dump_recipe, load_recipe
-from pocl_ds.shipped import DS_CONFIGS, PROFILES
+from pocl_ds.config.recipe_file import dump_recipe, load_recipe
+from pocl_ds.resources import DS_CONFIGS, PROFILES
+from pocl_ds.workflow.pipeline import fingerprints
+from pocl_ds.workflow.run_dir import write_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from refusals import sentence
 
-from pocl_ds.shipped import RECIPES
+from pocl_ds.resources import RECIPES
 
 BASE = "name: x\nteacher: {model: t}\nstudent: {model: s}\n"
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -243,7 +243,7 @@ def test_a_date_is_a_text(recipe: Path) -> None:
     """Hub revisions may look like one; YAML would make another object of it, and refuse the 45th of
     a month.
     """
-    from pocl_ds.recipe import dump_recipe, load_recipe
+    from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 
     for date in ("2024-12-01", "2024-13-45"):
         found = load_recipe(str(recipe), [f"student.revision={date}"])

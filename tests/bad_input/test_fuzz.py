@@ -21,9 +21,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.data.samples import FORMS, NAMES, Sample, read_samples
+from pocl_ds.config.recipe_file import dump_recipe, load_recipe
+from pocl_ds.data.records import FORMS, NAMES, Sample, read_samples
 from pocl_ds.errors import DataError, RecipeError
-from pocl_ds.recipe import dump_recipe, load_recipe
 
 EXAMPLES = int(os.environ.get("POCL_FUZZ", "200"))
 # seconds of this process's own time for one example; a machine may be busy with something else

@@ -14,14 +14,20 @@ from typing import Any
 import numpy as np
 from gradient_worker import write_split
 
-from pocl_ds import distributed
-from pocl_ds.artifacts import RunDirectory
-from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
+from pocl_ds.config import (
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.distill.build import Job, make_trainer
-from pocl_ds.distill.engine import start_deepspeed
+from pocl_ds.engines.engine import start_deepspeed
 from pocl_ds.errors import PoclError
-from pocl_ds.tracking import setup_logging
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.tracking import setup_logging
+from pocl_ds.training.build import Job, make_trainer
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def main(fault: str, teacher: str, student: str, folder: Path) -> None:

@@ -16,22 +16,22 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from pocl_ds import distributed, ds_config
-from pocl_ds.config import LossConfig, TrainConfig
+from pocl_ds.config import LossConfig, TrainConfig, ds_config
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.encode import EncodedSplit
-from pocl_ds.distill import fused_head
-from pocl_ds.distill.divergences import divergence
-from pocl_ds.distill.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
-from pocl_ds.distill.layout import Layout
-from pocl_ds.distill.policies import Off
-from pocl_ds.distill.student import Student
-from pocl_ds.distill.teacher import LiveTeacher, Teachers
-from pocl_ds.distill.trainer import StopFlag, Trainer, TrainingData
+from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.engines.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
+from pocl_ds.losses import fused_head
+from pocl_ds.losses.divergences import divergence
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
-from pocl_ds.models.vocabulary import Ids
+from pocl_ds.models.vocab import Ids
+from pocl_ds.rollouts.policies import Off
+from pocl_ds.runtime import distributed
+from pocl_ds.teachers.teacher import LiveTeacher, Teachers
+from pocl_ds.training.layout import Layout
+from pocl_ds.training.student import Student
+from pocl_ds.training.trainer import StopFlag, Trainer, TrainingData
 
 SIZE, TAU, ALPHA = 320, 1.5, 0.3
 WEIGHTS = (3.0, 1.0)  # of two teachers

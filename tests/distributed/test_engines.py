@@ -17,16 +17,16 @@ from torch.distributed import distributed_c10d
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.distill.engine import (
+from pocl_ds.config.ds_config import resolve_student, resolve_teacher
+from pocl_ds.engines.engine import (
     DeepSpeedEngine,
     FrozenEngine,
     TorchEngine,
     sharded_loading,
     start_deepspeed,
 )
-from pocl_ds.distributed import PATIENCE
-from pocl_ds.ds_config import resolve_student, resolve_teacher
 from pocl_ds.models.load import load_model
+from pocl_ds.runtime.distributed import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -12,14 +12,20 @@ import numpy as np
 import pytest
 from gradient_worker import write_split
 
-from pocl_ds.artifacts import RunDirectory
-from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrackingConfig, TrainConfig
+from pocl_ds.config import (
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.distill.build import Job, make_trainer
-from pocl_ds.distill.engine import start_deepspeed
-from pocl_ds.distill.fused_head import LossSums
-from pocl_ds.distill.trainer import Trainer
+from pocl_ds.engines.engine import start_deepspeed
 from pocl_ds.errors import NumericalError
+from pocl_ds.losses.fused_head import LossSums
+from pocl_ds.training.build import Job, make_trainer
+from pocl_ds.training.trainer import Trainer
+from pocl_ds.workflow.run_dir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("alone")
 ENGINES = ["torch", "student_zero3", "student_zero2"]

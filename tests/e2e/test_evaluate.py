@@ -11,7 +11,7 @@ import pytest
 from command_line import pocl
 from tiny_runs import write_recipe
 
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 
 pytestmark = pytest.mark.slow
 

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 from tiny_runs import write_recipe
 from transformers import AutoModelForCausalLM
 
+from pocl_ds.curriculum.plan_step import load_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.curriculum.stage import load_plan
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.tokenized import EncodedSplit
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import head_of, hidden_states
 from pocl_ds.models.load import load_model
-from pocl_ds.tracking import read_metrics
+from pocl_ds.runtime.tracking import read_metrics
 
 pytestmark = pytest.mark.vllm
 

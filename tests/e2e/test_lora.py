@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_runs import computed, records, stop_after, write_recipe
 from transformers import AutoModelForCausalLM
 
-from pocl_ds.artifacts import RunDirectory, read_models
+from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 pytest.importorskip("peft")
 LORA = {"rank": 4, "alpha": 16, "targets": "q_proj,down_proj"}

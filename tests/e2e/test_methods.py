@@ -15,7 +15,7 @@ import tiny_models
 from command_line import pocl
 from tiny_runs import computed, records, stop_after, write_recipe
 
-from pocl_ds import names
+from pocl_ds.config import registry
 
 POLICIES = {
     "gkd": [
@@ -109,7 +109,7 @@ def test_a_policy_from_its_plan_to_its_weights(
     assert all(record["alpha"] == 0 for record in steps)
     if apart:
         assert all(record["kd"] > 0 for record in steps)
-    if names.POLICIES[words[0].removeprefix("policy.name=")]:
+    if registry.POLICIES[words[0].removeprefix("policy.name=")]:
         written = [record for record in steps if record["on_policy"]]
         assert 0 < len(written) < len(steps)
         assert any(

@@ -18,10 +18,10 @@ from refusals import sentence
 from tiny_runs import records, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
+from pocl_ds.curriculum.plan_step import load_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.curriculum.stage import load_plan
-from pocl_ds.data.encode import EncodedSplit
+from pocl_ds.data.tokenized import EncodedSplit
 
 SMALL = {
     "hidden_size": 32,

@@ -17,8 +17,8 @@ import pytest
 from synthetic_run import SyntheticRun
 
 from pocl_ds.config import ReportConfig
+from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
-from pocl_ds.recipe import dump_recipe, load_recipe
 from pocl_ds.report.build import build_report
 from pocl_ds.report.compare import compare_runs
 

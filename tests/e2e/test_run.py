@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny_runs import write_recipe
 
 from pocl_ds.bench import overhead
-from pocl_ds.tracking import read_metrics
+from pocl_ds.runtime.tracking import read_metrics
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -300,7 +300,7 @@ def test_another_number_of_ranks_goes_on(
 
 def test_killed_and_started_again_comes_to_exactly_the_same(finished: Path, tmp_path: Path) -> None:
     run = untrained_copy(finished, tmp_path / "run")
-    command = [sys.executable, "-m", "pocl_ds.cli", "train", "--run-dir", str(run)]
+    command = [sys.executable, "-m", "pocl_ds.cli.main", "train", "--run-dir", str(run)]
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     metrics = run / "train" / "metrics.jsonl"
     deadline = time.monotonic() + 200

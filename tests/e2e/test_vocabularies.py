@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 
 
 def tokenizer(folder: Path, eos: str) -> Any:
@@ -106,8 +106,8 @@ def first_divergence(run: Path) -> float:
         np.fromfile(run / "data" / "train.tokens.bin", np.uint32),
     )
     first = json.loads((run / "train" / "metrics.jsonl").read_text().splitlines()[0])
+    from pocl_ds.curriculum.plan_step import load_plan
     from pocl_ds.curriculum.sampler import Sampler
-    from pocl_ds.curriculum.stage import load_plan
 
     rows = order[Sampler(load_plan(run / "plan" / "plan.json"), 42).batch(0)]
     total, count = 0.0, 0

@@ -169,7 +169,7 @@ def test_ranks_of_an_installed_wheel(installed: Installed, tmp_path: Path) -> No
 
 
 def test_code_that_jobs_run_is_laid_out_as_a_checkout(installed: Installed, tmp_path: Path) -> None:
-    copy = "import sys, pathlib; from pocl_ds.shipped import copy_code; copy_code(pathlib.Path(sys.argv[1]))"
+    copy = "import sys, pathlib; from pocl_ds.resources import copy_code; copy_code(pathlib.Path(sys.argv[1]))"
     installed(installed.python, "-c", copy, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(CODE)
     assert not {path.name for path in (tmp_path / "pocl_ds").iterdir()} & {*CODE}
@@ -180,7 +180,7 @@ def test_code_that_jobs_run_is_laid_out_as_a_checkout(installed: Installed, tmp_
     said = installed(
         installed.python,
         tmp_path / "launch" / "pocl.py",
-        "pocl_ds.cli",
+        "pocl_ds.cli.main",
         "run",
         "quickstart",
         "--dry-run",

@@ -91,7 +91,7 @@ def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
     """`pocl run`, its words going to a file."""
     with log.open("wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", "pocl_ds.cli", "run", str(recipe), "--run-dir", str(run)],
+            [sys.executable, "-m", "pocl_ds.cli.main", "run", str(recipe), "--run-dir", str(run)],
             cwd=ROOT,
             env={**environment(), "POCL_KILL_GRACE": "2"},
             stdout=stream,
@@ -115,7 +115,7 @@ def kill(child: subprocess.Popen[bytes], source: random.Random) -> str:
     family = descendants(child.pid)
     words = {pid: command_line(pid) for pid in family}
     workers = [
-        pid for pid in family if "pocl_ds.cli" in words[pid] and "train.sh" not in words[pid]
+        pid for pid in family if "pocl_ds.cli.main" in words[pid] and "train.sh" not in words[pid]
     ]
     victim = source.choice(["worker", "worker", "everything"])
     if victim == "everything" or not workers:

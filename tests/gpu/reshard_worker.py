@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pocl_ds import distributed
 from pocl_ds.config import TrainConfig
-from pocl_ds.distill.engine import DeepSpeedEngine, start_deepspeed
-from pocl_ds.ds_config import resolve_student
+from pocl_ds.config.ds_config import resolve_student
+from pocl_ds.engines.engine import DeepSpeedEngine, start_deepspeed
+from pocl_ds.runtime import distributed
 
 
 def step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:

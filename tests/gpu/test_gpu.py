@@ -19,14 +19,14 @@ from tiny_runs import records, write_recipe
 
 from pocl_ds.bench import loss as bench_loss
 from pocl_ds.config import GenerationConfig
-from pocl_ds.distill.divergences import FUNCTIONS, divergence
-from pocl_ds.distill.fused_head import loss_sums
-from pocl_ds.distill.token_losses import LossTerms
-from pocl_ds.generation.child import ChildGenerator
 from pocl_ds.generation.protocol import Sampling
+from pocl_ds.generation.subprocess_generator import ChildGenerator
+from pocl_ds.losses.divergences import FUNCTIONS, divergence
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import Head
 from pocl_ds.models.load import load_model
-from pocl_ds.models.vocabulary import Ids
+from pocl_ds.models.vocab import Ids
 
 pytestmark = [
     pytest.mark.gpu,

@@ -24,7 +24,7 @@ from slurm_cluster import BASE, Cluster
 from tiny_runs import write_recipe
 
 from pocl_ds.cluster.attempts import Attempt
-from pocl_ds.tracking import read_metrics
+from pocl_ds.runtime.tracking import read_metrics
 
 pytestmark = pytest.mark.timeout(900)
 PROFILE = "test-cluster"
@@ -286,7 +286,7 @@ def test_an_array_task_that_is_killed_goes_alone(
     cluster.until(lambda: len(attempts(run, "score-1")) == 1, "the second shard to begin")
     pids = ""
     while not pids:
-        words = f"pocl.py pocl_ds.cli score --shard 1/2 --run-dir {run}"
+        words = f"pocl.py pocl_ds.cli.main score --shard 1/2 --run-dir {run}"
         pids = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True).stdout
     subprocess.run(["kill", "-9", *pids.split()], check=True)
     cluster.until(lambda: (run / "plan" / "manifest.json").is_file(), "the plan")
@@ -463,7 +463,7 @@ def python_for_nobody(cluster: Cluster) -> tuple[str, dict[str, str]]:
             "--",
             python,
             "-c",
-            "import torch, deepspeed, pocl_ds.cli",
+            "import torch, deepspeed, pocl_ds.cli.main",
         ]
         where = {
             **cluster.environment,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from refusals import sentence
 
-from pocl_ds import stages
 from pocl_ds.errors import memory_fault
+from pocl_ds.workflow import steps
 
 # As torch 2.13 words it.
 CUDA = (
@@ -53,9 +53,9 @@ def test_a_stage_whose_memory_ran_out_names_what_it_follows_from(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError(CUDA)
 
-    monkeypatch.setitem(stages.FUNCTIONS, stage, full)
+    monkeypatch.setitem(steps.FUNCTIONS, stage, full)
     words = ["--model", "student"] if stage == "evaluate" else []
-    monkeypatch.setattr(stages, "check_sizes", lambda run, recipe: None)
+    monkeypatch.setattr(steps, "check_sizes", lambda run, recipe: None)
     said = sentence(capsys, stage, "quickstart", "--run-dir", tmp_path / "run", *words)
     assert (
         said.startswith(f"memory ran out ({FOUND})")

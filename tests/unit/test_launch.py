@@ -17,13 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds.first_fault import first_fault
+from pocl_ds.runtime.first_failure import first_fault
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash") or "bash"
 LAUNCHER = REPOSITORY / "launch" / "train.sh"
 
-# What each rank runs in place of pocl_ds.cli: it notes its environment and its signals, then does
+# What each rank runs in place of pocl_ds.cli.main: it notes its environment and its signals, then does
 # what it is told.
 RANK = """
 import json, os, signal, sys, time
@@ -48,7 +48,7 @@ if behaviour.startswith("exit"):
     print("the reason of rank", rank, flush=True)
     os._exit(int(behaviour.split()[1]))
 if behaviour == "cause":  # a rank takes its time to tear down what the others notice at once
-    from pocl_ds.exits import leave_word
+    from pocl_ds.runtime.process_exit import leave_word
     leave_word(2, "the cause")
     (folder / "left").touch()
     time.sleep(1.0)
@@ -56,7 +56,7 @@ if behaviour == "cause":  # a rank takes its time to tear down what the others n
 if behaviour == "consequence":
     while not (folder / "left").exists():
         time.sleep(0.01)
-    from pocl_ds.exits import leave_word
+    from pocl_ds.runtime.process_exit import leave_word
     leave_word(1, "RuntimeError: Connection closed by peer")
     os._exit(1)
 deadline = time.monotonic() + 40

@@ -14,19 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from pocl_ds import names
+from pocl_ds.config import registry
+from pocl_ds.config.recipe_file import check_recipe, load_recipe
 from pocl_ds.difficulty import rank, score
-from pocl_ds.distill import divergences, policies
-from pocl_ds.distill.fused_head import loss_sums
-from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import RecipeError
+from pocl_ds.losses import divergences
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import Head
-from pocl_ds.models.vocabulary import Ids
-from pocl_ds.recipe import check_recipe, load_recipe
+from pocl_ds.models.vocab import Ids
+from pocl_ds.rollouts import policies
 
 MODULE = """
 from pocl_ds import plugins
-from pocl_ds.distill.policies import Off
+from pocl_ds.rollouts.policies import Off
 
 @plugins.divergence("squares", weight=0.5, beta=1.0)
 def squares(log_p, log_q, *, weight, beta):
@@ -50,10 +51,10 @@ class Twice(Off):
 """
 
 REGISTRIES: tuple[Any, ...] = (
-    names.LOSSES,
-    names.POLICIES,
-    names.STRATEGIES,
-    names.METRICS,
+    registry.LOSSES,
+    registry.POLICIES,
+    registry.STRATEGIES,
+    registry.METRICS,
     divergences.FUNCTIONS,
     policies.POLICIES,
     rank.STRATEGIES,
@@ -69,9 +70,9 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     before = [copy.copy(registry) for registry in REGISTRIES]
     yield "my_methods"
     sys.modules.pop("my_methods", None)
-    for registry, kept in zip(REGISTRIES, before, strict=True):
-        registry.clear()
-        (registry.update if isinstance(registry, dict) else registry.extend)(kept)
+    for registered, kept in zip(REGISTRIES, before, strict=True):
+        registered.clear()
+        (registered.update if isinstance(registered, dict) else registered.extend)(kept)
 
 
 def recipe(plugin: str, **changes: Any) -> dict[str, Any]:

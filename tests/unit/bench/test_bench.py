@@ -11,17 +11,17 @@ import pytest
 from pocl_ds.bench import (
     BENCHMARKS,
     checkpoint,
+    estimate,
     loss,
     overhead,
     rollout,
     rouge,
     scale,
-    size,
     step,
     teacher,
     workloads,
 )
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 from pocl_ds.errors import ArtifactError, RecipeError
 
 
@@ -64,7 +64,7 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
     """What stands there beyond hidden states, their gradient and the head's gradient is a chunk,
     however many tokens.
     """
-    from pocl_ds.distill import fused_head
+    from pocl_ds.losses import fused_head
 
     monkeypatch.setattr(
         fused_head.loss_sums,
@@ -143,17 +143,17 @@ def test_size_predicts_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     """Tiny models: nearly all of it is what a rank takes without one, so this only shows that both
     sides are there.
     """
-    monkeypatch.setattr(size, "RANKS", (1,))
-    rows = size.run(["tiny"], lambda _: None, steps=1)
+    monkeypatch.setattr(estimate, "RANKS", (1,))
+    rows = estimate.run(["tiny"], lambda _: None, steps=1)
     assert [row["mode"] for row in rows] == ["live", "hidden"]
     assert all(
         0.8 < row["measured"] / row["predicted"] < 1.25 and row["predicted"] > row["base"]
         for row in rows
     )
-    counted, formula = size.flops(workloads.WORKLOADS["A"])
+    counted, formula = estimate.flops(workloads.WORKLOADS["A"])
     assert formula == pytest.approx(counted, rel=0.02)
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
-        size.run(["C"])
+        estimate.run(["C"])
 
 
 def test_overhead_wants_a_finished_run(tmp_path: Path) -> None:

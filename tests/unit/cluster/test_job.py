@@ -12,7 +12,7 @@ import pytest
 from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.cluster.job import Job
 from pocl_ds.errors import HANG, UNFIT
-from pocl_ds.exits import words_of_ranks
+from pocl_ds.runtime.process_exit import words_of_ranks
 
 LOOK = ["--module", "pocl_ds.cluster.preflight"]
 

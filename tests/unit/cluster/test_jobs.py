@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds import pipeline
 from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
 from pocl_ds.cluster.profile import check_profile, dump_profile, load_profile
 from pocl_ds.config import Recipe
+from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.recipe import check_recipe
-from pocl_ds.shipped import PROFILES
+from pocl_ds.resources import PROFILES
+from pocl_ds.workflow import pipeline
 
 GPU = check_profile({"name": "gpu", "gpus_per_node": 4, "cpus_per_node": 64}, "here")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cluster import checks, detect, preflight, scheduler
 from pocl_ds.cluster.scheduler import SEPARATOR, Queued
 from pocl_ds.errors import HANG, UNFIT, ResourceError
+from pocl_ds.workflow.run_dir import RunDirectory
 
 CONFIG = """ClusterName             = north
 SelectType              = select/cons_tres
@@ -426,12 +426,12 @@ def test_a_rank_of_a_fit_node_leaves_in_peace(
     """
     RunDirectory(tmp_path).recipe.write_text("x")
     other = seen("n2", faults=["7 of 8 promised GPUs are visible"])
-    monkeypatch.setattr("pocl_ds.distributed.gather_objects", lambda mine: [mine, other])
+    monkeypatch.setattr("pocl_ds.runtime.distributed.gather_objects", lambda mine: [mine, other])
     spec = {"name": "report", "gpus_per_node": 0, "keep": 2, "adapters": False}
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (0, "")
     monkeypatch.setenv("SLURMD_NODENAME", "n2")  # SLURM's name, whatever the host calls itself
     monkeypatch.setattr(
-        "pocl_ds.distributed.gather_objects",
+        "pocl_ds.runtime.distributed.gather_objects",
         lambda mine: [{**other, "node": "n1", "faults": []}, other],
     )
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (

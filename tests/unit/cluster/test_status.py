@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds import pipeline
-from pocl_ds.artifacts import RunDirectory
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import Attempt, write_attempt
 from pocl_ds.cluster.profile import check_profile
 from pocl_ds.cluster.scheduler import Queued
 from pocl_ds.cluster.submit import Submission
-from pocl_ds.recipe import check_recipe
+from pocl_ds.config.recipe_file import check_recipe
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def submission(folder: Path) -> Submission:

@@ -17,13 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.artifacts import RunDirectory
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.job import srun
 from pocl_ds.cluster.profile import check_profile
 from pocl_ds.cluster.submit import Submission, resume
+from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
-from pocl_ds.recipe import check_recipe
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def submission(run: Path, **profile: Any) -> Submission:

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import write_recipe
 
-from pocl_ds import tracking
-from pocl_ds.artifacts import RunDirectory, write_manifest
-from pocl_ds.cli import main
+from pocl_ds.cli.main import main
 from pocl_ds.cluster.watch import BLOCKS, look, screen, spark
-from pocl_ds.pipeline import fingerprints
-from pocl_ds.recipe import dump_recipe, load_recipe
+from pocl_ds.config.recipe_file import dump_recipe, load_recipe
+from pocl_ds.runtime import tracking
+from pocl_ds.workflow.pipeline import fingerprints
+from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
 
 
 @pytest.fixture

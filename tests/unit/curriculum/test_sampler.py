@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.curriculum import sampler as sampler_module
-from pocl_ds.curriculum.dealing import share
+from pocl_ds.curriculum.micro_batches import share
 from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler, permutation
 

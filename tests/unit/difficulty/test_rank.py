@@ -18,13 +18,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_ds import names as recipe_names
-from pocl_ds.artifacts import RunDirectory, write_manifest
 from pocl_ds.config import RankConfig
+from pocl_ds.config import registry as recipe_names
 from pocl_ds.difficulty import rank as ranks
 from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, fuse, hash_ids, rank, tied_share
 from pocl_ds.difficulty.score import METRICS
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
 
 Row = tuple[str, float, float]  # id, rouge_l, cross_entropy
 # Few values, so that ties of one metric and of both are common; 0.0 and -0.0 are equal.

@@ -18,16 +18,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds import names
-from pocl_ds.artifacts import RunDirectory, read_manifest
-from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig
-from pocl_ds.data.encode import shard_rows
+from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig, registry
+from pocl_ds.data.tokenized import shard_rows
 from pocl_ds.difficulty import score as module
 from pocl_ds.difficulty.score import score
 from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.workflow.run_dir import RunDirectory, read_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPT = PromptConfig(max_prompt_tokens=40, max_length=96)
@@ -296,9 +295,9 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "length",
         lambda responses, references, log_probs: [len(one) for one in log_probs],
     )
-    names.METRICS.append("length")
+    registry.METRICS.append("length")
     yield "length"
-    names.METRICS.remove("length")
+    registry.METRICS.remove("length")
 
 
 def test_a_metric_is_scored_beside_the_two(tiny_llama: Path, tmp_path: Path, measure: str) -> None:
@@ -314,7 +313,7 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     reference, run = make_run(tmp_path / "t", tokenizer), make_run(tmp_path / "v", tokenizer)
     run_score(reference, tiny_llama, config(2))
     code = (
-        "from pocl_ds.artifacts import RunDirectory; from pocl_ds.config import PromptConfig, "
+        "from pocl_ds.workflow.run_dir import RunDirectory; from pocl_ds.config import PromptConfig, "
         "ScoreConfig\n"
         "from pocl_ds.difficulty.score import score\n"
         f"score(RunDirectory({str(run.path)!r}), ScoreConfig(max_new_tokens=12, shards=2), "

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.errors import ResourceError
-from pocl_ds.generation import open as room
+from pocl_ds.generation import backends as room
 from pocl_ds.generation.protocol import Sampling, decode, stop_ids
 
 

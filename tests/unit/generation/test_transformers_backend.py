@@ -14,7 +14,7 @@ import torch
 
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
-from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, Sampling
 from pocl_ds.generation.transformers_backend import _batches, _GumbelNoise
 from pocl_ds.models.load import load_model, load_tokenizer

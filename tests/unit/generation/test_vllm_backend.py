@@ -18,9 +18,9 @@ import torch
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation import vllm_backend
-from pocl_ds.generation.child import ChildGenerator
-from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Sampling
+from pocl_ds.generation.subprocess_generator import ChildGenerator
 from pocl_ds.generation.vllm_backend import VllmGenerator
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 
@@ -33,7 +33,7 @@ GREEDY, DRAWN = (0.0, 1.0, 24, 0), (1.0, 0.95, 24, 7)  # fields of Sampling
 ENGINE = """
 import json, sys, torch
 from pocl_ds.config import GenerationConfig
-from pocl_ds.generation.open import open_generator
+from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Sampling
 from pocl_ds.models.load import load_tokenizer
 task = json.load(open(sys.argv[1]))
@@ -127,7 +127,7 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
         "import torch, sys\n"
         "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), "
         "rank=0, world_size=1)\n"
-        "from pocl_ds.generation.open import open_generator; from pocl_ds.config import "
+        "from pocl_ds.generation.backends import open_generator; from pocl_ds.config import "
         "GenerationConfig\n"
         "from pocl_ds.models.load import load_tokenizer\n"
         f"folder = {str(tiny_llama)!r}\n"

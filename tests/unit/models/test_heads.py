@@ -9,13 +9,13 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from pocl_ds.data.batches import Batch
-from pocl_ds.distill.student import Student
-from pocl_ds.distill.token_losses import LossTerms
 from pocl_ds.errors import ModelError
+from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models import attention
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import SCALES, Head, head_of, hidden_states, splits
-from pocl_ds.models.vocabulary import Ids
+from pocl_ds.models.vocab import Ids
+from pocl_ds.training.student import Student
 
 BASE = {
     "vocab_size": 97,

@@ -16,7 +16,6 @@ import torch
 
 from pocl_ds.config import StudentConfig, TeacherConfig
 from pocl_ds.data.batches import Batch
-from pocl_ds.distill.teacher import LiveTeacher
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
 from pocl_ds.models.heads import head_of, hidden_states
 from pocl_ds.models.load import load_model, load_model_config
@@ -27,7 +26,8 @@ from pocl_ds.models.quantization import (
     check_teacher,
     method_of,
 )
-from pocl_ds.models.vocabulary import Ids
+from pocl_ds.models.vocab import Ids
+from pocl_ds.teachers.teacher import LiveTeacher
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 

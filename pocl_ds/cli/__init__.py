@@ -1,0 +1,1 @@
+"""The command line `pocl`: parse arguments, call a step, print the result."""

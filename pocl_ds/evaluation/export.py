@@ -1,0 +1,222 @@
+"""The trained student as a Hugging Face folder for others, checked key by key against what the
+trainer saved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from pocl_ds.errors import ArtifactError
+from pocl_ds.evaluation.model_card import model_card
+from pocl_ds.models.quiet import quiet
+from pocl_ds.workflow.run_dir import (
+    MANIFEST,
+    Manifest,
+    RunDirectory,
+    atomic_directory,
+    damaged_files,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+
+log = logging.getLogger("pocl_ds")
+
+STAGE = "export"
+# What a model folder is made of; logs, optimizer states and whatever else lies there stay behind.
+PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+# Fields in which transformers keeps where a model was loaded from: a path of this machine is
+# nobody's business.
+LOCAL_FIELDS = (
+    "_name_or_path",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+    "special_tokens_map_file",
+)
+
+
+def export(
+    run: RunDirectory,
+    *,
+    out: Path | None,
+    recipe_yaml: str,
+    fingerprint: str,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write train/final with a model card to `out` (default: export/ of the run) and check it;
+    returns the folder.
+
+    The folder appears as a whole or not at all. Raises ArtifactError where training is unfinished,
+    where a weight differs from the trainer's (naming it), or where `out` holds something else.
+    """
+    target = (out or run.export).expanduser().resolve()
+    existing = _ours(target)
+    if (
+        existing
+        and existing.fingerprint == fingerprint
+        and not damaged_files(target, existing, checksums=False)
+    ):
+        log.info("the exported model is there already: %s", target)
+        return target
+    start = time.monotonic()
+    source = run.train / "final"
+    _check_source(run, source)
+    with atomic_directory(target) as folder:
+        _copy(source, folder)
+        check_weights(source, folder)
+        parameters = check_loads(folder, trust_remote_code=trust_remote_code)
+        (folder / "README.md").write_text(
+            model_card(run, recipe_yaml, parameters), encoding="utf-8"
+        )
+        info = {"parameters": parameters, "seconds": time.monotonic() - start}
+        write_manifest(folder, STAGE, fingerprint, info=info)
+    log.info("exported %.1f million parameters to %s", parameters / 1e6, target)
+    return target
+
+
+def check_weights(source: Path, folder: Path) -> None:
+    """Every tensor of `source` stands in `folder` with the same key, shape, dtype and bytes, and no
+    other.
+
+    Raises ArtifactError naming the first key that differs.
+    """
+    expected, found = _keys(source), _keys(folder)
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in found or key not in expected:
+            raise ArtifactError(
+                f"weight {key} is {'missing from' if key in expected else 'unknown in'} the "
+                f"exported model: "
+                "export it again"
+            )
+        fault = _difference(_tensor(expected[key], key), _tensor(found[key], key))
+        if fault:
+            raise ArtifactError(f"weight {key} of the exported model {fault}: export it again")
+
+
+def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
+    """Load the folder as a user would and compare with its files; returns the number of parameters.
+
+    Nothing may be missing or superfluous; a tied head may be absent from the files. Raises
+    ArtifactError naming the key.
+    """
+    with quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
+        )
+    model, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            key = min(str(entry if isinstance(entry, str) else entry[0]) for entry in report[kind])
+            raise ArtifactError(
+                f"the exported model loads with {kind.replace('_', ' ')} ({key}): the trainer's "
+                f"weights and "
+                "config.json do not go together, train again"
+            )
+    state = model.state_dict()
+    for key, file in _keys(folder).items():
+        fault = _difference(_tensor(file, key), state[key]) if key in state else None
+        if fault:
+            raise ArtifactError(
+                f"weight {key} of the exported model {fault} once loaded: check torch_dtype in "
+                f"config.json"
+            )
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _ours(target: Path) -> Manifest | None:
+    """The manifest of an earlier export. Raises ArtifactError where something else lies there."""
+    if not target.exists():
+        return None
+    if not target.is_dir():
+        raise ArtifactError(f"{target} is a file: name a new folder with --out")
+    present = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
+    if not present:
+        return None
+    foreign = f"{target} exists and is no export of this program: name a new folder with --out"
+    try:
+        manifest = read_manifest(target)
+    except ArtifactError:
+        raise ArtifactError(foreign) from None
+    if manifest is None or manifest.stage != STAGE:
+        raise ArtifactError(foreign)
+    added = present - manifest.files.keys() - {MANIFEST}
+    if added:
+        raise ArtifactError(
+            f"{target} holds {min(added)}, which is not ours: move it away, or name a new folder "
+            f"with --out"
+        )
+    return manifest
+
+
+def _check_source(run: RunDirectory, source: Path) -> None:
+    """The trained weights are whole and as the trainer sealed them."""
+    manifest = read_manifest(run.train)
+    if manifest is None or not (source / "config.json").is_file():
+        raise ArtifactError(f"{source} is missing or unfinished: run `pocl train` to its end")
+    faults = damaged_files(run.train, manifest)
+    if faults:
+        raise ArtifactError(
+            f"the trained model is not as it was saved ({faults[0]}): restore {run.train} or "
+            f"train again"
+        )
+    if not any(source.glob("*.safetensors")):
+        raise ArtifactError(f"{source} holds no safetensors: train again")
+
+
+def _copy(source: Path, folder: Path) -> None:
+    for pattern in PATTERNS:
+        for path in sorted(source.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        if path.is_file():
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            write_json(path, {key: value for key, value in tree.items() if key not in LOCAL_FIELDS})
+    if not (folder / "generation_config.json").is_file():
+        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        ids = {
+            key: tree[key]
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if key in tree
+        }
+        GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _keys(folder: Path) -> dict[str, Path]:
+    """Key -> the file it lies in. Raises ArtifactError for a damaged file."""
+    keys: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is damaged ({error}): train or export again") from None
+    return keys
+
+
+def _tensor(path: Path, key: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(key)
+    return tensor
+
+
+def _difference(expected: torch.Tensor, found: torch.Tensor) -> str | None:
+    """What is wrong with a tensor; bytes are compared, so that NaN equals itself and -0.0 is not
+    0.0.
+    """
+    if found.shape != expected.shape:
+        return f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    if found.dtype != expected.dtype:
+        return f"is {found.dtype} instead of {expected.dtype}"
+    raw = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (expected, found)]
+    return None if torch.equal(*raw) else "has other values"

@@ -1,0 +1,1 @@
+"""Teachers: online, ensembles, and cached outputs (writer, store, choice of mode)."""

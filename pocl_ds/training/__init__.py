@@ -1,0 +1,1 @@
+"""The trainer, checkpoints, batch layout, watchdog and non-finite step handling."""

@@ -1,0 +1,408 @@
+"""Recipes: what is wrong is said in one sentence, with the field and the remedy, and nothing but
+RecipeError escapes.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pocl_ds.config import Recipe, TrainConfig, lasting
+from pocl_ds.config.recipe_file import check_recipe, dump_recipe, load_recipe
+from pocl_ds.errors import RecipeError
+from pocl_ds.resources import RECIPES
+from pocl_ds.workflow.pipeline import fingerprints
+
+BASE: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}}
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The base recipe with `a__b` set; None as a value of a section removes it."""
+    tree = copy.deepcopy(BASE)
+    for path, value in values.items():
+        *parents, leaf = path.split("__")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return tree
+
+
+BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    (changed(trian={}), ("trian", "did you mean train?")),
+    (changed(train__batchsize=8), ("train.batchsize", "did you mean batch_size?")),
+    (changed(student__prune__layers="1"), ("student.prune.layers", "drop_layers")),
+    (changed(student__lora={"rank": 0}), ("student.lora.rank=0", "greater than or equal to 1")),
+    (changed(student__lora={"dropout": 1}), ("student.lora.dropout=1", "less than 1")),
+    (changed(student__lora={"r": 8}), ("student.lora.r", "the fields here are rank, alpha")),
+    (changed(student__lora={"targets": ""}), ("student.lora.targets=''", "write each once")),
+    (changed(student__lora={"targets": []}), ("student.lora.targets", "at least 1")),
+    (
+        changed(student__lora={"targets": "q_proj, q_proj"}),
+        ("student.lora.targets", "write each once"),
+    ),
+    (
+        changed(student__lora={"targets": ["all-linear", "q_proj"]}),
+        ("student.lora.targets", "write it alone"),
+    ),
+    (changed(student=None), ("student", "section")),
+    ({"name": "x", "teacher": {"model": "t"}}, ("student", "missing", "add it")),
+    (changed(teacher__model=None), ("teacher.model=None", "string")),
+    (changed(train__batch_size="many"), ("train.batch_size='many'", "integer")),
+    (changed(train__batch_size=0), ("train.batch_size=0", "greater than or equal to 1")),
+    (changed(train__batch_size=True), ("train.batch_size=True", "number")),
+    (
+        changed(train__batch_size=10),
+        ("train.batch_size=10", "train.micro_batch_size=8", "launch.ranks=1", "change one"),
+    ),
+    (changed(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
+    (changed(train__lr=float("nan")), ("train.lr", "finite")),
+    (changed(train__lr=1e-8), ("train.lr_end=1e-07", "train.lr=1e-08")),
+    (changed(train__schedule="linear"), ("train.schedule='linear'", "per_stage", "whole_run")),
+    (changed(plan__tau=[0, 2]), ("plan.tau", "greater than 0")),
+    (changed(plan__tau=[1.0]), ("plan.tau", "missing")),
+    (changed(plan__sft_ratio=[1.5, 0]), ("plan.sft_ratio", "less than or equal to 1")),
+    (
+        changed(train__engine="torch", student__dtype="bfloat16"),
+        ("train.engine=torch", "bfloat16", "train.engine=deepspeed"),
+    ),
+    (
+        changed(plan__subsets=5, data__train_samples=4),
+        ("plan.subsets=5", "data.train_samples=4", "fewer"),
+    ),
+    (changed(loss__name="kl"), ("loss", "'kl'", "fkl, rkl")),
+    (changed(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),
+    (changed(loss={"name": "fkl", "options": {"beta": 0.1}}), ("fkl", "'beta'", "no options")),
+    (changed(loss__name="sft"), ("loss.name=sft", "teacher")),
+    ({"name": "x", "student": {"model": "s"}}, ("loss.name=fkl", "teacher.model")),
+    (
+        {"name": "x", "student": {"model": "s", "heal_steps": 3}, "loss": {"name": "sft"}},
+        ("heal_steps=3", "set it to 0"),
+    ),
+    (
+        {
+            "name": "x",
+            "student": {"model": "s", "heal_steps": 3},
+            "teacher": {"model": "t"},
+            "train": {"warmup_steps": 3},
+        },
+        ("train.warmup_steps=3 never ends in the 3 steps", "heal longer"),
+    ),
+    (
+        changed(prompt__max_prompt_tokens=512),
+        ("max_prompt_tokens=512", "max_length=512", "smaller"),
+    ),
+    (changed(student__prune__drop_layers="ten"), ("student.prune.drop_layers='ten'", "10-19")),
+    (
+        changed(data__validation_fraction=0.6, data__test_fraction=0.5),
+        ("validation_fraction", "less than 1"),
+    ),
+    (changed(evaluate__temperature=0), ("temperature=0", "one seed")),
+    (changed(evaluate__seeds=[1, 1]), ("seed", "once")),
+    (changed(evaluate__seeds=[]), ("evaluate.seeds", "at least 1")),
+    (changed(name="a/b"), ("name='a/b'", "pattern")),
+    (
+        changed(policy={"name": "gkd", "lmbda": 1.5}),
+        ("policy.lmbda=1.5", "less than or equal to 1"),
+    ),
+    (
+        changed(policy={"name": "gkd", "lmbda": -0.1}),
+        ("policy.lmbda=-0.1", "greater than or equal to 0"),
+    ),
+    (changed(policy__name="gkd"), ("policy.name=gkd", "plan.sft_ratio=[0, 0]")),
+    (
+        changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="hidden"),
+        ("policy.name=gkd", "teacher.mode=live"),
+    ),
+    (
+        changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="topk"),
+        ("policy.name=gkd", "teacher.mode=topk"),
+    ),
+    (
+        changed(policy__name="gkd", plan__sft_ratio=[0, 0], compare__enabled=True),
+        ("compare.sft_ratio=0",),
+    ),
+    (
+        changed(policy__name="distillm", plan__sft_ratio=[0, 0], data__train_samples=99),
+        ("policy.buffer=1000", "=99", "smaller"),
+    ),
+    (
+        changed(policy__name="distillm", plan__sft_ratio=[0, 0], train__validate_samples=0),
+        ("train.validate_samples",),
+    ),
+    (
+        changed(policy__name="distillm", plan__sft_ratio=[0, 0]),
+        ("policy.name=distillm", "train.validate_every=null", "a number"),
+    ),
+    (changed(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
+    (
+        changed(policy__name="seqkd", loss__name="sft", teacher__mode="topk"),
+        ("policy.name=seqkd", "teacher.mode=topk"),
+    ),
+    (
+        {
+            "name": "x",
+            "student": {"model": "s"},
+            "policy": {"name": "gkd"},
+            "loss": {"name": "sft"},
+        },
+        ("gkd", "teacher.model"),
+    ),
+    (
+        changed(policy={"name": "mixture", "shares": {"student": 0.5}}),
+        ("policy.shares", "sum to 1"),
+    ),
+    (
+        changed(policy={"name": "mixture", "shares": {"data": 0, "student": 1}}),
+        ("policy.name=mixture", "plan.sft_ratio=[0, 0]"),
+    ),
+    (
+        changed(
+            policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}}, teacher__mode="topk"
+        ),
+        ("policy.shares.teacher=1", "teacher.mode=live"),
+    ),
+    (
+        changed(
+            policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
+            teacher__others=[{"model": "o"}],
+        ),
+        ("policy.shares.teacher=1", "teacher.others", "remove these"),
+    ),
+    (
+        changed(train={"validate_samples": 0, "checkpoint": {"keep_best": True}}),
+        ("keep_best", "set train.validate_samples"),
+    ),
+    (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
+    (changed(teacher__mode="cached"), ("teacher.mode='cached'", "hidden", "topk")),
+    (changed(loss__name="alm", teacher__mode="topk"), ("loss.name=alm", "teacher.mode=live")),
+    (changed(loss__fused=False, teacher__mode="hidden"), ("loss.fused=false", "teacher.mode=live")),
+    (
+        changed(loss__name="uld", teacher__others=[{"model": "o"}]),
+        ("teacher.others", "loss.name=uld"),
+    ),
+    (
+        changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]),
+        ("teacher.mode=hidden", "teacher.others"),
+    ),
+    (
+        changed(teacher__others=[{"model": "o", "weight": 0}]),
+        ("teacher.others.0.weight=0", "greater than"),
+    ),
+    (
+        changed(teacher__quantization="int4"),
+        ("teacher.quantization='int4'", "bnb_8bit", "bnb_4bit"),
+    ),
+    (
+        changed(teacher__quantization="bnb_4bit"),
+        ("quantization=bnb_4bit", "teacher_zero3", "set teacher.ds_config=null"),
+    ),
+    (
+        changed(
+            policy__name="seqkd",
+            loss__name="sft",
+            teacher={"model": "t", "ds_config": None, "quantization": "bnb_8bit"},
+        ),
+        ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit"),
+    ),
+    (changed(teach__k=0), ("teach.k=0", "greater than")),
+]
+
+
+@pytest.mark.parametrize(("tree", "words"), BAD, ids=[words[0] for _, words in BAD])
+def test_a_bad_recipe_is_explained(tree: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(tree)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_the_base_is_valid_and_frozen() -> None:
+    recipe = check_recipe(copy.deepcopy(BASE))
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def paths(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key of a tree, as a path."""
+    if not isinstance(tree, dict):
+        return []
+    return [
+        p for key, value in tree.items() for p in [(*prefix, key), *paths(value, (*prefix, key))]
+    ]
+
+
+FULL = yaml.safe_load(dump_recipe(load_recipe("quickstart")))
+garbage = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    path=st.sampled_from(paths(FULL)),
+    value=garbage,
+    how=st.sampled_from(["delete", "replace", "add"]),
+    key=st.text(max_size=8),
+)
+def test_no_recipe_does_more_than_fail_with_a_sentence(
+    path: tuple[str, ...], value: Any, how: str, key: str
+) -> None:
+    tree = copy.deepcopy(FULL)
+    node = tree
+    for part in path[:-1]:
+        node = node[part]
+    if how == "delete":
+        del node[path[-1]]
+    else:
+        node[path[-1] if how == "replace" else key] = value
+    try:
+        recipe = check_recipe(tree)
+    except RecipeError as error:
+        assert str(error).startswith("recipe")
+    else:
+        assert check_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_benchmarks_that_are_no_names() -> None:
+    with pytest.raises(RecipeError, match="recipe field evaluate.benchmarks"):
+        check_recipe({**BASE, "evaluate": {"benchmarks": [["dolly"]]}})
+
+
+def test_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    recipe = load_recipe(
+        str(file),
+        [
+            "train.batch_size=32",
+            "plan.tau=[1, 3]",
+            "student.prune.drop_layers=1-2",
+            "teacher.dtype=bfloat16",
+        ],
+    )
+    assert recipe.train.batch_size == 32
+    assert recipe.plan.tau == (1.0, 3.0)
+    assert recipe.student.prune is not None
+    assert recipe.student.prune.drop_layers == "1-2"
+    assert recipe.teacher is not None
+    assert (recipe.teacher.model, recipe.teacher.dtype) == ("t", "bfloat16")
+    assert (
+        load_recipe(str(file), ["train.batch_size=32", "train.batch_size=64"]).train.batch_size
+        == 64
+    )
+
+
+def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("name: x\nteacher: &one {model: t}\nstudent: *one\n")
+    recipe = load_recipe(str(file), ["student.model=s"])
+    assert recipe.teacher is not None and (recipe.teacher.model, recipe.student.model) == ("t", "s")
+
+
+@pytest.mark.parametrize("mode", ["live", "hidden", "topk", "auto"])
+def test_a_quantised_teacher_says_other_things(mode: str) -> None:
+    prints = [
+        fingerprints(
+            check_recipe(
+                changed(teacher__ds_config=None, teacher__mode=mode, teacher__quantization=how)
+            )
+        )
+        for how in ("none", "bnb_8bit", "bnb_4bit")
+    ]
+    assert all(len({found[stage] for found in prints}) == 3 for stage in ("teach", "train"))
+    assert len({found["data"] for found in prints}) == 1
+
+
+def test_adapters_as_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    recipe = load_recipe(str(file), ["student.lora.targets=q_proj, v_proj", "student.lora.alpha=8"])
+    assert recipe.student.lora is not None
+    assert (recipe.student.lora.rank, recipe.student.lora.alpha, recipe.student.lora.targets) == (
+        16,
+        8,
+        ("q_proj", "v_proj"),
+    )
+    plain, adapted = load_recipe(str(file)), load_recipe(str(file), ["student.lora={}"])
+    assert (
+        plain.student.lora is None
+        and adapted.student.lora is not None
+        and adapted.student.lora.targets == ("all-linear",)
+    )
+    assert len({fingerprints(one)["train"] for one in (plain, adapted, recipe)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size", ("section.field=value",)),
+        ("=3", ("section.field=value",)),
+        ("train..lr=3", ("section.field=value",)),
+        ("train.lr=[", ("valid YAML", "quote")),
+        ("name.first=x", ("name", "not a section")),
+        ("train.lrr=1", ("train.lrr", "did you mean lr")),
+    ],
+)
+def test_bad_overrides(override: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file), [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1\nb: 2\n", ("line", "valid YAML")),
+        (b"", ("no sections",)),
+        (b"- 1\n", ("no sections",)),
+        (b"\xff\xfe\x00", ("r.yaml",)),
+    ],
+)
+def test_bad_files(content: bytes, words: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(file))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_shipped_ones() -> None:
+    with pytest.raises(RecipeError, match="quickstart"):
+        load_recipe("quikstart")
+
+
+def test_operational_fields_do_not_last() -> None:
+    one = TrainConfig(batch_size=8, micro_batch_size=2)
+    other = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every": 7})  # type: ignore[arg-type]
+    assert lasting(one) == lasting(other)
+    assert lasting(one) != lasting(TrainConfig(batch_size=8, micro_batch_size=2, lr=1.0))
+    recipe = Recipe.model_validate(BASE)
+    assert "hardware" not in lasting(recipe)
+    assert lasting(recipe)["launch"] == {}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_written_and_read_again_has_the_same_fingerprints(
+    path: Path, tmp_path: Path
+) -> None:
+    """A default of 60 that comes back as 60.0 would make a finished run another recipe's."""
+    recipe = load_recipe(str(path))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    assert fingerprints(load_recipe(str(tmp_path / "recipe.yaml"))) == fingerprints(recipe)

@@ -1,0 +1,96 @@
+"""Every recipe that is shipped is valid, complete and says what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pocl_ds.config.ds_config import resolve_student, resolve_teacher
+from pocl_ds.config.recipe_file import dump_recipe, load_recipe
+from pocl_ds.config.registry import ACROSS_TOKENIZERS, LOSSES
+from pocl_ds.resources import RECIPES
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+WANTED = {
+    "quickstart",
+    "gpt2-1.5b-to-0.1b",
+    "opt-2.7b-to-350m",
+    "opt-6.7b-to-1.3b",
+    "llama3.1-8b-to-3.2-1b",
+    "qwen2.5-7b-to-0.5b",
+    "tinyllama-1gpu",
+    "teacher-sft",
+}
+MEASURED = {"quickstart", "smollm2-teacher", "smollm2-study"}
+
+
+def test_the_recipes_that_were_promised_are_there() -> None:
+    assert set(NAMES) >= WANTED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.hardware
+    assert "GPU" in recipe.hardware
+    if name not in MEASURED:
+        assert "not measured" in recipe.hardware
+
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(str(resolved)) == recipe
+
+    ranks, train = recipe.launch.ranks, recipe.train
+    student = resolve_student(
+        recipe.student.ds_config, train=train, dtype=recipe.student.dtype, ranks=ranks
+    )
+    assert student["train_batch_size"] == train.micro_batch_size * ranks
+    if recipe.teacher:
+        config = recipe.teacher
+        teacher = resolve_teacher(
+            config.ds_config,
+            dtype=config.dtype,
+            ranks=ranks,
+            micro_batch_size=train.micro_batch_size,
+        )
+        assert (teacher is None) == (ranks == 1)
+        assert teacher is None or teacher["zero_optimization"]["stage"] == 3
+
+
+def test_the_papers_recipe_has_the_papers_numbers() -> None:
+    recipe = load_recipe("gpt2-1.5b-to-0.1b")
+    assert (recipe.plan.subsets, recipe.plan.epochs_per_stage, recipe.plan.scheduler) == (
+        4,
+        8,
+        "baby_step",
+    )
+    assert (recipe.plan.tau, recipe.plan.sft_ratio) == ((1.0, 2.0), (0.3, 0.0))
+    assert (recipe.rank.strategy, recipe.rank.k) == ("fusion", 60)
+    train = recipe.train
+    assert (train.batch_size, train.lr, train.lr_end, train.weight_decay, train.clip) == (
+        64,
+        1e-4,
+        1e-7,
+        0.01,
+        1.0,
+    )
+    assert (train.schedule, train.warmup_steps) == ("per_stage", 0)
+    assert (recipe.prompt.template, recipe.prompt.max_prompt_tokens, recipe.prompt.max_length) == (
+        "alpaca",
+        256,
+        512,
+    )
+    assert recipe.evaluate.seeds == (10, 20, 30, 40, 50)
+
+
+def test_every_loss_of_the_table_has_a_function() -> None:
+    divergences = pytest.importorskip("pocl_ds.losses.divergences")
+    import torch
+
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    for name in set(LOSSES) - {"sft", *ACROSS_TOKENIZERS}:
+        value = divergences.divergence(name, logits, logits.clone(), **LOSSES[name])
+        assert value.shape == (2,)
+        assert value.abs().max() < 1e-6

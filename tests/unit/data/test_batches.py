@@ -1,0 +1,156 @@
+"""Where the loss is: hidden state t predicts token t + 1, and only responses and their EOS count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pocl_ds.config import PromptConfig
+from pocl_ds.data.batches import collate
+from pocl_ds.data.records import Sample
+from pocl_ds.data.tokenized import EncodedSplit, Encoder, encode_split
+
+
+def write(folder: Path, samples: list[tuple[list[int], int]]) -> EncodedSplit:
+    """A split with these ids and prompt lengths."""
+    starts = np.cumsum([0, *(len(ids) for ids, _ in samples)])[:-1]
+    index = [
+        (start, prompt, len(ids)) for start, (ids, prompt) in zip(starts, samples, strict=True)
+    ]
+    np.save(folder / "train.index.npy", np.array(index, np.int64))
+    np.save(
+        folder / "train.ids.npy", np.array([f"s{n}".encode() for n in range(len(samples))], "S8")
+    )
+    np.concatenate([np.array(ids, np.uint32) for ids, _ in samples]).tofile(
+        folder / "train.tokens.bin"
+    )
+    return EncodedSplit.open(folder, "train")
+
+
+def test_three_tokens(tmp_path: Path) -> None:
+    """Prompt 5, response 7, EOS 0, padded with EOS to four: state 0 predicts 7, state 1 predicts
+    EOS, nothing else counts.
+    """
+    split = write(tmp_path, [([5, 7, 0], 1), ([5, 6, 7, 0], 2)])
+    batch = collate(split, [0, 1], pad_id=0)
+    assert batch.input_ids.tolist() == [[5, 7, 0, 0], [5, 6, 7, 0]]
+    assert batch.attention_mask.tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+    ]  # the true EOS is in, the padding is not
+    assert batch.positions.tolist() == [0, 1, 4 + 1, 4 + 2]
+    assert batch.labels.tolist() == [7, 0, 7, 0]
+    assert batch.sample_of_token.tolist() == [0, 0, 1, 1]
+    assert batch.rows == (0, 1)
+
+
+SAMPLES = st.lists(
+    st.lists(st.integers(0, 9), min_size=2, max_size=12).flatmap(
+        lambda ids: st.tuples(st.just(ids), st.integers(1, len(ids) - 1))
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(SAMPLES, st.integers(0, 9), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
+def test_collate_equals_the_slow_definition(
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[tuple[list[int], int]],
+    pad_id: int,
+    random: object,
+) -> None:
+    split = write(tmp_path_factory.mktemp("batch"), samples)
+    rows = list(range(len(samples)))
+    random.shuffle(rows)  # type: ignore[attr-defined]
+    batch = collate(split, np.array(rows), pad_id)
+    width = max(len(ids) for ids, _ in samples)
+    positions, labels, owners = [], [], []
+    for place, row in enumerate(rows):
+        ids, prompt = samples[row]
+        assert batch.input_ids[place].tolist() == ids + [pad_id] * (width - len(ids))
+        assert batch.attention_mask[place].tolist() == [1] * len(ids) + [0] * (width - len(ids))
+        for token in range(prompt, len(ids)):
+            positions.append(place * width + token - 1)
+            labels.append(ids[token])
+            owners.append(place)
+    assert (batch.positions.tolist(), batch.labels.tolist(), batch.sample_of_token.tolist()) == (
+        positions,
+        labels,
+        owners,
+    )
+    tensors = (
+        batch.input_ids,
+        batch.attention_mask,
+        batch.positions,
+        batch.labels,
+        batch.sample_of_token,
+    )
+    assert all(tensor.dtype == torch.int64 for tensor in tensors)
+    assert batch.rows == tuple(rows)
+
+
+@given(SAMPLES, st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_packed_holds_the_same_tokens_without_padding(
+    tmp_path_factory: pytest.TempPathFactory, samples: list[tuple[list[int], int]], random: object
+) -> None:
+    split = write(tmp_path_factory.mktemp("packed"), samples)
+    rows = list(range(len(samples)))
+    random.shuffle(rows)  # type: ignore[attr-defined]
+    packed, padded = collate(split, rows, 0, packed=True), collate(split, rows, 0)
+    assert packed.attention_mask is None and packed.position_ids is not None
+    assert packed.input_ids[0].tolist() == [token for row in rows for token in samples[row][0]]
+    assert packed.lengths == tuple(len(samples[row][0]) for row in rows) and padded.lengths is None
+    assert packed.position_ids[0].tolist() == [
+        place for row in rows for place in range(len(samples[row][0]))
+    ]
+    assert torch.equal(packed.labels, padded.labels) and torch.equal(
+        packed.sample_of_token, padded.sample_of_token
+    )
+    for position, label in zip(packed.positions.tolist(), packed.labels.tolist(), strict=True):
+        assert packed.input_ids[0, position + 1] == label
+        assert (
+            packed.position_ids[0, position + 1] == packed.position_ids[0, position] + 1
+        )  # of the same sample
+
+
+def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    samples = [Sample(f"s{n}", "Say it.", "", ("word " * n,)) for n in range(1, 6)]
+    encode_split(
+        iter(samples), Encoder(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
+    )
+    split = EncodedSplit.open(tmp_path, "train")
+    one, other = (
+        collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    )
+    for name in ("attention_mask", "positions", "labels", "sample_of_token"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    assert (
+        one.labels == tokenizer.eos_token_id
+    ).sum() == 5  # each sample's own EOS is learned, once
+    assert len(one.labels) == int((split.total_tokens - split.prompt_tokens).sum())
+
+
+def test_no_rows_give_a_batch_without_loss(tmp_path: Path) -> None:
+    for packed in (False, True):
+        batch = collate(write(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
+        assert batch.input_ids.tolist() == [[7]] and batch.rows == ()
+        assert len(batch.positions) == len(batch.labels) == len(batch.sample_of_token) == 0
+        assert batch.lengths == ((1,) if packed else None)
+        assert batch.attention_mask is None if packed else batch.attention_mask.tolist() == [[1]]
+
+
+def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:
+    moved = collate(write(tmp_path, [([1, 2, 3], 1)]), [0], 0).to(torch.device("meta"))
+    names = ("input_ids", "attention_mask", "positions", "labels", "sample_of_token")
+    assert {getattr(moved, name).device.type for name in names} == {"meta"}
+    assert moved.rows == (0,)

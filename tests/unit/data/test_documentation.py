@@ -1,0 +1,177 @@
+"""The default corpus is clean, repeatable, and made without importing anything."""
+
+from __future__ import annotations
+
+import collections
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pocl_ds.config import DocumentationConfig
+from pocl_ds.data.documentation import first_paragraph, harvest
+from pocl_ds.data.records import Sample
+from pocl_ds.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def stdlib() -> list[Sample]:
+    return list(harvest(DocumentationConfig(packages=("stdlib",))))
+
+
+@pytest.mark.parametrize(
+    ("docstring", "paragraph"),
+    [
+        ("Return the sum.\n\nMore.", "Return the sum."),
+        ("Give\n    the   sum", "Give the sum."),
+        ("dedent(text) -> str\n\nRemove whitespace.", "Remove whitespace."),
+        ("range(stop)\nrange(start, stop[, step])\nReturn an object.", "Return an object."),
+        (
+            "Calls :func:`~torch.add` and :class:`a.B <x>` with ``y``.",
+            "Calls torch.add and a.B with `y`.",
+        ),
+        ("See `the page <https://x.org/y>`_ and `Mock`_ first.", "See the page and Mock first."),
+        (
+            "Copies *old_node* with **great care** and *args, **kwargs.",
+            "Copies old_node with great care and *args, **kwargs.",
+        ),
+        ("2 * 3 * 4 and `a*b` stay", "2 * 3 * 4 and `a*b` stay."),
+        ("Make a variable :param curr: the counter :return: it", "Make a variable."),
+        ("Add a writer callback..", "Add a writer callback."),
+        ("An example::\n\n    x = 1", "An example."),
+        (">>> f(1)\n2\n\nReturn it.", "Return it."),
+        ("Parameters\n----------\nx : int\n    The x.", ""),
+        ("Args:\n    x: the x", ""),
+        ("=====\nTitle\n=====\n\nReturn the text.", "Return the text."),
+        (".. deprecated:: 1.0\n\n:param x: the x", ""),
+        ("", ""),
+    ],
+)
+def test_first_paragraph(docstring: str, paragraph: str) -> None:
+    assert first_paragraph(docstring) == paragraph
+
+
+def test_a_known_function_is_there(stdlib: list[Sample]) -> None:
+    (sample,) = [sample for sample in stdlib if "`textwrap.dedent`" in sample.instruction]
+    assert sample.references == ("Remove any common leading whitespace from every line in `text`.",)
+    assert sample.input == "" and sample.history == ()
+
+
+def test_the_harvest_is_large_clean_and_without_repetition(stdlib: list[Sample]) -> None:
+    answers = [sample.references[0] for sample in stdlib]
+    assert len(stdlib) > 3000
+    assert (
+        len({sample.id for sample in stdlib})
+        == len(set(answers))
+        == len({s.instruction for s in stdlib})
+        == len(stdlib)
+    )
+    for answer in answers:
+        assert 4 <= len(answer.split()) <= 60 and answer.isascii() and "\n" not in answer
+        assert ">>>" not in answer and ":func:" not in answer and ":param" not in answer
+    assert 8 < sum(len(answer.split()) for answer in answers) / len(answers) < 20
+    names = [sample.instruction.split("`")[1] for sample in stdlib]
+    assert not [
+        name
+        for name in names
+        if any(part.startswith("_") or part in ("tests", "idlelib") for part in name.split("."))
+    ]
+
+
+def test_questions_have_several_forms(stdlib: list[Sample]) -> None:
+    forms = collections.Counter(
+        sample.instruction.replace(sample.instruction.split("`")[1], "")
+        for sample in stdlib
+        if "`" in sample.instruction
+    )
+    assert len(forms) >= 12
+    assert max(forms.values()) < len(stdlib) / 3
+
+
+def test_a_second_harvest_is_equal() -> None:
+    config = DocumentationConfig(packages=("email", "logging", "asyncio"))
+    assert list(harvest(config)) == list(harvest(config))
+
+
+def test_limits_on_words_hold() -> None:
+    samples = list(
+        harvest(DocumentationConfig(packages=("email", "asyncio"), min_words=10, max_words=12))
+    )
+    assert {len(sample.references[0].split()) for sample in samples} == {10, 11, 12}
+
+
+def test_a_package_is_read_without_being_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "harvested_package"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        '"""A package made for this one test."""\nraise RuntimeError("was run")\n'
+    )
+    (package / "open.py").write_text(
+        'def shown():\n    """Show what a caller may see."""\n\n'
+        'def again():\n    """Show what a caller may see."""\n\n'
+        'def _hidden():\n    """Hide what no caller may see."""\n\n'
+        'def old():\n    """Deprecated since the version before last."""\n\n'
+        'class Thing:\n    """A thing that holds other things."""\n\n'
+        '    def use(self):\n        """Use the thing for its purpose."""\n'
+    )
+    (package / "_private.py").write_text('"""A module that nobody sees from outside."""\n')
+    (package / "tests" / "test_it.py").write_text(
+        '"""A test module that is not documentation."""\n'
+    )
+    (package / "broken.py").write_text("def (:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    samples = list(harvest(DocumentationConfig(packages=("harvested_package",))))
+    assert [(sample.instruction.split("`")[1], sample.references[0]) for sample in samples] == [
+        ("harvested_package", "A package made for this one test."),
+        ("harvested_package.open.shown", "Show what a caller may see."),
+        ("harvested_package.open.Thing", "A thing that holds other things."),
+        ("harvested_package.open.Thing.use", "Use the thing for its purpose."),
+    ]
+    assert "harvested_package" not in sys.modules
+
+
+def test_a_package_that_is_not_installed_is_named() -> None:
+    with pytest.raises(DataError, match="no_such_package.*not installed"):
+        list(harvest(DocumentationConfig(packages=("no_such_package",))))
+
+
+@pytest.mark.parametrize("name", ["email.mime", "sys", "_collections_abc", "test"])
+def test_what_has_no_source_to_read_is_an_error(name: str) -> None:
+    """A part of a package, what is compiled, what is private: they would be left out without a
+    word.
+    """
+    with pytest.raises(
+        DataError,
+        match=rf"packages names '{name}', which has no public Python sources of its own: name a "
+        rf"whole",
+    ):
+        list(harvest(DocumentationConfig(packages=("email", name))))
+
+
+def test_all_three_packages_take_no_import_and_little_time() -> None:
+    """In a process of its own, where an import of torch by the harvest would show."""
+    script = (
+        "import sys\nfrom pocl_ds.config import DocumentationConfig\nfrom "
+        "pocl_ds.data.documentation import harvest\n"
+        "samples = list(harvest(DocumentationConfig()))\n"
+        "assert 'numpy' not in sys.modules and 'torch' not in sys.modules\nprint(len(samples))"
+    )
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        cwd=Path(__file__).parents[3],
+    )
+    assert int(done.stdout) > 7000
+    after = os.times()  # processor time of the child, which a busy machine does not lengthen much
+    assert (
+        after.children_user + after.children_system - before.children_user - before.children_system
+        < 20
+    )

@@ -1,0 +1,200 @@
+"""Tokens of two tokenizers that stand for the same text, found by bytes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pocl_ds.config import PromptConfig
+from pocl_ds.data.batches import collate
+from pocl_ds.data.generated import Written
+from pocl_ds.data.records import Sample
+from pocl_ds.data.retokenize import Translator
+from pocl_ds.data.token_alignment import common_spans, token_bytes
+from pocl_ds.data.tokenized import EncodedSplit, Encoder, encode_split
+from pocl_ds.errors import ModelError
+
+BYTE_LEVEL, SENTENCE_PIECE = (
+    tiny_models.make_tokenizer(chat=True),
+    tiny_models.make_sentencepiece_tokenizer(),
+)
+TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_the_bytes_of_tokens_are_the_text(text: str) -> None:
+    for tokenizer, space in ((BYTE_LEVEL, ""), (SENTENCE_PIECE, " ")):
+        pieces = token_bytes_of(tokenizer)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert b"".join(pieces[token] for token in ids).decode() == (space + text if text else "")
+
+
+KNOWN: dict[int, list[bytes]] = {}
+
+
+def token_bytes_of(tokenizer: Any) -> list[bytes]:
+    return KNOWN.setdefault(id(tokenizer), token_bytes(tokenizer))
+
+
+def cut(text: bytes, places: list[int]) -> list[bytes]:
+    edges = [0, *sorted({place % max(len(text), 1) for place in places}), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(edges) if b > a]
+
+
+@given(st.binary(max_size=20), st.lists(st.integers(0, 99)), st.lists(st.integers(0, 99)))
+def test_spans_hold_the_same_text_on_both_sides_and_cannot_be_smaller(
+    text: bytes, first: list[int], second: list[int]
+) -> None:
+    ours, theirs = cut(text, first), cut(text, second)
+    left, right = common_spans(ours, theirs)
+    assert set(left) == set(right) == set(range(len(set(left))))
+    for span in set(left):
+        mine, yours = (
+            [piece for piece, at in zip(side, index, strict=True) if at == span]
+            for side, index in ((ours, left), (theirs, right))
+        )
+        assert b"".join(mine) == b"".join(yours)
+        ends = [np.cumsum([len(piece) for piece in part])[:-1] for part in (mine, yours)]
+        assert not np.intersect1d(*ends).size
+
+
+def test_what_differs_is_in_no_span() -> None:
+    assert [side.tolist() for side in common_spans([b"ab", b"c", b"d"], [b" a", b"bc", b"x"])] == [
+        [0, 0, -1],
+        [0, 0, -1],
+    ]
+    assert [side.tolist() for side in common_spans([b"ab", b"cd"], [b"ab", b"c"])] == [
+        [0, -1],
+        [0, -1],
+    ]
+    assert [side.tolist() for side in common_spans([], [b"x"])] == [[], [-1]]
+
+
+def test_a_tokenizer_of_another_kind_is_refused() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece()
+    with pytest.raises(
+        ModelError, match="neither byte-level BPE nor SentencePiece.*policy.name=seqkd"
+    ):
+        token_bytes(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"))
+
+
+SAMPLES = [
+    Sample(f"s{i}", f"Explain {i}.", "", (text,))
+    for i, text in enumerate(["the quick brown fox", "Sum of 你好 and é!", "x", "steps " * 30])
+]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> EncodedSplit:
+    encode_split(iter(SAMPLES), Encoder(BYTE_LEVEL, PROMPT), tmp_path, "train")
+    (tmp_path / "teacher").mkdir()
+    encode_split(
+        iter(SAMPLES), Encoder(SENTENCE_PIECE, PROMPT), tmp_path / "teacher", "train", texts=False
+    )
+    assert not (tmp_path / "teacher" / "train.jsonl").exists()
+    return EncodedSplit.open(tmp_path, "train")
+
+
+PROMPT = PromptConfig(template="chat", max_prompt_tokens=64, max_length=128)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_translated_batch_is_the_teachers_own_encoding(
+    split: EncodedSplit, tmp_path: Path, packed: bool
+) -> None:
+    theirs = EncodedSplit.open(tmp_path / "teacher", "train")
+    translator = Translator(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, longest=None, packed=packed
+    )
+    rows = [2, 0, 1]
+    batch = translator(split, collate(split, rows, 1, packed=packed))
+    assert batch.translated is not None
+    read, expected = batch.translated.batch, collate(theirs, rows, 0, packed=packed)
+    assert (
+        read.input_ids.tolist() == expected.input_ids.tolist()
+        and read.labels.tolist() == expected.labels.tolist()
+    )
+    ours, teachers = batch.translated.ours, batch.translated.theirs
+    assert len(ours) == len(batch.labels) and len(teachers) == len(read.labels)
+    assert set(ours.tolist()) == set(teachers.tolist()) == set(range(batch.translated.spans))
+    left, right = token_bytes_of(BYTE_LEVEL), token_bytes_of(SENTENCE_PIECE)
+    for span in range(batch.translated.spans):
+        mine, yours = batch.labels[ours == span].tolist(), read.labels[teachers == span].tolist()
+        texts = b"".join(left[token] for token in mine), b"".join(right[token] for token in yours)
+        ends = (mine, yours) == ([BYTE_LEVEL.eos_token_id], [SENTENCE_PIECE.eos_token_id])
+        assert ends or texts[0].strip() == texts[1].strip()
+    assert batch.translated.to(batch.labels.device).spans == batch.translated.spans
+
+
+def test_what_a_teacher_cannot_read_is_in_no_span(split: EncodedSplit, tmp_path: Path) -> None:
+    theirs = EncodedSplit.open(tmp_path / "teacher", "train")
+    longest = int(theirs.prompt_tokens[3]) + 10
+    translator = Translator(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, longest=longest, packed=False
+    )
+    batch = translator(split, collate(split, [3], 1))
+    assert batch.translated is not None
+    ours, teachers = batch.translated.ours, batch.translated.theirs
+    assert len(teachers) == 10 and set(ours[ours >= 0].tolist()) == set(
+        teachers[teachers >= 0].tolist()
+    )
+    assert (ours == -1).any()
+
+
+def test_what_the_student_wrote_is_translated_and_a_batch_without_rows_is_empty(
+    split: EncodedSplit, tmp_path: Path
+) -> None:
+    theirs = EncodedSplit.open(tmp_path / "teacher", "train")
+    translator = Translator(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, longest=None, packed=False
+    )
+    half = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][
+        :-1
+    ]  # ends inside of a character
+    written = Written.of(
+        split, np.array([1]), [half], eos_id=0, longest=99, allowed=np.ones(400, bool)
+    )
+    batch = translator(written, collate(written, [0], 1))
+    assert batch.translated is not None
+    size = int(theirs.prompt_tokens[1])
+    assert batch.translated.batch.input_ids[0, :size].tolist() == theirs.tokens(1)[:size].tolist()
+    assert batch.translated.ours.tolist() == [0, -1, -1] and batch.translated.theirs[0] == 0
+    empty = translator(split, collate(split, [], 1))
+    assert (
+        empty.translated is not None
+        and not len(empty.translated.batch.labels)
+        and empty.translated.spans == 0
+    )
+
+
+def test_an_empty_prompt_has_no_span_over_its_first_token(split: EncodedSplit) -> None:
+    ids = BYTE_LEVEL("the quick", add_special_tokens=False)["input_ids"]
+    texts = [np.array([*ids, 0], np.uint32)]
+    bare = Written(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
+    prompts: Any = {
+        "train": SimpleNamespace(tokens=lambda row: np.empty(0, np.uint32), prompt_tokens=[0])
+    }
+    batch = Translator(BYTE_LEVEL, SENTENCE_PIECE, prompts, longest=None, packed=False)(
+        bare, collate(bare, [0], 1)
+    )
+    assert batch.translated is not None
+    ours, teachers = batch.translated.ours, batch.translated.theirs
+    assert len(ours) == len(batch.labels) == len(ids) and len(teachers) == len(
+        batch.translated.batch.labels
+    )
+    assert 0 not in ours.tolist() and set(ours[ours >= 0].tolist()) == set(
+        teachers[teachers >= 0].tolist()
+    )

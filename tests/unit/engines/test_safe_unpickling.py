@@ -1,0 +1,104 @@
+"""What a library unpickles: data comes through, code does not run."""
+
+from __future__ import annotations
+
+import collections
+import os
+from concurrent.futures import ProcessPoolExecutor
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pocl_ds.engines.safe_unpickling import FORCE, data_only, pickle_by_value
+from pocl_ds.errors import ArtifactError
+
+
+class Known:
+    """A class of the library's own."""
+
+
+class Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def careless(path: Path) -> Any:
+    """As DeepSpeed loads."""
+    return torch.load(path, weights_only=False)
+
+
+class Stage(Enum):
+    """Members as Python 3.11.2 pickles them."""
+
+    WEIGHTS = 3
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return getattr, (Stage, self.name)
+
+
+def test_a_member_of_an_enumeration_comes_through_whatever_python_wrote_it(tmp_path: Path) -> None:
+    torch.save(Stage.WEIGHTS, tmp_path / "file")
+    with pytest.raises(ArtifactError, match="getattr"), data_only(tmp_path, Stage):
+        careless(tmp_path / "file")
+    pickle_by_value(Stage)
+    torch.save(Stage.WEIGHTS, tmp_path / "file")
+    with data_only(tmp_path, Stage):
+        assert careless(tmp_path / "file") is Stage.WEIGHTS
+
+
+def test_data_comes_through(tmp_path: Path) -> None:
+    torch.save(
+        {"x": torch.ones(2), "n": 3, "known": Known(), "order": collections.OrderedDict(a=1)},
+        tmp_path / "file",
+    )
+    with data_only(tmp_path, Known):
+        found = careless(tmp_path / "file")
+    assert (
+        found["n"] == 3
+        and isinstance(found["known"], Known)
+        and torch.equal(found["x"], torch.ones(2))
+    )
+    assert FORCE not in os.environ
+    with (
+        pytest.raises(ArtifactError, match=r"holds more than data \([\w.]+\.Known\), and nothing"),
+        data_only(tmp_path),
+    ):
+        careless(tmp_path / "file")
+
+
+def test_a_damaged_pickle_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"no pickle at all")
+    with (
+        pytest.raises(
+            ArtifactError, match=r"holds more than data \(a damaged pickle\), and nothing"
+        ),
+        data_only(tmp_path),
+    ):
+        careless(tmp_path / "file")
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in a process of a pool"])
+def test_code_does_not_run(tmp_path: Path, elsewhere: bool) -> None:
+    torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "file")
+    with pytest.raises(ArtifactError, match="holds more than data"), data_only(tmp_path):
+        if elsewhere:
+            with ProcessPoolExecutor(1) as pool:
+                pool.submit(careless, tmp_path / "file").result()
+        else:
+            careless(tmp_path / "file")
+    assert not (tmp_path / "sprung").exists() and FORCE not in os.environ
+    careless(tmp_path / "file")
+    assert (tmp_path / "sprung").exists(), "the trap itself works"
+
+
+def test_another_fault_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCE, "0")
+    with pytest.raises(FileNotFoundError), data_only(tmp_path):
+        careless(tmp_path / "missing")
+    assert os.environ[FORCE] == "0"

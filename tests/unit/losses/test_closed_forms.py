@@ -1,0 +1,111 @@
+"""Closed forms against the divergences they stand for: values, and gradients by autograd in
+float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pocl_ds.config.registry import LOSSES
+from pocl_ds.losses.closed_forms import CLOSED
+from pocl_ds.losses.divergences import FUNCTIONS, MASKED
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, LOSSES[name]) for name in CLOSED),
+    *(("jsd", {"beta": beta}) for beta in (0.0, 0.1, 0.9, 1.0)),
+    *(("skl", {"skew": skew}) for skew in (0.0, 0.6, 1.0)),
+    *(
+        ("srkl", {"skew": skew, "detach_mixture": detach})
+        for skew in (0.0, 0.6, 1.0)
+        for detach in (False, True)
+    ),
+]
+
+
+def logits(spread: float, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    source = torch.Generator().manual_seed(7)
+    first, second = (
+        torch.randn(9, 31, generator=source, dtype=torch.float64) * spread for _ in range(2)
+    )
+    second[0] = first[0]  # p = q
+    return first.to(kind), second.to(kind)
+
+
+def spare(like: Tensor) -> Any:
+    """The three buffers that a caller has; they hold rubbish, as the caller's do."""
+    kept = {number: torch.full_like(like, torch.nan) for number in range(3)}
+    return lambda number: kept[number]
+
+
+class NothingLarge(TorchDispatchMode):
+    """Inside, every tensor of at least `size` numbers must lie in known memory."""
+
+    def __init__(self, size: int, known: set[int]) -> None:
+        super().__init__()
+        self.size, self.known = size, known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.numel() >= self.size:
+            assert found.untyped_storage().data_ptr() in self.known, (
+                f"{func} makes a tensor of the logits' size"
+            )
+        return found
+
+
+def by_autograd(
+    name: str, options: dict[str, Any], teacher: Tensor, student: Tensor, masked: Tensor
+) -> tuple[Tensor, Tensor]:
+    leaf = student.double().clone().requires_grad_()
+    sides = [
+        side.masked_fill(masked, -torch.inf).log_softmax(-1) for side in (teacher.double(), leaf)
+    ]
+    log_p, log_q = (side.masked_fill(masked, MASKED) for side in sides)
+    value = FUNCTIONS[name](log_p, log_q, **options)
+    constant = not value.requires_grad  # skl with skew = 1 does not ask the student
+    return value.detach(), torch.zeros_like(leaf) if constant else torch.autograd.grad(
+        value.sum(), leaf
+    )[0]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize("spread", [0.3, 3.0, 40.0])
+@pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_value_and_gradient(
+    name: str, options: dict[str, Any], spread: float, kind: torch.dtype, tolerance: float
+) -> None:
+    teacher, student = logits(spread, kind)
+    masked = torch.zeros(31, dtype=torch.bool)
+    masked[[4, 30]] = True
+    wanted, slope = by_autograd(name, options, teacher, student, masked)
+    kept = (side.masked_fill(masked, -torch.inf).log_softmax(-1) for side in (teacher, student))
+    log_p, log_q = (side.masked_fill(masked, MASKED) for side in kept)
+    value = CLOSED[name](log_p, log_q, spare(log_p), **options)
+    size = max(1.0, spread)
+    assert torch.allclose(value.double(), wanted, rtol=tolerance, atol=tolerance * size)
+    assert torch.allclose(log_q.double(), slope, rtol=tolerance, atol=tolerance * size)
+    assert (log_q[:, masked] == 0).all()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_huge_logits_stay_finite(name: str, options: dict[str, Any]) -> None:
+    teacher, student = (
+        torch.randn(4, 5000, generator=torch.Generator().manual_seed(s)).mul(1e4) for s in (1, 2)
+    )
+    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    value = CLOSED[name](log_p, log_q, spare(log_p), **options)
+    assert value.isfinite().all() and log_q.isfinite().all() and (value >= -1e-5).all()
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_no_memory_is_asked_for_but_the_buffers(name: str, options: dict[str, Any]) -> None:
+    log_p, log_q = (side.log_softmax(-1) for side in logits(3.0, torch.float32))
+    buffers = spare(log_p)
+    known = {one.untyped_storage().data_ptr() for one in (log_p, log_q, *map(buffers, range(3)))}
+    with NothingLarge(log_p.numel(), known):
+        CLOSED[name](log_p, log_q, buffers, **options)

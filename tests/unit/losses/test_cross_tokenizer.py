@@ -1,0 +1,183 @@
+"""Losses across tokenizers against a direct computation: a loop over spans, all logits at once,
+autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocl_ds.data.batches import Batch, Translated
+from pocl_ds.losses import fused_head
+from pocl_ds.losses.cross_tokenizer import OtherTokens, alm, pairs, uld
+from pocl_ds.losses.fused_head import ChunkSizes, LossHead, loss_sums
+from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.models.heads import Head
+from pocl_ds.models.vocab import Ids
+
+# Two samples: the student's tokens, the teacher's, and which of them are one text. The second is
+# cut short for the student.
+OURS = torch.tensor([0, 0, 1, 2, 2, 3, 4, -1])
+THEIRS = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, -1, -1])
+SAMPLES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
+
+
+def part(sample: Tensor, labels: Tensor, translated: Translated | None = None) -> Batch:
+    empty = torch.zeros(1, 1, dtype=torch.int64)
+    return Batch(empty, None, None, None, labels, labels, sample, (0, 1), "train", translated)
+
+
+class Case:
+    """Heads of different sizes and widths, hidden states, and labels, all float64."""
+
+    def __init__(self, *, masked: bool = True) -> None:
+        generator = torch.Generator().manual_seed(7)
+        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        self.student = Head(nn.Parameter(draw(20, 6)), nn.Parameter(draw(20)), 0.7, 9.0)
+        self.teacher = Head(nn.Parameter(draw(31, 5)), None, 1.0, None)
+        self.hidden, self.teacher_hidden = draw(8, 6).requires_grad_(), draw(10, 5)
+        self.labels = torch.randint(0, 18, (8,), generator=generator)
+        teacher_labels = torch.randint(0, 30, (10,), generator=generator)
+        self.ids = Ids(20, torch.arange(20) >= 18) if masked else Ids(20)
+        self.teacher_ids = Ids(31, torch.arange(31) >= 30) if masked else Ids(31)
+        self.translated = Translated(part(SAMPLES[1], teacher_labels), OURS, THEIRS, 5)
+        self.batch = part(SAMPLES[0], self.labels, self.translated)
+        self.leaves = [self.hidden, self.student.weight, self.student.bias]
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        cap, bias = self.student.soft_cap, self.student.bias
+        assert cap is not None and bias is not None
+        ours = cap * torch.tanh(
+            (self.hidden @ self.student.weight.T + bias) * self.student.scale / cap
+        )
+        theirs = self.teacher_hidden @ self.teacher.weight.T
+        masks = self.ids.masked, self.teacher_ids.masked
+        if masks[0] is not None and masks[1] is not None:
+            ours, theirs = (
+                ours.masked_fill(masks[0], -math.inf),
+                theirs.masked_fill(masks[1], -math.inf),
+            )
+        return ours, theirs
+
+    def found(self, terms: LossTerms, *, by_position: bool = False) -> Any:
+        asked = OtherTokens(
+            self.teacher_hidden,
+            self.teacher,
+            self.teacher_ids,
+            self.translated.batch.labels,
+            self.translated,
+        )
+        rows = pairs(self.batch, self.translated, by_position=by_position)
+        return loss_sums(
+            self.hidden,
+            self.student,
+            self.labels,
+            terms,
+            ids=self.ids,
+            teacher_hidden=rows,
+            teacher_head=asked,
+        )
+
+
+def direct_uld(case: Case, tau: float, pairing: list[tuple[int, int]]) -> Tensor:
+    ours, theirs = case.logits()
+    total = torch.zeros((), dtype=torch.float64)
+    for mine, yours in pairing:
+        q = sorted((ours[mine] / tau).softmax(-1), key=lambda x: -float(x))
+        p = sorted((theirs[yours] / tau).softmax(-1), key=lambda x: -float(x))
+        zero = torch.zeros((), dtype=torch.float64)
+        width = max(len(p), len(q))
+        for a, b in zip(p + [zero] * (width - len(p)), q + [zero] * (width - len(q)), strict=True):
+            total = total + (a - b).abs()
+    return total
+
+
+def direct_alm(case: Case, tau: float) -> Tensor:
+    ours, theirs = (side.log_softmax(-1) for side in case.logits())
+    total = torch.zeros((), dtype=torch.float64)
+    for span in range(case.translated.spans):
+        q = p = torch.zeros((), dtype=torch.float64)
+        for token in range(len(OURS)):
+            q = q + ours[token, case.labels[token]] if OURS[token] == span else q
+        for token in range(len(THEIRS)):
+            p = (
+                p + theirs[token, case.translated.batch.labels[token]]
+                if THEIRS[token] == span
+                else p
+            )
+        p, q = (p / tau).exp(), (q / tau).exp()
+        total = total + p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    return total
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 2), (100, 100)])
+@pytest.mark.parametrize("tau", [1.0, 1.7])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", ["uld", "uld by position", "alm"])
+def test_equals_the_direct_computation(
+    name: str, alpha: float, tau: float, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    case, by_position = Case(), name.endswith("position")
+    aligned = [(0, 0), (2, 1), (3, 4), (5, 5), (6, 7)]
+    placed = [*((i, i) for i in range(6)), (6, 7), (7, 8)]
+    kd = tau**2 * (
+        direct_alm(case, tau)
+        if name == "alm"
+        else direct_uld(case, tau, placed if by_position else aligned)
+    )
+    ce = torch.nn.functional.cross_entropy(case.logits()[0], case.labels, reduction="sum")
+    expected = alpha * ce + (1 - alpha) * kd
+    terms = LossTerms(name.split()[0], tau=tau, alpha=alpha)
+    found = case.found(terms, by_position=by_position)
+    wanted, got = (torch.autograd.grad(3 * total, case.leaves) for total in (expected, found[0]))
+    for ours, theirs in zip((*found, *got), (expected, kd, ce, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), [("uld", {}), ("uld", {"by_position": True}), ("alm", {})]
+)
+def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
+    name: str, options: dict[str, Any], masked: bool
+) -> None:
+    case, terms = Case(masked=masked), LossTerms(name, tau=1.7, alpha=0.3, options=options)
+    module = LossHead(
+        case.student, Ids(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
+    )
+    found = module(case.hidden, case.batch, terms, case.teacher_hidden, case.teacher)
+    assert torch.equal(
+        torch.stack(found), torch.stack(case.found(terms, by_position=bool(options)))
+    )
+
+
+def test_equal_distributions_have_no_distance_in_any_order_of_ids() -> None:
+    log_p = torch.randn(
+        4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).log_softmax(-1)
+    value, gradient = uld(log_p, log_p[:, torch.randperm(9)])
+    assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
+    assert (alm(log_p[:, 0], log_p[:, 0], 1.5) == 0).all()
+
+
+def test_a_certain_span_stays_finite() -> None:
+    log_q = torch.tensor([0.0, -1e-9, -200.0], requires_grad=True)
+    value = alm(torch.tensor([0.0, -0.5, 0.0]), log_q, 1.0)
+    value.sum().backward()
+    assert (
+        torch.isfinite(value).all() and log_q.grad is not None and torch.isfinite(log_q.grad).all()
+    )
+
+
+def test_a_teacher_without_tokens_adds_nothing() -> None:
+    case = Case()
+    none = torch.full_like(OURS, -1), torch.full_like(THEIRS, -1)
+    case.translated = Translated(case.translated.batch, *none, 0)
+    for name in ("uld", "alm"):
+        total, kd, ce = case.found(LossTerms(name, alpha=0.25))
+        assert kd == 0 and torch.isclose(total, 0.25 * ce)

@@ -1,0 +1,386 @@
+"""The fused head against the plain form: all logits at once, autograd through everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pocl_ds.data.batches import Batch
+from pocl_ds.errors import RecipeError
+from pocl_ds.losses import fused_head, token_losses
+from pocl_ds.losses.divergences import FUNCTIONS, divergence
+from pocl_ds.losses.fused_head import ChunkSizes, LossHead, chunk_sizes, loss_sums
+from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.models.heads import Head, Mixture
+from pocl_ds.models.vocab import Ids
+
+
+def heads(
+    kind: torch.dtype, *, bias: bool, scale: float, cap: float | None
+) -> tuple[Head, Head, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(kind)  # noqa: E731
+    student = Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)) if bias else None, scale, cap)
+    teacher = Head(nn.Parameter(draw(44, 12)), None, 1.0, None)
+    return (
+        student,
+        teacher,
+        draw(23, 8),
+        draw(23, 12),
+        torch.randint(0, 37, (23,), generator=generator),
+    )
+
+
+def plain(
+    hidden: Tensor,
+    student: Head,
+    labels: Tensor,
+    terms: LossTerms,
+    ids: Ids,
+    teacher_hidden: Tensor,
+    teacher: Head,
+) -> Any:
+    z_q = (
+        torch.nn.functional.linear(hidden, student.weight, student.bias)[:, : ids.size]
+        * student.scale
+    )
+    z_q = z_q if student.soft_cap is None else student.soft_cap * torch.tanh(z_q / student.soft_cap)
+    z_p = teacher_hidden @ teacher.weight.T
+    z_p = z_p[:, : ids.size] if ids.teacher_ids is None else z_p[:, ids.teacher_ids]
+    if ids.masked is not None:
+        z_q, z_p = z_q.masked_fill(ids.masked, -torch.inf), z_p.masked_fill(ids.masked, -torch.inf)
+    ce = torch.nn.functional.cross_entropy(z_q, labels, reduction="sum")
+    kd = divergence(
+        terms.name, z_p, z_q, tau=terms.tau, tau_squared=terms.tau_squared, **terms.options
+    ).sum()
+    alpha = 1.0 if terms.name == "sft" else terms.alpha
+    return alpha * ce + (1 - alpha) * kd, kd, ce
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
+@pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
+@pytest.mark.parametrize("sizes", [(1, 1), (5, 2), (23, 4), (100, 100)])
+@pytest.mark.parametrize("tau", [1.0, 1.6])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_equals_the_plain_form(
+    name: str,
+    bias: bool,
+    scale: float,
+    cap: float | None,
+    sizes: tuple[int, int],
+    tau: float,
+    alpha: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Masked ids, ids that the teacher numbers otherwise, biases, scales and caps, in chunks and
+    blocks of any size.
+    """
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float64, bias=bias, scale=scale, cap=cap
+    )
+    masked = torch.zeros(38, dtype=torch.bool)
+    masked[37] = True
+    mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38] if bias else None
+    ids, terms = Ids(38, masked, mapped), LossTerms(name, tau=tau, alpha=alpha)
+    leaves = [
+        hidden.requires_grad_(),
+        *(p for p in (student.weight, student.bias) if p is not None),
+    ]
+    expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
+    wanted = torch.autograd.grad(3 * expected[0], leaves)
+    found = loss_sums(
+        hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher
+    )
+    got = torch.autograd.grad(3 * found[0], leaves)
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+def test_taus_square_may_be_left_out(name: str) -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float64, bias=True, scale=1.0, cap=None
+    )
+    ids, terms = Ids(38), LossTerms(name, tau=0.7, alpha=0.3, tau_squared=False)
+    leaves = [hidden.requires_grad_(), student.weight]
+    expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
+    found = loss_sums(
+        hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher
+    )
+    wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
+def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
+    name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float64, bias=True, scale=0.5, cap=7.0
+    )
+    source = torch.Generator().manual_seed(9)
+    weight, other_hidden = (
+        torch.randn(rows, 3, generator=source, dtype=torch.float64) for rows in (41, 23)
+    )
+    other = Head(nn.Parameter(weight), None, 2.0, 5.0)
+    ids, terms = Ids(38, torch.arange(38) == 37), LossTerms(name, tau=1.6, alpha=0.3)
+    answers = [
+        ids.teacher_logits(one, states).div(1.6).softmax(-1)
+        for one, states in ((teacher, teacher_hidden), (other, other_hidden))
+    ]
+    one = Head(nn.Parameter(torch.eye(38, dtype=torch.float64)), None, 1.0, None)
+    mean = (0.75 * answers[0] + 0.25 * answers[1]).clamp(min=1e-300).log() * 1.6
+    leaves = [p for p in (hidden.requires_grad_(), student.weight, student.bias) if p is not None]
+    expected = loss_sums(
+        hidden, student, labels, terms, ids=ids, teacher_hidden=mean, teacher_head=one
+    )
+    mixture, states = (
+        Mixture((teacher, other), (0.75, 0.25)),
+        torch.cat([teacher_hidden, other_hidden], -1),
+    )
+    found = loss_sums(
+        hidden, student, labels, terms, ids=ids, teacher_hidden=states, teacher_head=mixture
+    )
+    wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
+@pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
+def test_models_that_keep_their_head_give_logits(
+    name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are taken as they are, and those beyond the ids that take part get no gradient."""
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    source = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 23, 40, generator=source, dtype=torch.float64)
+    labels, terms = (
+        torch.randint(0, 37, (23,), generator=source),
+        LossTerms(name, tau=0.7, alpha=0.3),
+    )
+    ids, eye = (
+        Ids(38, torch.arange(38) == 37),
+        Head(nn.Parameter(torch.eye(40, dtype=torch.float64)), None, 1.0, None),
+    )
+    expected = plain(student.requires_grad_(), eye, labels, terms, ids, teacher, eye)
+    itself = Head(None, None, 1.0, None, 40)
+    found = loss_sums(
+        student, itself, labels, terms, ids=ids, teacher_hidden=teacher, teacher_head=itself
+    )
+    wanted, got = (torch.autograd.grad(total[0], student) for total in (expected, found))
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+    assert not got[0][:, 38:].any()
+
+
+def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
+    terms, ids = LossTerms("fkl", tau=1.0, alpha=0.2), Ids(40)
+    gradients = {}
+    for kind in (torch.float64, torch.bfloat16):
+        student, teacher, hidden, teacher_hidden, labels = heads(
+            kind, bias=False, scale=1.0, cap=None
+        )
+        gradients[kind] = torch.autograd.grad(
+            plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)[0], student.weight
+        )[0].double()
+        if kind == torch.bfloat16:
+            sums = loss_sums(
+                hidden,
+                student,
+                labels,
+                terms,
+                ids=ids,
+                teacher_hidden=teacher_hidden,
+                teacher_head=teacher,
+            )
+            ours = torch.autograd.grad(sums[0], student.weight)[0].double()
+    error = lambda found: float((found - gradients[torch.float64]).norm())  # noqa: E731
+    assert error(ours) <= error(gradients[torch.bfloat16]) * 1.05
+
+
+def test_a_teacher_may_be_more_precise_than_its_student() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float32, bias=False, scale=1.0, cap=None
+    )
+    small = Head(nn.Parameter(student.weight.bfloat16()), None, 1.0, None)
+    sums = loss_sums(
+        hidden.bfloat16(),
+        small,
+        labels,
+        LossTerms("fkl"),
+        ids=Ids(40),
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher,
+    )
+    exact = loss_sums(
+        hidden,
+        student,
+        labels,
+        LossTerms("fkl"),
+        ids=Ids(40),
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher,
+    )
+    assert torch.allclose(sums[0], exact[0], rtol=0.02)
+
+
+def test_no_loss_tokens_still_touch_every_parameter() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float32, bias=True, scale=1.0, cap=None
+    )
+    hidden.requires_grad_()
+    sums = loss_sums(
+        hidden[:0],
+        student,
+        labels[:0],
+        LossTerms("fkl", alpha=0.3),
+        ids=Ids(40),
+        teacher_hidden=teacher_hidden[:0],
+        teacher_head=teacher,
+    )
+    sums[0].backward()
+    assert sums[0].item() == 0
+    assert student.weight.grad is not None and (student.weight.grad == 0).all()
+    assert student.bias is not None and student.bias.grad is not None and hidden.grad is not None
+
+
+@pytest.mark.parametrize("name", ["fkl", "akl"])
+def test_no_gradient_is_computed_under_no_grad(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are the same without."""
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float32, bias=True, scale=0.5, cap=7.0
+    )
+    asked: dict[str, Any] = {
+        "ids": Ids(40),
+        "teacher_hidden": teacher_hidden,
+        "teacher_head": teacher,
+    }
+    expected = loss_sums(hidden, student, labels, LossTerms(name, alpha=0.3), **asked)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        found = loss_sums(hidden, student, labels, LossTerms(name, alpha=0.3), **asked)
+    assert torch.equal(torch.stack(found), torch.stack(expected)) and not found[0].requires_grad
+
+
+def test_a_budget_below_one_row_says_the_least() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float32, bias=False, scale=1.0, cap=None
+    )
+    with pytest.raises(RecipeError, match="give at least 1440"):
+        loss_sums(
+            hidden,
+            student,
+            labels,
+            LossTerms("fkl"),
+            ids=Ids(40),
+            teacher_hidden=teacher_hidden,
+            teacher_head=teacher,
+            chunk_bytes=1439,
+        )
+
+
+def test_a_divergence_without_a_teacher_is_refused() -> None:
+    student, _, hidden, _, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
+    with pytest.raises(RecipeError, match=r"loss\.name=fkl needs a teacher"):
+        loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40))
+
+
+@pytest.mark.parametrize("name", ["fkl", "akl", "sft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("budget", [1 << 20, 64 << 20, 1 << 30])
+def test_chunks_and_blocks_fit_the_budget(name: str, dtype: torch.dtype, budget: int) -> None:
+    size = 1000
+    sizes = chunk_sizes(name, size, budget, dtype, torch.device("cpu"))
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    assert sizes.block >= 1
+    used = sizes.chunk * 2 * size * dtype.itemsize + sizes.block * token_losses.row_bytes(
+        name, size, kind
+    )
+    assert budget - 2 * size * dtype.itemsize < used <= budget
+
+
+def test_a_second_backward_is_refused() -> None:
+    student, teacher, hidden, teacher_hidden, labels = heads(
+        torch.float32, bias=False, scale=1.0, cap=None
+    )
+    total, *_ = loss_sums(
+        hidden.requires_grad_(),
+        student,
+        labels,
+        LossTerms("fkl"),
+        ids=Ids(40),
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher,
+    )
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second backward"):
+        total.backward()
+
+
+class Module:
+    """A head as a module: it masks an id, and a teacher numbers the others otherwise."""
+
+    def __init__(self) -> None:
+        self.student, self.teacher, self.hidden, self.teacher_hidden, self.labels = heads(
+            torch.float64, bias=True, scale=0.5, cap=7.0
+        )
+        mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38]
+        self.ids, self.budget = Ids(38, torch.arange(38) == 37, mapped), 1 << 20
+        self.module = LossHead(self.student, self.ids, self.budget)
+        empty, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(23, dtype=torch.int64)
+        self.batch = Batch(empty, None, None, None, none, self.labels, none, (0,), "train")
+
+    def losses(self, name: str) -> Any:
+        return self.module(
+            self.hidden, self.batch, LossTerms(name, alpha=0.3), self.teacher_hidden, self.teacher
+        )
+
+
+def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
+    case = Module()
+    expected = loss_sums(
+        case.hidden,
+        case.student,
+        case.labels,
+        LossTerms("rkl", alpha=0.3),
+        ids=case.ids,
+        teacher_hidden=case.teacher_hidden,
+        teacher_head=case.teacher,
+    )
+    assert torch.equal(torch.stack(case.losses("rkl")), torch.stack(expected))
+    case.module.chunk_bytes = 7
+    with pytest.raises(
+        RecipeError, match=r"loss\.chunk_bytes=7 does not hold one token over 38 ids"
+    ):
+        case.losses("rkl")
+
+
+def test_the_modules_parameters_are_the_heads_and_its_masks_move_but_are_not_saved() -> None:
+    case = Module()
+    assert case.module.weight is case.student.weight and case.module.bias is case.student.bias
+    apart = LossHead(case.student, Ids(40, teacher_masked=torch.arange(44) == 43), case.budget)
+    for module, masks in ((case.module, {"masked", "teacher_ids"}), (apart, {"teacher_masked"})):
+        assert {name for name, _ in module.named_buffers()} == masks
+        assert set(module.state_dict()) == {"weight", "bias"}
+
+
+def test_over_all_ids_is_the_softmax_of_generation_and_it_ends() -> None:
+    case = Module()
+    whole = torch.nn.functional.cross_entropy(
+        case.student.logits(case.hidden), case.labels, reduction="sum"
+    )
+    before = torch.stack(case.losses("fkl"))
+    with case.module.over_all_ids():
+        inside = case.losses("sft")
+    assert torch.allclose(inside[2], whole) and not torch.allclose(before[2], whole)
+    with pytest.raises(KeyboardInterrupt), case.module.over_all_ids():
+        raise KeyboardInterrupt
+    assert torch.equal(torch.stack(case.losses("fkl")), before)

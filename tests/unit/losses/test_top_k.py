@@ -1,0 +1,184 @@
+"""The k largest probabilities: records hold them, the loss over them is the loss over k + 1
+outcomes, what is lost is told.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pocl_ds.errors import RecipeError
+from pocl_ds.losses import fused_head
+from pocl_ds.losses.divergences import FUNCTIONS, divergence_options
+from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
+from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.losses.top_k import LARGEST, TopK
+from pocl_ds.models.heads import Head
+from pocl_ds.models.vocab import Ids
+
+TAUS = (1.0, 4 / 3, 5 / 3, 2.0)
+
+
+def logits_of(tokens: int, size: int, seed: int, spread: float, masked: int = 0) -> Tensor:
+    source = torch.Generator().manual_seed(seed)
+    logits = torch.randn(tokens, size, generator=source, dtype=torch.float64) * spread
+    logits[:, torch.randperm(size, generator=source)[:masked]] = -math.inf
+    return logits
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 4),
+    size=st.sampled_from([5, 64, 65_536, 65_537, 151_936]),
+    k=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]),
+    masked=st.integers(0, 3),
+)
+def test_a_record_holds_the_largest_and_the_rest(
+    tokens: int, size: int, k: int, seed: int, spread: float, masked: int
+) -> None:
+    k = min(k, size - masked)
+    logits, codec = logits_of(tokens, size, seed, spread, masked), TopK(k, size, TAUS)
+    records = codec.encode(logits)
+    assert records.dtype == torch.uint8 and records.shape == (tokens, codec.bytes)
+    for tau in TAUS:
+        ids, log_p = codec.decode(records, tau)
+        exact = torch.log_softmax(logits / tau, -1)
+        largest = logits.topk(k, -1).values
+        assert torch.equal(logits.gather(-1, ids), largest.float().double()) or torch.allclose(
+            logits.gather(-1, ids), largest
+        )
+        span = largest[:, :1] - largest[:, -1:]
+        step = (
+            span / 65_535 / tau + 1e-5 + 1e-6 * largest.abs().max()
+        )  # half a step either way, and float32
+        assert bool(((log_p[:, :-1] - exact.gather(-1, ids)).abs() <= step).all())
+        rest = exact.scatter(-1, ids, -math.inf).exp().sum(-1)
+        assert torch.allclose(log_p[:, -1].double().exp(), rest, atol=2e-4)
+        assert torch.allclose(log_p.exp().sum(-1), torch.ones(tokens))
+
+
+def test_a_record_is_small() -> None:
+    assert TopK(64, 151_936, TAUS).bytes <= 300  # of logits: 303,872 in bfloat16
+    assert TopK(64, 50_257, TAUS).bytes < TopK(64, 151_936, TAUS).bytes
+
+
+def over_outcomes(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    terms: LossTerms,
+    ids: Ids,
+    codec: TopK,
+    records: Tensor,
+) -> Any:
+    """The loss over k ids and any other, written down plainly."""
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, : ids.size] * head.scale
+    logits = ids.mask(head.soft_cap * torch.tanh(logits / head.soft_cap))
+    kept, log_p = codec.decode(records, terms.tau)
+    q = torch.softmax(logits / terms.tau, -1)
+    top = q.gather(-1, kept)
+    others = q.scatter(-1, kept, 0.0).sum(-1, keepdim=True)
+    log_q = torch.cat([top, others], -1).log()
+    options = divergence_options(terms.name, terms.options)
+    kd = FUNCTIONS[terms.name](log_p.double(), log_q, **options).sum() * terms.tau**2
+    ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return terms.alpha * ce + (1 - terms.alpha) * kd, kd, ce
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("tau", [1.0, 5 / 3])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [(3, 2), (100, 100)])
+def test_the_loss_is_that_over_k_and_the_rest(
+    name: str, tau: float, alpha: float, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    source = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
+    head, hidden = (
+        Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0),
+        draw(11, 8).requires_grad_(),
+    )
+    masked = torch.zeros(38, dtype=torch.bool)
+    masked[[3, 37]] = True
+    ids, codec, labels = (
+        Ids(38, masked),
+        TopK(6, 38, TAUS),
+        torch.randint(4, 37, (11,), generator=source),
+    )
+    records = codec.encode(ids.mask(3 * draw(11, 38)))
+    terms = LossTerms(name, tau=tau, alpha=alpha)
+    expected = over_outcomes(hidden, head, labels, terms, ids, codec, records)
+    leaves = [hidden, head.weight, head.bias]
+    wanted = torch.autograd.grad(expected[0], leaves)
+    found = loss_sums(
+        hidden, head, labels, terms, ids=ids, teacher_hidden=records, teacher_head=codec
+    )
+    got = torch.autograd.grad(found[0], leaves)
+    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(tau: float) -> None:
+    source = torch.Generator().manual_seed(2)
+    hidden, labels = (
+        torch.randn(9, 8, generator=source),
+        torch.randint(0, 30, (9,), generator=source),
+    )
+    head, logits = (
+        Head(nn.Parameter(torch.randn(30, 8, generator=source)), None, 1.0, None),
+        logits_of(9, 30, 4, 2.0).float(),
+    )
+    identity, terms = Head(nn.Parameter(torch.eye(30)), None, 1.0, None), LossTerms("fkl", tau=tau)
+    whole = loss_sums(
+        hidden, head, labels, terms, ids=Ids(30), teacher_hidden=logits, teacher_head=identity
+    )[1]
+    kept = [
+        float(
+            loss_sums(
+                hidden,
+                head,
+                labels,
+                terms,
+                ids=Ids(30),
+                teacher_hidden=codec.encode(logits),
+                teacher_head=codec,
+            )[1]
+        )
+        for codec in (TopK(k, 30, TAUS) for k in (1, 4, 12, 30))
+    ]
+    assert kept == sorted(kept) and kept[0] < 0.9 * float(whole)
+    assert kept[-1] == pytest.approx(float(whole), rel=1e-4)
+
+
+def test_what_is_lost_is_told() -> None:
+    logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopK(5, 50, TAUS)
+    found = codec.lost(logits, codec.encode(logits))
+    for tau, (mass, divergence) in zip(TAUS, found.tolist(), strict=True):
+        p = torch.softmax(logits / tau, -1)
+        kept = logits.topk(5, -1).indices
+        even = (1 - p.gather(-1, kept).sum(-1)) / (46 - 5)
+        spread = torch.where(p > 0, even[:, None], 0.0).scatter(-1, kept, p.gather(-1, kept))
+        assert mass == pytest.approx(float(spread.scatter(-1, kept, 0.0).sum()), rel=1e-3)
+        assert divergence == pytest.approx(
+            float((p * (p / spread).log()).nan_to_num().sum()), rel=1e-2
+        )
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"teach\.k=64 is more than the 40 ids"):
+        TopK(64, 50, TAUS).check(40)
+    with pytest.raises(RecipeError, match="mode=hidden"):
+        TopK(64, LARGEST + 1, TAUS).check(LARGEST)
+    codec = TopK(2, 10, (1.0,))
+    with pytest.raises(RecipeError, match=r"made for tau 1, not 1\.5"):
+        codec.decode(codec.encode(torch.randn(3, 10)), 1.5)

@@ -1,0 +1,175 @@
+"""Sizes from a configuration alone, against the model itself: its parameters, torch's FLOP counter,
+what autograd keeps.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen3Config
+
+from pocl_ds.bench.estimate import CPU_ATTENTION
+from pocl_ds.config import LoraConfig
+from pocl_ds.models.cost import activation_bytes, model_shape
+from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.load import set_dropout
+from pocl_ds.models.lora import add_adapters, trained_parameters
+
+LENGTHS = (31, 17, 48)
+SMALL = {"vocab_size": 300, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama": LlamaConfig(
+        **SMALL,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(vocab_size=300, n_positions=64, n_embd=128, n_layer=2, n_head=4),
+    "opt": OPTConfig(
+        **SMALL,
+        hidden_size=128,
+        ffn_dim=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        dropout=0.1,
+    ),
+    "qwen3": Qwen3Config(
+        **SMALL,
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        tie_word_embeddings=False,
+    ),
+}
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(3, 300, (1, sum(LENGTHS))), torch.cat(
+        [torch.arange(length) for length in LENGTHS]
+    )[None]
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_flops_and_parameters_are_the_models_own(name: str) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    shape = model_shape(config)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").eval()
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.tied == (
+        model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    )
+    ids, positions = inputs()
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with counter, torch.no_grad():
+        states = hidden_states(model, ids, None, positions, LENGTHS)
+        head_of(model).product(states[0, :20])
+    counts: dict[Any, int] = counter.get_flop_counts()["Global"]
+    # The counter takes attention for a whole square, of which causal attention works on half.
+    attention = sum(count for op, count in counts.items() if "attention" in str(op))
+    assert attention > 0
+    assert shape.forward_flops(LENGTHS, 20) == pytest.approx(
+        sum(counts.values()) - attention / 2, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize("attention", ["per_sample", "eager"])
+def test_activations_are_what_autograd_keeps(name: str, attention: str) -> None:
+    config, kept = (
+        copy.deepcopy(CONFIGS[name]),
+        {},
+    )  # transformers writes a model's attention into the configuration it is given
+    dropout = 0.0 if attention == "per_sample" else None
+    before = config.to_dict()
+    found = activation_bytes(
+        config,
+        LENGTHS,
+        dtype=torch.float32,
+        attention=attention,
+        checkpointing=False,
+        dropout=dropout,
+    )
+    assert config.to_dict() == before
+    if dropout is not None:
+        set_dropout(config, dropout)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if attention == "per_sample":
+            ids, positions = inputs()
+            states = hidden_states(model, ids, None, positions, LENGTHS)
+        else:
+            ids = torch.randint(3, 300, (3, max(LENGTHS)))
+            states = hidden_states(model, ids, torch.ones_like(ids))
+    expected = sum(storage.nbytes() for storage in kept.values())
+    assert found == pytest.approx(expected, rel=0.03, abs=states.numel() * 4)
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_with_adapters(name: str) -> None:
+    """What autograd keeps follows from what is frozen; the adapters are counted beside the model's
+    own weights.
+    """
+    pytest.importorskip("peft")
+    config, lora = copy.deepcopy(CONFIGS[name]), LoraConfig(rank=4)
+    model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").train()
+    assert (
+        model_shape(config).adapters == 0
+        and model_shape(config).trained == model_shape(config).parameters
+    )
+    add_adapters(model, lora, 0)
+    shape = model_shape(config, lora)
+    assert (shape.trained, shape.parameters + shape.adapters) == trained_parameters(model)
+    assert shape.parameters == model_shape(config).parameters
+    found = activation_bytes(
+        config, LENGTHS, dtype=torch.float32, attention="per_sample", checkpointing=False, lora=lora
+    )
+    own, kept = (
+        {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())},
+        {},
+    )
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    ids, positions = inputs()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = hidden_states(model, ids, None, positions, LENGTHS)
+    assert found == pytest.approx(
+        sum(storage.nbytes() for storage in kept.values()), rel=0.03, abs=states.numel() * 4
+    )
+
+
+def test_checkpointing_keeps_less_and_more_tokens_more() -> None:
+    def kept(lengths: tuple[int, ...], again: bool) -> int:
+        return activation_bytes(
+            CONFIGS["llama"],
+            lengths,
+            dtype=torch.bfloat16,
+            attention="per_sample",
+            checkpointing=again,
+        )
+
+    assert kept((64,), True) < 0.4 * kept((64,), False)
+    assert kept((64, 64), False) == pytest.approx(2 * kept((64,), False), rel=0.05)

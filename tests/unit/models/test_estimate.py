@@ -1,0 +1,233 @@
+"""A run's size: what must grow grows, what must shrink shrinks, and what is written can be read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import write_recipe
+
+from pocl_ds.cli.main import main
+from pocl_ds.config.ds_config import load_ds_config
+from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.models import estimate
+from pocl_ds.models.cost import ModelShape
+from pocl_ds.models.estimate import GPUS, Choice, Layout, Work
+
+SMALL = ModelShape(
+    "llama",
+    1_300_000_000,
+    50_000_000,
+    1_200_000_000,
+    100_000_000,
+    100_000_000,
+    24,
+    50_000,
+    *[2048] * 3,
+    True,
+)
+LARGE = ModelShape(
+    "llama",
+    6_700_000_000,
+    200_000_000,
+    6_400_000_000,
+    200_000_000,
+    200_000_000,
+    32,
+    50_000,
+    *[4096] * 3,
+    True,
+)
+WORK = Work(10_000, 120, 40, 512, 1024, 300)
+
+
+def total(choice: Choice, ranks: int, samples: int = 2) -> float:
+    activations = lambda lengths, checkpointing: sum(lengths) * (1e4 if checkpointing else 1e6)  # noqa: E731
+    found = estimate.training_memory(
+        SMALL, LARGE, choice, ranks, [512] * samples, 511 * samples, activations, 2e9
+    )
+    assert all(size >= 0 for size in found.values())
+    return sum(found.values())
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    ranks=st.integers(2, 64),
+    samples=st.integers(1, 8),
+    checkpointing=st.booleans(),
+    mode=st.sampled_from(["live", "hidden"]),
+)
+def test_more_ranks_less_memory_and_more_samples_more(
+    ranks: int, samples: int, checkpointing: bool, mode: str
+) -> None:
+    choice = Choice(samples, checkpointing=checkpointing, mode=mode)
+    assert (
+        total(choice, ranks + 1, samples)
+        < total(choice, ranks, samples)
+        < total(choice, ranks, samples + 1)
+    )
+    assert total(replace(choice, mode="hidden"), ranks, samples) <= total(choice, ranks, samples)
+    assert total(replace(choice, offload_student=True), ranks, samples) < total(
+        choice, ranks, samples
+    )
+
+
+def test_by_hand() -> None:
+    """ZeRO-3 in bfloat16, over the ranks: 2 bytes of weights and 12 of Adam a parameter (ZeRO,
+    2020), 4 of gradients, which are summed in float32.
+    """
+    found = estimate.training_memory(SMALL, LARGE, Choice(1), 8, [512], 511, lambda *_: 0.0, 0.0)
+    states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
+    assert states == pytest.approx(18 * 1.3e9 / 8)
+    assert found["teacher: weights"] == pytest.approx(2 * 6.7e9 / 8)
+    assert found["student: gathered"] == pytest.approx(2 * (2 * 50e6 + 100e6))
+    assert found["logits"] == pytest.approx(511 * 50_000 * 4)
+
+
+def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
+    """0.02 of 1.3 thousand million are trained: 2 bytes of each weight, and 16 more of an
+    adapter's.
+    """
+    adapted = replace(SMALL, adapters=20_000_000)
+    found = estimate.training_memory(adapted, LARGE, Choice(1), 8, [512], 511, lambda *_: 0.0, 0.0)
+    states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
+    assert states == pytest.approx((2 * 1.32e9 + 16 * 20e6) / 8)
+    assert not {"head's gradient", "embeddings' gradient"} & found.keys()
+    assert estimate.checkpoint_bytes(adapted) == 12 * 20e6
+    assert (
+        estimate.host_memory(adapted, None, Choice(1, offload_student=True), Layout(1, 8))
+        == 12 * 20e6 + 2 * 1.3e9
+    )
+    traffic = [estimate.micro_traffic(shape, None, Choice(1), 4) for shape in (adapted, SMALL)]
+    assert traffic[0] / traffic[1] == pytest.approx((2 * 1.3e9 + 20e6) / (3 * 1.3e9))
+    choice, lengths = replace(Choice(1), mode="none"), [1000] * 10
+    flops = estimate.step_flops(adapted, None, choice, lengths, 5000)
+    attention = 3 * 24 * 10 * 2 * 1000 * 1001 * 2048  # of its two factors both have gradients
+    assert flops == pytest.approx(10_000 * (4 * 1.2e9 + 6 * 20e6) + 5000 * 4 * 1e8 + attention)
+    assert flops < 0.75 * estimate.step_flops(SMALL, None, choice, lengths, 5000)
+
+
+def test_a_quantised_teacher_lies_whole_on_each_rank() -> None:
+    choice = Choice(1, teacher_sharded=False, teacher_quantised=0.5)
+    found = estimate.training_memory(SMALL, LARGE, choice, 8, [512], 511, lambda *_: 0.0, 0.0)
+    assert found["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
+
+
+def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
+    lengths, choice = [1000] * 10, Choice(1)
+    dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)
+    assert estimate.step_flops(SMALL, LARGE, choice, lengths, 0) == pytest.approx(dense, rel=0.05)
+    sft = estimate.step_flops(SMALL, None, replace(choice, mode="none"), lengths, 0)
+    assert (
+        estimate.step_flops(SMALL, LARGE, replace(choice, checkpointing=True), lengths, 0) > dense
+    )
+    assert sft == pytest.approx(10_000 * 6 * 1.2e9, rel=0.05)
+
+
+def test_a_slow_network_is_what_a_step_waits_for() -> None:
+    device, choice = GPUS["h100-80g"], Choice(8)
+    arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
+
+    def times(speed: float, mode: str = "live") -> list[estimate.StageTime]:
+        return estimate.stage_times(
+            SMALL, LARGE, replace(choice, mode=mode), WORK, Layout(4, 4, speed), device, **arguments
+        )
+
+    slow, fast = times(1e8), times(1e13)
+    assert slow[-1].why == "the network" and fast[-1].why == "arithmetic"
+    assert slow[-1].seconds > 10 * fast[-1].seconds
+    kept = times(1e13, "hidden")
+    assert [time.name for time in kept] == ["score", "teach", "train"]
+    assert sum(time.seconds for time in kept) < 0.75 * sum(time.seconds for time in fast)
+
+
+def test_as_little_is_changed_as_fits() -> None:
+    memory = lambda choice: choice.micro_batch_size * (2.0 if choice.checkpointing else 10.0)  # noqa: E731
+    asked = Choice(8)
+    found = estimate.fitting(memory, asked, 45.0, 16, 64, 4)
+    assert found == replace(asked, micro_batch_size=4)
+    assert estimate.fitting(memory, asked, 5.0, 16, 64, 4) == replace(
+        asked, micro_batch_size=2, checkpointing=True
+    )
+    assert estimate.fitting(memory, asked, 1.0, 16, 64, 4) is None
+
+
+def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
+    student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
+    recipe = write_recipe(tmp_path, teacher, student, train_samples=64)
+    words = [
+        "size",
+        str(recipe),
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+        "--gpu",
+        "a100-40g",
+        "--samples",
+        "64",
+    ]
+    assert main.main([*words, "--write", str(tmp_path / "written.yaml")]) == 0
+    page = capfd.readouterr().out
+    for part in (
+        "8 ranks",
+        "student: gathered",
+        "largest micro-batch that fits",
+        "POCL, all of it",
+        "plain SFT",
+    ):
+        assert part in page
+    assert main.main([*words, "student.lora.rank=4"]) == 0
+    assert "0.0 million of adapters are trained" in capfd.readouterr().out
+    written = load_recipe(str(tmp_path / "written.yaml"))
+    assert (
+        written.launch.ranks == 8 and written.train.micro_batch_size == 1
+    )  # 8 samples over 8 ranks
+
+    assert main.main([*words, "--gpu", "abacus"]) == 2
+    assert "--gpu abacus: take one of h200-141g" in capfd.readouterr().err
+    assert main.main([*words, "--nodes", "0"]) == 2
+    assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
+
+
+def test_what_does_not_fit_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GPUS, "toy", replace(GPUS["a100-40g"], name="toy", memory=3e9, base=2.9e9))
+    model = tiny_models.llama(tmp_path / "model")
+    recipe = write_recipe(tmp_path, model, model, train_samples=64)
+    target = tmp_path / "written.yaml"
+    assert (
+        main.main(
+            [
+                "size",
+                str(recipe),
+                "--gpus-per-node",
+                "1",
+                "--gpu",
+                "toy",
+                "--samples",
+                "64",
+                "--write",
+                str(target),
+            ]
+        )
+        == 2
+    )
+    assert "IT DOES NOT FIT" in capfd.readouterr().out and not target.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["student_zero3", "student_zero3_offload", "teacher_zero3", "teacher_zero3_offload"]
+)
+def test_memory_is_counted_for_the_shipped_configurations(name: str) -> None:
+    zero = load_ds_config(name)["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == estimate.LIVE_PARAMETERS
+    buckets = [value for field, value in zero.items() if field.endswith("bucket_size")]
+    assert buckets and set(buckets) == {estimate.BUCKET}

@@ -1,0 +1,330 @@
+"""Which ids a pair shares; real tables where they are at hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pocl_ds.config import ModelSource
+from pocl_ds.errors import ModelError
+from pocl_ds.models import vocab
+from pocl_ds.models.heads import Head
+from pocl_ds.models.vocab import (
+    Ids,
+    Vocabulary,
+    _counts,
+    models_apart,
+    reconcile,
+    reconcile_all,
+)
+
+
+class Table:
+    """A tokenizer as far as `reconcile` looks: a map, an EOS, and one id a character."""
+
+    def __init__(self, vocabulary: dict[str, int], eos: str | None = None) -> None:
+        self.vocabulary = vocabulary
+        self.eos_token = eos or next(iter(vocab))
+        self.eos_token_id = vocabulary[self.eos_token]
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocabulary
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [self.vocabulary[character] for character in text if character in self.vocabulary]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        tokens = {index: token for token, index in self.vocabulary.items()}
+        return [tokens[index] for index in ids]
+
+
+def numbered(count: int, prefix: str = "t") -> dict[str, int]:
+    return {f"{prefix}{index}": index for index in range(count)}
+
+
+def real(folder: Path) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(
+        models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    eos = "<|endoftext|>" if "gpt2" in folder.name else "</s>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+
+
+def test_same_tokenizer_same_rows_shares_everything() -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    found = reconcile(tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer))
+    assert (found.size, found.shared) == (len(tokenizer), None)
+
+
+def test_padded_rows_are_masked_on_both_sides() -> None:
+    """The case of Qwen2.5: 151,665 tokens, 152,064 rows and 151,936 rows."""
+    found = reconcile(Table(numbered(151_665)), Table(numbered(151_665)), 152_064, 151_936)
+    assert found.size == 151_936
+    assert found.shared is not None
+    assert found.shared.sum() == 151_665
+    assert found.shared[:151_665].all()
+    assert found.report.startswith(
+        "vocabulary: 151665 ids shared (teacher 152064 rows, student 151936), 271 without a token "
+        "on"
+    )
+
+
+def test_an_id_that_one_side_lacks_is_masked() -> None:
+    teacher = numbered(10)
+    student = {token: index for token, index in numbered(10).items() if index != 4}
+    found = reconcile(Table(teacher), Table(student), 10, 10)
+    assert found.shared is not None
+    assert np.flatnonzero(~found.shared).tolist() == [4]
+
+
+def test_tokens_are_counted_by_name_and_rows_by_id() -> None:
+    """A token at another id is common; a row with an id that the head lacks is none."""
+    teacher = {"a": 0, "b": 1, "c": 2, "only": 7}
+    student = {"b": 0, "c": 3, "mine": 1, "too": 2, "far": 20}
+    assert _counts(Table(teacher), Table(student), 9, 6) == (
+        ": 2 tokens common, 2 only the teacher's, 3 only the student's; rows without a token 5 "
+        "and 2"
+    )
+
+
+def test_what_goes_together_says_no_more_than_its_counts() -> None:
+    teacher, student = (Table(numbered(1001), "t1000") for _ in range(2))
+    assert reconcile(teacher, student, 1001, 1001).report == (
+        "vocabulary: 1001 ids shared (teacher 1001 rows, student 1001): 1001 tokens common, 0 "
+        "only the teacher's, 0 only the "
+        "student's; rows without a token 0 and 0"
+    )
+
+
+@given(
+    st.sets(st.integers(0, 30), min_size=1),
+    st.sets(st.integers(0, 30), min_size=1),
+    st.integers(1, 40),
+    st.integers(1, 40),
+)
+def test_shared_is_exactly_the_common_ids(
+    left: set[int], right: set[int], teacher_rows: int, student_rows: int
+) -> None:
+    teacher, student = (
+        Table({f"t{index}": index for index in sorted(ids)}) for ids in (left, right)
+    )
+    found = reconcile(teacher, student, teacher_rows, student_rows)
+    assert found.size == min(teacher_rows, student_rows)
+    shared = set(range(found.size)) if found.shared is None else set(np.flatnonzero(found.shared))
+    assert shared == {index for index in left & right if index < found.size}
+
+
+def test_different_tokenizers_are_told_apart() -> None:
+    with pytest.raises(
+        ModelError,
+        match=r"different tokenizers: 0 of 20 and 30 tokens are common, and id 0 is 't0'",
+    ):
+        reconcile(Table(numbered(20)), Table(numbered(30, "u")), 20, 30)
+
+
+def test_same_tokens_under_other_ids_are_mapped() -> None:
+    shifted = {token: index + 1 for token, index in numbered(50).items()}
+    found = reconcile(Table(numbered(50)), Table(shifted), 50, 53)
+    assert found.shared is not None and found.teacher_ids is not None
+    assert np.flatnonzero(~found.shared).tolist() == [0, 51, 52]
+    assert found.teacher_ids[1:51].tolist() == list(range(50))
+    assert "50 tokens shared under other ids, mapped" in found.report
+
+
+def test_an_id_of_the_teacher_is_counted_once() -> None:
+    """The student's EOS stands for the teacher's; that it also has a token of that name must not
+    count its probability twice.
+    """
+    teacher = {**numbered(49), "<end>": 49}
+    student = {
+        **{token: index + 1 for token, index in numbered(49).items()},
+        "</s>": 0,
+        "<end>": 50,
+    }
+    found = reconcile(Table(teacher, "<end>"), Table(student, "</s>"), 50, 51)
+    assert found.shared is not None and found.teacher_ids is not None
+    assert (found.teacher_ids[0], found.shared[0], found.shared[50]) == (49, True, False)
+    assert sorted(found.teacher_ids[found.shared]) == list(range(50))
+
+
+def test_a_role_that_one_side_lacks_maps_nothing() -> None:
+    teacher, student = (
+        Table(numbered(50)),
+        Table({token: index + 1 for token, index in numbered(50).items()}),
+    )
+    for side, token in ((teacher, "t7"), (student, "t8")):
+        plain = reconcile(teacher, student, 50, 51).teacher_ids
+        side.bos_token = token  # type: ignore[attr-defined]
+        found = reconcile(teacher, student, 50, 51).teacher_ids
+        del side.bos_token  # type: ignore[attr-defined]
+        assert (
+            found is not None
+            and plain is not None
+            and found.tolist() == plain.tolist() == [0, *range(50)]
+        )
+
+
+def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their own revision, their own trust, and the part of a larger model that writes."""
+    asked = []
+
+    def load(path: str, **how: Any) -> Any:
+        asked.append((path, how))
+        rows = {"a": 7, "b": 4}[path]
+        return SimpleNamespace(
+            get_text_config=lambda decoder: SimpleNamespace(vocab_size=rows if decoder else 1)
+        )
+
+    monkeypatch.setattr(vocab, "load_model_config", load)
+    monkeypatch.setattr(
+        vocab, "load_tokenizer", lambda path, **how: load(path, **how) and Table(numbered(6))
+    )
+    teacher, student = (
+        ModelSource(model="m", revision="r", trust_remote_code=True),
+        ModelSource(model="n"),
+    )
+    assert vocab.reconcile_models(teacher, "a", student, "b").size == 4
+    apart = models_apart([(teacher, "a")], student, "b")
+    first, second = (
+        ("a", {"revision": "r", "trust_remote_code": True}),
+        ("b", {"revision": None, "trust_remote_code": False}),
+    )
+    assert asked == [first, second] * 4
+    assert (apart.size, apart.shared, apart.teacher_ids) == (
+        4,
+        None,
+        None,
+    )  # of 6 tokens, the last two lie beyond the rows
+    masked = Ids.of(apart).teacher_masked
+    assert masked is not None and masked.tolist() == [False] * 6 + [True]
+
+
+def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
+    small, padded = (
+        tiny_models.llama(tmp_path / "a"),
+        tiny_models.llama(tmp_path / "b", rows=tiny_models.VOCABULARY + 8),
+    )
+    other = tiny_models.llama(tmp_path / "c", tokenizer=tiny_models.make_sentencepiece_tokenizer())
+    source = ModelSource(model="m")
+    found = reconcile_all([(source, str(padded)), (source, str(small))], source, str(padded))
+    assert (found.size, found.shared) == (tiny_models.VOCABULARY, None)
+    with pytest.raises(ModelError, match="different tokenizers"):
+        reconcile_all([(source, str(small)), (source, str(other))], source, str(small))
+    apart = models_apart([(source, str(padded))], source, str(small))
+    assert (
+        apart.teacher_tokens is not None
+        and apart.teacher_tokens.sum() == tiny_models.VOCABULARY
+        and apart.shared is None
+    )
+    assert (
+        "320 tokens common, 0 only the teacher's, 0 only the student's; rows without a token 8 "
+        "and 0" in apart.report
+    )
+
+
+def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = {"a": None, "b": np.array([1, 0, 2])}
+    monkeypatch.setattr(
+        vocab, "reconcile_models", lambda source, path, *_: Vocabulary(3, None, "", maps[path])
+    )
+    source = ModelSource(model="m")
+    with pytest.raises(ModelError, match="the teachers a and b number their tokens differently"):
+        reconcile_all([(source, "a"), (source, "b")], source, "s")
+    assert reconcile_all([(source, "b"), (source, "b")], source, "s").teacher_ids is not None
+
+
+def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    each = {
+        "a": Vocabulary(4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])),
+        "b": Vocabulary(3, np.array([True, True, False]), "two", np.array([2, 5, 0])),
+        "c": Vocabulary(4, None, "one", np.array([2, 6, 4, 3])),
+    }
+    monkeypatch.setattr(vocab, "reconcile_models", lambda source, path, *_: each[path])
+    source = ModelSource(model="m")
+    found = reconcile_all([(source, name) for name in each], source, "s")
+    assert found.shared is not None and found.teacher_ids is not None
+    assert (found.size, found.report, found.shared.tolist()) == (
+        3,
+        "one; two",
+        [True, False, False],
+    )
+    assert found.teacher_ids.tolist() == [
+        2,
+        0,
+        1,
+    ]  # the first one's; they differ only where ids are masked
+
+
+def test_ids_number_the_teachers_logits_as_the_students() -> None:
+    ids = Ids.of(Vocabulary(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4])))
+    head = Head(nn.Parameter(torch.eye(5)), None, 1.0, None)
+    logits = ids.teacher_logits(head, torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0]]))
+    assert logits.tolist() == [[12.0, 10.0, -math.inf, 14.0]]
+    assert ids.teacher_inputs(torch.tensor([[3, 0, 1]])).tolist() == [[4, 2, 0]]
+    assert Ids(4).teacher_logits(head, torch.eye(5)[:1]).tolist() == [
+        [1.0, 0.0, 0.0, 0.0]
+    ]  # it may have more rows
+    assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
+
+
+def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
+    shared, theirs = np.array([True, False, True]), np.array([False, True])
+    ids = Ids.of(Vocabulary(3, shared, "", np.array([1, 0, 0]), theirs))
+    assert (ids.size, ids.allowed.tolist()) == (3, shared.tolist())
+    assert ids.teacher_masked is not None and ids.teacher_masked.tolist() == [True, False]
+    moved = ids.to(torch.device("meta"))
+    tensors = (moved.masked, moved.teacher_ids, moved.teacher_masked)
+    assert moved.size == 3 and [
+        tensor.shape for tensor in tensors if tensor is not None and tensor.is_meta
+    ] == [(3,), (3,), (2,)]
+    plain, logits = Ids.of(Vocabulary(3, None, "")), torch.ones(1, 3)
+    assert plain == Ids(3) == plain.to(torch.device("meta"))
+    assert plain.allowed.tolist() == [True] * 3 and plain.mask(logits) is logits
+
+
+def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
+    report = reconcile(Table(numbered(9), "t1"), Table(numbered(9), "t2"), 9, 7).report
+    assert "ends with 't2' to the student, 't1' to the teacher" in report
+    assert "ids up to 8, beyond its 7 rows" in report
+    other = {**numbered(3), "a": 3}
+    assert "split text differently" in reconcile(Table(numbered(3)), Table(other), 9, 9).report
+
+
+def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
+    gpt2, opt = real(shared_data / "tokenizers" / "gpt2"), real(shared_data / "tokenizers" / "opt")
+    assert reconcile(gpt2, gpt2, 50_257, 50_257).shared is None
+    padded = reconcile(opt, opt, 50_272, 50_272)
+    assert padded.shared is not None
+    assert padded.shared.sum() == 50_265
+    pair = reconcile(gpt2, opt, 50_257, 50_272)
+    assert pair.shared is not None and pair.teacher_ids is not None
+    text = "It's 2,024 items: return x**2  # na\u00efve caf\u00e9"
+    ours, theirs = (side.encode(text, add_special_tokens=False) for side in (opt, gpt2))
+    assert pair.teacher_ids[ours].tolist() == theirs and pair.shared[ours].all()
+    assert pair.teacher_ids[opt.eos_token_id] == gpt2.eos_token_id and pair.shared[opt.eos_token_id]
+    assert pair.shared.sum() > 50_257 - 10
+
+
+def test_real_qwen_and_gpt2_are_refused(shared_data: Path) -> None:
+    lines = (shared_data / "tokenizers" / "qwen" / "qwen.tiktoken").read_text().splitlines()
+    qwen = Table({token: int(rank) for token, rank in (line.split() for line in lines)})
+    assert len(qwen.get_vocab()) == 151_643
+    pair = reconcile(qwen, qwen, 152_064, 151_936)
+    assert pair.shared is not None
+    assert (pair.size, int(pair.shared.sum())) == (151_936, 151_643)
+    with pytest.raises(ModelError, match=r"different tokenizers"):
+        reconcile(qwen, real(shared_data / "tokenizers" / "gpt2"), 152_064, 50_257)

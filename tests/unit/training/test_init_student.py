@@ -1,0 +1,125 @@
+"""The stage `prepare`: which models later stages read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from huggingface_hub import constants
+
+from pocl_ds.config import LossConfig, Recipe, StudentConfig, TrainConfig
+from pocl_ds.errors import ModelError
+from pocl_ds.models.load import load_model, pinned_model
+from pocl_ds.teachers import cache_writer as module
+from pocl_ds.training.run_training import prepare
+from pocl_ds.workflow.run_dir import RunDirectory, read_models
+from pocl_ds.workflow.steps import run_here
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the Hub, offline, with two revisions of one model."""
+    cache = tmp_path / "hub" / "models--org--name"
+    for number, (name, revision) in enumerate((("main", "a" * 40), ("step1000", "b" * 40))):
+        made = tiny_models.llama(tmp_path / name, layers=1, seed=number)
+        shutil.copytree(made, cache / "snapshots" / revision)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(revision)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache.parent))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return cache
+
+
+def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_path: Path) -> None:
+    """Scoring, training and evaluation know the path alone: another revision under the same name
+    would go unseen.
+    """
+    run = RunDirectory(tmp_path / "run")
+    student = StudentConfig.model_validate({"model": "org/name", "revision": "step1000"})
+    sft = LossConfig(name="sft")
+    prepare(
+        run,
+        student=student,
+        teacher=None,
+        train=TrainConfig(),
+        loss=sft,
+        longest=8,
+        seed=0,
+        fingerprint="f",
+    )
+    found, asked = (
+        load_model(read_models(run)["student"]),
+        load_model(str(hub / "snapshots" / ("b" * 40))),
+    )
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(found.parameters(), asked.parameters(), strict=True)
+    )
+    assert json.loads((run.models / "models.json").read_text())["teacher"] is None
+
+
+def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"the revision step2000 of org/name cannot be loaded .*: check the name"
+    ):
+        pinned_model(StudentConfig.model_validate({"model": "org/name", "revision": "step2000"}))
+    folder = str(hub / "snapshots" / ("a" * 40))
+    assert pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, (
+        "what is the newest now, for good"
+    )
+    assert (
+        pinned_model(StudentConfig.model_validate({"model": folder, "revision": "step2000"}))
+        == folder
+    )
+
+
+def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage `data` notes what each name is, before weights are fetched; what comes later takes
+    that.
+    """
+    source, run = tmp_path / "data.jsonl", RunDirectory(tmp_path / "run")
+    source.write_text(
+        "".join(
+            json.dumps({"instruction": f"Say {i}.", "output": f"{i}"}) + "\n" for i in range(40)
+        )
+    )
+    other = {"model": "org/name", "revision": "step1000"}
+    recipe = Recipe.model_validate(
+        {
+            "name": "x",
+            "student": {"model": "org/name"},
+            "teacher": {**other, "mode": "hidden"},
+            "data": {"source": str(source)},
+            "train": {"batch_size": 4, "micro_batch_size": 4},
+            "launch": {"ranks": 1},
+        }
+    )
+    run_here("data", recipe, run)
+    (hub / "refs" / "main").write_text("b" * 40)
+    (hub / "refs" / "step1000").write_text("a" * 40)
+    run_here("prepare", recipe, run)
+    assert [Path(read_models(run)[name]).name for name in ("student", "teacher")] == [
+        "a" * 40,
+        "b" * 40,
+    ]
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        module, "teach", lambda run, **given: asked.extend((given["student"], given["teacher"]))
+    )
+    run_here("teach", recipe, run)
+    assert [one.revision for one in asked] == ["a" * 40, "b" * 40]
+    with pytest.raises(ModelError, match="the revision step7 of org/name cannot be loaded"):
+        run_here(
+            "data",
+            recipe.model_copy(
+                update={"student": StudentConfig(model="org/name", revision="step7")}
+            ),
+            run,
+        )

@@ -1,0 +1,191 @@
+"""The loop around a student that is one number: when validation is looked at, on what, and what a
+stop leaves of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pocl_ds.config import LossConfig, TrainConfig
+from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.curriculum.sampler import Sampler
+from pocl_ds.errors import Interrupted
+from pocl_ds.rollouts.policies import Off
+from pocl_ds.training.layout import Layout
+from pocl_ds.training.trainer import Trainer, TrainingData
+
+STEPS = 6
+
+
+class Split:
+    """Sample r is its prompt r and a response of one token."""
+
+    def __init__(self, name: str, ids: list[str]) -> None:
+        self.name, self.ids = name, np.array([one.encode() for one in ids], "S")
+        self.prompt_tokens, self.total_tokens = (
+            np.full(len(ids), 1, np.int64),
+            np.full(len(ids), 2, np.int64),
+        )
+        self.loss_tokens = self.total_tokens - self.prompt_tokens
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def tokens(self, row: int) -> NDArray[np.uint32]:
+        return np.array([row, 0], np.uint32)
+
+
+class Engine:
+    """Its loss is the number of its steps; `at` is called before a step is taken."""
+
+    def __init__(self, at: dict[int, Any] | None = None) -> None:
+        self.module, self.steps, self.at = torch.nn.Linear(1, 1), 0, at or {}
+        self.looked_at: list[int] = []  # rows of validation samples, in order
+
+    def __call__(self, batch: Any, *_: Any) -> Any:
+        if not self.module.training:
+            self.looked_at += batch.rows
+        loss = torch.tensor(float(self.steps) * len(batch.labels))
+        return loss, torch.tensor(0.0), loss
+
+    def backward(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def step(self, lr: float) -> float:
+        self.at.get(self.steps, int)()
+        self.steps += 1
+        return 1.0
+
+    def snapshot(self, directory: Path, *, copy: bool) -> Any:
+        def write() -> list[Path]:
+            (directory / "weights").write_text(str(self.steps))
+            return [directory / "weights"]
+
+        return write
+
+    def load(self, directory: Path, *, resharded: bool = False) -> None:
+        self.steps = int((directory / "weights").read_text())
+
+
+class Listener(Off):
+    """Keeps what it is told of."""
+
+    def __init__(self, adaptive: bool) -> None:
+        self.adaptive, self.told = adaptive, list[float]()
+
+    def validated(self, loss: float) -> None:
+        self.told.append(loss)
+
+    def state(self) -> dict[str, Any]:
+        return {"told": list(self.told)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.told = list(state["told"])
+
+
+def trainer(
+    folder: Path, engine: Any, policy: Off, validation: Sequence[str] = ("v",), seed: int = 0
+) -> Trainer:
+    splits: list[Any] = [
+        Split("train", [f"t{i}" for i in range(4)]),
+        Split("validation", list(validation)),
+    ]
+    plan = single_stage_plan(np.arange(4), steps=STEPS, batch_size=2, tau=1.0, alpha=0.0)
+    train = TrainConfig.model_validate(
+        {
+            "batch_size": 2,
+            "micro_batch_size": 2,
+            "validate_every": 2,
+            "checkpoint": {"every": 3},
+            "tracking": {"tensorboard": False},
+        }
+    )
+    return Trainer(
+        folder,
+        plan=plan,
+        sampler=Sampler(plan, seed),
+        data=TrainingData(splits[0], np.arange(4), splits[1], 0),
+        engine=engine,
+        teacher=None,
+        loss=LossConfig(name="sft"),
+        train=train,
+        seed=seed,
+        fingerprint="f",
+        label="train",
+        layout=Layout(True, 0.0),
+        policy=policy,
+        rollout=None,
+    )
+
+
+def validations(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "validation"]
+
+
+@pytest.mark.parametrize(("adaptive", "looked_at"), [(True, [0, 2, 4, 6]), (False, [2, 4, 6])])
+@pytest.mark.parametrize("stop", [None, 0, 2, 3])
+def test_an_adaptive_policy_knows_the_loss_before_the_first_step(
+    adaptive: bool, looked_at: list[int], stop: int | None, tmp_path: Path
+) -> None:
+    """Once, also where a run was stopped: what it is compared with later is that of the student
+    before any step.
+    """
+    policy = Listener(adaptive)
+    if stop is not None:
+        at = {stop: lambda: signal.raise_signal(signal.SIGTERM)}
+        with pytest.raises(Interrupted):
+            trainer(tmp_path, Engine(at), Listener(adaptive)).run()
+    trainer(tmp_path, Engine(), policy).run()
+    assert policy.told == looked_at
+    assert [record["step"] for record in validations(tmp_path)] == looked_at
+
+
+def test_what_was_said_before_a_first_checkpoint_is_not_said_twice(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        trainer(tmp_path, Engine({2: kill}), Listener(True)).run()
+    assert [record["step"] for record in validations(tmp_path)] == [0, 2]
+    trainer(tmp_path, Engine(), policy := Listener(True)).run()
+    assert policy.told == [0, 2, 4, 6]
+    assert [record["step"] for record in validations(tmp_path)] == [0, 2, 4, 6]
+
+
+def test_validation_looks_at_all_kinds_and_always_at_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file may be sorted by source; another order, seed or moment changes nothing."""
+    names = [f"{kind}-{number}" for kind in "abcd" for number in range(100)]
+    chosen = []
+    for seed in range(2):
+        engine, folder = Engine(), tmp_path / str(seed)
+        with caplog.at_level(logging.INFO, "pocl_ds"):
+            trainer(folder, engine, Listener(False), names, seed).run()
+        looks = np.array(engine.looked_at).reshape(3, 64)
+        chosen += [sorted(names[row] for row in look) for look in looks]
+        assert all(
+            record["samples"] == 64 and record["of"] == 400 for record in validations(folder)
+        )
+        random.Random(0).shuffle(names)
+    assert all(one == chosen[0] for one in chosen)
+    assert all(8 <= sum(name.startswith(kind) for name in chosen[0]) <= 24 for kind in "abcd")
+    assert (
+        "train: validation looks at 64 of 400 samples, chosen by the hash of their ids"
+        in caplog.text
+    )
