@@ -1,0 +1,372 @@
+"""An mkdocs hook: write `reference/recipe.md` and `reference/cli.md` when the site is built.
+
+The recipe's fields come from the JSON schema of `pocl_ds.config.Recipe`, the commands from the
+click commands behind `pocl_ds.cli.main.app`. `tests/unit/docs` uses the same two walks to check
+what the pages, the README and the recipes in them name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+RECIPE_PAGE, CLI_PAGE = "reference/recipe.md", "reference/cli.md"
+
+
+# --- The recipe ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecipeField:
+    """One field of the recipe. path: dotted; a list or table of sections contributes one name."""
+
+    path: str
+    type: str
+    default: str
+    description: str
+    runtime_only: bool
+
+
+@dataclass
+class RecipeSection:
+    """One section of the recipe with its own fields. path: dotted, empty for the top level."""
+
+    path: str
+    description: str
+    kind: str = ""  # "list" or "table" where a recipe may hold several
+    optional: bool = False
+    fields: list[RecipeField] = field(default_factory=list)
+
+
+@cache
+def recipe_sections() -> tuple[RecipeSection, ...]:
+    """Every section of the recipe, in the order of the schema, the top level first."""
+    from pocl_ds.config import Recipe
+
+    schema = Recipe.model_json_schema()
+    top = RecipeSection("", "Fields above all sections.")
+    return tuple(_walk(schema, schema.get("$defs", {}), top))
+
+
+def recipe_fields() -> dict[str, RecipeField]:
+    """Every field of the recipe by its dotted name."""
+    return {entry.path: entry for section in recipe_sections() for entry in section.fields}
+
+
+def open_tables() -> list[str]:
+    """Dotted names of fields whose keys a user chooses, as in `loss.options`."""
+    return [path for path, entry in recipe_fields().items() if entry.type.startswith("table")] + [
+        section.path for section in recipe_sections() if section.kind == "table"
+    ]
+
+
+def _walk(
+    schema: Mapping[str, Any], definitions: Mapping[str, Any], section: RecipeSection
+) -> Iterator[RecipeSection]:
+    nested: list[tuple[RecipeSection, Mapping[str, Any]]] = []
+    for name, tree in schema.get("properties", {}).items():
+        path = f"{section.path}.{name}".removeprefix(".")
+        reference, kind, optional = _section_reference(tree)
+        if reference is not None:
+            child = definitions[reference]
+            text = str(tree.get("description") or child.get("description") or "")
+            nested.append((RecipeSection(path, _sentence(text), kind, optional), child))
+            continue
+        section.fields.append(
+            RecipeField(
+                path,
+                _type_of(path, tree),
+                _default_of(tree, name in schema.get("required", ())),
+                str(tree.get("description", "")),
+                bool(tree.get("runtime_only", False)),
+            )
+        )
+    yield section
+    for child_section, child in nested:
+        yield from _walk(child, definitions, child_section)
+
+
+def _section_reference(tree: Mapping[str, Any]) -> tuple[str | None, str, bool]:
+    """Name of the section that a property holds, whether as a list or table, and whether it may be
+    null.
+    """
+    parts = tree.get("anyOf", tree.get("allOf", [tree]))
+    optional = any(part.get("type") == "null" for part in parts)
+    for part in parts:
+        values = part.get("additionalProperties")
+        for kind, inner in (("", part), ("list", part.get("items")), ("table", values)):
+            if isinstance(inner, Mapping) and "$ref" in inner:
+                return str(inner["$ref"]).rpartition("/")[2], kind, optional
+    return None, "", False
+
+
+def _type_of(path: str, tree: Mapping[str, Any]) -> str:
+    """A type as people say it: `one of a, b`, `integer ≥ 1`, `list of text`, `table`."""
+    if names := _registered_names().get(path):
+        return "one of " + ", ".join(f"`{name}`" for name in names)
+    parts = tree.get("anyOf", [tree])
+    texts = [_single_type(part) for part in parts if part.get("type") != "null"]
+    if len(texts) < len(parts):
+        texts.append("`null`")
+    return " or ".join(dict.fromkeys(texts))
+
+
+def _registered_names() -> dict[str, list[str]]:
+    """Fields whose allowed values are registered names, which plug-ins extend."""
+    from pocl_ds.config import registry
+
+    return {
+        "loss.name": list(registry.LOSSES),
+        "policy.name": list(registry.POLICIES),
+        "ranking.strategy": list(registry.STRATEGIES),
+    }
+
+
+def _single_type(tree: Mapping[str, Any]) -> str:
+    if "enum" in tree or "const" in tree:
+        values = tree.get("enum", [tree.get("const")])
+        return "one of " + ", ".join(f"`{_yaml(value)}`" for value in values)
+    kind = tree.get("type")
+    if kind == "array":
+        if items := tree.get("prefixItems"):
+            return f"list of {len(items)}: " + ", ".join(_single_type(item) for item in items)
+        return "list of " + (_single_type(tree["items"]) if tree.get("items") else "values")
+    if kind == "object":
+        return "table"
+    words = {"string": "text", "integer": "integer", "number": "number", "boolean": "boolean"}
+    return (words.get(str(kind), "any value") + _bounds(tree)).strip()
+
+
+def _bounds(tree: Mapping[str, Any]) -> str:
+    """` ≥ 1`, ` in [0, 1]`; bounds of 64 bits are the machine's own and not worth a word."""
+    signs = {
+        "ge": "≥",
+        "minimum": "≥",
+        "gt": ">",
+        "exclusiveMinimum": ">",
+        "le": "≤",
+        "maximum": "≤",
+        "lt": "<",
+        "exclusiveMaximum": "<",
+    }
+    bounds = [
+        f"{sign} {tree[name]:g}"
+        for name, sign in signs.items()
+        if name in tree and abs(tree[name]) < 1 << 53
+    ]
+    return "".join(f" {bound}" if i == 0 else f" and {bound}" for i, bound in enumerate(bounds))
+
+
+def _default_of(tree: Mapping[str, Any], required: bool) -> str:
+    if required:
+        return "required"
+    return f"`{_yaml(tree['default'])}`" if "default" in tree else "empty"
+
+
+def _yaml(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_yaml(part) for part in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(part)}" for key, part in value.items()) + "}"
+    return '""' if value == "" else str(value)
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", ":")) or not text else f"{text}."
+
+
+def recipe_page() -> str:
+    """`reference/recipe.md`."""
+    lines = [
+        "# Recipe reference",
+        "",
+        "A recipe is one YAML file. Every field is listed here with its type, default and meaning.",
+        "Override a field on the command line by its dotted name:",
+        "",
+        "```bash",
+        "pocl run quickstart --run-dir runs/x train.lr=1e-4 curriculum.num_subsets=3",
+        "pocl show quickstart      # the resolved recipe, with what differs from the defaults marked",
+        "```",
+        "",
+        "An unknown field is an error that names the nearest known field. Fields marked *runtime* say",
+        "how a run is executed (ranks, shards, logging), not what it computes: changing them never",
+        "invalidates finished work.",
+    ]
+    for section in recipe_sections():
+        level = "##" if section.path.count(".") == 0 else "###"
+        kind = {"list": " A list of entries.", "table": " A table of named entries."}
+        note = kind.get(section.kind, "") + (" May be `null`." if section.optional else "")
+        title = section.path or "Top level"
+        lines += ["", f"{level} {title} {{#{section.path or 'top-level'}}}", ""]
+        lines += [f"{section.description}{note}".strip(), ""]
+        if section.fields:
+            lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
+            lines += [_row(section, entry) for entry in section.fields]
+    return "\n".join(lines) + "\n"
+
+
+def _row(section: RecipeSection, entry: RecipeField) -> str:
+    marker = " *runtime*" if entry.runtime_only else ""
+    anchor = f'<a id="{entry.path}"></a>' if entry.path != section.path else ""
+    cells = (
+        f"{anchor}`{entry.path}`",
+        entry.type,
+        entry.default,
+        _sentence(entry.description[:1].upper() + entry.description[1:]) + marker,
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# --- The command line ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. name: words after `pocl`; parameters: of click, as they are."""
+
+    name: str
+    panel: str
+    help: str
+    example: str
+    usage: str
+    parameters: tuple[Any, ...]
+
+
+@cache
+def commands() -> tuple[Command, ...]:
+    """Every command of `pocl`, in the order of its help."""
+    import typer.main
+
+    from pocl_ds.cli.main import app
+
+    return tuple(walk_commands(typer.main.get_command(app)))
+
+
+def walk_commands(group: Any, prefix: str = "") -> Iterator[Command]:
+    """The commands below a click group, those of nested groups too."""
+    for name, command in group.commands.items():
+        if getattr(command, "hidden", False):
+            continue
+        full = f"{prefix} {name}".strip()
+        if hasattr(command, "commands"):
+            yield from walk_commands(command, full)
+            continue
+        text, examples = _split_help(command, full)
+        parameters = tuple(p for p in command.params if not getattr(p, "hidden", False))
+        yield Command(
+            full,
+            str(getattr(command, "rich_help_panel", None) or "Commands"),
+            text,
+            examples,
+            _usage(full, parameters),
+            parameters,
+        )
+
+
+def _split_help(command: Any, name: str) -> tuple[str, str]:
+    """The help text and, apart from it, the lines that show an example: `pocl NAME ...`."""
+    text = f"{command.help or ''}\n\n{command.epilog or ''}".replace("\b", "").replace("\f", "")
+    text = re.sub(r"\[/?[a-z][a-z ]*\]", "", text)  # rich markup
+    pattern = re.compile(rf"pocl {re.escape(name)}\b.*")
+    examples = [match[0].strip("` ") for line in text.splitlines() if (match := pattern.search(line))]
+    lines = [line for line in text.splitlines() if not pattern.search(line)]
+    prose = [line for line in lines if not re.fullmatch(r"\s*examples?:?\s*", line, re.IGNORECASE)]
+    paragraphs = re.split(r"\n\s*\n", "\n".join(prose).strip())
+    prose_text = "\n\n".join(" ".join(part.split()) for part in paragraphs if part.strip())
+    return prose_text, "\n".join(examples)
+
+
+def _usage(name: str, parameters: tuple[Any, ...]) -> str:
+    words = [f"pocl {name}"]
+    if any(not _is_argument(parameter) for parameter in parameters):
+        words.append("[OPTIONS]")
+    for parameter in filter(_is_argument, parameters):
+        word = parameter.make_metavar_name() if hasattr(parameter, "make_metavar_name") else None
+        word = word or str(parameter.metavar or parameter.name).strip("[].").upper()
+        word = f"{word}..." if parameter.nargs == -1 else word
+        words.append(word if parameter.required else f"[{word}]")
+    return " ".join(words)
+
+
+def _is_argument(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "argument")
+
+
+def cli_page() -> str:
+    """`reference/cli.md`."""
+    lines = [
+        "# Command-line reference",
+        "",
+        "```bash",
+        "pocl --help               # the commands by panel",
+        "pocl run --help           # one command",
+        "pocl --install-completion # completion for your shell",
+        "```",
+        "",
+        "Words of the form `section.field=value` are overrides of the [recipe](recipe.md). `--run-dir`",
+        "names the run directory everywhere. [Exit codes](../concepts/reproducibility-and-resume.md#exit-codes)",
+        "say whether the same command may be started again.",
+    ]
+    panels = dict.fromkeys(command.panel for command in commands())
+    for panel in panels:
+        lines += ["", f"## {panel}"]
+        for command in commands():
+            if command.panel == panel:
+                lines += ["", *_command_lines(command)]
+    return "\n".join(lines) + "\n"
+
+
+def _command_lines(command: Command) -> list[str]:
+    anchor = command.name.replace(" ", "-")
+    lines = [f"### pocl {command.name} {{#{anchor}}}", "", command.help, ""]
+    lines += ["```text", command.usage, "```", ""]
+    if command.parameters:
+        lines += ["| argument or option | default | meaning |", "|---|---|---|"]
+        lines += [_parameter_row(parameter) for parameter in command.parameters]
+    if command.example:
+        lines += ["", "Example:", "", "```bash", *command.example.splitlines(), "```"]
+    return lines
+
+
+def _parameter_row(parameter: Any) -> str:
+    if _is_argument(parameter):
+        name = f"`{str(parameter.metavar or parameter.name).upper()}`"
+    else:
+        flags = [*parameter.opts, *parameter.secondary_opts]
+        metavar = "" if getattr(parameter, "is_flag", False) else f" {parameter.name.upper()}"
+        name = ", ".join(f"`{flag}{metavar}`" for flag in flags)
+    choices = getattr(parameter.type, "choices", None)
+    text = _sentence(str(getattr(parameter, "help", None) or ""))
+    if choices:
+        text += " One of " + ", ".join(f"`{getattr(c, 'value', c)}`" for c in choices) + "."
+    default = getattr(parameter, "show_default", None)
+    value = parameter.default
+    if callable(value) or value is None or "UNSET" in repr(value).upper() or value in ((), [], False):
+        value = None
+    shown = default if isinstance(default, str) else value
+    cells = (name, "" if shown is None else f"`{getattr(shown, 'value', shown)}`", text)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+# --- mkdocs -------------------------------------------------------------------------------------
+
+
+def pages() -> dict[str, str]:
+    """The generated pages: path below docs/ -> Markdown."""
+    return {RECIPE_PAGE: recipe_page(), CLI_PAGE: cli_page()}
+
+
+def on_files(files: Any, config: Any, **_: Any) -> Any:
+    """Called by mkdocs once the pages on disk are known: add the generated ones."""
+    from mkdocs.structure.files import File
+
+    for path, text in pages().items():
+        files.append(File.generated(config, path, content=text))
+    return files
