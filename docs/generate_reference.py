@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 RECIPE_PAGE, CLI_PAGE = "reference/recipe.md", "reference/cli.md"
 
@@ -48,7 +49,7 @@ def recipe_sections() -> tuple[RecipeSection, ...]:
 
     schema = Recipe.model_json_schema()
     top = RecipeSection("", "Fields above all sections.")
-    return tuple(_walk(schema, schema.get("$defs", {}), top))
+    return tuple(walk_schema(schema, schema.get("$defs", {}), top))
 
 
 def recipe_fields() -> dict[str, RecipeField]:
@@ -63,7 +64,7 @@ def open_tables() -> list[str]:
     ]
 
 
-def _walk(
+def walk_schema(
     schema: Mapping[str, Any], definitions: Mapping[str, Any], section: RecipeSection
 ) -> Iterator[RecipeSection]:
     nested: list[tuple[RecipeSection, Mapping[str, Any]]] = []
@@ -86,7 +87,7 @@ def _walk(
         )
     yield section
     for child_section, child in nested:
-        yield from _walk(child, definitions, child_section)
+        yield from walk_schema(child, definitions, child_section)
 
 
 def _section_reference(tree: Mapping[str, Any]) -> tuple[str | None, str, bool]:
@@ -192,12 +193,12 @@ def recipe_page() -> str:
         "",
         "```bash",
         "pocl run quickstart --run-dir runs/x train.lr=1e-4 curriculum.num_subsets=3",
-        "pocl show quickstart      # the resolved recipe, with what differs from the defaults marked",
+        "pocl show quickstart      # the resolved recipe; what differs from defaults is marked",
         "```",
         "",
-        "An unknown field is an error that names the nearest known field. Fields marked *runtime* say",
-        "how a run is executed (ranks, shards, logging), not what it computes: changing them never",
-        "invalidates finished work.",
+        "An unknown field is an error that names the nearest known field. Fields marked *runtime*",
+        "say how a run is executed (ranks, shards, logging), not what it computes: changing them",
+        "never invalidates finished work.",
     ]
     for section in recipe_sections():
         level = "##" if section.path.count(".") == 0 else "###"
@@ -275,7 +276,9 @@ def _split_help(command: Any, name: str) -> tuple[str, str]:
     text = f"{command.help or ''}\n\n{command.epilog or ''}".replace("\b", "").replace("\f", "")
     text = re.sub(r"\[/?[a-z][a-z ]*\]", "", text)  # rich markup
     pattern = re.compile(rf"pocl {re.escape(name)}\b.*")
-    examples = [match[0].strip("` ") for line in text.splitlines() if (match := pattern.search(line))]
+    examples = [
+        match[0].strip("` ") for line in text.splitlines() if (match := pattern.search(line))
+    ]
     lines = [line for line in text.splitlines() if not pattern.search(line)]
     prose = [line for line in lines if not re.fullmatch(r"\s*examples?:?\s*", line, re.IGNORECASE)]
     paragraphs = re.split(r"\n\s*\n", "\n".join(prose).strip())
@@ -288,8 +291,7 @@ def _usage(name: str, parameters: tuple[Any, ...]) -> str:
     if any(not _is_argument(parameter) for parameter in parameters):
         words.append("[OPTIONS]")
     for parameter in filter(_is_argument, parameters):
-        word = parameter.make_metavar_name() if hasattr(parameter, "make_metavar_name") else None
-        word = word or str(parameter.metavar or parameter.name).strip("[].").upper()
+        word = _metavar(parameter)
         word = f"{word}..." if parameter.nargs == -1 else word
         words.append(word if parameter.required else f"[{word}]")
     return " ".join(words)
@@ -310,9 +312,10 @@ def cli_page() -> str:
         "pocl --install-completion # completion for your shell",
         "```",
         "",
-        "Words of the form `section.field=value` are overrides of the [recipe](recipe.md). `--run-dir`",
-        "names the run directory everywhere. [Exit codes](../concepts/reproducibility-and-resume.md#exit-codes)",
-        "say whether the same command may be started again.",
+        "Words of the form `section.field=value` are overrides of the [recipe](recipe.md).",
+        "`--run-dir` names the run directory everywhere. The exit code says whether the same",
+        "command may be started again: see",
+        "[Exit codes](../concepts/reproducibility-and-resume.md#exit-codes).",
     ]
     panels = dict.fromkeys(command.panel for command in commands())
     for panel in panels:
@@ -337,22 +340,39 @@ def _command_lines(command: Command) -> list[str]:
 
 def _parameter_row(parameter: Any) -> str:
     if _is_argument(parameter):
-        name = f"`{str(parameter.metavar or parameter.name).upper()}`"
+        name = f"`{_metavar(parameter)}`"
     else:
         flags = [*parameter.opts, *parameter.secondary_opts]
-        metavar = "" if getattr(parameter, "is_flag", False) else f" {parameter.name.upper()}"
-        name = ", ".join(f"`{flag}{metavar}`" for flag in flags)
-    choices = getattr(parameter.type, "choices", None)
+        value_name = "" if parameter.is_flag else f" {_metavar(parameter)}"
+        name = ", ".join(f"`{flag}{value_name}`" for flag in flags)
     text = _sentence(str(getattr(parameter, "help", None) or ""))
-    if choices:
-        text += " One of " + ", ".join(f"`{getattr(c, 'value', c)}`" for c in choices) + "."
-    default = getattr(parameter, "show_default", None)
-    value = parameter.default
-    if callable(value) or value is None or "UNSET" in repr(value).upper() or value in ((), [], False):
-        value = None
-    shown = default if isinstance(default, str) else value
-    cells = (name, "" if shown is None else f"`{getattr(shown, 'value', shown)}`", text)
+    if choices := _choices(parameter):
+        text += " One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
+    if parameter.multiple:
+        text += " May be repeated."
+    default = parameter.show_default if isinstance(parameter.show_default, str) else None
+    if default is None and not callable(parameter.default):
+        default = "" if parameter.default in (None, False, (), []) else str(parameter.default)
+    cells = (name, f"`{default}`" if default else "", text.strip())
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _metavar(parameter: Any) -> str:
+    return str(parameter.metavar or parameter.name.upper())
+
+
+def _choices(parameter: Any) -> list[str]:
+    """The values that a parameter's annotation allows, as an enumeration or a literal."""
+    descriptor = getattr(parameter, "type_descriptor", None)
+    open_annotations = [getattr(descriptor, "annotation", None)]
+    while open_annotations:
+        annotation = open_annotations.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Enum):
+            return [str(member.value) for member in annotation]
+        if get_origin(annotation) is Literal:
+            return [str(value) for value in get_args(annotation)]
+        open_annotations += get_args(annotation)
+    return []
 
 
 # --- mkdocs -------------------------------------------------------------------------------------

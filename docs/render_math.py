@@ -1,4 +1,4 @@
-"""An mkdocs hook: turn `$formulas$` and `$$numbered equations$$` into MathML when the site is built.
+"""An mkdocs hook: turn `$formulas$` and `$$equations$$` into MathML when the site is built.
 
 Browsers render MathML natively, so that the site needs no script and no network. A display
 equation may carry a number, as in `\\tag{9}`, and then gets the anchor `#eq-9`.
@@ -24,12 +24,6 @@ _TAG = re.compile(r"\\tag\{(\d+)\}")
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs with the text of each page."""
     return _TOKENS.sub(_replace, markdown)
-
-
-def equation_numbers(markdown: str) -> list[int]:
-    """Numbers of the display equations of a page, in order."""
-    displays = (match["display"] for match in _TOKENS.finditer(markdown))
-    return [int(tag[1]) for text in displays if text and (tag := _TAG.search(text))]
 
 
 def _replace(match: re.Match[str]) -> str:

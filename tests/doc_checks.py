@@ -1,0 +1,485 @@
+"""Checks of Markdown pages against the program: recipes, fields, commands, code blocks, links.
+
+Each check takes a page and returns sentences, one per fault; an empty list means that all is well.
+`tests/unit/docs` runs them over the documentation, and over small bad pages to prove that they can
+fail.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from pocl_ds.errors import PoclError
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+# The smallest recipe with a teacher: partial recipes of the pages are merged into it.
+MINIMAL: dict[str, Any] = {
+    "name": "minimal",
+    "data": {"source": "train.jsonl"},
+    "teacher": {"model": "org/teacher"},
+    "student": {"model": "org/student"},
+}
+EXECUTED = "<!-- executed by the tests -->"  # before a Python block: run it, compare its output
+FILE_ENDINGS = (".md", ".html", ".json", ".jsonl", ".yaml", ".yml", ".py", ".sh", ".parquet")
+_FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=fence)[ \t]*$",
+    re.MULTILINE | re.DOTALL,
+)
+_SPAN = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+_DOTTED = re.compile(r"^([a-z_]+(?:\.[a-zA-Z_][\w-]*)+)(?:\s*[:=]\s*(.*))?$")
+
+
+def load_generator() -> ModuleType:
+    """`docs/generate_reference.py`, which no package contains."""
+    name = "generate_reference"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced code block. line: of its first line of code; title: of `title="..."`."""
+
+    language: str
+    title: str
+    body: str
+    line: int
+    executed: bool
+
+
+@dataclass(frozen=True)
+class Page:
+    """One Markdown page. path: relative to the root of the tree."""
+
+    path: str
+    text: str
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Its code blocks."""
+        found = []
+        for match in _FENCE.finditer(self.text):
+            before = self.text[: match.start()].rstrip()
+            title = re.search(r'title="([^"]*)"', match["info"])
+            found.append(
+                Block(
+                    match["info"].split(" ")[0].strip(),
+                    title[1] if title else "",
+                    re.sub(rf"^{match['indent']}", "", match["body"], flags=re.MULTILINE),
+                    self.text.count("\n", 0, match.start("body")) + 1,
+                    before.endswith(EXECUTED),
+                )
+            )
+        return found
+
+    @property
+    def prose(self) -> str:
+        """The text with its code blocks emptied, line by line."""
+        return _FENCE.sub(lambda match: "\n" * match[0].count("\n"), self.text)
+
+    def spans(self) -> Iterator[tuple[int, str]]:
+        """Line number and text of each inline code span."""
+        for number, line in enumerate(self.prose.splitlines(), 1):
+            for match in _SPAN.finditer(line):
+                yield number, match[1].strip()
+
+
+def pages() -> list[Page]:
+    """Every page that people read: the README, CONTRIBUTING, the site, and what is generated."""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    files += sorted(DOCS.rglob("*.md"))
+    found = [
+        Page(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"))
+        for file in files
+        if file.is_file()
+    ]
+    generated = load_generator().pages()
+    return found + [Page(f"docs/{path}", text) for path, text in generated.items()]
+
+
+# --- Recipes, profiles and studies in YAML blocks ------------------------------------------------
+
+
+def check_yaml(page: Page) -> list[str]:
+    """Every YAML block is accepted by the program's own reader of what it is."""
+    faults = []
+    for block in page.blocks:
+        if block.language not in ("yaml", "yml"):
+            continue
+        try:
+            _read_yaml_block(page, block)
+        except (PoclError, yaml.YAMLError, subprocess.CalledProcessError, ValueError) as error:
+            text = getattr(error, "stderr", None) or str(error)
+            faults.append(f"{page.path} line {block.line}: {' '.join(text.split())[-600:]}")
+    return faults
+
+
+def _read_yaml_block(page: Page, block: Block) -> None:
+    tree = yaml.safe_load(block.body)
+    if not isinstance(tree, dict):
+        raise ValueError("a YAML block holds no fields")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "arms" in tree:
+            _write(folder / "study.yaml", block.body)
+            from pocl_ds.study.plan import cells_of, load_study
+
+            cells_of(load_study(str(folder / "study.yaml")))
+        elif {"partition", "gpus_per_node", "cpus_per_node"} & set(tree):
+            _write(folder / "profile.yaml", block.body)
+            from pocl_ds.cluster.profile import load_profile
+
+            load_profile(str(folder / "profile.yaml"))
+        else:
+            complete = {"name", "student"} <= set(tree)
+            merged = tree if complete else _merge(MINIMAL, tree)
+            _write(folder / "recipe.yaml", yaml.safe_dump(merged))
+            _read_recipe(page, folder, plugins=bool(tree.get("plugins")))
+
+
+def _read_recipe(page: Page, folder: Path, *, plugins: bool) -> None:
+    if not plugins:
+        from pocl_ds.config.recipe_file import load_recipe
+
+        load_recipe(str(folder / "recipe.yaml"))
+        return
+    # A plug-in registers itself in this process for good, so it gets a process of its own. The
+    # page's titled Python blocks are its files, and the divergence that it adds is called once.
+    for block in page.blocks:
+        if block.language == "python" and block.title:
+            _write(folder / block.title, block.body)
+    program = (
+        "import torch\n"
+        "from pocl_ds.config.recipe_file import load_recipe\n"
+        "from pocl_ds.losses.divergences import divergence\n"
+        "recipe = load_recipe('recipe.yaml')\n"
+        "logits = torch.randn(2, 3, 7)\n"
+        "value = divergence(recipe.loss.name, *logits, **recipe.loss.options)\n"
+        "assert value.shape == (3,) and value.isfinite().all()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in other.items():
+        old = merged.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# --- Python, JSON -------------------------------------------------------------------------------
+
+
+def check_python(page: Page) -> list[str]:
+    """Every Python block compiles, what it imports from pocl_ds exists, and one that is marked as
+    executed prints what its comments say.
+    """
+    faults = []
+    for block in page.blocks:
+        if block.language not in ("python", "py"):
+            continue
+        where = f"{page.path} line {block.line}"
+        try:
+            tree = ast.parse(block.body)
+        except SyntaxError as error:
+            faults.append(f"{where}: the Python block does not compile ({error})")
+            continue
+        faults += [f"{where}: {fault}" for fault in _missing_imports(tree)]
+        if block.executed:
+            faults += [f"{where}: {fault}" for fault in _wrong_output(block.body)]
+    return faults
+
+
+def _missing_imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "pocl_ds":
+            continue
+        try:
+            module = importlib.import_module(str(node.module))
+        except ImportError as error:
+            yield f"{node.module} cannot be imported ({error})"
+            continue
+        for alias in node.names:
+            if hasattr(module, alias.name):
+                continue
+            try:
+                importlib.import_module(f"{node.module}.{alias.name}")
+            except ImportError:
+                yield f"{node.module} has no {alias.name}"
+
+
+def _wrong_output(code: str) -> Iterator[str]:
+    """Compare the lines that a block prints with the comments behind its `print` calls."""
+    expected = re.findall(r"^print\(.*\)\s+#\s+(.*)$", code, re.MULTILINE)
+    output = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder) / "block.py", code)
+        try:
+            with contextlib.redirect_stdout(output):
+                runpy.run_path(str(Path(folder) / "block.py"))
+        except Exception as error:
+            yield f"the block fails ({type(error).__name__}: {error})"
+            return
+    printed = output.getvalue().splitlines()
+    if expected and printed != expected:
+        yield f"the block prints {printed}, its comments say {expected}"
+
+
+def check_json(page: Page) -> list[str]:
+    """Every JSON block parses, and every JSON-lines block is read as instruction data."""
+    from pocl_ds.data.records import read_samples
+
+    faults = []
+    for block in page.blocks:
+        where = f"{page.path} line {block.line}"
+        if block.language == "json":
+            try:
+                json.loads(block.body)
+            except ValueError as error:
+                faults.append(f"{where}: the JSON block does not parse ({error})")
+        elif block.language == "jsonl":
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "block.jsonl"
+                _write(file, block.body)
+                try:
+                    list(read_samples(str(file)))
+                except PoclError as error:
+                    faults.append(f"{where}: {str(error).replace(str(file), 'the block')}")
+    return faults
+
+
+# --- Commands and fields ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownNames:
+    """What pages may name. commands: name -> its options; fields: dotted name -> the values that
+    are allowed, empty if any is; tables: dotted names whose keys a user chooses.
+    """
+
+    commands: Mapping[str, Collection[str]]
+    fields: Mapping[str, Collection[str]]
+    sections: Collection[str]
+    tables: Collection[str]
+
+
+def known_names() -> KnownNames:
+    """The names of this program."""
+    generator = load_generator()
+    commands = {}
+    for command in generator.commands():
+        options: set[str] = {"--help"}
+        for parameter in command.parameters:
+            options |= {*parameter.opts, *parameter.secondary_opts}
+        commands[command.name] = options
+    fields = {}
+    for path, field in generator.recipe_fields().items():
+        values = field.type.removeprefix("one of ") if field.type.startswith("one of ") else ""
+        fields[path] = frozenset(_SPAN.findall(values))
+    sections = {section.path for section in generator.recipe_sections() if section.path}
+    return KnownNames(commands, fields, sections, generator.open_tables())
+
+
+def check_commands(page: Page, known: KnownNames) -> list[str]:
+    """Every `pocl ...` in shell blocks and code spans is a command with options that it has, and
+    overrides of fields that exist.
+    """
+    lines = [
+        (block.line + number, line)
+        for block in page.blocks
+        if block.language in ("bash", "sh", "shell", "console")
+        for number, line in enumerate(block.body.replace("\\\n", "  ").splitlines())
+    ]
+    lines += [(number, text) for number, text in page.spans() if text.startswith("pocl ")]
+    faults = []
+    for number, line in lines:
+        for words in _pocl_calls(line):
+            where = f"{page.path} line {number}"
+            faults += [f"{where}: {fault}" for fault in _wrong_call(words, known)]
+    return faults
+
+
+def _pocl_calls(line: str) -> Iterator[list[str]]:
+    """The words after `pocl` of each call in a shell line."""
+    try:
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+    except ValueError:
+        words = line.split()
+    call: list[str] | None = None
+    for word in words:
+        if word in ("|", "||", "&&", ";", ">", "&"):
+            if call is not None:
+                yield call
+            call = None
+        elif word == "pocl" and call is None:
+            call = []
+        elif call is not None:
+            call.append(word)
+    if call is not None:
+        yield call
+
+
+def _wrong_call(words: list[str], known: KnownNames) -> Iterator[str]:
+    if not words or words[0].startswith("-") or words[0].isupper() or words[0] in ("X", "..."):
+        return
+    name = words[0]
+    if len(words) > 1 and f"{name} {words[1]}" in known.commands:
+        name = f"{name} {words[1]}"
+    if name not in known.commands:
+        yield f"there is no command `pocl {name}`"
+        return
+    for word in words[1:]:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known.commands[name]:
+            yield f"`pocl {name}` has no option {option}"
+        elif not word.startswith("-") and _DOTTED.match(word) and "=" in word:
+            yield from _wrong_field(word, known)
+
+
+def check_fields(page: Page, known: KnownNames) -> list[str]:
+    """Every dotted name in a code span whose first part is a section of the recipe is a field, and
+    a value behind it is one that the field allows.
+    """
+    tops = {path.split(".")[0] for path in known.sections}
+    faults = []
+    for number, text in page.spans():
+        match = _DOTTED.match(text)
+        if match is None or match[1].split(".")[0] not in tops or match[1].endswith(FILE_ENDINGS):
+            continue
+        faults += [f"{page.path} line {number}: {fault}" for fault in _wrong_field(text, known)]
+    return faults
+
+
+def _wrong_field(text: str, known: KnownNames) -> Iterator[str]:
+    match = _DOTTED.match(text)
+    assert match is not None
+    path, value = match[1], (match[2] or "").strip()
+    if any(path == table or path.startswith(f"{table}.") for table in known.tables):
+        return
+    if path not in known.fields and path not in known.sections:
+        yield f"there is no recipe field {path}"
+    elif value and (allowed := known.fields.get(path)) and value.strip("\"'") not in allowed:
+        yield f"{path} has no value {value}: it allows {', '.join(sorted(allowed))}"
+
+
+# --- Links --------------------------------------------------------------------------------------
+
+
+def check_links(page: Page, others: Collection[Page]) -> list[str]:
+    """Every relative link leads to a file of the tree, or a generated page, and to an anchor in
+    it.
+    """
+    texts = {other.path: other.text for other in others} | {page.path: page.text}
+    faults = []
+    for number, line in enumerate(page.prose.splitlines(), 1):
+        for match in _LINK.finditer(_SPAN.sub("", line)):
+            link = match[1] or match[2]
+            if re.match(r"^[a-z]+:", link):
+                continue
+            target, _, anchor = link.partition("#")
+            folder = Path(page.path).parent
+            path = os.path.normpath(folder / target) if target else page.path
+            where = f"{page.path} line {number}: link {link}"
+            if path not in texts and not (ROOT / path).exists():
+                faults.append(f"{where}: there is no {path}")
+            elif anchor and path in texts and anchor not in anchors(texts[path]):
+                faults.append(f"{where}: {path} has no anchor {anchor}")
+    return faults
+
+
+def anchors(text: str) -> set[str]:
+    """Every anchor of a page: headings, `{#names}`, `id="names"` and numbered equations."""
+    prose = _FENCE.sub("", text)
+    found = set(re.findall(r"\{#([\w.-]+)\}", prose)) | set(re.findall(r'id="([^"]+)"', prose))
+    found |= {f"eq-{number}" for number in equation_numbers(text)}
+    for heading in re.findall(r"^#+ (.*?)(?:\s*\{#[^}]*\})?$", prose, re.MULTILINE):
+        plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)).strip()
+        found.add(re.sub(r"[-\s]+", "-", plain.lower()))
+    return found
+
+
+# --- Equations and messages ---------------------------------------------------------------------
+
+
+def equation_numbers(text: str) -> list[int]:
+    """Numbers of a page's equations, in order."""
+    return [int(number) for number in re.findall(r"\\tag\{(\d+)\}", text)]
+
+
+def check_citations(source: str, name: str, numbers: Collection[int]) -> list[str]:
+    """Every `docs/method.md, eq. N` of a source file cites an equation that exists."""
+    text = " ".join(source.split())
+    cited = re.findall(r"docs/method\.md,? eqs?\.? ((?:\d+(?:, | and | to )?)+)", text)
+    return [
+        f"{name} cites equation {number}, which docs/method.md does not have"
+        for found in cited
+        for number in map(int, re.findall(r"\d+", found))
+        if number not in numbers
+    ]
+
+
+def check_messages(page: Page, messages: Collection[str]) -> list[str]:
+    """Every heading of a page that quotes a message (`### ...` in backticks) quotes one of the
+    program; `…` stands for what varies.
+    """
+    faults = []
+    for quoted in re.findall(r"^#+ `(.+)`$", page.text, re.MULTILINE):
+        parts = [" ".join(part.split()) for part in quoted.split("…") if part.strip()]
+        pattern = re.compile(".*".join(map(re.escape, parts)), re.DOTALL)
+        if not any(pattern.search(message) for message in messages):
+            faults.append(f"{page.path}: no message of the program reads {quoted!r}")
+    return faults
+
+
+def program_messages() -> list[str]:
+    """Every string of the program, with `…` in place of what is filled in."""
+    found = []
+    for file in sorted((ROOT / "pocl_ds").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [
+                    str(part.value) if isinstance(part, ast.Constant) else "…"
+                    for part in node.values
+                ]
+                found.append(" ".join("".join(parts).split()))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(" ".join(node.value.split()))
+    return found
