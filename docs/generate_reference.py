@@ -8,7 +8,7 @@ what the pages, the README and the recipes in them name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -222,7 +222,13 @@ def _row(section: RecipeSection, entry: RecipeField) -> str:
         entry.default,
         _sentence(entry.description[:1].upper() + entry.description[1:]) + marker,
     )
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return _table_row(cells)
+
+
+def _table_row(cells: Iterable[str]) -> str:
+    """A row of a table; a pipe ends a cell, except in code."""
+    escaped = (re.sub(r"(`[^`]*`)|\\|", lambda m: m[1] or "&#124;", cell) for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
 
 
 # --- The command line ---------------------------------------------------------------------------
@@ -354,7 +360,7 @@ def _parameter_row(parameter: Any) -> str:
     if default is None and not callable(parameter.default):
         default = "" if parameter.default in (None, False, (), []) else str(parameter.default)
     cells = (name, f"`{default}`" if default else "", text.strip())
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return _table_row(cells)
 
 
 def _metavar(parameter: Any) -> str:
