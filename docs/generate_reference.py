@@ -227,7 +227,7 @@ def _row(section: RecipeSection, entry: RecipeField) -> str:
 
 def _table_row(cells: Iterable[str]) -> str:
     """A row of a table; a pipe ends a cell, except in code."""
-    escaped = (re.sub(r"(`[^`]*`)|\\|", lambda m: m[1] or "&#124;", cell) for cell in cells)
+    escaped = (re.sub(r"(`[^`]*`)|\|", lambda m: m[1] or "&#124;", cell) for cell in cells)
     return "| " + " | ".join(escaped) + " |"
 
 
