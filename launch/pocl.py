@@ -1,5 +1,6 @@
-"""Runs a module of pocl_ds, wherever one stands: `python -m` would take what lies in the working
-directory first.
+"""Run a module of pocl_ds from any working directory.
+
+`python -m` would import a file of the working directory first.
 
     python launch/pocl.py MODULE ARGUMENT...
 """
@@ -8,9 +9,9 @@ import os
 import signal
 import sys
 
-# Until the module catches Ctrl-C it ends this process at once: the traceback of an import helps
-# nobody. A pipeline starts us with it held back, as Python itself would die of it with a traceback
-# and a code of its own.
+# Until the module installs its own handler, Ctrl-C ends this process at once: a traceback from the
+# middle of an import does not help the user. A pipeline starts this script with SIGINT blocked,
+# because Python's default handler would print that traceback and exit with its own code.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
@@ -19,10 +20,10 @@ import runpy  # noqa: E402
 import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-tree = Path(__file__).resolve().parents[1]
-if (tree / "pocl_ds").is_dir():
-    sys.path[0] = str(tree)
-else:  # inside an installed package, which is found by itself; this folder must not be a place to import from
+repository = Path(__file__).resolve().parents[1]
+if (repository / "pocl_ds").is_dir():
+    sys.path[0] = str(repository)
+else:  # part of an installed package: imports must not search this folder
     del sys.path[0]
 
 from pocl_ds.resources import cache_folder  # noqa: E402
@@ -34,11 +35,15 @@ sys.argv = sys.argv[1:]
 code = 0
 try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-except SystemExit as leaving:
-    code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    if isinstance(leaving.code, str):
-        last_word(leaving.code)
-except KeyboardInterrupt:  # on its way in or out; at work it has been answered with a sentence
+except SystemExit as exit_request:
+    code = (
+        exit_request.code
+        if isinstance(exit_request.code, int)
+        else int(exit_request.code is not None)
+    )
+    if isinstance(exit_request.code, str):
+        last_word(exit_request.code)
+except KeyboardInterrupt:  # before or after the module's own handling, which prints a message
     code = 130
 except BaseException:
     last_word(hide(traceback.format_exc()).rstrip())

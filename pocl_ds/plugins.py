@@ -6,10 +6,10 @@ for each method.
     @plugins.divergence("mine", weight=0.5)         # loss.name=mine, loss.options.weight
     def mine(log_p, log_q, *, weight): ...          # [tokens, ids] both -> [tokens]
 
-    @plugins.metric("length")                       # score.metrics=[length], and rank.strategy=length: small is easy
+    @plugins.metric("length")                       # score.metrics=[length], and ranking.strategy=length: small is easy
     def length(responses, references, log_probs): ...   # one number a sample
 
-    @plugins.strategy("alternate")                  # rank.strategy=alternate
+    @plugins.strategy("alternate")                  # ranking.strategy=alternate
     def alternate(scored): ...                      # difficulty.rank.Scored -> indices, easiest first
 
     @plugins.policy("mixed", on_policy=True)        # policy.name=mixed, policy.options
@@ -88,7 +88,7 @@ def _register(
         before = registry.get(name)
         if name in beside:
             raise RecipeError(
-                f"plugins: rank.strategy={name} has a meaning already: give your {kind} another "
+                f"plugins: ranking.strategy={name} has a meaning already: give your {kind} another "
                 f"name"
             )
         if before is not None:

@@ -35,8 +35,8 @@ def train(run: Path) -> None:
     if distributed.rank() == 0:
         shutil.move(run / "train", run / "live")
     distributed.barrier()
-    for name in ("teach", "train"):
-        stage(name, run, "teacher.mode=hidden")
+    for name in ("cache-teacher", "train"):
+        stage(name, run, "teacher.mode=cached_hidden_states")
     if distributed.rank() == 0:
         stage("export", run)
     distributed.barrier()
@@ -54,7 +54,7 @@ def reload(run: Path) -> None:
     other = load_model(task["other"])
     path = str(run / "export")
     generator = open_generator(
-        path, GenerationConfig(max_sequences=8), load_tokenizer(path), max_length=96, threads=1
+        path, GenerationConfig(max_num_seqs=8), load_tokenizer(path), max_length=96, threads=1
     )
     found = {}
     for name in ("exported", "refreshed"):

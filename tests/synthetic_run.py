@@ -87,8 +87,8 @@ class SyntheticRun:
                 "index": i,
                 "start": 0,
                 "stop": (i + 1) * samples // 4,
-                "tau": 1 + i / 3,
-                "alpha": 0.3 - i / 10,
+                "temperature": 1 + i / 3,
+                "sft_ratio": 0.3 - i / 10,
                 "epochs": 1,
                 "steps_per_epoch": 18 * (i + 1),
                 "steps": 18 * (i + 1),
@@ -99,7 +99,7 @@ class SyntheticRun:
             "batch_size": 8,
             "total_steps": 180,
             "scheduler": "baby_step",
-            "tail": "drop",
+            "drop_last": True,
             "stages": stages,
         }
         write_json(self.run.plan / "plan.json", tree)
@@ -111,7 +111,7 @@ class SyntheticRun:
         with (self.run.train / "metrics.jsonl").open("w") as stream:
             for step in range(1, steps + 1):
                 stage = min(3, int(math.sqrt(step / steps * 16.0)))
-                tau, alpha = 1 + stage / 3, 0.3 - stage / 10
+                temperature, sft_ratio = 1 + stage / 3, 0.3 - stage / 10
                 kd, ce = (
                     (4 * math.exp(-step / steps * 3) + 0.8 + noise[step - 1, 0]),
                     4.3 + noise[step - 1, 1],
@@ -121,11 +121,11 @@ class SyntheticRun:
                     "step": step,
                     "stage": stage,
                     "epoch": 0,
-                    "loss": alpha * ce + (1 - alpha) * kd,
+                    "loss": sft_ratio * ce + (1 - sft_ratio) * kd,
                     "kd": kd,
                     "ce": ce,
-                    "tau": tau,
-                    "alpha": alpha,
+                    "temperature": temperature,
+                    "sft_ratio": sft_ratio,
                     "lr": 3e-4 * 0.5 * (1 + math.cos(math.pi * step / steps)),
                     "grad_norm": 1.0,
                     "tokens": 200,

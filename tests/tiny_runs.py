@@ -14,7 +14,13 @@ from command_line import start
 
 
 def write_recipe(
-    folder: Path, teacher: Path, student: Path, /, *, train_samples: int, **changes: dict[str, Any]
+    folder: Path,
+    teacher: Path,
+    student: Path,
+    /,
+    *,
+    max_train_samples: int,
+    **changes: dict[str, Any],
 ) -> Path:
     """data.jsonl of 90 samples and recipe.yaml below `folder`. changes: fields by section, over
     those here.
@@ -26,23 +32,28 @@ def write_recipe(
                 "output": f"It is {i} " * (1 + i % 4),
             }
             stream.write(json.dumps(record) + "\n")
-    small = {"backend": "transformers", "max_sequences": 16}
+    small = {"backend": "transformers", "max_num_seqs": 16}
     tree: dict[str, Any] = {
         "name": "tiny",
         "data": {
             "source": str(folder / "data.jsonl"),
             "test_fraction": 0.1,
             "validation_fraction": 0.1,
-            "train_samples": train_samples,
+            "max_train_samples": max_train_samples,
         },
         "prompt": {"template": "chat", "max_prompt_tokens": 64, "max_length": 96},
         "teacher": {"model": str(teacher)},
         "student": {"model": str(student)},
         "score": {"generation": small, "max_new_tokens": 8, "shards": 2},
-        "plan": {"subsets": 3, "epochs_per_stage": 2},
-        "train": {"batch_size": 8, "micro_batch_size": 2, "lr": 1e-3, "checkpoint": {"every": 3}},
+        "curriculum": {"num_subsets": 3, "epochs_per_stage": 2},
+        "train": {
+            "batch_size": 8,
+            "micro_batch_size": 2,
+            "lr": 1e-3,
+            "checkpoint": {"every_n_steps": 3},
+        },
         "evaluate": {"generation": small, "seeds": [1], "max_new_tokens": 8},
-        "launch": {"ranks": 2, "threads": 1},
+        "launch": {"ranks": 2, "threads_per_rank": 1},
     }
     for section, fields in changes.items():
         tree[section] = {**tree.get(section, {}), **fields}

@@ -17,7 +17,7 @@ BENCHMARKS = {
     ),
     "size": (
         "pocl_ds.bench.estimate",
-        "pocl size against measured memory, and FLOPs against torch's counter",
+        "pocl estimate against measured memory, and FLOPs against torch's counter",
     ),
     "overhead": (
         "pocl_ds.bench.overhead",

@@ -43,13 +43,13 @@ def main(work: Workload, folder: Path, steps: int, out: Path) -> None:
     )
     plain = _steps(trainer, 0, steps)
     directory = folder / "checkpoints"
-    at_once = Checkpoints(directory, CheckpointConfig(keep=9), fingerprint="bench")
+    at_once = Checkpoints(directory, CheckpointConfig(keep_last=9), fingerprint="bench")
     saved = [
         _timed(lambda step=step: at_once.save(step, trainer.engine, last_chance=False))
         for step in (1, 2)
     ]
     behind = Checkpoints(
-        directory, CheckpointConfig(keep=9, in_background=True), fingerprint="bench"
+        directory, CheckpointConfig(keep_last=9, async_save=True), fingerprint="bench"
     )
     stalls, meanwhile, whole = [], [], []
     for step in (3, 4):
@@ -99,11 +99,13 @@ def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     train = TrainConfig(
         batch_size=count,
         micro_batch_size=max(1, count // distributed.world_size()),
-        validate_samples=0,
+        validate_max_samples=0,
         tracking=TrackingConfig(tensorboard=False),
     )
     student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": precision()})
-    plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=1.0)
+    plan = single_stage_plan(
+        np.arange(count), steps=steps, batch_size=count, temperature=1.0, sft_ratio=1.0
+    )
     job = build.Job(
         run.train,
         "bench",

@@ -1,4 +1,4 @@
-"""`pocl size` against what a step takes: predicted and measured peak of memory on this machine's
+"""`pocl estimate` against what a step takes: predicted and measured peak of memory on this machine's
 CPU, and FLOPs.
 
 Three pairs of models on one and two ZeRO-3 ranks, the teacher live and stored. What a rank takes
@@ -56,9 +56,12 @@ def run(
                 write_models(WORKLOADS[name], folder)
             for ranks in RANKS:
                 base = max(_peaks("idle", name, folder, ranks, steps))
-                for mode, variant in (("live", "zero3"), ("hidden", "zero3+stored")):
+                for mode, variant in (
+                    ("online", "zero3"),
+                    ("cached_hidden_states", "zero3+stored"),
+                ):
                     if (
-                        mode == "hidden"
+                        mode == "cached_hidden_states"
                     ):  # what teaching takes must not count: it is another process, in a run too
                         _peaks(variant, name, folder, ranks, 1)
                         shutil.rmtree(folder / f"run-{variant}-{ranks}" / "train")
@@ -104,7 +107,7 @@ def _peaks(variant: str, name: str, folder: Path, ranks: int, steps: int) -> lis
 
 
 def predict(work: Workload, ranks: int, mode: str, base: float) -> dict[str, float]:
-    """Bytes of one rank at its fullest, by what holds them, as `pocl size` has them; base: without
+    """Bytes of one rank at its fullest, by what holds them, as `pocl estimate` has them; base: without
     a model.
     """
     lengths = np.array([whole for _, whole in work.lengths], np.int64)

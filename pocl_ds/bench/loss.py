@@ -2,7 +2,7 @@
 where it is installed.
 
 Forward and backward from hidden states to the gradients of hidden states and head, forward KL at
-tau = 1. Contenders take turns in one process; extra memory is the peak over what stood there
+temperature = 1. Contenders take turns in one process; extra memory is the peak over what stood there
 before: of the allocator on a GPU, of the process on a CPU, whose high-water mark is set back first.
 """
 

@@ -24,7 +24,7 @@ from pocl_ds.models.estimate import Choice, step_flops
 from pocl_ds.models.load import load_model_config, load_tokenizer
 from pocl_ds.workflow.run_dir import RunDirectory, read_manifest, read_models
 
-NAMES = ("score", "rank", "plan", "teach", "train", "baseline")
+NAMES = ("score", "rank", "plan", "cache-teacher", "train", "baseline")
 
 
 def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, folder, pattern in (
         ("score", run.scores, "shard-*.manifest.json"),
-        ("teach", run.teacher, "*-of-*.manifest.json"),
+        ("cache-teacher", run.teacher_cache, "*-of-*.manifest.json"),
     ):
         manifests = [read_manifest(path.parent, path.name) for path in sorted(folder.glob(pattern))]
         if manifests:
@@ -98,15 +98,18 @@ def _flops(run: RunDirectory) -> dict[str, float]:
     found = (
         {"score": _scoring(run, student, split)} if any(run.scores.glob("shard-*.jsonl")) else {}
     )
-    kept = recipe.teacher is not None and recipe.teacher.mode in ("hidden", "topk")
-    mode = "none" if teacher is None else "hidden" if kept else "live"
+    kept = recipe.teacher is not None and recipe.teacher.mode in (
+        "cached_hidden_states",
+        "cached_topk",
+    )
+    mode = "none" if teacher is None else "cached_hidden_states" if kept else "online"
     choice = Choice(1, checkpointing=recipe.student.activation_checkpointing, mode=mode)
     sizes = zip(lengths.tolist(), loss.tolist(), strict=True)
     each = np.array(
         [step_flops(student, teacher, choice, [length], count) for length, count in sizes]
     )
-    if teacher is not None and mode != "live":
-        found["teach"] = sum(teacher.forward_flops([int(length)], 0) for length in lengths)
+    if teacher is not None and mode != "online":
+        found["cache-teacher"] = sum(teacher.forward_flops([int(length)], 0) for length in lengths)
     plan = load_plan(run.plan / "plan.json")
     order = np.load(run.ranking / "order.npy")
     means = [

@@ -1,4 +1,4 @@
-"""How fast the student writes responses while it learns: `policy.rollout` vllm against hf, as `pocl
+"""How fast the student writes responses while it learns: `policy.rollout_backend` vllm against hf, as `pocl
 train` runs them.
 
 A student of 31 million random parameters (workload S of `pocl bench step`) writes to 32 prompts of
@@ -26,7 +26,7 @@ from pocl_ds.models.quiet import quiet
 
 ROUNDS, STEPS, COPIES = 3, 4, 4
 MEAN, MOST = 48, 192  # tokens of a response
-WRITERS = ("vllm", "hf")
+WRITERS = ("vllm", "transformers")
 
 
 def run(

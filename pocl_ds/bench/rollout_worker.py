@@ -77,8 +77,8 @@ def _trainer(
         engine="torch",
         batch_size=count,
         micro_batch_size=len(work.lengths),
-        validate_samples=0,
-        checkpoint=CheckpointConfig(every=10**9),
+        validate_max_samples=0,
+        checkpoint=CheckpointConfig(every_n_steps=10**9),
         tracking=TrackingConfig(tensorboard=False),
     )
     teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": kind})
@@ -86,7 +86,9 @@ def _trainer(
     policy = PolicyConfig.model_validate(
         {"name": "gkd", "lmbda": 1.0, "rollout": writer, "max_new_tokens": most}
     )
-    plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=0.0)
+    plan = single_stage_plan(
+        np.arange(count), steps=steps, batch_size=count, temperature=1.0, sft_ratio=0.0
+    )
     job = build.Job(
         run.train,
         "bench",

@@ -29,7 +29,7 @@ from pocl_ds.config import (
     CheckpointConfig,
     LossConfig,
     StudentConfig,
-    TeachConfig,
+    TeacherCacheConfig,
     TeacherConfig,
     TrackingConfig,
     TrainConfig,
@@ -73,7 +73,9 @@ def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[f
     """Our trainer, as `pocl train` runs it."""
     run = RunDirectory(folder / f"run-{variant}-{distributed.world_size()}")
     count = len(work.lengths)
-    plan = single_stage_plan(np.arange(count), steps=steps, batch_size=count, tau=1.0, alpha=ALPHA)
+    plan = single_stage_plan(
+        np.arange(count), steps=steps, batch_size=count, temperature=1.0, sft_ratio=ALPHA
+    )
     make_training(variant, work, folder, run, plan)().run()
     records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
     return [record["seconds"] for record in records], [record["loss"] for record in records]
@@ -97,8 +99,8 @@ def make_training(
         layout="padded" if switch == "padded" else "auto",
         micro_batch_size=max(1, count // distributed.world_size()),
         lr=LR,
-        validate_samples=0,
-        checkpoint=CheckpointConfig(every=10**9),
+        validate_max_samples=0,
+        checkpoint=CheckpointConfig(every_n_steps=10**9),
         tracking=TrackingConfig(tensorboard=False),
     )
     kind = precision()
@@ -108,7 +110,7 @@ def make_training(
             "model": str(folder / "teacher"),
             "dtype": kind,
             "attention": attention,
-            "mode": "hidden" if switch == "stored" else "live",
+            "mode": "cached_hidden_states" if switch == "stored" else "online",
         }
     )
     student = StudentConfig.model_validate(
@@ -128,7 +130,7 @@ def make_training(
             run,
             teacher=teacher,
             student=student,
-            config=TeachConfig(),
+            config=TeacherCacheConfig(),
             use=Use(1.0),
             fingerprint=taught,
         )

@@ -62,12 +62,12 @@ def run(
                 ranks=ranks,
                 threads=cores,
             )
-    seconds = {label: found["teach"] + found["train"] for label, found in whole.items()}
+    seconds = {label: found["cache-teacher"] + found["train"] for label, found in whole.items()}
     stored = whole[STORED]
     out(
         f"a whole run, {stored['steps']} steps: {LIVE} {seconds[LIVE]:.1f} s; {STORED} "
         f"{seconds[STORED]:.1f} s, of it teaching "
-        f"{stored['teach']:.1f} s: {seconds[STORED] / seconds[LIVE]:.2f} of the live run"
+        f"{stored['cache-teacher']:.1f} s: {seconds[STORED] / seconds[LIVE]:.2f} of the live run"
     )
     read = statistics.median(stored["read"])
     out(

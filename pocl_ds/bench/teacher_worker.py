@@ -32,7 +32,7 @@ def main(variant: str, work: Workload, folder: Path, epochs: int, out: Path) -> 
     run, count = RunDirectory(folder / f"whole-{variant}"), len(work.lengths)
     begin = time.perf_counter()
     plan = build_plan(
-        np.arange(count * STAGES), subsets=STAGES, epochs_per_stage=epochs, batch_size=count
+        np.arange(count * STAGES), num_subsets=STAGES, epochs_per_stage=epochs, batch_size=count
     )
     training = make_training(variant, work, folder, run, plan, copies=STAGES)
     taught = time.perf_counter()
@@ -44,7 +44,7 @@ def main(variant: str, work: Workload, folder: Path, epochs: int, out: Path) -> 
         write_json(
             out,
             {
-                "teach": taught - begin,
+                "cache-teacher": taught - begin,
                 "train": ended - taught,
                 "step": statistics.median(steps),
                 "read": read,
@@ -59,12 +59,12 @@ def _cold_reads(run: RunDirectory, count: int) -> list[float]:
     rows = np.arange(count)
     found = []
     for _ in range(READS):
-        for path in run.teacher.glob("*.bin"):
+        for path in run.teacher_cache.glob("*.bin"):
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-        store = TeacherStore(run.teacher, [split], fingerprint="bench")
+        store = TeacherStore(run.teacher_cache, [split], fingerprint="bench")
         begin = time.perf_counter()
         store.fault("train", rows)
         store.read("train", tuple(rows.tolist()))

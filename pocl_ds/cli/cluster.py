@@ -30,12 +30,12 @@ COMMANDS = {
     "logs": ("what a job or a rank said", "pocl logs runs/x train --rank 1 -f"),
     "profile": ("write a first profile of this cluster", "pocl profile detect > my-cluster.yaml"),
     "doctor": ("look at this machine before a run", "pocl doctor --run-dir runs/x"),
-    "size": (
+    "estimate": (
         "memory, traffic and hours of a run before it starts",
-        "pocl size my.yaml --nodes 4 --gpu a100-40g",
+        "pocl estimate my.yaml --nodes 4 --gpu a100-40g",
     ),
 }
-RECIPE_COMMANDS = ("submit", "size")  # they read one as the stages do
+RECIPE_COMMANDS = ("submit", "estimate")  # they read one as the stages do
 REFRESH = 5.0
 
 
@@ -57,7 +57,7 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
             help="nodes of the trainings (default: as many as launch.ranks fills)",
         )
         return
-    if name == "size":
+    if name == "estimate":
         command.add_argument("--nodes", type=int, default=1)
         command.add_argument("--gpus-per-node", type=int, default=8, help="one rank each")
         command.add_argument(
@@ -129,7 +129,7 @@ def submit(options: argparse.Namespace, recipes: list[tuple[Recipe, RunDirectory
 
 
 def size(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`pocl size`: 0 where it fits, 2 where it does not."""
+    """`pocl estimate`: 0 where it fits, 2 where it does not."""
     from pocl_ds.cluster.estimate import Asked, Sizes, device_of, numbers, page
     from pocl_ds.config.recipe_file import dump_recipe, override_recipe
     from pocl_ds.errors import RecipeError

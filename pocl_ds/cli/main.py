@@ -29,18 +29,21 @@ COMMANDS = {
         "every stage in order, each only where its result is missing",
         "pocl run quickstart --run-dir runs/first",
     ),
-    "data": (
+    "preprocess": (
         "read, split and encode the instruction data",
-        "pocl data my.yaml --run-dir runs/x data.source=my.jsonl",
+        "pocl preprocess my.yaml --run-dir runs/x data.source=my.jsonl",
     ),
-    "prepare": ("make the initial student: fetch, prune, heal", "pocl prepare --run-dir runs/x"),
-    "teach": (
+    "init-student": (
+        "make the initial student: fetch, prune, heal",
+        "pocl init-student --run-dir runs/x",
+    ),
+    "cache-teacher": (
         "keep what the teacher says, where teacher.mode is not live",
-        "pocl teach --run-dir runs/x --shard 0/4",
+        "pocl cache-teacher --run-dir runs/x --shard 0/4",
     ),
-    "respond": (
+    "generate-teacher": (
         "let the teacher answer every training prompt, where policy.name asks for it",
-        "pocl respond --run-dir runs/x",
+        "pocl generate-teacher --run-dir runs/x",
     ),
     "score": (
         "answer every training prompt; ROUGE-L and cross-entropy",
@@ -51,7 +54,7 @@ COMMANDS = {
     "train": ("distil, from where it stopped", "pocl train --run-dir runs/x"),
     "baseline": (
         "plain KD on as many sample visits, to compare with",
-        "pocl baseline --run-dir runs/x compare.enabled=true",
+        "pocl baseline --run-dir runs/x baseline.enabled=true",
     ),
     "evaluate": (
         "answer the benchmarks and score the answers",
@@ -71,18 +74,18 @@ COMMANDS = {
 # What a stage's memory follows from, beside the models' own size.
 SMALLER = {
     **dict.fromkeys(
-        ("prepare", "train", "baseline"),
-        "lower train.micro_batch_size or loss.chunk_bytes, set "
-        "student.activation_checkpointing=true, or take more GPUs: `pocl size` says how many",
+        ("init-student", "train", "baseline"),
+        "lower train.micro_batch_size or loss.chunk_memory_mb, set "
+        "student.activation_checkpointing=true, or take more GPUs: `pocl estimate` says how many",
     ),
-    "teach": "lower teach.batch_tokens, or shard the teacher with teacher.ds_config",
+    "cache-teacher": "lower teacher_cache.max_batch_tokens, or shard the teacher with teacher.ds_config",
     **dict.fromkeys(
-        ("respond", "score"),
-        "lower score.generation.max_sequences and score.generation.max_batched_tokens",
+        ("generate-teacher", "score"),
+        "lower score.generation.max_num_seqs and score.generation.max_num_batched_tokens",
     ),
-    "evaluate": "lower evaluate.generation.max_sequences and max_batched_tokens; the held-out "
+    "evaluate": "lower evaluate.generation.max_num_seqs and max_num_batched_tokens; the held-out "
     "loss needs each model whole on one "
-    "GPU, and evaluate.loss=false leaves it out",
+    "GPU, and evaluate.held_out_loss=false leaves it out",
 }
 
 
@@ -232,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "run":
             command.add_argument(
-                "--compare",
+                "--baseline",
                 action="store_true",
                 help="also train plain KD on as many sample visits",
             )
@@ -247,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="STAGE",
                 help="the last one (report)",
             )
-        if name in ("score", "teach"):
+        if name in ("score", "cache-teacher"):
             command.add_argument(
                 "--shard", metavar="I/N", help=f"only shard I of N, from 0; sets {name}.shards=N"
             )
@@ -282,7 +285,7 @@ def _command(options: argparse.Namespace) -> int:
     if options.command == "report" and report.compared(options):
         return 0
     recipe, run = _recipe(options)
-    if options.command == "size":
+    if options.command == "estimate":
         return cluster.size(options, recipe)
     if options.dry_run:
         return _dry_run(options, recipe, run)
@@ -309,9 +312,9 @@ def _command(options: argparse.Namespace) -> int:
             options.command == "evaluate" and not options.model
         )  # one process a model, then the table
         if (
-            options.command == "teach" and options.shard
+            options.command == "cache-teacher" and options.shard
         ):  # beside other shards, each with ranks of its own
-            return pipeline.run_stage("teach", run, recipe, shard=options.shard)
+            return pipeline.run_stage("cache-teacher", run, recipe, shard=options.shard)
         if pipeline.needs_ranks(options.command, recipe) or whole_evaluation:
             with pipeline.locked(run) as lock:
                 return pipeline.run_stage(options.command, run, recipe, lock)
@@ -328,8 +331,8 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
 
     overrides = [word for word in options.words if "=" in word]
     names = [word for word in options.words if "=" not in word]
-    if getattr(options, "compare", False):
-        overrides.append("compare.enabled=true")
+    if getattr(options, "baseline", False):
+        overrides.append("baseline.enabled=true")
     if getattr(options, "ranks", None) is not None:
         overrides.append(f"launch.ranks={options.ranks}")
     if getattr(options, "shard", None):

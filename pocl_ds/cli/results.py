@@ -15,7 +15,7 @@ COMMANDS = {
         "say whether one model's answers are better than another's",
         "pocl compare runs/a runs/b --model student",
     ),
-    "samples": ("show samples, by subset of the ranking", "pocl samples runs/x --subset 3 --n 5"),
+    "inspect": ("show samples, by subset of the ranking", "pocl inspect runs/x --subset 3 --n 5"),
     "push": (
         "upload the exported student to the Hub",
         "pocl push runs/x --repo my-org/my-student --dry-run",
@@ -55,7 +55,7 @@ def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
         )
         return
     command.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    if name == "samples":
+    if name == "inspect":
         command.add_argument("--split", choices=("train", "validation", "test"), default="train")
         command.add_argument(
             "--subset",
@@ -167,4 +167,4 @@ def _push(options: argparse.Namespace) -> None:
     )
 
 
-FUNCTIONS: dict[str, Any] = {"compare": _compare, "samples": _samples, "push": _push}
+FUNCTIONS: dict[str, Any] = {"compare": _compare, "inspect": _samples, "push": _push}

@@ -1,4 +1,4 @@
-"""`pocl study` and `pocl difficulty`: their arguments and what they do."""
+"""`pocl study` and `pocl compare-difficulty`: their arguments and what they do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMMANDS = {
         "run a grid of recipes that share what they can",
         "pocl study paper --run-dir studies/paper",
     ),
-    "difficulty": (
+    "compare-difficulty": (
         "how far several students agree which samples are hard",
-        "pocl difficulty runs/small runs/large",
+        "pocl compare-difficulty runs/small runs/large",
     ),
 }
 REFRESH = 5.0
@@ -26,7 +26,7 @@ REFRESH = 5.0
 
 def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
     """The arguments of one of these commands."""
-    if name == "difficulty":
+    if name == "compare-difficulty":
         command.add_argument(
             "runs",
             type=Path,
@@ -111,7 +111,7 @@ def _difficulty(options: argparse.Namespace) -> int:
         for path in options.runs
     ]
     subsets = options.subsets or max(
-        load_recipe(str(RunDirectory(path).recipe)).plan.subsets for path in options.runs
+        load_recipe(str(RunDirectory(path).recipe)).curriculum.num_subsets for path in options.runs
     )
     print("\n".join(difficulty_lines(found, subsets)))
     return 0
@@ -150,4 +150,4 @@ def _submit(options: argparse.Namespace, folder: Path, cells: list[Cell]) -> int
     return 0
 
 
-FUNCTIONS = {"study": _study, "difficulty": _difficulty}
+FUNCTIONS = {"study": _study, "compare-difficulty": _difficulty}

@@ -1,4 +1,4 @@
-"""`pocl size`: from a recipe and a cluster to a page of numbers (see `sizing`), and a recipe with
+"""`pocl estimate`: from a recipe and a cluster to a page of numbers (see `sizing`), and a recipe with
 its missing ones.
 """
 
@@ -21,7 +21,7 @@ from pocl_ds.models.estimate import GB, GPUS, Choice, Device, Layout, Work
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_config
 from pocl_ds.models.quantization import bytes_per_weight
-from pocl_ds.workflow.pipeline import taus
+from pocl_ds.workflow.pipeline import temperatures
 
 # Means over 11,000 instruction samples as in the paper, by GPT-2's tokenizer; the command line can
 # say otherwise.
@@ -57,8 +57,10 @@ class Sizes:
     def work(self) -> Work:
         """What is trained on, by the recipe's plan."""
         recipe, asked = self.recipe, self.asked
-        samples = min(asked.samples, recipe.data.train_samples or asked.samples)
-        steps = plan_of(range(samples), recipe.plan, batch_size=recipe.train.batch_size).total_steps
+        samples = min(asked.samples, recipe.data.max_train_samples or asked.samples)
+        steps = plan_of(
+            range(samples), recipe.curriculum, batch_size=recipe.train.batch_size
+        ).total_steps
         return Work(
             samples,
             asked.prompt_tokens,
@@ -72,8 +74,8 @@ class Sizes:
     def choice(self) -> Choice:
         """What the recipe says now."""
         recipe, teacher = self.recipe, self.recipe.teacher
-        mode = "none" if teacher is None else "live" if teacher.mode == "auto" else teacher.mode
-        records = TopK(recipe.teach.k, self.student.rows, taus(recipe)).bytes
+        mode = "none" if teacher is None else "online" if teacher.mode == "auto" else teacher.mode
+        records = TopK(recipe.teacher_cache.top_k, self.student.rows, temperatures(recipe)).bytes
         return Choice(
             micro_batch_size=recipe.train.micro_batch_size,
             checkpointing=recipe.student.activation_checkpointing,
@@ -110,7 +112,7 @@ class Sizes:
                         self.student_config,
                         [length],
                         dtype=getattr(torch, recipe.dtype),
-                        attention=recipe.attention,
+                        attention=recipe.attn_implementation,
                         checkpointing=checkpointing,
                         dropout=recipe.dropout,
                         lora=recipe.lora,
@@ -201,7 +203,7 @@ def page(sizes: Sizes) -> tuple[list[str], Choice | None]:
         lines.append(f"  {'in the memory of each node':<26}{host / GB:>9.2f} GB")
     generation = recipe.score.generation
     scoring = estimate.scoring_memory(
-        sizes.student, generation.dtype, device, generation.gpu_memory_share
+        sizes.student, generation.dtype, device, generation.gpu_memory_utilization
     )
     lines.append(
         "in scoring: " + ", ".join(f"{name} {size / GB:.1f} GB" for name, size in scoring.items())
@@ -230,12 +232,12 @@ def _variants(sizes: Sizes) -> list[str]:
         "activation checkpointing": {"checkpointing": True},
         "teacher offloaded": {"offload_teacher": True},
         "both offloaded": {"offload_teacher": True, "offload_student": True},
-        "hidden states kept": {"mode": "hidden"},
-        "hidden states, checkpointing": {"mode": "hidden", "checkpointing": True},
+        "hidden states kept": {"mode": "cached_hidden_states"},
+        "hidden states, checkpointing": {"mode": "cached_hidden_states", "checkpointing": True},
     }
     lines = [f"{'largest micro-batch that fits':<34}{'samples':>8}{'GB':>8}"]
     for name, changes in ways.items():
-        if sizes.teacher is None and ("teacher" in name or "hidden" in name):
+        if sizes.teacher is None and ("teacher" in name or "cached_hidden_states" in name):
             continue
         tried = replace(sizes.choice, **changes)  # type: ignore[arg-type]
         best = sizes.fitting(tried, estimate.largest)
@@ -269,7 +271,7 @@ def _costs(sizes: Sizes, choice: Choice) -> list[str]:
     arguments: dict[str, Any] = {
         "utilisation": asked.utilisation,
         "max_new_tokens": recipe.score.max_new_tokens,
-        "sequences": recipe.score.generation.max_sequences,
+        "sequences": recipe.score.generation.max_num_seqs,
     }
     times = estimate.stage_times(
         sizes.student, sizes.teacher, choice, work, layout, asked.device, **arguments
@@ -292,12 +294,12 @@ def _costs(sizes: Sizes, choice: Choice) -> list[str]:
         hidden = (
             work.samples
             * work.response_tokens
-            * replace(choice, mode="hidden").teacher_width(sizes.teacher)
+            * replace(choice, mode="cached_hidden_states").teacher_width(sizes.teacher)
         )
         lines[-1] += f"; the teacher's hidden states {hidden / GB:.2f} GB"
         lines[-1] += (
-            f", its top-{recipe.teach.k} lists {kept / GB:.2f} GB"
-            if sizes.choice.mode == "topk"
+            f", its top-{recipe.teacher_cache.top_k} lists {kept / GB:.2f} GB"
+            if sizes.choice.mode == "cached_topk"
             else ""
         )
     return lines
@@ -307,9 +309,11 @@ def _beside(choice: Choice, teacher: ModelShape | None) -> list[tuple[str, Choic
     """What a POCL run is compared with."""
     found = [("plain SFT", replace(choice, mode="none"))]
     if teacher is not None:
-        found.insert(0, ("plain KD, live teacher", replace(choice, mode="live")))
-        if choice.mode == "live":
-            found.insert(1, ("plain KD, hidden states", replace(choice, mode="hidden")))
+        found.insert(0, ("plain KD, live teacher", replace(choice, mode="online")))
+        if choice.mode == "online":
+            found.insert(
+                1, ("plain KD, hidden states", replace(choice, mode="cached_hidden_states"))
+            )
     return found
 
 

@@ -40,7 +40,7 @@ from pocl_ds.runtime.process_exit import FOLDER, SIGNALS, words_of_ranks
 from pocl_ds.workflow.run_dir import take_lock
 
 AGAIN_SECONDS = 10.0  # a signal that came before a rank could hear it is given again
-METRICS = {"prepare": "models/heal", "train": "train", "baseline": "baseline"}
+METRICS = {"init-student": "models/heal", "train": "train", "baseline": "baseline"}
 TAIL = 12  # lines of a failing rank's log
 
 

@@ -74,7 +74,7 @@ def pipeline_jobs(
 
     done: by stage. nodes, tasks: of the jobs that train, tasks on each node.
     """
-    threads = recipe.launch.threads
+    threads = recipe.launch.threads_per_rank
     wide: dict[str, Any] = {
         "nodes": nodes,
         "tasks_per_node": tasks,
@@ -82,38 +82,40 @@ def pipeline_jobs(
         "whole_nodes": True,
         "cpus_per_task": threads or max(profile.cpus_per_node // max(tasks, profile.ranks), 1),
     }
-    score_gpus = recipe.score.generation.tensor_parallel
+    score_gpus = recipe.score.generation.tensor_parallel_size
     prepare = tuple(
-        Step((name,), needs_ranks(name, recipe)) for name in ("data", "prepare") if not done[name]
+        Step((name,), needs_ranks(name, recipe))
+        for name in ("preprocess", "init-student")
+        if not done[name]
     )
     jobs = [
         JobSpec(
-            "prepare",
-            ("data", "prepare"),
+            "init-student",
+            ("preprocess", "init-student"),
             prepare,
             (),
             **(wide if any(step.ranks for step in prepare) else _one(profile)),
         ),
         JobSpec(
-            "teach",
-            ("teach",),
-            (Step(("teach",), True),),
-            ("prepare",),
-            items=_pieces(recipe.teach.shards),
+            "cache-teacher",
+            ("cache-teacher",),
+            (Step(("cache-teacher",), True),),
+            ("init-student",),
+            items=_pieces(recipe.teacher_cache.shards),
             **wide,
         ),
         JobSpec(
-            "respond",
-            ("respond",),
-            (Step(("respond",)),),
-            ("prepare",),
+            "generate-teacher",
+            ("generate-teacher",),
+            (Step(("generate-teacher",)),),
+            ("init-student",),
             **_one(profile, score_gpus),
         ),
         JobSpec(
             "score",
             ("score",),
             (Step(("score",)),),
-            ("prepare",),
+            ("init-student",),
             items=_pieces(recipe.score.shards),
             **_one(profile, score_gpus),
         ),
@@ -124,13 +126,17 @@ def pipeline_jobs(
             ("score",),
         ),
         JobSpec(
-            "train", ("train",), (Step(("train",), True),), ("plan", "teach", "respond"), **wide
+            "train",
+            ("train",),
+            (Step(("train",), True),),
+            ("plan", "cache-teacher", "generate-teacher"),
+            **wide,
         ),
         JobSpec(
             "baseline",
             ("baseline",),
             (Step(("baseline",), True),),
-            ("plan", "teach", "respond"),
+            ("plan", "cache-teacher", "generate-teacher"),
             **wide,
         ),
         JobSpec(
@@ -139,7 +145,7 @@ def pipeline_jobs(
             (Step(("evaluate",)),),
             ("train", "baseline"),
             items=_answers(recipe),
-            **_one(profile, recipe.evaluate.generation.tensor_parallel),
+            **_one(profile, recipe.evaluate.generation.tensor_parallel_size),
         ),
         # `evaluate` on a task's own gathers the answers and measures the held-out loss
         JobSpec(
@@ -151,9 +157,9 @@ def pipeline_jobs(
         ),
     ]
     stages = {stage.name: stage.wanted(recipe) for stage in STAGES}
-    wanted = {name: stages[name] for name in ("teach", "respond", "score", "baseline")} | {
-        "evaluate": not done["evaluate"]
-    }
+    wanted = {
+        name: stages[name] for name in ("cache-teacher", "generate-teacher", "score", "baseline")
+    } | {"evaluate": not done["evaluate"]}
     kept = [
         job
         for job in jobs

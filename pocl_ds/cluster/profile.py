@@ -51,7 +51,15 @@ def _time(value: str) -> str:
 Plain = Annotated[str, AfterValidator(_plain)]
 TimeLimit = Annotated[str, AfterValidator(_time)]
 JOBS = Literal[
-    "prepare", "teach", "respond", "score", "plan", "train", "baseline", "evaluate", "report"
+    "init-student",
+    "cache-teacher",
+    "generate-teacher",
+    "score",
+    "plan",
+    "train",
+    "baseline",
+    "evaluate",
+    "report",
 ]
 
 

@@ -200,8 +200,8 @@ def _progress(
     """Steps, rate and time left of a training; finished pieces of an array."""
     if name == "score":
         return f"{len(list(run.scores.glob('*.manifest.json')))}/{len(spec['items'])} shards"
-    if name == "teach":
-        return f"{len(list(run.teacher.glob('train-*.manifest.json')))}/{len(spec['items'])} shards"
+    if name == "cache-teacher":
+        return f"{len(list(run.teacher_cache.glob('train-*.manifest.json')))}/{len(spec['items'])} shards"
     if name == "evaluate":
         answered = [
             path for path in run.evaluation.glob("*/*.manifest.json") if ".judge." not in path.name
@@ -225,7 +225,7 @@ def _progress(
 
 def _total(run: RunDirectory, name: str) -> int | None:
     """Steps of a training's plan."""
-    if name == "prepare":
+    if name == "init-student":
         return int(load_recipe(str(run.recipe)).student.heal_steps) or None
     return sum(steps_of_stages(run, name)) or None
 

@@ -252,7 +252,7 @@ class Submission:
             "attempts": profile.attempts,
             "patience": profile.preflight_seconds,
             "exclude": profile.exclude,
-            "keep": self.recipe.train.checkpoint.keep,
+            "keep": self.recipe.train.checkpoint.keep_last,
             "adapters": self.recipe.student.lora is not None,
             "preflight": job.tasks > 1 or job.gpus_per_node > 0,
             "before": [other.name for other in self.jobs if job.name in other.after],

@@ -122,7 +122,7 @@ def _training(view: View, width: int) -> list[str]:
         values = [record[name] for record in view.steps]
         words.append(f"{name:<5}{values[-1]:>9.4f}  {spark(values, max(8, width - 18))}")
     words.append(
-        f"tau {last['tau']:.2f}  SFT share {last['alpha']:.2f}  lr {last['lr']:.2e}  gradient norm "
+        f"temperature {last['temperature']:.2f}  SFT share {last['sft_ratio']:.2f}  lr {last['lr']:.2e}  gradient norm "
         f"{last['grad_norm']:.3f}"
     )
     memory = f"memory {last['memory_gib']:.1f} GiB (rank 0)" if "memory_gib" in last else ""

@@ -59,18 +59,25 @@ def _sizes(recipe: Recipe) -> None:
             f"{recipe.student.heal_steps} steps of "
             "student.heal_steps: lower it, or heal longer"
         )
-    if recipe.teacher is not None and recipe.loss.name == "sft" and not recipe.policy.taught:
+    if (
+        recipe.teacher is not None
+        and recipe.loss.name == "sft"
+        and not recipe.policy.uses_teacher_responses
+    ):
         raise ValueError(
             "loss.name=sft never asks the teacher: remove the teacher section, or name a divergence"
         )
-    if recipe.data.train_samples is not None and recipe.plan.subsets > recipe.data.train_samples:
+    if (
+        recipe.data.max_train_samples is not None
+        and recipe.curriculum.num_subsets > recipe.data.max_train_samples
+    ):
         raise ValueError(
-            f"plan.subsets={recipe.plan.subsets} is more than data.train_samples="
-            f"{recipe.data.train_samples}: make fewer subsets"
+            f"curriculum.num_subsets={recipe.curriculum.num_subsets} is more than data.max_train_samples="
+            f"{recipe.data.max_train_samples}: make fewer subsets"
         )
-    if recipe.train.checkpoint.keep_best and not recipe.train.validate_samples:
+    if recipe.train.checkpoint.keep_best and not recipe.train.validate_max_samples:
         raise ValueError(
-            "train.checkpoint.keep_best follows the validation loss: set train.validate_samples"
+            "train.checkpoint.keep_best follows the validation loss: set train.validate_max_samples"
         )
     if recipe.train.engine == "torch" and recipe.student.dtype != "float32":
         raise ValueError(
@@ -78,9 +85,9 @@ def _sizes(recipe: Recipe) -> None:
             f"{recipe.student.dtype}: "
             "set student.dtype=float32, or train.engine=deepspeed"
         )
-    if recipe.train.lr_end > recipe.train.lr:
+    if recipe.train.min_lr > recipe.train.lr:
         raise ValueError(
-            f"train.lr_end={recipe.train.lr_end:g} is above train.lr={recipe.train.lr:g}: the "
+            f"train.min_lr={recipe.train.min_lr:g} is above train.lr={recipe.train.lr:g}: the "
             f"cosine falls"
         )
 
@@ -113,27 +120,27 @@ def _teachers(recipe: Recipe) -> None:
     teacher, loss = recipe.teacher, recipe.loss.name
     if teacher is None:
         return
-    if recipe.across_tokenizers and teacher.mode != "live":
+    if recipe.across_tokenizers and teacher.mode != "online":
         raise ValueError(
             f"loss.name={loss} lets the teacher read its own tokens, of which "
             f"teacher.mode={teacher.mode} keeps "
-            "nothing: set teacher.mode=live"
+            "nothing: set teacher.mode=online"
         )
-    if not recipe.loss.fused and teacher.mode != "live":
+    if not recipe.loss.fused and teacher.mode != "online":
         raise ValueError(
             f"teacher.mode={teacher.mode} keeps what a teacher's head makes logits of, and "
             f"loss.fused=false knows "
-            "no head: set teacher.mode=live"
+            "no head: set teacher.mode=online"
         )
-    if teacher.others and teacher.mode != "live":
+    if teacher.ensemble and teacher.mode != "online":
         raise ValueError(
-            f"teacher.mode={teacher.mode} keeps what one teacher says, and teacher.others names "
+            f"teacher.mode={teacher.mode} keeps what one teacher says, and teacher.ensemble names "
             f"more: set "
-            "teacher.mode=live"
+            "teacher.mode=online"
         )
-    if teacher.others and not recipe.one_vocabulary:
+    if teacher.ensemble and not recipe.one_vocabulary:
         raise ValueError(
-            f"teacher.others mixes distributions over the same tokens, and loss.name={loss} has "
+            f"teacher.ensemble mixes distributions over the same tokens, and loss.name={loss} has "
             f"none: remove it"
         )
 
@@ -146,37 +153,37 @@ def _policy(recipe: Recipe) -> None:
             "policy.name=seqkd is SFT on responses of the teacher: set loss.name=sft and "
             "teacher.model"
         )
-    if policy.taught and recipe.teacher is None:
+    if policy.uses_teacher_responses and recipe.teacher is None:
         raise ValueError(
             f"policy.name={policy.name} trains on responses of a teacher: set teacher.model"
         )
-    if policy.taught and recipe.teacher and recipe.teacher.quantization != "none":
+    if policy.uses_teacher_responses and recipe.teacher and recipe.teacher.quantization != "none":
         raise ValueError(
             f"policy.name={policy.name} lets the teacher write as its model says: remove "
             f"teacher.quantization="
             f"{recipe.teacher.quantization}"
         )
-    if policy.taught and recipe.teacher and recipe.teacher.others:
+    if policy.uses_teacher_responses and recipe.teacher and recipe.teacher.ensemble:
         raise ValueError(
             f"policy.shares.teacher={policy.shares.teacher:g} lets one teacher write, and "
-            f"teacher.others names "
+            f"teacher.ensemble names "
             "more: remove these, or set policy.shares.teacher=0"
         )
-    if policy.name == "seqkd" and recipe.teacher and recipe.teacher.mode != "live":
+    if policy.name == "seqkd" and recipe.teacher and recipe.teacher.mode != "online":
         raise ValueError(
             f"policy.name=seqkd asks for no distributions: remove "
             f"teacher.mode={recipe.teacher.mode}"
         )
     if (
         policy.name == "mixture"
-        and policy.taught
+        and policy.uses_teacher_responses
         and recipe.teacher
-        and recipe.teacher.mode != "live"
+        and recipe.teacher.mode != "online"
     ):
         raise ValueError(
             f"policy.shares.teacher={policy.shares.teacher:g} asks the teacher about responses "
             f"that teacher.mode="
-            f"{recipe.teacher.mode} has not kept: set teacher.mode=live"
+            f"{recipe.teacher.mode} has not kept: set teacher.mode=online"
         )
     if not policy.on_policy:
         return
@@ -185,34 +192,35 @@ def _policy(recipe: Recipe) -> None:
             f"policy.name={policy.name} asks a teacher about new responses: set teacher.model and "
             f"a divergence"
         )
-    if recipe.teacher.mode != "live":
+    if recipe.teacher.mode != "online":
         raise ValueError(
             f"policy.name={policy.name} asks the teacher about new responses, which teacher.mode="
-            f"{recipe.teacher.mode} has not kept: set teacher.mode=live"
+            f"{recipe.teacher.mode} has not kept: set teacher.mode=online"
         )
     shares = [
-        *recipe.plan.sft_ratio,
-        *([recipe.compare.sft_ratio] if recipe.compare.enabled else []),
+        *recipe.curriculum.sft_ratio,
+        *([recipe.baseline.sft_ratio] if recipe.baseline.enabled else []),
     ]
     if any(shares):
         raise ValueError(
             f"policy.name={policy.name} trains without SFT, whose labels the student itself would "
             f"write: set "
-            "plan.sft_ratio=[0, 0]" + (" and compare.sft_ratio=0" if recipe.compare.enabled else "")
+            "curriculum.sft_ratio=[0, 0]"
+            + (" and baseline.sft_ratio=0" if recipe.baseline.enabled else "")
         )
-    samples = recipe.data.train_samples
-    if policy.name == "distillm" and samples is not None and policy.buffer > samples:
+    samples = recipe.data.max_train_samples
+    if policy.name == "distillm" and samples is not None and policy.replay_buffer_size > samples:
         raise ValueError(
-            f"policy.buffer={policy.buffer} is more than data.train_samples={samples}: make it "
+            f"policy.replay_buffer_size={policy.replay_buffer_size} is more than data.max_train_samples={samples}: make it "
             f"smaller"
         )
-    if policy.name == "distillm" and not recipe.train.validate_samples:
+    if policy.name == "distillm" and not recipe.train.validate_max_samples:
         raise ValueError(
-            "policy.name=distillm follows the validation loss: set train.validate_samples"
+            "policy.name=distillm follows the validation loss: set train.validate_max_samples"
         )
-    if policy.name == "distillm" and recipe.train.validate_every is None:
+    if policy.name == "distillm" and recipe.train.validate_every_n_steps is None:
         raise ValueError(
-            "policy.name=distillm follows the validation loss, at which train.validate_every=null "
+            "policy.name=distillm follows the validation loss, at which train.validate_every_n_steps=null "
             "looks after each "
-            "stage only: set train.validate_every to a number of steps, a tenth of all for one"
+            "stage only: set train.validate_every_n_steps to a number of steps, a tenth of all for one"
         )

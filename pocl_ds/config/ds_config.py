@@ -67,7 +67,7 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
             "student.dtype=float16 cannot be trained without loss scaling: use bfloat16 or float32"
         )
     values = _sizes(train.micro_batch_size, ranks) | {
-        ("gradient_clipping",): (train.clip, "train.clip"),
+        ("gradient_clipping",): (train.max_grad_norm, "train.max_grad_norm"),
         ("bf16", "enabled"): (dtype == "bfloat16", "student.dtype"),
         ("fp16", "enabled"): (False, "student.dtype"),
         ("optimizer", "params", "lr"): (train.lr, "train.lr"),
@@ -84,7 +84,7 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
         )
     if "scheduler" in tree:
         raise RecipeError(
-            f"ds_config {name}: scheduler: the learning rate follows train.schedule, remove it "
+            f"ds_config {name}: scheduler: the learning rate follows train.lr_restart, remove it "
             f"from the file"
         )
     return tree

@@ -70,7 +70,7 @@ def check_recipe(tree: dict[str, Any]) -> Recipe:
             f"recipe field {field} holds a password, a token or a key, and recipes are written "
             f"down: remove it, "
             "and export it as a variable (HF_TOKEN, WANDB_API_KEY, the one of "
-            "evaluate.judge.key_env)"
+            "evaluate.judge.api_key_env)"
         )
     _import_plugins(tree.get("plugins"))
     try:

@@ -36,4 +36,4 @@ METRICS: list[
     str
 ] = []  # of difficulty, beside ROUGE-L and cross-entropy; each is a ranking strategy too
 BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")  # see evaluate/benchmarks.py
-ALL_LINEAR = "all-linear"  # student.lora.targets
+ALL_LINEAR = "all-linear"  # student.lora.target_modules

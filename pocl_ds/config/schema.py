@@ -66,7 +66,7 @@ Format: TypeAlias = Literal[
 ]  # of records, see FORMS in data/samples.py
 Fields: TypeAlias = dict[Literal["id", "instruction", "input", "output", "prompt", "messages"], str]
 ModelName: TypeAlias = Literal["teacher", "initial", "student", "baseline"]
-OPERATIONAL: dict[str, Any] = {"operational": True}
+RUNTIME_ONLY: dict[str, Any] = {"runtime_only": True}
 
 
 class Section(BaseModel):
@@ -104,7 +104,7 @@ class DataConfig(Section):
     fields: Fields = Field(
         default_factory=dict, description="our field -> the name it has in the file"
     )
-    invalid: Literal["error", "skip"] = Field(
+    on_invalid: Literal["error", "skip"] = Field(
         "error", description="a record without a text to learn from: an empty answer, say"
     )
     validation: str | None = Field(
@@ -113,9 +113,11 @@ class DataConfig(Section):
     test: str | None = Field(None, description="file with test samples; else split off by hash")
     validation_fraction: Fraction = Field(0.05, description="share split off by hash of the prompt")
     test_fraction: Fraction = Field(0.05, description="share split off by hash of the prompt")
-    train_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
-    validation_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
-    test_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
+    max_train_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
+    max_validation_samples: Positive | None = Field(
+        None, description="at most as many, chosen by hash"
+    )
+    max_test_samples: Positive | None = Field(None, description="at most as many, chosen by hash")
     documentation: DocumentationConfig = DocumentationConfig()
 
     @model_validator(mode="after")
@@ -134,11 +136,11 @@ class PromptConfig(Section):
     template: str = Field(
         "alpaca", description="`alpaca`, `chat` (the tokenizer's own), `plain`, or a .jinja file"
     )
-    template_options: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = (
-        Field(
-            default_factory=dict,
-            description="chat: variables of the template, as in {enable_thinking: false}",
-        )
+    chat_template_kwargs: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str
+    ] = Field(
+        default_factory=dict,
+        description="chat: variables of the template, as in {enable_thinking: false}",
     )
     max_prompt_tokens: Positive = Field(256, description="longer prompts keep their first tokens")
     max_length: Positive = Field(512, description="prompt and response together")
@@ -150,9 +152,9 @@ class PromptConfig(Section):
 
     @model_validator(mode="after")
     def _room_for_a_response(self) -> PromptConfig:
-        if self.template_options and self.template != "chat":
+        if self.chat_template_kwargs and self.template != "chat":
             raise ValueError(
-                f"template_options are for template=chat, and this is {self.template}: remove them"
+                f"chat_template_kwargs are for template=chat, and this is {self.template}: remove them"
             )
         if self.max_prompt_tokens >= self.max_length:
             raise ValueError(
@@ -176,7 +178,7 @@ class ModelConfig(ModelSource):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="weights of the forward pass"
     )
-    attention: Literal["per_sample", "sdpa", "eager"] = Field(
+    attn_implementation: Literal["per_sample", "sdpa", "eager"] = Field(
         "per_sample",
         description="in training: torch's kernels without masks, or the model's own masks with "
         "sdpa or eager",
@@ -186,7 +188,7 @@ class ModelConfig(ModelSource):
 Weight = Annotated[Float, Field(gt=0)]
 
 
-class OtherTeacherConfig(ModelSource):
+class EnsembleTeacherConfig(ModelSource):
     """One more model that is distilled at the same time, with the dtype, attention and ds_config of
     the first.
     """
@@ -197,17 +199,17 @@ class OtherTeacherConfig(ModelSource):
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
-    mode: Literal["live", "hidden", "topk", "auto"] = Field(
-        "live",
+    mode: Literal["online", "cached_hidden_states", "cached_topk", "auto"] = Field(
+        "online",
         description="asked at each step; or once, keeping its hidden states: the same losses; or "
         "keeping its teach.k "
         "largest probabilities; auto: live or hidden, whichever is cheaper",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     weight: Weight = Field(
         1.0, description="with teacher.others: its share of the mixture, relative to theirs"
     )
-    others: tuple[OtherTeacherConfig, ...] = Field(
+    ensemble: tuple[EnsembleTeacherConfig, ...] = Field(
         (),
         description="more teachers with the same tokens: the student learns from the weighted "
         "mean of all distributions",
@@ -221,7 +223,7 @@ class TeacherConfig(ModelConfig):
     ds_config: str | None = Field(
         "teacher_zero3",
         description="name in ds_configs/ or a JSON file; null: whole on each rank",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
 
     @model_validator(mode="after")
@@ -235,22 +237,22 @@ class TeacherConfig(ModelConfig):
         return self
 
 
-class TeachConfig(Section):
+class TeacherCacheConfig(Section):
     """What is kept of the teacher, where teacher.mode is not `live`."""
 
-    k: Positive = Field(
+    top_k: Positive = Field(
         64, description="largest probabilities kept of each token, where teacher.mode is topk"
     )
-    disk_gb: Annotated[Float, Field(gt=0)] | None = Field(
+    max_disk_gb: Annotated[Float, Field(gt=0)] | None = Field(
         None,
         description="most that may be kept; null: what the disk has",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     shards: Positive = Field(
-        1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL
+        1, description="pieces that finish and restart on their own", json_schema_extra=RUNTIME_ONLY
     )
-    batch_tokens: Positive = Field(
-        8192, description="tokens of one forward on one rank", json_schema_extra=OPERATIONAL
+    max_batch_tokens: Positive = Field(
+        8192, description="tokens of one forward on one rank", json_schema_extra=RUNTIME_ONLY
     )
 
 
@@ -277,17 +279,19 @@ class LoraConfig(Section):
     merged.
     """
 
-    rank: Positive = Field(16, description="of each adapter's two matrices")
+    r: Positive = Field(16, description="of each adapter's two matrices")
     alpha: Positive = Field(32, description="an adapter's product is scaled by alpha / rank")
     dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(
         0.0, description="of what an adapter reads"
     )
-    targets: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] = Field(
-        (ALL_LINEAR,),
-        description="names of linear modules, as in q_proj,v_proj; or all-linear: each but the head",
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] = (
+        Field(
+            (ALL_LINEAR,),
+            description="names of linear modules, as in q_proj,v_proj; or all-linear: each but the head",
+        )
     )
 
-    @field_validator("targets")
+    @field_validator("target_modules")
     @classmethod
     def _clear(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not all(value) or len(set(value)) < len(value):
@@ -309,7 +313,7 @@ class StudentConfig(ModelConfig):
     ds_config: str = Field(
         "student_zero3",
         description="name in ds_configs/ or a JSON file",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     prune: PruneConfig | None = Field(
         None, description="make the student from its model by leaving layers out"
@@ -332,17 +336,17 @@ class GenerationConfig(Section):
     backend: Literal["vllm", "transformers"] = Field(
         "vllm", description="transformers is the numerical reference"
     )
-    max_sequences: Positive = Field(
-        64, description="sequences in flight at once", json_schema_extra=OPERATIONAL
+    max_num_seqs: Positive = Field(
+        64, description="sequences in flight at once", json_schema_extra=RUNTIME_ONLY
     )
-    max_batched_tokens: Positive = Field(
-        8192, description="tokens of one engine step", json_schema_extra=OPERATIONAL
+    max_num_batched_tokens: Positive = Field(
+        8192, description="tokens of one engine step", json_schema_extra=RUNTIME_ONLY
     )
-    gpu_memory_share: Fraction = Field(
-        0.85, description="of a GPU's memory, for vLLM", json_schema_extra=OPERATIONAL
+    gpu_memory_utilization: Fraction = Field(
+        0.85, description="of a GPU's memory, for vLLM", json_schema_extra=RUNTIME_ONLY
     )
-    tensor_parallel: Positive = Field(
-        1, description="GPUs that share one engine", json_schema_extra=OPERATIONAL
+    tensor_parallel_size: Positive = Field(
+        1, description="GPUs that share one engine", json_schema_extra=RUNTIME_ONLY
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="compute type of generation"
@@ -365,11 +369,11 @@ class ScoreConfig(Section):
         (), description="scored too"
     )
     shards: Positive = Field(
-        1, description="pieces that finish and restart on their own", json_schema_extra=OPERATIONAL
+        1, description="pieces that finish and restart on their own", json_schema_extra=RUNTIME_ONLY
     )
 
 
-class RankConfig(Section):
+class RankingConfig(Section):
     """From scores to an order, easiest first (METHOD 1.4)."""
 
     strategy: Annotated[str, _one_of("ranking strategy", STRATEGIES, METRICS)] = Field(
@@ -390,25 +394,28 @@ def _epochs(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class PlanConfig(Section):
+class CurriculumConfig(Section):
     """Subsets and stages (METHOD 2)."""
 
-    subsets: Positive = 4
+    num_subsets: Positive = 4
     epochs_per_stage: Annotated[int | tuple[int, ...], BeforeValidator(_epochs)] = Field(
         8, description="one number, or one for each stage"
     )
     scheduler: Literal["baby_step", "one_pass"] = Field(
         "baby_step", description="cumulative, or each subset alone"
     )
-    tau: tuple[Float, Float] = Field(
+    temperature: tuple[Float, Float] = Field(
         (1.0, 2.0), description="temperature of the first and of the last stage"
     )
     sft_ratio: tuple[Fraction, Fraction] = Field(
         (0.3, 0.0), description="share of SFT in the first and the last stage"
     )
-    tail: Literal["drop", "pad"] = Field("drop", description="the last, smaller batch of an epoch")
+    drop_last: bool = Field(
+        True,
+        description="drop the last, smaller batch of an epoch; false: fill it from its beginning",
+    )
 
-    @field_validator("tau")
+    @field_validator("temperature")
     @classmethod
     def _positive(cls, value: tuple[float, float]) -> tuple[float, float]:
         if min(value) <= 0:
@@ -416,11 +423,14 @@ class PlanConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _epochs_of_each(self) -> PlanConfig:
-        if isinstance(self.epochs_per_stage, tuple) and len(self.epochs_per_stage) != self.subsets:
+    def _epochs_of_each(self) -> CurriculumConfig:
+        if (
+            isinstance(self.epochs_per_stage, tuple)
+            and len(self.epochs_per_stage) != self.num_subsets
+        ):
             raise ValueError(
                 f"epochs_per_stage names {len(self.epochs_per_stage)} stages and "
-                f"subsets={self.subsets}: write one "
+                f"num_subsets={self.num_subsets}: write one "
                 "number for each stage, or one for all"
             )
         return self
@@ -430,7 +440,7 @@ class LossConfig(Section):
     """The divergence between teacher and student (METHOD 3)."""
 
     name: str = Field("fkl", description=" ".join(LOSSES))
-    tau_squared: bool = Field(True, description="multiply the KD term by tau^2")
+    scale_by_temperature_squared: bool = Field(True, description="multiply the KD term by tau^2")
     options: dict[str, float | bool] = Field(
         default_factory=dict, description="options of the divergence"
     )
@@ -439,11 +449,16 @@ class LossConfig(Section):
         description="logits at loss positions only, a chunk at a time, and no gradient graph of "
         "them; false: all logits by "
         "the models' own forward, for families whose head is not known",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
-    chunk_bytes: Annotated[Int, Field(ge=1 << 16)] = Field(
-        512 << 20, description="memory for one chunk of logits", json_schema_extra=OPERATIONAL
+    chunk_memory_mb: Annotated[Float, Field(ge=0.0625)] = Field(
+        512, description="memory for one chunk of logits, in MiB", json_schema_extra=RUNTIME_ONLY
     )
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Memory for one chunk of logits, in bytes."""
+        return int(self.chunk_memory_mb * (1 << 20))
 
     @model_validator(mode="after")
     def _known(self) -> LossConfig:
@@ -459,37 +474,39 @@ class LossConfig(Section):
 class CheckpointConfig(Section):
     """When training saves, and what it keeps."""
 
-    every: Positive = Field(
-        100, description="steps between checkpoints", json_schema_extra=OPERATIONAL
+    every_n_steps: Positive = Field(
+        100, description="steps between checkpoints", json_schema_extra=RUNTIME_ONLY
     )
-    keep: Positive = Field(2, description="newest checkpoints kept", json_schema_extra=OPERATIONAL)
-    keep_every: Positive | None = Field(
+    keep_last: Positive = Field(
+        2, description="newest checkpoints kept", json_schema_extra=RUNTIME_ONLY
+    )
+    keep_every_n_steps: Positive | None = Field(
         None,
         description="also keep those whose step is a multiple of this",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     keep_best: bool = Field(
         False,
         description="also save at the end of each stage, and keep the one with the lowest "
         "validation loss",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
-    in_background: bool = Field(
+    async_save: bool = Field(
         False,
         description="write from a copy in memory while training goes on: 12 bytes a parameter, "
         "over the ranks",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
 
 
 class TrackingConfig(Section):
     """Where training metrics go; metrics.jsonl is always written."""
 
-    tensorboard: bool = Field(True, json_schema_extra=OPERATIONAL)
+    tensorboard: bool = Field(True, json_schema_extra=RUNTIME_ONLY)
     wandb: bool = Field(
-        False, description="log to Weights & Biases too", json_schema_extra=OPERATIONAL
+        False, description="log to Weights & Biases too", json_schema_extra=RUNTIME_ONLY
     )
-    wandb_project: str = Field("pocl_ds", json_schema_extra=OPERATIONAL)
+    wandb_project: str = Field("pocl_ds", json_schema_extra=RUNTIME_ONLY)
 
 
 class TrainConfig(Section):
@@ -500,12 +517,12 @@ class TrainConfig(Section):
     )
     batch_size: Positive = Field(64, description="samples of one optimizer step, over all ranks")
     micro_batch_size: Positive = Field(
-        8, description="samples of one forward on one rank", json_schema_extra=OPERATIONAL
+        8, description="samples of one forward on one rank", json_schema_extra=RUNTIME_ONLY
     )
     micro_batch_tokens: Positive | None = Field(
         None,
         description="most tokens of one forward on one rank, in place of micro_batch_size",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     length_window: Positive = Field(
         1,
@@ -516,12 +533,12 @@ class TrainConfig(Section):
         "auto",
         description="samples of a micro-batch padded to the longest, or behind one another in one "
         "row; auto: the cheaper",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     lr: Annotated[Float, Field(gt=0)] = 1e-4
-    lr_end: Annotated[Float, Field(ge=0)] = 1e-7
+    min_lr: Annotated[Float, Field(ge=0)] = 1e-7
     warmup_steps: NonNegative = 0
-    schedule: Literal["per_stage", "whole_run"] = Field(
+    lr_restart: Literal["per_stage", "never"] = Field(
         "per_stage", description="optimizer and cosine restart at each stage, or carry over"
     )
     weight_decay: Annotated[Float, Field(ge=0)] = Field(
@@ -529,24 +546,24 @@ class TrainConfig(Section):
     )
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    clip: Annotated[Float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
-    skip_non_finite: NonNegative = Field(
+    max_grad_norm: Annotated[Float, Field(gt=0)] = Field(1.0, description="largest gradient norm")
+    max_non_finite_steps: NonNegative = Field(
         0,
         description="steps whose loss or gradient is not finite that may be left out before the "
         "run stops",
     )
-    validate_samples: NonNegative = Field(
+    validate_max_samples: NonNegative = Field(
         64, description="validation samples to look at after a stage, chosen by hash; 0: none"
     )
-    validate_every: Positive | None = Field(
+    validate_every_n_steps: Positive | None = Field(
         None,
         description="steps after which validation is looked at too; distillm needs it, and looks "
         "before the first too",
     )
-    hang_seconds: Annotated[Float, Field(gt=0)] = Field(
+    hang_timeout_seconds: Annotated[Float, Field(gt=0)] = Field(
         1800,
         description="a rank silent for so long writes its stacks and ends the run",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -590,22 +607,24 @@ class PolicyConfig(Section):
     phi_step: Fraction = Field(
         0.1, description="distillm: what phi grows by where the validation loss rose"
     )
-    tolerance: Annotated[Float, Field(ge=0)] = Field(
+    loss_tolerance: Annotated[Float, Field(ge=0)] = Field(
         0.1, description="distillm: a rise of the loss that counts"
     )
-    buffer: Positive = Field(1000, description="distillm: responses kept to be trained on again")
-    rollout: Literal["vllm", "hf"] = Field(
+    replay_buffer_size: Positive = Field(
+        1000, description="distillm: responses kept to be trained on again"
+    )
+    rollout_backend: Literal["vllm", "transformers"] = Field(
         "vllm", description="who writes: vLLM beside each rank, or transformers in it"
     )
     temperature: Annotated[Float, Field(gt=0)] = 1.0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
-    refresh_every: Positive = Field(1, description="steps between new weights for the writer")
-    max_sequences: Positive = Field(
-        64, description="sequences in flight at once", json_schema_extra=OPERATIONAL
+    sync_weights_every: Positive = Field(1, description="steps between new weights for the writer")
+    max_num_seqs: Positive = Field(
+        64, description="sequences in flight at once", json_schema_extra=RUNTIME_ONLY
     )
-    gpu_memory_share: Fraction = Field(
-        0.3, description="of a GPU's memory, for vLLM", json_schema_extra=OPERATIONAL
+    gpu_memory_utilization: Fraction = Field(
+        0.3, description="of a GPU's memory, for vLLM", json_schema_extra=RUNTIME_ONLY
     )
 
     @property
@@ -614,16 +633,16 @@ class PolicyConfig(Section):
         return POLICIES[self.name] and (self.name != "mixture" or self.shares.student > 0)
 
     @property
-    def taught(self) -> bool:
+    def uses_teacher_responses(self) -> bool:
         """Whether the teacher writes responses before training."""
         return self.name == "seqkd" or (self.name == "mixture" and self.shares.teacher > 0)
 
 
-class CompareConfig(Section):
+class BaselineConfig(Section):
     """A baseline: plain KD on as many sample visits, at one tau and one SFT ratio."""
 
-    enabled: bool = Field(False, description="train it too", json_schema_extra=OPERATIONAL)
-    tau: Annotated[Float, Field(gt=0)] = 1.0
+    enabled: bool = Field(False, description="train it too", json_schema_extra=RUNTIME_ONLY)
+    temperature: Annotated[Float, Field(gt=0)] = 1.0
     sft_ratio: Fraction = 0.3
 
 
@@ -654,25 +673,25 @@ class JudgeConfig(Section):
     base_url: Annotated[str, Field(pattern=r"^https?://[^@?#\s]+$")] = Field(
         description="what stands before /chat/completions, as in http://localhost:8000/v1; "
         "without a password or a query",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     model: str = Field(description="as the endpoint calls it")
-    key_env: str | None = Field(
+    api_key_env: str | None = Field(
         None,
         description="NAME of the environment variable that holds the key, never the key itself",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     mode: Literal["score", "pairwise"] = Field(
         "score", description="1 to 10 alone, or against the answer of another model"
     )
-    against: ModelName = Field(
+    opponent: ModelName = Field(
         "initial", description="pairwise: whose answers stand beside; asked in both orders"
     )
-    samples: Positive | None = Field(
+    max_samples: Positive | None = Field(
         100, description="at most as many of each benchmark, chosen by hash; null for all"
     )
-    seeds: Positive = Field(1, description="so many of evaluate.seeds, the first ones")
-    prompt: str | None = Field(
+    num_seeds: Positive = Field(1, description="so many of evaluate.seeds, the first ones")
+    prompt_template: str | None = Field(
         None, description="a .jinja file in place of the judge's instructions"
     )
     temperature: Annotated[Float, Field(ge=0)] | None = Field(
@@ -681,28 +700,30 @@ class JudgeConfig(Section):
     max_tokens: Positive = Field(
         512, description="of one verdict; one that is longer counts as none"
     )
-    limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+    max_tokens_parameter: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens",
         description="what the endpoint calls that limit",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
-    concurrency: Positive = Field(
-        8, description="questions in flight at once", json_schema_extra=OPERATIONAL
+    max_concurrency: Positive = Field(
+        8, description="questions in flight at once", json_schema_extra=RUNTIME_ONLY
     )
     timeout_seconds: Annotated[Float, Field(gt=0)] = Field(
-        120, description="of one question", json_schema_extra=OPERATIONAL
+        120, description="of one question", json_schema_extra=RUNTIME_ONLY
     )
-    retries: NonNegative = Field(
-        5, description="of a question, each after twice the wait", json_schema_extra=OPERATIONAL
+    max_retries: NonNegative = Field(
+        5, description="of a question, each after twice the wait", json_schema_extra=RUNTIME_ONLY
     )
 
     @model_validator(mode="after")
     def _no_key(self) -> JudgeConfig:
         # Not a pattern of the field: the message of one would show what was written there, which
         # may be a key.
-        if self.key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_env):
+        if self.api_key_env is not None and not re.fullmatch(
+            r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env
+        ):
             raise ValueError(
-                "key_env is not the name of an environment variable: put the key into a variable, "
+                "api_key_env is not the name of an environment variable: put the key into a variable, "
                 "and write the "
                 "variable's name here, as in OPENAI_API_KEY"
             )
@@ -735,13 +756,13 @@ class EvaluateConfig(Section):
         default_factory=lambda: {"test": BenchmarkConfig(source="test")},
         description="names, or name -> source",
     )
-    benchmark_folder: str | None = Field(
+    benchmark_dir: str | None = Field(
         None, description="where the files of named benchmarks lie; null: the Hub has them"
     )
-    processes: Positive = Field(
+    data_parallel_size: Positive = Field(
         1,
         description="engines of one model side by side, each with its own GPU or cores",
-        json_schema_extra=OPERATIONAL,
+        json_schema_extra=RUNTIME_ONLY,
     )
     judge: JudgeConfig | None = Field(
         None, description="a second look, by a language model; null for none"
@@ -751,8 +772,8 @@ class EvaluateConfig(Section):
     temperature: Annotated[Float, Field(ge=0)] = 1.0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Positive = 256
-    samples: Positive | None = Field(None, description="at most as many of each benchmark")
-    loss: bool = Field(
+    max_samples: Positive | None = Field(None, description="at most as many of each benchmark")
+    held_out_loss: bool = Field(
         True, description="also loss and KL to the teacher, on the test split and on references"
     )
 
@@ -771,14 +792,14 @@ class EvaluateConfig(Section):
 class ReportConfig(Section):
     """The page at the end."""
 
-    examples: NonNegative = Field(8, description="items with all answers in report.md")
-    samples: NonNegative = Field(
+    num_examples: NonNegative = Field(8, description="items with all answers in report.md")
+    max_samples: NonNegative = Field(
         10_000, description="training samples to browse in the page, at most"
     )
-    items: NonNegative = Field(
+    max_items: NonNegative = Field(
         1_000, description="evaluated items to browse in the page, at most, of each benchmark"
     )
-    megabytes: Positive = Field(
+    max_text_mb: Positive = Field(
         8, description="room in the page for the texts of both; fewer are shown where they are long"
     )
 
@@ -787,10 +808,10 @@ class LaunchConfig(Section):
     """How ranks are started on one machine."""
 
     ranks: Positive = Field(
-        1, description="processes that share the models", json_schema_extra=OPERATIONAL
+        1, description="processes that share the models", json_schema_extra=RUNTIME_ONLY
     )
-    threads: Positive | None = Field(
-        None, description="CPU threads a rank; null: cores / ranks", json_schema_extra=OPERATIONAL
+    threads_per_rank: Positive | None = Field(
+        None, description="CPU threads a rank; null: cores / ranks", json_schema_extra=RUNTIME_ONLY
     )
 
 
@@ -801,29 +822,29 @@ class Recipe(Section):
     plugins: tuple[str, ...] = Field(
         (), description="modules of yours that register methods, see pocl_ds/plugins.py"
     )
-    hardware: str = Field("", description="what the recipe expects", json_schema_extra=OPERATIONAL)
+    hardware: str = Field("", description="what the recipe expects", json_schema_extra=RUNTIME_ONLY)
     seed: NonNegative = 42
     data: DataConfig = DataConfig()
     prompt: PromptConfig = PromptConfig()
     teacher: TeacherConfig | None = None
     student: StudentConfig
-    teach: TeachConfig = TeachConfig()
+    teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
     score: ScoreConfig = ScoreConfig()
-    rank: RankConfig = RankConfig()
-    plan: PlanConfig = PlanConfig()
+    ranking: RankingConfig = RankingConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     loss: LossConfig = LossConfig()
     policy: PolicyConfig = PolicyConfig()
     train: TrainConfig = TrainConfig()
-    compare: CompareConfig = CompareConfig()
+    baseline: BaselineConfig = BaselineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if self.rank.strategy in METRICS and self.rank.strategy not in self.score.metrics:
+        if self.ranking.strategy in METRICS and self.ranking.strategy not in self.score.metrics:
             raise ValueError(
-                f"rank.strategy={self.rank.strategy} is not scored: name it in score.metrics"
+                f"ranking.strategy={self.ranking.strategy} is not scored: name it in score.metrics"
             )
         check_consistency(self)
         return self
@@ -842,13 +863,13 @@ class Recipe(Section):
         return self.teacher is not None and distils and not self.across_tokenizers
 
 
-def lasting(section: BaseModel) -> dict[str, Any]:
+def semantic_fields(section: BaseModel) -> dict[str, Any]:
     """The section without its operational fields: what its results depend on."""
     kept: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
         extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("operational"):
+        if isinstance(extra, dict) and extra.get("runtime_only"):
             continue
         value = getattr(section, name)
-        kept[name] = lasting(value) if isinstance(value, BaseModel) else value
+        kept[name] = semantic_fields(value) if isinstance(value, BaseModel) else value
     return kept

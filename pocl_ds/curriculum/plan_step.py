@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.config import CompareConfig, PlanConfig
+from pocl_ds.config import BaselineConfig, CurriculumConfig
 from pocl_ds.curriculum.plan import Order, Plan, build_plan, single_stage_plan
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.run_dir import (
@@ -25,7 +25,7 @@ log = logging.getLogger("pocl_ds")
 
 
 def make_plan(
-    run: RunDirectory, plan: PlanConfig, *, batch_size: int, fingerprint: str
+    run: RunDirectory, plan: CurriculumConfig, *, batch_size: int, fingerprint: str
 ) -> Manifest:
     """Write plan/plan.json, the stages of POCL.
 
@@ -44,13 +44,13 @@ def make_plan(
     pocl = plan_of(order, plan, batch_size=batch_size)
     for stage in pocl.stages:
         log.info(
-            "stage %d: %d samples, %d epochs, %d steps, tau %.2f, SFT ratio %.2f",
+            "stage %d: %d samples, %d epochs, %d steps, temperature %.2f, SFT ratio %.2f",
             stage.index + 1,
             stage.samples,
             stage.epochs,
             stage.steps,
-            stage.tau,
-            stage.alpha,
+            stage.temperature,
+            stage.sft_ratio,
         )
     write_json(run.plan / "plan.json", pocl.to_json())
     info = {
@@ -62,21 +62,21 @@ def make_plan(
     return write_manifest(run.plan, "plan", fingerprint, info=info)
 
 
-def plan_of(order: Order, plan: PlanConfig, *, batch_size: int) -> Plan:
+def plan_of(order: Order, curriculum: CurriculumConfig, *, batch_size: int) -> Plan:
     """See `build_plan`."""
     return build_plan(
         order,
-        subsets=plan.subsets,
-        epochs_per_stage=plan.epochs_per_stage,
+        num_subsets=curriculum.num_subsets,
+        epochs_per_stage=curriculum.epochs_per_stage,
         batch_size=batch_size,
-        tau=plan.tau,
-        sft_ratio=plan.sft_ratio,
-        scheduler=plan.scheduler,
-        tail=plan.tail,
+        temperature=curriculum.temperature,
+        sft_ratio=curriculum.sft_ratio,
+        scheduler=curriculum.scheduler,
+        drop_last=curriculum.drop_last,
     )
 
 
-def baseline_plan(pocl: Plan, compare: CompareConfig) -> Plan:
+def baseline_plan(pocl: Plan, baseline: BaselineConfig) -> Plan:
     """Plain KD with as many sample visits as POCL: one stage over all samples at one temperature
     and one SFT ratio.
     """
@@ -85,9 +85,9 @@ def baseline_plan(pocl: Plan, compare: CompareConfig) -> Plan:
         order,
         steps=pocl.total_steps,
         batch_size=pocl.batch_size,
-        tau=compare.tau,
-        alpha=compare.sft_ratio,
-        tail=pocl.tail,
+        temperature=baseline.temperature,
+        sft_ratio=baseline.sft_ratio,
+        drop_last=pocl.drop_last,
     )
 
 

@@ -17,14 +17,14 @@ def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
     ]  # the last to the last bit
 
 
-def learning_rate(step: int, total: int, *, lr: float, lr_end: float, warmup: int = 0) -> float:
+def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: int = 0) -> float:
     """Learning rate of step `step` (from 0) of `total`: linear warm-up, then a cosine from lr to
-    lr_end.
+    min_lr.
 
-    As in the release: the first step after the warm-up runs at lr, and lr_end is reached after the
+    As in the release: the first step after the warm-up runs at lr, and min_lr is reached after the
     last one.
     """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     share = (step - warmup) / max(total - warmup, 1)
-    return lr_end + (lr - lr_end) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))

@@ -26,7 +26,7 @@ def show_samples(
     ranking is unfinished.
     """
     if read_manifest(run.data) is None:
-        raise ArtifactError(f"{run.data} holds no finished data: run `pocl data` first")
+        raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
     if count < 1:
         raise RecipeError(f"--n {count}: ask for at least one sample")
     path = run.data / f"{split}.jsonl"

@@ -40,7 +40,7 @@ TEACHER = "teacher"  # folder below the data's
 
 @dataclass
 class Unusable:
-    """Records that say nothing to learn from, as data.invalid has it."""
+    """Records that say nothing to learn from, as data.on_invalid has it."""
 
     mode: str
     count: int = 0
@@ -49,7 +49,7 @@ class Unusable:
     def __call__(self, fault: DataError) -> None:
         """Count one, or raise DataError where such records are an error."""
         if self.mode == "error":
-            raise DataError(f"{fault}; data.invalid=skip leaves out every such record") from None
+            raise DataError(f"{fault}; data.on_invalid=skip leaves out every such record") from None
         self.first = self.first or str(fault)
         self.count += 1
 
@@ -79,7 +79,7 @@ def prepare_data(
     start = time.monotonic()
     encoder = Encoder(tokenizer, prompt)
     with atomic_directory(run.data) as folder:
-        unusable = Unusable(data.invalid)
+        unusable = Unusable(data.on_invalid)
         parts = _divide(data, folder, unusable)
         if unusable.count:
             log.warning(
@@ -89,7 +89,7 @@ def prepare_data(
             )
         counts = {}
         for split in SPLITS:
-            limit = getattr(data, f"{split}_samples")
+            limit = getattr(data, f"max_{split}_samples")
             counts[split] = encode_split(_limited(parts[split], limit), encoder, folder, split)
             parts[split].unlink()
             log.info(
@@ -123,7 +123,7 @@ def prepare_data(
             "known_references": _known_references(folder),
             "seconds": time.monotonic() - start,
         }
-        return write_manifest(folder, "data", fingerprint, info=info)
+        return write_manifest(folder, "preprocess", fingerprint, info=info)
 
 
 def _encode_again(folder: Path, encoder: Encoder) -> None:

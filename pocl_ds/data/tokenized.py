@@ -47,7 +47,7 @@ class Encoder:
                 "its folder"
             )
         self.tokenizer, self.config = tokenizer, config
-        self.template = load_template(config.template, tokenizer, config.template_options)
+        self.template = load_template(config.template, tokenizer, config.chat_template_kwargs)
 
     def prompt(self, sample: Sample) -> list[int]:
         """The prompt's ids, the first max_prompt_tokens of them. Raises DataError where there are
@@ -124,7 +124,7 @@ class EncodedSplit:
         paths = [directory / f"{split}.{part}" for part in ("ids.npy", "index.npy", "tokens.bin")]
         for path in paths:
             if not path.is_file():
-                raise ArtifactError(f"{path} is missing: run `pocl data` first")
+                raise ArtifactError(f"{path} is missing: run `pocl preprocess` first")
         try:
             self.ids: NDArray[np.bytes_] = np.load(paths[0], mmap_mode="r")
             index = np.load(paths[1], mmap_mode="r")

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pocl_ds.config import RankConfig
+from pocl_ds.config import RankingConfig
 from pocl_ds.config.registry import METRICS
 from pocl_ds.data.tokenized import EncodedSplit
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
@@ -104,12 +104,12 @@ def fuse(
     """
     if not k > 0:
         raise RecipeError(
-            f"rank.k={k}: the constant of reciprocal rank fusion must be greater than 0, as 60"
+            f"ranking.k={k}: the constant of reciprocal rank fusion must be greater than 0, as 60"
         )
     metrics = metrics or {}
     if strategy not in STRATEGIES and strategy not in metrics:
         raise RecipeError(
-            f"rank.strategy={strategy!r}: take one of {', '.join([*STRATEGIES, *metrics])}"
+            f"ranking.strategy={strategy!r}: take one of {', '.join([*STRATEGIES, *metrics])}"
         )
     rouge, entropy = np.asarray(rouge_l, np.float64), np.asarray(cross_entropy, np.float64)
     _check(ids, rouge, entropy)
@@ -129,7 +129,7 @@ def fuse(
         and sorted(order.tolist()) != list(range(len(ids)))
     ):
         raise RecipeError(
-            f"rank.strategy={strategy} of a plugin does not name every sample once: mend its "
+            f"ranking.strategy={strategy} of a plugin does not name every sample once: mend its "
             f"function"
         )
     return Ranking(ids, order[::-1] if reverse else order, rank_rouge, rank_entropy, scores)
@@ -164,7 +164,7 @@ def hash_ids(ids: Ids, seed: int) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def rank(run: RunDirectory, config: RankConfig, *, seed: int, fingerprint: str) -> Manifest:
+def rank(run: RunDirectory, config: RankingConfig, *, seed: int, fingerprint: str) -> Manifest:
     """The stage `rank`: score shards -> ranking/ranking.parquet and ranking/order.npy, joined by
     sample id.
     """

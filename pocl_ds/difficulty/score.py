@@ -46,7 +46,7 @@ METRICS: dict[
     str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]
 ] = {}
 CHUNK = 256  # at least so many samples are held in memory at once, and are the grain of progress
-# calls of the engine hold so many times max_sequences prompts: at the end of each it runs dry
+# calls of the engine hold so many times max_num_seqs prompts: at the end of each it runs dry
 ROUNDS = 4
 
 
@@ -66,7 +66,7 @@ def score(
 
     For each sample the student writes one response; `rouge_l` compares it with the references,
     `cross_entropy` is the student's mean negative log-likelihood of the encoded response, in nats
-    per token at tau = 1. One engine serves the whole call. Raises RecipeError for a shard that does
+    per token at temperature = 1. One engine serves the whole call. Raises RecipeError for a shard that does
     not exist, ArtifactError, DataError, ModelError, ResourceError.
     """
     if shard is not None and not 0 <= shard < config.shards:
@@ -148,7 +148,7 @@ class _Scorer:
         metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
         sums = dict.fromkeys(metrics, 0.0)
         with atomic_write(path) as stream:
-            step = max(CHUNK, ROUNDS * self.config.generation.max_sequences)
+            step = max(CHUNK, ROUNDS * self.config.generation.max_num_seqs)
             for first in range(rows.start, rows.stop, step):
                 chunk = range(first, min(first + step, rows.stop))
                 self._chunk(chunk, list(itertools.islice(references, len(chunk))), stream, metrics)
@@ -184,7 +184,7 @@ class _Scorer:
         """Append the scores of some rows; samples: id and references of each."""
         if len(samples) != len(rows):
             raise ArtifactError(
-                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl data` "
+                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl preprocess` "
                 f"again"
             )
         sequences = [[int(token) for token in self.split.tokens(row)] for row in rows]
@@ -253,7 +253,7 @@ class _Scorer:
                 log.warning(
                     "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal "
                     "the student longer "
-                    "(student.heal_steps) or rank by the other metric (rank.strategy)",
+                    "(student.heal_steps) or rank by the other metric (ranking.strategy)",
                     100 * share,
                     name,
                 )

@@ -118,7 +118,7 @@ class DeepSpeedEngine:
             model_parameters=parameter_groups(module, train.weight_decay),
             config=ds_config,
         )
-        distributed.be_patient(train.hang_seconds)
+        distributed.be_patient(train.hang_timeout_seconds)
         self.module = module
         self.ranks = distributed.world_size()
         # It puts a script into every checkpoint, between two barriers, where a full disk would
@@ -260,9 +260,9 @@ class TorchEngine:
     """A student whole on every rank; gradients are summed over ranks. The reference for tests."""
 
     def __init__(self, module: nn.Module, train: TrainConfig) -> None:
-        distributed.be_patient(train.hang_seconds)
+        distributed.be_patient(train.hang_timeout_seconds)
         self.module = module.to(distributed.device())
-        self.clip = train.clip
+        self.clip = train.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, train.weight_decay),
             lr=train.lr,

@@ -48,7 +48,7 @@ def settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, Any]:
         name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     return {
         "template": name,
-        "template_options": prompt.template_options,
+        "chat_template_kwargs": prompt.chat_template_kwargs,
         "max_prompt_tokens": prompt.max_prompt_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,

@@ -74,20 +74,21 @@ def check_names(benchmarks: Iterable[str]) -> None:
 
 
 def questions(run: RunDirectory, config: EvaluateConfig, name: str) -> list[Sample]:
-    """A benchmark's samples: at most evaluate.samples, chosen by the hash of their ids.
+    """A benchmark's samples: at most evaluate.max_samples, chosen by the hash of their ids.
 
     Raises DataError where an item has no reference or the data cannot be had, ArtifactError where
     there is nothing.
     """
     benchmark = config.benchmarks[name]
-    samples = _samples(run, benchmark, config.benchmark_folder, name)
+    samples = _samples(run, benchmark, config.benchmark_dir, name)
     if not samples:
         raise ArtifactError(
             f"benchmark {benchmark.source!r} holds no samples: give data.test_fraction or "
             f"evaluate.benchmarks"
         )
     return [
-        samples[position] for position in chosen([sample.id for sample in samples], config.samples)
+        samples[position]
+        for position in chosen([sample.id for sample in samples], config.max_samples)
     ]
 
 
@@ -140,22 +141,22 @@ def known_file(known: Known, folder: str | None, name: str, revision: str | None
         if path.is_file():
             return path
     raise DataError(
-        f"benchmark {name!r} is not in evaluate.benchmark_folder {folder} (looked for "
+        f"benchmark {name!r} is not in evaluate.benchmark_dir {folder} (looked for "
         f"{', '.join(known.files)}): put it there, "
         f"or name its file, as in evaluate.benchmarks.{name}=my.jsonl"
     )
 
 
 def local_files(config: EvaluateConfig) -> list[Path]:
-    """The files in evaluate.benchmark_folder that known benchmarks are read from, as far as they
+    """The files in evaluate.benchmark_dir that known benchmarks are read from, as far as they
     are there.
     """
     found = []
     for benchmark in config.benchmarks.values():
-        if benchmark.source in KNOWN and config.benchmark_folder is not None:
+        if benchmark.source in KNOWN and config.benchmark_dir is not None:
             with suppress(DataError):
                 found.append(
-                    known_file(KNOWN[benchmark.source], config.benchmark_folder, benchmark.source)
+                    known_file(KNOWN[benchmark.source], config.benchmark_dir, benchmark.source)
                 )
     return found
 
@@ -216,5 +217,5 @@ def _downloaded(known: Known, name: str, revision: str | None) -> Path:
             f"benchmark {name!r} ({known.repository}, {known.hub_file}) cannot be had from the "
             f"Hub ({type(error).__name__}: "
             f"{reason}): check the network, or name a folder that has it with "
-            f"evaluate.benchmark_folder"
+            f"evaluate.benchmark_dir"
         ) from None

@@ -25,16 +25,16 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is put again
 
 
 class Endpoint:
-    """Where questions go. Raises ResourceError where evaluate.judge.key_env names a variable that
+    """Where questions go. Raises ResourceError where evaluate.judge.api_key_env names a variable that
     is not set.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config, self.url = config, f"{config.base_url.rstrip('/')}/chat/completions"
-        self._key = os.environ.get(config.key_env, "") if config.key_env else ""
-        if config.key_env and not self._key:
+        self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
+        if config.api_key_env and not self._key:
             raise ResourceError(
-                f"evaluate.judge.key_env names {config.key_env}, which is not set: export the "
+                f"evaluate.judge.api_key_env names {config.api_key_env}, which is not set: export the "
                 f"judge's key there"
             )
         self.stop = threading.Event()  # set: nobody waits any more for an answer
@@ -46,11 +46,11 @@ class Endpoint:
         where it does not take this question.
         """
         wait = FIRST_WAIT
-        for attempt in range(self.config.retries + 1):
+        for attempt in range(self.config.max_retries + 1):
             try:
                 return self._once(messages)
             except _Busy as busy:
-                if attempt == self.config.retries or self.stop.is_set():
+                if attempt == self.config.max_retries or self.stop.is_set():
                     raise ResourceError(
                         f"the judge at {self.url} does not answer ({busy}) after {attempt + 1} "
                         f"tries: what is judged is kept, "
@@ -67,7 +67,7 @@ class Endpoint:
         body: dict[str, Any] = {
             "model": config.model,
             "messages": messages,
-            config.limit_name: config.max_tokens,
+            config.max_tokens_parameter: config.max_tokens,
         }
         if config.temperature is not None:
             body["temperature"] = config.temperature
@@ -90,7 +90,7 @@ class Endpoint:
             kind = RefusedError if error.code in REFUSED else ResourceError
             raise kind(
                 f"the judge at {self.url} refuses the question (HTTP {error.code}: {said}): check "
-                "evaluate.judge.base_url, model and key_env, limit_name and temperature"
+                "evaluate.judge.base_url, model and api_key_env, max_tokens_parameter and temperature"
             ) from None
         except (
             OSError,

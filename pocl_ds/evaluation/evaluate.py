@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, lasting
+from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, semantic_fields
 from pocl_ds.data.records import Sample
 from pocl_ds.data.tokenized import EncodedSplit, Encoder
 from pocl_ds.errors import ArtifactError
@@ -104,8 +104,8 @@ def answer(
         (name, seed): fingerprint(
             [
                 _identity(path),
-                lasting(config.generation),
-                lasting(prompt),
+                semantic_fields(config.generation),
+                semantic_fields(prompt),
                 how,
                 seed,
                 [s.to_json() for s in samples],
@@ -185,13 +185,13 @@ def held_out(
     teacher: as the recipe has it; where the model that is measured is not what training asked, the
     log says so. trusted: the models whose own code may run.
     """
-    if not config.loss:
+    if not config.held_out_loss:
         return
-    if teacher and "teacher" in paths and teacher.others:
+    if teacher and "teacher" in paths and teacher.ensemble:
         log.warning(
             "KL to the teacher is to %s alone, not to the mixture of %d that training asked",
             teacher.model,
-            1 + len(teacher.others),
+            1 + len(teacher.ensemble),
         )
     if teacher and "teacher" in paths and teacher.quantization != "none":
         log.warning(
@@ -211,8 +211,8 @@ def held_out(
         [
             {name: _identity(path) for name, path in paths.items()},
             config.generation.dtype,
-            lasting(prompt),
-            [ids[row] for row in chosen(ids, config.samples)],
+            semantic_fields(prompt),
+            [ids[row] for row in chosen(ids, config.max_samples)],
             {name: [s.to_json() for s in samples] for name, samples in benchmarks.items()},
         ]
     )
@@ -236,7 +236,7 @@ def summarise(
     """
     losses = (
         read_json(run.evaluation / HELD_OUT)
-        if config.loss and (run.evaluation / HELD_OUT).is_file()
+        if config.held_out_loss and (run.evaluation / HELD_OUT).is_file()
         else {}
     )
     results: dict[str, Any] = {"seeds": list(config.seeds), "marks": {}, "models": {}}
@@ -333,7 +333,7 @@ def _write_answers(
 ) -> dict[str, Any]:
     """Answer and score, an item a line; what there is to say of it: seconds, tokens."""
     start, before, writing = time.monotonic(), generator.tokens, 0.0
-    size = ROUNDS * config.generation.max_sequences
+    size = ROUNDS * config.generation.max_num_seqs
     with atomic_write(file) as stream:
         for first in range(0, len(samples), size):
             part = samples[first : first + size]

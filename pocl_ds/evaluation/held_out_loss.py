@@ -72,7 +72,7 @@ def held_out(
     {"loss", "tokens", "kl"}}}}.
 
     paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. benchmarks:
-    each item counts once a reference. Both measures are nats per loss token at tau = 1, over the
+    each item counts once a reference. Both measures are nats per loss token at temperature = 1, over the
     ids that teacher and students share; the outer ones are of data/test, and missing where it is
     empty. Without a teacher there is no `kl`. A teacher with another tokenizer is left out.
     trusted: the models whose own code may run. Raises DataError where there is no token to measure.
@@ -137,7 +137,7 @@ def token_sums(
     *,
     is_teacher: bool = False,
 ) -> tuple[float, float]:
-    """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats at tau = 1.
+    """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats at temperature = 1.
 
     hidden: [n, d]; labels: [n]; teacher_hidden: [n, d']; is_teacher: hidden and head are the
     teacher's own. Log-probabilities are float32, sums float64. An id masked on both sides adds
@@ -239,9 +239,9 @@ class _Batches:
             raise DataError(
                 f"{name} holds no tokens to measure: raise data.test_fraction, name data.test, or "
                 f"set "
-                "evaluate.loss=false"
+                "evaluate.held_out_loss=false"
             )
-        self.limit, self.most = generation.max_batched_tokens, generation.max_sequences
+        self.limit, self.most = generation.max_num_batched_tokens, generation.max_num_seqs
 
     def __iter__(self) -> Iterator[Batch]:
         pending: list[int] = []
@@ -264,7 +264,7 @@ class _Batches:
             raise ModelError(
                 f"{self.name} sample {self.split.ids[found[0]].decode()} holds token id "
                 f"{found[1]}, which teacher and student do "
-                "not share: choose a pair that shares its tokenizer, or set evaluate.loss=false"
+                "not share: choose a pair that shares its tokenizer, or set evaluate.held_out_loss=false"
             )
 
 
@@ -280,12 +280,12 @@ def _sets(
     """
     manifest = read_manifest(run.data)
     if manifest is None:
-        raise ArtifactError(f"{run.data} holds no finished data: run `pocl data` first")
+        raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
     pad, generation = int(manifest.info["pad_id"]), config.generation
     split, sets = EncodedSplit.open(run.data, HELD_OUT), dict[str, _Batches]()
     if len(split):
         sets[HELD_OUT] = _Batches(
-            "the test split", split, chosen(split_ids(split), config.samples), pad, generation
+            "the test split", split, chosen(split_ids(split), config.max_samples), pad, generation
         )
     for number, (name, samples) in enumerate(benchmarks.items()):
         single = (

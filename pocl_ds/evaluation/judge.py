@@ -101,7 +101,7 @@ def judge_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Path
 
 
 def judge(run: RunDirectory, config: EvaluateConfig, models: list[str]) -> None:
-    """Have the answers of these models judged, those of the first evaluate.judge.seeds; what is
+    """Have the answers of these models judged, those of the first evaluate.judge.num_seeds; what is
     judged already is kept.
 
     Writes evaluation/MODEL/BENCHMARK-seedS.judge.jsonl: id, score (null where the verdict names
@@ -110,9 +110,9 @@ def judge(run: RunDirectory, config: EvaluateConfig, models: list[str]) -> None:
     """
     if config.judge is None:
         return
-    if config.judge.mode == "pairwise" and config.judge.against not in models:
+    if config.judge.mode == "pairwise" and config.judge.opponent not in models:
         raise RecipeError(
-            f"evaluate.judge.against={config.judge.against} is not evaluated: name one of "
+            f"evaluate.judge.opponent={config.judge.opponent} is not evaluated: name one of "
             f"{', '.join(models)}"
         )
     court = _Court(config.judge)
@@ -120,7 +120,7 @@ def judge(run: RunDirectory, config: EvaluateConfig, models: list[str]) -> None:
         if not _is_judged(config.judge, model):
             continue
         for benchmark in config.benchmarks:
-            for seed in config.seeds[: config.judge.seeds]:
+            for seed in config.seeds[: config.judge.num_seeds]:
                 court.sit(run, model, benchmark, seed)
 
 
@@ -133,7 +133,7 @@ def judged(
     if config.judge is None or not _is_judged(config.judge, model):
         return None
     means, silent, items = [], 0, 0
-    for seed in config.seeds[: config.judge.seeds]:
+    for seed in config.seeds[: config.judge.num_seeds]:
         records = read_verdicts(judge_file(run, model, benchmark, seed))
         scores = [record["score"] for record in records if record["score"] is not None]
         silent, items = silent + len(records) - len(scores), items + len(records)
@@ -160,7 +160,7 @@ def read_verdicts(file: Path) -> list[dict[str, Any]]:
 
 
 def _is_judged(config: JudgeConfig, model: str) -> bool:
-    return config.mode == "score" or model != config.against
+    return config.mode == "score" or model != config.opponent
 
 
 class _Court:
@@ -170,14 +170,14 @@ class _Court:
         self.config = config
         text = PROMPTS[config.mode]
         try:
-            if config.prompt is not None:
-                text = Path(os.path.expanduser(config.prompt)).read_text(encoding="utf-8")
+            if config.prompt_template is not None:
+                text = Path(os.path.expanduser(config.prompt_template)).read_text(encoding="utf-8")
             self.template = ImmutableSandboxedEnvironment(
                 undefined=jinja2.StrictUndefined
             ).from_string(text)
         except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
             raise RecipeError(
-                f"evaluate.judge.prompt {config.prompt} is no template ({error}): mend it"
+                f"evaluate.judge.prompt_template {config.prompt_template} is no template ({error}): mend it"
             ) from None
         # What a verdict follows from beside its question: not where the judge stands, nor how many
         # questions it gets.
@@ -190,19 +190,20 @@ class _Court:
         config = self.config
         answers = read_answers(answers_file(run, model, benchmark, seed))
         answers = [
-            answers[place] for place in chosen([record["id"] for record in answers], config.samples)
+            answers[place]
+            for place in chosen([record["id"] for record in answers], config.max_samples)
         ]
         others: dict[str, dict[str, Any]] = {}
         if config.mode == "pairwise":
             others = {
                 record["id"]: record
-                for record in read_answers(answers_file(run, config.against, benchmark, seed))
+                for record in read_answers(answers_file(run, config.opponent, benchmark, seed))
             }
             if missing := next(
                 (record["id"] for record in answers if record["id"] not in others), None
             ):
                 raise ArtifactError(
-                    f"item {missing} of {benchmark} was not answered by {config.against}: "
+                    f"item {missing} of {benchmark} was not answered by {config.opponent}: "
                     f"evaluate both again"
                 )
         asked = {
@@ -224,7 +225,7 @@ class _Court:
         how = f"{config.model} {config.mode} {self.how[:12]}"
         if config.mode == "pairwise":  # a win rate is one over these answers, not over others
             opponent = fingerprint([[key, others[key]["response"]] for key in sorted(others)])
-            how += f" against {config.against} {opponent[:12]}"
+            how += f" against {config.opponent} {opponent[:12]}"
         info = {
             "items": len(found),
             "without_score": silent,
@@ -257,7 +258,7 @@ class _Court:
             ]
         except jinja2.TemplateError as error:
             raise RecipeError(
-                f"evaluate.judge.prompt {self.config.prompt} cannot be filled in ({error}): mend it"
+                f"evaluate.judge.prompt_template {self.config.prompt_template} cannot be filled in ({error}): mend it"
             ) from None
 
     def _ask_all(
@@ -328,7 +329,7 @@ def _verdict(endpoint: Endpoint, texts: list[str]) -> dict[str, Any]:
 
 def _all(work: Callable[[str], None], keys: list[str], endpoint: Endpoint) -> None:
     """Do all, so many at once; the first fault ends it, and what waits is not begun."""
-    pool = concurrent.futures.ThreadPoolExecutor(endpoint.config.concurrency)
+    pool = concurrent.futures.ThreadPoolExecutor(endpoint.config.max_concurrency)
     try:
         for future in concurrent.futures.as_completed([pool.submit(work, key) for key in keys]):
             future.result()

@@ -77,7 +77,7 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     text, policy, rank = (
         f"made from `{recipe['student']['model']}`",
         recipe["policy"],
-        recipe["rank"],
+        recipe["ranking"],
     )
     if recipe["student"].get("prune"):
         text += f" without its layers {recipe['student']['prune']['drop_layers']}"
@@ -106,7 +106,7 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
 
 
 def _teachers(teacher: dict[str, Any]) -> str:
-    others = teacher.get("others") or []
+    others = teacher.get("ensemble") or []
     if not others:
         return f"teacher `{teacher['model']}`"
     every = [f"`{one['model']}` (weight {one['weight']:g})" for one in (teacher, *others)]
@@ -137,7 +137,7 @@ def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -
         read_manifest(run.train),
         recipe["train"],
         recipe["loss"],
-        recipe["rank"],
+        recipe["ranking"],
     )
     order = (
         "in random order" if rank["strategy"] == "random" else f"by `{rank['strategy']}` difficulty"
@@ -146,7 +146,7 @@ def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -
     lines = [
         f"- loss: `{loss['name']}`; optimizer AdamW, batch {plan['batch_size']}, learning rate "
         f"{train['lr']:g} to "
-        f"{train['lr_end']:g} ({train['schedule']})",
+        f"{train['min_lr']:g} ({train['lr_restart']})",
         f"- {plan['scheduler']} curriculum {order}"
         if len(plan["stages"]) > 1
         else "- no curriculum: one stage over all samples",
@@ -161,7 +161,13 @@ def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -
             f"ranks"
         )
     blended = loss["name"] != "sft"  # of SFT alone neither has an effect
-    header = ["stage", "samples", "epochs", "steps", *(["tau", "SFT ratio"] if blended else [])]
+    header = [
+        "stage",
+        "samples",
+        "epochs",
+        "steps",
+        *(["temperature", "SFT ratio"] if blended else []),
+    ]
     rows = [header, ["---:"] * len(header)]
     for stage in plan["stages"]:
         cells = [
@@ -173,7 +179,7 @@ def _training(run: RunDirectory, recipe: dict[str, Any], plan: dict[str, Any]) -
         rows.append(
             [
                 *map(str, cells),
-                *([f"{stage['tau']:.3g}", f"{stage['alpha']:.3g}"] if blended else []),
+                *([f"{stage['temperature']:.3g}", f"{stage['sft_ratio']:.3g}"] if blended else []),
             ]
         )
     return "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

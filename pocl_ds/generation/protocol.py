@@ -58,7 +58,7 @@ class Generator(Protocol):
     def log_probs(
         self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
     ) -> list[NDArray[np.float32]]:
-        """Natural log-probability (tau = 1) of every token after the first `prompt_tokens` of each
+        """Natural log-probability (temperature = 1) of every token after the first `prompt_tokens` of each
         sequence.
 
         Result i: float32 [len(sequences[i]) - prompt_tokens[i]]. prompt_tokens are at least 1.

@@ -33,7 +33,7 @@ from pocl_ds.resources import module_command
 
 MEMORY = Path("/dev/shm")
 SPARE = 1 << 20  # bytes of a file beside its tensors
-INSTEAD = "policy.rollout=hf"  # does without this process
+INSTEAD = "policy.rollout_backend=transformers"  # does without this process
 # What makes a process a rank of a group, or of a job step: the child is neither.
 OF_RANKS = (
     "RANK",

@@ -30,8 +30,8 @@ from pocl_ds.workflow.run_dir import RunDirectory, atomic_directory, whole_resul
 
 log = logging.getLogger("pocl_ds")
 
-STAGE = "respond"
-ROUNDS = 4  # calls of the engine hold so many times max_sequences prompts
+STAGE = "generate-teacher"
+ROUNDS = 4  # calls of the engine hold so many times max_num_seqs prompts
 
 
 def respond(
@@ -49,7 +49,7 @@ def respond(
     """Write responses/, whose split `train` has the rows of data/train. generation: the engine, as
     scoring has it.
     """
-    if whole_result(run.responses, fingerprint):
+    if whole_result(run.teacher_responses, fingerprint):
         return
     start, path, student_path = time.monotonic(), resolve_model(teacher), resolve_model(student)
     asked = load_tokenizer(
@@ -70,14 +70,14 @@ def respond(
         instead="score.generation.backend=transformers",
     )
     try:
-        with atomic_directory(run.responses) as folder:
+        with atomic_directory(run.teacher_responses) as folder:
             samples = _answered(
                 run,
                 Encoder(asked, whole),
                 generator,
                 policy,
                 seed,
-                ROUNDS * generation.max_sequences,
+                ROUNDS * generation.max_num_seqs,
             )
             counts = encode_split(samples, Encoder(learns, whole), folder, "train")
             write_manifest(

@@ -187,13 +187,13 @@ class _GumbelNoise(LogitsProcessor):
 
 
 def _batches(lengths: Sequence[int], config: GenerationConfig) -> Iterator[list[int]]:
-    """Indices in batches of like length: at most max_sequences, and max_batched_tokens with their
+    """Indices in batches of like length: at most max_num_seqs, and max_num_batched_tokens with their
     padding.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        limit = max(1, config.max_batched_tokens // lengths[batch[0]]) if batch else 1
-        if batch and len(batch) >= min(config.max_sequences, limit):
+        limit = max(1, config.max_num_batched_tokens // lengths[batch[0]]) if batch else 1
+        if batch and len(batch) >= min(config.max_num_seqs, limit):
             yield batch
             batch = []
         batch.append(index)

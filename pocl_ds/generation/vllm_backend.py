@@ -111,10 +111,10 @@ class VllmGenerator:
                 seed=0,
                 max_model_len=max_length
                 + 1,  # scoring a sequence always writes one token more, which is dropped
-                max_num_seqs=config.max_sequences,
-                max_num_batched_tokens=max(config.max_batched_tokens, max_length + 1),
-                gpu_memory_utilization=config.gpu_memory_share,
-                tensor_parallel_size=config.tensor_parallel,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=max(config.max_num_batched_tokens, max_length + 1),
+                gpu_memory_utilization=config.gpu_memory_utilization,
+                tensor_parallel_size=config.tensor_parallel_size,
                 enable_sleep_mode=self.sleep_level > 0,
                 enforce_eager=not torch.cuda.is_available(),
                 # log-probabilities of a cached prefix would be missing
@@ -278,8 +278,10 @@ def _why(error: Exception) -> str:
     if isinstance(error, subprocess.SubprocessError) or COMPILING.search(said):
         package = f"python3.{sys.version_info[1]}-dev"
         return f"({said[:300]}): on a GPU it compiles, with a C compiler and Python's headers: install gcc and {package}"
-    share = "gpu_memory_share, " if torch.cuda.is_available() else ""
-    return f"({said[:300]}): where memory is short lower {share}max_sequences or max_batched_tokens"
+    share = "gpu_memory_utilization, " if torch.cuda.is_available() else ""
+    return (
+        f"({said[:300]}): where memory is short lower {share}max_num_seqs or max_num_batched_tokens"
+    )
 
 
 def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -336,12 +338,12 @@ def _generation_config(model_path: str, revision: str | None) -> Any:
 
 
 def _cache_gib(model_config: Any, config: GenerationConfig, max_length: int) -> int:
-    """GiB (at least 1) of key-value cache for max_sequences sequences of max_length tokens."""
+    """GiB (at least 1) of key-value cache for max_num_seqs sequences of max_length tokens."""
     text = model_config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 4 if config.dtype == "float32" else 2
     need = (
-        2 * text.num_hidden_layers * heads * width * size * config.max_sequences * (max_length + 1)
+        2 * text.num_hidden_layers * heads * width * size * config.max_num_seqs * (max_length + 1)
     )
     return max(1, math.ceil(need / 2**30))

@@ -30,12 +30,12 @@ class OtherTokens:
     labels: Tensor  # [m] int64
     translated: Translated
 
-    def log_p(self, rows: Tensor, tau: float, kind: torch.dtype) -> Tensor:
+    def log_p(self, rows: Tensor, temperature: float, kind: torch.dtype) -> Tensor:
         """Log-probabilities [rows, v'] for the teacher's tokens of these numbers, -inf where an id
         stands for no token.
         """
         logits = self.ids.student_logits(self.head, self.hidden[rows])
-        return torch.log_softmax(logits.to(kind).div_(tau), -1)
+        return torch.log_softmax(logits.to(kind).div_(temperature), -1)
 
 
 def pairs(batch: Batch, translated: Translated, *, by_position: bool) -> Tensor:
@@ -80,20 +80,26 @@ def uld(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return value, torch.empty_like(slope).scatter_(-1, order, slope)
 
 
-def alm(log_p: Tensor, log_q: Tensor, tau: float) -> Tensor:
-    """Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083): KL(p^(1/tau) ||
-    q^(1/tau)) of whether a span is written or not. log_p, log_q: [s] log-probabilities of whole
+def alm(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083): KL(p^(1/temperature) ||
+    q^(1/temperature)) of whether a span is written or not. log_p, log_q: [s] log-probabilities of whole
     spans. Returns [s].
     """
-    log_p, log_q = log_p / tau, log_q / tau
+    log_p, log_q = log_p / temperature, log_q / temperature
     return log_p.exp() * (log_p - log_q) + _not(log_p).exp() * (_not(log_p) - _not(log_q))
 
 
 def alm_weights(
-    ours: Tensor, theirs: Tensor, translated: Translated, *, tau: float, alpha: float, factor: float
+    ours: Tensor,
+    theirs: Tensor,
+    translated: Translated,
+    *,
+    temperature: float,
+    sft_ratio: float,
+    factor: float,
 ) -> tuple[Tensor, Tensor]:
     """The divergence over all spans, and the weight of each student token's negative
-    log-probability with which the gradient of alpha CE + (1 - alpha) factor KD is that of a
+    log-probability with which the gradient of sft_ratio CE + (1 - sft_ratio) factor KD is that of a
     weighted CE: [n].
 
     ours, theirs: log-probabilities of the tokens, [n] and [m].
@@ -104,9 +110,9 @@ def alm_weights(
             _of_spans(theirs, translated.theirs, translated.spans),
             _of_spans(leaf, translated.ours, translated.spans),
         )
-        kd = factor * alm(p, q, tau).sum()
+        kd = factor * alm(p, q, temperature).sum()
         slope = torch.autograd.grad(kd, leaf)[0]
-    return kd.detach(), alpha - (1 - alpha) * slope
+    return kd.detach(), sft_ratio - (1 - sft_ratio) * slope
 
 
 def token_log_probs(

@@ -28,14 +28,14 @@ def divergence(
     teacher_logits: Tensor,
     student_logits: Tensor,
     *,
-    tau: float = 1.0,
-    tau_squared: bool = True,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = True,
     **options: Any,
 ) -> Tensor:
     """Divergence a token between two rows of logits.
 
     teacher_logits, student_logits: [tokens, ids], any float type; an id that is -inf on both sides
-    adds exactly zero to value and gradient. tau divides both. tau_squared multiplies the result by
+    adds exactly zero to value and gradient. tau divides both. scale_by_temperature_squared multiplies the result by
     tau^2, so that gradients keep their size as tau rises (Hinton et al., arXiv 1503.02531).
     options: see `names.LOSSES`. `sft` never asks the teacher: 0. Returns [tokens], float32, or
     float64 where the student's logits are. Raises RecipeError for an unknown name, option or a
@@ -44,21 +44,21 @@ def divergence(
     chosen = divergence_options(name, options)
     if name in ACROSS_TOKENIZERS:
         raise RecipeError(f"{name} compares texts, not ids: it has no value for two rows of logits")
-    if tau <= 0:
-        raise RecipeError(f"tau={tau:g}: a temperature must be greater than 0")
+    if temperature <= 0:
+        raise RecipeError(f"temperature={temperature:g}: a temperature must be greater than 0")
     if name == "sft":
         return torch.zeros(
             student_logits.shape[:-1],
             dtype=working_type(student_logits.dtype),
             device=student_logits.device,
         )
-    log_p = log_probabilities(teacher_logits, tau, working_type(student_logits.dtype))
-    log_q = log_probabilities(student_logits, tau, working_type(student_logits.dtype))
+    log_p = log_probabilities(teacher_logits, temperature, working_type(student_logits.dtype))
+    log_q = log_probabilities(student_logits, temperature, working_type(student_logits.dtype))
     value = FUNCTIONS[name](log_p, log_q, **chosen)
     # Rounding can end a hair below zero. The value is mended, the gradient stays that of the
     # formula.
     value = value + (value.clamp(min=0) - value).detach()
-    return value * tau**2 if tau_squared else value
+    return value * temperature**2 if scale_by_temperature_squared else value
 
 
 def divergence_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +82,11 @@ def working_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def log_probabilities(logits: Tensor, tau: float, dtype: torch.dtype) -> Tensor:
+def log_probabilities(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """log softmax(logits / tau) in `dtype`, with MASKED where a logit is -inf."""
     scaled = logits.to(dtype)
-    if tau != 1.0:
-        scaled = scaled / tau
+    if temperature != 1.0:
+        scaled = scaled / temperature
     return scaled.log_softmax(-1).masked_fill(logits == -math.inf, MASKED)
 
 

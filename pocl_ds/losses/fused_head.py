@@ -34,7 +34,7 @@ from pocl_ds.losses.token_losses import (
 from pocl_ds.models.heads import Head, Mixture
 from pocl_ds.models.vocab import Ids
 
-# Sums over loss tokens: total = alpha * CE + (1 - alpha) * KD, which carries the gradient, then KD
+# Sums over loss tokens: total = sft_ratio * CE + (1 - sft_ratio) * KD, which carries the gradient, then KD
 # and CE for the log. A plain tuple, since ZeRO-3 looks for tensors to hook in tuples, lists and
 # dictionaries only.
 LossSums: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -88,7 +88,7 @@ def loss_sums(
     if kd is None:
         return sums
     weighted, _, ce = sums
-    value = terms.alpha * ce + (1 - terms.alpha) * kd
+    value = terms.sft_ratio * ce + (1 - terms.sft_ratio) * kd
     return weighted + (value - weighted).detach(), kd, ce
 
 
@@ -116,8 +116,8 @@ def _span_weights(
         ours,
         theirs.to(ours.dtype),
         teacher.translated,
-        tau=terms.tau,
-        alpha=terms.alpha,
+        temperature=terms.temperature,
+        sft_ratio=terms.sft_ratio,
         factor=terms.kd_factor,
     )
 
@@ -150,7 +150,7 @@ def chunk_sizes(
     if chunk_bytes < logits + worked:
         least = logits + worked
         raise RecipeError(
-            f"loss.chunk_bytes={chunk_bytes} does not hold one token over {size} ids: give at "
+            f"loss.chunk_memory_mb={chunk_bytes} does not hold one token over {size} ids: give at "
             f"least {least}"
         )
     # Blocks get at most half of the budget: large chunks make fast matrix products.

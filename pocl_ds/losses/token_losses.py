@@ -39,27 +39,27 @@ TeacherHead: TypeAlias = Head | Mixture | TopK | OtherTokens
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What the loss of one step is made of: alpha * CE + (1 - alpha) * KD at temperature tau
+    """What the loss of one step is made of: sft_ratio * CE + (1 - sft_ratio) * KD at temperature temperature
     (METHOD 3).
     """
 
     name: str
-    tau: float = 1.0
-    alpha: float = 0.0
-    tau_squared: bool = True
+    temperature: float = 1.0
+    sft_ratio: float = 0.0
+    scale_by_temperature_squared: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def share_of_ce(self) -> float:
-        """alpha, which is 1 for plain SFT."""
-        return 1.0 if self.name == "sft" else self.alpha
+        """sft_ratio, which is 1 for plain SFT."""
+        return 1.0 if self.name == "sft" else self.sft_ratio
 
     @property
     def kd_factor(self) -> float:
-        """What multiplies the divergence: tau squared, so that its gradient keeps its size (METHOD
+        """What multiplies the divergence: temperature squared, so that its gradient keeps its size (METHOD
         3).
         """
-        return self.tau**2 if self.tau_squared else 1.0
+        return self.temperature**2 if self.scale_by_temperature_squared else 1.0
 
 
 def row_bytes(name: str, size: int, kind: torch.dtype) -> int:
@@ -126,35 +126,35 @@ class BlockLoss:
         self, student: Tensor, labels: Tensor, teacher: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         terms, ids, buffers, need_gradient = self.terms, self.ids, self.buffers, self.need_gradient
-        rows, alpha, (head, teacher_head) = len(student), terms.share_of_ce, self.heads
+        rows, sft_ratio, (head, teacher_head) = len(student), terms.share_of_ce, self.heads
         logits = head.finish_(_working(student, buffers, 0))
         capped = (
             buffers(1, rows).copy_(logits) if need_gradient and head.soft_cap is not None else None
         )
         _fill(logits, ids, -math.inf)
-        log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at tau = 1
+        log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at temperature = 1
         surprise = -log_q.gather(-1, labels[:, None])[:, 0]
         ce = surprise.sum()
         kd, gradient = ce.new_zeros(()), None
         if teacher is not None and teacher_head is not None:
-            if terms.tau != 1.0:
-                cooled = torch.log_softmax(logits.div_(terms.tau), -1, out=buffers(5, rows))
+            if terms.temperature != 1.0:
+                cooled = torch.log_softmax(logits.div_(terms.temperature), -1, out=buffers(5, rows))
             else:
-                with_ce = need_gradient and alpha > 0  # then log_q is wanted again below
+                with_ce = need_gradient and sft_ratio > 0  # then log_q is wanted again below
                 cooled = buffers(5, rows).copy_(log_q) if with_ce else log_q
             value, gradient = self._divergence(
                 logits, _fill(cooled, ids, MASKED), teacher, teacher_head
             )
             kd = value * terms.kd_factor
             if gradient is not None:
-                gradient.mul_((1 - alpha) * terms.kd_factor / terms.tau)
+                gradient.mul_((1 - sft_ratio) * terms.kd_factor / terms.temperature)
         if need_gradient and weights is not None:
             gradient = log_q.exp_().mul_(weights[:, None])
             gradient[torch.arange(rows, device=labels.device), labels] -= weights
-        elif need_gradient and alpha > 0:
+        elif need_gradient and sft_ratio > 0:
             q = log_q.exp_()
-            gradient = q.mul_(alpha) if gradient is None else gradient.add_(q, alpha=alpha)
-            gradient[torch.arange(rows, device=labels.device), labels] -= alpha
+            gradient = q.mul_(sft_ratio) if gradient is None else gradient.add_(q, alpha=sft_ratio)
+            gradient[torch.arange(rows, device=labels.device), labels] -= sft_ratio
         if gradient is not None:
             if head.scale != 1.0:
                 gradient.mul_(head.scale)
@@ -163,13 +163,15 @@ class BlockLoss:
             ):  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
                 gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
             student.copy_(gradient)
-        total = alpha * ce + (1 - alpha) * kd if weights is None else (weights * surprise).sum()
+        total = (
+            sft_ratio * ce + (1 - sft_ratio) * kd if weights is None else (weights * surprise).sum()
+        )
         return torch.stack([total, kd, ce])
 
     def _divergence(
         self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: TeacherHead
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum of the divergence at tau, and its gradient with respect to the logits of log_q, which
+        """Sum of the divergence at temperature, and its gradient with respect to the logits of log_q, which
         is overwritten.
 
         spent: a buffer that may be written over; teacher: products of a head, records, or numbers
@@ -178,13 +180,15 @@ class BlockLoss:
         terms, buffers, rows = self.terms, self.buffers, len(log_q)
         need_gradient = self.need_gradient and terms.share_of_ce < 1
         if isinstance(head, TopK):
-            top = head.decode(teacher, terms.tau)
+            top = head.decode(teacher, terms.temperature)
             return truncated_divergence(
                 *top, log_q, terms.name, self.options, lambda: buffers(6, rows), need_gradient
             )
         if isinstance(head, OtherTokens):
             asked = teacher >= 0
-            found, slope = uld(head.log_p(teacher[asked], terms.tau, log_q.dtype), log_q[asked])
+            found, slope = uld(
+                head.log_p(teacher[asked], terms.temperature, log_q.dtype), log_q[asked]
+            )
             return found.sum(), log_q.zero_().masked_scatter_(
                 asked[:, None], slope
             ) if need_gradient else None
@@ -204,12 +208,12 @@ class BlockLoss:
         )
 
     def _log_p(self, head: Head, product: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of one teacher at tau in a buffer of this number, from a product; and a
+        """Log-probabilities of one teacher at temperature in a buffer of this number, from a product; and a
         tensor that is free now.
         """
         targets = _fill(head.finish_(_working(product, self.buffers, 3)), self.ids, -math.inf)
-        if self.terms.tau != 1.0:
-            targets.div_(self.terms.tau)
+        if self.terms.temperature != 1.0:
+            targets.div_(self.terms.temperature)
         return torch.log_softmax(targets, -1, out=self.buffers(number, len(product))), targets
 
 

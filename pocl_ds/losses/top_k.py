@@ -1,8 +1,8 @@
 """The teacher's distribution as its k largest probabilities and the mass of all others, in a few
 bytes a token.
 
-The mass of the rest is kept for each temperature of the plan: a list made at tau = 1 would lose the
-tail at tau = 2. Student and teacher are then compared over k + 1 outcomes, the k ids and "any
+The mass of the rest is kept for each temperature of the plan: a list made at temperature = 1 would lose the
+tail at temperature = 2. Student and teacher are then compared over k + 1 outcomes, the k ids and "any
 other", which for most divergences is a lower bound of the whole one (data-processing inequality).
 What that leaves out is measured when the list is written (`lost`).
 
@@ -28,21 +28,21 @@ LARGEST = 1 << 18  # ids fit 18 bits: 16 in a number of their own, the others fo
 
 @dataclass(frozen=True)
 class TopK:
-    """How a distribution over `size` ids becomes a record of bytes, and back. taus: of the plan,
+    """How a distribution over `size` ids becomes a record of bytes, and back. temperatures: of the plan,
     and 1.
     """
 
     k: int
     size: int
-    taus: tuple[float, ...]
+    temperatures: tuple[float, ...]
 
     @property
     def bytes(self) -> int:
-        """Of one token's record: scale and the rest at each tau in float32, k distances, k ids;
+        """Of one token's record: scale and the rest at each temperature in float32, k distances, k ids;
         rounded up to 4.
         """
         high = -(-self.k // 4) if self.size > 1 << 16 else 0
-        return -(-(4 * (1 + len(self.taus)) + 4 * self.k + high) // 4) * 4
+        return -(-(4 * (1 + len(self.temperatures)) + 4 * self.k + high) // 4) * 4
 
     def check(self, allowed: int) -> None:
         """Raise RecipeError where there are not so many ids, or more than a record can name.
@@ -50,12 +50,12 @@ class TopK:
         """
         if self.k > allowed:
             raise RecipeError(
-                f"teach.k={self.k} is more than the {allowed} ids that teacher and student share: "
+                f"teacher_cache.top_k={self.k} is more than the {allowed} ids that teacher and student share: "
                 f"take fewer"
             )
         if self.size > LARGEST:
             raise RecipeError(
-                f"teacher.mode=topk names at most {LARGEST} ids, this vocabulary has {self.size}: "
+                f"teacher.mode=cached_topk names at most {LARGEST} ids, this vocabulary has {self.size}: "
                 f"use mode=hidden"
             )
 
@@ -66,7 +66,9 @@ class TopK:
         scale = below[:, -1:]
         steps = (below / scale.clamp(min=torch.finfo(scale.dtype).tiny) * STEPS).round().int()
         rest = (logits.float() - top[:, :1]).scatter_(-1, ids, -math.inf)
-        masses = torch.stack([torch.logsumexp(rest / tau, -1) for tau in self.taus], -1)
+        masses = torch.stack(
+            [torch.logsumexp(rest / temperature, -1) for temperature in self.temperatures], -1
+        )
         parts = [
             _bytes(torch.cat([scale, masses], -1)),
             _bytes(steps.to(torch.uint16)),
@@ -80,19 +82,19 @@ class TopK:
         found = torch.cat(parts, -1)
         return torch.nn.functional.pad(found, (0, self.bytes - found.shape[-1]))
 
-    def decode(self, records: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-        """Ids [n, k] and log-probabilities [n, k + 1] at tau, the rest's last, MASKED where there
+    def decode(self, records: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Ids [n, k] and log-probabilities [n, k + 1] at temperature, the rest's last, MASKED where there
         is none.
 
-        Raises RecipeError for a tau that the records were not made for.
+        Raises RecipeError for a temperature that the records were not made for.
         """
-        if tau not in self.taus:
-            made = ", ".join(f"{one:g}" for one in self.taus)
+        if temperature not in self.temperatures:
+            made = ", ".join(f"{one:g}" for one in self.temperatures)
             raise RecipeError(
-                f"the teacher's top-{self.k} lists were made for tau {made}, not {tau:g}: run "
-                f"`pocl teach` again"
+                f"the teacher's top-{self.k} lists were made for temperature {made}, not {temperature:g}: run "
+                f"`pocl cache-teacher` again"
             )
-        numbers = 1 + len(self.taus)
+        numbers = 1 + len(self.temperatures)
         head = records[:, : 4 * numbers].contiguous().view(torch.float32)
         rest = records[:, 4 * numbers :]
         steps, low = (
@@ -105,19 +107,21 @@ class TopK:
             shifts = torch.tensor([0, 2, 4, 6], device=records.device)
             ids = ids | (((high[..., None] >> shifts) & 3).flatten(1)[:, : self.k] << 16)
         below = steps * (head[:, :1] / STEPS)
-        weights = torch.cat([-below / tau, head[:, 1 + self.taus.index(tau), None]], -1)
+        weights = torch.cat(
+            [-below / temperature, head[:, 1 + self.temperatures.index(temperature), None]], -1
+        )
         return ids, torch.log_softmax(weights, -1).clamp(min=MASKED)
 
     def lost(self, logits: Tensor, records: Tensor) -> Tensor:
-        """What the records leave out, summed over n tokens: [taus, 2], the rest's mass, and KL from
+        """What the records leave out, summed over n tokens: [temperatures, 2], the rest's mass, and KL from
         the whole distribution to the recorded one with the rest's mass spread evenly over its ids,
         in nats. logits: [n, v], -inf where masked.
         """
         allowed = (logits > -math.inf).sum(-1, keepdim=True)
         found = []
-        for tau in self.taus:
-            ids, recorded = self.decode(records, tau)
-            log_p = torch.log_softmax(logits.float() / tau, -1)
+        for temperature in self.temperatures:
+            ids, recorded = self.decode(records, temperature)
+            log_p = torch.log_softmax(logits.float() / temperature, -1)
             even = recorded[:, -1:] - (allowed - self.k).clamp(min=1).log()
             spread = even.expand_as(log_p).scatter(-1, ids, recorded[:, :-1])
             terms = torch.where(log_p > -math.inf, log_p.exp() * (log_p - spread), 0.0)

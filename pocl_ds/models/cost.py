@@ -163,13 +163,13 @@ def _imitated(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
     """
     model.requires_grad_(False)
     made: list[nn.Parameter] = []
-    for module in targeted(model, lora.targets).values():
+    for module in targeted(model, lora.target_modules).values():
         inputs, outputs = (
             module.weight.shape if type(module).__name__ == "Conv1D" else module.weight.shape[::-1]
         )
         down, up = (
             nn.Parameter(module.weight.new_empty(shape))
-            for shape in ((lora.rank, inputs), (outputs, lora.rank))
+            for shape in ((lora.r, inputs), (outputs, lora.r))
         )
 
         def add(
@@ -177,7 +177,7 @@ def _imitated(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
         ) -> Tensor:
             read = functional.dropout(given[0], lora.dropout) if lora.dropout else given[0]
             return output + functional.linear(functional.linear(read, down), up) * (
-                lora.alpha / lora.rank
+                lora.alpha / lora.r
             )
 
         module.register_forward_hook(add)

@@ -93,7 +93,7 @@ class Choice:
     checkpointing: bool = False
     offload_student: bool = False
     offload_teacher: bool = False
-    mode: str = "live"  # live, hidden, topk, or none for SFT
+    mode: str = "online"  # live, hidden, topk, or none for SFT
     dtype: str = "bfloat16"
     teacher_dtype: str = "bfloat16"
     sharded: bool = True  # by ZeRO-3; else whole, in plain PyTorch
@@ -115,7 +115,7 @@ class Choice:
         """Bytes that are kept of a loss token."""
         return (
             self.record_bytes
-            if self.mode == "topk"
+            if self.mode == "cached_topk"
             else parameter_bytes(teacher.width, self.teacher_dtype)
         )
 
@@ -170,7 +170,7 @@ def training_memory(
         kept["embeddings' gradient"] = parameter_bytes(student.head_parameters, choice.dtype)
     if choice.sharded and not on_host:
         kept["student: gradient of the update"] = 4.0 * trained  # the shard once more, flat
-    if teacher is not None and choice.mode == "live":
+    if teacher is not None and choice.mode == "online":
         sharded = choice.teacher_sharded and ranks > 1
         weights = choice.teacher_weights(teacher) / (ranks if sharded else 1)
         kept["teacher: weights"] = 0.0 if choice.offload_teacher else weights
@@ -180,7 +180,7 @@ def training_memory(
             teacher.width, 1
         )  # numbers of a token alive in a block, at most
         kept["teacher: forward"] = parameter_bytes(sum(lengths) * widest, choice.teacher_dtype)
-    elif teacher is not None and choice.mode == "hidden":
+    elif teacher is not None and choice.mode == "cached_hidden_states":
         kept["teacher: head"] = parameter_bytes(teacher.head_parameters, choice.teacher_dtype)
     if gloo and ranks > 1 and choice.sharded:
         kept["on the way between ranks"] = GLOO + 2 * kept["student: gathered"]
@@ -195,7 +195,7 @@ def host_memory(
     found = (
         (12 * student.trained + 2 * student.parameters) * share if choice.offload_student else 0.0
     )
-    if teacher is not None and choice.offload_teacher and choice.mode == "live":
+    if teacher is not None and choice.offload_teacher and choice.mode == "online":
         found += parameter_bytes(teacher.parameters, choice.teacher_dtype) * share
     return found
 
@@ -238,9 +238,9 @@ def step_flops(
     total = passes * body + 3 * head
     if student.adapters:
         total += 2.0 * sum(lengths) * (passes * student.adapters - student.matrix_parameters) - head
-    if teacher is not None and choice.mode == "live":
+    if teacher is not None and choice.mode == "online":
         total += teacher.forward_flops(lengths, loss_tokens)
-    elif teacher is not None and choice.mode == "hidden":
+    elif teacher is not None and choice.mode == "cached_hidden_states":
         total += 2.0 * teacher.head_parameters * loss_tokens
     return total
 
@@ -256,7 +256,7 @@ def micro_traffic(
     )  # kept from forward to backward, or gathered again
     numbers = passes * float(student.parameters) + student.trained
     found = parameter_bytes(numbers, choice.dtype)
-    if teacher is not None and choice.mode == "live" and choice.teacher_sharded:
+    if teacher is not None and choice.mode == "online" and choice.teacher_sharded:
         found += parameter_bytes(float(teacher.parameters), choice.teacher_dtype)
     return found * (ranks - 1) / ranks
 
@@ -287,9 +287,9 @@ def stage_times(
     rate = device.flops * (1 if choice.dtype != "float32" else 0.5) * utilisation
     found = [_scoring(student, work, layout, device, rate, max_new_tokens, sequences)]
     length, loss = max(1, round(work.tokens)), work.response_tokens
-    if teacher is not None and choice.mode in ("hidden", "topk"):
+    if teacher is not None and choice.mode in ("cached_hidden_states", "cached_topk"):
         flops = work.samples * teacher.forward_flops([length], round(loss))
-        found.append(StageTime("teach", flops / rate / layout.ranks, flops, "arithmetic"))
+        found.append(StageTime("cache-teacher", flops / rate / layout.ranks, flops, "arithmetic"))
     found.append(_training(student, teacher, choice, work, layout, device, rate))
     return found
 

@@ -95,7 +95,7 @@ class Head:
 @dataclass(frozen=True)
 class Mixture:
     """Heads of several models over the same tokens, whose distributions are mixed: sum of weight x
-    softmax(logits / tau).
+    softmax(logits / temperature).
 
     Their hidden states lie side by side: [n, sum of widths].
     """

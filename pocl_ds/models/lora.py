@@ -61,14 +61,14 @@ def targeted(model: Any, targets: tuple[str, ...]) -> dict[str, Any]:
         }
         if any(module is head or isinstance(module, nn.Embedding) for module in named.values()):
             raise RecipeError(
-                f"student.lora.targets names {target}: head and embeddings get no adapter, leave "
+                f"student.lora.target_modules names {target}: head and embeddings get no adapter, leave "
                 f"it out"
             )
         matching = {name: module for name, module in named.items() if name in linear}
         if not matching:
             there = ", ".join(_last_parts(linear))
             raise RecipeError(
-                f"student.lora.targets names {target}, and no linear module is called so: take "
+                f"student.lora.target_modules names {target}, and no linear module is called so: take "
                 f"some of "
                 f"{there}, or {ALL_LINEAR}"
             )
@@ -86,15 +86,15 @@ def check_adapters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = F
     cannot have such adapters.
     """
     require_peft()
-    targeted(empty_model(config, trust_remote_code=trust_remote_code), lora.targets)
+    targeted(empty_model(config, trust_remote_code=trust_remote_code), lora.target_modules)
 
 
 def adapter_parameters(model: Any, config: LoraConfig) -> int:
     """How many parameters the adapters of a model have: rank x (inputs + outputs) of each. The
     model may be on `meta`.
     """
-    weights = [module.weight for module in targeted(model, config.targets).values()]
-    return sum(config.rank * sum(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
+    weights = [module.weight for module in targeted(model, config.target_modules).values()]
+    return sum(config.r * sum(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
 
 
 def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
@@ -107,9 +107,9 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
     require_peft()
     import peft
 
-    modules = targeted(model, config.targets)
+    modules = targeted(model, config.target_modules)
     settings = peft.LoraConfig(
-        r=config.rank,
+        r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=list(modules),
@@ -122,7 +122,7 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
     trained, whole = trained_parameters(model)
     return (
         f"LoRA: {trained / 1e6:.1f} of {whole / 1e6:.1f} million parameters are trained (rank "
-        f"{config.rank}, alpha "
+        f"{config.r}, alpha "
         f"{config.alpha}, on {', '.join(_last_parts(modules))})"
     )
 

@@ -57,7 +57,7 @@ def build_report(
         return done
     name = str(recipe["name"])
     page = html_page(facts, name=name, recipe_yaml=recipe_yaml)
-    text = markdown_page(facts, name=name, recipe_yaml=recipe_yaml, examples=config.examples)
+    text = markdown_page(facts, name=name, recipe_yaml=recipe_yaml, examples=config.num_examples)
     for file, content in ((PAGE, page), (TEXT, text)):
         with atomic_write(run.report / file) as stream:
             stream.write(content)
@@ -66,7 +66,7 @@ def build_report(
     info = {
         "inputs": inputs,
         "missing": facts.missing,
-        "examples": len(facts.examples(config.examples)),
+        "examples": len(facts.examples(config.num_examples)),
         "samples": len(facts.samples.rows) if facts.samples else 0,
         "bytes": len(page.encode()),
     }

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.report.max_samples import thin
 from pocl_ds.report.run_summary import Curves, Facts, Ranking
-from pocl_ds.report.samples import thin
 
 Floats = NDArray[np.floating[Any]]
 Chart = dict[str, Any]
@@ -43,15 +43,15 @@ def training_charts(facts: Facts) -> list[Chart]:
     if curves is None:
         return []
     steps, bands = downsample(curves.steps), stage_bands(curves)
-    note = "total = α · CE + (1 − α) · KD; tau changes between stages, and the KD term with it."
+    note = "total = α · CE + (1 − α) · KD; temperature changes between stages, and the KD term with it."
     loss: list[Column] = [
         ("total", "ink", "loss", []),
         ("KD", "orange", "kd", [7, 3]),
         ("CE", "accent", "ce", []),
     ]
     schedule: list[Column] = [
-        ("τ, temperature", "orange", "tau", []),
-        ("α, share of SFT", "accent", "alpha", []),
+        ("τ, temperature", "orange", "temperature", []),
+        ("α, share of SFT", "accent", "sft_ratio", []),
     ]
     charts = [
         _lines(
@@ -145,8 +145,8 @@ def overlaid(runs: Mapping[str, Curves]) -> list[Chart]:
         ("loss", "Training loss", "loss (nats per token)"),
         ("kd", "KD term", "KD (nats per token)"),
         ("ce", "CE term", "CE (nats per token)"),
-        ("tau", "Temperature", "tau"),
-        ("alpha", "SFT ratio", "alpha"),
+        ("temperature", "Temperature", "temperature"),
+        ("sft_ratio", "SFT ratio", "sft_ratio"),
         ("grad_norm", "Gradient norm", "gradient norm"),
         ("lr", "Learning rate", "learning rate"),
     ):
@@ -161,7 +161,7 @@ def overlaid(runs: Mapping[str, Curves]) -> list[Chart]:
                 label,
                 series,
                 [],
-                zero=column in ("tau", "alpha", "lr"),
+                zero=column in ("temperature", "sft_ratio", "lr"),
                 wide=column == "loss",
             )
         )
@@ -266,7 +266,7 @@ def _columns(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Cha
             "colour": colour,
             "dash": dash,
             "dots": False,
-            "steps": column in ("tau", "alpha"),
+            "steps": column in ("temperature", "sft_ratio"),
             "xs": numbers(steps["step"]),
             "ys": numbers(steps[column]),
         }
@@ -294,7 +294,7 @@ def _validation(
         "nats per token",
         series,
         bands,
-        note="Measured at τ = 1, at the end of each stage and every train.validate_every steps.",
+        note="Measured at τ = 1, at the end of each stage and every train.validate_every_n_steps steps.",
     )
 
 

@@ -109,7 +109,7 @@ def loss_differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
 
 def _why_apart(one: Compared, other: Compared, key: str) -> list[str]:
     both, found = f"{one.name} and {other.name}", []
-    data, theirs = (run.facts.manifests.get("data") for run in (one, other))
+    data, theirs = (run.facts.manifests.get("preprocess") for run in (one, other))
     if data and theirs:
         texts, tokens = (
             data.files.get(f"test.{part}") != theirs.files.get(f"test.{part}")
@@ -141,7 +141,7 @@ def _teacher(run: Compared) -> str:
     """The one that is evaluated, at the commit that the run took."""
     teacher, data = (
         run.recipe["teacher"] or {"model": "none", "revision": None},
-        run.facts.manifests.get("data"),
+        run.facts.manifests.get("preprocess"),
     )
     name = f"{teacher['model']}@{teacher['revision'] or 'main'}"
     commit = (
@@ -235,7 +235,7 @@ def _read(paths: Sequence[Path]) -> list[Compared]:
     ):
         raise RecipeError(f"{twice} is named twice: name each run once")
     runs = []
-    room = ReportConfig(samples=0, megabytes=max(1, 16 // len(paths)))
+    room = ReportConfig(max_samples=0, max_text_mb=max(1, 16 // len(paths)))
     labels = [path.resolve().name for path in paths]
     for path, label in zip(paths, labels, strict=True):
         run = RunDirectory(path)

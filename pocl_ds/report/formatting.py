@@ -83,7 +83,7 @@ def about_rows(facts: Facts, recipe: dict[str, Any]) -> list[tuple[str, str]]:
     """What was distilled with what, and what that took, as far as the run knows."""
     part = {
         name: recipe.get(name) or {}
-        for name in ("student", "teacher", "loss", "policy", "data", "rank")
+        for name in ("student", "teacher", "loss", "policy", "data", "ranking")
     }
     rows = [
         ("student", part["student"].get("model")),
@@ -91,7 +91,7 @@ def about_rows(facts: Facts, recipe: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", part["data"].get("source")),
         ("loss", part["loss"].get("name")),
         ("responses", part["policy"].get("name")),
-        ("order", part["rank"].get("strategy")),
+        ("order", part["ranking"].get("strategy")),
     ]
     if facts.plan is not None:
         stages = facts.plan["stages"]
@@ -153,7 +153,7 @@ def kl_lines(results: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> li
     if all(entry.get("kl") is None for entry in (results or {"models": {}})["models"].values()):
         return []
     found = []
-    if teacher.get("others"):
+    if teacher.get("ensemble"):
         found.append(
             f"KL to teacher is to {teacher['model']} alone, not to the mixture of "
             f"{1 + len(teacher['others'])} that "
@@ -298,7 +298,7 @@ def plan_rows(
         "samples",
         "epochs",
         "steps",
-        "tau",
+        "temperature",
         "SFT ratio",
         *(["its subset was seen"] if seen else []),
     ]
@@ -308,8 +308,8 @@ def plan_rows(
             f"{stage['stop'] - stage['start']:,}",
             str(stage["epochs"]),
             f"{stage['steps']:,}",
-            f"{stage['tau']:.3g}",
-            f"{stage['alpha']:.3g}",
+            f"{stage['temperature']:.3g}",
+            f"{stage['sft_ratio']:.3g}",
             *([f"{seen[stage['index']]:.1f} times"] if seen else []),
         ]
         for stage in plan["stages"]

@@ -12,10 +12,10 @@ from typing import Any
 from pocl_ds.workflow.run_dir import Manifest, RunDirectory, read_json, read_manifest
 
 ORDER = (
-    "data",
-    "prepare",
-    "teach",
-    "respond",
+    "preprocess",
+    "init-student",
+    "cache-teacher",
+    "generate-teacher",
     "score",
     "rank",
     "plan",
@@ -76,9 +76,9 @@ def spent_by_stage(run: RunDirectory, manifests: dict[str, Manifest]) -> list[Sp
     """In the order of the way of a run; stages that do not say how long they took are left out."""
     parts: dict[str, list[Manifest]] = {stage: [manifest] for stage, manifest in manifests.items()}
     for stage, folder, pattern in (
-        ("teach", run.teacher, "*-of-*.manifest.json"),
+        ("cache-teacher", run.teacher_cache, "*-of-*.manifest.json"),
         ("score", run.scores, "shard-*.manifest.json"),
-        ("respond", run.responses, "manifest.json"),
+        ("generate-teacher", run.teacher_responses, "manifest.json"),
     ):
         shards = [read_manifest(path.parent, path.name) for path in sorted(folder.glob(pattern))]
         if found := [shard for shard in shards if shard and "seconds" in shard.info]:

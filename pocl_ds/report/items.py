@@ -12,7 +12,7 @@ import numpy as np
 
 from pocl_ds.errors import ArtifactError
 from pocl_ds.metrics.bootstrap import interval, resampled_means
-from pocl_ds.report.samples import cut, parsed, weight
+from pocl_ds.report.max_samples import cut, parsed, weight
 from pocl_ds.workflow.run_dir import RunDirectory
 
 

@@ -264,7 +264,7 @@ def _samples(facts: Facts) -> str:
         if shown == total
         else (
             f"{shown:,} of {total:,} samples, evenly along the order: the page holds no more "
-            f"(report.samples, report.megabytes)."
+            f"(report.max_samples, report.max_text_mb)."
         )
     )
     return section(
@@ -303,7 +303,7 @@ def _items(facts: Facts) -> str:
         f"{len(one.items):,} of {one.total:,} of {one.name}" for one in facts.benchmarks
     )
     note = (
-        f"Items: {counts}, chosen by the hash of their id (report.items, report.megabytes). The "
+        f"Items: {counts}, chosen by the hash of their id (report.items, report.max_text_mb). The "
         f"number is ROUGE-L ×100, mean "
         "over seeds; the text is of the first seed, long ones are cut."
     )

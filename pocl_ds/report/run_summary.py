@@ -19,8 +19,8 @@ from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError
 from pocl_ds.report.history import History, Spent, read_history, spent_by_stage
 from pocl_ds.report.items import Benchmark, Item, read_benchmarks
+from pocl_ds.report.max_samples import Samples, read_samples
 from pocl_ds.report.sample_visits import times_seen
-from pocl_ds.report.samples import Samples, read_samples
 from pocl_ds.workflow.run_dir import Manifest, RunDirectory, read_json, read_manifest
 
 Floats = NDArray[np.float64]
@@ -30,8 +30,8 @@ COLUMNS = (
     "loss",
     "kd",
     "ce",
-    "tau",
-    "alpha",
+    "temperature",
+    "sft_ratio",
     "lr",
     "grad_norm",
     "tokens_per_second",
@@ -117,13 +117,15 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
             f"{facts.curves.last}{_of_plan(facts.plan)}."
         )
     _hold_together(facts)
-    room = config.megabytes * 1_000_000
+    room = config.max_text_mb * 1_000_000
     if facts.plan is not None and facts.curves is not None:
         facts.seen = times_seen(run, facts.plan, seed=seed, window=window, steps=facts.curves.last)
     if "evaluate" in facts.manifests:
         results = facts.results = read_json(run.evaluation / "results.json")
         models = [model for model in MODELS if model in results["models"]]
-        found = read_benchmarks(run, results, models, max(config.items, config.examples), room // 3)
+        found = read_benchmarks(
+            run, results, models, max(config.max_items, config.num_examples), room // 3
+        )
         facts.benchmarks = sorted(found, key=lambda one: one.name != "test")
     else:
         there = len(list(run.evaluation.glob("*/*.manifest.json")))
@@ -132,7 +134,9 @@ def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: in
             f"There is no finished evaluation{part}, so results and answers are not shown: run "
             f"`pocl evaluate`."
         )
-    _read_difficulty(run, facts, config.samples, room - sum(one.weight for one in facts.benchmarks))
+    _read_difficulty(
+        run, facts, config.max_samples, room - sum(one.weight for one in facts.benchmarks)
+    )
     facts.spent, facts.history = spent_by_stage(run, facts.manifests), read_history(run)
     return facts
 
@@ -167,7 +171,7 @@ def _read_difficulty(run: RunDirectory, facts: Facts, most: int, room: int) -> N
         )
     else:
         facts.ranking = _ranking(run, facts.plan, info)
-    if "data" not in facts.manifests:
+    if "preprocess" not in facts.manifests:
         facts.missing.append("The data folder is not whole, so training samples are not shown.")
     elif most:
         facts.samples = read_samples(run, most, room)
@@ -211,8 +215,8 @@ def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 def _manifests(run: RunDirectory) -> dict[str, Manifest]:
     """Stage -> its manifest, for the stages that are finished."""
     folders = {
-        "data": run.data,
-        "prepare": run.models,
+        "preprocess": run.data,
+        "init-student": run.models,
         "rank": run.ranking,
         "plan": run.plan,
         "train": run.train,

@@ -103,12 +103,12 @@ def parsed(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 def _lines(path: Path, rows: set[int]) -> dict[int, dict[str, Any]]:
     """Row -> record, of the rows named."""
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing: run `pocl data`")
+        raise ArtifactError(f"{path} is missing: run `pocl preprocess`")
     with path.open(encoding="utf-8") as stream:
         kept = {row: line for row, line in enumerate(stream) if row in rows}
     if len(kept) < len(rows):
         raise ArtifactError(
-            f"{path} has fewer samples than ranking/order.npy: run `pocl data` and `pocl rank` "
+            f"{path} has fewer samples than ranking/order.npy: run `pocl preprocess` and `pocl rank` "
             f"again"
         )
     return dict(zip(kept, parsed(path, iter(kept.values())), strict=True))

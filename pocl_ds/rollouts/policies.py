@@ -148,7 +148,7 @@ class Distillm:
         if drawn >= self.phi:
             return asked.split, asked.rows
         kept = self._of_stage(asked)
-        full = self.buffer is not None and len(self.buffer) >= self.config.buffer
+        full = self.buffer is not None and len(self.buffer) >= self.config.replay_buffer_size
         anew = drawn < self.phi * (1 - step / asked.total_steps)
         if not full or anew or len(kept) < len(asked.rows):
             written = self.write(asked.rows, asked.position)
@@ -165,7 +165,7 @@ class Distillm:
         """
         if self.accepted is None:
             self.accepted = loss
-        elif loss >= self.accepted + self.config.tolerance:
+        elif loss >= self.accepted + self.config.loss_tolerance:
             self.phi = min(1.0, self.phi + self.config.phi_step)
             log.info(
                 "the validation loss rose from %.4f to %.4f: from here on the student's responses "
@@ -209,7 +209,7 @@ class Distillm:
         """The newest `buffer` responses."""
         joined = written if self.buffer is None else self.buffer.joined(written)
         self.buffer = joined.picked(
-            np.arange(max(0, len(joined) - self.config.buffer), len(joined))
+            np.arange(max(0, len(joined) - self.config.replay_buffer_size), len(joined))
         )
 
 

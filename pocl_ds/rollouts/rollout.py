@@ -98,7 +98,7 @@ class Rollout:
         """
         start = time.monotonic()
         self.cost = Cost()
-        if self.on_gpu and self.config.rollout == "vllm":
+        if self.on_gpu and self.config.rollout_backend == "vllm":
             # what torch keeps for later the writer, which wakes up now, could not have
             torch.cuda.empty_cache()
         self._refresh(position.step, rows)
@@ -174,7 +174,7 @@ class Rollout:
 
     def _refresh(self, step: int, rows: NDArray[np.int64]) -> None:
         """Bring the writer the weights of this step, where it has none of since the last multiple
-        of refresh_every.
+        of sync_weights_every.
         """
         if not self._due(step):
             return
@@ -184,14 +184,14 @@ class Rollout:
             self.module.model
         )  # another process gets them through the CPU's memory
         weights = {
-            name: weight.cpu() if self.config.rollout == "vllm" else weight
+            name: weight.cpu() if self.config.rollout_backend == "vllm" else weight
             for name, weight in whole
         }
         if self.student.lora:
             weights = merged(self.module.model, weights)
         with distributed.together("give the writer the student's weights"):
             writer.refresh(weights)
-        lasts = self.config.refresh_every > 1 and distributed.rank() == 0
+        lasts = self.config.sync_weights_every > 1 and distributed.rank() == 0
         self.held = {name: weight.cpu() for name, weight in weights.items()} if lasts else {}
         del weights
         self.version = step
@@ -199,7 +199,7 @@ class Rollout:
 
     def _due(self, step: int) -> bool:
         """Whether the writer must have new weights before it writes at a step."""
-        every = self.config.refresh_every
+        every = self.config.sync_weights_every
         return self.version == NEVER or step // every != self.version // every
 
     @torch.no_grad()
@@ -222,9 +222,9 @@ class Rollout:
             a_token, once = (GPU_TOLERANCE if self.on_gpu else TOLERANCE)[self.student.dtype]
             if not abs(found - float(ce)) <= a_token * max(1, batch.labels.numel()) + once:
                 raise ResourceError(
-                    f"the writer ({self.config.rollout}) gives a response {found:.4f} nats and "
+                    f"the writer ({self.config.rollout_backend}) gives a response {found:.4f} nats and "
                     f"the student {float(ce):.4f}: it "
-                    "did not take the new weights; set policy.rollout=hf"
+                    "did not take the new weights; set policy.rollout_backend=transformers"
                 )
 
     @property
@@ -232,16 +232,16 @@ class Rollout:
         """What is asked of an engine between writes: with new weights before each nobody needs the
         old ones.
         """
-        if self.config.rollout != "vllm" or not self.on_gpu:
+        if self.config.rollout_backend != "vllm" or not self.on_gpu:
             return 0
-        return 2 if self.config.refresh_every == 1 else 1
+        return 2 if self.config.sync_weights_every == 1 else 1
 
     def _writer(self) -> Generator:
         if self.writer is None:
             settings = GenerationConfig(
-                backend="vllm" if self.config.rollout == "vllm" else "transformers",
-                max_sequences=self.config.max_sequences,
-                gpu_memory_share=self.config.gpu_memory_share,
+                backend="vllm" if self.config.rollout_backend == "vllm" else "transformers",
+                max_num_seqs=self.config.max_num_seqs,
+                gpu_memory_utilization=self.config.gpu_memory_utilization,
                 dtype=self.student.dtype,
             )
             writer = self.writer = self._open(settings)
@@ -252,8 +252,8 @@ class Rollout:
             )
             log.info(
                 "the student's responses are written by %s, with its weights of every %d steps%s",
-                self.config.rollout,
-                self.config.refresh_every,
+                self.config.rollout_backend,
+                self.config.sync_weights_every,
                 note,
             )
         return self.writer

@@ -2,7 +2,7 @@
 is shown.
 
 A secret's place is the environment (HF_TOKEN, WANDB_API_KEY, the variable that
-evaluate.judge.key_env names) or the file of the program that asks for it, as `hf auth login` writes
+evaluate.judge.api_key_env names) or the file of the program that asks for it, as `hf auth login` writes
 one.
 """
 

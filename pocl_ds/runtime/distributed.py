@@ -82,7 +82,7 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def be_patient(hang_seconds: float = 0.0) -> timedelta:
+def be_patient(hang_timeout_seconds: float = 0.0) -> timedelta:
     """Let every group of ranks, also one that is made later, wait longer than the watchdog does.
     Returns how long.
 
@@ -90,7 +90,7 @@ def be_patient(hang_seconds: float = 0.0) -> timedelta:
     group, and in each that it makes from it after torch's default, whatever the first one was
     given.
     """
-    patience = timedelta(seconds=PATIENCE + hang_seconds)
+    patience = timedelta(seconds=PATIENCE + hang_timeout_seconds)
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(patience, group)
@@ -109,7 +109,7 @@ def agree(facts: Mapping[str, Any]) -> None:
     naming who differs and how.
 
     Costs one reduction of two numbers: ranks that go different ways would else be seen as a hang,
-    after train.hang_seconds.
+    after train.hang_timeout_seconds.
     """
     if not dist.is_initialized():
         return

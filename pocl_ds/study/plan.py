@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pocl_ds.config import Int, Recipe, Section, lasting
+from pocl_ds.config import Int, Recipe, Section, semantic_fields
 from pocl_ds.config.recipe_file import first_fault, load_recipe
 from pocl_ds.config.yaml_io import read_yaml
 from pocl_ds.curriculum.plan import visits
@@ -150,7 +150,7 @@ def _check_evaluations(name: str, cells: list[Cell]) -> None:
                 f"evaluate.models"
             )
         asked.append(
-            [settings(cell.recipe.prompt, evaluate), {**lasting(evaluate), "models": None}]
+            [settings(cell.recipe.prompt, evaluate), {**semantic_fields(evaluate), "models": None}]
         )
     if other := next((number for number, one in enumerate(asked) if one != asked[0]), None):
         raise RecipeError(
@@ -164,7 +164,11 @@ def sample_visits(recipe: Recipe) -> float:
     """How often a sample is seen in a whole run, on average: what arms must have in common to be
     compared.
     """
-    return visits(recipe.plan.subsets, recipe.plan.epochs_per_stage, recipe.plan.scheduler)
+    return visits(
+        recipe.curriculum.num_subsets,
+        recipe.curriculum.epochs_per_stage,
+        recipe.curriculum.scheduler,
+    )
 
 
 def _labels(

@@ -26,8 +26,23 @@ log = logging.getLogger("pocl_ds")
 
 # What is taken over. Evaluation, export and report speak of the cell itself; they take seconds or
 # differ anyway.
-SHARED = ("data", "prepare", "teach", "respond", "score", "rank", "plan", "baseline")
-EXPENSIVE = ("prepare", "teach", "respond", "score", "baseline")  # what it is worth to wait for
+SHARED = (
+    "preprocess",
+    "init-student",
+    "cache-teacher",
+    "generate-teacher",
+    "score",
+    "rank",
+    "plan",
+    "baseline",
+)
+EXPENSIVE = (
+    "init-student",
+    "cache-teacher",
+    "generate-teacher",
+    "score",
+    "baseline",
+)  # what it is worth to wait for
 
 
 def directory(folder: Path, cell: Cell) -> RunDirectory:

@@ -108,7 +108,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         return []
     if study.until == "rank":
         seen = [read_seen(directory(folder, cell), cell.name) for cell in done]
-        return difficulty_lines(seen, max(cell.recipe.plan.subsets for cell in done))
+        return difficulty_lines(seen, max(cell.recipe.curriculum.num_subsets for cell in done))
     benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
     named = [(cell.group, results_of(directory(folder, cell))) for cell in done]
     header = [marked(name, *(results for _, results in named)) for name in benchmarks]

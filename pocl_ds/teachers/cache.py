@@ -1,5 +1,5 @@
 """What the teacher says of each loss position, on disk: its final hidden states, of which its head
-makes the same distribution again at any temperature, or with teacher.mode=topk records of its
+makes the same distribution again at any temperature, or with teacher.mode=cached_topk records of its
 largest probabilities.
 
 A state is kept in the teacher's compute type: width numbers a token, where logits would be as many
@@ -24,7 +24,7 @@ from pocl_ds.data.tokenized import EncodedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.workflow.run_dir import Manifest, damaged_files, disk_faults, read_manifest
 
-STAGE = "teach"
+STAGE = "cache-teacher"
 HALVES = (torch.bfloat16, torch.float16)
 # numpy has no bfloat16: halves are kept as the integers of their bits.
 RAW: dict[str, np.dtype[Any]] = {
@@ -116,9 +116,9 @@ class TeacherStore:
         sealed = read_manifest(directory)
         if sealed is None or sealed.fingerprint != fingerprint:
             raise ArtifactError(
-                f"{directory} holds no whole cache of this teacher and data: run `pocl teach`, or "
+                f"{directory} holds no whole cache of this teacher and data: run `pocl cache-teacher`, or "
                 f"set "
-                "teacher.mode=live"
+                "teacher.mode=online"
             )
         self.width, self.dtype = int(sealed.info["width"]), str(sealed.info["dtype"])
         self.top_k: dict[str, Any] | None = sealed.info.get("top_k")
@@ -130,8 +130,8 @@ class TeacherStore:
                 shard = Shard.of(directory, split, number, count, self.width, self.dtype)
                 if shard.sealed(fingerprint) is None:
                     raise ArtifactError(
-                        f"{shard.path} is missing, or not what `pocl teach` wrote: remove "
-                        f"{directory}/manifest.json, and run `pocl teach`, it makes this shard anew"
+                        f"{shard.path} is missing, or not what `pocl cache-teacher` wrote: remove "
+                        f"{directory}/manifest.json, and run `pocl cache-teacher`, it makes this shard anew"
                     )
                 states: NDArray[Any] = (
                     np.memmap(shard.path, kind, "r") if shard.bytes else np.empty(0, kind)
@@ -156,7 +156,7 @@ class TeacherStore:
                 return (
                     f"{shard.path} is damaged at row {row} of {split}: remove it and "
                     f"{self.directory}/manifest.json, and run "
-                    "`pocl teach`, it makes this shard anew"
+                    "`pocl cache-teacher`, it makes this shard anew"
                 )
         return None
 

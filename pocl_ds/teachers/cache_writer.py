@@ -1,5 +1,5 @@
 """The stage `teach`: the teacher reads each sample once, and what it says is kept for all stages
-and epochs: its hidden states, or with teacher.mode=topk records of its largest probabilities.
+and epochs: its hidden states, or with teacher.mode=cached_topk records of its largest probabilities.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 
-from pocl_ds.config import StudentConfig, TeachConfig, TeacherConfig, ds_config
+from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig, ds_config
 from pocl_ds.curriculum.micro_batches import share_by_tokens
 from pocl_ds.data.batches import collate
 from pocl_ds.data.tokenized import EncodedSplit
@@ -52,7 +52,7 @@ def teach(
     *,
     teacher: TeacherConfig,
     student: StudentConfig,
-    config: TeachConfig,
+    config: TeacherCacheConfig,
     use: Use,
     fingerprint: str,
     shard: int | None = None,
@@ -65,12 +65,12 @@ def teach(
     that does not exist or a k that is too large, ResourceError for a full disk; what is whole is
     kept.
     """
-    manifest = read_manifest(run.teacher)
+    manifest = read_manifest(run.teacher_cache)
     if manifest and manifest.fingerprint == fingerprint:
         return
     if shard is not None and not 0 <= shard < config.shards:
         raise RecipeError(
-            f"shard {shard} does not exist: teach.shards={config.shards}, choose 0 to "
+            f"shard {shard} does not exist: teacher_cache.shards={config.shards}, choose 0 to "
             f"{config.shards - 1}"
         )
     if distributed.world_size() > 1:
@@ -84,32 +84,38 @@ def teach(
     )
     splits = [EncodedSplit.open(run.data, name) for name in SPLITS]
     ids = Ids.of(reconcile_models(teacher, path, student, student_path))
-    top_k = TopK(config.k, ids.size, use.taus) if teacher.mode == "topk" else None
+    top_k = (
+        TopK(config.top_k, ids.size, use.temperatures) if teacher.mode == "cached_topk" else None
+    )
     if top_k:
         top_k.check(int(ids.allowed.sum()))
     width, dtype = (top_k.bytes, "uint8") if top_k else (head_width(path, teacher), teacher.dtype)
     numbers = range(config.shards)
     shards = [
-        Shard.of(run.teacher, split, number, config.shards, width, dtype)
+        Shard.of(run.teacher_cache, split, number, config.shards, width, dtype)
         for split in splits
         for number in numbers
     ]
-    run.teacher.mkdir(parents=True, exist_ok=True)
+    run.teacher_cache.mkdir(parents=True, exist_ok=True)
     unsealed = [
         one for one in shards if shard in (None, one.number) and one.sealed(fingerprint) is None
     ]
-    info: dict[str, Any] = {"mode": "topk", "top_k": asdict(top_k)} if top_k else {"mode": "hidden"}
+    info: dict[str, Any] = (
+        {"mode": "cached_topk", "top_k": asdict(top_k)}
+        if top_k
+        else {"mode": "cached_hidden_states"}
+    )
     if todo := distributed.from_rank_zero(unsealed):
         teaching = _Teaching(run, teacher, student, (path, student_path), ids, top_k, config)
         if teacher.mode == "auto":
             info |= teaching.choice(
-                splits, shards, use, run.teacher / f"choice-{fingerprint[:16]}.json"
+                splits, shards, use, run.teacher_cache / f"choice-{fingerprint[:16]}.json"
             )
-            todo = todo if info["mode"] == "hidden" else []
-        needed, allowed = sum(one.bytes for one in shards), config.disk_gb
+            todo = todo if info["mode"] == "cached_hidden_states" else []
+        needed, allowed = sum(one.bytes for one in shards), config.max_disk_gb
         if todo and allowed is not None and needed > allowed * 1e9:
             raise ResourceError(
-                f"teach.disk_gb={allowed:g} and {needed / 1e9:.3f} GB would be kept: raise it, or "
+                f"teacher_cache.max_disk_gb={allowed:g} and {needed / 1e9:.3f} GB would be kept: raise it, or "
                 f"set "
                 "teacher.mode to topk, auto or live"
             )
@@ -120,9 +126,9 @@ def teach(
         teaching.all(todo, {split.name: split for split in splits}, fingerprint)
     distributed.barrier()
     if distributed.rank() == 0 and (
-        info["mode"] == "live" or all(one.sealed(fingerprint) for one in shards)
+        info["mode"] == "online" or all(one.sealed(fingerprint) for one in shards)
     ):
-        _seal(run, shards if info["mode"] != "live" else [], info, fingerprint)
+        _seal(run, shards if info["mode"] != "online" else [], info, fingerprint)
     distributed.barrier()
 
 
@@ -131,9 +137,9 @@ def _seal(run: RunDirectory, shards: list[Shard], info: dict[str, Any], fingerpr
     kept = {
         path.name
         for one in shards
-        for path in (one.path, one.checksums, run.teacher / one.manifest)
+        for path in (one.path, one.checksums, run.teacher_cache / one.manifest)
     }
-    for path in run.teacher.glob("*-of-*"):
+    for path in run.teacher_cache.glob("*-of-*"):
         if path.name not in kept:
             path.unlink()
     if shards:
@@ -151,25 +157,31 @@ def _seal(run: RunDirectory, shards: list[Shard], info: dict[str, Any], fingerpr
             info["bytes"] // max(tokens, 1),
             tokens,
         )
-    if info["mode"] == "topk":
+    if info["mode"] == "cached_topk":
         found = [one.sealed(fingerprint) for one in shards]
         sums = np.sum([one.info["lost"] for one in found if one], axis=0) / max(info["tokens"], 1)
         info["lost"] = [
-            {"tau": tau, "mass": mass, "kl": kl}
-            for tau, (mass, kl) in zip(info["top_k"]["taus"], sums.tolist(), strict=True)
+            {"temperature": temperature, "mass": mass, "kl": kl}
+            for temperature, (mass, kl) in zip(
+                info["top_k"]["temperatures"], sums.tolist(), strict=True
+            )
         ]
         for one in info["lost"]:
             log.info(
-                "teach: at tau %.2f the %d largest leave out a mass of %.4f, and %.4f nats a "
+                "teach: at temperature %.2f the %d largest leave out a mass of %.4f, and %.4f nats a "
                 "token (KL to what is kept, its "
                 "rest spread evenly)",
-                one["tau"],
+                one["temperature"],
                 info["top_k"]["k"],
                 one["mass"],
                 one["kl"],
             )
     write_manifest(
-        run.teacher, STAGE, fingerprint, info=info, files=sorted((run.teacher / "head").glob("*"))
+        run.teacher_cache,
+        STAGE,
+        fingerprint,
+        info=info,
+        files=sorted((run.teacher_cache / "head").glob("*")),
     )
 
 
@@ -194,7 +206,7 @@ class _Teaching:
         paths: tuple[str, str],
         ids: Ids,
         top_k: TopK | None,
-        config: TeachConfig,
+        config: TeacherCacheConfig,
     ) -> None:
         ranks = distributed.world_size()
         frozen = ds_config.resolve_teacher(
@@ -209,7 +221,7 @@ class _Teaching:
             model = load_model(
                 paths[0],
                 dtype=teacher.dtype,
-                attention=teacher.attention,
+                attention=teacher.attn_implementation,
                 dropout=None,
                 trust_remote_code=teacher.trust_remote_code,
                 revision=teacher.revision,
@@ -218,7 +230,7 @@ class _Teaching:
         self.packed, self.pad_id, self.tokens = (
             packs(model),
             tokenizer.pad_token_id,
-            config.batch_tokens,
+            config.max_batch_tokens,
         )
         self.live = LiveTeacher(model, frozen, ids)
         self.run, self.top_k, self.config = run, top_k, config
@@ -231,7 +243,7 @@ class _Teaching:
                 state = {"weight": head.weight.detach().to("cpu", copy=True)}
                 if head.bias is not None:
                     state["bias"] = head.bias.detach().to("cpu", copy=True)
-                with atomic_directory(self.run.teacher / "head") as folder:
+                with atomic_directory(self.run.teacher_cache / "head") as folder:
                     save_torch_state_dict(state, folder, metadata={"format": "pt"})
                     write_json(
                         folder / "head.json", {"scale": head.scale, "soft_cap": head.soft_cap}
@@ -264,13 +276,13 @@ class _Teaching:
         kept = sum(one.bytes for one in shards)
 
         def costs() -> Costs:
-            written, read = disk_rates(self.run.teacher, kept)
+            written, read = disk_rates(self.run.teacher_cache, kept)
             return Costs(
                 sum(int(one.total_tokens.sum()) for one in splits),
                 use.visits,
                 rate,
                 kept,
-                free_bytes(self.run.teacher, self.config.disk_gb),
+                free_bytes(self.run.teacher_cache, self.config.max_disk_gb),
                 written,
                 read,
             )
@@ -295,7 +307,9 @@ class _Teaching:
         shards: list[Shard],
     ) -> None:
         start = time.monotonic()
-        self.lost = torch.zeros(len(self.top_k.taus) if self.top_k else 0, 2, dtype=torch.float64)
+        self.lost = torch.zeros(
+            len(self.top_k.temperatures) if self.top_k else 0, 2, dtype=torch.float64
+        )
         with distributed.together("make room for the teacher's hidden states"):
             if distributed.rank() == 0:
                 (shard.directory / shard.manifest).unlink(missing_ok=True)

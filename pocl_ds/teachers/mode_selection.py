@@ -28,7 +28,7 @@ class Use:
     """What the trainings of a run ask of the teacher."""
 
     visits: float  # how often a sample is seen, on average
-    taus: tuple[float, ...] = (1.0,)  # temperatures of all stages, and 1
+    temperatures: tuple[float, ...] = (1.0,)  # temperatures of all stages, and 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def decide(costs: Costs) -> tuple[str, str]:
         f"{costs.bytes / 1e9:.2f} GB of hidden states, {costs.free_bytes / 1e9:.2f} GB may be used"
     )
     if costs.bytes > costs.free_bytes:
-        return "live", f"{needed}: they do not fit"
+        return "online", f"{needed}: they do not fit"
     live, hidden = costs.live_seconds, costs.hidden_seconds
     why = (
         f"each sample is seen {costs.visits:.1f} times; at {costs.forward_tokens_per_second:.0f} "
@@ -73,7 +73,7 @@ def decide(costs: Costs) -> tuple[str, str]:
         f"the live teacher takes {live:.0f} s and keeping its hidden states {hidden:.0f} s "
         f"({needed})"
     )
-    return ("hidden" if hidden < live else "live"), why
+    return ("cached_hidden_states" if hidden < live else "online"), why
 
 
 def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
 
 
 def free_bytes(folder: Path, limit_gb: float | None) -> int:
-    """What may be written there: the disk's free space but a little, or teach.disk_gb where that is
+    """What may be written there: the disk's free space but a little, or teacher_cache.max_disk_gb where that is
     less.
     """
     state = os.statvfs(folder)

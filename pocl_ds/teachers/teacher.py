@@ -114,7 +114,7 @@ class Teachers:
 
 
 class StoredTeacher:
-    """What `pocl teach` kept, and the head that reads it, whole on each rank; the model's body is
+    """What `pocl cache-teacher` kept, and the head that reads it, whole on each rank; the model's body is
     not there.
     """
 

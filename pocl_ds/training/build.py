@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds.config import (
+    EnsembleTeacherConfig,
     LossConfig,
     ModelSource,
-    OtherTeacherConfig,
     PolicyConfig,
     StudentConfig,
     TeacherConfig,
@@ -66,7 +66,7 @@ class Job:
     order: NDArray[np.int64]
     student_path: str
     student: StudentConfig
-    teacher_paths: tuple[str, ...]  # of the teacher and of teacher.others
+    teacher_paths: tuple[str, ...]  # of the teacher and of teacher.ensemble
     teacher: TeacherConfig | None
     loss: LossConfig
     train: TrainConfig
@@ -82,7 +82,7 @@ class Job:
     @property
     def teachers(self) -> list[ModelSource]:
         """The teacher and the others, each where it lies."""
-        named = (self.teacher, *self.teacher.others) if self.teacher else ()
+        named = (self.teacher, *self.teacher.ensemble) if self.teacher else ()
         return [
             one.model_copy(update={"model": path})
             for one, path in zip(named, self.teacher_paths, strict=True)
@@ -104,7 +104,7 @@ def make_trainer(run: RunDirectory, job: Job) -> Trainer:
     taught = EncodedSplit.open(job.responses, "train") if job.responses and not seqkd else None
     validation = splits["validation"] if len(splits["validation"]) else None
     if job.policy.on_policy:
-        check_backend(job.policy.rollout, INSTEAD)
+        check_backend(job.policy.rollout_backend, INSTEAD)
     engine, teacher, tokenizer, ids = _build(run, job, splits)
     module: Any = engine.module
     asked = (
@@ -228,9 +228,9 @@ def _build(
         teacher_sharded=frozen is not None,
         chunk_bytes=min(job.loss.chunk_bytes, logits),
         sharded=deepspeed,
-        copied=train.checkpoint.in_background,
+        copied=train.checkpoint.async_save,
         writer=job.policy.on_policy,
-        held=job.policy.on_policy and job.policy.refresh_every > 1,
+        held=job.policy.on_policy and job.policy.sync_weights_every > 1,
         lora=job.student.lora,
     )
     tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
@@ -238,7 +238,7 @@ def _build(
     teacher: Teacher | None = None
     if job.teacher:
         together = models_apart if job.across_tokenizers else reconcile_all
-        sources = list(zip([job.teacher, *job.teacher.others], job.teacher_paths, strict=True))
+        sources = list(zip([job.teacher, *job.teacher.ensemble], job.teacher_paths, strict=True))
         vocabulary = together(sources, job.student, job.student_path)
         log.info("%s", vocabulary.report)
         ids = Ids.of(vocabulary)
@@ -256,7 +256,7 @@ def _build(
     )
     if job.teacher and job.taught:
         teacher = StoredTeacher(
-            TeacherStore(run.teacher, list(splits.values()), fingerprint=job.taught)
+            TeacherStore(run.teacher_cache, list(splits.values()), fingerprint=job.taught)
         )
     elif job.teacher:
         teacher = _live(job.teacher, job.teacher_paths, frozen, ids, split=job.loss.fused)
@@ -288,7 +288,7 @@ def _live(
     split: bool,
 ) -> Teacher:
     """The live teacher, or the mixture of several."""
-    sources: tuple[TeacherConfig | OtherTeacherConfig, ...] = (config, *config.others)
+    sources: tuple[TeacherConfig | EnsembleTeacherConfig, ...] = (config, *config.ensemble)
     found = []
     for source, path in zip(sources, paths, strict=True):
         own = config.model_copy(
@@ -312,7 +312,7 @@ def load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None
     return load_model(
         path,
         dtype=config.dtype,
-        attention=config.attention,
+        attention=config.attn_implementation,
         dropout=dropout,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,

@@ -104,7 +104,7 @@ class Checkpoints:
         if any(distributed.gather_objects(save.fault)):
             self._end(save, last_chance=last_chance)
             return
-        background = self.config.in_background and not last_chance
+        background = self.config.async_save and not last_chance
         write = engine.snapshot(save.partial, copy=background)
         if not background:
             self._write(save, write)
@@ -325,13 +325,13 @@ class Checkpoints:
             )
 
     def _retire(self) -> None:
-        """Remove what neither `keep`, `keep_every` nor `keep_best` holds."""
+        """Remove what neither `keep`, `keep_every_n_steps` nor `keep_best` holds."""
         for aside in self.directory.glob(f"*{DAMAGED}"):
             shutil.rmtree(aside, ignore_errors=True)
         steps, config = self.steps(), self.config
-        kept = set(steps[-config.keep :])
-        if config.keep_every:
-            kept |= {step for step in steps if step % config.keep_every == 0}
+        kept = set(steps[-config.keep_last :])
+        if config.keep_every_n_steps:
+            kept |= {step for step in steps if step % config.keep_every_n_steps == 0}
         if config.keep_best:
             manifests = {step: _manifest(self.folder(step)) for step in steps}
             losses = {

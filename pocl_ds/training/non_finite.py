@@ -88,6 +88,6 @@ class NonFinite:
         raise NumericalError(
             f"the {what} is {value} at step {step} ({among}): lower train.lr, use dtype float32, "
             f"or let a few such steps be left "
-            "out (train.skip_non_finite); the last checkpoint is whole, and the same command goes "
+            "out (train.max_non_finite_steps); the last checkpoint is whole, and the same command goes "
             "on from it"
         )

@@ -15,7 +15,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers.dynamic_module_utils import custom_object_save
 
 from pocl_ds.config import (
-    CompareConfig,
+    BaselineConfig,
     LossConfig,
     PolicyConfig,
     PromptConfig,
@@ -65,7 +65,7 @@ def train(
     policy: PolicyConfig,
     prompt: PromptConfig,
     train: TrainConfig,
-    compare: CompareConfig | None,
+    compare: BaselineConfig | None,
     seed: int,
     fingerprint: str,
     taught: str | None = None,
@@ -94,7 +94,7 @@ def train(
         taught=None if teacher is None or asks_live(run, teacher, taught) else taught,
         policy=policy,
         longest=prompt.max_length,
-        responses=run.responses if policy.taught else None,
+        responses=run.teacher_responses if policy.uses_teacher_responses else None,
     )
     fit(run, job)
 
@@ -105,14 +105,14 @@ def asks_live(run: RunDirectory, teacher: TeacherConfig, taught: str | None) -> 
 
     Raises ArtifactError where the recipe no longer leaves that choice.
     """
-    manifest = read_manifest(run.teacher)
-    if manifest is None or manifest.fingerprint != taught or manifest.info["mode"] != "live":
+    manifest = read_manifest(run.teacher_cache)
+    if manifest is None or manifest.fingerprint != taught or manifest.info["mode"] != "online":
         return False
     if teacher.mode != "auto":
         raise ArtifactError(
-            f"teacher.mode={teacher.mode}, and {run.teacher} says that with mode auto nothing was "
+            f"teacher.mode={teacher.mode}, and {run.teacher_cache} says that with mode auto nothing was "
             f"kept: remove "
-            f"{run.teacher}/manifest.json and run `pocl teach`"
+            f"{run.teacher_cache}/manifest.json and run `pocl cache-teacher`"
         )
     return True
 
@@ -138,7 +138,7 @@ def prepare(
     watch = distributed.Stopwatch()
     if distributed.world_size() > 1:
         start_deepspeed()  # before anything that ranks wait for
-    teachers = tuple(pinned_model(one) for one in (teacher, *teacher.others)) if teacher else ()
+    teachers = tuple(pinned_model(one) for one in (teacher, *teacher.ensemble)) if teacher else ()
     student_path, info = pinned_model(student), {}
     _check_models(teacher, teachers, student, student_path, loss, longest)
     if student.prune:
@@ -162,11 +162,11 @@ def prepare(
             order,
             steps=student.heal_steps,
             batch_size=train.batch_size,
-            tau=HEAL_TAU,
-            alpha=HEAL_SFT_RATIO,
+            temperature=HEAL_TAU,
+            sft_ratio=HEAL_SFT_RATIO,
         )
-        healing = train.model_copy(update={"schedule": "whole_run"})
-        kd = LossConfig(name="fkl", chunk_bytes=loss.chunk_bytes, fused=loss.fused)
+        healing = train.model_copy(update={"lr_restart": "never"})
+        kd = LossConfig(name="fkl", chunk_memory_mb=loss.chunk_memory_mb, fused=loss.fused)
         kd = loss if loss.name in ACROSS_TOKENIZERS else kd
         fit(
             run,
@@ -205,7 +205,7 @@ def prepare(
         )
         write_manifest(
             run.models,
-            "prepare",
+            "init-student",
             fingerprint,
             info={**info, "seconds": watch.lap()},
             files=[run.models / "models.json", *made],
@@ -228,13 +228,13 @@ def _check_models(
     config = config_of(student_path, student)
     check_student(student, config)
     readers: dict[str, Any] = {student_path: config}
-    trained: list[tuple[str, Any]] = [(student.attention, config)]
+    trained: list[tuple[str, Any]] = [(student.attn_implementation, config)]
     if teacher:
-        for path, source in zip(paths, (teacher, *teacher.others), strict=True):
+        for path, source in zip(paths, (teacher, *teacher.ensemble), strict=True):
             check_teacher(teacher, found := config_of(path, source))
             readers[path] = found
             trained += (
-                [] if loss.name == "sft" else [(teacher.attention, found)]
+                [] if loss.name == "sft" else [(teacher.attn_implementation, found)]
             )  # else training does not ask it
     for path, one in readers.items():
         positions = max_positions(one)

@@ -121,11 +121,11 @@ class Trainer:
         self.checkpoints = Checkpoints(
             directory / "checkpoints", train.checkpoint, fingerprint=fingerprint
         )
-        self.non_finite = NonFinite(directory, allowed=train.skip_non_finite)
+        self.non_finite = NonFinite(directory, allowed=train.max_non_finite_steps)
         self.device = distributed.device()
         self.first_step = 0  # of this process: where it resumed
         self.validated = by_hash(
-            data.validation.ids if data.validation else (), train.validate_samples
+            data.validation.ids if data.validation else (), train.validate_max_samples
         )  # rows
 
     def run(self) -> None:
@@ -164,7 +164,7 @@ class Trainer:
             contextlib.closing(writer) if writer else contextlib.nullcontext(),
             contextlib.closing(self.rollout) if self.rollout else contextlib.nullcontext(),
             StopFlag() as stop,
-            Watchdog(self.directory / "logs", self.train.hang_seconds) as self.watchdog,
+            Watchdog(self.directory / "logs", self.train.hang_timeout_seconds) as self.watchdog,
             Progress(total, "steps", self.label, done=done) as progress,
         ):
             if done and self.rollout:
@@ -175,7 +175,7 @@ class Trainer:
                 self.watchdog.beat()
                 position = self.sampler.at(step)
                 if (
-                    self.train.schedule == "per_stage"
+                    self.train.lr_restart == "per_stage"
                     and position.stage
                     and position.step_in_stage == 0
                 ):
@@ -199,8 +199,8 @@ class Trainer:
                 progress.advance(1, stage=f"{position.stage + 1}/{len(self.plan.stages)}", **facts)
                 stage_ends = position.step_in_stage + 1 == self.plan.stages[position.stage].steps
                 due = (
-                    self.train.validate_every is not None
-                    and (step + 1) % self.train.validate_every == 0
+                    self.train.validate_every_n_steps is not None
+                    and (step + 1) % self.train.validate_every_n_steps == 0
                 )
                 found = (
                     self._validate(writer, stage=position.stage, done=step + 1)
@@ -208,7 +208,11 @@ class Trainer:
                     else None
                 )
                 last = stopping or step + 1 == total
-                if last or (step + 1) % saving.every == 0 or (stage_ends and saving.keep_best):
+                if (
+                    last
+                    or (step + 1) % saving.every_n_steps == 0
+                    or (stage_ends and saving.keep_best)
+                ):
                     self.watchdog.beat()
                     writer_has = self.rollout.snapshot(step + 1) if self.rollout else None
                     self.checkpoints.save(
@@ -244,7 +248,11 @@ class Trainer:
         normaliser = int(split.loss_tokens[rows].sum())
         micro_batches = self._deal(lengths)
         terms = LossTerms(
-            self.loss.name, stage.tau, stage.alpha, self.loss.tau_squared, dict(self.loss.options)
+            self.loss.name,
+            stage.temperature,
+            stage.sft_ratio,
+            self.loss.scale_by_temperature_squared,
+            dict(self.loss.options),
         )
         distributed.agree(
             {
@@ -254,7 +262,7 @@ class Trainer:
                 "tokens": int(lengths.sum()),
                 "loss tokens": normaliser,
                 "teacher": self.teacher is not None,
-                "tau": stage.tau,
+                "temperature": stage.temperature,
             }
         )
         if self.teacher is not None:
@@ -275,7 +283,7 @@ class Trainer:
         rate = learning_rate(
             *self._schedule_position(position),
             lr=self.train.lr,
-            lr_end=self.train.lr_end,
+            min_lr=self.train.min_lr,
             warmup=self.train.warmup_steps,
         )
         norm = self.engine.step(rate)
@@ -294,8 +302,8 @@ class Trainer:
             "loss": loss,
             "kd": kd,
             "ce": ce,
-            "tau": stage.tau,
-            "alpha": stage.alpha,
+            "temperature": stage.temperature,
+            "sft_ratio": stage.sft_ratio,
             "lr": rate,
             "grad_norm": norm,
             "tokens": normaliser,
@@ -368,7 +376,7 @@ class Trainer:
         return sums
 
     def _schedule_position(self, position: Position) -> tuple[int, int]:
-        if self.train.schedule == "per_stage":
+        if self.train.lr_restart == "per_stage":
             return position.step_in_stage, self.plan.stages[position.stage].steps
         return position.step, self.plan.total_steps
 
@@ -386,7 +394,7 @@ class Trainer:
 
     @torch.no_grad()
     def _validation(self, stage: int, done: int) -> dict[str, Any] | None:
-        """Loss and divergence a token at tau = 1 on the chosen validation samples; every rank makes
+        """Loss and divergence a token at temperature = 1 on the chosen validation samples; every rank makes
         as many forwards.
         """
         split, chosen = self.data.validation, self.validated

@@ -67,7 +67,7 @@ class Watchdog:
             self._stream.flush()
             said = (
                 f"rank {distributed.rank()} did nothing for {silent:.0f} s "
-                f"(train.hang_seconds={self.seconds:g}): the stacks of "
+                f"(train.hang_timeout_seconds={self.seconds:g}): the stacks of "
                 f"its threads are in {self.path}; the run ends, the same command goes on from the "
                 f"last checkpoint"
             )

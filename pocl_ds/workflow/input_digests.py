@@ -61,7 +61,11 @@ def evaluation_files(recipe: Recipe) -> list[Any]:
         recipe.evaluate.judge,
     )
     return _files(
-        [*sources, *map(str, local_files(recipe.evaluate)), judge.prompt if judge else None]
+        [
+            *sources,
+            *map(str, local_files(recipe.evaluate)),
+            judge.prompt_template if judge else None,
+        ]
     )
 
 

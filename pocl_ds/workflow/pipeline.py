@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config import Recipe, ds_config, lasting
+from pocl_ds.config import Recipe, ds_config, semantic_fields
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.curriculum.plan_step import plan_of
 from pocl_ds.curriculum.schedules import stage_values
@@ -62,11 +62,11 @@ class Stage:
 
 STAGES = (
     Stage(
-        "data",
+        "preprocess",
         lambda run: run.data,
         lambda r: [
-            lasting(r.data),
-            lasting(r.prompt),
+            semantic_fields(r.data),
+            semantic_fields(r.prompt),
             r.student.model,
             r.student.revision,
             input_digests.data_files(r),
@@ -75,60 +75,74 @@ STAGES = (
         (),
     ),
     Stage(
-        "prepare",
+        "init-student",
         lambda run: run.models,
         lambda r: [
-            lasting(r.student),
+            semantic_fields(r.student),
             input_digests.model_files([r.student]),
             teachers(r),
             healing(r),
         ],
-        ("data",),
+        ("preprocess",),
     ),
     Stage(
-        "teach",
-        lambda run: run.teacher,
+        "cache-teacher",
+        lambda run: run.teacher_cache,
         lambda r: [teachers(r), truncation(r)],
-        ("data",),
+        ("preprocess",),
         lambda r: keeps_teacher(r),
     ),
     Stage(
-        "respond",
-        lambda run: run.responses,
-        lambda r: [teachers(r), lasting(r.policy), r.seed, r.score.generation.backend],
-        ("data",),
-        lambda r: r.policy.taught,
+        "generate-teacher",
+        lambda run: run.teacher_responses,
+        lambda r: [teachers(r), semantic_fields(r.policy), r.seed, r.score.generation.backend],
+        ("preprocess",),
+        lambda r: r.policy.uses_teacher_responses,
     ),
     Stage(
         "score",
         lambda run: run.scores,
-        lambda r: [lasting(r.score), input_digests.plugin_files(r)],
-        ("data", "prepare"),
-        lambda r: r.rank.strategy != "random",
+        lambda r: [semantic_fields(r.score), input_digests.plugin_files(r)],
+        ("preprocess", "init-student"),
+        lambda r: r.ranking.strategy != "random",
     ),
     Stage(
         "rank",
         lambda run: run.ranking,
-        lambda r: [lasting(r.rank), r.seed, input_digests.plugin_files(r)],
-        ("data", "score"),
+        lambda r: [semantic_fields(r.ranking), r.seed, input_digests.plugin_files(r)],
+        ("preprocess", "score"),
     ),
-    Stage("plan", lambda run: run.plan, lambda r: [lasting(r.plan), r.train.batch_size], ("rank",)),
-    Stage("train", lambda run: run.train, lambda r: learning(r), ("prepare", "plan", "respond")),
+    Stage(
+        "plan",
+        lambda run: run.plan,
+        lambda r: [semantic_fields(r.curriculum), r.train.batch_size],
+        ("rank",),
+    ),
+    Stage(
+        "train",
+        lambda run: run.train,
+        lambda r: learning(r),
+        ("init-student", "plan", "generate-teacher"),
+    ),
     Stage(
         "baseline",
         lambda run: run.baseline,
-        lambda r: [learning(r), lasting(r.compare)],
-        ("prepare", "plan", "respond"),
-        lambda r: r.compare.enabled,
+        lambda r: [learning(r), semantic_fields(r.baseline)],
+        ("init-student", "plan", "generate-teacher"),
+        lambda r: r.baseline.enabled,
     ),
     Stage(
         "evaluate",
         lambda run: run.evaluation,
-        lambda r: [lasting(r.evaluate), evaluated_models(r), input_digests.evaluation_files(r)],
+        lambda r: [
+            semantic_fields(r.evaluate),
+            evaluated_models(r),
+            input_digests.evaluation_files(r),
+        ],
         ("train", "baseline"),
     ),
     Stage("export", lambda run: run.export, lambda r: None, ("evaluate",)),
-    Stage("report", lambda run: run.report, lambda r: lasting(r.report), ("evaluate",)),
+    Stage("report", lambda run: run.report, lambda r: semantic_fields(r.report), ("evaluate",)),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 OF_TRAINING = ("evaluate", "export", "report")
@@ -150,22 +164,24 @@ def healing(recipe: Recipe) -> list[Any] | None:
     if not recipe.student.heal_steps:
         return None
     return [
-        lasting(recipe.train),
-        lasting(recipe.loss) if recipe.across_tokenizers else None,
+        semantic_fields(recipe.train),
+        semantic_fields(recipe.loss) if recipe.across_tokenizers else None,
         recipe.seed,
     ]
 
 
 def keeps_teacher(recipe: Recipe) -> bool:
     """Whether there is a stage `teach`."""
-    return recipe.teacher is not None and recipe.teacher.mode != "live"
+    return recipe.teacher is not None and recipe.teacher.mode != "online"
 
 
-def taus(recipe: Recipe) -> tuple[float, ...]:
+def temperatures(recipe: Recipe) -> tuple[float, ...]:
     """Every temperature that trainings ask the teacher at; validation looks at 1."""
-    stages = stage_values(recipe.plan.subsets, recipe.plan.tau)
+    stages = stage_values(recipe.curriculum.num_subsets, recipe.curriculum.temperature)
     return tuple(
-        dict.fromkeys([1.0, *stages, *([recipe.compare.tau] if recipe.compare.enabled else [])])
+        dict.fromkeys(
+            [1.0, *stages, *([recipe.baseline.temperature] if recipe.baseline.enabled else [])]
+        )
     )
 
 
@@ -173,15 +189,15 @@ def truncation(recipe: Recipe) -> list[Any] | None:
     """What a teacher of a few probabilities alone says follows from this; every other mode gives
     the same losses.
     """
-    topk = recipe.teacher is not None and recipe.teacher.mode == "topk"
-    return [recipe.teach.k, taus(recipe)] if topk else None
+    topk = recipe.teacher is not None and recipe.teacher.mode == "cached_topk"
+    return [recipe.teacher_cache.top_k, temperatures(recipe)] if topk else None
 
 
 def teachers(recipe: Recipe) -> list[Any] | None:
     """The teacher, and what lies in the folders that it and others are read from."""
     teacher = recipe.teacher
     return (
-        [lasting(teacher), input_digests.model_files([teacher, *teacher.others])]
+        [semantic_fields(teacher), input_digests.model_files([teacher, *teacher.ensemble])]
         if teacher
         else None
     )
@@ -194,9 +210,9 @@ def learning(recipe: Recipe) -> list[Any]:
         recipe.teacher.ds_config if recipe.teacher else None,
     ]
     return [
-        lasting(recipe.train),
-        lasting(recipe.loss),
-        lasting(recipe.policy),
+        semantic_fields(recipe.train),
+        semantic_fields(recipe.loss),
+        semantic_fields(recipe.policy),
         recipe.seed,
         truncation(recipe),
         input_digests.plugin_files(recipe),
@@ -209,9 +225,9 @@ def evaluated_models(recipe: Recipe) -> list[str]:
     teacher where there is one.
     """
     names = [name for name in recipe.evaluate.models if name != "teacher" or recipe.teacher]
-    if recipe.compare.enabled and "baseline" not in names:
+    if recipe.baseline.enabled and "baseline" not in names:
         names.append("baseline")
-    return [name for name in names if name != "baseline" or recipe.compare.enabled]
+    return [name for name in names if name != "baseline" or recipe.baseline.enabled]
 
 
 def fingerprints(recipe: Recipe) -> dict[str, str]:
@@ -332,14 +348,14 @@ def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
         return
     splits, batch = manifest.info["splits"], recipe.train.batch_size
     samples = int(splits["train"]["samples"])
-    plan = plan_of(range(samples), recipe.plan, batch_size=batch)
+    plan = plan_of(range(samples), recipe.curriculum, batch_size=batch)
     shortest = (
         min(stage.steps for stage in plan.stages)
-        if recipe.train.schedule == "per_stage"
+        if recipe.train.lr_restart == "per_stage"
         else plan.total_steps
     )
     if recipe.train.warmup_steps >= shortest:
-        where = "a stage" if recipe.train.schedule == "per_stage" else "the run"
+        where = "a stage" if recipe.train.lr_restart == "per_stage" else "the run"
         raise RecipeError(
             f"train.warmup_steps={recipe.train.warmup_steps} never ends in the {shortest} steps "
             f"of {where}, so "
@@ -360,16 +376,16 @@ def check_sizes(run: RunDirectory, recipe: Recipe) -> None:
             f"{needs} follows the validation loss, and the data holds no validation sample: raise "
             "data.validation_fraction, or name a file in data.validation"
         )
-    every = recipe.train.validate_every
+    every = recipe.train.validate_every_n_steps
     if recipe.policy.name == "distillm" and every and every >= plan.total_steps:
         raise RecipeError(
-            f"train.validate_every={every} never comes in the {plan.total_steps} steps of the "
+            f"train.validate_every_n_steps={every} never comes in the {plan.total_steps} steps of the "
             f"run, so that the "
             "probability of policy.name=distillm would not move: lower it"
         )
-    if recipe.policy.name == "distillm" and recipe.policy.buffer > samples:
+    if recipe.policy.name == "distillm" and recipe.policy.replay_buffer_size > samples:
         raise RecipeError(
-            f"policy.buffer={recipe.policy.buffer} is more than the {samples} training samples: "
+            f"policy.replay_buffer_size={recipe.policy.replay_buffer_size} is more than the {samples} training samples: "
             f"make it smaller"
         )
 
@@ -419,8 +435,8 @@ def run_stage(
     command = [*module_command("pocl_ds.cli.main"), *words]
     if needs_ranks(name, recipe):
         launcher = ["bash", str(LAUNCHER), "--ranks", str(recipe.launch.ranks)]
-        if recipe.launch.threads:
-            launcher += ["--threads", str(recipe.launch.threads)]
+        if recipe.launch.threads_per_rank:
+            launcher += ["--threads", str(recipe.launch.threads_per_rank)]
         return call([*launcher, *words], lock)
     if name == "evaluate":
         for model in evaluated_models(recipe):
@@ -430,10 +446,13 @@ def run_stage(
 
 
 def _answers(command: list[str], recipe: Recipe, lock: int | None) -> int:
-    """One model's answers, by evaluate.processes engines side by side, each on GPUs or cores of its
+    """One model's answers, by evaluate.data_parallel_size engines side by side, each on GPUs or cores of its
     own.
     """
-    count, gpus = recipe.evaluate.processes, recipe.evaluate.generation.tensor_parallel
+    count, gpus = (
+        recipe.evaluate.data_parallel_size,
+        recipe.evaluate.generation.tensor_parallel_size,
+    )
     if count == 1:
         return call(command, lock)
     import torch
@@ -444,7 +463,7 @@ def _answers(command: list[str], recipe: Recipe, lock: int | None) -> int:
     )
     if torch.cuda.is_available() and len(visible) < count * gpus:
         raise RecipeError(
-            f"evaluate.processes={count} with tensor_parallel={gpus} needs {count * gpus} GPUs, "
+            f"evaluate.data_parallel_size={count} with tensor_parallel={gpus} needs {count * gpus} GPUs, "
             f"and {len(visible)} "
             "are visible: lower it"
         )
@@ -463,8 +482,8 @@ def _answers(command: list[str], recipe: Recipe, lock: int | None) -> int:
 
 def needs_ranks(name: str, recipe: Recipe) -> bool:
     """Whether a stage is run by launch.ranks processes."""
-    return name in ("teach", "train", "baseline") or (
-        name == "prepare" and recipe.student.heal_steps > 0
+    return name in ("cache-teacher", "train", "baseline") or (
+        name == "init-student" and recipe.student.heal_steps > 0
     )
 
 

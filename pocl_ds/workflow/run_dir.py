@@ -320,7 +320,7 @@ def read_models(run: RunDirectory) -> dict[str, Any]:
     tree = read_json(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("student"), str):
         raise ArtifactError(
-            f"{path} is damaged (it names no student): remove its folder and run `pocl prepare` "
+            f"{path} is damaged (it names no student): remove its folder and run `pocl init-student` "
             f"again"
         )
     if tree["student"].startswith(WITHIN):
@@ -431,11 +431,11 @@ class RunDirectory:
     models = property(
         lambda self: self.path / "models"
     )  # models.json: where teacher and initial student lie
-    teacher = property(
-        lambda self: self.path / "teacher"
+    teacher_cache = property(
+        lambda self: self.path / "teacher_cache"
     )  # its hidden states, by split and shard, and its head
-    responses = property(
-        lambda self: self.path / "responses"
+    teacher_responses = property(
+        lambda self: self.path / "teacher_responses"
     )  # the teacher's, in place of the data's: an encoded split
     scores = property(lambda self: self.path / "scores")  # shard-00000-of-00004.jsonl
     ranking = property(lambda self: self.path / "ranking")  # ranking.parquet, order.npy

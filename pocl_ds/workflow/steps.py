@@ -19,7 +19,7 @@ from pocl_ds.workflow.pipeline import (
     evaluated_models,
     fingerprints,
     keeps_teacher,
-    taus,
+    temperatures,
 )
 from pocl_ds.workflow.run_dir import RunDirectory, read_manifest, read_models
 
@@ -51,7 +51,7 @@ def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE)
     """Run one stage, or the part of it that is asked for, as the only process or as one of its
     ranks.
     """
-    if name not in ("data", "evaluate", "export", "report"):
+    if name not in ("preprocess", "evaluate", "export", "report"):
         check_sizes(run, recipe)
     FUNCTIONS[name](recipe, run, fingerprints(recipe)[name], asked)
 
@@ -61,7 +61,7 @@ def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> 
     from pocl_ds.models.load import commits_of, load_tokenizer, resolve_model
 
     commits = commits_of(
-        [recipe.student, *([recipe.teacher, *recipe.teacher.others] if recipe.teacher else [])]
+        [recipe.student, *([recipe.teacher, *recipe.teacher.ensemble] if recipe.teacher else [])]
     )
     student, teacher = _at_commits(recipe, commits)
     path, theirs = resolve_model(student), None
@@ -73,7 +73,7 @@ def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> 
 
         try:
             reconcile_all(
-                [(one, resolve_model(one)) for one in (teacher, *teacher.others)], student, path
+                [(one, resolve_model(one)) for one in (teacher, *teacher.ensemble)], student, path
             )
         except DifferentTokenizers:
             if recipe.loss.name != "sft":
@@ -100,7 +100,7 @@ def _at_commits(
 
     teacher = recipe.teacher
     if teacher:
-        others = tuple(at_commit(other, commits) for other in teacher.others)
+        others = tuple(at_commit(other, commits) for other in teacher.ensemble)
         teacher = at_commit(teacher, commits).model_copy(update={"others": others})
     return at_commit(recipe.student, commits), teacher
 
@@ -137,18 +137,18 @@ def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
             "recipe field teacher.mode is live: there is nothing to keep of a teacher that is "
             "asked at each step"
         )
-    plan = recipe.plan
+    curriculum = recipe.curriculum
     student, teacher = _at_commits(recipe, _commits(run))
     assert teacher is not None
-    seen = visits(plan.subsets, plan.epochs_per_stage, plan.scheduler) * (
-        2 if recipe.compare.enabled else 1
+    seen = visits(curriculum.num_subsets, curriculum.epochs_per_stage, curriculum.scheduler) * (
+        2 if recipe.baseline.enabled else 1
     )
     teach(
         run,
         teacher=teacher,
         student=student,
-        config=recipe.teach,
-        use=Use(seen, taus(recipe)),
+        config=recipe.teacher_cache,
+        use=Use(seen, temperatures(recipe)),
         fingerprint=fingerprint,
         shard=asked.piece,
     )
@@ -157,7 +157,7 @@ def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
 def _respond(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.generation.teacher_responses import respond
 
-    if recipe.teacher is None or not recipe.policy.taught:
+    if recipe.teacher is None or not recipe.policy.uses_teacher_responses:
         raise RecipeError(
             f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and "
             f"mixture only"
@@ -173,7 +173,7 @@ def _respond(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) 
         generation=recipe.score.generation,
         seed=recipe.seed,
         fingerprint=fingerprint,
-        threads=recipe.launch.threads,
+        threads=recipe.launch.threads_per_rank,
     )
 
 
@@ -187,7 +187,7 @@ def _score(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
         model_path=read_models(run)["student"],
         fingerprint=fingerprint,
         shard=asked.piece,
-        threads=recipe.launch.threads,
+        threads=recipe.launch.threads_per_rank,
         trust_remote_code=recipe.student.trust_remote_code,
     )
 
@@ -195,13 +195,13 @@ def _score(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
 def _rank(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.difficulty.rank import rank
 
-    rank(run, recipe.rank, seed=recipe.seed, fingerprint=fingerprint)
+    rank(run, recipe.ranking, seed=recipe.seed, fingerprint=fingerprint)
 
 
 def _plan(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
     from pocl_ds.curriculum.plan_step import make_plan
 
-    make_plan(run, recipe.plan, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
+    make_plan(run, recipe.curriculum, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
 
 
 def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
@@ -209,9 +209,9 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) ->
 
 
 def _baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    if not recipe.compare.enabled:
+    if not recipe.baseline.enabled:
         raise RecipeError(
-            "recipe field compare.enabled is false: nothing would look at a baseline, set it to "
+            "recipe field baseline.enabled is false: nothing would look at a baseline, set it to "
             "true"
         )
     _fit(recipe, run, fingerprint, baseline=True)
@@ -222,7 +222,7 @@ def _fit(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool)
 
     train(
         run,
-        taught=fingerprints(recipe)["teach"] if keeps_teacher(recipe) else None,
+        taught=fingerprints(recipe)["cache-teacher"] if keeps_teacher(recipe) else None,
         student=recipe.student,
         teacher=recipe.teacher,
         loss=recipe.loss,
@@ -230,7 +230,7 @@ def _fit(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool)
         seed=recipe.seed,
         policy=recipe.policy,
         prompt=recipe.prompt,
-        compare=recipe.compare if baseline else None,
+        compare=recipe.baseline if baseline else None,
         fingerprint=fingerprint,
     )
 
@@ -249,7 +249,7 @@ def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked)
             recipe.prompt,
             model=asked.model,
             path=model_path(run, asked.model),
-            threads=recipe.launch.threads,
+            threads=recipe.launch.threads_per_rank,
             shard=asked.shard or (0, 1),
             trust_remote_code=asked.model in trusted,
         )
@@ -260,7 +260,7 @@ def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked)
         recipe.prompt,
         {name: model_path(run, name) for name in names},
         teacher=recipe.teacher,
-        threads=recipe.launch.threads,
+        threads=recipe.launch.threads_per_rank,
         trusted=trusted,
     )
     try:
@@ -311,10 +311,10 @@ def _report(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -
 
 
 FUNCTIONS: dict[str, Callable[[Recipe, RunDirectory, str, Asked], None]] = {
-    "data": _data,
-    "prepare": _prepare,
-    "teach": _teach,
-    "respond": _respond,
+    "preprocess": _data,
+    "init-student": _prepare,
+    "cache-teacher": _teach,
+    "generate-teacher": _respond,
     "score": _score,
     "rank": _rank,
     "plan": _plan,

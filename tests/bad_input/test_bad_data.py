@@ -1,4 +1,4 @@
-"""Data files, templates and models that are wrong, through `pocl data`: each with its sentence, and
+"""Data files, templates and models that are wrong, through `pocl preprocess`: each with its sentence, and
 no half of a result.
 
 What is wrong with single records stands in tests/unit/data/test_data_samples.py.
@@ -23,7 +23,7 @@ GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)
 BEGUN = {
     ".lock",
     "recipe.yaml",
-    "logs/data.log",
+    "logs/preprocess.log",
 }  # what a refused stage leaves in an empty run directory
 
 
@@ -46,7 +46,7 @@ NOTHING_LEFT = (
     "these or give more data"
 )
 
-LEFT_OUT = "; data.invalid=skip leaves out every such record"
+LEFT_OUT = "; data.on_invalid=skip leaves out every such record"
 
 # The file's ending and content (None: no file), further words -> the sentence.
 DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
@@ -210,7 +210,7 @@ def test_data(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert sentence(
-        capsys, "data", recipe, "--run-dir", run, f"data.source={file}", *words
+        capsys, "preprocess", recipe, "--run-dir", run, f"data.source={file}", *words
     ) == expected.replace("FILE", str(file))
     assert files_below(run) == BEGUN
 
@@ -235,13 +235,13 @@ def test_sources_that_are_no_file(
             "a .jsonl file",
         ),
     ):
-        said = sentence(capsys, "data", recipe, "--run-dir", run, f"data.source={source}")
+        said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"data.source={source}")
         assert said == expected.replace(
             "SOURCE", str(source)
         )  # and the one before it stands in the way of none
     said = sentence(
         capsys,
-        "data",
+        "preprocess",
         recipe,
         "--run-dir",
         run,
@@ -263,7 +263,7 @@ def test_templates(
     text, reason = TEMPLATES[case]
     file, run = tmp_path / "t.jinja", tmp_path / "run"
     file.write_text(text)
-    said = sentence(capsys, "data", recipe, "--run-dir", run, f"prompt.template={file}")
+    said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"prompt.template={file}")
     sample, _, rest = said.partition(": ")
     assert sample.startswith("sample ")
     assert (
@@ -327,7 +327,7 @@ def test_models(
     damage, begins, ends = MODELS[case]
     model, run = Path(shutil.copytree(tiny_llama, tmp_path / "model")), tmp_path / "run"
     damage(model)
-    said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={model}")
+    said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"student.model={model}")
     assert said.startswith(begins.replace("MODEL", str(model))) and said.endswith(ends)
     assert files_below(run) == BEGUN
 
@@ -338,7 +338,7 @@ def test_a_chat_template_that_is_not_there(
     run = tmp_path / "run"
     said = sentence(
         capsys,
-        "data",
+        "preprocess",
         recipe,
         "--run-dir",
         run,
@@ -359,25 +359,25 @@ def test_a_chat_template_that_is_not_there(
         (
             [
                 "policy.name=distillm",
-                "policy.buffer=64",
-                "policy.rollout=hf",
-                "plan.sft_ratio=[0, 0]",
-                "train.validate_every=1",
+                "policy.replay_buffer_size=64",
+                "policy.rollout_backend=transformers",
+                "curriculum.sft_ratio=[0, 0]",
+                "train.validate_every_n_steps=1",
             ],
-            "policy.buffer=64 is more than the COUNT training samples: make it smaller",
+            "policy.replay_buffer_size=64 is more than the COUNT training samples: make it smaller",
         ),
         (
-            ["plan.subsets=64"],
-            "plan.subsets=64 for COUNT samples: make it at least 1 and at most one for each sample",
+            ["curriculum.num_subsets=64"],
+            "curriculum.num_subsets=64 for COUNT samples: make it at least 1 and at most one for each sample",
         ),
         (
             ["train.batch_size=64"],
             "stage 0 has COUNT samples, fewer than train.batch_size=64: make fewer subsets "
-            "(plan.subsets), "
-            "smaller batches, or set plan.tail=pad",
+            "(curriculum.num_subsets), "
+            "smaller batches, or set curriculum.drop_last=false",
         ),
         (
-            ["train.batch_size=64", "plan.tail=pad", "student.heal_steps=2"],
+            ["train.batch_size=64", "curriculum.drop_last=false", "student.heal_steps=2"],
             "train.batch_size=64 is more than the COUNT training samples: healing needs one whole "
             "batch",
         ),
@@ -395,13 +395,13 @@ def test_more_than_the_data(
     is scored.
     """
     run = tmp_path / "run"
-    words = ["plan.subsets=1", "train.batch_size=8", *words]
+    words = ["curriculum.num_subsets=1", "train.batch_size=8", *words]
     with own_signals():
-        assert main(["data", str(recipe), "--run-dir", str(run), *words]) == 0
+        assert main(["preprocess", str(recipe), "--run-dir", str(run), *words]) == 0
     count = len((run / "data" / "train.jsonl").read_text().splitlines())
     assert 8 <= count < 64
     monkeypatch.setenv("RANK", "0")
-    assert sentence(capsys, "prepare", "--run-dir", run) == said.replace("COUNT", str(count))
+    assert sentence(capsys, "init-student", "--run-dir", run) == said.replace("COUNT", str(count))
     assert not (run / "models").exists()
 
 
@@ -430,7 +430,7 @@ def test_names_of_models(
         ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/FILE.gguf"),
         ("org/none", "the revision main of NAME cannot be loaded (An error happened while "),
     ):
-        said = sentence(capsys, "data", recipe, "--run-dir", run, f"student.model={name}")
+        said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"student.model={name}")
         assert said.startswith(begins.replace("NAME", str(name))), said
         assert files_below(run) == BEGUN
     assert {name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")} == set()

@@ -42,10 +42,10 @@ def recipe(
         folder,
         tiny_llama_untied,
         tiny_llama,
-        train_samples=24,
+        max_train_samples=24,
         prompt={"template": "plain"},
-        plan={"subsets": 2, "epochs_per_stage": 1},
-        train={"batch_size": 4, "checkpoint": {"every": 2}},
+        curriculum={"num_subsets": 2, "epochs_per_stage": 1},
+        train={"batch_size": 4, "checkpoint": {"every_n_steps": 2}},
         evaluate={"temperature": 0},
     )
 
@@ -78,9 +78,9 @@ def test_a_sample_longer_than_the_limit_is_counted(
         {"instruction": "w " * 900, "output": "a"},
     ]
     path.write_text(lines([*GOOD, *long]))
-    words = [f"data.source={path}", "data.train_samples=null", "data.test_fraction=0.1"]
+    words = [f"data.source={path}", "data.max_train_samples=null", "data.test_fraction=0.1"]
     with own_signals():
-        assert main(["data", str(recipe), "--run-dir", str(tmp_path / "run"), *words]) == 0
+        assert main(["preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), *words]) == 0
     assert (
         sum(
             int(count)
@@ -178,12 +178,22 @@ def test_a_full_disk_while_saving(finished: Path, small_disk: Path) -> None:
     assert ours == theirs
 
 
-STAGES = ("data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report")
-FOLDERS = {"prepare": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
+STAGES = (
+    "preprocess",
+    "init-student",
+    "score",
+    "rank",
+    "plan",
+    "train",
+    "evaluate",
+    "export",
+    "report",
+)
+FOLDERS = {"init-student": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
 
 
 @pytest.mark.parametrize(
-    "stage", ["data", "score", "train", "evaluate"]
+    "stage", ["preprocess", "score", "train", "evaluate"]
 )  # a child while it imports, at work, ranks, engines
 def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
     """INT a moment after the stage began; then the same command ends it."""

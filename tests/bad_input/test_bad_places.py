@@ -46,8 +46,8 @@ def run(recipe: Path, tmp_path: Path) -> Path:
     (folder / "data" / "train.jsonl").write_text("{\n")
     write_manifest(
         folder / "data",
-        "data",
-        fingerprints(found)["data"],
+        "preprocess",
+        fingerprints(found)["preprocess"],
         info={"splits": {"train": {"samples": 500}}},
     )
     return folder
@@ -190,16 +190,16 @@ def test_places_that_are_no_run_directory(
     other.mkdir()
     (other / "photo").write_text("x")
     way = "cannot be written ({}): choose another --run-dir or move what is in the way"
-    for command in ("run", "data"):
+    for command in ("run", "preprocess"):
         said = sentence(capsys, command, recipe, "--run-dir", file)
         assert said == f"{file} {way.format(f'File exists: {file}')}"
         said = sentence(capsys, command, recipe, "--run-dir", file / "x")
         assert said == f"{file / 'x'} {way.format(f'Not a directory: {file / chr(120)}')}"
-    said = sentence(capsys, "data", recipe, "--run-dir", other)
+    said = sentence(capsys, "preprocess", recipe, "--run-dir", other)
     assert said == f"{other} is not empty and holds no recipe.yaml: choose another --run-dir"
     assert files_below(tmp_path) == {"d.jsonl", "r.yaml", "file", "other/photo"}
     long = tmp_path / ("a" * 300)
-    for command in ("run", "data"):
+    for command in ("run", "preprocess"):
         assert "(File name too long" in sentence(capsys, command, recipe, "--run-dir", long)
 
 
@@ -237,12 +237,12 @@ def test_without_permission(
         data.chmod(0)
         os.seteuid(NOBODY)
         unreadable = sentence(
-            capsys, "data", text, "--run-dir", open_folder / "run", f"data.source={data}"
+            capsys, "preprocess", text, "--run-dir", open_folder / "run", f"data.source={data}"
         )
         os.seteuid(0)
         text.chmod(0)
         os.seteuid(NOBODY)
-        secret = sentence(capsys, "data", text, "--run-dir", open_folder / "other")
+        secret = sentence(capsys, "preprocess", text, "--run-dir", open_folder / "other")
     finally:
         os.seteuid(0)
     assert denied == (
@@ -308,7 +308,7 @@ def test_ranks(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert sentence(capsys, "data", recipe, "--run-dir", tmp_path / "run") == expected
+    assert sentence(capsys, "preprocess", recipe, "--run-dir", tmp_path / "run") == expected
     assert not (tmp_path / "run").exists()
 
 
@@ -352,7 +352,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
         NO_RUN,
         "HERE holds no finished evaluation: run `pocl evaluate --run-dir HERE` first",
     ),
-    "samples": (("HERE",), NO_RUN, "HERE/data holds no finished data: run `pocl data` first"),
+    "samples": (("HERE",), NO_RUN, "HERE/data holds no finished data: run `pocl preprocess` first"),
     "push": (
         ("HERE", "--repo", "a/b"),
         NO_RUN,

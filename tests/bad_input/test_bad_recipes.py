@@ -95,18 +95,18 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         "recipe field train.lr=inf: input should be a finite number",
     ),
     "a range of one": (
-        "plan: {sft_ratio: [.nan, 0]}\n",
-        "recipe field plan.sft_ratio.0=nan: input should be a finite number",
+        "curriculum: {sft_ratio: [.nan, 0]}\n",
+        "recipe field curriculum.sft_ratio.0=nan: input should be a finite number",
     ),
     "a stage without epochs": (
-        "plan: {epochs_per_stage: [2, 0, 2, 2]}\n",
-        "recipe field plan.epochs_per_stage=[2, 0, 2, 2]: write one number of epochs, at least 1, "
+        "curriculum: {epochs_per_stage: [2, 0, 2, 2]}\n",
+        "recipe field curriculum.epochs_per_stage=[2, 0, 2, 2]: write one number of epochs, at least 1, "
         "or one for each stage, as in "
         "8 or [10, 8, 6, 6]",
     ),
     "epochs of other stages": (
-        "plan: {epochs_per_stage: [2, 2]}\n",
-        "recipe field plan: epochs_per_stage names 2 stages and subsets=4: write one number for "
+        "curriculum: {epochs_per_stage: [2, 2]}\n",
+        "recipe field curriculum: epochs_per_stage names 2 stages and subsets=4: write one number for "
         "each stage, or one for all",
     ),
     "an option that is no number": (

@@ -43,10 +43,10 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
     train = TrainConfig(
         batch_size=12,
         micro_batch_size=2,
-        hang_seconds=10,
+        hang_timeout_seconds=10,
         tracking=TrackingConfig(tensorboard=False),
     )
-    plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, tau=1.0, alpha=0.3)
+    plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, temperature=1.0, sft_ratio=0.3)
     odd = distributed.rank() == 1
     job = Job(
         run.train,

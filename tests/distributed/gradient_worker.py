@@ -102,7 +102,9 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     module = Student(model, ids, chunk_bytes=1 << 20).train()
     fused_head.chunk_sizes = lambda *_: fused_head.ChunkSizes(case["rows"], 2)
     engine = Recorder(module, train, config)
-    plan = single_stage_plan(np.arange(12), steps=1, batch_size=12, tau=TAU, alpha=ALPHA)
+    plan = single_stage_plan(
+        np.arange(12), steps=1, batch_size=12, temperature=TAU, sft_ratio=ALPHA
+    )
     sampler = Sampler(plan, 0)
     trainer = Trainer(
         folder,
@@ -151,7 +153,7 @@ def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict
             if len(logits)
             else logits.sum()
         )
-        kd = divergence(case["loss"], target, logits, tau=TAU).sum()
+        kd = divergence(case["loss"], target, logits, temperature=TAU).sum()
         ((ALPHA * ce + (1 - ALPHA) * kd) / total).backward()
     return {
         name: p.grad if p.grad is not None else torch.zeros_like(p)

@@ -46,7 +46,7 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
         layout="padded",
         **changes,
     )
-    plan = single_stage_plan(np.arange(12), steps=3, batch_size=4, tau=1.0, alpha=0.3)
+    plan = single_stage_plan(np.arange(12), steps=3, batch_size=4, temperature=1.0, sft_ratio=0.3)
     config = StudentConfig(
         model=str(student), **({} if engine == "torch" else {"ds_config": engine})
     )
@@ -106,7 +106,7 @@ def test_the_run_stops_before_the_update_and_names_the_batch(
     poison(trainer, [0], what)
     with pytest.raises(
         NumericalError,
-        match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, .*train.skip_non_finite",
+        match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, .*train.max_non_finite_steps",
     ):
         trainer.run()
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
@@ -126,7 +126,11 @@ def test_a_step_that_is_left_out_changes_nothing(
 ) -> None:
     """The steps around it come to the weights of a run that never had it."""
     trainer = make(
-        RunDirectory(tmp_path / "one"), tiny_llama_untied, tiny_llama, engine, skip_non_finite=1
+        RunDirectory(tmp_path / "one"),
+        tiny_llama_untied,
+        tiny_llama,
+        engine,
+        max_non_finite_steps=1,
     )
     poison(trainer, [1], "gradient norm")
     trainer.run()
@@ -154,7 +158,7 @@ def test_more_steps_than_may_be_left_out(
     tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
 ) -> None:
     trainer = make(
-        RunDirectory(tmp_path), tiny_llama_untied, tiny_llama, "torch", skip_non_finite=1
+        RunDirectory(tmp_path), tiny_llama_untied, tiny_llama, "torch", max_non_finite_steps=1
     )
     poison(trainer, [0, 2], "loss")
     with pytest.raises(NumericalError, match="the loss is nan at step 3"):

@@ -33,22 +33,22 @@ def finished(
         folder,
         tiny_llama_untied,
         tiny_llama,
-        train_samples=24,
-        plan={"subsets": 2, "epochs_per_stage": 1},
+        max_train_samples=24,
+        curriculum={"num_subsets": 2, "epochs_per_stage": 1},
         rank={"strategy": "random"},
         launch={"ranks": 1},
         evaluate={
             "models": ["teacher", "student"],
             "seeds": [1, 2],
             "benchmarks": ["test", "vicuna"],
-            "processes": 2,
-            "benchmark_folder": str(folder),
+            "data_parallel_size": 2,
+            "benchmark_dir": str(folder),
         },
     )
     run = str(folder / "run")
     for stage in (
-        "data",
-        "prepare",
+        "preprocess",
+        "init-student",
         "rank",
         "plan",
     ):  # in this process: each of its own takes seconds to start

@@ -90,12 +90,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             run,
             teacher,
             student,
-            train_samples=24,
-            plan={"subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
-            score={"generation": {"max_sequences": 16}, "max_new_tokens": 8, "shards": 1},
+            max_train_samples=24,
+            curriculum={"num_subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
+            score={"generation": {"max_num_seqs": 16}, "max_new_tokens": 8, "shards": 1},
             student={"dropout": 0.0},
         )
-        for each in ("data", "prepare"):
+        for each in ("preprocess", "init-student"):
             stage(each, run)
     everyone = list(found.values())
     work("score", everyone, folder, processes=2)
@@ -151,7 +151,7 @@ def test_scores_are_transformers_own(name: str, runs: dict[str, Path]) -> None:
 def test_the_loss_is_that_of_full_logits_live_and_from_disk(
     name: str, runs: dict[str, Path]
 ) -> None:
-    """The first step's KD a token, forward KL at tau 1; then all steps and the weights."""
+    """The first step's KD a token, forward KL at temperature 1; then all steps and the weights."""
     run = runs[name]
     split, plan = EncodedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
     rows = np.load(run / "ranking" / "order.npy")[Sampler(plan, seed=42).batch(0)]
@@ -164,7 +164,7 @@ def test_the_loss_is_that_of_full_logits_live_and_from_disk(
         )
         kd.append((teacher.exp() * (teacher - student)).sum(-1))
     steps = {way: read_metrics(run / way / "metrics.jsonl") for way in ("live", "train")}
-    assert plan.stages[0].tau == 1 and len(steps["live"]) == 4
+    assert plan.stages[0].temperature == 1 and len(steps["live"]) == 4
     assert steps["live"][0]["kd"] == pytest.approx(float(torch.cat(kd).mean()), rel=1e-5)
     for live, stored in zip(*steps.values(), strict=True):
         assert all(live[one] == stored[one] for one in ("step", "tokens", "sample_ids_digest"))

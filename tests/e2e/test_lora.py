@@ -48,15 +48,20 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         teacher,
         student,
-        train_samples=32,
+        max_train_samples=32,
         student={"lora": LORA, "heal_steps": 2},
         rank={"strategy": "random"},
-        plan={"subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
+        curriculum={"num_subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
         train={"lr": 1e-2},
         loss={"name": "jsd"},
-        policy={"name": "gkd", "lmbda": 0.7, "max_new_tokens": 6, "rollout": "hf"},
+        policy={
+            "name": "gkd",
+            "lmbda": 0.7,
+            "max_new_tokens": 6,
+            "rollout_backend": "transformers",
+        },
     )
-    for stage in ("data", "prepare", "rank", "plan"):
+    for stage in ("preprocess", "init-student", "rank", "plan"):
         pocl(stage, str(recipe), "--run-dir", str(folder / "run"))
     return folder / "run"
 
@@ -73,7 +78,7 @@ def test_what_is_written_is_a_plain_model_and_a_stop_changes_nothing(
         Path(shutil.copytree(planned, tmp_path / name)) for name in ("run", "stopped", "fewer")
     )
     said = pocl("train", "--run-dir", str(run)).stderr
-    assert "million parameters are trained (rank 4, alpha 16, on q_proj, down_proj)" in said
+    assert "million parameters are trained (rank 4, sft_ratio 16, on q_proj, down_proj)" in said
     final, steps = run / "train" / "final", records(run)
     assert len(steps) == 6 and 0 < sum(record["on_policy"] for record in steps) < 6
     only_targets_differ(initial, final)
@@ -105,10 +110,10 @@ def test_every_rank_waits_for_the_student_that_one_prunes(tmp_path: Path) -> Non
         tmp_path,
         teacher,
         student,
-        train_samples=32,
+        max_train_samples=32,
         student={"lora": LORA, "prune": {"drop_layers": "1"}, "heal_steps": 1},
     )
-    for stage in ("data", "prepare"):
+    for stage in ("preprocess", "init-student"):
         pocl(stage, str(recipe), "--run-dir", str(tmp_path / "run"))
     healed = read_models(RunDirectory(tmp_path / "run"))["student"]
     assert AutoModelForCausalLM.from_pretrained(healed).config.num_hidden_layers == 1

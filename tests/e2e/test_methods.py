@@ -21,19 +21,19 @@ POLICIES = {
     "gkd": [
         "policy.name=gkd",
         "policy.lmbda=0.7",
-        "policy.rollout=hf",
-        "policy.refresh_every=4",
+        "policy.rollout_backend=transformers",
+        "policy.sync_weights_every=4",
         "loss.name=jsd",
     ],
     # A rate so high that the validation loss rises, which is what phi waits for.
     "distillm": [
         "policy.name=distillm",
-        "policy.rollout=hf",
-        "policy.buffer=8",
+        "policy.rollout_backend=transformers",
+        "policy.replay_buffer_size=8",
         "policy.phi_step=0.5",
-        "policy.tolerance=0",
+        "policy.loss_tolerance=0",
         "loss.name=skl",
-        "train.validate_every=2",
+        "train.validate_every_n_steps=2",
         "train.lr=0.05",
     ],
     "seqkd": ["policy.name=seqkd", "loss.name=sft"],
@@ -42,9 +42,14 @@ POLICIES = {
         "policy.shares.data=0.3",
         "policy.shares.student=0.4",
         "policy.shares.teacher=0.3",
-        "policy.rollout=hf",
+        "policy.rollout_backend=transformers",
     ],
-    "uld, gkd": ["policy.name=gkd", "policy.lmbda=0.7", "policy.rollout=hf", "loss.name=uld"],
+    "uld, gkd": [
+        "policy.name=gkd",
+        "policy.lmbda=0.7",
+        "policy.rollout_backend=transformers",
+        "loss.name=uld",
+    ],
 }
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
 
@@ -57,13 +62,13 @@ def plan_without_sft(folder: Path, *words: str, tokenizer: Any = None) -> Path:
         folder,
         teacher,
         student,
-        train_samples=32,
+        max_train_samples=32,
         policy={"max_new_tokens": 6},
         rank={"strategy": "random"},
-        plan={"subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]},
-        compare={"enabled": True, "sft_ratio": 0},
+        curriculum={"num_subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]},
+        baseline={"enabled": True, "sft_ratio": 0},
     )
-    for stage in ("data", "prepare", "rank", "plan"):
+    for stage in ("preprocess", "init-student", "rank", "plan"):
         pocl(stage, str(recipe), "--run-dir", str(folder / "run"), *words)
     return folder / "run"
 
@@ -88,11 +93,13 @@ def test_a_policy_from_its_plan_to_its_weights(
     planned = request.getfixturevalue("planned_apart" if apart else "planned")
     run, words = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
     if name in ("seqkd", "mixture"):
-        pocl("respond", "--run-dir", str(run), *words)
-        ours, data = (np.load(run / folder / "train.ids.npy") for folder in ("responses", "data"))
+        pocl("generate-teacher", "--run-dir", str(run), *words)
+        ours, data = (
+            np.load(run / folder / "train.ids.npy") for folder in ("teacher_responses", "data")
+        )
         lines = [
             (run / folder / "train.jsonl").read_text().splitlines()
-            for folder in ("responses", "data")
+            for folder in ("teacher_responses", "data")
         ]
         assert ours.tolist() == data.tolist()
         for one, other in zip(*(map(json.loads, part) for part in lines), strict=True):
@@ -106,7 +113,7 @@ def test_a_policy_from_its_plan_to_its_weights(
     assert len(steps) == STEPS
     pocl("baseline", "--run-dir", str(run))
     assert len(records(run, "baseline")) == STEPS
-    assert all(record["alpha"] == 0 for record in steps)
+    assert all(record["sft_ratio"] == 0 for record in steps)
     if apart:
         assert all(record["kd"] > 0 for record in steps)
     if registry.POLICIES[words[0].removeprefix("policy.name=")]:
@@ -158,12 +165,12 @@ def test_alm_from_its_plan_to_the_report(planned_apart: Path, tmp_path: Path) ->
 def test_two_tokenizers_need_a_loss_across_them(planned_apart: Path, tmp_path: Path) -> None:
     recipe = planned_apart / "recipe.yaml"
     found = pocl(
-        "data", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False
+        "preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False
     )
     assert found.returncode == 2
     assert "different tokenizers" in found.stderr and "loss.name=alm or uld" in found.stderr
-    words = ["loss.name=sft", "policy.name=seqkd", "compare.enabled=false", "student.heal_steps=2"]
-    found = pocl("data", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False)
+    words = ["loss.name=sft", "policy.name=seqkd", "baseline.enabled=false", "student.heal_steps=2"]
+    found = pocl("preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False)
     assert found.returncode == 2 and "student.heal_steps=2 is plain distillation" in found.stderr, (
         found.stderr
     )
@@ -181,7 +188,7 @@ def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path
         str(run),
         "policy.name=gkd",
         "policy.lmbda=1",
-        "policy.refresh_every=4",
+        "policy.sync_weights_every=4",
         "loss.name=jsd",
     )
     assert "written by vllm" in found.stderr

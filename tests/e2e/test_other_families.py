@@ -54,10 +54,15 @@ def recipe(tmp_path: Path) -> Path:
         tmp_path,
         teacher,
         student,
-        train_samples=24,
+        max_train_samples=24,
         student={"dropout": 0.0},
         rank={"strategy": "random"},
-        plan={"subsets": 1, "epochs_per_stage": 2, "tau": [1.5, 1.5], "sft_ratio": [0, 0]},
+        curriculum={
+            "num_subsets": 1,
+            "epochs_per_stage": 2,
+            "temperature": [1.5, 1.5],
+            "sft_ratio": [0, 0],
+        },
         evaluate={"models": ["student"]},
         train={"engine": "torch"},
         launch={"ranks": 1},
@@ -68,21 +73,26 @@ def test_what_cannot_be_is_said_before_anything_is_scored(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, pair = tmp_path / "run", tmp_path / "pair.yaml"
-    others = ["teacher.attention=sdpa", "student.attention=eager"]
+    others = ["teacher.attn_implementation=sdpa", "student.attn_implementation=eager"]
     for family, other in zip(("starcoder2", "bloom"), reversed(others), strict=True):
-        said = sentence(capsys, "prepare", recipe, "--run-dir", run, "loss.fused=false", other)
+        said = sentence(capsys, "init-student", recipe, "--run-dir", run, "loss.fused=false", other)
         assert said == (
             f"attention=per_sample is not held to what models of the family {family!r} do, which "
             f"may lie in their "
             "mask: set their attention=eager, or sdpa where they have it"
         )
-    said = sentence(capsys, "prepare", recipe, "--run-dir", run, *others)
+    said = sentence(capsys, "init-student", recipe, "--run-dir", run, *others)
     assert said.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
     assert "set loss.fused=false, with which" in said
     student = {"model": str(tiny_models.llama(tmp_path / "known"))}
     pair.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "student": student}))
     said = sentence(
-        capsys, "prepare", pair, "--run-dir", tmp_path / "other", "teacher.attention=sdpa"
+        capsys,
+        "init-student",
+        pair,
+        "--run-dir",
+        tmp_path / "other",
+        "teacher.attn_implementation=sdpa",
     )
     assert said.startswith("models of the family 'starcoder2' are not supported")
     assert not (run / "models").exists() and not (tmp_path / "other" / "models").exists()
@@ -119,9 +129,13 @@ def test_without_the_fused_head_they_are_trained(
 ) -> None:
     run, words = (
         tmp_path / "run",
-        ["student.attention=eager", "teacher.attention=sdpa", "loss.fused=false"],
+        [
+            "student.attn_implementation=eager",
+            "teacher.attn_implementation=sdpa",
+            "loss.fused=false",
+        ],
     )
-    for stage in ("data", "prepare", "rank", "plan"):
+    for stage in ("preprocess", "init-student", "rank", "plan"):
         assert main([stage, str(recipe), "--run-dir", str(run), *words]) == 0
     monkeypatch.setitem(os.environ, "RANK", "0")
     for stage in (["train"], ["evaluate", "--model", "student"], ["evaluate"]):

@@ -22,13 +22,13 @@ def test_a_run_of_models_with_code_of_their_own(tmp_path: Path) -> None:
         tmp_path,
         teacher,
         student,
-        train_samples=24,
-        plan={"subsets": 2, "epochs_per_stage": 1},
+        max_train_samples=24,
+        curriculum={"num_subsets": 2, "epochs_per_stage": 1},
         rank={"strategy": "random"},
         launch={"ranks": 1},
         loss={"fused": False},
-        teacher={"trust_remote_code": True, "attention": "sdpa"},
-        student={"trust_remote_code": True, "attention": "sdpa"},
+        teacher={"trust_remote_code": True, "attn_implementation": "sdpa"},
+        student={"trust_remote_code": True, "attn_implementation": "sdpa"},
         evaluate={"models": ["teacher", "student"], "seeds": [1], "benchmarks": ["test"]},
     )
     pocl("run", str(recipe), "--run-dir", str(tmp_path / "run"))

@@ -35,8 +35,8 @@ def steps(run: Path) -> list[dict[str, Any]]:
         "loss",
         "kd",
         "ce",
-        "tau",
-        "alpha",
+        "temperature",
+        "sft_ratio",
         "lr",
         "tokens",
         "sample_ids_digest",
@@ -61,7 +61,7 @@ def finished(
         folder,
         tiny_llama_untied,
         tiny_llama,
-        train_samples=56,
+        max_train_samples=56,
         student={"prune": {"drop_layers": "1"}, "heal_steps": 2, "dropout": 0.1},
         train={"layout": "packed"},
         evaluate={"seeds": [1, 2]},
@@ -118,8 +118,8 @@ def test_a_second_call_finds_everything_done(finished: Path) -> None:
 
 
 def test_a_run_directory_of_another_recipe_is_refused(finished: Path) -> None:
-    found = pocl("run", "--run-dir", str(finished), "rank.k=10", check=False)
-    assert found.returncode == 2 and "rank.k" in found.stderr and "--run-dir" in found.stderr
+    found = pocl("run", "--run-dir", str(finished), "ranking.k=10", check=False)
+    assert found.returncode == 2 and "ranking.k" in found.stderr and "--run-dir" in found.stderr
     assert "Traceback" not in found.stderr
 
 
@@ -136,11 +136,11 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dropout": 0.0,
         "model": str(finished / "models" / "heal" / "final"),
     }
-    recipe["plan"] |= {"subsets": 2, "epochs_per_stage": 1}
+    recipe["curriculum"] |= {"num_subsets": 2, "epochs_per_stage": 1}
     recipe["train"]["checkpoint"] |= {"every": 2, "keep": 10}
     path, run = folder / "recipe.yaml", folder / "run"
     path.write_text(yaml.safe_dump(recipe))
-    for stage in ("data", "prepare", "score", "rank", "plan", "train"):
+    for stage in ("preprocess", "init-student", "score", "rank", "plan", "train"):
         pocl(stage, str(path), "--run-dir", str(run))
     return run
 
@@ -173,18 +173,25 @@ def test_other_engines_ranks_and_micro_batches_come_to_the_same(
 def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_path: Path) -> None:
     """Its hidden states on disk in place of its body; a shard that is lost is made anew, alone."""
     run = untrained_copy(undropped, tmp_path / "run")
-    words = ("--run-dir", str(run), "teacher.mode=hidden", "teach.shards=3")
+    words = ("--run-dir", str(run), "teacher.mode=cached_hidden_states", "teacher_cache.shards=3")
     missing = pocl("train", *words, check=False)
     assert (
         missing.returncode == 2
-        and "run `pocl teach`" in missing.stderr
+        and "run `pocl cache-teacher`" in missing.stderr
         and "Traceback" not in missing.stderr
     )
-    pocl("teach", *words)
+    pocl("cache-teacher", *words)
     before = {path.name: path.stat().st_mtime_ns for path in (run / "teacher").glob("*.bin")}
     for name in ("manifest.json", "train-00001-of-00003.bin"):
         (run / "teacher" / name).unlink()
-    pocl("teach", "--run-dir", str(run), "teacher.mode=hidden", "--shard", "1/3")
+    pocl(
+        "cache-teacher",
+        "--run-dir",
+        str(run),
+        "teacher.mode=cached_hidden_states",
+        "--shard",
+        "1/3",
+    )
     after = {path.name: path.stat().st_mtime_ns for path in (run / "teacher").glob("*.bin")}
     assert {name for name in before if before[name] != after[name]} == {"train-00001-of-00003.bin"}
     shutil.move(run / "teacher", tmp_path / "teacher")
@@ -211,15 +218,21 @@ def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_pat
     )
     path.write_bytes(path.read_bytes()[:-4])
     found = pocl("train", "--run-dir", str(damaged), check=False)
-    assert found.returncode == 2 and "is missing, or not what `pocl teach` wrote" in found.stderr
+    assert (
+        found.returncode == 2
+        and "is missing, or not what `pocl cache-teacher` wrote" in found.stderr
+    )
 
 
 def test_a_teacher_of_few_probabilities(undropped: Path, tmp_path: Path) -> None:
     run = untrained_copy(undropped, tmp_path / "run")
-    words = ("--run-dir", str(run), "teacher.mode=topk", "teach.k=16")
-    said = pocl("teach", *words).stderr
+    words = ("--run-dir", str(run), "teacher.mode=cached_topk", "teacher_cache.top_k=16")
+    said = pocl("cache-teacher", *words).stderr
     info = json.loads((run / "teacher" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "topk" and [one["tau"] for one in info["lost"]] == [1.0, 2.0]
+    assert info["mode"] == "cached_topk" and [one["temperature"] for one in info["lost"]] == [
+        1.0,
+        2.0,
+    ]
     assert 0 < info["lost"][0]["mass"] < info["lost"][1]["mass"] < 1 and all(
         one["kl"] > 0 for one in info["lost"]
     )
@@ -232,10 +245,10 @@ def test_a_teacher_of_few_probabilities(undropped: Path, tmp_path: Path) -> None
 
 def test_a_teacher_that_is_not_worth_keeping_is_asked_live(undropped: Path, tmp_path: Path) -> None:
     run = untrained_copy(undropped, tmp_path / "run")
-    words = ("--run-dir", str(run), "teacher.mode=auto", "teach.disk_gb=0.000001")
-    said = pocl("teach", *words).stderr
+    words = ("--run-dir", str(run), "teacher.mode=auto", "teacher_cache.max_disk_gb=0.000001")
+    said = pocl("cache-teacher", *words).stderr
     info = json.loads((run / "teacher" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "live" and "they do not fit" in info["why"] and info["why"] in said
+    assert info["mode"] == "online" and "they do not fit" in info["why"] and info["why"] in said
     assert "the teacher is sharded over the ranks" in pocl("train", *words).stderr
     for ours, theirs in zip(steps(run), steps(undropped), strict=True):
         assert ours == theirs
@@ -339,7 +352,7 @@ def test_a_signal_saves_and_says_resume_me(
         "train",
         "--run-dir",
         str(run),
-        "train.checkpoint.in_background=true",
+        "train.checkpoint.async_save=true",
     ]
     where = {**environment(), "POCL_PYTHON": sys.executable}
     child = subprocess.Popen(command, cwd=ROOT, env=where, stderr=subprocess.PIPE, text=True)

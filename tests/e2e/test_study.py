@@ -25,15 +25,15 @@ def study(tmp_path: Path) -> Path:
         tmp_path,
         teacher,
         student,
-        train_samples=32,
-        evaluate={"models": ["student"], "loss": False},
+        max_train_samples=32,
+        evaluate={"models": ["student"], "held_out_loss": False},
         train={"engine": "torch"},
         launch={"ranks": 1},
     )
     tree = {
         "name": "pair",
         "base": str(recipe),
-        "arms": {"kd": ["plan.subsets=1", "plan.epochs_per_stage=4"], "pocl": []},
+        "arms": {"kd": ["curriculum.num_subsets=1", "curriculum.epochs_per_stage=4"], "pocl": []},
         "compare": [["pocl", "kd"]],
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
@@ -92,9 +92,9 @@ def test_the_script_of_a_study(tmp_path: Path) -> None:
     )
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(shipped))
     quick = [
-        "data.train_samples=32",
-        "data.test_samples=4",
-        "data.validation_samples=8",
+        "data.max_train_samples=32",
+        "data.max_test_samples=4",
+        "data.max_validation_samples=8",
         "evaluate.max_new_tokens=8",
         "evaluate.generation.backend=transformers",
     ]
@@ -102,7 +102,7 @@ def test_the_script_of_a_study(tmp_path: Path) -> None:
         "student.heal_steps=2",
         "score.generation.backend=transformers",
         "score.max_new_tokens=8",
-        "plan.subsets=2",
+        "curriculum.num_subsets=2",
     ]
     environment = {
         **os.environ,

@@ -44,18 +44,23 @@ def run(shared_data: Path, tmp_path: Path) -> Path:
         "name": "across",
         "data": {
             "source": str(shared_data / "train.jsonl"),
-            "train_samples": 24,
-            "validation_samples": 4,
+            "max_train_samples": 24,
+            "max_validation_samples": 4,
         },
         "prompt": {"max_prompt_tokens": 64, "max_length": 96},
         "teacher": {
             "model": str(tmp_path / "teacher0"),
             "weight": 3.0,
-            "others": [{"model": str(tmp_path / "teacher1")}],
+            "ensemble": [{"model": str(tmp_path / "teacher1")}],
         },
         "student": {"model": str(tmp_path / "student"), "dropout": 0.0},
         "rank": {"strategy": "random"},
-        "plan": {"subsets": 1, "epochs_per_stage": 3, "tau": [1.5, 1.5], "sft_ratio": [0, 0]},
+        "curriculum": {
+            "num_subsets": 1,
+            "epochs_per_stage": 3,
+            "temperature": [1.5, 1.5],
+            "sft_ratio": [0, 0],
+        },
         "train": {"engine": "torch", "batch_size": 8, "micro_batch_size": 4, "lr": 1e-3},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -65,7 +70,7 @@ def run(shared_data: Path, tmp_path: Path) -> Path:
 def test_gpt2_teaches_opt_every_token_they_share(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for stage in ("data", "prepare", "rank", "plan"):
+    for stage in ("preprocess", "init-student", "rank", "plan"):
         assert main([stage, str(run.parent / "recipe.yaml"), "--run-dir", str(run)]) == 0
     monkeypatch.setenv("RANK", "0")
     assert main(["train", "--run-dir", str(run)]) == 0
@@ -89,7 +94,7 @@ def first_divergence(run: Path) -> float:
     """
     folder = run.parent
     load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name).double().eval()  # noqa: E731
-    student, teachers, tau = load("student"), [load("teacher0"), load("teacher1")], 1.5
+    student, teachers, temperature = load("student"), [load("teacher0"), load("teacher1")], 1.5
     names: list[dict[str, int]] = [
         json.loads((folder / name / "tokenizer.json").read_text())["model"]["vocab"]
         for name in ("student", "teacher0")
@@ -116,15 +121,17 @@ def first_divergence(run: Path) -> float:
         ids = torch.from_numpy(tokens[start : start + size].astype(np.int64))[None]
         mapped = torch.tensor([[number[int(token)] for token in ids[0]]])
         with torch.no_grad():
-            log_q = (student(input_ids=ids).logits[0, prompt - 1 : -1][:, left] / tau).log_softmax(
-                -1
-            )
+            log_q = (
+                student(input_ids=ids).logits[0, prompt - 1 : -1][:, left] / temperature
+            ).log_softmax(-1)
             answers = [
-                (teacher(input_ids=mapped).logits[0, prompt - 1 : -1][:, right] / tau).softmax(-1)
+                (
+                    teacher(input_ids=mapped).logits[0, prompt - 1 : -1][:, right] / temperature
+                ).softmax(-1)
                 for teacher in teachers
             ]
         p = 0.75 * answers[0] + 0.25 * answers[1]
-        total += float((p * (p.log() - log_q)).sum()) * tau**2
+        total += float((p * (p.log() - log_q)).sum()) * temperature**2
         count += size - prompt
     assert count == first["tokens"]
     return total / count

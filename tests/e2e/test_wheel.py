@@ -173,7 +173,7 @@ def test_code_that_jobs_run_is_laid_out_as_a_checkout(installed: Installed, tmp_
     installed(installed.python, "-c", copy, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(CODE)
     assert not {path.name for path in (tmp_path / "pocl_ds").iterdir()} & {*CODE}
-    which = "from pocl_ds import shipped; print(shipped.ROOT)"
+    which = "from pocl_ds import resources; print(resources.ROOT)"
     assert installed(
         installed.python, "-c", which, PYTHONPATH=str(tmp_path)
     ).strip() == os.path.realpath(tmp_path)

@@ -40,14 +40,24 @@ KEPT = (
     "loss",
     "kd",
     "ce",
-    "tau",
-    "alpha",
+    "temperature",
+    "sft_ratio",
     "lr",
     "grad_norm",
     "tokens",
     "sample_ids_digest",
 )
-STAGES = ["data", "prepare", "score", "rank", "plan", "train", "evaluate", "export", "report"]
+STAGES = [
+    "preprocess",
+    "init-student",
+    "score",
+    "rank",
+    "plan",
+    "train",
+    "evaluate",
+    "export",
+    "report",
+]
 RUN = 13  # kills of one run
 LONGEST = 400  # seconds that one attempt may take
 
@@ -79,11 +89,11 @@ def prepare(folder: Path) -> Path:
         folder,
         teacher,
         student,
-        train_samples=60,
+        max_train_samples=60,
         student={"heal_steps": 4, "dropout": 0.1},
         score={"shards": 4},
-        plan={"epochs_per_stage": 4},
-        train={"checkpoint": {"every": 3, "in_background": True}},
+        curriculum={"epochs_per_stage": 4},
+        train={"checkpoint": {"every_n_steps": 3, "async_save": True}},
     )
 
 

@@ -54,7 +54,7 @@ def test_the_fused_head_in_bfloat16_is_nearer_to_float64_than_the_plain_form(nam
             teacher_hidden.to("cuda", kind) @ teacher_weight.to("cuda", kind).T,
         )
         ce = torch.nn.functional.cross_entropy(q, labels.cuda(), reduction="sum")
-        (0.3 * ce + 0.7 * divergence(name, p, q, tau=1.5).sum()).backward()
+        (0.3 * ce + 0.7 * divergence(name, p, q, temperature=1.5).sum()).backward()
         gradients[kind] = leaf.grad.double()
     leaf = torch.nn.Parameter(weight.to("cuda", torch.bfloat16))
     heads = (
@@ -93,7 +93,7 @@ def test_a_rollouts_engine_gives_its_memory_back_between_writes(
 ) -> None:
     """And writes with the weights that it got before (level 1) or gets anew (both)."""
     pytest.importorskip("vllm")
-    config = GenerationConfig(gpu_memory_share=0.3, max_sequences=8)
+    config = GenerationConfig(gpu_memory_utilization=0.3, max_num_seqs=8)
     writer = ChildGenerator(
         str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level
     )
@@ -133,16 +133,16 @@ def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_
         tmp_path,
         teacher,
         student,
-        train_samples=32,
+        max_train_samples=32,
         teacher={"dtype": "bfloat16"},
         student={"dtype": "bfloat16"},
         rank={"strategy": "random"},
-        plan={"subsets": 1, "epochs_per_stage": 1},
+        curriculum={"num_subsets": 1, "epochs_per_stage": 1},
         loss={"name": loss},
         launch={"ranks": 1},
     )
     run = tmp_path / "run"
-    for stage in ("data", "prepare", "rank", "plan", "train"):
+    for stage in ("preprocess", "init-student", "rank", "plan", "train"):
         said = pocl(stage, str(recipe), "--run-dir", str(run)).stderr
     assert loss == "alm" or "without a token on both sides masked" in said
     losses = [record["loss"] for record in records(run)]

@@ -54,15 +54,25 @@ def recipe(folder: Path) -> Path:
         folder,
         teacher,
         student,
-        train_samples=56,
+        max_train_samples=56,
         student={"heal_steps": 2, "dropout": 0.1},
-        plan={"epochs_per_stage": 8},
-        train={"checkpoint": {"every": 4}},
+        curriculum={"epochs_per_stage": 8},
+        train={"checkpoint": {"every_n_steps": 4}},
     )
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    kept = ("step", "loss", "kd", "ce", "tau", "alpha", "lr", "grad_norm", "sample_ids_digest")
+    kept = (
+        "step",
+        "loss",
+        "kd",
+        "ce",
+        "temperature",
+        "sft_ratio",
+        "lr",
+        "grad_norm",
+        "sample_ids_digest",
+    )
     return [
         {key: record[key] for key in kept}
         for record in read_metrics(run / "train" / "metrics.jsonl")
@@ -380,7 +390,7 @@ def test_several_recipes_are_several_runs(cluster: Cluster, recipe: Path, folder
     said = cluster.pocl("status", str(study)).stdout
     assert {"tiny", "other"} < set(said.splitlines()) and said.count("job       id") == 2
     assert len(cluster.pocl("cancel", str(study)).stdout.partition(";")[0].split(",")) == 12
-    ids = [cluster.job(study / name, "prepare") for name in ("tiny", "other")]
+    ids = [cluster.job(study / name, "init-student") for name in ("tiny", "other")]
     cluster.until(lambda: all(cluster.state(job) == "CANCELLED" for job in ids), "the cancellation")
 
 
@@ -519,7 +529,7 @@ def test_a_study_is_submitted_again_for_what_waited(
     what is its own.
     """
     study, runs = folder / "orders.yaml", folder / "orders"
-    arms = {"paper": [], "close": ["rank.k=1"]}
+    arms = {"paper": [], "close": ["ranking.k=1"]}
     study.write_text(
         yaml.safe_dump(
             {"name": "orders", "base": str(recipe), "arms": arms, "until": "rank"}, sort_keys=False

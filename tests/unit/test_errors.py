@@ -41,7 +41,10 @@ def test_faults_of_memory_and_others() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "remedy"),
-    [("rank", "take a machine with more"), ("evaluate", "evaluate.loss=false leaves it out")],
+    [
+        ("rank", "take a machine with more"),
+        ("evaluate", "evaluate.held_out_loss=false leaves it out"),
+    ],
 )
 def test_a_stage_whose_memory_ran_out_names_what_it_follows_from(
     stage: str,

@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said(plugin: str, tmp_path: Path) -> None:
         check_recipe({**recipe(plugin), "plugins": [], "policy": {"name": "twice"}})
     check_recipe(recipe(plugin))
     with pytest.raises(
-        RecipeError, match=r"rank\.strategy=words is not scored: name it in score\.metrics"
+        RecipeError, match=r"ranking\.strategy=words is not scored: name it in score\.metrics"
     ):
         check_recipe(recipe(plugin, rank={"strategy": "words"}))
     (tmp_path / "clashing.py").write_text(
@@ -170,7 +170,7 @@ def test_what_is_wrong_is_said(plugin: str, tmp_path: Path) -> None:
         (tmp_path / f"clashing_{kind}.py").write_text(
             f"from pocl_ds import plugins\nplugins.{kind}('{name}')(print)\n"
         )
-        with pytest.raises(RecipeError, match=f"rank.strategy={name} has a meaning already"):
+        with pytest.raises(RecipeError, match=f"ranking.strategy={name} has a meaning already"):
             check_recipe(recipe(f"clashing_{kind}"))
     rank.STRATEGIES["by_id"] = lambda scored: np.zeros(len(scored.ids), np.int64)
     with pytest.raises(RecipeError, match="does not name every sample once"):

@@ -116,7 +116,7 @@ def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
     found = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
     assert list(found["steps"]) == [label for label, *_ in teacher.CONTENDERS]
     whole = found["whole"][teacher.STORED]
-    assert whole["steps"] == 10 and whole["teach"] > 0 and len(whole["read"]) == 10
+    assert whole["steps"] == 10 and whole["cache-teacher"] > 0 and len(whole["read"]) == 10
     assert 0 < found["read_share"] < 1 and found["share"] > 0
     with pytest.raises(RecipeError, match="give one workload"):
         teacher.run(["C"])
@@ -145,7 +145,7 @@ def test_size_predicts_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     """
     monkeypatch.setattr(estimate, "RANKS", (1,))
     rows = estimate.run(["tiny"], lambda _: None, steps=1)
-    assert [row["mode"] for row in rows] == ["live", "hidden"]
+    assert [row["mode"] for row in rows] == ["online", "cached_hidden_states"]
     assert all(
         0.8 < row["measured"] / row["predicted"] < 1.25 and row["predicted"] > row["base"]
         for row in rows

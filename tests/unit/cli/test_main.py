@@ -20,7 +20,9 @@ from pocl_ds.workflow.run_dir import RunDirectory
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "r.yaml"
-    path.write_text("name: x\nteacher: {model: t, mode: hidden}\nstudent: {model: s}\n")
+    path.write_text(
+        "name: x\nteacher: {model: t, mode: cached_hidden_states}\nstudent: {model: s}\n"
+    )
     return path
 
 
@@ -37,9 +39,11 @@ def test_one_shard_of_teach_stays_one_shard(
         with (run / ".lock").open("w") if run.exists() else nullcontext() as another, own_signals():
             if another:
                 fcntl.flock(another, fcntl.LOCK_EX)
-            assert main(["teach", str(recipe), "--run-dir", str(run), "--shard", shard]) == 0
+            assert (
+                main(["cache-teacher", str(recipe), "--run-dir", str(run), "--shard", shard]) == 0
+            )
     command = started[1]
-    assert command[-5:] == ["teach", "--run-dir", str(run), "--shard", "1/4"]
+    assert command[-5:] == ["cache-teacher", "--run-dir", str(run), "--shard", "1/4"]
     assert "shards: 4" in (run / "recipe.yaml").read_text()
 
 
@@ -133,7 +137,7 @@ def test_what_no_command_knows(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_while_the_command_line_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(main, "_parser", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("pocl_ds.cli.main._parser", lambda: os.kill(os.getpid(), signal.SIGINT))
     with own_signals():
         assert main(["run", "quickstart"]) == 130
     assert (

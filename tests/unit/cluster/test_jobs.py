@@ -47,8 +47,8 @@ def jobs(of: Recipe, **done: bool) -> dict[str, JobSpec]:
 def test_the_whole_pipeline() -> None:
     found = jobs(recipe())
     assert {name: job.after for name, job in found.items()} == {
-        "prepare": (),
-        "score": ("prepare",),
+        "init-student": (),
+        "score": ("init-student",),
         "plan": ("score",),
         "train": ("plan",),
         "evaluate": ("train",),
@@ -71,31 +71,35 @@ def test_the_whole_pipeline() -> None:
         "--seed",
         "1",
     )
-    assert found["prepare"].tasks == 1 and found["plan"].gpus_per_node == 0
+    assert found["init-student"].tasks == 1 and found["plan"].gpus_per_node == 0
 
 
 def test_healing_needs_all_ranks() -> None:
-    assert jobs(recipe(student={"model": "s", "heal_steps": 3}))["prepare"].tasks == 8
+    assert jobs(recipe(student={"model": "s", "heal_steps": 3}))["init-student"].tasks == 8
 
 
 def test_a_baseline_is_trained_beside_and_awaited() -> None:
-    found = jobs(recipe(compare={"enabled": True}))
+    found = jobs(recipe(baseline={"enabled": True}))
     assert found["baseline"].after == ("plan",) and found["evaluate"].after == ("train", "baseline")
 
 
 def test_a_teacher_that_is_asked_once_is_asked_beside_the_scores() -> None:
-    found = jobs(recipe(teacher={"model": "t", "mode": "hidden"}, teach={"shards": 4}))
-    assert (
-        found["teach"].after == ("prepare",)
-        and found["teach"].tasks == 8
-        and len(found["teach"].items) == 4
+    found = jobs(
+        recipe(teacher={"model": "t", "mode": "cached_hidden_states"}, teacher_cache={"shards": 4})
     )
-    assert found["train"].after == ("plan", "teach") and "teach" not in jobs(recipe())
+    assert (
+        found["cache-teacher"].after == ("init-student",)
+        and found["cache-teacher"].tasks == 8
+        and len(found["cache-teacher"].items) == 4
+    )
+    assert found["train"].after == ("plan", "cache-teacher") and "cache-teacher" not in jobs(
+        recipe()
+    )
 
 
 def test_a_random_order_needs_no_scores() -> None:
     found = jobs(recipe(rank={"strategy": "random"}))
-    assert "score" not in found and found["plan"].after == ("prepare",)
+    assert "score" not in found and found["plan"].after == ("init-student",)
 
 
 STAGES = st.fixed_dictionaries({name: st.booleans() for name in pipeline.NAMES})
@@ -105,7 +109,7 @@ STAGES = st.fixed_dictionaries({name: st.booleans() for name in pipeline.NAMES})
 def test_what_is_done_is_left_out_and_order_stays(
     done: dict[str, bool], compare: bool, random: bool
 ) -> None:
-    of = recipe(compare={"enabled": compare}, rank={"strategy": "random" if random else "fusion"})
+    of = recipe(baseline={"enabled": compare}, rank={"strategy": "random" if random else "fusion"})
     found = jobs(of, **done)
     names = list(found)
     covered = [stage for job in found.values() for stage in job.stages]

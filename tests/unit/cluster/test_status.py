@@ -37,7 +37,7 @@ def test_a_watch_ends_with_the_jobs(
     last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted = submission(tmp_path)
-    states = {"prepare": ["RUNNING", "RUNNING", last]}
+    states = {"init-student": ["RUNNING", "RUNNING", last]}
     seen: list[str] = []
     for number, job in enumerate(submitted.jobs):
         (submitted.folder / "jobs" / f"{job.name}.ids").write_text(f"{number + 10}\n")
@@ -66,7 +66,7 @@ def test_a_watch_ends_with_the_jobs(
 
     monkeypatch.setattr(time, "sleep", sleep)
     assert main(["status", str(tmp_path / "run"), "--watch"]) == 0
-    assert len(seen) == 2 and capsys.readouterr().out.count("prepare") >= 3
+    assert len(seen) == 2 and capsys.readouterr().out.count("init-student") >= 3
 
 
 @pytest.mark.parametrize("end", [None, 9.0])

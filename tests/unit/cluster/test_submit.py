@@ -144,7 +144,7 @@ def test_a_line_of_the_setup_that_fails_is_told(tmp_path: Path) -> None:
 
 def test_no_hyper_parameter_in_a_script(tmp_path: Path) -> None:
     for text in scripts(submission(tmp_path / "run")).values():
-        assert not re.search(r"\blr\b|batch_|epoch|tau\b|train\.[a-z]|loss", text)
+        assert not re.search(r"\blr\b|batch_|epoch|temperature\b|train\.[a-z]|loss", text)
 
 
 def test_gpus_by_either_option(tmp_path: Path) -> None:

@@ -25,12 +25,14 @@ from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
 def run(tmp_path: Path) -> RunDirectory:
     """A run whose data are done and whose scores are on their way."""
     recipe = load_recipe(
-        str(write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40))
+        str(
+            write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", max_train_samples=40)
+        )
     )
     found = RunDirectory(tmp_path / "run")
     found.data.mkdir(parents=True)
     found.recipe.write_text(dump_recipe(recipe))
-    write_manifest(found.data, "data", fingerprints(recipe)["data"], info={})
+    write_manifest(found.data, "preprocess", fingerprints(recipe)["preprocess"], info={})
     found.logs.mkdir()
     (found.logs / "prepare.log").write_text(
         "2026-01-01 10:00:00 INFO loading\n2026-01-01 10:00:01 WARNING a word of warning\n"
@@ -51,8 +53,8 @@ def training(run: RunDirectory, steps: int) -> None:
                 "loss": 3.0 / step,
                 "kd": 1.0 / step,
                 "ce": 2.0,
-                "tau": 1.0,
-                "alpha": 0.3,
+                "temperature": 1.0,
+                "sft_ratio": 0.3,
                 "lr": 1e-4,
                 "grad_norm": 0.5,
                 "seconds": 2.0,

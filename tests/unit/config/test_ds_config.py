@@ -17,9 +17,9 @@ TRAIN = TrainConfig(
     batch_size=32,
     micro_batch_size=4,
     lr=3e-4,
-    lr_end=1e-6,
+    min_lr=1e-6,
     weight_decay=0.02,
-    clip=0.5,
+    max_grad_norm=0.5,
     betas=(0.9, 0.95),
 )
 
@@ -106,7 +106,7 @@ def test_resolving_leaves_the_file_alone() -> None:
         ),
         ({"train_batch_size": 64}, ("train_batch_size=64", "auto")),
         ({"gradient_accumulation_steps": 4}, ("gradient_accumulation_steps=4", "auto")),
-        ({"gradient_clipping": 1.0}, ("gradient_clipping=1.0", "train.clip", "0.5")),
+        ({"gradient_clipping": 1.0}, ("gradient_clipping=1.0", "train.max_grad_norm", "0.5")),
         ({"bf16__enabled": True}, ("bf16.enabled=True", "student.dtype", "False")),
         ({"fp16__enabled": True}, ("fp16.enabled=True", "student.dtype")),
         ({"optimizer__params__lr": 0.1}, ("optimizer.params.lr=0.1", "train.lr", "0.0003")),
@@ -115,7 +115,7 @@ def test_resolving_leaves_the_file_alone() -> None:
             ("optimizer.params.weight_decay=0.0", "train.weight_decay", "0.02"),
         ),
         ({"optimizer__type": "SGD"}, ("optimizer.type='SGD'", "AdamW")),
-        ({"scheduler": {"type": "WarmupLR"}}, ("scheduler", "train.schedule")),
+        ({"scheduler": {"type": "WarmupLR"}}, ("scheduler", "train.lr_restart")),
         (
             {"zero_optimization__reduce_bucket_size": "auto"},
             ("zero_optimization.reduce_bucket_size", "write a value"),

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.config import Recipe, TrainConfig, lasting
+from pocl_ds.config import Recipe, TrainConfig, semantic_fields
 from pocl_ds.config.recipe_file import check_recipe, dump_recipe, load_recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import RECIPES
@@ -38,18 +38,18 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(trian={}), ("trian", "did you mean train?")),
     (changed(train__batchsize=8), ("train.batchsize", "did you mean batch_size?")),
     (changed(student__prune__layers="1"), ("student.prune.layers", "drop_layers")),
-    (changed(student__lora={"rank": 0}), ("student.lora.rank=0", "greater than or equal to 1")),
+    (changed(student__lora={"rank": 0}), ("student.lora.r=0", "greater than or equal to 1")),
     (changed(student__lora={"dropout": 1}), ("student.lora.dropout=1", "less than 1")),
     (changed(student__lora={"r": 8}), ("student.lora.r", "the fields here are rank, alpha")),
-    (changed(student__lora={"targets": ""}), ("student.lora.targets=''", "write each once")),
-    (changed(student__lora={"targets": []}), ("student.lora.targets", "at least 1")),
+    (changed(student__lora={"targets": ""}), ("student.lora.target_modules=''", "write each once")),
+    (changed(student__lora={"targets": []}), ("student.lora.target_modules", "at least 1")),
     (
         changed(student__lora={"targets": "q_proj, q_proj"}),
-        ("student.lora.targets", "write each once"),
+        ("student.lora.target_modules", "write each once"),
     ),
     (
         changed(student__lora={"targets": ["all-linear", "q_proj"]}),
-        ("student.lora.targets", "write it alone"),
+        ("student.lora.target_modules", "write it alone"),
     ),
     (changed(student=None), ("student", "section")),
     ({"name": "x", "teacher": {"model": "t"}}, ("student", "missing", "add it")),
@@ -63,18 +63,18 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (changed(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
     (changed(train__lr=float("nan")), ("train.lr", "finite")),
-    (changed(train__lr=1e-8), ("train.lr_end=1e-07", "train.lr=1e-08")),
-    (changed(train__schedule="linear"), ("train.schedule='linear'", "per_stage", "whole_run")),
-    (changed(plan__tau=[0, 2]), ("plan.tau", "greater than 0")),
-    (changed(plan__tau=[1.0]), ("plan.tau", "missing")),
-    (changed(plan__sft_ratio=[1.5, 0]), ("plan.sft_ratio", "less than or equal to 1")),
+    (changed(train__lr=1e-8), ("train.min_lr=1e-07", "train.lr=1e-08")),
+    (changed(train__lr_restart="linear"), ("train.lr_restart='linear'", "per_stage", "whole_run")),
+    (changed(curriculum__temperature=[0, 2]), ("curriculum.temperature", "greater than 0")),
+    (changed(curriculum__temperature=[1.0]), ("curriculum.temperature", "missing")),
+    (changed(curriculum__sft_ratio=[1.5, 0]), ("curriculum.sft_ratio", "less than or equal to 1")),
     (
         changed(train__engine="torch", student__dtype="bfloat16"),
         ("train.engine=torch", "bfloat16", "train.engine=deepspeed"),
     ),
     (
-        changed(plan__subsets=5, data__train_samples=4),
-        ("plan.subsets=5", "data.train_samples=4", "fewer"),
+        changed(curriculum__num_subsets=5, data__max_train_samples=4),
+        ("curriculum.num_subsets=5", "data.max_train_samples=4", "fewer"),
     ),
     (changed(loss__name="kl"), ("loss", "'kl'", "fkl, rkl")),
     (changed(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),
@@ -115,35 +115,39 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         changed(policy={"name": "gkd", "lmbda": -0.1}),
         ("policy.lmbda=-0.1", "greater than or equal to 0"),
     ),
-    (changed(policy__name="gkd"), ("policy.name=gkd", "plan.sft_ratio=[0, 0]")),
+    (changed(policy__name="gkd"), ("policy.name=gkd", "curriculum.sft_ratio=[0, 0]")),
     (
-        changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="hidden"),
-        ("policy.name=gkd", "teacher.mode=live"),
+        changed(
+            policy__name="gkd", curriculum__sft_ratio=[0, 0], teacher__mode="cached_hidden_states"
+        ),
+        ("policy.name=gkd", "teacher.mode=online"),
     ),
     (
-        changed(policy__name="gkd", plan__sft_ratio=[0, 0], teacher__mode="topk"),
-        ("policy.name=gkd", "teacher.mode=topk"),
+        changed(policy__name="gkd", curriculum__sft_ratio=[0, 0], teacher__mode="cached_topk"),
+        ("policy.name=gkd", "teacher.mode=cached_topk"),
     ),
     (
-        changed(policy__name="gkd", plan__sft_ratio=[0, 0], compare__enabled=True),
-        ("compare.sft_ratio=0",),
+        changed(policy__name="gkd", curriculum__sft_ratio=[0, 0], baseline__enabled=True),
+        ("baseline.sft_ratio=0",),
     ),
     (
-        changed(policy__name="distillm", plan__sft_ratio=[0, 0], data__train_samples=99),
-        ("policy.buffer=1000", "=99", "smaller"),
+        changed(policy__name="distillm", curriculum__sft_ratio=[0, 0], data__max_train_samples=99),
+        ("policy.replay_buffer_size=1000", "=99", "smaller"),
     ),
     (
-        changed(policy__name="distillm", plan__sft_ratio=[0, 0], train__validate_samples=0),
-        ("train.validate_samples",),
+        changed(
+            policy__name="distillm", curriculum__sft_ratio=[0, 0], train__validate_max_samples=0
+        ),
+        ("train.validate_max_samples",),
     ),
     (
-        changed(policy__name="distillm", plan__sft_ratio=[0, 0]),
-        ("policy.name=distillm", "train.validate_every=null", "a number"),
+        changed(policy__name="distillm", curriculum__sft_ratio=[0, 0]),
+        ("policy.name=distillm", "train.validate_every_n_steps=null", "a number"),
     ),
     (changed(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
     (
-        changed(policy__name="seqkd", loss__name="sft", teacher__mode="topk"),
-        ("policy.name=seqkd", "teacher.mode=topk"),
+        changed(policy__name="seqkd", loss__name="sft", teacher__mode="cached_topk"),
+        ("policy.name=seqkd", "teacher.mode=cached_topk"),
     ),
     (
         {
@@ -160,40 +164,50 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         changed(policy={"name": "mixture", "shares": {"data": 0, "student": 1}}),
-        ("policy.name=mixture", "plan.sft_ratio=[0, 0]"),
-    ),
-    (
-        changed(
-            policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}}, teacher__mode="topk"
-        ),
-        ("policy.shares.teacher=1", "teacher.mode=live"),
+        ("policy.name=mixture", "curriculum.sft_ratio=[0, 0]"),
     ),
     (
         changed(
             policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
-            teacher__others=[{"model": "o"}],
+            teacher__mode="cached_topk",
         ),
-        ("policy.shares.teacher=1", "teacher.others", "remove these"),
+        ("policy.shares.teacher=1", "teacher.mode=online"),
     ),
     (
-        changed(train={"validate_samples": 0, "checkpoint": {"keep_best": True}}),
-        ("keep_best", "set train.validate_samples"),
+        changed(
+            policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
+            teacher__ensemble=[{"model": "o"}],
+        ),
+        ("policy.shares.teacher=1", "teacher.ensemble", "remove these"),
+    ),
+    (
+        changed(train={"validate_max_samples": 0, "checkpoint": {"keep_best": True}}),
+        ("keep_best", "set train.validate_max_samples"),
     ),
     (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
-    (changed(teacher__mode="cached"), ("teacher.mode='cached'", "hidden", "topk")),
-    (changed(loss__name="alm", teacher__mode="topk"), ("loss.name=alm", "teacher.mode=live")),
-    (changed(loss__fused=False, teacher__mode="hidden"), ("loss.fused=false", "teacher.mode=live")),
     (
-        changed(loss__name="uld", teacher__others=[{"model": "o"}]),
-        ("teacher.others", "loss.name=uld"),
+        changed(teacher__mode="cached"),
+        ("teacher.mode='cached'", "cached_hidden_states", "cached_topk"),
     ),
     (
-        changed(teacher__mode="hidden", teacher__others=[{"model": "o"}]),
-        ("teacher.mode=hidden", "teacher.others"),
+        changed(loss__name="alm", teacher__mode="cached_topk"),
+        ("loss.name=alm", "teacher.mode=online"),
     ),
     (
-        changed(teacher__others=[{"model": "o", "weight": 0}]),
-        ("teacher.others.0.weight=0", "greater than"),
+        changed(loss__fused=False, teacher__mode="cached_hidden_states"),
+        ("loss.fused=false", "teacher.mode=online"),
+    ),
+    (
+        changed(loss__name="uld", teacher__ensemble=[{"model": "o"}]),
+        ("teacher.ensemble", "loss.name=uld"),
+    ),
+    (
+        changed(teacher__mode="cached_hidden_states", teacher__ensemble=[{"model": "o"}]),
+        ("teacher.mode=cached_hidden_states", "teacher.ensemble"),
+    ),
+    (
+        changed(teacher__ensemble=[{"model": "o", "weight": 0}]),
+        ("teacher.ensemble.0.weight=0", "greater than"),
     ),
     (
         changed(teacher__quantization="int4"),
@@ -211,7 +225,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ),
         ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit"),
     ),
-    (changed(teach__k=0), ("teach.k=0", "greater than")),
+    (changed(teacher_cache__top_k=0), ("teacher_cache.top_k=0", "greater than")),
 ]
 
 
@@ -288,13 +302,13 @@ def test_overrides(tmp_path: Path) -> None:
         str(file),
         [
             "train.batch_size=32",
-            "plan.tau=[1, 3]",
+            "curriculum.temperature=[1, 3]",
             "student.prune.drop_layers=1-2",
             "teacher.dtype=bfloat16",
         ],
     )
     assert recipe.train.batch_size == 32
-    assert recipe.plan.tau == (1.0, 3.0)
+    assert recipe.curriculum.temperature == (1.0, 3.0)
     assert recipe.student.prune is not None
     assert recipe.student.prune.drop_layers == "1-2"
     assert recipe.teacher is not None
@@ -312,7 +326,7 @@ def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Pat
     assert recipe.teacher is not None and (recipe.teacher.model, recipe.student.model) == ("t", "s")
 
 
-@pytest.mark.parametrize("mode", ["live", "hidden", "topk", "auto"])
+@pytest.mark.parametrize("mode", ["online", "cached_hidden_states", "cached_topk", "auto"])
 def test_a_quantised_teacher_says_other_things(mode: str) -> None:
     prints = [
         fingerprints(
@@ -322,16 +336,22 @@ def test_a_quantised_teacher_says_other_things(mode: str) -> None:
         )
         for how in ("none", "bnb_8bit", "bnb_4bit")
     ]
-    assert all(len({found[stage] for found in prints}) == 3 for stage in ("teach", "train"))
+    assert all(len({found[stage] for found in prints}) == 3 for stage in ("cache-teacher", "train"))
     assert len({found["data"] for found in prints}) == 1
 
 
 def test_adapters_as_overrides(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(BASE))
-    recipe = load_recipe(str(file), ["student.lora.targets=q_proj, v_proj", "student.lora.alpha=8"])
+    recipe = load_recipe(
+        str(file), ["student.lora.target_modules=q_proj, v_proj", "student.lora.alpha=8"]
+    )
     assert recipe.student.lora is not None
-    assert (recipe.student.lora.rank, recipe.student.lora.alpha, recipe.student.lora.targets) == (
+    assert (
+        recipe.student.lora.r,
+        recipe.student.lora.alpha,
+        recipe.student.lora.target_modules,
+    ) == (
         16,
         8,
         ("q_proj", "v_proj"),
@@ -340,7 +360,7 @@ def test_adapters_as_overrides(tmp_path: Path) -> None:
     assert (
         plain.student.lora is None
         and adapted.student.lora is not None
-        and adapted.student.lora.targets == ("all-linear",)
+        and adapted.student.lora.target_modules == ("all-linear",)
     )
     assert len({fingerprints(one)["train"] for one in (plain, adapted, recipe)}) == 3
 
@@ -391,11 +411,13 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
 def test_operational_fields_do_not_last() -> None:
     one = TrainConfig(batch_size=8, micro_batch_size=2)
     other = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every": 7})  # type: ignore[arg-type]
-    assert lasting(one) == lasting(other)
-    assert lasting(one) != lasting(TrainConfig(batch_size=8, micro_batch_size=2, lr=1.0))
+    assert semantic_fields(one) == semantic_fields(other)
+    assert semantic_fields(one) != semantic_fields(
+        TrainConfig(batch_size=8, micro_batch_size=2, lr=1.0)
+    )
     recipe = Recipe.model_validate(BASE)
-    assert "hardware" not in lasting(recipe)
-    assert lasting(recipe)["launch"] == {}
+    assert "hardware" not in semantic_fields(recipe)
+    assert semantic_fields(recipe)["launch"] == {}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

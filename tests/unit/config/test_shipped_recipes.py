@@ -61,22 +61,26 @@ def test_a_shipped_recipe(name: str, tmp_path: Path) -> None:
 
 def test_the_papers_recipe_has_the_papers_numbers() -> None:
     recipe = load_recipe("gpt2-1.5b-to-0.1b")
-    assert (recipe.plan.subsets, recipe.plan.epochs_per_stage, recipe.plan.scheduler) == (
+    assert (
+        recipe.curriculum.num_subsets,
+        recipe.curriculum.epochs_per_stage,
+        recipe.curriculum.scheduler,
+    ) == (
         4,
         8,
         "baby_step",
     )
-    assert (recipe.plan.tau, recipe.plan.sft_ratio) == ((1.0, 2.0), (0.3, 0.0))
-    assert (recipe.rank.strategy, recipe.rank.k) == ("fusion", 60)
+    assert (recipe.curriculum.temperature, recipe.curriculum.sft_ratio) == ((1.0, 2.0), (0.3, 0.0))
+    assert (recipe.ranking.strategy, recipe.ranking.k) == ("fusion", 60)
     train = recipe.train
-    assert (train.batch_size, train.lr, train.lr_end, train.weight_decay, train.clip) == (
+    assert (train.batch_size, train.lr, train.min_lr, train.weight_decay, train.max_grad_norm) == (
         64,
         1e-4,
         1e-7,
         0.01,
         1.0,
     )
-    assert (train.schedule, train.warmup_steps) == ("per_stage", 0)
+    assert (train.lr_restart, train.warmup_steps) == ("per_stage", 0)
     assert (recipe.prompt.template, recipe.prompt.max_prompt_tokens, recipe.prompt.max_length) == (
         "alpaca",
         256,

@@ -21,8 +21,8 @@ def test_the_released_run() -> None:
     plan = build_plan(ids)
     assert [stage.steps for stage in plan.stages] == [352, 712, 1064, 1424]
     assert [stage.samples for stage in plan.stages] == [2858, 5716, 8574, 11435]
-    assert [round(stage.tau, 2) for stage in plan.stages] == [1.0, 1.33, 1.67, 2.0]
-    assert [stage.alpha for stage in plan.stages] == pytest.approx([0.3, 0.2, 0.1, 0.0])
+    assert [round(stage.temperature, 2) for stage in plan.stages] == [1.0, 1.33, 1.67, 2.0]
+    assert [stage.sft_ratio for stage in plan.stages] == pytest.approx([0.3, 0.2, 0.1, 0.0])
     assert [stage.index for stage in plan.stages] == [0, 1, 2, 3]
     assert plan.total_steps == 352 + 712 + 1064 + 1424
     for stage in plan.stages:
@@ -36,30 +36,30 @@ def test_eight_epochs_a_stage_cost_twenty_of_the_whole() -> None:
 
 @given(
     total=st.integers(1, 3000),
-    subsets=st.integers(1, 12),
+    num_subsets=st.integers(1, 12),
     batch=st.integers(1, 70),
     epochs=st.integers(1, 9),
     scheduler=st.sampled_from(["baby_step", "one_pass"]),
-    tail=st.sampled_from(["drop", "pad"]),
+    drop_last=st.booleans(),
 )
 def test_stages_cover_the_order(
-    total: int, subsets: int, batch: int, epochs: int, scheduler: str, tail: str
+    total: int, subsets: int, batch: int, epochs: int, scheduler: str, drop_last: str
 ) -> None:
-    assume(subsets <= total and (tail == "pad" or total // subsets >= batch))
+    assume(subsets <= total and (not drop_last or total // subsets >= batch))
     order = list(range(100, 100 + total))
     plan = build_plan(
         order,
-        subsets=subsets,
+        num_subsets=subsets,
         epochs_per_stage=epochs,
         batch_size=batch,
         scheduler=scheduler,
-        tail=tail,
+        drop_last=drop_last,
     )
-    assert (len(plan.stages), plan.batch_size, plan.scheduler, plan.tail) == (
+    assert (len(plan.stages), plan.batch_size, plan.scheduler, plan.drop_last) == (
         subsets,
         batch,
         scheduler,
-        tail,
+        drop_last,
     )
     if scheduler == "baby_step":
         for i, stage in enumerate(plan.stages):
@@ -72,9 +72,7 @@ def test_stages_cover_the_order(
         assert all(stage.samples == total // subsets for stage in plan.stages[:-1])
     for stage in plan.stages:
         per_epoch = (
-            math.floor(stage.samples / batch)
-            if tail == "drop"
-            else math.ceil(stage.samples / batch)
+            math.floor(stage.samples / batch) if drop_last else math.ceil(stage.samples / batch)
         )
         assert (stage.steps_per_epoch, stage.steps, stage.epochs) == (
             per_epoch,
@@ -87,20 +85,22 @@ def test_stages_cover_the_order(
 @pytest.mark.parametrize("epochs", [4, (5, 1, 2)])
 def test_visits_are_those_of_the_plan(scheduler: str, epochs: int | tuple[int, ...]) -> None:
     plan = build_plan(
-        range(300), subsets=3, epochs_per_stage=epochs, batch_size=10, scheduler=scheduler
+        range(300), num_subsets=3, epochs_per_stage=epochs, batch_size=10, scheduler=scheduler
     )
     assert visits(3, epochs, scheduler) == plan.total_steps * 10 / 300
     assert [stage.epochs for stage in plan.stages] == ([4, 4, 4] if epochs == 4 else [5, 1, 2])
 
 
 def test_a_single_subset_is_the_whole_with_the_first_values() -> None:
-    (stage,) = build_plan(range(128), subsets=1, tau=(1.5, 2.0), sft_ratio=(0.3, 0.0)).stages
-    assert (stage.samples, stage.tau, stage.alpha) == (128, 1.5, 0.3)
+    (stage,) = build_plan(
+        range(128), num_subsets=1, temperature=(1.5, 2.0), sft_ratio=(0.3, 0.0)
+    ).stages
+    assert (stage.samples, stage.temperature, stage.sft_ratio) == (128, 1.5, 0.3)
 
 
 def test_stage_ids_of_an_array_are_views() -> None:
     order = np.arange(1000)
-    stage = build_plan(order, subsets=2).stages[0]
+    stage = build_plan(order, num_subsets=2).stages[0]
     assert np.shares_memory(stage.sample_ids, order)
 
 
@@ -112,25 +112,25 @@ def test_plans_are_compared_and_shown_without_their_orders() -> None:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"subsets": 101}, "plan.subsets=101"),
-        ({"subsets": 0}, "plan.subsets=0"),
-        ({"subsets": 4, "batch_size": 30}, "stage 0 has 25 samples"),
-        ({"epochs_per_stage": 0}, "plan.epochs_per_stage=0"),
-        ({"subsets": 2, "epochs_per_stage": (1, 0)}, "plan.epochs_per_stage=0"),
+        ({"num_subsets": 101}, "curriculum.num_subsets=101"),
+        ({"num_subsets": 0}, "curriculum.num_subsets=0"),
+        ({"num_subsets": 4, "batch_size": 30}, "stage 0 has 25 samples"),
+        ({"epochs_per_stage": 0}, "curriculum.epochs_per_stage=0"),
+        ({"num_subsets": 2, "epochs_per_stage": (1, 0)}, "curriculum.epochs_per_stage=0"),
         (
-            {"subsets": 2, "epochs_per_stage": (1, 2, 3)},
-            "plan.epochs_per_stage=[1, 2, 3] for plan.subsets=2",
+            {"num_subsets": 2, "epochs_per_stage": (1, 2, 3)},
+            "curriculum.epochs_per_stage=[1, 2, 3] for curriculum.num_subsets=2",
         ),
         ({"batch_size": 0}, "train.batch_size=0"),
-        ({"tau": (0.0, 2.0)}, "plan.tau"),
-        ({"tau": (1.0, -2.0)}, "plan.tau"),
-        ({"tau": (1.0, math.nan)}, "plan.tau"),
-        ({"tau": (1.0, math.inf)}, "plan.tau"),
-        ({"sft_ratio": (1.1, 0.0)}, "plan.sft_ratio"),
-        ({"sft_ratio": (0.3, -0.1)}, "plan.sft_ratio"),
-        ({"sft_ratio": (0.3, math.nan)}, "plan.sft_ratio"),
-        ({"scheduler": "all"}, "plan.scheduler='all'"),
-        ({"tail": "keep"}, "plan.tail='keep'"),
+        ({"temperature": (0.0, 2.0)}, "curriculum.temperature"),
+        ({"temperature": (1.0, -2.0)}, "curriculum.temperature"),
+        ({"temperature": (1.0, math.nan)}, "curriculum.temperature"),
+        ({"temperature": (1.0, math.inf)}, "curriculum.temperature"),
+        ({"sft_ratio": (1.1, 0.0)}, "curriculum.sft_ratio"),
+        ({"sft_ratio": (0.3, -0.1)}, "curriculum.sft_ratio"),
+        ({"sft_ratio": (0.3, math.nan)}, "curriculum.sft_ratio"),
+        ({"scheduler": "all"}, "curriculum.scheduler='all'"),
+        ({"tail": "keep"}, "curriculum.drop_last='keep'"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(changes: dict, names: str) -> None:
@@ -141,26 +141,30 @@ def test_what_does_not_fit_is_one_sentence(changes: dict, names: str) -> None:
 
 def test_a_share_may_be_all_or_none() -> None:
     assert [
-        stage.alpha
-        for stage in build_plan(range(100), subsets=2, batch_size=10, sft_ratio=(1.0, 0.0)).stages
+        stage.sft_ratio
+        for stage in build_plan(
+            range(100), num_subsets=2, batch_size=10, sft_ratio=(1.0, 0.0)
+        ).stages
     ] == [1.0, 0.0]
 
 
 def test_no_samples_at_all() -> None:
     with pytest.raises(RecipeError, match="0 samples"):
-        build_plan([], subsets=1)
+        build_plan([], num_subsets=1)
 
 
 def test_a_small_stage_may_be_padded() -> None:
     assert [
         stage.steps
-        for stage in build_plan(range(100), batch_size=30, tail="pad", epochs_per_stage=2).stages
+        for stage in build_plan(
+            range(100), batch_size=30, drop_last=False, epochs_per_stage=2
+        ).stages
     ] == [2, 4, 6, 8]
 
 
 def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
     order = [f"sample-{i}" for i in range(300)]
-    plan = build_plan(order, batch_size=16, scheduler="one_pass", tail="pad")
+    plan = build_plan(order, batch_size=16, scheduler="one_pass", drop_last=False)
     text = json.dumps(plan.to_json())
     assert "sample-" not in text and json.loads(text)["samples"] == 300
     assert json.loads(text)["total_steps"] == plan.total_steps
@@ -174,14 +178,19 @@ def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
     total=st.integers(1, 400),
     steps=st.integers(1, 200),
     batch=st.integers(1, 40),
-    tail=st.sampled_from(["drop", "pad"]),
+    drop_last=st.booleans(),
 )
 def test_single_stage_takes_as_many_steps_as_told(
-    total: int, steps: int, batch: int, tail: str
+    total: int, steps: int, batch: int, drop_last: str
 ) -> None:
-    assume(tail == "pad" or total >= batch)
+    assume(not drop_last or total >= batch)
     plan = single_stage_plan(
-        range(total), steps=steps, batch_size=batch, tau=1.0, alpha=0.3, tail=tail
+        range(total),
+        steps=steps,
+        batch_size=batch,
+        temperature=1.0,
+        sft_ratio=0.3,
+        drop_last=drop_last,
     )
     (stage,) = plan.stages
     assert (
@@ -189,8 +198,8 @@ def test_single_stage_takes_as_many_steps_as_told(
         and stage.samples == total
         and stage.sample_ids == range(total)
     )
-    assert plan == Plan([stage], batch, "baby_step", tail)
-    assert (stage.index, stage.start, stage.tau, stage.alpha) == (0, 0, 1.0, 0.3)
+    assert plan == Plan([stage], batch, "baby_step", drop_last)
+    assert (stage.index, stage.start, stage.temperature, stage.sft_ratio) == (0, 0, 1.0, 0.3)
     assert (
         (stage.epochs - 1) * stage.steps_per_epoch < steps <= stage.epochs * stage.steps_per_epoch
     )
@@ -201,12 +210,13 @@ def test_single_stage_takes_as_many_steps_as_told(
     [
         ({"steps": 0}, "0 steps"),
         ({"batch_size": 11}, "train.batch_size=11"),
-        ({"tau": 0.0}, "tau"),
-        ({"alpha": 2.0}, "sft_ratio"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"sft_ratio": 2.0}, "sft_ratio"),
     ],
 )
 def test_single_stage_refuses(changes: dict, names: str) -> None:
     with pytest.raises(RecipeError, match=names):
         single_stage_plan(
-            range(10), **{"steps": 3, "batch_size": 5, "tau": 1.0, "alpha": 0.3, **changes}
+            range(10),
+            **{"steps": 3, "batch_size": 5, "temperature": 1.0, "sft_ratio": 0.3, **changes},
         )

@@ -22,18 +22,18 @@ MASK = (1 << 64) - 1
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    subsets, batch, tail = (
+    subsets, batch, drop_last = (
         draw(st.integers(1, 4)),
         draw(st.integers(1, 12)),
-        draw(st.sampled_from(["drop", "pad"])),
+        draw(st.booleans()),
     )
-    total = draw(st.integers(subsets * (batch if tail == "drop" else 1), 120))
+    total = draw(st.integers(subsets * (batch if drop_last else 1), 120))
     return build_plan(
         np.arange(total),
-        subsets=subsets,
+        num_subsets=subsets,
         epochs_per_stage=draw(st.integers(1, 3)),
         batch_size=batch,
-        tail=tail,
+        drop_last=drop_last,
         scheduler=draw(st.sampled_from(["baby_step", "one_pass"])),
     )
 
@@ -107,7 +107,7 @@ def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None
                 step += 1
             inside = set(range(stage.start, stage.stop))
             assert set(visited) <= inside
-            if plan.tail == "drop":  # at most once, and fewer than a batch is missing
+            if plan.drop_last:  # at most once, and fewer than a batch is missing
                 assert len(set(visited)) == len(visited) > stage.samples - plan.batch_size
             else:  # all at least once; the fill spreads evenly
                 counts = Counter(visited)
@@ -133,7 +133,7 @@ def test_resumed_anywhere_equals_uninterrupted(plan: Plan, seed: int, data: st.D
 
 
 def test_positions_of_steps() -> None:
-    plan = build_plan(np.arange(40), subsets=2, epochs_per_stage=2, batch_size=10)
+    plan = build_plan(np.arange(40), num_subsets=2, epochs_per_stage=2, batch_size=10)
     sampler = Sampler(plan, 0)
     found = [(p.stage, p.epoch, p.step_in_stage) for p in map(sampler.at, range(plan.total_steps))]
     assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [
@@ -153,7 +153,7 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return permutation(size, seed=seed, stage=stage, epoch=epoch)
 
     monkeypatch.setattr(sampler_module, "permutation", counted)
-    plan = build_plan(np.arange(40), subsets=2, epochs_per_stage=2, batch_size=5)
+    plan = build_plan(np.arange(40), num_subsets=2, epochs_per_stage=2, batch_size=5)
     sampler = Sampler(plan, 0)
     for step in range(plan.total_steps):
         sampler.batch(step)
@@ -161,7 +161,7 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_single_stage_is_cut_within_its_last_epoch() -> None:
-    plan = single_stage_plan(np.arange(30), steps=5, batch_size=10, tau=1, alpha=0)
+    plan = single_stage_plan(np.arange(30), steps=5, batch_size=10, temperature=1, sft_ratio=0)
     sampler = Sampler(plan, 7)
     visits = Counter(int(i) for step in range(5) for i in sampler.batch(step))
     assert set(visits.values()) == {1, 2} and sum(visits.values()) == 50
@@ -170,7 +170,7 @@ def test_a_single_stage_is_cut_within_its_last_epoch() -> None:
 def test_the_order_may_lie_on_disk(tmp_path: Path) -> None:
     np.save(tmp_path / "order.npy", np.arange(100)[::-1])
     order = np.load(tmp_path / "order.npy", mmap_mode="r")
-    sampler = Sampler(build_plan(order, subsets=2, batch_size=8), 1)
+    sampler = Sampler(build_plan(order, num_subsets=2, batch_size=8), 1)
     assert set(order[sampler.batch(0)].tolist()) <= set(
         range(50, 100)
     )  # the first half of the order
@@ -204,7 +204,7 @@ def test_a_window_moves_samples_only_within_itself(
 
 
 def test_batches_of_a_window_come_in_another_order_each_time() -> None:
-    plan = single_stage_plan(np.arange(64), steps=80, batch_size=8, tau=1.0, alpha=0.0)
+    plan = single_stage_plan(np.arange(64), steps=80, batch_size=8, temperature=1.0, sft_ratio=0.0)
     sampler = Sampler(plan, 0, lengths=np.arange(64), window=8)
     firsts = {int(sampler.batch(epoch * 8).min()) // 8 for epoch in range(10)}
     assert len(firsts) > 3
@@ -212,7 +212,7 @@ def test_batches_of_a_window_come_in_another_order_each_time() -> None:
 
 def test_a_window_of_one_is_none() -> None:
     plan, lengths = (
-        single_stage_plan(np.arange(64), steps=16, batch_size=8, tau=1.0, alpha=0.0),
+        single_stage_plan(np.arange(64), steps=16, batch_size=8, temperature=1.0, sft_ratio=0.0),
         np.arange(64),
     )
     plain = [Sampler(plan, 5).batch(step).tolist() for step in range(16)]
@@ -221,7 +221,7 @@ def test_a_window_of_one_is_none() -> None:
 
 def test_batches_of_a_window_never_change() -> None:
     """As permutations: the order of a window's batches is part of the format."""
-    plan = single_stage_plan(np.arange(12), steps=12, batch_size=2, tau=1.0, alpha=0.0)
+    plan = single_stage_plan(np.arange(12), steps=12, batch_size=2, temperature=1.0, sft_ratio=0.0)
     sampler = Sampler(plan, 3, lengths=np.arange(12), window=4)
     assert [sampler.batch(step).tolist() for step in range(12)] == [
         [1, 2],
@@ -242,7 +242,9 @@ def test_batches_of_a_window_never_change() -> None:
 def test_a_window_needs_lengths() -> None:
     with pytest.raises(ValueError, match="needs the lengths"):
         Sampler(
-            single_stage_plan(np.arange(8), steps=1, batch_size=8, tau=1.0, alpha=0.0), 0, window=2
+            single_stage_plan(np.arange(8), steps=1, batch_size=8, temperature=1.0, sft_ratio=0.0),
+            0,
+            window=2,
         )
 
 

@@ -24,12 +24,12 @@ def test_one_stage_takes_the_first_value() -> None:
 
 
 def test_learning_rate_is_torchs_cosine() -> None:
-    """The release steps CosineAnnealingLR(T_max=total, eta_min=lr_end) after each optimizer step."""
-    total, lr, lr_end = 37, 1e-4, 1e-7
+    """The release steps CosineAnnealingLR(T_max=total, eta_min=min_lr) after each optimizer step."""
+    total, lr, min_lr = 37, 1e-4, 1e-7
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=lr_end)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=min_lr)
     for step in range(total + 1):
-        assert learning_rate(step, total, lr=lr, lr_end=lr_end) == pytest.approx(
+        assert learning_rate(step, total, lr=lr, min_lr=min_lr) == pytest.approx(
             schedule.get_last_lr()[0], rel=1e-9
         )
         optimizer.step()
@@ -39,7 +39,7 @@ def test_learning_rate_is_torchs_cosine() -> None:
 @given(st.integers(1, 200), st.integers(0, 60))
 def test_learning_rate_rises_then_falls_between_its_bounds(total: int, warmup: int) -> None:
     rates = [
-        learning_rate(step, total, lr=1e-3, lr_end=1e-6, warmup=warmup) for step in range(total)
+        learning_rate(step, total, lr=1e-3, min_lr=1e-6, warmup=warmup) for step in range(total)
     ]
     assert all(0 < rate <= 1e-3 for rate in rates)
     top = min(warmup, total)
@@ -53,16 +53,16 @@ def test_learning_rate_by_hand() -> None:
     """Three steps of warm-up on the line to lr, then the cosine as if training began there; beyond
     the end it stays.
     """
-    rates = [learning_rate(step, 11, lr=1.0, lr_end=0.2, warmup=3) for step in range(15)]
+    rates = [learning_rate(step, 11, lr=1.0, min_lr=0.2, warmup=3) for step in range(15)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[3:12] == pytest.approx(
-        [learning_rate(step, 8, lr=1.0, lr_end=0.2) for step in range(9)]
+        [learning_rate(step, 8, lr=1.0, min_lr=0.2) for step in range(9)]
     )
     assert rates[7] == pytest.approx(0.6) and rates[11:] == pytest.approx([0.2] * 4)
 
 
 def test_a_warmup_may_leave_one_step_or_none() -> None:
     assert [
-        learning_rate(step, 6, lr=1.0, lr_end=0.2, warmup=5) for step in (5, 6)
+        learning_rate(step, 6, lr=1.0, min_lr=0.2, warmup=5) for step in (5, 6)
     ] == pytest.approx([1.0, 0.2])
-    assert learning_rate(5, 5, lr=1.0, lr_end=0.2, warmup=5) == 1.0
+    assert learning_rate(5, 5, lr=1.0, min_lr=0.2, warmup=5) == 1.0

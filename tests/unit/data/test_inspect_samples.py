@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> RunDirectory:
             for i in range(count)
         ]
         (run.data / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_manifest(run.data, "data", "d")
+    write_manifest(run.data, "preprocess", "d")
     run.ranking.mkdir()
     order = np.arange(12)[::-1]
     np.save(run.ranking / "order.npy", order)
@@ -84,7 +84,7 @@ def test_what_is_not_there(run: RunDirectory, tmp_path: Path) -> None:
         show_samples(run, split="test")
     with pytest.raises(RecipeError, match="at least one"):
         show_samples(run, count=0)
-    with pytest.raises(ArtifactError, match="pocl data"):
+    with pytest.raises(ArtifactError, match="pocl preprocess"):
         show_samples(RunDirectory(tmp_path / "none"))
     (run.plan / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="pocl plan"):

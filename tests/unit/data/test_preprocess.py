@@ -59,7 +59,7 @@ def test_splits_are_whole_disjoint_and_of_the_asked_size(tmp_path: Path) -> None
 
 def test_the_order_of_the_file_decides_nothing(tmp_path: Path) -> None:
     rows = records(400)
-    limits = {"train_samples": 100, "validation_samples": 10, "test_samples": 5}
+    limits = {"max_train_samples": 100, "validation_samples": 10, "test_samples": 5}
     there = prepare(tmp_path / "a", write(tmp_path / "a.jsonl", rows), **limits)
     random.Random(0).shuffle(rows)
     back = prepare(tmp_path / "b", write(tmp_path / "b.jsonl", rows), **limits)
@@ -203,7 +203,7 @@ def test_what_is_asked_in_other_words_is_told(
 def test_the_limit_takes_a_cross_section_of_a_split(tmp_path: Path) -> None:
     """A limited split is not the edge of the split: its samples hash all over."""
     splits = prepare(
-        tmp_path / "run", write(tmp_path / "all.jsonl", records(2000)), train_samples=100
+        tmp_path / "run", write(tmp_path / "all.jsonl", records(2000)), max_train_samples=100
     )
     places = sorted(int(sample.prompt_key[:8], 16) / 2**32 for sample in splits["train"])
     assert places[0] < 0.2 and places[-1] > 0.9
@@ -216,7 +216,11 @@ def test_the_manifest_says_what_there_is(tmp_path: Path, caplog: pytest.LogCaptu
         prepare(tmp_path / "run", source, validation_fraction=0.0, test_fraction=0.0)
     folder = tmp_path / "run" / "data"
     manifest = read_manifest(folder)
-    assert manifest is not None and manifest.stage == "data" and not damaged_files(folder, manifest)
+    assert (
+        manifest is not None
+        and manifest.stage == "preprocess"
+        and not damaged_files(folder, manifest)
+    )
     info = manifest.info
     assert info["splits"]["train"]["samples"] == 61 and info["splits"]["train"]["truncated"] == 1
     assert info["splits"]["train"]["tokens"] == int(
@@ -269,7 +273,7 @@ def test_records_that_say_nothing_are_an_error_or_left_out(
     source = write(tmp_path / "part.jsonl", rows)
     with pytest.raises(
         DataError,
-        match="line 1: there is no field 'output' .*; data.invalid=skip leaves out every such",
+        match="line 1: there is no field 'output' .*; data.on_invalid=skip leaves out every such",
     ):
         prepare(tmp_path / "error", source)
     assert prepare(tmp_path / "skip", source, invalid="skip") == whole

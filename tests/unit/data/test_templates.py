@@ -108,9 +108,9 @@ def test_variables_of_a_chat_template() -> None:
     options = {"enable_thinking": False, "date_string": "1 Jan"}
     assert load_template("chat", tokenizer, options).text(PLAIN) == "quick 1 Jan"
     with pytest.raises(
-        ValidationError, match="template_options are for template=chat, and this is alpaca"
+        ValidationError, match="chat_template_kwargs are for template=chat, and this is alpaca"
     ):
-        PromptConfig(template_options=options)
+        PromptConfig(chat_template_kwargs=options)
 
 
 def test_a_chat_template_that_refuses_a_sample_is_one_sentence() -> None:

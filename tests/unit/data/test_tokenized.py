@@ -188,7 +188,7 @@ def test_a_missing_id_is_named(tmp_path: Path) -> None:
 def test_a_missing_file_is_named(tmp_path: Path, part: str) -> None:
     encode_split(iter(make(3)), encoder(), tmp_path, "train")
     (tmp_path / f"train.{part}").unlink()
-    with pytest.raises(ArtifactError, match=f"train.{part} is missing: run `pocl data`"):
+    with pytest.raises(ArtifactError, match=f"train.{part} is missing: run `pocl preprocess`"):
         EncodedSplit.open(tmp_path, "train")
 
 

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.config import RankConfig
+from pocl_ds.config import RankingConfig
 from pocl_ds.config import registry as recipe_names
 from pocl_ds.difficulty import rank as ranks
 from pocl_ds.difficulty.rank import DEGENERATE, STRATEGIES, fuse, hash_ids, rank, tied_share
@@ -192,11 +192,11 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (
             {"strategy": "luck", "metrics": {"words": [1.0]}},
-            "rank.strategy='luck': take one of fusion, .*random, words",
+            "ranking.strategy='luck': take one of fusion, .*random, words",
         ),
-        ({"k": 0}, "rank.k=0"),
-        ({"k": -60}, "rank.k=-60"),
-        ({"k": math.nan}, "rank.k=nan"),
+        ({"k": 0}, "ranking.k=0"),
+        ({"k": -60}, "ranking.k=-60"),
+        ({"k": math.nan}, "ranking.k=nan"),
     ],
 )
 def test_bad_options_are_one_sentence(options: dict[str, Any], names: str) -> None:
@@ -255,7 +255,7 @@ def run(tmp_path: Path, rows: list[Row]) -> RunDirectory:
 
 
 def _rank(run: RunDirectory, fingerprint: str = "f", **config: Any) -> Any:
-    return rank(run, RankConfig(**config), seed=4, fingerprint=fingerprint)
+    return rank(run, RankingConfig(**config), seed=4, fingerprint=fingerprint)
 
 
 @pytest.mark.parametrize(("shards", "lines"), [(1, 1), (1, 7), (4, 100_000)])

@@ -84,7 +84,7 @@ def make_run(
 
 
 def config(shards: int = 1, **fields: Any) -> ScoreConfig:
-    generation = GenerationConfig(backend="transformers", max_sequences=4)
+    generation = GenerationConfig(backend="transformers", max_num_seqs=4)
     return ScoreConfig(
         **{"generation": generation, "max_new_tokens": 12, "shards": shards, **fields}
     )

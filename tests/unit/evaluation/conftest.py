@@ -24,8 +24,8 @@ teacher: {model: /home/somebody/secret/teacher}
 prompt: {template: alpaca, max_prompt_tokens: 300}
 loss: {name: fkl}
 policy: {name: "off"}
-rank: {strategy: fusion, reverse: false}
-train: {lr: 0.001, lr_end: 0.0, schedule: per_stage}
+ranking: {strategy: fusion, reverse: false}
+train: {lr: 0.001, min_lr: 0.0, lr_restart: per_stage}
 data: {source: /home/somebody/secret/data.jsonl}
 """
 
@@ -59,15 +59,15 @@ def run(tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> RunDirecto
         "index": 0,
         "start": 0,
         "stop": 40,
-        "tau": 1.0,
-        "alpha": 0.3,
+        "temperature": 1.0,
+        "sft_ratio": 0.3,
         "epochs": 1,
         "steps_per_epoch": 5,
         "steps": 5,
     }
     write_json(
         run.plan / "plan.json",
-        {"batch_size": 8, "scheduler": "baby_step", "tail": "drop", "stages": [stage]},
+        {"batch_size": 8, "scheduler": "baby_step", "drop_last": True, "stages": [stage]},
     )
     write_manifest(run.plan, "plan", "p" * 64)
     train_to(run, tiny_llama_untied)
@@ -93,7 +93,7 @@ def configured() -> Callable[..., EvaluateConfig]:
             "generation": GenerationConfig(backend="transformers"),
             "seeds": (10, 20),
             "max_new_tokens": 8,
-            "samples": 6,
+            "max_samples": 6,
         }
         return EvaluateConfig(**(settings | changes))
 

@@ -48,8 +48,8 @@ def test_the_real_files_by_name(
 ) -> None:
     config = configured(
         benchmarks=["dolly", "self_inst", "vicuna", "sni"],
-        benchmark_folder=str(shared_data),
-        samples=None,
+        benchmark_dir=str(shared_data),
+        max_samples=None,
     )
     found = {name: questions(run, config, name) for name in config.benchmarks}
     assert {name: len(samples) for name, samples in found.items()} == {
@@ -69,10 +69,10 @@ def test_the_real_files_by_name(
 def test_short_answers_are_not_taken_for_unni(
     run: RunDirectory, configured: Configured, shared_data: Path
 ) -> None:
-    config = configured(benchmarks=["unni"], benchmark_folder=str(shared_data))
+    config = configured(benchmarks=["unni"], benchmark_dir=str(shared_data))
     with pytest.raises(
         DataError,
-        match=r"'unni' is not in evaluate.benchmark_folder .*looked for unni.jsonl.*my\.jsonl",
+        match=r"'unni' is not in evaluate.benchmark_dir .*looked for unni.jsonl.*my\.jsonl",
     ):
         questions(run, config, "unni")
 
@@ -87,7 +87,7 @@ def test_a_smaller_file_is_said(
     with caplog.at_level(logging.WARNING, "pocl_ds"):
         found = questions(
             run,
-            configured(benchmarks=["unni"], benchmark_folder=str(tmp_path), samples=None),
+            configured(benchmarks=["unni"], benchmark_dir=str(tmp_path), max_samples=None),
             "unni",
         )
     assert len(found) == 7 and "holds 7 items, the published one 10000" in caplog.text
@@ -104,7 +104,7 @@ def test_a_longer_file_than_the_published_one_is_said(
     )
     found = questions(
         run,
-        configured(benchmarks=["vicuna"], benchmark_folder=str(tmp_path), samples=None),
+        configured(benchmarks=["vicuna"], benchmark_dir=str(tmp_path), max_samples=None),
         "vicuna",
     )
     assert len(found) == 80 and "holds more items, the published one 80" in caplog.text
@@ -137,7 +137,7 @@ def test_the_hub_is_asked_for_the_file(
 def test_without_a_network_one_sentence(run: RunDirectory, configured: Configured) -> None:
     with pytest.raises(
         DataError,
-        match=r"benchmark 'vicuna' .* cannot be had from the Hub .*evaluate.benchmark_folder",
+        match=r"benchmark 'vicuna' .* cannot be had from the Hub .*evaluate.benchmark_dir",
     ):
         questions(run, configured(benchmarks=["vicuna"]), "vicuna")
 
@@ -188,10 +188,10 @@ def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
 
     with pytest.raises(ValidationError) as caught:
         EvaluateConfig.model_validate(
-            {"judge": {"base_url": "http://h/v1", "model": "m", "key_env": "sk-secret-1"}}
+            {"judge": {"base_url": "http://h/v1", "model": "m", "api_key_env": "sk-secret-1"}}
         )
     said = first_fault(caught.value, "recipe field", EvaluateConfig)
-    assert "key_env is not the name" in said and "secret" not in said
+    assert "api_key_env is not the name" in said and "secret" not in said
 
 
 @pytest.mark.parametrize(

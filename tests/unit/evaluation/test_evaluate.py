@@ -81,7 +81,7 @@ def test_a_benchmark_file_is_read_like_training_data(
     path = tmp_path / "bench.jsonl"
     items = [{"instruction": f"Ask {i}.", "input": "", "output": ["a", f"b {i}"]} for i in range(9)]
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    config = configured(benchmarks={"mine": str(path)}, seeds=(10,), samples=4)
+    config = configured(benchmarks={"mine": str(path)}, seeds=(10,), max_samples=4)
     answer(run, config, prompt, "initial")
     found = records(run.evaluation / "initial" / "mine-seed10.jsonl")
     assert len(found) == 4 and all(len(record["references"]) == 2 for record in found)
@@ -119,7 +119,7 @@ def test_held_out_equals_float64_over_full_logits(
 ) -> None:
     paths = {name: evaluate.model_path(run, name) for name in ("teacher", "initial", "student")}
     size = len(EncodedSplit.open(run.data, "test"))
-    evaluate.held_out(run, configured(samples=None), prompt, paths)
+    evaluate.held_out(run, configured(max_samples=None), prompt, paths)
     found = read_json(run.evaluation / "held_out.json")
     found = found.get("models", found)
     # The teacher's 8 rows beyond the tokenizer take no part: both sides are cut to the rows that
@@ -160,7 +160,7 @@ def test_references_of_a_benchmark_are_measured_as_the_test_split_is(
         "test": "test",
         **{name: str(tmp_path / f"{name}.jsonl") for name in ("same", "twice")},
     }
-    config = configured(samples=None, benchmarks=sources, seeds=(10,), max_new_tokens=2)
+    config = configured(max_samples=None, benchmarks=sources, seeds=(10,), max_new_tokens=2)
     names = ["teacher", "initial"]
     evaluate.held_out(run, config, prompt, {name: evaluate.model_path(run, name) for name in names})
     found = read_json(run.evaluation / "held_out.json")
@@ -233,7 +233,7 @@ def test_without_a_teacher_there_is_a_loss_and_no_divergence(
     run: RunDirectory, configured: Configured, prompt: PromptConfig
 ) -> None:
     evaluate.held_out(
-        run, configured(samples=None), prompt, {"initial": evaluate.model_path(run, "initial")}
+        run, configured(max_samples=None), prompt, {"initial": evaluate.model_path(run, "initial")}
     )
     found = read_json(run.evaluation / "held_out.json")
     found = found.get("models", found)
@@ -331,7 +331,7 @@ def test_a_teacher_that_is_not_the_one_of_training_is_said(
         "model": "one",
         "quantization": "bnb_4bit",
         "ds_config": None,
-        "others": [{"model": "two"}],
+        "ensemble": [{"model": "two"}],
     }
     for paths in ({"teacher": "one"}, {"student": "mine"}):  # without the teacher there is no KL
         evaluate.held_out(
@@ -346,7 +346,7 @@ def test_a_teacher_that_is_not_the_one_of_training_is_said(
 @pytest.mark.parametrize(
     ("prompt", "config"),
     [
-        ({"template": "chat", "template_options": {"enable_thinking": False}}, {}),
+        ({"template": "chat", "chat_template_kwargs": {"enable_thinking": False}}, {}),
         ({"template": "chat"}, {"generation": {"backend": "transformers"}}),
         ({"template": "chat"}, {"generation": {"dtype": "bfloat16"}}),
     ],

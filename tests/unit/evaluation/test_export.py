@@ -128,7 +128,7 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
             [
                 "distilled from the teacher `T` by progressive",
                 "baby_step curriculum by `fusion` difficulty\n",
-                "tau",
+                "temperature",
             ],
             [],
         ),
@@ -139,13 +139,13 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
             ["POCL", "curriculum-learning"],
         ),
         (
-            ["rank.reverse=true"],
+            ["ranking.reverse=true"],
             2,
             ["by a curriculum.", "`fusion` difficulty, hardest first"],
             ["POCL"],
         ),
         (
-            ["policy.name=gkd", "plan.sft_ratio=[0, 0]"],
+            ["policy.name=gkd", "curriculum.sft_ratio=[0, 0]"],
             1,
             ["by plain KD, on responses by the policy `gkd`."],
             ["POCL"],
@@ -154,7 +154,7 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
             ["policy.name=seqkd", "loss.name=sft"],
             1,
             ["fine-tuning on what the teacher `T` wrote (policy `seqkd`)."],
-            ["tau"],
+            ["temperature"],
         ),
         (
             ["policy.name=mixture", "policy.shares={data: 0.5, teacher: 0.5}", "loss.name=sft"],
@@ -166,7 +166,7 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
             [],
         ),
         (
-            ["teacher.others=[{model: U, weight: 2}]"],
+            ["teacher.ensemble=[{model: U, weight: 2}]"],
             1,
             ["from the teachers `T` (weight 1) and `U` (weight 2) by plain KD."],
             [],
@@ -175,19 +175,27 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
             ["teacher=null", "loss.name=sft", "student.heal_steps=0"],
             1,
             ["by supervised fine-tuning; no teacher."],
-            ["knowledge-distillation", "tau"],
+            ["knowledge-distillation", "temperature"],
         ),
     ],
 )
 def test_the_card_names_the_method_that_made_the_model(
     overrides: list[str], stages: int, said: list[str], unsaid: list[str], run: RunDirectory
 ) -> None:
-    stage = {"index": 0, "start": 0, "stop": 40, "tau": 1.0, "alpha": 0.3, "epochs": 1, "steps": 5}
+    stage = {
+        "index": 0,
+        "start": 0,
+        "stop": 40,
+        "temperature": 1.0,
+        "sft_ratio": 0.3,
+        "epochs": 1,
+        "steps": 5,
+    }
     write_json(
         run.plan / "plan.json",
         {"batch_size": 8, "scheduler": "baby_step", "stages": [stage] * stages},
     )
-    words = ["teacher.model=T", "compare.enabled=false", *overrides]
+    words = ["teacher.model=T", "baseline.enabled=false", *overrides]
     card = model_card(run, dump_recipe(load_recipe("quickstart", words)), 1000).split("## Recipe")[
         0
     ]

@@ -149,13 +149,13 @@ def config(url: str, **judge_fields: Any) -> EvaluateConfig:
     settings = {
         "base_url": url,
         "model": "m",
-        "retries": 2,
-        "concurrency": 3,
+        "max_retries": 2,
+        "max_concurrency": 3,
         "timeout_seconds": 5.0,
         **judge_fields,
     }
     return EvaluateConfig(
-        benchmarks={"b": "b.jsonl"}, seeds=(10,), loss=False, judge=JudgeConfig(**settings)
+        benchmarks={"b": "b.jsonl"}, seeds=(10,), held_out_loss=False, judge=JudgeConfig(**settings)
     )
 
 
@@ -213,7 +213,7 @@ def test_each_item_is_scored_and_the_results_hold_it(
         else "Score: 4",
         {},
     )
-    asked = config(server.url, samples=None)
+    asked = config(server.url, max_samples=None)
     judge(answered, asked, ["initial", "student"])
     records = read_verdicts(judge_file(answered, "student", "b", 10))
     assert [record["id"] for record in records] == [f"q{i}" for i in range(12)]
@@ -257,7 +257,7 @@ def test_a_restart_asks_only_what_is_left(answered: RunDirectory, server: Server
         ResourceError,
         match=r"does not answer \(HTTP 503: busy\) after 3 tries: what is judged is kept",
     ):
-        judge(answered, config(server.url, samples=None, concurrency=1), ["student"])
+        judge(answered, config(server.url, max_samples=None, max_concurrency=1), ["student"])
     partial = answered.evaluation / "student" / "b-seed10.judge.jsonl.partial"
     assert (
         len(partial.read_text().splitlines()) == 5
@@ -267,7 +267,7 @@ def test_a_restart_asks_only_what_is_left(answered: RunDirectory, server: Server
         stream.write('{"stamp": "half')  # as a kill leaves it
     server.seen.clear()
     server.reply = lambda *_: (200, "Score: 6", {})
-    judge(answered, config(server.url, samples=None), ["student"])
+    judge(answered, config(server.url, max_samples=None), ["student"])
     assert len(server.seen) == 7 and not partial.exists()
     assert (
         sorted(r["score"] for r in read_verdicts(judge_file(answered, "student", "b", 10)))
@@ -279,7 +279,7 @@ def test_a_judge_that_is_away_takes_no_other_number_with_it(
     answered: RunDirectory, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.reply = lambda *_: (503, "busy", {})
-    recipe = load_recipe("quickstart", ["compare.enabled=false"])
+    recipe = load_recipe("quickstart", ["baseline.enabled=false"])
     recipe = recipe.model_copy(
         update={
             "evaluate": config(server.url).model_copy(update={"models": ("initial", "student")})
@@ -305,17 +305,17 @@ def test_a_judge_that_is_away_takes_no_other_number_with_it(
 def test_another_prompt_or_answer_is_judged_again(
     answered: RunDirectory, server: Server, tmp_path: Path
 ) -> None:
-    judge(answered, config(server.url, samples=4), ["student"])
+    judge(answered, config(server.url, max_samples=4), ["student"])
     assert len(server.seen) == 4
     own = tmp_path / "own.jinja"
     own.write_text("Rate {{ answer }} for {{ question }}")
-    judge(answered, config(server.url, samples=4, prompt=str(own)), ["student"])
+    judge(answered, config(server.url, max_samples=4, prompt_template=str(own)), ["student"])
     assert len(server.seen) == 8 and server.seen[-1]["messages"][0]["content"].startswith(
         "Rate student says"
     )
     own.write_text("Rate {{ answers }}")
     with pytest.raises(RecipeError, match=r"own\.jinja cannot be filled in"):
-        judge(answered, config(server.url, samples=4, prompt=str(own)), ["student"])
+        judge(answered, config(server.url, max_samples=4, prompt_template=str(own)), ["student"])
     with pytest.raises(RecipeError, match="is no template"):
         judge(answered, config(server.url, prompt=str(tmp_path / "none.jinja")), ["student"])
 
@@ -324,7 +324,7 @@ def test_pairs_are_asked_in_both_orders(answered: RunDirectory, server: Server) 
     """A judge that always takes the first answer says nothing: every pair is a tie. One that
     prefers a model is heard.
     """
-    asked = config(server.url, mode="pairwise", against="initial", samples=None)
+    asked = config(server.url, mode="pairwise", opponent="initial", max_samples=None)
     server.reply = lambda *_: (200, "Verdict: A", {})
     judge(answered, asked, ["initial", "student"])
     assert len(server.seen) == 24
@@ -346,7 +346,7 @@ def test_pairs_are_asked_in_both_orders(answered: RunDirectory, server: Server) 
     assert {
         record["score"] for record in read_verdicts(judge_file(answered, "student", "b", 10))
     } == {1.0}
-    with pytest.raises(RecipeError, match=r"against=initial is not evaluated"):
+    with pytest.raises(RecipeError, match=r"opponent=initial is not evaluated"):
         judge(answered, asked, ["student"])
 
 
@@ -365,7 +365,7 @@ def test_win_rates_over_other_opponents_are_not_compared(
         file = answers_file(run, theirs, "b", 10)
         file.write_text(file.read_text().replace("initial says", f"initial says {said}"))
         asked = config(
-            server.url, mode="pairwise", against=theirs, samples=None if name == "a" else 6
+            server.url, mode="pairwise", opponent=theirs, max_samples=None if name == "a" else 6
         )
         judge(run, asked, [theirs, "student"])
         write_json(
@@ -382,7 +382,7 @@ def test_a_busy_endpoint_is_asked_again(answered: RunDirectory, server: Server) 
     server.reply = lambda _, number: (
         (429, "slow down", {"Retry-After": "0"}) if number % 2 else (200, "Score: 5", {})
     )
-    judge(answered, config(server.url, samples=3, concurrency=1), ["student"])
+    judge(answered, config(server.url, max_samples=3, max_concurrency=1), ["student"])
     assert len(server.seen) == 6
 
 
@@ -390,7 +390,7 @@ def test_faults_of_an_endpoint_are_one_sentence_without_the_key(
     answered: RunDirectory, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    asked = config(server.url, key_env="JUDGE_KEY", samples=2)
+    asked = config(server.url, api_key_env="JUDGE_KEY", max_samples=2)
     elsewhere = Server()
     replies: list[tuple[Reply, str]] = [
         (lambda *_: (401, f"bad key {KEY}", {}), "HTTP 401: bad key ***"),
@@ -421,8 +421,10 @@ def test_another_address_is_the_same_judge(answered: RunDirectory, server: Serve
     """A server of one's own comes back on another node and port; more samples are asked beside
     those that were.
     """
-    judge(answered, config(server.url, samples=4), ["student"])
-    judge(answered, config(server.url.replace("127.0.0.1", "localhost"), samples=4), ["student"])
+    judge(answered, config(server.url, max_samples=4), ["student"])
+    judge(
+        answered, config(server.url.replace("127.0.0.1", "localhost"), max_samples=4), ["student"]
+    )
     assert len(server.seen) == 4
 
 
@@ -435,7 +437,7 @@ def test_a_question_that_is_refused_is_left_out(
     server.reply = lambda question, number: (
         (400, "filtered", {}) if "Question 3?" in question else (200, "Score: 5", {})
     )
-    judge(answered, config(server.url, concurrency=1), ["student"])
+    judge(answered, config(server.url, max_concurrency=1), ["student"])
     records = {
         record["id"]: record for record in read_verdicts(judge_file(answered, "student", "b", 10))
     }
@@ -444,13 +446,17 @@ def test_a_question_that_is_refused_is_left_out(
     assert "1 questions were refused and are left out" in caplog.text
     server.reply = lambda question, number: (400, "temperature is not supported", {})
     with pytest.raises(ResourceError, match="HTTP 400: temperature is not supported"):
-        judge(answered, config(server.url, concurrency=1), ["initial"])
+        judge(answered, config(server.url, max_concurrency=1), ["initial"])
     assert len(server.seen) < 12 + 12, "it is not asked the rest"
 
 
 def test_what_newer_models_are_asked(answered: RunDirectory, server: Server) -> None:
     asked = config(
-        server.url, temperature=None, limit_name="max_completion_tokens", max_tokens=99, samples=1
+        server.url,
+        temperature=None,
+        max_tokens_parameter="max_completion_tokens",
+        max_tokens=99,
+        max_samples=1,
     )
     server.reply = lambda question, number: (200, "<think>Score: 2?</think>Score: 6", {})
     judge(answered, asked, ["student"])
@@ -469,7 +475,7 @@ def test_a_verdict_that_was_cut_is_none(answered: RunDirectory, server: Server) 
         }
     )
     server.reply = lambda question, number: (200, cut, {"raw": "yes"})
-    judge(answered, config(server.url, samples=1), ["student"])
+    judge(answered, config(server.url, max_samples=1), ["student"])
     (record,) = read_verdicts(judge_file(answered, "student", "b", 10))
     assert record == {"id": record["id"], "score": None, "said": ["At first sight Score: 9, but"]}
 
@@ -487,7 +493,7 @@ def test_the_key_is_written_nowhere(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    asked = config(server.url, key_env="JUDGE_KEY")
+    asked = config(server.url, api_key_env="JUDGE_KEY")
     server.reply = lambda question, number: (
         200,
         f"you sent {KEY}? Score: 5" if number == 1 else "Score: 5",
@@ -585,7 +591,7 @@ def test_a_real_vllm_server_judges(
     monkeypatch.setenv("JUDGE_KEY", KEY)
     fields = {
         "model": "tiny",
-        "key_env": "JUDGE_KEY",
+        "api_key_env": "JUDGE_KEY",
         "max_tokens": 12,
         "samples": 6,
         "timeout_seconds": 60.0,
@@ -632,12 +638,12 @@ def test_a_refused_question_that_alone_is_left_ends_nothing(
 
     server.reply = reply
     with pytest.raises(ResourceError, match="HTTP 404"):
-        judge(answered, config(server.url, concurrency=1), ["student"])
+        judge(answered, config(server.url, max_concurrency=1), ["student"])
     server.reply = lambda question, number: (
         (400, "filtered", {}) if "Question 3?" in question else (200, "Score: 5", {})
     )
     for _ in range(2):
-        judge(answered, config(server.url, concurrency=1), ["student"])
+        judge(answered, config(server.url, max_concurrency=1), ["student"])
     records = read_verdicts(judge_file(answered, "student", "b", 10))
     assert [record["id"] for record in records if record["score"] is None] == ["q3"] and len(
         records

@@ -52,6 +52,7 @@ def test_a_missing_vllm_is_said_before_anything_is_loaded(monkeypatch: pytest.Mo
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
     room.check_backend("transformers", "x")
     with pytest.raises(
-        ResourceError, match=r"vllm is not installed.*choose the slower policy\.rollout=hf$"
+        ResourceError,
+        match=r"vllm is not installed.*choose the slower policy\.rollout_backend=transformers$",
     ):
-        room.check_backend("vllm", "policy.rollout=hf")
+        room.check_backend("vllm", "policy.rollout_backend=transformers")

@@ -65,7 +65,7 @@ def test_weights_that_have_no_room_are_one_sentence(
     rooms: dict[Path, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory, disk = rooms
-    sentence = f"neither {memory} nor {disk} has the 0.0 GB .* name a larger folder in TMPDIR, or set policy.rollout=hf"
+    sentence = f"neither {memory} nor {disk} has the 0.0 GB .* name a larger folder in TMPDIR, or set policy.rollout_backend=transformers"
 
     def full(*_: Any) -> None:
         raise SafetensorError(

@@ -37,7 +37,7 @@ def opened(folder: Path, *, max_length: int = 256, **fields: Any) -> tuple[Gener
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"])
 def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
-    generator, tokenizer = opened(folder, max_sequences=3)
+    generator, tokenizer = opened(folder, max_num_seqs=3)
     prompts = [tokenizer(text).input_ids for text in WORDS]
     model = load_model(str(folder))
     expected_text, expected_lp = [], []
@@ -62,7 +62,7 @@ def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest)
 
 
 def test_a_draw_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
-    generator, tokenizer = opened(tiny_llama, max_sequences=4)
+    generator, tokenizer = opened(tiny_llama, max_num_seqs=4)
     prompts = [tokenizer(text).input_ids for text in WORDS]
     together = generator.generate(prompts, Sampling(1.0, 0.9, 16, 5))
     alone = [
@@ -116,7 +116,7 @@ def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
 
 def test_batches_hold_each_index_once_within_the_limits() -> None:
     lengths = [5, 90, 7, 40, 41, 3, 60]
-    config = GenerationConfig(max_sequences=3, max_batched_tokens=100)
+    config = GenerationConfig(max_num_seqs=3, max_num_batched_tokens=100)
     batches = list(_batches(lengths, config))
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert all(
@@ -180,7 +180,7 @@ def test_no_prompt_is_written_beyond_the_models_positions(
     """
     folder = request.getfixturevalue(name)
     positions = load_model(str(folder)).config.max_position_embeddings
-    generator, tokenizer = opened(folder, max_length=positions, max_sequences=4)
+    generator, tokenizer = opened(folder, max_length=positions, max_num_seqs=4)
     generator.stops.clear()
     generator.stops.append(tokenizer.vocab_size - 1)
     lengths = [positions - 3, 5, positions - 1, positions - 3, positions, 7, positions - 8]

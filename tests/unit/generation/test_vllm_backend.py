@@ -39,7 +39,7 @@ from pocl_ds.models.load import load_tokenizer
 task = json.load(open(sys.argv[1]))
 tokenizer = load_tokenizer(task["model"])
 threads = torch.get_num_threads()
-generator = open_generator(task["model"], GenerationConfig(max_sequences=4), tokenizer, max_length=512, threads=1)
+generator = open_generator(task["model"], GenerationConfig(max_num_seqs=4), tokenizer, max_length=512, threads=1)
 prompts = task["prompts"]
 result = {
     "greedy": generator.generate(prompts, Sampling(*task["greedy"])),
@@ -218,7 +218,7 @@ def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> 
         ),
         (
             ValueError("No available memory for the cache blocks"),
-            "where memory is short lower max_sequences",
+            "where memory is short lower max_num_seqs",
             "compile",
         ),
     ],
@@ -320,7 +320,7 @@ def test_without_vllm_the_setting_that_does_without_is_named(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     with pytest.raises(
         ResourceError,
-        match=r"cannot be imported \(not there\).*or choose the slower policy\.rollout=hf$",
+        match=r"cannot be imported \(not there\).*or choose the slower policy\.rollout_backend=transformers$",
     ):
         ChildGenerator(str(tiny_llama), config, max_length=64, threads=1, device=None)
 
@@ -338,7 +338,11 @@ def test_a_family_that_the_cpu_engine_gets_wrong_is_refused(tmp_path: Path) -> N
         intermediate_size=64,
     )
     config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="gpt_neox.*set policy.rollout=hf"):
+    with pytest.raises(ModelError, match="gpt_neox.*set policy.rollout_backend=transformers"):
         open_generator(
-            str(tmp_path), GenerationConfig(), None, max_length=64, instead="policy.rollout=hf"
+            str(tmp_path),
+            GenerationConfig(),
+            None,
+            max_length=64,
+            instead="policy.rollout_backend=transformers",
         )

@@ -83,12 +83,12 @@ class Case:
         )
 
 
-def direct_uld(case: Case, tau: float, pairing: list[tuple[int, int]]) -> Tensor:
+def direct_uld(case: Case, temperature: float, pairing: list[tuple[int, int]]) -> Tensor:
     ours, theirs = case.logits()
     total = torch.zeros((), dtype=torch.float64)
     for mine, yours in pairing:
-        q = sorted((ours[mine] / tau).softmax(-1), key=lambda x: -float(x))
-        p = sorted((theirs[yours] / tau).softmax(-1), key=lambda x: -float(x))
+        q = sorted((ours[mine] / temperature).softmax(-1), key=lambda x: -float(x))
+        p = sorted((theirs[yours] / temperature).softmax(-1), key=lambda x: -float(x))
         zero = torch.zeros((), dtype=torch.float64)
         width = max(len(p), len(q))
         for a, b in zip(p + [zero] * (width - len(p)), q + [zero] * (width - len(q)), strict=True):
@@ -96,7 +96,7 @@ def direct_uld(case: Case, tau: float, pairing: list[tuple[int, int]]) -> Tensor
     return total
 
 
-def direct_alm(case: Case, tau: float) -> Tensor:
+def direct_alm(case: Case, temperature: float) -> Tensor:
     ours, theirs = (side.log_softmax(-1) for side in case.logits())
     total = torch.zeros((), dtype=torch.float64)
     for span in range(case.translated.spans):
@@ -109,30 +109,34 @@ def direct_alm(case: Case, tau: float) -> Tensor:
                 if THEIRS[token] == span
                 else p
             )
-        p, q = (p / tau).exp(), (q / tau).exp()
+        p, q = (p / temperature).exp(), (q / temperature).exp()
         total = total + p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     return total
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 2), (100, 100)])
-@pytest.mark.parametrize("tau", [1.0, 1.7])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("sft_ratio", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("name", ["uld", "uld by position", "alm"])
 def test_equals_the_direct_computation(
-    name: str, alpha: float, tau: float, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    sft_ratio: float,
+    temperature: float,
+    sizes: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     case, by_position = Case(), name.endswith("position")
     aligned = [(0, 0), (2, 1), (3, 4), (5, 5), (6, 7)]
     placed = [*((i, i) for i in range(6)), (6, 7), (7, 8)]
-    kd = tau**2 * (
-        direct_alm(case, tau)
+    kd = temperature**2 * (
+        direct_alm(case, temperature)
         if name == "alm"
-        else direct_uld(case, tau, placed if by_position else aligned)
+        else direct_uld(case, temperature, placed if by_position else aligned)
     )
     ce = torch.nn.functional.cross_entropy(case.logits()[0], case.labels, reduction="sum")
-    expected = alpha * ce + (1 - alpha) * kd
-    terms = LossTerms(name.split()[0], tau=tau, alpha=alpha)
+    expected = sft_ratio * ce + (1 - sft_ratio) * kd
+    terms = LossTerms(name.split()[0], temperature=temperature, sft_ratio=sft_ratio)
     found = case.found(terms, by_position=by_position)
     wanted, got = (torch.autograd.grad(3 * total, case.leaves) for total in (expected, found[0]))
     for ours, theirs in zip((*found, *got), (expected, kd, ce, *wanted), strict=True):
@@ -146,7 +150,10 @@ def test_equals_the_direct_computation(
 def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
     name: str, options: dict[str, Any], masked: bool
 ) -> None:
-    case, terms = Case(masked=masked), LossTerms(name, tau=1.7, alpha=0.3, options=options)
+    case, terms = (
+        Case(masked=masked),
+        LossTerms(name, temperature=1.7, sft_ratio=0.3, options=options),
+    )
     module = LossHead(
         case.student, Ids(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
     )
@@ -179,5 +186,5 @@ def test_a_teacher_without_tokens_adds_nothing() -> None:
     none = torch.full_like(OURS, -1), torch.full_like(THEIRS, -1)
     case.translated = Translated(case.translated.batch, *none, 0)
     for name in ("uld", "alm"):
-        total, kd, ce = case.found(LossTerms(name, alpha=0.25))
+        total, kd, ce = case.found(LossTerms(name, sft_ratio=0.25))
         assert kd == 0 and torch.isclose(total, 0.25 * ce)

@@ -77,7 +77,9 @@ def test_values_equal_the_formula(
     generator = np.random.default_rng(seed)
     z_p, z_q = generator.normal(0, spread, size), generator.normal(0, spread, size)
     expected = by_hand(name, softmax(z_p, tau), softmax(z_q, tau)) * tau**2
-    found = divergence(name, torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], tau=tau)
+    found = divergence(
+        name, torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], temperature=tau
+    )
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
@@ -85,9 +87,9 @@ def test_values_equal_the_formula(
 @pytest.mark.parametrize("name", [*NAMES, "sft"])
 def test_every_token_has_its_own_value(name: str) -> None:
     z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
-    alone = [divergence(name, z_p[i : i + 1], z_q[i : i + 1], tau=1.3) for i in range(6)]
+    alone = [divergence(name, z_p[i : i + 1], z_q[i : i + 1], temperature=1.3) for i in range(6)]
     assert torch.allclose(
-        divergence(name, z_p, z_q, tau=1.3), torch.cat(alone), rtol=1e-9, atol=1e-12
+        divergence(name, z_p, z_q, temperature=1.3), torch.cat(alone), rtol=1e-9, atol=1e-12
     )
 
 
@@ -105,9 +107,9 @@ def test_alpha_and_beta_may_have_any_sign(a: float, b: float) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_tau_is_one_unless_told_and_its_square_may_be_left_out(name: str) -> None:
     z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
-    assert torch.equal(divergence(name, z_p, z_q), divergence(name, z_p, z_q, tau=1.0))
-    bare = divergence(name, z_p, z_q, tau=1.7, tau_squared=False)
-    assert torch.allclose(1.7**2 * bare, divergence(name, z_p, z_q, tau=1.7))
+    assert torch.equal(divergence(name, z_p, z_q), divergence(name, z_p, z_q, temperature=1.0))
+    bare = divergence(name, z_p, z_q, temperature=1.7, scale_by_temperature_squared=False)
+    assert torch.allclose(1.7**2 * bare, divergence(name, z_p, z_q, temperature=1.7))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
         torch.randn(4, 7, dtype=torch.float64),
         torch.randn(4, 7, dtype=torch.float64, requires_grad=True),
     )
-    assert torch.autograd.gradcheck(lambda z: divergence(name, z_p, z, tau=1.3), (z_q,))
+    assert torch.autograd.gradcheck(lambda z: divergence(name, z_p, z, temperature=1.3), (z_q,))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -151,7 +153,7 @@ def test_huge_logits_and_a_large_vocabulary_stay_finite(name: str, kind: torch.d
     z_q = torch.zeros(2, 152_064, dtype=kind)
     z_p[:, 0], z_q[:, 1], z_p[0, 5] = 1e4, 1e4, -1e4
     z_q.requires_grad_()
-    value = divergence(name, z_p, z_q, tau=2.0)
+    value = divergence(name, z_p, z_q, temperature=2.0)
     value.sum().backward()
     assert value.dtype == torch.float32
     assert value.isfinite().all() and z_q.grad is not None and z_q.grad.isfinite().all()
@@ -163,7 +165,10 @@ def test_ids_masked_on_both_sides_add_exactly_nothing(name: str) -> None:
     wide_p, wide_q = (torch.cat([z, torch.full((5, 3), -math.inf)], 1) for z in (z_p, z_q))
     z_q.requires_grad_()
     wide_q.requires_grad_()
-    narrow, wide = divergence(name, z_p, z_q, tau=1.5), divergence(name, wide_p, wide_q, tau=1.5)
+    narrow, wide = (
+        divergence(name, z_p, z_q, temperature=1.5),
+        divergence(name, wide_p, wide_q, temperature=1.5),
+    )
     narrow.sum().backward()
     wide.sum().backward()
     assert torch.allclose(narrow, wide, rtol=1e-6, atol=1e-7)
@@ -222,4 +227,4 @@ def test_what_does_not_exist_is_named() -> None:
             ):
                 divergence(name, z, z, **{option: value})
     with pytest.raises(RecipeError, match="greater than 0"):
-        divergence("fkl", z, z, tau=0)
+        divergence("fkl", z, z, temperature=0)

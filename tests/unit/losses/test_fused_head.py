@@ -54,25 +54,30 @@ def plain(
         z_q, z_p = z_q.masked_fill(ids.masked, -torch.inf), z_p.masked_fill(ids.masked, -torch.inf)
     ce = torch.nn.functional.cross_entropy(z_q, labels, reduction="sum")
     kd = divergence(
-        terms.name, z_p, z_q, tau=terms.tau, tau_squared=terms.tau_squared, **terms.options
+        terms.name,
+        z_p,
+        z_q,
+        temperature=terms.temperature,
+        scale_by_temperature_squared=terms.scale_by_temperature_squared,
+        **terms.options,
     ).sum()
-    alpha = 1.0 if terms.name == "sft" else terms.alpha
-    return alpha * ce + (1 - alpha) * kd, kd, ce
+    sft_ratio = 1.0 if terms.name == "sft" else terms.sft_ratio
+    return sft_ratio * ce + (1 - sft_ratio) * kd, kd, ce
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
 @pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 2), (23, 4), (100, 100)])
-@pytest.mark.parametrize("tau", [1.0, 1.6])
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.6])
+@pytest.mark.parametrize("sft_ratio", [0.0, 0.3, 1.0])
 def test_equals_the_plain_form(
     name: str,
     bias: bool,
     scale: float,
     cap: float | None,
     sizes: tuple[int, int],
-    tau: float,
-    alpha: float,
+    temperature: float,
+    sft_ratio: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Masked ids, ids that the teacher numbers otherwise, biases, scales and caps, in chunks and
@@ -85,7 +90,10 @@ def test_equals_the_plain_form(
     masked = torch.zeros(38, dtype=torch.bool)
     masked[37] = True
     mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38] if bias else None
-    ids, terms = Ids(38, masked, mapped), LossTerms(name, tau=tau, alpha=alpha)
+    ids, terms = (
+        Ids(38, masked, mapped),
+        LossTerms(name, temperature=temperature, sft_ratio=sft_ratio),
+    )
     leaves = [
         hidden.requires_grad_(),
         *(p for p in (student.weight, student.bias) if p is not None),
@@ -105,7 +113,10 @@ def test_taus_square_may_be_left_out(name: str) -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float64, bias=True, scale=1.0, cap=None
     )
-    ids, terms = Ids(38), LossTerms(name, tau=0.7, alpha=0.3, tau_squared=False)
+    ids, terms = (
+        Ids(38),
+        LossTerms(name, temperature=0.7, sft_ratio=0.3, scale_by_temperature_squared=False),
+    )
     leaves = [hidden.requires_grad_(), student.weight]
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
     found = loss_sums(
@@ -130,7 +141,7 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
         torch.randn(rows, 3, generator=source, dtype=torch.float64) for rows in (41, 23)
     )
     other = Head(nn.Parameter(weight), None, 2.0, 5.0)
-    ids, terms = Ids(38, torch.arange(38) == 37), LossTerms(name, tau=1.6, alpha=0.3)
+    ids, terms = Ids(38, torch.arange(38) == 37), LossTerms(name, temperature=1.6, sft_ratio=0.3)
     answers = [
         ids.teacher_logits(one, states).div(1.6).softmax(-1)
         for one, states in ((teacher, teacher_hidden), (other, other_hidden))
@@ -164,7 +175,7 @@ def test_models_that_keep_their_head_give_logits(
     student, teacher = torch.randn(2, 23, 40, generator=source, dtype=torch.float64)
     labels, terms = (
         torch.randint(0, 37, (23,), generator=source),
-        LossTerms(name, tau=0.7, alpha=0.3),
+        LossTerms(name, temperature=0.7, sft_ratio=0.3),
     )
     ids, eye = (
         Ids(38, torch.arange(38) == 37),
@@ -182,7 +193,7 @@ def test_models_that_keep_their_head_give_logits(
 
 
 def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
-    terms, ids = LossTerms("fkl", tau=1.0, alpha=0.2), Ids(40)
+    terms, ids = LossTerms("fkl", temperature=1.0, sft_ratio=0.2), Ids(40)
     gradients = {}
     for kind in (torch.float64, torch.bfloat16):
         student, teacher, hidden, teacher_hidden, labels = heads(
@@ -241,7 +252,7 @@ def test_no_loss_tokens_still_touch_every_parameter() -> None:
         hidden[:0],
         student,
         labels[:0],
-        LossTerms("fkl", alpha=0.3),
+        LossTerms("fkl", sft_ratio=0.3),
         ids=Ids(40),
         teacher_hidden=teacher_hidden[:0],
         teacher_head=teacher,
@@ -263,10 +274,10 @@ def test_no_gradient_is_computed_under_no_grad(name: str, monkeypatch: pytest.Mo
         "teacher_hidden": teacher_hidden,
         "teacher_head": teacher,
     }
-    expected = loss_sums(hidden, student, labels, LossTerms(name, alpha=0.3), **asked)
+    expected = loss_sums(hidden, student, labels, LossTerms(name, sft_ratio=0.3), **asked)
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
     with torch.no_grad():
-        found = loss_sums(hidden, student, labels, LossTerms(name, alpha=0.3), **asked)
+        found = loss_sums(hidden, student, labels, LossTerms(name, sft_ratio=0.3), **asked)
     assert torch.equal(torch.stack(found), torch.stack(expected)) and not found[0].requires_grad
 
 
@@ -340,7 +351,11 @@ class Module:
 
     def losses(self, name: str) -> Any:
         return self.module(
-            self.hidden, self.batch, LossTerms(name, alpha=0.3), self.teacher_hidden, self.teacher
+            self.hidden,
+            self.batch,
+            LossTerms(name, sft_ratio=0.3),
+            self.teacher_hidden,
+            self.teacher,
         )
 
 
@@ -350,7 +365,7 @@ def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
         case.hidden,
         case.student,
         case.labels,
-        LossTerms("rkl", alpha=0.3),
+        LossTerms("rkl", sft_ratio=0.3),
         ids=case.ids,
         teacher_hidden=case.teacher_hidden,
         teacher_head=case.teacher,
@@ -358,7 +373,7 @@ def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
     assert torch.equal(torch.stack(case.losses("rkl")), torch.stack(expected))
     case.module.chunk_bytes = 7
     with pytest.raises(
-        RecipeError, match=r"loss\.chunk_bytes=7 does not hold one token over 38 ids"
+        RecipeError, match=r"loss\.chunk_memory_mb=7 does not hold one token over 38 ids"
     ):
         case.losses("rkl")
 

@@ -48,16 +48,16 @@ def test_a_record_holds_the_largest_and_the_rest(
     logits, codec = logits_of(tokens, size, seed, spread, masked), TopK(k, size, TAUS)
     records = codec.encode(logits)
     assert records.dtype == torch.uint8 and records.shape == (tokens, codec.bytes)
-    for tau in TAUS:
-        ids, log_p = codec.decode(records, tau)
-        exact = torch.log_softmax(logits / tau, -1)
+    for temperature in TAUS:
+        ids, log_p = codec.decode(records, temperature)
+        exact = torch.log_softmax(logits / temperature, -1)
         largest = logits.topk(k, -1).values
         assert torch.equal(logits.gather(-1, ids), largest.float().double()) or torch.allclose(
             logits.gather(-1, ids), largest
         )
         span = largest[:, :1] - largest[:, -1:]
         step = (
-            span / 65_535 / tau + 1e-5 + 1e-6 * largest.abs().max()
+            span / 65_535 / temperature + 1e-5 + 1e-6 * largest.abs().max()
         )  # half a step either way, and float32
         assert bool(((log_p[:, :-1] - exact.gather(-1, ids)).abs() <= step).all())
         rest = exact.scatter(-1, ids, -math.inf).exp().sum(-1)
@@ -82,23 +82,27 @@ def over_outcomes(
     """The loss over k ids and any other, written down plainly."""
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, : ids.size] * head.scale
     logits = ids.mask(head.soft_cap * torch.tanh(logits / head.soft_cap))
-    kept, log_p = codec.decode(records, terms.tau)
-    q = torch.softmax(logits / terms.tau, -1)
+    kept, log_p = codec.decode(records, terms.temperature)
+    q = torch.softmax(logits / terms.temperature, -1)
     top = q.gather(-1, kept)
     others = q.scatter(-1, kept, 0.0).sum(-1, keepdim=True)
     log_q = torch.cat([top, others], -1).log()
     options = divergence_options(terms.name, terms.options)
-    kd = FUNCTIONS[terms.name](log_p.double(), log_q, **options).sum() * terms.tau**2
+    kd = FUNCTIONS[terms.name](log_p.double(), log_q, **options).sum() * terms.temperature**2
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return terms.alpha * ce + (1 - terms.alpha) * kd, kd, ce
+    return terms.sft_ratio * ce + (1 - terms.sft_ratio) * kd, kd, ce
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
-@pytest.mark.parametrize("tau", [1.0, 5 / 3])
-@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 5 / 3])
+@pytest.mark.parametrize("sft_ratio", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", [(3, 2), (100, 100)])
 def test_the_loss_is_that_over_k_and_the_rest(
-    name: str, tau: float, alpha: float, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    temperature: float,
+    sft_ratio: float,
+    sizes: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(1)
@@ -115,7 +119,7 @@ def test_the_loss_is_that_over_k_and_the_rest(
         torch.randint(4, 37, (11,), generator=source),
     )
     records = codec.encode(ids.mask(3 * draw(11, 38)))
-    terms = LossTerms(name, tau=tau, alpha=alpha)
+    terms = LossTerms(name, temperature=temperature, sft_ratio=sft_ratio)
     expected = over_outcomes(hidden, head, labels, terms, ids, codec, records)
     leaves = [hidden, head.weight, head.bias]
     wanted = torch.autograd.grad(expected[0], leaves)
@@ -127,8 +131,8 @@ def test_the_loss_is_that_over_k_and_the_rest(
         assert torch.allclose(ours, theirs.detach(), rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("tau", TAUS)
-def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(tau: float) -> None:
+@pytest.mark.parametrize("temperature", TAUS)
+def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: float) -> None:
     source = torch.Generator().manual_seed(2)
     hidden, labels = (
         torch.randn(9, 8, generator=source),
@@ -138,7 +142,10 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(tau: float) -
         Head(nn.Parameter(torch.randn(30, 8, generator=source)), None, 1.0, None),
         logits_of(9, 30, 4, 2.0).float(),
     )
-    identity, terms = Head(nn.Parameter(torch.eye(30)), None, 1.0, None), LossTerms("fkl", tau=tau)
+    identity, terms = (
+        Head(nn.Parameter(torch.eye(30)), None, 1.0, None),
+        LossTerms("fkl", temperature=temperature),
+    )
     whole = loss_sums(
         hidden, head, labels, terms, ids=Ids(30), teacher_hidden=logits, teacher_head=identity
     )[1]
@@ -163,8 +170,8 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(tau: float) -
 def test_what_is_lost_is_told() -> None:
     logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopK(5, 50, TAUS)
     found = codec.lost(logits, codec.encode(logits))
-    for tau, (mass, divergence) in zip(TAUS, found.tolist(), strict=True):
-        p = torch.softmax(logits / tau, -1)
+    for temperature, (mass, divergence) in zip(TAUS, found.tolist(), strict=True):
+        p = torch.softmax(logits / temperature, -1)
         kept = logits.topk(5, -1).indices
         even = (1 - p.gather(-1, kept).sum(-1)) / (46 - 5)
         spread = torch.where(p > 0, even[:, None], 0.0).scatter(-1, kept, p.gather(-1, kept))
@@ -175,10 +182,10 @@ def test_what_is_lost_is_told() -> None:
 
 
 def test_what_cannot_be_kept_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"teach\.k=64 is more than the 40 ids"):
+    with pytest.raises(RecipeError, match=r"teacher_cache\.top_k=64 is more than the 40 ids"):
         TopK(64, 50, TAUS).check(40)
     with pytest.raises(RecipeError, match="mode=hidden"):
         TopK(64, LARGEST + 1, TAUS).check(LARGEST)
     codec = TopK(2, 10, (1.0,))
-    with pytest.raises(RecipeError, match=r"made for tau 1, not 1\.5"):
+    with pytest.raises(RecipeError, match=r"made for temperature 1, not 1\.5"):
         codec.decode(codec.encode(torch.randn(3, 10)), 1.5)

@@ -130,7 +130,7 @@ def test_with_adapters(name: str) -> None:
     own weights.
     """
     pytest.importorskip("peft")
-    config, lora = copy.deepcopy(CONFIGS[name]), LoraConfig(rank=4)
+    config, lora = copy.deepcopy(CONFIGS[name]), LoraConfig(r=4)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").train()
     assert (
         model_shape(config).adapters == 0

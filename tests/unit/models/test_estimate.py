@@ -60,7 +60,7 @@ def total(choice: Choice, ranks: int, samples: int = 2) -> float:
     ranks=st.integers(2, 64),
     samples=st.integers(1, 8),
     checkpointing=st.booleans(),
-    mode=st.sampled_from(["live", "hidden"]),
+    mode=st.sampled_from(["online", "cached_hidden_states"]),
 )
 def test_more_ranks_less_memory_and_more_samples_more(
     ranks: int, samples: int, checkpointing: bool, mode: str
@@ -71,7 +71,9 @@ def test_more_ranks_less_memory_and_more_samples_more(
         < total(choice, ranks, samples)
         < total(choice, ranks, samples + 1)
     )
-    assert total(replace(choice, mode="hidden"), ranks, samples) <= total(choice, ranks, samples)
+    assert total(replace(choice, mode="cached_hidden_states"), ranks, samples) <= total(
+        choice, ranks, samples
+    )
     assert total(replace(choice, offload_student=True), ranks, samples) < total(
         choice, ranks, samples
     )
@@ -133,7 +135,7 @@ def test_a_slow_network_is_what_a_step_waits_for() -> None:
     device, choice = GPUS["h100-80g"], Choice(8)
     arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
 
-    def times(speed: float, mode: str = "live") -> list[estimate.StageTime]:
+    def times(speed: float, mode: str = "online") -> list[estimate.StageTime]:
         return estimate.stage_times(
             SMALL, LARGE, replace(choice, mode=mode), WORK, Layout(4, 4, speed), device, **arguments
         )
@@ -141,8 +143,8 @@ def test_a_slow_network_is_what_a_step_waits_for() -> None:
     slow, fast = times(1e8), times(1e13)
     assert slow[-1].why == "the network" and fast[-1].why == "arithmetic"
     assert slow[-1].seconds > 10 * fast[-1].seconds
-    kept = times(1e13, "hidden")
-    assert [time.name for time in kept] == ["score", "teach", "train"]
+    kept = times(1e13, "cached_hidden_states")
+    assert [time.name for time in kept] == ["score", "cache-teacher", "train"]
     assert sum(time.seconds for time in kept) < 0.75 * sum(time.seconds for time in fast)
 
 
@@ -160,9 +162,9 @@ def test_as_little_is_changed_as_fits() -> None:
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
     student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
-    recipe = write_recipe(tmp_path, teacher, student, train_samples=64)
+    recipe = write_recipe(tmp_path, teacher, student, max_train_samples=64)
     words = [
-        "size",
+        "estimate",
         str(recipe),
         "--nodes",
         "2",
@@ -173,7 +175,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         "--samples",
         "64",
     ]
-    assert main.main([*words, "--write", str(tmp_path / "written.yaml")]) == 0
+    assert main([*words, "--write", str(tmp_path / "written.yaml")]) == 0
     page = capfd.readouterr().out
     for part in (
         "8 ranks",
@@ -183,16 +185,16 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         "plain SFT",
     ):
         assert part in page
-    assert main.main([*words, "student.lora.rank=4"]) == 0
+    assert main([*words, "student.lora.r=4"]) == 0
     assert "0.0 million of adapters are trained" in capfd.readouterr().out
     written = load_recipe(str(tmp_path / "written.yaml"))
     assert (
         written.launch.ranks == 8 and written.train.micro_batch_size == 1
     )  # 8 samples over 8 ranks
 
-    assert main.main([*words, "--gpu", "abacus"]) == 2
+    assert main([*words, "--gpu", "abacus"]) == 2
     assert "--gpu abacus: take one of h200-141g" in capfd.readouterr().err
-    assert main.main([*words, "--nodes", "0"]) == 2
+    assert main([*words, "--nodes", "0"]) == 2
     assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
 
 
@@ -201,12 +203,12 @@ def test_what_does_not_fit_is_said(
 ) -> None:
     monkeypatch.setitem(GPUS, "toy", replace(GPUS["a100-40g"], name="toy", memory=3e9, base=2.9e9))
     model = tiny_models.llama(tmp_path / "model")
-    recipe = write_recipe(tmp_path, model, model, train_samples=64)
+    recipe = write_recipe(tmp_path, model, model, max_train_samples=64)
     target = tmp_path / "written.yaml"
     assert (
-        main.main(
+        main(
             [
-                "size",
+                "estimate",
                 str(recipe),
                 "--gpus-per-node",
                 "1",

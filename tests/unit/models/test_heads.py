@@ -219,7 +219,7 @@ def test_an_unsplit_model_gives_the_same_sums_and_gradients(
         teacher = Head(torch.nn.Parameter(torch.eye(97)), None, 1.0, None)
         sums = student(
             batch,
-            LossTerms("jsd", tau=1.3, alpha=0.4, options={"beta": 0.5}),
+            LossTerms("jsd", temperature=1.3, sft_ratio=0.4, options={"beta": 0.5}),
             torch.randn(3, 97, generator=torch.Generator().manual_seed(2)),
             teacher,
         )

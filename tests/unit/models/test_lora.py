@@ -44,7 +44,7 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) -> None:
-    folder, config = request.getfixturevalue(family), LoraConfig(rank=3, alpha=7)
+    folder, config = request.getfixturevalue(family), LoraConfig(r=3, alpha=7)
     model = with_adapters(folder, config)
     assert trained_parameters(model)[0] == adapter_parameters(load_model(str(folder)), config) > 0
     ours = merged(model, weights(model))
@@ -71,7 +71,7 @@ def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) 
 
 
 def test_the_merge_rounds_once(tiny_llama: Path) -> None:
-    model = with_adapters(tiny_llama, LoraConfig(rank=2), "bfloat16")
+    model = with_adapters(tiny_llama, LoraConfig(r=2), "bfloat16")
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     layer = model.model.layers[0].mlp.up_proj
     change = (
@@ -87,7 +87,7 @@ def test_adapters_follow_from_the_seed_and_start_as_nothing(tiny_gpt2: Path) -> 
     models: list[Any] = [load_model(str(tiny_gpt2)) for _ in range(3)]
     state = torch.get_rng_state()
     said = [
-        add_adapters(model, LoraConfig(targets=("c_attn", "mlp.c_proj")), seed)
+        add_adapters(model, LoraConfig(target_modules=("c_attn", "mlp.c_proj")), seed)
         for model, seed in zip(models, (1, 1, 2))
     ]
     assert torch.equal(state, torch.get_rng_state())
@@ -112,7 +112,7 @@ def test_adapters_follow_from_the_seed_and_start_as_nothing(tiny_gpt2: Path) -> 
         (
             ("query",),
             (
-                "student.lora.targets names query",
+                "student.lora.target_modules names query",
                 "q_proj, k_proj, v_proj, o_proj, gate_proj",
                 "all-linear",
             ),
@@ -127,7 +127,7 @@ def test_what_gets_no_adapter(
     targets: tuple[str, ...], words: tuple[str, ...], tiny_llama: Path
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_adapters(load_model_config(str(tiny_llama)), LoraConfig(targets=targets))
+        check_adapters(load_model_config(str(tiny_llama)), LoraConfig(target_modules=targets))
     for word in words:
         assert word in str(caught.value)
 
@@ -138,7 +138,7 @@ def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_pat
     with pytest.raises(RecipeError, match="nothing_of_it"):
         check_adapters(
             load_model_config(str(folder), trust_remote_code=True),
-            LoraConfig(targets=("nothing_of_it",)),
+            LoraConfig(target_modules=("nothing_of_it",)),
             trust_remote_code=True,
         )
 

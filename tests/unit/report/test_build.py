@@ -80,7 +80,7 @@ class Page(HTMLParser):
 def make(synthetic: Any, examples: int = 3, fingerprint: str = "f") -> tuple[Manifest, str, str]:
     manifest = build.build_report(
         synthetic.run,
-        ReportConfig(examples=examples),
+        ReportConfig(num_examples=examples),
         recipe_yaml=synthetic.recipe,
         fingerprint=fingerprint,
     )
@@ -192,7 +192,7 @@ def test_what_there_is_to_say_of_a_benchmark_is_on_both_pages(synthetic: Any) ->
 
 def test_a_divergence_to_another_teacher_than_training_asked_is_said(synthetic: Any) -> None:
     synthetic.everything()
-    synthetic.recipe += "teacher: {model: T, quantization: bnb_4bit, others: [{model: U}]}\n"
+    synthetic.recipe += "teacher: {model: T, quantization: bnb_4bit, ensemble: [{model: U}]}\n"
     _, html, markdown = make(synthetic)
     for said in (
         "KL to teacher is to T alone, not to the mixture of 2 that training asked.",

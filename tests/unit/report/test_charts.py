@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pocl_ds.report.max_samples import thin
 
 from pocl_ds.report import charts
 from pocl_ds.report.colours import DARK, LIGHT, RUNS_DARK, RUNS_LIGHT, ramp
 from pocl_ds.report.run_summary import Curves, Facts, Ranking
-from pocl_ds.report.samples import thin
 
 
 def steps(values: np.ndarray, stages: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -96,7 +96,10 @@ def test_the_plane_is_thinned_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_runs_are_laid_over_each_other() -> None:
-    columns = {name: np.full(4, np.nan) for name in ("kd", "ce", "tau", "alpha", "lr", "grad_norm")}
+    columns = {
+        name: np.full(4, np.nan)
+        for name in ("kd", "ce", "temperature", "sft_ratio", "lr", "grad_norm")
+    }
     runs = {name: Curves({**steps(np.arange(4.0)), **columns}, []) for name in ("a", "b")}
     (loss,) = charts.overlaid(runs)  # what no run has a value of is not there
     assert [one["name"] for one in loss["series"]] == ["a", "b"]

@@ -91,13 +91,16 @@ def measured(
     ids: int = 320,
     vocabulary: int = 320,
 ) -> Path:
-    made(folder, "compare.enabled=false", *overrides)
+    made(folder, "baseline.enabled=false", *overrides)
     run = RunDirectory(folder)
     run.data.mkdir()
     for name, content in (("test.jsonl", text), ("test.tokens.bin", tokens)):
         (run.data / name).write_text(content)
     write_manifest(
-        run.data, "data", "d" * 64, info={"vocabulary": vocabulary, "commits": {}, "splits": {}}
+        run.data,
+        "preprocess",
+        "d" * 64,
+        info={"vocabulary": vocabulary, "commits": {}, "splits": {}},
     )
     write_manifest(
         run.evaluation,
@@ -128,7 +131,7 @@ OTHER_TEACHER = ["teacher.model=T", "teacher.revision=r"]
         ([], {"ids": 300}, "a counts 320 token ids and b 300.", True),
         (OTHER_TEACHER, {}, "and that of b T at r.", False),
         (
-            ["teacher.others=[{model: U}]", "teacher.mode=live"],
+            ["teacher.ensemble=[{model: U}]", "teacher.mode=online"],
             {},
             "not to the mixture of 2 that training asked.",
             False,

@@ -230,7 +230,9 @@ def test_it_goes_on_as_if_it_had_never_stopped(stop: int, phi: float, buffer: in
 def test_ranks_agree_and_a_stop_changes_nothing(name: str, stop: int) -> None:
     """What every policy promises, with `taught` responses at hand and losses that rise."""
     shares = SharesConfig(data=0.4, student=0.3, teacher=0.3)
-    options = PolicyConfig(name=name, shares=shares, buffer=8, phi_step=0.5, tolerance=0)
+    options = PolicyConfig(
+        name=name, shares=shares, replay_buffer_size=8, phi_step=0.5, loss_tolerance=0
+    )
 
     def walk(policy: Any, steps: range) -> list[Any]:
         seen = []

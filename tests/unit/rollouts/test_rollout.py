@@ -61,7 +61,9 @@ def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def made(folder: Path, *, every: int = 1, dtype: Any = "float32") -> Rollout:
     model: Any = load_model(str(folder), attention=PER_SAMPLE, dtype=dtype)
     engine = TorchEngine(Student(model, Ids(SIZE), chunk_bytes=1 << 20).train(), TrainConfig())
-    policy = PolicyConfig(name="gkd", rollout="hf", refresh_every=every, max_new_tokens=12)
+    policy = PolicyConfig(
+        name="gkd", rollout_backend="transformers", sync_weights_every=every, max_new_tokens=12
+    )
     student = StudentConfig(model=str(folder), dtype=dtype)
     return Rollout(policy, student, str(folder), engine, Split(), Ids(SIZE), seed=3, longest=20)
 

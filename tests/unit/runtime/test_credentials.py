@@ -46,9 +46,12 @@ JUDGE = {"base_url": "http://localhost/v1", "model": "m"}
         ({"data": {"source": "x", "fields": {ADDRESS: "y"}}}, "data.fields"),
         ({"student": {"model": ADDRESS}}, "student.model"),
         ({"student": {"model": "s", "revision": TOKEN}}, "student.revision"),
-        ({"teacher": {"model": "t", "others": [{"model": ADDRESS}]}}, "teacher.others.model"),
+        ({"teacher": {"model": "t", "ensemble": [{"model": ADDRESS}]}}, "teacher.ensemble.model"),
         ({"evaluate": {"judge": {**JUDGE, "base_url": ADDRESS}}}, "evaluate.judge.base_url"),
-        ({"evaluate": {"judge": {**JUDGE, "key_env": f"sk-{PLANTED}"}}}, "evaluate.judge.key_env"),
+        (
+            {"evaluate": {"judge": {**JUDGE, "api_key_env": f"sk-{PLANTED}"}}},
+            "evaluate.judge.api_key_env",
+        ),
         ({"evaluate": {"benchmarks": {"mine": ADDRESS}}}, "evaluate.benchmarks.mine"),
         (
             {"train": {"tracking": {"wandb_project": f"{PLANTED}-WANDB_API_KEY"}}},
@@ -102,7 +105,7 @@ def test_what_is_no_secret_is_taken() -> None:
         "x",
     )
     check_recipe(
-        tree(data={"source": "org/name"}, evaluate={"judge": {**JUDGE, "key_env": "JUDGE_KEY"}})
+        tree(data={"source": "org/name"}, evaluate={"judge": {**JUDGE, "api_key_env": "JUDGE_KEY"}})
     )
     assert (
         find_secret(
@@ -167,9 +170,9 @@ def test_messages_tracebacks_and_a_rank_s_last_word(
     def fail(*_: object) -> int:
         raise fault(f"{ADDRESS} refuses {PLANTED}-HF_TOKEN")
 
-    monkeypatch.setattr(main, "_command", fail)
+    monkeypatch.setattr("pocl_ds.cli.main._command", fail)
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    assert main.main(["run", "quickstart"]) == (2 if fault is RecipeError else 1)
+    assert main(["run", "quickstart"]) == (2 if fault is RecipeError else 1)
     said = capsys.readouterr().err
     word = json.loads((tmp_path / "rank-0.json").read_text())["error"]
     assert "https://***@example.org/data.jsonl refuses ***" in said and "refuses ***" in word
@@ -183,6 +186,6 @@ def test_a_dry_run_and_an_override(capsys: pytest.CaptureFixture[str], tmp_path:
         ["submit", "quickstart", "--profile", str(tmp_path / "p.yaml"), "--dry-run"],
     ):
         (tmp_path / "p.yaml").write_text(yaml.safe_dump({"environment": {"HF_TOKEN": PLANTED}}))
-        assert main.main(words) == 2
+        assert main(words) == 2
         said = capsys.readouterr()
         assert PLANTED not in said.out + said.err and "Traceback" not in said.err

@@ -56,9 +56,12 @@ WORDS = {
         "from pocl_ds.cli.main import main; sys.exit(main(['run', 'no such recipe']))",
         2,
     ),
-    "a defect": ("from pocl_ds import cli; cli._main = lambda _: 1 / 0; sys.exit(cli.main([]))", 1),
+    "a defect": (
+        "from pocl_ds.cli import main as cli; cli._main = lambda _: 1 / 0; sys.exit(cli.main([]))",
+        1,
+    ),
     "a signal": (
-        "from pocl_ds import exits; exits.leave_when_asked(); os.kill(os.getpid(), 15); "
+        "from pocl_ds.runtime import process_exit; process_exit.leave_when_asked(); os.kill(os.getpid(), 15); "
         "time.sleep(9)",
         75,
     ),
@@ -105,7 +108,8 @@ def test_output_that_cannot_be_written_is_a_sentence(words: list[str]) -> None:
 def test_ctrl_c_is_one_whatever_a_library_makes_of_it(became: str) -> None:
     program = f"""
 import os, signal, sys
-from pocl_ds import cli, pipeline
+from pocl_ds.cli import main as cli
+from pocl_ds.workflow import pipeline
 from pocl_ds.errors import ModelError
 def imports(*_):
     try:
@@ -115,7 +119,7 @@ def imports(*_):
     except KeyboardInterrupt:
         raise {became} from None
 pipeline.join = imports
-sys.exit(cli.main(["data", "quickstart", "--run-dir", sys.argv[1]]))
+sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", sys.argv[1]]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program, "nowhere"],
@@ -134,7 +138,8 @@ def test_ctrl_c_in_a_destructor_comes_again() -> None:
     """
     program = """
 import os, signal, sys, time
-from pocl_ds import cli, pipeline
+from pocl_ds.cli import main as cli
+from pocl_ds.workflow import pipeline
 class Left:
     def __init__(self, what): self.what = what
     def __del__(self): self.what()
@@ -143,7 +148,7 @@ def works(*_):
     Left(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
     time.sleep(30)
 pipeline.join = works
-sys.exit(cli.main(["data", "quickstart", "--run-dir", "nowhere"]))
+sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", "nowhere"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program],

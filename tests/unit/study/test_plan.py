@@ -11,7 +11,8 @@ import pytest
 import yaml
 from tiny_runs import write_recipe
 
-from pocl_ds.cli.main import main, study
+from pocl_ds.cli import study
+from pocl_ds.cli.main import main
 from pocl_ds.config.registry import STRATEGIES
 from pocl_ds.errors import ArtifactError, Interrupted, PoclError, RecipeError
 from pocl_ds.resources import STUDIES
@@ -24,15 +25,17 @@ from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
 
 @pytest.fixture
 def tree(tmp_path: Path) -> dict[str, Any]:
-    recipe = write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40)
+    recipe = write_recipe(
+        tmp_path, tmp_path / "teacher", tmp_path / "student", max_train_samples=40
+    )
     return {
         "name": "small",
         "base": str(recipe),
-        "arms": {"kd": ["plan.subsets=1"], "pocl": []},
+        "arms": {"kd": ["curriculum.num_subsets=1"], "pocl": []},
         "seeds": [1, 2],
         "grid": {
             "loss.name": ["fkl", "rkl"],
-            "size": {"short": ["plan.epochs_per_stage=1"], "long": []},
+            "size": {"short": ["curriculum.epochs_per_stage=1"], "long": []},
         },
         "compare": [["pocl", "kd"]],
     }
@@ -48,7 +51,12 @@ def test_every_combination_is_a_run_of_its_own(tree: dict[str, Any], tmp_path: P
     assert len(found) == 2 * 2 * 2 * 2 == len({cell.name for cell in found})
     one = next(cell for cell in found if cell.name == "pocl-rkl-short-seed2")
     recipe = one.recipe
-    assert (recipe.loss.name, recipe.plan.epochs_per_stage, recipe.plan.subsets, recipe.seed) == (
+    assert (
+        recipe.loss.name,
+        recipe.curriculum.epochs_per_stage,
+        recipe.curriculum.num_subsets,
+        recipe.seed,
+    ) == (
         "rkl",
         1,
         3,
@@ -106,19 +114,38 @@ def test_a_shipped_study_is_whole(path: Path) -> None:
     found = cells_of(study)
     visits = [sample_visits(cell.recipe) for cell in found]
     assert max(visits) == min(visits)
-    assert study.until == "rank" or all(cell.recipe.train.schedule == "whole_run" for cell in found)
+    assert study.until == "rank" or all(
+        cell.recipe.train.lr_restart == "whole_run" for cell in found
+    )
 
 
 def test_the_shipped_ablations_hold_every_part_of_the_method() -> None:
     cells = {cell.arm: cell.recipe for cell in cells_of(load_study("ablations")) if cell.seed == 42}
-    orders = {(recipe.rank.strategy, recipe.rank.reverse) for recipe in cells.values()}
+    orders = {(recipe.ranking.strategy, recipe.ranking.reverse) for recipe in cells.values()}
     assert orders == {*((name, False) for name in STRATEGIES), ("fusion", True)}
-    assert {recipe.plan.tau for recipe in cells.values()} == {(1, 2), (2, 1), (1, 1), (2, 2)}
-    assert {recipe.plan.sft_ratio for recipe in cells.values()} == {(0.3, 0), (0.3, 0.3), (0, 0)}
-    assert {recipe.plan.scheduler for recipe in cells.values()} == {"baby_step", "one_pass"}
+    assert {recipe.curriculum.temperature for recipe in cells.values()} == {
+        (1, 2),
+        (2, 1),
+        (1, 1),
+        (2, 2),
+    }
+    assert {recipe.curriculum.sft_ratio for recipe in cells.values()} == {
+        (0.3, 0),
+        (0.3, 0.3),
+        (0, 0),
+    }
+    assert {recipe.curriculum.scheduler for recipe in cells.values()} == {"baby_step", "one_pass"}
     assert {sample_visits(recipe) for recipe in cells.values()} == {20}
     subsets = load_study("subsets")
-    assert {cell.recipe.plan.subsets for cell in cells_of(subsets)} == {1, 2, 3, 4, 5, 8, 16}
+    assert {cell.recipe.curriculum.num_subsets for cell in cells_of(subsets)} == {
+        1,
+        2,
+        3,
+        4,
+        5,
+        8,
+        16,
+    }
     assert {better for better, _ in subsets.compare} == set(subsets.arms) - {"n1"}
 
 
@@ -129,7 +156,10 @@ def test_the_shipped_table_holds_seven_methods_with_and_without_the_curriculum()
         *(("off", name) for name in ("fkl", "rkl", "jsd", "tvd", "skl", "srkl")),
         ("gkd", "jsd"),
     }
-    assert len(cells) == 14 and {(cell.recipe.plan.subsets > 1) for cell in cells} == {True, False}
+    assert len(cells) == 14 and {(cell.recipe.curriculum.num_subsets > 1) for cell in cells} == {
+        True,
+        False,
+    }
     assert {sample_visits(cell.recipe) for cell in cells} == {20}
 
 
@@ -147,16 +177,16 @@ def finish(folder: Path, cell: Cell, *stages: str) -> None:
 
 
 def test_what_another_cell_has_finished_is_taken_over(tree: dict[str, Any], tmp_path: Path) -> None:
-    found = cells(tree, tmp_path, "rank.strategy=random", "student.heal_steps=0")
+    found = cells(tree, tmp_path, "ranking.strategy=random", "student.heal_steps=0")
     first, other, another_plan = found[0], found[2], found[1]
-    finish(tmp_path, first, "data", "prepare", "rank", "plan", "train")
+    finish(tmp_path, first, "preprocess", "init-student", "rank", "plan", "train")
     assert (first.arm, other.arm, another_plan.arm) == ("kd", "kd", "pocl")
     enter(tmp_path, other)
     enter(tmp_path, another_plan)
-    assert adopt(tmp_path, another_plan, found) == ["data", "prepare", "rank"]
+    assert adopt(tmp_path, another_plan, found) == ["preprocess", "init-student", "rank"]
     assert adopt(tmp_path, another_plan, found) == []
     taken = adopt(tmp_path, other, found)
-    assert taken[:3] == ["data", "prepare", "rank"] and "train" not in taken
+    assert taken[:3] == ["preprocess", "init-student", "rank"] and "train" not in taken
     mine, theirs = (directory(tmp_path, cell).data / "result" for cell in (other, first))
     assert os.path.samefile(mine, theirs) and not is_finished(tmp_path, other)
 
@@ -183,9 +213,9 @@ def test_what_a_submitted_cell_is_writing_is_left_alone(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its jobs may be at work on what another cell has finished meanwhile."""
-    found = cells(tree, tmp_path, "rank.strategy=random", "student.heal_steps=0")
+    found = cells(tree, tmp_path, "ranking.strategy=random", "student.heal_steps=0")
     done, at_work, waiting = found[:3]
-    finish(tmp_path, done, "data", "prepare")
+    finish(tmp_path, done, "preprocess", "init-student")
     enter(tmp_path, at_work)
     (directory(tmp_path, at_work).data).mkdir()
     (directory(tmp_path, at_work).data / "half").touch()
@@ -226,9 +256,9 @@ def test_links_fall_back_to_copies(
 
     monkeypatch.setattr(running.os, "link", refuse)
     found = cells(tree, tmp_path)
-    finish(tmp_path, found[0], "data")
+    finish(tmp_path, found[0], "preprocess")
     enter(tmp_path, found[1])
-    assert adopt(tmp_path, found[1], found) == ["data"]
+    assert adopt(tmp_path, found[1], found) == ["preprocess"]
     assert (RunDirectory(directory(tmp_path, found[1]).path).data / "result").read_text() == found[
         0
     ].name

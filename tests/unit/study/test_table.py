@@ -41,12 +41,15 @@ def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lines:
         kd: str = "4",
     ) -> list[str]:
         recipe = write_recipe(
-            tmp_path, tmp_path / "teacher", tmp_path / "student", train_samples=40
+            tmp_path, tmp_path / "teacher", tmp_path / "student", max_train_samples=40
         )
         tree = {
             "name": "s",
             "base": str(recipe),
-            "arms": {"kd": ["plan.subsets=1", f"plan.epochs_per_stage={kd}"], "pocl": []},
+            "arms": {
+                "kd": ["curriculum.num_subsets=1", f"curriculum.epochs_per_stage={kd}"],
+                "pocl": [],
+            },
             "seeds": [1, 2],
             "compare": [["pocl", "kd"]],
         }

@@ -98,12 +98,12 @@ def test_a_changed_bit_is_told_by_its_row(tmp_path: Path) -> None:
     store = TeacherStore(tmp_path, [split], fingerprint=PRINT)
     assert store.fault("train", np.array([0, 1, 2])) is None
     fault = store.fault("train", np.array([0, 3]))
-    assert fault and "at row 3 of train" in fault and "pocl teach" in fault
+    assert fault and "at row 3 of train" in fault and "pocl cache-teacher" in fault
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     split = write_split(tmp_path, [(2, 3), (1, 4)])
-    with pytest.raises(ArtifactError, match="no whole cache.*pocl teach"):
+    with pytest.raises(ArtifactError, match="no whole cache.*pocl cache-teacher"):
         TeacherStore(tmp_path, [split], fingerprint=PRINT)
     fill(tmp_path, split, 2, "float32")
     with pytest.raises(ArtifactError, match="no whole cache of this teacher"):

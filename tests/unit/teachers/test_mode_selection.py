@@ -24,10 +24,10 @@ COSTS = Costs(
 @pytest.mark.parametrize(
     ("costs", "mode"),
     [
-        (COSTS, "hidden"),  # 2,000 s of forwards against 100 + 1 + 20
-        (replace(COSTS, visits=1), "live"),  # seen once: writing buys nothing
-        (replace(COSTS, read_bytes_per_second=1e7), "live"),  # 2,000 s of reads
-        (replace(COSTS, free_bytes=10**9 - 1), "live"),
+        (COSTS, "cached_hidden_states"),  # 2,000 s of forwards against 100 + 1 + 20
+        (replace(COSTS, visits=1), "online"),  # seen once: writing buys nothing
+        (replace(COSTS, read_bytes_per_second=1e7), "online"),  # 2,000 s of reads
+        (replace(COSTS, free_bytes=10**9 - 1), "online"),
     ],
 )
 def test_the_cheaper_one_is_taken_and_why_is_said(costs: Costs, mode: str) -> None:
@@ -45,7 +45,7 @@ def test_the_first_choice_holds(tmp_path: Path) -> None:
 
     assert (
         choose(path, never) == first
-        and first["mode"] == "hidden"
+        and first["mode"] == "cached_hidden_states"
         and first["costs"]["visits"] == 20
     )
     assert [file.name for file in tmp_path.iterdir()] == ["choice.json"]
@@ -58,7 +58,7 @@ def test_of_two_that_measure_at_once_one_wins(tmp_path: Path) -> None:
         choose(path, lambda: replace(COSTS, visits=1))
         return COSTS
 
-    assert choose(path, slow)["mode"] == "live"
+    assert choose(path, slow)["mode"] == "online"
 
 
 def test_tasks_on_two_nodes_may_have_one_process_number(
@@ -72,7 +72,7 @@ def test_tasks_on_two_nodes_may_have_one_process_number(
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
-    assert choose(path, lambda: COSTS)["mode"] == "live" and [
+    assert choose(path, lambda: COSTS)["mode"] == "online" and [
         file.name for file in tmp_path.iterdir()
     ] == ["choice.json"]
 

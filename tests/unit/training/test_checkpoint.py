@@ -67,11 +67,11 @@ def save(
 @pytest.mark.parametrize(
     ("config", "left"),
     [
-        ({"keep": 1}, [9]),
-        ({"keep": 3}, [7, 8, 9]),
-        ({"keep": 1, "keep_every": 4}, [4, 8, 9]),
-        ({"keep": 2, "keep_best": True}, [5, 8, 9]),
-        ({"keep": 1, "keep_every": 3, "keep_best": True}, [3, 5, 6, 9]),
+        ({"keep_last": 1}, [9]),
+        ({"keep_last": 3}, [7, 8, 9]),
+        ({"keep_last": 1, "keep_every_n_steps": 4}, [4, 8, 9]),
+        ({"keep_last": 2, "keep_best": True}, [5, 8, 9]),
+        ({"keep_last": 1, "keep_every_n_steps": 3, "keep_best": True}, [3, 5, 6, 9]),
     ],
 )
 def test_retention(config: dict[str, Any], left: list[int], tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_retention(config: dict[str, Any], left: list[int], tmp_path: Path) -> N
 
 
 def test_a_save_in_the_background_has_no_name_before_it_is_whole(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path, in_background=True), Engine()
+    store, engine = checkpoints(tmp_path, async_save=True), Engine()
     engine.gate.clear()
     save(store, engine, 1)
     assert store.writing and store.steps() == []
@@ -105,7 +105,7 @@ def test_a_save_in_the_background_has_no_name_before_it_is_whole(tmp_path: Path)
 def test_what_fails_in_the_background_is_said_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, engine = checkpoints(tmp_path, in_background=True), Engine()
+    store, engine = checkpoints(tmp_path, async_save=True), Engine()
     save(store, engine, 1)
     engine.fault = OSError(28, "No space left on device")
     save(store, engine, 2)
@@ -122,7 +122,7 @@ def test_what_fails_in_the_background_is_said_later(
 
 
 def test_a_defect_in_the_background_is_not_swallowed(tmp_path: Path) -> None:
-    store, engine = checkpoints(tmp_path, in_background=True), Engine()
+    store, engine = checkpoints(tmp_path, async_save=True), Engine()
     engine.fault = KeyError("a defect")
     save(store, engine, 1)
     with pytest.raises(KeyError, match="a defect"):
@@ -285,7 +285,7 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    store, engine = checkpoints(tmp_path, keep=1, keep_every=10), Engine()
+    store, engine = checkpoints(tmp_path, keep=1, keep_every_n_steps=10), Engine()
     save(store, engine, 10)
     save(store, engine, 20)
     (tmp_path / "checkpoints" / "step-00000020" / "weights").write_text("21")

@@ -95,25 +95,27 @@ def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
         {
             "name": "x",
             "student": {"model": "org/name"},
-            "teacher": {**other, "mode": "hidden"},
+            "teacher": {**other, "mode": "cached_hidden_states"},
             "data": {"source": str(source)},
             "train": {"batch_size": 4, "micro_batch_size": 4},
             "launch": {"ranks": 1},
         }
     )
-    run_here("data", recipe, run)
+    run_here("preprocess", recipe, run)
     (hub / "refs" / "main").write_text("b" * 40)
     (hub / "refs" / "step1000").write_text("a" * 40)
-    run_here("prepare", recipe, run)
+    run_here("init-student", recipe, run)
     assert [Path(read_models(run)[name]).name for name in ("student", "teacher")] == [
         "a" * 40,
         "b" * 40,
     ]
     asked: list[Any] = []
     monkeypatch.setattr(
-        module, "teach", lambda run, **given: asked.extend((given["student"], given["teacher"]))
+        module,
+        "cache-teacher",
+        lambda run, **given: asked.extend((given["student"], given["teacher"])),
     )
-    run_here("teach", recipe, run)
+    run_here("cache-teacher", recipe, run)
     assert [one.revision for one in asked] == ["a" * 40, "b" * 40]
     with pytest.raises(ModelError, match="the revision step7 of org/name cannot be loaded"):
         run_here(

@@ -27,7 +27,7 @@ from pocl_ds.training.student import Student
 
 peft = pytest.importorskip("peft")
 SIZE, TAU, ALPHA, PROMPT, STEPS = 320, 1.5, 0.3, 4, 3
-LORA = LoraConfig(rank=4, alpha=8, dropout=0.2, targets=("q_proj", "down_proj"))
+LORA = LoraConfig(r=4, alpha=8, dropout=0.2, target_modules=("q_proj", "down_proj"))
 TRAIN = TrainConfig(lr=1e-2, weight_decay=0.1)
 
 
@@ -89,8 +89,10 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
         seed_step(0, step, 0)
         logits = plain(input_ids=ids).logits[0, PROMPT - 1 : -1, :SIZE]
         ce = functional.cross_entropy(logits, ids[0, PROMPT:])
-        (ALPHA * ce + (1 - ALPHA) * divergence("fkl", target, logits, tau=TAU).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(trained, TRAIN.clip)
+        (
+            ALPHA * ce + (1 - ALPHA) * divergence("fkl", target, logits, temperature=TAU).mean()
+        ).backward()
+        torch.nn.utils.clip_grad_norm_(trained, TRAIN.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -75,7 +75,7 @@ def test_only_adapters_have_gradients_and_moments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher = tmp_path / "s", tmp_path / "t"
-    lora = LoraConfig(rank=100)  # 0.1 of 1 thousand million
+    lora = LoraConfig(r=100)  # 0.1 of 1 thousand million
     assert needed(student, teacher, monkeypatch, lora=lora) == pytest.approx(
         4 + 2 + 4 + 2 * (4 + 0.8) + 20
     )
@@ -95,7 +95,7 @@ def test_what_fits_passes(
     model = ModelSource(model=str(tiny_llama))
     assert memory_check.parameters(model) > 0
     assert memory_check.linear_parameters(model) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
-    assert memory_check.adapters(model, LoraConfig(rank=2, targets=("o_proj",))) == 3 * 2 * (
+    assert memory_check.adapters(model, LoraConfig(r=2, target_modules=("o_proj",))) == 3 * 2 * (
         64 + 64
     )
     memory_check.check_memory(

@@ -101,13 +101,15 @@ def trainer(
         Split("train", [f"t{i}" for i in range(4)]),
         Split("validation", list(validation)),
     ]
-    plan = single_stage_plan(np.arange(4), steps=STEPS, batch_size=2, tau=1.0, alpha=0.0)
+    plan = single_stage_plan(
+        np.arange(4), steps=STEPS, batch_size=2, temperature=1.0, sft_ratio=0.0
+    )
     train = TrainConfig.model_validate(
         {
             "batch_size": 2,
             "micro_batch_size": 2,
-            "validate_every": 2,
-            "checkpoint": {"every": 3},
+            "validate_every_n_steps": 2,
+            "checkpoint": {"every_n_steps": 3},
             "tracking": {"tensorboard": False},
         }
     )

@@ -43,22 +43,24 @@ def changed(before: list[str], after: list[str]) -> set[str]:
 def test_a_training_follows_from_its_models_whatever_orders_the_samples(
     strategy: str, change: str
 ) -> None:
-    words = [f"rank.strategy={strategy}", "compare.enabled=true"]
-    assert {"prepare", "train", "baseline", "evaluate", "export", "report"} <= changed(
+    words = [f"ranking.strategy={strategy}", "baseline.enabled=true"]
+    assert {"init-student", "train", "baseline", "evaluate", "export", "report"} <= changed(
         words, [*words, change]
     )
 
 
 def test_what_a_teacher_writes_follows_from_the_engine() -> None:
-    words = ["policy.name=seqkd", "loss.name=sft", "rank.strategy=random"]
-    assert {"respond", "train"} <= changed(words, [*words, "score.generation.backend=transformers"])
-    assert changed(words, [*words, "score.generation.max_sequences=3"]) == set()
+    words = ["policy.name=seqkd", "loss.name=sft", "ranking.strategy=random"]
+    assert {"generate-teacher", "train"} <= changed(
+        words, [*words, "score.generation.backend=transformers"]
+    )
+    assert changed(words, [*words, "score.generation.max_num_seqs=3"]) == set()
 
 
 def test_whether_there_is_a_baseline_changes_no_training() -> None:
-    assert changed([], ["compare.enabled=true"]) == {"evaluate", "export", "report"}
+    assert changed([], ["baseline.enabled=true"]) == {"evaluate", "export", "report"}
     assert "baseline" in changed(
-        ["compare.enabled=true"], ["compare.enabled=true", "compare.tau=2"]
+        ["baseline.enabled=true"], ["baseline.enabled=true", "baseline.temperature=2"]
     )
 
 
@@ -67,8 +69,8 @@ def test_a_file_is_told_by_its_text(tmp_path: Path) -> None:
     two calls.
     """
     for name, field, first in (
-        ("t.jinja", "prompt.template", "data"),
-        ("j.jinja", "evaluate.judge.prompt", "evaluate"),
+        ("t.jinja", "prompt.template", "preprocess"),
+        ("j.jinja", "evaluate.judge.prompt_template", "evaluate"),
     ):
         path, judge = tmp_path / name, ["evaluate.judge={base_url: 'http://localhost:1', model: m}"]
         found = []
@@ -86,7 +88,10 @@ def test_a_file_is_told_by_its_text(tmp_path: Path) -> None:
 def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) -> None:
     """A teacher that is trained again into the same folder is another one."""
     (tmp_path / name).write_text("one")
-    for field, stages in (("teacher", {"prepare", "teach", "respond"}), ("student", {"prepare"})):
+    for field, stages in (
+        ("teacher", {"init-student", "cache-teacher", "generate-teacher"}),
+        ("student", {"init-student"}),
+    ):
         words = [f"{field}.model={tmp_path}"]
         before = fingerprints(override_recipe(check_recipe(BASE), words))
         (tmp_path / "manifest.json").write_text(field)  # which has times in it
@@ -162,7 +167,7 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
     )
     enter(run, recipe)
     run.data.mkdir()
-    write_manifest(run.data, "data", fingerprints(recipe)["data"])
+    write_manifest(run.data, "preprocess", fingerprints(recipe)["preprocess"])
     (tmp_path / "data.jsonl").unlink()
     with pytest.raises(
         ArtifactError,
@@ -207,7 +212,7 @@ def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> 
             files=[shard_file(run, shard, 2)],
             name=shard_manifest(run, shard, 2),
         )
-    enter(run, override_recipe(recipe, ["score.shards=7", "rank.k=3"]))
+    enter(run, override_recipe(recipe, ["score.shards=7", "ranking.k=3"]))
     with pytest.raises(
         ArtifactError,
         match=r"finished stage 'score' of another recipe \(changed: .*score\.max_new_tokens",

@@ -29,8 +29,8 @@ Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
 def recipe(processes: int, tensor_parallel: int = 1) -> Recipe:
     evaluate = {
-        "processes": processes,
-        "generation": {"tensor_parallel": tensor_parallel},
+        "data_parallel_size": processes,
+        "generation": {"tensor_parallel_size": tensor_parallel},
         "models": ["student"],
     }
     return Recipe.model_validate(
@@ -73,12 +73,12 @@ def test_what_is_trained_depends_on_the_models_however_samples_are_ordered(
         "student": {"model": "m"},
         "teacher": {"model": "t"},
         "rank": {"strategy": strategy},
-        "compare": {"enabled": True},
+        "baseline": {"enabled": True},
     }
     one, other = (
         pipeline.fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change)
     )
-    for stage in ("prepare", "train", "baseline", "evaluate"):
+    for stage in ("init-student", "train", "baseline", "evaluate"):
         assert one[stage] != other[stage], stage
 
 
@@ -95,7 +95,7 @@ def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.Monke
     assert [one["CUDA_VISIBLE_DEVICES"] for one in others] == ["5", "GPU-a", "7"]
     with pytest.raises(
         RecipeError,
-        match=r"evaluate\.processes=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible",
+        match=r"evaluate\.data_parallel_size=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible",
     ):
         run(recipe(2, 2))
 
@@ -132,7 +132,7 @@ def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) ->
     tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}}
     tree["evaluate"] = {
         "models": ["student"],
-        "benchmark_folder": str(tmp_path),
+        "benchmark_dir": str(tmp_path),
         "benchmarks": ["dolly", "vicuna"],
     }
     asked = Recipe.model_validate(tree)
@@ -153,9 +153,9 @@ def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) ->
     [
         (
             {
-                "policy": {"name": "distillm", "buffer": 8},
-                "plan": {"sft_ratio": [0, 0]},
-                "train": {"batch_size": 8, "validate_every": 4},
+                "policy": {"name": "distillm", "replay_buffer_size": 8},
+                "curriculum": {"sft_ratio": [0, 0]},
+                "train": {"batch_size": 8, "validate_every_n_steps": 4},
             },
             "policy.name=distillm follows the validation",
         ),
@@ -179,7 +179,7 @@ def test_what_follows_a_validation_loss_needs_samples_for_it(
     }
     for samples in (5, 0):
         splits = {"train": {"samples": 64}, "validation": {"samples": samples}}
-        write_manifest(run.data, "data", "f", info={"splits": splits}, files=[])
+        write_manifest(run.data, "preprocess", "f", info={"splits": splits}, files=[])
         if samples:
             pipeline.check_sizes(run, Recipe.model_validate(tree))
     with pytest.raises(RecipeError, match=words):
@@ -191,24 +191,26 @@ def test_a_validation_that_never_comes(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     write_manifest(
         run.data,
-        "data",
+        "preprocess",
         "f",
         info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}},
         files=[],
     )
-    plan = {"subsets": 4, "epochs_per_stage": 1, "sft_ratio": [0, 0]}
+    curriculum = {"num_subsets": 4, "epochs_per_stage": 1, "sft_ratio": [0, 0]}
     for every in (19, 20):
         tree = {
             "name": "r",
             "student": {"model": "m"},
             "teacher": {"model": "t"},
-            "policy": {"name": "distillm", "buffer": 8},
-            "train": {"batch_size": 8, "validate_every": every},
-            "plan": plan,
+            "policy": {"name": "distillm", "replay_buffer_size": 8},
+            "train": {"batch_size": 8, "validate_every_n_steps": every},
+            "curriculum": curriculum,
         }
         if every == 19:
             pipeline.check_sizes(run, Recipe.model_validate(tree))
-    with pytest.raises(RecipeError, match=r"train\.validate_every=20 never comes in the 20 steps"):
+    with pytest.raises(
+        RecipeError, match=r"train\.validate_every_n_steps=20 never comes in the 20 steps"
+    ):
         pipeline.check_sizes(run, Recipe.model_validate(tree))
 
 
@@ -217,21 +219,21 @@ def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     write_manifest(
         run.data,
-        "data",
+        "preprocess",
         "f",
         info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}},
         files=[],
     )
 
     def check(warmup: int, schedule: str) -> None:
-        train = {"batch_size": 8, "warmup_steps": warmup, "schedule": schedule}
-        plan = {"subsets": 4, "epochs_per_stage": 1}
+        train = {"batch_size": 8, "warmup_steps": warmup, "lr_restart": schedule}
+        curriculum = {"num_subsets": 4, "epochs_per_stage": 1}
         tree = {
             "name": "r",
             "student": {"model": "m"},
             "teacher": {"model": "t"},
             "train": train,
-            "plan": plan,
+            "curriculum": curriculum,
         }
         pipeline.check_sizes(run, Recipe.model_validate(tree))
 

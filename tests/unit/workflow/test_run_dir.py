@@ -108,7 +108,7 @@ def test_what_has_a_name_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_texts_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from pocl_ds import artifacts as a; p = Path(sys.argv[1]); "
+    code = "import sys; from pathlib import Path; from pocl_ds.workflow import run_dir as a; p = Path(sys.argv[1]); "
     code += "a.write_json(p, {'x': chr(228)}); assert a.read_json(p) == {'x': chr(228)}"
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run(
@@ -232,7 +232,7 @@ def test_a_manifest_that_goes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tasks of an array remove what is stale while others look at it."""
-    write_manifest(tmp_path, "data", "f", files=[])
+    write_manifest(tmp_path, "preprocess", "f", files=[])
     monkeypatch.setattr(Path, "is_file", lambda path: path.unlink() or True)  # type: ignore[func-returns-value]
     assert read_manifest(tmp_path) is None
 
@@ -345,7 +345,7 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
     make_result(tmp_path)
     assert read_manifest(tmp_path) is None
-    written = write_manifest(tmp_path, "data", "f" * 64, info={"samples": 3})
+    written = write_manifest(tmp_path, "preprocess", "f" * 64, info={"samples": 3})
     assert read_manifest(tmp_path) == written
     assert sorted(written.files) == ["a.txt", "sub/b.bin"]
     assert written.files["a.txt"]["bytes"] == 5
@@ -360,7 +360,7 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     make_result(tmp_path)
-    manifest = write_manifest(tmp_path, "data", "f")
+    manifest = write_manifest(tmp_path, "preprocess", "f")
     (tmp_path / "a.txt").write_text("alphA")  # same size
     assert damaged_files(tmp_path, manifest) == ["a.txt has another checksum"]
     assert damaged_files(tmp_path, manifest, checksums=False) == []

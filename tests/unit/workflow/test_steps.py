@@ -23,9 +23,9 @@ def test_every_stage_has_its_function() -> None:
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ("baseline", "compare.enabled is false: nothing would look at a baseline, set it to true"),
-        ("teach", "teacher.mode is live: there is nothing to keep"),
-        ("respond", "policy.name is off: the teacher writes for seqkd and mixture only"),
+        ("baseline", "baseline.enabled is false: nothing would look at a baseline, set it to true"),
+        ("cache-teacher", "teacher.mode is live: there is nothing to keep"),
+        ("generate-teacher", "policy.name is off: the teacher writes for seqkd and mixture only"),
     ],
 )
 def test_a_stage_that_the_recipe_does_not_ask_for(stage: str, words: str, tmp_path: Path) -> None:
