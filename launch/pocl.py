@@ -35,14 +35,10 @@ sys.argv = sys.argv[1:]
 code = 0
 try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-except SystemExit as exit_request:
-    code = (
-        exit_request.code
-        if isinstance(exit_request.code, int)
-        else int(exit_request.code is not None)
-    )
-    if isinstance(exit_request.code, str):
-        last_word(exit_request.code)
+except SystemExit as error:  # its code is an int, None, or a message
+    code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error.code, str):
+        last_word(error.code)
 except KeyboardInterrupt:  # before or after the module's own handling, which prints a message
     code = 130
 except BaseException:

