@@ -12,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pocl_ds.workflow.run_dir import RunDirectory, write_json, write_manifest
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 STEPS = 180
 ATTACK = "<script>alert('x')</script> | one\ntwo ![i](http://example.org/i.png) \u0007"

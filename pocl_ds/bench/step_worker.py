@@ -43,7 +43,8 @@ from pocl_ds.teachers.cache_writer import teach
 from pocl_ds.teachers.mode_selection import Use
 from pocl_ds.training import build
 from pocl_ds.training.trainer import Trainer
-from pocl_ds.workflow.run_dir import RunDirectory, write_json
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.run_dir import RunDirectory
 
 ALPHA, LR = 0.3, 1e-4
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pocl_ds.cluster import scheduler
 from pocl_ds.errors import ArtifactError, ResourceError
-from pocl_ds.workflow.run_dir import RunDirectory, package_versions, read_models
+from pocl_ds.workflow.manifest import package_versions
+from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 FILES = 1024  # DeepSpeed, vLLM and a data loader hold a few hundred

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from pocl_ds.config import ModelConfig, Recipe, StudentConfig
-from pocl_ds.curriculum.plan_step import plan_of
+from pocl_ds.curriculum.plan_step import plan_from_config
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.top_k import TopK
 from pocl_ds.models import estimate
 from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape
-from pocl_ds.models.estimate import GB, GPUS, Choice, Device, Layout, Work
+from pocl_ds.models.estimate import GB, GPUS, ClusterLayout, Device, TrainingSetup, TrainingWork
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.prune import parse_layers, prune_config
 from pocl_ds.models.quantization import bytes_per_weight
-from pocl_ds.workflow.pipeline import temperatures
+from pocl_ds.workflow.step_inputs import teacher_temperatures
 
 # Means over 11,000 instruction samples as in the paper, by GPT-2's tokenizer; the command line can
 # say otherwise.
@@ -33,7 +33,7 @@ SHORT = (64, 128)  # lengths that activations are measured at; they grow with th
 class Asked:
     """What the command line says beside the recipe."""
 
-    layout: Layout
+    layout: ClusterLayout
     device: Device
     samples: int = SAMPLES
     prompt_tokens: float = PROMPT_TOKENS
@@ -54,14 +54,14 @@ class Sizes:
         )
 
     @cached_property
-    def work(self) -> Work:
+    def work(self) -> TrainingWork:
         """What is trained on, by the recipe's plan."""
         recipe, asked = self.recipe, self.asked
         samples = min(asked.samples, recipe.data.max_train_samples or asked.samples)
-        steps = plan_of(
+        steps = plan_from_config(
             range(samples), recipe.curriculum, batch_size=recipe.train.batch_size
         ).total_steps
-        return Work(
+        return TrainingWork(
             samples,
             asked.prompt_tokens,
             asked.response_tokens,
@@ -71,12 +71,14 @@ class Sizes:
         )
 
     @cached_property
-    def choice(self) -> Choice:
+    def choice(self) -> TrainingSetup:
         """What the recipe says now."""
         recipe, teacher = self.recipe, self.recipe.teacher
         mode = "none" if teacher is None else "online" if teacher.mode == "auto" else teacher.mode
-        records = TopK(recipe.teacher_cache.top_k, self.student.rows, temperatures(recipe)).bytes
-        return Choice(
+        records = TopK(
+            recipe.teacher_cache.top_k, self.student.rows, teacher_temperatures(recipe)
+        ).bytes
+        return TrainingSetup(
             micro_batch_size=recipe.train.micro_batch_size,
             checkpointing=recipe.student.activation_checkpointing,
             offload_student="offload" in recipe.student.ds_config,
@@ -123,7 +125,7 @@ class Sizes:
             for checkpointing in (False, True)
         }
 
-    def memory(self, choice: Choice) -> dict[str, float]:
+    def memory(self, choice: TrainingSetup) -> dict[str, float]:
         """Bytes of one rank, by what holds them, where every sample of a micro-batch is as long as
         may be.
         """
@@ -140,13 +142,15 @@ class Sizes:
             self.asked.device.base,
         )
 
-    def total(self, choice: Choice) -> float:
+    def total(self, choice: TrainingSetup) -> float:
         """Bytes of one rank."""
         return sum(self.memory(choice).values())
 
     def fitting(
-        self, choice: Choice, search: Callable[..., Choice | None] = estimate.fitting
-    ) -> Choice | None:
+        self,
+        choice: TrainingSetup,
+        search: Callable[..., TrainingSetup | None] = estimate.find_fitting_setup,
+    ) -> TrainingSetup | None:
         """The largest micro-batch that fits, with as little else changed as possible, or with
         search=largest nothing else.
         """
@@ -177,7 +181,7 @@ def _config(model: ModelConfig) -> Any:
     return config
 
 
-def page(sizes: Sizes) -> tuple[list[str], Choice | None]:
+def page(sizes: Sizes) -> tuple[list[str], TrainingSetup | None]:
     """The page, and the choice that fits (None where nothing does)."""
     recipe, layout, device = sizes.recipe, sizes.asked.layout, sizes.asked.device
     found = sizes.fitting(sizes.choice)
@@ -240,13 +244,13 @@ def _variants(sizes: Sizes) -> list[str]:
         if sizes.teacher is None and ("teacher" in name or "cached_hidden_states" in name):
             continue
         tried = replace(sizes.choice, **changes)  # type: ignore[arg-type]
-        best = sizes.fitting(tried, estimate.largest)
+        best = sizes.fitting(tried, estimate.find_largest_micro_batch)
         need = sizes.total(best or replace(tried, micro_batch_size=1))
         lines.append(f"  {name:<32}{best.micro_batch_size if best else 'none':>8}{need / GB:>8.1f}")
     return lines
 
 
-def _costs(sizes: Sizes, choice: Choice) -> list[str]:
+def _costs(sizes: Sizes, choice: TrainingSetup) -> list[str]:
     """Arithmetic, traffic, hours and bytes on disk."""
     asked, work, layout = sizes.asked, sizes.work, sizes.asked.layout
     lengths, loss = (
@@ -254,7 +258,7 @@ def _costs(sizes: Sizes, choice: Choice) -> list[str]:
         round(work.response_tokens * work.batch_size),
     )
     flops = estimate.step_flops(sizes.student, sizes.teacher, choice, lengths, loss)
-    traffic = estimate.micro_traffic(sizes.student, sizes.teacher, choice, layout.ranks)
+    traffic = estimate.micro_step_traffic(sizes.student, sizes.teacher, choice, layout.ranks)
     micro = max(1, work.batch_size // (choice.micro_batch_size * layout.ranks))
     lines = [
         f"a step of {work.batch_size} samples ({round(work.tokens)} tokens, "
@@ -273,13 +277,13 @@ def _costs(sizes: Sizes, choice: Choice) -> list[str]:
         "max_new_tokens": recipe.score.max_new_tokens,
         "sequences": recipe.score.generation.max_num_seqs,
     }
-    times = estimate.stage_times(
+    times = estimate.step_times(
         sizes.student, sizes.teacher, choice, work, layout, asked.device, **arguments
     )
     rows = [(time.name, time.seconds, f"bound by {time.why}") for time in times]
     rows.append(("POCL, all of it", sum(time.seconds for time in times), ""))
     for name, other in _beside(choice, sizes.teacher):
-        alone = estimate.stage_times(
+        alone = estimate.step_times(
             sizes.student, sizes.teacher, other, work, layout, asked.device, **arguments
         )
         seconds = sum(time.seconds for time in alone if time.name != "score")
@@ -305,7 +309,7 @@ def _costs(sizes: Sizes, choice: Choice) -> list[str]:
     return lines
 
 
-def _beside(choice: Choice, teacher: ModelShape | None) -> list[tuple[str, Choice]]:
+def _beside(choice: TrainingSetup, teacher: ModelShape | None) -> list[tuple[str, TrainingSetup]]:
     """What a POCL run is compared with."""
     found = [("plain SFT", replace(choice, mode="none"))]
     if teacher is not None:
@@ -317,7 +321,7 @@ def _beside(choice: Choice, teacher: ModelShape | None) -> list[tuple[str, Choic
     return found
 
 
-def _changes(recipe: Recipe, found: Choice) -> dict[str, Any]:
+def _changes(recipe: Recipe, found: TrainingSetup) -> dict[str, Any]:
     """Recipe fields that the fitting choice sets, where the recipe says otherwise."""
     wanted: dict[str, Any] = {"train.micro_batch_size": found.micro_batch_size}
     if found.checkpointing:
@@ -340,7 +344,7 @@ def _value(tree: Any, name: str) -> Any:
     return tree
 
 
-def numbers(sizes: Sizes, found: Choice) -> list[str]:
+def numbers(sizes: Sizes, found: TrainingSetup) -> list[str]:
     """The overrides that make the recipe fit this cluster."""
     return [
         f"launch.ranks={sizes.asked.layout.ranks}",

@@ -37,7 +37,7 @@ from pocl_ds.cluster.attempts import (
 )
 from pocl_ds.errors import HANG, RESUME, UNFIT, PoclError, ResourceError
 from pocl_ds.runtime.process_exit import FOLDER, SIGNALS, words_of_ranks
-from pocl_ds.workflow.run_dir import take_lock
+from pocl_ds.workflow.files import lock_file
 
 AGAIN_SECONDS = 10.0  # a signal that came before a rank could hear it is given again
 METRICS = {"init-student": "models/heal", "train": "train", "baseline": "baseline"}
@@ -115,13 +115,13 @@ class Job:
             if self.spec["preflight"]
             else []
         )
-        for number, step in enumerate(self.spec["steps"]):
+        for number, step in enumerate(self.spec["commands"]):
             item = (
-                self.spec["items"][int(self.task or 0)]
-                if self.spec["items"] and number + 1 == len(self.spec["steps"])
+                self.spec["array"][int(self.task or 0)]
+                if self.spec["array"] and number + 1 == len(self.spec["commands"])
                 else []
             )
-            steps.append(([], [*step["words"], *item], step["ranks"]))
+            steps.append(([], [*step["arguments"], *item], step["ranks"]))
         for number, (options, words, ranks) in enumerate(steps):
             if self.attempt.stopped:
                 return RESUME
@@ -399,7 +399,7 @@ def main() -> int:
         "a+"
     ) as held:  # NFSv4 refuses a shared lock on what was opened for writing alone
         try:
-            take_lock(held.fileno(), run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
+            lock_file(held.fileno(), run / ".lock", fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             say(f"{run} is in use by a pocl process outside SLURM: end it, then `pocl resume`")
             return 2

@@ -28,7 +28,9 @@ from pocl_ds.errors import HANG, UNFIT, PoclError, ResourceError
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.process_exit import leave_when_asked, leave_word, node_name
 from pocl_ds.runtime.tracking import setup_logging
-from pocl_ds.workflow.run_dir import RunDirectory, file_digest, package_versions, write_json
+from pocl_ds.workflow.files import file_digest, write_json
+from pocl_ds.workflow.manifest import package_versions
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 

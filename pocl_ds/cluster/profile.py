@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -19,6 +19,7 @@ from pocl_ds.config.yaml_io import dump_yaml, read_yaml
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import PROFILES
 from pocl_ds.runtime.credentials import assigns_secret, find_secret, is_secret_name
+from pocl_ds.workflow.steps import JOB_NAMES
 
 PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=&|*()\[\]%-]+")
 
@@ -50,17 +51,10 @@ def _time(value: str) -> str:
 
 Plain = Annotated[str, AfterValidator(_plain)]
 TimeLimit = Annotated[str, AfterValidator(_time)]
-JOBS = Literal[
-    "init-student",
-    "cache-teacher",
-    "generate-teacher",
-    "score",
-    "plan",
-    "train",
-    "baseline",
-    "evaluate",
-    "report",
-]
+if TYPE_CHECKING:
+    JobName = str
+else:
+    JobName = Literal[JOB_NAMES]
 
 
 class ContainerConfig(Section):
@@ -137,7 +131,7 @@ class Profile(Section):
     )
     attempts: Positive = Field(5, description="attempts without progress before a job gives up")
     array_tasks: Positive | None = Field(None, description="tasks of an array that may run at once")
-    jobs: dict[JOBS, JobLimits] = Field(
+    jobs: dict[JobName, JobLimits] = Field(
         default_factory=dict, description="other limits for one kind of job"
     )
 

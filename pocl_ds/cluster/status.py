@@ -17,10 +17,11 @@ from pocl_ds.cluster.attempts import AGAIN, DONE, FAILED, Attempt, read_attempts
 from pocl_ds.cluster.job import METRICS
 from pocl_ds.cluster.submit import enter_submission, job_ids
 from pocl_ds.config.recipe_file import load_recipe
-from pocl_ds.curriculum.plan_step import steps_of_stages
+from pocl_ds.curriculum.plan_step import optimizer_steps_by_stage
 from pocl_ds.runtime.tracking import aligned, read_metrics
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import RunDirectory, read_json
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.finished import finished_steps
+from pocl_ds.workflow.run_dir import RunDirectory
 
 LINES = 6  # of a failing rank's log
 RECENT = 20  # steps that a rate is taken over
@@ -51,7 +52,7 @@ def status(run: RunDirectory) -> list[Row]:
     """
     submission = enter_submission(run)
     recipe = load_recipe(str(run.recipe))
-    done = pipeline.finished(run, recipe)
+    done = finished_steps(run, recipe)
     queue = scheduler.queue(job_ids(run)) if scheduler.available() else []
     rows: list[Row] = []
     for name in submission["jobs"]:
@@ -83,7 +84,7 @@ def _row(
     path = run.cluster / "jobs" / f"{name}.ids"
     ids = path.read_text().split() if path.is_file() else []
     jobs = [job for job in queue if job.array in ids]
-    tasks = [read_attempts(file) for file in _attempt_files(run, name, bool(spec["items"]))]
+    tasks = [read_attempts(file) for file in _attempt_files(run, name, bool(spec["array"]))]
     row = Row(
         name,
         ids=", ".join(ids) or "-",
@@ -94,7 +95,7 @@ def _row(
         most = max(len(task) for task in tasks)
         row.attempt = str(most)
     failed = [task[-1] for task in tasks if task and task[-1].outcome == FAILED]
-    if spec["stages"] and all(done[stage] for stage in spec["stages"]):
+    if spec["steps"] and all(done[stage] for stage in spec["steps"]):
         row.state = "done"
     elif failed:
         row.state = "failed"
@@ -199,17 +200,17 @@ def _progress(
 ) -> str:
     """Steps, rate and time left of a training; finished pieces of an array."""
     if name == "score":
-        return f"{len(list(run.scores.glob('*.manifest.json')))}/{len(spec['items'])} shards"
+        return f"{len(list(run.scores.glob('*.manifest.json')))}/{len(spec['array'])} shards"
     if name == "cache-teacher":
-        return f"{len(list(run.teacher_cache.glob('train-*.manifest.json')))}/{len(spec['items'])} shards"
+        return f"{len(list(run.teacher_cache.glob('train-*.manifest.json')))}/{len(spec['array'])} shards"
     if name == "evaluate":
         answered = [
             path for path in run.evaluation.glob("*/*.manifest.json") if ".judge." not in path.name
         ]
-        return f"{len(answered)}/{len(spec['items'])} answer files"
+        return f"{len(answered)}/{len(spec['array'])} answer files"
     path = run.path / METRICS.get(name, "") / "metrics.jsonl"
     if name not in METRICS or not path.is_file():
-        return f"{sum(done[stage] for stage in spec['stages'])}/{len(spec['stages'])} stages"
+        return f"{sum(done[stage] for stage in spec['steps'])}/{len(spec['steps'])} stages"
     if not (records := read_metrics(path)[-RECENT:]):
         return ""
     last, total = records[-1], _total(run, name)
@@ -227,7 +228,7 @@ def _total(run: RunDirectory, name: str) -> int | None:
     """Steps of a training's plan."""
     if name == "init-student":
         return int(load_recipe(str(run.recipe)).student.heal_steps) or None
-    return sum(steps_of_stages(run, name)) or None
+    return sum(optimizer_steps_by_stage(run, name)) or None
 
 
 def _tail(run: RunDirectory, name: str, attempt: Attempt) -> list[str]:

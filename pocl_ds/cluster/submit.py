@@ -16,22 +16,18 @@ from typing import Any
 import jinja2
 
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
+from pocl_ds.cluster.job_graph import JobSpec, nodes_for, pipeline_jobs
 from pocl_ds.cluster.profile import Profile, dump_profile, load_profile
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import check_recipe, load_recipe
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.resources import JOB_TEMPLATE, copy_code
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import (
-    RunDirectory,
-    atomic_directory,
-    atomic_write,
-    fingerprint,
-    package_versions,
-    read_json,
-    write_json,
-)
+from pocl_ds.workflow.files import atomic_directory, atomic_write, read_json, write_json
+from pocl_ds.workflow.finished import finished_steps
+from pocl_ds.workflow.manifest import fingerprint, package_versions
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
+from pocl_ds.workflow.steps import STEP_NAMES
 
 UNSAFE = re.compile(
     r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
@@ -67,11 +63,11 @@ class Submission:
             tree = recipe.model_dump(mode="json")
             tree["launch"]["ranks"] = count * tasks
             self.recipe = check_recipe(tree)
-        done = dict.fromkeys(pipeline.NAMES, False)
+        done = dict.fromkeys(STEP_NAMES, False)
         if self.run.recipe.is_file():
-            done = pipeline.finished(self.run, self.recipe)
+            done = finished_steps(self.run, self.recipe)
         done |= dict.fromkeys(
-            pipeline.NAMES[pipeline.NAMES.index(until) + 1 :], True
+            STEP_NAMES[STEP_NAMES.index(until) + 1 :], True
         )  # as if: nobody asks for them
         self.jobs = pipeline_jobs(self.recipe, profile, done, nodes=count, tasks=tasks)
         self.folder = self.run.cluster
@@ -136,7 +132,7 @@ class Submission:
             "cpus-per-task": job.cpus_per_task,
             "signal": f"B:USR2@{profile.grace_seconds}",
             "chdir": f'"{self.directory}"',
-            "array": f"0-{len(job.items) - 1}{throttle}" if job.items else None,
+            "array": f"0-{len(job.array) - 1}{throttle}" if job.array else None,
         }
         if job.gpus_per_node:
             kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
@@ -155,9 +151,9 @@ class Submission:
         lines = []
         for job in self.jobs:
             place = f"nodes {job.nodes} x tasks {job.tasks_per_node}"
-            array = f", array of {len(job.items)}" if job.items else ""
+            array = f", array of {len(job.array)}" if job.array else ""
             after = f"  after {', '.join(job.after)}" if job.after else ""
-            steps = ", ".join(" ".join(step.words) for step in job.steps)
+            steps = ", ".join(" ".join(command.arguments) for command in job.commands)
             lines.append(f"{job.name:<10}{place}{array}  ({steps}){after}")
         return "\n".join(lines) or "every stage is done: nothing to submit"
 
@@ -181,8 +177,8 @@ class Submission:
                 f"({', '.join(sorted({job.id for job in busy}))}): "
                 f"see `pocl status {self.path}`, or `pocl cancel` them first"
             )
-        with pipeline.locked(self.run):
-            pipeline.enter(self.run, self.recipe)
+        with lock_run_directory(self.run):
+            record_recipe(self.run, self.recipe)
             self._freeze()
         ids: dict[str, str] = {}
         try:

@@ -16,11 +16,13 @@ from typing import Any
 
 from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.config.recipe_file import load_recipe
-from pocl_ds.curriculum.plan_step import steps_of_stages
+from pocl_ds.curriculum.plan_step import optimizer_steps_by_stage
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.tracking import clock, read_metrics
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import MANIFEST, RunDirectory, read_manifest
+from pocl_ds.workflow.finished import finished_steps
+from pocl_ds.workflow.manifest import MANIFEST, read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import STEPS
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 RECENT = 20  # steps that a rate is taken over
@@ -55,8 +57,8 @@ def look(run: RunDirectory) -> View:
     if not run.recipe.is_file():
         raise ArtifactError(f"{run.path} holds no recipe.yaml: give the directory of a run")
     recipe = load_recipe(str(run.recipe))
-    done = pipeline.finished(run, recipe)
-    names = [stage.name for stage in pipeline.STAGES if stage.wanted(recipe)]
+    done = finished_steps(run, recipe)
+    names = [stage.name for stage in STEPS if stage.wanted(recipe)]
     now = next((name for name in names if not done[name]), None)
     teacher = f"{recipe.teacher.model} → " if recipe.teacher else ""
     view = View(
@@ -68,7 +70,7 @@ def look(run: RunDirectory) -> View:
     for training, folder in (("train", run.train), ("baseline", run.baseline)):
         if (metrics := folder / "metrics.jsonl").is_file():
             view.training, view.steps = training, read_metrics(metrics)
-            view.bands = list(itertools.accumulate(steps_of_stages(run, training)))
+            view.bands = list(itertools.accumulate(optimizer_steps_by_stage(run, training)))
             view.total = view.bands[-1] if view.bands else 0
     view.events = _events(run)[-EVENTS:]
     return view
@@ -180,7 +182,7 @@ def _events(run: RunDirectory) -> list[str]:
                     f"{attempt.outcome or 'running'}",
                 )
             )
-    for stage in pipeline.STAGES:
+    for stage in STEPS:
         manifest, file = read_manifest(stage.directory(run)), stage.directory(run) / MANIFEST
         if manifest and file.is_file():
             found.append(

@@ -15,7 +15,8 @@ from typing import Any
 from pocl_ds.config import EvaluateConfig, PromptConfig
 from pocl_ds.errors import ArtifactError
 from pocl_ds.metrics.text import distinct_n, repetition_rate
-from pocl_ds.workflow.run_dir import Manifest, RunDirectory, read_manifest
+from pocl_ds.workflow.manifest import Manifest, read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Path:

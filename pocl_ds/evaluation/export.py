@@ -18,16 +18,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation.model_card import model_card
 from pocl_ds.models.quiet import quiet
-from pocl_ds.workflow.run_dir import (
+from pocl_ds.workflow.files import atomic_directory, write_json
+from pocl_ds.workflow.manifest import (
     MANIFEST,
     Manifest,
-    RunDirectory,
-    atomic_directory,
     damaged_files,
     read_manifest,
-    write_json,
     write_manifest,
 )
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
@@ -147,7 +146,7 @@ def _ours(target: Path) -> Manifest | None:
         manifest = read_manifest(target)
     except ArtifactError:
         raise ArtifactError(foreign) from None
-    if manifest is None or manifest.stage != STAGE:
+    if manifest is None or manifest.step != STAGE:
         raise ArtifactError(foreign)
     added = present - manifest.files.keys() - {MANIFEST}
     if added:

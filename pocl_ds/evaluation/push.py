@@ -10,7 +10,7 @@ from typing import Any
 
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
 from pocl_ds.evaluation.export import STAGE
-from pocl_ds.workflow.run_dir import MANIFEST, Manifest, damaged_files, read_manifest
+from pocl_ds.workflow.manifest import MANIFEST, Manifest, damaged_files, read_manifest
 
 # As the Hub has it: letters, digits, `-`, `_`, `.`; neither `-` nor `.` at an edge, no `--` or
 # `..`, at most 96 in all.
@@ -55,7 +55,7 @@ def push(folder: Path, repository: str, *, private: bool, dry_run: bool) -> str:
 def _export_at(folder: Path) -> Manifest:
     """The manifest of a whole export."""
     manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None or manifest.stage != STAGE:
+    if manifest is None or manifest.step != STAGE:
         raise ArtifactError(
             f"{folder} holds no finished export: run `pocl export` first, or name its folder with "
             f"--folder"

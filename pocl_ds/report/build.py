@@ -9,15 +9,10 @@ from pocl_ds.config.yaml_io import plain_value
 from pocl_ds.report.markdown import markdown_page
 from pocl_ds.report.page import html_page
 from pocl_ds.report.run_summary import read_facts
-from pocl_ds.workflow.run_dir import (
-    Manifest,
-    RunDirectory,
-    atomic_write,
-    damaged_files,
-    read_manifest,
-    write_manifest,
-)
-from pocl_ds.workflow.run_dir import fingerprint as result_digest
+from pocl_ds.workflow.files import atomic_write
+from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest, write_manifest
+from pocl_ds.workflow.manifest import fingerprint as result_digest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 

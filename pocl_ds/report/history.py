@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.workflow.run_dir import Manifest, RunDirectory, read_json, read_manifest
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.manifest import Manifest, read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 ORDER = (
     "preprocess",

@@ -21,7 +21,9 @@ from pocl_ds.report.history import History, Spent, read_history, spent_by_stage
 from pocl_ds.report.items import Benchmark, Item, read_benchmarks
 from pocl_ds.report.max_samples import Samples, read_samples
 from pocl_ds.report.sample_visits import times_seen
-from pocl_ds.workflow.run_dir import Manifest, RunDirectory, read_json, read_manifest
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.manifest import Manifest, read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 Floats = NDArray[np.float64]
 COLUMNS = (

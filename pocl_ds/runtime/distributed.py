@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from pocl_ds.errors import DisagreementError, PoclError, ResourceError
-from pocl_ds.workflow.run_dir import peak_host_bytes
+from pocl_ds.workflow.manifest import peak_host_bytes
 
 # How long ranks wait for one that works alone (digests a checkpoint, converts shards, seals what a
 # teacher said), in seconds. The ends of hangs are others': the watchdog, who leaves stacks, and the

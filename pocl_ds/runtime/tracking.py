@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 from pocl_ds.errors import ResourceError
 from pocl_ds.runtime.credentials import hide
-from pocl_ds.workflow.run_dir import atomic_write, disk_faults, disk_is_full
+from pocl_ds.workflow.files import atomic_write, disk_is_full, explain_disk_errors
 
 log = logging.getLogger("pocl_ds")
 
@@ -82,7 +82,7 @@ def keep_log(path: Path) -> None:
     """Write what the log says to a file too, behind what is there: `pocl watch` reads it. Progress
     comes now and then.
     """
-    with disk_faults(path):
+    with explain_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = _File(path, encoding="utf-8")
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -215,20 +215,20 @@ class MetricsWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
         _drop_after(self.path, step)
-        with disk_faults(self.path):
+        with explain_disk_errors(self.path):
             self.stream: TextIO = self.path.open("a", encoding="utf-8")
-        with disk_faults(directory / "tensorboard"):
+        with explain_disk_errors(directory / "tensorboard"):
             self.board = _tensorboard(directory / "tensorboard", step) if tensorboard else None
         self.wandb = _wandb(directory, wandb_project, name) if wandb else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one record; it holds `kind` and `step`."""
-        with disk_faults(self.path):
+        with explain_disk_errors(self.path):
             self.stream.write(json.dumps(record) + "\n")
             self.stream.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, (int, float)) and k != "step"}
         if self.board:
-            with disk_faults(self.path.with_name("tensorboard")):
+            with explain_disk_errors(self.path.with_name("tensorboard")):
                 for key, value in numbers.items():
                     self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
         if self.wandb:

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.curriculum.plan import subset_stops
-from pocl_ds.data.tokenized import EncodedSplit
-from pocl_ds.difficulty.rank import tied_share
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.tracking import aligned
-from pocl_ds.workflow.run_dir import RunDirectory, read_manifest
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 Floats = NDArray[np.float64]
 SHARP = 0.5  # correlation with the length from which an order is called one of lengths
@@ -53,7 +53,7 @@ def read_seen(run: RunDirectory, name: str) -> Seen:
             f"{run.path} is ordered by {manifest.info['strategy']}, without scores: give runs "
             f"that were scored"
         )
-    split, order = EncodedSplit.open(run.data, "train"), np.load(run.ranking / "order.npy")
+    split, order = TokenizedSplit.open(run.data, "train"), np.load(run.ranking / "order.npy")
     return Seen(
         name,
         np.asarray(split.ids)[order],

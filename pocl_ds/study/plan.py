@@ -17,11 +17,11 @@ from pydantic import Field, ValidationError, model_validator
 from pocl_ds.config import Int, Recipe, Section, semantic_fields
 from pocl_ds.config.recipe_file import first_fault, load_recipe
 from pocl_ds.config.yaml_io import read_yaml
-from pocl_ds.curriculum.plan import visits
+from pocl_ds.curriculum.plan import mean_sample_visits
 from pocl_ds.errors import RecipeError
 from pocl_ds.evaluation.answers import settings
 from pocl_ds.resources import STUDIES
-from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.steps import Step, enabled_steps
 
 UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -72,9 +72,9 @@ class Cell:
     until: str = "report"  # its last stage
 
     @property
-    def stages(self) -> tuple[pipeline.Stage, ...]:
+    def stages(self) -> tuple[Step, ...]:
         """What it runs."""
-        return pipeline.wanted_stages(self.recipe, self.until)
+        return enabled_steps(self.recipe, self.until)
 
     @property
     def group(self) -> str:
@@ -164,7 +164,7 @@ def sample_visits(recipe: Recipe) -> float:
     """How often a sample is seen in a whole run, on average: what arms must have in common to be
     compared.
     """
-    return visits(
+    return mean_sample_visits(
         recipe.curriculum.num_subsets,
         recipe.curriculum.epochs_per_stage,
         recipe.curriculum.scheduler,

@@ -19,8 +19,12 @@ from pocl_ds.config.recipe_file import dump_recipe
 from pocl_ds.errors import RESUME, ArtifactError, Interrupted
 from pocl_ds.resources import module_command
 from pocl_ds.study.plan import Cell
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import RunDirectory, atomic_write, disk_faults
+from pocl_ds.workflow.files import atomic_write, explain_disk_errors
+from pocl_ds.workflow.finished import finished_steps
+from pocl_ds.workflow.processes import run_process
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
+from pocl_ds.workflow.steps import fingerprints
 
 log = logging.getLogger("pocl_ds")
 
@@ -54,8 +58,8 @@ def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
     """Take over what other cells have finished of this one's stages, as hard links; returns the
     stages.
     """
-    run, wanted = directory(folder, cell), pipeline.fingerprints(cell.recipe)
-    done = pipeline.finished(run, cell.recipe)
+    run, wanted = directory(folder, cell), fingerprints(cell.recipe)
+    done = finished_steps(run, cell.recipe)
     left = [stage for stage in cell.stages if stage.name in SHARED and not done[stage.name]]
     taken: list[str] = []
     for other in cells:
@@ -63,8 +67,8 @@ def adopt(folder: Path, cell: Cell, cells: Sequence[Cell]) -> list[str]:
         if other is cell or len(taken) == len(left) or not source.recipe.is_file():
             continue
         prints, theirs = (
-            pipeline.fingerprints(other.recipe),
-            pipeline.finished(source, other.recipe),
+            fingerprints(other.recipe),
+            finished_steps(source, other.recipe),
         )
         for stage in left:
             if (
@@ -86,8 +90,8 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
         if is_finished(folder, cell):
             log.info("study %d/%d: %s is done already", number, len(cells), cell.name)
             continue
-        with pipeline.locked(run):
-            pipeline.enter(run, cell.recipe)
+        with lock_run_directory(run):
+            record_recipe(run, cell.recipe)
             taken = adopt(folder, cell, cells)
         log.info(
             "study %d/%d: %s%s",
@@ -96,7 +100,7 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
             cell.name,
             f" (shares {', '.join(taken)})" if taken else "",
         )
-        code = pipeline.call(
+        code = run_process(
             [
                 *module_command("pocl_ds.cli.main"),
                 "run",
@@ -128,8 +132,8 @@ def ready(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
         if is_finished(folder, cell):
             continue
         done, prints = (
-            pipeline.finished(directory(folder, cell), cell.recipe),
-            pipeline.fingerprints(cell.recipe),
+            finished_steps(directory(folder, cell), cell.recipe),
+            fingerprints(cell.recipe),
         )
         left = {
             (stage.name, prints[stage.name])
@@ -147,7 +151,7 @@ def is_finished(folder: Path, cell: Cell) -> bool:
     run = directory(folder, cell)
     if not run.recipe.is_file():
         return False
-    done = pipeline.finished(run, cell.recipe)
+    done = finished_steps(run, cell.recipe)
     return all(done[stage.name] for stage in cell.stages)
 
 
@@ -171,7 +175,7 @@ def _link(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(one, other)
 
-    with disk_faults(target):
+    with explain_disk_errors(target):
         shutil.rmtree(target, ignore_errors=True)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

@@ -14,15 +14,23 @@ import numpy as np
 
 from pocl_ds.evaluation.comparison import FEW
 from pocl_ds.evaluation.side_by_side import Side, read_side, results_of
-from pocl_ds.metrics.bootstrap import RESAMPLES, Floats, interval, resampled_means, two_sided_p
-from pocl_ds.metrics.footnotes import lines_of_all, marked
+from pocl_ds.metrics.bootstrap import (
+    RESAMPLES,
+    Floats,
+    percentile_interval,
+    resampled_means,
+    two_sided_p,
+)
+from pocl_ds.metrics.footnotes import mark_benchmark, merge_footnotes
 from pocl_ds.report.history import spent_by_stage
 from pocl_ds.runtime.tracking import aligned, clock, read_metrics
 from pocl_ds.study.difficulty_agreement import difficulty_lines, read_seen
 from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
 from pocl_ds.study.run import directory, is_finished
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import RunDirectory, read_json, read_manifest
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import STEPS
 
 STUDENT, MEASURE, ALL = "student", "rouge_l", "all items"
 UNEQUAL = 1.01  # arms whose visits differ by more are said to
@@ -75,7 +83,9 @@ def two_level(differences: Floats, *, resamples: int = RESAMPLES, seed: int = 0)
         off = differences.mean(0).std(ddof=1) / trainings**0.5
         drawn = np.random.default_rng([seed, trainings]).standard_t(trainings - 1, resamples)
         means += np.copysign(off, mean) * drawn  # A beside B says the opposite of B beside A
-    return Difference(mean, *interval(means), two_sided_p(means), trainings, len(differences))
+    return Difference(
+        mean, *percentile_interval(means), two_sided_p(means), trainings, len(differences)
+    )
 
 
 def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
@@ -111,7 +121,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
         return difficulty_lines(seen, max(cell.recipe.curriculum.num_subsets for cell in done))
     benchmarks = list(results_of(directory(folder, done[0]))["models"][STUDENT]["benchmarks"])
     named = [(cell.group, results_of(directory(folder, cell))) for cell in done]
-    header = [marked(name, *(results for _, results in named)) for name in benchmarks]
+    header = [mark_benchmark(name, *(results for _, results in named)) for name in benchmarks]
     rows = [["", "trainings", *header, "validation loss", "ordering", "training"]]
     for group in dict.fromkeys(cell.group for cell in done):
         runs = [directory(folder, cell) for cell in done if cell.group == group]
@@ -125,7 +135,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
                 *_times(runs),
             ]
         )
-    lines = aligned(rows, numbers=True) + lines_of_all(named, benchmarks)
+    lines = aligned(rows, numbers=True) + merge_footnotes(named, benchmarks)
     every = [*benchmarks, ALL] if len(benchmarks) > 1 else benchmarks
     shown: list[Difference] = []
     for (better, worse), point, name in itertools.product(
@@ -228,9 +238,7 @@ def _times(runs: Sequence[RunDirectory]) -> tuple[str, str]:
     spent = []
     for run in runs:
         manifests = {
-            stage.name: found
-            for stage in pipeline.STAGES
-            if (found := read_manifest(stage.directory(run)))
+            stage.name: found for stage in STEPS if (found := read_manifest(stage.directory(run)))
         }
         spent.append({one.stage: one.seconds for one in spent_by_stage(run, manifests)})
     ordering = [sum(each.get(stage, 0.0) for stage in ("score", "rank", "plan")) for each in spent]

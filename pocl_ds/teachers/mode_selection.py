@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.errors import ResourceError
-from pocl_ds.workflow.run_dir import disk_faults, read_json, write_json
+from pocl_ds.workflow.files import explain_disk_errors, read_json, write_json
 
 log = logging.getLogger("pocl_ds")
 
@@ -88,7 +88,7 @@ def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
         )  # tasks on two nodes may have one process number
         write_json(own, {"mode": mode, "why": why, "costs": asdict(measured)})
         with (
-            disk_faults(path),
+            explain_disk_errors(path),
             contextlib.suppress(FileExistsError),
         ):  # another task was first: its choice holds
             os.link(own, path)
@@ -112,7 +112,7 @@ def disk_rates(folder: Path, size: int) -> tuple[float, float]:
     size = max(1 << 20, min(size, PROBE_BYTES))
     path, block = folder / f".probe.{secrets.token_hex(8)}", os.urandom(1 << 20)
     try:
-        with disk_faults(path), path.open("wb", buffering=0) as stream:
+        with explain_disk_errors(path), path.open("wb", buffering=0) as stream:
             start = time.perf_counter()
             for _ in range(size >> 20):
                 stream.write(block)

@@ -14,7 +14,7 @@ from typing import Any
 
 from pocl_ds.config import ModelSource, Recipe
 from pocl_ds.evaluation.benchmarks import local_files
-from pocl_ds.workflow.run_dir import MANIFEST
+from pocl_ds.workflow.manifest import MANIFEST
 
 WHOLE, BLOCK, BLOCKS = 256 << 20, 1 << 18, 128  # see `content_digest`
 FILES = (".jsonl", ".json", ".parquet", ".jinja", ".gguf")

@@ -1,326 +1,303 @@
-"""One stage in this process: each function hands it the parts of the recipe that it needs.
+"""The table of workflow steps. Everything that knows steps derives from it: the command line, the
+pipeline, SLURM jobs, status, studies.
 
-A stage's own module is imported when the stage runs: `pocl rank` needs neither vLLM nor DeepSpeed.
+To add a step, add one row to STEPS and its folder to `run_dir.STEP_FOLDERS`. This module imports
+nothing heavy, so that `pocl --help` stays fast.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pocl_ds.config import EvaluateConfig, Recipe, StudentConfig, TeacherConfig
-from pocl_ds.config.recipe_file import dump_recipe
-from pocl_ds.errors import ModelError, PoclError, RecipeError
-from pocl_ds.workflow.pipeline import (
-    check_sizes,
-    evaluated_models,
-    fingerprints,
-    keeps_teacher,
-    temperatures,
-)
-from pocl_ds.workflow.run_dir import RunDirectory, read_manifest, read_models
+from pocl_ds.workflow import step_functions, step_inputs
 
-log = logging.getLogger("pocl_ds")
+if TYPE_CHECKING:
+    from pocl_ds.config import Recipe
+    from pocl_ds.workflow.run_dir import RunDirectory
+
+Arguments = tuple[tuple[str, ...], ...]  # command-line arguments of each task of a job array
+
+
+def _always(_recipe: Recipe) -> bool:
+    return True
+
+
+def _never(_recipe: Recipe) -> bool:
+    return False
+
+
+def _one_gpu(_recipe: Recipe) -> int:
+    return 1
+
+
+def _no_gpu(_recipe: Recipe) -> int:
+    return 0
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a command line says of its stage beside the recipe: which part of the work, and where
-    the result goes.
+class StepRequest:
+    """What a command line adds to the recipe: which part of a step's work to do, and where its
+    result goes. By default all of it, in the run directory.
     """
 
-    shard: tuple[int, int] | None = None  # (I, N), from 0: of score, teach and evaluate
-    model: str | None = None  # evaluate: only this one's answers
+    shard: tuple[int, int] | None = None  # (I, N), from 0: score, cache-teacher and evaluate
+    model: str | None = None  # evaluate: only the answers of this model
     benchmark: str | None = None  # with `model`: only this benchmark
     seed: int | None = None  # with `model`: only this seed
     out: Path | None = None  # export: in place of the run directory's export/
 
     @property
-    def piece(self) -> int | None:
-        """The shard alone, of a stage whose recipe says how many there are."""
+    def shard_index(self) -> int | None:
+        """The index I of the shard, for steps whose recipe has the number of shards."""
         return None if self.shard is None else self.shard[0]
 
 
-WHOLE = Asked()
+@dataclass(frozen=True)
+class JobShape:
+    """The SLURM job that runs a step. Steps that share a job name run in one job, in order.
 
-
-def run_here(name: str, recipe: Recipe, run: RunDirectory, asked: Asked = WHOLE) -> None:
-    """Run one stage, or the part of it that is asked for, as the only process or as one of its
-    ranks.
+    A step that needs ranks spans the profile's nodes; any other gets `gpus(recipe)` GPUs of one
+    node. With `array`, the job is an array of one task for each tuple of arguments.
     """
-    if name not in ("preprocess", "evaluate", "export", "report"):
-        check_sizes(run, recipe)
-    FUNCTIONS[name](recipe, run, fingerprints(recipe)[name], asked)
+
+    name: str
+    gpus: Callable[[Recipe], int] = _one_gpu
+    array: Callable[[Recipe], Arguments] | None = None
 
 
-def _data(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.data.preprocess import prepare_data
-    from pocl_ds.models.load import commits_of, load_tokenizer, resolve_model
+@dataclass(frozen=True)
+class Step:
+    """One step of the workflow, which is also a command of `pocl`."""
 
-    commits = commits_of(
-        [recipe.student, *([recipe.teacher, *recipe.teacher.ensemble] if recipe.teacher else [])]
-    )
-    student, teacher = _at_commits(recipe, commits)
-    path, theirs = resolve_model(student), None
-    tokenizer = load_tokenizer(
-        path, trust_remote_code=student.trust_remote_code, revision=student.revision
-    )
-    if teacher and recipe.one_vocabulary:
-        from pocl_ds.models.vocab import DifferentTokenizers, reconcile_all
+    name: str
+    summary: str  # help text: a sentence in the imperative
+    example: str  # a command line
+    run: Callable[[Recipe, RunDirectory, str, StepRequest], None]
+    inputs: Callable[[Recipe], Any]  # plain values of the recipe that its result follows from
+    job: JobShape
+    dependencies: tuple[str, ...] = ()  # steps whose results enter its fingerprint
+    # Steps that run before it and do not change its result, so that they stay out of its
+    # fingerprint.
+    waits_for: tuple[str, ...] = ()
+    enabled: Callable[[Recipe], bool] = _always
+    needs_ranks: Callable[[Recipe], bool] = _never  # whether launch.ranks processes run it
+    # A job array that computes parts of the result before `job` collects them.
+    parts_job: JobShape | None = None
+    options: tuple[str, ...] = ()  # fields of StepRequest that its command offers
+    shards_field: str | None = None  # recipe field that --shard I/N sets to N
+    # Its result describes a training: it counts as finished only where the training does, and a
+    # changed recipe may replace it.
+    describes_training: bool = False
+    shareable: bool = True  # whether another cell of a study may reuse its result
+    expensive: bool = False  # whether another cell of a study should wait for its result
+    out_of_memory_hint: str = "use a machine with more memory"
 
-        try:
-            reconcile_all(
-                [(one, resolve_model(one)) for one in (teacher, *teacher.ensemble)], student, path
-            )
-        except DifferentTokenizers:
-            if recipe.loss.name != "sft":
-                raise
-            raise ModelError(
-                f"student.heal_steps={recipe.student.heal_steps} is plain distillation, which "
-                f"needs the same "
-                "tokens, and teacher and student have different tokenizers: set it to 0"
-            ) from None
-    if teacher and recipe.across_tokenizers:
-        theirs = load_tokenizer(
-            resolve_model(teacher),
-            trust_remote_code=teacher.trust_remote_code,
-            revision=teacher.revision,
-        )
-    prepare_data(run, recipe.data, recipe.prompt, tokenizer, fingerprint, theirs, commits)
+    def directory(self, run: RunDirectory) -> Path:
+        """Where its result is written."""
+        return run.step_directory(self.name)
 
 
-def _at_commits(
-    recipe: Recipe, commits: Mapping[str, str]
-) -> tuple[StudentConfig, TeacherConfig | None]:
-    """Student and teachers as the stage `data` found them."""
-    from pocl_ds.models.load import at_commit
-
-    teacher = recipe.teacher
-    if teacher:
-        others = tuple(at_commit(other, commits) for other in teacher.ensemble)
-        teacher = at_commit(teacher, commits).model_copy(update={"others": others})
-    return at_commit(recipe.student, commits), teacher
+def _shards(count: int) -> Arguments:
+    return tuple(("--shard", f"{shard}/{count}") for shard in range(count))
 
 
-def _commits(run: RunDirectory) -> dict[str, str]:
-    """What the stage `data` noted of the Hub's models."""
-    manifest = read_manifest(run.data)
-    return manifest.info["commits"] if manifest else {}
-
-
-def _prepare(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.training.run_training import prepare
-
-    student, teacher = _at_commits(recipe, _commits(run))
-    prepare(
-        run,
-        student=student,
-        teacher=teacher,
-        train=recipe.train,
-        loss=recipe.loss,
-        seed=recipe.seed,
-        longest=recipe.prompt.max_length,
-        fingerprint=fingerprint,
+def _answer_parts(recipe: Recipe) -> Arguments:
+    """One task for each model, benchmark and seed."""
+    return tuple(
+        ("--model", model, "--benchmark", benchmark, "--seed", str(seed))
+        for model in step_inputs.evaluated_models(recipe)
+        for benchmark in recipe.evaluate.benchmarks
+        for seed in recipe.evaluate.seeds
     )
 
 
-def _teach(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.curriculum.plan import visits
-    from pocl_ds.teachers.cache_writer import teach
-    from pocl_ds.teachers.mode_selection import Use
+def _generation_gpus(recipe: Recipe) -> int:
+    return recipe.score.generation.tensor_parallel_size
 
-    if recipe.teacher is None or not keeps_teacher(recipe):
-        raise RecipeError(
-            "recipe field teacher.mode is live: there is nothing to keep of a teacher that is "
-            "asked at each step"
-        )
-    curriculum = recipe.curriculum
-    student, teacher = _at_commits(recipe, _commits(run))
-    assert teacher is not None
-    seen = visits(curriculum.num_subsets, curriculum.epochs_per_stage, curriculum.scheduler) * (
-        2 if recipe.baseline.enabled else 1
+
+TRAINING_HINT = (
+    "lower train.micro_batch_size or loss.chunk_memory_mb, set "
+    "student.activation_checkpointing=true, or use more GPUs; `pocl estimate` computes how many"
+)
+GENERATION_HINT = "lower score.generation.max_num_seqs and score.generation.max_num_batched_tokens"
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        "preprocess",
+        summary="Read, split and tokenize the instruction data.",
+        example="pocl preprocess my.yaml --run-dir runs/x data.source=my.jsonl",
+        run=step_functions.run_preprocess,
+        inputs=step_inputs.preprocess_inputs,
+        job=JobShape("init-student"),
+    ),
+    Step(
+        "init-student",
+        summary="Create the initial student: download, prune and heal it.",
+        example="pocl init-student --run-dir runs/x",
+        run=step_functions.run_init_student,
+        inputs=step_inputs.init_student_inputs,
+        job=JobShape("init-student"),
+        dependencies=("preprocess",),
+        needs_ranks=lambda recipe: recipe.student.heal_steps > 0,
+        expensive=True,
+        out_of_memory_hint=TRAINING_HINT,
+    ),
+    Step(
+        "cache-teacher",
+        summary="Run the teacher once over the training set and cache its outputs.",
+        example="pocl cache-teacher --run-dir runs/x --shard 0/4",
+        run=step_functions.run_cache_teacher,
+        inputs=step_inputs.cache_teacher_inputs,
+        job=JobShape("cache-teacher", array=lambda recipe: _shards(recipe.teacher_cache.shards)),
+        dependencies=("preprocess",),
+        enabled=step_inputs.caches_teacher,
+        needs_ranks=_always,
+        options=("shard",),
+        shards_field="teacher_cache.shards",
+        expensive=True,
+        out_of_memory_hint="lower teacher_cache.max_batch_tokens, or shard the teacher with "
+        "teacher.ds_config",
+    ),
+    Step(
+        "generate-teacher",
+        summary="Generate the teacher's response to every training prompt (SeqKD, mixtures).",
+        example="pocl generate-teacher --run-dir runs/x",
+        run=step_functions.run_generate_teacher,
+        inputs=step_inputs.generate_teacher_inputs,
+        job=JobShape("generate-teacher", gpus=_generation_gpus),
+        dependencies=("preprocess",),
+        enabled=lambda recipe: recipe.policy.uses_teacher_responses,
+        expensive=True,
+        out_of_memory_hint=GENERATION_HINT,
+    ),
+    Step(
+        "score",
+        summary="Score the difficulty of every sample: the student's ROUGE-L and cross-entropy.",
+        example="pocl score --run-dir runs/x --shard 2/8",
+        run=step_functions.run_score,
+        inputs=step_inputs.score_inputs,
+        job=JobShape(
+            "score", gpus=_generation_gpus, array=lambda recipe: _shards(recipe.score.shards)
+        ),
+        dependencies=("preprocess", "init-student"),
+        enabled=lambda recipe: recipe.ranking.strategy != "random",
+        options=("shard",),
+        shards_field="score.shards",
+        expensive=True,
+        out_of_memory_hint=GENERATION_HINT,
+    ),
+    Step(
+        "rank",
+        summary="Rank the samples from easy to hard.",
+        example="pocl rank --run-dir runs/x",
+        run=step_functions.run_rank,
+        inputs=step_inputs.rank_inputs,
+        job=JobShape("plan", gpus=_no_gpu),
+        dependencies=("preprocess", "score"),
+    ),
+    Step(
+        "plan",
+        summary="Divide the ranking into the stages of the curriculum.",
+        example="pocl plan --run-dir runs/x",
+        run=step_functions.run_plan,
+        inputs=step_inputs.plan_inputs,
+        job=JobShape("plan", gpus=_no_gpu),
+        dependencies=("rank",),
+    ),
+    Step(
+        "train",
+        summary="Train the student by the curriculum; continue from the last checkpoint.",
+        example="pocl train --run-dir runs/x",
+        run=step_functions.run_train,
+        inputs=step_inputs.train_inputs,
+        job=JobShape("train"),
+        dependencies=("init-student", "plan", "generate-teacher"),
+        waits_for=("cache-teacher",),
+        needs_ranks=_always,
+        shareable=False,
+        out_of_memory_hint=TRAINING_HINT,
+    ),
+    Step(
+        "baseline",
+        summary="Train a plain KD baseline on as many sample visits, for comparison.",
+        example="pocl baseline --run-dir runs/x baseline.enabled=true",
+        run=step_functions.run_baseline,
+        inputs=step_inputs.baseline_inputs,
+        job=JobShape("baseline"),
+        dependencies=("init-student", "plan", "generate-teacher"),
+        waits_for=("cache-teacher",),
+        enabled=lambda recipe: recipe.baseline.enabled,
+        needs_ranks=_always,
+        expensive=True,
+        out_of_memory_hint=TRAINING_HINT,
+    ),
+    Step(
+        "evaluate",
+        summary="Generate answers to the benchmarks and score them.",
+        example="pocl evaluate --run-dir runs/x --model student",
+        run=step_functions.run_evaluate,
+        inputs=step_inputs.evaluate_inputs,
+        job=JobShape("report"),
+        dependencies=("train", "baseline"),
+        parts_job=JobShape(
+            "evaluate",
+            gpus=lambda recipe: recipe.evaluate.generation.tensor_parallel_size,
+            array=_answer_parts,
+        ),
+        options=("shard", "model", "benchmark", "seed"),
+        describes_training=True,
+        shareable=False,
+        out_of_memory_hint="lower evaluate.generation.max_num_seqs and max_num_batched_tokens; "
+        "the held-out loss needs each model on one GPU, and evaluate.held_out_loss=false skips it",
+    ),
+    Step(
+        "export",
+        summary="Write the student as a Hugging Face folder with a model card.",
+        example="pocl export --run-dir runs/x --out my-student",
+        run=step_functions.run_export,
+        inputs=step_inputs.export_inputs,
+        job=JobShape("report"),
+        dependencies=("evaluate",),
+        options=("out",),
+        describes_training=True,
+        shareable=False,
+    ),
+    Step(
+        "report",
+        summary="Write an HTML report for one run, or a comparison of several.",
+        example="pocl report runs/a runs/b runs/c",
+        run=step_functions.run_report,
+        inputs=step_inputs.report_inputs,
+        job=JobShape("report"),
+        dependencies=("evaluate",),
+        describes_training=True,
+        shareable=False,
+    ),
+)
+STEP: dict[str, Step] = {step.name: step for step in STEPS}
+STEP_NAMES: tuple[str, ...] = tuple(STEP)
+# Names of the SLURM jobs, in the order of their first steps.
+JOB_NAMES: tuple[str, ...] = tuple(
+    dict.fromkeys(
+        job.name for step in STEPS for job in (step.parts_job, step.job) if job is not None
     )
-    teach(
-        run,
-        teacher=teacher,
-        student=student,
-        config=recipe.teacher_cache,
-        use=Use(seen, temperatures(recipe)),
-        fingerprint=fingerprint,
-        shard=asked.piece,
-    )
+)
 
 
-def _respond(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.generation.teacher_responses import respond
-
-    if recipe.teacher is None or not recipe.policy.uses_teacher_responses:
-        raise RecipeError(
-            f"recipe field policy.name is {recipe.policy.name}: the teacher writes for seqkd and "
-            f"mixture only"
-        )
-    student, teacher = _at_commits(recipe, _commits(run))
-    assert teacher is not None
-    respond(
-        run,
-        teacher=teacher,
-        student=student,
-        prompt=recipe.prompt,
-        policy=recipe.policy,
-        generation=recipe.score.generation,
-        seed=recipe.seed,
-        fingerprint=fingerprint,
-        threads=recipe.launch.threads_per_rank,
-    )
+def enabled_steps(recipe: Recipe, until: str = STEP_NAMES[-1]) -> tuple[Step, ...]:
+    """The steps that a recipe runs, in order, up to and including `until`."""
+    return tuple(step for step in STEPS[: STEP_NAMES.index(until) + 1] if step.enabled(recipe))
 
 
-def _score(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.difficulty.score import score
+def fingerprints(recipe: Recipe) -> dict[str, str]:
+    """The fingerprint that each step's result must have to belong to this recipe."""
+    from pocl_ds.workflow.manifest import fingerprint
 
-    score(
-        run,
-        recipe.score,
-        recipe.prompt,
-        model_path=read_models(run)["student"],
-        fingerprint=fingerprint,
-        shard=asked.piece,
-        threads=recipe.launch.threads_per_rank,
-        trust_remote_code=recipe.student.trust_remote_code,
-    )
-
-
-def _rank(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.difficulty.rank import rank
-
-    rank(run, recipe.ranking, seed=recipe.seed, fingerprint=fingerprint)
-
-
-def _plan(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.curriculum.plan_step import make_plan
-
-    make_plan(run, recipe.curriculum, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
-
-
-def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    _fit(recipe, run, fingerprint, baseline=False)
-
-
-def _baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    if not recipe.baseline.enabled:
-        raise RecipeError(
-            "recipe field baseline.enabled is false: nothing would look at a baseline, set it to "
-            "true"
-        )
-    _fit(recipe, run, fingerprint, baseline=True)
-
-
-def _fit(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
-    from pocl_ds.training.run_training import train
-
-    train(
-        run,
-        taught=fingerprints(recipe)["cache-teacher"] if keeps_teacher(recipe) else None,
-        student=recipe.student,
-        teacher=recipe.teacher,
-        loss=recipe.loss,
-        train=recipe.train,
-        seed=recipe.seed,
-        policy=recipe.policy,
-        prompt=recipe.prompt,
-        compare=recipe.baseline if baseline else None,
-        fingerprint=fingerprint,
-    )
-
-
-def _evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.evaluation.evaluate import RESULTS, answer, held_out, model_path, summarise
-    from pocl_ds.evaluation.judge import judge
-
-    names = evaluated_models(recipe)
-    trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
-    trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
-    if asked.model:
-        answer(
-            run,
-            _part(recipe.evaluate, asked),
-            recipe.prompt,
-            model=asked.model,
-            path=model_path(run, asked.model),
-            threads=recipe.launch.threads_per_rank,
-            shard=asked.shard or (0, 1),
-            trust_remote_code=asked.model in trusted,
-        )
-        return
-    held_out(
-        run,
-        recipe.evaluate,
-        recipe.prompt,
-        {name: model_path(run, name) for name in names},
-        teacher=recipe.teacher,
-        threads=recipe.launch.threads_per_rank,
-        trusted=trusted,
-    )
-    try:
-        judge(run, recipe.evaluate, names)
-    except PoclError:  # an endpoint is the part that is most often away
-        summarise(run, recipe.evaluate.model_copy(update={"judge": None}), names)
-        log.info("evaluate: %s has everything but what the judge says", run.evaluation / RESULTS)
-        raise
-    summarise(run, recipe.evaluate, names, fingerprint=fingerprint)
-
-
-def _part(config: EvaluateConfig, asked: Asked) -> EvaluateConfig:
-    """The evaluation with only the benchmark and the seed that are asked for."""
-    part: dict[str, Any] = {}
-    if asked.benchmark is not None:
-        if asked.benchmark not in config.benchmarks:
-            raise RecipeError(
-                f"--benchmark {asked.benchmark}: the recipe has {', '.join(config.benchmarks)}"
-            )
-        part["benchmarks"] = {asked.benchmark: config.benchmarks[asked.benchmark]}
-    if asked.seed is not None:
-        if asked.seed not in config.seeds:
-            raise RecipeError(
-                f"--seed {asked.seed}: the recipe has {', '.join(map(str, config.seeds))}"
-            )
-        part["seeds"] = (asked.seed,)
-    return config.model_copy(update=part)
-
-
-def _export(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.evaluation.export import export
-
-    folder = export(
-        run,
-        out=asked.out,
-        recipe_yaml=dump_recipe(recipe),
-        fingerprint=fingerprint,
-        trust_remote_code=recipe.student.trust_remote_code,
-    )
-    print(f"student  {folder}")
-
-
-def _report(recipe: Recipe, run: RunDirectory, fingerprint: str, asked: Asked) -> None:
-    from pocl_ds.report.build import build_report
-
-    build_report(run, recipe.report, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)
-    print(f"report   {run.report / 'report.html'}")
-
-
-FUNCTIONS: dict[str, Callable[[Recipe, RunDirectory, str, Asked], None]] = {
-    "preprocess": _data,
-    "init-student": _prepare,
-    "cache-teacher": _teach,
-    "generate-teacher": _respond,
-    "score": _score,
-    "rank": _rank,
-    "plan": _plan,
-    "train": _train,
-    "baseline": _baseline,
-    "evaluate": _evaluate,
-    "export": _export,
-    "report": _report,
-}
+    digests: dict[str, str] = {}
+    for step in STEPS:
+        upstream = [digests[name] for name in step.dependencies if STEP[name].enabled(recipe)]
+        digests[step.name] = fingerprint([step.name, step.inputs(recipe), upstream])
+    return digests

@@ -154,7 +154,7 @@ def submit_changed(cluster: Cluster, run: Path, folder: Path, line: str, **field
     """Submit a run whose frozen code executes a line more at the beginning of each training step."""
     cluster.pocl("submit", "--profile", held_profile(folder, **fields), "--run-dir", str(run))
     file = run / "cluster" / "code" / "pocl_ds" / "distill" / "trainer.py"
-    mark = "                position = self.sampler.at(step)\n"
+    mark = "                position = self.sampler.position(step)\n"
     text = file.read_text()
     assert mark in text
     file.write_text(text.replace(mark, f"{mark}                {line}\n"))

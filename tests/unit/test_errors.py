@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from refusals import sentence
 
 from pocl_ds.errors import memory_fault
-from pocl_ds.workflow import steps
+from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.steps import STEP
 
 # As torch 2.13 words it.
 CUDA = (
@@ -40,14 +42,14 @@ def test_faults_of_memory_and_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "remedy"),
+    ("step", "remedy"),
     [
-        ("rank", "take a machine with more"),
-        ("evaluate", "evaluate.held_out_loss=false leaves it out"),
+        ("rank", "use a machine with more memory"),
+        ("evaluate", "evaluate.held_out_loss=false skips it"),
     ],
 )
-def test_a_stage_whose_memory_ran_out_names_what_it_follows_from(
-    stage: str,
+def test_a_step_whose_memory_ran_out_names_what_it_follows_from(
+    step: str,
     remedy: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -56,10 +58,10 @@ def test_a_stage_whose_memory_ran_out_names_what_it_follows_from(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError(CUDA)
 
-    monkeypatch.setitem(steps.FUNCTIONS, stage, full)
-    words = ["--model", "student"] if stage == "evaluate" else []
-    monkeypatch.setattr(steps, "check_sizes", lambda run, recipe: None)
-    said = sentence(capsys, stage, "quickstart", "--run-dir", tmp_path / "run", *words)
+    monkeypatch.setitem(STEP, step, dataclasses.replace(STEP[step], run=full))
+    words = ["--model", "student"] if step == "evaluate" else []
+    monkeypatch.setattr(pipeline, "check_sample_counts", lambda run, recipe: None)
+    said = sentence(capsys, step, "quickstart", "--run-dir", tmp_path / "run", *words)
     assert (
         said.startswith(f"memory ran out ({FOUND})")
         and "finished work is kept" in said

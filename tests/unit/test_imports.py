@@ -17,7 +17,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TIERS = (
     ("__init__",),
     ("errors", "resources"),
-    ("config", "workflow.run_dir", "runtime"),
+    (
+        "config",
+        "workflow.files",
+        "workflow.manifest",
+        "workflow.run_dir",
+        "runtime",
+    ),
     ("data", "models", "metrics", "curriculum"),
     ("losses", "engines"),
     ("generation", "teachers", "rollouts"),
@@ -30,8 +36,10 @@ TIERS = (
 TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
 SIDEWAYS = {  # (room, room it may enter in its own tier)
     ("config", "runtime"),
-    ("runtime", "workflow.run_dir"),
-    ("workflow.run_dir", "runtime"),
+    ("runtime", "workflow.files"),
+    ("runtime", "workflow.manifest"),
+    ("workflow.manifest", "workflow.files"),
+    ("workflow.run_dir", "workflow.files"),
     ("rollouts", "generation"),
     ("teachers", "generation"),
 }

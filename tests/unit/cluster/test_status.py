@@ -14,8 +14,8 @@ from pocl_ds.cluster.profile import check_profile
 from pocl_ds.cluster.scheduler import Queued
 from pocl_ds.cluster.submit import Submission
 from pocl_ds.config.recipe_file import check_recipe
-from pocl_ds.workflow import pipeline
 from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import record_recipe
 
 
 def submission(folder: Path) -> Submission:
@@ -25,7 +25,7 @@ def submission(folder: Path) -> Submission:
     )
     profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
     submitted = Submission(RunDirectory(folder / "run"), recipe, profile, nodes=None)
-    pipeline.enter(submitted.run, submitted.recipe)
+    record_recipe(submitted.run, submitted.recipe)
     submitted._freeze()
     return submitted
 

@@ -17,8 +17,9 @@ from pocl_ds.cli.main import main
 from pocl_ds.cluster.watch import BLOCKS, look, screen, spark
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.runtime import tracking
-from pocl_ds.workflow.pipeline import fingerprints
-from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import fingerprints
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation import export as room
 from pocl_ds.evaluation.export import export
 from pocl_ds.evaluation.model_card import model_card
-from pocl_ds.workflow.run_dir import RunDirectory, read_manifest, write_json
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def test_the_folder_holds_the_trained_model(run: RunDirectory, recipe: str) -> None:
@@ -36,13 +38,13 @@ def test_the_folder_holds_the_trained_model(run: RunDirectory, recipe: str) -> N
     for word in ("d" * 16, "| 1 | 40 | 1 | 5 |", "fkl", "torch"):
         assert word in card, word
     manifest = read_manifest(folder)
-    assert manifest is not None and manifest.stage == "export" and manifest.fingerprint == "x"
+    assert manifest is not None and manifest.step == "export" and manifest.fingerprint == "x"
 
 
 def test_a_tied_model_goes_too(run: RunDirectory, recipe: str, tiny_gpt2: Path) -> None:
     shutil.rmtree(run.train / "final")
     shutil.copytree(tiny_gpt2, run.train / "final")
-    from pocl_ds.workflow.run_dir import write_manifest
+    from pocl_ds.workflow.manifest import write_manifest
 
     files = [path for path in (run.train / "final").iterdir() if path.is_file()]
     write_manifest(run.train, "train", "t", info={"steps": 5}, files=files)

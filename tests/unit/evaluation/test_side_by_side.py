@@ -16,7 +16,9 @@ from pocl_ds.cli.main import main
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluation.answers import answers_file
 from pocl_ds.evaluation.side_by_side import Side, lines_of, put_side_by_side
-from pocl_ds.workflow.run_dir import RunDirectory, write_json, write_manifest
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 SETTINGS = {
     "template": "alpaca",

@@ -24,7 +24,8 @@ from pocl_ds.study.difficulty_agreement import (
     read_seen,
     spearman,
 )
-from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 Values = st.lists(st.integers(-5, 5), min_size=2, max_size=12)
 

@@ -19,8 +19,9 @@ from pocl_ds.resources import STUDIES
 from pocl_ds.study import run as running
 from pocl_ds.study.plan import Cell, cells_of, load_study, sample_visits
 from pocl_ds.study.run import adopt, directory, enter, is_finished, ready, run_cells
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import STEP_NAMES, STEPS, fingerprints
 
 
 @pytest.fixture
@@ -166,14 +167,12 @@ def test_the_shipped_table_holds_seven_methods_with_and_without_the_curriculum()
 def finish(folder: Path, cell: Cell, *stages: str) -> None:
     run = directory(folder, cell)
     enter(folder, cell)
-    for stage in pipeline.STAGES:
+    for stage in STEPS:
         if stage.name in stages:
             where = stage.directory(run)
             where.mkdir(parents=True, exist_ok=True)
             (where / "result").write_text(cell.name)
-            write_manifest(
-                where, stage.name, pipeline.fingerprints(cell.recipe)[stage.name], info={}
-            )
+            write_manifest(where, stage.name, fingerprints(cell.recipe)[stage.name], info={})
 
 
 def test_what_another_cell_has_finished_is_taken_over(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -201,7 +200,7 @@ def test_what_cells_share_is_submitted_once(
     monkeypatch.setattr(
         running.pipeline,
         "finished",
-        lambda run, recipe: dict.fromkeys(pipeline.NAMES, True) | {"train": False},
+        lambda run, recipe: dict.fromkeys(STEP_NAMES, True) | {"train": False},
     )
     assert ready(tmp_path, found) == found
 

@@ -20,7 +20,8 @@ from pocl_ds.study import table
 from pocl_ds.study.plan import cells_of, load_study
 from pocl_ds.study.run import directory
 from pocl_ds.study.table import result_lines, two_level
-from pocl_ds.workflow.run_dir import write_json, write_manifest
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import write_manifest
 
 Lines = Callable[..., list[str]]
 

@@ -15,7 +15,8 @@ import pytest
 from pocl_ds.config import CheckpointConfig
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.training.checkpoint import Checkpoints
-from pocl_ds.workflow.run_dir import MANIFEST, file_digest, read_manifest
+from pocl_ds.workflow.files import file_digest
+from pocl_ds.workflow.manifest import MANIFEST, read_manifest
 
 
 class Engine:

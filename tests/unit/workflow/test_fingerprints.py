@@ -1,4 +1,4 @@
-"""What a stage's result follows from: a change of it makes another fingerprint, a change of
+"""What a step's result follows from: a change of it makes another fingerprint, a change of
 anything else does not.
 """
 
@@ -16,9 +16,12 @@ from pocl_ds.config.recipe_file import check_recipe, override_recipe
 from pocl_ds.difficulty.shards import shard_file, shard_manifest
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow import input_digests
+from pocl_ds.workflow.finished import finished_steps
 from pocl_ds.workflow.input_digests import content_digest
-from pocl_ds.workflow.pipeline import NAMES, STAGES, enter, fingerprints, finished
-from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import record_recipe
+from pocl_ds.workflow.steps import STEP_NAMES, STEPS, fingerprints
 
 BASE: dict[str, Any] = {
     "name": "x",
@@ -29,11 +32,11 @@ BASE: dict[str, Any] = {
 
 
 def changed(before: list[str], after: list[str]) -> set[str]:
-    """Stages whose fingerprints differ between two recipes."""
+    """Steps whose fingerprints differ between two recipes."""
     one, other = (
         fingerprints(override_recipe(check_recipe(BASE), words)) for words in (before, after)
     )
-    return {stage for stage in NAMES if one[stage] != other[stage]}
+    return {step for step in STEP_NAMES if one[step] != other[step]}
 
 
 @pytest.mark.parametrize("strategy", ["fusion", "random"])
@@ -88,7 +91,7 @@ def test_a_file_is_told_by_its_text(tmp_path: Path) -> None:
 def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) -> None:
     """A teacher that is trained again into the same folder is another one."""
     (tmp_path / name).write_text("one")
-    for field, stages in (
+    for field, steps in (
         ("teacher", {"init-student", "cache-teacher", "generate-teacher"}),
         ("student", {"init-student"}),
     ):
@@ -99,7 +102,7 @@ def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) ->
         assert fingerprints(override_recipe(check_recipe(BASE), words)) == before
         (tmp_path / name).write_text(field)
         after = fingerprints(override_recipe(check_recipe(BASE), words))
-        assert {stage for stage in NAMES if before[stage] != after[stage]} >= stages | {
+        assert {step for step in STEP_NAMES if before[step] != after[step]} >= steps | {
             "score",
             "train",
             "evaluate",
@@ -139,7 +142,7 @@ def test_a_plugin_is_told_by_its_text(tmp_path: Path, monkeypatch: pytest.Monkey
     for text in ("", "x = 1\n"):
         file.write_text(text)
         found.append(fingerprints(check_recipe({**BASE, "plugins": ["told_plugin"]})))
-    assert {stage for stage in NAMES if found[0][stage] != found[1][stage]} >= {
+    assert {step for step in STEP_NAMES if found[0][step] != found[1][step]} >= {
         "score",
         "rank",
         "train",
@@ -151,7 +154,7 @@ def test_of_a_ds_config_only_how_numbers_are_kept_counts(tmp_path: Path) -> None
     found = []
     for more in (
         {},
-        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"step": 3}},
         {"data_types": {"grad_accum_dtype": "bf16"}},
     ):
         (tmp_path / "ds.json").write_text(json.dumps(more))
@@ -165,7 +168,7 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
         override_recipe(check_recipe(BASE), [f"data.source={tmp_path / 'data.jsonl'}"]),
         RunDirectory(tmp_path / "run"),
     )
-    enter(run, recipe)
+    record_recipe(run, recipe)
     run.data.mkdir()
     write_manifest(run.data, "preprocess", fingerprints(recipe)["preprocess"])
     (tmp_path / "data.jsonl").unlink()
@@ -173,25 +176,27 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
         ArtifactError,
         match=f"changed: {tmp_path / 'data.jsonl'} is not there any more, put it back",
     ):
-        enter(run, recipe)
+        record_recipe(run, recipe)
 
 
 def test_what_is_said_of_a_training_goes_with_it(tmp_path: Path) -> None:
     """A training that is done again must not leave the tables of the one before."""
     recipe, run = check_recipe(BASE), RunDirectory(tmp_path / "run")
-    for stage in STAGES:
-        stage.directory(run).mkdir(parents=True)
-        write_manifest(stage.directory(run), stage.name, fingerprints(recipe)[stage.name])
-    assert all(finished(run, recipe)[name] for name in ("train", "evaluate", "export", "report"))
+    for step in STEPS:
+        step.directory(run).mkdir(parents=True)
+        write_manifest(step.directory(run), step.name, fingerprints(recipe)[step.name])
+    assert all(
+        finished_steps(run, recipe)[name] for name in ("train", "evaluate", "export", "report")
+    )
     (run.train / "manifest.json").unlink()
-    done = finished(run, recipe)
+    done = finished_steps(run, recipe)
     assert done["plan"] and not any(
         done[name] for name in ("train", "evaluate", "export", "report")
     )
 
 
 def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> None:
-    """As any other finished stage; shards of a set that is not whole are unfinished work, and may
+    """As any other finished step; shards of a set that is not whole are unfinished work, and may
     be.
     """
     recipe, run = (
@@ -199,11 +204,11 @@ def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> 
         RunDirectory(tmp_path / "run"),
     )
     other = override_recipe(recipe, ["score.max_new_tokens=8"])
-    enter(run, recipe)
+    record_recipe(run, recipe)
     run.scores.mkdir()
     for shard in range(2):
-        enter(run, recipe)
-        enter(run, other)
+        record_recipe(run, recipe)
+        record_recipe(run, other)
         shard_file(run, shard, 2).write_text("{}\n")
         write_manifest(
             run.scores,
@@ -212,10 +217,10 @@ def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> 
             files=[shard_file(run, shard, 2)],
             name=shard_manifest(run, shard, 2),
         )
-    enter(run, override_recipe(recipe, ["score.shards=7", "ranking.k=3"]))
+    record_recipe(run, override_recipe(recipe, ["score.shards=7", "ranking.k=3"]))
     with pytest.raises(
         ArtifactError,
-        match=r"finished stage 'score' of another recipe \(changed: .*score\.max_new_tokens",
+        match=r"finished step 'score' of another recipe \(changed: .*score\.max_new_tokens",
     ):
-        enter(run, other)
+        record_recipe(run, other)
     assert yaml.safe_load(run.recipe.read_text())["score"]["max_new_tokens"] == 256

@@ -21,8 +21,13 @@ import torch
 from pocl_ds.config import Recipe
 from pocl_ds.errors import ArtifactError, Interrupted, RecipeError, ResourceError
 from pocl_ds.resources import LAUNCHER, module_command
-from pocl_ds.workflow import pipeline
-from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
+from pocl_ds.workflow.checks import check_sample_counts
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.pipeline import _run_engines
+from pocl_ds.workflow.processes import run_process, run_processes
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
+from pocl_ds.workflow.steps import fingerprints
 
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
@@ -48,12 +53,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         found.append((commands, environments))
         return 0
 
-    monkeypatch.setattr(pipeline, "call_together", together)
+    monkeypatch.setattr(pipeline, "run_processes", together)
     return found
 
 
 def run(asked: Recipe) -> Any:
-    return pipeline._answers(["pocl", "evaluate", "--model", "student"], asked, 3)
+    return _run_engines(["pocl", "evaluate", "--model", "student"], asked, 3)
 
 
 @pytest.mark.parametrize("strategy", ["fusion", "random"])
@@ -72,14 +77,12 @@ def test_what_is_trained_depends_on_the_models_however_samples_are_ordered(
         "name": "r",
         "student": {"model": "m"},
         "teacher": {"model": "t"},
-        "rank": {"strategy": strategy},
+        "ranking": {"strategy": strategy},
         "baseline": {"enabled": True},
     }
-    one, other = (
-        pipeline.fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change)
-    )
-    for stage in ("init-student", "train", "baseline", "evaluate"):
-        assert one[stage] != other[stage], stage
+    one, other = (fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change))
+    for step in ("init-student", "train", "baseline", "evaluate"):
+        assert one[step] != other[step], step
 
 
 def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +98,7 @@ def test_each_engine_has_gpus_of_its_own(calls: Calls, monkeypatch: pytest.Monke
     assert [one["CUDA_VISIBLE_DEVICES"] for one in others] == ["5", "GPU-a", "7"]
     with pytest.raises(
         RecipeError,
-        match=r"evaluate\.data_parallel_size=2 with tensor_parallel=2 needs 4 GPUs, and 3 are visible",
+        match=r"evaluate\.data_parallel_size=2 with tensor_parallel_size=2 needs 4 GPUs, and 3 are visible",
     ):
         run(recipe(2, 2))
 
@@ -104,7 +107,7 @@ def test_a_fault_inside_is_not_taken_for_another_process(tmp_path: Path) -> None
     """A pipe that is full raises BlockingIOError too."""
     with (
         pytest.raises(BlockingIOError, match="a full pipe"),
-        pipeline.locked(RunDirectory(tmp_path)),
+        lock_run_directory(RunDirectory(tmp_path)),
     ):
         raise BlockingIOError("a full pipe")
 
@@ -123,7 +126,7 @@ def test_a_file_system_without_locks_is_named(
         ResourceError,
         match=r"\.lock cannot be locked \(.+\): its file system is mounted without locks",
     )
-    with found, pipeline.locked(RunDirectory(tmp_path)):
+    with found, lock_run_directory(RunDirectory(tmp_path)):
         pass
 
 
@@ -136,7 +139,7 @@ def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) ->
         "benchmarks": ["dolly", "vicuna"],
     }
     asked = Recipe.model_validate(tree)
-    prints = [pipeline.fingerprints(asked)["evaluate"]]
+    prints = [fingerprints(asked)["evaluate"]]
     for name, text in (
         ("other.jsonl", "one"),
         ("dolly.jsonl", "one"),
@@ -144,7 +147,7 @@ def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) ->
         ("dolly.jsonl", "one"),
     ):
         (tmp_path / name).write_text(text)
-        prints.append(pipeline.fingerprints(asked)["evaluate"])
+        prints.append(fingerprints(asked)["evaluate"])
     assert prints[0] == prints[1] and prints[2] == prints[4] and len(set(prints)) == 3
 
 
@@ -181,9 +184,9 @@ def test_what_follows_a_validation_loss_needs_samples_for_it(
         splits = {"train": {"samples": 64}, "validation": {"samples": samples}}
         write_manifest(run.data, "preprocess", "f", info={"splits": splits}, files=[])
         if samples:
-            pipeline.check_sizes(run, Recipe.model_validate(tree))
+            check_sample_counts(run, Recipe.model_validate(tree))
     with pytest.raises(RecipeError, match=words):
-        pipeline.check_sizes(run, Recipe.model_validate(tree))
+        check_sample_counts(run, Recipe.model_validate(tree))
 
 
 def test_a_validation_that_never_comes(tmp_path: Path) -> None:
@@ -207,11 +210,11 @@ def test_a_validation_that_never_comes(tmp_path: Path) -> None:
             "curriculum": curriculum,
         }
         if every == 19:
-            pipeline.check_sizes(run, Recipe.model_validate(tree))
+            check_sample_counts(run, Recipe.model_validate(tree))
     with pytest.raises(
-        RecipeError, match=r"train\.validate_every_n_steps=20 never comes in the 20 steps"
+        RecipeError, match=r"train\.validate_every_n_steps=20 never comes in the 20 optimizer steps"
     ):
-        pipeline.check_sizes(run, Recipe.model_validate(tree))
+        check_sample_counts(run, Recipe.model_validate(tree))
 
 
 def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
@@ -235,18 +238,18 @@ def test_a_warm_up_that_never_ends(tmp_path: Path) -> None:
             "train": train,
             "curriculum": curriculum,
         }
-        pipeline.check_sizes(run, Recipe.model_validate(tree))
+        check_sample_counts(run, Recipe.model_validate(tree))
 
     check(1, "per_stage")
-    check(19, "whole_run")
+    check(19, "never")
     with pytest.raises(
-        RecipeError, match="train.warmup_steps=2 never ends in the 2 steps of a stage"
+        RecipeError, match="train.warmup_steps=2 never ends in the 2 optimizer steps of a stage"
     ):
         check(2, "per_stage")
     with pytest.raises(
-        RecipeError, match="train.warmup_steps=20 never ends in the 20 steps of the run"
+        RecipeError, match="train.warmup_steps=20 never ends in the 20 optimizer steps of the run"
     ):
-        check(20, "whole_run")
+        check(20, "never")
 
 
 def test_a_tracker_that_is_missing_is_said_before_anything_runs(
@@ -261,15 +264,15 @@ def test_a_tracker_that_is_missing_is_said_before_anything_runs(
     }
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(ResourceError, match=r"train\.tracking\.wandb=true needs the package wandb"):
-        pipeline.enter(run, Recipe.model_validate(tree))
+        record_recipe(run, Recipe.model_validate(tree))
     assert not run.recipe.exists()
-    pipeline.enter(run, Recipe.model_validate({**tree, "train": {}}))
+    record_recipe(run, Recipe.model_validate({**tree, "train": {}}))
 
 
 def test_a_place_that_deepspeed_takes_for_a_pattern_is_refused(tmp_path: Path) -> None:
     tree = {"name": "r", "student": {"model": "m"}, "loss": {"name": "sft"}}
-    with pytest.raises(ArtifactError, match=r"has '\[' in it, which DeepSpeed takes for a pattern"):
-        pipeline.enter(RunDirectory(tmp_path / "run[1]"), Recipe.model_validate(tree))
+    with pytest.raises(ArtifactError, match=r"contains '\\[', which DeepSpeed treats as a pattern"):
+        record_recipe(RunDirectory(tmp_path / "run[1]"), Recipe.model_validate(tree))
     assert not (tmp_path / "run[1]").exists()
 
 
@@ -282,15 +285,15 @@ def test_without_gpus_they_share_the_cores(calls: Calls, monkeypatch: pytest.Mon
 
 def test_the_first_fault_is_told_when_all_have_ended() -> None:
     commands = [[sys.executable, "-c", f"import sys; sys.exit({code})"] for code in (0, 2, 3)]
-    assert pipeline.call_together(commands, [{}] * 3) == 2
-    assert pipeline.call_together(commands[:1] * 2, [{}] * 2) == 0
+    assert run_processes(commands, [{}] * 3) == 2
+    assert run_processes(commands[:1] * 2, [{}] * 2) == 0
 
 
 def test_a_signal_reaches_all() -> None:
     code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(75)); print('up', flush=True); time.sleep(60)"
     timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.start()
-    assert pipeline.call_together([[sys.executable, "-c", code]] * 2, [{}] * 2) == 75
+    assert run_processes([[sys.executable, "-c", code]] * 2, [{}] * 2) == 75
 
 
 @pytest.mark.parametrize(
@@ -310,7 +313,7 @@ def test_a_signal_that_no_child_answers_is_ours(code: str) -> None:
         timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.start()
         with pytest.raises(OurHandlerError):
-            pipeline.call_together(
+            run_processes(
                 [[sys.executable, "-c", f"import signal, sys, time; {code}"]] * 2, [{}] * 2
             )
         assert signal.getsignal(signal.SIGTERM) is ours
@@ -330,7 +333,7 @@ def test_no_further_child_after_a_signal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.call_together([["bash", "-c", "sleep 60"]] * 2, [{}] * 2)
+        run_processes([["bash", "-c", "sleep 60"]] * 2, [{}] * 2)
     assert [child.returncode for child in begun] == [-signal.SIGINT]
 
 
@@ -360,7 +363,7 @@ def test_ctrl_c_while_python_itself_starts(
     pressing = threading.Thread(target=press)
     pressing.start()
     with pytest.raises(KeyboardInterrupt):
-        pipeline.call(command)
+        run_process(command)
     pressing.join()
     said = capfd.readouterr()
     assert "pocl_ds" not in said.out, "it was asked to stop before it spoke"
@@ -368,7 +371,7 @@ def test_ctrl_c_while_python_itself_starts(
 
 
 def test_a_signal_that_we_ignore_is_ignored_by_children_too() -> None:
-    """A shell starts background jobs with Ctrl-C ignored: it ended the stage at work, and the run
+    """A shell starts background jobs with Ctrl-C ignored: it ended the step at work, and the run
     with it.
     """
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -376,7 +379,7 @@ def test_a_signal_that_we_ignore_is_ignored_by_children_too() -> None:
         code = (
             "import os, signal, sys; os.kill(os.getppid(), 2); os.kill(os.getpid(), 2); sys.exit(5)"
         )
-        assert pipeline.call([sys.executable, "-c", code]) == 5
+        assert run_process([sys.executable, "-c", code]) == 5
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -385,5 +388,5 @@ def test_a_killed_child_is_told() -> None:
     with pytest.raises(
         Interrupted, match="ended by SIGKILL, often because memory ran out"
     ) as found:
-        pipeline.call_together([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]], [{}])
+        run_processes([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]], [{}])
     assert found.value.exit_code == 137

@@ -18,25 +18,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.errors import ArtifactError, ResourceError
-from pocl_ds.workflow.run_dir import (
-    SCHEMA,
-    Manifest,
-    RunDirectory,
+from pocl_ds.workflow.files import (
     atomic_directory,
     atomic_write,
-    clear_remains,
-    damaged_files,
-    disk_faults,
-    file_fault,
-    fingerprint,
+    describe_file_error,
+    explain_disk_errors,
     read_json,
-    read_manifest,
-    read_models,
-    whole_result,
-    within_models,
+    remove_partial_directories,
     write_json,
+)
+from pocl_ds.workflow.manifest import (
+    SCHEMA,
+    Manifest,
+    damaged_files,
+    fingerprint,
+    finished_manifest,
+    read_manifest,
     write_manifest,
 )
+from pocl_ds.workflow.run_dir import RunDirectory, movable_model_path, read_models
 
 
 def names(folder: Path) -> list[str]:
@@ -108,7 +108,7 @@ def test_what_has_a_name_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_texts_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from pocl_ds.workflow import run_dir as a; p = Path(sys.argv[1]); "
+    code = "import sys; from pathlib import Path; from pocl_ds.workflow import files as a; p = Path(sys.argv[1]); "
     code += "a.write_json(p, {'x': chr(228)}); assert a.read_json(p) == {'x': chr(228)}"
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run(
@@ -182,7 +182,7 @@ def test_a_full_disk_in_the_words_of_libraries(error: Exception, tmp_path: Path)
         pytest.raises(
             ResourceError, match=r"the disk is full while writing .*/file \(.*\): free some space"
         ),
-        disk_faults(tmp_path / "file"),
+        explain_disk_errors(tmp_path / "file"),
     ):
         raise error
 
@@ -192,7 +192,7 @@ def test_what_others_miss_elsewhere_is_not_the_disks(tmp_path: Path) -> None:
         FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/model"),
         ArtifactError("No space left, we said"),
     ):
-        with pytest.raises(type(error)) as caught, disk_faults(tmp_path / "file"):
+        with pytest.raises(type(error)) as caught, explain_disk_errors(tmp_path / "file"):
             raise error
         assert caught.value is error
 
@@ -224,7 +224,7 @@ def test_remains_of_what_a_killed_process_built(tmp_path: Path) -> None:
     for name in (".final.0123456789abcdef", ".final.notours", ".other.0123456789abcdef", "final"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").touch()
-    clear_remains(tmp_path / "final")
+    remove_partial_directories(tmp_path / "final")
     assert names(tmp_path) == [".final.notours", ".other.0123456789abcdef", "final"]
 
 
@@ -240,16 +240,16 @@ def test_a_manifest_that_goes_while_it_is_read(
 def test_a_result_whose_files_are_gone_is_not_whole(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     write_manifest(tmp_path, "plan", "f")
-    assert whole_result(tmp_path, "f") is not None and whole_result(tmp_path, "g") is None
+    assert finished_manifest(tmp_path, "f") is not None and finished_manifest(tmp_path, "g") is None
     (tmp_path / "plan.json").unlink()
-    assert whole_result(tmp_path, "f") is None
+    assert finished_manifest(tmp_path, "f") is None
 
 
 def test_a_model_of_the_run_moves_with_it(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "one")
     made = {
-        "student": within_models(run, str(run.models / "heal" / "final")),
-        "teacher": within_models(run, "/a/teacher"),
+        "student": movable_model_path(run, str(run.models / "heal" / "final")),
+        "teacher": movable_model_path(run, "/a/teacher"),
     }
     write_json(run.models / "models.json", made)
     run.path.rename(tmp_path / "two")
@@ -265,12 +265,12 @@ def test_faults_of_files_that_nobody_foresaw() -> None:
     defect of ours.
     """
     for number in (errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.EIO, errno.ESTALE):
-        sentence = file_fault(OSError(number, os.strerror(number), "/some/file"))
+        sentence = describe_file_error(OSError(number, os.strerror(number), "/some/file"))
         assert sentence and sentence.startswith(
             f"/some/file cannot be used ({os.strerror(number)}): check"
         )
-    assert file_fault(OSError(errno.EIO, "I/O error")) is None
-    assert file_fault(OSError(errno.ENOEXEC, "exec format", "/some/file")) is None
+    assert describe_file_error(OSError(errno.EIO, "I/O error")) is None
+    assert describe_file_error(OSError(errno.ENOEXEC, "exec format", "/some/file")) is None
 
 
 def test_a_fault_that_is_not_the_disks_stays_itself(tmp_path: Path) -> None:
@@ -377,10 +377,10 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"stage": "x"', "is damaged (Expecting"),
+        ('{"step": "x"', "is damaged (Expecting"),
         ('{"what": 1}', "is not a manifest of this program"),
         (
-            json.dumps({"stage": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}),
+            json.dumps({"step": "", "fingerprint": "", "files": {}, "schema": SCHEMA + 1}),
             f"has schema {SCHEMA + 1}, this ",
         ),
     ],
@@ -395,7 +395,7 @@ def test_a_damaged_manifest_is_not_an_unfinished_one(tmp_path: Path, text: str, 
 def test_a_manifest_of_an_earlier_day_is_read(tmp_path: Path) -> None:
     """Finished work is found again: who changes these names counts SCHEMA up."""
     tree: dict[str, Any] = {
-        "stage": "data",
+        "step": "data",
         "fingerprint": "f",
         "files": {"a.txt": {"bytes": 5, "sha256": "0"}},
         "info": {"samples": 3},
@@ -456,11 +456,11 @@ def test_a_directory_has_its_name_when_its_files_are_on_the_disk(
 
 
 def test_folders_of_a_run_never_change(tmp_path: Path) -> None:
-    stages = (
+    folders = (
         "data",
         "models",
-        "teacher",
-        "responses",
+        "teacher_cache",
+        "teacher_responses",
         "scores",
         "ranking",
         "plan",
@@ -474,7 +474,7 @@ def test_folders_of_a_run_never_change(tmp_path: Path) -> None:
     )
     run = RunDirectory(str(tmp_path))
     assert (run.path, run.recipe) == (tmp_path, tmp_path / "recipe.yaml")
-    assert [getattr(run, stage) for stage in stages] == [tmp_path / stage for stage in stages]
+    assert [getattr(run, folder) for folder in folders] == [tmp_path / folder for folder in folders]
 
 
 @pytest.mark.parametrize("tree", [[], {}, {"student": 3}, {"teacher": "t"}])

@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.cluster.jobs import JobSpec, nodes_for, pipeline_jobs
+from pocl_ds.cluster.job_graph import JobSpec, nodes_for, pipeline_jobs
 from pocl_ds.cluster.profile import check_profile, dump_profile, load_profile
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import PROFILES
-from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.steps import STEP_NAMES, STEPS
 
 GPU = check_profile({"name": "gpu", "gpus_per_node": 4, "cpus_per_node": 64}, "here")
 
@@ -39,14 +39,14 @@ def recipe(**sections: Any) -> Recipe:
 def jobs(of: Recipe, **done: bool) -> dict[str, JobSpec]:
     nodes, tasks = nodes_for(of, GPU, None)
     found = pipeline_jobs(
-        of, GPU, {**dict.fromkeys(pipeline.NAMES, False), **done}, nodes=nodes, tasks=tasks
+        of, GPU, {**dict.fromkeys(STEP_NAMES, False), **done}, nodes=nodes, tasks=tasks
     )
     return {job.name: job for job in found}
 
 
 def test_the_whole_pipeline() -> None:
     found = jobs(recipe())
-    assert {name: job.after for name, job in found.items()} == {
+    assert {name: job.after for name, job in found.array()} == {
         "init-student": (),
         "score": ("init-student",),
         "plan": ("score",),
@@ -61,9 +61,9 @@ def test_the_whole_pipeline() -> None:
         4,
         16,
     )
-    assert found["score"].items[2] == ("--shard", "2/3") and found["score"].gpus_per_node == 1
-    assert len(found["evaluate"].items) == 3 * 2
-    assert found["evaluate"].items[0] == (
+    assert found["score"].array[2] == ("--shard", "2/3") and found["score"].gpus_per_node == 1
+    assert len(found["evaluate"].array) == 3 * 2
+    assert found["evaluate"].array[0] == (
         "--model",
         "teacher",
         "--benchmark",
@@ -90,7 +90,7 @@ def test_a_teacher_that_is_asked_once_is_asked_beside_the_scores() -> None:
     assert (
         found["cache-teacher"].after == ("init-student",)
         and found["cache-teacher"].tasks == 8
-        and len(found["cache-teacher"].items) == 4
+        and len(found["cache-teacher"].array) == 4
     )
     assert found["train"].after == ("plan", "cache-teacher") and "cache-teacher" not in jobs(
         recipe()
@@ -102,7 +102,7 @@ def test_a_random_order_needs_no_scores() -> None:
     assert "score" not in found and found["plan"].after == ("init-student",)
 
 
-STAGES = st.fixed_dictionaries({name: st.booleans() for name in pipeline.NAMES})
+STAGES = st.fixed_dictionaries({name: st.booleans() for name in STEP_NAMES})
 
 
 @given(STAGES, st.booleans(), st.booleans())
@@ -112,15 +112,15 @@ def test_what_is_done_is_left_out_and_order_stays(
     of = recipe(baseline={"enabled": compare}, rank={"strategy": "random" if random else "fusion"})
     found = jobs(of, **done)
     names = list(found)
-    covered = [stage for job in found.values() for stage in job.stages]
-    wanted = {stage.name for stage in pipeline.STAGES if stage.wanted(of)}
+    covered = [stage for job in found.values() for stage in job.steps]
+    wanted = {stage.name for stage in STEPS if stage.enabled(of)}
     assert {name for name in wanted if not done[name]} <= set(covered) and len(set(covered)) == len(
         covered
     )
-    for place, (name, job) in enumerate(found.items()):
+    for place, (name, job) in enumerate(found.array()):
         assert set(job.after) <= set(names[:place]), "only earlier jobs that run"
-        assert not job.stages or not all(done[stage] for stage in job.stages)
-        steps = [step.words[0] for step in job.steps]
+        assert not job.steps or not all(done[stage] for stage in job.steps)
+        steps = [command.arguments[0] for command in job.commands]
         assert steps == [s for s in steps if not done.get(s, False)] or name == "evaluate"
 
 

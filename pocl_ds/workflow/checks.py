@@ -1,0 +1,72 @@
+"""Checks of a recipe that run before anything is loaded or hours of work are spent."""
+
+from __future__ import annotations
+
+from pocl_ds.config import Recipe, ds_config
+from pocl_ds.curriculum.plan_step import plan_from_config
+from pocl_ds.errors import RecipeError
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+
+
+def check_ds_configs(recipe: Recipe) -> None:
+    """Raise RecipeError if a ds_config contradicts the recipe."""
+    ranks = recipe.launch.ranks
+    ds_config.resolve_student(
+        recipe.student.ds_config, train=recipe.train, dtype=recipe.student.dtype, ranks=ranks
+    )
+    if recipe.teacher:
+        ds_config.resolve_teacher(
+            recipe.teacher.ds_config,
+            dtype=recipe.teacher.dtype,
+            ranks=ranks,
+            micro_batch_size=recipe.train.micro_batch_size,
+        )
+
+
+def check_sample_counts(run: RunDirectory, recipe: Recipe) -> None:
+    """Raise RecipeError if the data that `preprocess` counted is too small for the training that
+    the recipe describes. Does nothing before `preprocess` has finished.
+    """
+    manifest = read_manifest(run.data)
+    if manifest is None:
+        return
+    splits, train, policy = manifest.info["splits"], recipe.train, recipe.policy
+    samples = int(splits["train"]["samples"])
+    plan = plan_from_config(range(samples), recipe.curriculum, batch_size=train.batch_size)
+
+    # The learning rate must finish its warm-up, in each stage or in the whole run.
+    per_stage = train.lr_restart == "per_stage"
+    steps = min(stage.steps for stage in plan.stages) if per_stage else plan.total_steps
+    if train.warmup_steps >= steps:
+        raise RecipeError(
+            f"train.warmup_steps={train.warmup_steps} never ends in the {steps} optimizer steps of "
+            f"{'a stage' if per_stage else 'the run'}, so the learning rate never reaches "
+            "train.lr: lower it"
+        )
+    if recipe.student.heal_steps and samples < train.batch_size:
+        raise RecipeError(
+            f"train.batch_size={train.batch_size} is more than the {samples} training samples: "
+            "healing needs one full batch; lower it"
+        )
+
+    # Some choices follow the validation loss.
+    distillm = policy.name == "distillm"
+    if (distillm or train.checkpoint.keep_best) and not splits["validation"]["samples"]:
+        field = "policy.name=distillm" if distillm else "train.checkpoint.keep_best"
+        raise RecipeError(
+            f"{field} follows the validation loss, and the data has no validation samples: raise "
+            "data.validation_fraction, or name a file in data.validation"
+        )
+    interval = train.validate_every_n_steps
+    if distillm and interval and interval >= plan.total_steps:
+        raise RecipeError(
+            f"train.validate_every_n_steps={interval} never comes in the {plan.total_steps} "
+            "optimizer steps of the run, so the probability of policy.name=distillm never changes: "
+            "lower it"
+        )
+    if distillm and policy.replay_buffer_size > samples:
+        raise RecipeError(
+            f"policy.replay_buffer_size={policy.replay_buffer_size} is more than the {samples} "
+            "training samples: lower it"
+        )

@@ -1,0 +1,40 @@
+"""Which steps of a run are finished."""
+
+from __future__ import annotations
+
+from pocl_ds.config import Recipe
+from pocl_ds.difficulty.shards import fingerprint_of_finished_scores, unfinished_shards
+from pocl_ds.workflow.manifest import finished_manifest, read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import STEP, STEPS, Step, fingerprints
+
+
+def finished_steps(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
+    """Whether each step has a complete result of this recipe.
+
+    A step that describes a training counts as finished only if the training is finished too.
+    """
+    expected, finished = fingerprints(recipe), dict[str, bool]()
+    for step in STEPS:
+        if step.name == "score":
+            finished["score"] = run.scores.is_dir() and not unfinished_shards(
+                run, recipe.score, expected["score"]
+            )
+            continue
+        upstream = not step.describes_training or all(
+            finished[name] for name in step.dependencies if STEP[name].enabled(recipe)
+        )
+        finished[step.name] = (
+            upstream and finished_manifest(step.directory(run), expected[step.name]) is not None
+        )
+    return finished
+
+
+def finished_fingerprint(step: Step, run: RunDirectory) -> str | None:
+    """The fingerprint of a step's finished result, whatever recipe it belongs to; None for an
+    unfinished one.
+    """
+    if step.name == "score":
+        return fingerprint_of_finished_scores(run)
+    manifest = read_manifest(step.directory(run))
+    return None if manifest is None else manifest.fingerprint

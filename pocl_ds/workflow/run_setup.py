@@ -1,0 +1,138 @@
+"""Binding a run directory to a recipe: its lock, and the check that finished work belongs to the
+recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pocl_ds.config import Recipe
+from pocl_ds.config.recipe_file import dump_recipe, load_recipe
+from pocl_ds.errors import ArtifactError
+from pocl_ds.runtime.tracking import check_wandb
+from pocl_ds.workflow import input_digests
+from pocl_ds.workflow.checks import check_ds_configs
+from pocl_ds.workflow.files import atomic_write, explain_disk_errors, lock_file
+from pocl_ds.workflow.finished import finished_fingerprint, finished_steps
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.steps import STEPS, fingerprints
+
+log = logging.getLogger("pocl_ds")
+
+LOCK_WAIT_SECONDS = 5.0  # how long to wait for another process that is recording its recipe
+
+
+class RunDirectoryInUseError(ArtifactError):
+    """Another process holds the run directory."""
+
+
+@contextlib.contextmanager
+def lock_run_directory(run: RunDirectory) -> Iterator[int]:
+    """Hold a run directory for one pipeline at a time. Yields the lock's file handle.
+
+    Child processes inherit the handle, so that the directory stays locked while an orphaned child
+    still writes to it. Raises RunDirectoryInUseError if another process holds it, ArtifactError for
+    a folder that holds something else.
+    """
+    path = run.path / ".lock"
+    _check_is_run_directory(run)
+    with explain_disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            lock_file(handle, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunDirectoryInUseError(
+                f"{run.path} is in use by another pocl process: wait for it, or end it first"
+            ) from None
+        os.set_inheritable(handle, True)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
+    """Write the recipe into a run directory that the caller has locked.
+
+    The recipe may differ from the recorded one only in fields of unfinished steps and in fields
+    that change no result. Raises ArtifactError if a finished step belongs to another recipe.
+    """
+    check_ds_configs(recipe)
+    if pattern := sorted(set(str(run.path.absolute())) & set("*?[")):
+        raise ArtifactError(
+            f"{run.path.absolute()} contains {pattern[0]!r}, which DeepSpeed treats as a pattern "
+            "when it searches its checkpoints: choose another --run-dir"
+        )
+    if run.recipe.is_file():
+        _check_finished_steps(run, recipe)
+    _check_is_run_directory(run)
+    if recipe.train.tracking.wandb and not finished_steps(run, recipe)["train"]:
+        check_wandb()
+    with atomic_write(run.recipe) as stream:
+        stream.write(dump_recipe(recipe))
+
+
+def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:
+    """Record the recipe, or accept that another process has recorded the same one.
+
+    Shards of one recipe start at the same time, and steps that wait for ranks read the recorded
+    file. Raises RunDirectoryInUseError if the process that holds the directory has another recipe.
+    """
+    start = time.monotonic()
+    while True:
+        try:
+            with lock_run_directory(run):
+                return record_recipe(run, recipe)
+        except RunDirectoryInUseError:
+            text = run.recipe.read_text(encoding="utf-8") if run.recipe.is_file() else None
+            if text == dump_recipe(recipe):
+                return None
+            if time.monotonic() - start > LOCK_WAIT_SECONDS:
+                raise
+        time.sleep(0.2)
+
+
+def _check_finished_steps(run: RunDirectory, recipe: Recipe) -> None:
+    """Raise ArtifactError if a finished step has a fingerprint that differs from the recipe's."""
+    recorded = load_recipe(str(run.recipe))
+    old, new = fingerprints(recorded), fingerprints(recipe)
+    for step in STEPS:
+        digest = finished_fingerprint(step, run)
+        if step.describes_training or digest in (None, new[step.name]):
+            continue
+        changed = ", ".join(differing_fields(recorded.model_dump(), recipe.model_dump()))
+        raise ArtifactError(
+            f"run directory {run.path} holds the finished step {step.name!r} of another recipe "
+            f"(changed: {changed or input_digests.changed_file(recipe)}): choose another "
+            "--run-dir, or undo the change"
+        )
+    if old != new:
+        log.info("the recipe changed for unfinished steps; writing %s again", run.recipe)
+
+
+def _check_is_run_directory(run: RunDirectory) -> None:
+    """Raise ArtifactError for a folder that holds something else, before anything is written."""
+    if run.recipe.is_file() or not run.path.is_dir():
+        return
+    if any(path.name not in ("logs", ".lock") for path in run.path.iterdir()):
+        raise ArtifactError(
+            f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir"
+        )
+
+
+def differing_fields(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields that differ between two trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            name
+            for key in {**old, **new}
+            for name in differing_fields(old.get(key), new.get(key), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [prefix]

@@ -1,0 +1,320 @@
+"""What each workflow step runs in this process: a function for each row of the table in `steps`.
+
+Each function passes on the parts of the recipe that its step needs. Imports of a step's own modules
+are inside its function: `pocl rank` loads neither vLLM nor DeepSpeed, and `pocl --help` loads
+nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pocl_ds.errors import ModelError, PoclError, RecipeError
+from pocl_ds.workflow.step_inputs import caches_teacher, evaluated_models, teacher_temperatures
+
+if TYPE_CHECKING:
+    from pocl_ds.config import EvaluateConfig, Recipe, StudentConfig, TeacherConfig
+    from pocl_ds.workflow.run_dir import RunDirectory
+    from pocl_ds.workflow.steps import StepRequest
+
+log = logging.getLogger("pocl_ds")
+
+
+def run_preprocess(
+    recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
+) -> None:
+    """Tokenize the data, after checking that student and teacher can share a vocabulary.
+
+    Raises ModelError if the loss or the healing needs one vocabulary and the tokenizers differ.
+    """
+    from pocl_ds.data.preprocess import preprocess
+    from pocl_ds.models.load import load_tokenizer, resolve_commits, resolve_model
+
+    # Pin the models of the Hub to their commits; later steps load the same ones.
+    commits = resolve_commits(
+        [recipe.student, *([recipe.teacher, *recipe.teacher.ensemble] if recipe.teacher else [])]
+    )
+    student, teacher = _models_at_commits(recipe, commits)
+    student_path, teacher_tokenizer = resolve_model(student), None
+    tokenizer = load_tokenizer(
+        student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
+    )
+
+    # Compare the vocabularies now: a mismatch must not surface after hours of scoring.
+    if teacher and recipe.one_vocabulary:
+        from pocl_ds.models.vocab import IncompatibleTokenizers, align_teacher_vocabularies
+
+        try:
+            align_teacher_vocabularies(
+                [(source, resolve_model(source)) for source in (teacher, *teacher.ensemble)],
+                student,
+                student_path,
+            )
+        except IncompatibleTokenizers:
+            if recipe.loss.name != "sft":
+                raise
+            raise ModelError(
+                f"student.heal_steps={recipe.student.heal_steps} heals by plain distillation, "
+                "which needs one vocabulary, and teacher and student have different tokenizers: "
+                "set it to 0"
+            ) from None
+
+    # Losses across tokenizers need the data in the teacher's tokens as well.
+    if teacher and recipe.across_tokenizers:
+        teacher_tokenizer = load_tokenizer(
+            resolve_model(teacher),
+            trust_remote_code=teacher.trust_remote_code,
+            revision=teacher.revision,
+        )
+    preprocess(run, recipe.data, recipe.prompt, tokenizer, fingerprint, teacher_tokenizer, commits)
+
+
+def _models_at_commits(
+    recipe: Recipe, commits: Mapping[str, str]
+) -> tuple[StudentConfig, TeacherConfig | None]:
+    """Student and teacher with their revisions pinned to commits."""
+    from pocl_ds.models.load import pin_to_commit
+
+    teacher = recipe.teacher
+    if teacher:
+        ensemble = tuple(pin_to_commit(member, commits) for member in teacher.ensemble)
+        teacher = pin_to_commit(teacher, commits).model_copy(update={"ensemble": ensemble})
+    return pin_to_commit(recipe.student, commits), teacher
+
+
+def _pinned_models(recipe: Recipe, run: RunDirectory) -> tuple[StudentConfig, TeacherConfig | None]:
+    """Student and teacher at the commits that the step `preprocess` recorded."""
+    from pocl_ds.workflow.manifest import read_manifest
+
+    manifest = read_manifest(run.data)
+    return _models_at_commits(recipe, manifest.info["commits"] if manifest else {})
+
+
+def run_init_student(
+    recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
+) -> None:
+    """Download, prune and heal the student."""
+    from pocl_ds.training.run_training import prepare
+
+    student, teacher = _pinned_models(recipe, run)
+    prepare(
+        run,
+        student=student,
+        teacher=teacher,
+        train=recipe.train,
+        loss=recipe.loss,
+        seed=recipe.seed,
+        longest=recipe.prompt.max_length,
+        fingerprint=fingerprint,
+    )
+
+
+def run_cache_teacher(
+    recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
+) -> None:
+    """Cache the teacher's outputs. Raises RecipeError for an online teacher."""
+    from pocl_ds.curriculum.plan import mean_sample_visits
+    from pocl_ds.teachers.cache_writer import teach
+    from pocl_ds.teachers.mode_selection import Use
+
+    if recipe.teacher is None or not caches_teacher(recipe):
+        raise RecipeError(
+            "recipe field teacher.mode is online: an online teacher is not cached; set it to "
+            "cached_hidden_states, cached_topk or auto"
+        )
+    student, teacher = _pinned_models(recipe, run)
+    assert teacher is not None
+    # The baseline visits the samples as often as the curriculum does.
+    curriculum = recipe.curriculum
+    trainings = 2 if recipe.baseline.enabled else 1
+    sample_visits = trainings * mean_sample_visits(
+        curriculum.num_subsets, curriculum.epochs_per_stage, curriculum.scheduler
+    )
+    teach(
+        run,
+        teacher=teacher,
+        student=student,
+        config=recipe.teacher_cache,
+        use=Use(sample_visits, teacher_temperatures(recipe)),
+        fingerprint=fingerprint,
+        shard=request.shard_index,
+    )
+
+
+def run_generate_teacher(
+    recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
+) -> None:
+    """Generate the teacher's responses. Raises RecipeError if the policy does not use them."""
+    from pocl_ds.generation.teacher_responses import respond
+
+    if recipe.teacher is None or not recipe.policy.uses_teacher_responses:
+        raise RecipeError(
+            f"recipe field policy.name is {recipe.policy.name}: only seqkd and mixture train on "
+            "the teacher's responses"
+        )
+    student, teacher = _pinned_models(recipe, run)
+    assert teacher is not None
+    respond(
+        run,
+        teacher=teacher,
+        student=student,
+        prompt=recipe.prompt,
+        policy=recipe.policy,
+        generation=recipe.score.generation,
+        seed=recipe.seed,
+        fingerprint=fingerprint,
+        threads=recipe.launch.threads_per_rank,
+    )
+
+
+def run_score(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Score the samples, or one shard of them."""
+    from pocl_ds.difficulty.score import score_training_samples
+    from pocl_ds.workflow.run_dir import read_models
+
+    score_training_samples(
+        run,
+        recipe.score,
+        recipe.prompt,
+        model_path=read_models(run)["student"],
+        fingerprint=fingerprint,
+        shard=request.shard_index,
+        threads=recipe.launch.threads_per_rank,
+        trust_remote_code=recipe.student.trust_remote_code,
+    )
+
+
+def run_rank(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Rank the samples by their scores."""
+    from pocl_ds.difficulty.rank import write_ranking
+
+    write_ranking(run, recipe.ranking, seed=recipe.seed, fingerprint=fingerprint)
+
+
+def run_plan(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Write the plan of the curriculum."""
+    from pocl_ds.curriculum.plan_step import write_plan
+
+    write_plan(run, recipe.curriculum, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
+
+
+def run_train(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Train by the curriculum."""
+    _train(recipe, run, fingerprint, baseline=False)
+
+
+def run_baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Train the baseline. Raises RecipeError if the recipe does not enable it."""
+    if not recipe.baseline.enabled:
+        raise RecipeError(
+            "recipe field baseline.enabled is false: set it to true to train the baseline"
+        )
+    _train(recipe, run, fingerprint, baseline=True)
+
+
+def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
+    from pocl_ds.training.run_training import train
+    from pocl_ds.workflow.steps import fingerprints
+
+    train(
+        run,
+        taught=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,
+        student=recipe.student,
+        teacher=recipe.teacher,
+        loss=recipe.loss,
+        train=recipe.train,
+        seed=recipe.seed,
+        policy=recipe.policy,
+        prompt=recipe.prompt,
+        compare=recipe.baseline if baseline else None,
+        fingerprint=fingerprint,
+    )
+
+
+def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Generate one model's answers; or, without `request.model`, measure the held-out loss, run the
+    judge, and write the results of all models.
+    """
+    from pocl_ds.evaluation.evaluate import RESULTS, answer, held_out, model_path, summarise
+
+    models = evaluated_models(recipe)
+    trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
+    trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
+
+    # The answers of one model are one process's work, since a process has one generation engine.
+    if request.model:
+        answer(
+            run,
+            _requested_part(recipe.evaluate, request),
+            recipe.prompt,
+            model=request.model,
+            path=model_path(run, request.model),
+            threads=recipe.launch.threads_per_rank,
+            shard=request.shard or (0, 1),
+            trust_remote_code=request.model in trusted,
+        )
+        return
+    held_out(
+        run,
+        recipe.evaluate,
+        recipe.prompt,
+        {name: model_path(run, name) for name in models},
+        teacher=recipe.teacher,
+        threads=recipe.launch.threads_per_rank,
+        trusted=trusted,
+    )
+
+    # Without the judge's endpoint the other results are still written; the step stays unfinished.
+    try:
+        judge_answers(run, recipe.evaluate, models)
+    except PoclError:
+        summarise(run, recipe.evaluate.model_copy(update={"judge": None}), models)
+        log.info("evaluate: wrote %s without the judge's verdicts", run.evaluation / RESULTS)
+        raise
+    summarise(run, recipe.evaluate, models, fingerprint=fingerprint)
+
+
+def _requested_part(config: EvaluateConfig, request: StepRequest) -> EvaluateConfig:
+    """The evaluation with only the requested benchmark and seed. Raises RecipeError if the recipe
+    lacks one.
+    """
+    part: dict[str, Any] = {}
+    if request.benchmark is not None:
+        if request.benchmark not in config.benchmarks:
+            raise RecipeError(
+                f"--benchmark {request.benchmark}: the recipe has {', '.join(config.benchmarks)}"
+            )
+        part["benchmarks"] = {request.benchmark: config.benchmarks[request.benchmark]}
+    if request.seed is not None:
+        if request.seed not in config.seeds:
+            raise RecipeError(
+                f"--seed {request.seed}: the recipe has {', '.join(map(str, config.seeds))}"
+            )
+        part["seeds"] = (request.seed,)
+    return config.model_copy(update=part)
+
+
+def run_export(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Export the student and print where to."""
+    from pocl_ds.config.recipe_file import dump_recipe
+    from pocl_ds.evaluation.export import export
+
+    folder = export(
+        run,
+        out=request.out,
+        recipe_yaml=dump_recipe(recipe),
+        fingerprint=fingerprint,
+        trust_remote_code=recipe.student.trust_remote_code,
+    )
+    print(f"student  {folder}")
+
+
+def run_report(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
+    """Write the report and print where it is."""
+    from pocl_ds.config.recipe_file import dump_recipe
+    from pocl_ds.report.build import build_report
+
+    build_report(run, recipe.report, recipe_yaml=dump_recipe(recipe), fingerprint=fingerprint)
+    print(f"report   {run.report / 'report.html'}")

@@ -1,0 +1,182 @@
+"""The fields and files of a recipe that the result of each step follows from.
+
+A step's fingerprint is a digest of these plain values and of the fingerprints of the steps that it
+depends on. A value that is missing here lets an outdated result pass for a current one; a value too
+many makes a finished step run again. Imports are inside the functions, so that the command line can
+read the table of steps without loading pydantic.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pocl_ds.config import Recipe
+
+
+def preprocess_inputs(recipe: Recipe) -> list[Any]:
+    """The data, the template, and the tokenizers that encode it."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    # The teacher's tokenizer matters only where it differs from the student's.
+    teacher = recipe.teacher if recipe.across_tokenizers else None
+    return [
+        semantic_fields(recipe.data),
+        semantic_fields(recipe.prompt),
+        recipe.student.model,
+        recipe.student.revision,
+        input_digests.data_files(recipe),
+        [teacher.model, teacher.revision] if teacher else None,
+    ]
+
+
+def init_student_inputs(recipe: Recipe) -> list[Any]:
+    """Both models, and the training that heals a pruned student."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    healing = None
+    if recipe.student.heal_steps:
+        healing = [
+            semantic_fields(recipe.train),
+            semantic_fields(recipe.loss) if recipe.across_tokenizers else None,
+            recipe.seed,
+        ]
+    return [
+        semantic_fields(recipe.student),
+        input_digests.model_files([recipe.student]),
+        teacher_inputs(recipe),
+        healing,
+    ]
+
+
+def cache_teacher_inputs(recipe: Recipe) -> list[Any]:
+    """The teacher, and how its logits are truncated."""
+    return [teacher_inputs(recipe), top_k_inputs(recipe)]
+
+
+def generate_teacher_inputs(recipe: Recipe) -> list[Any]:
+    """The teacher, the policy, and what its sampling follows from."""
+    from pocl_ds.config import semantic_fields
+
+    return [
+        teacher_inputs(recipe),
+        semantic_fields(recipe.policy),
+        recipe.seed,
+        recipe.score.generation.backend,
+    ]
+
+
+def score_inputs(recipe: Recipe) -> list[Any]:
+    """Section `score`, and the scorers of the user's plugins."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    return [semantic_fields(recipe.score), input_digests.plugin_files(recipe)]
+
+
+def rank_inputs(recipe: Recipe) -> list[Any]:
+    """Section `ranking`, the seed, and the rankings of the user's plugins."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    return [semantic_fields(recipe.ranking), recipe.seed, input_digests.plugin_files(recipe)]
+
+
+def plan_inputs(recipe: Recipe) -> list[Any]:
+    """Section `curriculum`, and the batch size that stages are rounded to."""
+    from pocl_ds.config import semantic_fields
+
+    return [semantic_fields(recipe.curriculum), recipe.train.batch_size]
+
+
+def train_inputs(recipe: Recipe) -> list[Any]:
+    """Everything that changes a training, besides its plan, its data and its models."""
+    from pocl_ds.config import ds_config, semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    ds_configs = [recipe.student.ds_config, recipe.teacher.ds_config if recipe.teacher else None]
+    return [
+        semantic_fields(recipe.train),
+        semantic_fields(recipe.loss),
+        semantic_fields(recipe.policy),
+        recipe.seed,
+        top_k_inputs(recipe),
+        input_digests.plugin_files(recipe),
+        [ds_config.numerics(name) for name in ds_configs],
+    ]
+
+
+def baseline_inputs(recipe: Recipe) -> list[Any]:
+    """The inputs of a training, and section `baseline`."""
+    from pocl_ds.config import semantic_fields
+
+    return [train_inputs(recipe), semantic_fields(recipe.baseline)]
+
+
+def evaluate_inputs(recipe: Recipe) -> list[Any]:
+    """Section `evaluate`, the models that it names, and the files of its benchmarks."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    return [
+        semantic_fields(recipe.evaluate),
+        evaluated_models(recipe),
+        input_digests.evaluation_files(recipe),
+    ]
+
+
+def export_inputs(recipe: Recipe) -> None:
+    """Nothing: an export follows from the evaluation alone."""
+
+
+def report_inputs(recipe: Recipe) -> Any:
+    """Section `report`."""
+    from pocl_ds.config import semantic_fields
+
+    return semantic_fields(recipe.report)
+
+
+def teacher_inputs(recipe: Recipe) -> list[Any] | None:
+    """The teacher, and the contents of the folders that it and its ensemble are read from."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    teacher = recipe.teacher
+    if teacher is None:
+        return None
+    return [semantic_fields(teacher), input_digests.model_files([teacher, *teacher.ensemble])]
+
+
+def top_k_inputs(recipe: Recipe) -> list[Any] | None:
+    """Top k and temperatures of a teacher cached as top-k logits; every other mode gives the same
+    losses as an online teacher.
+    """
+    if recipe.teacher is None or recipe.teacher.mode != "cached_topk":
+        return None
+    return [recipe.teacher_cache.top_k, teacher_temperatures(recipe)]
+
+
+def teacher_temperatures(recipe: Recipe) -> tuple[float, ...]:
+    """Every temperature at which a training needs the teacher; validation uses 1."""
+    from pocl_ds.curriculum.schedules import stage_values
+
+    stages = stage_values(recipe.curriculum.num_subsets, recipe.curriculum.temperature)
+    baseline = [recipe.baseline.temperature] if recipe.baseline.enabled else []
+    return tuple(dict.fromkeys([1.0, *stages, *baseline]))
+
+
+def caches_teacher(recipe: Recipe) -> bool:
+    """Whether the recipe runs the step `cache-teacher`."""
+    return recipe.teacher is not None and recipe.teacher.mode != "online"
+
+
+def evaluated_models(recipe: Recipe) -> list[str]:
+    """The models of evaluate.models that exist in this recipe, and the baseline where one is
+    trained.
+    """
+    names = [name for name in recipe.evaluate.models if name != "teacher" or recipe.teacher]
+    if recipe.baseline.enabled and "baseline" not in names:
+        names.append("baseline")
+    return [name for name in names if name != "baseline" or recipe.baseline.enabled]
