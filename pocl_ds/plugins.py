@@ -33,10 +33,10 @@ def divergence(name: str, **options: float | bool) -> Callable[[Registered], Reg
     """Register a divergence, from log-probabilities of teacher and student [tokens, ids] to
     [tokens]. options: their defaults.
     """
-    from pocl_ds.losses.divergences import FUNCTIONS
+    from pocl_ds.losses.divergences import DIVERGENCES
 
     return _register(
-        "divergence", name, FUNCTIONS, lambda: registry.LOSSES.__setitem__(name, options)
+        "divergence", name, DIVERGENCES, lambda: registry.LOSSES.__setitem__(name, options)
     )
 
 

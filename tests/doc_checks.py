@@ -176,10 +176,10 @@ def _read_recipe(page: Page, folder: Path, *, plugins: bool) -> None:
     program = (
         "import torch\n"
         "from pocl_ds.config.recipe_file import load_recipe\n"
-        "from pocl_ds.losses.divergences import divergence\n"
+        "from pocl_ds.losses import divergence\n"
         "recipe = load_recipe('recipe.yaml')\n"
         "logits = torch.randn(2, 3, 7)\n"
-        "value = divergence(recipe.loss.name, *logits, **recipe.loss.options)\n"
+        "value = divergence(recipe.loss.name, *logits, reduction='none', **recipe.loss.options)\n"
         "assert value.shape == (3,) and value.isfinite().all()\n"
     )
     subprocess.run(
@@ -265,7 +265,7 @@ def _wrong_output(code: str) -> Iterator[str]:
 
 def check_json(page: Page) -> list[str]:
     """Every JSON block parses, and every JSON-lines block is read as instruction data."""
-    from pocl_ds.data.records import read_samples
+    from pocl_ds.data.sources import read_samples
 
     faults = []
     for block in page.blocks:

@@ -1,7 +1,10 @@
-"""Losses between a teacher and a student that split text differently (METHOD 4): they compare spans
-of text, not ids.
+"""Losses between a teacher and a student with different tokenizers: they compare text, not token
+ids (docs/method.md, eq. 20 and 21).
 
-Shapes: n loss tokens of the student, m of the teacher, s spans, v and v' ids of their heads.
+A span is a stretch of a response that begins and ends at a token boundary of both tokenizers.
+
+Shapes: n loss tokens of the student, m of the teacher, s spans, v ids of the student's head, v'
+of the teacher's.
 """
 
 from __future__ import annotations
@@ -12,146 +15,152 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pocl_ds.data.batches import Batch, Translated
-from pocl_ds.losses.divergences import working_type
-from pocl_ds.models.heads import Head
-from pocl_ds.models.vocab import Ids
+from pocl_ds.data.batches import Batch, TeacherView
+from pocl_ds.losses.divergences import compute_dtype
+from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
 
 
 @dataclass(frozen=True)
-class OtherTokens:
-    """A teacher that reads the same text in its own tokens. Where the student's loss head asks it
-    about a token, it is asked by the number of one of the teacher's own tokens, -1 for none.
+class CrossTokenizerTeacher:
+    """A teacher that reads the same text in its own tokens: hidden states and the head that turns
+    them into logits over the teacher's own ids.
+
+    The fused head refers to the teacher's tokens by index; -1 stands for none.
     """
 
     hidden: Tensor  # [m, width]
-    head: Head
-    ids: Ids  # the teacher's own
+    head: OutputHead
+    vocab: VocabMap  # of the teacher's own ids
     labels: Tensor  # [m] int64
-    translated: Translated
+    view: TeacherView
 
-    def log_p(self, rows: Tensor, temperature: float, kind: torch.dtype) -> Tensor:
-        """Log-probabilities [rows, v'] for the teacher's tokens of these numbers, -inf where an id
+    def log_probs(self, rows: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+        """Log-probabilities [rows, v'] at the teacher tokens with these indices, -inf where an id
         stands for no token.
         """
-        logits = self.ids.student_logits(self.head, self.hidden[rows])
-        return torch.log_softmax(logits.to(kind).div_(temperature), -1)
+        logits = self.vocab.student_logits(self.head, self.hidden[rows])
+        return torch.log_softmax(logits.to(dtype).div_(temperature), -1)
 
 
-def pairs(batch: Batch, translated: Translated, *, by_position: bool) -> Tensor:
-    """[n] int64: the teacher's loss token that predicts from the same text as each of the
-    student's, -1 for none.
+def paired_teacher_tokens(batch: Batch, view: TeacherView, *, by_position: bool) -> Tensor:
+    """For each student loss token, the index of the teacher loss token that predicts from the same
+    text: [n] int64, -1 for none.
 
-    These are the first tokens of each span. by_position pairs the i-th tokens of both responses
-    instead, whatever text they follow, and leaves the rest of the longer one out, as the paper of
-    `uld` does.
+    Those are the first tokens of each span. by_position pairs the i-th tokens of both responses
+    instead, whatever text precedes them, and leaves out the rest of the longer response, as the
+    paper of `uld` does.
     """
     if by_position:
-        ours, theirs = batch.sample_of_token, translated.batch.sample_of_token
-        places = _places(ours), _places(theirs)
-        width = max([len(batch.labels), len(translated.batch.labels)]) + 1
-        number = ours.new_full((len(batch.rows) * width + 1,), -1)
-        number[theirs * width + places[1]] = torch.arange(len(theirs), device=theirs.device)
-        return number[ours * width + places[0]]
-    starts = [_starts(side) for side in (translated.ours, translated.theirs)]
-    number = torch.full(
-        (translated.spans + 1,), -1, dtype=torch.int64, device=translated.theirs.device
+        samples, teacher_samples = batch.sample_of_token, view.batch.sample_of_token
+        places, teacher_places = _place_in_sample(samples), _place_in_sample(teacher_samples)
+        width = max(len(batch.labels), len(view.batch.labels)) + 1
+        index = samples.new_full((len(batch.rows) * width + 1,), -1)
+        teacher_tokens = torch.arange(len(teacher_samples), device=teacher_samples.device)
+        index[teacher_samples * width + teacher_places] = teacher_tokens
+        return index[samples * width + places]
+    is_start, teacher_is_start = (
+        _starts_span(spans) for spans in (view.student_spans, view.teacher_spans)
     )
-    number[translated.theirs[starts[1]]] = torch.nonzero(starts[1])[:, 0]
-    return torch.where(starts[0], number[translated.ours], -1)
+    index = view.teacher_spans.new_full((view.num_spans + 1,), -1)
+    index[view.teacher_spans[teacher_is_start]] = torch.nonzero(teacher_is_start)[:, 0]
+    return torch.where(is_start, index[view.student_spans], -1)
 
 
-def uld(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Universal logit distillation (Boizard et al., arXiv 2402.12030): sum of |p - q| over both
-    sorted, largest first.
+def uld_with_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Universal logit distillation (Boizard et al., arXiv 2402.12030; docs/method.md, eq. 20):
+    the sum of |p - q| over both sides' probabilities in descending order.
 
-    That is the Wasserstein distance of the two distributions where moving a probability from any id
-    to any other costs the same. log_p: [k, v'], log_q: [k, v], the shorter is as if it had ids of
-    probability 0. Returns [k], and its gradient with respect to the logits of log_q [k, v].
+    That is the Wasserstein distance of the two distributions if moving a probability from any id
+    to any other costs the same. log_p: [k, v'], log_q: [k, v]; the shorter one is extended by
+    zeros. Returns the value [k] and its gradient in the logits of log_q [k, v].
     """
     p = log_p.exp().sort(dim=-1, descending=True).values
     q, order = log_q.exp().sort(dim=-1, descending=True)
     common = min(p.shape[-1], q.shape[-1])
-    apart = q.clone()
-    apart[:, :common] -= p[:, :common]
-    value = apart.abs().sum(-1) + p[:, common:].sum(-1)
-    slope = apart.sign_().mul_(q)  # dq_i / dz_j = q_i (1[i = j] - q_j)
+    difference = q.clone()
+    difference[:, :common] -= p[:, :common]
+    value = difference.abs().sum(-1) + p[:, common:].sum(-1)
+    slope = difference.sign_().mul_(q)  # dq_i / dz_j = q_i (1[i = j] - q_j)
     slope.sub_(q.mul_(slope.sum(-1, keepdim=True)))
     return value, torch.empty_like(slope).scatter_(-1, order, slope)
 
 
 def alm(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
-    """Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083): KL(p^(1/temperature) ||
-    q^(1/temperature)) of whether a span is written or not. log_p, log_q: [s] log-probabilities of whole
-    spans. Returns [s].
+    """Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083; docs/method.md, eq.
+    21): the KL divergence between p^(1 / temperature) and q^(1 / temperature) of whether a model
+    writes a span or not.
+
+    log_p, log_q: [s] log-probabilities of whole spans. Returns [s].
     """
     log_p, log_q = log_p / temperature, log_q / temperature
-    return log_p.exp() * (log_p - log_q) + _not(log_p).exp() * (_not(log_p) - _not(log_q))
+    log_not_p, log_not_q = _log_complement(log_p), _log_complement(log_q)
+    return log_p.exp() * (log_p - log_q) + log_not_p.exp() * (log_not_p - log_not_q)
 
 
-def alm_weights(
-    ours: Tensor,
-    theirs: Tensor,
-    translated: Translated,
+def alm_token_weights(
+    student_log_probs: Tensor,
+    teacher_log_probs: Tensor,
+    view: TeacherView,
     *,
     temperature: float,
     sft_ratio: float,
     factor: float,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence over all spans, and the weight of each student token's negative
-    log-probability with which the gradient of sft_ratio CE + (1 - sft_ratio) factor KD is that of a
-    weighted CE: [n].
+    """The divergence over all spans (a scalar), and a weight for each student token [n].
 
-    ours, theirs: log-probabilities of the tokens, [n] and [m].
+    With these weights the gradient of a weighted cross-entropy equals that of
+    sft_ratio CE + (1 - sft_ratio) factor ALM. student_log_probs, teacher_log_probs: of the label
+    tokens, [n] and [m].
     """
     with torch.enable_grad():
-        leaf = ours.detach().requires_grad_()
-        p, q = (
-            _of_spans(theirs, translated.theirs, translated.spans),
-            _of_spans(leaf, translated.ours, translated.spans),
-        )
-        kd = factor * alm(p, q, temperature).sum()
+        leaf = student_log_probs.detach().requires_grad_()
+        log_p = _sum_by_span(teacher_log_probs, view.teacher_spans, view.num_spans)
+        log_q = _sum_by_span(leaf, view.student_spans, view.num_spans)
+        kd = factor * alm(log_p, log_q, temperature).sum()
         slope = torch.autograd.grad(kd, leaf)[0]
     return kd.detach(), sft_ratio - (1 - sft_ratio) * slope
 
 
-def token_log_probs(
+def label_log_probs(
     hidden: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], rows: int
 ) -> Tensor:
-    """Log-probabilities of labels [n], of hidden states [n, width], some rows of logits at a time;
-    no gradient.
+    """Log-probabilities of labels [n] given hidden states [n, width], without a gradient.
+
+    logits: maps hidden states to logits; it gets at most `rows` of them at a time.
     """
-    kind = working_type(hidden.dtype)
-    found = [hidden.new_empty(0, dtype=kind)]
+    dtype = compute_dtype(hidden.dtype)
+    parts = [hidden.new_empty(0, dtype=dtype)]
     with torch.no_grad():
-        for part in (slice(i, i + rows) for i in range(0, len(labels), rows)):
-            log_q = torch.log_softmax(logits(hidden[part]).to(kind), -1)
-            found.append(log_q.gather(-1, labels[part, None])[:, 0])
-    return torch.cat(found)
+        for chunk in (slice(i, i + rows) for i in range(0, len(labels), rows)):
+            log_q = torch.log_softmax(logits(hidden[chunk]).to(dtype), -1)
+            parts.append(log_q.gather(-1, labels[chunk, None])[:, 0])
+    return torch.cat(parts)
 
 
-def _of_spans(values: Tensor, index: Tensor, spans: int) -> Tensor:
-    """Sums of values [n] by span [s]; tokens of none fall into one more, which is cut off."""
-    return values.new_zeros(spans + 1).index_add(0, torch.where(index < 0, spans, index), values)[
-        :spans
-    ]
+def _sum_by_span(values: Tensor, spans: Tensor, num_spans: int) -> Tensor:
+    """Sums [s] of values [n] by span; tokens without a span go into an extra entry that is cut
+    off.
+    """
+    index = torch.where(spans < 0, num_spans, spans)
+    return values.new_zeros(num_spans + 1).index_add(0, index, values)[:num_spans]
 
 
-def _not(log_p: Tensor) -> Tensor:
+def _log_complement(log_p: Tensor) -> Tensor:
     """log(1 - p), finite also where p is 1."""
     return torch.log(-torch.expm1(log_p.clamp(max=-torch.finfo(log_p.dtype).eps)))
 
 
-def _starts(spans: Tensor) -> Tensor:
-    """[n] bool: the first token of each span."""
-    before = torch.cat([spans.new_full((1,), -1), spans[:-1]])
-    return (spans >= 0) & (spans != before)
+def _starts_span(spans: Tensor) -> Tensor:
+    """[n] bool: whether a token is the first of its span."""
+    previous = torch.cat([spans.new_full((1,), -1), spans[:-1]])
+    return (spans >= 0) & (spans != previous)
 
 
-def _places(samples: Tensor) -> Tensor:
-    """[n]: the place of each loss token among its sample's."""
-    number = torch.arange(len(samples), device=samples.device)
-    first = torch.cat([samples.new_full((1,), -1), samples[:-1]]) != samples
-    return (
-        number - torch.cummax(torch.where(first, number, 0), 0).values if len(samples) else number
-    )
+def _place_in_sample(samples: Tensor) -> Tensor:
+    """[n]: the index of each loss token among those of its sample."""
+    if not len(samples):
+        return torch.arange(0, device=samples.device)
+    index = torch.arange(len(samples), device=samples.device)
+    is_start = torch.cat([samples.new_full((1,), -1), samples[:-1]]) != samples
+    return index - torch.cummax(torch.where(is_start, index, 0), 0).values

@@ -1,10 +1,11 @@
-"""Head and loss as one function: from hidden states at loss positions to loss sums, a chunk of
-logits at a time.
+"""Output head and loss as one function: from hidden states at loss positions to loss sums, one
+chunk of logits at a time.
 
-Logits [tokens, ids] of teacher and student never exist as a whole. Each chunk's gradients with
-respect to hidden states and head are computed in forward, while its logits are there; backward only
-hands them on. A bare loop over chunks would save nothing, since autograd keeps every chunk until
-backward.
+The logits [tokens, ids] of teacher and student never exist as a whole. The gradients of a chunk
+in its hidden states and in the head are computed in the forward pass, while its logits are in
+memory, and the backward pass only returns them (docs/method.md, eq. 27; the technique of Liger
+Kernel, arXiv 2410.10989). A plain loop over chunks would save nothing, since autograd keeps every
+chunk until the backward pass.
 
 Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that take part.
 """
@@ -12,7 +13,7 @@ Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that tak
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,8 +22,13 @@ from torch import Tensor, nn
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses.cross_tokenizer import OtherTokens, alm_weights, pairs, token_log_probs
-from pocl_ds.losses.divergences import divergence_options, working_type
+from pocl_ds.losses.cross_tokenizer import (
+    CrossTokenizerTeacher,
+    alm_token_weights,
+    label_log_probs,
+    paired_teacher_tokens,
+)
+from pocl_ds.losses.divergences import compute_dtype, divergence_options
 from pocl_ds.losses.token_losses import (
     BlockLoss,
     Buffers,
@@ -31,101 +37,21 @@ from pocl_ds.losses.token_losses import (
     block_rows,
     row_bytes,
 )
-from pocl_ds.models.heads import Head, Mixture
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import HeadMixture, OutputHead
+from pocl_ds.models.vocab import VocabMap
 
-# Sums over loss tokens: total = sft_ratio * CE + (1 - sft_ratio) * KD, which carries the gradient, then KD
-# and CE for the log. A plain tuple, since ZeRO-3 looks for tensors to hook in tuples, lists and
-# dictionaries only.
+# Sums over loss tokens: the total loss, which carries the gradient, then the divergence and the
+# cross-entropy for the log. A plain tuple, because ZeRO-3 looks for tensors to hook only in tuples,
+# lists and dictionaries.
 LossSums: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
-
-def loss_sums(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    terms: LossTerms,
-    *,
-    ids: Ids,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: TeacherHead | None = None,
-    chunk_bytes: int = 512 << 20,
-) -> LossSums:
-    """Loss sums over n tokens from hidden states and heads.
-
-    hidden: [n, d] student; labels: [n] int64, ids that take part; teacher_hidden: [n, d'], no
-    gradient, side by side for a `Mixture`, or the records [n, bytes] of a `TopK`, or [n] numbers of
-    tokens for `OtherTokens`. n may be 0: the result is 0 and every parameter of the head still gets
-    a (zero) gradient. Raises RecipeError where chunk_bytes holds no row.
-    """
-    widest = (
-        max(ids.size, teacher_head.ids.size) if isinstance(teacher_head, OtherTokens) else ids.size
-    )
-    teachers = len(teacher_head.heads) if isinstance(teacher_head, Mixture) else 1
-    sizes = chunk_sizes(terms.name, widest, chunk_bytes, hidden.dtype, hidden.device, teachers)
-    if terms.name != "sft" and teacher_head is None:
-        raise RecipeError(f"loss.name={terms.name} needs a teacher")
-    if terms.name == "sft":
-        teacher_hidden = teacher_head = None
-    weights = kd = None
-    if terms.name == "alm" and isinstance(teacher_head, OtherTokens):
-        kd, weights = _span_weights(hidden, head, labels, terms, ids, teacher_head, sizes)
-        teacher_hidden = teacher_head = None
-    sums: LossSums = _HeadLoss.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        head,
-        labels,
-        terms,
-        ids,
-        teacher_hidden,
-        teacher_head,
-        sizes,
-        torch.is_grad_enabled(),
-        weights,
-    )
-    if kd is None:
-        return sums
-    weighted, _, ce = sums
-    value = terms.sft_ratio * ce + (1 - terms.sft_ratio) * kd
-    return weighted + (value - weighted).detach(), kd, ce
-
-
-def _span_weights(
-    hidden: Tensor,
-    head: Head,
-    labels: Tensor,
-    terms: LossTerms,
-    ids: Ids,
-    teacher: OtherTokens,
-    sizes: ChunkSizes,
-) -> tuple[Tensor, Tensor]:
-    """See `alm_weights`: a first look at the logits, for the probabilities of spans, which each
-    token's gradient needs.
-    """
-    rows = max(1, sizes.chunk // 2)
-    ours = token_log_probs(hidden, labels, lambda part: ids.student_logits(head, part), rows)
-    theirs = token_log_probs(
-        teacher.hidden,
-        teacher.labels,
-        lambda part: teacher.ids.student_logits(teacher.head, part),
-        rows,
-    )
-    return alm_weights(
-        ours,
-        theirs.to(ours.dtype),
-        teacher.translated,
-        temperature=terms.temperature,
-        sft_ratio=terms.sft_ratio,
-        factor=terms.kd_factor,
-    )
+DEFAULT_CHUNK_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """Rows of a chunk, whose logits of both sides are alive together, and of the blocks it is
-    worked on in.
+    """Rows of a chunk, whose logits of both sides are in memory together, and of the blocks it is
+    processed in.
     """
 
     chunk: int
@@ -140,51 +66,79 @@ def chunk_sizes(
     device: torch.device,
     teachers: int = 1,
 ) -> ChunkSizes:
-    """What fits a byte budget, for the divergence of this name over `size` ids. dtype: of the
-    hidden states.
+    """The chunk and block sizes that fit a memory budget, for the divergence of this name over
+    `size` ids. dtype: of the hidden states.
 
-    Raises RecipeError where the budget does not hold one row.
+    Raises RecipeError if the budget does not hold one row.
     """
-    kind = working_type(dtype)
-    logits, worked = (1 + teachers) * size * dtype.itemsize, row_bytes(name, size, kind)
-    if chunk_bytes < logits + worked:
-        least = logits + worked
+    working = compute_dtype(dtype)
+    logit_bytes = (1 + teachers) * size * dtype.itemsize
+    buffer_bytes = row_bytes(name, size, working)
+    if chunk_bytes < logit_bytes + buffer_bytes:
         raise RecipeError(
-            f"loss.chunk_memory_mb={chunk_bytes} does not hold one token over {size} ids: give at "
-            f"least {least}"
+            f"loss.chunk_memory_mb: {chunk_bytes} bytes do not hold one token over {size} ids; "
+            f"give at least {logit_bytes + buffer_bytes} bytes"
         )
     # Blocks get at most half of the budget: large chunks make fast matrix products.
-    block = max(1, min(block_rows(size, kind, device), chunk_bytes // 2 // worked))
-    return ChunkSizes((chunk_bytes - block * worked) // logits or 1, block)
+    block = max(1, min(block_rows(size, working, device), chunk_bytes // 2 // buffer_bytes))
+    return ChunkSizes((chunk_bytes - block * buffer_bytes) // logit_bytes or 1, block)
 
 
-def even_share(rows: int, most: int) -> int:
-    """Rows of each of the fewest chunks that hold `rows`, at most so many: a small last chunk would
-    be slow.
+def even_chunk(rows: int, limit: int) -> int:
+    """The chunk size that splits `rows` evenly into as few chunks of at most `limit` rows as
+    possible: a small last chunk would be slow.
     """
-    return max(1, -(-rows // max(1, -(-rows // most))))
+    return max(1, -(-rows // max(1, -(-rows // limit))))
+
+
+def loss_sums(
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    terms: LossTerms,
+    *,
+    vocab: VocabMap,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: TeacherHead | None = None,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+) -> LossSums:
+    """Loss sums over n tokens from hidden states and heads (docs/method.md, eq. 9).
+
+    hidden: [n, d], student; labels: [n] int64, ids that take part; teacher_hidden: [n, d']
+    without a gradient, concatenated along d' for a `HeadMixture`, or [n, bytes] records of a
+    `TopKCodec`, or [n] token indices for a `CrossTokenizerTeacher`. n may be 0: the sums are 0
+    and every parameter of the head still gets a (zero) gradient.
+
+    Raises RecipeError if chunk_bytes does not hold one row, or if a divergence has no teacher.
+    """
+    inputs = FusedLossInputs.of(
+        hidden, head, labels, terms, vocab, teacher_hidden, teacher_head, chunk_bytes
+    )
+    sums: LossSums = FusedHeadLoss.apply(hidden, head.weight, head.bias, inputs)
+    return sums
 
 
 class LossHead(nn.Module):
-    """The student's head as a module that owns the head's parameters, so that ZeRO-3 gathers them
-    for its forward.
+    """The student's output head and loss as a module that owns the head's parameters, so that
+    ZeRO-3 gathers them for its forward.
     """
 
-    def __init__(self, head: Head, ids: Ids, chunk_bytes: int) -> None:
+    def __init__(self, head: OutputHead, vocab: VocabMap, chunk_bytes: int) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
-        self.scale, self.soft_cap = head.scale, head.soft_cap
-        self.size, self.chunk_bytes = ids.size, chunk_bytes
-        self.rows = head.rows
+        self.scale, self.soft_cap, self.rows = head.scale, head.soft_cap, head.rows
+        self.size, self.chunk_bytes = vocab.size, chunk_bytes
         self.masked: Tensor | None
-        self.register_buffer("masked", ids.masked, persistent=False)
-        self.register_buffer("teacher_ids", ids.teacher_ids, persistent=False)
-        self.register_buffer("teacher_masked", ids.teacher_masked, persistent=False)
+        self.teacher_ids: Tensor | None
+        self.teacher_masked: Tensor | None
+        self.register_buffer("masked", vocab.masked, persistent=False)
+        self.register_buffer("teacher_ids", vocab.teacher_ids, persistent=False)
+        self.register_buffer("teacher_masked", vocab.teacher_masked, persistent=False)
 
     @contextlib.contextmanager
     def over_all_ids(self) -> Iterator[None]:
-        """Inside, a softmax over every row of the head, as generation has it."""
+        """Within the block the softmax covers every row of the head, as in generation."""
         size, masked = self.size, self.masked
         self.size, self.masked = self.rows, None
         try:
@@ -200,43 +154,135 @@ class LossHead(nn.Module):
         teacher_hidden: Tensor | None,
         teacher_head: TeacherHead | None,
     ) -> LossSums:
-        """See `loss_sums`; teacher_hidden is [m, d'] where the batch is translated for a teacher
-        with other tokens.
+        """See `loss_sums`. teacher_hidden is [m, d'] if the batch has a view for a teacher with
+        another tokenizer.
         """
-        asked = teacher_head
-        if batch.translated and isinstance(teacher_head, Head) and teacher_hidden is not None:
-            theirs = Ids(
-                teacher_head.rows,
-                self.teacher_masked if isinstance(self.teacher_masked, Tensor) else None,
+        view = batch.teacher_view
+        if view and isinstance(teacher_head, OutputHead) and teacher_hidden is not None:
+            vocab = VocabMap(teacher_head.rows, self.teacher_masked)
+            teacher_head = CrossTokenizerTeacher(
+                teacher_hidden, teacher_head, vocab, view.batch.labels, view
             )
-            asked = OtherTokens(
-                teacher_hidden,
-                teacher_head,
-                theirs,
-                batch.translated.batch.labels,
-                batch.translated,
-            )
-            teacher_hidden = pairs(
-                batch, batch.translated, by_position=bool(terms.options.get("by_position"))
-            )
-        head = Head(self.weight, self.bias, self.scale, self.soft_cap, self.rows)
-        masked, teacher_ids = (
-            part if isinstance(part, Tensor) else None for part in (self.masked, self.teacher_ids)
-        )
-        return loss_sums(
+            by_position = bool(terms.options.get("by_position"))
+            teacher_hidden = paired_teacher_tokens(batch, view, by_position=by_position)
+        # The head is assembled here: ZeRO-3 has gathered its parameters only within this forward.
+        inputs = FusedLossInputs.of(
             hidden,
-            head,
+            OutputHead(self.weight, self.bias, self.scale, self.soft_cap, self.rows),
             batch.labels,
             terms,
-            ids=Ids(self.size, masked, teacher_ids),
-            teacher_hidden=teacher_hidden,
-            teacher_head=asked,
-            chunk_bytes=self.chunk_bytes,
+            VocabMap(self.size, self.masked, self.teacher_ids),
+            teacher_hidden,
+            teacher_head,
+            self.chunk_bytes,
+        )
+        sums: LossSums = FusedHeadLoss.apply(hidden, self.weight, self.bias, inputs)
+        return sums
+
+
+@dataclass(frozen=True)
+class SpanLoss:
+    """The ALM loss of a batch, computed before its logits are: the divergence, and each student
+    token's weight in the cross-entropy whose gradient is the loss's.
+    """
+
+    kd: Tensor
+    token_weights: Tensor
+
+
+@dataclass(frozen=True)
+class FusedLossInputs:
+    """What the fused loss needs besides the tensors that get a gradient."""
+
+    head: OutputHead
+    labels: Tensor
+    terms: LossTerms
+    options: dict[str, Any]  # of the divergence, with defaults
+    vocab: VocabMap
+    teacher_hidden: Tensor | None
+    teacher_head: TeacherHead | None
+    sizes: ChunkSizes
+    spans: SpanLoss | None
+    grad_enabled: bool  # in an autograd.Function's forward gradients are always off
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        head: OutputHead,
+        labels: Tensor,
+        terms: LossTerms,
+        vocab: VocabMap,
+        teacher_hidden: Tensor | None,
+        teacher_head: TeacherHead | None,
+        chunk_bytes: int,
+    ) -> FusedLossInputs:
+        """Check the arguments and choose the chunk sizes. See `loss_sums`."""
+        widest, teachers = vocab.size, 1
+        if isinstance(teacher_head, CrossTokenizerTeacher):
+            widest = max(vocab.size, teacher_head.vocab.size)
+        if isinstance(teacher_head, HeadMixture):
+            teachers = len(teacher_head.heads)
+        sizes = chunk_sizes(terms.name, widest, chunk_bytes, hidden.dtype, hidden.device, teachers)
+        options = divergence_options(terms.name, terms.options)
+        if terms.name != "sft" and teacher_head is None:
+            raise RecipeError(f"loss.name={terms.name} needs a teacher")
+        spans = None
+        if terms.name == "alm" and isinstance(teacher_head, CrossTokenizerTeacher):
+            spans = _span_loss(hidden, head, labels, terms, vocab, teacher_head, sizes)
+        if terms.name == "sft" or spans is not None:
+            teacher_hidden = teacher_head = None
+        return cls(
+            head,
+            labels,
+            terms,
+            options,
+            vocab,
+            teacher_hidden,
+            teacher_head,
+            sizes,
+            spans,
+            torch.is_grad_enabled(),
         )
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Gradients in forward, as in Liger's chunked losses; here for any divergence, head and mask."""
+def _span_loss(
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    terms: LossTerms,
+    vocab: VocabMap,
+    teacher: CrossTokenizerTeacher,
+    sizes: ChunkSizes,
+) -> SpanLoss:
+    """A first pass over the logits, for the probabilities of spans that each token's gradient
+    needs.
+    """
+    rows = max(1, sizes.chunk // 2)
+    student_log_probs = label_log_probs(
+        hidden, labels, lambda part: vocab.student_logits(head, part), rows
+    )
+    teacher_log_probs = label_log_probs(
+        teacher.hidden,
+        teacher.labels,
+        lambda part: teacher.vocab.student_logits(teacher.head, part),
+        rows,
+    )
+    kd, token_weights = alm_token_weights(
+        student_log_probs,
+        teacher_log_probs.to(student_log_probs.dtype),
+        teacher.view,
+        temperature=terms.temperature,
+        sft_ratio=terms.sft_ratio,
+        factor=terms.kd_factor,
+    )
+    return SpanLoss(kd, token_weights)
+
+
+class FusedHeadLoss(torch.autograd.Function):
+    """Gradients in the forward pass, as in Liger's chunked losses, for any divergence, head and
+    mask.
+    """
 
     @staticmethod
     def forward(
@@ -244,92 +290,106 @@ class _HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        head: Head,
-        labels: Tensor,
-        terms: LossTerms,
-        ids: Ids,
-        teacher_hidden: Tensor | None,
-        teacher_head: TeacherHead | None,
-        sizes: ChunkSizes,
-        grad_enabled: bool,
-        weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        kind, rows = working_type(hidden.dtype), even_share(labels.numel(), sizes.chunk)
-        sums = hidden.new_zeros(3, dtype=kind)
-        # needs_input_grad does not know of torch.no_grad, and inside forward gradients are always
-        # off.
-        needs = [grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        gradients = _Gradients(hidden, weight, bias, ids.size, needs)
+        inputs: FusedLossInputs,
+    ) -> LossSums:
+        """Loss sums over n tokens; the gradients stay in ctx until the backward pass."""
+        labels, spans, size = inputs.labels, inputs.spans, inputs.vocab.size
+        dtype, rows = compute_dtype(hidden.dtype), even_chunk(labels.numel(), inputs.sizes.chunk)
+
+        # Memory that all chunks share: gradients, products of both heads, buffers of the blocks.
+        block_size = min(inputs.sizes.block, rows)
+        needs = [inputs.grad_enabled and need for need in ctx.needs_input_grad[:3]]
+        gradients = HeadGradients(hidden, weight, bias, size, needs)
+        products = hidden.new_empty(rows, size)
+        teacher_products = TeacherProducts(inputs.teacher_head, inputs.vocab, rows, hidden)
         block_loss = BlockLoss(
-            terms,
-            divergence_options(terms.name, terms.options),
-            ids,
-            (head, teacher_head),
-            Buffers(min(sizes.block, rows), ids.size, kind, hidden.device),
+            inputs.terms,
+            inputs.options,
+            inputs.vocab,
+            inputs.head,
+            inputs.teacher_head,
+            Buffers(block_size, size, dtype, hidden.device),
             need_gradient=any(needs),
         )
-        products, answers = (
-            hidden.new_empty(rows, ids.size),
-            _Answers(teacher_head, ids, rows, hidden),
-        )
+
+        sums = hidden.new_zeros(2, dtype=dtype)
         for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
-            part = hidden[chunk]
-            product = head.product(part, ids.size, out=products[: len(part)])
-            teacher = None if teacher_hidden is None else answers(teacher_hidden[chunk])
-            sums += block_loss(
-                product, teacher, labels[chunk], None if weights is None else weights[chunk]
-            )
-            gradients.add(chunk, product, part)
+            # The products of this chunk's hidden states with the student's and the teacher's head.
+            student = inputs.head.product(hidden[chunk], size, out=products[: len(hidden[chunk])])
+            teacher = None
+            if inputs.teacher_hidden is not None:
+                teacher = teacher_products(inputs.teacher_hidden[chunk])
+            # Loss and gradient in the products, one block at a time.
+            token_weights = None if spans is None else spans.token_weights[chunk]
+            for start in range(0, len(student), block_size):
+                block = slice(start, start + block_size)
+                sums += block_loss(
+                    student[block],
+                    None if teacher is None else teacher[block],
+                    labels[chunk][block],
+                    None if token_weights is None else token_weights[block],
+                )
+            # From the gradient in the products to those in hidden states and head.
+            gradients.add(chunk, student, hidden[chunk])
+
         ctx.gradients = (gradients.hidden, gradients.weight, gradients.bias)
         ctx.types = tuple(None if part is None else part.dtype for part in (hidden, weight, bias))
-        total, kd, ce = sums.unbind()
+        kd, ce = (sums[0] if spans is None else spans.kd.to(dtype)).clone(), sums[1].clone()
+        ce_weight = inputs.terms.ce_weight
+        total = ce_weight * ce + (1 - ce_weight) * kd
         ctx.mark_non_differentiable(kd, ce)
-        return total.clone(), kd.clone(), ce.clone()
+        return total, kd, ce
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the forward pass, times the outer one."""
         if ctx.gradients is None:
             raise RuntimeError(
-                "the fused head's gradients were handed on already: it has no second backward"
+                "the gradients of the fused head were returned already: call backward only once"
             )
-        found = [  # in place: no tensor is larger than the head's gradient
-            None if gradient is None else gradient.mul_(outer[0]).to(kind)
-            for gradient, kind in zip(ctx.gradients, ctx.types, strict=True)
+        # In place: no tensor is larger than the head's gradient.
+        scaled = [
+            None if gradient is None else gradient.mul_(outer[0]).to(dtype)
+            for gradient, dtype in zip(ctx.gradients, ctx.types, strict=True)
         ]
         ctx.gradients = None
-        return (*found, *([None] * 9))
+        return (*scaled, None)
 
 
-class _Answers:
-    """What the teacher says of a chunk, in one buffer for all of them: products of its head, side
-    by side for a `Mixture`; records and numbers of tokens are handed on as they are.
+class TeacherProducts:
+    """The products of a chunk of teacher hidden states and the teacher's head, in one buffer for
+    all chunks: [n, v], or [n, teachers, v] for a `HeadMixture`. Records and token indices pass
+    unchanged.
     """
 
-    def __init__(self, head: TeacherHead | None, ids: Ids, rows: int, hidden: Tensor) -> None:
-        self.head, self.ids = head, ids
-        if isinstance(head, (Head, Mixture)):
-            first, several = (
-                (head, ()) if isinstance(head, Head) else (head.heads[0], (len(head.heads),))
-            )
-            kind = hidden.dtype if first.weight is None else first.weight.dtype
-            self.buffer = hidden.new_empty(rows, *several, ids.size, dtype=kind)
+    def __init__(
+        self, head: TeacherHead | None, vocab: VocabMap, rows: int, hidden: Tensor
+    ) -> None:
+        self.head, self.vocab = head, vocab
+        if isinstance(head, HeadMixture):
+            self.buffer = self._allocate(hidden, head.heads[0], rows, len(head.heads))
+        elif isinstance(head, OutputHead):
+            self.buffer = self._allocate(hidden, head, rows)
+
+    def _allocate(self, hidden: Tensor, head: OutputHead, *rows: int) -> Tensor:
+        dtype = hidden.dtype if head.weight is None else head.weight.dtype
+        return hidden.new_empty(*rows, self.vocab.size, dtype=dtype)
 
     def __call__(self, states: Tensor) -> Tensor:
-        if isinstance(self.head, Head):
-            return self.ids.teacher_product(self.head, states, out=self.buffer[: len(states)])
-        if isinstance(self.head, Mixture):
-            for number, (one, own) in enumerate(
-                zip(self.head.heads, self.head.parts(states), strict=True)
-            ):
-                self.buffer[: len(states), number] = self.ids.teacher_product(one, own)
+        if isinstance(self.head, OutputHead):
+            return self.vocab.teacher_product(self.head, states, out=self.buffer[: len(states)])
+        if isinstance(self.head, HeadMixture):
+            parts = zip(self.head.heads, self.head.split_hidden(states), strict=True)
+            for number, (head, hidden) in enumerate(parts):
+                self.buffer[: len(states), number] = self.vocab.teacher_product(head, hidden)
             return self.buffer[: len(states)]
         return states
 
 
-class _Gradients:
-    """Of the sum in hidden states [n, d] and head, chunk by chunk; None where nobody needs one.
+class HeadGradients:
+    """Gradients in hidden states [n, d] and head, filled chunk by chunk; None where none is needed.
 
-    Each chunk adds to the head's: in float32, or small chunks would drown in bfloat16's rounding.
+    Those of the head are summed in float32: small chunks would vanish in bfloat16's rounding.
     """
 
     def __init__(
@@ -338,40 +398,45 @@ class _Gradients:
         weight: Tensor | None,
         bias: Tensor | None,
         size: int,
-        needs: Sequence[bool],
+        needs: list[bool],
     ) -> None:
-        """size: ids that take part, of the head's rows. needs: of hidden, weight and bias."""
-        self.size, self.head, kind = size, weight, working_type(hidden.dtype)
+        """size: ids that take part, the first of the head's rows. needs: for hidden, weight and
+        bias.
+        """
+        self.size, self.head_weight, dtype = size, weight, compute_dtype(hidden.dtype)
         self.hidden = torch.empty_like(hidden) if needs[0] else None
         if self.hidden is not None and weight is None:
             self.hidden[:, size:] = 0
         self.weight = (
-            torch.empty_like(weight, dtype=kind) if weight is not None and needs[1] else None
+            torch.empty_like(weight, dtype=dtype) if weight is not None and needs[1] else None
         )
         if self.weight is not None:
-            self.weight[size if len(hidden) else 0 :] = 0  # the first chunk writes the rest
-        self.bias = torch.zeros_like(bias, dtype=kind) if bias is not None and needs[2] else None
+            # The first chunk writes the other rows.
+            self.weight[size if len(hidden) else 0 :] = 0
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None
 
-    def add(self, chunk: slice, product: Tensor, part: Tensor) -> None:
-        """product: the gradient in a chunk's products [rows, size]; part: its hidden states."""
-        if self.hidden is not None and self.head is None:
-            self.hidden[chunk, : self.size] = product
-        elif self.hidden is not None and self.head is not None:
-            torch.mm(product, self.head[: self.size], out=self.hidden[chunk])
+    def add(self, chunk: slice, gradient: Tensor, hidden: Tensor) -> None:
+        """Add a chunk. gradient: [rows, size], in the chunk's products; hidden: its hidden
+        states.
+        """
+        if self.hidden is not None and self.head_weight is None:
+            self.hidden[chunk, : self.size] = gradient
+        elif self.hidden is not None and self.head_weight is not None:
+            torch.mm(gradient, self.head_weight[: self.size], out=self.hidden[chunk])
         if self.weight is not None:
-            _add_product(self.weight[: self.size], product, part, first=chunk.start == 0)
+            _add_product(self.weight[: self.size], gradient, hidden, overwrite=chunk.start == 0)
         if self.bias is not None:
-            self.bias[: self.size] += product.sum(0, dtype=self.bias.dtype)
+            self.bias[: self.size] += gradient.sum(0, dtype=self.bias.dtype)
 
 
-def _add_product(accumulated: Tensor, gradient: Tensor, part: Tensor, *, first: bool) -> None:
-    """accumulated += gradient^T part, in the accumulator's type; the first one overwrites what is
-    there.
+def _add_product(accumulated: Tensor, gradient: Tensor, hidden: Tensor, *, overwrite: bool) -> None:
+    """accumulated += gradient^T hidden, in the accumulator's type; or = where it is to be
+    overwritten.
     """
     if accumulated.dtype != gradient.dtype:
-        product = torch.mm(gradient.T, part)
-        _ = accumulated.copy_(product) if first else accumulated.add_(product)
-    elif first:
-        torch.mm(gradient.T, part, out=accumulated)
+        product = torch.mm(gradient.T, hidden)
+        _ = accumulated.copy_(product) if overwrite else accumulated.add_(product)
+    elif overwrite:
+        torch.mm(gradient.T, hidden, out=accumulated)
     else:
-        accumulated.addmm_(gradient.T, part)
+        accumulated.addmm_(gradient.T, hidden)

@@ -1,11 +1,11 @@
-"""From logits to loss sums and their gradient, in place: what a chunk of the fused head does
-between its matrix products.
+"""From logits to loss sums and their gradient, in place: what the fused head does with a block of
+tokens between its matrix products.
 
-The logits of a chunk are worked on a block of rows at a time, in buffers that all blocks share. A
+A chunk of logits is processed one block of rows at a time, in buffers that all blocks share. A
 block is small enough to stay in a CPU's cache, where a pass over it costs a fraction of one over
-memory, and what is allocated once is faulted in once.
+memory, and memory that is allocated once is faulted in once.
 
-Shapes: n tokens of a chunk, v ids that take part.
+Shapes: n tokens of a block, v ids that take part. Letters: see `divergences`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pocl_ds.losses.closed_forms import CLOSED
-from pocl_ds.losses.cross_tokenizer import OtherTokens, uld
-from pocl_ds.losses.divergences import FUNCTIONS, MASKED, working_type
-from pocl_ds.losses.top_k import TopK, truncated_divergence
-from pocl_ds.models.heads import Head, Mixture
-from pocl_ds.models.vocab import Ids
+from pocl_ds.losses.closed_forms import CLOSED_FORMS
+from pocl_ds.losses.cross_tokenizer import CrossTokenizerTeacher, uld_with_gradient
+from pocl_ds.losses.divergences import DIVERGENCES, MASKED
+from pocl_ds.losses.top_k import TopKCodec, truncated_divergence
+from pocl_ds.models.heads import HeadMixture, OutputHead
+from pocl_ds.models.vocab import VocabMap
 
-# Numbers of v alive for one row of a block, in the working type; through autograd its graph too.
-ALIVE, ALIVE_AUTOGRAD = 7, 20
-# Bytes of one buffer of a block: a few of them fit a CPU's cache; a GPU wants few and large
+# Numbers of size v that one row of a block has alive, in the type of the computation; autograd
+# keeps its graph as well.
+LIVE_ROWS, LIVE_ROWS_AUTOGRAD = 7, 20
+# Bytes of one buffer of a block: a few of them fit a CPU's cache; a GPU needs few and large
 # kernels.
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 
-
-# Who answers for the teacher: its head, those of several, records, or a teacher that reads its own
-# tokens.
-TeacherHead: TypeAlias = Head | Mixture | TopK | OtherTokens
+# What turns the teacher's hidden states (or cached records) into distributions: one head, the
+# heads of an ensemble, the decoder of cached top-k records, or a teacher with another tokenizer.
+TeacherHead: TypeAlias = OutputHead | HeadMixture | TopKCodec | CrossTokenizerTeacher
 
 
 @dataclass(frozen=True)
 class LossTerms:
-    """What the loss of one step is made of: sft_ratio * CE + (1 - sft_ratio) * KD at temperature temperature
-    (METHOD 3).
+    """The loss of one optimizer step: sft_ratio CE + (1 - sft_ratio) temperature^2 D
+    (docs/method.md, eq. 9).
     """
 
     name: str
@@ -50,200 +51,232 @@ class LossTerms:
     options: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def share_of_ce(self) -> float:
-        """sft_ratio, which is 1 for plain SFT."""
+    def ce_weight(self) -> float:
+        """Weight of the cross-entropy: sft_ratio, or 1 for plain SFT."""
         return 1.0 if self.name == "sft" else self.sft_ratio
 
     @property
     def kd_factor(self) -> float:
-        """What multiplies the divergence: temperature squared, so that its gradient keeps its size (METHOD
-        3).
-        """
+        """Factor of the divergence: temperature^2 unless the recipe turns it off."""
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0
 
 
-def row_bytes(name: str, size: int, kind: torch.dtype) -> int:
-    """Bytes of buffers that one row of a block needs. kind: the working type."""
-    return size * kind.itemsize * (ALIVE if name in CLOSED or name == "sft" else ALIVE_AUTOGRAD)
+def row_bytes(name: str, size: int, dtype: torch.dtype) -> int:
+    """Bytes of buffers that one row of a block needs. dtype: of the computation."""
+    closed = name in CLOSED_FORMS or name == "sft"
+    return size * dtype.itemsize * (LIVE_ROWS if closed else LIVE_ROWS_AUTOGRAD)
 
 
-def block_rows(size: int, kind: torch.dtype, device: torch.device) -> int:
-    """Rows of a block: on a CPU as many for each thread, which share rows out among themselves."""
+def block_rows(size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a block. On a CPU every thread gets the same number of them."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    fitting = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (size * kind.itemsize)
-    return threads * max(1, fitting // threads)
+    rows = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]) // (size * dtype.itemsize)
+    return threads * max(1, rows // threads)
+
+
+def in_place_divergence(name: str, *, need_gradient: bool) -> Callable[..., Tensor]:
+    """A divergence as a function (log_p, log_q, buffer, **options) that follows the contract of
+    `closed_forms`: its closed form if there is one, else autograd through its formula.
+    """
+    if name in CLOSED_FORMS:
+        return CLOSED_FORMS[name]
+    if need_gradient:
+        return partial(_differentiate, DIVERGENCES[name])
+    formula = DIVERGENCES[name]
+    return lambda log_p, log_q, buffer, **options: formula(log_p, log_q, **options)
+
+
+def _differentiate(
+    formula: Callable[..., Tensor],
+    log_p: Tensor,
+    log_q: Tensor,
+    buffer: Callable[[int], Tensor],
+    **options: Any,
+) -> Tensor:
+    with torch.enable_grad():
+        leaf = log_q.detach().requires_grad_()
+        value = formula(log_p, leaf, **options)
+        slope = torch.autograd.grad(value.sum(), leaf)[0]
+    log_q.exp_().mul_(slope.sum(-1, keepdim=True))
+    torch.sub(slope, log_q, out=log_q)
+    return value.detach()
 
 
 class Buffers:
-    """Numbered buffers [rows, v], allocated when first used."""
+    """Numbered buffers [rows, v], allocated at their first use."""
 
-    def __init__(self, rows: int, size: int, kind: torch.dtype, device: torch.device) -> None:
-        self.rows, self.kind = rows, kind
-        self._make = lambda: torch.empty(rows, size, dtype=kind, device=device)
-        self._kept: dict[int, Tensor] = {}
+    def __init__(self, rows: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows, self.dtype = rows, dtype
+        self._allocate = lambda: torch.empty(rows, size, dtype=dtype, device=device)
+        self._buffers: dict[int, Tensor] = {}
 
     def __call__(self, number: int, rows: int) -> Tensor:
-        """The first rows of a buffer, with whatever was left in it."""
-        if number not in self._kept:
-            self._kept[number] = self._make()
-        return self._kept[number][:rows]
+        """The first rows of a buffer; their contents are undefined."""
+        if number not in self._buffers:
+            self._buffers[number] = self._allocate()
+        return self._buffers[number][:rows]
+
+    def cast(self, values: Tensor, number: int) -> Tensor:
+        """The values in the type of the computation: the same tensor, or a copy in this buffer."""
+        if values.dtype == self.dtype:
+            return values
+        return self(number, len(values)).copy_(values)
 
 
 @dataclass(frozen=True)
 class BlockLoss:
-    """The loss on logits, a block of rows at a time. heads: the student's and the teacher's, for
-    what follows on the products; the teacher's is a `TopK` where its largest probabilities were
-    recorded, and None where nobody asks it.
+    """The loss of a block of tokens.
+
+    head, teacher_head: what follows on the products of hidden states and weights; teacher_head is
+    None if the loss has no divergence. options: of the divergence, with its defaults.
     """
 
     terms: LossTerms
-    options: dict[str, Any]  # of the divergence, with defaults
-    ids: Ids
-    heads: tuple[Head, TeacherHead | None]
+    options: dict[str, Any]
+    vocab: VocabMap
+    head: OutputHead
+    teacher_head: TeacherHead | None
     buffers: Buffers
     need_gradient: bool
 
     def __call__(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, weights: Tensor | None = None
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, token_weights: Tensor | None
     ) -> Tensor:
-        """Sums over n tokens of (total, KD, CE), in the working type.
+        """Sums over n tokens of the divergence (times `kd_factor`) and of the cross-entropy: [2].
 
-        student, teacher: [n, v] products of hidden states and heads, which are overwritten: with
-        need_gradient `student` ends as the gradient of total with respect to itself, in its own
-        type. For a `Mixture` of k teachers: products [n, k, v]; for a `TopK`: its records [n,
-        bytes]; for `OtherTokens` numbers [n]. weights [n], in the working type: total is the CE
-        with a weight for each token.
+        student: [n, v] products of hidden states and the head's weight. They are overwritten:
+        with need_gradient by the gradient of the total loss in the products, in their own type.
+        teacher: [n, v] products; [n, teachers, v] for a `HeadMixture`; [n, bytes] records for a
+        `TopKCodec`; [n] token indices for a `CrossTokenizerTeacher`. token_weights: [n]; the
+        gradient is then that of a cross-entropy with a weight for each token.
         """
-        sums = student.new_zeros(3, dtype=working_type(student.dtype))
-        for rows in (
-            slice(i, i + self.buffers.rows) for i in range(0, len(student), self.buffers.rows)
-        ):
-            parts = (None if part is None else part[rows] for part in (teacher, weights))
-            sums += self._block(student[rows], labels[rows], *parts)
-        return sums
+        terms, buffers, rows = self.terms, self.buffers, len(student)
 
-    def _block(
-        self, student: Tensor, labels: Tensor, teacher: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
-        terms, ids, buffers, need_gradient = self.terms, self.ids, self.buffers, self.need_gradient
-        rows, sft_ratio, (head, teacher_head) = len(student), terms.share_of_ce, self.heads
-        logits = head.finish_(_working(student, buffers, 0))
-        capped = (
-            buffers(1, rows).copy_(logits) if need_gradient and head.soft_cap is not None else None
-        )
-        _fill(logits, ids, -math.inf)
-        log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))  # at temperature = 1
-        surprise = -log_q.gather(-1, labels[:, None])[:, 0]
-        ce = surprise.sum()
+        # Logits, and log q at temperature 1 for the cross-entropy.
+        logits = self.head.scale_and_cap_(buffers.cast(student, 0))
+        capped = None
+        if self.need_gradient and self.head.soft_cap is not None:
+            capped = buffers(1, rows).copy_(logits)
+        self._mask(logits, -math.inf)
+        log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))
+        ce = -log_q.gather(-1, labels[:, None]).sum()
+
+        # The divergence at the stage's temperature; its gradient takes the place of log q.
         kd, gradient = ce.new_zeros(()), None
-        if teacher is not None and teacher_head is not None:
-            if terms.temperature != 1.0:
-                cooled = torch.log_softmax(logits.div_(terms.temperature), -1, out=buffers(5, rows))
+        if teacher is not None:
+            scaled_log_q = self._at_temperature(logits, log_q)
+            if isinstance(self.teacher_head, TopKCodec):
+                value, gradient = self._truncated(scaled_log_q, teacher, self.teacher_head)
+            elif isinstance(self.teacher_head, CrossTokenizerTeacher):
+                value, gradient = self._uld(scaled_log_q, teacher, self.teacher_head)
             else:
-                with_ce = need_gradient and sft_ratio > 0  # then log_q is wanted again below
-                cooled = buffers(5, rows).copy_(log_q) if with_ce else log_q
-            value, gradient = self._divergence(
-                logits, _fill(cooled, ids, MASKED), teacher, teacher_head
-            )
-            kd = value * terms.kd_factor
+                log_p, free = self._teacher_log_probs(teacher)
+                buffer = lambda i: buffers(6, rows) if i == 2 else (logits, free)[i]  # noqa: E731
+                value = self._divergence(log_p, scaled_log_q, buffer, **self.options)
+                gradient = scaled_log_q if self._need_kd_gradient else None
+            kd = value.sum() * terms.kd_factor
             if gradient is not None:
-                gradient.mul_((1 - sft_ratio) * terms.kd_factor / terms.temperature)
-        if need_gradient and weights is not None:
-            gradient = log_q.exp_().mul_(weights[:, None])
-            gradient[torch.arange(rows, device=labels.device), labels] -= weights
-        elif need_gradient and sft_ratio > 0:
-            q = log_q.exp_()
-            gradient = q.mul_(sft_ratio) if gradient is None else gradient.add_(q, alpha=sft_ratio)
-            gradient[torch.arange(rows, device=labels.device), labels] -= sft_ratio
-        if gradient is not None:
-            if head.scale != 1.0:
-                gradient.mul_(head.scale)
-            if (
-                capped is not None and head.soft_cap is not None
-            ):  # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
-                gradient.mul_(capped.div_(head.soft_cap).square_().neg_().add_(1))
+                gradient.mul_((1 - terms.ce_weight) * terms.kd_factor / terms.temperature)
+
+        # The gradient in the products replaces the student's products.
+        if self.need_gradient:
+            gradient = self._add_ce_gradient(gradient, log_q, labels, token_weights)
+            self._backward_through_head(gradient, capped)
             student.copy_(gradient)
-        total = (
-            sft_ratio * ce + (1 - sft_ratio) * kd if weights is None else (weights * surprise).sum()
-        )
-        return torch.stack([total, kd, ce])
+        return torch.stack([kd, ce])
 
-    def _divergence(
-        self, spent: Tensor, log_q: Tensor, teacher: Tensor, head: TeacherHead
-    ) -> tuple[Tensor, Tensor | None]:
-        """Sum of the divergence at temperature, and its gradient with respect to the logits of log_q, which
-        is overwritten.
+    @cached_property
+    def _divergence(self) -> Callable[..., Tensor]:
+        return in_place_divergence(self.terms.name, need_gradient=self._need_kd_gradient)
 
-        spent: a buffer that may be written over; teacher: products of a head, records, or numbers
-        of tokens.
+    @property
+    def _need_kd_gradient(self) -> bool:
+        return self.need_gradient and self.terms.ce_weight < 1
+
+    def _mask(self, values: Tensor, value: float) -> Tensor:
+        """Fill the ids that take no part, in place."""
+        masked = self.vocab.masked
+        return values if masked is None else values.masked_fill_(masked, value)
+
+    def _at_temperature(self, logits: Tensor, log_q: Tensor) -> Tensor:
+        """log q at the stage's temperature, masked ids at MASKED; logits and possibly log_q are
+        overwritten.
         """
-        terms, buffers, rows = self.terms, self.buffers, len(log_q)
-        need_gradient = self.need_gradient and terms.share_of_ce < 1
-        if isinstance(head, TopK):
-            top = head.decode(teacher, terms.temperature)
-            return truncated_divergence(
-                *top, log_q, terms.name, self.options, lambda: buffers(6, rows), need_gradient
-            )
-        if isinstance(head, OtherTokens):
-            asked = teacher >= 0
-            found, slope = uld(
-                head.log_p(teacher[asked], terms.temperature, log_q.dtype), log_q[asked]
-            )
-            return found.sum(), log_q.zero_().masked_scatter_(
-                asked[:, None], slope
-            ) if need_gradient else None
-        if isinstance(head, Mixture):
-            log_p, used = self._log_p(head.heads[0], teacher[:, 0], 4)
-            log_p.add_(math.log(head.weights[0]))
-            for part, one, weight in zip(
-                teacher.unbind(1)[1:], head.heads[1:], head.weights[1:], strict=True
-            ):
-                other, used = self._log_p(one, part, 6)
-                torch.logaddexp(log_p, other.add_(math.log(weight)), out=log_p)
-        else:
-            log_p, used = self._log_p(head, teacher, 4)
-        spare = lambda number: (spent, used, buffers(6, rows))[number]  # noqa: E731
-        return _divergence(
-            _fill(log_p, self.ids, MASKED), log_q, terms.name, self.options, spare, need_gradient
-        )
+        temperature, rows = self.terms.temperature, len(logits)
+        if temperature != 1.0:
+            logits.div_(temperature)
+            return self._mask(torch.log_softmax(logits, -1, out=self.buffers(5, rows)), MASKED)
+        # log_q itself serves, unless the gradient of the cross-entropy still needs it.
+        ce_needs_log_q = self.need_gradient and self.terms.ce_weight > 0
+        return self._mask(self.buffers(5, rows).copy_(log_q) if ce_needs_log_q else log_q, MASKED)
 
-    def _log_p(self, head: Head, product: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of one teacher at temperature in a buffer of this number, from a product; and a
-        tensor that is free now.
+    def _teacher_log_probs(self, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """log p at the stage's temperature from products, mixed over an ensemble, masked ids at
+        MASKED; and a tensor of its shape that is free to use.
         """
-        targets = _fill(head.finish_(_working(product, self.buffers, 3)), self.ids, -math.inf)
+        head = self.teacher_head
+        if not isinstance(head, HeadMixture):
+            assert isinstance(head, OutputHead)
+            log_p, free = self._head_log_probs(head, teacher, 4)
+            return self._mask(log_p, MASKED), free
+        log_p, free = self._head_log_probs(head.heads[0], teacher[:, 0], 4)
+        log_p.add_(math.log(head.weights[0]))
+        members = zip(teacher.unbind(1)[1:], head.heads[1:], head.weights[1:], strict=True)
+        for products, member, weight in members:
+            member_log_p, free = self._head_log_probs(member, products, 6)
+            torch.logaddexp(log_p, member_log_p.add_(math.log(weight)), out=log_p)
+        return self._mask(log_p, MASKED), free
+
+    def _head_log_probs(
+        self, head: OutputHead, products: Tensor, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """log p of one teacher in this buffer, and a tensor of its shape that is free to use."""
+        logits = self._mask(head.scale_and_cap_(self.buffers.cast(products, 3)), -math.inf)
         if self.terms.temperature != 1.0:
-            targets.div_(self.terms.temperature)
-        return torch.log_softmax(targets, -1, out=self.buffers(number, len(product))), targets
+            logits.div_(self.terms.temperature)
+        return torch.log_softmax(logits, -1, out=self.buffers(number, len(products))), logits
 
+    def _truncated(
+        self, log_q: Tensor, records: Tensor, codec: TopKCodec
+    ) -> tuple[Tensor, Tensor | None]:
+        ids, log_p = codec.decode(records, self.terms.temperature)
+        buffer = partial(self.buffers, 6, len(log_q))
+        return truncated_divergence(
+            ids, log_p, log_q, self.terms.name, self.options, buffer, self._need_kd_gradient
+        )
 
-def _divergence(
-    log_p: Tensor,
-    log_q: Tensor,
-    name: str,
-    options: dict[str, Any],
-    spare: Callable[[int], Tensor],
-    need_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Sum of the divergence, and its gradient with respect to the logits of log_q; both inputs are
-    overwritten.
-    """
-    if name in CLOSED:
-        value = CLOSED[name](log_p, log_q, spare, **options).sum()
-        return value, log_q if need_gradient else None
-    if not need_gradient:
-        return FUNCTIONS[name](log_p, log_q, **options).sum(), None
-    with torch.enable_grad():
-        leaf = log_q.detach().requires_grad_()
-        value = FUNCTIONS[name](log_p, leaf, **options).sum()
-        slope = torch.autograd.grad(value, leaf)[0]
-    return value.detach(), slope.sub_(leaf.detach().exp_().mul_(slope.sum(-1, keepdim=True)))
+    def _uld(
+        self, log_q: Tensor, tokens: Tensor, teacher: CrossTokenizerTeacher
+    ) -> tuple[Tensor, Tensor | None]:
+        """The ULD loss of the tokens that have a teacher token (index >= 0)."""
+        paired = tokens >= 0
+        log_p = teacher.log_probs(tokens[paired], self.terms.temperature, log_q.dtype)
+        value, slope = uld_with_gradient(log_p, log_q[paired])
+        if not self._need_kd_gradient:
+            return value, None
+        return value, log_q.zero_().masked_scatter_(paired[:, None], slope)
 
+    def _add_ce_gradient(
+        self, gradient: Tensor | None, log_q: Tensor, labels: Tensor, token_weights: Tensor | None
+    ) -> Tensor:
+        """Add the gradient of the cross-entropy, q less 1 at the label, times its weight."""
+        ce_weight, token = self.terms.ce_weight, torch.arange(len(labels), device=labels.device)
+        if token_weights is not None:
+            gradient = log_q.exp_().mul_(token_weights[:, None])
+            gradient[token, labels] -= token_weights
+        elif ce_weight > 0:
+            q = log_q.exp_()
+            gradient = q.mul_(ce_weight) if gradient is None else gradient.add_(q, alpha=ce_weight)
+            gradient[token, labels] -= ce_weight
+        assert gradient is not None, "a loss with ce_weight 0 has a divergence"
+        return gradient
 
-def _working(part: Tensor, buffers: Buffers, number: int) -> Tensor:
-    """The block in the working type: itself, or a copy in a buffer."""
-    return part if part.dtype == buffers.kind else buffers(number, len(part)).copy_(part)
-
-
-def _fill(values: Tensor, ids: Ids, value: float) -> Tensor:
-    return values if ids.masked is None else values.masked_fill_(ids.masked, value)
+    def _backward_through_head(self, gradient: Tensor, capped: Tensor | None) -> None:
+        """From the gradient in the logits to that in the products, in place; see
+        `scale_and_cap_`.
+        """
+        if self.head.scale != 1.0:
+            gradient.mul_(self.head.scale)
+        if capped is not None and self.head.soft_cap is not None:
+            # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
+            gradient.mul_(capped.div_(self.head.soft_cap).square_().neg_().add_(1))

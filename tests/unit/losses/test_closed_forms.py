@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocl_ds.config.registry import LOSSES
-from pocl_ds.losses.closed_forms import CLOSED
-from pocl_ds.losses.divergences import FUNCTIONS, MASKED
+from pocl_ds.losses.closed_forms import CLOSED_FORMS
+from pocl_ds.losses.divergences import DIVERGENCES, MASKED
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *((name, LOSSES[name]) for name in CLOSED),
+    *((name, LOSSES[name]) for name in CLOSED_FORMS),
     *(("jsd", {"beta": beta}) for beta in (0.0, 0.1, 0.9, 1.0)),
     *(("skl", {"skew": skew}) for skew in (0.0, 0.6, 1.0)),
     *(
@@ -66,7 +66,7 @@ def by_autograd(
         side.masked_fill(masked, -torch.inf).log_softmax(-1) for side in (teacher.double(), leaf)
     ]
     log_p, log_q = (side.masked_fill(masked, MASKED) for side in sides)
-    value = FUNCTIONS[name](log_p, log_q, **options)
+    value = DIVERGENCES[name](log_p, log_q, **options)
     constant = not value.requires_grad  # skl with skew = 1 does not ask the student
     return value.detach(), torch.zeros_like(leaf) if constant else torch.autograd.grad(
         value.sum(), leaf
@@ -85,7 +85,7 @@ def test_value_and_gradient(
     wanted, slope = by_autograd(name, options, teacher, student, masked)
     kept = (side.masked_fill(masked, -torch.inf).log_softmax(-1) for side in (teacher, student))
     log_p, log_q = (side.masked_fill(masked, MASKED) for side in kept)
-    value = CLOSED[name](log_p, log_q, spare(log_p), **options)
+    value = CLOSED_FORMS[name](log_p, log_q, spare(log_p), **options)
     size = max(1.0, spread)
     assert torch.allclose(value.double(), wanted, rtol=tolerance, atol=tolerance * size)
     assert torch.allclose(log_q.double(), slope, rtol=tolerance, atol=tolerance * size)
@@ -98,7 +98,7 @@ def test_huge_logits_stay_finite(name: str, options: dict[str, Any]) -> None:
         torch.randn(4, 5000, generator=torch.Generator().manual_seed(s)).mul(1e4) for s in (1, 2)
     )
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    value = CLOSED[name](log_p, log_q, spare(log_p), **options)
+    value = CLOSED_FORMS[name](log_p, log_q, spare(log_p), **options)
     assert value.isfinite().all() and log_q.isfinite().all() and (value >= -1e-5).all()
 
 
@@ -108,4 +108,4 @@ def test_no_memory_is_asked_for_but_the_buffers(name: str, options: dict[str, An
     buffers = spare(log_p)
     known = {one.untyped_storage().data_ptr() for one in (log_p, log_q, *map(buffers, range(3)))}
     with NothingLarge(log_p.numel(), known):
-        CLOSED[name](log_p, log_q, buffers, **options)
+        CLOSED_FORMS[name](log_p, log_q, buffers, **options)

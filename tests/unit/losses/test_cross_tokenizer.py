@@ -11,13 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pocl_ds.data.batches import Batch, Translated
+from pocl_ds.data.batches import Batch, TeacherView
 from pocl_ds.losses import fused_head
-from pocl_ds.losses.cross_tokenizer import OtherTokens, alm, pairs, uld
+from pocl_ds.losses.cross_tokenizer import (
+    CrossTokenizerTeacher,
+    alm,
+    paired_teacher_tokens,
+    uld_with_gradient,
+)
 from pocl_ds.losses.fused_head import ChunkSizes, LossHead, loss_sums
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.models.heads import Head
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
 
 # Two samples: the student's tokens, the teacher's, and which of them are one text. The second is
 # cut short for the student.
@@ -26,7 +31,7 @@ THEIRS = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, -1, -1])
 SAMPLES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
 
 
-def part(sample: Tensor, labels: Tensor, translated: Translated | None = None) -> Batch:
+def part(sample: Tensor, labels: Tensor, translated: TeacherView | None = None) -> Batch:
     empty = torch.zeros(1, 1, dtype=torch.int64)
     return Batch(empty, None, None, None, labels, labels, sample, (0, 1), "train", translated)
 
@@ -37,14 +42,14 @@ class Case:
     def __init__(self, *, masked: bool = True) -> None:
         generator = torch.Generator().manual_seed(7)
         draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-        self.student = Head(nn.Parameter(draw(20, 6)), nn.Parameter(draw(20)), 0.7, 9.0)
-        self.teacher = Head(nn.Parameter(draw(31, 5)), None, 1.0, None)
+        self.student = OutputHead(nn.Parameter(draw(20, 6)), nn.Parameter(draw(20)), 0.7, 9.0)
+        self.teacher = OutputHead(nn.Parameter(draw(31, 5)), None, 1.0, None)
         self.hidden, self.teacher_hidden = draw(8, 6).requires_grad_(), draw(10, 5)
         self.labels = torch.randint(0, 18, (8,), generator=generator)
         teacher_labels = torch.randint(0, 30, (10,), generator=generator)
-        self.ids = Ids(20, torch.arange(20) >= 18) if masked else Ids(20)
-        self.teacher_ids = Ids(31, torch.arange(31) >= 30) if masked else Ids(31)
-        self.translated = Translated(part(SAMPLES[1], teacher_labels), OURS, THEIRS, 5)
+        self.ids = VocabMap(20, torch.arange(20) >= 18) if masked else VocabMap(20)
+        self.teacher_ids = VocabMap(31, torch.arange(31) >= 30) if masked else VocabMap(31)
+        self.translated = TeacherView(part(SAMPLES[1], teacher_labels), OURS, THEIRS, 5)
         self.batch = part(SAMPLES[0], self.labels, self.translated)
         self.leaves = [self.hidden, self.student.weight, self.student.bias]
 
@@ -64,20 +69,20 @@ class Case:
         return ours, theirs
 
     def found(self, terms: LossTerms, *, by_position: bool = False) -> Any:
-        asked = OtherTokens(
+        asked = CrossTokenizerTeacher(
             self.teacher_hidden,
             self.teacher,
             self.teacher_ids,
             self.translated.batch.labels,
             self.translated,
         )
-        rows = pairs(self.batch, self.translated, by_position=by_position)
+        rows = paired_teacher_tokens(self.batch, self.translated, by_position=by_position)
         return loss_sums(
             self.hidden,
             self.student,
             self.labels,
             terms,
-            ids=self.ids,
+            vocab=self.ids,
             teacher_hidden=rows,
             teacher_head=asked,
         )
@@ -99,7 +104,7 @@ def direct_uld(case: Case, temperature: float, pairing: list[tuple[int, int]]) -
 def direct_alm(case: Case, temperature: float) -> Tensor:
     ours, theirs = (side.log_softmax(-1) for side in case.logits())
     total = torch.zeros((), dtype=torch.float64)
-    for span in range(case.translated.spans):
+    for span in range(case.translated.num_spans):
         q = p = torch.zeros((), dtype=torch.float64)
         for token in range(len(OURS)):
             q = q + ours[token, case.labels[token]] if OURS[token] == span else q
@@ -155,7 +160,7 @@ def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
         LossTerms(name, temperature=1.7, sft_ratio=0.3, options=options),
     )
     module = LossHead(
-        case.student, Ids(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
+        case.student, VocabMap(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
     )
     found = module(case.hidden, case.batch, terms, case.teacher_hidden, case.teacher)
     assert torch.equal(
@@ -167,7 +172,7 @@ def test_equal_distributions_have_no_distance_in_any_order_of_ids() -> None:
     log_p = torch.randn(
         4, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     ).log_softmax(-1)
-    value, gradient = uld(log_p, log_p[:, torch.randperm(9)])
+    value, gradient = uld_with_gradient(log_p, log_p[:, torch.randperm(9)])
     assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
     assert (alm(log_p[:, 0], log_p[:, 0], 1.5) == 0).all()
 
@@ -184,7 +189,7 @@ def test_a_certain_span_stays_finite() -> None:
 def test_a_teacher_without_tokens_adds_nothing() -> None:
     case = Case()
     none = torch.full_like(OURS, -1), torch.full_like(THEIRS, -1)
-    case.translated = Translated(case.translated.batch, *none, 0)
+    case.translated = TeacherView(case.translated.batch, *none, 0)
     for name in ("uld", "alm"):
         total, kd, ce = case.found(LossTerms(name, sft_ratio=0.25))
         assert kd == 0 and torch.isclose(total, 0.25 * ce)

@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocl_ds import losses
 from pocl_ds.config.registry import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses.divergences import FUNCTIONS, divergence
+from pocl_ds.losses.divergences import DIVERGENCES
 
-NAMES = list(FUNCTIONS)
+NAMES = list(DIVERGENCES)
+
+
+def divergence(name: str, z_p: torch.Tensor, z_q: torch.Tensor, **settings: Any) -> torch.Tensor:
+    """One value per token, teacher first as in KL(p || q)."""
+    return losses.divergence(name, z_q, z_p, reduction="none", **settings)
 
 
 def softmax(z: np.ndarray, tau: float) -> np.ndarray:
@@ -64,7 +71,7 @@ def by_hand(name: str, p: np.ndarray, q: np.ndarray) -> float:
 
 
 def test_every_loss_of_the_recipe_has_its_function() -> None:
-    assert set(FUNCTIONS) == set(LOSSES) - {"sft", *ACROSS_TOKENIZERS}
+    assert set(DIVERGENCES) == set(LOSSES) - {"sft", *ACROSS_TOKENIZERS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -213,7 +220,7 @@ def test_the_mixture_carries_gradient_unless_detached() -> None:
 
 def test_what_does_not_exist_is_named() -> None:
     z = torch.zeros(1, 3)
-    with pytest.raises(RecipeError, match=r"fkx.*take one of fkl"):
+    with pytest.raises(RecipeError, match=r"fkx.*choose one of fkl"):
         divergence("fkx", z, z)
     with pytest.raises(RecipeError, match=r"skl has no option 'skw': it has skew"):
         divergence("skl", z, z, skw=1)
@@ -223,7 +230,7 @@ def test_what_does_not_exist_is_named() -> None:
     for name, option in (("jsd", "beta"), ("skl", "skew"), ("srkl", "skew"), ("akl", "mu")):
         for value in (-0.1, 1.5):
             with pytest.raises(
-                RecipeError, match=f"{name}: {option}={value} must lie between 0 and 1"
+                RecipeError, match=f"{name}: {option}={value} must be between 0 and 1"
             ):
                 divergence(name, z, z, **{option: value})
     with pytest.raises(RecipeError, match="greater than 0"):

@@ -10,21 +10,23 @@ from torch import Tensor, nn
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses import fused_head, token_losses
-from pocl_ds.losses.divergences import FUNCTIONS, divergence
+from pocl_ds.losses import divergence, fused_head, token_losses
+from pocl_ds.losses.divergences import DIVERGENCES
 from pocl_ds.losses.fused_head import ChunkSizes, LossHead, chunk_sizes, loss_sums
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.models.heads import Head, Mixture
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import HeadMixture, OutputHead
+from pocl_ds.models.vocab import VocabMap
 
 
 def heads(
     kind: torch.dtype, *, bias: bool, scale: float, cap: float | None
-) -> tuple[Head, Head, Tensor, Tensor, Tensor]:
+) -> tuple[OutputHead, OutputHead, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(kind)  # noqa: E731
-    student = Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)) if bias else None, scale, cap)
-    teacher = Head(nn.Parameter(draw(44, 12)), None, 1.0, None)
+    student = OutputHead(
+        nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)) if bias else None, scale, cap
+    )
+    teacher = OutputHead(nn.Parameter(draw(44, 12)), None, 1.0, None)
     return (
         student,
         teacher,
@@ -36,12 +38,12 @@ def heads(
 
 def plain(
     hidden: Tensor,
-    student: Head,
+    student: OutputHead,
     labels: Tensor,
     terms: LossTerms,
-    ids: Ids,
+    ids: VocabMap,
     teacher_hidden: Tensor,
-    teacher: Head,
+    teacher: OutputHead,
 ) -> Any:
     z_q = (
         torch.nn.functional.linear(hidden, student.weight, student.bias)[:, : ids.size]
@@ -55,17 +57,18 @@ def plain(
     ce = torch.nn.functional.cross_entropy(z_q, labels, reduction="sum")
     kd = divergence(
         terms.name,
-        z_p,
         z_q,
+        z_p,
+        reduction="sum",
         temperature=terms.temperature,
         scale_by_temperature_squared=terms.scale_by_temperature_squared,
         **terms.options,
-    ).sum()
+    )
     sft_ratio = 1.0 if terms.name == "sft" else terms.sft_ratio
     return sft_ratio * ce + (1 - sft_ratio) * kd, kd, ce
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "sft"])
 @pytest.mark.parametrize(("bias", "scale", "cap"), [(False, 1.0, None), (True, 0.5, 7.0)])
 @pytest.mark.parametrize("sizes", [(1, 1), (5, 2), (23, 4), (100, 100)])
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
@@ -91,7 +94,7 @@ def test_equals_the_plain_form(
     masked[37] = True
     mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38] if bias else None
     ids, terms = (
-        Ids(38, masked, mapped),
+        VocabMap(38, masked, mapped),
         LossTerms(name, temperature=temperature, sft_ratio=sft_ratio),
     )
     leaves = [
@@ -101,33 +104,45 @@ def test_equals_the_plain_form(
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
     wanted = torch.autograd.grad(3 * expected[0], leaves)
     found = loss_sums(
-        hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher
+        hidden,
+        student,
+        labels,
+        terms,
+        vocab=ids,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher,
     )
     got = torch.autograd.grad(3 * found[0], leaves)
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_taus_square_may_be_left_out(name: str) -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float64, bias=True, scale=1.0, cap=None
     )
     ids, terms = (
-        Ids(38),
+        VocabMap(38),
         LossTerms(name, temperature=0.7, sft_ratio=0.3, scale_by_temperature_squared=False),
     )
     leaves = [hidden.requires_grad_(), student.weight]
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
     found = loss_sums(
-        hidden, student, labels, terms, ids=ids, teacher_hidden=teacher_hidden, teacher_head=teacher
+        hidden,
+        student,
+        labels,
+        terms,
+        vocab=ids,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher,
     )
     wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 @pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
 def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -140,31 +155,34 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
     weight, other_hidden = (
         torch.randn(rows, 3, generator=source, dtype=torch.float64) for rows in (41, 23)
     )
-    other = Head(nn.Parameter(weight), None, 2.0, 5.0)
-    ids, terms = Ids(38, torch.arange(38) == 37), LossTerms(name, temperature=1.6, sft_ratio=0.3)
+    other = OutputHead(nn.Parameter(weight), None, 2.0, 5.0)
+    ids, terms = (
+        VocabMap(38, torch.arange(38) == 37),
+        LossTerms(name, temperature=1.6, sft_ratio=0.3),
+    )
     answers = [
         ids.teacher_logits(one, states).div(1.6).softmax(-1)
         for one, states in ((teacher, teacher_hidden), (other, other_hidden))
     ]
-    one = Head(nn.Parameter(torch.eye(38, dtype=torch.float64)), None, 1.0, None)
+    one = OutputHead(nn.Parameter(torch.eye(38, dtype=torch.float64)), None, 1.0, None)
     mean = (0.75 * answers[0] + 0.25 * answers[1]).clamp(min=1e-300).log() * 1.6
     leaves = [p for p in (hidden.requires_grad_(), student.weight, student.bias) if p is not None]
     expected = loss_sums(
-        hidden, student, labels, terms, ids=ids, teacher_hidden=mean, teacher_head=one
+        hidden, student, labels, terms, vocab=ids, teacher_hidden=mean, teacher_head=one
     )
     mixture, states = (
-        Mixture((teacher, other), (0.75, 0.25)),
+        HeadMixture((teacher, other), (0.75, 0.25)),
         torch.cat([teacher_hidden, other_hidden], -1),
     )
     found = loss_sums(
-        hidden, student, labels, terms, ids=ids, teacher_hidden=states, teacher_head=mixture
+        hidden, student, labels, terms, vocab=ids, teacher_hidden=states, teacher_head=mixture
     )
     wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
         assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "sft"])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "sft"])
 @pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
 def test_models_that_keep_their_head_give_logits(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
@@ -178,13 +196,13 @@ def test_models_that_keep_their_head_give_logits(
         LossTerms(name, temperature=0.7, sft_ratio=0.3),
     )
     ids, eye = (
-        Ids(38, torch.arange(38) == 37),
-        Head(nn.Parameter(torch.eye(40, dtype=torch.float64)), None, 1.0, None),
+        VocabMap(38, torch.arange(38) == 37),
+        OutputHead(nn.Parameter(torch.eye(40, dtype=torch.float64)), None, 1.0, None),
     )
     expected = plain(student.requires_grad_(), eye, labels, terms, ids, teacher, eye)
-    itself = Head(None, None, 1.0, None, 40)
+    itself = OutputHead(None, None, 1.0, None, 40)
     found = loss_sums(
-        student, itself, labels, terms, ids=ids, teacher_hidden=teacher, teacher_head=itself
+        student, itself, labels, terms, vocab=ids, teacher_hidden=teacher, teacher_head=itself
     )
     wanted, got = (torch.autograd.grad(total[0], student) for total in (expected, found))
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
@@ -193,7 +211,7 @@ def test_models_that_keep_their_head_give_logits(
 
 
 def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
-    terms, ids = LossTerms("fkl", temperature=1.0, sft_ratio=0.2), Ids(40)
+    terms, ids = LossTerms("fkl", temperature=1.0, sft_ratio=0.2), VocabMap(40)
     gradients = {}
     for kind in (torch.float64, torch.bfloat16):
         student, teacher, hidden, teacher_hidden, labels = heads(
@@ -208,7 +226,7 @@ def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
                 student,
                 labels,
                 terms,
-                ids=ids,
+                vocab=ids,
                 teacher_hidden=teacher_hidden,
                 teacher_head=teacher,
             )
@@ -221,13 +239,13 @@ def test_a_teacher_may_be_more_precise_than_its_student() -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float32, bias=False, scale=1.0, cap=None
     )
-    small = Head(nn.Parameter(student.weight.bfloat16()), None, 1.0, None)
+    small = OutputHead(nn.Parameter(student.weight.bfloat16()), None, 1.0, None)
     sums = loss_sums(
         hidden.bfloat16(),
         small,
         labels,
         LossTerms("fkl"),
-        ids=Ids(40),
+        vocab=VocabMap(40),
         teacher_hidden=teacher_hidden,
         teacher_head=teacher,
     )
@@ -236,7 +254,7 @@ def test_a_teacher_may_be_more_precise_than_its_student() -> None:
         student,
         labels,
         LossTerms("fkl"),
-        ids=Ids(40),
+        vocab=VocabMap(40),
         teacher_hidden=teacher_hidden,
         teacher_head=teacher,
     )
@@ -253,7 +271,7 @@ def test_no_loss_tokens_still_touch_every_parameter() -> None:
         student,
         labels[:0],
         LossTerms("fkl", sft_ratio=0.3),
-        ids=Ids(40),
+        vocab=VocabMap(40),
         teacher_hidden=teacher_hidden[:0],
         teacher_head=teacher,
     )
@@ -270,7 +288,7 @@ def test_no_gradient_is_computed_under_no_grad(name: str, monkeypatch: pytest.Mo
         torch.float32, bias=True, scale=0.5, cap=7.0
     )
     asked: dict[str, Any] = {
-        "ids": Ids(40),
+        "vocab": VocabMap(40),
         "teacher_hidden": teacher_hidden,
         "teacher_head": teacher,
     }
@@ -285,13 +303,13 @@ def test_a_budget_below_one_row_says_the_least() -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float32, bias=False, scale=1.0, cap=None
     )
-    with pytest.raises(RecipeError, match="give at least 1440"):
+    with pytest.raises(RecipeError, match="give at least 1440 bytes"):
         loss_sums(
             hidden,
             student,
             labels,
             LossTerms("fkl"),
-            ids=Ids(40),
+            vocab=VocabMap(40),
             teacher_hidden=teacher_hidden,
             teacher_head=teacher,
             chunk_bytes=1439,
@@ -301,7 +319,7 @@ def test_a_budget_below_one_row_says_the_least() -> None:
 def test_a_divergence_without_a_teacher_is_refused() -> None:
     student, _, hidden, _, labels = heads(torch.float32, bias=False, scale=1.0, cap=None)
     with pytest.raises(RecipeError, match=r"loss\.name=fkl needs a teacher"):
-        loss_sums(hidden, student, labels, LossTerms("fkl"), ids=Ids(40))
+        loss_sums(hidden, student, labels, LossTerms("fkl"), vocab=VocabMap(40))
 
 
 @pytest.mark.parametrize("name", ["fkl", "akl", "sft"])
@@ -327,12 +345,12 @@ def test_a_second_backward_is_refused() -> None:
         student,
         labels,
         LossTerms("fkl"),
-        ids=Ids(40),
+        vocab=VocabMap(40),
         teacher_hidden=teacher_hidden,
         teacher_head=teacher,
     )
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="no second backward"):
+    with pytest.raises(RuntimeError, match="call backward only once"):
         total.backward()
 
 
@@ -344,7 +362,7 @@ class Module:
             torch.float64, bias=True, scale=0.5, cap=7.0
         )
         mapped = torch.randperm(44, generator=torch.Generator().manual_seed(5))[:38]
-        self.ids, self.budget = Ids(38, torch.arange(38) == 37, mapped), 1 << 20
+        self.ids, self.budget = VocabMap(38, torch.arange(38) == 37, mapped), 1 << 20
         self.module = LossHead(self.student, self.ids, self.budget)
         empty, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(23, dtype=torch.int64)
         self.batch = Batch(empty, None, None, None, none, self.labels, none, (0,), "train")
@@ -366,14 +384,14 @@ def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
         case.student,
         case.labels,
         LossTerms("rkl", sft_ratio=0.3),
-        ids=case.ids,
+        vocab=case.ids,
         teacher_hidden=case.teacher_hidden,
         teacher_head=case.teacher,
     )
     assert torch.equal(torch.stack(case.losses("rkl")), torch.stack(expected))
     case.module.chunk_bytes = 7
     with pytest.raises(
-        RecipeError, match=r"loss\.chunk_memory_mb=7 does not hold one token over 38 ids"
+        RecipeError, match=r"loss\.chunk_memory_mb: 7 bytes do not hold one token over 38 ids"
     ):
         case.losses("rkl")
 
@@ -381,7 +399,7 @@ def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
 def test_the_modules_parameters_are_the_heads_and_its_masks_move_but_are_not_saved() -> None:
     case = Module()
     assert case.module.weight is case.student.weight and case.module.bias is case.student.bias
-    apart = LossHead(case.student, Ids(40, teacher_masked=torch.arange(44) == 43), case.budget)
+    apart = LossHead(case.student, VocabMap(40, teacher_masked=torch.arange(44) == 43), case.budget)
     for module, masks in ((case.module, {"masked", "teacher_ids"}), (apart, {"teacher_masked"})):
         assert {name for name, _ in module.named_buffers()} == masks
         assert set(module.state_dict()) == {"weight", "bias"}

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import fused_head
-from pocl_ds.losses.divergences import FUNCTIONS, divergence_options
+from pocl_ds.losses.divergences import DIVERGENCES, divergence_options
 from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.losses.top_k import LARGEST, TopK
-from pocl_ds.models.heads import Head
-from pocl_ds.models.vocab import Ids
+from pocl_ds.losses.top_k import MAX_IDS, TopKCodec
+from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
 
 TAUS = (1.0, 4 / 3, 5 / 3, 2.0)
 
@@ -45,7 +45,7 @@ def test_a_record_holds_the_largest_and_the_rest(
     tokens: int, size: int, k: int, seed: int, spread: float, masked: int
 ) -> None:
     k = min(k, size - masked)
-    logits, codec = logits_of(tokens, size, seed, spread, masked), TopK(k, size, TAUS)
+    logits, codec = logits_of(tokens, size, seed, spread, masked), TopKCodec(k, size, TAUS)
     records = codec.encode(logits)
     assert records.dtype == torch.uint8 and records.shape == (tokens, codec.bytes)
     for temperature in TAUS:
@@ -66,17 +66,17 @@ def test_a_record_holds_the_largest_and_the_rest(
 
 
 def test_a_record_is_small() -> None:
-    assert TopK(64, 151_936, TAUS).bytes <= 300  # of logits: 303,872 in bfloat16
-    assert TopK(64, 50_257, TAUS).bytes < TopK(64, 151_936, TAUS).bytes
+    assert TopKCodec(64, 151_936, TAUS).bytes <= 300  # of logits: 303,872 in bfloat16
+    assert TopKCodec(64, 50_257, TAUS).bytes < TopKCodec(64, 151_936, TAUS).bytes
 
 
 def over_outcomes(
     hidden: Tensor,
-    head: Head,
+    head: OutputHead,
     labels: Tensor,
     terms: LossTerms,
-    ids: Ids,
-    codec: TopK,
+    ids: VocabMap,
+    codec: TopKCodec,
     records: Tensor,
 ) -> Any:
     """The loss over k ids and any other, written down plainly."""
@@ -88,12 +88,12 @@ def over_outcomes(
     others = q.scatter(-1, kept, 0.0).sum(-1, keepdim=True)
     log_q = torch.cat([top, others], -1).log()
     options = divergence_options(terms.name, terms.options)
-    kd = FUNCTIONS[terms.name](log_p.double(), log_q, **options).sum() * terms.temperature**2
+    kd = DIVERGENCES[terms.name](log_p.double(), log_q, **options).sum() * terms.temperature**2
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     return terms.sft_ratio * ce + (1 - terms.sft_ratio) * kd, kd, ce
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 @pytest.mark.parametrize("temperature", [1.0, 5 / 3])
 @pytest.mark.parametrize("sft_ratio", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", [(3, 2), (100, 100)])
@@ -108,14 +108,14 @@ def test_the_loss_is_that_over_k_and_the_rest(
     source = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
     head, hidden = (
-        Head(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0),
+        OutputHead(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0),
         draw(11, 8).requires_grad_(),
     )
     masked = torch.zeros(38, dtype=torch.bool)
     masked[[3, 37]] = True
     ids, codec, labels = (
-        Ids(38, masked),
-        TopK(6, 38, TAUS),
+        VocabMap(38, masked),
+        TopKCodec(6, 38, TAUS),
         torch.randint(4, 37, (11,), generator=source),
     )
     records = codec.encode(ids.mask(3 * draw(11, 38)))
@@ -124,7 +124,7 @@ def test_the_loss_is_that_over_k_and_the_rest(
     leaves = [hidden, head.weight, head.bias]
     wanted = torch.autograd.grad(expected[0], leaves)
     found = loss_sums(
-        hidden, head, labels, terms, ids=ids, teacher_hidden=records, teacher_head=codec
+        hidden, head, labels, terms, vocab=ids, teacher_hidden=records, teacher_head=codec
     )
     got = torch.autograd.grad(found[0], leaves)
     for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
@@ -139,15 +139,21 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: 
         torch.randint(0, 30, (9,), generator=source),
     )
     head, logits = (
-        Head(nn.Parameter(torch.randn(30, 8, generator=source)), None, 1.0, None),
+        OutputHead(nn.Parameter(torch.randn(30, 8, generator=source)), None, 1.0, None),
         logits_of(9, 30, 4, 2.0).float(),
     )
     identity, terms = (
-        Head(nn.Parameter(torch.eye(30)), None, 1.0, None),
+        OutputHead(nn.Parameter(torch.eye(30)), None, 1.0, None),
         LossTerms("fkl", temperature=temperature),
     )
     whole = loss_sums(
-        hidden, head, labels, terms, ids=Ids(30), teacher_hidden=logits, teacher_head=identity
+        hidden,
+        head,
+        labels,
+        terms,
+        vocab=VocabMap(30),
+        teacher_hidden=logits,
+        teacher_head=identity,
     )[1]
     kept = [
         float(
@@ -156,20 +162,20 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: 
                 head,
                 labels,
                 terms,
-                ids=Ids(30),
+                vocab=VocabMap(30),
                 teacher_hidden=codec.encode(logits),
                 teacher_head=codec,
             )[1]
         )
-        for codec in (TopK(k, 30, TAUS) for k in (1, 4, 12, 30))
+        for codec in (TopKCodec(k, 30, TAUS) for k in (1, 4, 12, 30))
     ]
     assert kept == sorted(kept) and kept[0] < 0.9 * float(whole)
     assert kept[-1] == pytest.approx(float(whole), rel=1e-4)
 
 
 def test_what_is_lost_is_told() -> None:
-    logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopK(5, 50, TAUS)
-    found = codec.lost(logits, codec.encode(logits))
+    logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopKCodec(5, 50, TAUS)
+    found = codec.truncation_error(logits, codec.encode(logits))
     for temperature, (mass, divergence) in zip(TAUS, found.tolist(), strict=True):
         p = torch.softmax(logits / temperature, -1)
         kept = logits.topk(5, -1).indices
@@ -183,9 +189,9 @@ def test_what_is_lost_is_told() -> None:
 
 def test_what_cannot_be_kept_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"teacher_cache\.top_k=64 is more than the 40 ids"):
-        TopK(64, 50, TAUS).check(40)
-    with pytest.raises(RecipeError, match="mode=hidden"):
-        TopK(64, LARGEST + 1, TAUS).check(LARGEST)
-    codec = TopK(2, 10, (1.0,))
-    with pytest.raises(RecipeError, match=r"made for temperature 1, not 1\.5"):
+        TopKCodec(64, 50, TAUS).validate(40)
+    with pytest.raises(RecipeError, match="mode=cached_hidden_states"):
+        TopKCodec(64, MAX_IDS + 1, TAUS).validate(MAX_IDS)
+    codec = TopKCodec(2, 10, (1.0,))
+    with pytest.raises(RecipeError, match=r"hold temperature 1, not 1\.5"):
         codec.decode(codec.encode(torch.randn(3, 10)), 1.5)
