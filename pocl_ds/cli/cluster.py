@@ -1,310 +1,381 @@
-"""The commands of a cluster: submit, status, cancel, resume, logs, profile, doctor."""
+"""Commands of a cluster: submit, status, watch, cancel, resume, logs, profile, doctor, estimate."""
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocl_ds.cli.parameters import (
+    ExistingRunDirOption,
+    OverridesArgument,
+    RecipeArgument,
+    RunDirOption,
+    complete_recipe,
+    existing_run,
+    join_words,
+    read_recipe,
+    read_recipes,
+)
+from pocl_ds.cli.tables import print_table
 
 if TYPE_CHECKING:
+    from pocl_ds.cluster.status import Row
     from pocl_ds.cluster.submit import Submission
-    from pocl_ds.config import Recipe
     from pocl_ds.workflow.run_dir import RunDirectory
 
-COMMANDS = {
-    "submit": (
-        "hand a run to SLURM as dependent jobs",
-        "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x",
+PANEL = "Cluster"
+REFRESH_SECONDS = 5.0
+
+TestOnlyOption = Annotated[
+    bool, typer.Option("--test-only", help="Ask the scheduler when the jobs would start.")
+]
+ScriptsOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the jobs and their scripts; submit nothing.")
+]
+SubmittedRunOption = Annotated[
+    Path,
+    typer.Option(
+        "--run-dir",
+        metavar="DIR",
+        help="Use this submitted run, or all submitted runs directly below this folder.",
     ),
-    "status": (
-        "what a submitted run is doing, or several below a folder",
-        "pocl status runs/x --watch",
-    ),
-    "watch": ("a run live in the terminal, from its directory alone", "pocl watch runs/x"),
-    "cancel": ("cancel a submitted run's jobs; finished work is kept", "pocl cancel runs/x"),
-    "resume": ("submit what is left of a run", "pocl resume runs/x"),
-    "logs": ("what a job or a rank said", "pocl logs runs/x train --rank 1 -f"),
-    "profile": ("write a first profile of this cluster", "pocl profile detect > my-cluster.yaml"),
-    "doctor": ("look at this machine before a run", "pocl doctor --run-dir runs/x"),
-    "estimate": (
-        "memory, traffic and hours of a run before it starts",
-        "pocl estimate my.yaml --nodes 4 --gpu a100-40g",
-    ),
-}
-RECIPE_COMMANDS = ("submit", "estimate")  # they read one as the stages do
-REFRESH = 5.0
+]
 
 
-def add_arguments(name: str, command: argparse.ArgumentParser) -> None:
-    """The arguments of one of these commands."""
-    if name in ("submit", "resume"):
-        command.add_argument(
-            "--test-only", action="store_true", help="ask the scheduler when the jobs would start"
-        )
-    if name == "submit":
-        command.add_argument(
-            "--profile",
-            required=True,
-            help="a file, or a name in slurm/profiles/ or ~/.config/pocl/profiles/",
-        )
-        command.add_argument(
-            "--nodes",
-            type=int,
-            help="nodes of the trainings (default: as many as launch.ranks fills)",
-        )
-        return
-    if name == "estimate":
-        command.add_argument("--nodes", type=int, default=1)
-        command.add_argument("--gpus-per-node", type=int, default=8, help="one rank each")
-        command.add_argument(
-            "--gpu",
-            default="h100-80g",
-            help="h200-141g, h100-80g, a100-80g, a100-40g, l40s-48g, ...",
-        )
-        command.add_argument(
-            "--network-gbps", type=float, default=400, help="of a node, gigabits a second"
-        )
-        command.add_argument(
-            "--samples", type=int, help="training samples (default: the paper's 11,435)"
-        )
-        command.add_argument("--prompt-tokens", type=float, help="mean of a prompt")
-        command.add_argument("--response-tokens", type=float, help="mean of a response")
-        command.add_argument(
-            "--utilisation",
-            type=float,
-            default=0.4,
-            help="share of the GPU's peak that arithmetic reaches",
-        )
-        command.add_argument(
-            "--write", type=Path, metavar="FILE", help="write the recipe with the numbers that fit"
-        )
-        return
-    if name == "profile":
-        command.add_argument("action", choices=("detect", "show"))
-        command.add_argument("name", nargs="?", help="show: which profile")
-        command.add_argument("--partition", help="detect: this one (default: the one with GPUs)")
-        return
-    if name == "doctor":
-        command.add_argument(
-            "--run-dir", type=Path, default=Path("runs"), help="where runs will be written"
-        )
-        return
-    command.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    if name == "status":
-        command.add_argument("--watch", action="store_true", help=f"again every {REFRESH:.0f} s")
-    if name == "watch":
-        command.add_argument(
-            "--once",
-            action="store_true",
-            help="draw once and end, as it does where the output is no terminal",
-        )
-    if name == "resume":
-        command.add_argument(
-            "--dry-run", action="store_true", help="print scripts and jobs; do nothing"
-        )
-    if name == "logs":
-        command.add_argument("job", nargs="?", help="which job (default: the newest log)")
-        command.add_argument("--rank", type=int, help="of this rank (default: the job's own log)")
-        command.add_argument("-f", "--follow", action="store_true", help="as it grows")
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this panel."""
+    commands: tuple[tuple[str, Callable[..., int], str], ...] = (
+        ("submit", submit, "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x"),
+        ("status", status, "pocl status --run-dir runs/x --watch"),
+        ("watch", watch, "pocl watch --run-dir runs/x"),
+        ("cancel", cancel, "pocl cancel --run-dir runs/x"),
+        ("resume", resume, "pocl resume --run-dir runs/x"),
+        ("logs", logs, "pocl logs --run-dir runs/x train --rank 1 --follow"),
+        ("doctor", doctor, "pocl doctor --run-dir runs/x"),
+        ("estimate", estimate, "pocl estimate my.yaml --nodes 4 --gpu a100-40g"),
+    )
+    for name, function, example in commands:
+        app.command(name, rich_help_panel=PANEL, epilog=f"Example: {example}")(function)
+
+    profiles = typer.Typer(help="Write a profile of this cluster, or show one.")
+    profiles.command("detect", epilog="Example: pocl profile detect > my-cluster.yaml")(
+        profile_detect
+    )
+    profiles.command("show", epilog="Example: pocl profile show gpu")(profile_show)
+    app.add_typer(profiles, name="profile", rich_help_panel=PANEL)
 
 
-def submit(options: argparse.Namespace, recipes: list[tuple[Recipe, RunDirectory]]) -> int:
-    """`pocl submit`: one run, or several; nothing is submitted before all of them are looked at."""
+def submit(
+    profile: Annotated[
+        str,
+        typer.Option(
+            metavar="PROFILE",
+            help="Use this cluster profile: a file, or a name in slurm/profiles/ or "
+            "~/.config/pocl/profiles/.",
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE|FIELD=VALUE",
+            help="Recipes (files or shipped names) and overrides. Each of several recipes gets a "
+            "run directory of its own below --run-dir.",
+            show_default=False,
+            autocompletion=complete_recipe,
+        ),
+    ] = None,
+    run_dir: RunDirOption = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            help="Train on this many nodes. Default: as many as launch.ranks fills.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: ScriptsOption = False,
+    test_only: TestOnlyOption = False,
+) -> int:
+    """Submit a run to SLURM as dependent jobs."""
     from pocl_ds.cluster.profile import load_profile
     from pocl_ds.cluster.submit import Submission
     from pocl_ds.errors import RecipeError
+    from pocl_ds.runtime.tracking import setup_logging
 
-    if options.nodes is not None and options.nodes < 1:
-        raise RecipeError(f"--nodes {options.nodes}: it is at least 1")
-    profile = load_profile(options.profile)
-    for submission in [
-        Submission(run, recipe, profile, nodes=options.nodes) for recipe, run in recipes
-    ]:
-        _hand_in(options, submission)
+    setup_logging()
+    recipes = read_recipes(words or [], run_dir)
+    if nodes is not None and nodes < 1:
+        raise RecipeError(f"--nodes {nodes}: it must be at least 1")
+    # Check every submission before the first one is submitted.
+    cluster = load_profile(profile)
+    for submission in [Submission(run, recipe, cluster, nodes=nodes) for recipe, run in recipes]:
+        _submit(submission, dry_run=dry_run, test_only=test_only)
     return 0
 
 
-def size(options: argparse.Namespace, recipe: Recipe) -> int:
-    """`pocl estimate`: 0 where it fits, 2 where it does not."""
-    from pocl_ds.cluster.estimate import Asked, Sizes, device_of, numbers, page
-    from pocl_ds.config.recipe_file import dump_recipe, override_recipe
-    from pocl_ds.errors import RecipeError
-    from pocl_ds.models.estimate import Layout
-    from pocl_ds.workflow.run_dir import atomic_write
-
-    for name in (
-        "nodes",
-        "gpus_per_node",
-        "network_gbps",
-        "samples",
-        "prompt_tokens",
-        "response_tokens",
-        "utilisation",
-    ):
-        value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: it must be greater than 0")
-    layout = Layout(options.nodes, options.gpus_per_node, options.network_gbps / 8 * 1e9)
-    given = {
-        name: value
-        for name in ("samples", "prompt_tokens", "response_tokens", "utilisation")
-        if (value := getattr(options, name)) is not None
-    }
-    sizes = Sizes(recipe, Asked(layout, device_of(options.gpu), **given))
-    lines, found = page(sizes)
-    print("\n".join(lines))
-    if found is None:
-        return 2
-    if options.write:
-        with atomic_write(options.write) as stream:
-            stream.write(dump_recipe(override_recipe(recipe, numbers(sizes, found))))
-        print(f"written: {options.write}")
-    return 0
-
-
-def run_command(options: argparse.Namespace) -> int:
-    """Any of the others."""
-    return int(FUNCTIONS[options.command](options))
-
-
-def _hand_in(options: argparse.Namespace, submission: Submission) -> None:
+def _submit(submission: Submission, *, dry_run: bool, test_only: bool) -> None:
+    """Print the jobs of a submission and submit them."""
     print(submission.show())
-    if options.dry_run:
+    if dry_run:
         for job in submission.jobs:
             print(f"\n==> {job.name}.sbatch\n{submission.script(job)}", end="")
         return
-    if options.test_only:
-        for name, said in submission.start_times().items():
-            print(f"{name:<10}{said}")
+    if test_only:
+        print_table([["job", "start"], *map(list, submission.start_times().items())])
         return
     if not submission.jobs:
         return
     ids = submission.submit()
     print("submitted " + ", ".join(f"{name} {number}" for name, number in ids.items()))
-    print(f"watch it: pocl status {shlex.quote(str(submission.path))} --watch")
+    print(f"watch it: pocl status --run-dir {shlex.quote(str(submission.path))} --watch")
 
 
-def _runs(options: argparse.Namespace) -> list[RunDirectory]:
-    """The run directory that was named, or the submitted ones right below it."""
-    from pocl_ds.errors import ArtifactError
-    from pocl_ds.workflow.run_dir import RunDirectory
+def status(
+    run_dir: SubmittedRunOption,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help=f"Repeat every {REFRESH_SECONDS:.0f} s until no job waits or runs."
+        ),
+    ] = False,
+) -> int:
+    """Show the jobs of a submitted run, their progress, and the error that stopped one."""
+    from pocl_ds.cluster.status import Row
+    from pocl_ds.cluster.status import status as job_rows
 
-    path = options.run.resolve()
-    if not path.is_dir():
-        raise ArtifactError(f"{options.run} is no run directory: check the path")
-    below = sorted(file.parents[1] for file in path.glob("*/cluster/submission.json"))
-    return [
-        RunDirectory(found)
-        for found in (below if below and not (path / "cluster").is_dir() else [path])
-    ]
-
-
-def _watch(options: argparse.Namespace) -> int:
-    from pocl_ds.cluster.watch import watch
-    from pocl_ds.workflow.run_dir import RunDirectory
-
-    watch(
-        RunDirectory(options.run),
-        interval=REFRESH / 2,
-        once=options.once or not sys.stdout.isatty(),
-    )
-    return 0
-
-
-def _status(options: argparse.Namespace) -> int:
-    from pocl_ds.cluster.status import status, table
-
-    runs = _runs(options)
+    runs = _submitted_runs(run_dir)
+    header = Row("job", "id", "state", "attempt", "progress")
     while True:
-        found = [(run, status(run)) for run in runs]
-        if options.watch and sys.stdout.isatty():
+        tables = [(run, job_rows(run)) for run in runs]
+        if watch and sys.stdout.isatty():
             print("\x1b[H\x1b[J", end="")
-        print(
-            "\n\n".join(
-                (f"{run.path.name}\n" if len(runs) > 1 else "") + table(rows) for run, rows in found
-            ),
-            flush=True,
-        )
-        if not (options.watch and any(row.live for _, rows in found for row in rows)):
+        for number, (run, rows) in enumerate(tables):
+            if len(runs) > 1:
+                print(("\n" if number else "") + run.path.name)
+            print_table([[r.name, r.ids, r.state, r.attempt, r.progress] for r in (header, *rows)])
+            _print_notes(rows)
+        sys.stdout.flush()
+        if not (watch and any(row.live for _, rows in tables for row in rows)):
             return 0
-        time.sleep(REFRESH)
+        time.sleep(REFRESH_SECONDS)
 
 
-def _cancel(options: argparse.Namespace) -> int:
-    from pocl_ds.cluster.submit import cancel
+def _print_notes(rows: list[Row]) -> None:
+    """Print what there is to say about each job, below the table."""
+    for row in rows:
+        for number, note in enumerate(row.notes):
+            print(f"\n{row.name}: {note}" if number == 0 else f"    {note}")
 
-    ids = [number for run in _runs(options) for number in cancel(run)]
-    print(
-        f"cancelled {', '.join(ids)}; `pocl resume {options.run}` goes on"
-        if ids
-        else "nothing waits or runs"
-    )
+
+def watch(
+    run_dir: ExistingRunDirOption,
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Show the run once, as for an output that is no terminal."),
+    ] = False,
+) -> int:
+    """Show a run live in the terminal, from its directory alone."""
+    from pocl_ds.cluster.watch import watch as watch_run
+    from pocl_ds.workflow.run_dir import RunDirectory
+
+    interval = REFRESH_SECONDS / 2
+    watch_run(RunDirectory(run_dir), interval=interval, once=once or not sys.stdout.isatty())
     return 0
 
 
-def _resume(options: argparse.Namespace) -> int:
-    from pocl_ds.cluster.submit import resume
+def cancel(run_dir: SubmittedRunOption) -> int:
+    """Cancel the jobs of a submitted run and keep its finished steps."""
+    from pocl_ds.cluster.submit import cancel as cancel_jobs
 
-    for submission in [resume(run) for run in _runs(options)]:
-        _hand_in(options, submission)
+    ids = [number for run in _submitted_runs(run_dir) for number in cancel_jobs(run)]
+    if ids:
+        print(f"cancelled {', '.join(ids)}; continue with `pocl resume --run-dir {run_dir}`")
+    else:
+        print("no job waits or runs")
     return 0
 
 
-def _logs(options: argparse.Namespace) -> int:
+def resume(
+    run_dir: SubmittedRunOption, dry_run: ScriptsOption = False, test_only: TestOnlyOption = False
+) -> int:
+    """Submit the unfinished steps of a run again."""
+    from pocl_ds.cluster.submit import resume as resume_run
+
+    for submission in [resume_run(run) for run in _submitted_runs(run_dir)]:
+        _submit(submission, dry_run=dry_run, test_only=test_only)
+    return 0
+
+
+def logs(
+    run_dir: SubmittedRunOption,
+    job: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="JOB", help="Job to show. Default: the newest log.", show_default=False
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Show the log of this rank. Default: of the job.", show_default=False),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show new lines as they are written.")
+    ] = False,
+) -> int:
+    """Show the newest log of a job or of one of its ranks."""
     from pocl_ds.errors import ArtifactError
 
-    folder = _runs(options)[0].logs
-    name = options.job or "*"
-    pattern = f"{name}*-rank-{options.rank}.log" if options.rank is not None else f"{name}-*.log"
-    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if options.rank is None:
-        found = [path for path in found if "-rank-" not in path.name]
-    if not found:
+    folder = _submitted_runs(run_dir)[0].logs
+    pattern = f"{job or '*'}*-rank-{rank}.log" if rank is not None else f"{job or '*'}-*.log"
+    files = [file for file in folder.glob(pattern) if rank is not None or "-rank-" not in file.name]
+    if not files:
         raise ArtifactError(
-            f"there is no log {folder}/{pattern} yet: see `pocl status {options.run}`"
+            f"there is no log {folder}/{pattern} yet: see `pocl status --run-dir {run_dir}`"
         )
-    print(f"==> {found[-1]}", flush=True)
-    if options.follow:
-        return subprocess.call(["tail", "-n", "+1", "-F", str(found[-1])])
-    sys.stdout.write(found[-1].read_text(errors="replace"))
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    print(f"==> {newest}", flush=True)
+    if follow:
+        return subprocess.call(["tail", "-n", "+1", "-F", str(newest)])
+    sys.stdout.write(newest.read_text(errors="replace"))
     return 0
 
 
-def _profile(options: argparse.Namespace) -> int:
+def profile_detect(
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            help="Describe this partition. Default: the one with GPUs.", show_default=False
+        ),
+    ] = None,
+) -> int:
+    """Write a first profile of this cluster to standard output."""
     from pocl_ds.cluster.detect import detect
-    from pocl_ds.cluster.profile import dump_profile, load_profile
-    from pocl_ds.errors import RecipeError
+    from pocl_ds.cluster.profile import dump_profile
 
-    if options.action == "show":
-        if not options.name:
-            raise RecipeError("name the profile to show, as in `pocl profile show gpu`")
-        print(dump_profile(load_profile(options.name)), end="")
-        return 0
-    profile, remarks = detect(options.partition)
+    profile, remarks = detect(partition)
     print("\n".join(f"# {remark}" for remark in remarks))
     print(dump_profile(profile), end="")
     return 0
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def profile_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="File or name of the profile.")],
+) -> int:
+    """Show a profile with its defaults filled in."""
+    from pocl_ds.cluster.profile import dump_profile, load_profile
+
+    print(dump_profile(load_profile(name)), end="")
+    return 0
+
+
+def doctor(
+    run_dir: Annotated[
+        Path,
+        typer.Option("--run-dir", metavar="DIR", help="Check the disk of this run directory."),
+    ] = Path("runs"),
+) -> int:
+    """Check this machine before a run: packages, GPUs, compiler, disk, limits, scheduler."""
     from pocl_ds.cluster import checks
 
-    findings = checks.here(options.run_dir)
-    for finding in findings:
-        print(f"{finding.state:<5}{finding.what:<15}{finding.said}")
+    findings = checks.here(run_dir)
+    rows = [[finding.state, finding.what, finding.said] for finding in findings]
+    print_table([["state", "check", "finding"], *rows])
     return 2 if any(finding.state == checks.FAIL for finding in findings) else 0
 
 
-FUNCTIONS: dict[str, Any] = {
-    "status": _status,
-    "watch": _watch,
-    "cancel": _cancel,
-    "resume": _resume,
-    "logs": _logs,
-    "profile": _profile,
-    "doctor": _doctor,
-}
+def estimate(
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    run_dir: RunDirOption = None,
+    nodes: Annotated[int, typer.Option(help="Assume this many nodes.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(help="Assume this many GPUs per node, one rank each.")
+    ] = 8,
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help="Assume this GPU: h200-141g, h100-80g, a100-80g, a100-40g, l40s-48g, ..."
+        ),
+    ] = "h100-80g",
+    network_gbps: Annotated[
+        float, typer.Option(help="Assume this network bandwidth of a node, in Gbit/s.")
+    ] = 400,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Assume this many training samples. Default: 11,435, as in the paper.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        float | None, typer.Option(help="Assume this mean number of tokens in a prompt.")
+    ] = None,
+    response_tokens: Annotated[
+        float | None, typer.Option(help="Assume this mean number of tokens in a response.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Assume that arithmetic reaches this share of the GPU's peak.")
+    ] = 0.4,
+    write: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the recipe with the values that fit."),
+    ] = None,
+) -> int:
+    """Estimate memory, traffic and hours of a run; exit with 2 if it does not fit."""
+    from pocl_ds.cluster.estimate import Asked, Sizes, device_of, numbers, page
+    from pocl_ds.config.recipe_file import dump_recipe, override_recipe
+    from pocl_ds.models.estimate import ClusterLayout
+    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.workflow.files import atomic_write
+
+    setup_logging()
+    resolved, _ = read_recipe(join_words(recipe, overrides), run_dir)
+    assumptions: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("samples", samples),
+            ("prompt_tokens", prompt_tokens),
+            ("response_tokens", response_tokens),
+            ("utilisation", utilisation),
+        )
+        if value is not None
+    }
+    _check_positive(
+        nodes=nodes, gpus_per_node=gpus_per_node, network_gbps=network_gbps, **assumptions
+    )
+    layout = ClusterLayout(nodes, gpus_per_node, network_gbps / 8 * 1e9)
+    sizes = Sizes(resolved, Asked(layout, device_of(gpu), **assumptions))
+    lines, fitting = page(sizes)
+    print("\n".join(lines))
+    if fitting is None:
+        return 2
+    if write:
+        with atomic_write(write) as stream:
+            stream.write(dump_recipe(override_recipe(resolved, numbers(sizes, fitting))))
+        print(f"written: {write}")
+    return 0
+
+
+def _check_positive(**values: float) -> None:
+    """Raise RecipeError for a value of an option that is not greater than 0."""
+    from pocl_ds.errors import RecipeError
+
+    for name, value in values.items():
+        if not value > 0:
+            raise RecipeError(f"--{name.replace('_', '-')} {value:g}: it must be greater than 0")
+
+
+def _submitted_runs(folder: Path) -> list[RunDirectory]:
+    """The run directory `folder`, or the submitted ones directly below it."""
+    from pocl_ds.workflow.run_dir import RunDirectory
+
+    path = existing_run(folder).path.resolve()
+    below = sorted(file.parents[1] for file in path.glob("*/cluster/submission.json"))
+    is_run = (path / "cluster").is_dir() or not below
+    return [RunDirectory(run) for run in ([path] if is_run else below)]

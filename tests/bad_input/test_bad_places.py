@@ -19,8 +19,8 @@ from refusals import files_below, sentence
 
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.resources import DS_CONFIGS, PROFILES
-from pocl_ds.workflow.pipeline import fingerprints
-from pocl_ds.workflow.run_dir import write_manifest
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.steps import fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -318,12 +318,7 @@ def test_another_python(tmp_path: Path) -> None:
     """
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
-    for name in (
-        "constraints.txt",
-        "constraints-cpu.txt",
-        "constraints-cuda.txt",
-        "pyproject.toml",
-    ):
+    for name in ("constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     old = tmp_path / "python3.9"
     old.write_text("#!/bin/sh\nexit 1\n")
@@ -343,28 +338,32 @@ def test_another_python(tmp_path: Path) -> None:
         assert not (tmp_path / ".venv").exists()
 
 
-NO_RUN = "HERE is no run directory: check the path"
+NO_RUN = "HERE is not a run directory: check the path"
 NEVER = "HERE was never submitted: run `pocl submit RECIPE --profile NAME --run-dir HERE`"
 # Commands on a folder that is not there, and on an empty one.
 COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "compare": (
-        ("HERE", "--models", "baseline", "student"),
+        ("--run-dir", "HERE", "--models", "baseline", "student"),
         NO_RUN,
         "HERE holds no finished evaluation: run `pocl evaluate --run-dir HERE` first",
     ),
-    "samples": (("HERE",), NO_RUN, "HERE/data holds no finished data: run `pocl preprocess` first"),
+    "inspect": (("--run-dir", "HERE"), NO_RUN, "HERE/data holds no finished data: run `pocl preprocess` first"),
     "push": (
-        ("HERE", "--repo", "a/b"),
+        ("--run-dir", "HERE", "--repo", "a/b"),
         NO_RUN,
         "HERE/export holds no finished export: run `pocl export` first, or name its folder with "
         "--folder",
     ),
-    "watch": (("HERE",), *["HERE holds no recipe.yaml: give the directory of a run"] * 2),
-    "status": (("HERE",), NO_RUN, NEVER),
-    "resume": (("HERE",), NO_RUN, NEVER),
-    "logs": (("HERE",), NO_RUN, "there is no log HERE/logs/*-*.log yet: see `pocl status HERE`"),
+    "watch": (("--run-dir", "HERE"), *["HERE holds no recipe.yaml: give the directory of a run"] * 2),
+    "status": (("--run-dir", "HERE"), NO_RUN, NEVER),
+    "resume": (("--run-dir", "HERE"), NO_RUN, NEVER),
+    "logs": (
+        ("--run-dir", "HERE"),
+        NO_RUN,
+        "there is no log HERE/logs/*-*.log yet: see `pocl status --run-dir HERE`",
+    ),
     "report": (
-        ("HERE", "elsewhere"),
+        ("--run-dir", "HERE", "--run-dir", "elsewhere"),
         *["HERE is not a run directory: it holds no recipe.yaml"] * 2,
     ),
 }
@@ -430,8 +429,8 @@ def test_names_of_studies_profiles_and_benchmarks(
             f"profile '{name}' is neither a file nor a name ("
         )
         assert sentence(capsys, "bench", name).startswith(
-            f"there is no benchmark '{name}': take one of rouge, "
+            f"there is no benchmark '{name}': choose one of rouge, "
         )
-        assert sentence(capsys, "size", recipe, "--gpu", name).startswith(
+        assert sentence(capsys, "estimate", recipe, "--gpu", name).startswith(
             f"--gpu {name}: take one of "
         )

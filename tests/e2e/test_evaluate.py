@@ -35,7 +35,7 @@ def finished(
         tiny_llama,
         max_train_samples=24,
         curriculum={"num_subsets": 2, "epochs_per_stage": 1},
-        rank={"strategy": "random"},
+        ranking={"strategy": "random"},
         launch={"ranks": 1},
         evaluate={
             "models": ["teacher", "student"],
@@ -80,14 +80,14 @@ def test_results_hold_every_measure(finished: Path) -> None:
 
 def test_what_looks_at_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def said_by(*words: str) -> str:
-        assert main([words[0], str(finished), *words[1:]]) == 0
+        assert main([words[0], "--run-dir", str(finished), *words[1:]]) == 0
         return capsys.readouterr().out
 
     said = said_by("compare", "--models", "teacher", "student", "--benchmark", "vicuna")
     assert "vicuna: " in said and (
         "better than" in said or "worse than" in said or "no difference shown" in said
     )
-    assert said_by("samples", "--subset", "2", "--n", "3").count("── ") == 3
+    assert said_by("inspect", "--subset", "2", "--n", "3").count("── ") == 3
     said = said_by("push", "--repo", "my-org/tiny", "--dry-run")
     assert (
         "would upload to my-org/tiny" in said
@@ -98,4 +98,4 @@ def test_what_looks_at_a_run(finished: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_part_without_its_model_is_refused(finished: Path) -> None:
     found = pocl("evaluate", "--run-dir", str(finished), "--shard", "0/2", check=False)
-    assert found.returncode == 2 and found.stderr.strip().endswith("say whose with --model")
+    assert found.returncode == 2 and found.stderr.strip().endswith("add --model")

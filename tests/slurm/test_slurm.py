@@ -122,13 +122,13 @@ def calm(cluster: Cluster, folder: Path, recipe: Path) -> Path:
 
 
 def test_a_pipeline_comes_to_its_report(cluster: Cluster, calm: Path) -> None:
-    said = cluster.pocl("status", str(calm)).stdout
+    said = cluster.pocl("status", "--run-dir", str(calm)).stdout
     assert [line.split()[2] for line in said.splitlines()[1:7]] == ["done"] * 6
     assert len(steps(calm)) == 104 and "step 104/104" in said and "2/2 shards" in said
     assert not (calm.parent / "x").exists()
     log = (calm / "logs" / "train-a1-preflight-rank-0.log").read_text()
     assert "2 ranks on 2 nodes agree, an all-reduce moves" in log
-    assert "nothing to submit" in cluster.pocl("resume", str(calm)).stdout
+    assert "nothing to submit" in cluster.pocl("resume", "--run-dir", str(calm)).stdout
 
 
 def held_profile(folder: Path, **fields: Any) -> str:
@@ -188,7 +188,7 @@ def test_preempted_cut_off_and_with_a_node_killed(
         )
 
     trained(6)
-    moments["training"] = cluster.pocl("status", str(run)).stdout
+    moments["training"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     urgent = cluster.call(
         "sbatch",
         "--parsable",
@@ -199,7 +199,7 @@ def test_preempted_cut_off_and_with_a_node_killed(
         "--wrap=sleep 3",
     ).strip()
     cluster.until(lambda: cluster.state(urgent) == "COMPLETED", "the urgent job")
-    moments["preempted"] = cluster.pocl("status", str(run)).stdout
+    moments["preempted"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     again(1)
     trained(6)
     # One minute is the least that SLURM knows; the signal, 60 s before it, comes at once.
@@ -210,7 +210,7 @@ def test_preempted_cut_off_and_with_a_node_killed(
     cluster.call(
         "scontrol", "update", f"JobId={cluster.job(run, 'train')}", "TimeLimit=30", check=False
     )
-    moments["cut off"] = cluster.pocl("status", str(run)).stdout
+    moments["cut off"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     again(2)
     trained(6)
     cluster.script("kill", "n1")  # with the job's own program: it ends without a word
@@ -221,7 +221,7 @@ def test_preempted_cut_off_and_with_a_node_killed(
     cluster.script("up")
     again(3)
     cluster.until(lambda: done(run), "the end")
-    moments["end"] = cluster.pocl("status", str(run)).stdout
+    moments["end"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     if path := os.environ.get("POCL_MOMENTS"):
         Path(path).write_text("\n".join(f"== {name}\n{text}" for name, text in moments.items()))
     assert cluster.state(cluster.job(run, "report")) == "COMPLETED"
@@ -254,7 +254,7 @@ def test_preempted_without_a_grace_time(cluster: Cluster, calm: Path, folder: Pa
         ).strip()
         cluster.until(lambda urgent=urgent: cluster.state(urgent) == "COMPLETED", "the urgent job")
     cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
-    cluster.pocl("cancel", str(run))
+    cluster.pocl("cancel", "--run-dir", str(run))
     found = attempts(run, "train")
     assert len(found) == 3 and found[2]["outcome"] == "done"
     assert not any(Attempt(**one).counts for one in found[:2]) and found[1]["progress"] >= 10
@@ -271,18 +271,18 @@ def test_requeued_cancelled_and_resumed(cluster: Cluster, calm: Path, folder: Pa
     cluster.until(
         lambda: len(attempts(run, "train")) == 2 and recorded(run) >= 12, "a second attempt"
     )
-    assert "cancelled" in cluster.pocl("cancel", str(run)).stdout
+    assert "cancelled" in cluster.pocl("cancel", "--run-dir", str(run)).stdout
     job = cluster.job(run, "train")
     cluster.until(
         lambda: cluster.state(job) == "CANCELLED" and attempts(run, "train")[1]["end"],
         "the cancellation",
     )
     assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["ended", "ended"]
-    assert "cancelled" in cluster.pocl("status", str(run)).stdout.splitlines()[1]
-    assert "submitted train" in cluster.pocl("resume", str(run)).stdout
+    assert "cancelled" in cluster.pocl("status", "--run-dir", str(run)).stdout.splitlines()[1]
+    assert "submitted train" in cluster.pocl("resume", "--run-dir", str(run)).stdout
     release(cluster, run)
     cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
-    cluster.pocl("cancel", str(run))
+    cluster.pocl("cancel", "--run-dir", str(run))
     assert_equal(run, calm)
 
 
@@ -302,7 +302,7 @@ def test_an_array_task_that_is_killed_goes_alone(
     cluster.until(lambda: (run / "plan" / "manifest.json").is_file(), "the plan")
     assert [attempt["outcome"] for attempt in attempts(run, "score-1")] == ["again", "done"]
     assert [attempt["outcome"] for attempt in attempts(run, "score-0")] == ["done"]
-    cluster.pocl("cancel", str(run))
+    cluster.pocl("cancel", "--run-dir", str(run))
     for file in ("shard-00000-of-00002.jsonl", "shard-00001-of-00002.jsonl"):
         assert (run / "scores" / file).read_bytes() == (calm / "scores" / file).read_bytes()
 
@@ -321,7 +321,7 @@ def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folde
     )
     found = attempts(run, "train")
     assert [attempt["outcome"] for attempt in found] == ["again", "failed"]
-    said = cluster.pocl("status", str(run)).stdout
+    said = cluster.pocl("status", "--run-dir", str(run)).stdout
     assert "the same error at the same place as in attempt 1: IndexError: a defect" in said
     rows = {line.split()[0]: line for line in said.splitlines()[1:4]}
     assert (
@@ -331,7 +331,7 @@ def test_a_crash_that_comes_again_is_the_end(cluster: Cluster, calm: Path, folde
     )
     assert (
         "since train did not finish" in said
-        and "Traceback" not in cluster.pocl("logs", str(run), "train").stdout[:50]
+        and "Traceback" not in cluster.pocl("logs", "--run-dir", str(run), "train").stdout[:50]
     )
 
 
@@ -387,9 +387,9 @@ def test_several_recipes_are_several_runs(cluster: Cluster, recipe: Path, folder
         "submit", str(recipe), str(other), "--profile", PROFILE, "--run-dir", str(study)
     ).stdout
     assert said.count("submitted prepare") == 2
-    said = cluster.pocl("status", str(study)).stdout
+    said = cluster.pocl("status", "--run-dir", str(study)).stdout
     assert {"tiny", "other"} < set(said.splitlines()) and said.count("job       id") == 2
-    assert len(cluster.pocl("cancel", str(study)).stdout.partition(";")[0].split(",")) == 12
+    assert len(cluster.pocl("cancel", "--run-dir", str(study)).stdout.partition(";")[0].split(",")) == 12
     ids = [cluster.job(study / name, "init-student") for name in ("tiny", "other")]
     cluster.until(lambda: all(cluster.state(job) == "CANCELLED" for job in ids), "the cancellation")
 
@@ -403,7 +403,7 @@ def test_a_fault_of_the_users_is_the_end_at_once(
     cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run))
     cluster.until(lambda: cluster.state(cluster.job(run, "train")) == "FAILED", "the failure")
     assert [attempt["outcome"] for attempt in attempts(run, "train")] == ["failed"]
-    assert "plan.json is damaged" in cluster.pocl("status", str(run)).stdout
+    assert "plan.json is damaged" in cluster.pocl("status", "--run-dir", str(run)).stdout
 
 
 def test_a_full_disk_is_the_end_until_there_is_room(
@@ -420,10 +420,10 @@ def test_a_full_disk_is_the_end_until_there_is_room(
     cluster.until(
         lambda: cluster.state(cluster.job(run, "report")) == "CANCELLED", "the rest to be cancelled"
     )
-    said = cluster.pocl("status", str(run)).stdout
+    said = cluster.pocl("status", "--run-dir", str(run)).stdout
     assert "full" in said and "since train did not finish" in said, said + cluster.newest_logs()
     filler.unlink()
-    cluster.pocl("resume", str(run))
+    cluster.pocl("resume", "--run-dir", str(run))
     release(cluster, run)
     cluster.until(lambda: done(run), "the resumed run")
     assert_equal(run, calm)
@@ -449,7 +449,7 @@ def test_an_unfit_node_is_left_out(cluster: Cluster, calm: Path, folder: Path) -
         )
     finally:
         cluster.script("show", "n2", str(run))
-        cluster.pocl("cancel", str(run))
+        cluster.pocl("cancel", "--run-dir", str(run))
     assert_equal(run, calm)
 
 
@@ -519,7 +519,7 @@ def test_two_runs_at_once_one_of_another_user(cluster: Cluster, calm: Path, fold
     )
     assert (runs[1] / "train" / "manifest.json").owner() == "nobody"
     for run in runs:
-        cluster.pocl("cancel", str(run))
+        cluster.pocl("cancel", "--run-dir", str(run))
 
 
 def test_a_study_is_submitted_again_for_what_waited(

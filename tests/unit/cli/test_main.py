@@ -1,10 +1,14 @@
-"""What a command line is made into: which processes are started, with which part of the work."""
+"""What a command line does: which processes it starts, for which part of the work, and what it
+refuses.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from refusals import own_signals, sentence
 
 from pocl_ds.cli.main import main
 from pocl_ds.config.recipe_file import load_recipe
-from pocl_ds.workflow import pipeline
+from pocl_ds.workflow import pipeline, run_setup
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -21,24 +25,27 @@ from pocl_ds.workflow.run_dir import RunDirectory
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "r.yaml"
     path.write_text(
-        "name: x\nteacher: {model: t, mode: cached_hidden_states}\nstudent: {model: s}\n"
+        "name: x\ndata: {source: documentation}\n"
+        "teacher: {model: t, mode: cached_hidden_states}\nstudent: {model: s}\n"
     )
     return path
 
 
-def test_one_shard_of_teach_stays_one_shard(
+def test_one_shard_of_cache_teacher_stays_one_shard(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its ranks are processes of their own, which must hear of it; and shards run side by side, so
-    none holds the run.
+    """Its ranks run in processes of their own, which receive the shard. Shards run side by side, so
+    none of them locks the run directory.
     """
     started: list[list[str]] = []
-    monkeypatch.setattr(pipeline, "call", lambda command, lock=None: started.append(command) or 0)
+    monkeypatch.setattr(
+        pipeline, "run_process", lambda command, lock=None: started.append(command) or 0
+    )
     run = tmp_path / "run"
     for shard in ("0/4", "1/4"):
-        with (run / ".lock").open("w") if run.exists() else nullcontext() as another, own_signals():
-            if another:
-                fcntl.flock(another, fcntl.LOCK_EX)
+        with (run / ".lock").open("w") if run.exists() else nullcontext() as handle, own_signals():
+            if handle:
+                fcntl.flock(handle, fcntl.LOCK_EX)
             assert (
                 main(["cache-teacher", str(recipe), "--run-dir", str(run), "--shard", shard]) == 0
             )
@@ -47,100 +54,128 @@ def test_one_shard_of_teach_stays_one_shard(
     assert "shards: 4" in (run / "recipe.yaml").read_text()
 
 
-def test_what_others_are_reading_is_not_changed(
+def test_the_recipe_of_a_locked_run_does_not_change(
     recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The recipe of a run that another process is at: a stage beside it must have the same."""
-    monkeypatch.setattr(pipeline, "SETTLE", 0.1)
+    """A step beside another process of the same run must have the same recipe."""
+    monkeypatch.setattr(run_setup, "LOCK_WAIT_SECONDS", 0.1)
     run = RunDirectory(tmp_path / "run")
-    pipeline.enter(run, load_recipe(str(recipe)))
+    run_setup.open_run_directory(run, load_recipe(str(recipe)))
     before = run.recipe.read_text()
-    with (run.path / ".lock").open("w") as another:
-        fcntl.flock(another, fcntl.LOCK_SH)  # as jobs do
-        said = sentence(capsys, "plan", recipe, "--run-dir", run.path, "train.lr=0.5")
-        assert "is in use by another pocl process" in said and run.recipe.read_text() == before
-        assert "order.npy" in sentence(
-            capsys, "plan", recipe, "--run-dir", run.path
-        )  # comes in, and misses the stages before
+    with (run.path / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)  # as jobs do
+        message = sentence(capsys, "plan", recipe, "--run-dir", run.path, "train.lr=0.5")
+        assert "is in use by another pocl process" in message and run.recipe.read_text() == before
+        # The same recipe is accepted; then the results of earlier steps are missing.
+        assert "order.npy" in sentence(capsys, "plan", recipe, "--run-dir", run.path)
 
 
-def test_a_whole_run_is_not_one_of_many_ranks(
+def test_pocl_run_is_not_one_of_many_ranks(
     recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As where a cluster's operator sets RANK for every container."""
+    """Some clusters set RANK in every container."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    said = sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run")
+    message = sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run")
     assert (
-        said
+        message
         == "RANK=0 makes this process one of several ranks, which `pocl run` starts itself: unset "
         "RANK and WORLD_SIZE"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_tells_what_would_run_and_does_nothing(
+def test_a_dry_run_shows_what_would_run_and_does_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
+    # An override may stand anywhere.
+    words = ["launch.ranks=2", str(recipe), "--run-dir", str(run), "--dry-run"]
     with own_signals():
-        assert (
-            main(
-                [
-                    "run",
-                    str(recipe),
-                    "--run-dir",
-                    str(run),
-                    "--dry-run",
-                    "--until",
-                    "train",
-                    "launch.ranks=2",
-                ]
-            )
-            == 0
-        )
-        said = capsys.readouterr().out
+        assert main(["run", *words, "--until", "train"]) == 0
+        output = capsys.readouterr().out
         assert main(["score", str(recipe), "--run-dir", str(run), "--dry-run"]) == 0
-    text, _, stages = said.partition(f"\nrun directory: {run}\n")
+    text, _, steps = output.partition(f"\nrun directory: {run}\n")
     assert "ranks: 2" in text and not run.exists()
-    assert [" ".join(line.split()) for line in stages.splitlines()] == [
-        "data would run",
-        "prepare would run",
-        "teach would run on 2 ranks",
+    assert [" ".join(line.split()) for line in steps.splitlines()] == [
+        "preprocess would run",
+        "init-student would run",
+        "cache-teacher would run on 2 ranks",
         "score would run",
         "rank would run",
         "plan would run",
         "train would run on 2 ranks",
     ]
-    assert capsys.readouterr().out.endswith(f"\nrun directory: {run}\nscore      would run\n")
-
-
-def test_what_no_command_knows(capsys: pytest.CaptureFixture[str]) -> None:
-    with own_signals():
-        assert main(["run", "quickstart", "--ranking", "3"]) == 2
-        assert main(["bench", "list"]) == 0
-    found = capsys.readouterr()
-    assert (
-        "unrecognized arguments" in found.err
-        and "(pocl run --help)" in found.err
-        and "rouge" in found.out
+    assert capsys.readouterr().out.endswith(
+        f"\nrun directory: {run}\nscore             would run\n"
     )
-    assert "there is no benchmark 'speed': take one of" in sentence(capsys, "bench", "speed")
+
+
+# Command line -> its sentence.
+REFUSED = {
+    "run quickstart --ranking 3": "there is no option --ranking: did you mean --ranks? "
+    "(pocl run --help)",
+    "run quickstart --ranks two": "invalid value for '--ranks': ",
+    "run quickstart quickstart2": "two recipes are given (quickstart, quickstart2): give one; "
+    "overrides have the form field=value",
+    "run": "no recipe is given: name a file or a shipped recipe (pocl run quickstart), or a "
+    "--run-dir that holds a recipe.yaml",
+    "run quickstart --until trian": "--until trian: there is no such step: did you mean train?",
+    "run quickstart train.lrr=1": "recipe field train.lrr does not exist: did you mean lr?",
+    "score quickstart --shard 4/4": "--shard 4/4: write I/N with I from 0 to N-1, for example 2/8",
+    "evaluate quickstart --seed 1": "--seed selects part of one model's answers: add --model",
+    "compare runs/a runs/b": "missing option '--run-dir' (pocl compare --help)",
+    "status --run-dir": "option '--run-dir' requires an argument (pocl status --help)",
+    "bench stepp": "there is no benchmark 'stepp': did you mean step?",
+    "profile": "missing command (pocl profile --help)",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_wrong_command_line_is_one_sentence(
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sentence(capsys, *line.split()).startswith(REFUSED[line])
+    assert REFUSED[line].endswith(": ") or list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"), [("trian", "did you mean train?"), ("qqqqq", "choose one of run, prep")]
+)
+def test_an_unknown_command(word: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with own_signals():
+        assert main([word]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"pocl: there is no command {word!r}: {remedy}")
+    assert error.count("\n") == 1 and error.endswith(" (pocl --help)\n")
 
 
 def test_ctrl_c_while_the_command_line_is_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pocl_ds.cli.main._parser", lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(
+        "pocl_ds.cli.main._command_group", lambda: os.kill(os.getpid(), signal.SIGINT)
+    )
     with own_signals():
         assert main(["run", "quickstart"]) == 130
     assert (
         capsys.readouterr().err
-        == "pocl: interrupted; finished work is kept, the same command goes on\n"
+        == "pocl: interrupted; finished work is kept; run the same command again to continue\n"
     )
+
+
+def test_a_reader_that_is_gone_is_no_fault() -> None:
+    """`pocl show quickstart | head -1`."""
+    line = f"{sys.executable} -m pocl_ds.cli.main show quickstart | true"
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.stderr == ""

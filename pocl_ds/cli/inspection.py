@@ -1,0 +1,309 @@
+"""Commands that inspect and compare runs and recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pocl_ds.cli import pipeline
+from pocl_ds.cli.parameters import (
+    DryRunOption,
+    ExistingRunDirOption,
+    OverridesArgument,
+    RecipeArgument,
+    RunDirOption,
+    RunDirsOption,
+    existing_run,
+    join_words,
+    read_recipe,
+)
+from pocl_ds.cli.tables import print_table
+from pocl_ds.workflow.steps import STEP
+
+if TYPE_CHECKING:
+    from pocl_ds.evaluation.side_by_side import Side
+    from pocl_ds.workflow.run_dir import RunDirectory
+
+PANEL = "Inspect and compare"
+
+
+class ModelName(str, Enum):
+    """The models of a run."""
+
+    TEACHER = "teacher"
+    INITIAL = "initial"
+    STUDENT = "student"
+    BASELINE = "baseline"
+
+
+class Split(str, Enum):
+    """The parts of the data."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this panel."""
+    commands: tuple[tuple[str, Callable[..., int], str], ...] = (
+        ("report", report, STEP["report"].example),
+        ("compare", compare, "pocl compare --run-dir runs/a --run-dir runs/b --model student"),
+        ("inspect", inspect, "pocl inspect --run-dir runs/x --subset 3 --n 5"),
+        (
+            "compare-difficulty",
+            compare_difficulty,
+            "pocl compare-difficulty --run-dir runs/small --run-dir runs/large",
+        ),
+        ("push", push, "pocl push --run-dir runs/x --repo my-org/my-student --dry-run"),
+        ("show", show, "pocl show quickstart train.lr=1e-4"),
+        ("recipes", recipes, "pocl recipes"),
+    )
+    for name, function, example in commands:
+        app.command(name, rich_help_panel=PANEL, epilog=f"Example: {example}")(function)
+
+
+def report(
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    run_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Report on this run directory; repeat the option to compare several runs.",
+        ),
+    ] = None,
+    dry_run: DryRunOption = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the comparison of several runs here. Default: report/comparison.html of "
+            "the first.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare runs even if they were evaluated differently.")
+    ] = False,
+) -> int:
+    """Write an HTML report for one run, or a comparison of several."""
+    from pocl_ds.errors import RecipeError
+
+    words, run_dirs = join_words(recipe, overrides), run_dir or []
+    if len(run_dirs) < 2:
+        if force or out:
+            raise RecipeError(
+                "--force and --out are for a comparison of several runs: repeat --run-dir"
+            )
+        return pipeline.run_step_command(
+            "report", words, run_dirs[0] if run_dirs else None, dry_run=dry_run
+        )
+    if words or dry_run:
+        raise RecipeError(
+            "several runs are compared as they are: leave out the recipe, --dry-run and overrides"
+        )
+    from pocl_ds.report.compare import compare_runs
+    from pocl_ds.runtime.tracking import setup_logging
+
+    setup_logging()
+    print(f"report   {compare_runs(run_dirs, out, force=force)}")
+    return 0
+
+
+def compare(
+    run_dir: Annotated[
+        list[Path],
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Use this run directory; repeat the option to compare two runs.",
+        ),
+    ],
+    model: Annotated[
+        ModelName, typer.Option(help="Compare this model of both runs.")
+    ] = ModelName.STUDENT,
+    models: Annotated[
+        tuple[ModelName, ModelName] | None,
+        typer.Option(
+            metavar="A B", help="Compare model B with model A, of one run or one of each run."
+        ),
+    ] = None,
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="Compare on this benchmark only. Default: all common ones and their mean."
+        ),
+    ] = None,
+    measure: Annotated[
+        str, typer.Option(help="Compare by this measure: rouge_l, exact_match or judge.")
+    ] = "rouge_l",
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Compare even if template, decoding or items differ."),
+    ] = False,
+) -> int:
+    """Test whether one model's answers are better than another's, item by item."""
+    from pocl_ds.evaluation.side_by_side import lines_of, put_side_by_side
+    from pocl_ds.runtime.tracking import setup_logging
+
+    setup_logging()
+    pair = None if models is None else (models[0].value, models[1].value)
+    a, b = _sides(run_dir, model.value, pair)
+    table = put_side_by_side(a, b, measure=measure, benchmark=benchmark, force=force)
+    print("\n".join(lines_of(table, a, b)))
+    return 0
+
+
+def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple[Side, Side]:
+    """The two models to compare: `pair` of one run or one of each run, or `model` of two runs.
+
+    Raises RecipeError unless this names two different models.
+    """
+    from pocl_ds.errors import RecipeError
+    from pocl_ds.evaluation.side_by_side import Side
+
+    if len(paths) > 2:
+        raise RecipeError(f"{len(paths)} run directories are given: compare two at a time")
+    if len(paths) == 1 and not pair:
+        raise RecipeError(
+            "one run directory is given: add a second --run-dir, or name two of its models, for "
+            "example --models baseline student"
+        )
+    names = pair or (model, model)
+    runs = [existing_run(path) for path in paths] * (3 - len(paths))
+    if runs[0].path.resolve() == runs[1].path.resolve() and names[0] == names[1]:
+        raise RecipeError(
+            f"{names[0]} of {paths[0]} would be compared with itself: name two models with --models"
+        )
+    # Label each side by its model, and by its run where there are two.
+    folders = [run.path.resolve().name for run in runs]
+    shown = [str(path) for path in paths] if folders[0] == folders[1] else folders
+    labels = (
+        list(names)
+        if len(paths) == 1
+        else [f"{run} {name}" for run, name in zip(shown, names, strict=True)]
+    )
+    first, second = (
+        Side(run, name, label) for run, name, label in zip(runs, names, labels, strict=True)
+    )
+    return first, second
+
+
+def inspect(
+    run_dir: ExistingRunDirOption,
+    split: Annotated[Split, typer.Option(help="Show samples of this split.")] = Split.TRAIN,
+    subset: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Show this subset of the ranking only; 1 is trained on first."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option(help="Show this many samples, spread evenly.")] = 5,
+) -> int:
+    """Show samples as the models see them, by subset of the difficulty ranking."""
+    from pocl_ds.data.inspect_samples import format_samples
+    from pocl_ds.runtime.tracking import setup_logging
+
+    setup_logging()
+    samples = format_samples(existing_run(run_dir), split=split.value, subset=subset, count=n)
+    print("\n\n".join(samples))
+    return 0
+
+
+def compare_difficulty(
+    run_dir: RunDirsOption,
+    subsets: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Divide the rankings into this many subsets. Default: as the recipes do.",
+            show_default=False,
+        ),
+    ] = None,
+) -> int:
+    """Measure how far the difficulty rankings of several runs agree."""
+    from pocl_ds.config.recipe_file import load_recipe
+    from pocl_ds.study.difficulty_agreement import difficulty_lines, read_seen
+    from pocl_ds.workflow.run_dir import RunDirectory
+
+    names = [path.name for path in run_dir]
+    labels = [path.name if names.count(path.name) == 1 else str(path) for path in run_dir]
+    runs: list[RunDirectory] = [RunDirectory(path) for path in run_dir]
+    rankings = [read_seen(run, label) for run, label in zip(runs, labels, strict=True)]
+    count = subsets or max(load_recipe(str(run.recipe)).curriculum.num_subsets for run in runs)
+    print("\n".join(difficulty_lines(rankings, count)))
+    return 0
+
+
+def push(
+    repo: Annotated[
+        str, typer.Option(metavar="ORG/NAME", help="Upload to this repository of the Hub.")
+    ],
+    run_dir: ExistingRunDirOption,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private if it is new.")
+    ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Upload this export instead (see `pocl export --out`).",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files to upload; upload nothing.")
+    ] = False,
+) -> int:
+    """Upload the exported student to the Hugging Face Hub."""
+    from pocl_ds.evaluation.push import push as push_folder
+    from pocl_ds.runtime.tracking import setup_logging
+
+    setup_logging()
+    source = folder or existing_run(run_dir).export
+    print(push_folder(source, repo, private=private, dry_run=dry_run))
+    return 0
+
+
+def show(
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    run_dir: RunDirOption = None,
+) -> int:
+    """Show the resolved recipe as YAML and mark what differs from the defaults."""
+    import sys
+
+    from pocl_ds.cli.recipe_view import recipe_entries
+
+    resolved, _ = read_recipe(join_words(recipe, overrides), run_dir)
+    entries = recipe_entries(resolved)
+    if not sys.stdout.isatty():
+        print("\n".join(entry.commented for entry in entries))
+        return 0
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for entry in entries:
+        style = "" if entry.default is None else "bold green"
+        console.print(Text(entry.commented, style=style), soft_wrap=True)
+    return 0
+
+
+def recipes() -> int:
+    """List the shipped recipes with the hardware that they need."""
+    from pocl_ds.config.yaml_io import read_yaml
+    from pocl_ds.resources import RECIPES
+
+    rows = [["recipe", "hardware", "description"]]
+    for path in sorted(RECIPES.glob("*.yaml")):
+        tree = read_yaml(path)
+        rows.append([path.stem, *(str(tree.get(key, "")) for key in rows[0][1:])])
+    print_table(rows)
+    return 0

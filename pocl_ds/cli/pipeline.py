@@ -1,0 +1,251 @@
+"""Commands of the pipeline: run, and one for each row in the table of workflow steps."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pocl_ds.cli.parameters import (
+    DryRunOption,
+    OverridesArgument,
+    RecipeArgument,
+    RunDirOption,
+    complete_step,
+    join_words,
+    nearest,
+    parse_shard,
+    read_recipe,
+)
+from pocl_ds.cli.tables import print_table
+from pocl_ds.workflow.steps import STEP, STEP_NAMES, STEPS, Step, StepRequest, enabled_steps
+
+if TYPE_CHECKING:
+    from pocl_ds.config import Recipe
+    from pocl_ds.workflow.run_dir import RunDirectory
+
+PANEL = "Pipeline"
+RUN_HELP = (
+    "Run every workflow step in order and skip those that are finished.\n\n"
+    "Every recipe field is documented in docs/reference/recipe.md; `pocl show RECIPE` prints the "
+    "fields of a recipe with their values."
+)
+ELSEWHERE = ("report",)  # steps whose command is in another panel, since it does more than the step
+
+# Options of the fields of StepRequest, which a step names in `Step.options`.
+REQUEST_OPTIONS: dict[str, Any] = {
+    "shard": Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Process only shard I of N, counted from 0."),
+    ],
+    "model": Annotated[
+        str | None,
+        typer.Option(help="Evaluate only this model: teacher, initial, student or baseline."),
+    ],
+    "benchmark": Annotated[
+        str | None, typer.Option(help="Evaluate only this benchmark; needs --model.")
+    ],
+    "seed": Annotated[int | None, typer.Option(help="Use only this seed; needs --model.")],
+    "out": Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write to this folder. Default: export/ in the run directory.",
+            show_default=False,
+        ),
+    ],
+}
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this panel."""
+    app.command(
+        "run",
+        rich_help_panel=PANEL,
+        help=RUN_HELP,
+        epilog="Example: pocl run quickstart --run-dir runs/first train.lr=1e-4",
+    )(run)
+    for step in STEPS:
+        if step.name not in ELSEWHERE:
+            app.command(
+                step.name,
+                rich_help_panel=PANEL,
+                help=step.summary,
+                epilog=f"Example: {step.example}",
+            )(_step_function(step))
+
+
+def _step_function(step: Step) -> Callable[..., int]:
+    """The function of a step's command, whose signature holds the options that the step names."""
+
+    def command(
+        recipe: str | None,
+        overrides: list[str] | None,
+        run_dir: Path | None,
+        dry_run: bool,
+        **options: Any,
+    ) -> int:
+        words = join_words(recipe, overrides)
+        return run_step_command(step.name, words, run_dir, dry_run=dry_run, **options)
+
+    annotations: dict[str, Any] = {
+        "recipe": RecipeArgument,
+        "overrides": OverridesArgument,
+        "run_dir": RunDirOption,
+        "dry_run": DryRunOption,
+        **{name: REQUEST_OPTIONS[name] for name in step.options},
+    }
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if name == "dry_run" else None,
+            annotation=annotation,
+        )
+        for name, annotation in annotations.items()
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
+
+
+def run(
+    recipe: RecipeArgument = None,
+    overrides: OverridesArgument = None,
+    run_dir: RunDirOption = None,
+    dry_run: DryRunOption = False,
+    baseline: Annotated[
+        bool,
+        typer.Option("--baseline", help="Also train a plain KD baseline on as many sample visits."),
+    ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(help="Start this many processes that share the models (launch.ranks)."),
+    ] = None,
+    until: Annotated[
+        str,
+        typer.Option(metavar="STEP", help="Stop after this step.", autocompletion=complete_step),
+    ] = STEP_NAMES[-1],
+) -> int:
+    """Run every workflow step in order: `pocl run`."""
+    from pocl_ds.errors import RecipeError, ResourceError
+
+    rank = _set_up_rank()
+    if until not in STEP_NAMES:
+        raise RecipeError(
+            f"--until {until}: there is no such step: {nearest(until, list(STEP_NAMES))}"
+        )
+    words = join_words(recipe, overrides)
+    words += ["baseline.enabled=true"] if baseline else []
+    words += [] if ranks is None else [f"launch.ranks={ranks}"]
+    resolved, directory = read_recipe(words, run_dir)
+    if dry_run:
+        return _show_plan(resolved, directory, enabled_steps(resolved, until))
+    if "RANK" in os.environ:
+        raise ResourceError(
+            f"RANK={rank} makes this process one of several ranks, which `pocl run` starts itself: "
+            f"unset RANK and WORLD_SIZE"
+        )
+    from pocl_ds.workflow.pipeline import run_pipeline
+
+    if (code := run_pipeline(resolved, directory, until=until)) == 0 and until == STEP_NAMES[-1]:
+        _show_results(directory)
+    return code
+
+
+def run_step_command(
+    name: str, words: list[str], run_dir: Path | None, *, dry_run: bool = False, **options: Any
+) -> int:
+    """Run one workflow step: `pocl NAME`.
+
+    words: recipe and overrides. options: fields of StepRequest. The step runs in this process if it
+    needs no ranks, or if this process is one of its ranks or a child of `pocl run`; otherwise it
+    runs in processes of its own.
+    """
+    from pocl_ds.runtime.tracking import keep_log
+    from pocl_ds.workflow.pipeline import run_in_process, run_step
+    from pocl_ds.workflow.run_setup import lock_run_directory, open_run_directory
+
+    # Resolve the recipe: a shard of a recipe that counts its shards sets their number.
+    rank, step = _set_up_rank(), STEP[name]
+    shard = parse_shard(options["shard"]) if options.get("shard") else None
+    if shard and step.shards_field:
+        words = [*words, f"{step.shards_field}={shard[1]}"]
+    recipe, run = read_recipe(words, run_dir)
+    if dry_run:
+        return _show_plan(recipe, run, tuple(s for s in enabled_steps(recipe) if s.name == name))
+    request = StepRequest(**{**options, "shard": shard})
+
+    # One rank of a step that another process of ours started.
+    if "RANK" in os.environ:
+        if rank == 0:
+            keep_log(run.logs / f"{name}.log")
+        run_in_process(name, recipe, run, request)
+        return 0
+
+    # A command of its own, and not a child of `pocl run`, which holds the lock.
+    _check_request(step, request)
+    if "POCL_WITHIN" not in os.environ:
+        open_run_directory(run, recipe)
+        if shard and step.needs_ranks(recipe):  # shards run side by side: none locks the directory
+            return run_step(name, run, recipe, shard=shard)
+        # An evaluation runs one process per model, and then one for the table.
+        if step.needs_ranks(recipe) or (name == "evaluate" and not request.model):
+            with lock_run_directory(run) as lock:
+                return run_step(name, run, recipe, lock)
+    keep_log(run.logs / f"{name}.log")
+    run_in_process(name, recipe, run, request)
+    return 0
+
+
+def _set_up_rank() -> int:
+    """Set up logging for this rank. Returns its number, 0 for a process that is alone."""
+    from pocl_ds.runtime.process_exit import place_among_ranks
+    from pocl_ds.runtime.tracking import setup_logging
+
+    rank, ranks = place_among_ranks()
+    setup_logging(rank, world_size=ranks)
+    return rank
+
+
+def _check_request(step: Step, request: StepRequest) -> None:
+    """Raise RecipeError if part of an evaluation is requested without its model."""
+    from pocl_ds.errors import RecipeError
+
+    if "model" not in step.options or request.model:
+        return
+    for name in ("shard", "benchmark", "seed"):
+        if getattr(request, name) is not None:
+            raise RecipeError(f"--{name} selects part of one model's answers: add --model")
+
+
+def _show_plan(recipe: Recipe, run: RunDirectory, steps: tuple[Step, ...]) -> int:
+    """`--dry-run`: print the recipe, and which of the steps would run."""
+    from pocl_ds.config.recipe_file import dump_recipe
+    from pocl_ds.workflow.finished import finished_steps
+
+    print(dump_recipe(recipe), end="")
+    print(f"\nrun directory: {run.path}")
+    finished = finished_steps(run, recipe) if run.recipe.is_file() else {}
+    width = max(len(name) for name in STEP_NAMES)
+    for step in steps:
+        ranks = f" on {recipe.launch.ranks} ranks" if step.needs_ranks(recipe) else ""
+        state = "finished" if finished.get(step.name) else f"would run{ranks}"
+        print(f"{step.name:<{width}}  {state}")
+    return 0
+
+
+def _show_results(run: RunDirectory) -> None:
+    """Print the table of results, and where student and report are."""
+    from pocl_ds.evaluation.tables import table_rows
+    from pocl_ds.metrics.footnotes import footnotes
+    from pocl_ds.workflow.files import read_json
+
+    results = read_json(run.evaluation / "results.json")
+    print()
+    print_table(table_rows(results), numbers=True)
+    print("\n".join(["", *footnotes(results)]).rstrip())
+    print(f"student  {run.export}\nreport   {run.report / 'report.html'}")

@@ -1,0 +1,183 @@
+"""Further tools: bench, study."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pocl_ds.bench import BENCHMARKS
+from pocl_ds.cli.parameters import OverridesArgument, complete_study, nearest
+from pocl_ds.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from pocl_ds.study.plan import Cell
+
+PANEL = "Tools"
+REFRESH_SECONDS = 5.0
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Register the commands of this panel."""
+    app.command(
+        "bench",
+        rich_help_panel=PANEL,
+        epilog="Example: pocl bench rouge",
+        context_settings={"ignore_unknown_options": True},  # a benchmark has options of its own
+    )(bench)
+    app.command(
+        "study",
+        rich_help_panel=PANEL,
+        epilog="Example: pocl study paper --run-dir studies/paper",
+    )(study)
+
+
+def _complete_benchmark(incomplete: str) -> list[str]:
+    return [name for name in ("list", *BENCHMARKS) if name.startswith(incomplete)]
+
+
+def bench(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Run this benchmark; `list` shows all of them.",
+            autocompletion=_complete_benchmark,
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ARGUMENT", help="Pass these arguments to the benchmark.", show_default=False
+        ),
+    ] = None,
+) -> int:
+    """Measure a part of this program on this machine."""
+    import importlib
+
+    from pocl_ds.errors import RecipeError
+
+    if name == "list":
+        print_table(
+            [
+                ["benchmark", "measures"],
+                *([benchmark, purpose] for benchmark, (_, purpose) in BENCHMARKS.items()),
+            ]
+        )
+        return 0
+    if name not in BENCHMARKS:
+        raise RecipeError(f"there is no benchmark {name!r}: {nearest(name, list(BENCHMARKS))}")
+    importlib.import_module(BENCHMARKS[name][0]).run(arguments or [])
+    return 0
+
+
+def study(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY",
+            help="Study file, or the name of a study in launch/studies/.",
+            autocompletion=complete_study,
+        ),
+    ],
+    overrides: OverridesArgument = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--run-dir",
+            metavar="DIR",
+            help="Write the runs below this directory. Default: runs/ and the name of the study.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List the runs and what they share; run nothing."),
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Show the results so far; run nothing.")
+    ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help=f"Show the results every {REFRESH_SECONDS:.0f} s until all runs finish."
+        ),
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Submit to SLURM with this cluster profile; repeat the command to submit the runs "
+            "that had to wait."
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="Train on this many nodes; needs --profile.")
+    ] = None,
+) -> int:
+    """Run a grid of recipes that share what they can."""
+    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.study.plan import cells_of, load_study
+    from pocl_ds.study.run import is_finished, run_cells
+    from pocl_ds.study.table import progress_lines, result_lines
+
+    # Read the study and its cells.
+    setup_logging()
+    config = load_study(source)
+    cells = cells_of(config, tuple(overrides or ()))
+    folder = run_dir or Path("runs") / config.name
+
+    def finished() -> bool:
+        return all(is_finished(folder, cell) for cell in cells)
+
+    # Submit or run what is left.
+    if profile and not dry_run and not finished():
+        return _submit(folder, cells, profile, nodes)
+    if not (dry_run or table or watch or profile):
+        run_cells(folder, cells)
+
+    # Show progress and results. The screen is cleared only when the text, which takes a moment to
+    # compute, is ready.
+    clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
+    while True:
+        lines = [*progress_lines(folder, cells), "", *result_lines(folder, config, cells)]
+        print(clear + "\n".join(lines).rstrip(), flush=True)
+        if not watch or finished():
+            return 0
+        time.sleep(REFRESH_SECONDS)
+
+
+def _submit(folder: Path, cells: list[Cell], profile_name: str, nodes: int | None) -> int:
+    """Submit the cells that need no results of unfinished cells."""
+    from pocl_ds.cluster import scheduler
+    from pocl_ds.cluster.profile import load_profile
+    from pocl_ds.cluster.submit import Submission, job_ids
+    from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
+
+    profile = load_profile(profile_name)
+
+    # Copy shared results into the cells without live jobs; a live job may be writing its own.
+    ids = {cell.name: job_ids(directory(folder, cell)) for cell in cells}
+    live = {job.array for job in scheduler.live([job for jobs in ids.values() for job in jobs])}
+    idle = [cell for cell in cells if not live & set(ids[cell.name])]
+    for cell in idle:
+        if not is_finished(folder, cell):
+            enter(folder, cell)
+            adopt(folder, cell, cells)
+
+    # Submit the cells that are ready.
+    submitted = [cell for cell in ready(folder, cells) if cell in idle]
+    for cell in submitted:
+        run = directory(folder, cell)
+        submission = Submission(run, cell.recipe, profile, nodes=nodes, until=cell.until)
+        submission.submit()
+        print(f"{cell.name}: {', '.join(job.name for job in submission.jobs)}")
+    waiting = sum(not is_finished(folder, cell) for cell in cells) - len(submitted)
+    print(
+        f"submitted {len(submitted)} of {len(cells)} cells; {waiting} are running or wait for "
+        f"shared results: repeat this command, and watch with "
+        f"`pocl status --run-dir {folder} --watch`"
+    )
+    return 0
