@@ -119,7 +119,7 @@ log_step() {
   else
     echo "failed after $((SECONDS - start)) s"
     tail -n 5 "$log" >&2
-    fail "the step '$text' failed: fix the error (log: $log), then run this again; finished steps are not repeated" 1
+    fail "the step '$text' failed: fix the error (log: $log) and run this again" 1
   fi
 }
 
@@ -162,8 +162,11 @@ uv_install() {
   "$venv/bin/python" -m uv pip install --python "$venv/bin/python" -c constraints.txt --excludes "$venv/.pocl-excludes" "$@"
 }
 
-# Take the CPU build from a configured source if one has it, else from PyTorch's own index.
-install_cpu_torch() { uv_install "torch==$torch+cpu" || uv_install --torch-backend cpu "torch==$torch+cpu"; }
+# Take the CPU build from a configured source if one has it, else from PyTorch's own index. Without --no-config pyproject.toml would
+# override the requested version with one that the CUDA build satisfies too.
+install_cpu_torch() {
+  uv_install --no-config "torch==$torch+cpu" || uv_install --no-config --torch-backend cpu "torch==$torch+cpu"
+}
 
 # vLLM's Triton compiles on GPUs with gcc and Python.h. Training works without them, so their absence is only a warning.
 ensure_compiler() {

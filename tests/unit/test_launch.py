@@ -652,6 +652,32 @@ def test_setup_passes_the_settings_of_pip_to_uv(tmp_path: Path) -> None:
     } <= set(environment)
 
 
+@pytest.mark.parametrize("source_has_cpu_build", [True, False])
+def test_setup_installs_the_cpu_build_of_torch(source_has_cpu_build: bool, tmp_path: Path) -> None:
+    """It asks a configured source first and PyTorch's own index second. pyproject.toml overrides
+    the version of torch for uv, which would accept the CUDA build.
+    """
+    log = tmp_path / "uv.log"
+    write_program(
+        tmp_path / ".venv" / "bin",
+        "python",
+        f"""case $* in "-m uv"*) echo "$*" >>{log} ;; esac
+        case $* in *--torch-backend*) ;; *"+cpu") exit {int(not source_has_cpu_build)} ;; esac""",
+    )
+    done = run_setup(tmp_path, POCL_STACK="cpu")
+    assert done.returncode == 0, done.stderr
+    *torch_calls, last_call = log.read_text().splitlines()
+    assert last_call.endswith(" -e .[cpu]") and "--no-config" not in last_call
+    assert len(torch_calls) == (1 if source_has_cpu_build else 2)
+    assert all(call.endswith(" torch==2.13.0+cpu") for call in torch_calls)
+    assert all("--no-config" in call for call in torch_calls)
+    assert ["--torch-backend cpu" in call for call in torch_calls] == [False, True][
+        : len(torch_calls)
+    ]
+    excluded = (tmp_path / ".venv" / ".pocl-excludes").read_text().split()
+    assert excluded == ["torchvision", "torchaudio", "torchcodec"]
+
+
 def create_checkout(folder: Path, script: str, num_gpus: int) -> None:
     """Create a checkout with this script, a finished set-up, and an `nvidia-smi` and a torch that
     report `num_gpus` GPUs. Its python and pocl print their arguments and GPU variables.
