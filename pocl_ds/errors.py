@@ -1,72 +1,102 @@
-"""What a user can cause. Each message is one sentence: the field or file, what was found, what to
-do.
+"""The errors that a user can cause and mend, exit codes, and suggestions for misspelt names.
 
-The command line prints the sentence and exits with `exit_code`; a traceback means a defect of ours.
+Every message is one sentence: the field or file, what was found there, and what to do. The command
+line prints it and exits with the error's `exit_code`; a traceback means a defect of the program.
+
+    PoclError
+    ├── RecipeError         ValueError        a field of the recipe, or fields that contradict
+    ├── DataError           ValueError        a data file, one of its records, or a Hub dataset
+    ├── ModelError          ValueError        a model, its tokenizer, or two that do not match
+    ├── ArtifactError       RuntimeError      a run directory or a file in it
+    ├── ResourceError       RuntimeError      memory, disk, devices, or a missing package
+    ├── NumericalError      ArithmeticError   a loss or gradient that is not finite
+    ├── DisagreementError   RuntimeError      ranks that would do different things
+    └── Interrupted                           a signal
 """
 
-import re
+from __future__ import annotations
 
-RESUME = 75  # exit code EX_TEMPFAIL: everything is saved, start the same command again
-UNFIT = 71  # EX_OSERR: this node cannot do its part, another may
-HANG = 74  # a rank was silent for too long
+import difflib
+import re
+from collections.abc import Collection, Iterable
+
+RESUME = 75  # exit code (EX_TEMPFAIL): everything is saved, start the same command again
+UNFIT = 71  # exit code (EX_OSERR): this node cannot do its part, another node may
+HANG = 74  # exit code: a rank made no progress for too long
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 
 
 class PoclError(Exception):
-    """Root of the tree."""
+    """Base class of all errors that a user can mend."""
 
     exit_code = 2
 
 
 class RecipeError(PoclError, ValueError):
-    """A field of the recipe, or a contradiction between fields."""
+    """A field of the recipe has a wrong value, or fields contradict each other."""
 
 
 class DataError(PoclError, ValueError):
-    """An instruction file, a sample in it, or a data set on the Hub."""
+    """A data file, a record in it, or a dataset on the Hub cannot be used."""
 
 
 class ModelError(PoclError, ValueError):
-    """A model folder, its tokenizer, or a pair of models that do not go together."""
+    """A model or its tokenizer cannot be used, or two models do not match."""
 
 
 class ArtifactError(PoclError, RuntimeError):
-    """A run directory: another recipe's, unfinished, damaged, or not writable."""
+    """A run directory belongs to another recipe, or is unfinished, damaged or not writable."""
 
 
 class ResourceError(PoclError, RuntimeError):
-    """The machine: too little memory or disk, too few devices, a missing package."""
+    """The machine lacks memory, disk space, devices or a package."""
 
 
 class NumericalError(PoclError, ArithmeticError):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient is not finite."""
 
 
 class DisagreementError(PoclError, RuntimeError):
-    """Ranks that were about to do different things."""
+    """The ranks are about to do different things."""
 
 
 class Interrupted(PoclError):
-    """A signal stopped the work; what is finished is saved and the same command goes on."""
+    """A signal stopped the work; finished work is saved, and the same command continues it."""
 
     def __init__(self, message: str, *, exit_code: int = 130) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-def memory_fault(error: Exception) -> str | None:
-    """What was asked for, and of what, where a machine's or a GPU's memory ran out; None where that
-    is not the fault. There is no one type for it: torch, its libraries and numpy each have their
-    own.
+def nearest_name(name: object, known: Iterable[str]) -> str | None:
+    """The known name that a misspelt one resembles most; None if it resembles none."""
+    matches = difflib.get_close_matches(str(name), list(known), n=1)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: object, known: Collection[str]) -> str:
+    """The remedy for an unknown name: `did you mean X?` with the nearest known name, else all known
+    names.
     """
-    said = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(said):
+    if nearest := nearest_name(name, known):
+        return f"did you mean {nearest}?"
+    return f"use one of {', '.join(known)}" if known else "none is registered, remove it"
+
+
+def memory_fault(error: Exception) -> str | None:
+    """What an out-of-memory error says about the request and the device; None for other errors.
+
+    There is no common exception type: torch, its libraries and numpy each have their own.
+    """
+    message = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(message):
         return None
-    parts = (
+    patterns = (
         r"tried to allocate ([\d.]+ \w+)",
         r"(GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free)",
     )
-    found = [part[1] for part in (re.search(text, said, re.IGNORECASE) for text in parts) if part]
-    return ", ".join(found) or said[:200] or "no more is known"
+    matches = (re.search(pattern, message, re.IGNORECASE) for pattern in patterns)
+    details = [match[1] for match in matches if match]
+    return ", ".join(details) or message[:200] or "the error has no details"

@@ -1,7 +1,7 @@
-"""DeepSpeed configurations: JSON files chosen by name, whose "auto" values, and those that a file
-leaves out and the recipe has, are filled in from the recipe, here only.
+"""DeepSpeed configurations: JSON files by name, completed from the recipe.
 
-The trainer drives gradient accumulation itself, so DeepSpeed is told of one micro-batch a step.
+Values that are "auto" or missing in a file come from the recipe, and only this module fills them
+in. The trainer accumulates gradients itself, so DeepSpeed's own accumulation is always 1.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config import TrainConfig
-from pocl_ds.errors import RecipeError
+from pocl_ds.config.training import TrainConfig
+from pocl_ds.errors import RecipeError, nearest_name
 from pocl_ds.resources import DS_CONFIGS
 
-NUMERIC = (
+# Top-level keys that change how numbers are stored or sent, and so the result of a training.
+NUMERIC_KEYS = (
     "communication_data_type",
     "data_types",
     "prescale_gradients",
     "gradient_predivide_factor",
     "sparse_gradients",
 )
-Values = dict[
-    tuple[str, ...], tuple[Any, str]
-]  # path in the JSON -> (the recipe's value, the recipe's field)
+# Path in the JSON -> (value, the recipe's field that it comes from).
+Values = dict[tuple[str, ...], tuple[Any, str]]
 
 
 def load_ds_config(name: str) -> dict[str, Any]:
-    """A configuration by its name in ds_configs/ or by its path. Raises RecipeError where it cannot
-    be read.
-    """
+    """Read a configuration by its name in ds_configs/ or by its path. Raises RecipeError."""
     path = DS_CONFIGS / f"{name}.json"
     if not os.path.isfile(path):
         path = Path(name)
     if not os.path.isfile(path):
-        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        known = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))
+        nearest = nearest_name(name, known)
         raise RecipeError(
-            f"ds_config {name!r} is neither a file nor one of {known}: check the name"
+            f"ds_config {name!r} is neither a file nor one of {', '.join(known)}: "
+            + (f"did you mean {nearest}?" if nearest else "check the name")
         )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -47,9 +47,9 @@ def load_ds_config(name: str) -> dict[str, Any]:
             f"ds_config {path} cannot be read ({error.strerror}): check the file"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise RecipeError(f"ds_config {path} is not valid JSON ({error}): mend the file") from None
+        raise RecipeError(f"ds_config {path} is not valid JSON ({error}): fix the file") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"ds_config {path} must hold an object: start from one in {DS_CONFIGS}")
+        raise RecipeError(f"ds_config {path} must be an object: start from one in {DS_CONFIGS}")
     for section in ("zero_optimization", "optimizer", "bf16", "fp16"):
         if not isinstance(tree.get(section, {}), dict):
             raise RecipeError(
@@ -59,14 +59,16 @@ def load_ds_config(name: str) -> dict[str, Any]:
 
 
 def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) -> dict[str, Any]:
-    """The student's configuration without "auto". Raises RecipeError where the file and the recipe
-    contradict.
+    """The student's configuration without "auto".
+
+    dtype: a torch dtype's name, not "auto". Raises RecipeError if the file and the recipe
+    contradict each other.
     """
     if dtype == "float16":
         raise RecipeError(
             "student.dtype=float16 cannot be trained without loss scaling: use bfloat16 or float32"
         )
-    values = _sizes(train.micro_batch_size, ranks) | {
+    values = _batch_values(train.micro_batch_size, ranks) | {
         ("gradient_clipping",): (train.max_grad_norm, "train.max_grad_norm"),
         ("bf16", "enabled"): (dtype == "bfloat16", "student.dtype"),
         ("fp16", "enabled"): (False, "student.dtype"),
@@ -76,16 +78,16 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
         ("optimizer", "params", "weight_decay"): (train.weight_decay, "train.weight_decay"),
     }
     tree = _fill(name, values, ranks)
-    kind = tree.get("optimizer", {}).get("type")
-    if kind != "AdamW":
+    optimizer = tree.get("optimizer", {}).get("type")
+    if optimizer != "AdamW":
         raise RecipeError(
-            f"ds_config {name}: optimizer.type={kind!r}: the student needs AdamW, as train.* "
-            f"describes it"
+            f"ds_config {name}: optimizer.type={optimizer!r}: the fields of section train are "
+            "those of AdamW, so set it to AdamW"
         )
     if "scheduler" in tree:
         raise RecipeError(
-            f"ds_config {name}: scheduler: the learning rate follows train.lr_restart, remove it "
-            f"from the file"
+            f"ds_config {name}: scheduler: train.lr_restart and train.min_lr define the learning "
+            "rate, so remove it from the file"
         )
     return tree
 
@@ -93,38 +95,36 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
 def resolve_teacher(
     name: str | None, *, dtype: str, ranks: int, micro_batch_size: int
 ) -> dict[str, Any] | None:
-    """The frozen teacher's configuration without "auto"; None where each rank holds it whole.
+    """The frozen teacher's configuration without "auto", or None if every rank holds all of it.
 
-    That is where the recipe names none, and on a single rank, which has nothing to shard, unless
-    parameters are offloaded. Raises RecipeError where the file holds an optimizer or a stage below
-    3.
+    Every rank holds all of it if `name` is None, and on a single rank, which has nothing to shard,
+    unless parameters are offloaded. Raises RecipeError if the file has an optimizer, or another
+    zero_stage than 3.
     """
     if name is None:
         return None
-    values = _sizes(micro_batch_size, ranks) | {
+    values = _batch_values(micro_batch_size, ranks) | {
         ("bf16", "enabled"): (dtype == "bfloat16", "teacher.dtype"),
         ("fp16", "enabled"): (dtype == "float16", "teacher.dtype"),
     }
     tree = _fill(name, values, ranks)
-    for forbidden in ("optimizer", "scheduler"):
-        if forbidden in tree:
+    for key in ("optimizer", "scheduler"):
+        if key in tree:
             raise RecipeError(
-                f"ds_config {name}: {forbidden}: the teacher is frozen, use a teacher_* "
-                f"configuration"
+                f"ds_config {name}: {key}: the teacher is not trained, so use a teacher_* "
+                "configuration"
             )
-    stage = tree.get("zero_optimization", {}).get("stage")
-    if stage != 3:
+    zero_stage = tree.get("zero_optimization", {}).get("stage")
+    if zero_stage != 3:
         raise RecipeError(
-            f"ds_config {name}: zero_optimization.stage={stage}: a frozen model is sharded by "
-            f"stage 3 only"
+            f"ds_config {name}: zero_optimization.stage={zero_stage}: only stage 3 shards a model "
+            "that is not trained, so set it to 3"
         )
     return None if ranks == 1 and "offload_param" not in tree["zero_optimization"] else tree
 
 
 def numerics(name: str | None) -> dict[str, Any] | None:
-    """What a configuration says of how numbers are kept and sent; all else says where they lie, and
-    may change in a run.
-    """
+    """The values of a configuration that change results; all others may change during a run."""
     if name is None:
         return None
     tree = load_ds_config(name)
@@ -133,26 +133,26 @@ def numerics(name: str | None) -> dict[str, Any] | None:
         for key, value in tree.get("zero_optimization", {}).items()
         if key.startswith("zero_quantized")
     }
-    return {key: tree[key] for key in NUMERIC if key in tree} | zero or None
+    return {key: tree[key] for key in NUMERIC_KEYS if key in tree} | zero or None
 
 
-def _sizes(micro_batch_size: int, ranks: int) -> Values:
+def _batch_values(micro_batch_size: int, ranks: int) -> Values:
     return {
         ("train_micro_batch_size_per_gpu",): (micro_batch_size, "train.micro_batch_size"),
         ("train_batch_size",): (
             micro_batch_size * ranks,
-            "train.micro_batch_size x ranks (accumulation is the trainer's)",
+            "train.micro_batch_size x ranks (the trainer accumulates gradients itself)",
         ),
-        ("gradient_accumulation_steps",): (1, "accumulation, which the trainer drives itself"),
+        ("gradient_accumulation_steps",): (1, "the trainer, which accumulates gradients itself,"),
     }
 
 
 def _fill(name: str, values: Values, ranks: int) -> dict[str, Any]:
+    """The file with the recipe's values in place of "auto" and of missing ones."""
     tree = copy.deepcopy(load_ds_config(name))
     zero = tree.get("zero_optimization", {})
-    if (
-        zero.get("contiguous_gradients") == "auto"
-    ):  # alone, a rank would copy its gradients into a bucket, and out of it
+    # On one rank, contiguous gradients would only copy every gradient into a bucket and back.
+    if zero.get("contiguous_gradients") == "auto":
         zero["contiguous_gradients"] = ranks > 1
     for path, (value, field) in values.items():
         node: Any = tree
@@ -160,33 +160,28 @@ def _fill(name: str, values: Values, ranks: int) -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise RecipeError(
-                    f"ds_config {name}: {'.'.join(path[:depth])} must be an object: start from "
-                    f"one in {DS_CONFIGS}"
+                    f"ds_config {name}: {'.'.join(path[:depth])} must be an object: start from one "
+                    f"in {DS_CONFIGS}"
                 )
-        found = node.get(
-            path[-1], "auto"
-        )  # DeepSpeed's own defaults, as no clipping, are not the recipe's
-        if found == "auto":
+        # A missing value is the recipe's too: DeepSpeed's defaults differ, as in no clipping.
+        current = node.get(path[-1], "auto")
+        if current == "auto":
             node[path[-1]] = value
-        elif found != value:
+        elif current != value:
             raise RecipeError(
-                f"ds_config {name}: {'.'.join(path)}={found!r} contradicts the recipe, where "
-                f"{field} gives {value!r}: "
-                'write "auto" there, or change the recipe'
+                f"ds_config {name}: {'.'.join(path)}={current!r} contradicts the recipe, where "
+                f'{field} gives {value!r}: write "auto" there, or change the recipe'
             )
-    left = _autos(tree)
-    if left:
+    if unresolved := _first_auto(tree):
         raise RecipeError(
-            f'ds_config {name}: {left}="auto" has no counterpart in a recipe: write a value'
+            f'ds_config {name}: {unresolved}="auto" has no counterpart in a recipe: write a value'
         )
     return tree
 
 
-def _autos(tree: Any, prefix: str = "") -> str:
-    """Dotted path of the first "auto" that is left, or an empty text."""
+def _first_auto(tree: Any, path: str = "") -> str:
+    """Dotted path of the first "auto" in the tree, or an empty text."""
     if isinstance(tree, dict):
-        return next(
-            (found for key, value in tree.items() if (found := _autos(value, f"{prefix}.{key}"))),
-            "",
-        )
-    return prefix.lstrip(".") if tree == "auto" else ""
+        paths = (_first_auto(value, f"{path}.{key}") for key, value in tree.items())
+        return next(filter(None, paths), "")
+    return path.lstrip(".") if tree == "auto" else ""

@@ -1,12 +1,13 @@
-"""Names that recipes may use, to which plugins add theirs. The functions stand elsewhere, so that a
-recipe is read without what is heavy; tests hold the two together.
+"""Names that recipes may use, and to which plugins add theirs.
+
+Only names and default options are here, so that a recipe can be checked without importing torch.
+The functions are in the rooms named beside each registry; tests compare both.
 """
 
 from __future__ import annotations
 
-# Every loss by name, with its options and their defaults (METHOD 3). The function of the same name
-# stands in `distill/divergences.py`; a test holds the two together. `sft` has no teacher and so no
-# divergence; those across tokenizers stand in `distill/across_tokenizers.py`.
+# Losses (docs/method.md, eq. 11 to 21): name -> options with their defaults. The functions are in
+# `losses/divergences.py` and `losses/cross_tokenizer.py`; `sft` has no divergence.
 LOSSES: dict[str, dict[str, float | bool]] = {
     "fkl": {},
     "rkl": {},
@@ -20,10 +21,10 @@ LOSSES: dict[str, dict[str, float | bool]] = {
     "uld": {"by_position": False},
     "alm": {},
 }
-# Losses between a teacher and a student that split text differently; they compare texts, not ids.
+# Losses between different tokenizers.
 ACROSS_TOKENIZERS = ("uld", "alm")
 
-# May the student write?
+# Policies (`rollouts/policies.py`): name -> whether the student generates responses in training.
 POLICIES: dict[str, bool] = {
     "off": False,
     "gkd": True,
@@ -31,9 +32,12 @@ POLICIES: dict[str, bool] = {
     "seqkd": False,
     "mixture": True,
 }
+# Ranking strategies (`difficulty/rank.py`).
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
-METRICS: list[
-    str
-] = []  # of difficulty, beside ROUGE-L and cross-entropy; each is a ranking strategy too
-BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")  # see evaluate/benchmarks.py
-ALL_LINEAR = "all-linear"  # student.lora.target_modules
+# Difficulty metrics besides ROUGE-L and cross-entropy (`difficulty/score.py`). Each is a ranking
+# strategy as well.
+METRICS: list[str] = []
+# Known benchmarks (`evaluation/benchmarks.py`).
+BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")
+# Value of student.lora.target_modules for every linear layer except the output head.
+ALL_LINEAR = "all-linear"

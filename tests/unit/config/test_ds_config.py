@@ -206,9 +206,9 @@ def test_a_teacher_is_sharded(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="teacher_zero3_offload"):
+    with pytest.raises(RecipeError, match="teacher_zero3_offload: check the name"):
         load_ds_config("no_such")
-    for text, word in (("{", "mend"), ("[1]", "object"), ("", "mend")):
+    for text, word in (("{", "fix"), ("[1]", "object"), ("", "fix")):
         file = tmp_path / "broken.json"
         file.write_text(text)
         with pytest.raises(RecipeError, match=word) as caught:

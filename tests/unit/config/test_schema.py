@@ -17,9 +17,15 @@ from pocl_ds.config import Recipe, TrainConfig, semantic_fields
 from pocl_ds.config.recipe_file import check_recipe, dump_recipe, load_recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import RECIPES
-from pocl_ds.workflow.pipeline import fingerprints
+from pocl_ds.workflow.steps import fingerprints
 
-BASE: dict[str, Any] = {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}}
+DATA = {"source": "d.jsonl"}
+BASE: dict[str, Any] = {
+    "name": "x",
+    "data": DATA,
+    "teacher": {"model": "t"},
+    "student": {"model": "s"},
+}
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -38,21 +44,29 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(trian={}), ("trian", "did you mean train?")),
     (changed(train__batchsize=8), ("train.batchsize", "did you mean batch_size?")),
     (changed(student__prune__layers="1"), ("student.prune.layers", "drop_layers")),
-    (changed(student__lora={"rank": 0}), ("student.lora.r=0", "greater than or equal to 1")),
+    (changed(student__lora={"r": 0}), ("student.lora.r=0", "greater than or equal to 1")),
     (changed(student__lora={"dropout": 1}), ("student.lora.dropout=1", "less than 1")),
-    (changed(student__lora={"r": 8}), ("student.lora.r", "the fields here are rank, alpha")),
-    (changed(student__lora={"targets": ""}), ("student.lora.target_modules=''", "write each once")),
-    (changed(student__lora={"targets": []}), ("student.lora.target_modules", "at least 1")),
+    (changed(student__lora={"width": 8}), ("student.lora.width", "use one of r, alpha")),
     (
-        changed(student__lora={"targets": "q_proj, q_proj"}),
-        ("student.lora.target_modules", "write each once"),
+        changed(student__lora={"target_modules": ""}),
+        ("student.lora.target_modules=''", "write each name once"),
+    ),
+    (changed(student__lora={"target_modules": []}), ("student.lora.target_modules", "at least 1")),
+    (
+        changed(student__lora={"target_modules": "q_proj, q_proj"}),
+        ("student.lora.target_modules", "write each name once"),
     ),
     (
-        changed(student__lora={"targets": ["all-linear", "q_proj"]}),
+        changed(student__lora={"target_modules": ["all-linear", "q_proj"]}),
         ("student.lora.target_modules", "write it alone"),
     ),
     (changed(student=None), ("student", "section")),
-    ({"name": "x", "teacher": {"model": "t"}}, ("student", "missing", "add it")),
+    ({"name": "x", "data": DATA, "teacher": {"model": "t"}}, ("student", "missing", "add it")),
+    (
+        {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}},
+        ("data", "missing", "add it"),
+    ),
+    (changed(data={}), ("data.source", "missing", "add it")),
     (changed(teacher__model=None), ("teacher.model=None", "string")),
     (changed(train__batch_size="many"), ("train.batch_size='many'", "integer")),
     (changed(train__batch_size=0), ("train.batch_size=0", "greater than or equal to 1")),
@@ -64,7 +78,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (changed(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
     (changed(train__lr=float("nan")), ("train.lr", "finite")),
     (changed(train__lr=1e-8), ("train.min_lr=1e-07", "train.lr=1e-08")),
-    (changed(train__lr_restart="linear"), ("train.lr_restart='linear'", "per_stage", "whole_run")),
+    (changed(train__lr_restart="linear"), ("train.lr_restart='linear'", "per_stage", "never")),
     (changed(curriculum__temperature=[0, 2]), ("curriculum.temperature", "greater than 0")),
     (changed(curriculum__temperature=[1.0]), ("curriculum.temperature", "missing")),
     (changed(curriculum__sft_ratio=[1.5, 0]), ("curriculum.sft_ratio", "less than or equal to 1")),
@@ -74,25 +88,31 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     (
         changed(curriculum__num_subsets=5, data__max_train_samples=4),
-        ("curriculum.num_subsets=5", "data.max_train_samples=4", "fewer"),
+        ("curriculum.num_subsets=5", "data.max_train_samples=4", "fewer subsets"),
     ),
-    (changed(loss__name="kl"), ("loss", "'kl'", "fkl, rkl")),
+    (changed(loss__name="kl"), ("loss", "'kl'", "did you mean")),
     (changed(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),
     (changed(loss={"name": "fkl", "options": {"beta": 0.1}}), ("fkl", "'beta'", "no options")),
     (changed(loss__name="sft"), ("loss.name=sft", "teacher")),
-    ({"name": "x", "student": {"model": "s"}}, ("loss.name=fkl", "teacher.model")),
+    ({"name": "x", "data": DATA, "student": {"model": "s"}}, ("loss.name=fkl", "teacher.model")),
     (
-        {"name": "x", "student": {"model": "s", "heal_steps": 3}, "loss": {"name": "sft"}},
+        {
+            "name": "x",
+            "data": DATA,
+            "student": {"model": "s", "heal_steps": 3},
+            "loss": {"name": "sft"},
+        },
         ("heal_steps=3", "set it to 0"),
     ),
     (
         {
             "name": "x",
+            "data": DATA,
             "student": {"model": "s", "heal_steps": 3},
             "teacher": {"model": "t"},
             "train": {"warmup_steps": 3},
         },
-        ("train.warmup_steps=3 never ends in the 3 steps", "heal longer"),
+        ("train.warmup_steps=3 is not less than the 3 steps", "heal longer"),
     ),
     (
         changed(prompt__max_prompt_tokens=512),
@@ -152,6 +172,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     (
         {
             "name": "x",
+            "data": DATA,
             "student": {"model": "s"},
             "policy": {"name": "gkd"},
             "loss": {"name": "sft"},
@@ -178,16 +199,16 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
             teacher__ensemble=[{"model": "o"}],
         ),
-        ("policy.shares.teacher=1", "teacher.ensemble", "remove these"),
+        ("policy.shares.teacher=1", "teacher.ensemble", "remove the ensemble"),
     ),
     (
         changed(train={"validate_max_samples": 0, "checkpoint": {"keep_best": True}}),
         ("keep_best", "set train.validate_max_samples"),
     ),
-    (changed(policy__name="dagger"), ("policy.name='dagger'", "gkd")),
+    (changed(policy__name="dagger"), ("policy.name='dagger'", "use one of off, gkd")),
     (
         changed(teacher__mode="cached"),
-        ("teacher.mode='cached'", "cached_hidden_states", "cached_topk"),
+        ("teacher.mode='cached'", "'cached_hidden_states'", "did you mean cached_topk?"),
     ),
     (
         changed(loss__name="alm", teacher__mode="cached_topk"),
@@ -321,7 +342,7 @@ def test_overrides(tmp_path: Path) -> None:
 
 def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text("name: x\nteacher: &one {model: t}\nstudent: *one\n")
+    file.write_text("name: x\ndata: {source: d.jsonl}\nteacher: &m {model: t}\nstudent: *m\n")
     recipe = load_recipe(str(file), ["student.model=s"])
     assert recipe.teacher is not None and (recipe.teacher.model, recipe.student.model) == ("t", "s")
 
@@ -336,8 +357,8 @@ def test_a_quantised_teacher_says_other_things(mode: str) -> None:
         )
         for how in ("none", "bnb_8bit", "bnb_4bit")
     ]
-    assert all(len({found[stage] for found in prints}) == 3 for stage in ("cache-teacher", "train"))
-    assert len({found["data"] for found in prints}) == 1
+    assert all(len({found[step] for found in prints}) == 3 for step in ("cache-teacher", "train"))
+    assert len({found["preprocess"] for found in prints}) == 1
 
 
 def test_adapters_as_overrides(tmp_path: Path) -> None:
@@ -410,7 +431,7 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
 
 def test_operational_fields_do_not_last() -> None:
     one = TrainConfig(batch_size=8, micro_batch_size=2)
-    other = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every": 7})  # type: ignore[arg-type]
+    other = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every_n_steps": 7})  # type: ignore[arg-type]
     assert semantic_fields(one) == semantic_fields(other)
     assert semantic_fields(one) != semantic_fields(
         TrainConfig(batch_size=8, micro_batch_size=2, lr=1.0)

@@ -1,0 +1,95 @@
+"""What every section of the recipe shares: the base class, number types with bounds, and checks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from pocl_ds.errors import did_you_mean
+
+# Marks a field that says how a run is executed (ranks, shards, logging), not what it computes.
+RUNTIME_ONLY: dict[str, Any] = {"runtime_only": True}
+
+
+class Section(BaseModel):
+    """A section of the recipe: frozen, and without unknown fields."""
+
+    # Defaults are validated too: 60 and 60.0 become one value, also in a recipe that was written
+    # and read again.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True
+    )
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("write a number, not true or false")
+    return value
+
+
+def registered_name(kind: str, *registries: Collection[str]) -> Any:
+    """A validator: the value is a name in one of the registries, which plugins extend."""
+
+    def check(value: str) -> str:
+        names = [name for registry in registries for name in registry]
+        if value not in names:
+            raise ValueError(f"there is no {kind} {value!r}: {did_you_mean(value, names)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def split_names(value: Any) -> Any:
+    """`a, b` as the tuple of names that it stands for; any other value unchanged."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+# Integers of 64 bits, as torch and numpy take them.
+Int = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=-(1 << 63), lt=1 << 63)]
+Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Positive = Annotated[Int, Field(ge=1)]
+NonNegative = Annotated[Int, Field(ge=0)]
+PositiveFloat = Annotated[Float, Field(gt=0)]
+NonNegativeFloat = Annotated[Float, Field(ge=0)]
+Fraction = Annotated[Float, Field(ge=0, le=1)]
+TopP = Annotated[Float, Field(gt=0, le=1)]
+
+RecordFormat: TypeAlias = Literal["auto", "alpaca", "prompt", "messages"]
+RecordFields: TypeAlias = dict[
+    Literal["id", "instruction", "input", "output", "prompt", "messages"], str
+]
+ModelName: TypeAlias = Literal["teacher", "initial", "student", "baseline"]
+Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Descriptions of fields that several sections have.
+DTYPE_AUTO = "`auto`: bfloat16 on GPUs, float32 on CPUs."
+FORMAT_DESCRIPTION = (
+    "Form of the records: `alpaca` (instruction, input, output), `prompt` (prompt, output), "
+    "`messages` (a conversation), or `auto` to recognise it from the first record."
+)
+FIELDS_DESCRIPTION = (
+    "Renames record fields: our name to the name in the file, as in `{output: answer}`."
+)
+TOP_P_DESCRIPTION = (
+    "Nucleus sampling: sample from the most probable tokens whose probabilities sum to `top_p`; "
+    "1 samples from all tokens."
+)
+MAX_NEW_TOKENS_DESCRIPTION = "Maximum number of tokens to generate per response."
+SHARDS_DESCRIPTION = (
+    "Number of shards of this step. Each shard is saved when it is finished, can run as a SLURM "
+    "job of its own, and is not repeated after a restart."
+)
+
+
+def semantic_fields(section: BaseModel) -> dict[str, Any]:
+    """The fields that change a result: all of the section without those marked runtime-only."""
+    fields: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime_only"):
+            continue
+        value = getattr(section, name)
+        fields[name] = semantic_fields(value) if isinstance(value, BaseModel) else value
+    return fields

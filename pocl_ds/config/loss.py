@@ -1,0 +1,62 @@
+"""Section `loss`: the divergence between teacher and student."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pocl_ds.config.base import RUNTIME_ONLY, Float, Section
+from pocl_ds.config.registry import LOSSES
+from pocl_ds.errors import did_you_mean
+
+_OPTIONS = "; ".join(
+    f"`{name}`: {', '.join(options)}" for name, options in LOSSES.items() if options
+)
+
+
+class LossConfig(Section):
+    """The divergence between teacher and student (docs/method.md, eq. 9 to 21)."""
+
+    name: str = Field(
+        "fkl",
+        description=f"Loss: {', '.join(f'`{name}`' for name in LOSSES)}. `sft` is the "
+        "cross-entropy with the reference, without a teacher; `uld` and `alm` distil between "
+        "different tokenizers. Plugins can register more.",
+    )
+    scale_by_temperature_squared: bool = Field(
+        True,
+        description="Multiply the divergence by the squared temperature, so that its gradient "
+        "keeps its size at every temperature.",
+    )
+    options: dict[str, float | bool] = Field(
+        default_factory=dict, description=f"Options of the divergence. {_OPTIONS}."
+    )
+    fused: bool = Field(
+        True,
+        description="Compute logits and loss together, in chunks of response tokens, without "
+        "storing all logits. `false` uses the models' complete logits: for model families whose "
+        "output head is not supported.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    chunk_memory_mb: Annotated[Float, Field(ge=0.0625)] = Field(
+        512,
+        description="Memory for the logits of one chunk, in MiB, with `fused: true`.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Memory for one chunk of logits, in bytes."""
+        return int(self.chunk_memory_mb * (1 << 20))
+
+    @model_validator(mode="after")
+    def _check_names(self) -> LossConfig:
+        if self.name not in LOSSES:
+            raise ValueError(f"there is no loss {self.name!r}: {did_you_mean(self.name, LOSSES)}")
+        for option in self.options:
+            if option not in LOSSES[self.name]:
+                known = ", ".join(LOSSES[self.name])
+                remedy = f"it has {known}" if known else "it has no options"
+                raise ValueError(f"{self.name} has no option {option!r}: {remedy}")
+        return self

@@ -1,0 +1,177 @@
+"""Sections `teacher` and `student`: which models, and how they run in training."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from pocl_ds.config.base import (
+    DTYPE_AUTO,
+    RUNTIME_ONLY,
+    Dtype,
+    Float,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    split_names,
+)
+from pocl_ds.config.registry import ALL_LINEAR
+
+
+class ModelSource(Section):
+    """Where a model comes from."""
+
+    model: str = Field(
+        description="Name on the Hugging Face Hub, model folder, .gguf file, or "
+        "`package://PACKAGE/FILE.gguf` for a file inside an installed Python package."
+    )
+    revision: str | None = Field(
+        None, description="Revision on the Hub: a branch, tag or commit; `null` for the default."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that is shipped with the model."
+    )
+
+
+class ModelConfig(ModelSource):
+    """A model, and how it runs in training."""
+
+    dtype: Dtype = Field("auto", description=f"Data type of the forward pass. {DTYPE_AUTO}")
+    attn_implementation: Literal["per_sample", "sdpa", "eager"] = Field(
+        "per_sample",
+        description="Attention in training: `per_sample` calls torch's fused kernels once per "
+        "sample and needs no mask; `sdpa` and `eager` are the model's own, with masks.",
+    )
+
+
+class EnsembleTeacherConfig(ModelSource):
+    """A further teacher, with the dtype, attention and ds_config of the first."""
+
+    weight: PositiveFloat = Field(
+        1.0,
+        description="Weight of this teacher in the mixture, relative to the other teachers.",
+    )
+
+
+class TeacherConfig(ModelConfig):
+    """The model that is distilled."""
+
+    mode: Literal["online", "cached_hidden_states", "cached_topk", "auto"] = Field(
+        "online",
+        description="`online` runs the teacher in every optimizer step. `cached_hidden_states` "
+        "runs it once and caches its last hidden states, which gives the same losses. "
+        "`cached_topk` caches the `teacher_cache.top_k` largest probabilities. `auto` chooses the "
+        "cheaper of the first two.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    weight: PositiveFloat = Field(
+        1.0,
+        description="With `ensemble`: weight of this teacher in the mixture, relative to the "
+        "others.",
+    )
+    ensemble: tuple[EnsembleTeacherConfig, ...] = Field(
+        (),
+        description="Further teachers with the same vocabulary. The student learns from the "
+        "weighted mean of all teachers' distributions.",
+    )
+    quantization: Literal["none", "bnb_8bit", "bnb_4bit"] = Field(
+        "none",
+        description="Quantise the teacher's linear layers except its output head with "
+        "bitsandbytes, in training and in `cache-teacher`. Evaluation uses the unquantised model. "
+        "A model that is stored quantised (GPTQ, AWQ) needs `none`.",
+    )
+    ds_config: str | None = Field(
+        "teacher_zero3",
+        description="DeepSpeed configuration: a name in ds_configs/ or a JSON file. `null` loads "
+        "the complete teacher on every rank.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> TeacherConfig:
+        if self.quantization != "none" and self.ds_config is not None:
+            raise ValueError(
+                f"ZeRO cannot shard the weights of quantization={self.quantization}, as "
+                f"ds_config={self.ds_config} asks for: set teacher.ds_config=null"
+            )
+        return self
+
+
+class PruneConfig(Section):
+    """Depth pruning: the student is its model without some of its layers."""
+
+    drop_layers: str = Field(
+        description="Layers to remove, counted from 0: ranges and numbers, as in `10-19` or "
+        "`1,3,5-7`."
+    )
+
+    @field_validator("drop_layers")
+    @classmethod
+    def _check_ranges(cls, value: str) -> str:
+        if not re.fullmatch(r"\s*\d+(\s*-\s*\d+)?(\s*,\s*\d+(\s*-\s*\d+)?)*\s*", value):
+            raise ValueError("write layer numbers and ranges, as in 10-19 or 1,3,5-7")
+        return value
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: only they are trained, and the final student has them merged."""
+
+    r: Positive = Field(16, description="Rank of each adapter's two matrices.")
+    alpha: Positive = Field(32, description="The output of an adapter is scaled by `alpha / r`.")
+    dropout: Annotated[Float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout probability on the input of each adapter."
+    )
+    target_modules: Annotated[
+        tuple[str, ...], BeforeValidator(split_names), Field(min_length=1)
+    ] = Field(
+        (ALL_LINEAR,),
+        description="Names of the linear layers that get an adapter, as in `q_proj,v_proj`; "
+        f"`{ALL_LINEAR}` for every linear layer except the output head.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _check_names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value) or len(set(value)) < len(value):
+            raise ValueError(
+                "a name is empty or appears twice: write each name once, as in q_proj,v_proj"
+            )
+        if ALL_LINEAR in value and len(value) > 1:
+            raise ValueError(
+                f"{ALL_LINEAR} cannot be combined with other names: write it alone, or only names"
+            )
+        return value
+
+
+class StudentConfig(ModelConfig):
+    """The model that learns. DeepSpeed keeps float32 master weights, whatever `dtype` is."""
+
+    ds_config: str = Field(
+        "student_zero3",
+        description="DeepSpeed configuration: a name in ds_configs/ or a JSON file.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    prune: PruneConfig | None = Field(
+        None, description="Create the student by removing layers from its model."
+    )
+    lora: LoraConfig | None = Field(
+        None, description="Train low-rank adapters only; `null` trains all weights."
+    )
+    heal_steps: NonNegative = Field(
+        0,
+        description="Optimizer steps of plain distillation before scoring. A pruned student needs "
+        "some; 0 for a pre-trained student.",
+    )
+    dropout: Fraction | None = Field(
+        None,
+        description="Dropout probability of every dropout layer in training; `null` keeps the "
+        "model's own values.",
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, more time.",
+    )

@@ -1,0 +1,100 @@
+"""The recipe: one validated, frozen object that defines a run.
+
+Each section has a file of its own in this folder. Fields marked `runtime_only` say how a run is
+executed (ranks, shards, logging), not what it computes: changing them never invalidates finished
+work. All other fields enter the fingerprints of the workflow steps. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from pocl_ds.config.base import RUNTIME_ONLY, NonNegative, Section
+from pocl_ds.config.baseline import BaselineConfig
+from pocl_ds.config.consistency import check_consistency
+from pocl_ds.config.curriculum import CurriculumConfig
+from pocl_ds.config.data import DataConfig
+from pocl_ds.config.evaluation import EvaluateConfig
+from pocl_ds.config.launch import LaunchConfig
+from pocl_ds.config.loss import LossConfig
+from pocl_ds.config.models import StudentConfig, TeacherConfig
+from pocl_ds.config.policy import PolicyConfig
+from pocl_ds.config.prompt import PromptConfig
+from pocl_ds.config.ranking import RankingConfig
+from pocl_ds.config.registry import ACROSS_TOKENIZERS, METRICS
+from pocl_ds.config.report import ReportConfig
+from pocl_ds.config.scoring import ScoreConfig
+from pocl_ds.config.teacher_cache import TeacherCacheConfig
+from pocl_ds.config.training import TrainConfig
+
+
+class Recipe(Section):
+    """Everything that defines a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="Name of the run: letters, digits, dots, underscores and hyphens."
+    )
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Python modules that register divergences, metrics, ranking strategies or "
+        "policies through `pocl_ds.plugins`.",
+    )
+    description: str = Field(
+        "",
+        description="What the recipe trains, in one sentence; `pocl recipes` shows it; has no effect.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    description: str = Field(
+        "",
+        description="One sentence about the recipe, shown by `pocl recipes`; has no effect.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    hardware: str = Field(
+        "",
+        description="The hardware that the recipe needs, shown by `pocl recipes`; has no effect.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    seed: NonNegative = Field(
+        42, description="Seed of shuffling, dropout, random rankings and rollouts."
+    )
+    data: DataConfig
+    prompt: PromptConfig = PromptConfig()
+    teacher: TeacherConfig | None = Field(
+        None, description="The model that is distilled; `null` for fine-tuning (`loss.name: sft`)."
+    )
+    student: StudentConfig
+    teacher_cache: TeacherCacheConfig = TeacherCacheConfig()
+    score: ScoreConfig = ScoreConfig()
+    ranking: RankingConfig = RankingConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
+    loss: LossConfig = LossConfig()
+    policy: PolicyConfig = PolicyConfig()
+    train: TrainConfig = TrainConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Recipe:
+        if self.ranking.strategy in METRICS and self.ranking.strategy not in self.score.metrics:
+            raise ValueError(
+                f"ranking.strategy={self.ranking.strategy} is a metric that is not computed: add "
+                "it to score.metrics"
+            )
+        check_consistency(self)
+        return self
+
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether the teacher reads the texts in its own tokens."""
+        return self.loss.name in ACROSS_TOKENIZERS
+
+    @property
+    def one_vocabulary(self) -> bool:
+        """Whether teacher and student must share a vocabulary."""
+        # Healing distils by a divergence over ids, whatever loss follows it.
+        distils = self.loss.name != "sft" or self.student.heal_steps > 0
+        return self.teacher is not None and distils and not self.across_tokenizers

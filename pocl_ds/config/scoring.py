@@ -1,0 +1,47 @@
+"""Section `score`: the difficulty of each training sample under the initial student."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from pocl_ds.config.base import (
+    MAX_NEW_TOKENS_DESCRIPTION,
+    RUNTIME_ONLY,
+    SHARDS_DESCRIPTION,
+    TOP_P_DESCRIPTION,
+    NonNegativeFloat,
+    Positive,
+    Section,
+    TopP,
+    registered_name,
+)
+from pocl_ds.config.generation import GenerationConfig
+from pocl_ds.config.registry import METRICS
+
+
+class ScoreConfig(Section):
+    """The difficulty of each training sample under the initial student (docs/method.md, eq. 1 and
+    2).
+    """
+
+    generation: GenerationConfig = GenerationConfig()
+    temperature: NonNegativeFloat = Field(
+        0.0,
+        description="Sampling temperature of the student's responses; 0 decodes greedily. The "
+        "authors' release of POCL samples at 0.01.",
+    )
+    top_p: TopP = Field(1.0, description=TOP_P_DESCRIPTION)
+    max_new_tokens: Positive = Field(256, description=MAX_NEW_TOKENS_DESCRIPTION)
+    count_eos: bool = Field(
+        True,
+        description="Include the EOS token in the cross-entropy. The authors' release of POCL "
+        "does not.",
+    )
+    metrics: tuple[Annotated[str, registered_name("metric", METRICS)], ...] = Field(
+        (),
+        description="Further difficulty metrics to compute besides ROUGE-L and cross-entropy: "
+        "names that a plugin registers with `pocl_ds.plugins.metric`.",
+    )
+    shards: Positive = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)

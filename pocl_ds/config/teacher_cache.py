@@ -1,0 +1,35 @@
+"""Section `teacher_cache`: what `pocl cache-teacher` stores."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pocl_ds.config.base import (
+    RUNTIME_ONLY,
+    SHARDS_DESCRIPTION,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class TeacherCacheConfig(Section):
+    """The cache of teacher outputs, for every `teacher.mode` except `online`."""
+
+    top_k: Positive = Field(
+        64,
+        description="With `teacher.mode: cached_topk`: number of largest probabilities to store "
+        "per token.",
+    )
+    max_disk_gb: PositiveFloat | None = Field(
+        None,
+        description="Maximum size of the cache in GB; `null` limits it only by the free disk "
+        "space.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    shards: Positive = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)
+    max_batch_tokens: Positive = Field(
+        8192,
+        description="Maximum number of tokens per forward pass on one rank.",
+        json_schema_extra=RUNTIME_ONLY,
+    )

@@ -1,0 +1,148 @@
+"""Section `train`: optimisation, checkpoints and tracking."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from pocl_ds.config.base import (
+    RUNTIME_ONLY,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class CheckpointConfig(Section):
+    """When training saves checkpoints, and which it keeps."""
+
+    every_n_steps: Positive = Field(
+        100,
+        description="Save a checkpoint every so many optimizer steps.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    keep_last: Positive = Field(
+        2,
+        description="Number of most recent checkpoints to keep.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    keep_every_n_steps: Positive | None = Field(
+        None,
+        description="Also keep every checkpoint whose optimizer step is a multiple of this.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    keep_best: bool = Field(
+        False,
+        description="Also save at the end of each stage, and keep the checkpoint with the lowest "
+        "validation loss.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    async_save: bool = Field(
+        False,
+        description="Copy the state to host memory and write it while training continues. The "
+        "copy takes 12 bytes per parameter, divided over the ranks.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+
+
+class TrackingConfig(Section):
+    """Where training metrics go, besides `metrics.jsonl`, which is always written."""
+
+    tensorboard: bool = Field(
+        True,
+        description="Write TensorBoard event files to `train/tensorboard`.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    wandb: bool = Field(
+        False,
+        description="Log to Weights & Biases; needs the package wandb and WANDB_API_KEY.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    wandb_project: str = Field(
+        "pocl_ds", description="Project in Weights & Biases.", json_schema_extra=RUNTIME_ONLY
+    )
+
+
+class TrainConfig(Section):
+    """Optimisation."""
+
+    engine: Literal["deepspeed", "torch"] = Field(
+        "deepspeed",
+        description="Training engine: `deepspeed` (ZeRO), or `torch` (plain PyTorch in float32, "
+        "the numerical reference).",
+    )
+    batch_size: Positive = Field(
+        64, description="Global batch size: samples per optimizer step, over all ranks."
+    )
+    micro_batch_size: Positive = Field(
+        8,
+        description="Samples per forward pass on one rank. Gradients are accumulated over "
+        "`batch_size / (micro_batch_size * ranks)` micro-batches.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    micro_batch_tokens: Positive | None = Field(
+        None,
+        description="Maximum number of tokens per forward pass on one rank; replaces "
+        "`micro_batch_size`.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    length_window: Positive = Field(
+        1,
+        description="Number of neighbouring batches that exchange samples so that each batch has "
+        "samples of similar length; 1 keeps the random batches.",
+    )
+    layout: Literal["auto", "padded", "packed"] = Field(
+        "auto",
+        description="Layout of a micro-batch: `padded` to the longest sample, or `packed` into one "
+        "row without padding. `auto` chooses the cheaper.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
+    min_lr: NonNegativeFloat = Field(
+        1e-7, description="Learning rate at the end of the cosine decay."
+    )
+    warmup_steps: NonNegative = Field(
+        0, description="Optimizer steps over which the learning rate rises linearly to `lr`."
+    )
+    lr_restart: Literal["per_stage", "never"] = Field(
+        "per_stage",
+        description="`per_stage` restarts the optimizer and the cosine decay at every stage. "
+        "`never` uses one optimizer and one cosine over the whole training.",
+    )
+    weight_decay: NonNegativeFloat = Field(
+        0.01, description="Weight decay of AdamW; biases and normalisation weights have none."
+    )
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.999), description="AdamW's decay rates of the first and second moment."
+    )
+    eps: PositiveFloat = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: PositiveFloat = Field(
+        1.0, description="Maximum gradient norm; larger gradients are clipped to it."
+    )
+    max_non_finite_steps: NonNegative = Field(
+        0,
+        description="Number of optimizer steps with a non-finite loss or gradient that may be "
+        "skipped before the run stops.",
+    )
+    validate_max_samples: NonNegative = Field(
+        64,
+        description="Number of validation samples, chosen by hash, for the validation loss after "
+        "each stage; 0 turns validation off.",
+    )
+    validate_every_n_steps: Positive | None = Field(
+        None,
+        description="Also compute the validation loss every so many optimizer steps. Needed by "
+        "`policy.name: distillm`, which also validates before the first step.",
+    )
+    hang_timeout_seconds: PositiveFloat = Field(
+        1800,
+        description="If a rank makes no progress for so many seconds, it writes its stack traces "
+        "to `train/logs/` and the run ends.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
