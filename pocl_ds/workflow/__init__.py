@@ -1,1 +1,1 @@
-"""A run: its directory, manifests and locks, the table of steps, and the pipeline that executes them."""
+"""A run: its directory, its manifests, the table of steps, and the pipeline that runs them."""

@@ -1,5 +1,5 @@
-"""What lies in the files and folders that a recipe names, as values for fingerprints: another file
-of one name is noticed.
+"""Digests of the files and folders that a recipe names. They enter fingerprints, so that a changed
+file of the same name is noticed.
 """
 
 from __future__ import annotations
@@ -16,70 +16,68 @@ from pocl_ds.config import ModelSource, Recipe
 from pocl_ds.evaluation.benchmarks import local_files
 from pocl_ds.workflow.manifest import MANIFEST
 
-WHOLE, BLOCK, BLOCKS = 256 << 20, 1 << 18, 128  # see `content_digest`
-FILES = (".jsonl", ".json", ".parquet", ".jinja", ".gguf")
+# Files up to this size are digested completely, larger ones by evenly spaced blocks.
+FULL_DIGEST_BYTES, BLOCK_BYTES, BLOCK_COUNT = 256 << 20, 1 << 18, 128
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".jinja", ".gguf")
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*.py")
 
 
 def content_digest(path: Path) -> list[Any]:
-    """Size and sha256 of a file that a user names; of one above 256 MiB its two ends and evenly
-    spaced blocks between them stand for the whole, so that it is known at any size in well under a
-    second. Read once a process.
+    """Size in bytes and sha256 of a user's file.
+
+    Above 256 MiB the digest covers both ends and evenly spaced blocks between them, so that it
+    takes well under a second at any size. Each file is read once per process.
     """
-    found = path.stat()
-    return [found.st_size, _content(str(path), found.st_size, found.st_mtime_ns)]
+    status = path.stat()
+    return [status.st_size, _sampled_digest(str(path), status.st_size, status.st_mtime_ns)]
 
 
 @functools.cache
-def _content(path: str, size: int, _changed: int) -> str:
+def _sampled_digest(path: str, size: int, _modified_ns: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        if size <= WHOLE:
+        if size <= FULL_DIGEST_BYTES:
             while block := stream.read(1 << 22):
                 digest.update(block)
         else:
-            for number in range(BLOCKS):
-                stream.seek((size - BLOCK) * number // (BLOCKS - 1))
-                digest.update(stream.read(BLOCK))
+            for number in range(BLOCK_COUNT):
+                stream.seek((size - BLOCK_BYTES) * number // (BLOCK_COUNT - 1))
+                digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
 
 
 def data_files(recipe: Recipe) -> list[Any]:
-    """Of the data and its template, as `_files`."""
+    """Digests of the data files and of a template file."""
     data, template = recipe.data, recipe.prompt.template
-    return _files(
-        (data.source, data.validation, data.test, template if template.endswith(".jinja") else None)
-    )
+    template_file = template if template.endswith(".jinja") else None
+    return _local_files((data.source, data.validation, data.test, template_file))
 
 
 def evaluation_files(recipe: Recipe) -> list[Any]:
-    """Of benchmarks and the judge, as `_files`. Answers follow from the items themselves, whatever
-    file they come from.
+    """Digests of benchmark files and of the judge's prompt template. Answers follow from the items
+    themselves, whichever file they come from.
     """
-    sources, judge = (
-        [benchmark.source for benchmark in recipe.evaluate.benchmarks.values()],
-        recipe.evaluate.judge,
-    )
-    return _files(
+    judge = recipe.evaluate.judge
+    return _local_files(
         [
-            *sources,
+            *(benchmark.source for benchmark in recipe.evaluate.benchmarks.values()),
             *map(str, local_files(recipe.evaluate)),
             judge.prompt_template if judge else None,
         ]
     )
 
 
-def _files(sources: Iterable[str | None]) -> list[Any]:
-    """What lies in the files among some sources: another file of the same name is noticed."""
+def _local_files(sources: Iterable[str | None]) -> list[Any]:
+    """Digests of those sources that are local files."""
     paths = [Path(os.path.expanduser(source)) for source in sources if source]
     return [content_digest(path) for path in paths if os.path.isfile(path)]
 
 
 def model_files(sources: Iterable[ModelSource]) -> list[Any]:
-    """What lies in the folders and files among some models; one of the Hub has its commit, one in a
-    package its version.
+    """Names and digests of the files of local models. Models of the Hub have their commit, models
+    of a package its version.
     """
-    found: list[Any] = []
+    digests: list[Any] = []
     for source in sources:
         path = Path(os.path.expanduser(source.model))
         files = [path] if os.path.isfile(path) else []
@@ -87,35 +85,30 @@ def model_files(sources: Iterable[ModelSource]) -> list[Any]:
             files = sorted(
                 {file for pattern in MODEL_FILES for file in path.glob(pattern)} - {path / MANIFEST}
             )
-        found.append([[file.name, *content_digest(file)] for file in files])
-    return found
+        digests.append([[file.name, *content_digest(file)] for file in files])
+    return digests
 
 
 def plugin_files(recipe: Recipe) -> list[Any]:
-    """The recipe's own methods, name and text of each module; reading the recipe has imported them."""
+    """Names and digests of the recipe's plugin modules, which reading the recipe has imported."""
     files = [getattr(sys.modules.get(name), "__file__", None) for name in recipe.plugins]
-    return [[name, *_files([file])] for name, file in zip(recipe.plugins, files, strict=True)]
+    return [[name, *_local_files([file])] for name, file in zip(recipe.plugins, files, strict=True)]
 
 
 def changed_file(recipe: Recipe) -> str:
-    """Words for what differs where no field does."""
+    """What differs between two recipes with equal fields: a missing source, or a file's content."""
     data, template = recipe.data, recipe.prompt.template
     files = [
         source
         for source in (data.source, data.validation, data.test, template)
-        if source and Path(source).suffix in FILES
+        if source and Path(source).suffix in DATA_SUFFIXES
     ]
     models = [
         source.model
         for source in (recipe.student, recipe.teacher)
         if source and source.model.startswith(("/", ".", "~"))
     ]
-    gone = next(
-        (source for source in [*files, *models] if not os.path.exists(os.path.expanduser(source))),
-        None,
-    )
-    return (
-        f"{gone} is not there any more, put it back"
-        if gone
-        else "what lies in a file or a model folder that it names"
-    )
+    for source in (*files, *models):
+        if not os.path.exists(os.path.expanduser(source)):
+            return f"{source} no longer exists, put it back"
+    return "the content of a data file or of a model folder"

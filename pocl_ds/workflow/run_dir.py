@@ -1,4 +1,6 @@
-"""The run directory: where each step writes its result. Steps exchange files here and nowhere else."""
+"""The run directory: where each step writes its result. Steps exchange files here and nowhere
+else.
+"""
 
 from __future__ import annotations
 

@@ -116,8 +116,8 @@ def run_cache_teacher(
 ) -> None:
     """Cache the teacher's outputs. Raises RecipeError for an online teacher."""
     from pocl_ds.curriculum.plan import mean_sample_visits
-    from pocl_ds.teachers.cache_writer import teach
-    from pocl_ds.teachers.mode_selection import Use
+    from pocl_ds.teachers.cache_writer import cache_teacher
+    from pocl_ds.teachers.mode_selection import TeacherUsage
 
     if recipe.teacher is None or not caches_teacher(recipe):
         raise RecipeError(
@@ -132,12 +132,12 @@ def run_cache_teacher(
     sample_visits = trainings * mean_sample_visits(
         curriculum.num_subsets, curriculum.epochs_per_stage, curriculum.scheduler
     )
-    teach(
+    cache_teacher(
         run,
         teacher=teacher,
         student=student,
         config=recipe.teacher_cache,
-        use=Use(sample_visits, teacher_temperatures(recipe)),
+        usage=TeacherUsage(sample_visits, teacher_temperatures(recipe)),
         fingerprint=fingerprint,
         shard=request.shard_index,
     )
@@ -147,7 +147,7 @@ def run_generate_teacher(
     recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
 ) -> None:
     """Generate the teacher's responses. Raises RecipeError if the policy does not use them."""
-    from pocl_ds.generation.teacher_responses import respond
+    from pocl_ds.generation.teacher_responses import generate_teacher_responses
 
     if recipe.teacher is None or not recipe.policy.uses_teacher_responses:
         raise RecipeError(
@@ -156,7 +156,7 @@ def run_generate_teacher(
         )
     student, teacher = _pinned_models(recipe, run)
     assert teacher is not None
-    respond(
+    generate_teacher_responses(
         run,
         teacher=teacher,
         student=student,
@@ -238,6 +238,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     judge, and write the results of all models.
     """
     from pocl_ds.evaluation.evaluate import RESULTS, answer, held_out, model_path, summarise
+    from pocl_ds.evaluation.judge import judge_answers
 
     models = evaluated_models(recipe)
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()

@@ -268,7 +268,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         "report",
         summary="Write an HTML report for one run, or a comparison of several.",
-        example="pocl report runs/a runs/b runs/c",
+        example="pocl report --run-dir runs/a --run-dir runs/b",
         run=step_functions.run_report,
         inputs=step_inputs.report_inputs,
         job=JobShape("report"),

@@ -1,6 +1,4 @@
-"""What a step's result follows from: a change of it makes another fingerprint, a change of
-anything else does not.
-"""
+"""Fingerprints change with what a step's result follows from, and with nothing else."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import check_recipe, override_recipe
 from pocl_ds.difficulty.shards import shard_file, shard_manifest
 from pocl_ds.errors import ArtifactError
@@ -25,6 +24,7 @@ from pocl_ds.workflow.steps import STEP_NAMES, STEPS, fingerprints
 
 BASE: dict[str, Any] = {
     "name": "x",
+    "data": {"source": "d.jsonl"},
     "teacher": {"model": "t"},
     "student": {"model": "s"},
     "launch": {"ranks": 1},
@@ -33,26 +33,24 @@ BASE: dict[str, Any] = {
 
 def changed(before: list[str], after: list[str]) -> set[str]:
     """Steps whose fingerprints differ between two recipes."""
-    one, other = (
+    old, new = (
         fingerprints(override_recipe(check_recipe(BASE), words)) for words in (before, after)
     )
-    return {step for step in STEP_NAMES if one[step] != other[step]}
+    return {step for step in STEP_NAMES if old[step] != new[step]}
 
 
 @pytest.mark.parametrize("strategy", ["fusion", "random"])
 @pytest.mark.parametrize(
     "change", ["teacher.model=another", "student.lora={}", "student.dropout=0.5"]
 )
-def test_a_training_follows_from_its_models_whatever_orders_the_samples(
-    strategy: str, change: str
-) -> None:
+def test_every_later_step_depends_on_the_models(strategy: str, change: str) -> None:
     words = [f"ranking.strategy={strategy}", "baseline.enabled=true"]
     assert {"init-student", "train", "baseline", "evaluate", "export", "report"} <= changed(
         words, [*words, change]
     )
 
 
-def test_what_a_teacher_writes_follows_from_the_engine() -> None:
+def test_teacher_responses_depend_on_the_generation_backend() -> None:
     words = ["policy.name=seqkd", "loss.name=sft", "ranking.strategy=random"]
     assert {"generate-teacher", "train"} <= changed(
         words, [*words, "score.generation.backend=transformers"]
@@ -60,36 +58,34 @@ def test_what_a_teacher_writes_follows_from_the_engine() -> None:
     assert changed(words, [*words, "score.generation.max_num_seqs=3"]) == set()
 
 
-def test_whether_there_is_a_baseline_changes_no_training() -> None:
+def test_enabling_a_baseline_changes_no_training() -> None:
     assert changed([], ["baseline.enabled=true"]) == {"evaluate", "export", "report"}
     assert "baseline" in changed(
         ["baseline.enabled=true"], ["baseline.enabled=true", "baseline.temperature=2"]
     )
 
 
-def test_a_file_is_told_by_its_text(tmp_path: Path) -> None:
-    """A template and a judge's instructions are files of the user's, which may be edited between
-    two calls.
-    """
+def test_a_fingerprint_covers_the_text_of_templates(tmp_path: Path) -> None:
+    """Users edit templates and judge prompts between two calls."""
     for name, field, first in (
         ("t.jinja", "prompt.template", "preprocess"),
         ("j.jinja", "evaluate.judge.prompt_template", "evaluate"),
     ):
         path, judge = tmp_path / name, ["evaluate.judge={base_url: 'http://localhost:1', model: m}"]
-        found = []
+        digests = []
         for text in ("{{ instruction }}", "{{ instruction }}", "Say: {{ instruction }}"):
             path.write_text(text)
-            found.append(
+            digests.append(
                 fingerprints(override_recipe(check_recipe(BASE), [*judge, f"{field}={path}"]))[
                     first
                 ]
             )
-        assert found[0] == found[1] != found[2]
+        assert digests[0] == digests[1] != digests[2]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) -> None:
-    """A teacher that is trained again into the same folder is another one."""
+def test_a_fingerprint_covers_the_files_of_a_model_folder(name: str, tmp_path: Path) -> None:
+    """A teacher that is trained again into the same folder is a different teacher."""
     (tmp_path / name).write_text("one")
     for field, steps in (
         ("teacher", {"init-student", "cache-teacher", "generate-teacher"}),
@@ -97,7 +93,7 @@ def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) ->
     ):
         words = [f"{field}.model={tmp_path}"]
         before = fingerprints(override_recipe(check_recipe(BASE), words))
-        (tmp_path / "manifest.json").write_text(field)  # which has times in it
+        (tmp_path / "manifest.json").write_text(field)  # it contains times
         os.utime(tmp_path / name, ns=(1, 1))
         assert fingerprints(override_recipe(check_recipe(BASE), words)) == before
         (tmp_path / name).write_text(field)
@@ -109,7 +105,7 @@ def test_a_model_folder_is_told_by_what_lies_in_it(name: str, tmp_path: Path) ->
         }
 
 
-def test_a_change_in_the_middle_of_a_large_file(
+def test_a_change_in_the_middle_of_a_large_file_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "data.jsonl"
@@ -120,49 +116,51 @@ def test_a_change_in_the_middle_of_a_large_file(
         stream.write(b"x")
     os.utime(path, ns=(1, 1))
     assert content_digest(path) != before
-    monkeypatch.setattr(input_digests, "WHOLE", 0)  # of a larger one the ends and blocks
-    for place, told in (
+    monkeypatch.setattr(input_digests, "FULL_DIGEST_BYTES", 0)  # larger files are sampled
+    for place, detected in (
         (0, True),
         (path.stat().st_size - 1, True),
-        (input_digests.BLOCK + 1, False),
+        (input_digests.BLOCK_BYTES + 1, False),
     ):
-        monkeypatch.setattr(input_digests, "BLOCKS", 3)
-        input_digests._content.cache_clear()
+        monkeypatch.setattr(input_digests, "BLOCK_COUNT", 3)
+        input_digests._sampled_digest.cache_clear()
         before = content_digest(path)
         with path.open("r+b") as stream:
             stream.seek(place)
             stream.write(b"y")
-        input_digests._content.cache_clear()
-        assert (content_digest(path) != before) == told
+        input_digests._sampled_digest.cache_clear()
+        assert (content_digest(path) != before) == detected
 
 
-def test_a_plugin_is_told_by_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fingerprint_covers_the_text_of_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    file, found = tmp_path / "told_plugin.py", []
+    file, digests = tmp_path / "edited_plugin.py", []
     for text in ("", "x = 1\n"):
         file.write_text(text)
-        found.append(fingerprints(check_recipe({**BASE, "plugins": ["told_plugin"]})))
-    assert {step for step in STEP_NAMES if found[0][step] != found[1][step]} >= {
+        digests.append(fingerprints(check_recipe({**BASE, "plugins": ["edited_plugin"]})))
+    assert {step for step in STEP_NAMES if digests[0][step] != digests[1][step]} >= {
         "score",
         "rank",
         "train",
     }
 
 
-def test_of_a_ds_config_only_how_numbers_are_kept_counts(tmp_path: Path) -> None:
+def test_only_numeric_settings_of_a_ds_config_enter_a_fingerprint(tmp_path: Path) -> None:
     words = [f"student.ds_config={tmp_path / 'ds.json'}"]
-    found = []
+    digests = []
     for more in (
         {},
         {"zero_optimization": {"step": 3}},
         {"data_types": {"grad_accum_dtype": "bf16"}},
     ):
         (tmp_path / "ds.json").write_text(json.dumps(more))
-        found.append(fingerprints(override_recipe(check_recipe(BASE), words))["train"])
-    assert found[0] == found[1] != found[2]
+        digests.append(fingerprints(override_recipe(check_recipe(BASE), words))["train"])
+    assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_data_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("{}")
     recipe, run = (
         override_recipe(check_recipe(BASE), [f"data.source={tmp_path / 'data.jsonl'}"]),
@@ -174,13 +172,13 @@ def test_a_source_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").unlink()
     with pytest.raises(
         ArtifactError,
-        match=f"changed: {tmp_path / 'data.jsonl'} is not there any more, put it back",
+        match=f"changed: {tmp_path / 'data.jsonl'} no longer exists, put it back",
     ):
         record_recipe(run, recipe)
 
 
-def test_what_is_said_of_a_training_goes_with_it(tmp_path: Path) -> None:
-    """A training that is done again must not leave the tables of the one before."""
+def test_results_that_describe_a_removed_training_are_unfinished(tmp_path: Path) -> None:
+    """A repeated training must not leave the tables of the one before."""
     recipe, run = check_recipe(BASE), RunDirectory(tmp_path / "run")
     for step in STEPS:
         step.directory(run).mkdir(parents=True)
@@ -195,10 +193,8 @@ def test_what_is_said_of_a_training_goes_with_it(tmp_path: Path) -> None:
     )
 
 
-def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> None:
-    """As any other finished step; shards of a set that is not whole are unfinished work, and may
-    be.
-    """
+def test_finished_scores_keep_their_recipe(tmp_path: Path) -> None:
+    """An incomplete set of shards counts as unfinished, and another recipe may replace it."""
     recipe, run = (
         override_recipe(check_recipe(BASE), ["score.shards=2"]),
         RunDirectory(tmp_path / "run"),
@@ -224,3 +220,54 @@ def test_finished_scores_are_not_given_up_for_another_recipe(tmp_path: Path) -> 
     ):
         record_recipe(run, other)
     assert yaml.safe_load(run.recipe.read_text())["score"]["max_new_tokens"] == 256
+
+
+@pytest.mark.parametrize("strategy", ["fusion", "random"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"teacher": {"model": "other"}},
+        {"teacher": {"model": "t", "dtype": "bfloat16"}},
+        {"student": {"model": "m", "heal_steps": 3}},
+    ],
+)
+def test_a_training_depends_on_its_models_for_every_ranking(
+    strategy: str, change: dict[str, Any]
+) -> None:
+    tree = {
+        "name": "r",
+        "data": {"source": "d.jsonl"},
+        "student": {"model": "m"},
+        "teacher": {"model": "t"},
+        "ranking": {"strategy": strategy},
+        "baseline": {"enabled": True},
+    }
+    old, new = (fingerprints(Recipe.model_validate({**tree, **extra})) for extra in ({}, change))
+    for step in ("init-student", "train", "baseline", "evaluate"):
+        assert old[step] != new[step], step
+
+
+def test_an_evaluation_depends_on_the_files_of_its_benchmarks(tmp_path: Path) -> None:
+    """Files of a folder count too, but not files that no benchmark names."""
+    tree = {
+        "name": "r",
+        "data": {"source": "d.jsonl"},
+        "student": {"model": "m"},
+        "loss": {"name": "sft"},
+    }
+    tree["evaluate"] = {
+        "models": ["student"],
+        "benchmark_dir": str(tmp_path),
+        "benchmarks": ["dolly", "vicuna"],
+    }
+    recipe = Recipe.model_validate(tree)
+    digests = [fingerprints(recipe)["evaluate"]]
+    for name, text in (
+        ("other.jsonl", "one"),
+        ("dolly.jsonl", "one"),
+        ("dolly.jsonl", "two"),
+        ("dolly.jsonl", "one"),
+    ):
+        (tmp_path / name).write_text(text)
+        digests.append(fingerprints(recipe)["evaluate"])
+    assert digests[0] == digests[1] and digests[2] == digests[4] and len(set(digests)) == 3

@@ -18,7 +18,7 @@ from pocl_ds.workflow.steps import STEP_NAMES, STEPS, StepRequest
 
 
 def test_every_step_has_a_folder_in_the_same_order() -> None:
-    assert STEP_NAMES == tuple(STEP_FOLDERS)
+    assert tuple(STEP_FOLDERS) == STEP_NAMES
 
 
 def test_a_step_depends_only_on_steps_before_it() -> None:
@@ -35,7 +35,14 @@ def test_a_step_depends_only_on_steps_before_it() -> None:
     ],
 )
 def test_a_step_that_the_recipe_disables(step: str, words: str, tmp_path: Path) -> None:
-    recipe = check_recipe({"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}})
+    recipe = check_recipe(
+        {
+            "name": "x",
+            "data": {"source": "d.jsonl"},
+            "teacher": {"model": "t"},
+            "student": {"model": "s"},
+        }
+    )
     with pytest.raises(RecipeError, match=f"recipe field {words}"):
         run_in_process(step, recipe, RunDirectory(tmp_path))
 

@@ -1,0 +1,118 @@
+"""Recipes that the data are too small for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pocl_ds.config import Recipe
+from pocl_ds.errors import RecipeError
+from pocl_ds.workflow.checks import check_sample_counts
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {
+                "policy": {"name": "distillm", "replay_buffer_size": 8},
+                "curriculum": {"sft_ratio": [0, 0]},
+                "train": {"batch_size": 8, "validate_every_n_steps": 4},
+            },
+            "policy.name=distillm follows the validation",
+        ),
+        (
+            {"train": {"batch_size": 8, "checkpoint": {"keep_best": True}}},
+            "train.checkpoint.keep_best follows the validation loss",
+        ),
+    ],
+)
+def test_choices_that_follow_the_validation_loss_need_validation_samples(
+    fields: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """Without validation samples the run would silently be plain distillation."""
+    run = RunDirectory(tmp_path)
+    tree = {
+        "name": "r",
+        "data": {"source": "d.jsonl"},
+        "student": {"model": "m"},
+        "teacher": {"model": "t"},
+        "train": {"batch_size": 8},
+        **fields,
+    }
+    for samples in (5, 0):
+        splits = {"train": {"samples": 64}, "validation": {"samples": samples}}
+        write_manifest(run.data, "preprocess", "f", info={"splits": splits}, files=[])
+        if samples:
+            check_sample_counts(run, Recipe.model_validate(tree))
+    with pytest.raises(RecipeError, match=words):
+        check_sample_counts(run, Recipe.model_validate(tree))
+
+
+def test_a_validation_interval_longer_than_the_run_raises(tmp_path: Path) -> None:
+    """A run of 20 steps: the probability of on-policy responses changes only at validations."""
+    run = RunDirectory(tmp_path)
+    write_manifest(
+        run.data,
+        "preprocess",
+        "f",
+        info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}},
+        files=[],
+    )
+    curriculum = {"num_subsets": 4, "epochs_per_stage": 1, "sft_ratio": [0, 0]}
+    for interval in (19, 20):
+        tree = {
+            "name": "r",
+            "data": {"source": "d.jsonl"},
+            "student": {"model": "m"},
+            "teacher": {"model": "t"},
+            "policy": {"name": "distillm", "replay_buffer_size": 8},
+            "train": {"batch_size": 8, "validate_every_n_steps": interval},
+            "curriculum": curriculum,
+        }
+        if interval == 19:
+            check_sample_counts(run, Recipe.model_validate(tree))
+    with pytest.raises(
+        RecipeError, match=r"train\.validate_every_n_steps=20 never comes in the 20 optimizer steps"
+    ):
+        check_sample_counts(run, Recipe.model_validate(tree))
+
+
+def test_a_warmup_longer_than_a_stage_or_the_run_raises(tmp_path: Path) -> None:
+    """64 samples in four subsets: the first stage has two optimizer steps an epoch."""
+    run = RunDirectory(tmp_path)
+    write_manifest(
+        run.data,
+        "preprocess",
+        "f",
+        info={"splits": {"train": {"samples": 64}, "validation": {"samples": 9}}},
+        files=[],
+    )
+
+    def check(warmup: int, lr_restart: str) -> None:
+        train = {"batch_size": 8, "warmup_steps": warmup, "lr_restart": lr_restart}
+        curriculum = {"num_subsets": 4, "epochs_per_stage": 1}
+        tree = {
+            "name": "r",
+            "data": {"source": "d.jsonl"},
+            "student": {"model": "m"},
+            "teacher": {"model": "t"},
+            "train": train,
+            "curriculum": curriculum,
+        }
+        check_sample_counts(run, Recipe.model_validate(tree))
+
+    check(1, "per_stage")
+    check(19, "never")
+    with pytest.raises(
+        RecipeError, match="train.warmup_steps=2 never ends in the 2 optimizer steps of a stage"
+    ):
+        check(2, "per_stage")
+    with pytest.raises(
+        RecipeError, match="train.warmup_steps=20 never ends in the 20 optimizer steps of the run"
+    ):
+        check(20, "never")
