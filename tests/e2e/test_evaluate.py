@@ -1,5 +1,5 @@
-"""An evaluation as a user starts it: two engines side by side, benchmarks of a folder, then what
-looks at its results.
+"""An evaluation as a user starts it, with two engines side by side and a folder of benchmarks, and
+the commands that read its results.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ pytestmark = pytest.mark.slow
 def finished(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path
 ) -> Path:
-    """An evaluated and exported run; its folder holds a benchmark that is called as a published
-    one.
-    """
+    """An evaluated and exported run, with a benchmark file that replaces a published benchmark."""
     folder = tmp_path_factory.mktemp("evaluate")
     items = [
         {"instruction": f"Ask {i}.", "input": "", "output": [f"It is {i}", "or not"]}
@@ -46,13 +44,9 @@ def finished(
         },
     )
     run = str(folder / "run")
-    for stage in (
-        "preprocess",
-        "init-student",
-        "rank",
-        "plan",
-    ):  # in this process: each of its own takes seconds to start
-        assert main([stage, str(recipe), "--run-dir", run]) == 0
+    # In this process: a process of its own takes seconds to start.
+    for step in ("preprocess", "init-student", "rank", "plan"):
+        assert main([step, str(recipe), "--run-dir", run]) == 0
     pocl("train", "--run-dir", run)
     pocl("evaluate", "--run-dir", run)
     assert main(["export", "--run-dir", run]) == 0
@@ -62,13 +56,13 @@ def finished(
 def test_results_hold_every_measure(finished: Path) -> None:
     results = json.loads((finished / "evaluation" / "results.json").read_text())
     for model, entry in results["models"].items():
-        for found in entry["benchmarks"].values():
+        for measures in entry["benchmarks"].values():
             assert (
-                found["tokens_per_second"] > 0
-                and 0 < found["distinct_1"] <= 1
-                and found["loss"] > 0
+                measures["tokens_per_second"] > 0
+                and 0 < measures["distinct_1"] <= 1
+                and measures["loss"] > 0
             )
-            assert (found["kl"] == 0) == (model == "teacher")
+            assert (measures["kl"] == 0) == (model == "teacher")
     manifests = [
         json.loads(path.read_text())["info"]
         for path in (finished / "evaluation" / "student").glob("*.manifest.json")
@@ -78,24 +72,24 @@ def test_results_hold_every_measure(finished: Path) -> None:
     }
 
 
-def test_what_looks_at_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said_by(*words: str) -> str:
+def test_commands_that_read_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def output_of(*words: str) -> str:
         assert main([words[0], "--run-dir", str(finished), *words[1:]]) == 0
         return capsys.readouterr().out
 
-    said = said_by("compare", "--models", "teacher", "student", "--benchmark", "vicuna")
-    assert "vicuna: " in said and (
-        "better than" in said or "worse than" in said or "no difference shown" in said
+    output = output_of("compare", "--models", "teacher", "student", "--benchmark", "vicuna")
+    assert "vicuna: " in output and (
+        "better than" in output or "worse than" in output or "no difference shown" in output
     )
-    assert said_by("inspect", "--subset", "2", "--n", "3").count("── ") == 3
-    said = said_by("push", "--repo", "my-org/tiny", "--dry-run")
+    assert output_of("inspect", "--subset", "2", "--n", "3").count("── ") == 3
+    output = output_of("push", "--repo", "my-org/tiny", "--dry-run")
     assert (
-        "would upload to my-org/tiny" in said
-        and "model.safetensors" in said
-        and "README.md" in said
+        "would upload to my-org/tiny" in output
+        and "model.safetensors" in output
+        and "README.md" in output
     )
 
 
-def test_a_part_without_its_model_is_refused(finished: Path) -> None:
-    found = pocl("evaluate", "--run-dir", str(finished), "--shard", "0/2", check=False)
-    assert found.returncode == 2 and found.stderr.strip().endswith("add --model")
+def test_a_shard_without_a_model_is_refused(finished: Path) -> None:
+    done = pocl("evaluate", "--run-dir", str(finished), "--shard", "0/2", check=False)
+    assert done.returncode == 2 and done.stderr.strip().endswith("add --model")

@@ -1,5 +1,5 @@
-"""Adapters alone are trained, on two ranks, tiny models: what is written is a plain model, a run
-that stops ends in it too.
+"""LoRA on two ranks and tiny models: only adapters are trained, the result is a plain model, and a
+resumed training gives the same one.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 pytest.importorskip("peft")
-LORA = {"rank": 4, "alpha": 16, "targets": "q_proj,down_proj"}
+LORA = {"r": 4, "alpha": 16, "target_modules": "q_proj,down_proj"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def only_targets_differ(one: Path, other: Path) -> None:
-    before, after = weights(one), weights(other)
+def assert_only_target_modules_differ(old: Path, new: Path) -> None:
+    before, after = weights(old), weights(new)
     assert before.keys() == after.keys()
     differing = {name for name in before if not torch.equal(before[name], after[name])}
     assert (
@@ -38,9 +38,7 @@ def only_targets_differ(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run up to its plan, its student healed by adapters first, which are merged and made anew in
-    training.
-    """
+    """A run up to its plan. Adapters heal the student and are merged; training adds new ones."""
     folder = tmp_path_factory.mktemp("lora")
     teacher = tiny_models.llama(folder / "teacher", layers=3)
     student = tiny_models.llama(folder / "student", layers=2, seed=1)
@@ -50,7 +48,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
         student,
         max_train_samples=32,
         student={"lora": LORA, "heal_steps": 2},
-        rank={"strategy": "random"},
+        ranking={"strategy": "random"},
         curriculum={"num_subsets": 2, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
         train={"lr": 1e-2},
         loss={"name": "jsd"},
@@ -61,29 +59,29 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "rollout_backend": "transformers",
         },
     )
-    for stage in ("preprocess", "init-student", "rank", "plan"):
-        pocl(stage, str(recipe), "--run-dir", str(folder / "run"))
+    for step in ("preprocess", "init-student", "rank", "plan"):
+        pocl(step, str(recipe), "--run-dir", str(folder / "run"))
     return folder / "run"
 
 
-def test_what_is_written_is_a_plain_model_and_a_stop_changes_nothing(
+def test_the_result_is_a_plain_model_and_resuming_changes_nothing(
     planned: Path, tmp_path: Path
 ) -> None:
-    """Responses come from a writer with merged weights, whose probabilities are compared with the
-    student's at each step.
+    """A generator with merged weights writes the responses; each optimizer step compares its
+    probabilities with the student's.
     """
     initial = Path(read_models(RunDirectory(planned))["student"])
-    only_targets_differ(planned.parent / "student", initial)
+    assert_only_target_modules_differ(planned.parent / "student", initial)
     run, stopped, fewer = (
         Path(shutil.copytree(planned, tmp_path / name)) for name in ("run", "stopped", "fewer")
     )
-    said = pocl("train", "--run-dir", str(run)).stderr
-    assert "million parameters are trained (rank 4, sft_ratio 16, on q_proj, down_proj)" in said
+    log = pocl("train", "--run-dir", str(run)).stderr
+    assert "million parameters are trained (rank 4, alpha 16, on q_proj, down_proj)" in log
     final, steps = run / "train" / "final", records(run)
     assert len(steps) == 6 and 0 < sum(record["on_policy"] for record in steps) < 6
-    only_targets_differ(initial, final)
-    _, found = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
-    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_only_target_modules_differ(initial, final)
+    _, loading = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     trained = json.loads((run / "train" / "manifest.json").read_text())["info"][
         "trained_parameters"
     ]
@@ -97,13 +95,13 @@ def test_what_is_written_is_a_plain_model_and_a_stop_changes_nothing(
         final / "model.safetensors"
     ).read_bytes()
 
-    said = pocl("train", "--run-dir", str(fewer), "launch.ranks=1").stderr
-    assert "was written by 2 ranks" in said
-    for ours, theirs in zip(computed(fewer), computed(run), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    log = pocl("train", "--run-dir", str(fewer), "launch.ranks=1").stderr
+    assert "was written by 2 ranks" in log
+    for actual, expected in zip(computed(fewer), computed(run), strict=True):
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
-def test_every_rank_waits_for_the_student_that_one_prunes(tmp_path: Path) -> None:
+def test_every_rank_waits_until_rank_0_has_pruned_the_student(tmp_path: Path) -> None:
     teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
     student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
     recipe = write_recipe(
@@ -113,7 +111,7 @@ def test_every_rank_waits_for_the_student_that_one_prunes(tmp_path: Path) -> Non
         max_train_samples=32,
         student={"lora": LORA, "prune": {"drop_layers": "1"}, "heal_steps": 1},
     )
-    for stage in ("preprocess", "init-student"):
-        pocl(stage, str(recipe), "--run-dir", str(tmp_path / "run"))
+    for step in ("preprocess", "init-student"):
+        pocl(step, str(recipe), "--run-dir", str(tmp_path / "run"))
     healed = read_models(RunDirectory(tmp_path / "run"))["student"]
     assert AutoModelForCausalLM.from_pretrained(healed).config.num_hidden_layers == 1

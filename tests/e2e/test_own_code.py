@@ -1,6 +1,4 @@
-"""Models that bring code of their own go the whole way where the recipe trusts them, and what is
-exported brings it too.
-"""
+"""A run of models with custom code, which the recipe trusts; the export contains that code."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.usefixtures("modules_of_models")
-def test_a_run_of_models_with_code_of_their_own(tmp_path: Path) -> None:
+def test_a_run_of_models_with_custom_code(tmp_path: Path) -> None:
     teacher = tiny_models.with_code(tiny_models.llama(tmp_path / "teacher", layers=3))
     student = tiny_models.with_code(tiny_models.llama(tmp_path / "student", layers=2, seed=1))
     recipe = write_recipe(
@@ -24,7 +22,7 @@ def test_a_run_of_models_with_code_of_their_own(tmp_path: Path) -> None:
         student,
         max_train_samples=24,
         curriculum={"num_subsets": 2, "epochs_per_stage": 1},
-        rank={"strategy": "random"},
+        ranking={"strategy": "random"},
         launch={"ranks": 1},
         loss={"fused": False},
         teacher={"trust_remote_code": True, "attn_implementation": "sdpa"},

@@ -1,8 +1,8 @@
-"""A whole run of tiny models through the real command line: real ranks, real DeepSpeed, every stage
-to the report.
+"""A complete run of tiny models through the real command line: real ranks, real DeepSpeed, every
+workflow step up to the report.
 
-Trainings on other engines, ranks and micro-batches must come to the same losses and weights; one
-that is killed and started again must come to exactly the same.
+Trainings with other engines, ranks and micro-batches must give the same losses and weights; a
+training that is killed and resumed must give exactly the same.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pocl_ds.bench import overhead
 from pocl_ds.runtime.tracking import read_metrics
 
 
-def steps(run: Path) -> list[dict[str, Any]]:
-    kept = (
+def training_steps(run: Path) -> list[dict[str, Any]]:
+    fields = (
         "step",
         "stage",
         "epoch",
@@ -42,7 +42,7 @@ def steps(run: Path) -> list[dict[str, Any]]:
         "sample_ids_digest",
     )
     return [
-        {key: record[key] for key in kept}
+        {key: record[key] for key in fields}
         for record in read_metrics(run / "train" / "metrics.jsonl")
     ]
 
@@ -81,13 +81,13 @@ def untrained_copy(run: Path, target: Path) -> Path:
     return target
 
 
-def test_every_stage_leaves_its_result(finished: Path) -> None:
-    for stage in ("data", "models", "ranking", "plan", "train", "evaluation", "export", "report"):
-        assert (finished / stage / "manifest.json").is_file()
+def test_every_step_writes_its_result(finished: Path) -> None:
+    for folder in ("data", "models", "ranking", "plan", "train", "evaluation", "export", "report"):
+        assert (finished / folder / "manifest.json").is_file()
     results = json.loads((finished / "evaluation" / "results.json").read_text())["models"]
     assert set(results) == {"teacher", "initial", "student"}
     assert results["teacher"]["kl"] == 0 and results["student"]["kl"] < results["initial"]["kl"]
-    records = steps(finished)
+    records = training_steps(finished)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     assert [
         s["steps"] for s in json.loads((finished / "plan" / "plan.json").read_text())["stages"]
@@ -97,36 +97,36 @@ def test_every_stage_leaves_its_result(finished: Path) -> None:
     assert info["packed"] and 0 < info["padding_share"] < 1
 
 
-def test_no_secret_of_the_environment_is_in_it(finished: Path) -> None:
+def test_no_file_contains_a_secret_of_the_environment(finished: Path) -> None:
     files = [path for path in finished.rglob("*") if path.is_file()]
     assert (
         len(files) > 50 and [path for path in files if PLANTED.encode() in path.read_bytes()] == []
     )
 
 
-def test_its_files_are_as_open_as_the_umask_says(finished: Path) -> None:
-    """`pocl` of the tests runs under 022."""
+def test_files_have_the_permissions_of_the_umask(finished: Path) -> None:
+    """The tests run `pocl` with umask 022."""
     modes = {path.relative_to(finished): path.stat().st_mode for path in finished.rglob("*")}
     assert [name for name, mode in modes.items() if mode & 0o022 or not mode & 0o040] == []
 
 
-def test_a_second_call_finds_everything_done(finished: Path) -> None:
+def test_a_second_run_finds_every_step_finished(finished: Path) -> None:
     before = (finished / "train" / "manifest.json").stat().st_mtime_ns
-    found = pocl("run", "--run-dir", str(finished))
-    assert found.stderr.count("done already") == 9
+    done = pocl("run", "--run-dir", str(finished))
+    assert done.stderr.count("already finished") == 9
     assert (finished / "train" / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_a_run_directory_of_another_recipe_is_refused(finished: Path) -> None:
-    found = pocl("run", "--run-dir", str(finished), "ranking.k=10", check=False)
-    assert found.returncode == 2 and "ranking.k" in found.stderr and "--run-dir" in found.stderr
-    assert "Traceback" not in found.stderr
+    done = pocl("run", "--run-dir", str(finished), "ranking.k=10", check=False)
+    assert done.returncode == 2 and "ranking.k" in done.stderr and "--run-dir" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture(scope="module")
 def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without dropout, whose masks follow from the rank: so the mathematics is the same on
-    any number of them.
+    """A run without dropout. Dropout masks depend on the rank; without them, every number of ranks
+    computes the same.
     """
     folder = tmp_path_factory.mktemp("undropped")
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
@@ -137,11 +137,11 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": str(finished / "models" / "heal" / "final"),
     }
     recipe["curriculum"] |= {"num_subsets": 2, "epochs_per_stage": 1}
-    recipe["train"]["checkpoint"] |= {"every": 2, "keep": 10}
+    recipe["train"]["checkpoint"] |= {"every_n_steps": 2, "keep_last": 10}
     path, run = folder / "recipe.yaml", folder / "run"
     path.write_text(yaml.safe_dump(recipe))
-    for stage in ("preprocess", "init-student", "score", "rank", "plan", "train"):
-        pocl(stage, str(path), "--run-dir", str(run))
+    for step in ("preprocess", "init-student", "score", "rank", "plan", "train"):
+        pocl(step, str(path), "--run-dir", str(run))
     return run
 
 
@@ -154,24 +154,24 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["student.ds_config=student_zero2", "train.layout=padded"],
     ],
 )
-def test_other_engines_ranks_and_micro_batches_come_to_the_same(
+def test_other_engines_ranks_and_micro_batches_give_the_same_result(
     undropped: Path, tmp_path: Path, change: list[str]
 ) -> None:
     other = untrained_copy(undropped, tmp_path / "run")
     pocl("train", "--run-dir", str(other), *change)
     runs = [undropped, other]
-    for ours, theirs in zip(steps(runs[0]), steps(runs[1]), strict=True):
-        assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=2e-5)
-        assert ours.pop("kd") == pytest.approx(theirs.pop("kd"), rel=2e-5)
-        assert ours.pop("ce") == pytest.approx(theirs.pop("ce"), rel=2e-5)
-        assert ours == theirs
+    for actual, expected in zip(training_steps(runs[0]), training_steps(runs[1]), strict=True):
+        assert actual.pop("loss") == pytest.approx(expected.pop("loss"), rel=2e-5)
+        assert actual.pop("kd") == pytest.approx(expected.pop("kd"), rel=2e-5)
+        assert actual.pop("ce") == pytest.approx(expected.pop("ce"), rel=2e-5)
+        assert actual == expected
     left, right = weights(runs[0]), weights(runs[1])
     assert left.keys() == right.keys()
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
 
 
-def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_path: Path) -> None:
-    """Its hidden states on disk in place of its body; a shard that is lost is made anew, alone."""
+def test_a_cached_teacher_gives_the_same_training(undropped: Path, tmp_path: Path) -> None:
+    """Cached hidden states replace the teacher's layers; a lost shard is written again, alone."""
     run = untrained_copy(undropped, tmp_path / "run")
     words = ("--run-dir", str(run), "teacher.mode=cached_hidden_states", "teacher_cache.shards=3")
     missing = pocl("train", *words, check=False)
@@ -181,9 +181,9 @@ def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_pat
         and "Traceback" not in missing.stderr
     )
     pocl("cache-teacher", *words)
-    before = {path.name: path.stat().st_mtime_ns for path in (run / "teacher").glob("*.bin")}
+    before = {path.name: path.stat().st_mtime_ns for path in (run / "teacher_cache").glob("*.bin")}
     for name in ("manifest.json", "train-00001-of-00003.bin"):
-        (run / "teacher" / name).unlink()
+        (run / "teacher_cache" / name).unlink()
     pocl(
         "cache-teacher",
         "--run-dir",
@@ -192,100 +192,100 @@ def test_a_teacher_that_was_asked_once_teaches_the_same(undropped: Path, tmp_pat
         "--shard",
         "1/3",
     )
-    after = {path.name: path.stat().st_mtime_ns for path in (run / "teacher").glob("*.bin")}
+    after = {path.name: path.stat().st_mtime_ns for path in (run / "teacher_cache").glob("*.bin")}
     assert {name for name in before if before[name] != after[name]} == {"train-00001-of-00003.bin"}
-    shutil.move(run / "teacher", tmp_path / "teacher")
-    shutil.copytree(tmp_path / "teacher", run / "teacher")
-    found = pocl("train", *words)
-    assert "the teacher is on disk" in found.stderr
-    for ours, theirs in zip(steps(run), steps(undropped), strict=True):
+    shutil.move(run / "teacher_cache", tmp_path / "teacher_cache")
+    shutil.copytree(tmp_path / "teacher_cache", run / "teacher_cache")
+    done = pocl("train", *words)
+    assert "the teacher is on disk" in done.stderr
+    for actual, expected in zip(training_steps(run), training_steps(undropped), strict=True):
         for name in ("loss", "kd", "ce"):
-            assert ours.pop(name) == pytest.approx(theirs.pop(name), rel=2e-6)
-        assert ours == theirs
+            assert actual.pop(name) == pytest.approx(expected.pop(name), rel=2e-6)
+        assert actual == expected
     left, right = weights(undropped), weights(run)
-    # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few
-    # weights differ by a part of it.
+    # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
+    # a few weights differ by a part of that.
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
 
     damaged = untrained_copy(run, tmp_path / "damaged")
-    path = damaged / "teacher" / "train-00002-of-00003.bin"
+    path = damaged / "teacher_cache" / "train-00002-of-00003.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    found = pocl("train", "--run-dir", str(damaged), check=False)
+    done = pocl("train", "--run-dir", str(damaged), check=False)
     assert (
-        found.returncode == 2
-        and f"{path} is damaged at row" in found.stderr
-        and "Traceback" not in found.stderr
+        done.returncode == 2
+        and f"{path} is damaged at row" in done.stderr
+        and "Traceback" not in done.stderr
     )
     path.write_bytes(path.read_bytes()[:-4])
-    found = pocl("train", "--run-dir", str(damaged), check=False)
+    done = pocl("train", "--run-dir", str(damaged), check=False)
     assert (
-        found.returncode == 2
-        and "is missing, or not what `pocl cache-teacher` wrote" in found.stderr
+        done.returncode == 2 and "is missing, or not what `pocl cache-teacher` wrote" in done.stderr
     )
 
 
-def test_a_teacher_of_few_probabilities(undropped: Path, tmp_path: Path) -> None:
+def test_a_teacher_cached_as_top_k_logits(undropped: Path, tmp_path: Path) -> None:
     run = untrained_copy(undropped, tmp_path / "run")
     words = ("--run-dir", str(run), "teacher.mode=cached_topk", "teacher_cache.top_k=16")
-    said = pocl("cache-teacher", *words).stderr
-    info = json.loads((run / "teacher" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "cached_topk" and [one["temperature"] for one in info["lost"]] == [
+    log = pocl("cache-teacher", *words).stderr
+    info = json.loads((run / "teacher_cache" / "manifest.json").read_text())["info"]
+    assert info["mode"] == "cached_topk" and [loss["temperature"] for loss in info["lost"]] == [
         1.0,
         2.0,
     ]
     assert 0 < info["lost"][0]["mass"] < info["lost"][1]["mass"] < 1 and all(
-        one["kl"] > 0 for one in info["lost"]
+        loss["kl"] > 0 for loss in info["lost"]
     )
-    assert "the 16 largest leave out a mass of" in said
+    assert "the 16 largest leave out a mass of" in log
     pocl("train", *words)
-    ours, theirs = steps(run), steps(undropped)
-    assert len(ours) == len(theirs) and ours[0]["ce"] == pytest.approx(theirs[0]["ce"], rel=1e-6)
-    assert 0 < ours[0]["kd"] < theirs[0]["kd"]  # over fewer outcomes
+    steps, reference = training_steps(run), training_steps(undropped)
+    assert len(steps) == len(reference)
+    assert steps[0]["ce"] == pytest.approx(reference[0]["ce"], rel=1e-6)
+    assert 0 < steps[0]["kd"] < reference[0]["kd"]  # over fewer tokens
 
 
-def test_a_teacher_that_is_not_worth_keeping_is_asked_live(undropped: Path, tmp_path: Path) -> None:
+def test_a_teacher_that_does_not_fit_the_disk_stays_online(undropped: Path, tmp_path: Path) -> None:
     run = untrained_copy(undropped, tmp_path / "run")
     words = ("--run-dir", str(run), "teacher.mode=auto", "teacher_cache.max_disk_gb=0.000001")
-    said = pocl("cache-teacher", *words).stderr
-    info = json.loads((run / "teacher" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "online" and "they do not fit" in info["why"] and info["why"] in said
+    log = pocl("cache-teacher", *words).stderr
+    info = json.loads((run / "teacher_cache" / "manifest.json").read_text())["info"]
+    assert info["mode"] == "online" and "they do not fit" in info["why"] and info["why"] in log
     assert "the teacher is sharded over the ranks" in pocl("train", *words).stderr
-    for ours, theirs in zip(steps(run), steps(undropped), strict=True):
-        assert ours == theirs
+    for actual, expected in zip(training_steps(run), training_steps(undropped), strict=True):
+        assert actual == expected
 
 
-def test_the_overhead_of_scoring_is_told(finished: Path) -> None:
+def test_the_overhead_of_scoring_is_reported(finished: Path) -> None:
     lines: list[str] = []
-    found = overhead.run([str(finished)], lines.append)
-    assert {"score", "rank", "plan", "train"} <= set(found["seconds"]) and {
+    result = overhead.run([str(finished)], lines.append)
+    assert {"score", "rank", "plan", "train"} <= set(result["seconds"]) and {
         "score",
         "train",
-    } <= set(found["flops"])
-    assert found["share"] > 0 and 0 < found["flops_share"] < 1
+    } <= set(result["flops"])
+    assert result["share"] > 0 and 0 < result["flops_share"] < 1
     assert lines[-1].startswith("scoring, ranking and planning add")
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 3), (1, 2), (4, 2)])
-def test_another_number_of_ranks_goes_on(
-    undropped: Path, tmp_path: Path, first: int, then: int
+@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (2, 3), (1, 2), (4, 2)])
+def test_a_training_resumes_on_another_number_of_ranks(
+    undropped: Path, tmp_path: Path, ranks_before: int, ranks_after: int
 ) -> None:
-    """From a checkpoint in the middle of a stage and an epoch, as if all steps had been on as many
-    ranks.
+    """It resumes from a checkpoint in the middle of a stage and an epoch, and gives the result of a
+    training that had this number of ranks from the start.
     """
     source = undropped
-    if first != 2:
-        source = untrained_copy(undropped, tmp_path / "first")
+    if ranks_before != 2:
+        source = untrained_copy(undropped, tmp_path / "before")
         pocl(
             "train",
             "--run-dir",
             str(source),
-            f"launch.ranks={first}",
+            f"launch.ranks={ranks_before}",
             "train.micro_batch_tokens=96",
         )
     run = Path(
         shutil.copytree(
             source,
-            tmp_path / "then",
+            tmp_path / "after",
             ignore=shutil.ignore_patterns("evaluation", "export", "logs", ".lock"),
         )
     )
@@ -294,24 +294,26 @@ def test_another_number_of_ranks_goes_on(
     for path in (run / "train" / "checkpoints").glob("step-*"):
         if int(path.name.removeprefix("step-")) > 4:
             shutil.rmtree(path)
-    found = pocl(
-        "train", "--run-dir", str(run), f"launch.ranks={then}", "train.micro_batch_tokens=96"
+    done = pocl(
+        "train", "--run-dir", str(run), f"launch.ranks={ranks_after}", "train.micro_batch_tokens=96"
     )
-    assert f"was written by {first} ranks: converting it for {then}" in found.stderr
+    assert f"was written by {ranks_before} ranks: converting it for {ranks_after}" in done.stderr
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] == 4
-    for ours, theirs in zip(steps(run), steps(undropped), strict=True):
-        assert ours.pop("loss") == pytest.approx(theirs.pop("loss"), rel=1e-5)
-        assert ours.pop("kd") == pytest.approx(theirs.pop("kd"), rel=1e-5)
-        assert ours.pop("ce") == pytest.approx(theirs.pop("ce"), rel=1e-5)
-        assert ours == theirs
+    for actual, expected in zip(training_steps(run), training_steps(undropped), strict=True):
+        assert actual.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
+        assert actual.pop("kd") == pytest.approx(expected.pop("kd"), rel=1e-5)
+        assert actual.pop("ce") == pytest.approx(expected.pop("ce"), rel=1e-5)
+        assert actual == expected
     left, right = weights(undropped), weights(run)
-    # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few
-    # weights differ by a part of it.
+    # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
+    # a few weights differ by a part of that.
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
     assert not (run / "train" / "checkpoints" / "resharded").exists()
 
 
-def test_killed_and_started_again_comes_to_exactly_the_same(finished: Path, tmp_path: Path) -> None:
+def test_a_killed_training_resumes_with_exactly_the_same_result(
+    finished: Path, tmp_path: Path
+) -> None:
     run = untrained_copy(finished, tmp_path / "run")
     command = [sys.executable, "-m", "pocl_ds.cli.main", "train", "--run-dir", str(run)]
     child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -330,18 +332,18 @@ def test_killed_and_started_again_comes_to_exactly_the_same(finished: Path, tmp_
     child.wait()
     time.sleep(1)
     pocl("train", "--run-dir", str(run))
-    assert steps(run) == steps(finished)
-    ours, theirs = weights(run), weights(finished)
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    assert training_steps(run) == training_steps(finished)
+    actual, expected = weights(run), weights(finished)
+    assert all(actual[name].equal(expected[name]) for name in expected)
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_signal_saves_and_says_resume_me(
+def test_a_signal_saves_a_checkpoint_and_exits_with_resume(
     finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """As SLURM sends it to launch/train.sh before the time limit; checkpoints are written while
-    training goes on.
+    """SLURM sends such a signal to launch/train.sh before the time limit. Checkpoints are saved
+    asynchronously.
     """
     run = untrained_copy(finished, tmp_path / "run")
     command = [
@@ -354,18 +356,18 @@ def test_a_signal_saves_and_says_resume_me(
         str(run),
         "train.checkpoint.async_save=true",
     ]
-    where = {**environment(), "POCL_PYTHON": sys.executable}
-    child = subprocess.Popen(command, cwd=ROOT, env=where, stderr=subprocess.PIPE, text=True)
+    variables = {**environment(), "POCL_PYTHON": sys.executable}
+    child = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=subprocess.PIPE, text=True)
     metrics = run / "train" / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not metrics.is_file() or len(metrics.read_text().splitlines()) < 8:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     child.send_signal(number)
-    said = child.communicate(timeout=120)[1]
-    assert child.returncode == 75, said[-2000:]
-    assert f"stopped by {number.name} after step" in said and "Traceback" not in said
+    stderr = child.communicate(timeout=120)[1]
+    assert child.returncode == 75, stderr[-2000:]
+    assert f"stopped by {number.name} after step" in stderr and "Traceback" not in stderr
     pocl("train", "--run-dir", str(run))
-    assert steps(run) == steps(finished)
+    assert training_steps(run) == training_steps(finished)
     assert all(weights(run)[name].equal(value) for name, value in weights(finished).items())
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] >= 8
