@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, Literal, get_args, get_origin
 
 RECIPE_PAGE, CLI_PAGE = "reference/recipe.md", "reference/cli.md"
+PAGES = (RECIPE_PAGE, CLI_PAGE)
 
 
 # --- The recipe ---------------------------------------------------------------------------------
@@ -256,20 +257,23 @@ def commands() -> tuple[Command, ...]:
     return tuple(walk_commands(typer.main.get_command(app)))
 
 
-def walk_commands(group: Any, prefix: str = "") -> Iterator[Command]:
-    """The commands below a click group, those of nested groups too."""
+def walk_commands(group: Any, prefix: str = "", panel: str = "Commands") -> Iterator[Command]:
+    """The commands below a click group, those of nested groups too. panel: of commands that name
+    none.
+    """
     for name, command in group.commands.items():
         if getattr(command, "hidden", False):
             continue
         full = f"{prefix} {name}".strip()
+        own_panel = str(getattr(command, "rich_help_panel", None) or panel)
         if hasattr(command, "commands"):
-            yield from walk_commands(command, full)
+            yield from walk_commands(command, full, own_panel)
             continue
         text, examples = _split_help(command, full)
         parameters = tuple(p for p in command.params if not getattr(p, "hidden", False))
         yield Command(
             full,
-            str(getattr(command, "rich_help_panel", None) or "Commands"),
+            own_panel,
             text,
             examples,
             _usage(full, parameters),

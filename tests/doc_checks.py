@@ -438,6 +438,25 @@ def anchors(text: str) -> set[str]:
     return found
 
 
+_PATH = re.compile(r"^(pocl_ds|tests|launch|slurm|ds_configs|docs|examples)/[\w./-]+$")
+_NAME_IN_FILE = re.compile(r"`(\w+)`(?: there)? (?:in|of|at the end of)\s+`([\w/.-]+\.py)`")
+
+
+def check_paths(page: Page) -> list[str]:
+    """Every path of the tree in a code span exists, and `NAME` in `file.py` is in that file."""
+    generated = {f"docs/{path}" for path in load_generator().PAGES}
+    faults = [
+        f"{page.path} line {number}: there is no {text}"
+        for number, text in page.spans()
+        if _PATH.match(text) and text not in generated and not (ROOT / text).exists()
+    ]
+    for name, path in _NAME_IN_FILE.findall(page.prose):
+        file = ROOT / path
+        if file.is_file() and not re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")):
+            faults.append(f"{page.path}: {path} has no {name}")
+    return faults
+
+
 # --- Equations and messages ---------------------------------------------------------------------
 
 

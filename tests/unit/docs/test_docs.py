@@ -62,6 +62,10 @@ def test_links_and_anchors_exist() -> None:
     assert not _faults(lambda page: checks.check_links(page, _pages()))
 
 
+def test_paths_and_the_names_in_them_exist() -> None:
+    assert not _faults(checks.check_paths)
+
+
 def test_every_recipe_field_has_a_description() -> None:
     fields = checks.load_generator().recipe_fields().values()
     assert [field.path for field in fields if not field.description.strip()] == []
@@ -222,6 +226,18 @@ def test_good_links_are_accepted() -> None:
         )
     )
     assert checks.check_links(Page("docs/good.md", text), [other]) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["`pocl_ds/nothing.py`", "Add it to `NO_SUCH_NAME` in\n`pocl_ds/config/registry.py`."]
+)
+def test_a_bad_path_is_found(text: str) -> None:
+    assert len(checks.check_paths(Page("bad.md", f"{text}\n"))) == 1
+
+
+def test_good_paths_are_accepted() -> None:
+    text = "`LOSSES` in `pocl_ds/config/registry.py`, `tests/unit`, `docs/reference/recipe.md`\n"
+    assert checks.check_paths(Page("good.md", text)) == []
 
 
 def test_a_citation_of_a_missing_equation_is_found() -> None:
