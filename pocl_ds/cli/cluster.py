@@ -17,6 +17,7 @@ from pocl_ds.cli.parameters import (
     OverridesArgument,
     RecipeArgument,
     RunDirOption,
+    complete_profile,
     complete_recipe,
     existing_run,
     join_words,
@@ -79,6 +80,7 @@ def submit(
             metavar="PROFILE",
             help="Use this cluster profile: a file, or a name in slurm/profiles/ or "
             "~/.config/pocl/profiles/.",
+            autocompletion=complete_profile,
         ),
     ],
     words: Annotated[
@@ -106,7 +108,7 @@ def submit(
     from pocl_ds.cluster.profile import load_profile
     from pocl_ds.cluster.submit import Submission
     from pocl_ds.errors import RecipeError
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
     recipes = read_recipes(words or [], run_dir)
@@ -255,17 +257,22 @@ def profile_detect(
     ] = None,
 ) -> int:
     """Write a first profile of this cluster to standard output."""
-    from pocl_ds.cluster.detect import detect
     from pocl_ds.cluster.profile import dump_profile
+    from pocl_ds.cluster.profile_detection import detect_profile
 
-    profile, remarks = detect(partition)
+    profile, remarks = detect_profile(partition)
     print("\n".join(f"# {remark}" for remark in remarks))
     print(dump_profile(profile), end="")
     return 0
 
 
 def profile_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="File or name of the profile.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="File or name of the profile.", autocompletion=complete_profile
+        ),
+    ],
 ) -> int:
     """Show a profile with its defaults filled in."""
     from pocl_ds.cluster.profile import dump_profile, load_profile
@@ -281,12 +288,12 @@ def doctor(
     ] = Path("runs"),
 ) -> int:
     """Check this machine before a run: packages, GPUs, compiler, disk, limits, scheduler."""
-    from pocl_ds.cluster import checks
+    from pocl_ds.cluster import machine_checks
 
-    findings = checks.here(run_dir)
-    rows = [[finding.state, finding.what, finding.said] for finding in findings]
+    findings = machine_checks.check_machine(run_dir)
+    rows = [[finding.state, finding.check, finding.message] for finding in findings]
     print_table([["state", "check", "finding"], *rows])
-    return 2 if any(finding.state == checks.FAIL for finding in findings) else 0
+    return 2 if any(finding.state == machine_checks.FAIL for finding in findings) else 0
 
 
 def estimate(
@@ -328,10 +335,16 @@ def estimate(
     ] = None,
 ) -> int:
     """Estimate memory, traffic and hours of a run; exit with 2 if it does not fit."""
-    from pocl_ds.cluster.estimate import Asked, Sizes, device_of, numbers, page
+    from pocl_ds.cluster.estimate_page import (
+        Assumptions,
+        Estimate,
+        device_by_name,
+        estimate_lines,
+        fitting_overrides,
+    )
     from pocl_ds.config.recipe_file import dump_recipe, override_recipe
     from pocl_ds.models.estimate import ClusterLayout
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
     from pocl_ds.workflow.files import atomic_write
 
     setup_logging()
@@ -350,14 +363,14 @@ def estimate(
         nodes=nodes, gpus_per_node=gpus_per_node, network_gbps=network_gbps, **assumptions
     )
     layout = ClusterLayout(nodes, gpus_per_node, network_gbps / 8 * 1e9)
-    sizes = Sizes(resolved, Asked(layout, device_of(gpu), **assumptions))
-    lines, fitting = page(sizes)
+    sizes = Estimate(resolved, Assumptions(layout, device_by_name(gpu), **assumptions))
+    lines, fitting = estimate_lines(sizes)
     print("\n".join(lines))
     if fitting is None:
         return 2
     if write:
         with atomic_write(write) as stream:
-            stream.write(dump_recipe(override_recipe(resolved, numbers(sizes, fitting))))
+            stream.write(dump_recipe(override_recipe(resolved, fitting_overrides(sizes, fitting))))
         print(f"written: {write}")
     return 0
 

@@ -109,7 +109,7 @@ def report(
             "several runs are compared as they are: leave out the recipe, --dry-run and overrides"
         )
     from pocl_ds.report.compare import compare_runs
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
     print(f"report   {compare_runs(run_dirs, out, force=force)}")
@@ -150,7 +150,7 @@ def compare(
 ) -> int:
     """Test whether one model's answers are better than another's, item by item."""
     from pocl_ds.evaluation.side_by_side import lines_of, put_side_by_side
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
     pair = None if models is None else (models[0].value, models[1].value)
@@ -208,7 +208,7 @@ def inspect(
 ) -> int:
     """Show samples as the models see them, by subset of the difficulty ranking."""
     from pocl_ds.data.inspect_samples import format_samples
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
     samples = format_samples(existing_run(run_dir), split=split.value, subset=subset, count=n)
@@ -263,7 +263,7 @@ def push(
 ) -> int:
     """Upload the exported student to the Hugging Face Hub."""
     from pocl_ds.evaluation.push import push as push_folder
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
     source = folder or existing_run(run_dir).export

@@ -55,29 +55,34 @@ def main(arguments: list[str] | None = None) -> int:
 
     arguments: the words after `pocl`; None: those of this process.
     """
-    from pocl_ds.runtime.credentials import hide
-    from pocl_ds.runtime.process_exit import interrupted, last_word, leave_when_asked, leave_word
+    from pocl_ds.runtime.credentials import redact
+    from pocl_ds.runtime.process_exit import (
+        install_signal_handlers,
+        print_error,
+        record_exit,
+        was_interrupted,
+    )
 
-    leave_when_asked()
+    install_signal_handlers()
     error = ""
     try:
         code, error = _main(sys.argv[1:] if arguments is None else arguments)
     except SystemExit as request:  # a signal, or an option that shows something and ends
         code = request.code if isinstance(request.code, int) else 1
     except (Exception, KeyboardInterrupt) as defect:
-        if interrupted():
+        if was_interrupted():
             code, error = _interrupted("pocl")
         else:
-            last_word(hide(traceback.format_exc()).rstrip())
-            code, error = 1, hide(f"{type(defect).__name__}: {defect}")
-    leave_word(code, error)
+            print_error(redact(traceback.format_exc()).rstrip())
+            code, error = 1, redact(f"{type(defect).__name__}: {defect}")
+    record_exit(code, error)
     return code
 
 
 def _main(arguments: list[str]) -> tuple[int, str]:
     """Exit code, and the sentence that explains a code other than 0."""
     from pocl_ds.errors import PoclError, memory_fault
-    from pocl_ds.runtime.process_exit import interrupted
+    from pocl_ds.runtime.process_exit import was_interrupted
 
     group = _command_group()
     if COMPLETION in os.environ:
@@ -95,7 +100,7 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     except typer.TyperException as error:
         return 2, _explain(who, _usage_fault(error, who))
     except PoclError as error:
-        if interrupted():
+        if was_interrupted():
             return _interrupted(who)
         return error.exit_code, _explain(who, str(error))
     except (RuntimeError, MemoryError) as error:
@@ -162,9 +167,9 @@ def _discard_output() -> None:
 
 
 def _interrupted(who: str) -> tuple[int, str]:
-    from pocl_ds.runtime.process_exit import last_word
+    from pocl_ds.runtime.process_exit import print_error
 
-    last_word(f"{who}: interrupted; finished work is kept; run the same command again to continue")
+    print_error(f"{who}: interrupted; finished work is kept; run the same command again to continue")
     return 130, "interrupted"
 
 
@@ -173,15 +178,15 @@ def _explain(who: str, sentence: str) -> str:
 
     Texts of a user's files may hold control characters and secrets: both are replaced.
     """
-    from pocl_ds.runtime.credentials import hide
-    from pocl_ds.runtime.process_exit import last_word
+    from pocl_ds.runtime.credentials import redact
+    from pocl_ds.runtime.process_exit import print_error
 
-    text = hide(sentence)
+    text = redact(sentence)
     shown = "".join(
         letter if letter.isprintable() else " " if letter.isspace() else repr(letter)[1:-1]
         for letter in text
     )
-    last_word(f"{who}: {shown}")
+    print_error(f"{who}: {shown}")
     return text
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pocl_ds.resources import RECIPES, STUDIES
+from pocl_ds.resources import PROFILES, RECIPES, STUDIES
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -25,6 +25,11 @@ def complete_recipe(incomplete: str) -> list[str]:
 def complete_study(incomplete: str) -> list[str]:
     """Names of shipped studies and paths of YAML files, for shell completion."""
     return _complete_yaml(incomplete, STUDIES)
+
+
+def complete_profile(incomplete: str) -> list[str]:
+    """Names of cluster profiles and paths of YAML files, for shell completion."""
+    return _complete_yaml(incomplete, PROFILES)
 
 
 def _complete_yaml(incomplete: str, shipped: Path) -> list[str]:

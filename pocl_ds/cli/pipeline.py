@@ -152,7 +152,7 @@ def run(
     from pocl_ds.workflow.pipeline import run_pipeline
 
     if (code := run_pipeline(resolved, directory, until=until)) == 0 and until == STEP_NAMES[-1]:
-        _show_results(directory)
+        show_results(directory)
     return code
 
 
@@ -165,7 +165,7 @@ def run_step_command(
     needs no ranks, or if this process is one of its ranks or a child of `pocl run`; otherwise it
     runs in processes of its own.
     """
-    from pocl_ds.runtime.tracking import keep_log
+    from pocl_ds.runtime.logs import log_to_file
     from pocl_ds.workflow.pipeline import run_in_process, run_step
     from pocl_ds.workflow.run_setup import lock_run_directory, open_run_directory
 
@@ -182,7 +182,7 @@ def run_step_command(
     # One rank of a step that another process of ours started.
     if "RANK" in os.environ:
         if rank == 0:
-            keep_log(run.logs / f"{name}.log")
+            log_to_file(run.logs / f"{name}.log")
         run_in_process(name, recipe, run, request)
         return 0
 
@@ -196,17 +196,17 @@ def run_step_command(
         if step.needs_ranks(recipe) or (name == "evaluate" and not request.model):
             with lock_run_directory(run) as lock:
                 return run_step(name, run, recipe, lock)
-    keep_log(run.logs / f"{name}.log")
+    log_to_file(run.logs / f"{name}.log")
     run_in_process(name, recipe, run, request)
     return 0
 
 
 def _set_up_rank() -> int:
     """Set up logging for this rank. Returns its number, 0 for a process that is alone."""
-    from pocl_ds.runtime.process_exit import place_among_ranks
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
+    from pocl_ds.runtime.process_exit import rank_and_world_size
 
-    rank, ranks = place_among_ranks()
+    rank, ranks = rank_and_world_size()
     setup_logging(rank, world_size=ranks)
     return rank
 
@@ -238,7 +238,7 @@ def _show_plan(recipe: Recipe, run: RunDirectory, steps: tuple[Step, ...]) -> in
     return 0
 
 
-def _show_results(run: RunDirectory) -> None:
+def show_results(run: RunDirectory) -> None:
     """Print the table of results, and where student and report are."""
     from pocl_ds.evaluation.tables import table_rows
     from pocl_ds.metrics.footnotes import footnotes
@@ -247,5 +247,5 @@ def _show_results(run: RunDirectory) -> None:
     results = read_json(run.evaluation / "results.json")
     print()
     print_table(table_rows(results), numbers=True)
-    print("\n".join(["", *footnotes(results)]).rstrip())
+    print("\n".join(["", *notes, ""] if (notes := footnotes(results)) else [""]))
     print(f"student  {run.export}\nreport   {run.report / 'report.html'}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pocl_ds.bench import BENCHMARKS
-from pocl_ds.cli.parameters import OverridesArgument, complete_study, nearest
+from pocl_ds.cli.parameters import OverridesArgument, complete_profile, complete_study, nearest
 from pocl_ds.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def study(
         str | None,
         typer.Option(
             help="Submit to SLURM with this cluster profile; repeat the command to submit the runs "
-            "that had to wait."
+            "that had to wait.",
+            autocompletion=complete_profile,
         ),
     ] = None,
     nodes: Annotated[
@@ -118,7 +119,7 @@ def study(
     ] = None,
 ) -> int:
     """Run a grid of recipes that share what they can."""
-    from pocl_ds.runtime.tracking import setup_logging
+    from pocl_ds.runtime.logs import setup_logging
     from pocl_ds.study.plan import cells_of, load_study
     from pocl_ds.study.run import is_finished, run_cells
     from pocl_ds.study.table import progress_lines, result_lines

@@ -114,6 +114,7 @@ def test_help_imports_nothing_heavy() -> None:
         ("pocl run quickstart --until pl", ["plan"]),
         ("pocl study pap", ["paper"]),
         ("pocl bench ro", ["rollout", "rouge"]),
+        ("pocl submit quickstart --profile gp", ["gpu"]),
     ],
 )
 def test_shell_completion(line: str, expected: list[str]) -> None:

@@ -16,8 +16,10 @@ import pytest
 from refusals import own_signals, sentence
 
 from pocl_ds.cli.main import main
+from pocl_ds.cli.pipeline import show_results
 from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.workflow import pipeline, run_setup
+from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -179,3 +181,30 @@ def test_a_reader_that_is_gone_is_no_fault() -> None:
     line = f"{sys.executable} -m pocl_ds.cli.main show quickstart | true"
     done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.stderr == ""
+
+
+def test_results_are_a_table_with_footnotes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"rouge_l": 14.2, "rouge_l_deviation": 0.5}
+    models = {
+        "initial": {"loss": 8.5149, "benchmarks": {}},
+        "student": {"loss": 4.25, "kl": 0.8, "benchmarks": {"test": scores}},
+    }
+    run = RunDirectory(tmp_path)
+    write_json(
+        run.evaluation / "results.json", {"models": models, "marks": {"test": ["2 prompts cut"]}}
+    )
+    show_results(run)
+    header, initial, student, *rest = capsys.readouterr().out.lstrip("\n").splitlines()
+    assert header.split("  ")[-1] == "ROUGE-L test ⚠"
+    assert initial.split() == ["student", "before", "8.515", "–", "–"]
+    assert student.split() == ["student", "after", "4.250", "0.800", "14.20", "±", "0.50"]
+    assert len(header) == len(initial) == len(student)
+    assert rest == [
+        "",
+        "⚠ test: 2 prompts cut",
+        "",
+        f"student  {run.export}",
+        f"report   {run.report / 'report.html'}",
+    ]
