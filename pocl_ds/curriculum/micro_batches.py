@@ -1,111 +1,145 @@
-"""A global batch dealt to ranks in micro-batches: which samples go through one forward together.
+"""Micro-batches: which samples of a global batch go through one forward pass together.
 
-Pure functions of lengths: every rank computes the whole deal and takes its part. All ranks get as
-many micro-batches, or ZeRO-3 would hang.
+Pure functions of sample lengths. Every rank computes the whole assignment and takes its part. All
+ranks get equally many micro-batches, since ZeRO-3 would hang otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-Deal = list[list[NDArray[np.int64]]]  # [rank][micro] -> indices into the batch
+MicroBatches = list[list[NDArray[np.int64]]]  # [rank][micro-batch] -> indices into the batch
 
 
-def deal(
+def assign_micro_batches(
     lengths: NDArray[np.int64],
     *,
     ranks: int,
     micro_batch_size: int,
     micro_batch_tokens: int | None,
     packed: bool,
-) -> Deal:
-    """A batch in micro-batches of at most `micro_batch_tokens` tokens, or where that is None of
-    `micro_batch_size` samples.
+) -> MicroBatches:
+    """Divide a batch into micro-batches of at most `micro_batch_tokens` tokens, or of
+    `micro_batch_size` samples if that is None.
     """
     if micro_batch_tokens is None:
-        return share(lengths, ranks=ranks, micro_batch_size=micro_batch_size)
-    return share_by_tokens(lengths, ranks=ranks, tokens=micro_batch_tokens, packed=packed)
+        return assign_by_count(lengths, ranks=ranks, micro_batch_size=micro_batch_size)
+    return assign_by_tokens(lengths, ranks=ranks, max_tokens=micro_batch_tokens, packed=packed)
 
 
-def share(lengths: NDArray[np.int64], *, ranks: int, micro_batch_size: int) -> Deal:
-    """Micro-batches of `micro_batch_size` samples.
+def assign_by_count(
+    lengths: NDArray[np.int64], *, ranks: int, micro_batch_size: int
+) -> MicroBatches:
+    """Divide a batch into micro-batches of `micro_batch_size` samples.
 
-    lengths: tokens of each sample of the batch. Samples of like length come into the same
-    micro-step of all ranks, so that little is padded and ranks finish together; the longest go
-    first, where too little memory shows at once. The batch must be a multiple of ranks *
-    micro_batch_size, so that all ranks have as many micro-batches.
+    Samples of similar length go into the same micro-step of all ranks, so that there is little
+    padding and ranks finish together. The longest go first, so that a lack of memory shows at once.
+
+    Args:
+        lengths: tokens of each sample of the batch, [samples].
+
+    Raises:
+        ValueError: the batch is not a multiple of ranks * micro_batch_size.
     """
     if len(lengths) % (ranks * micro_batch_size):
         raise ValueError(
-            f"a batch of {len(lengths)} cannot be dealt to {ranks} ranks in micro-batches of "
-            f"{micro_batch_size}"
+            f"a batch of {len(lengths)} samples cannot be divided into micro-batches of "
+            f"{micro_batch_size} on {ranks} ranks"
         )
-    by_length = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
-    steps = by_length.reshape(-1, micro_batch_size, ranks)
-    return [[micro[:, rank] for micro in steps] for rank in range(ranks)]
+    longest_first = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    micro_steps = longest_first.reshape(-1, micro_batch_size, ranks)
+    return [[micro_step[:, rank] for micro_step in micro_steps] for rank in range(ranks)]
 
 
-def share_by_tokens(lengths: NDArray[np.int64], *, ranks: int, tokens: int, packed: bool) -> Deal:
-    """Micro-batches of at most `tokens` tokens (padded ones count where padding is), as few a rank
-    as can be found.
+def assign_by_tokens(
+    lengths: NDArray[np.int64], *, ranks: int, max_tokens: int, packed: bool
+) -> MicroBatches:
+    """Divide a batch into few micro-batches of at most `max_tokens` tokens, padding included.
 
-    A rank may get a micro-batch without a sample, where there are fewer samples than places. The
-    largest micro-batches go first, and those of one micro-step are of like size. A sample longer
-    than `tokens` raises ValueError.
+    A rank may get empty micro-batches, if there are fewer samples than ranks. The largest
+    micro-batches go first, and those of one micro-step have similar sizes.
+
+    Args:
+        lengths: tokens of each sample of the batch, [samples].
+        packed: micro-batches are packed into one row, without padding.
+
+    Raises:
+        ValueError: a sample is longer than `max_tokens`.
     """
     sizes = np.asarray(lengths, np.int64)
-    if len(sizes) and sizes.max() > tokens:
+    if len(sizes) and sizes.max() > max_tokens:
         raise ValueError(
-            f"a sample of {int(sizes.max())} tokens does not fit into a micro-batch of {tokens}"
+            f"a sample of {int(sizes.max())} tokens does not fit into a micro-batch of {max_tokens}"
         )
-    by_length = np.argsort(-sizes, kind="stable")
-    groups = (
-        _packed_groups(sizes, by_length, ranks, tokens)
-        if packed
-        else _padded_groups(sizes, by_length, ranks, tokens)
-    )
-    cost = [int(sizes[g].sum() if packed else len(g) * sizes[g].max(initial=0)) for g in groups]
-    order = sorted(range(len(groups)), key=lambda i: (-cost[i], i))
-    return [[groups[i] for i in order[rank::ranks]] for rank in range(ranks)]
+    build_groups = _packed_groups if packed else _padded_groups
+    groups = build_groups(sizes, ranks, max_tokens)
+    tokens = [int(sizes[g].sum() if packed else len(g) * sizes[g].max(initial=0)) for g in groups]
+    largest_first = sorted(range(len(groups)), key=lambda i: (-tokens[i], i))
+    return [[groups[i] for i in largest_first[rank::ranks]] for rank in range(ranks)]
+
+
+def token_budget_batches(
+    lengths: Sequence[int] | NDArray[np.int64], *, max_tokens: int, max_samples: int | None = None
+) -> list[NDArray[np.int64]]:
+    """Group samples of similar length into batches of at most `max_tokens` tokens with padding.
+
+    The longest samples come first. A sample longer than `max_tokens` gets a batch of its own.
+
+    Args:
+        lengths: tokens of each sample, [samples].
+        max_samples: most samples in a batch, None for no limit.
+
+    Returns:
+        Indices of the samples of each batch.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    longest_first = np.argsort(-sizes, kind="stable")
+    batches: list[NDArray[np.int64]] = []
+    start = 0
+    while start < len(longest_first):
+        longest = max(1, int(sizes[longest_first[start]]))
+        count = max(1, max_tokens // longest)
+        if max_samples is not None:
+            count = min(count, max_samples)
+        batches.append(longest_first[start : start + count])
+        start += count
+    return batches
 
 
 def _packed_groups(
-    sizes: NDArray[np.int64], by_length: NDArray[np.int64], ranks: int, tokens: int
+    sizes: NDArray[np.int64], ranks: int, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Longest first into the emptiest of k groups; k is the least multiple of the ranks with which
-    all fit.
+    """Put each sample, longest first, into the emptiest of k groups.
+
+    k is the smallest multiple of the ranks with which every group fits into the budget.
     """
-    count = max(ranks, -(-int(sizes.sum()) // (tokens * ranks)) * ranks)
+    longest_first = np.argsort(-sizes, kind="stable")
+    count = max(ranks, -(-int(sizes.sum()) // (max_tokens * ranks)) * ranks)
     while True:
         groups: list[list[int]] = [[] for _ in range(count)]
-        filled = np.zeros(count, np.int64)
-        for i in by_length:
-            place = int(filled.argmin())
-            groups[place].append(int(i))
-            filled[place] += sizes[i]
-        if filled.max() <= tokens:
+        tokens = np.zeros(count, np.int64)
+        for i in longest_first:
+            emptiest = int(tokens.argmin())
+            groups[emptiest].append(int(i))
+            tokens[emptiest] += sizes[i]
+        if tokens.max() <= max_tokens:
             return [np.array(group, np.int64) for group in groups]
         count += ranks
 
 
 def _padded_groups(
-    sizes: NDArray[np.int64], by_length: NDArray[np.int64], ranks: int, tokens: int
+    sizes: NDArray[np.int64], ranks: int, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Neighbours by length, as many as fit; the largest groups are halved until ranks share them
-    evenly.
-    """
-    groups: list[NDArray[np.int64]] = []
-    start = 0
-    while start < len(by_length):
-        stop = min(len(by_length), start + max(1, tokens // max(1, int(sizes[by_length[start]]))))
-        groups.append(by_length[start:stop])
-        start = stop
+    """Batches of similar lengths, of which the largest are halved until all ranks get equally many."""
+    groups = token_budget_batches(sizes, max_tokens=max_tokens)
     while len(groups) % ranks or not groups:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=-1)
         if largest < 0 or len(groups[largest]) < 2:
             groups.append(np.empty(0, np.int64))
             continue
-        whole = groups.pop(largest)
-        groups += [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+        group = groups.pop(largest)
+        groups += [group[: len(group) // 2], group[len(group) // 2 :]]
     return groups

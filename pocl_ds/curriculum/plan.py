@@ -1,6 +1,6 @@
-"""The plan: from an order, easiest first, to stages (METHOD 2). Nothing here knows of ranks.
+"""The plan: from an order of samples, easiest first, to stages. Independent of ranks.
 
-A stage is a slice of the order: Baby Step trains stage i on everything up to subset i, One Pass on
+A stage is a slice of the order. With baby_step, stage i trains on subsets 0 to i; with one_pass, on
 subset i alone.
 """
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import ArtifactError, RecipeError
 
-Order: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
-Epochs: TypeAlias = "int | tuple[int, ...]"  # of all stages alike, or of each
+SampleOrder: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
+Epochs: TypeAlias = "int | tuple[int, ...]"  # of every stage, or of each
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: order[start:stop], its temperature and SFT ratio, its optimizer steps."""
+    """One stage: the samples order[start:stop], their temperature and SFT ratio, and its length."""
 
     index: int
     start: int
@@ -32,18 +32,18 @@ class Stage:
     temperature: float
     sft_ratio: float
     epochs: int
-    steps_per_epoch: int
-    steps: int  # may end within the last epoch
-    order: Order = field(repr=False, compare=False)
+    steps_per_epoch: int  # optimizer steps
+    steps: int  # optimizer steps of the stage; may end within its last epoch
+    order: SampleOrder = field(repr=False, compare=False)
 
     @property
-    def samples(self) -> int:
-        """Samples of one epoch, the dropped tail included."""
+    def num_samples(self) -> int:
+        """Samples of one epoch, before drop_last drops an incomplete batch."""
         return self.stop - self.start
 
     @property
-    def sample_ids(self) -> Order:
-        """Ids of the stage's samples, easiest first."""
+    def sample_ids(self) -> SampleOrder:
+        """The stage's part of the order, easiest first: [num_samples]."""
         return self.order[self.start : self.stop]
 
 
@@ -58,11 +58,11 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan without the order, which lies in a file of its own."""
+        """The plan as plain values, without the order, which has a file of its own."""
         stages = []
         for stage in self.stages:
             tree = asdict(Stage(**{**stage.__dict__, "order": ()}))
@@ -77,22 +77,19 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any], order: Order) -> Plan:
-        """The plan that `to_json` described, over its order. Raises ArtifactError where it is of
-        another order's length.
-        """
+    def from_json(cls, tree: dict[str, Any], order: SampleOrder) -> Plan:
+        """The inverse of `to_json`. Raises ArtifactError if the order has another length."""
         stages = [Stage(**stage, order=order) for stage in tree["stages"]]
         if stages[-1].stop != len(order):
             raise ArtifactError(
                 f"the plan was made for {stages[-1].stop} samples and the ranking holds "
-                f"{len(order)}: "
-                "remove plan/ and run `pocl plan` again"
+                f"{len(order)}: remove plan/ and run `pocl plan` again"
             )
         return cls(stages, tree["batch_size"], tree["scheduler"], tree["drop_last"])
 
 
 def build_plan(
-    order: Order,
+    order: SampleOrder,
     *,
     num_subsets: int = 4,
     epochs_per_stage: Epochs = 8,
@@ -102,73 +99,76 @@ def build_plan(
     scheduler: str = "baby_step",
     drop_last: bool = True,
 ) -> Plan:
-    """Cut an order (ids, easiest first) into stages.
+    """Divide an order of samples into the stages of a curriculum (POCL, arXiv 2506.05695).
 
-    Stage i ends where subset i does (`subset_stops`). Steps are epochs * floor(samples /
-    batch_size), or the ceiling where drop_last=False fills the last batch of an epoch up. Raises
-    RecipeError, one sentence.
+    Sizes, temperature, SFT ratio and optimizer steps follow docs/method.md, eq. 4 to 7.
+
+    Args:
+        order: sample ids or rows, easiest first, [samples].
+        num_subsets: number of subsets, and so of stages.
+        epochs_per_stage: epochs of every stage, or one number for each.
+        batch_size: samples of an optimizer step, over all ranks.
+        temperature: distillation temperature of the first and the last stage.
+        sft_ratio: weight of cross-entropy in the first and the last stage, 0 to 1.
+        scheduler: `baby_step` (subsets accumulate) or `one_pass` (each subset alone).
+        drop_last: drop the incomplete last batch of an epoch, else fill it up.
+
+    Raises:
+        RecipeError: a value is out of range, or a stage does not fill one batch.
     """
     total = len(order)
     epochs = stage_epochs(num_subsets, epochs_per_stage)
-    _check(total, num_subsets, epochs, batch_size, temperature, sft_ratio, scheduler, drop_last)
+    _validate(total, num_subsets, epochs, batch_size, temperature, sft_ratio, scheduler)
+    temperatures = stage_values(num_subsets, temperature)
+    sft_ratios = stage_values(num_subsets, sft_ratio)
     stages, stops = [], subset_stops(total, num_subsets)
-    for i, (stage_temperature, stage_sft_ratio) in enumerate(
-        zip(
-            stage_values(num_subsets, temperature),
-            stage_values(num_subsets, sft_ratio),
-            strict=True,
-        )
-    ):
+    for i in range(num_subsets):
         start = 0 if scheduler == "baby_step" or i == 0 else stops[i - 1]
-        stop = stops[i]
-        per_epoch = _batches(stop - start, batch_size, drop_last)
-        if per_epoch == 0:
+        steps_per_epoch = _batches_per_epoch(stops[i] - start, batch_size, drop_last)
+        if steps_per_epoch == 0:
             raise RecipeError(
-                f"stage {i} has {stop - start} samples, fewer than train.batch_size={batch_size}: "
-                f"make fewer subsets "
-                "(curriculum.num_subsets), smaller batches, or set curriculum.drop_last=false"
+                f"stage {i} has {stops[i] - start} samples, fewer than "
+                f"train.batch_size={batch_size}: make fewer subsets (curriculum.num_subsets), "
+                "smaller batches, or set curriculum.drop_last=false"
             )
         stages.append(
             Stage(
-                i,
-                start,
-                stop,
-                stage_temperature,
-                stage_sft_ratio,
-                epochs[i],
-                per_epoch,
-                epochs[i] * per_epoch,
-                order,
+                index=i,
+                start=start,
+                stop=stops[i],
+                temperature=temperatures[i],
+                sft_ratio=sft_ratios[i],
+                epochs=epochs[i],
+                steps_per_epoch=steps_per_epoch,
+                steps=epochs[i] * steps_per_epoch,
+                order=order,
             )
         )
     return Plan(stages, batch_size, scheduler, drop_last)
 
 
 def subset_stops(total: int, num_subsets: int) -> list[int]:
-    """Where each subset of an order ends: (i + 1) * floor(N / num_subsets), the last at N (METHOD 2)."""
+    """Where each subset of an order of `total` samples ends (docs/method.md, eq. 4)."""
     return [*((i + 1) * (total // num_subsets) for i in range(num_subsets - 1)), total]
 
 
 def stage_epochs(num_subsets: int, epochs_per_stage: Epochs) -> tuple[int, ...]:
     """The epochs of each stage."""
-    return (
-        epochs_per_stage
-        if isinstance(epochs_per_stage, tuple)
-        else (epochs_per_stage,) * num_subsets
-    )
+    if isinstance(epochs_per_stage, tuple):
+        return epochs_per_stage
+    return (epochs_per_stage,) * num_subsets
 
 
-def visits(num_subsets: int, epochs_per_stage: Epochs, scheduler: str) -> float:
-    """How often a sample is seen over all stages, on average; dropped tails count."""
+def mean_sample_visits(num_subsets: int, epochs_per_stage: Epochs, scheduler: str) -> float:
+    """How often training uses a sample, on average; samples that drop_last drops count too."""
     epochs = stage_epochs(num_subsets, epochs_per_stage)
-    shares = (
-        i + 1 if scheduler == "baby_step" else 1 for i in range(num_subsets)
-    )  # of `num_subsets`, as whole numbers: exact
-    return sum(map(operator.mul, epochs, shares)) / num_subsets
+    # Subsets of each stage, as whole numbers, so that the sum is exact.
+    subsets = (i + 1 if scheduler == "baby_step" else 1 for i in range(num_subsets))
+    return sum(map(operator.mul, epochs, subsets)) / num_subsets
 
 
 def single_stage_plan(
-    order: Order,
+    order: SampleOrder,
     *,
     steps: int,
     batch_size: int,
@@ -176,38 +176,32 @@ def single_stage_plan(
     sft_ratio: float,
     drop_last: bool = True,
 ) -> Plan:
-    """One stage over all samples for `steps` optimizer steps, the last epoch cut: plain KD, for
-    baseline and healing.
+    """Plan `steps` optimizer steps over all samples in one stage: plain KD, for the baseline and
+    for healing.
+
+    The last epoch may be incomplete. Raises RecipeError as `build_plan` does.
     """
-    _check(
-        len(order),
-        1,
-        (1,),
-        batch_size,
-        (temperature, temperature),
-        (sft_ratio, sft_ratio),
-        "baby_step",
-        drop_last,
-    )
-    per_epoch = _batches(len(order), batch_size, drop_last)
+    total = len(order)
+    ends = (temperature, temperature), (sft_ratio, sft_ratio)
+    _validate(total, 1, (1,), batch_size, *ends, "baby_step")
+    steps_per_epoch = _batches_per_epoch(total, batch_size, drop_last)
     if steps < 1:
         raise RecipeError(f"a plan of {steps} steps trains nothing: ask for at least 1")
-    if per_epoch == 0:
+    if steps_per_epoch == 0:
         raise RecipeError(
-            f"{len(order)} samples do not fill one batch of train.batch_size={batch_size}: make "
-            f"it smaller"
+            f"{total} samples do not fill one batch of train.batch_size={batch_size}: make it "
+            "smaller"
         )
-    stage = Stage(
-        0, 0, len(order), temperature, sft_ratio, -(-steps // per_epoch), per_epoch, steps, order
-    )
+    epochs = -(-steps // steps_per_epoch)
+    stage = Stage(0, 0, total, temperature, sft_ratio, epochs, steps_per_epoch, steps, order)
     return Plan([stage], batch_size, "baby_step", drop_last)
 
 
-def _batches(samples: int, batch_size: int, drop_last: bool) -> int:
+def _batches_per_epoch(samples: int, batch_size: int, drop_last: bool) -> int:
     return samples // batch_size if drop_last else -(-samples // batch_size)
 
 
-def _check(
+def _validate(
     total: int,
     num_subsets: int,
     epochs: tuple[int, ...],
@@ -215,30 +209,31 @@ def _check(
     temperature: tuple[float, float],
     sft_ratio: tuple[float, float],
     scheduler: str,
-    drop_last: bool,
 ) -> None:
+    """Raise RecipeError for a value that no plan can have."""
     if num_subsets < 1 or num_subsets > total:
         raise RecipeError(
-            f"curriculum.num_subsets={num_subsets} for {total} samples: make it at least 1 and at most one for "
-            f"each sample"
+            f"curriculum.num_subsets={num_subsets} for {total} samples: make it at least 1 and at "
+            "most one for each sample"
         )
     if len(epochs) != num_subsets:
         raise RecipeError(
-            f"curriculum.epochs_per_stage={list(epochs)} for curriculum.num_subsets={num_subsets}: give one number "
-            f"for each stage"
+            f"curriculum.epochs_per_stage={list(epochs)} for curriculum.num_subsets={num_subsets}: "
+            "give one number for each stage"
         )
     if min(epochs) < 1 or batch_size < 1:
         raise RecipeError(
-            f"curriculum.epochs_per_stage={min(epochs)} and train.batch_size={batch_size} must be at "
-            f"least 1"
+            f"curriculum.epochs_per_stage={min(epochs)} and train.batch_size={batch_size} must be "
+            "at least 1"
         )
     if not all(0 < value < math.inf for value in temperature):
         raise RecipeError(
-            f"curriculum.temperature={list(temperature)}: a temperature must be a number greater than 0, as in [1.0, 2.0]"
+            f"curriculum.temperature={list(temperature)}: a temperature must be a number greater "
+            "than 0, as in [1.0, 2.0]"
         )
     if not all(0 <= value <= 1 for value in sft_ratio):
         raise RecipeError(
-            f"curriculum.sft_ratio={list(sft_ratio)}: a share must lie between 0 and 1"
+            f"curriculum.sft_ratio={list(sft_ratio)}: a ratio must be between 0 and 1"
         )
     if scheduler not in ("baby_step", "one_pass"):
-        raise RecipeError(f"curriculum.scheduler={scheduler!r}: take baby_step or one_pass")
+        raise RecipeError(f"curriculum.scheduler={scheduler!r}: use baby_step or one_pass")

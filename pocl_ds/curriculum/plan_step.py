@@ -1,4 +1,4 @@
-"""The stage `plan`: ranking/order.npy -> plan/plan.json; and the plan of the baseline beside it."""
+"""The step `plan`: from ranking/order.npy to plan/plan.json; and the plan of the baseline."""
 
 from __future__ import annotations
 
@@ -10,60 +10,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.config import BaselineConfig, CurriculumConfig
-from pocl_ds.curriculum.plan import Order, Plan, build_plan, single_stage_plan
+from pocl_ds.curriculum.plan import Plan, SampleOrder, build_plan, single_stage_plan
 from pocl_ds.errors import ArtifactError
-from pocl_ds.workflow.run_dir import (
-    Manifest,
-    RunDirectory,
-    read_json,
-    whole_result,
-    write_json,
-    write_manifest,
-)
+from pocl_ds.workflow.files import read_json, write_json
+from pocl_ds.workflow.manifest import Manifest, finished_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
 
-def make_plan(
-    run: RunDirectory, plan: CurriculumConfig, *, batch_size: int, fingerprint: str
+def write_plan(
+    run: RunDirectory, curriculum: CurriculumConfig, *, batch_size: int, fingerprint: str
 ) -> Manifest:
-    """Write plan/plan.json, the stages of POCL.
+    """Write the stages of the curriculum to plan/plan.json, if they are not there already.
 
-    It holds no sample ids: a stage is a slice of ranking/order.npy. Raises RecipeError where
-    samples, subsets and batches do not fit, ArtifactError where the ranking is missing or not an
-    order of all samples.
+    The file holds no sample ids: a stage is a slice of ranking/order.npy. Raises RecipeError if
+    samples, subsets and batches do not fit, ArtifactError if the ranking is missing or damaged.
     """
-    if manifest := whole_result(run.plan, fingerprint):
+    if manifest := finished_manifest(run.plan, fingerprint):
         return manifest
-    start, order = time.monotonic(), _order(run)
+    start, order = time.monotonic(), _load_order(run)
     if not _is_permutation(order):
         raise ArtifactError(
             f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and "
-            f"run `pocl rank`"
+            "run `pocl rank`"
         )
-    pocl = plan_of(order, plan, batch_size=batch_size)
-    for stage in pocl.stages:
+    plan = plan_from_config(order, curriculum, batch_size=batch_size)
+    for stage in plan.stages:
         log.info(
-            "stage %d: %d samples, %d epochs, %d steps, temperature %.2f, SFT ratio %.2f",
+            "stage %d: %d samples, %d epochs, %d optimizer steps, temperature %.2f, SFT ratio %.2f",
             stage.index + 1,
-            stage.samples,
+            stage.num_samples,
             stage.epochs,
             stage.steps,
             stage.temperature,
             stage.sft_ratio,
         )
-    write_json(run.plan / "plan.json", pocl.to_json())
+    write_json(run.plan / "plan.json", plan.to_json())
     info = {
         "samples": len(order),
-        "steps": pocl.total_steps,
-        "visits": pocl.total_steps * batch_size,
+        "steps": plan.total_steps,
+        "visits": plan.total_steps * batch_size,
         "seconds": time.monotonic() - start,
     }
     return write_manifest(run.plan, "plan", fingerprint, info=info)
 
 
-def plan_of(order: Order, curriculum: CurriculumConfig, *, batch_size: int) -> Plan:
-    """See `build_plan`."""
+def plan_from_config(order: SampleOrder, curriculum: CurriculumConfig, *, batch_size: int) -> Plan:
+    """`build_plan` with the values of a recipe."""
     return build_plan(
         order,
         num_subsets=curriculum.num_subsets,
@@ -76,35 +70,32 @@ def plan_of(order: Order, curriculum: CurriculumConfig, *, batch_size: int) -> P
     )
 
 
-def baseline_plan(pocl: Plan, baseline: BaselineConfig) -> Plan:
-    """Plain KD with as many sample visits as POCL: one stage over all samples at one temperature
-    and one SFT ratio.
+def build_baseline_plan(plan: Plan, baseline: BaselineConfig) -> Plan:
+    """Plain KD with as many optimizer steps as the curriculum: one stage over all samples, at one
+    temperature and one SFT ratio.
     """
-    order = pocl.stages[-1].order
     return single_stage_plan(
-        order,
-        steps=pocl.total_steps,
-        batch_size=pocl.batch_size,
+        plan.stages[-1].order,
+        steps=plan.total_steps,
+        batch_size=plan.batch_size,
         temperature=baseline.temperature,
         sft_ratio=baseline.sft_ratio,
-        drop_last=pocl.drop_last,
+        drop_last=plan.drop_last,
     )
 
 
 def load_plan(path: Path) -> Plan:
-    """A plan and the order it stands on."""
-    return Plan.from_json(read_json(path), _order(RunDirectory(path.parents[1])))
+    """Load a plan with the order of its run. Raises ArtifactError if either is missing or damaged."""
+    return Plan.from_json(read_json(path), _load_order(RunDirectory(path.parents[1])))
 
 
-def steps_of_stages(run: RunDirectory, training: str) -> list[int]:
-    """Steps of each stage of `train` or `baseline`, from its plan alone; empty where there is none
-    yet.
-    """
+def optimizer_steps_by_stage(run: RunDirectory, training: str) -> list[int]:
+    """Optimizer steps of each stage of `train` or `baseline`; empty if there is no plan yet."""
     path = (run.baseline if training == "baseline" else run.plan) / "plan.json"
     return [int(stage["steps"]) for stage in read_json(path)["stages"]] if path.is_file() else []
 
 
-def _order(run: RunDirectory) -> NDArray[np.int64]:
+def _load_order(run: RunDirectory) -> NDArray[np.int64]:
     path = run.ranking / "order.npy"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl rank` first")
@@ -120,6 +111,6 @@ def _order(run: RunDirectory) -> NDArray[np.int64]:
 def _is_permutation(order: NDArray[np.int64]) -> bool:
     if order.ndim != 1 or (len(order) and not (order.min() >= 0 and order.max() < len(order))):
         return False
-    seen = np.zeros(len(order), bool)
-    seen[order] = True
-    return bool(seen.all())
+    occurs = np.zeros(len(order), bool)
+    occurs[order] = True
+    return bool(occurs.all())

@@ -1,9 +1,8 @@
-"""Which samples a step sees: a pure function of (plan, seed, step).
+"""The sampler: which samples an optimizer step uses, as a pure function of (plan, seed, step).
 
-No rank draws a random number of its own. The global batch of a step depends on neither the number
-of ranks nor the micro-batch size, so another number of ranks can go on from any step. Lengths move
-samples between neighbouring batches of an epoch's shuffle only, and only where a window is asked
-for: the curriculum stays as it is.
+No rank draws random numbers of its own. The global batch of a step depends on neither the number of
+ranks nor the micro-batch size, so another number of ranks can continue from any step. A length
+window moves samples between neighbouring batches of an epoch only; the curriculum stays the same.
 """
 
 from __future__ import annotations
@@ -14,19 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.curriculum.plan import Plan
+from pocl_ds.runtime.hashing import GOLDEN_GAMMA, splitmix64
 
-_GOLDEN, _MIX_1, _MIX_2 = (
-    np.uint64(0x9E3779B97F4A7C15),
-    np.uint64(0xBF58476D1CE4E5B9),
-    np.uint64(0x94D049BB133111EB),
-)
-_BLOCK = 1 << 14  # keys mixed at once
-_WINDOW = 0x57494E444F57  # sets the order of batches in a window apart from the order of samples
+_KEYS_PER_BLOCK = 1 << 14  # mixed together, so that they stay in the cache
+_WINDOW_SEED = 0x57494E444F57  # separates the order of batches in a window from that of samples
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where a step stands; all from 0."""
+class SamplerPosition:
+    """The place of an optimizer step in the plan; all numbers count from 0."""
 
     step: int
     stage: int
@@ -35,93 +30,93 @@ class Position:
 
 
 class Sampler:
-    """Global batches of a plan, step by step or from any step.
+    """The global batch of every optimizer step of a plan, in any order of steps.
 
-    lengths: tokens of each sample in the plan's order. window: so many neighbouring batches of an
-    epoch's shuffle exchange their samples until each holds like lengths; they then come in shuffled
-    order. Every sample stays within its window.
+    With a window, that many consecutive batches of an epoch's shuffle exchange samples until each
+    holds samples of similar length; these batches come in shuffled order.
     """
 
     def __init__(
         self, plan: Plan, seed: int, *, lengths: NDArray[np.int64] | None = None, window: int = 1
     ) -> None:
+        """lengths: tokens of each sample in the plan's order, [samples]; required if window > 1."""
         if window > 1 and lengths is None:
-            raise ValueError("a length window needs the lengths")
+            raise ValueError("a length window needs the lengths of the samples")
         self.plan, self.seed, self.lengths, self.window = plan, seed, lengths, window
-        self._ends = np.cumsum([stage.steps for stage in plan.stages])
+        self._stage_ends = np.cumsum([stage.steps for stage in plan.stages])
+        # The shuffle of the epoch that was used last.
         self._epoch: tuple[int, int] | None = None
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
 
-    def at(self, step: int) -> Position:
-        """Stage and epoch of a global step."""
+    def position(self, step: int) -> SamplerPosition:
+        """Stage and epoch of a global step. Raises IndexError for a step outside the plan."""
         if not 0 <= step < self.plan.total_steps:
             raise IndexError(f"step {step} is outside the plan's {self.plan.total_steps} steps")
-        index = int(np.searchsorted(self._ends, step, side="right"))
+        index = int(np.searchsorted(self._stage_ends, step, side="right"))
         stage = self.plan.stages[index]
-        in_stage = step - int(self._ends[index]) + stage.steps
-        return Position(step, index, in_stage // stage.steps_per_epoch, in_stage)
+        step_in_stage = step - int(self._stage_ends[index]) + stage.steps
+        return SamplerPosition(step, index, step_in_stage // stage.steps_per_epoch, step_in_stage)
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Positions into the plan's order of a step's global batch: [batch_size], shuffled.
+        """Places in the plan's order of the samples of a step's global batch: [batch_size].
 
-        A padded tail is filled with the first samples of the epoch's own shuffle, from its start as
-        often as needed.
+        With drop_last=False, samples from the start of the epoch's shuffle fill the last batch.
+        Raises IndexError for a step outside the plan.
         """
-        position = self.at(step)
+        # Shuffle the stage's samples, once for each epoch.
+        position = self.position(step)
         stage = self.plan.stages[position.stage]
         if self._epoch != (position.stage, position.epoch):
             self._shuffled = permutation(
-                stage.samples, seed=self.seed, stage=position.stage, epoch=position.epoch
+                stage.num_samples, seed=self.seed, stage=position.stage, epoch=position.epoch
             )
             self._shuffled += stage.start
             self._epoch = (position.stage, position.epoch)
+
         number = position.step_in_stage % stage.steps_per_epoch
         if self.lengths is None or self.window == 1:
-            return self._neighbours(number, 1)
+            return self._consecutive_batches(number, 1)
+
+        # Sort the samples of the window by length, and shuffle the resulting batches.
         first = number - number % self.window
         count = min(self.window, stage.steps_per_epoch - first)
-        rows = self._neighbours(first, count)
-        batches = rows[np.argsort(self.lengths[rows], kind="stable")].reshape(count, -1)
+        samples = self._consecutive_batches(first, count)
+        by_length = np.argsort(self.lengths[samples], kind="stable")
+        batches = samples[by_length].reshape(count, -1)
         order = permutation(
             count,
-            seed=self.seed ^ _WINDOW,
+            seed=self.seed ^ _WINDOW_SEED,
             stage=position.stage,
             epoch=position.epoch * stage.steps_per_epoch + first,
         )
         return batches[order[number - first]]
 
-    def _neighbours(self, first: int, count: int) -> NDArray[np.int64]:
-        """The epoch's shuffle from batch `first`, `count` batches long."""
+    def _consecutive_batches(self, first: int, count: int) -> NDArray[np.int64]:
+        """The samples of `count` batches of the epoch's shuffle, from batch `first`."""
         size = self.plan.batch_size
-        picked = self._shuffled[first * size : (first + count) * size]
-        if len(picked) < count * size:
-            picked = np.concatenate([picked, np.resize(self._shuffled, count * size - len(picked))])
-        return picked
+        samples = self._shuffled[first * size : (first + count) * size]
+        missing = count * size - len(samples)
+        if missing:
+            samples = np.concatenate([samples, np.resize(self._shuffled, missing)])
+        return samples
 
 
 def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
-    """A shuffle of 0 .. size-1 that follows from its arguments by arithmetic alone.
+    """A shuffle of 0 .. size-1 that integer arithmetic on the arguments decides alone.
 
-    Number i is sorted by the high bits of splitmix64(base + i), then by i itself, which stands in
-    the low bits of its key: no two keys are equal, so any sort gives one result, on every machine
-    and with every release of numpy. Sorting keys in place takes half the time of argsort.
+    Number i gets a key: the high bits of splitmix64(base + i), and i itself in the low bits. No two
+    keys are equal, so every sorting algorithm gives the same result, on every machine and with
+    every release of numpy. Sorting the keys in place takes half the time of argsort.
     """
-    low = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
+    low_bits = np.uint64((1 << max(size - 1, 0).bit_length()) - 1)
     with np.errstate(over="ignore"):
         base = np.uint64(0)
         for word in (seed, stage, epoch):
-            base = _mix(np.array([base + np.uint64(word) + _GOLDEN], np.uint64))[0]
+            base = splitmix64(np.array([base + np.uint64(word) + GOLDEN_GAMMA], np.uint64))[0]
         keys = np.arange(size, dtype=np.uint64)
-        for start in range(0, size, _BLOCK):
-            numbers = keys[start : start + _BLOCK]
-            numbers |= _mix(numbers + base) & ~low
+        for start in range(0, size, _KEYS_PER_BLOCK):
+            block = keys[start : start + _KEYS_PER_BLOCK]
+            block |= splitmix64(block + base) & ~low_bits
     keys.sort()
-    keys &= low
+    keys &= low_bits
     return keys.view(np.int64)
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's output function."""
-    values = (values ^ (values >> np.uint64(30))) * _MIX_1
-    values = (values ^ (values >> np.uint64(27))) * _MIX_2
-    return values ^ (values >> np.uint64(31))

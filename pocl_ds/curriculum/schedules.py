@@ -1,6 +1,4 @@
-"""What rises and falls over a run: temperature and SFT ratio by stage, the learning rate by step
-(METHOD 2).
-"""
+"""Schedules: temperature and SFT ratio by stage, learning rate by optimizer step."""
 
 from __future__ import annotations
 
@@ -8,23 +6,25 @@ import math
 
 
 def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
-    """`stages` values on the line from ends[0] to ends[1]. A single stage takes the first."""
-    first, last = ends
+    """Values on the line from ends[0] to ends[1], one for each stage.
+
+    A single stage gets ends[0]. Used for temperature and SFT ratio (docs/method.md, eq. 5 and 6).
+    """
+    start, end = ends
     if stages == 1:
-        return [first]
-    return [first + (last - first) * i / (stages - 1) for i in range(stages - 1)] + [
-        last
-    ]  # the last to the last bit
+        return [start]
+    values = [start + (end - start) * i / (stages - 1) for i in range(stages - 1)]
+    return [*values, end]  # exactly, without a rounding error
 
 
 def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: int = 0) -> float:
-    """Learning rate of step `step` (from 0) of `total`: linear warm-up, then a cosine from lr to
-    min_lr.
+    """Learning rate of optimizer step `step` (from 0) of `total`: linear warm-up, then a cosine
+    from lr to min_lr (docs/method.md, eq. 8).
 
-    As in the release: the first step after the warm-up runs at lr, and min_lr is reached after the
-    last one.
+    As in the POCL release, the first step after the warm-up runs at lr, and min_lr is reached after
+    the last step.
     """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    share = (step - warmup) / max(total - warmup, 1)
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    progress = (step - warmup) / max(total - warmup, 1)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

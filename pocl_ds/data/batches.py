@@ -1,6 +1,4 @@
-"""Batches: rows of an encoded split as tensors, padded to the longest, or packed behind one another
-without padding.
-"""
+"""Batches of a tokenized dataset as tensors: padded to the longest sample, or packed into one row."""
 
 from __future__ import annotations
 
@@ -12,113 +10,120 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.data.generated import Sequences
+from pocl_ds.data.generated import TokenizedDataset
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples padded on the right to T tokens, or packed into one row of T tokens; n loss tokens
-    (responses, their EOS).
+    """B samples with n loss tokens (responses and their EOS).
 
-    The hidden state at t predicts token t + 1, so `positions` are one before their labels.
+    A padded batch has B rows of T tokens, padded on the right. A packed batch has one row of T
+    tokens in which the samples follow one another. The hidden state at t predicts token t + 1, so
+    `positions` are one before their labels.
     """
 
     input_ids: Tensor  # [B, T] int64; packed: [1, T]
-    attention_mask: (
-        Tensor | None
-    )  # [B, T] int64, from lengths: a padding id may well be a real EOS elsewhere; packed: None
+    # [B, T] int64, from lengths, since the padding id may be a real EOS elsewhere; packed: None
+    attention_mask: Tensor | None
     position_ids: Tensor | None  # packed: [1, T] int64, from 0 in each sample
     lengths: tuple[int, ...] | None  # packed: tokens of each sample in the row
     # [n] int64, flat index into input_ids of the hidden state that predicts a loss token
     positions: Tensor
     labels: Tensor  # [n] int64
     sample_of_token: Tensor  # [n] int64, which of the B samples a loss token belongs to
-    rows: tuple[int, ...]
-    split: str  # the name of the split that the rows are of
-    translated: Translated | None = None  # for a teacher with another tokenizer
+    rows: tuple[int, ...]  # of the split
+    split: str  # name of the split
+    teacher_view: TeacherView | None = None  # for a teacher with another tokenizer
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
-        """What a model's hidden states follow from: ids, mask, position ids, lengths."""
+        """The inputs of `hidden_states`: ids, mask, position ids, lengths."""
         return self.input_ids, self.attention_mask, self.position_ids, self.lengths
 
     def at_loss_positions(self, hidden: Tensor) -> Tensor:
-        """The rows of hidden states [B, T, d] that predict a loss token: [n, d]."""
+        """Select from hidden states [B, T, d] those that predict a loss token: [n, d]."""
         return hidden.flatten(0, 1).index_select(0, self.positions)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
+        """Copy the batch to a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
+        on_device = {
             name: value.to(device, non_blocking=True)
             for name, value in values.items()
             if isinstance(value, Tensor)
         }
-        return replace(
-            self, **moved, translated=self.translated.to(device) if self.translated else None
-        )
+        teacher_view = self.teacher_view.to(device) if self.teacher_view else None
+        return replace(self, **on_device, teacher_view=teacher_view)
 
 
 @dataclass(frozen=True)
-class Translated:
-    """A batch in the tokens of a teacher with another tokenizer: m loss tokens of its own, and
-    which of both stand for the same text. A span is a stretch of a response that begins and ends
-    with a token on both sides.
+class TeacherView:
+    """The same samples in the tokens of a teacher with another tokenizer, with m loss tokens.
+
+    A span is a stretch of a response that begins and ends at a token boundary of both tokenizers.
     """
 
     batch: Batch
-    # [n] int64, the span of each of the student's loss tokens, ascending; -1 where there is none
-    ours: Tensor
-    theirs: Tensor  # [m] int64, of the teacher's
-    spans: int
+    student_spans: Tensor  # [n] int64, ascending: the span of each student loss token, -1 for none
+    teacher_spans: Tensor  # [m] int64: the same for the teacher's loss tokens
+    num_spans: int
 
-    def to(self, device: torch.device) -> Translated:
-        """The same on a device."""
-        return Translated(
-            self.batch.to(device), self.ours.to(device), self.theirs.to(device), self.spans
+    def to(self, device: torch.device) -> TeacherView:
+        """Copy the view to a device."""
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            student_spans=self.student_spans.to(device),
+            teacher_spans=self.teacher_spans.to(device),
         )
 
 
 def collate(
-    split: Sequences, rows: Sequence[int] | NDArray[np.int64], pad_id: int, *, packed: bool = False
+    dataset: TokenizedDataset,
+    rows: Sequence[int] | NDArray[np.int64],
+    pad_id: int,
+    *,
+    packed: bool = False,
 ) -> Batch:
-    """Some rows of a split, or of responses that were written just now, as a batch.
+    """Build a batch of some rows of a dataset, padded or packed.
 
-    Without rows it is one token that nothing is learned from, so that a model can run.
+    Without rows the batch is a single token without a loss, so that a model can still run on it.
     """
-    picked = np.asarray(rows, np.int64)
-    lengths = np.asarray(split.total_tokens[picked], np.int64)
-    # Token 0 has no hidden state before it, so it is never a label, even where a prompt is empty.
-    prompts = np.maximum(np.asarray(split.prompt_tokens[picked], np.int64), 1)
-    sample = np.repeat(np.arange(len(picked)), lengths)
+    indices = np.asarray(rows, np.int64)
+    lengths = np.asarray(dataset.total_tokens[indices], np.int64)
+    # Token 0 has no hidden state before it, so it is never a label, even if a prompt is empty.
+    prompt_tokens = np.maximum(np.asarray(dataset.prompt_tokens[indices], np.int64), 1)
+
+    # One entry per token: its sample, its column within the sample, its id.
+    sample = np.repeat(np.arange(len(indices)), lengths)
     column = np.arange(len(sample)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     tokens = (
-        np.concatenate([split.tokens(int(row)) for row in picked]).astype(np.int64)
-        if len(picked)
+        np.concatenate([dataset.tokens(int(row)) for row in indices]).astype(np.int64)
+        if len(indices)
         else sample
     )
-    is_label = column >= prompts[sample]
+    is_label = column >= prompt_tokens[sample]
+
+    # Write the tokens to their places in the batch.
     width = int(lengths.max(initial=1))
-    flat = (
-        np.arange(len(sample)) if packed else sample * width + column
-    )  # where each token lies in the batch
-    shape = (1, max(len(sample), 1)) if packed else (max(len(picked), 1), width)
-    ids = np.full(shape, pad_id, np.int64)
-    ids.reshape(-1)[flat] = tokens
+    flat = np.arange(len(sample)) if packed else sample * width + column
+    shape = (1, max(len(sample), 1)) if packed else (max(len(indices), 1), width)
+    input_ids = np.full(shape, pad_id, np.int64)
+    input_ids.reshape(-1)[flat] = tokens
     mask = np.zeros(shape, np.int64)
     mask.reshape(-1)[flat] = 1
-    if not len(picked):
-        mask[:] = 1  # a row that attends to nothing is NaN, and NaN times the zero gradient is NaN
-    places = np.zeros(shape, np.int64)
-    places.reshape(-1)[flat] = column
+    if not len(indices):
+        mask[:] = 1  # a row that attends to nothing gives NaN, and NaN times zero is NaN
+    position_ids = np.zeros(shape, np.int64)
+    position_ids.reshape(-1)[flat] = column
     return Batch(
-        torch.from_numpy(ids),
-        None if packed else torch.from_numpy(mask),
-        torch.from_numpy(places) if packed else None,
-        (tuple(lengths.tolist()) or (1,)) if packed else None,
-        torch.from_numpy(flat[is_label] - 1),
-        torch.from_numpy(tokens[is_label]),
-        torch.from_numpy(sample[is_label]),
-        tuple(picked.tolist()),
-        split.name,
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=None if packed else torch.from_numpy(mask),
+        position_ids=torch.from_numpy(position_ids) if packed else None,
+        lengths=(tuple(lengths.tolist()) or (1,)) if packed else None,
+        positions=torch.from_numpy(flat[is_label] - 1),
+        labels=torch.from_numpy(tokens[is_label]),
+        sample_of_token=torch.from_numpy(sample[is_label]),
+        rows=tuple(indices.tolist()),
+        split=dataset.name,
     )

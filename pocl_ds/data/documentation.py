@@ -1,8 +1,7 @@
-"""The default corpus: instruction-response pairs from documentation that the machine already has.
+"""The data source `documentation`: instruction samples from docstrings of installed packages.
 
-Docstrings of the standard library and of installed packages, read from their sources without
-importing or running anything: "Explain what `textwrap.dedent` does." -> the first paragraph of its
-docstring. Real human text, no download.
+The response to "Explain what `textwrap.dedent` does." is the first paragraph of its docstring. The
+sources are parsed, not imported, so nothing runs and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pocl_ds.config import DocumentationConfig
 from pocl_ds.data.records import Sample
 from pocl_ds.errors import DataError
 
-QUESTIONS = {
+QUESTION_TEMPLATES = {
     "function": (
         "Explain what the Python function `{name}` does.",
         "What does `{name}` do in Python?",
@@ -42,7 +41,7 @@ QUESTIONS = {
         "What would one use the Python module `{name}` for?",
     ),
 }
-SKIPPED = {
+SKIPPED_MODULES = {
     "test",
     "tests",
     "testing",
@@ -62,26 +61,26 @@ BOILERPLATE = re.compile(
     re.I,
 )
 ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
-EMPHASIS = re.compile(
-    r"(?<![\w*`])\*{1,2}([A-Za-z][^*`]*?[\w.)])\*{1,2}(?![\w*`])"
-)  # but not *args, 2 * 3 or `*`
+# Matches *word*, but not *args, 2 * 3 or `*`.
+EMPHASIS = re.compile(r"(?<![\w*`])\*{1,2}([A-Za-z][^*`]*?[\w.)])\*{1,2}(?![\w*`])")
 SIGNATURE = re.compile(r"^[\w.*, ]*\w+\(.*\)(\s*->.*)?\s*$")
-SECTION = re.compile(
+SECTION_HEADING = re.compile(
     r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see "
     r"also|attributes)\s*:?\s*$",
     re.I,
 )
 
 
-def harvest(config: DocumentationConfig) -> Iterator[Sample]:
-    """Pairs of all configured packages, in the order of their names; no answer and no name twice.
+def extract_documentation_samples(config: DocumentationConfig) -> Iterator[Sample]:
+    """Samples of all configured packages, in the order of config.packages.
 
-    Raises DataError for a package that is not installed, and for one without sources.
+    No name and no answer occurs twice. Raises DataError for a package that is not installed or has
+    no sources.
     """
     names: set[str] = set()
     answers: set[str] = set()
     for package in config.packages:
-        for kind, name, docstring in _documented(package):
+        for kind, name, docstring in _public_docstrings(package):
             answer = first_paragraph(docstring)
             words = len(answer.split())
             if not config.min_words <= words <= config.max_words or BOILERPLATE.search(answer):
@@ -91,20 +90,21 @@ def harvest(config: DocumentationConfig) -> Iterator[Sample]:
             names.add(name)
             answers.add(answer)
             digest = hashlib.sha256(name.encode()).hexdigest()
-            forms = QUESTIONS[kind]
-            question = forms[int(digest[:8], 16) % len(forms)].format(name=name)
+            templates = QUESTION_TEMPLATES[kind]
+            question = templates[int(digest[:8], 16) % len(templates)].format(name=name)
             yield Sample(digest[:16], question, "", (answer,))
 
 
 def first_paragraph(docstring: str) -> str:
-    """The first paragraph of running text, as one line without markup; empty where there is none."""
+    """The first paragraph of prose as one line without markup; empty if there is none."""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         lines = [line for line in block.splitlines() if line.strip()]
-        while lines and SIGNATURE.match(lines[0].strip()):  # C functions open with their signature
+        while lines and SIGNATURE.match(lines[0].strip()):  # docstrings of C functions begin so
             lines.pop(0)
+        # Skip headings, lists, options, examples, tables and underlined titles.
         if (
             not lines
-            or SECTION.match(lines[0].strip())
+            or SECTION_HEADING.match(lines[0].strip())
             or re.match(r"^\s*([-=~*^#.|+>]|:\w)", lines[0])
         ):
             continue
@@ -112,19 +112,19 @@ def first_paragraph(docstring: str) -> str:
             lines[-1].strip()
         ) <= set("=-~^"):
             continue
-        return _plain(" ".join(line.strip() for line in lines))
+        return _without_markup(" ".join(line.strip() for line in lines))
     return ""
 
 
-def _plain(text: str) -> str:
+def _without_markup(text: str) -> str:
+    """Running text without reStructuredText roles, links, emphasis and field lists."""
     text = ROLE.sub(r"\1", text)
     text = re.sub(r"``([^`]*)``", r"`\1`", text)
     text = re.sub(r"`([^`<]+?)\s*<[^>]+>`_+", r"\1", text)
     text = re.sub(r"`([^`<]+)`_+(?!\w)", r"\1", text)
     text = EMPHASIS.sub(r"\1", text)
-    text = re.split(
-        r"\s:(?:param|type|returns?|rtype|raises?)\b", re.sub(r"\s+", " ", text).strip()
-    )[0]
+    text = re.sub(r"\s+", " ", text).strip()
+    text = re.split(r"\s:(?:param|type|returns?|rtype|raises?)\b", text)[0]
     text = re.sub(r":\s*:?$|::$|(?<!\.)\.\.$", ".", text)
     return text if text[-1:] in ".!?" else f"{text}." if text else ""
 
@@ -139,19 +139,18 @@ def _is_prose(answer: str) -> bool:
     )
 
 
-def _documented(package: str) -> Iterator[tuple[str, str, str]]:
-    """(kind, dotted name, docstring) of everything public in a package, from its sources."""
-    sources = list(_sources(package))
+def _public_docstrings(package: str) -> Iterator[tuple[str, str, str]]:
+    """(kind, dotted name, docstring) of every public module, class and function of a package."""
+    sources = list(_source_files(package))
     if not sources:
         raise DataError(
             f"data.documentation.packages names {package!r}, which has no public Python sources "
-            f"of its own: name a "
-            "whole package, as numpy, or leave it out"
+            "of its own: name a whole package, such as numpy, or leave it out"
         )
     for path, module in sources:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in other people's files
+                warnings.simplefilter("ignore")  # invalid escape sequences in old sources
                 tree = ast.parse(path.read_text(encoding="utf-8", errors="strict"))
         except (SyntaxError, UnicodeDecodeError, ValueError):
             continue
@@ -174,14 +173,14 @@ def _members(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[tuple[str
             yield from _members(child, name)
 
 
-def _sources(package: str) -> Iterator[tuple[Path, str]]:
-    """Source files and module names of the standard library or one package, sorted; private and
-    test modules left out.
+def _source_files(package: str) -> Iterator[tuple[Path, str]]:
+    """Sorted source files and module names of the standard library or one package, without private
+    and test modules.
     """
     if package == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         tops = [root / name for name in sorted(sys.stdlib_module_names)]
-    elif "." in package:  # to find a part of a package would import the package
+    elif "." in package:  # finding a subpackage would import its parent
         return
     else:
         try:
@@ -190,12 +189,13 @@ def _sources(package: str) -> Iterator[tuple[Path, str]]:
             spec = None
         if spec is None or spec.origin is None:
             raise DataError(
-                f"data.documentation.packages names {package!r}, which is not installed: install "
-                f"it or leave it out"
+                f"data.documentation.packages names {package!r}, which is not installed: install it "
+                "or leave it out"
             )
         top = Path(spec.origin)
         root = top.parents[1] if top.name == "__init__.py" else top.parent
         tops = [root / package]
+    # Every file below, as a dotted module name.
     for top in tops:
         files = sorted(top.rglob("*.py")) if top.is_dir() else [top.with_suffix(".py")]
         for path in files:
@@ -205,6 +205,6 @@ def _sources(package: str) -> Iterator[tuple[Path, str]]:
             if (
                 path.is_file()
                 and parts
-                and not any(part.startswith("_") or part in SKIPPED for part in parts)
+                and not any(part.startswith("_") or part in SKIPPED_MODULES for part in parts)
             ):
                 yield path, ".".join(parts)

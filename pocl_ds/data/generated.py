@@ -1,6 +1,4 @@
-"""Sequences to train on, wherever they come from: a split on disk, or responses that were written
-just now.
-"""
+"""Token sequences to train on: the protocol of a tokenized dataset, and model responses in memory."""
 
 from __future__ import annotations
 
@@ -12,114 +10,111 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Sequences(Protocol):
+class TokenizedDataset(Protocol):
     """Prompts and responses as token ids, by row."""
 
     name: str
-    ids: NDArray[np.bytes_]
-    prompt_tokens: NDArray[np.int64]
-    total_tokens: NDArray[np.int64]
+    ids: NDArray[np.bytes_]  # sample ids, [samples]
+    prompt_tokens: NDArray[np.int64]  # [samples]
+    total_tokens: NDArray[np.int64]  # prompt and response, [samples]
 
     def __len__(self) -> int: ...
 
     @property
     def loss_tokens(self) -> NDArray[np.int64]:
-        """Loss positions of each sequence: [sequences]."""
+        """Number of loss tokens of each sample: [samples]."""
 
     def tokens(self, row: int) -> NDArray[np.uint32]:
-        """All ids of a sequence: [total_tokens]."""
+        """Token ids of prompt and response of one sample: [total_tokens]."""
 
-    def prompt_of(self, row: int) -> tuple[str, int]:
-        """The split of the data, and the row of it, that a sequence's prompt stands in."""
+    def prompt_source(self, row: int) -> tuple[str, int]:
+        """The split, and the row of that split, that holds the prompt of sample `row`."""
 
 
 def count_loss_tokens(
     total_tokens: NDArray[np.int64], prompt_tokens: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Loss positions of sequences of these lengths. Token 0 has no hidden state before it, so it is
-    never a label.
+    """Number of loss tokens of samples of these lengths: [samples].
+
+    Token 0 has no hidden state before it, so it is never a label.
     """
-    found: NDArray[np.int64] = total_tokens - np.maximum(prompt_tokens, 1)
-    return found
+    counts: NDArray[np.int64] = total_tokens - np.maximum(prompt_tokens, 1)
+    return counts
 
 
 @dataclass
-class Written:
-    """Responses of a model to prompts of a split, in memory. rows: which samples of the split the
-    prompts are of.
-    """
+class GeneratedBatch:
+    """Responses that a model generated for prompts of a split, in memory (a `TokenizedDataset`)."""
 
-    rows: NDArray[np.int64]
+    rows: NDArray[np.int64]  # of the split `source`, whose prompts these are
     ids: NDArray[np.bytes_]
     prompt_tokens: NDArray[np.int64]
-    texts: list[NDArray[np.uint32]]  # prompt and response
-    name: str = "written"
+    sequences: list[NDArray[np.uint32]]  # token ids of prompt and response
+    name: str = "generated"
     source: str = "train"
     total_tokens: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total_tokens = np.array([len(text) for text in self.texts], np.int64)
+        self.total_tokens = np.array([len(sequence) for sequence in self.sequences], np.int64)
 
     @classmethod
-    def of(
+    def from_responses(
         cls,
-        split: Sequences,
+        split: TokenizedDataset,
         rows: NDArray[np.int64],
         responses: Sequence[Sequence[int]],
         *,
         eos_id: int,
-        longest: int,
+        max_length: int,
         allowed: NDArray[np.bool_],
-    ) -> Written:
-        """Responses to the prompts of some rows, cut where one grows beyond `longest` tokens,
-        prompt included, or names an id that takes no part in the loss; where nothing is left, EOS
-        alone.
+    ) -> GeneratedBatch:
+        """Join the prompts of `rows` with their responses.
+
+        A response is cut where prompt and response exceed `max_length` tokens, and before the
+        first id that `allowed` [vocabulary] excludes from the loss. An empty response becomes EOS.
         """
-        prompts, texts = np.asarray(split.prompt_tokens[rows], np.int64), []
-        for row, prompt, response in zip(rows, prompts, responses, strict=True):
-            kept = np.asarray(response[: longest - int(prompt)], np.int64)
-            outside = np.flatnonzero(
-                (kept >= len(allowed)) | ~allowed[np.minimum(kept, len(allowed) - 1)]
+        prompt_tokens, sequences = np.asarray(split.prompt_tokens[rows], np.int64), []
+        for row, prompt_length, response in zip(rows, prompt_tokens, responses, strict=True):
+            tokens = np.asarray(response[: max_length - int(prompt_length)], np.int64)
+            disallowed = np.flatnonzero(
+                (tokens >= len(allowed)) | ~allowed[np.minimum(tokens, len(allowed) - 1)]
             )
-            kept = kept[: outside[0]] if len(outside) else kept
-            kept = kept if len(kept) else np.array([eos_id])
-            texts.append(
-                np.concatenate([np.asarray(split.tokens(int(row))[:prompt]), kept]).astype(
-                    np.uint32
-                )
-            )
-        return cls(np.asarray(rows), np.asarray(split.ids[rows]), prompts, texts)
+            tokens = tokens[: disallowed[0]] if len(disallowed) else tokens
+            tokens = tokens if len(tokens) else np.array([eos_id])
+            prompt = np.asarray(split.tokens(int(row))[:prompt_length])
+            sequences.append(np.concatenate([prompt, tokens]).astype(np.uint32))
+        return cls(np.asarray(rows), np.asarray(split.ids[rows]), prompt_tokens, sequences)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.sequences)
 
     @property
     def loss_tokens(self) -> NDArray[np.int64]:
-        """See `Sequences`."""
+        """See `TokenizedDataset`."""
         return count_loss_tokens(self.total_tokens, self.prompt_tokens)
 
     def tokens(self, row: int) -> NDArray[np.uint32]:
-        """See `Sequences`."""
-        return self.texts[row]
+        """See `TokenizedDataset`."""
+        return self.sequences[row]
 
-    def prompt_of(self, row: int) -> tuple[str, int]:
-        """See `Sequences`."""
+    def prompt_source(self, row: int) -> tuple[str, int]:
+        """See `TokenizedDataset`."""
         return self.source, int(self.rows[row])
 
-    def picked(self, places: NDArray[np.int64]) -> Written:
-        """Some of them."""
-        return Written(
-            self.rows[places],
-            self.ids[places],
-            self.prompt_tokens[places],
-            [self.texts[int(i)] for i in places],
+    def select(self, indices: NDArray[np.int64]) -> GeneratedBatch:
+        """The samples at these indices, in their order."""
+        return GeneratedBatch(
+            self.rows[indices],
+            self.ids[indices],
+            self.prompt_tokens[indices],
+            [self.sequences[int(i)] for i in indices],
         )
 
-    def joined(self, other: Written) -> Written:
-        """These, then others."""
-        rows, prompts = (
-            np.concatenate([getattr(self, n), getattr(other, n)]) for n in ("rows", "prompt_tokens")
-        )
-        return Written(
-            rows, np.concatenate([self.ids, other.ids]), prompts, [*self.texts, *other.texts]
+    def concatenate(self, other: GeneratedBatch) -> GeneratedBatch:
+        """The samples of this batch, followed by those of another."""
+        return GeneratedBatch(
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.prompt_tokens, other.prompt_tokens]),
+            [*self.sequences, *other.sequences],
         )

@@ -1,4 +1,4 @@
-"""Samples for the terminal, with what the ranking says of them."""
+"""Samples as text for the terminal, with their scores and their places in the difficulty ranking."""
 
 from __future__ import annotations
 
@@ -9,90 +9,95 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pocl_ds.data.records import Sample, read_normalised
+from pocl_ds.data.records import Sample, read_sample_file
 from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.workflow.run_dir import RunDirectory, read_json, read_manifest
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
-WIDTH, LONGEST = 100, 1200  # columns of a line, letters of a text
+LINE_WIDTH, MAX_TEXT_LENGTH = 100, 1200  # characters
 
 
-def show_samples(
+def format_samples(
     run: RunDirectory, *, split: str = "train", subset: int | None = None, count: int = 5
 ) -> list[str]:
-    """Some samples as text, spread evenly over a split, or over a subset of the ranking, from easy
-    to hard.
+    """Format `count` samples, spread evenly over a split or over one subset of the ranking.
 
-    subset: from 1. Raises RecipeError for one that is not there, ArtifactError where data or
-    ranking is unfinished.
+    Ranked samples come from easy to hard. subset: from 1. Raises RecipeError for a subset that does
+    not exist, ArtifactError if the data or the ranking is unfinished.
     """
     if read_manifest(run.data) is None:
         raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
     if count < 1:
         raise RecipeError(f"--n {count}: ask for at least one sample")
     path = run.data / f"{split}.jsonl"
-    total = sum(1 for _ in read_normalised(path))
+    total = sum(1 for _ in read_sample_file(path))
     if not total:
-        raise ArtifactError(f"{path} holds no samples: take another --split")
-    rows, facts = np.arange(total), dict[int, str]()
+        raise ArtifactError(f"{path} holds no samples: choose another --split")
+
+    # Rows to choose from, in the order of the ranking where there is one.
+    rows, captions = np.arange(total), dict[int, str]()
     if subset is not None or (split == "train" and read_manifest(run.ranking) is not None):
         if split != "train":
             raise RecipeError(
-                f"--subset {subset} is of the ranking, which holds training samples: leave "
+                f"--subset {subset} belongs to the ranking, which holds training samples: leave "
                 f"--split {split} out"
             )
-        rows, facts = _ranked(run, subset)
+        rows, captions = _ranked_rows(run, subset)
+
     places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
-    wanted = [int(rows[place]) for place in places]
-    found = {row: sample for row, sample in enumerate(read_normalised(path)) if row in set(wanted)}
-    return [_text(found[row], facts.get(row, "")) for row in wanted]
+    shown_rows = [int(rows[place]) for place in places]
+    samples = {
+        row: sample for row, sample in enumerate(read_sample_file(path)) if row in set(shown_rows)
+    }
+    return [_format_sample(samples[row], captions.get(row, "")) for row in shown_rows]
 
 
-def _ranked(run: RunDirectory, subset: int | None) -> tuple[Any, dict[int, str]]:
-    """Rows of data/train in the order of the ranking, and what is known of each."""
+def _ranked_rows(run: RunDirectory, subset: int | None) -> tuple[Any, dict[int, str]]:
+    """Rows of data/train from easy to hard, and a caption of each with its place and scores."""
     if read_manifest(run.ranking) is None:
         raise ArtifactError(
             f"{run.ranking} holds no finished ranking: run `pocl rank` first, or leave --subset out"
         )
     order = np.load(run.ranking / "order.npy")
     table: Mapping[str, Any] = pq.read_table(run.ranking / "ranking.parquet").to_pydict()
-    first, last = 0, len(order)
+
+    # The part of the order that the subset covers.
+    start, stop = 0, len(order)
     if subset is not None:
         if read_manifest(run.plan) is None:
             raise ArtifactError(
-                f"{run.plan} holds no finished plan, which makes the subsets: run `pocl plan` first"
+                f"{run.plan} holds no finished plan, which defines the subsets: run `pocl plan` first"
             )
         stops = [stage["stop"] for stage in read_json(run.plan / "plan.json")["stages"]]
         if not 1 <= subset <= len(stops):
             raise RecipeError(f"--subset {subset}: the plan has subsets 1 to {len(stops)}")
-        first, last = [0, *stops][subset - 1], stops[subset - 1]
-    names = [name for name in ("rouge_l", "cross_entropy") if name in table]
-    facts = {
-        int(order[place]): "  ".join(
-            [f"place {place + 1} of {len(order)}", *(f"{n} {table[n][place]:.3f}" for n in names)]
-        )
-        for place in range(first, last)
-    }
-    return order[first:last], facts
+        start, stop = [0, *stops][subset - 1], stops[subset - 1]
+
+    metrics = [name for name in ("rouge_l", "cross_entropy") if name in table]
+    captions = {}
+    for place in range(start, stop):
+        scores = [f"{name} {table[name][place]:.3f}" for name in metrics]
+        captions[int(order[place])] = "  ".join([f"place {place + 1} of {len(order)}", *scores])
+    return order[start:stop], captions
 
 
-def _text(sample: Sample, facts: str) -> str:
-    lines = [f"── {_plain(sample.id)}  {facts}".rstrip()]
+def _format_sample(sample: Sample, caption: str) -> str:
+    lines = [f"── {_escape(sample.id)}  {caption}".rstrip()]
     parts = [*sample.history, ("instruction", sample.instruction), ("input", sample.input)]
     parts += [("reference", text) for text in sample.references]
     for label, text in parts:
         if text:
-            shown = (
-                text
-                if len(text) <= LONGEST
-                else f"{text[:LONGEST]} … ({len(text) - LONGEST} letters more)"
-            )
-            body = "\n".join(textwrap.fill(line, WIDTH) for line in _plain(shown).split("\n"))
+            omitted = len(text) - MAX_TEXT_LENGTH
+            if omitted > 0:
+                text = f"{text[:MAX_TEXT_LENGTH]} … ({omitted} more characters)"
+            body = "\n".join(textwrap.fill(line, LINE_WIDTH) for line in _escape(text).split("\n"))
             lines.append(f"{label}:\n{textwrap.indent(body, '  ')}")
     return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
-    """Without what a terminal would obey: escape sequences in data are shown, not run."""
+def _escape(text: str) -> str:
+    """Escape control characters, so that the terminal shows escape sequences instead of obeying them."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
     )

@@ -1,14 +1,13 @@
-"""The stage `data`: from the source to three encoded splits.
+"""The step `preprocess`: from the data source to three tokenized splits.
 
-A sample's split and its place in a limited selection follow from the hash of its *prompt*. So
-neither depends on the order of a file, and samples that ask the same, word for word, never lie in
-two splits. Those that ask it in other words may: what training has of the references of the others
-is counted.
+The hash of a sample's *prompt* decides its split, and whether a limited selection includes it. So
+neither depends on the order of a file, and samples with the same prompt are never in two splits.
+Prompts that ask the same in other words may be; the step counts the references that training shares
+with the other splits.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,44 +16,41 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import DataConfig, PromptConfig
-from pocl_ds.data.documentation import harvest
-from pocl_ds.data.key_set import SeenKeys
-from pocl_ds.data.records import LONG, Sample, read_normalised, read_samples, text_key
-from pocl_ds.data.tokenized import Encoder, encode_split
+from pocl_ds.data.documentation import extract_documentation_samples
+from pocl_ds.data.key_table import KeyTable
+from pocl_ds.data.records import MIN_WORDS_OF_LONG_TEXT, Sample, long_text_key, read_sample_file
+from pocl_ds.data.sources import read_samples
+from pocl_ds.data.tokenized import SampleTokenizer, TokenizationCounts, write_tokenized_split
 from pocl_ds.errors import DataError
-from pocl_ds.workflow.run_dir import (
-    Manifest,
-    RunDirectory,
-    atomic_directory,
-    damaged_files,
-    read_manifest,
-    write_manifest,
-)
+from pocl_ds.runtime.hashing import rows_of_smallest
+from pocl_ds.workflow.files import atomic_directory
+from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
 HELD_OUT = ("validation", "test")
 SPLITS = ("train", *HELD_OUT)
-TEACHER = "teacher"  # folder below the data's
+TEACHER_DIRECTORY = "teacher"  # in data/: the splits in the tokens of another tokenizer
 
 
 @dataclass
-class Unusable:
-    """Records that say nothing to learn from, as data.on_invalid has it."""
+class InvalidRecords:
+    """Counts records without usable content, which data.on_invalid skips or refuses."""
 
     mode: str
     count: int = 0
-    first: str = ""
+    first_error: str = ""
 
-    def __call__(self, fault: DataError) -> None:
-        """Count one, or raise DataError where such records are an error."""
+    def __call__(self, error: DataError) -> None:
+        """Count one record, or raise DataError with data.on_invalid=error."""
         if self.mode == "error":
-            raise DataError(f"{fault}; data.on_invalid=skip leaves out every such record") from None
-        self.first = self.first or str(fault)
+            raise DataError(f"{error}; data.on_invalid=skip leaves out every such record") from None
+        self.first_error = self.first_error or str(error)
         self.count += 1
 
 
-def prepare_data(
+def preprocess(
     run: RunDirectory,
     data: DataConfig,
     prompt: PromptConfig,
@@ -63,11 +59,11 @@ def prepare_data(
     teacher_tokenizer: Any = None,
     commits: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Read, split, encode; data/ appears as a whole or not at all. Raises DataError where nothing
-    is left to train on.
+    """Read, split and tokenize the data into data/, which appears complete or not at all.
 
-    teacher_tokenizer: encode what training reads in its tokens too, row by row, below data/teacher.
-    commits: of the Hub's models, for the manifest: later stages take these.
+    teacher_tokenizer: also write the training and validation splits in its tokens, row by row, to
+    data/teacher. commits: of the Hub's models, for the manifest, since later steps use these.
+    Raises DataError if no training samples remain.
     """
     manifest = read_manifest(run.data)
     if (
@@ -77,40 +73,23 @@ def prepare_data(
     ):
         return manifest
     start = time.monotonic()
-    encoder = Encoder(tokenizer, prompt)
     with atomic_directory(run.data) as folder:
-        unusable = Unusable(data.on_invalid)
-        parts = _divide(data, folder, unusable)
-        if unusable.count:
+        # Assign every sample of the source to a split.
+        invalid = InvalidRecords(data.on_invalid)
+        parts = _split_samples(data, folder, invalid)
+        if invalid.count:
             log.warning(
-                "%d records say nothing to learn from and are left out; the first: %s",
-                unusable.count,
-                unusable.first,
+                "skipped %d records without usable content; the first: %s",
+                invalid.count,
+                invalid.first_error,
             )
-        counts = {}
-        for split in SPLITS:
-            limit = getattr(data, f"max_{split}_samples")
-            counts[split] = encode_split(_limited(parts[split], limit), encoder, folder, split)
-            parts[split].unlink()
-            log.info(
-                "%s: %d samples, %d tokens, %d of them responses; %d truncated, %d dropped",
-                split,
-                counts[split].samples,
-                counts[split].tokens,
-                counts[split].response_tokens,
-                counts[split].truncated,
-                counts[split].dropped,
-            )
-        if not counts["train"].samples:
-            raise DataError(
-                f"data.source={data.source} leaves no training samples (data.validation_fraction, "
-                "data.test_fraction, prompt.overlong): change these or give more data"
-            )
+
+        # Limit and tokenize the splits.
+        counts = _tokenize_splits(parts, data, SampleTokenizer(tokenizer, prompt), folder)
         if teacher_tokenizer is not None:
-            _encode_again(
-                folder,
-                Encoder(teacher_tokenizer, prompt.model_copy(update={"overlong": "truncate"})),
-            )
+            teacher_prompt = prompt.model_copy(update={"overlong": "truncate"})
+            _tokenize_for_teacher(folder, SampleTokenizer(teacher_tokenizer, teacher_prompt))
+
         info = {
             "source": data.source,
             "splits": {split: asdict(count) for split, count in counts.items()},
@@ -118,153 +97,177 @@ def prepare_data(
             "pad_id": tokenizer.pad_token_id,
             "eos_id": tokenizer.eos_token_id,
             "vocabulary": len(tokenizer),
-            "unusable": unusable.count,
+            "invalid_records": invalid.count,
             "commits": dict(commits or {}),
-            "known_references": _known_references(folder),
+            "known_references": _count_known_references(folder),
             "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "preprocess", fingerprint, info=info)
 
 
-def _encode_again(folder: Path, encoder: Encoder) -> None:
-    """The samples that were kept, as a teacher with another tokenizer reads them."""
-    (folder / TEACHER).mkdir()
-    for split in ("train", "validation"):
-        encode_split(
-            read_normalised(folder / f"{split}.jsonl"),
-            encoder,
-            folder / TEACHER,
-            split,
-            texts=False,
+def _tokenize_splits(
+    parts: dict[str, Path], data: DataConfig, tokenizer: SampleTokenizer, folder: Path
+) -> dict[str, TokenizationCounts]:
+    """Tokenize the samples of each split, at most data.max_*_samples, and remove their files."""
+    counts = {}
+    for split in SPLITS:
+        limit = getattr(data, f"max_{split}_samples")
+        counts[split] = write_tokenized_split(
+            _limited(parts[split], limit), tokenizer, folder, split
         )
+        parts[split].unlink()
+        log.info(
+            "%s: %d samples, %d tokens, %d of them responses; %d truncated, %d dropped",
+            split,
+            counts[split].samples,
+            counts[split].tokens,
+            counts[split].response_tokens,
+            counts[split].truncated,
+            counts[split].dropped,
+        )
+    if not counts["train"].samples:
+        raise DataError(
+            f"data.source={data.source} leaves no training samples (data.validation_fraction, "
+            "data.test_fraction, prompt.overlong): change these or give more data"
+        )
+    return counts
 
 
-def _divide(data: DataConfig, folder: Path, unusable: Unusable) -> dict[str, Path]:
-    """Write each split's samples to a file of its own, in the order of the source. No prompt lies
-    in two splits.
+def _tokenize_for_teacher(folder: Path, tokenizer: SampleTokenizer) -> None:
+    """Write the same samples in the tokens of a teacher with another tokenizer."""
+    directory = folder / TEACHER_DIRECTORY
+    directory.mkdir()
+    for split in ("train", "validation"):
+        samples = read_sample_file(folder / f"{split}.jsonl")
+        write_tokenized_split(samples, tokenizer, directory, split, texts=False)
+
+
+def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> dict[str, Path]:
+    """Write the samples of each split to a file of its own, in the order of the source.
+
+    A prompt of a file that the recipe names for test or validation is left out of the others.
     """
     parts = {split: folder / f".{split}.samples" for split in SPLITS}
     streams = {split: path.open("w", encoding="utf-8") for split, path in parts.items()}
-    asked: set[str] = set()  # by files that were given for a split
-    left_out = dict.fromkeys(SPLITS, 0)
+    reserved_prompts: set[str] = set()
+    omitted = dict.fromkeys(SPLITS, 0)
+    sources = (("test", data.test), ("validation", data.validation), (None, data.source))
     try:
-        for given, source in (
-            ("test", data.test),
-            ("validation", data.validation),
-            (None, data.source),
-        ):
-            fresh: set[str] = set()
-            for sample in _source(source, data, unusable) if source else ():
-                split = given or _split_of(sample, data)
-                if sample.prompt_key in asked:
-                    left_out[split] += 1
+        for reserved_split, source in sources:
+            prompts: set[str] = set()
+            for sample in _read_source(source, data, invalid) if source else ():
+                split = reserved_split or _split_of(sample, data)
+                if sample.prompt_key in reserved_prompts:
+                    omitted[split] += 1
                     continue
                 streams[split].write(sample.to_json() + "\n")
-                if given:
-                    fresh.add(sample.prompt_key)
-            asked |= fresh
+                if reserved_split:
+                    prompts.add(sample.prompt_key)
+            reserved_prompts |= prompts
     finally:
         for stream in streams.values():
             stream.close()
-    for split, other in (
+
+    for split, others in (
         ("train", "a validation or test"),
         ("validation", "a test"),
         ("test", "a validation"),
     ):
-        if count := left_out[split]:
-            name = "training" if split == "train" else split
+        if omitted[split]:
             log.warning(
-                "%d %s samples ask what %s sample asks too: left out of %s",
-                count,
-                name,
-                other,
-                name,
+                "%d %s samples have the prompt of %s sample: left out of %s",
+                omitted[split],
+                "training" if split == "train" else split,
+                others,
+                "training" if split == "train" else split,
             )
     return parts
 
 
-def _known_references(folder: Path) -> dict[str, dict[str, int]]:
-    """Of validation and test: samples with a long reference (`text_key`), and those of them that
-    have one which is a response of a training sample too, as where a source asks one question in
-    several wordings. Holds a number a reference of these two splits, and nothing of training.
+def _count_known_references(folder: Path) -> dict[str, dict[str, int]]:
+    """For validation and test: samples with a long reference, and how many of these have one that
+    is also a training response.
+
+    Such samples occur where a source asks one question in several wordings. Memory grows with the
+    references of these two splits, not with training.
     """
-    found, held_out = {}, SeenKeys()  # 1, or 2 for what training has too
+    # A key has the number 1, or 2 if a training response has it too.
+    held_out = KeyTable()
     for split in HELD_OUT:
-        for sample in read_normalised(folder / f"{split}.jsonl"):
-            for key in _keys(sample.references):
+        for sample in read_sample_file(folder / f"{split}.jsonl"):
+            for key in _long_text_keys(sample.references):
                 held_out.put(key, 1)
-    for sample in read_normalised(folder / "train.jsonl") if len(held_out) else ():
-        for key in _keys(sample.references[:1]):  # the one that is trained on
+    for sample in read_sample_file(folder / "train.jsonl") if len(held_out) else ():
+        for key in _long_text_keys(sample.references[:1]):  # the training response
             if held_out.get(key):
                 held_out.put(key, 2)
+
+    counts = {}
     for split in HELD_OUT:
         samples = long = known = 0
-        for sample in read_normalised(folder / f"{split}.jsonl"):
-            keys = _keys(sample.references)
+        for sample in read_sample_file(folder / f"{split}.jsonl"):
+            keys = _long_text_keys(sample.references)
             samples += 1
             long += bool(keys)
             known += any(held_out.get(key) == 2 for key in keys)
-        found[split] = {"long": long, "known": known}
+        counts[split] = {"long": long, "known": known}
         if known:
             log.warning(
-                "%s: %d of %d samples (%.1f%%) have a reference of %d words or more that is a "
-                "response of training too, "
-                "whatever its case and white space, of %d that have one so long: their numbers "
-                "may tell of memory",
+                "%s: %d of %d samples (%.1f%%) have a reference of %d words or more that is also a "
+                "training response, ignoring case and white space (%d have a reference that long): "
+                "their scores may reflect memorization",
                 split,
                 known,
                 samples,
                 100 * known / samples,
-                LONG,
+                MIN_WORDS_OF_LONG_TEXT,
                 long,
             )
-    return found
+    return counts
 
 
-def _keys(texts: Iterable[str]) -> list[int]:
-    """Those of the long ones among some texts."""
-    return [key for text in texts if (key := text_key(text)) is not None]
+def _long_text_keys(texts: Iterable[str]) -> list[int]:
+    return [key for text in texts if (key := long_text_key(text)) is not None]
 
 
-def _source(source: str, data: DataConfig, unusable: Unusable) -> Iterator[Sample]:
+def _read_source(source: str, data: DataConfig, invalid: InvalidRecords) -> Iterator[Sample]:
     if source == "documentation":
-        return harvest(data.documentation)
-    fields = {str(ours): theirs for ours, theirs in data.fields.items()}
+        return extract_documentation_samples(data.documentation)
     return read_samples(
         source,
         format=data.format,
-        fields=fields,
+        fields={str(field): name for field, name in data.fields.items()},
         hub_subset=data.hub_subset,
         hub_split=data.hub_split,
         hub_revision=data.hub_revision,
-        invalid=unusable,
+        on_invalid=invalid,
     )
 
 
 def _split_of(sample: Sample, data: DataConfig) -> str:
-    """test, validation or train, by where the prompt's hash falls; nothing is split off where a
-    file was given.
+    """The split of a sample, from the hash of its prompt.
+
+    A split for which the recipe names a file gets nothing from the source.
     """
-    place = int(sample.prompt_key[:13], 16) / 16**13
+    position = int(sample.prompt_key[:13], 16) / 16**13
     test = 0.0 if data.test else data.test_fraction
     validation = 0.0 if data.validation else data.validation_fraction
-    return "test" if place < test else "validation" if place < test + validation else "train"
+    if position < test:
+        return "test"
+    return "validation" if position < test + validation else "train"
 
 
 def _limited(path: Path, limit: int | None) -> Iterator[Sample]:
-    """At most `limit` samples of a file, those with the smallest hashes; the order of the file
-    stays.
+    """At most `limit` samples of a file, those with the smallest hashes, in the file's order.
+
+    Reads the file twice, so that the samples are never all in memory.
     """
     if limit is None:
-        yield from read_normalised(path)
+        yield from read_sample_file(path)
         return
-    # Another part of the hash than the one that chose the split, or a limited split would be its
-    # lower edge. Read twice: the samples themselves are not held.
-    places = (
-        (sample.prompt_key[16:], sample.id, number)
-        for number, sample in enumerate(read_normalised(path))
-    )
-    chosen = {number for _, _, number in heapq.nsmallest(limit, places)}
-    for number, sample in enumerate(read_normalised(path)):
-        if number in chosen:
+    # The first half of the hash decided the split, so a limit by it would select the split's edge.
+    keys = ((sample.prompt_key[16:], sample.id) for sample in read_sample_file(path))
+    selected = set(rows_of_smallest(keys, limit))
+    for row, sample in enumerate(read_sample_file(path)):
+        if row in selected:
             yield sample

@@ -1,8 +1,8 @@
-"""Instruction samples from files and the Hub, whatever form they come in.
+"""Instruction samples from records of any common format.
 
-Forms: Alpaca and Dolly records (`instruction`, `input` or `context`, `output` or `response`),
-prompt and completion, chat messages (`messages` or ShareGPT's `conversations`). The form is decided
-by the first record, and said in the log.
+Formats: Alpaca and Dolly records (`instruction`, `input` or `context`, `output` or `response`),
+prompt and completion, chat messages (`messages` or ShareGPT's `conversations`). The first record
+decides the format, and the log names it.
 """
 
 from __future__ import annotations
@@ -10,24 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pocl_ds.data.key_set import SeenKeys
+from pocl_ds.data.key_table import KeyTable
 from pocl_ds.errors import ArtifactError, DataError
 
 log = logging.getLogger("pocl_ds")
 
 MAX_ID_BYTES = 128
-LONG = 10  # words of a text that two samples do not share by chance
-SHOWN = 20  # names of a record that a sentence lists
-FILES = (".jsonl", ".json", ".parquet")
-# What our fields are called in data sets that people use, most specific first.
-NAMES = {
+MIN_WORDS_OF_LONG_TEXT = 10  # two samples do not share a text of so many words by chance
+MAX_LISTED_FIELDS = 20  # in an error message
+# Our field names, and the names that common data sets use for them, most specific first.
+FIELD_NAMES = {
     "id": ("id",),
     "instruction": ("instruction", "question"),
     "input": ("input", "context"),
@@ -35,29 +33,24 @@ NAMES = {
     "prompt": ("prompt",),
     "messages": ("messages", "conversations"),
 }
-SYSTEM = ("system", "system_prompt")
-Parts: TypeAlias = tuple[
-    str, str, tuple[str, ...], tuple[tuple[str, str], ...]
-]  # instruction, input, references, history
-OnInvalid: TypeAlias = Callable[[DataError], object]
+SYSTEM_FIELDS = ("system", "system_prompt")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+OnInvalid: TypeAlias = Callable[[DataError], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One instruction with its references; the first is the one trained on. history: earlier turns,
-    (role, content).
-    """
+    """An instruction with its references, of which the first is the training response."""
 
     id: str
     instruction: str
     input: str
     references: tuple[str, ...]
-    history: tuple[tuple[str, str], ...] = ()
-    ended: bool = True  # false where the first reference was cut off: no EOS may follow it
+    history: tuple[tuple[str, str], ...] = ()  # earlier turns, as (role, content)
+    ended: bool = True  # false if the first reference was cut off, so that no EOS may follow it
 
     def to_json(self) -> str:
-        """One line of a normalised file."""
+        """The sample as one line of a sample file."""
         tree = asdict(self)
         if self.ended:
             del tree["ended"]
@@ -65,116 +58,88 @@ class Sample:
 
     @property
     def prompt_key(self) -> str:
-        """sha256 of what the model is asked: samples that share it never lie in two splits."""
-        asked = json.dumps([self.history, self.instruction, self.input], ensure_ascii=False)
-        return hashlib.sha256(asked.encode()).hexdigest()
+        """sha256 of the prompt's content; samples that share it are never in two splits."""
+        prompt = json.dumps([self.history, self.instruction, self.input], ensure_ascii=False)
+        return hashlib.sha256(prompt.encode()).hexdigest()
 
 
-def text_key(text: str) -> int | None:
-    """64 bits of a text, whatever its case and white space; None where it has fewer than LONG
-    words.
-    """
+@dataclass(frozen=True)
+class _RecordFields:
+    """The content of one record."""
+
+    instruction: str
+    input: str
+    references: tuple[str, ...]
+    history: tuple[tuple[str, str], ...] = ()
+
+
+def long_text_key(text: str) -> int | None:
+    """64-bit hash of a text, ignoring case and white space; None for a short text."""
     words = text.lower().split()
-    return (
-        int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "big")
-        if len(words) >= LONG
-        else None
-    )
+    if len(words) < MIN_WORDS_OF_LONG_TEXT:
+        return None
+    return int.from_bytes(hashlib.sha256(" ".join(words).encode()).digest()[:8], "big")
 
 
-def read_samples(
-    source: str,
-    *,
-    format: str = "auto",
-    fields: Mapping[str, str] | None = None,
-    hub_subset: str | None = None,
-    hub_split: str = "train",
-    hub_revision: str | None = None,
-    setting: str = "data.fields",
-    invalid: OnInvalid | None = None,
-) -> Iterator[Sample]:
-    """Samples of a .jsonl, .json or .parquet file, or of a data set on the Hub, one at a time.
-
-    fields: our name -> the name in the file, where they differ; setting: where a recipe says so.
-    Ids are the records' own, else a hash of the content. invalid: told of a record that says
-    nothing to learn from, which is then left out. Raises DataError naming file, line and remedy.
-    """
-    path = Path(os.path.expanduser(source))
-    if os.path.isdir(path):
-        raise DataError(f"data file {source} is a folder: name a {', '.join(FILES)} file in it")
-    if path.suffix in FILES:
-        records = _file_records(path)
-    elif (there := os.path.exists(path)) or source.startswith(("/", ".", "~")):
-        fault = "has an unknown ending" if there else "does not exist"
-        raise DataError(f"data file {source} {fault}: give a {', '.join(FILES)} file or a Hub name")
-    else:
-        records = _hub_records(source, hub_subset, hub_split, hub_revision)
-    yield from normalise(records, source, format, fields or {}, setting, invalid)
-
-
-def normalise(
+def samples_from_records(
     records: Iterable[tuple[str, Any]],
     source: str,
     format: str,
     fields: Mapping[str, str],
     setting: str = "data.fields",
-    invalid: OnInvalid | None = None,
+    on_invalid: OnInvalid | None = None,
 ) -> Iterator[Sample]:
-    """Turn (place, record) pairs into samples. invalid: as `read_samples` has it."""
-    reader = None
-    seen, contents = SeenKeys(), SeenKeys()
+    """Turn (place, record) pairs into samples; a place is `FILE line N`.
+
+    fields: our field name -> the name in the records, where they differ. setting: the recipe field
+    of that mapping, for error messages. on_invalid: receives the error of a record without usable
+    content, which is then skipped. A sample keeps the id of its record, or gets a hash of its
+    content. Raises DataError, which names place and remedy.
+    """
+    reader: _RecordReader | None = None
+    ids, content_counts = KeyTable(), KeyTable()
     for place, record in records:
         if not isinstance(record, dict):
             raise DataError(
                 f"{place}: a record must be an object with named fields, found "
                 f"{type(record).__name__}"
             )
+        # The first record decides the format.
         if reader is None:
-            _check_fields(record, place, fields, setting)
-            reader = _Reader(record, place, format, fields, setting)
-            log.info("%s: read as %s", source, reader.described())
-            if unread := reader.unread(record):
+            _check_field_mapping(record, place, fields, setting)
+            reader = _RecordReader(record, place, format, fields, setting)
+            log.info("%s: records of format %s", source, reader.description())
+            if ignored := reader.ignored_system_field(record):
                 log.warning(
-                    "%s: the field %s is not read: make it a turn of `messages` if models are to "
+                    "%s: the field %s is ignored: make it a turn of `messages` if models are to "
                     "see it",
                     source,
-                    unread,
+                    ignored,
                 )
+        # Read the content, and skip a record without any.
         try:
-            instruction, given, references, history = reader.read(record, place)
-            said = _bytes(
-                json.dumps([history, instruction, given, references], ensure_ascii=False), place
-            )
-        except DataError as fault:
-            if invalid is None:
+            content = reader.read(record, place)
+            parts = [content.history, content.instruction, content.input, content.references]
+            encoded = _encode(json.dumps(parts, ensure_ascii=False), place)
+        except DataError as error:
+            if on_invalid is None:
                 raise
-            invalid(fault)
+            on_invalid(error)
             continue
-        own = record.get(reader.names["id"])
-        if own is None or own == "":
-            identity = hashlib.sha256(said).hexdigest()[:16]
-            key = int(identity, 16)
-            earlier = contents.put(key, contents.get(key) + 1)
-            if earlier:  # exact duplicates are numbered
-                identity = f"{identity}-{earlier}"
+        record_id = record.get(reader.names["id"])
+        if record_id is None or record_id == "":
+            sample_id = _content_id(encoded, content_counts)
         else:
-            identity = _checked_id(own, place)
-            unit, _, number = place.rpartition(" ")  # FILE line N
-            earlier = seen.put(
-                int(hashlib.sha256(identity.encode()).hexdigest()[:16], 16), int(number)
-            )
-            if earlier:
-                raise DataError(
-                    f"{place}: id {identity!r} stands at {unit} {earlier} too: make ids unique, "
-                    f"or leave them out"
-                )
-        yield Sample(identity, instruction, given, references, history)
+            sample_id = _unique_id(record_id, place, ids)
+        yield Sample(
+            sample_id, content.instruction, content.input, content.references, content.history
+        )
     if reader is None:
         raise DataError(f"{source} holds no samples: check that it is the right file")
 
 
-def read_normalised(path: Path) -> Iterator[Sample]:
-    """Samples of a file that this program wrote. Raises ArtifactError where it is damaged."""
+def read_sample_file(path: Path) -> Iterator[Sample]:
+    """Read a jsonl file of `Sample.to_json` lines. Raises ArtifactError if it is damaged."""
     with path.open(encoding="utf-8") as stream:
         for number, line in enumerate(stream, 1):
             try:
@@ -190,13 +155,13 @@ def read_normalised(path: Path) -> Iterator[Sample]:
                 )
             except (ValueError, KeyError, TypeError):
                 raise ArtifactError(
-                    f"{path} line {number} is damaged: remove its folder and run its stage again"
+                    f"{path} line {number} is damaged: remove its folder and run its step again"
                 ) from None
             yield sample
 
 
-class _Reader:
-    """Reads records of one form."""
+class _RecordReader:
+    """Reads records of one format."""
 
     def __init__(
         self,
@@ -207,289 +172,200 @@ class _Reader:
         setting: str,
     ) -> None:
         self.setting, self.mapped = setting, frozenset(fields)
-        self.names = {ours: _named(record, ours, fields) for ours in NAMES}
-        self.format = format if format != "auto" else self._recognise(record)
-        if self.format is None:
-            forms = ", or ".join(" and ".join(form.needed) for form in FORMS.values())
+        self.names = {field: _name_in_record(record, field, fields) for field in FIELD_NAMES}
+        recognized = self._recognize(record) if format == "auto" else format
+        if recognized is None:
+            needs = ", or ".join(" and ".join(each.required) for each in RECORD_FORMATS.values())
             raise DataError(
-                f"{place}: no known form of record (fields: {_listed(record)}): it needs {forms}; "
-                f"map other names with {setting}, as in {setting}.output=answer"
+                f"{place}: no known record format (fields: {_list_fields(record)}): it needs "
+                f"{needs}; map other names with {setting}, as in {setting}.output=answer"
             )
+        self.format = recognized
 
-    def _recognise(self, record: dict[str, Any]) -> Any:
+    def _recognize(self, record: dict[str, Any]) -> str | None:
         return next(
-            (name for name, form in FORMS.items() if self.names[form.fields[0]] in record), None
-        )
-
-    def described(self) -> str:
-        """The form and the names it uses, for the log."""
-        return f"{self.format} records ({', '.join(self.names[name] for name in FORMS[self.format].fields)})"
-
-    def unread(self, record: dict[str, Any]) -> str | None:
-        """The field that tells the model how to behave, which records of texts have no place for."""
-        known = set(self.names.values())
-        return next(
-            (
-                name
-                for name in SYSTEM
-                if self.format != "messages" and record.get(name) and name not in known
-            ),
+            (name for name, form in RECORD_FORMATS.items() if self.names[form.fields[0]] in record),
             None,
         )
 
-    def read(self, record: dict[str, Any], place: str) -> Parts:
-        """What a record says."""
-        return FORMS[self.format].read(self, record, place)
+    def description(self) -> str:
+        """The format and the field names in use, for the log."""
+        names = ", ".join(self.names[field] for field in RECORD_FORMATS[self.format].fields)
+        return f"{self.format} ({names})"
 
-    def alpaca(self, record: dict[str, Any], place: str) -> Parts:
-        """An instruction, perhaps with an input, whose name each record may write or leave out."""
+    def ignored_system_field(self, record: dict[str, Any]) -> str | None:
+        """Name of a system prompt that this format has no place for."""
+        if self.format == "messages":
+            return None
+        used = set(self.names.values())
+        return next((name for name in SYSTEM_FIELDS if record.get(name) and name not in used), None)
+
+    def read(self, record: dict[str, Any], place: str) -> _RecordFields:
+        """The content of a record. Raises DataError if a field is missing or has another type."""
+        return RECORD_FORMATS[self.format].read(self, record, place)
+
+    def read_alpaca(self, record: dict[str, Any], place: str) -> _RecordFields:
+        """Read an instruction with an optional input."""
         instruction = self._text(record, "instruction", place)
-        if "input" not in self.mapped:
-            self.names["input"] = next(
-                (name for name in NAMES["input"] if record.get(name)), self.names["input"]
-            )
-        given = (
-            "" if record.get(self.names["input"]) is None else self._text(record, "input", place)
-        )
-        return instruction, given, self._references(record, place), ()
+        if "input" not in self.mapped:  # records may name the input differently, or lack it
+            names = (name for name in FIELD_NAMES["input"] if record.get(name))
+            self.names["input"] = next(names, self.names["input"])
+        has_input = record.get(self.names["input"]) is not None
+        input_text = self._text(record, "input", place) if has_input else ""
+        return _RecordFields(instruction, input_text, self._references(record, place))
 
-    def prompt(self, record: dict[str, Any], place: str) -> Parts:
-        """One text that is asked."""
-        return self._text(record, "prompt", place), "", self._references(record, place), ()
+    def read_prompt(self, record: dict[str, Any], place: str) -> _RecordFields:
+        """Read a prompt and its completion."""
+        prompt = self._text(record, "prompt", place)
+        return _RecordFields(prompt, "", self._references(record, place))
+
+    def read_messages(self, record: dict[str, Any], place: str) -> _RecordFields:
+        """Read turns, of which the last answered one becomes the sample."""
+        if self.names["messages"] not in record:
+            raise DataError(
+                f"{place}: there is no field {self.names['messages']!r} (fields: "
+                f"{_list_fields(record)}): add it, or name the one that holds the turns with "
+                f"{self.setting}.messages"
+            )
+        value = record[self.names["messages"]]
+        turns = [_read_turn(turn, place) for turn in (value if isinstance(value, list) else [])]
+        # Turns after the last answer are left out.
+        while turns and turns[-1][0] != "assistant":
+            turns.pop()
+        answered = len(turns) >= 2 and turns[-2][0] == "user"
+        if not answered or not all(text.strip() for _, text in turns[-2:]):
+            raise DataError(
+                f"{place}: messages must hold a user's turn answered by the assistant: fix or "
+                "remove the record"
+            )
+        return _RecordFields(turns[-2][1], "", (turns[-1][1],), tuple(turns[:-2]))
 
     def _references(self, record: dict[str, Any], place: str) -> tuple[str, ...]:
         output = record.get(self.names["output"])
         if output is None:
             raise DataError(
                 f"{place}: there is no field {self.names['output']!r} (fields: "
-                f"{_listed(record)}): add it, or "
-                f"name the one that holds the answer with {self.setting}.output"
+                f"{_list_fields(record)}): add it, or name the one that holds the answer with "
+                f"{self.setting}.output"
             )
         references = tuple(output) if isinstance(output, list) else (output,)
         if not references or not all(isinstance(text, str) and text.strip() for text in references):
             raise DataError(
-                f"{place}: {self.names['output']} must be text or a list of texts, none empty: "
-                f"mend or remove it"
+                f"{place}: {self.names['output']} must be text or a list of texts, none empty: fix "
+                "or remove it"
             )
         return references
 
-    def messages(self, record: dict[str, Any], place: str) -> Parts:
-        """Turns, of which the last answered one is asked."""
-        if self.names["messages"] not in record:
-            raise DataError(
-                f"{place}: there is no field {self.names['messages']!r} (fields: "
-                f"{_listed(record)}): "
-                f"add it, or name the one that holds the turns with {self.setting}.messages"
-            )
-        raw = record[self.names["messages"]]
-        turns = []
-        for turn in raw if isinstance(raw, list) else []:
-            role, content = (
-                (turn.get("role", turn.get("from")), turn.get("content", turn.get("value")))
-                if isinstance(turn, dict)
-                else (None, None)
-            )
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise DataError(
-                    f"{place}: each message needs a role and a text content: mend or remove the "
-                    f"record"
-                )
-            turns.append((ROLES.get(role, role), content))
-        while turns and turns[-1][0] != "assistant":
-            turns.pop()
-        if (
-            len(turns) < 2
-            or turns[-2][0] != "user"
-            or not all(text.strip() for _, text in turns[-2:])
-        ):
-            raise DataError(
-                f"{place}: messages must hold a user's turn answered by the assistant: mend or "
-                f"remove the record"
-            )
-        return turns[-2][1], "", (turns[-1][1],), tuple(turns[:-2])
-
-    def _text(self, record: dict[str, Any], ours: str, place: str) -> str:
-        value = record.get(self.names[ours])
-        if not isinstance(value, str) or (ours != "input" and not value.strip()):
-            found = (
-                "nothing"
-                if value is None
-                else type(value).__name__
-                if not isinstance(value, str)
-                else "an empty text"
-            )
-            raise DataError(
-                f"{place}: field {self.names[ours]!r} must be text, found {found}: mend or remove "
-                f"the record"
-            )
-        return value
+    def _text(self, record: dict[str, Any], field: str, place: str) -> str:
+        value = record.get(self.names[field])
+        if isinstance(value, str) and (value.strip() or field == "input"):
+            return value
+        if value is None:
+            problem = "nothing"
+        else:
+            problem = "an empty text" if isinstance(value, str) else type(value).__name__
+        raise DataError(
+            f"{place}: field {self.names[field]!r} must be text, found {problem}: fix or remove "
+            "the record"
+        )
 
 
 @dataclass(frozen=True)
-class _Form:
-    """A form of records. fields: ours, as in `NAMES`; a record that has the first one is of this
-    form. optional: among them.
-    """
+class _RecordFormat:
+    """A record format. A record that has the first of `fields` is of this format."""
 
     fields: tuple[str, ...]
-    read: Callable[[_Reader, dict[str, Any], str], Parts]
+    read: Callable[[_RecordReader, dict[str, Any], str], _RecordFields]
     optional: tuple[str, ...] = ()
 
     @property
-    def needed(self) -> list[str]:
-        """The fields without which there is no record."""
+    def required(self) -> list[str]:
+        """Fields that every record must have."""
         return [name for name in self.fields if name not in self.optional]
 
 
-# The forms of `config.Format`, in the order in which they are looked for: one whose first field
-# stands in records of another form too comes after that form.
-FORMS = {
-    "messages": _Form(("messages",), _Reader.messages),
-    "alpaca": _Form(("instruction", "input", "output"), _Reader.alpaca, optional=("input",)),
-    "prompt": _Form(("prompt", "output"), _Reader.prompt),
+# In order of recognition: a format whose first field also occurs in another one comes after that.
+RECORD_FORMATS = {
+    "messages": _RecordFormat(("messages",), _RecordReader.read_messages),
+    "alpaca": _RecordFormat(
+        ("instruction", "input", "output"), _RecordReader.read_alpaca, optional=("input",)
+    ),
+    "prompt": _RecordFormat(("prompt", "output"), _RecordReader.read_prompt),
 }
 
 
-def _named(record: dict[str, Any], ours: str, fields: Mapping[str, str]) -> str:
-    if ours in fields:
-        return fields[ours]
-    return next((name for name in NAMES[ours] if name in record), NAMES[ours][0])
+def _read_turn(turn: Any, place: str) -> tuple[str, str]:
+    """Role and content of one message."""
+    role = content = None
+    if isinstance(turn, dict):
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(
+            f"{place}: each message needs a role and a text content: fix or remove the record"
+        )
+    return ROLES.get(role, role), content
 
 
-def _listed(record: dict[str, Any]) -> str:
-    """The names in a record, the first ones of many."""
-    more = f" and {len(record) - SHOWN} more" if len(record) > SHOWN else ""
-    return ", ".join(str(name)[:80] for name in islice(record, SHOWN)) + more
+def _content_id(encoded: bytes, counts: KeyTable) -> str:
+    """An id from a record's content; exact duplicates are numbered."""
+    sample_id = hashlib.sha256(encoded).hexdigest()[:16]
+    key = int(sample_id, 16)
+    duplicates = counts.put(key, counts.get(key) + 1)
+    return f"{sample_id}-{duplicates}" if duplicates else sample_id
 
 
-def _check_fields(
+def _unique_id(value: Any, place: str, ids: KeyTable) -> str:
+    """The record's own id. Raises DataError if it is invalid or occurred before."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise DataError(
+            f"{place}: an id must be a text or a whole number, found {type(value).__name__}: fix "
+            "it or leave it out"
+        )
+    sample_id = str(value)
+    if len(_encode(sample_id, place)) > MAX_ID_BYTES or "\n" in sample_id or "\0" in sample_id:
+        raise DataError(
+            f"{place}: an id must be at most {MAX_ID_BYTES} bytes without line breaks: shorten it "
+            "or leave it out"
+        )
+    unit, _, number = place.rpartition(" ")  # FILE line N
+    key = int(hashlib.sha256(sample_id.encode()).hexdigest()[:16], 16)
+    if earlier := ids.put(key, int(number)):
+        raise DataError(
+            f"{place}: id {sample_id!r} also occurs at {unit} {earlier}: make ids unique, or leave "
+            "them out"
+        )
+    return sample_id
+
+
+def _name_in_record(record: dict[str, Any], field: str, fields: Mapping[str, str]) -> str:
+    if field in fields:
+        return fields[field]
+    return next((name for name in FIELD_NAMES[field] if name in record), FIELD_NAMES[field][0])
+
+
+def _list_fields(record: dict[str, Any]) -> str:
+    """The field names of a record, at most MAX_LISTED_FIELDS."""
+    omitted = len(record) - MAX_LISTED_FIELDS
+    more = f" and {omitted} more" if omitted > 0 else ""
+    return ", ".join(str(name)[:80] for name in islice(record, MAX_LISTED_FIELDS)) + more
+
+
+def _check_field_mapping(
     record: dict[str, Any], place: str, fields: Mapping[str, str], setting: str
 ) -> None:
-    """A field that a recipe maps is there: a misspelt `input` would otherwise be left out without a
-    word.
-    """
-    for ours, theirs in fields.items():
-        if theirs not in record:
+    """Raise DataError if a mapped field is missing: a misspelt `input` would be ignored silently."""
+    for field, name in fields.items():
+        if name not in record:
             raise DataError(
-                f"{place}: there is no field {theirs!r}, which {setting}.{ours} names (fields: "
-                f"{_listed(record)}): correct {setting}"
+                f"{place}: there is no field {name!r}, which {setting}.{field} names (fields: "
+                f"{_list_fields(record)}): correct {setting}"
             )
 
 
-def _bytes(text: str, place: str) -> bytes:
+def _encode(text: str, place: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"{place}: a text holds half a character (a lone surrogate): mend or remove the record"
+            f"{place}: a text holds half a character (a lone surrogate): fix or remove the record"
         ) from None
-
-
-def _checked_id(value: Any, place: str) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise DataError(
-            f"{place}: an id must be a text or a whole number, found {type(value).__name__}: mend "
-            f"it or leave it out"
-        )
-    identity = str(value)
-    if len(_bytes(identity, place)) > MAX_ID_BYTES or "\n" in identity or "\0" in identity:
-        raise DataError(
-            f"{place}: an id must be at most {MAX_ID_BYTES} bytes without line breaks: shorten it "
-            f"or leave it out"
-        )
-    return identity
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    if not os.path.isfile(path):
-        raise DataError(
-            f"data file {path} {'is no file' if os.path.exists(path) else 'does not exist'}: "
-            f"check the path"
-        )
-    if path.stat().st_size == 0:
-        raise DataError(f"data file {path} is empty: check that it is the right file")
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet_records(path)
-        elif path.suffix == ".json":
-            yield from _json_records(path)
-        else:
-            with path.open(
-                encoding="utf-8-sig"
-            ) as stream:  # some programs begin a file with a byte-order mark
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield (
-                            f"{path} line {number}",
-                            _json(line.rstrip(), f"{path} line {number}", "mend that line"),
-                        )
-    except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} is not UTF-8 ({error.reason}): convert it") from None
-    except OSError as error:
-        raise DataError(
-            f"data file {path} cannot be read ({error.strerror or error}): check it"
-        ) from None
-
-
-def _json(text: str, place: str, remedy: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = f"line {error.lineno} " if error.lineno > 1 else ""
-        raise DataError(
-            f"{place} is not valid JSON ({error.msg} at {at}column {error.colno}): {remedy}"
-        ) from None
-    except (RecursionError, ValueError):
-        raise DataError(
-            f"{place} is nested too deeply or holds too long a number: mend or remove the record"
-        ) from None
-
-
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    remedy = "mend it, or let its name end in .jsonl if it holds a record a line"
-    tree = _json(path.read_text(encoding="utf-8-sig"), f"data file {path}", remedy)
-    if isinstance(tree, dict):  # {"data": [...]} and the like
-        lists = [value for value in tree.values() if isinstance(value, list)]
-        tree = lists[0] if len(lists) == 1 else None
-    if not isinstance(tree, list):
-        raise DataError(
-            f"data file {path} must hold a list of records: convert it, or use .jsonl for a "
-            f"record a line"
-        )
-    for number, record in enumerate(tree, 1):
-        yield f"{path} record {number}", record
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", record
-    except pa.ArrowInvalid as error:
-        raise DataError(f"data file {path} is not a Parquet file ({error}): check it") from None
-
-
-def _hub_records(
-    name: str, subset: str | None, split: str, revision: str | None
-) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except (
-        Exception
-    ) as error:  # the library raises a dozen unrelated types, network ones among them
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"data set {name!r} (subset {subset}, split {split!r}, revision {revision or 'main'}) "
-            f"cannot be had "
-            f"({type(error).__name__}: {reason}): check the name and the network, or give a "
-            f".jsonl file"
-        ) from None
-    for number, record in enumerate(found, 1):
-        yield f"{name} record {number}", record

@@ -1,4 +1,4 @@
-"""A batch as a teacher with another tokenizer reads it: the same prompts and responses in its own
+"""Batches as a teacher with another tokenizer reads them: the same prompts and responses in its own
 tokens.
 """
 
@@ -12,87 +12,122 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pocl_ds.data.batches import Batch, Translated, collate
-from pocl_ds.data.generated import Sequences, Written
+from pocl_ds.data.batches import Batch, TeacherView, collate
+from pocl_ds.data.generated import GeneratedBatch, TokenizedDataset
 from pocl_ds.data.token_alignment import common_spans, token_bytes
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 
 
-class Translator:
-    """Adds to batches what the teacher reads. Responses go from ids to text and into the teacher's
-    ids, whoever wrote them; prompts were encoded before training, with the teacher's own template.
+class TeacherRetokenizer:
+    """Adds to a batch the view of a teacher with another tokenizer.
+
+    Responses are decoded to text and tokenized again. Prompts come from splits that were tokenized
+    before training with the teacher's own template.
     """
 
     def __init__(
         self,
-        student: Any,
-        teacher: Any,
-        prompts: Mapping[str, EncodedSplit],
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+        prompts: Mapping[str, TokenizedSplit],
         *,
-        longest: int | None,
+        max_length: int | None,
         packed: bool,
     ) -> None:
-        """student, teacher: tokenizers; prompts: by split; longest: tokens that the teacher can
-        read; packed: see `collate`.
+        """prompts: the teacher's tokenized splits by name; max_length: longest sequence that the
+        teacher reads, None for no limit; packed: see `collate`.
         """
-        self.student, self.teacher, self.prompts = student, teacher, prompts
-        self.pieces = token_bytes(student), token_bytes(teacher)
-        self.longest, self.packed = longest, packed
+        self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
+        self.student_bytes = token_bytes(student_tokenizer)
+        self.teacher_bytes = token_bytes(teacher_tokenizer)
+        self.prompts, self.max_length, self.packed = prompts, max_length, packed
 
-    def __call__(self, split: Sequences, batch: Batch) -> Batch:
-        """The batch of rows of `split`, with `translated`."""
-        sequences, theirs, ours, spans = [], [], [], 0
+    def __call__(self, dataset: TokenizedDataset, batch: Batch) -> Batch:
+        """The batch, made from rows of `dataset`, with its `teacher_view`."""
+        sequences: list[NDArray[np.uint32]] = []
+        prompt_tokens: list[int] = []
+        student_spans, teacher_spans, num_spans = [], [], 0
         for row in batch.rows:
-            tokens, prompt = split.tokens(row), int(split.prompt_tokens[row])
-            source, number = split.prompt_of(row)
-            asked = self.prompts[source]
-            question = asked.tokens(number)[: int(asked.prompt_tokens[number])]
-            response, left, right = self._response(tokens[prompt:])
-            if self.longest is not None:
-                room = self.longest - len(question)
-                lost, response, right = right[room:], response[:room], right[:room]
-                left, right = (np.where(np.isin(side, lost), -1, side) for side in (left, right))
-            if not prompt or not len(
-                question
-            ):  # a text's first token is predicted by nothing, and is no label
-                left, right = (np.where(side == 0, -1, side) for side in (left, right))
-            ours.append(np.where(left < 0, -1, left + spans)[int(not prompt) :])
-            theirs.append(np.where(right < 0, -1, right + spans)[int(not len(question)) :])
-            spans += int(max(left.max(initial=-1), right.max(initial=-1))) + 1
-            sequences.append(
-                (np.concatenate([question, response]).astype(np.uint32), len(question))
-            )
-        sizes = np.array([size for _, size in sequences], np.int64)
-        names = np.asarray(split.ids[np.array(batch.rows, np.int64)])
-        written = Written(np.arange(len(sequences)), names, sizes, [text for text, _ in sequences])
-        read = collate(
-            written, np.arange(len(written)), self.teacher.pad_token_id, packed=self.packed
-        )
-        left_spans, right_spans = (
-            torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
-            for parts in (ours, theirs)
-        )
-        return replace(batch, translated=Translated(read, left_spans, right_spans, spans))
+            # The teacher's tokens of prompt and response.
+            tokens, student_prompt = dataset.tokens(row), int(dataset.prompt_tokens[row])
+            split, prompt_row = dataset.prompt_source(row)
+            teacher_split = self.prompts[split]
+            prompt = teacher_split.tokens(prompt_row)[
+                : int(teacher_split.prompt_tokens[prompt_row])
+            ]
+            response, ours, theirs = self._retokenize(tokens[student_prompt:])
+            response, ours, theirs = self._truncate(response, ours, theirs, len(prompt))
 
-    def _response(
+            # The first token of a sequence is never a label, so its span cannot be compared.
+            if not student_prompt or not len(prompt):
+                ours, theirs = (np.where(side == 0, -1, side) for side in (ours, theirs))
+            student_spans.append(
+                np.where(ours < 0, -1, ours + num_spans)[int(not student_prompt) :]
+            )
+            teacher_spans.append(
+                np.where(theirs < 0, -1, theirs + num_spans)[int(not len(prompt)) :]
+            )
+            num_spans += _last_span(ours, theirs) + 1
+            sequences.append(np.concatenate([prompt, response]).astype(np.uint32))
+            prompt_tokens.append(len(prompt))
+
+        # Collate the teacher's sequences in the order of the batch.
+        rows = np.arange(len(sequences))
+        sample_ids = np.asarray(dataset.ids[np.array(batch.rows, np.int64)])
+        retokenized = GeneratedBatch(rows, sample_ids, np.array(prompt_tokens, np.int64), sequences)
+        pad_id = self.teacher_tokenizer.pad_token_id
+        view = TeacherView(
+            collate(retokenized, rows, pad_id, packed=self.packed),
+            _concatenate(student_spans),
+            _concatenate(teacher_spans),
+            num_spans,
+        )
+        return replace(batch, teacher_view=view)
+
+    def _truncate(
+        self,
+        response: NDArray[np.int64],
+        ours: NDArray[np.int64],
+        theirs: NDArray[np.int64],
+        prompt_length: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Cut a response to what the teacher can read, and drop the spans that the cut breaks."""
+        if self.max_length is None:
+            return response, ours, theirs
+        room = self.max_length - prompt_length
+        broken, response, theirs = theirs[room:], response[:room], theirs[:room]
+        ours, theirs = (np.where(np.isin(side, broken), -1, side) for side in (ours, theirs))
+        return response, ours, theirs
+
+    def _retokenize(
         self, ids: NDArray[np.uint32]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The teacher's ids of a response, and the span of each token of both; the two EOS are a
-        span of their own.
+        """The teacher's ids of a response, and the span of each student and teacher token.
+
+        The EOS tokens of both sides form a span of their own.
         """
-        ends = len(ids) > 0 and int(ids[-1]) == self.student.eos_token_id
-        ours = [
-            self.pieces[0][token] if token < len(self.pieces[0]) else b""
-            for token in ids[: len(ids) - int(ends)]
+        # Decode the response without its EOS, and let the teacher tokenize the text.
+        has_eos = len(ids) > 0 and int(ids[-1]) == self.student_tokenizer.eos_token_id
+        pieces = [
+            self.student_bytes[token] if token < len(self.student_bytes) else b""
+            for token in ids[: len(ids) - int(has_eos)]
         ]
-        text = b"".join(ours).decode(errors="replace")
-        read: list[int] = self.teacher(text, add_special_tokens=False)["input_ids"]
-        left, right = common_spans(ours, [self.pieces[1][token] for token in read])
-        if ends:
-            read = [*read, self.teacher.eos_token_id]
-            whole = (left[-1:] >= 0).all() and (
-                right[-1:] >= 0
-            ).all()  # else the two have not read the same text
-            last = int(max(left.max(initial=-1), right.max(initial=-1))) + 1 if whole else -1
-            left, right = np.append(left, last), np.append(right, last)
-        return np.array(read, np.int64), left, right
+        text = b"".join(pieces).decode(errors="replace")
+        teacher_ids: list[int] = self.teacher_tokenizer(text, add_special_tokens=False)["input_ids"]
+        ours, theirs = common_spans(pieces, [self.teacher_bytes[token] for token in teacher_ids])
+
+        # Both EOS tokens share a span if the last tokens of both sides end at the same byte.
+        if has_eos:
+            teacher_ids = [*teacher_ids, self.teacher_tokenizer.eos_token_id]
+            same_end = (ours[-1:] >= 0).all() and (theirs[-1:] >= 0).all()
+            eos_span = _last_span(ours, theirs) + 1 if same_end else -1
+            ours, theirs = np.append(ours, eos_span), np.append(theirs, eos_span)
+        return np.array(teacher_ids, np.int64), ours, theirs
+
+
+def _last_span(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> int:
+    return int(max(ours.max(initial=-1), theirs.max(initial=-1)))
+
+
+def _concatenate(spans: list[NDArray[np.int64]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *spans]))

@@ -1,9 +1,9 @@
-"""Templates: from a sample to the text, and the ids, that a model is asked."""
+"""Prompt templates: from a sample to the text and the token ids of its prompt."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pocl_ds.data.records import Sample
 from pocl_ds.errors import DataError, ModelError, RecipeError
 
-# The template of Stanford Alpaca, as MiniLLM and the POCL release use it.
+# The Stanford Alpaca template, which MiniLLM and the POCL release use.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. "
@@ -28,33 +28,32 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-# Templates of Llama 3 write today's date into the prompt unless they are told one, others ask a
-# clock; a sample's prompt must not change between the day it is scored and the day it is evaluated.
-# This is the date that Llama's templates fall back on.
+# Llama 3's template writes today's date into the prompt unless it is given one, and others read the
+# clock. A prompt must not change between scoring and evaluation, so all get the date that Llama's
+# templates fall back on.
 DATE = datetime(2024, 7, 26)
 
 
 class PromptTemplate(Protocol):
-    """How a sample is put to a model."""
+    """Turns a sample into a prompt."""
 
-    def text(self, sample: Sample) -> str:
-        """The prompt as a person reads it."""
+    def render(self, sample: Sample) -> str:
+        """The prompt as text."""
 
-    def ids(self, sample: Sample) -> list[int]:
-        """The prompt's token ids, special tokens included, not cut."""
+    def token_ids(self, sample: Sample) -> list[int]:
+        """The prompt's token ids, special tokens included, not truncated."""
 
-    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """The ids of many prompts, tokenised together; equal to `ids` of each."""
+    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """`token_ids` of many samples, tokenized together."""
 
 
 def load_template(
     name: str, tokenizer: Any, options: Mapping[str, Any] | None = None
 ) -> PromptTemplate:
-    """The template of a recipe: `alpaca`, `chat`, `plain`, or a .jinja file. options: variables for
-    a tokenizer's chat template.
+    """Load the template `alpaca`, `chat`, `plain`, or a .jinja file.
 
-    Raises ModelError where the tokenizer has no chat template, RecipeError for a file that is
-    missing or broken.
+    options: variables for a tokenizer's chat template. Raises ModelError if the tokenizer has no
+    chat template, RecipeError if the file is missing or invalid.
     """
     if name == "chat":
         if not getattr(tokenizer, "chat_template", None):
@@ -62,39 +61,38 @@ def load_template(
                 "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain "
                 "or a .jinja file"
             )
-        return _Chat(tokenizer, options or {})
+        return _ChatTemplate(tokenizer, options or {})
     if name == "alpaca":
-        return _Text(tokenizer, _alpaca)
+        return _TextTemplate(tokenizer, _alpaca)
     if name == "plain":
-        return _Text(tokenizer, _plain)
-    return _Text(tokenizer, _jinja(name))
+        return _TextTemplate(tokenizer, _plain)
+    return _TextTemplate(tokenizer, _jinja(name))
 
 
-class _Text:
-    """A template that gives text; the tokenizer adds its own BOS."""
+class _TextTemplate:
+    """A template that renders text, to which the tokenizer adds its own BOS."""
 
-    def __init__(self, tokenizer: Any, render: Any) -> None:
-        self.tokenizer, self.render = tokenizer, render
+    def __init__(self, tokenizer: Any, format_sample: Callable[[Sample], str]) -> None:
+        self.tokenizer, self.format_sample = tokenizer, format_sample
 
-    def text(self, sample: Sample) -> str:
-        return str(self.render(sample))
+    def render(self, sample: Sample) -> str:
+        return self.format_sample(sample)
 
-    def ids(self, sample: Sample) -> list[int]:
-        return self.many([sample])[0]
+    def token_ids(self, sample: Sample) -> list[int]:
+        return self.token_ids_batch([sample])[0]
 
-    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
-        prompts: list[list[int]] = self.tokenizer([self.text(sample) for sample in samples])[
-            "input_ids"
-        ]
+    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [self.render(sample) for sample in samples]
+        prompts: list[list[int]] = self.tokenizer(texts)["input_ids"]
         for ids in prompts:
-            # Some tokenizers close what they encode with EOS: a prompt is not finished.
+            # Some tokenizers append EOS, but the response still has to follow.
             if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()
         return prompts
 
 
-class _Chat:
-    """The tokenizer's own chat template, which places every special token itself."""
+class _ChatTemplate:
+    """The tokenizer's own chat template, which adds every special token itself."""
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
@@ -104,57 +102,59 @@ class _Chat:
             **options,
         }
 
-    def text(self, sample: Sample) -> str:
-        asked = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
-        turns = [
+    def render(self, sample: Sample) -> str:
+        request = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
+        messages = [
             {"role": role, "content": content}
-            for role, content in (*sample.history, ("user", asked))
+            for role, content in (*sample.history, ("user", request))
         ]
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True, **self.options
+                    messages, tokenize=False, add_generation_prompt=True, **self.options
                 )
             )
-        except Exception as error:  # a template is a program: it divides by zero, recurses, adds a text to a number
+        # A template is a program, so any exception may occur.
+        except Exception as error:
             raise DataError(
-                f"sample {sample.id}: the chat template refuses its turns ({error}): mend or "
-                f"remove it"
+                f"sample {sample.id}: the chat template refuses its messages ({error}): fix or "
+                "remove it"
             ) from None
 
-    def ids(self, sample: Sample) -> list[int]:
-        return self.many([sample])[0]
+    def token_ids(self, sample: Sample) -> list[int]:
+        return self.token_ids_batch([sample])[0]
 
-    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
-        texts = [self.text(sample) for sample in samples]
+    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [self.render(sample) for sample in samples]
         prompts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return prompts
 
 
 def _alpaca(sample: Sample) -> str:
-    _no_history(sample, "alpaca")
+    _refuse_history(sample, "alpaca")
     template = ALPACA_WITH_INPUT if sample.input else ALPACA_WITHOUT_INPUT
     return template.format(instruction=sample.instruction, input=sample.input)
 
 
 def _plain(sample: Sample) -> str:
-    _no_history(sample, "plain")
+    _refuse_history(sample, "plain")
     return f"{sample.instruction}\n{sample.input}" if sample.input else sample.instruction
 
 
-def _no_history(sample: Sample, template: str) -> None:
+def _refuse_history(sample: Sample, template: str) -> None:
     if sample.history:
         raise DataError(
             f"sample {sample.id} has {len(sample.history)} earlier turns, which "
-            f"prompt.template={template} cannot show: "
-            "use prompt.template=chat or a .jinja file"
+            f"prompt.template={template} cannot show: use prompt.template=chat or a .jinja file"
         )
 
 
-def _jinja(name: str) -> Any:
+def _jinja(name: str) -> Callable[[Sample], str]:
+    """The function that renders a sample with a .jinja file."""
     path = Path(os.path.expanduser(name))
     if path.suffix != ".jinja":
-        raise RecipeError(f"prompt.template={name!r}: take alpaca, chat, plain, or a .jinja file")
+        raise RecipeError(f"prompt.template={name!r}: use alpaca, chat, plain, or a .jinja file")
+    # Read and compile the template in a sandbox.
     try:
         source = path.read_text(encoding="utf-8")
         template = ImmutableSandboxedEnvironment(
@@ -167,12 +167,12 @@ def _jinja(name: str) -> Any:
     except UnicodeDecodeError as error:
         raise RecipeError(
             f"prompt.template {name} is not UTF-8 ({error.reason} at byte {error.start}): convert "
-            f"it"
+            "it"
         ) from None
     except jinja2.TemplateSyntaxError as error:
         raise RecipeError(
             f"prompt.template {name} line {error.lineno} is not valid Jinja ({error.message}): "
-            f"mend it"
+            "fix it"
         ) from None
 
     def render(sample: Sample) -> str:
@@ -181,12 +181,11 @@ def _jinja(name: str) -> Any:
             return template.render(
                 instruction=sample.instruction, input=sample.input, history=history
             )
-        except Exception as error:  # as above
+        except Exception as error:  # a template is a program
             reason = str(error) or type(error).__name__
             raise DataError(
                 f"sample {sample.id}: prompt.template {name} fails ({reason}): its variables are "
-                f"instruction, "
-                "input and history"
+                "instruction, input and history"
             ) from None
 
     return render

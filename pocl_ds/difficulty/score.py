@@ -1,8 +1,8 @@
-"""The scoring stage: how well the initial student answers each training sample (METHOD 1.1 to 1.3).
+"""The step `score`: how well the initial student answers each training sample.
 
-Work is cut into shards. A shard is a range of rows of data/train; its result appears as a whole,
-with its manifest, or not at all, so that an interrupted run repeats unfinished shards only, and
-shards can run as separate jobs. Scores are keyed by sample id.
+Work is divided into shards. A shard is a range of rows of data/train. Its score file and manifest
+appear complete or not at all, so an interrupted run repeats only unfinished shards, and shards can
+run as separate jobs. Scores are keyed by sample id.
 """
 
 from __future__ import annotations
@@ -13,44 +13,47 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.config import PromptConfig, ScoreConfig
-from pocl_ds.data.records import read_normalised
-from pocl_ds.data.tokenized import EncodedSplit, shard_rows
-from pocl_ds.difficulty.rank import DEGENERATE, tied_share
+from pocl_ds.curriculum.ranking import tied_fraction
+from pocl_ds.data.records import read_sample_file
+from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
+from pocl_ds.difficulty.rank import MAX_TIED_FRACTION
 from pocl_ds.difficulty.shards import (
     discard_other_divisions,
     discard_stale,
     shard_file,
     shard_manifest,
-    unfinished,
+    unfinished_shards,
 )
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.generation.protocol import Generator, ProgressCallback, SamplingParams
 from pocl_ds.metrics.rouge import rouge_l_many
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.runtime.tracking import Progress
-from pocl_ds.workflow.run_dir import RunDirectory, atomic_write, write_manifest
+from pocl_ds.runtime.progress import Progress
+from pocl_ds.workflow.files import atomic_write
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-STAGE = "score"
-# Metrics beside ROUGE-L and cross-entropy: from the student's responses, references and the
-# references' log-probabilities to one number a sample. None comes with the package.
-METRICS: dict[
-    str, Callable[[list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]]
-] = {}
-CHUNK = 256  # at least so many samples are held in memory at once, and are the grain of progress
-# calls of the engine hold so many times max_num_seqs prompts: at the end of each it runs dry
-ROUNDS = 4
+STEP = "score"
+# (responses, references, log-probabilities of the first reference) -> one number a sample
+Metric: TypeAlias = Callable[
+    [list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]
+]
+METRICS: dict[str, Metric] = {}  # beside ROUGE-L and cross-entropy; plugins register them
+MIN_SAMPLES_PER_CHUNK = 256  # in memory together
+# A chunk holds so many times max_num_seqs prompts, since the engine runs dry at the end of each.
+ROUNDS_PER_CHUNK = 4
 
 
-def score(
+def score_training_samples(
     run: RunDirectory,
     config: ScoreConfig,
     prompt: PromptConfig,
@@ -62,28 +65,34 @@ def score(
     trust_remote_code: bool = False,
     revision: str | None = None,
 ) -> None:
-    """Score the unfinished shards, or one of them.
+    """Score the unfinished shards, or one of them, with one engine.
 
-    For each sample the student writes one response; `rouge_l` compares it with the references,
-    `cross_entropy` is the student's mean negative log-likelihood of the encoded response, in nats
-    per token at temperature = 1. One engine serves the whole call. Raises RecipeError for a shard that does
-    not exist, ArtifactError, DataError, ModelError, ResourceError.
+    The student generates one response to each sample. `rouge_l` compares it with the references
+    (docs/method.md, eq. 1); `cross_entropy` is the student's mean negative log-likelihood of the
+    tokenized first reference, in nats per token at temperature 1 (eq. 2).
+
+    Raises:
+        RecipeError: the shard does not exist, or a plugin's metric gives no numbers.
+        ArtifactError, DataError, ModelError, ResourceError: data or model cannot be used.
     """
     if shard is not None and not 0 <= shard < config.shards:
-        last = config.shards - 1
         raise RecipeError(
-            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}"
+            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to "
+            f"{config.shards - 1}"
         )
+    # Find the shards to score.
     discard_stale(run, fingerprint)
-    todo = [s for s in unfinished(run, config, fingerprint) if shard is None or s == shard]
+    todo = [s for s in unfinished_shards(run, config, fingerprint) if shard is None or s == shard]
     if not todo:
         return
-    split = EncodedSplit.open(run.data, "train")
+    split = TokenizedSplit.open(run.data, "train")
     if len(split) < config.shards:
         raise RecipeError(
             f"score.shards={config.shards} is more than the {len(split)} training samples: make "
-            f"fewer shards"
+            "fewer shards"
         )
+
+    # Load the student, and score shard by shard.
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, revision=revision)
     generator = open_generator(
         model_path,
@@ -93,72 +102,69 @@ def score(
         threads=threads,
         trust_remote_code=trust_remote_code,
         revision=revision,
-        instead="score.generation.backend=transformers",
+        alternative="score.generation.backend=transformers",
     )
     try:
-        scorer = _Scorer(run, config, split, generator, int(tokenizer.eos_token_id))
-        total = sum(len(shard_rows(len(split), s, config.shards)) for s in todo)
-        with Progress(total, "samples", STAGE) as progress:
+        scorer = _ShardScorer(run, config, split, generator, int(tokenizer.eos_token_id))
+        total = sum(len(shard_rows(len(split), number, config.shards)) for number in todo)
+        with Progress(total, "samples", STEP) as progress:
             for number in todo:
-                scorer.shard(number, fingerprint, progress)
+                scorer.score_shard(number, fingerprint, progress)
         scorer.warn_of_ties()
     finally:
         generator.close()
-    if not unfinished(run, config, fingerprint):
+    if not unfinished_shards(run, config, fingerprint):
         discard_other_divisions(run, config.shards)
 
 
-class _Scorer:
-    """One call's engine and data, for its shards one after another."""
+class _ShardScorer:
+    """Scores shards with one generator, and counts ties over all of them."""
 
     def __init__(
         self,
         run: RunDirectory,
         config: ScoreConfig,
-        split: EncodedSplit,
+        split: TokenizedSplit,
         generator: Generator,
         eos_id: int,
     ) -> None:
-        self.run, self.config, self.split, self.generator, self.eos_id = (
-            run,
-            config,
-            split,
-            generator,
-            eos_id,
-        )
-        self.tied = {
-            "rouge_l": 0.0,
-            "cross_entropy": 0.0,
-        }  # samples whose value another of their shard equals
+        self.run, self.config, self.split = run, config, split
+        self.generator, self.eos_id = generator, eos_id
+        # Samples whose value another sample of the same shard has too.
+        self.tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
         self.scored = 0
 
-    def shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
-        """Score one shard and seal it."""
+    def score_shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
+        """Write the scores of one shard, then its manifest."""
         shards = self.config.shards
-        path, manifest = (
-            shard_file(self.run, shard, shards),
-            shard_manifest(self.run, shard, shards),
-        )
-        (self.run.scores / manifest).unlink(
-            missing_ok=True
-        )  # its file is damaged, else the shard were finished
+        path = shard_file(self.run, shard, shards)
+        manifest = shard_manifest(self.run, shard, shards)
+        # A manifest of an unfinished shard belongs to a damaged file.
+        (self.run.scores / manifest).unlink(missing_ok=True)
         rows = shard_rows(len(self.split), shard, shards)
-        start, tokens = time.monotonic(), self.generator.tokens
-        references = self._references(rows)
+        start, tokens = time.monotonic(), self.generator.processed_tokens
+        samples = self._samples(rows)
         metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
-        sums = dict.fromkeys(metrics, 0.0)
+        means: dict[str, float] = {}  # of the chunks so far, for the progress line
+
+        def report(finished: int) -> None:
+            progress.advance(finished, **means)
+
+        # Score chunk by chunk.
         with atomic_write(path) as stream:
-            step = max(CHUNK, ROUNDS * self.config.generation.max_num_seqs)
-            for first in range(rows.start, rows.stop, step):
-                chunk = range(first, min(first + step, rows.stop))
-                self._chunk(chunk, list(itertools.islice(references, len(chunk))), stream, metrics)
-                for name, values in metrics.items():
-                    sums[name] += sum(values[-len(chunk) :])
-                progress.advance(
-                    len(chunk), **{name: total / len(metrics[name]) for name, total in sums.items()}
-                )
+            size = max(
+                MIN_SAMPLES_PER_CHUNK, ROUNDS_PER_CHUNK * self.config.generation.max_num_seqs
+            )
+            for first in range(rows.start, rows.stop, size):
+                chunk = range(first, min(first + size, rows.stop))
+                chunk_samples = list(itertools.islice(samples, len(chunk)))
+                self._score_chunk(chunk, chunk_samples, stream, metrics, report)
+                means |= {name: sum(values) / len(values) for name, values in metrics.items()}
+                report(0)
+
         seconds = max(time.monotonic() - start, 1e-9)
-        tokens = self.generator.tokens - tokens
+        tokens = self.generator.processed_tokens - tokens
+        tied = {name: round(tied_fraction(values), 4) for name, values in metrics.items()}
         info: dict[str, Any] = {
             "shard": shard,
             "shards": shards,
@@ -167,123 +173,129 @@ class _Scorer:
             "seconds": round(seconds, 3),
             "samples_per_second": round(len(rows) / seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
-            "tied_share": {name: round(tied_share(values), 4) for name, values in metrics.items()},
+            "tied_share": tied,
         }
         self.scored += len(rows)
-        for name, share in info["tied_share"].items():
-            self.tied[name] += share * len(rows)
-        write_manifest(self.run.scores, STAGE, fingerprint, info=info, files=[path], name=manifest)
+        for name, fraction in tied.items():
+            self.tied[name] += fraction * len(rows)
+        write_manifest(self.run.scores, STEP, fingerprint, info=info, files=[path], name=manifest)
 
-    def _chunk(
+    def _score_chunk(
         self,
         rows: range,
         samples: list[tuple[str, list[str]]],
         stream: IO[Any],
         metrics: dict[str, list[float]],
+        report: ProgressCallback,
     ) -> None:
-        """Append the scores of some rows; samples: id and references of each."""
+        """Append the scores of some rows to the stream and to `metrics`.
+
+        samples: id and references of each row. report: receives the number of responses that were
+        generated since the last call.
+        """
         if len(samples) != len(rows):
             raise ArtifactError(
-                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl preprocess` "
-                f"again"
+                f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl "
+                "preprocess` again"
             )
+        # Generate a response to each prompt.
         sequences = [[int(token) for token in self.split.tokens(row)] for row in rows]
         prompt_tokens = [int(self.split.prompt_tokens[row]) for row in rows]
-        sampling = Sampling(
+        sampling = SamplingParams(
             self.config.temperature,
             self.config.top_p,
             self.config.max_new_tokens,
             seed=0,
-            first=rows.start,
+            first_index=rows.start,
         )
         prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
-        responses = self.generator.generate(prompts, sampling)
-        if not self.config.count_eos:  # a truncated response has no EOS to leave out
+        responses = self.generator.generate(prompts, sampling, report)
+
+        # Log-probabilities of the reference; a truncated one has no EOS to leave out. A sample
+        # counts as finished once its response exists, so this part only refreshes the display.
+        if not self.config.count_eos:
             sequences = [ids[:-1] if ids[-1] == self.eos_id else ids for ids in sequences]
-        log_probs = self.generator.log_probs(sequences, prompt_tokens)
-        rouge = rouge_l_many(responses, [references for _, references in samples])
-        texts = [references for _, references in samples]
-        names = [name for name, _ in samples]
-        extra = {
-            name: _measured(name, names, responses, texts, log_probs)
+        log_probs = self.generator.log_probs(sequences, prompt_tokens, lambda _: report(0))
+
+        # Compare responses and references, and write one record a sample.
+        ids = [sample_id for sample_id, _ in samples]
+        references = [texts for _, texts in samples]
+        rouge = rouge_l_many(responses, references)
+        plugin_metrics = {
+            name: _metric_values(name, ids, responses, references, log_probs)
             for name in self.config.metrics
         }
-        for place, ((sample, _), response, found, overlap) in enumerate(
-            zip(samples, responses, log_probs, rouge, strict=True)
-        ):
-            if not len(found):
+        for i, sample_id in enumerate(ids):
+            if not len(log_probs[i]):
                 raise DataError(
-                    f"sample {sample} has no response token to score: remove it from the data, or "
-                    f"count the EOS "
-                    "(score.count_eos=true)"
+                    f"sample {sample_id} has no response token to score: remove it from the data, "
+                    "or count the EOS (score.count_eos=true)"
                 )
-            loss = -float(np.mean(found, dtype=np.float64))
             record = {
-                "id": sample,
-                "rouge_l": float(overlap),
-                "cross_entropy": loss,
-                "tokens": len(found),
+                "id": sample_id,
+                "rouge_l": float(rouge[i]),
+                "cross_entropy": -float(np.mean(log_probs[i], dtype=np.float64)),
+                "tokens": len(log_probs[i]),
             }
-            if extra:
-                record["metrics"] = {name: values[place] for name, values in extra.items()}
-            stream.write(json.dumps({**record, "response": response}, ensure_ascii=False) + "\n")
-            metrics["rouge_l"].append(float(overlap))
-            metrics["cross_entropy"].append(loss)
+            metrics["rouge_l"].append(record["rouge_l"])
+            metrics["cross_entropy"].append(record["cross_entropy"])
+            if plugin_metrics:
+                record["metrics"] = {name: values[i] for name, values in plugin_metrics.items()}
+            record["response"] = responses[i]
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def _references(self, rows: range) -> Iterator[tuple[str, list[str]]]:
-        """Id and references of each row, read from the normalised samples; ids must agree with the
-        encoded split.
-        """
+    def _samples(self, rows: range) -> Iterator[tuple[str, list[str]]]:
+        """Id and references of each row. Raises ArtifactError if data/train's files disagree."""
         path = self.run.data / "train.jsonl"
-        samples = itertools.islice(read_normalised(path), rows.start, rows.stop)
+        samples = itertools.islice(read_sample_file(path), rows.start, rows.stop)
         for row, sample in zip(rows, samples, strict=False):
             if bytes(self.split.ids[row]) != sample.id.encode():
                 raise ArtifactError(
                     f"{path} line {row + 1} and train.ids.npy name different samples: run `pocl "
-                    f"data` again"
+                    "preprocess` again"
                 )
             yield sample.id, list(sample.references)
 
     def warn_of_ties(self) -> None:
-        """Say where a metric of the samples scored here has so many equal values, by shard, that
-        its ranks say little.
-        """
+        """Warn of a metric with so many equal values within shards that its ranks mean little."""
         for name, tied in self.tied.items():
-            if (share := tied / self.scored) > DEGENERATE:
+            fraction = tied / self.scored
+            if fraction > MAX_TIED_FRACTION:
                 log.warning(
-                    "score: %.0f%% of the values of %s are tied, so ranks by it say little: heal "
-                    "the student longer "
-                    "(student.heal_steps) or rank by the other metric (ranking.strategy)",
-                    100 * share,
+                    "score: %.0f%% of the values of %s are tied, so its ranks mean little: heal the "
+                    "student longer (student.heal_steps) or rank by the other metric "
+                    "(ranking.strategy)",
+                    100 * fraction,
                     name,
                 )
 
 
-def _measured(
+def _metric_values(
     metric: str,
     ids: list[str],
     responses: list[str],
     references: list[list[str]],
     log_probs: list[NDArray[np.float32]],
 ) -> list[float]:
-    """What a metric says of some samples. Raises RecipeError, DataError where that is not one
-    finite number of each.
+    """The values of a plugin's metric, one finite number for each sample.
+
+    Raises RecipeError if it gives anything else, DataError if a number is not finite.
     """
     try:
         values = [float(value) for value in METRICS[metric](responses, references, log_probs)]
     except (TypeError, ValueError) as error:
         raise RecipeError(
-            f"the metric {metric!r} gives no numbers ({error}): mend its function"
+            f"the metric {metric!r} gives no numbers ({error}): fix its function"
         ) from error
     if len(values) != len(ids):
         raise RecipeError(
-            f"the metric {metric!r} gives {len(values)} numbers for {len(ids)} samples: mend its "
-            f"function"
+            f"the metric {metric!r} gives {len(values)} numbers for {len(ids)} samples: fix its "
+            "function"
         )
-    for sample, value in zip(ids, values, strict=True):
+    for sample_id, value in zip(ids, values, strict=True):
         if not math.isfinite(value):
             raise DataError(
-                f"sample {sample} has {metric}={value}, which has no rank: mend the metric's "
-                f"function"
+                f"sample {sample_id} has {metric}={value}, which has no rank: fix the metric's "
+                "function"
             )
     return values

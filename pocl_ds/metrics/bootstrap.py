@@ -33,7 +33,7 @@ def resampled_means(
     return found
 
 
-def interval(means: Floats) -> tuple[float, float]:
+def percentile_interval(means: Floats) -> tuple[float, float]:
     """The percentile interval of LEVEL, from resampled means [m]."""
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -10,7 +10,7 @@ from typing import Any
 MARK = "⚠"
 
 
-def marked(benchmark: str, *results: Mapping[str, Any]) -> str:
+def mark_benchmark(benchmark: str, *results: Mapping[str, Any]) -> str:
     """A benchmark's name in a table of these results, with a sign where there is more to say of it."""
     return (
         f"{benchmark} {MARK}"
@@ -19,12 +19,12 @@ def marked(benchmark: str, *results: Mapping[str, Any]) -> str:
     )
 
 
-def mark_lines(results: Mapping[str, Any]) -> list[str]:
+def footnotes(results: Mapping[str, Any]) -> list[str]:
     """What there is to say, a line a benchmark."""
-    return lines_of_all([("", results)], results.get("marks", {}))
+    return merge_footnotes([("", results)], results.get("marks", {}))
 
 
-def lines_of_all(
+def merge_footnotes(
     named: Sequence[tuple[str, Mapping[str, Any]]], benchmarks: Collection[str]
 ) -> list[str]:
     """The same of some benchmarks in several results, each line once; behind what is not said of

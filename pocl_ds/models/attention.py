@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
 
 from pocl_ds.errors import ModelError
 
@@ -45,7 +44,7 @@ FAMILIES = (
 
 
 @dataclass(frozen=True)
-class Samples:
+class PackedSamples:
     """The samples that lie behind one another in a packed row, by their lengths. Models hand it
     down to `per_sample`.
     """
@@ -74,7 +73,7 @@ def per_sample(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    samples: Samples | None = None,
+    samples: PackedSamples | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -124,7 +123,7 @@ def _one_by_one(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _pad(side: Tensor, samples: Samples) -> Tensor:
+def _pad(side: Tensor, samples: PackedSamples) -> Tensor:
     """A packed row [1, N, T, d] as one row a sample: [samples, N, longest, d]."""
     count, longest = len(samples.lengths), max(samples.lengths)
     rows = side[0].transpose(0, 1)  # [T, N, d]
@@ -175,6 +174,3 @@ def _attend(
         -1, dtype=torch.promote_types(query.dtype, torch.float32)
     )
     return functional.dropout(weights.to(query.dtype), dropout) @ value
-
-
-AttentionInterface.register(PER_SAMPLE, per_sample)

@@ -22,9 +22,9 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pocl_ds.config import LoraConfig
-from pocl_ds.models.heads import check_family, head_of, hidden_states
+from pocl_ds.models.heads import check_family, output_head, hidden_states
 from pocl_ds.models.load import empty_model
-from pocl_ds.models.lora import adapter_parameters, is_linear, targeted
+from pocl_ds.models.lora import adapter_parameters, is_linear, target_linear_modules
 from pocl_ds.models.quiet import quiet
 
 
@@ -72,7 +72,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
     """
     check_family(config.model_type)
     model = empty_model(config)
-    head = head_of(model)
+    head = output_head(model)
     blocks = _blocks(model)
     linears = [
         module
@@ -163,7 +163,7 @@ def _imitated(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
     """
     model.requires_grad_(False)
     made: list[nn.Parameter] = []
-    for module in targeted(model, lora.target_modules).values():
+    for module in target_linear_modules(model, lora.target_modules).values():
         inputs, outputs = (
             module.weight.shape if type(module).__name__ == "Conv1D" else module.weight.shape[::-1]
         )
@@ -196,7 +196,7 @@ def parameter_bytes(numbers: float, dtype: str) -> float:
     return numbers * (4 if dtype == "float32" else 2)
 
 
-def gathered_parameters(shape: ModelShape) -> int:
+def max_gathered_parameters(shape: ModelShape) -> int:
     """Parameters whole on a rank while ZeRO-3 works: two blocks (one at work, one prefetched) and
     the embeddings or head.
     """

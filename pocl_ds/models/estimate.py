@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from pocl_ds.models.cost import ModelShape, gathered_parameters, kv_cache_bytes, parameter_bytes
+from pocl_ds.models.cost import ModelShape, max_gathered_parameters, kv_cache_bytes, parameter_bytes
 
 LIVE_PARAMETERS = 1e9  # ds_configs: stage3_max_live_parameters
 BUCKET = 5e7  # ds_configs: numbers reduced, or prefetched, at once
-FITS = 0.92  # of a device's memory may be planned for
+MAX_MEMORY_FRACTION = 0.92  # of a device's memory may be planned for
 GB = 1e9
 GLOO = 200e6  # buffers of its own, between CPUs
 
@@ -49,7 +49,7 @@ GPUS = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class ClusterLayout:
     """Ranks: nodes x ranks of a node, and the network of a node in bytes a second."""
 
     nodes: int
@@ -69,7 +69,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainingWork:
     """What is trained on."""
 
     samples: int
@@ -86,7 +86,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TrainingSetup:
     """What a recipe decides about memory."""
 
     micro_batch_size: int
@@ -128,7 +128,7 @@ Activations = Callable[
 def training_memory(
     student: ModelShape,
     teacher: ModelShape | None,
-    choice: Choice,
+    choice: TrainingSetup,
     ranks: int,
     lengths: Sequence[int],
     loss_tokens: int,
@@ -188,7 +188,7 @@ def training_memory(
 
 
 def host_memory(
-    student: ModelShape, teacher: ModelShape | None, choice: Choice, layout: Layout
+    student: ModelShape, teacher: ModelShape | None, choice: TrainingSetup, layout: ClusterLayout
 ) -> float:
     """Bytes of a node's own memory that offloading takes."""
     share = layout.ranks_per_node / layout.ranks
@@ -204,7 +204,7 @@ def _live(shape: ModelShape) -> float:
     """Weights whole on a rank at once: all, where ZeRO-3 may keep so many, else two blocks and the
     embeddings.
     """
-    return shape.parameters if shape.parameters <= LIVE_PARAMETERS else gathered_parameters(shape)
+    return shape.parameters if shape.parameters <= LIVE_PARAMETERS else max_gathered_parameters(shape)
 
 
 def _logit_bytes(dtype: str) -> float:
@@ -226,7 +226,7 @@ def scoring_memory(
 def step_flops(
     student: ModelShape,
     teacher: ModelShape | None,
-    choice: Choice,
+    choice: TrainingSetup,
     lengths: Sequence[int],
     loss_tokens: int,
 ) -> float:
@@ -245,8 +245,8 @@ def step_flops(
     return total
 
 
-def micro_traffic(
-    student: ModelShape, teacher: ModelShape | None, choice: Choice, ranks: int
+def micro_step_traffic(
+    student: ModelShape, teacher: ModelShape | None, choice: TrainingSetup, ranks: int
 ) -> float:
     """Bytes that each rank receives in one micro-step: weights gathered, gradients scattered."""
     if not choice.sharded or ranks == 1:
@@ -262,7 +262,7 @@ def micro_traffic(
 
 
 @dataclass(frozen=True)
-class StageTime:
+class StepTime:
     """Seconds of a stage, and what they are made of."""
 
     name: str
@@ -271,25 +271,25 @@ class StageTime:
     why: str
 
 
-def stage_times(
+def step_times(
     student: ModelShape,
     teacher: ModelShape | None,
-    choice: Choice,
-    work: Work,
-    layout: Layout,
+    choice: TrainingSetup,
+    work: TrainingWork,
+    layout: ClusterLayout,
     device: Device,
     *,
     utilisation: float,
     max_new_tokens: int,
     sequences: int,
-) -> list[StageTime]:
+) -> list[StepTime]:
     """Scoring, teaching and training, in order. Preparing, evaluation and reports are not counted."""
     rate = device.flops * (1 if choice.dtype != "float32" else 0.5) * utilisation
     found = [_scoring(student, work, layout, device, rate, max_new_tokens, sequences)]
     length, loss = max(1, round(work.tokens)), work.response_tokens
     if teacher is not None and choice.mode in ("cached_hidden_states", "cached_topk"):
         flops = work.samples * teacher.forward_flops([length], round(loss))
-        found.append(StageTime("cache-teacher", flops / rate / layout.ranks, flops, "arithmetic"))
+        found.append(StepTime("cache-teacher", flops / rate / layout.ranks, flops, "arithmetic"))
     found.append(_training(student, teacher, choice, work, layout, device, rate))
     return found
 
@@ -297,12 +297,12 @@ def stage_times(
 def _training(
     student: ModelShape,
     teacher: ModelShape | None,
-    choice: Choice,
-    work: Work,
-    layout: Layout,
+    choice: TrainingSetup,
+    work: TrainingWork,
+    layout: ClusterLayout,
     device: Device,
     rate: float,
-) -> StageTime:
+) -> StepTime:
     lengths, loss = (
         [max(1, round(work.tokens))] * work.batch_size,
         round(work.response_tokens * work.batch_size),
@@ -310,20 +310,20 @@ def _training(
     flops = step_flops(student, teacher, choice, lengths, loss)
     compute = flops / rate / layout.ranks
     micro = max(1, work.batch_size // (choice.micro_batch_size * layout.ranks))
-    traffic = micro * micro_traffic(student, teacher, choice, layout.ranks) / layout.link(device)
+    traffic = micro * micro_step_traffic(student, teacher, choice, layout.ranks) / layout.link(device)
     why = "arithmetic" if compute >= traffic else "the network"
-    return StageTime("train", work.steps * max(compute, traffic), work.steps * flops, why)
+    return StepTime("train", work.steps * max(compute, traffic), work.steps * flops, why)
 
 
 def _scoring(
     student: ModelShape,
-    work: Work,
-    layout: Layout,
+    work: TrainingWork,
+    layout: ClusterLayout,
     device: Device,
     rate: float,
     max_new_tokens: int,
     sequences: int,
-) -> StageTime:
+) -> StepTime:
     """Each step of generation reads the weights once for all sequences in flight, and their keys
     and values.
     """
@@ -337,7 +337,7 @@ def _scoring(
     )
     reads = new / sequences * (weights + cached) / device.bandwidth
     seconds = max(flops / rate, reads) / layout.ranks
-    return StageTime(
+    return StepTime(
         "score",
         seconds,
         flops,
@@ -345,14 +345,14 @@ def _scoring(
     )
 
 
-def fitting(
-    memory: Callable[[Choice], float],
-    choice: Choice,
+def find_fitting_setup(
+    memory: Callable[[TrainingSetup], float],
+    choice: TrainingSetup,
     available: float,
     most: int,
     batch_size: int,
     ranks: int,
-) -> Choice | None:
+) -> TrainingSetup | None:
     """The choice with the largest micro-batch that fits, asking for as little else as possible;
     None where nothing does.
 
@@ -365,24 +365,24 @@ def fitting(
         replace(choice, checkpointing=True, offload_teacher=True),
         replace(choice, checkpointing=True, offload_teacher=True, offload_student=True),
     ]
-    found = (largest(memory, way, available, most, batch_size, ranks) for way in ways)
+    found = (find_largest_micro_batch(memory, way, available, most, batch_size, ranks) for way in ways)
     return next((choice for choice in found if choice is not None), None)
 
 
-def largest(
-    memory: Callable[[Choice], float],
-    choice: Choice,
+def find_largest_micro_batch(
+    memory: Callable[[TrainingSetup], float],
+    choice: TrainingSetup,
     available: float,
     most: int,
     batch_size: int,
     ranks: int,
-) -> Choice | None:
+) -> TrainingSetup | None:
     """The choice with the largest micro-batch that fits and divides the batch, nothing else
     changed; None where none does.
     """
     sizes = (size for size in range(most, 0, -1) if batch_size % (size * ranks) == 0)
     tried = (replace(choice, micro_batch_size=size) for size in sizes)
-    return next((one for one in tried if memory(one) <= FITS * available), None)
+    return next((one for one in tried if memory(one) <= MAX_MEMORY_FRACTION * available), None)
 
 
 def checkpoint_bytes(student: ModelShape) -> float:

@@ -22,14 +22,14 @@ import torch
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.models.quiet import quiet
 from pocl_ds.resources import cache_folder
-from pocl_ds.workflow.run_dir import atomic_directory, disk_faults, file_digest, take_lock
+from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, file_digest, lock_file
 
 log = logging.getLogger("pocl_ds")
 
 PACKAGE_SCHEME = "package://"
 
 
-def file_in_package(source: str) -> Path:
+def find_package_file(source: str) -> Path:
     """The file that `package://PACKAGE/FILE` names; the package is located, not imported. Raises
     ModelError.
     """
@@ -59,7 +59,7 @@ def models_folder() -> Path:
     return Path(named) if named else cache_folder() / "models"
 
 
-def dequantised_folder(file: Path) -> Path:
+def dequantize_gguf(file: Path) -> Path:
     """The Hugging Face folder (float32, with tokenizer) of a GGUF file, made on the first call.
 
     Processes that ask at once wait for the one that converts. Raises ModelError, ResourceError.
@@ -68,7 +68,7 @@ def dequantised_folder(file: Path) -> Path:
     folder = cache / f"{file.stem}-{file_digest(file)['sha256'][:16]}"
     if folder.is_dir():
         return folder
-    with disk_faults(cache):
+    with explain_disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     with _locked(cache / f".{folder.name}.lock"):
         if not folder.is_dir():
@@ -123,5 +123,5 @@ def _clean_copy(model: Any) -> Any:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as handle:
-        take_lock(handle.fileno(), path, fcntl.LOCK_EX)
+        lock_file(handle.fileno(), path, fcntl.LOCK_EX)
         yield  # closing the file frees the lock, also when the process dies

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from pocl_ds.errors import ModelError
-from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, Samples
+from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, PackedSamples
 
 # Families whose logits are a plain linear map of the last hidden state (OPT's projection and every
 # family's final norm belong to the backbone), and those that scale them. Each is held to its
@@ -35,14 +35,14 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Head:
+class OutputHead:
     """From hidden states to logits. Under ZeRO-3 the parameters are partitioned: gather them around
     `logits`.
     """
 
     weight: (
         nn.Parameter | None
-    )  # [V, D], shared with the embeddings where the model ties them; None: see `unsplit`
+    )  # [V, D], shared with the embeddings where the model ties them; None: see `identity_head`
     bias: nn.Parameter | None  # [V]
     scale: float
     soft_cap: float | None
@@ -67,7 +67,7 @@ class Head:
         """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None:
         all V).
         """
-        return self.finish_(self.product(hidden, size))
+        return self.scale_and_cap_(self.product(hidden, size))
 
     def product(
         self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None
@@ -83,7 +83,7 @@ class Head:
         torch.mm(hidden, weight.T, out=out)
         return out if bias is None else out.add_(bias)
 
-    def finish_(self, product: torch.Tensor) -> torch.Tensor:
+    def scale_and_cap_(self, product: torch.Tensor) -> torch.Tensor:
         """From the product to the logits, in place: soft_cap · tanh(scale · product / soft_cap)."""
         if self.scale != 1.0:
             product = product.mul_(self.scale)
@@ -93,17 +93,17 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class HeadMixture:
     """Heads of several models over the same tokens, whose distributions are mixed: sum of weight x
     softmax(logits / temperature).
 
     Their hidden states lie side by side: [n, sum of widths].
     """
 
-    heads: tuple[Head, ...]
+    heads: tuple[OutputHead, ...]
     weights: tuple[float, ...]  # that sum to 1
 
-    def parts(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split_hidden(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The hidden states of each: [n, width]."""
         return hidden.split([head.width for head in self.heads], dim=-1)
 
@@ -121,35 +121,35 @@ def hidden_states(
     unsplit the logits [B, T, V].
 
     input_ids, attention_mask: [B, T], padding on the right. lengths and position_ids [1, T]: of the
-    samples packed behind one another in a single row, for a model that `packs`. The backbone runs
+    samples packed behind one another in a single row, for a model that `supports_packing`. The backbone runs
     through its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
     """
     packed: dict[str, Any] = {}
     if lengths is not None:
-        packed = {"position_ids": position_ids, "samples": Samples(lengths, input_ids.device)}
+        packed = {"position_ids": position_ids, "samples": PackedSamples(lengths, input_ids.device)}
     part = model.base_model if split else model
     output = part(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
     return output.last_hidden_state if split else output.logits
 
 
-def packs(model: Any) -> bool:
+def supports_packing(model: Any) -> bool:
     """Whether `hidden_states` keeps the samples of a packed row apart for this model."""
     return model.config._attn_implementation == PER_SAMPLE
 
 
-def splits(model: Any) -> bool:
-    """Whether `head_of` knows the model's family."""
+def has_known_head(model: Any) -> bool:
+    """Whether `output_head` knows the model's family."""
     return model.config.model_type in SCALES
 
 
-def unsplit(model: Any) -> Head:
+def identity_head(model: Any) -> OutputHead:
     """In place of a head that is not known: the model's own logits count as its hidden states, and
     are left as they are.
     """
-    return Head(None, None, 1.0, None, int(model.config.get_text_config(decoder=True).vocab_size))
+    return OutputHead(None, None, 1.0, None, int(model.config.get_text_config(decoder=True).vocab_size))
 
 
-def head_of(model: Any) -> Head:
+def output_head(model: Any) -> OutputHead:
     """The model's head. Raises ModelError for a family whose way from hidden state to logits is not
     known here, and for a head whose weights are quantised.
     """
@@ -171,7 +171,7 @@ def head_of(model: Any) -> Head:
         raise _not_supported(family)
     soft_cap = getattr(model.config, "final_logit_softcapping", None)
     weight = cast(nn.Parameter, linear.weight)
-    return Head(weight, linear.bias, float(SCALES[family](model.config)), soft_cap)
+    return OutputHead(weight, linear.bias, float(SCALES[family](model.config)), soft_cap)
 
 
 def check_family(family: str) -> None:

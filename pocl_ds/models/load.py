@@ -18,15 +18,24 @@ from typing import Any, TypeVar, cast
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
-from pocl_ds.models.attention import check_attention
-from pocl_ds.models.quantization import loading
+from pocl_ds.models.attention import PER_SAMPLE, check_attention, per_sample
+from pocl_ds.models.quantization import quantization_arguments
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime.distributed import device
+
+# Every model is loaded through this module, so that transformers knows the attention by its name.
+AttentionInterface.register(PER_SAMPLE, per_sample)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
@@ -55,7 +64,7 @@ def resolve_model(config: ModelSource) -> str:
     """
     source = config.model
     if source.startswith(gguf.PACKAGE_SCHEME):
-        return str(gguf.dequantised_folder(gguf.file_in_package(source)))
+        return str(gguf.dequantize_gguf(gguf.find_package_file(source)))
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
         _check_folder(path)
@@ -63,7 +72,7 @@ def resolve_model(config: ModelSource) -> str:
     if path.suffix == ".gguf":
         if not os.path.isfile(path):
             raise ModelError(f"model file {source} does not exist: check the path")
-        return str(gguf.dequantised_folder(path))
+        return str(gguf.dequantize_gguf(path))
     if os.path.isfile(path):
         raise ModelError(
             f"model {source} is a file: give a Hugging Face folder, a Hub name or a .gguf file"
@@ -76,7 +85,7 @@ def resolve_model(config: ModelSource) -> str:
     return source
 
 
-def commits_of(sources: Iterable[ModelSource]) -> dict[str, str]:
+def resolve_commits(sources: Iterable[ModelSource]) -> dict[str, str]:
     """What each Hub name's revision is now: `name@revision` -> commit. Raises ModelError."""
     found = {}
     for source in sources:
@@ -88,8 +97,8 @@ def commits_of(sources: Iterable[ModelSource]) -> dict[str, str]:
     return found
 
 
-def at_commit(source: Source, commits: Mapping[str, str]) -> Source:
-    """The same model at the commit that `commits_of` found for it: a branch of the Hub may move
+def pin_to_commit(source: Source, commits: Mapping[str, str]) -> Source:
+    """The same model at the commit that `resolve_commits` found for it: a branch of the Hub may move
     while a run lasts.
     """
     return source.model_copy(update={"revision": commits.get(_named(source), source.revision)})
@@ -99,7 +108,7 @@ def _named(source: ModelSource) -> str:
     return f"{source.model}@{source.revision or 'main'}"
 
 
-def pinned_model(config: ModelSource) -> str:
+def resolve_pinned_model(config: ModelSource) -> str:
     """As `resolve_model`; of a Hub name the folder of its revision in the Hub's cache, named by the
     commit. Raises ModelError.
 
@@ -208,7 +217,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,
-            **loading(quantization, dtype, config, device()),
+            **quantization_arguments(quantization, dtype, config, device()),
         )
     model, loaded = found
     faults = sorted(

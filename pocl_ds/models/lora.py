@@ -37,7 +37,7 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def targeted(model: Any, targets: tuple[str, ...]) -> dict[str, Any]:
+def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any]:
     """The linear modules that get an adapter, by their full names.
 
     targets: last parts of names (`q_proj`, `self_attn.q_proj`), or all but the head. Raises
@@ -86,14 +86,14 @@ def check_adapters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = F
     cannot have such adapters.
     """
     require_peft()
-    targeted(empty_model(config, trust_remote_code=trust_remote_code), lora.target_modules)
+    target_linear_modules(empty_model(config, trust_remote_code=trust_remote_code), lora.target_modules)
 
 
 def adapter_parameters(model: Any, config: LoraConfig) -> int:
     """How many parameters the adapters of a model have: rank x (inputs + outputs) of each. The
     model may be on `meta`.
     """
-    weights = [module.weight for module in targeted(model, config.target_modules).values()]
+    weights = [module.weight for module in target_linear_modules(model, config.target_modules).values()]
     return sum(config.r * sum(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
 
 
@@ -102,12 +102,12 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
     matrix is 0.
 
     All ranks get the same ones, whatever each holds of the model's weights. Returns a sentence for
-    the log. Raises RecipeError (see `targeted`) and ResourceError where peft is missing.
+    the log. Raises RecipeError (see `target_linear_modules`) and ResourceError where peft is missing.
     """
     require_peft()
     import peft
 
-    modules = targeted(model, config.target_modules)
+    modules = target_linear_modules(model, config.target_modules)
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -138,7 +138,7 @@ def trained_parameters(module: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def merged(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merge_adapters(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the model without adapters: W + alpha / rank * B A for each, under its name
     without them.
 

@@ -22,7 +22,7 @@ BYTES = {
 }  # of a weight; NF4 has a float32 scale for each 64
 
 
-def method_of(config: Any) -> str | None:
+def quantization_method(config: Any) -> str | None:
     """How a model's own weights are quantised (`gptq`, `awq`, ...), by its configuration; None
     where they are not.
     """
@@ -46,11 +46,11 @@ def bytes_per_weight(config: Any, quantization: str) -> float | None:
     return BYTES.get(quantization)
 
 
-def check_teacher(teacher: TeacherConfig, config: Any) -> None:
+def check_quantized_teacher(teacher: TeacherConfig, config: Any) -> None:
     """Raise RecipeError or ResourceError where a teacher of this configuration cannot be quantised
     or sharded as it is asked.
     """
-    method = method_of(config)
+    method = quantization_method(config)
     if method and teacher.quantization != "none":
         raise RecipeError(
             f"teacher.quantization={teacher.quantization}, and {teacher.model} has quantised "
@@ -71,9 +71,9 @@ def check_teacher(teacher: TeacherConfig, config: Any) -> None:
         )
 
 
-def check_student(student: StudentConfig, config: Any) -> None:
+def check_student_is_not_quantized(student: StudentConfig, config: Any) -> None:
     """Raise ModelError for a student whose weights are quantised."""
-    if method := method_of(config):
+    if method := quantization_method(config):
         raise ModelError(
             f"student.model={student.model} has quantised weights ({method}), which cannot be "
             f"trained: give the "
@@ -81,14 +81,14 @@ def check_student(student: StudentConfig, config: Any) -> None:
         )
 
 
-def loading(quantization: str, dtype: str, config: Any, device: torch.device) -> dict[str, Any]:
+def quantization_arguments(quantization: str, dtype: str, config: Any, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` must be told of a quantised model: nothing of others. Its weights are
     made where they stay.
 
     quantization: of teacher.quantization. The head stays as it is; a 4-bit weight is NF4,
     multiplied in `dtype`.
     """
-    if quantization == "none" and method_of(config) is None:
+    if quantization == "none" and quantization_method(config) is None:
         return {}
     settings: dict[str, Any] = {"device_map": {"": device}}
     if quantization == "none":

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
-from pocl_ds.models.heads import Head
-from pocl_ds.models.load import load_model_config, load_tokenizer
+from pocl_ds.models.heads import OutputHead
 
 # Two tokenizers with at least this share of tokens in common are the same one with its ids in
 # another order.
@@ -30,12 +29,12 @@ PROBE = (
 )
 
 
-class DifferentTokenizers(ModelError):
+class IncompatibleTokenizers(ModelError):
     """Teacher and student split text differently: their distributions are over different things."""
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class VocabularyAlignment:
     """What teacher and student have in common."""
 
     size: int  # the student's ids below it take part
@@ -52,8 +51,8 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
-class Ids:
-    """A `Vocabulary` as tensors: which ids take part in the softmax of both sides, and where the
+class VocabMap:
+    """A `VocabularyAlignment` as tensors: which ids take part in the softmax of both sides, and where the
     teacher has them.
     """
 
@@ -65,7 +64,7 @@ class Ids:
     )
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary) -> Ids:
+    def of(cls, vocabulary: VocabularyAlignment) -> VocabMap:
         """On the CPU."""
         masked = None if vocabulary.shared is None else torch.from_numpy(~vocabulary.shared)
         mapped = (
@@ -78,10 +77,10 @@ class Ids:
         )
         return cls(vocabulary.size, masked, mapped, theirs)
 
-    def to(self, device: torch.device) -> Ids:
+    def to(self, device: torch.device) -> VocabMap:
         """The same on a device."""
         move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
-        return Ids(self.size, move(self.masked), move(self.teacher_ids), move(self.teacher_masked))
+        return VocabMap(self.size, move(self.masked), move(self.teacher_ids), move(self.teacher_masked))
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
@@ -99,15 +98,15 @@ class Ids:
         """Logits [n, size] with -inf where an id takes no part."""
         return logits if self.masked is None else logits.masked_fill(self.masked, float("-inf"))
 
-    def student_logits(self, head: Head, hidden: Tensor) -> Tensor:
+    def student_logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
         """The student's logits [n, size], masked."""
         return self.mask(head.logits(hidden, self.size))
 
-    def teacher_logits(self, head: Head, hidden: Tensor) -> Tensor:
+    def teacher_logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
         """The teacher's logits [n, size], numbered as the student's, masked."""
-        return self.mask(head.finish_(self.teacher_product(head, hidden)))
+        return self.mask(head.scale_and_cap_(self.teacher_product(head, hidden)))
 
-    def teacher_product(self, head: Head, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def teacher_product(self, head: OutputHead, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The product of the teacher's head [n, size], numbered as the student's; written to `out`
         where it is given.
         """
@@ -120,20 +119,20 @@ class Ids:
         return input_ids if self.teacher_ids is None else self.teacher_ids[input_ids]
 
 
-def reconcile_models(
+def align_model_vocabularies(
     teacher: ModelSource, teacher_path: str, student: ModelSource, student_path: str
-) -> Vocabulary:
-    """`reconcile` of two models as they lie in their folders, or on the Hub."""
-    return reconcile(*_tables(teacher, teacher_path, student, student_path))
+) -> VocabularyAlignment:
+    """`align_vocabularies` of two models as they lie in their folders, or on the Hub."""
+    return align_vocabularies(*_tables(teacher, teacher_path, student, student_path))
 
 
-def reconcile_all(
+def align_teacher_vocabularies(
     teachers: Sequence[tuple[ModelSource, str]], student: ModelSource, student_path: str
-) -> Vocabulary:
+) -> VocabularyAlignment:
     """What a student has in common with each of its teachers. Raises ModelError where these number
     their tokens differently.
     """
-    found = [reconcile_models(teacher, path, student, student_path) for teacher, path in teachers]
+    found = [align_model_vocabularies(teacher, path, student, student_path) for teacher, path in teachers]
     size = min(each.size for each in found)
     shared, mapped = np.ones(size, bool), found[0].teacher_ids
     for each in found:
@@ -150,14 +149,14 @@ def reconcile_all(
                 "their ids"
             )
     report = "; ".join(dict.fromkeys(each.report for each in found))
-    return Vocabulary(
+    return VocabularyAlignment(
         size, None if shared.all() else shared, report, None if mapped is None else mapped[:size]
     )
 
 
-def models_apart(
+def separate_vocabularies(
     teachers: Sequence[tuple[ModelSource, str]], student: ModelSource, student_path: str
-) -> Vocabulary:
+) -> VocabularyAlignment:
     """What a teacher and a student have that each keep their own tokens, for a loss across
     tokenizers: rows without a token are masked. There is one teacher.
     """
@@ -170,7 +169,7 @@ def models_apart(
     report = "vocabulary: teacher and student each read their own tokens" + _counts(
         theirs, ours, teacher_rows, student_rows
     )
-    return Vocabulary(
+    return VocabularyAlignment(
         student_rows, None if tokens[1].all() else tokens[1], report, teacher_tokens=tokens[0]
     )
 
@@ -179,6 +178,9 @@ def _tables(
     teacher: ModelSource, teacher_path: str, student: ModelSource, student_path: str
 ) -> tuple[Any, Any, int, int]:
     """Both tokenizers, and the rows of both heads."""
+    # Imported here because it loads transformers, which plain tensors need not wait for.
+    from pocl_ds.models.load import load_model_config, load_tokenizer
+
     sides = ((teacher, teacher_path), (student, student_path))
     tokenizers = [
         load_tokenizer(path, trust_remote_code=side.trust_remote_code, revision=side.revision)
@@ -204,9 +206,9 @@ def _counts(teacher: Any, student: Any, teacher_rows: int, student_rows: int) ->
     )
 
 
-def reconcile(
+def align_vocabularies(
     teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int
-) -> Vocabulary:
+) -> VocabularyAlignment:
     """Compare the two id -> token maps.
 
     teacher_rows, student_rows: rows of the heads. Ids are mapped where nearly all tokens are common
@@ -220,7 +222,7 @@ def reconcile(
     if different:
         common = len(teacher.keys() & student.keys())
         if common < SAME_TOKENS * max(len(teacher), len(student)):
-            raise DifferentTokenizers(
+            raise IncompatibleTokenizers(
                 _difference(teacher, student, teacher_tokens, student_tokens, different)
             )
         return _mapped(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
@@ -232,12 +234,12 @@ def reconcile(
     report += f", {masked} without a token on both sides masked" if masked else ""
     report += _counts(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     report += _warnings(teacher_tokenizer, student_tokenizer, student_tokens, student_rows)
-    return Vocabulary(size, shared if masked else None, report)
+    return VocabularyAlignment(size, shared if masked else None, report)
 
 
 def _mapped(
     teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int
-) -> Vocabulary:
+) -> VocabularyAlignment:
     """The same tokens under other ids. EOS and BOS stand for each other whatever they are called.
 
     Each of the teacher's ids is one of the student's at most: a second would count its probability
@@ -266,7 +268,7 @@ def _mapped(
     tokens = {index: token for token, index in student.items()}
     report += _counts(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     report += _warnings(teacher_tokenizer, student_tokenizer, tokens, student_rows, mapped=True)
-    return Vocabulary(student_rows, shared if masked else None, report, np.maximum(table, 0))
+    return VocabularyAlignment(student_rows, shared if masked else None, report, np.maximum(table, 0))
 
 
 def _difference(

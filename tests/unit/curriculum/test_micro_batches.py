@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.curriculum.micro_batches import deal, share, share_by_tokens
+from pocl_ds.curriculum.micro_batches import assign_by_count, assign_by_tokens, assign_micro_batches
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
@@ -16,7 +16,7 @@ def test_shares_are_the_batch(ranks: int, micro: int, count: int, data: st.DataO
     lengths = np.array(
         data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size)), np.int64
     )
-    dealt = share(lengths, ranks=ranks, micro_batch_size=micro)
+    dealt = assign_by_count(lengths, ranks=ranks, micro_batch_size=micro)
     assert [len(of_rank) for of_rank in dealt] == [count] * ranks
     assert all(len(part) == micro for of_rank in dealt for part in of_rank)
     assert sorted(int(i) for of_rank in dealt for part in of_rank for i in part) == list(
@@ -37,7 +37,7 @@ def test_shares_are_the_batch(ranks: int, micro: int, count: int, data: st.DataO
 )
 def test_a_token_budget_is_kept(lengths: list[int], ranks: int, tokens: int, packed: bool) -> None:
     sizes = np.array(lengths, np.int64)
-    dealt = share_by_tokens(sizes, ranks=ranks, tokens=tokens, packed=packed)
+    dealt = assign_by_tokens(sizes, ranks=ranks, max_tokens=tokens, packed=packed)
     assert len(dealt) == ranks and len({len(of_rank) for of_rank in dealt}) == 1 and dealt[0]
     assert sorted(int(i) for of_rank in dealt for part in of_rank for i in part) == list(
         range(len(lengths))
@@ -63,18 +63,19 @@ def test_samples_of_one_length_keep_their_order() -> None:
     """
     sizes = np.random.default_rng(0).integers(1, 4, 64)
     wanted = sorted(range(64), key=lambda i: -sizes[i])
-    assert share(sizes, ranks=1, micro_batch_size=64)[0][0].tolist() == wanted
+    assert assign_by_count(sizes, ranks=1, micro_batch_size=64)[0][0].tolist() == wanted
     for packed in (False, True):
         assert [
-            part.tolist() for part in share_by_tokens(sizes, ranks=1, tokens=192, packed=packed)[0]
+            part.tolist()
+            for part in assign_by_tokens(sizes, ranks=1, max_tokens=192, packed=packed)[0]
         ] == [wanted]
 
 
 def test_packed_groups_are_even() -> None:
     sizes = np.array([9, 8, 7, 6, 5, 4, 3, 2], np.int64)
-    dealt = share_by_tokens(sizes, ranks=2, tokens=24, packed=True)
+    dealt = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=True)
     assert [[int(sizes[part].sum()) for part in of_rank] for of_rank in dealt] == [[22], [22]]
-    padded = share_by_tokens(sizes, ranks=2, tokens=24, packed=False)
+    padded = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=False)
     assert (
         sum(len(part) * int(sizes[part].max(initial=0)) for of_rank in padded for part in of_rank)
         <= 54
@@ -83,9 +84,13 @@ def test_packed_groups_are_even() -> None:
 
 def test_deal_takes_the_budget_where_there_is_one() -> None:
     sizes = np.array([5, 5, 1, 1], np.int64)
-    by_count = deal(sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=None, packed=False)
+    by_count = assign_micro_batches(
+        sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=None, packed=False
+    )
     assert [part.tolist() for part in by_count[0]] == [[0, 1], [2, 3]]
-    by_tokens = deal(sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=5, packed=False)
+    by_tokens = assign_micro_batches(
+        sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=5, packed=False
+    )
     assert [part.tolist() for part in by_tokens[0]] == [[0], [1], [2, 3]]
 
 
@@ -93,11 +98,12 @@ def test_a_sample_beyond_the_budget_is_refused() -> None:
     with pytest.raises(
         ValueError, match="a sample of 9 tokens does not fit into a micro-batch of 8"
     ):
-        share_by_tokens(np.array([9], np.int64), ranks=1, tokens=8, packed=True)
+        assign_by_tokens(np.array([9], np.int64), ranks=1, max_tokens=8, packed=True)
 
 
 def test_share_refuses_what_cannot_be_dealt_evenly() -> None:
     with pytest.raises(
-        ValueError, match="a batch of 10 cannot be dealt to 2 ranks in micro-batches of 3"
+        ValueError,
+        match="a batch of 10 samples cannot be divided into micro-batches of 3 on 2 ranks",
     ):
-        share(np.ones(10, np.int64), ranks=2, micro_batch_size=3)
+        assign_by_count(np.ones(10, np.int64), ranks=2, micro_batch_size=3)

@@ -9,9 +9,10 @@ import pytest
 
 from pocl_ds.config import BaselineConfig, CurriculumConfig
 from pocl_ds.curriculum.plan import build_plan
-from pocl_ds.curriculum.plan_step import baseline_plan, load_plan, make_plan
+from pocl_ds.curriculum.plan_step import build_baseline_plan, load_plan, write_plan
 from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.workflow.run_dir import RunDirectory, read_json
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_writes_the_plan_and_loads_it_over_the_order(run: RunDirectory) -> None:
-    manifest = make_plan(run, CurriculumConfig(epochs_per_stage=3), batch_size=16, fingerprint="f")
+    manifest = write_plan(run, CurriculumConfig(epochs_per_stage=3), batch_size=16, fingerprint="f")
     order = np.load(run.ranking / "order.npy")
     plan = load_plan(run.plan / "plan.json")
     assert plan == build_plan(order, epochs_per_stage=3, batch_size=16)
@@ -47,34 +48,34 @@ def test_writes_the_plan_and_loads_it_over_the_order(run: RunDirectory) -> None:
 
 
 def test_a_finished_plan_is_kept_and_another_recipe_replaces_it(run: RunDirectory) -> None:
-    make_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
     written = (run.plan / "plan.json").stat().st_mtime_ns
-    make_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
     assert (run.plan / "plan.json").stat().st_mtime_ns == written
-    make_plan(run, CurriculumConfig(num_subsets=5), batch_size=16, fingerprint="g")
+    write_plan(run, CurriculumConfig(num_subsets=5), batch_size=16, fingerprint="g")
     assert len(load_plan(run.plan / "plan.json").stages) == 5
 
 
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
 def test_the_baseline_has_as_many_visits(run: RunDirectory, scheduler: str) -> None:
-    make_plan(run, CurriculumConfig(scheduler=scheduler), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(scheduler=scheduler), batch_size=16, fingerprint="f")
     pocl = load_plan(run.plan / "plan.json")
-    baseline = baseline_plan(pocl, BaselineConfig(temperature=1.5, sft_ratio=0.2))
+    baseline = build_baseline_plan(pocl, BaselineConfig(temperature=1.5, sft_ratio=0.2))
     (stage,) = baseline.stages
     assert (baseline.total_steps, baseline.batch_size) == (pocl.total_steps, 16)
-    assert (stage.samples, stage.temperature, stage.sft_ratio) == (400, 1.5, 0.2)
+    assert (stage.num_samples, stage.temperature, stage.sft_ratio) == (400, 1.5, 0.2)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1, 3], [0, 1, 2, 4], [-1, 0, 1, 2], [[0, 1], [2, 3]]])
 def test_an_order_that_is_none_is_refused(run: RunDirectory, order: list) -> None:
     np.save(run.ranking / "order.npy", np.array(order))
     with pytest.raises(ArtifactError, match="every sample once"):
-        make_plan(run, CurriculumConfig(num_subsets=1), batch_size=1, fingerprint="f")
+        write_plan(run, CurriculumConfig(num_subsets=1), batch_size=1, fingerprint="f")
     assert not (run.plan / "manifest.json").exists()
 
 
 def test_missing_damaged_or_other_rankings(run: RunDirectory) -> None:
-    make_plan(run, CurriculumConfig(), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(), batch_size=16, fingerprint="f")
     np.save(run.ranking / "order.npy", np.arange(399))
     with pytest.raises(ArtifactError, match="400 samples and the ranking holds 399"):
         load_plan(run.plan / "plan.json")
@@ -83,11 +84,11 @@ def test_missing_damaged_or_other_rankings(run: RunDirectory) -> None:
         load_plan(run.plan / "plan.json")
     (run.ranking / "order.npy").unlink()
     with pytest.raises(ArtifactError, match="pocl rank"):
-        make_plan(run, CurriculumConfig(), batch_size=16, fingerprint="other")
+        write_plan(run, CurriculumConfig(), batch_size=16, fingerprint="other")
 
 
 def test_too_large_batches_are_refused(run: RunDirectory) -> None:
     with pytest.raises(
         RecipeError, match="stage 0 has 100 samples, fewer than train.batch_size=128"
     ):
-        make_plan(run, CurriculumConfig(), batch_size=128, fingerprint="f")
+        write_plan(run, CurriculumConfig(), batch_size=128, fingerprint="f")

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.curriculum import sampler as sampler_module
-from pocl_ds.curriculum.micro_batches import share
+from pocl_ds.curriculum.micro_batches import assign_by_count
 from pocl_ds.curriculum.plan import Plan, build_plan, single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler, permutation
 
@@ -102,13 +102,16 @@ def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None
             for _ in range(stage.steps_per_epoch):
                 batch = sampler.batch(step)
                 assert len(batch) == plan.batch_size
-                assert (sampler.at(step).stage, sampler.at(step).epoch) == (stage.index, epoch)
+                assert (sampler.position(step).stage, sampler.position(step).epoch) == (
+                    stage.index,
+                    epoch,
+                )
                 visited += batch.tolist()
                 step += 1
             inside = set(range(stage.start, stage.stop))
             assert set(visited) <= inside
             if plan.drop_last:  # at most once, and fewer than a batch is missing
-                assert len(set(visited)) == len(visited) > stage.samples - plan.batch_size
+                assert len(set(visited)) == len(visited) > stage.num_samples - plan.batch_size
             else:  # all at least once; the fill spreads evenly
                 counts = Counter(visited)
                 assert set(counts) == inside
@@ -135,13 +138,15 @@ def test_resumed_anywhere_equals_uninterrupted(plan: Plan, seed: int, data: st.D
 def test_positions_of_steps() -> None:
     plan = build_plan(np.arange(40), num_subsets=2, epochs_per_stage=2, batch_size=10)
     sampler = Sampler(plan, 0)
-    found = [(p.stage, p.epoch, p.step_in_stage) for p in map(sampler.at, range(plan.total_steps))]
+    found = [
+        (p.stage, p.epoch, p.step_in_stage) for p in map(sampler.position, range(plan.total_steps))
+    ]
     assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [
         (1, i // 4, i) for i in range(8)
     ]
     for step in (-1, plan.total_steps, plan.total_steps + 1):
         with pytest.raises(IndexError, match=f"step {step} is outside the plan's 12 steps"):
-            sampler.at(step)
+            sampler.position(step)
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +261,7 @@ def test_the_global_batch_knows_no_ranks(plan: Plan, layout: tuple[int, int]) ->
     sampler = Sampler(plan, 3)
     for step in range(0, plan.total_steps, 5):
         batch = sampler.batch(step)
-        dealt = share(batch % 7, ranks=ranks, micro_batch_size=micro)
+        dealt = assign_by_count(batch % 7, ranks=ranks, micro_batch_size=micro)
         assert sorted(
             np.concatenate([batch[part] for of_rank in dealt for part in of_rank])
         ) == sorted(batch)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.batches import collate
 from pocl_ds.data.records import Sample
-from pocl_ds.data.tokenized import EncodedSplit, Encoder, encode_split
+from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
 
 
-def write(folder: Path, samples: list[tuple[list[int], int]]) -> EncodedSplit:
+def write(folder: Path, samples: list[tuple[list[int], int]]) -> TokenizedSplit:
     """A split with these ids and prompt lengths."""
     starts = np.cumsum([0, *(len(ids) for ids, _ in samples)])[:-1]
     index = [
@@ -30,7 +30,7 @@ def write(folder: Path, samples: list[tuple[list[int], int]]) -> EncodedSplit:
     np.concatenate([np.array(ids, np.uint32) for ids, _ in samples]).tofile(
         folder / "train.tokens.bin"
     )
-    return EncodedSplit.open(folder, "train")
+    return TokenizedSplit.open(folder, "train")
 
 
 def test_three_tokens(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_packed_holds_the_same_tokens_without_padding(
 def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None:
     tokenizer = tiny_models.make_tokenizer()
     samples = [Sample(f"s{n}", "Say it.", "", ("word " * n,)) for n in range(1, 6)]
-    encode_split(
-        iter(samples), Encoder(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
+    write_tokenized_split(
+        iter(samples), SampleTokenizer(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
     )
-    split = EncodedSplit.open(tmp_path, "train")
+    split = TokenizedSplit.open(tmp_path, "train")
     one, other = (
         collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id)
     )

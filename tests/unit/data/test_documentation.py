@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from pocl_ds.config import DocumentationConfig
-from pocl_ds.data.documentation import first_paragraph, harvest
+from pocl_ds.data.documentation import extract_documentation_samples, first_paragraph
 from pocl_ds.data.records import Sample
 from pocl_ds.errors import DataError
 
 
 @pytest.fixture(scope="module")
 def stdlib() -> list[Sample]:
-    return list(harvest(DocumentationConfig(packages=("stdlib",))))
+    return list(extract_documentation_samples(DocumentationConfig(packages=("stdlib",))))
 
 
 @pytest.mark.parametrize(
@@ -92,12 +92,16 @@ def test_questions_have_several_forms(stdlib: list[Sample]) -> None:
 
 def test_a_second_harvest_is_equal() -> None:
     config = DocumentationConfig(packages=("email", "logging", "asyncio"))
-    assert list(harvest(config)) == list(harvest(config))
+    assert list(extract_documentation_samples(config)) == list(
+        extract_documentation_samples(config)
+    )
 
 
 def test_limits_on_words_hold() -> None:
     samples = list(
-        harvest(DocumentationConfig(packages=("email", "asyncio"), min_words=10, max_words=12))
+        extract_documentation_samples(
+            DocumentationConfig(packages=("email", "asyncio"), min_words=10, max_words=12)
+        )
     )
     assert {len(sample.references[0].split()) for sample in samples} == {10, 11, 12}
 
@@ -124,7 +128,9 @@ def test_a_package_is_read_without_being_run(
     )
     (package / "broken.py").write_text("def (:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    samples = list(harvest(DocumentationConfig(packages=("harvested_package",))))
+    samples = list(
+        extract_documentation_samples(DocumentationConfig(packages=("harvested_package",)))
+    )
     assert [(sample.instruction.split("`")[1], sample.references[0]) for sample in samples] == [
         ("harvested_package", "A package made for this one test."),
         ("harvested_package.open.shown", "Show what a caller may see."),
@@ -136,7 +142,7 @@ def test_a_package_is_read_without_being_run(
 
 def test_a_package_that_is_not_installed_is_named() -> None:
     with pytest.raises(DataError, match="no_such_package.*not installed"):
-        list(harvest(DocumentationConfig(packages=("no_such_package",))))
+        list(extract_documentation_samples(DocumentationConfig(packages=("no_such_package",))))
 
 
 @pytest.mark.parametrize("name", ["email.mime", "sys", "_collections_abc", "test"])
@@ -149,15 +155,15 @@ def test_what_has_no_source_to_read_is_an_error(name: str) -> None:
         match=rf"packages names '{name}', which has no public Python sources of its own: name a "
         rf"whole",
     ):
-        list(harvest(DocumentationConfig(packages=("email", name))))
+        list(extract_documentation_samples(DocumentationConfig(packages=("email", name))))
 
 
 def test_all_three_packages_take_no_import_and_little_time() -> None:
     """In a process of its own, where an import of torch by the harvest would show."""
     script = (
         "import sys\nfrom pocl_ds.config import DocumentationConfig\nfrom "
-        "pocl_ds.data.documentation import harvest\n"
-        "samples = list(harvest(DocumentationConfig()))\n"
+        "pocl_ds.data.documentation import extract_documentation_samples\n"
+        "samples = list(extract_documentation_samples(DocumentationConfig()))\n"
         "assert 'numpy' not in sys.modules and 'torch' not in sys.modules\nprint(len(samples))"
     )
     before = os.times()

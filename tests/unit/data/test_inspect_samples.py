@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocl_ds.cli.main import main
-from pocl_ds.data.inspect_samples import show_samples
+from pocl_ds.data.inspect_samples import format_samples
 from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.workflow.run_dir import RunDirectory, write_json, write_manifest
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_a_subset_from_easy_to_hard(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["samples", str(run.path), "--subset", "3", "--n", "2"]) == 0
+    assert main(["inspect", "--run-dir", str(run.path), "--subset", "3", "--n", "2"]) == 0
     said = capsys.readouterr().out
     assert said.index("── s3  place 9 of 12  rouge_l 0.150  cross_entropy 2.750") < said.index(
         "── s0  place 12 of 12"
@@ -66,29 +68,29 @@ def test_a_subset_from_easy_to_hard(run: RunDirectory, capsys: pytest.CaptureFix
 
 
 def test_splits_and_the_whole_ranking(run: RunDirectory) -> None:
-    assert [text.split()[1] for text in show_samples(run, count=3)] == ["s11", "s5", "s0"]
-    assert [text.split()[1] for text in show_samples(run, split="validation", count=9)] == [
+    assert [text.split()[1] for text in format_samples(run, count=3)] == ["s11", "s5", "s0"]
+    assert [text.split()[1] for text in format_samples(run, split="validation", count=9)] == [
         "s0",
         "s1",
     ]
     (run.ranking / "manifest.json").unlink()
-    assert [text.split()[1] for text in show_samples(run, count=2)] == ["s0", "s11"]
+    assert [text.split()[1] for text in format_samples(run, count=2)] == ["s0", "s11"]
 
 
 def test_what_is_not_there(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="subsets 1 to 3"):
-        show_samples(run, subset=4)
+        format_samples(run, subset=4)
     with pytest.raises(RecipeError, match="leave --split validation out"):
-        show_samples(run, split="validation", subset=1)
+        format_samples(run, split="validation", subset=1)
     with pytest.raises(ArtifactError, match="holds no samples"):
-        show_samples(run, split="test")
+        format_samples(run, split="test")
     with pytest.raises(RecipeError, match="at least one"):
-        show_samples(run, count=0)
+        format_samples(run, count=0)
     with pytest.raises(ArtifactError, match="pocl preprocess"):
-        show_samples(RunDirectory(tmp_path / "none"))
+        format_samples(RunDirectory(tmp_path / "none"))
     (run.plan / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="pocl plan"):
-        show_samples(run, subset=1)
+        format_samples(run, subset=1)
     (run.ranking / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="pocl rank"):
-        show_samples(run, subset=1)
+        format_samples(run, subset=1)

@@ -14,10 +14,11 @@ import tiny_models
 
 from pocl_ds.config import DataConfig, PromptConfig
 from pocl_ds.data import preprocess
-from pocl_ds.data.records import Sample, read_normalised
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import DataError
-from pocl_ds.workflow.run_dir import MANIFEST, RunDirectory, damaged_files, read_manifest
+from pocl_ds.workflow.manifest import MANIFEST, damaged_files, read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 TOKENIZER = tiny_models.make_tokenizer()
 PROMPT = PromptConfig(template="plain", max_prompt_tokens=32, max_length=64)
@@ -39,9 +40,9 @@ def prepare(
     folder: Path, source: str, *, prompt: PromptConfig = PROMPT, **options: Any
 ) -> dict[str, list[Sample]]:
     run = RunDirectory(folder)
-    preprocess.prepare_data(run, DataConfig(source=source, **options), prompt, TOKENIZER, "f" * 64)
+    preprocess.preprocess(run, DataConfig(source=source, **options), prompt, TOKENIZER, "f" * 64)
     return {
-        split: list(read_normalised(run.data / f"{split}.jsonl")) for split in preprocess.SPLITS
+        split: list(read_sample_file(run.data / f"{split}.jsonl")) for split in preprocess.SPLITS
     }
 
 
@@ -53,13 +54,13 @@ def test_splits_are_whole_disjoint_and_of_the_asked_size(tmp_path: Path) -> None
     assert abs(len(splits["validation"]) - 100) < 40 and abs(len(splits["test"]) - 200) < 55
     for split, samples in splits.items():
         assert [
-            name.decode() for name in EncodedSplit.open(tmp_path / "run" / "data", split).ids
+            name.decode() for name in TokenizedSplit.open(tmp_path / "run" / "data", split).ids
         ] == [s.id for s in samples]
 
 
 def test_the_order_of_the_file_decides_nothing(tmp_path: Path) -> None:
     rows = records(400)
-    limits = {"max_train_samples": 100, "validation_samples": 10, "test_samples": 5}
+    limits = {"max_train_samples": 100, "max_validation_samples": 10, "max_test_samples": 5}
     there = prepare(tmp_path / "a", write(tmp_path / "a.jsonl", rows), **limits)
     random.Random(0).shuffle(rows)
     back = prepare(tmp_path / "b", write(tmp_path / "b.jsonl", rows), **limits)
@@ -106,7 +107,7 @@ def test_given_files_replace_the_split_and_their_prompts_leave_training(
     assert len(splits["train"]) == 99 and "Say 3." not in {
         sample.instruction for sample in splits["train"]
     }
-    assert "1 training samples ask what a validation or test sample asks too" in caplog.text
+    assert "1 training samples have the prompt of a validation or test sample" in caplog.text
 
 
 def test_what_a_test_asks_no_validation_asks(
@@ -128,11 +129,11 @@ def test_what_a_test_asks_no_validation_asks(
     )
     assert len(asked["validation"]) > 20
     assert (
-        "24 validation samples ask what a test sample asks too: left out of validation"
+        "24 validation samples have the prompt of a test sample: left out of validation"
         in caplog.text
     )
     assert (
-        "76 training samples ask what a validation or test sample asks too: left out of training"
+        "76 training samples have the prompt of a validation or test sample: left out of training"
         in caplog.text
     )
     splits = prepare(
@@ -146,7 +147,7 @@ def test_what_a_test_asks_no_validation_asks(
         and len(splits["train"]) + len(splits["test"]) == 200
         and len(splits["test"]) > 20
     )
-    assert "test samples ask what a validation sample asks too: left out of test" in caplog.text
+    assert "test samples have the prompt of a validation sample: left out of test" in caplog.text
 
 
 def test_what_is_asked_in_other_words_is_told(
@@ -186,10 +187,10 @@ def test_what_is_asked_in_other_words_is_told(
         "test": {"long": 4, "known": 2},
     }
     assert (
-        "test: 2 of 5 samples (40.0%) have a reference of 10 words or more that is a response of "
-        "training too" in caplog.text
+        "test: 2 of 5 samples (40.0%) have a reference of 10 words or more that is also a "
+        "training response" in caplog.text
     )
-    assert "of 4 that have one so long" in caplog.text
+    assert "(4 have a reference that long)" in caplog.text
     caplog.clear()
     prepare(
         tmp_path / "none",
@@ -197,7 +198,7 @@ def test_what_is_asked_in_other_words_is_told(
         test=given,
         validation_fraction=0.0,
     )
-    assert "a response of training" not in caplog.text
+    assert "a training response" not in caplog.text
 
 
 def test_the_limit_takes_a_cross_section_of_a_split(tmp_path: Path) -> None:
@@ -218,13 +219,13 @@ def test_the_manifest_says_what_there_is(tmp_path: Path, caplog: pytest.LogCaptu
     manifest = read_manifest(folder)
     assert (
         manifest is not None
-        and manifest.stage == "preprocess"
+        and manifest.step == "preprocess"
         and not damaged_files(folder, manifest)
     )
     info = manifest.info
     assert info["splits"]["train"]["samples"] == 61 and info["splits"]["train"]["truncated"] == 1
     assert info["splits"]["train"]["tokens"] == int(
-        EncodedSplit.open(folder, "train").total_tokens.sum()
+        TokenizedSplit.open(folder, "train").total_tokens.sum()
     )
     assert (info["pad_id"], info["eos_id"], info["vocabulary"]) == (1, 0, len(TOKENIZER))
     assert (
@@ -250,13 +251,13 @@ def test_a_finished_stage_is_found_and_a_damaged_one_is_made_again(
     calls = []
     monkeypatch.setattr(
         preprocess,
-        "_divide",
-        lambda *given, real=preprocess._divide: calls.append(1) or real(*given),
+        "_split_samples",
+        lambda *given, real=preprocess._split_samples: calls.append(1) or real(*given),
     )
     assert prepare(tmp_path / "run", source) == first and not calls
     (tmp_path / "run" / "data" / "train.tokens.bin").unlink()
     assert prepare(tmp_path / "run", source) == first and calls == [1]
-    assert len(EncodedSplit.open(tmp_path / "run" / "data", "train").tokens(0))
+    assert len(TokenizedSplit.open(tmp_path / "run" / "data", "train").tokens(0))
 
 
 def test_records_that_say_nothing_are_an_error_or_left_out(
@@ -276,19 +277,19 @@ def test_records_that_say_nothing_are_an_error_or_left_out(
         match="line 1: there is no field 'output' .*; data.on_invalid=skip leaves out every such",
     ):
         prepare(tmp_path / "error", source)
-    assert prepare(tmp_path / "skip", source, invalid="skip") == whole
-    assert "4 records say nothing to learn from and are left out; the first: " in caplog.text
+    assert prepare(tmp_path / "skip", source, on_invalid="skip") == whole
+    assert "skipped 4 records without usable content; the first: " in caplog.text
     manifest = read_manifest(tmp_path / "skip" / "data")
-    assert manifest is not None and manifest.info["unusable"] == 4
+    assert manifest is not None and manifest.info["invalid_records"] == 4
     with (tmp_path / "part.jsonl").open("a") as stream:
         stream.write('{"instruction": "cut')
     with pytest.raises(DataError, match="line 45 is not valid JSON"):
-        prepare(tmp_path / "broken", source, invalid="skip")
+        prepare(tmp_path / "broken", source, on_invalid="skip")
     with pytest.raises(DataError, match="leaves no training samples"):
         prepare(
             tmp_path / "none",
             write(tmp_path / "none.jsonl", [{"instruction": "Say it.", "output": ""}]),
-            invalid="skip",
+            on_invalid="skip",
         )
 
 
@@ -306,7 +307,7 @@ def test_a_fault_on_the_way_leaves_the_earlier_result(tmp_path: Path) -> None:
     bad = write(tmp_path / "bad.jsonl", [*records(50), {"instruction": "x"}])
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(DataError, match="line 51"):
-        preprocess.prepare_data(run, DataConfig(source=bad), PROMPT, TOKENIZER, "e" * 64)
+        preprocess.preprocess(run, DataConfig(source=bad), PROMPT, TOKENIZER, "e" * 64)
     assert prepare(tmp_path / "run", good) == first
     assert [path.name for path in run.path.iterdir()] == ["data"]  # no temporary folder stays
 
@@ -317,7 +318,7 @@ def test_ctrl_c_leaves_nothing_half_written(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preprocess, "encode_split", interrupted)
+    monkeypatch.setattr(preprocess, "write_tokenized_split", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(tmp_path / "run", write(tmp_path / "all.jsonl", records(50)))
     assert list((tmp_path / "run").iterdir()) == []
@@ -326,7 +327,7 @@ def test_ctrl_c_leaves_nothing_half_written(
 def test_the_default_corpus_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         preprocess,
-        "harvest",
+        "extract_documentation_samples",
         lambda config: (Sample(f"d{n}", f"Explain {n}.", "", ("It does.",)) for n in range(90)),
     )
     splits = prepare(tmp_path / "run", "documentation")

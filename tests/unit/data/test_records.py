@@ -14,9 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.config import Fields, Format
-from pocl_ds.data.key_set import SeenKeys
-from pocl_ds.data.records import FORMS, NAMES, Sample, normalise, read_normalised, read_samples
+from pocl_ds.config import RecordFields, RecordFormat
+from pocl_ds.data.key_table import KeyTable
+from pocl_ds.data.records import (
+    FIELD_NAMES,
+    RECORD_FORMATS,
+    Sample,
+    read_sample_file,
+    samples_from_records,
+)
+from pocl_ds.data.sources import read_samples
 from pocl_ds.errors import DataError
 
 GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -74,16 +81,16 @@ def test_known_forms_are_recognised(
 
 
 def test_every_form_and_field_of_the_recipe_is_there() -> None:
-    assert {"auto", *FORMS} == set(get_args(Format))
-    assert set(NAMES) == set(get_args(get_args(Fields)[0]))
-    assert all(set(form.fields) <= set(NAMES) for form in FORMS.values())
+    assert {"auto", *RECORD_FORMATS} == set(get_args(RecordFormat))
+    assert set(FIELD_NAMES) == set(get_args(get_args(RecordFields)[0]))
+    assert all(set(form.fields) <= set(FIELD_NAMES) for form in RECORD_FORMATS.values())
 
 
 def test_the_form_is_said_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = jsonl(tmp_path, {"instruction": "a", "context": "", "response": "b"})
     with caplog.at_level(logging.INFO, "pocl_ds"):
         list(read_samples(source))
-    assert "alpaca records (instruction, context, response)" in caplog.text
+    assert "records of format alpaca (instruction, context, response)" in caplog.text
 
 
 def test_earlier_turns_become_history(tmp_path: Path) -> None:
@@ -195,7 +202,7 @@ class TestIds:
         )
     )
     def test_seen_keys_behaves_as_a_dict(self, pairs: list[tuple[int, int]]) -> None:
-        keys, expected = SeenKeys(), dict[int, int]()
+        keys, expected = KeyTable(), dict[int, int]()
         for key, number in pairs:
             assert keys.put(key, number) == expected.get(key, 0)
             expected[key] = number
@@ -203,7 +210,7 @@ class TestIds:
         assert all(keys.get(key) == number for key, number in expected.items())
 
     def test_seen_keys_grows(self) -> None:
-        keys = SeenKeys()
+        keys = KeyTable()
         for key in range(0, 2000 << 12, 1 << 12):  # keys that collide in their low bits
             keys.put(key, key + 1)
         assert len(keys) == 2000 and keys.get(1999 << 12) == (1999 << 12) + 1 and keys.get(5) == 0
@@ -220,7 +227,7 @@ class TestBadInput:
         assert "holds no samples" in fault(str(tmp_path / "none.json"))
         assert "is a folder" in fault(str(tmp_path))
         (tmp_path / "data.csv").write_text("a,b")
-        assert "unknown ending" in fault(str(tmp_path / "data.csv"))
+        assert "unknown file type" in fault(str(tmp_path / "data.csv"))
 
     def test_broken_json_names_file_and_line(self, tmp_path: Path) -> None:
         path = tmp_path / "data.jsonl"
@@ -229,7 +236,7 @@ class TestBadInput:
             encoding="utf-8",
         )
         message = fault(str(path))
-        assert f"{path} line 7 is not valid JSON" in message and "mend that line" in message
+        assert f"{path} line 7 is not valid JSON" in message and "fix that line" in message
         (tmp_path / "data.json").write_text('[\n{"instruction": "a",\n "output": }\n]')
         assert "line 3 column" in fault(str(tmp_path / "data.json"))
         (tmp_path / "lines.json").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n")
@@ -363,11 +370,11 @@ def test_normalised_lines_read_back_as_they_were(
             (f"here record {number}", record) for number, record in enumerate([GOOD, *records], 1)
         )
 
-    samples = list(normalise(places(), "here", "auto", {}))
+    samples = list(samples_from_records(places(), "here", "auto", {}))
     assert len({sample.id for sample in samples}) == len(samples)
     path = tmp_path_factory.mktemp("lines") / "train.jsonl"
     path.write_text("".join(sample.to_json() + "\n" for sample in samples), encoding="utf-8")
-    assert list(read_normalised(path)) == samples
+    assert list(read_sample_file(path)) == samples
 
 
 def test_real_files_load(shared_data: Path) -> None:
@@ -409,14 +416,14 @@ def test_a_system_field_that_no_text_has_room_for_is_named(
             jsonl(tmp_path, {"system_prompt": "Be brief.", "question": "a", "response": "b"})
         )
     )
-    assert "the field system_prompt is not read" in caplog.text
+    assert "the field system_prompt is ignored" in caplog.text
     caplog.clear()
     list(read_samples(jsonl(tmp_path, {"system_prompt": "", **GOOD})))
-    assert "is not read" not in caplog.text
+    assert "is ignored" not in caplog.text
 
 
 def test_a_reference_that_was_cut_stays_one(tmp_path: Path) -> None:
     cut, whole = Sample("a", "b", "", ("c",), ended=False), Sample("d", "e", "", ("f",))
     path = tmp_path / "train.jsonl"
     path.write_text(f"{cut.to_json()}\n{whole.to_json()}\n")
-    assert list(read_normalised(path)) == [cut, whole] and "ended" not in whole.to_json()
+    assert list(read_sample_file(path)) == [cut, whole] and "ended" not in whole.to_json()

@@ -31,12 +31,12 @@ def tokenizer() -> Any:
 
 def test_the_alpaca_text_is_that_of_the_paper(tokenizer: Any) -> None:
     template = load_template("alpaca", tokenizer)
-    assert template.text(PLAIN) == (
+    assert template.render(PLAIN) == (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n"
         "### Instruction:\nAdd the numbers.\n\n### Response:\n"
     )
-    assert template.text(WITH_INPUT) == (
+    assert template.render(WITH_INPUT) == (
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response "
         "that appropriately completes the request.\n\n"
@@ -49,7 +49,7 @@ def test_the_alpaca_text_is_that_of_the_paper(tokenizer: Any) -> None:
     st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
 )
 def test_braces_and_anything_else_in_the_data_are_data(instruction: str, given_input: str) -> None:
-    text = load_template("alpaca", None).text(Sample("x", instruction, given_input, ("",)))
+    text = load_template("alpaca", None).render(Sample("x", instruction, given_input, ("",)))
     assert (
         f"### Instruction:\n{instruction}\n\n### Input:\n{given_input}\n\n### Response:\n" in text
     )
@@ -58,21 +58,21 @@ def test_braces_and_anything_else_in_the_data_are_data(instruction: str, given_i
 def test_plain_is_instruction_and_input(tokenizer: Any) -> None:
     template = load_template("plain", tokenizer)
     assert (
-        template.text(PLAIN) == "Add the numbers."
-        and template.text(WITH_INPUT) == "Add the numbers.\n1 and 2"
+        template.render(PLAIN) == "Add the numbers."
+        and template.render(WITH_INPUT) == "Add the numbers.\n1 and 2"
     )
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain"])
 def test_templates_without_turns_refuse_history(tokenizer: Any, name: str) -> None:
     with pytest.raises(DataError, match="sample h has 2 earlier turns.*chat or a .jinja"):
-        load_template(name, tokenizer).text(WITH_HISTORY)
+        load_template(name, tokenizer).render(WITH_HISTORY)
 
 
 def test_chat_is_the_tokenizers_own(tokenizer: Any) -> None:
     template = load_template("chat", tokenizer)
     assert (
-        template.text(WITH_HISTORY)
+        template.render(WITH_HISTORY)
         == "<user>\n1 + 2?\n<assistant>\n3\n<user>\nAnd twice that?\n<assistant>\n"
     )
     turns = [
@@ -81,7 +81,7 @@ def test_chat_is_the_tokenizers_own(tokenizer: Any) -> None:
         {"role": "user", "content": "And twice that?"},
     ]
     own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    assert template.ids(WITH_HISTORY) == own
+    assert template.token_ids(WITH_HISTORY) == own
 
 
 def test_chat_prompts_do_not_change_with_the_day() -> None:
@@ -94,19 +94,19 @@ def test_chat_prompts_do_not_change_with_the_day() -> None:
         "endif %}"
         "Today: {{ date_string }} {{ messages[0]['content'] }}"
     )
-    assert load_template("chat", tokenizer).text(PLAIN) == "Today: 26 Jul 2024 Add the numbers."
+    assert load_template("chat", tokenizer).render(PLAIN) == "Today: 26 Jul 2024 Add the numbers."
     tokenizer.chat_template = (
         "Today: {{ strftime_now('%B %d, %Y') }}."  # as Granite's, which takes no date
     )
-    assert load_template("chat", tokenizer).text(PLAIN) == "Today: July 26, 2024."
+    assert load_template("chat", tokenizer).render(PLAIN) == "Today: July 26, 2024."
 
 
 def test_variables_of_a_chat_template() -> None:
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}quick {% endif %}{{ date_string }}"
-    assert load_template("chat", tokenizer).text(PLAIN) == "26 Jul 2024"
+    assert load_template("chat", tokenizer).render(PLAIN) == "26 Jul 2024"
     options = {"enable_thinking": False, "date_string": "1 Jan"}
-    assert load_template("chat", tokenizer, options).text(PLAIN) == "quick 1 Jan"
+    assert load_template("chat", tokenizer, options).render(PLAIN) == "quick 1 Jan"
     with pytest.raises(
         ValidationError, match="chat_template_kwargs are for template=chat, and this is alpaca"
     ):
@@ -117,7 +117,7 @@ def test_a_chat_template_that_refuses_a_sample_is_one_sentence() -> None:
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DataError, match="sample p: the chat template refuses.*no system role"):
-        load_template("chat", tokenizer).text(PLAIN)
+        load_template("chat", tokenizer).render(PLAIN)
 
 
 def test_a_tokenizer_without_chat_template_is_refused() -> None:
@@ -138,8 +138,8 @@ class TestJinja:
             "Q: {{ instruction }}{% if input %} ({{ input }}){% endif %}\nA:\n",
         )
         template = load_template(name, tokenizer)
-        assert template.text(WITH_INPUT) == "Q: Add the numbers. (1 and 2)\nA:\n"
-        assert template.text(WITH_HISTORY).startswith("user: 1 + 2?\nassistant: 3\nQ: And")
+        assert template.render(WITH_INPUT) == "Q: Add the numbers. (1 and 2)\nA:\n"
+        assert template.render(WITH_HISTORY).startswith("user: 1 + 2?\nassistant: 3\nQ: And")
 
     def test_faults_are_one_sentence(self, tmp_path: Path, tokenizer: Any) -> None:
         with pytest.raises(RecipeError, match="missing.jinja cannot be read"):
@@ -147,14 +147,14 @@ class TestJinja:
         with pytest.raises(RecipeError, match="line 2 is not valid Jinja"):
             load_template(self.write(tmp_path, "Q\n{% if %}"), tokenizer)
         with pytest.raises(DataError, match="sample p: .*'question' is undefined.*instruction"):
-            load_template(self.write(tmp_path, "{{ question }}"), tokenizer).text(PLAIN)
-        with pytest.raises(RecipeError, match="'llama': take alpaca, chat, plain"):
+            load_template(self.write(tmp_path, "{{ question }}"), tokenizer).render(PLAIN)
+        with pytest.raises(RecipeError, match="'llama': use alpaca, chat, plain"):
             load_template("llama", tokenizer)
 
     def test_the_sandbox_holds(self, tmp_path: Path, tokenizer: Any) -> None:
         name = self.write(tmp_path, "{{ instruction.__class__.__mro__ }}")
         with pytest.raises(DataError, match="sample p"):
-            load_template(name, tokenizer).text(PLAIN)
+            load_template(name, tokenizer).render(PLAIN)
 
 
 class TestSpecialTokens:
@@ -170,15 +170,18 @@ class TestSpecialTokens:
         return tokenizer
 
     def test_a_bos_of_the_tokenizer_stays_and_its_eos_goes(self) -> None:
-        bare = load_template("plain", tiny_models.make_tokenizer()).ids(PLAIN)
+        bare = load_template("plain", tiny_models.make_tokenizer()).token_ids(PLAIN)
         marked = load_template("plain", self.closing(f"{tiny_models.PAD} $A {tiny_models.EOS}"))
-        assert marked.ids(PLAIN) == [1, *bare]
-        assert marked.many([PLAIN, WITH_INPUT]) == [marked.ids(PLAIN), marked.ids(WITH_INPUT)]
+        assert marked.token_ids(PLAIN) == [1, *bare]
+        assert marked.token_ids_batch([PLAIN, WITH_INPUT]) == [
+            marked.token_ids(PLAIN),
+            marked.token_ids(WITH_INPUT),
+        ]
 
     def test_chat_ids_have_no_special_tokens_but_the_templates(self) -> None:
         tokenizer = self.closing(f"{tiny_models.PAD} $A {tiny_models.EOS}")
         tokenizer.chat_template = tiny_models.CHAT_TEMPLATE
-        ids = load_template("chat", tokenizer).ids(PLAIN)
+        ids = load_template("chat", tokenizer).token_ids(PLAIN)
         assert 0 not in ids and 1 not in ids
         assert tokenizer.decode(ids) == "<user>\nAdd the numbers.\n<assistant>\n"
 
@@ -187,5 +190,5 @@ class TestSpecialTokens:
 def test_many_prompts_are_those_of_each(tokenizer: Any, name: str) -> None:
     template = load_template(name, tokenizer)
     samples = [PLAIN, WITH_INPUT, PLAIN]
-    assert template.many(samples) == [template.ids(sample) for sample in samples]
-    assert tokenizer.decode(template.ids(WITH_INPUT)) == template.text(WITH_INPUT)
+    assert template.token_ids_batch(samples) == [template.token_ids(sample) for sample in samples]
+    assert tokenizer.decode(template.token_ids(WITH_INPUT)) == template.render(WITH_INPUT)

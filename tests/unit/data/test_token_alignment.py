@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.batches import collate
-from pocl_ds.data.generated import Written
+from pocl_ds.data.generated import GeneratedBatch
 from pocl_ds.data.records import Sample
-from pocl_ds.data.retokenize import Translator
+from pocl_ds.data.retokenize import TeacherRetokenizer
 from pocl_ds.data.token_alignment import common_spans, token_bytes
-from pocl_ds.data.tokenized import EncodedSplit, Encoder, encode_split
+from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
 from pocl_ds.errors import ModelError
 
 BYTE_LEVEL, SENTENCE_PIECE = (
@@ -98,14 +98,18 @@ SAMPLES = [
 
 
 @pytest.fixture
-def split(tmp_path: Path) -> EncodedSplit:
-    encode_split(iter(SAMPLES), Encoder(BYTE_LEVEL, PROMPT), tmp_path, "train")
+def split(tmp_path: Path) -> TokenizedSplit:
+    write_tokenized_split(iter(SAMPLES), SampleTokenizer(BYTE_LEVEL, PROMPT), tmp_path, "train")
     (tmp_path / "teacher").mkdir()
-    encode_split(
-        iter(SAMPLES), Encoder(SENTENCE_PIECE, PROMPT), tmp_path / "teacher", "train", texts=False
+    write_tokenized_split(
+        iter(SAMPLES),
+        SampleTokenizer(SENTENCE_PIECE, PROMPT),
+        tmp_path / "teacher",
+        "train",
+        texts=False,
     )
     assert not (tmp_path / "teacher" / "train.jsonl").exists()
-    return EncodedSplit.open(tmp_path, "train")
+    return TokenizedSplit.open(tmp_path, "train")
 
 
 PROMPT = PromptConfig(template="chat", max_prompt_tokens=64, max_length=128)
@@ -113,41 +117,41 @@ PROMPT = PromptConfig(template="chat", max_prompt_tokens=64, max_length=128)
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_translated_batch_is_the_teachers_own_encoding(
-    split: EncodedSplit, tmp_path: Path, packed: bool
+    split: TokenizedSplit, tmp_path: Path, packed: bool
 ) -> None:
-    theirs = EncodedSplit.open(tmp_path / "teacher", "train")
-    translator = Translator(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, longest=None, packed=packed
+    theirs = TokenizedSplit.open(tmp_path / "teacher", "train")
+    translator = TeacherRetokenizer(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, max_length=None, packed=packed
     )
     rows = [2, 0, 1]
     batch = translator(split, collate(split, rows, 1, packed=packed))
-    assert batch.translated is not None
-    read, expected = batch.translated.batch, collate(theirs, rows, 0, packed=packed)
+    assert batch.teacher_view is not None
+    read, expected = batch.teacher_view.batch, collate(theirs, rows, 0, packed=packed)
     assert (
         read.input_ids.tolist() == expected.input_ids.tolist()
         and read.labels.tolist() == expected.labels.tolist()
     )
-    ours, teachers = batch.translated.ours, batch.translated.theirs
+    ours, teachers = batch.teacher_view.student_spans, batch.teacher_view.teacher_spans
     assert len(ours) == len(batch.labels) and len(teachers) == len(read.labels)
-    assert set(ours.tolist()) == set(teachers.tolist()) == set(range(batch.translated.spans))
+    assert set(ours.tolist()) == set(teachers.tolist()) == set(range(batch.teacher_view.num_spans))
     left, right = token_bytes_of(BYTE_LEVEL), token_bytes_of(SENTENCE_PIECE)
-    for span in range(batch.translated.spans):
+    for span in range(batch.teacher_view.num_spans):
         mine, yours = batch.labels[ours == span].tolist(), read.labels[teachers == span].tolist()
         texts = b"".join(left[token] for token in mine), b"".join(right[token] for token in yours)
         ends = (mine, yours) == ([BYTE_LEVEL.eos_token_id], [SENTENCE_PIECE.eos_token_id])
         assert ends or texts[0].strip() == texts[1].strip()
-    assert batch.translated.to(batch.labels.device).spans == batch.translated.spans
+    assert batch.teacher_view.to(batch.labels.device).num_spans == batch.teacher_view.num_spans
 
 
-def test_what_a_teacher_cannot_read_is_in_no_span(split: EncodedSplit, tmp_path: Path) -> None:
-    theirs = EncodedSplit.open(tmp_path / "teacher", "train")
+def test_what_a_teacher_cannot_read_is_in_no_span(split: TokenizedSplit, tmp_path: Path) -> None:
+    theirs = TokenizedSplit.open(tmp_path / "teacher", "train")
     longest = int(theirs.prompt_tokens[3]) + 10
-    translator = Translator(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, longest=longest, packed=False
+    translator = TeacherRetokenizer(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, max_length=longest, packed=False
     )
     batch = translator(split, collate(split, [3], 1))
-    assert batch.translated is not None
-    ours, teachers = batch.translated.ours, batch.translated.theirs
+    assert batch.teacher_view is not None
+    ours, teachers = batch.teacher_view.student_spans, batch.teacher_view.teacher_spans
     assert len(teachers) == 10 and set(ours[ours >= 0].tolist()) == set(
         teachers[teachers >= 0].tolist()
     )
@@ -155,45 +159,48 @@ def test_what_a_teacher_cannot_read_is_in_no_span(split: EncodedSplit, tmp_path:
 
 
 def test_what_the_student_wrote_is_translated_and_a_batch_without_rows_is_empty(
-    split: EncodedSplit, tmp_path: Path
+    split: TokenizedSplit, tmp_path: Path
 ) -> None:
-    theirs = EncodedSplit.open(tmp_path / "teacher", "train")
-    translator = Translator(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, longest=None, packed=False
+    theirs = TokenizedSplit.open(tmp_path / "teacher", "train")
+    translator = TeacherRetokenizer(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, max_length=None, packed=False
     )
     half = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][
         :-1
     ]  # ends inside of a character
-    written = Written.of(
-        split, np.array([1]), [half], eos_id=0, longest=99, allowed=np.ones(400, bool)
+    written = GeneratedBatch.from_responses(
+        split, np.array([1]), [half], eos_id=0, max_length=99, allowed=np.ones(400, bool)
     )
     batch = translator(written, collate(written, [0], 1))
-    assert batch.translated is not None
+    assert batch.teacher_view is not None
     size = int(theirs.prompt_tokens[1])
-    assert batch.translated.batch.input_ids[0, :size].tolist() == theirs.tokens(1)[:size].tolist()
-    assert batch.translated.ours.tolist() == [0, -1, -1] and batch.translated.theirs[0] == 0
+    assert batch.teacher_view.batch.input_ids[0, :size].tolist() == theirs.tokens(1)[:size].tolist()
+    assert (
+        batch.teacher_view.student_spans.tolist() == [0, -1, -1]
+        and batch.teacher_view.teacher_spans[0] == 0
+    )
     empty = translator(split, collate(split, [], 1))
     assert (
-        empty.translated is not None
-        and not len(empty.translated.batch.labels)
-        and empty.translated.spans == 0
+        empty.teacher_view is not None
+        and not len(empty.teacher_view.batch.labels)
+        and empty.teacher_view.num_spans == 0
     )
 
 
-def test_an_empty_prompt_has_no_span_over_its_first_token(split: EncodedSplit) -> None:
+def test_an_empty_prompt_has_no_span_over_its_first_token(split: TokenizedSplit) -> None:
     ids = BYTE_LEVEL("the quick", add_special_tokens=False)["input_ids"]
     texts = [np.array([*ids, 0], np.uint32)]
-    bare = Written(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
+    bare = GeneratedBatch(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
     prompts: Any = {
         "train": SimpleNamespace(tokens=lambda row: np.empty(0, np.uint32), prompt_tokens=[0])
     }
-    batch = Translator(BYTE_LEVEL, SENTENCE_PIECE, prompts, longest=None, packed=False)(
+    batch = TeacherRetokenizer(BYTE_LEVEL, SENTENCE_PIECE, prompts, max_length=None, packed=False)(
         bare, collate(bare, [0], 1)
     )
-    assert batch.translated is not None
-    ours, teachers = batch.translated.ours, batch.translated.theirs
+    assert batch.teacher_view is not None
+    ours, teachers = batch.teacher_view.student_spans, batch.teacher_view.teacher_spans
     assert len(ours) == len(batch.labels) == len(ids) and len(teachers) == len(
-        batch.translated.batch.labels
+        batch.teacher_view.batch.labels
     )
     assert 0 not in ours.tolist() and set(ours[ours >= 0].tolist()) == set(
         teachers[teachers >= 0].tolist()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from pocl_ds.config import PromptConfig
-from pocl_ds.data.records import Sample, read_normalised
-from pocl_ds.data.tokenized import EncodedSplit, Encoder, batched, encode_split
+from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, in_chunks, write_tokenized_split
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 
 TOKENIZER = tiny_models.make_tokenizer()
@@ -28,8 +28,8 @@ TOKENIZER_PAD_EOS.pad_token = TOKENIZER_PAD_EOS.eos_token
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
 
 
-def encoder(tokenizer: Any = TOKENIZER, **options: Any) -> Encoder:
-    return Encoder(
+def encoder(tokenizer: Any = TOKENIZER, **options: Any) -> SampleTokenizer:
+    return SampleTokenizer(
         tokenizer,
         PromptConfig(**{"template": "plain", "max_prompt_tokens": 16, "max_length": 32, **options}),
     )
@@ -49,24 +49,24 @@ def test_a_sample_is_prompt_response_and_eos(
     tokenizer = TOKENIZER_PAD_EOS if pad_is_eos else TOKENIZER
     coder = encoder(tokenizer, max_prompt_tokens=limit, max_length=limit + room)
     sample = Sample("s", instruction, "", (answer, "another reference"))
-    encoded = coder.sample(sample)
+    encoded = coder.tokenize(sample)
     prompt = tokenizer(instruction)["input_ids"]
     response = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    assert coder.prompt(sample) == prompt[:limit] == encoded.ids[: encoded.prompt_tokens]
+    assert coder.tokenize_prompt(sample) == prompt[:limit] == encoded.ids[: encoded.prompt_tokens]
     assert encoded.prompt_tokens == min(len(prompt), limit)
     whole = [*prompt[:limit], *response, tokenizer.eos_token_id]
     assert encoded.ids == whole[: limit + room]
     assert encoded.truncated == (len(prompt) > limit or len(whole) > limit + room)
-    assert coder.samples([sample]) == [encoded]
+    assert coder.tokenize_many([sample]) == [encoded]
 
 
 def test_the_limit_is_met_exactly() -> None:
     fits = Sample("s", "a" * 16, "", ("b" * 15,))  # bytes without merges: 16 + 15 + EOS = 32
     one_more = Sample("s", "a" * 16, "", ("b" * 16,))
     coder = encoder()
-    assert len(coder.sample(fits).ids) == 32 and not coder.sample(fits).truncated
-    assert coder.sample(fits).ids[-1] == TOKENIZER.eos_token_id
-    cut = coder.sample(one_more)
+    assert len(coder.tokenize(fits).ids) == 32 and not coder.tokenize(fits).truncated
+    assert coder.tokenize(fits).ids[-1] == TOKENIZER.eos_token_id
+    cut = coder.tokenize(one_more)
     assert len(cut.ids) == 32 and cut.truncated and cut.ids[-1] != TOKENIZER.eos_token_id
 
 
@@ -74,25 +74,28 @@ def test_the_limit_is_met_exactly() -> None:
     "sample", [Sample("long-one", "a" * 17, "", ("b",)), Sample("long-one", "a", "", ("b" * 40,))]
 )
 def test_overlong_samples_are_cut_dropped_or_an_error(sample: Sample) -> None:
-    assert encoder().samples([sample])[0] is not None
-    assert encoder(overlong="drop").samples([sample]) == [None]
+    assert encoder().tokenize_many([sample])[0] is not None
+    assert encoder(overlong="drop").tokenize_many([sample]) == [None]
     with pytest.raises(
         DataError,
         match=r"long-one has \d+ prompt tokens \(limit 16\) and \d+ in all \(limit 32\): raise",
     ):
-        encoder(overlong="error").samples([sample])
+        encoder(overlong="error").tokenize_many([sample])
 
 
 def test_prompts_to_be_answered_are_cut_and_counted_never_dropped() -> None:
     samples = [Sample(f"s{n}", "a" * n, "", ("b",)) for n in (16, 17, 20)]
     for overlong in ("truncate", "drop"):
         coder = encoder(overlong=overlong)
-        assert coder.prompts(samples) == ([coder.prompt(sample) for sample in samples], 2)
+        assert coder.tokenize_prompts(samples) == (
+            [coder.tokenize_prompt(sample) for sample in samples],
+            2,
+        )
     with pytest.raises(
         DataError, match=r"s17 has 17 prompt tokens \(limit 16\): raise prompt\.max_prompt_tokens"
     ):
-        encoder(overlong="error").prompts(samples)
-    assert encoder(overlong="error").prompts(samples[:1])[1] == 0
+        encoder(overlong="error").tokenize_prompts(samples)
+    assert encoder(overlong="error").tokenize_prompts(samples[:1])[1] == 0
 
 
 def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
@@ -102,10 +105,10 @@ def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "input-only.jinja"
     path.write_text("{{ input }}")
     coder, sample = encoder(template=str(path)), make(1)[0]
-    for encode in (coder.sample, coder.prompt, lambda one: coder.samples([one])):
+    for encode in (coder.tokenize, coder.tokenize_prompt, lambda one: coder.tokenize_many([one])):
         with pytest.raises(
             DataError,
-            match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: mend it",
+            match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: fix it",
         ):
             encode(sample)
 
@@ -117,8 +120,8 @@ def test_only_the_prompt_gets_the_tokenizers_bos() -> None:
         single=f"{tiny_models.PAD} $A {tiny_models.EOS}",
         special_tokens=[(tiny_models.EOS, 0), (tiny_models.PAD, 1)],
     )
-    encoded = encoder(tokenizer).sample(Sample("s", "ab", "", ("cd",)))
-    bare = encoder().sample(Sample("s", "ab", "", ("cd",)))
+    encoded = encoder(tokenizer).tokenize(Sample("s", "ab", "", ("cd",)))
+    bare = encoder().tokenize(Sample("s", "ab", "", ("cd",)))
     assert encoded.ids == [1, *bare.ids] and encoded.ids.count(0) == encoded.ids.count(1) == 1
 
 
@@ -133,14 +136,14 @@ def test_a_split_on_disk_is_its_samples(tmp_path: Path) -> None:
     samples = make(1200)  # more than one batch of the tokenizer
     samples[700] = Sample("s700", "Say.", "", ("word " * 50,))
     coder = encoder(overlong="drop", max_length=80)
-    counts = encode_split(iter(samples), coder, tmp_path, "train")
+    counts = write_tokenized_split(iter(samples), coder, tmp_path, "train")
     kept = [sample for sample in samples if sample.id != "s700"]
-    split = EncodedSplit.open(tmp_path, "train")
+    split = TokenizedSplit.open(tmp_path, "train")
     assert counts.samples == len(split) == 1199 and counts.dropped == 1 and counts.truncated == 0
     assert [name.decode() for name in split.ids] == [sample.id for sample in kept]
-    assert list(read_normalised(tmp_path / "train.jsonl")) == kept
+    assert list(read_sample_file(tmp_path / "train.jsonl")) == kept
     for row, sample in enumerate(kept):
-        expected = coder.sample(sample)
+        expected = coder.tokenize(sample)
         assert split.tokens(row).tolist() == expected.ids
         assert split.prompt_tokens[row] == expected.prompt_tokens and split.total_tokens[
             row
@@ -151,8 +154,8 @@ def test_a_split_on_disk_is_its_samples(tmp_path: Path) -> None:
 
 
 def test_an_empty_split_can_be_written_and_opened(tmp_path: Path) -> None:
-    counts = encode_split(iter(()), encoder(), tmp_path, "test")
-    split = EncodedSplit.open(tmp_path, "test")
+    counts = write_tokenized_split(iter(()), encoder(), tmp_path, "test")
+    split = TokenizedSplit.open(tmp_path, "test")
     assert counts.samples == len(split) == 0 and len(split.rows_of([])) == 0
     with pytest.raises(ArtifactError, match="sample x is not in"):
         split.rows_of(["x"])
@@ -165,8 +168,8 @@ def test_rows_are_found_by_id(
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     samples = make(40)
-    encode_split((samples[n] for n in order), encoder(), folder, "train")
-    split = EncodedSplit.open(folder, "train")
+    write_tokenized_split((samples[n] for n in order), encoder(), folder, "train")
+    split = TokenizedSplit.open(folder, "train")
     wanted = [f"s{n}" for n in range(asked)]
     rows = split.rows_of(wanted)
     assert [split.ids[row].decode() for row in rows] == wanted
@@ -177,8 +180,8 @@ def test_rows_are_found_by_id(
 
 
 def test_a_missing_id_is_named(tmp_path: Path) -> None:
-    encode_split(iter(make(3)), encoder(), tmp_path, "train")
-    split = EncodedSplit.open(tmp_path, "train")
+    write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
+    split = TokenizedSplit.open(tmp_path, "train")
     for missing in ("nobody", "", "zzzz", "s1-longer-than-any"):
         with pytest.raises(ArtifactError, match=f"sample {missing} is not in"):
             split.rows_of(["s1", missing])
@@ -186,23 +189,23 @@ def test_a_missing_id_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", ["ids.npy", "index.npy", "tokens.bin"])
 def test_a_missing_file_is_named(tmp_path: Path, part: str) -> None:
-    encode_split(iter(make(3)), encoder(), tmp_path, "train")
+    write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
     (tmp_path / f"train.{part}").unlink()
     with pytest.raises(ArtifactError, match=f"train.{part} is missing: run `pocl preprocess`"):
-        EncodedSplit.open(tmp_path, "train")
+        TokenizedSplit.open(tmp_path, "train")
 
 
 def test_ids_of_all_alphabets_are_kept(tmp_path: Path) -> None:
     samples = [Sample(name, "Say.", "", ("a",)) for name in ("é" * 64, "日本", "b", "-")]
-    encode_split(iter(samples), encoder(), tmp_path, "train")
-    split = EncodedSplit.open(tmp_path, "train")
+    write_tokenized_split(iter(samples), encoder(), tmp_path, "train")
+    split = TokenizedSplit.open(tmp_path, "train")
     assert split.rows_of([sample.id for sample in samples]).tolist() == [0, 1, 2, 3]
 
 
 @given(st.integers(0, 30), st.integers(1, 7))
 def test_batched_loses_nothing(count: int, size: int) -> None:
     samples = make(count)
-    lists = list(batched(iter(samples), size))
+    lists = list(in_chunks(iter(samples), size))
     assert [sample for part in lists for sample in part] == samples
     assert all(len(part) == size for part in lists[:-1])
 
@@ -217,7 +220,7 @@ def test_encoding_streams(tmp_path: Path) -> None:
     )
     tracemalloc.start()
     try:
-        assert encode_split(long, coder, tmp_path, "train").samples == 5000
+        assert write_tokenized_split(long, coder, tmp_path, "train").samples == 5000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -230,8 +233,8 @@ class _Instruction:
     def __init__(self, template: Any) -> None:
         self.template = template
 
-    def many(self, samples: Sequence[Sample]) -> list[list[int]]:
-        return self.template.many(
+    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
+        return self.template.token_ids_batch(
             [Sample(sample.id, sample.instruction, "", sample.references) for sample in samples]
         )
 
@@ -240,31 +243,35 @@ def test_first_token_outside(tmp_path: Path) -> None:
     np.save(tmp_path / "train.index.npy", np.array([(0, 2, 4), (4, 1, 3)], np.int64))
     np.save(tmp_path / "train.ids.npy", np.array([b"a", b"b"], "S8"))
     np.array([1, 9, 2, 3, 5, 2, 7], np.uint32).tofile(tmp_path / "train.tokens.bin")
-    split = EncodedSplit.open(tmp_path, "train")
+    split = TokenizedSplit.open(tmp_path, "train")
     allowed, all_ids = np.ones(10, bool), np.ones(10, bool)
-    assert split.first_outside(allowed, prompts=all_ids) is None
+    assert split.find_disallowed_token(allowed, prompts=all_ids) is None
     allowed[[2, 5, 9]] = False
-    assert split.first_outside(allowed, prompts=allowed) == (0, 9)
-    assert split.first_outside(allowed, prompts=all_ids) == (0, 2)  # the 9 is in a prompt
-    assert split.first_outside(allowed, prompts=all_ids, rows=np.array([1])) == (1, 2)
+    assert split.find_disallowed_token(allowed, prompts=allowed) == (0, 9)
+    assert split.find_disallowed_token(allowed, prompts=all_ids) == (0, 2)  # the 9 is in a prompt
+    assert split.find_disallowed_token(allowed, prompts=all_ids, rows=np.array([1])) == (1, 2)
     allowed[2] = True
-    assert split.first_outside(allowed, prompts=all_ids) is None  # 5 is the second sample's prompt
-    assert split.first_outside(np.ones(8, bool), prompts=np.ones(8, bool)) == (
+    assert (
+        split.find_disallowed_token(allowed, prompts=all_ids) is None
+    )  # 5 is the second sample's prompt
+    assert split.find_disallowed_token(np.ones(8, bool), prompts=np.ones(8, bool)) == (
         0,
         9,
     )  # no id of a teacher with 8 rows
-    assert split.first_outside(np.ones(7, bool), prompts=np.ones(7, bool), rows=np.array([1])) == (
+    assert split.find_disallowed_token(
+        np.ones(7, bool), prompts=np.ones(7, bool), rows=np.array([1])
+    ) == (
         1,
         7,
     )
 
 
 def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
-    encoder = Encoder(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
-    whole = encoder.sample(Sample("a", "Say it.", "", ("It is",)))
-    cut = encoder.sample(Sample("a", "Say it.", "", ("It is",), ended=False))
+    encoder = SampleTokenizer(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
+    whole = encoder.tokenize(Sample("a", "Say it.", "", ("It is",)))
+    cut = encoder.tokenize(Sample("a", "Say it.", "", ("It is",), ended=False))
     assert [*cut.ids, 0] == whole.ids and cut.prompt_tokens == whole.prompt_tokens
-    assert encoder.sample(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, (
+    assert encoder.tokenize(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, (
         "something must be learnt from"
     )
 
@@ -276,16 +283,16 @@ def test_a_full_disk_is_noticed(part: str, tmp_path: Path) -> None:
     """
     (tmp_path / f"train.{part}").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
-        encode_split(iter(make(3)), encoder(), tmp_path, "train")
+        write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_tokens_that_are_cut_off_are_damaged(tmp_path: Path) -> None:
-    encode_split(iter(make(3)), encoder(), tmp_path, "train")
+    write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
     whole = (tmp_path / "train.tokens.bin").read_bytes()
     (tmp_path / "train.tokens.bin").write_bytes(whole[:-8])
     with pytest.raises(
         ArtifactError,
         match=f"is damaged .{len(whole) // 4 - 2} tokens instead of {len(whole) // 4}.: remove",
     ):
-        EncodedSplit.open(tmp_path, "train")
+        TokenizedSplit.open(tmp_path, "train")

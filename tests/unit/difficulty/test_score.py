@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig, registry
 from pocl_ds.data.tokenized import shard_rows
 from pocl_ds.difficulty import score as module
-from pocl_ds.difficulty.score import score
-from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished
+from pocl_ds.difficulty.score import score_training_samples
+from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished_shards
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.models.load import load_model, load_tokenizer
-from pocl_ds.workflow.run_dir import RunDirectory, read_manifest
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPT = PromptConfig(max_prompt_tokens=40, max_length=96)
@@ -91,7 +92,9 @@ def config(shards: int = 1, **fields: Any) -> ScoreConfig:
 
 
 def run_score(run: RunDirectory, model: Path, settings: ScoreConfig, **fields: Any) -> None:
-    score(run, settings, PROMPT, **{"model_path": str(model), "fingerprint": "f", **fields})
+    score_training_samples(
+        run, settings, PROMPT, **{"model_path": str(model), "fingerprint": "f", **fields}
+    )
 
 
 def results(run: RunDirectory, shards: int) -> list[dict[str, Any]]:
@@ -165,8 +168,8 @@ def test_the_number_of_shards_and_chunks_changes_nothing(
     tokenizer = load_tokenizer(str(tiny_llama))
     one, three = make_run(tmp_path / "one", tokenizer), make_run(tmp_path / "three", tokenizer)
     run_score(one, tiny_llama, config(temperature=temperature))
-    monkeypatch.setattr(module, "CHUNK", 2)
-    monkeypatch.setattr(module, "ROUNDS", 0)
+    monkeypatch.setattr(module, "MIN_SAMPLES_PER_CHUNK", 2)
+    monkeypatch.setattr(module, "ROUNDS_PER_CHUNK", 0)
     run_score(three, tiny_llama, config(3, temperature=temperature))
     for left, right in zip(results(one, 1), results(three, 3), strict=True):
         assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-5)
@@ -177,16 +180,16 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     settings = config(4)
     run_score(run, tiny_llama, settings, shard=2)
-    assert unfinished(run, settings, "f") == [0, 1, 3]
+    assert unfinished_shards(run, settings, "f") == [0, 1, 3]
     run_score(run, tiny_llama, settings)
-    assert unfinished(run, settings, "f") == []
+    assert unfinished_shards(run, settings, "f") == []
     whole = results(run, 4)
     before = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
     shard_file(run, 1, 4).unlink()
     (
         run.scores / shard_manifest(run, 3, 4)
     ).unlink()  # a kill between the scores and their manifest
-    assert unfinished(run, settings, "f") == [1, 3]
+    assert unfinished_shards(run, settings, "f") == [1, 3]
     run_score(run, tiny_llama, settings)
     assert results(run, 4) == whole
     after = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
@@ -200,8 +203,8 @@ def test_a_kill_leaves_finished_shards_and_nothing_half_written(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
-    monkeypatch.setattr(module, "CHUNK", 2)
-    monkeypatch.setattr(module, "ROUNDS", 0)
+    monkeypatch.setattr(module, "MIN_SAMPLES_PER_CHUNK", 2)
+    monkeypatch.setattr(module, "ROUNDS_PER_CHUNK", 0)
     calls = []
 
     def interrupted(*arguments: Any) -> Any:
@@ -218,7 +221,7 @@ def test_a_kill_leaves_finished_shards_and_nothing_half_written(
         shard_file(run, 0, 3).name,
         shard_manifest(run, 0, 3),
     ]
-    assert unfinished(run, config(3), "f") == [1, 2]
+    assert unfinished_shards(run, config(3), "f") == [1, 2]
 
 
 def test_nothing_to_do_opens_no_engine(
@@ -229,13 +232,13 @@ def test_nothing_to_do_opens_no_engine(
     monkeypatch.setattr(module, "open_generator", lambda *a, **k: pytest.fail("opened"))
     run_score(run, tiny_llama, config(2))
     run_score(run, tiny_llama, config(5))  # another division of finished work
-    assert unfinished(run, config(5), "f") == []
+    assert unfinished_shards(run, config(5), "f") == []
 
 
 def test_another_fingerprint_is_scored_anew(tiny_llama: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(3))
-    assert unfinished(run, config(2), "g") == [0, 1]
+    assert unfinished_shards(run, config(2), "g") == [0, 1]
     run_score(run, tiny_llama, config(2, max_new_tokens=3), fingerprint="g", shard=1)
     assert sorted(path.name for path in run.scores.iterdir()) == [
         shard_file(run, 1, 2).name,
@@ -315,8 +318,8 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     code = (
         "from pocl_ds.workflow.run_dir import RunDirectory; from pocl_ds.config import PromptConfig, "
         "ScoreConfig\n"
-        "from pocl_ds.difficulty.score import score\n"
-        f"score(RunDirectory({str(run.path)!r}), ScoreConfig(max_new_tokens=12, shards=2), "
+        "from pocl_ds.difficulty.score import score_training_samples\n"
+        f"score_training_samples(RunDirectory({str(run.path)!r}), ScoreConfig(max_new_tokens=12, shards=2), "
         f"PromptConfig(max_prompt_tokens=40, max_length=96), model_path={str(tiny_llama)!r}, "
         "fingerprint='f', threads=1)"
     )

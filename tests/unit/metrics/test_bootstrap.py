@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pocl_ds.metrics import bootstrap
-from pocl_ds.metrics.bootstrap import interval, resampled_means, two_sided_p
+from pocl_ds.metrics.bootstrap import percentile_interval, resampled_means, two_sided_p
 
 
 def test_draws_follow_from_their_arguments_alone() -> None:
@@ -27,7 +27,7 @@ def test_the_spread_is_that_of_a_mean(block: int, monkeypatch: pytest.MonkeyPatc
     values = np.random.default_rng(0).normal(5.0, 3.0, 400)
     means = resampled_means(values, resamples=4000)
     assert means.shape == (4000,) and means.std() == pytest.approx(values.std() / 20, rel=0.05)
-    low, high = interval(means)
+    low, high = percentile_interval(means)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
 
 

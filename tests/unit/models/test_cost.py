@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 from pocl_ds.bench.estimate import CPU_ATTENTION
 from pocl_ds.config import LoraConfig
 from pocl_ds.models.cost import activation_bytes, model_shape
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import output_head, hidden_states
 from pocl_ds.models.load import set_dropout
 from pocl_ds.models.lora import add_adapters, trained_parameters
 
@@ -73,7 +73,7 @@ def test_flops_and_parameters_are_the_models_own(name: str) -> None:
     counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
     with counter, torch.no_grad():
         states = hidden_states(model, ids, None, positions, LENGTHS)
-        head_of(model).product(states[0, :20])
+        output_head(model).product(states[0, :20])
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
     # The counter takes attention for a whole square, of which causal attention works on half.
     attention = sum(count for op, count in counts.items() if "attention" in str(op))

@@ -13,8 +13,8 @@ from pocl_ds.errors import ModelError
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models import attention
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import SCALES, Head, head_of, hidden_states, splits
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import SCALES, OutputHead, output_head, hidden_states, has_known_head
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.training.student import Student
 
 BASE = {
@@ -82,7 +82,7 @@ def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) ->
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask).logits
         hidden = hidden_states(model, ids, mask)
-        found = head_of(model).logits(hidden[mask.bool()])
+        found = output_head(model).logits(hidden[mask.bool()])
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
@@ -149,14 +149,14 @@ def test_attention_per_sample_refuses_to_generate() -> None:
 def test_what_a_family_does_after_the_matrix_is_read(
     family: str, scale: float, soft_cap: float | None
 ) -> None:
-    head = head_of(tiny(family, dict(FAMILIES)[family]))
+    head = output_head(tiny(family, dict(FAMILIES)[family]))
     assert (head.scale, head.soft_cap) == (scale, soft_cap)
     assert (head.bias is not None) == (family == "phi")
 
 
 def test_tied_head_is_the_embedding_itself() -> None:
     model = tiny("llama", {"tie_word_embeddings": True})
-    assert head_of(model).weight is model.get_input_embeddings().weight
+    assert output_head(model).weight is model.get_input_embeddings().weight
 
 
 def test_hidden_states_go_through_the_backbones_forward_without_a_cache() -> None:
@@ -175,14 +175,14 @@ def test_hidden_states_go_through_the_backbones_forward_without_a_cache() -> Non
 def test_a_quantised_head_is_named() -> None:
     model = tiny("llama", {"tie_word_embeddings": False})
     model.hf_quantizer = object()
-    assert head_of(model).weight is model.lm_head.weight  # only the rest is
+    assert output_head(model).weight is model.lm_head.weight  # only the rest is
     model.lm_head.weight = torch.nn.Parameter(
         torch.zeros(300, 64, dtype=torch.int8), requires_grad=False
     )
     with pytest.raises(
         ModelError, match=r"output head of the quantised llama model is quantised too.*take a model"
     ):
-        head_of(model)
+        output_head(model)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +214,9 @@ def test_an_unsplit_model_gives_the_same_sums_and_gradients(
             (0,),
             "train",
         )
-        assert splits(model)
-        student = Student(model, Ids(90, torch.arange(90) == 7), chunk_bytes=1 << 20, split=split)
-        teacher = Head(torch.nn.Parameter(torch.eye(97)), None, 1.0, None)
+        assert has_known_head(model)
+        student = Student(model, VocabMap(90, torch.arange(90) == 7), chunk_bytes=1 << 20, split=split)
+        teacher = OutputHead(torch.nn.Parameter(torch.eye(97)), None, 1.0, None)
         sums = student(
             batch,
             LossTerms("jsd", temperature=1.3, sft_ratio=0.4, options={"beta": 0.5}),
@@ -235,7 +235,7 @@ def test_unknown_family_is_named() -> None:
     with pytest.raises(
         ModelError, match=r"'mystery' are not supported: use one of .*llama.*set loss.fused=false"
     ):
-        head_of(model)
+        output_head(model)
 
 
 def test_every_known_family_lets_its_attention_be_replaced() -> None:

@@ -20,7 +20,7 @@ import torch
 
 from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
-from pocl_ds.models.gguf import file_in_package, models_folder
+from pocl_ds.models.gguf import find_package_file, models_folder
 from pocl_ds.models.load import (
     load_model,
     load_model_config,
@@ -119,13 +119,13 @@ def test_what_is_no_model(tmp_path: Path, tiny_llama: Path) -> None:
 
 def test_packages() -> None:
     with pytest.raises(ModelError, match=r"not installed: pip install no-such-package"):
-        file_in_package("package://no_such_package/a.gguf")
+        find_package_file("package://no_such_package/a.gguf")
     with pytest.raises(ModelError, match=r"has no file a.gguf"):
-        file_in_package("package://json/a.gguf")
+        find_package_file("package://json/a.gguf")
     for bad in ("package://json", "package://json/../a.gguf", "package://a b/c.gguf"):
         with pytest.raises(ModelError, match=r"not of the form"):
-            file_in_package(bad)
-    assert file_in_package("package://json/decoder.py").is_file()
+            find_package_file(bad)
+    assert find_package_file("package://json/decoder.py").is_file()
 
 
 def test_a_package_is_not_imported_for_its_file(
@@ -135,7 +135,7 @@ def test_a_package_is_not_imported_for_its_file(
     (tmp_path / "explosive" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "explosive" / "m.gguf").write_bytes(b"x")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert file_in_package("package://explosive/m.gguf") == tmp_path / "explosive" / "m.gguf"
+    assert find_package_file("package://explosive/m.gguf") == tmp_path / "explosive" / "m.gguf"
 
 
 def test_gguf_becomes_a_folder_once(
@@ -208,7 +208,7 @@ def test_the_package_with_a_real_model() -> None:
     """
     pytest.importorskip("gguf")
     try:
-        file_in_package(SMOLLM)
+        find_package_file(SMOLLM)
     except ModelError as error:
         pytest.skip(str(error))
     folder = resolve_model(ModelConfig(model=SMOLLM))

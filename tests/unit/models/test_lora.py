@@ -18,7 +18,7 @@ from pocl_ds.models.lora import (
     adapter_parameters,
     add_adapters,
     check_adapters,
-    merged,
+    merge_adapters,
     trained_parameters,
 )
 
@@ -47,7 +47,7 @@ def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) 
     folder, config = request.getfixturevalue(family), LoraConfig(r=3, alpha=7)
     model = with_adapters(folder, config)
     assert trained_parameters(model)[0] == adapter_parameters(load_model(str(folder)), config) > 0
-    ours = merged(model, weights(model))
+    ours = merge_adapters(model, weights(model))
     # peft's own wrapper around the same base and the same adapters.
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     settings = peft.LoraConfig(
@@ -67,7 +67,7 @@ def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) 
     torch.testing.assert_close(
         loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
-    assert merged(model, {}) == {}  # ranks that hold nothing
+    assert merge_adapters(model, {}) == {}  # ranks that hold nothing
 
 
 def test_the_merge_rounds_once(tiny_llama: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_merge_rounds_once(tiny_llama: Path) -> None:
         @ layer.lora_A["default"].weight.float()
         * layer.scaling["default"]
     )
-    found = merged(model, weights(model))["model.layers.0.mlp.up_proj.weight"]
+    found = merge_adapters(model, weights(model))["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(found, (layer.base_layer.weight.float() + change).bfloat16())
 
 

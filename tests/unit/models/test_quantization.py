@@ -17,17 +17,17 @@ import torch
 from pocl_ds.config import StudentConfig, TeacherConfig
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import output_head, hidden_states
 from pocl_ds.models.load import load_model, load_model_config
 from pocl_ds.models.quantization import (
     BYTES,
     bytes_per_weight,
-    check_student,
-    check_teacher,
-    method_of,
+    check_student_is_not_quantized,
+    check_quantized_teacher,
+    quantization_method,
 )
-from pocl_ds.models.vocab import Ids
-from pocl_ds.teachers.teacher import LiveTeacher
+from pocl_ds.models.vocab import VocabMap
+from pocl_ds.teachers.teacher import OnlineTeacher
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 
@@ -43,7 +43,7 @@ def gptq(tiny_llama: Path, tmp_path: Path) -> Path:
 
 def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
     config, plain = load_model_config(str(gptq)), load_model_config(str(tiny_llama))
-    assert (method_of(config), method_of(plain)) == ("gptq", None)
+    assert (quantization_method(config), quantization_method(plain)) == ("gptq", None)
     assert (bytes_per_weight(config, "none"), bytes_per_weight(plain, "none")) == (0.5, None)
     config.quantization_config = {
         "quant_method": "bitsandbytes",
@@ -54,24 +54,24 @@ def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
         bytes_per_weight(config, "none") == bytes_per_weight(plain, "bnb_4bit") == BYTES["bnb_4bit"]
     )
     config.quantization_config = GPTQ
-    check_teacher(TeacherConfig(model=str(gptq), ds_config=None), config)
-    check_student(StudentConfig(model=str(tiny_llama)), plain)
+    check_quantized_teacher(TeacherConfig(model=str(gptq), ds_config=None), config)
+    check_student_is_not_quantized(StudentConfig(model=str(tiny_llama)), plain)
     with pytest.raises(
         RecipeError,
         match=r"teacher.model=.*gptq has quantised weights \(gptq\).*set teacher.ds_config=null",
     ):
-        check_teacher(TeacherConfig(model=str(gptq)), config)
+        check_quantized_teacher(TeacherConfig(model=str(gptq)), config)
     with pytest.raises(
         RecipeError, match=r"teacher.quantization=bnb_8bit, and .* \(gptq\): set it to none"
     ):
-        check_teacher(
+        check_quantized_teacher(
             TeacherConfig(model=str(gptq), ds_config=None, quantization="bnb_8bit"), config
         )
     with pytest.raises(
         ModelError,
         match=r"student.model=.* has quantised weights \(gptq\), which cannot be trained",
     ):
-        check_student(StudentConfig(model=str(gptq)), config)
+        check_student_is_not_quantized(StudentConfig(model=str(gptq)), config)
 
 
 def test_the_package_that_a_folder_needs_is_named(gptq: Path) -> None:
@@ -99,8 +99,8 @@ def test_without_bitsandbytes_the_remedy_is_named(
     with pytest.raises(
         ResourceError, match=r"teacher.quantization=bnb_4bit needs .*pip install bitsandbytes"
     ):
-        check_teacher(teacher, config)
-    check_teacher(TeacherConfig(model="t"), config)
+        check_quantized_teacher(teacher, config)
+    check_quantized_teacher(TeacherConfig(model="t"), config)
 
 
 def dequantised(module: Any) -> torch.Tensor | None:
@@ -153,8 +153,8 @@ def test_a_live_teacher_by_bitsandbytes(
     assert len(weights) == 3 * 7
     for name, weight in weights.items():
         plain.get_submodule(name).weight.data = weight
-    teacher = LiveTeacher(model, None, Ids(tiny_models.VOCABULARY))
-    states = teacher.states(batch)
+    teacher = OnlineTeacher(model, None, VocabMap(tiny_models.VOCABULARY))
+    states = teacher.outputs(batch)
     with torch.no_grad():
         expected = batch.at_loss_positions(hidden_states(plain, *batch.inputs))
     assert states.dtype == torch.float32 and not states.requires_grad
@@ -167,7 +167,7 @@ def test_a_live_teacher_by_bitsandbytes(
     assert 0 < error < tolerance and loss > 0.01
     with teacher.head() as head:
         assert (
-            torch.equal(head.weight, head_of(plain).weight) and head.weight.dtype == torch.float32
+            torch.equal(head.weight, output_head(plain).weight) and head.weight.dtype == torch.float32
         )
     held = sum(
         part.numel() * part.element_size()

@@ -17,20 +17,21 @@ from torch import nn
 
 from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
+from pocl_ds.models import load as model_loading
 from pocl_ds.models import vocab
-from pocl_ds.models.heads import Head
+from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import (
-    Ids,
-    Vocabulary,
+    VocabMap,
+    VocabularyAlignment,
     _counts,
-    models_apart,
-    reconcile,
-    reconcile_all,
+    separate_vocabularies,
+    align_vocabularies,
+    align_teacher_vocabularies,
 )
 
 
 class Table:
-    """A tokenizer as far as `reconcile` looks: a map, an EOS, and one id a character."""
+    """A tokenizer as far as `align_vocabularies` looks: a map, an EOS, and one id a character."""
 
     def __init__(self, vocabulary: dict[str, int], eos: str | None = None) -> None:
         self.vocabulary = vocabulary
@@ -66,13 +67,13 @@ def real(folder: Path) -> Any:
 
 def test_same_tokenizer_same_rows_shares_everything() -> None:
     tokenizer = tiny_models.make_tokenizer()
-    found = reconcile(tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer))
+    found = align_vocabularies(tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer))
     assert (found.size, found.shared) == (len(tokenizer), None)
 
 
 def test_padded_rows_are_masked_on_both_sides() -> None:
     """The case of Qwen2.5: 151,665 tokens, 152,064 rows and 151,936 rows."""
-    found = reconcile(Table(numbered(151_665)), Table(numbered(151_665)), 152_064, 151_936)
+    found = align_vocabularies(Table(numbered(151_665)), Table(numbered(151_665)), 152_064, 151_936)
     assert found.size == 151_936
     assert found.shared is not None
     assert found.shared.sum() == 151_665
@@ -86,7 +87,7 @@ def test_padded_rows_are_masked_on_both_sides() -> None:
 def test_an_id_that_one_side_lacks_is_masked() -> None:
     teacher = numbered(10)
     student = {token: index for token, index in numbered(10).items() if index != 4}
-    found = reconcile(Table(teacher), Table(student), 10, 10)
+    found = align_vocabularies(Table(teacher), Table(student), 10, 10)
     assert found.shared is not None
     assert np.flatnonzero(~found.shared).tolist() == [4]
 
@@ -103,7 +104,7 @@ def test_tokens_are_counted_by_name_and_rows_by_id() -> None:
 
 def test_what_goes_together_says_no_more_than_its_counts() -> None:
     teacher, student = (Table(numbered(1001), "t1000") for _ in range(2))
-    assert reconcile(teacher, student, 1001, 1001).report == (
+    assert align_vocabularies(teacher, student, 1001, 1001).report == (
         "vocabulary: 1001 ids shared (teacher 1001 rows, student 1001): 1001 tokens common, 0 "
         "only the teacher's, 0 only the "
         "student's; rows without a token 0 and 0"
@@ -122,7 +123,7 @@ def test_shared_is_exactly_the_common_ids(
     teacher, student = (
         Table({f"t{index}": index for index in sorted(ids)}) for ids in (left, right)
     )
-    found = reconcile(teacher, student, teacher_rows, student_rows)
+    found = align_vocabularies(teacher, student, teacher_rows, student_rows)
     assert found.size == min(teacher_rows, student_rows)
     shared = set(range(found.size)) if found.shared is None else set(np.flatnonzero(found.shared))
     assert shared == {index for index in left & right if index < found.size}
@@ -133,12 +134,12 @@ def test_different_tokenizers_are_told_apart() -> None:
         ModelError,
         match=r"different tokenizers: 0 of 20 and 30 tokens are common, and id 0 is 't0'",
     ):
-        reconcile(Table(numbered(20)), Table(numbered(30, "u")), 20, 30)
+        align_vocabularies(Table(numbered(20)), Table(numbered(30, "u")), 20, 30)
 
 
 def test_same_tokens_under_other_ids_are_mapped() -> None:
     shifted = {token: index + 1 for token, index in numbered(50).items()}
-    found = reconcile(Table(numbered(50)), Table(shifted), 50, 53)
+    found = align_vocabularies(Table(numbered(50)), Table(shifted), 50, 53)
     assert found.shared is not None and found.teacher_ids is not None
     assert np.flatnonzero(~found.shared).tolist() == [0, 51, 52]
     assert found.teacher_ids[1:51].tolist() == list(range(50))
@@ -155,7 +156,7 @@ def test_an_id_of_the_teacher_is_counted_once() -> None:
         "</s>": 0,
         "<end>": 50,
     }
-    found = reconcile(Table(teacher, "<end>"), Table(student, "</s>"), 50, 51)
+    found = align_vocabularies(Table(teacher, "<end>"), Table(student, "</s>"), 50, 51)
     assert found.shared is not None and found.teacher_ids is not None
     assert (found.teacher_ids[0], found.shared[0], found.shared[50]) == (49, True, False)
     assert sorted(found.teacher_ids[found.shared]) == list(range(50))
@@ -167,9 +168,9 @@ def test_a_role_that_one_side_lacks_maps_nothing() -> None:
         Table({token: index + 1 for token, index in numbered(50).items()}),
     )
     for side, token in ((teacher, "t7"), (student, "t8")):
-        plain = reconcile(teacher, student, 50, 51).teacher_ids
+        plain = align_vocabularies(teacher, student, 50, 51).teacher_ids
         side.bos_token = token  # type: ignore[attr-defined]
-        found = reconcile(teacher, student, 50, 51).teacher_ids
+        found = align_vocabularies(teacher, student, 50, 51).teacher_ids
         del side.bos_token  # type: ignore[attr-defined]
         assert (
             found is not None
@@ -189,16 +190,16 @@ def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.Monke
             get_text_config=lambda decoder: SimpleNamespace(vocab_size=rows if decoder else 1)
         )
 
-    monkeypatch.setattr(vocab, "load_model_config", load)
+    monkeypatch.setattr(model_loading, "load_model_config", load)
     monkeypatch.setattr(
-        vocab, "load_tokenizer", lambda path, **how: load(path, **how) and Table(numbered(6))
+        model_loading, "load_tokenizer", lambda path, **how: load(path, **how) and Table(numbered(6))
     )
     teacher, student = (
         ModelSource(model="m", revision="r", trust_remote_code=True),
         ModelSource(model="n"),
     )
-    assert vocab.reconcile_models(teacher, "a", student, "b").size == 4
-    apart = models_apart([(teacher, "a")], student, "b")
+    assert vocab.align_model_vocabularies(teacher, "a", student, "b").size == 4
+    apart = separate_vocabularies([(teacher, "a")], student, "b")
     first, second = (
         ("a", {"revision": "r", "trust_remote_code": True}),
         ("b", {"revision": None, "trust_remote_code": False}),
@@ -209,7 +210,7 @@ def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.Monke
         None,
         None,
     )  # of 6 tokens, the last two lie beyond the rows
-    masked = Ids.of(apart).teacher_masked
+    masked = VocabMap.from_alignment(apart).teacher_masked
     assert masked is not None and masked.tolist() == [False] * 6 + [True]
 
 
@@ -220,11 +221,11 @@ def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
     )
     other = tiny_models.llama(tmp_path / "c", tokenizer=tiny_models.make_sentencepiece_tokenizer())
     source = ModelSource(model="m")
-    found = reconcile_all([(source, str(padded)), (source, str(small))], source, str(padded))
+    found = align_teacher_vocabularies([(source, str(padded)), (source, str(small))], source, str(padded))
     assert (found.size, found.shared) == (tiny_models.VOCABULARY, None)
     with pytest.raises(ModelError, match="different tokenizers"):
-        reconcile_all([(source, str(small)), (source, str(other))], source, str(small))
-    apart = models_apart([(source, str(padded))], source, str(small))
+        align_teacher_vocabularies([(source, str(small)), (source, str(other))], source, str(small))
+    apart = separate_vocabularies([(source, str(padded))], source, str(small))
     assert (
         apart.teacher_tokens is not None
         and apart.teacher_tokens.sum() == tiny_models.VOCABULARY
@@ -239,23 +240,23 @@ def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
 def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = {"a": None, "b": np.array([1, 0, 2])}
     monkeypatch.setattr(
-        vocab, "reconcile_models", lambda source, path, *_: Vocabulary(3, None, "", maps[path])
+        vocab, "align_model_vocabularies", lambda source, path, *_: VocabularyAlignment(3, None, "", maps[path])
     )
     source = ModelSource(model="m")
     with pytest.raises(ModelError, match="the teachers a and b number their tokens differently"):
-        reconcile_all([(source, "a"), (source, "b")], source, "s")
-    assert reconcile_all([(source, "b"), (source, "b")], source, "s").teacher_ids is not None
+        align_teacher_vocabularies([(source, "a"), (source, "b")], source, "s")
+    assert align_teacher_vocabularies([(source, "b"), (source, "b")], source, "s").teacher_ids is not None
 
 
 def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     each = {
-        "a": Vocabulary(4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])),
-        "b": Vocabulary(3, np.array([True, True, False]), "two", np.array([2, 5, 0])),
-        "c": Vocabulary(4, None, "one", np.array([2, 6, 4, 3])),
+        "a": VocabularyAlignment(4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])),
+        "b": VocabularyAlignment(3, np.array([True, True, False]), "two", np.array([2, 5, 0])),
+        "c": VocabularyAlignment(4, None, "one", np.array([2, 6, 4, 3])),
     }
-    monkeypatch.setattr(vocab, "reconcile_models", lambda source, path, *_: each[path])
+    monkeypatch.setattr(vocab, "align_model_vocabularies", lambda source, path, *_: each[path])
     source = ModelSource(model="m")
-    found = reconcile_all([(source, name) for name in each], source, "s")
+    found = align_teacher_vocabularies([(source, name) for name in each], source, "s")
     assert found.shared is not None and found.teacher_ids is not None
     assert (found.size, found.report, found.shared.tolist()) == (
         3,
@@ -270,12 +271,12 @@ def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.Monkey
 
 
 def test_ids_number_the_teachers_logits_as_the_students() -> None:
-    ids = Ids.of(Vocabulary(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4])))
-    head = Head(nn.Parameter(torch.eye(5)), None, 1.0, None)
+    ids = VocabMap.from_alignment(VocabularyAlignment(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4])))
+    head = OutputHead(nn.Parameter(torch.eye(5)), None, 1.0, None)
     logits = ids.teacher_logits(head, torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0]]))
     assert logits.tolist() == [[12.0, 10.0, -math.inf, 14.0]]
     assert ids.teacher_inputs(torch.tensor([[3, 0, 1]])).tolist() == [[4, 2, 0]]
-    assert Ids(4).teacher_logits(head, torch.eye(5)[:1]).tolist() == [
+    assert VocabMap(4).teacher_logits(head, torch.eye(5)[:1]).tolist() == [
         [1.0, 0.0, 0.0, 0.0]
     ]  # it may have more rows
     assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
@@ -283,7 +284,7 @@ def test_ids_number_the_teachers_logits_as_the_students() -> None:
 
 def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
     shared, theirs = np.array([True, False, True]), np.array([False, True])
-    ids = Ids.of(Vocabulary(3, shared, "", np.array([1, 0, 0]), theirs))
+    ids = VocabMap.from_alignment(VocabularyAlignment(3, shared, "", np.array([1, 0, 0]), theirs))
     assert (ids.size, ids.allowed.tolist()) == (3, shared.tolist())
     assert ids.teacher_masked is not None and ids.teacher_masked.tolist() == [True, False]
     moved = ids.to(torch.device("meta"))
@@ -291,26 +292,26 @@ def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
     assert moved.size == 3 and [
         tensor.shape for tensor in tensors if tensor is not None and tensor.is_meta
     ] == [(3,), (3,), (2,)]
-    plain, logits = Ids.of(Vocabulary(3, None, "")), torch.ones(1, 3)
-    assert plain == Ids(3) == plain.to(torch.device("meta"))
+    plain, logits = VocabMap.from_alignment(VocabularyAlignment(3, None, "")), torch.ones(1, 3)
+    assert plain == VocabMap(3) == plain.to(torch.device("meta"))
     assert plain.allowed.tolist() == [True] * 3 and plain.mask(logits) is logits
 
 
 def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
-    report = reconcile(Table(numbered(9), "t1"), Table(numbered(9), "t2"), 9, 7).report
+    report = align_vocabularies(Table(numbered(9), "t1"), Table(numbered(9), "t2"), 9, 7).report
     assert "ends with 't2' to the student, 't1' to the teacher" in report
     assert "ids up to 8, beyond its 7 rows" in report
     other = {**numbered(3), "a": 3}
-    assert "split text differently" in reconcile(Table(numbered(3)), Table(other), 9, 9).report
+    assert "split text differently" in align_vocabularies(Table(numbered(3)), Table(other), 9, 9).report
 
 
 def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
     gpt2, opt = real(shared_data / "tokenizers" / "gpt2"), real(shared_data / "tokenizers" / "opt")
-    assert reconcile(gpt2, gpt2, 50_257, 50_257).shared is None
-    padded = reconcile(opt, opt, 50_272, 50_272)
+    assert align_vocabularies(gpt2, gpt2, 50_257, 50_257).shared is None
+    padded = align_vocabularies(opt, opt, 50_272, 50_272)
     assert padded.shared is not None
     assert padded.shared.sum() == 50_265
-    pair = reconcile(gpt2, opt, 50_257, 50_272)
+    pair = align_vocabularies(gpt2, opt, 50_257, 50_272)
     assert pair.shared is not None and pair.teacher_ids is not None
     text = "It's 2,024 items: return x**2  # na\u00efve caf\u00e9"
     ours, theirs = (side.encode(text, add_special_tokens=False) for side in (opt, gpt2))
@@ -323,8 +324,8 @@ def test_real_qwen_and_gpt2_are_refused(shared_data: Path) -> None:
     lines = (shared_data / "tokenizers" / "qwen" / "qwen.tiktoken").read_text().splitlines()
     qwen = Table({token: int(rank) for token, rank in (line.split() for line in lines)})
     assert len(qwen.get_vocab()) == 151_643
-    pair = reconcile(qwen, qwen, 152_064, 151_936)
+    pair = align_vocabularies(qwen, qwen, 152_064, 151_936)
     assert pair.shared is not None
     assert (pair.size, int(pair.shared.sum())) == (151_936, 151_643)
     with pytest.raises(ModelError, match=r"different tokenizers"):
-        reconcile(qwen, real(shared_data / "tokenizers" / "gpt2"), 152_064, 50_257)
+        align_vocabularies(qwen, real(shared_data / "tokenizers" / "gpt2"), 152_064, 50_257)
