@@ -1,1 +1,1 @@
-"""The process: ranks and collectives, logging and metrics, signals and exit codes, credentials."""
+"""This process: ranks and collectives, logs, progress and metrics, signals, exit codes, secrets."""

@@ -1,9 +1,8 @@
-"""Passwords, tokens and keys: refused in what is written into a run directory, blotted out of what
-is shown.
+"""Passwords, tokens and keys: refused in recipes and profiles, and redacted in logs and messages.
 
-A secret's place is the environment (HF_TOKEN, WANDB_API_KEY, the variable that
-evaluate.judge.api_key_env names) or the file of the program that asks for it, as `hf auth login` writes
-one.
+Secrets belong in environment variables (HF_TOKEN, WANDB_API_KEY, the one that
+evaluate.judge.api_key_env names) or in the file of the program that uses them, as `hf auth login`
+writes one.
 """
 
 from __future__ import annotations
@@ -12,57 +11,60 @@ import os
 import re
 from typing import Any
 
-NAME = re.compile(r"(?:^|_)(?:token|secret|password|passwd|passphrase|\w*key)$", re.IGNORECASE)
-IN_ADDRESS = re.compile(r"(?<=://)[^/?#@\s'\"]+(?=@)")  # user:password, or a token alone
+SECRET_NAME = re.compile(
+    r"(?:^|_)(?:token|secret|password|passwd|passphrase|\w*key)$", re.IGNORECASE
+)
+# `user:password`, or a token alone, in front of the host of an address.
+USER_INFO = re.compile(r"(?<=://)[^/?#@\s'\"]+(?=@)")
 TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})\b"
 )
-ASSIGNED = re.compile(
-    r"\b(\w+)=(?![\"']?\$)[\"']?[^\s\"',;]"
-)  # in a line of shell; not NAME=$OTHER
-FEWEST_LETTERS = 12  # a shorter value stands in too many texts by chance
-HIDDEN = "***"
+# NAME=value in a line of shell, but not NAME=$VARIABLE.
+ASSIGNMENT = re.compile(r"\b(\w+)=(?![\"']?\$)[\"']?[^\s\"',;]")
+MIN_LENGTH = 12  # shorter values of variables occur in too many texts by chance
+REDACTED = "***"
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable of this name holds a secret."""
-    return NAME.search(name) is not None
+    return SECRET_NAME.search(name) is not None
 
 
 def assigns_secret(line: str) -> bool:
-    """Whether a line of shell, or an option of sbatch, gives a secret a value that stands in it."""
-    return any(is_secret_name(found[1]) for found in ASSIGNED.finditer(line))
+    """Whether a line of shell, or an option of sbatch, contains the value of a secret."""
+    return any(is_secret_name(match[1]) for match in ASSIGNMENT.finditer(line))
 
 
-def hide(text: str) -> str:
-    """A text without the secrets of this process's environment, passwords in addresses, and what
-    looks like a token.
+def redact(text: str) -> str:
+    """The text with *** for secrets of this process's environment, passwords in addresses, and
+    whatever looks like a token.
     """
-    for value in _values():
-        text = text.replace(value, HIDDEN)
-    return TOKEN.sub(HIDDEN, IN_ADDRESS.sub(HIDDEN, text))
+    for value in _secret_values():
+        text = text.replace(value, REDACTED)
+    return TOKEN.sub(REDACTED, USER_INFO.sub(REDACTED, text))
 
 
-def find_secret(tree: Any, prefix: str = "") -> str | None:
-    """Dotted path of the first text in a tree of plain values that holds a secret."""
+def find_secret(tree: Any, path: str = "") -> str | None:
+    """Dotted path of the first text that holds a secret, in a tree of plain values; else None."""
     if isinstance(tree, dict):
-        if any(hide(str(key)) != str(key) for key in tree):
-            return prefix or "of the first level"
-        return _first([(f"{prefix}.{key}".lstrip("."), value) for key, value in tree.items()])
-    if isinstance(tree, (list, tuple)):
-        return _first([(prefix, value) for value in tree])
-    return prefix if isinstance(tree, str) and hide(tree) != tree else None
+        if any(redact(str(key)) != str(key) for key in tree):
+            return path or "of the first level"
+        children = [(f"{path}.{key}".lstrip("."), value) for key, value in tree.items()]
+    elif isinstance(tree, (list, tuple)):
+        children = [(path, value) for value in tree]
+    else:
+        return path if isinstance(tree, str) and redact(tree) != tree else None
+    secrets = (find_secret(value, name) for name, value in children)
+    return next((secret for secret in secrets if secret is not None), None)
 
 
-def _first(entries: list[tuple[str, Any]]) -> str | None:
-    return next((found for name, value in entries if (found := find_secret(value, name))), None)
-
-
-def _values() -> list[str]:
-    """The longest first, since one may be part of another. The path of a key's file is none."""
-    named = {
+def _secret_values() -> list[str]:
+    """Values of secret variables, the longest first, since one may contain another. The path of a
+    key file is no secret.
+    """
+    values = {
         value
         for name, value in os.environ.items()
-        if is_secret_name(name) and len(value) >= FEWEST_LETTERS
+        if is_secret_name(name) and len(value) >= MIN_LENGTH
     }
-    return sorted((value for value in named if not os.path.exists(value)), key=len, reverse=True)
+    return sorted((value for value in values if not os.path.exists(value)), key=len, reverse=True)

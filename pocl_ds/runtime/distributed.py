@@ -1,6 +1,6 @@
-"""Ranks: who am I, sums over all, and decisions that all take together.
+"""Ranks: this process's rank and device, collectives, and errors that all ranks raise together.
 
-Everything works without a process group too, as a world of one.
+Everything works without a process group too, as a world of one rank.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from pocl_ds.compat import torch_private
 from pocl_ds.errors import DisagreementError, PoclError, ResourceError
 from pocl_ds.workflow.manifest import peak_host_bytes
 
-# How long ranks wait for one that works alone (digests a checkpoint, converts shards, seals what a
-# teacher said), in seconds. The ends of hangs are others': the watchdog, who leaves stacks, and the
-# launcher and SLURM, where a rank died.
-PATIENCE = 4 * 3600.0
+# Seconds that ranks wait in a collective while one of them works alone (checksums of a checkpoint,
+# conversion of its shards). Hangs are ended earlier by the watchdog, which writes stack traces, and
+# dead ranks by the launcher and by SLURM.
+PROCESS_GROUP_TIMEOUT = 4 * 3600.0
 
 
 def rank() -> int:
-    """This process's number, from the launcher's environment."""
+    """Rank of this process, from the launcher's environment."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -37,108 +37,86 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def device_type() -> str:
+    """ "cuda" if this machine has a GPU that is to be used, else "cpu"."""
+    use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return "cuda" if use_gpu else "cpu"
+
+
 def device() -> torch.device:
-    """This rank's device: its own GPU, else the CPU. Raises ResourceError where a rank has no GPU
-    of its own.
+    """This rank's device: a GPU of its own, or the CPU. Raises ResourceError if there are more
+    ranks than GPUs.
     """
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+    if device_type() == "cpu":
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
         raise ResourceError(
-            f"rank {rank()} has no GPU: {torch.cuda.device_count()} are visible on this node, "
-            f"local rank is {local}; "
-            "start at most one rank a GPU (launch.ranks)"
+            f"rank {rank()} has no GPU: {torch.cuda.device_count()} are visible on this node, and "
+            f"its local rank is {local_rank}; start at most one rank per GPU (launch.ranks)"
         )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def device_name() -> str:
-    """This rank's device in words: where a GPU was expected, CPU is a finding."""
-    where = device()
-    return "CPU" if where.type == "cpu" else torch.cuda.get_device_name(where)
+    """Name of this rank's device, for logs: `CPU` or the GPU's model."""
+    own_device = device()
+    return "CPU" if own_device.type == "cpu" else torch.cuda.get_device_name(own_device)
 
 
-def memory() -> dict[str, float]:
-    """Most memory that this process took so far in GiB, on its GPU where it has one; there also how
-    busy that is, in percent.
+def memory_metrics() -> dict[str, float]:
+    """`memory_gib`: peak memory of this process in GiB, on its GPU if it has one. `gpu_busy`:
+    utilisation of that GPU in percent, if the driver reports it.
     """
-    where = device()
-    if where.type == "cpu":
+    own_device = device()
+    if own_device.type == "cpu":
         return {"memory_gib": peak_host_bytes() / 2**30}
-    found = {"memory_gib": torch.cuda.max_memory_allocated(where) / 2**30}
-    with contextlib.suppress(
-        Exception
-    ):  # needs nvidia-ml-py, whose own errors say that a GPU's part does not tell
-        found["gpu_busy"] = float(torch.cuda.utilization(where))
-    return found
+    metrics = {"memory_gib": torch.cuda.max_memory_allocated(own_device) / 2**30}
+    # Utilisation needs nvidia-ml-py, and a MIG slice has none; both raise errors of their own.
+    with contextlib.suppress(Exception):
+        metrics["gpu_busy"] = float(torch.cuda.utilization(own_device))
+    return metrics
 
 
-def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; the same bits on every rank."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
+def peak_memory() -> dict[str, int]:
+    """Peak memory of any rank in bytes, on the host and on the GPU. A collective call."""
+    own_peak = {"peak_host_bytes": peak_host_bytes()}
+    if device().type == "cuda":
+        own_peak["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    peaks = gather_objects(own_peak)
+    return {name: max(peak[name] for peak in peaks) for name in own_peak}
 
 
-def be_patient(hang_timeout_seconds: float = 0.0) -> timedelta:
-    """Let every group of ranks, also one that is made later, wait longer than the watchdog does.
-    Returns how long.
+def set_process_group_timeout(hang_timeout_seconds: float = 0.0) -> timedelta:
+    """Let all process groups, also those that are created later, wait longer than the watchdog.
 
-    NCCL's own end of a wait is an abort without stacks; it comes after 10 minutes in DeepSpeed's
-    group, and in each that it makes from it after torch's default, whatever the first one was
-    given.
+    Returns the timeout. Without it, NCCL aborts after 10 minutes and leaves no stack traces;
+    DeepSpeed's own groups do not inherit the timeout of the first one.
     """
-    patience = timedelta(seconds=PATIENCE + hang_timeout_seconds)
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = patience
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(patience, group)
-    return patience
+    timeout = timedelta(seconds=PROCESS_GROUP_TIMEOUT + hang_timeout_seconds)
+    torch_private.set_process_group_timeout(timeout)
+    return timeout
 
 
-def settle() -> None:
-    """Wait until all ranks have done what they began, on their GPUs too: before a clock is read."""
+def synchronize_ranks() -> None:
+    """Wait until all ranks and their GPUs are idle: before a time is measured."""
     if device().type == "cuda":
         torch.cuda.synchronize()
     barrier()
-
-
-def agree(facts: Mapping[str, Any]) -> None:
-    """Make sure that all ranks are about to do the same. Raises DisagreementError on every rank,
-    naming who differs and how.
-
-    Costs one reduction of two numbers: ranks that go different ways would else be seen as a hang,
-    after train.hang_timeout_seconds.
-    """
-    if not dist.is_initialized():
-        return
-    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
-    number = float(int.from_bytes(digest[:6], "big"))  # 48 bits: exact as a float64
-    pair = torch.tensor([number, -number], dtype=torch.float64, device=device())
-    dist.all_reduce(pair, op=dist.ReduceOp.MAX)
-    if pair[0] == -pair[1]:
-        return
-    everyone = gather_objects(dict(facts))
-    common = Counter(map(repr, everyone)).most_common(1)[0][0]
-    usual = next(found for found in everyone if repr(found) == common)
-    odd = next(number for number, found in enumerate(everyone) if repr(found) != common)
-    names = [
-        name for name in {**usual, **everyone[odd]} if usual.get(name) != everyone[odd].get(name)
-    ]
-    raise DisagreementError(
-        f"rank {odd} is about to do something else than the others: "
-        + "; ".join(
-            f"{name} {everyone[odd].get(name)!r} against {usual.get(name)!r}" for name in names
-        )
-        + ": start all ranks from the same code, recipe and run directory"
-    )
 
 
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place, with the same bits on every rank."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -150,54 +128,78 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on all ranks."""
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
-def peak_memory() -> dict[str, int]:
-    """The most memory that any rank ever held, bytes: on its host, and on its GPU where there is
-    one. All ranks call it.
+def assert_ranks_agree(values: Mapping[str, Any]) -> None:
+    """Check that all ranks have the same values, for example the batch that they train on next.
+
+    Costs one reduction of two numbers. Ranks that did different things would otherwise look like a
+    hang. Raises DisagreementError on every rank, with a rank that differs and its values.
     """
-    mine = {"peak_host_bytes": peak_host_bytes()}
-    if device().type == "cuda":
-        mine["peak_device_bytes"] = torch.cuda.max_memory_allocated()
-    everyone = gather_objects(mine)
-    return {name: max(one[name] for one in everyone) for name in mine}
+    if not dist.is_initialized():
+        return
+    # Compare a hash: its maximum equals its minimum only if all ranks have the same.
+    digest = hashlib.sha256(repr(sorted(values.items())).encode()).digest()
+    number = float(int.from_bytes(digest[:6], "big"))  # 48 bits are exact in float64
+    maxima = torch.tensor([number, -number], dtype=torch.float64, device=device())
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    if maxima[0] == -maxima[1]:
+        return
+    # Find a rank that differs from the majority, and the values in which it does.
+    values_of_ranks = gather_objects(dict(values))
+    majority = Counter(map(repr, values_of_ranks)).most_common(1)[0][0]
+    usual = next(candidate for candidate in values_of_ranks if repr(candidate) == majority)
+    odd_rank, odd = next(
+        (rank, candidate)
+        for rank, candidate in enumerate(values_of_ranks)
+        if repr(candidate) != majority
+    )
+    differences = "; ".join(
+        f"{name} {odd.get(name)!r} instead of {usual.get(name)!r}"
+        for name in {**usual, **odd}
+        if usual.get(name) != odd.get(name)
+    )
+    raise DisagreementError(
+        f"rank {odd_rank} does something else than the other ranks ({differences}): start all "
+        "ranks from the same code, recipe and run directory"
+    )
 
 
 @contextlib.contextmanager
-def together(what: str) -> Iterator[None]:
-    """Run a block on every rank; where one fails with a user's fault, all leave with that same
-    sentence.
+def raise_on_all_ranks(action: str) -> Iterator[None]:
+    """Run a block on every rank; if a PoclError ends it on one rank, all ranks raise.
 
-    Without it one rank would stop and the others hang in their next collective call.
+    Without this, the other ranks would hang in their next collective. action: what the block does,
+    in the infinitive, for the message of the other ranks. Raises ResourceError on them.
     """
-    fault: PoclError | None = None
+    error: PoclError | None = None
     try:
         yield
-    except PoclError as error:
-        fault = error
-    faults = gather_objects(None if fault is None else (type(fault).__name__, str(fault)))
-    if fault is not None:
-        raise fault
-    for other, found in enumerate(faults):
-        if found is not None:
-            raise ResourceError(f"rank {other} could not {what}: {found[1]}")
+    except PoclError as raised:
+        error = raised
+    messages = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for failed_rank, message in enumerate(messages):
+        if message is not None:
+            raise ResourceError(f"rank {failed_rank} could not {action}: {message}")
 
 
 class Stopwatch:
-    """Seconds since it was made or last read."""
+    """Seconds since the last lap."""
 
     def __init__(self) -> None:
-        self.mark = time.monotonic()
+        self._start = time.monotonic()
 
     def lap(self) -> float:
-        """Seconds since the last lap."""
+        """Seconds since the last call, or since the object was created."""
         now = time.monotonic()
-        seconds, self.mark = now - self.mark, now
+        seconds, self._start = now - self._start, now
         return seconds

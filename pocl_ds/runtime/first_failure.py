@@ -1,11 +1,11 @@
-"""Which of several ranks failed first, for launch/train.sh, by how each ended and the words that
-they left.
+"""Find the rank that failed first, from the ranks' exit codes and exit records. For
+launch/train.sh:
 
-python launch/pocl.py pocl_ds.runtime.first_failure FOLDER RANK:CODE...     # prints rank, exit code and, on a
-second line, the sentence
+    python launch/pocl.py pocl_ds.runtime.first_failure FOLDER RANK:CODE...
 
-Ranks end within a moment of each other, most of them only since another was gone: whom the launcher
-notices first is chance.
+prints rank and exit code, and on a second line the error message. Ranks end within moments of each
+other, most of them because another one is gone, so the order in which the launcher notices them
+says little.
 """
 
 from __future__ import annotations
@@ -16,35 +16,39 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.errors import RESUME
-from pocl_ds.runtime.process_exit import words_of_ranks
+from pocl_ds.runtime.process_exit import read_exit_records
 
-KILLED = 128  # exit codes above: a signal's number is added to it
+SIGNAL_BASE = 128  # the exit code of a process that a signal ended is 128 + the signal's number
 
 
-def first_fault(
-    ended: Mapping[int, int], words: Sequence[Mapping[str, Any]]
+def first_failure(
+    exit_codes: Mapping[int, int], records: Sequence[Mapping[str, Any]]
 ) -> tuple[int, int, str]:
-    """Rank, exit code and sentence ("" where it left none) of the first fault.
+    """Rank, exit code and error message of the first failure.
 
-    ended: exit codes of the ranks that failed before the launcher ended any, in the order in which
-    it noticed. words: by time.
+    exit_codes: of the ranks that failed before the launcher ended any, in the order in which it
+    noticed them. records: exit records by time. The message is empty if the rank left no record.
     """
-    spoke = {int(word["rank"].removeprefix("rank-")) for word in words}
-    silent = [rank for rank, code in ended.items() if code > KILLED and rank not in spoke]
-    faults = [word for word in words if word["code"] not in (0, RESUME)]
-    if silent or not faults:
-        rank = silent[0] if silent else next(iter(ended))
-        return rank, ended[rank], ""
-    return (
-        int(faults[0]["rank"].removeprefix("rank-")),
-        int(faults[0]["code"]),
-        " ".join(faults[0]["error"].split()),
-    )
+    recorded = {_rank_of(record) for record in records}
+    # A rank that a signal ended, for example for lack of memory, cannot write a record.
+    killed = [
+        rank for rank, code in exit_codes.items() if code > SIGNAL_BASE and rank not in recorded
+    ]
+    failures = [record for record in records if record["code"] not in (0, RESUME)]
+    if killed or not failures:
+        rank = killed[0] if killed else next(iter(exit_codes))
+        return rank, exit_codes[rank], ""
+    failure = failures[0]
+    return _rank_of(failure), int(failure["code"]), " ".join(failure["error"].split())
+
+
+def _rank_of(record: Mapping[str, Any]) -> int:
+    return int(record["rank"].removeprefix("rank-"))
 
 
 if __name__ == "__main__":
-    pairs = [word.split(":") for word in sys.argv[2:]]
-    rank, code, sentence = first_fault(
-        {int(rank): int(code) for rank, code in pairs}, words_of_ranks(Path(sys.argv[1]))
+    pairs = [argument.split(":") for argument in sys.argv[2:]]
+    rank, code, message = first_failure(
+        {int(rank): int(code) for rank, code in pairs}, read_exit_records(Path(sys.argv[1]))
     )
-    print(f"{rank} {code}\n{sentence}")
+    print(f"{rank} {code}\n{message}")

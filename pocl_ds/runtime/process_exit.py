@@ -1,8 +1,8 @@
-"""How a process comes and leaves: as which rank, asked by a signal before it can save, and a word
-on why it left.
+"""How a process starts and ends: its rank, signals before training can save, and exit records.
 
-The word of each rank is a small file, POCL_EXITS/rank-R.json. An exit code alone cannot tell which
-rank failed first: the launcher ends the others, each with a code of its own.
+Each rank writes an exit record, the small file `$POCL_EXITS/rank-R.json`. Exit codes alone cannot
+tell which rank failed first, because the launcher ends the other ranks, and each then exits with a
+code of its own.
 """
 
 from __future__ import annotations
@@ -24,108 +24,108 @@ from typing import Any, NoReturn
 from pocl_ds.errors import RESUME, ResourceError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-FOLDER = "POCL_EXITS"
-_came: set[int] = set()  # signals that were only noted
+EXIT_RECORDS = "POCL_EXITS"  # environment variable: folder of the exit records
+_received: set[int] = set()
 
 
-def place_among_ranks() -> tuple[int, int]:
-    """This process's number and that of all ranks, from the launcher's environment. Raises
-    ResourceError for what cannot be.
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks, from the launcher's environment.
+
+    Raises ResourceError for values that are not possible.
     """
-    found = []
-    for name, alone in (("RANK", 0), ("WORLD_SIZE", 1)):
-        text = os.environ.get(name, str(alone))
+    numbers = []
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1)):
+        text = os.environ.get(name, str(default))
         if not re.fullmatch("[0-9]{1,9}", text):
             raise ResourceError(
-                f"{name}={text!r} is no number: start ranks through launch/train.sh, or unset it"
+                f"{name}={text!r} is not a number: start ranks with launch/train.sh, or unset it"
             )
-        found.append(int(text))
-    rank, ranks = found
-    if "RANK" in os.environ and rank >= ranks:
+        numbers.append(int(text))
+    rank, world_size = numbers
+    if "RANK" in os.environ and rank >= world_size:
         raise ResourceError(
-            f"RANK={rank} is not below WORLD_SIZE={ranks}: start ranks through launch/train.sh, "
-            f"or unset both"
+            f"RANK={rank} is not less than WORLD_SIZE={world_size}: start ranks with "
+            "launch/train.sh, or unset both"
         )
-    if "RANK" in os.environ and ranks > 1:
+    if "RANK" in os.environ and world_size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise ResourceError(
-                    f"{name} is not set, where {ranks} ranks would meet: start ranks through "
-                    f"launch/train.sh"
+                    f"{name} is not set, and {world_size} ranks need it to connect: start ranks "
+                    "with launch/train.sh"
                 )
-    return rank, ranks
+    return rank, world_size
 
 
-def leave_when_asked() -> None:
-    """From now on TERM, USR1 and USR2 end this process with RESUME: what is finished is kept.
-    Ctrl-C is a KeyboardInterrupt as before, and `interrupted` remembers it; it comes again where
-    Python would print and forget it, in a destructor.
+def install_signal_handlers() -> None:
+    """End this process with exit code RESUME on TERM, USR1 and USR2.
 
-    Training puts its own handlers in their place while it has something to save.
+    Ctrl-C still raises KeyboardInterrupt, and `was_interrupted` remembers it. If Python drops that
+    exception in a destructor, the signal is sent again. Training replaces these handlers as long as
+    it has a state to save.
     """
     for number in SIGNALS:
-        signal.signal(number, _leave)
-    _came.clear()
-    if (
-        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
-    ):  # a shell's background job ignores it, and so do we
+        signal.signal(number, _exit_for_resume)
+    _received.clear()
+    # A shell's background job ignores Ctrl-C; it stays that way.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
-        sys.unraisablehook = functools.partial(_again, sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_repeat_interrupt, sys.unraisablehook)
 
 
-def interrupted() -> bool:
-    """Whether Ctrl-C came, whatever became of the KeyboardInterrupt: C code that was importing
-    makes an ImportError of it.
+def was_interrupted() -> bool:
+    """Whether Ctrl-C was pressed. The KeyboardInterrupt itself may be lost: C code that imports a
+    module turns it into an ImportError.
     """
-    return signal.SIGINT in _came
+    return signal.SIGINT in _received
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    _came.add(signal.SIGINT)
+    _received.add(signal.SIGINT)
     signal.default_int_handler(number, frame)
 
 
-def _again(others: Callable[[Any], object], unraisable: Any) -> None:
+def _repeat_interrupt(unraisablehook: Callable[[Any], object], unraisable: Any) -> None:
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         timer = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
         timer.daemon = True
         timer.start()
     else:
-        others(unraisable)
+        unraisablehook(unraisable)
 
 
-def _leave(number: int, _frame: Any) -> None:
-    for other in SIGNALS:  # a second one must not interrupt the tidying up
+def _exit_for_resume(number: int, _frame: Any) -> None:
+    for other in SIGNALS:  # a second signal must not interrupt the clean-up
         signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(number).name
-    last_word(f"pocl: {name}: leaving; finished work is kept, the same command goes on")
+    print_error(f"pocl: {name}: stopped; finished work is kept; run the same command to continue")
     raise SystemExit(RESUME)
 
 
-def last_word(sentence: str) -> None:
-    """Say on stderr why this process leaves. Where that cannot be written, as on a full disk that a
-    rank's log lies on or to a terminal that is gone, it still leaves as it would have, with the
-    same exit code.
+def print_error(sentence: str) -> None:
+    """Print to stderr. If that fails (the log's disk is full, the terminal is gone), the process
+    still ends with its own exit code.
     """
     with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with `code`, and where it is one of many ranks, without taking the
-    interpreter down piece by piece.
+def exit_process(code: int) -> NoReturn:
+    """End this process with `code`.
 
-    From now on Ctrl-C ends it at once: the traceback of Python's own tidying up helps nobody. And
-    gloo's threads may still hold a collective's tensors: a process that tears Python down under
-    them now and then aborts after all its work is done (pytorch/pytorch#190489).
+    One of several ranks skips the interpreter's own clean-up: threads of gloo may still hold
+    tensors of a collective, and a process that finalises Python meanwhile sometimes aborts after
+    all its work is done (pytorch/pytorch#190489).
     """
+    # From now on Ctrl-C ends the process at once, without a traceback from Python's clean-up.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "RANK" not in os.environ:
         sys.exit(code)
+    # A rank that disappears without destroying its process group makes the others wait.
     torch = sys.modules.get("torch")
     if code == 0 and torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # a rank that just goes makes the others wait
+        torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -134,30 +134,30 @@ def leave(code: int) -> NoReturn:
 
 
 def node_name() -> str:
-    """This machine's name as SLURM has it, which is often not the whole host name."""
+    """This machine's name in SLURM, which is often shorter than the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
-def leave_word(code: int, error: str = "") -> None:
-    """Note how this rank leaves, where the one that started it wants to know. The first word stays."""
-    folder = os.environ.get(FOLDER)
+def record_exit(code: int, error: str = "") -> None:
+    """Write this rank's exit record, if the launcher asks for one. A second record is ignored."""
+    folder = os.environ.get(EXIT_RECORDS)
     if not folder:
         return
     path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.json"
-    with contextlib.suppress(OSError):  # it must never hide the fault that it tells of
+    record = {"code": code, "error": error, "time": time.time(), "node": node_name()}
+    # An error here must not hide the one that is recorded.
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as stream:
-            json.dump(
-                {"code": code, "error": error, "time": time.time(), "node": node_name()}, stream
-            )
+            json.dump(record, stream)
 
 
-def words_of_ranks(folder: Path) -> list[dict[str, Any]]:
-    """What the ranks of a step left (see `leave_word`), by time; one that was ended while it wrote
-    left nothing.
+def read_exit_records(folder: Path) -> list[dict[str, Any]]:
+    """The exit records in a folder, by time: `rank` (as in "rank-0"), `code`, `error`, `time`,
+    `node`. A record that was cut short is left out.
     """
-    found = []
+    records = []
     for path in folder.glob("*.json"):
         with contextlib.suppress(json.JSONDecodeError):
-            found.append({**json.loads(path.read_text()), "rank": path.stem})
-    return sorted(found, key=lambda word: word["time"])
+            records.append({**json.loads(path.read_text()), "rank": path.stem})
+    return sorted(records, key=lambda record: record["time"])

@@ -16,9 +16,9 @@ from pocl_ds.cli.main import main
 from pocl_ds.cluster.profile import check_profile
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.runtime.credentials import assigns_secret, find_secret, hide, is_secret_name
-from pocl_ds.runtime.process_exit import FOLDER
-from pocl_ds.runtime.tracking import keep_log, setup_logging
+from pocl_ds.runtime.credentials import assigns_secret, find_secret, is_secret_name, redact
+from pocl_ds.runtime.logs import log_to_file, setup_logging
+from pocl_ds.runtime.process_exit import EXIT_RECORDS
 
 PLANTED = "PLANTEDplantedPLANTED"
 ADDRESS = f"https://me:{PLANTED}@example.org/data.jsonl"
@@ -32,7 +32,13 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tree(**changes: Any) -> dict[str, Any]:
-    return {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, **changes}
+    return {
+        "name": "x",
+        "data": {"source": "documentation"},
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        **changes,
+    }
 
 
 JUDGE = {"base_url": "http://localhost/v1", "model": "m"}
@@ -140,12 +146,12 @@ def test_a_key_file_and_a_short_word_are_shown(
 ) -> None:
     monkeypatch.setenv("SSH_KEY", str(tmp_path))
     monkeypatch.setenv("SORT_KEY", "training")
-    assert hide(f"training in {tmp_path}") == f"training in {tmp_path}"
+    assert redact(f"training in {tmp_path}") == f"training in {tmp_path}"
 
 
 def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
-    keep_log(tmp_path / "log")
+    log_to_file(tmp_path / "log")
     log = logging.getLogger("pocl_ds")
     log.info("a header %s, an address %s", f"Bearer {PLANTED}-HF_TOKEN", ADDRESS)
     try:
@@ -170,8 +176,8 @@ def test_messages_tracebacks_and_a_rank_s_last_word(
     def fail(*_: object) -> int:
         raise fault(f"{ADDRESS} refuses {PLANTED}-HF_TOKEN")
 
-    monkeypatch.setattr("pocl_ds.cli.main._command", fail)
-    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("pocl_ds.cli.pipeline.read_recipe", fail)
+    monkeypatch.setenv(EXIT_RECORDS, str(tmp_path))
     assert main(["run", "quickstart"]) == (2 if fault is RecipeError else 1)
     said = capsys.readouterr().err
     word = json.loads((tmp_path / "rank-0.json").read_text())["error"]

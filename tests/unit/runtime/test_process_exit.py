@@ -1,4 +1,4 @@
-"""How processes leave: signals before there is anything to save, and the word of a rank."""
+"""How processes end: signals before there is a state to save, and exit records."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import pytest
 
 PROGRAM = """
 import atexit, os, sys, time
-from pocl_ds.runtime.process_exit import leave, leave_when_asked, leave_word
-leave_when_asked()
-atexit.register(lambda: print("tidied", flush=True))
+from pocl_ds.runtime.process_exit import exit_process, install_signal_handlers, record_exit
+install_signal_handlers()
+atexit.register(lambda: print("cleaned up", flush=True))
 try:
     print("ready", flush=True)
     if "wait" in sys.argv:
         time.sleep(30)
 except SystemExit as leaving:
-    leave_word(leaving.code, "asked")
-    leave_word(1, "a second word")
-    leave(leaving.code)
-leave(7)
+    record_exit(leaving.code, "first record")
+    record_exit(1, "second record")
+    exit_process(leaving.code)
+exit_process(7)
 """
 
 
@@ -39,19 +39,24 @@ def start(*words: str, **environment: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_before_the_training_says_resume_me(
+def test_a_signal_before_training_exits_with_the_resume_code(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     child = start("wait", RANK="3", POCL_EXITS=str(tmp_path / "exits"))
     assert child.stdout is not None and child.stdout.readline() == "ready\n"
     child.send_signal(number)
     out, err = child.communicate(timeout=20)
-    assert child.returncode == 75 and number.name in err and "tidied" in out
-    word = json.loads((tmp_path / "exits" / "rank-3.json").read_text())
-    assert (word["code"], word["error"], word["node"]) == (75, "asked", os.uname().nodename)
+    assert child.returncode == 75 and number.name in err and "cleaned up" in out
+    record = json.loads((tmp_path / "exits" / "rank-3.json").read_text())
+    assert (record["code"], record["error"], record["node"]) == (
+        75,
+        "first record",
+        os.uname().nodename,
+    )
 
 
-WORDS = {
+INTERRUPTED = "interrupted; finished work is kept; run the same command again to continue"
+ENDINGS = {
     "a refusal": (
         "from pocl_ds.cli.main import main; sys.exit(main(['run', 'no such recipe']))",
         2,
@@ -61,8 +66,8 @@ WORDS = {
         1,
     ),
     "a signal": (
-        "from pocl_ds.runtime import process_exit; process_exit.leave_when_asked(); os.kill(os.getpid(), 15); "
-        "time.sleep(9)",
+        "from pocl_ds.runtime import process_exit; process_exit.install_signal_handlers()\n"
+        "os.kill(os.getpid(), 15); time.sleep(9)",
         75,
     ),
     "a hang": (
@@ -73,10 +78,10 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("case", WORDS)
-def test_a_last_word_that_cannot_be_written_changes_no_exit_code(case: str, tmp_path: Path) -> None:
-    """As of a rank whose log lies on a full disk."""
-    program, code = WORDS[case]
+@pytest.mark.parametrize("case", ENDINGS)
+def test_an_error_that_cannot_be_printed_changes_no_exit_code(case: str, tmp_path: Path) -> None:
+    """For example, if the rank's log is on a full disk."""
+    program, code = ENDINGS[case]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-c", f"import os, pathlib, sys, time\n{program}", str(tmp_path)],
@@ -87,7 +92,7 @@ def test_a_last_word_that_cannot_be_written_changes_no_exit_code(case: str, tmp_
 
 
 @pytest.mark.parametrize("words", [["run", "quickstart", "--dry-run"], ["bench", "list"]])
-def test_output_that_cannot_be_written_is_a_sentence(words: list[str]) -> None:
+def test_a_full_disk_of_stdout_is_one_sentence(words: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             [sys.executable, "-m", "pocl_ds.cli.main", *words],
@@ -97,28 +102,31 @@ def test_output_that_cannot_be_written_is_a_sentence(words: list[str]) -> None:
             timeout=60,
         )
     assert done.returncode == 2
-    said = "an output's disk is full (No space left on device): free some space and start again, finished work is kept"
+    said = (
+        "the disk of an output is full (No space left on device): free some space and run the same "
+        "command again; finished work is kept"
+    )
     assert done.stderr == f"pocl {words[0]}: {said}\n"
 
 
 @pytest.mark.parametrize(
-    "became",
+    "replacement",
     ["ImportError('PyCapsule_Import could not import')", "ModelError('it cannot be loaded')"],
 )
-def test_ctrl_c_is_one_whatever_a_library_makes_of_it(became: str) -> None:
+def test_ctrl_c_interrupts_even_if_a_library_replaces_it(replacement: str) -> None:
     program = f"""
 import os, signal, sys
 from pocl_ds.cli import main as cli
-from pocl_ds.workflow import pipeline
+from pocl_ds.workflow import run_setup
 from pocl_ds.errors import ModelError
-def imports(*_):
+def import_module(*_):
     try:
         os.kill(os.getpid(), signal.SIGINT)
         import time
         time.sleep(9)
     except KeyboardInterrupt:
-        raise {became} from None
-pipeline.join = imports
+        raise {replacement} from None
+run_setup.open_run_directory = import_module
 sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", sys.argv[1]]))
 """
     done = subprocess.run(
@@ -129,25 +137,23 @@ sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", sys.argv[1]]))
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
+    assert done.stderr.endswith(f"{INTERRUPTED}\n")
 
 
-def test_ctrl_c_in_a_destructor_comes_again() -> None:
-    """Where Python prints its KeyboardInterrupt and goes on; any other fault of one is printed as
-    ever.
-    """
+def test_ctrl_c_in_a_destructor_is_sent_again() -> None:
+    """Python would print the KeyboardInterrupt and continue. Other errors are printed as usual."""
     program = """
 import os, signal, sys, time
 from pocl_ds.cli import main as cli
-from pocl_ds.workflow import pipeline
-class Left:
-    def __init__(self, what): self.what = what
-    def __del__(self): self.what()
-def works(*_):
-    Left(lambda: 1 / 0)
-    Left(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
+from pocl_ds.workflow import run_setup
+class Destructor:
+    def __init__(self, call): self.call = call
+    def __del__(self): self.call()
+def work(*_):
+    Destructor(lambda: 1 / 0)
+    Destructor(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)))
     time.sleep(30)
-pipeline.join = works
+run_setup.open_run_directory = work
 sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", "nowhere"]))
 """
     done = subprocess.run(
@@ -162,10 +168,10 @@ sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", "nowhere"]))
         and "ZeroDivisionError" in done.stderr
         and "KeyboardInterrupt" not in done.stderr
     )
-    assert done.stderr.endswith("interrupted; finished work is kept, the same command goes on\n")
+    assert done.stderr.endswith(f"{INTERRUPTED}\n")
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0"}])
-def test_a_code_is_handed_on(environment: dict[str, str]) -> None:
+def test_the_exit_code_is_kept(environment: dict[str, str]) -> None:
     out, _ = (child := start(**environment)).communicate(timeout=20)
-    assert child.returncode == 7 and out == "ready\ntidied\n"
+    assert child.returncode == 7 and out == "ready\ncleaned up\n"

@@ -1,0 +1,47 @@
+"""Texts for people: durations, numbers, and columns of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in the two largest units: 3.2 s, 12 s, 3 min 20 s, 2 h 05 min; `?` if infinite."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def format_value(value: Any) -> str:
+    """A floating-point number with four digits; any other value as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def align_columns(
+    rows: Sequence[Sequence[str]], *, numbers: bool = False, rule: bool = False
+) -> list[str]:
+    """The rows of a table as lines with aligned columns.
+
+    numbers: align every column but the first to the right. rule: add a line of dashes below the
+    first row.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    if rule:
+        rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return [
+        "  ".join(
+            cell.rjust(width) if numbers and column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
