@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
@@ -13,12 +12,14 @@ from pocl_ds.cli import pipeline
 from pocl_ds.cli.parameters import (
     DryRunOption,
     ExistingRunDirOption,
+    ModelName,
     OverridesArgument,
     RecipeArgument,
     RunDirOption,
     RunDirsOption,
     existing_run,
     join_words,
+    nearest,
     read_recipe,
 )
 from pocl_ds.cli.tables import print_table
@@ -29,23 +30,6 @@ if TYPE_CHECKING:
     from pocl_ds.workflow.run_dir import RunDirectory
 
 PANEL = "Inspect and compare"
-
-
-class ModelName(str, Enum):
-    """The models of a run."""
-
-    TEACHER = "teacher"
-    INITIAL = "initial"
-    STUDENT = "student"
-    BASELINE = "baseline"
-
-
-class Split(str, Enum):
-    """The parts of the data."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -125,11 +109,9 @@ def compare(
             help="Use this run directory; repeat the option to compare two runs.",
         ),
     ],
-    model: Annotated[
-        ModelName, typer.Option(help="Compare this model of both runs.")
-    ] = ModelName.STUDENT,
+    model: Annotated[ModelName, typer.Option(help="Compare this model of both runs.")] = "student",
     models: Annotated[
-        tuple[ModelName, ModelName] | None,
+        tuple[str, str] | None,
         typer.Option(
             metavar="A B", help="Compare model B with model A, of one run or one of each run."
         ),
@@ -153,8 +135,7 @@ def compare(
     from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
-    pair = None if models is None else (models[0].value, models[1].value)
-    a, b = _sides(run_dir, model.value, pair)
+    a, b = _sides(run_dir, model, models)
     table = put_side_by_side(a, b, measure=measure, benchmark=benchmark, force=force)
     print("\n".join(lines_of(table, a, b)))
     return 0
@@ -176,6 +157,9 @@ def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple
             "example --models baseline student"
         )
     names = pair or (model, model)
+    known = list(get_args(ModelName))
+    if unknown := next((name for name in names if name not in known), None):
+        raise RecipeError(f"--models {unknown}: there is no such model: {nearest(unknown, known)}")
     runs = [existing_run(path) for path in paths] * (3 - len(paths))
     if runs[0].path.resolve() == runs[1].path.resolve() and names[0] == names[1]:
         raise RecipeError(
@@ -183,11 +167,11 @@ def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple
         )
     # Label each side by its model, and by its run where there are two.
     folders = [run.path.resolve().name for run in runs]
-    shown = [str(path) for path in paths] if folders[0] == folders[1] else folders
+    run_names = [str(path) for path in paths] if folders[0] == folders[1] else folders
     labels = (
         list(names)
         if len(paths) == 1
-        else [f"{run} {name}" for run, name in zip(shown, names, strict=True)]
+        else [f"{run} {name}" for run, name in zip(run_names, names, strict=True)]
     )
     first, second = (
         Side(run, name, label) for run, name, label in zip(runs, names, labels, strict=True)
@@ -197,7 +181,9 @@ def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple
 
 def inspect(
     run_dir: ExistingRunDirOption,
-    split: Annotated[Split, typer.Option(help="Show samples of this split.")] = Split.TRAIN,
+    split: Annotated[
+        Literal["train", "validation", "test"], typer.Option(help="Show samples of this split.")
+    ] = "train",
     subset: Annotated[
         int | None,
         typer.Option(
@@ -211,7 +197,7 @@ def inspect(
     from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
-    samples = format_samples(existing_run(run_dir), split=split.value, subset=subset, count=n)
+    samples = format_samples(existing_run(run_dir), split=split, subset=subset, count=n)
     print("\n\n".join(samples))
     return 0
 

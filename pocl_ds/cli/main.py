@@ -135,7 +135,7 @@ def _usage_fault(error: typer.TyperException, who: str) -> str:
     """A fault of the command line as one sentence."""
     option = getattr(error, "option_name", None)
     similar = getattr(error, "possibilities", None)
-    text = error.format_message().rstrip(".")
+    text = error.format_message().rstrip(".").replace("Value error, ", "")
     if option and not error.message.startswith("Option"):
         text = f"there is no option {option}"
         text += f": did you mean {similar[0]}?" if similar else ""
@@ -169,7 +169,9 @@ def _discard_output() -> None:
 def _interrupted(who: str) -> tuple[int, str]:
     from pocl_ds.runtime.process_exit import print_error
 
-    print_error(f"{who}: interrupted; finished work is kept; run the same command again to continue")
+    print_error(
+        f"{who}: interrupted; finished work is kept; run the same command again to continue"
+    )
     return 130, "interrupted"
 
 

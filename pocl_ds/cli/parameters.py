@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,9 @@ from pocl_ds.resources import PROFILES, RECIPES, STUDIES
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
     from pocl_ds.workflow.run_dir import RunDirectory
+
+
+ModelName = Literal["teacher", "initial", "student", "baseline"]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -182,11 +185,6 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise RecipeError(f"--shard {text}: write I/N with I from 0 to N-1, for example 2/8")
     return int(match[1]), int(match[2])
-
-
-def unknown_name(option: str, name: str, known: list[str]) -> str:
-    """The sentence for an unknown name, with the nearest known one."""
-    return f"{option} {name!r} does not exist: {nearest(name, known)}"
 
 
 def nearest(name: str, known: list[str]) -> str:

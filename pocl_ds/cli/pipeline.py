@@ -12,6 +12,7 @@ import typer
 
 from pocl_ds.cli.parameters import (
     DryRunOption,
+    ModelName,
     OverridesArgument,
     RecipeArgument,
     RunDirOption,
@@ -43,8 +44,7 @@ REQUEST_OPTIONS: dict[str, Any] = {
         typer.Option(metavar="I/N", help="Process only shard I of N, counted from 0."),
     ],
     "model": Annotated[
-        str | None,
-        typer.Option(help="Evaluate only this model: teacher, initial, student or baseline."),
+        ModelName | None, typer.Option(help="Generate only the answers of this model.")
     ],
     "benchmark": Annotated[
         str | None, typer.Option(help="Evaluate only this benchmark; needs --model.")
@@ -80,7 +80,7 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def _step_function(step: Step) -> Callable[..., int]:
-    """The function of a step's command, whose signature holds the options that the step names."""
+    """The function of a step's command; typer reads its options from its signature."""
 
     def command(
         recipe: str | None,
