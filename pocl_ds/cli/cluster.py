@@ -29,6 +29,8 @@ from pocl_ds.cli.tables import print_table
 if TYPE_CHECKING:
     from pocl_ds.cluster.status import Row
     from pocl_ds.cluster.submit import Submission
+    from pocl_ds.config import Recipe
+    from pocl_ds.models.estimate import ClusterLayout
     from pocl_ds.workflow.run_dir import RunDirectory
 
 PANEL = "Cluster"
@@ -335,17 +337,8 @@ def estimate(
     ] = None,
 ) -> int:
     """Estimate memory, traffic and hours of a run; exit with 2 if it does not fit."""
-    from pocl_ds.cluster.estimate_page import (
-        Assumptions,
-        Estimate,
-        device_by_name,
-        estimate_lines,
-        fitting_overrides,
-    )
-    from pocl_ds.config.recipe_file import dump_recipe, override_recipe
     from pocl_ds.models.estimate import ClusterLayout
     from pocl_ds.runtime.logs import setup_logging
-    from pocl_ds.workflow.files import atomic_write
 
     setup_logging()
     resolved, _ = read_recipe(join_words(recipe, overrides), run_dir)
@@ -363,15 +356,35 @@ def estimate(
         nodes=nodes, gpus_per_node=gpus_per_node, network_gbps=network_gbps, **assumptions
     )
     layout = ClusterLayout(nodes, gpus_per_node, network_gbps / 8 * 1e9)
-    sizes = Estimate(resolved, Assumptions(layout, device_by_name(gpu), **assumptions))
-    lines, fitting = estimate_lines(sizes)
+    return _print_estimate(resolved, layout, gpu, assumptions, write)
+
+
+def _print_estimate(
+    recipe: Recipe, layout: ClusterLayout, gpu: str, assumptions: dict[str, Any], file: Path | None
+) -> int:
+    """Print an estimate, and write the recipe with the values that fit to `file`. Returns the exit
+    code: 2 if nothing fits.
+    """
+    from pocl_ds.cluster.estimate_page import (
+        Assumptions,
+        Estimate,
+        device_by_name,
+        estimate_lines,
+        fitting_overrides,
+    )
+    from pocl_ds.config.recipe_file import dump_recipe, override_recipe
+    from pocl_ds.workflow.files import atomic_write
+
+    estimate = Estimate(recipe, Assumptions(layout, device_by_name(gpu), **assumptions))
+    lines, fitting = estimate_lines(estimate)
     print("\n".join(lines))
     if fitting is None:
         return 2
-    if write:
-        with atomic_write(write) as stream:
-            stream.write(dump_recipe(override_recipe(resolved, fitting_overrides(sizes, fitting))))
-        print(f"written: {write}")
+    if file:
+        fitting_recipe = override_recipe(recipe, fitting_overrides(estimate, fitting))
+        with atomic_write(file) as stream:
+            stream.write(dump_recipe(fitting_recipe))
+        print(f"written: {file}")
     return 0
 
 

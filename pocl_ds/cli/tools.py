@@ -14,7 +14,7 @@ from pocl_ds.cli.parameters import OverridesArgument, complete_profile, complete
 from pocl_ds.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from pocl_ds.study.plan import Cell
+    from pocl_ds.study.plan import Cell, StudyConfig
 
 PANEL = "Tools"
 REFRESH_SECONDS = 5.0
@@ -122,30 +122,29 @@ def study(
     from pocl_ds.runtime.logs import setup_logging
     from pocl_ds.study.plan import cells_of, load_study
     from pocl_ds.study.run import is_finished, run_cells
-    from pocl_ds.study.table import progress_lines, result_lines
 
-    # Read the study and its cells.
     setup_logging()
     config = load_study(source)
     cells = cells_of(config, tuple(overrides or ()))
     folder = run_dir or Path("runs") / config.name
-
-    def finished() -> bool:
-        return all(is_finished(folder, cell) for cell in cells)
-
-    # Submit or run what is left.
-    if profile and not dry_run and not finished():
+    if profile and not dry_run and not all(is_finished(folder, cell) for cell in cells):
         return _submit(folder, cells, profile, nodes)
     if not (dry_run or table or watch or profile):
         run_cells(folder, cells)
+    return _show_study(folder, config, cells, watch=watch)
 
-    # Show progress and results. The screen is cleared only when the text, which takes a moment to
-    # compute, is ready.
+
+def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: bool) -> int:
+    """Print progress and results; with `watch` again and again until all cells are finished."""
+    from pocl_ds.study.run import is_finished
+    from pocl_ds.study.table import progress_lines, result_lines
+
+    # The text takes a moment to compute, so the screen is cleared when it is ready.
     clear = "\x1b[H\x1b[J" if watch and sys.stdout.isatty() else ""
     while True:
         lines = [*progress_lines(folder, cells), "", *result_lines(folder, config, cells)]
         print(clear + "\n".join(lines).rstrip(), flush=True)
-        if not watch or finished():
+        if not watch or all(is_finished(folder, cell) for cell in cells):
             return 0
         time.sleep(REFRESH_SECONDS)
 
@@ -177,8 +176,8 @@ def _submit(folder: Path, cells: list[Cell], profile_name: str, nodes: int | Non
         print(f"{cell.name}: {', '.join(job.name for job in submission.jobs)}")
     waiting = sum(not is_finished(folder, cell) for cell in cells) - len(submitted)
     print(
-        f"submitted {len(submitted)} of {len(cells)} cells; {waiting} are running or wait for "
-        f"shared results: repeat this command, and watch with "
+        f"submitted {len(submitted)} of {len(cells)} cells; running or waiting for shared results: "
+        f"{waiting}; repeat this command to submit them, and watch the jobs with "
         f"`pocl status --run-dir {folder} --watch`"
     )
     return 0
