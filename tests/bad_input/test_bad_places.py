@@ -79,21 +79,21 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "of another recipe": (
         lambda run: None,
         ("run", "data.test_fraction=0.2"),
-        "run directory RUN holds the finished stage 'data' of "
+        "run directory RUN holds the finished step 'preprocess' of "
         "another recipe (changed: data.test_fraction): choose another --run-dir, or undo the change",
     ),
     "half a manifest": (
         written("data/manifest.json", "{"),
         ("run",),
         "RUN/data/manifest.json is damaged (Expecting property name "
-        "enclosed in double quotes: line 1 column 2 (char 1)): remove it and run its stage again",
+        "enclosed in double quotes: line 1 column 2 (char 1)): remove it and run its step again",
     ),
     "a manifest that is nested without end": (
         written("data/manifest.json", "[" * 100_000),
         ("run",),
         "RUN/data/manifest.json is damaged (maximum recursion depth exceeded while decoding a "
         "JSON array from a unicode string): "
-        "remove it and run its stage again",
+        "remove it and run its step again",
     ),
     "a list as manifest": (written("data/manifest.json", "[]"), ("run",), STRANGE),
     "files as a list": (changed(files=[]), ("run",), STRANGE),
@@ -101,24 +101,24 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a manifest of the future": (
         changed(schema=9),
         ("run",),
-        "RUN/data/manifest.json has schema 9, this program writes 1: use another --run-dir",
+        "RUN/data/manifest.json has schema 9 and this program writes 1: choose another --run-dir",
     ),
     "a recipe that is none": (
         written("recipe.yaml", "a: ["),
         ("run",),
         "RUN/recipe.yaml line 1 is not valid YAML (expected the node content, but found '<stream "
-        "end>'): mend it",
+        "end>'): fix it",
     ),
     "models that are none": (
         written("models/models.json", "[]"),
         ("score",),
         "RUN/models/models.json is damaged (it names no student): remove its folder and run `pocl "
-        "prepare` again",
+        "init-student` again",
     ),
     "no models": (
         lambda run: None,
         ("score",),
-        "RUN/models/models.json is missing: run the stage that makes it",
+        "RUN/models/models.json is missing: run the step that writes it",
     ),
     "no order": (
         lambda run: None,
@@ -128,19 +128,19 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "no training": (
         lambda run: None,
         ("export",),
-        "RUN/train/final is missing or unfinished: run `pocl train` to its end",
+        "RUN/train/final is missing or unfinished: finish `pocl train` first",
     ),
     "a folder as lock": (
         lambda run: (run / ".lock").mkdir(),
         ("run",),
-        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move what "
+        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move the file that "
         "is in the way",
     ),
     "a file as logs": (
         written("logs", ""),
         ("score",),
         "RUN/logs/score.log cannot be written (File exists: RUN/logs): choose another --run-dir "
-        "or move what is in the way",
+        "or move the file that is in the way",
     ),
     "an unknown ds_config": (
         lambda run: None,
@@ -154,12 +154,12 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         ("run", "student.ds_config=RUN/logs/ds.json"),
         "ds_config RUN/logs/ds.json is not "
         "valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char "
-        "1)): mend the file",
+        "1)): fix the file",
     ),
     "a list as ds_config": (
         written("logs/ds.json", "[]"),
         ("run", "teacher.ds_config=RUN/logs/ds.json"),
-        f"ds_config RUN/logs/ds.json must hold an object: start from one in {DS_CONFIGS}",
+        f"ds_config RUN/logs/ds.json must be an object: start from one in {DS_CONFIGS}",
     ),
     "a number as a section": (
         written("logs/ds.json", '{"optimizer": 3}'),
@@ -189,7 +189,7 @@ def test_places_that_are_no_run_directory(
     file.write_text("x")
     other.mkdir()
     (other / "photo").write_text("x")
-    way = "cannot be written ({}): choose another --run-dir or move what is in the way"
+    way = "cannot be written ({}): choose another --run-dir or move the file that is in the way"
     for command in ("run", "preprocess"):
         said = sentence(capsys, command, recipe, "--run-dir", file)
         assert said == f"{file} {way.format(f'File exists: {file}')}"
@@ -262,35 +262,35 @@ def test_without_permission(
 RANKS: dict[str, tuple[dict[str, str], str]] = {
     "a word as rank": (
         {"RANK": "one"},
-        "RANK='one' is no number: start ranks through launch/train.sh, or unset it",
+        "RANK='one' is not a number: start ranks with launch/train.sh, or unset it",
     ),
     "no rank at all": (
         {"RANK": ""},
-        "RANK='' is no number: start ranks through launch/train.sh, or unset it",
+        "RANK='' is not a number: start ranks with launch/train.sh, or unset it",
     ),
     "a negative rank": (
         {"RANK": "-1"},
-        "RANK='-1' is no number: start ranks through launch/train.sh, or unset it",
+        "RANK='-1' is not a number: start ranks with launch/train.sh, or unset it",
     ),
     "a word as world": (
         {"WORLD_SIZE": "two"},
-        "WORLD_SIZE='two' is no number: start ranks through launch/train.sh, or unset it",
+        "WORLD_SIZE='two' is not a number: start ranks with launch/train.sh, or unset it",
     ),
     "a rank beyond the world": (
         {"RANK": "2", "WORLD_SIZE": "2"},
-        "RANK=2 is not below WORLD_SIZE=2: start ranks through launch/train.sh, or unset both",
+        "RANK=2 is not less than WORLD_SIZE=2: start ranks with launch/train.sh, or unset both",
     ),
     "an empty world": (
         {"RANK": "0", "WORLD_SIZE": "0"},
-        "RANK=0 is not below WORLD_SIZE=0: start ranks through launch/train.sh, or unset both",
+        "RANK=0 is not less than WORLD_SIZE=0: start ranks with launch/train.sh, or unset both",
     ),
     "nowhere to meet": (
         {"RANK": "0", "WORLD_SIZE": "2"},
-        "MASTER_ADDR is not set, where 2 ranks would meet: start ranks through launch/train.sh",
+        "MASTER_ADDR is not set, and 2 ranks need it to connect: start ranks with launch/train.sh",
     ),
     "no port to meet at": (
         {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
-        "MASTER_PORT is not set, where 2 ranks would meet: start ranks through launch/train.sh",
+        "MASTER_PORT is not set, and 2 ranks need it to connect: start ranks with launch/train.sh",
     ),
 }
 
@@ -387,7 +387,7 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
         b"a: [",
         *[
             "FILE line 1 is not valid YAML (expected the node content, but found '<stream end>'): "
-            "mend it"
+            "fix it"
         ]
         * 2,
     ),
@@ -395,11 +395,11 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "a list": (
         b"[]",
         "FILE holds no fields: start from a shipped study in launch/studies/",
-        f"profile FILE holds no fields: start from one in {PROFILES}, or from `pocl profile detect`",
+        f"profile FILE has no fields: start from one in {PROFILES}, or from `pocl profile detect`",
     ),
     "a key twice": (
         b"name: x\nname: y\n",
-        *["FILE line 2 is not valid YAML ('name' stands there twice): mend it"] * 2,
+        *["FILE line 2 is not valid YAML (the key 'name' appears twice): fix it"] * 2,
     ),
 }
 
@@ -432,5 +432,5 @@ def test_names_of_studies_profiles_and_benchmarks(
             f"there is no benchmark '{name}': choose one of rouge, "
         )
         assert sentence(capsys, "estimate", recipe, "--gpu", name).startswith(
-            f"--gpu {name}: take one of "
+            f"--gpu {name}: choose one of "
         )
