@@ -1,21 +1,27 @@
-"""What a module of yours registers, named in a recipe's `plugins`: one function and one decorator
-for each method.
+"""Decorators for methods of your own. A recipe names the module that uses them in `plugins`.
 
     from pocl_ds import plugins
 
-    @plugins.divergence("mine", weight=0.5)         # loss.name=mine, loss.options.weight
-    def mine(log_p, log_q, *, weight): ...          # [tokens, ids] both -> [tokens]
+    # loss.name=squares, loss.options.weight
+    @plugins.divergence("squares", weight=0.5)
+    def squares(log_p, log_q, *, weight):
+        return weight * (log_p.exp() - log_q.exp()).square().sum(-1)
 
-    @plugins.metric("length")                       # score.metrics=[length], and ranking.strategy=length: small is easy
-    def length(responses, references, log_probs): ...   # one number a sample
+    # score.metrics=[length] and ranking.strategy=length: a smaller number is easier
+    @plugins.metric("length")
+    def length(responses, references, log_probs):
+        return [len(texts[0]) for texts in references]
 
-    @plugins.strategy("alternate")                  # ranking.strategy=alternate
-    def alternate(scored): ...                      # difficulty.rank.Scored -> indices, easiest first
+    # ranking.strategy=shortest_id_first
+    @plugins.strategy("shortest_id_first")
+    def shortest_id_first(scores):
+        return sorted(range(len(scores.ids)), key=lambda row: len(scores.ids[row]))
 
-    @plugins.policy("mixed", on_policy=True)        # policy.name=mixed, policy.options
-    class Mixed: ...                                # see distill.policies.Policy
+    # policy.name=first_only, policy.options
+    @plugins.policy("first_only", on_policy=False)
+    class FirstOnly(rollouts.policies.OffPolicy): ...
 
-A module is imported wherever a recipe that names it is read, on every rank.
+Every process that reads the recipe imports the module, on every rank.
 """
 
 from __future__ import annotations
@@ -30,8 +36,11 @@ Registered = TypeVar("Registered", bound=Callable[..., Any])
 
 
 def divergence(name: str, **options: float | bool) -> Callable[[Registered], Registered]:
-    """Register a divergence, from log-probabilities of teacher and student [tokens, ids] to
-    [tokens]. options: their defaults.
+    """Register a divergence for `loss.name`.
+
+    The function maps log-probabilities of the teacher and of the student, both [tokens, ids], and
+    the options as keywords, to [tokens]. options: their names and defaults. Raises RecipeError for
+    a name that is taken.
     """
     from pocl_ds.losses.divergences import DIVERGENCES
 
@@ -41,8 +50,11 @@ def divergence(name: str, **options: float | bool) -> Callable[[Registered], Reg
 
 
 def policy(name: str, *, on_policy: bool) -> Callable[[Registered], Registered]:
-    """Register a policy: a class made from (PolicyConfig, write, seed). on_policy: whether it calls
-    `write`.
+    """Register a policy for `policy.name`.
+
+    It is a class with the methods of `rollouts.policies.Policy`, created from (PolicyConfig,
+    generate, seed). on_policy: whether it calls `generate`, which lets the student generate
+    responses. Raises RecipeError for a name that is taken.
     """
     from pocl_ds.rollouts.policies import POLICIES
 
@@ -52,8 +64,12 @@ def policy(name: str, *, on_policy: bool) -> Callable[[Registered], Registered]:
 
 
 def strategy(name: str) -> Callable[[Registered], Registered]:
-    """Register a ranking strategy: from `Scored` to indices, easiest first, a permutation."""
-    from pocl_ds.difficulty.rank import STRATEGIES
+    """Register a strategy for `ranking.strategy`.
+
+    The function maps `curriculum.ranking.DifficultyScores` to a permutation of the rows, easiest
+    first. Raises RecipeError for a name that is taken.
+    """
+    from pocl_ds.curriculum.ranking import STRATEGIES
 
     return _register(
         "ranking strategy",
@@ -65,8 +81,11 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
 
 
 def metric(name: str) -> Callable[[Registered], Registered]:
-    """Register a metric of difficulty, which is a ranking strategy of the same name too: small is
-    easy.
+    """Register a difficulty metric for `score.metrics`, which is a ranking strategy too.
+
+    The function maps the student's responses, the references (a list per sample) and the
+    log-probabilities of the first reference's tokens to one number per sample; a smaller one is
+    easier. Raises RecipeError for a name that is taken.
     """
     from pocl_ds.difficulty.score import METRICS
 
@@ -78,27 +97,26 @@ def metric(name: str) -> Callable[[Registered], Registered]:
 def _register(
     kind: str,
     name: str,
-    registry: dict[str, Any],
-    announce: Callable[[], None],
-    beside: Collection[str] = (),
+    functions: dict[str, Any],
+    add_name: Callable[[], None],
+    other_names: Collection[str] = (),
 ) -> Callable[[Registered], Registered]:
-    """beside: names that a recipe writes into the same field."""
+    """other_names: of another kind, for the same recipe field."""
 
-    def register(found: Registered) -> Registered:
-        before = registry.get(name)
-        if name in beside:
+    def register(function: Registered) -> Registered:
+        existing = functions.get(name)
+        if name in other_names:
             raise RecipeError(
-                f"plugins: ranking.strategy={name} has a meaning already: give your {kind} another "
-                f"name"
+                f"plugins: ranking.strategy={name} exists already: give your {kind} another name"
             )
-        if before is not None:
-            if getattr(before, "__module__", None) != found.__module__:
-                raise RecipeError(
-                    f"plugins: there is a {kind} {name!r} already: give yours another name"
-                )
-            return found  # the same module, imported under a second name
-        registry[name] = found
-        announce()
-        return found
+        if existing is None:
+            functions[name] = function
+            add_name()
+        # The same module may be imported again under a second name.
+        elif getattr(existing, "__module__", None) != function.__module__:
+            raise RecipeError(
+                f"plugins: there is a {kind} {name!r} already: give yours another name"
+            )
+        return function
 
     return register

@@ -1,9 +1,8 @@
-"""Where what is shipped beside the code lies, in a checkout as in an installed wheel, and where
-caches may be written.
+"""Paths of files that are shipped with the code, and the folder for caches.
 
 A checkout, and the copy of the code that jobs run, have `launch/`, `ds_configs/` and `slurm/`
-beside the package. A wheel has them inside it, since site-packages is no place for folders of such
-names.
+beside the package; a wheel has them inside it, because folders of such names do not belong into
+site-packages.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ JOB_TEMPLATE = ROOT / "slurm" / "job.sbatch.j2"
 
 
 def module_command(module: str) -> list[str]:
-    """What runs a module of this very tree in a process of its own: `python -m` looks into the
-    working directory first.
+    """The command that runs a module of this tree in a process of its own. `python -m` would
+    search the working directory first.
     """
     return [sys.executable, str(ROOT / "launch" / "pocl.py"), module]
 
 
 def cache_folder() -> Path:
-    """Where caches go: `.cache` of a checkout, else the user's own, since site-packages belongs to
-    whoever installed it.
+    """The folder for caches: `.cache` of a checkout, or the user's cache folder for an installed
+    package.
     """
     if (ROOT / "pyproject.toml").is_file():
         return ROOT / ".cache"
@@ -42,12 +41,12 @@ def cache_folder() -> Path:
 
 
 def copy_code(target: Path) -> None:
-    """Copy the package and what is shipped with it into a folder, laid out as in a checkout."""
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    """Copy the package and its shipped files into a folder with the layout of a checkout."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, target / name, ignore=unwanted)
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
 
-    def outside(folder: str, names: list[str]) -> set[str]:
-        return unwanted(folder, names) | ({*FOLDERS} if Path(folder) == PACKAGE else set())
+    def ignore_shipped(folder: str, names: list[str]) -> set[str]:
+        return ignore(folder, names) | ({*FOLDERS} if Path(folder) == PACKAGE else set())
 
-    shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=outside)
+    shutil.copytree(PACKAGE, target / PACKAGE.name, ignore=ignore_shipped)

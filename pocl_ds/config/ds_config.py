@@ -61,9 +61,10 @@ def load_ds_config(name: str) -> dict[str, Any]:
 def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) -> dict[str, Any]:
     """The student's configuration without "auto".
 
-    dtype: a torch dtype's name, not "auto". Raises RecipeError if the file and the recipe
-    contradict each other.
+    dtype: the name of a torch dtype, or "auto" if it is not known yet: then the one that the file
+    asks for. Raises RecipeError if the file and the recipe contradict each other.
     """
+    dtype = _dtype_of_file(name) if dtype == "auto" else dtype
     if dtype == "float16":
         raise RecipeError(
             "student.dtype=float16 cannot be trained without loss scaling: use bfloat16 or float32"
@@ -103,6 +104,7 @@ def resolve_teacher(
     """
     if name is None:
         return None
+    dtype = _dtype_of_file(name) if dtype == "auto" else dtype
     values = _batch_values(micro_batch_size, ranks) | {
         ("bf16", "enabled"): (dtype == "bfloat16", "teacher.dtype"),
         ("fp16", "enabled"): (dtype == "float16", "teacher.dtype"),
@@ -134,6 +136,14 @@ def numerics(name: str | None) -> dict[str, Any] | None:
         if key.startswith("zero_quantized")
     }
     return {key: tree[key] for key in NUMERIC_KEYS if key in tree} | zero or None
+
+
+def _dtype_of_file(name: str) -> str:
+    tree = load_ds_config(name)
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if tree.get(section, {}).get("enabled") is True:
+            return dtype
+    return "float32"
 
 
 def _batch_values(micro_batch_size: int, ranks: int) -> Values:

@@ -43,11 +43,6 @@ class Recipe(Section):
     )
     description: str = Field(
         "",
-        description="What the recipe trains, in one sentence; `pocl recipes` shows it; has no effect.",
-        json_schema_extra=RUNTIME_ONLY,
-    )
-    description: str = Field(
-        "",
         description="One sentence about the recipe, shown by `pocl recipes`; has no effect.",
         json_schema_extra=RUNTIME_ONLY,
     )

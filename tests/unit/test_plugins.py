@@ -1,12 +1,11 @@
-"""A module of the user's own adds a divergence, a policy, a strategy and a metric, each one
-function and one line.
-"""
+"""A plugin adds a divergence, a policy, a ranking strategy and a metric."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,19 @@ import torch
 
 from pocl_ds.config import registry
 from pocl_ds.config.recipe_file import check_recipe, load_recipe
-from pocl_ds.difficulty import rank, score
+from pocl_ds.curriculum.ranking import STRATEGIES, rank_by_difficulty
+from pocl_ds.difficulty import score
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import divergences
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.models.heads import Head
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts import policies
 
 MODULE = """
 from pocl_ds import plugins
-from pocl_ds.rollouts.policies import Off
+from pocl_ds.rollouts.policies import OffPolicy
 
 @plugins.divergence("squares", weight=0.5, beta=1.0)
 def squares(log_p, log_q, *, weight, beta):
@@ -38,16 +38,16 @@ def words(responses, references, log_probs):
     return [len(response.split()) for response in responses]
 
 @plugins.strategy("by_id")
-def by_id(scored):
-    return sorted(range(len(scored.ids)), key=lambda place: scored.ids[place])
+def by_id(scores):
+    return sorted(range(len(scores.ids)), key=lambda row: scores.ids[row])
 
 @plugins.policy("twice", on_policy=False)
-class Twice(Off):
-    def __init__(self, config, write, seed):
+class Twice(OffPolicy):
+    def __init__(self, config, generate, seed):
         self.times = config.options["times"]
 
-    def sequences(self, asked):
-        return asked.split, asked.rows[:1].repeat(len(asked.rows))
+    def select_batch(self, request):
+        return request.dataset, request.rows[:1].repeat(len(request.rows))
 """
 
 REGISTRIES: tuple[Any, ...] = (
@@ -55,29 +55,30 @@ REGISTRIES: tuple[Any, ...] = (
     registry.POLICIES,
     registry.STRATEGIES,
     registry.METRICS,
-    divergences.FUNCTIONS,
+    divergences.DIVERGENCES,
     policies.POLICIES,
-    rank.STRATEGIES,
+    STRATEGIES,
     score.METRICS,
 )
 
 
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Its name, importable; what it registers is forgotten afterwards."""
+    """The name of an importable plugin; what it registers is removed afterwards."""
     (tmp_path / "my_methods.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = [copy.copy(registry) for registry in REGISTRIES]
     yield "my_methods"
     sys.modules.pop("my_methods", None)
-    for registered, kept in zip(REGISTRIES, before, strict=True):
+    for registered, original in zip(REGISTRIES, before, strict=True):
         registered.clear()
-        (registered.update if isinstance(registered, dict) else registered.extend)(kept)
+        (registered.update if isinstance(registered, dict) else registered.extend)(original)
 
 
 def recipe(plugin: str, **changes: Any) -> dict[str, Any]:
     return {
         "name": "x",
+        "data": {"source": "d.jsonl"},
         "teacher": {"model": "t"},
         "student": {"model": "s"},
         "plugins": [plugin],
@@ -85,28 +86,29 @@ def recipe(plugin: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_recipe_uses_all_four(plugin: str) -> None:
-    found = check_recipe(
+def test_a_recipe_uses_all_four_kinds(plugin: str) -> None:
+    parsed = check_recipe(
         recipe(
             plugin,
             loss={"name": "squares", "options": {"weight": 0.5, "beta": 4.0}},
-            rank={"strategy": "words"},
+            ranking={"strategy": "words"},
             policy={"name": "twice", "options": {"times": 2}},
             score={"metrics": ["words"]},
         )
     )
-    assert not found.policy.on_policy
+    assert not parsed.policy.on_policy
 
-    source = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
-    heads = [Head(torch.nn.Parameter(draw(20, 4)), None, 1.0, None) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    heads = [OutputHead(torch.nn.Parameter(draw(20, 4)), None, 1.0, None) for _ in range(2)]
     hidden, teacher_hidden = draw(5, 4).requires_grad_(), draw(5, 4)
+    # The divergence is a loss of the fused head, with its gradient.
     sums = loss_sums(
         hidden,
         heads[0],
         torch.arange(5),
-        LossTerms("squares", options=found.loss.options),
-        ids=Ids(20),
+        LossTerms("squares", options=parsed.loss.options),
+        vocab=VocabMap(20),
         teacher_hidden=teacher_hidden,
         teacher_head=heads[1],
     )
@@ -119,37 +121,42 @@ def test_a_recipe_uses_all_four(plugin: str) -> None:
     (gradient,) = torch.autograd.grad(sums[0], hidden)
     assert torch.allclose(gradient, torch.autograd.grad(expected, hidden)[0])
 
-    made = policies.POLICIES["twice"](found.policy, None, 0)
-    asked = policies.Asked(None, 1, None, np.array([4, 5, 6]), lambda: np.empty(0, np.int64))  # type: ignore[arg-type]
-    assert made.sequences(asked)[1].tolist() == [4, 4, 4] and made.state() == {}
+    # The policy trains on one row of each batch.
+    policy = policies.POLICIES["twice"](parsed.policy, None, 0)
+    rows: Any = np.array([4, 5, 6])
+    request = policies.BatchRequest(None, 1, None, rows, lambda: np.empty(0, np.int64))  # type: ignore[arg-type]
+    assert policy.select_batch(request)[1].tolist() == [4, 4, 4] and policy.state_dict() == {}
 
+    # The metric ranks, and so does the strategy.
     values = score.METRICS["words"](["a b c", "a", "a b"], [["x"]] * 3, [])
     metrics = {"words": np.array(values, float)}
-    order = rank.fuse(
-        ["x", "y", "z"], [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], strategy="words", metrics=metrics
+    ranking = rank_by_difficulty(
+        [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], ["x", "y", "z"], strategy="words", metrics=metrics
     )
-    assert order.order == ["y", "z", "x"]
-    assert rank.fuse(["z", "x", "y"], [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], strategy="by_id").order == [
+    assert ranking.ordered_ids == ["y", "z", "x"]
+    assert rank_by_difficulty(
+        [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], ["z", "x", "y"], strategy="by_id"
+    ).ordered_ids == [
         "x",
         "y",
         "z",
     ]
 
 
-def test_a_second_recipe_of_the_same_plugin_is_fine(
+def test_a_second_recipe_may_use_the_same_plugin(
     plugin: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_recipe(recipe(plugin, loss={"name": "squares"}))
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        f"name: x\nteacher: {{model: t}}\nstudent: {{model: s}}\nplugins: [{plugin}]\nloss: "
-        f"{{name: squares}}\n"
+        "name: x\ndata: {source: d.jsonl}\nteacher: {model: t}\nstudent: {model: s}\n"
+        f"plugins: [{plugin}]\nloss: {{name: squares}}\n"
     )
     monkeypatch.chdir(tmp_path)
     assert load_recipe("recipe.yaml", ["loss.options.weight=0.1"]).loss.options == {"weight": 0.1}
 
 
-def test_what_is_wrong_is_said(plugin: str, tmp_path: Path) -> None:
+def test_faults_of_plugins_are_one_sentence(plugin: str, tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"plugins: module nowhere cannot be imported .* PYTHONPATH"
     ):
@@ -158,9 +165,10 @@ def test_what_is_wrong_is_said(plugin: str, tmp_path: Path) -> None:
         check_recipe({**recipe(plugin), "plugins": [], "policy": {"name": "twice"}})
     check_recipe(recipe(plugin))
     with pytest.raises(
-        RecipeError, match=r"ranking\.strategy=words is not scored: name it in score\.metrics"
+        RecipeError,
+        match=r"ranking\.strategy=words is a metric that is not computed: add it to score\.metrics",
     ):
-        check_recipe(recipe(plugin, rank={"strategy": "words"}))
+        check_recipe(recipe(plugin, ranking={"strategy": "words"}))
     (tmp_path / "clashing.py").write_text(
         "from pocl_ds import plugins\nplugins.divergence('fkl')(lambda log_p, log_q: 0)\n"
     )
@@ -170,8 +178,8 @@ def test_what_is_wrong_is_said(plugin: str, tmp_path: Path) -> None:
         (tmp_path / f"clashing_{kind}.py").write_text(
             f"from pocl_ds import plugins\nplugins.{kind}('{name}')(print)\n"
         )
-        with pytest.raises(RecipeError, match=f"ranking.strategy={name} has a meaning already"):
+        with pytest.raises(RecipeError, match=f"ranking.strategy={name} exists already"):
             check_recipe(recipe(f"clashing_{kind}"))
-    rank.STRATEGIES["by_id"] = lambda scored: np.zeros(len(scored.ids), np.int64)
+    STRATEGIES["by_id"] = lambda scores: np.zeros(len(scores.ids), np.int64)
     with pytest.raises(RecipeError, match="does not name every sample once"):
-        rank.fuse(["x", "y"], [0.1, 0.2], [1.0, 2.0], strategy="by_id")
+        rank_by_difficulty([0.1, 0.2], [1.0, 2.0], ["x", "y"], strategy="by_id")

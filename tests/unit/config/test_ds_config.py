@@ -1,4 +1,4 @@
-"""DeepSpeed configurations: every "auto" is filled from the recipe, every contradiction is named."""
+"""DeepSpeed configurations: "auto" is filled from the recipe, contradictions are named."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(folder: Path, name: str, **changes: Any) -> str:
     return str(file)
 
 
-def test_the_five_are_there() -> None:
+def test_five_configurations_are_shipped() -> None:
     shipped = {path.stem for path in DS_CONFIGS.glob("*.json")}
     assert shipped == {
         "student_zero3",
@@ -52,7 +52,7 @@ def test_the_five_are_there() -> None:
 @pytest.mark.parametrize("name", ["student_zero3", "student_zero3_offload", "student_zero2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_student(name: str, dtype: str, ranks: int) -> None:
+def test_a_student_configuration_is_complete(name: str, dtype: str, ranks: int) -> None:
     tree = resolve_student(name, train=TRAIN, dtype=dtype, ranks=ranks)
     assert '"auto"' not in json.dumps(tree)
     assert (tree["train_micro_batch_size_per_gpu"], tree["gradient_accumulation_steps"]) == (4, 1)
@@ -72,7 +72,7 @@ def test_a_student(name: str, dtype: str, ranks: int) -> None:
 
 @pytest.mark.parametrize("name", ["teacher_zero3", "teacher_zero3_offload"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_teacher(name: str, dtype: str) -> None:
+def test_a_teacher_configuration_is_complete(name: str, dtype: str) -> None:
     tree = resolve_teacher(name, dtype=dtype, ranks=2, micro_batch_size=3)
     assert '"auto"' not in json.dumps(tree)
     assert "optimizer" not in tree
@@ -83,7 +83,7 @@ def test_a_teacher(name: str, dtype: str) -> None:
     )
 
 
-def test_a_teacher_is_whole_where_there_is_nothing_to_shard() -> None:
+def test_a_teacher_is_not_sharded_if_there_is_nothing_to_shard() -> None:
     def resolve(name: str | None, ranks: int) -> object:
         return resolve_teacher(name, dtype="float32", ranks=ranks, micro_batch_size=1)
 
@@ -150,33 +150,43 @@ def test_a_value_that_agrees_is_kept(tmp_path: Path) -> None:
         "optimizer__params__weight_decay",
     ],
 )
-def test_what_a_file_leaves_out_is_the_recipe_s(path: str, tmp_path: Path) -> None:
-    """DeepSpeed's own default for clipping is none, for numbers float32: not what the recipe says."""
+def test_missing_values_come_from_the_recipe(path: str, tmp_path: Path) -> None:
+    """DeepSpeed's own defaults, no clipping and float32, are not those of the recipe."""
     tree = load_ds_config("student_zero3")
     *parents, leaf = path.split("__")
     node = tree
     for part in parents:
         node = node[part]
-    kept = node.pop(leaf)
+    removed = node.pop(leaf)
     file = tmp_path / "short.json"
     file.write_text(json.dumps(tree))
-    found, whole = (
+    resolved, expected = (
         resolve_student(name, train=TRAIN, dtype="bfloat16", ranks=2)
         for name in (str(file), "student_zero3")
     )
-    if isinstance(kept, dict):  # what the recipe says nothing of stays DeepSpeed's
-        whole["optimizer"]["params"] = {
-            name: whole["optimizer"]["params"][name] for name in found["optimizer"]["params"]
+    if isinstance(removed, dict):  # fields that the recipe does not have stay DeepSpeed's
+        expected["optimizer"]["params"] = {
+            name: expected["optimizer"]["params"][name] for name in resolved["optimizer"]["params"]
         }
-    assert found == whole
+    assert resolved == expected
 
 
-def test_a_number_in_place_of_an_object_is_named(tmp_path: Path) -> None:
+def test_a_number_instead_of_an_object_is_named(tmp_path: Path) -> None:
     for path, fault in (("optimizer__params", "optimizer.params"), ("bf16", "bf16")):
         with pytest.raises(RecipeError, match=rf"{fault} must be an object"):
             resolve_student(
                 write(tmp_path, "student_zero3", **{path: 3}), train=TRAIN, dtype="float32", ranks=1
             )
+
+
+@pytest.mark.parametrize("enabled", ["auto", False, True])
+def test_an_unknown_dtype_contradicts_no_file(enabled: object, tmp_path: Path) -> None:
+    """The machine that checks a recipe may have no GPU, and the one that trains may have some."""
+    student = write(tmp_path, "student_zero3", bf16__enabled=enabled)
+    resolved = resolve_student(student, train=TRAIN, dtype="auto", ranks=2)
+    assert resolved["bf16"]["enabled"] is (enabled is True)
+    teacher = write(tmp_path, "teacher_zero3", bf16__enabled=enabled)
+    assert resolve_teacher(teacher, dtype="auto", ranks=2, micro_batch_size=1) is not None
 
 
 def test_float16_students_are_refused() -> None:
@@ -195,7 +205,7 @@ def test_a_teacher_has_no_optimizer(name: str, word: str, tmp_path: Path) -> Non
         resolve_teacher(changed, dtype="float32", ranks=1, micro_batch_size=1)
 
 
-def test_a_teacher_is_sharded(tmp_path: Path) -> None:
+def test_a_teacher_needs_zero_stage_3(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="stage=2"):
         resolve_teacher(
             write(tmp_path, "teacher_zero3", zero_optimization__stage=2),
