@@ -15,8 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from pocl_ds.config import BenchmarkConfig, EvaluateConfig
-from pocl_ds.data.records import Sample, read_normalised, read_samples
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.sources import read_samples
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -103,7 +104,7 @@ def chosen(ids: Sequence[str], limit: int | None) -> list[int]:
     return sorted(by_hash[:limit])
 
 
-def split_ids(split: EncodedSplit) -> list[str]:
+def split_ids(split: TokenizedSplit) -> list[str]:
     """The ids of a split as text."""
     return [bytes(value).decode() for value in split.ids]
 
@@ -115,7 +116,7 @@ def seen_in_training(run: RunDirectory, asked: Mapping[str, Sequence[Sample]]) -
     keys = {name: [sample.prompt_key for sample in samples] for name, samples in asked.items()}
     every, seen = {key for of_one in keys.values() for key in of_one}, set[str]()
     if every:
-        training = (sample.prompt_key for sample in read_normalised(run.data / "train.jsonl"))
+        training = (sample.prompt_key for sample in read_sample_file(run.data / "train.jsonl"))
         seen = {key for key in training if key in every}
     found = {name: sum(key in seen for key in of_one) for name, of_one in keys.items()}
     for name, count in found.items():
@@ -165,7 +166,7 @@ def _samples(
     run: RunDirectory, benchmark: BenchmarkConfig, folder: str | None, name: str
 ) -> list[Sample]:
     if benchmark.source == HELD_OUT:
-        return list(read_normalised(run.data / "test.jsonl"))
+        return list(read_sample_file(run.data / "test.jsonl"))
     fields = {str(ours): theirs for ours, theirs in benchmark.fields.items()}
     known, setting = KNOWN.get(benchmark.source), f"evaluate.benchmarks.{name}.fields"
     if known is None:

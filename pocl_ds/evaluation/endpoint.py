@@ -1,144 +1,100 @@
-"""One question to an OpenAI-compatible endpoint, with the standard library: POST
-BASE_URL/chat/completions.
+"""The judge's endpoint: one question to an OpenAI-compatible chat completion API.
 
-The key goes into one header of the request and nowhere else: not into logs, messages, files, nor to
-another host.
+The client is the `openai` package, which retries with exponential backoff. The API key stays in
+its authorization header: it is never logged, written to a file, or sent to another host.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
-import random
-import threading
-import urllib.error
-import urllib.request
 from typing import Any
 
 from pocl_ds.config import JudgeConfig
 from pocl_ds.errors import ResourceError
 
-AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # worth another try
-REFUSED = (400, 413, 422)  # may be this question's own fault
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before a question is put again
+REJECTED_REQUEST = (400, 413, 422)  # status codes that the question itself may cause
+BUSY = (408, 409, 429)  # and every code from 500: the client has retried these
 
 
-class Endpoint:
-    """Where questions go. Raises ResourceError where evaluate.judge.api_key_env names a variable that
-    is not set.
+class RejectedQuestionError(ResourceError):
+    """The endpoint rejects this question; others may still succeed."""
+
+
+class JudgeEndpoint:
+    """Sends questions to the judge. Safe to call from several threads.
+
+    Raises:
+        ResourceError: evaluate.judge.api_key_env names a variable that is not set.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
-        self.config, self.url = config, f"{config.base_url.rstrip('/')}/chat/completions"
+        import httpx
+        import openai
+
+        self.config = config
         self._key = os.environ.get(config.api_key_env, "") if config.api_key_env else ""
         if config.api_key_env and not self._key:
             raise ResourceError(
-                f"evaluate.judge.api_key_env names {config.api_key_env}, which is not set: export the "
-                f"judge's key there"
+                f"evaluate.judge.api_key_env names {config.api_key_env}, which is not set: export "
+                "the judge's key in it"
             )
-        self.stop = threading.Event()  # set: nobody waits any more for an answer
-        self._opener = urllib.request.build_opener(_NoRedirects)
-
-    def ask(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
-        """The text of the answer, without thoughts, and whether it came to its end. Tries again
-        while the endpoint is busy or away; raises ResourceError where it stays so, RefusedError
-        where it does not take this question.
-        """
-        wait = FIRST_WAIT
-        for attempt in range(self.config.max_retries + 1):
-            try:
-                return self._once(messages)
-            except _Busy as busy:
-                if attempt == self.config.max_retries or self.stop.is_set():
-                    raise ResourceError(
-                        f"the judge at {self.url} does not answer ({busy}) after {attempt + 1} "
-                        f"tries: what is judged is kept, "
-                        "start the same command again when it is there, or check "
-                        "evaluate.judge.base_url"
-                    ) from None
-                # Requests that failed together must not come back together.
-                self.stop.wait(min(max(wait * random.uniform(0.5, 1.5), busy.after), LONGEST_WAIT))
-                wait *= 2
-        raise AssertionError("unreachable")
-
-    def _once(self, messages: list[dict[str, str]]) -> tuple[str, bool]:
-        config = self.config
-        body: dict[str, Any] = {
-            "model": config.model,
-            "messages": messages,
-            config.max_tokens_parameter: config.max_tokens,
-        }
-        if config.temperature is not None:
-            body["temperature"] = config.temperature
-        headers = {
-            "Content-Type": "application/json",
-            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-        }
-        request = urllib.request.Request(
-            self.url, json.dumps(body).encode(), headers, method="POST"
+        self._client = openai.OpenAI(
+            base_url=config.base_url,
+            api_key=self._key or "none",
+            timeout=config.timeout_seconds,
+            max_retries=config.max_retries,
+            # A redirect would carry the key to another host, and turn the POST into a GET.
+            http_client=httpx.Client(follow_redirects=False),
         )
-        try:
-            with self._opener.open(request, timeout=config.timeout_seconds) as response:
-                return self._content(response.read())
-        except urllib.error.HTTPError as error:
-            said = self._hidden(" ".join(error.read(2000).decode(errors="replace").split())[:200])
-            if error.code in AGAIN:
-                raise _Busy(
-                    f"HTTP {error.code}: {said}", _seconds(error.headers.get("Retry-After"))
-                ) from None
-            kind = RefusedError if error.code in REFUSED else ResourceError
-            raise kind(
-                f"the judge at {self.url} refuses the question (HTTP {error.code}: {said}): check "
-                "evaluate.judge.base_url, model and api_key_env, max_tokens_parameter and temperature"
-            ) from None
-        except (
-            OSError,
-            http.client.HTTPException,
-        ) as error:  # no connection, a timeout, an answer cut short
-            raise _Busy(
-                self._hidden(str(getattr(error, "reason", None) or error or type(error).__name__))
-            ) from None
 
-    def _content(self, body: bytes) -> tuple[str, bool]:
+    def ask(self, question: str) -> tuple[str, bool]:
+        """The judge's reply without its `<think>` part, and whether it is complete.
+
+        Raises:
+            RejectedQuestionError: the endpoint rejects this question.
+            ResourceError: the endpoint does not answer, or does not speak the protocol.
+        """
+        import openai
+
+        options: dict[str, Any] = {self.config.max_tokens_parameter: self.config.max_tokens}
+        if self.config.temperature is not None:
+            options["temperature"] = self.config.temperature
         try:
-            choice = json.loads(body)["choices"][0]
-            content = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError):
+            completion = self._client.chat.completions.create(
+                model=self.config.model, messages=[{"role": "user", "content": question}], **options
+            )
+            choice = completion.choices[0]
+            content = choice.message.content
+        except openai.APIStatusError as error:
+            raise self._status_error(error.status_code, error.response.text) from None
+        except openai.APIConnectionError as error:  # no connection, a timeout
+            raise self._unavailable(str(error.__cause__ or error)) from None
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError):
             raise ResourceError(
-                f"the judge at {self.url} does not speak the protocol of OpenAI's chat "
-                f"completions: check "
-                "evaluate.judge.base_url, which mostly ends in /v1"
+                f"the judge at {self.config.base_url} does not speak the protocol of OpenAI's chat "
+                "completions: check evaluate.judge.base_url, which usually ends in /v1"
             ) from None
-        said = (
-            self._hidden(content.rpartition("</think>")[2]) if isinstance(content, str) else ""
-        )  # null: it said nothing
-        return said, choice.get("finish_reason") != "length"
+        text = content.rpartition("</think>")[2] if isinstance(content, str) else ""
+        return self._without_key(text), choice.finish_reason != "length"
 
-    def _hidden(self, text: str) -> str:
-        """What an endpoint said, without the key, which some repeat."""
+    def _status_error(self, code: int, body: str) -> ResourceError:
+        reason = f"HTTP {code}: {' '.join(body.split())[:200]}"
+        if code in BUSY or code >= 500:
+            return self._unavailable(reason)
+        kind = RejectedQuestionError if code in REJECTED_REQUEST else ResourceError
+        return kind(
+            f"the judge at {self.config.base_url} rejects the question "
+            f"({self._without_key(reason)}): check evaluate.judge.base_url, model, api_key_env, "
+            "max_tokens_parameter and temperature"
+        )
+
+    def _unavailable(self, reason: str) -> ResourceError:
+        return ResourceError(
+            f"the judge at {self.config.base_url} does not answer ({self._without_key(reason)}) "
+            f"after {self.config.max_retries + 1} tries: the verdicts so far are saved, run the "
+            "same command again when it is back, or check evaluate.judge.base_url"
+        )
+
+    def _without_key(self, text: str) -> str:
+        """Text of the endpoint without the key, which some endpoints repeat."""
         return text.replace(self._key, "***") if self._key else text
-
-
-class RefusedError(ResourceError):
-    """One question that the endpoint does not take."""
-
-
-class _Busy(Exception):
-    """The endpoint may answer later; after: seconds that it asks for."""
-
-    def __init__(self, said: str, after: float = 0.0) -> None:
-        super().__init__(said)
-        self.after = after
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """The key must not follow a redirect to another host, and a POST would become a GET."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _seconds(text: str | None) -> float:
-    """Of a Retry-After header in seconds; its other form, a date, is left to our own waits."""
-    return float(text) if text and text.isdigit() else 0.0

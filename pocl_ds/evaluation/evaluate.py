@@ -16,7 +16,7 @@ from typing import Any
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, semantic_fields
 from pocl_ds.data.records import Sample
-from pocl_ds.data.tokenized import EncodedSplit, Encoder
+from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation.answers import (
     answers_file,
@@ -34,24 +34,16 @@ from pocl_ds.evaluation.benchmarks import (
     split_ids,
 )
 from pocl_ds.evaluation.held_out_loss import held_out as measure
-from pocl_ds.evaluation.judge import judged
+from pocl_ds.evaluation.judge import summarize_verdicts
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.generation.protocol import Generator, SamplingParams
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.metrics.text import exact_match
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.runtime.tracking import Progress
-from pocl_ds.workflow.run_dir import (
-    MANIFEST,
-    RunDirectory,
-    atomic_write,
-    fingerprint,
-    read_json,
-    read_manifest,
-    read_models,
-    write_json,
-    write_manifest,
-)
+from pocl_ds.runtime.progress import Progress
+from pocl_ds.workflow.files import atomic_write, read_json, write_json
+from pocl_ds.workflow.manifest import MANIFEST, fingerprint, read_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 log = logging.getLogger("pocl_ds")
 
@@ -97,7 +89,7 @@ def answer(
     """
     check_names(config.benchmarks)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    encoder = Encoder(tokenizer, prompt)
+    encoder = SampleTokenizer(tokenizer, prompt)
     asked = {name: questions(run, config, name) for name in config.benchmarks}
     how = settings(prompt, config)
     prints = {
@@ -132,7 +124,7 @@ def answer(
         max_length=prompt.max_prompt_tokens + config.max_new_tokens,
         threads=threads,
         trust_remote_code=trust_remote_code,
-        instead="evaluate.generation.backend=transformers",
+        alternative="evaluate.generation.backend=transformers",
     )
     try:
         with Progress(
@@ -198,7 +190,7 @@ def held_out(
             "the teacher is evaluated as its model is, not quantised to %s as training asked it",
             teacher.quantization,
         )
-    split = EncodedSplit.open(run.data, TEST)
+    split = TokenizedSplit.open(run.data, TEST)
     benchmarks = {
         name: questions(run, config, name)
         for name, one in config.benchmarks.items()
@@ -262,7 +254,7 @@ def summarise(
             found |= {key: measured[key] for key in ("loss", "kl") if key in measured}
             if (
                 config.judge is not None
-                and (verdict := judged(run, config, model, name)) is not None
+                and (verdict := summarize_verdicts(run, config, model, name)) is not None
             ):
                 found["judge"] = verdict
             if name in seen:
@@ -287,12 +279,12 @@ def summarise(
 
 
 def _prompts(
-    encoder: Encoder, name: str, model: str, samples: Sequence[Sample]
+    encoder: SampleTokenizer, name: str, model: str, samples: Sequence[Sample]
 ) -> tuple[list[list[int]], int]:
     """A benchmark's prompts as this model reads them, and how many were cut: their ends, a chat
     template's too, are missing.
     """
-    ids, cut = encoder.prompts(samples)
+    ids, cut = encoder.tokenize_prompts(samples)
     if cut:
         log.warning(
             "benchmark %s, %s: %d of %d prompts are cut to prompt.max_prompt_tokens=%d and "
@@ -326,27 +318,31 @@ def _write_answers(
     samples: Sequence[Sample],
     prompts: Sequence[list[int]],
     generator: Generator,
-    encoder: Encoder,
+    encoder: SampleTokenizer,
     config: EvaluateConfig,
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
     """Answer and score, an item a line; what there is to say of it: seconds, tokens."""
-    start, before, writing = time.monotonic(), generator.tokens, 0.0
+    start, before, writing = time.monotonic(), generator.processed_tokens, 0.0
     size = ROUNDS * config.generation.max_num_seqs
     with atomic_write(file) as stream:
         for first in range(0, len(samples), size):
             part = samples[first : first + size]
-            sampling = Sampling(
-                config.temperature, config.top_p, config.max_new_tokens, seed=seed, first=first
+            sampling = SamplingParams(
+                config.temperature, config.top_p, config.max_new_tokens, seed=seed, first_index=first
             )
             began = time.monotonic()
-            texts = generator.generate(prompts[first : first + size], sampling)
+            texts = generator.generate(
+                prompts[first : first + size],
+                sampling,
+                lambda finished: progress.advance(finished, seed=seed),
+            )
             writing += time.monotonic() - began
             for sample, text in zip(part, texts, strict=True):
                 record = {
                     "id": sample.id,
-                    "prompt": encoder.template.text(sample),
+                    "prompt": encoder.template.render(sample),
                     "instruction": sample.instruction,
                     "input": sample.input,
                     "response": text,
@@ -355,8 +351,7 @@ def _write_answers(
                     "exact_match": exact_match(text, sample.references),
                 }
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            progress.advance(len(part), seed=seed)
-    seconds, tokens = time.monotonic() - start, generator.tokens - before
+    seconds, tokens = time.monotonic() - start, generator.processed_tokens - before
     return {
         "seconds": seconds,
         "answers_per_second": len(samples) / seconds,

@@ -1,5 +1,5 @@
-"""The trained student as a Hugging Face folder for others, checked key by key against what the
-trainer saved.
+"""Export of the trained student as a Hugging Face folder, checked tensor by tensor against the
+trainer's weights.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-STAGE = "export"
-# What a model folder is made of; logs, optimizer states and whatever else lies there stay behind.
+STEP_NAME = "export"
+# Files of a model folder; logs, optimizer states and all other files are not exported.
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
-# Fields in which transformers keeps where a model was loaded from: a path of this machine is
-# nobody's business.
+# Fields in which transformers records the local path that a model was loaded from.
 LOCAL_FIELDS = (
     "_name_or_path",
     "name_or_path",
@@ -52,20 +51,25 @@ def export(
     fingerprint: str,
     trust_remote_code: bool = False,
 ) -> Path:
-    """Write train/final with a model card to `out` (default: export/ of the run) and check it;
-    returns the folder.
+    """Write train/final with a model card to `out` (default: export/ of the run) and check it.
 
-    The folder appears as a whole or not at all. Raises ArtifactError where training is unfinished,
-    where a weight differs from the trainer's (naming it), or where `out` holds something else.
+    The folder is written atomically.
+
+    Returns:
+        The exported folder.
+
+    Raises:
+        ArtifactError: training is unfinished, a weight differs from the trainer's (the message
+            names it), or `out` holds something else.
     """
     target = (out or run.export).expanduser().resolve()
-    existing = _ours(target)
+    existing = _earlier_export(target)
     if (
         existing
         and existing.fingerprint == fingerprint
         and not damaged_files(target, existing, checksums=False)
     ):
-        log.info("the exported model is there already: %s", target)
+        log.info("the export is up to date: %s", target)
         return target
     start = time.monotonic()
     source = run.train / "final"
@@ -78,35 +82,36 @@ def export(
             model_card(run, recipe_yaml, parameters), encoding="utf-8"
         )
         info = {"parameters": parameters, "seconds": time.monotonic() - start}
-        write_manifest(folder, STAGE, fingerprint, info=info)
+        write_manifest(folder, STEP_NAME, fingerprint, info=info)
     log.info("exported %.1f million parameters to %s", parameters / 1e6, target)
     return target
 
 
 def check_weights(source: Path, folder: Path) -> None:
-    """Every tensor of `source` stands in `folder` with the same key, shape, dtype and bytes, and no
-    other.
+    """Check that both folders hold the same tensors: keys, shapes, dtypes and bytes.
 
-    Raises ArtifactError naming the first key that differs.
+    Raises:
+        ArtifactError: a tensor differs; the message names the first key.
     """
-    expected, found = _keys(source), _keys(folder)
-    for key in sorted(expected.keys() | found.keys()):
-        if key not in found or key not in expected:
+    expected, exported = _keys(source), _keys(folder)
+    for key in sorted(expected.keys() | exported.keys()):
+        if key not in exported or key not in expected:
             raise ArtifactError(
                 f"weight {key} is {'missing from' if key in expected else 'unknown in'} the "
-                f"exported model: "
-                "export it again"
+                "exported model: export it again"
             )
-        fault = _difference(_tensor(expected[key], key), _tensor(found[key], key))
+        fault = _difference(_tensor(expected[key], key), _tensor(exported[key], key))
         if fault:
             raise ArtifactError(f"weight {key} of the exported model {fault}: export it again")
 
 
 def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
-    """Load the folder as a user would and compare with its files; returns the number of parameters.
+    """Load the folder as a user would, compare the model with the files, and count its parameters.
 
-    Nothing may be missing or superfluous; a tied head may be absent from the files. Raises
-    ArtifactError naming the key.
+    A tied head may be absent from the files.
+
+    Raises:
+        ArtifactError: a key is missing, unexpected or different; the message names it.
     """
     with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -118,8 +123,7 @@ def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
             key = min(str(entry if isinstance(entry, str) else entry[0]) for entry in report[kind])
             raise ArtifactError(
                 f"the exported model loads with {kind.replace('_', ' ')} ({key}): the trainer's "
-                f"weights and "
-                "config.json do not go together, train again"
+                "weights and config.json do not match, train again"
             )
     state = model.state_dict()
     for key, file in _keys(folder).items():
@@ -127,13 +131,17 @@ def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
         if fault:
             raise ArtifactError(
                 f"weight {key} of the exported model {fault} once loaded: check torch_dtype in "
-                f"config.json"
+                "config.json"
             )
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _ours(target: Path) -> Manifest | None:
-    """The manifest of an earlier export. Raises ArtifactError where something else lies there."""
+def _earlier_export(target: Path) -> Manifest | None:
+    """The manifest of an earlier export in `target`, if any.
+
+    Raises:
+        ArtifactError: `target` holds something else.
+    """
     if not target.exists():
         return None
     if not target.is_dir():
@@ -141,32 +149,32 @@ def _ours(target: Path) -> Manifest | None:
     present = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
     if not present:
         return None
-    foreign = f"{target} exists and is no export of this program: name a new folder with --out"
+    foreign = f"{target} exists and is not an export of pocl_ds: name a new folder with --out"
     try:
         manifest = read_manifest(target)
     except ArtifactError:
         raise ArtifactError(foreign) from None
-    if manifest is None or manifest.step != STAGE:
+    if manifest is None or manifest.step != STEP_NAME:
         raise ArtifactError(foreign)
     added = present - manifest.files.keys() - {MANIFEST}
     if added:
         raise ArtifactError(
-            f"{target} holds {min(added)}, which is not ours: move it away, or name a new folder "
-            f"with --out"
+            f"{target} holds {min(added)}, which is not part of the export: move it, or name a new "
+            "folder with --out"
         )
     return manifest
 
 
 def _check_source(run: RunDirectory, source: Path) -> None:
-    """The trained weights are whole and as the trainer sealed them."""
+    """Check that the trained weights are complete and match their checksums."""
     manifest = read_manifest(run.train)
     if manifest is None or not (source / "config.json").is_file():
-        raise ArtifactError(f"{source} is missing or unfinished: run `pocl train` to its end")
+        raise ArtifactError(f"{source} is missing or unfinished: finish `pocl train` first")
     faults = damaged_files(run.train, manifest)
     if faults:
         raise ArtifactError(
-            f"the trained model is not as it was saved ({faults[0]}): restore {run.train} or "
-            f"train again"
+            f"the trained model changed after it was saved ({faults[0]}): restore {run.train} or "
+            "train again"
         )
     if not any(source.glob("*.safetensors")):
         raise ArtifactError(f"{source} holds no safetensors: train again")
@@ -192,7 +200,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 def _keys(folder: Path) -> dict[str, Path]:
-    """Key -> the file it lies in. Raises ArtifactError for a damaged file."""
+    """Tensor key -> file that holds it. Raises ArtifactError for a damaged file."""
     keys: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -209,13 +217,11 @@ def _tensor(path: Path, key: str) -> torch.Tensor:
     return tensor
 
 
-def _difference(expected: torch.Tensor, found: torch.Tensor) -> str | None:
-    """What is wrong with a tensor; bytes are compared, so that NaN equals itself and -0.0 is not
-    0.0.
-    """
-    if found.shape != expected.shape:
-        return f"has shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    if found.dtype != expected.dtype:
-        return f"is {found.dtype} instead of {expected.dtype}"
-    raw = [tensor.detach().contiguous().flatten().view(torch.uint8) for tensor in (expected, found)]
-    return None if torch.equal(*raw) else "has other values"
+def _difference(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
+    """How the actual tensor differs, or None. Bytes are compared: NaN equals NaN, 0.0 not -0.0."""
+    if actual.shape != expected.shape:
+        return f"has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if actual.dtype != expected.dtype:
+        return f"is {actual.dtype} instead of {expected.dtype}"
+    raw = [t.detach().contiguous().flatten().view(torch.uint8) for t in (expected, actual)]
+    return None if torch.equal(*raw) else "has different values"

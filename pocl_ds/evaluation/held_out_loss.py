@@ -29,23 +29,29 @@ from torch import Tensor
 from pocl_ds.config import EvaluateConfig, GenerationConfig, PromptConfig
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.records import Sample
-from pocl_ds.data.tokenized import EncodedSplit, Encoder, encode_split
+from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluation.benchmarks import HELD_OUT, chosen, split_ids
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE
-from pocl_ds.models.heads import Head, head_of, hidden_states, splits, unsplit
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
-from pocl_ds.models.vocab import DifferentTokenizers, Ids, Vocabulary, reconcile
-from pocl_ds.runtime.distributed import device
-from pocl_ds.runtime.tracking import Progress
-from pocl_ds.workflow.run_dir import (
-    RunDirectory,
-    damaged_files,
-    disk_faults,
-    read_manifest,
-    write_json,
-    write_manifest,
+from pocl_ds.models.heads import (
+    OutputHead,
+    has_known_head,
+    hidden_states,
+    identity_head,
+    output_head,
 )
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
+from pocl_ds.models.vocab import (
+    IncompatibleTokenizers,
+    VocabMap,
+    VocabularyAlignment,
+    align_vocabularies,
+)
+from pocl_ds.runtime.distributed import device
+from pocl_ds.runtime.progress import Progress
+from pocl_ds.workflow.files import explain_disk_errors, write_json
+from pocl_ds.workflow.manifest import damaged_files, read_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
@@ -92,7 +98,7 @@ def held_out(
     load, info = _Loader(dict(paths), config.generation.dtype, trusted), dict[str, Any]()
     try:
         ids = load.ids()
-    except DifferentTokenizers:
+    except IncompatibleTokenizers:
         log.info(
             "teacher and student have different tokenizers: the students' loss is measured, "
             "without the teacher's and a KL"
@@ -100,7 +106,7 @@ def held_out(
         students = {name: path for name, path in paths.items() if name != TEACHER}
         load, info["kl"] = _Loader(students, config.generation.dtype, trusted), False
         ids = load.ids()
-    with disk_faults(run.evaluation):
+    with explain_disk_errors(run.evaluation):
         run.evaluation.mkdir(parents=True, exist_ok=True)
         for left in run.evaluation.glob(
             f"{SCRATCH}*"
@@ -129,11 +135,11 @@ def held_out(
 
 def token_sums(
     hidden: Tensor,
-    head: Head,
+    head: OutputHead,
     labels: Tensor,
-    ids: Ids,
+    ids: VocabMap,
     teacher_hidden: Tensor | None = None,
-    teacher: Head | None = None,
+    teacher: OutputHead | None = None,
     *,
     is_teacher: bool = False,
 ) -> tuple[float, float]:
@@ -184,37 +190,37 @@ class _Loader:
         config = load_model_config(self.paths[name], trust_remote_code=name in self.trusted)
         return int(config.get_text_config(decoder=True).vocab_size)
 
-    def encoder(self, prompt: PromptConfig) -> Encoder:
+    def encoder(self, prompt: PromptConfig) -> SampleTokenizer:
         """Of the students' tokenizer, in which data/test is written too; references are cut, never
         left out.
         """
-        return Encoder(
+        return SampleTokenizer(
             self.tokenizer((self.students or [TEACHER])[0]),
             prompt.model_copy(update={"overlong": "truncate"}),
         )
 
-    def ids(self) -> Ids:
+    def ids(self) -> VocabMap:
         """The ids that all models share, so that every number is over the same set."""
         rows = {name: self.rows(name) for name in self.paths}
         if TEACHER not in self.paths:
-            return Ids(min(rows.values()))
+            return VocabMap(min(rows.values()))
         teacher = self.tokenizer(TEACHER)
-        found: list[Vocabulary] = [
-            reconcile(teacher, self.tokenizer(name), rows[TEACHER], rows[name])
+        found: list[VocabularyAlignment] = [
+            align_vocabularies(teacher, self.tokenizer(name), rows[TEACHER], rows[name])
             for name in self.students
         ]
         if not found:
-            return Ids(rows[TEACHER])
+            return VocabMap(rows[TEACHER])
         size = min(vocabulary.size for vocabulary in found)
         shared = np.ones(size, bool)
         for vocabulary in found:
             if vocabulary.shared is not None:
                 shared &= vocabulary.shared[:size]
         mapped = found[0].teacher_ids  # all students of a run share one tokenizer
-        one = Vocabulary(
+        one = VocabularyAlignment(
             size, None if shared.all() else shared, "", None if mapped is None else mapped[:size]
         )
-        return Ids.of(one).to(device())
+        return VocabMap.from_alignment(one).to(device())
 
 
 class _Batches:
@@ -223,7 +229,7 @@ class _Batches:
     def __init__(
         self,
         name: str,
-        split: EncodedSplit,
+        split: TokenizedSplit,
         rows: Sequence[int],
         pad: int,
         generation: GenerationConfig,
@@ -255,11 +261,13 @@ class _Batches:
             pending.append(int(row))
         yield collate(self.split, pending, self.pad).to(device())
 
-    def check_labels(self, ids: Ids) -> None:
+    def check_labels(self, ids: VocabMap) -> None:
         """Raises ModelError where a response holds a token that takes no part in the softmax, as
         its loss would be infinite, or a prompt one that the teacher cannot read.
         """
-        found = self.split.first_outside(ids.allowed, prompts=ids.readable, rows=self.rows)
+        found = self.split.find_disallowed_token(
+            ids.allowed, prompts=ids.teacher_readable, rows=self.rows
+        )
         if found is not None:
             raise ModelError(
                 f"{self.name} sample {self.split.ids[found[0]].decode()} holds token id "
@@ -271,7 +279,7 @@ class _Batches:
 def _sets(
     run: RunDirectory,
     config: EvaluateConfig,
-    encoder: Encoder,
+    encoder: SampleTokenizer,
     benchmarks: Mapping[str, Sequence[Sample]],
     folder: Path,
 ) -> dict[str, _Batches]:
@@ -282,7 +290,7 @@ def _sets(
     if manifest is None:
         raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
     pad, generation = int(manifest.info["pad_id"]), config.generation
-    split, sets = EncodedSplit.open(run.data, HELD_OUT), dict[str, _Batches]()
+    split, sets = TokenizedSplit.open(run.data, HELD_OUT), dict[str, _Batches]()
     if len(split):
         sets[HELD_OUT] = _Batches(
             "the test split", split, chosen(split_ids(split), config.max_samples), pad, generation
@@ -291,7 +299,7 @@ def _sets(
         single = (
             replace(sample, references=(text,)) for sample in samples for text in sample.references
         )
-        counts = encode_split(single, encoder, folder, str(number), texts=False)
+        counts = write_tokenized_split(single, encoder, folder, str(number), texts=False)
         if counts.truncated:
             log.warning(
                 "benchmark %s: %d of %d references are cut, or their prompts, for loss and KL: "
@@ -301,7 +309,7 @@ def _sets(
                 counts.truncated,
                 counts.samples,
             )
-        encoded = EncodedSplit.open(folder, str(number))
+        encoded = TokenizedSplit.open(folder, str(number))
         sets[f"{OF_BENCHMARK}{name}"] = _Batches(
             f"benchmark {name}", encoded, range(len(encoded)), pad, generation
         )
@@ -309,11 +317,11 @@ def _sets(
 
 
 def _measure_all(
-    folder: Path, load: _Loader, sets: dict[str, _Batches], ids: Ids
+    folder: Path, load: _Loader, sets: dict[str, _Batches], ids: VocabMap
 ) -> dict[str, Any]:
     """Each model is loaded once, the teacher first; its hidden states wait in `folder`."""
     measured: dict[str, Any] = {}
-    teacher: Head | None = None
+    teacher: OutputHead | None = None
     states: dict[str, Tensor] = {}
     if TEACHER in load.paths:
         teacher, states = _teacher(folder, load, sets, ids)
@@ -329,10 +337,10 @@ def _measure_all(
 def _entry(
     name: str,
     model: Any,
-    teacher: Head | None,
+    teacher: OutputHead | None,
     states: dict[str, Tensor],
     sets: dict[str, _Batches],
-    ids: Ids,
+    ids: VocabMap,
 ) -> dict[str, Any]:
     """What is written down of a model: of the test split, and by benchmark."""
     entry: dict[str, Any] = {"benchmarks": {}}
@@ -349,8 +357,8 @@ def _entry(
 
 
 def _teacher(
-    folder: Path, load: _Loader, sets: dict[str, _Batches], ids: Ids
-) -> tuple[Head, dict[str, Tensor]]:
+    folder: Path, load: _Loader, sets: dict[str, _Batches], ids: VocabMap
+) -> tuple[OutputHead, dict[str, Tensor]]:
     """The teacher's head and its hidden states [n, d] at loss positions, mapped from files; its
     body is freed.
     """
@@ -386,7 +394,12 @@ def _teacher(
 
 @torch.inference_mode()
 def _measure(
-    name: str, model: Any, teacher: Head | None, states: Tensor | None, batches: _Batches, ids: Ids
+    name: str,
+    model: Any,
+    teacher: OutputHead | None,
+    states: Tensor | None,
+    batches: _Batches,
+    ids: VocabMap,
 ) -> tuple[float, float]:
     """Loss and KL per token of a model; of the teacher itself (model None) from its kept hidden
     states.
@@ -422,9 +435,9 @@ def _measure(
 
 def _states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [n, d]."""
-    return batch.at_loss_positions(hidden_states(model, *batch.inputs, split=splits(model)))
+    return batch.at_loss_positions(hidden_states(model, *batch.inputs, split=has_known_head(model)))
 
 
-def _head(model: Any) -> Head:
+def _head(model: Any) -> OutputHead:
     """The model's head; of a family that is not known what stands for one."""
-    return head_of(model) if splits(model) else unsplit(model)
+    return output_head(model) if has_known_head(model) else identity_head(model)

@@ -1,6 +1,4 @@
-"""The exported student to the Hub: exactly the files that `pocl export` wrote and sealed, and its
-model card.
-"""
+"""Upload of the exported student to the Hub: exactly the files that `pocl export` wrote."""
 
 from __future__ import annotations
 
@@ -9,42 +7,47 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
-from pocl_ds.evaluation.export import STAGE
+from pocl_ds.evaluation.export import STEP_NAME
 from pocl_ds.workflow.manifest import MANIFEST, Manifest, damaged_files, read_manifest
 
-# As the Hub has it: letters, digits, `-`, `_`, `.`; neither `-` nor `.` at an edge, no `--` or
-# `..`, at most 96 in all.
-PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-REPOSITORY = re.compile(f"{PART}/{PART}")
-ENOUGH_LETTERS = 96
+# The Hub's rule for names: letters, digits, `-`, `_` and `.`; neither `-` nor `.` at an edge, no
+# `--` or `..`, at most 96 characters in all.
+NAME_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+REPOSITORY = re.compile(f"{NAME_PART}/{NAME_PART}")
+MAX_NAME_LENGTH = 96
 
 
 def push(folder: Path, repository: str, *, private: bool, dry_run: bool) -> str:
-    """Upload an export to ORG/NAME, making the repository where it is not there; returns what to
-    print.
+    """Upload an export to the repository ORG/NAME, which is created if it does not exist.
 
-    The token is huggingface_hub's own (`hf auth login`, HF_TOKEN); it is handed to nobody else, and
-    never shown. Raises RecipeError for another name, ArtifactError where the export is not whole,
-    ResourceError where the Hub refuses.
+    The token is huggingface_hub's own (`hf auth login` or HF_TOKEN); it is never shown.
+
+    Returns:
+        The text to print: the address, or with `dry_run` the list of files.
+
+    Raises:
+        RecipeError: the name is invalid, or a private upload would go to a public repository.
+        ArtifactError: the export is incomplete.
+        ResourceError: the Hub refuses the upload, or there is no token.
     """
     if (
         not REPOSITORY.fullmatch(repository)
-        or len(repository) > ENOUGH_LETTERS
+        or len(repository) > MAX_NAME_LENGTH
         or re.search(r"--|\.\.|\.git$", repository)
     ):
         raise RecipeError(
             f"--repo {repository} is not of the form ORG/NAME: write it as in my-org/my-student"
         )
-    sealed = _export_at(folder)
-    names = sorted(sealed.files)
-    sizes = {name: int(sealed.files[name]["bytes"]) for name in names}
+    manifest = _read_export(folder)
+    names = sorted(manifest.files)
+    sizes = {name: int(manifest.files[name]["bytes"]) for name in names}
     if dry_run:
         width = max(map(len, names))
         lines = [f"{name:<{width}}  {_size(sizes[name]):>10}" for name in names]
         kind = "private" if private else "public"
         return "\n".join(
             [
-                f"would upload to {repository} on the Hub ({kind} where it is new), from {folder}:",
+                f"would upload to {repository} on the Hub ({kind} if it is new), from {folder}:",
                 *lines,
                 f"{len(names)} files, {_size(sum(sizes.values()))}",
             ]
@@ -52,23 +55,24 @@ def push(folder: Path, repository: str, *, private: bool, dry_run: bool) -> str:
     return f"student  {_upload(folder, repository, names, private=private)}"
 
 
-def _export_at(folder: Path) -> Manifest:
-    """The manifest of a whole export."""
+def _read_export(folder: Path) -> Manifest:
+    """The manifest of a complete export."""
     manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None or manifest.step != STAGE:
+    if manifest is None or manifest.step != STEP_NAME:
         raise ArtifactError(
             f"{folder} holds no finished export: run `pocl export` first, or name its folder with "
-            f"--folder"
+            "--folder"
         )
     if faults := damaged_files(folder, manifest):
         raise ArtifactError(
-            f"the export {folder} is not as it was written ({faults[0]}): run `pocl export` again"
+            f"the export {folder} changed after it was written ({faults[0]}): run "
+            "`pocl export` again"
         )
     return manifest
 
 
 def _upload(folder: Path, repository: str, names: list[str], *, private: bool) -> str:
-    """The address of what was uploaded."""
+    """Upload the files and return the address of the repository."""
     import huggingface_hub
 
     token = huggingface_hub.get_token()
@@ -79,14 +83,13 @@ def _upload(folder: Path, repository: str, names: list[str], *, private: bool) -
     api: Any = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        if (
-            private and not api.repo_info(repository).private
-        ):  # one that was there keeps who may see it
+        # A repository that already exists keeps its visibility.
+        if private and not api.repo_info(repository).private:
             raise RecipeError(
                 f"--private, but {repository} exists and is public: choose another, or make it "
-                f"private first"
+                "private first"
             )
-        # Our manifest stays behind; of everything else only what it names goes.
+        # Upload the files that the manifest lists, without the manifest itself.
         api.upload_folder(
             repo_id=repository,
             folder_path=str(folder),
@@ -99,9 +102,8 @@ def _upload(folder: Path, repository: str, names: list[str], *, private: bool) -
     except Exception as error:  # network, offline mode, rights: a dozen unrelated types
         reason = " ".join(str(error).split())[:200].replace(token, "***")
         raise ResourceError(
-            f"the Hub does not take {repository} ({type(error).__name__}: {reason}): check the "
-            f"network, and "
-            "whether the token may write there"
+            f"the Hub refuses {repository} ({type(error).__name__}: {reason}): check the network, "
+            "and whether the token may write there"
         ) from None
     return f"https://huggingface.co/{repository}"
 

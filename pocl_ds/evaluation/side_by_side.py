@@ -15,11 +15,13 @@ import numpy as np
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluation.answers import answers_file, answers_manifest, read_answers
 from pocl_ds.evaluation.comparison import Comparison, compare, compare_mean, sentence
-from pocl_ds.evaluation.judge import judge_file, read_verdicts
+from pocl_ds.evaluation.judge import read_verdicts, verdicts_file
 from pocl_ds.metrics.bootstrap import Floats
-from pocl_ds.metrics.footnotes import lines_of_all
-from pocl_ds.runtime.tracking import aligned
-from pocl_ds.workflow.run_dir import RunDirectory, read_json, read_manifest
+from pocl_ds.metrics.footnotes import merge_footnotes
+from pocl_ds.runtime.formatting import align_columns
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
@@ -105,7 +107,7 @@ def read_side(side: Side, benchmark: str, measure: str) -> Answered:
         files = [
             file
             for seed, file in zip(seeds, files)
-            if judge_file(side.run, side.model, benchmark, seed).is_file()
+            if verdicts_file(side.run, side.model, benchmark, seed).is_file()
         ]
     for file in files:
         records, manifest = read_answers(file), answers_manifest(file)
@@ -162,13 +164,15 @@ def lines_of(table: Table, a: Side, b: Side) -> list[str]:
                 str(found.items),
             ]
         )
-    lines = [*aligned(rows, numbers=True), ""]
+    lines = [*align_columns(rows, numbers=True), ""]
     unit = MEASURES[table.measure][0]
     lines += [
         f"{name}: {sentence(found, a.name, b.name, unit)}"
         for name, found in table.comparisons.items()
     ]
-    lines += lines_of_all([(side.name, results_of(side.run)) for side in (a, b)], table.comparisons)
+    lines += merge_footnotes(
+        [(side.name, results_of(side.run)) for side in (a, b)], table.comparisons
+    )
     lines += [f"NOT COMPARABLE, shown by --force: {mark}" for mark in table.marks]
     lines.append(
         "\nIntervals and p: paired bootstrap over items; ± beside a mean: deviation over seeds. "
@@ -217,10 +221,10 @@ def _judged_how(side: Side, benchmark: str, seeds: Sequence[int]) -> list[Any]:
     """Which judge it was, and what it was told."""
     found = []
     for seed in seeds:
-        file = judge_file(side.run, side.model, benchmark, seed)
+        file = verdicts_file(side.run, side.model, benchmark, seed)
         manifest = read_manifest(file.parent, f"{file.name}.manifest.json")
         if manifest is not None:
-            found.append(manifest.info["how"])
+            found.append(manifest.info["settings"])
     return sorted(set(found))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pocl_ds.metrics.footnotes import mark_lines, marked
-from pocl_ds.runtime.tracking import aligned
+from pocl_ds.metrics.footnotes import footnotes, mark_benchmark
 
 ROWS = (
     ("initial", "student before"),
@@ -15,17 +14,12 @@ ROWS = (
 )
 
 
-def results_table(results: dict[str, Any]) -> str:
-    """Plain text, columns aligned; what there is to say of marked columns stands below."""
-    return "\n".join([*aligned(table_rows(results), numbers=True, rule=True), *mark_lines(results)])
-
-
 def markdown_table(results: dict[str, Any]) -> str:
-    """The same in Markdown."""
+    """Results in Markdown, with the footnotes of marked benchmarks below."""
     rows = table_rows(results)
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
-    for line in mark_lines(results):
+    for line in footnotes(results):
         lines += ["", line]
     return "\n".join(lines)
 
@@ -41,7 +35,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
             "",
             "loss/token",
             "KL to teacher",
-            *(f"ROUGE-L {marked(name, results)}" for name in benchmarks),
+            *(f"ROUGE-L {mark_benchmark(name, results)}" for name in benchmarks),
         ]
     ]
     for model, label in ROWS:

@@ -16,14 +16,17 @@ from pocl_ds.config import ReportConfig
 from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.config.yaml_io import dump_yaml
 from pocl_ds.errors import ArtifactError, RecipeError
-from pocl_ds.metrics.footnotes import MARK, mark_lines, marked
+from pocl_ds.metrics.footnotes import MARK, footnotes, mark_benchmark
 from pocl_ds.report.charts import overlaid
 from pocl_ds.report.document import browser, cells, document, figures, folded, section, table
-from pocl_ds.report.formatting import ABSENT, clock, escaped, kl_lines, number, size
+from pocl_ds.report.formatting import ABSENT, escaped, kl_lines, number, size
 from pocl_ds.report.items import Benchmark, Item
 from pocl_ds.report.page import ITEM_MENUS, item_data, missing
 from pocl_ds.report.run_summary import Facts, read_facts
-from pocl_ds.workflow.run_dir import RunDirectory, atomic_write, read_manifest
+from pocl_ds.runtime.formatting import format_duration
+from pocl_ds.workflow.files import atomic_write
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 PAGE = "comparison.html"
 LABELS = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
@@ -168,7 +171,7 @@ def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
     ]
     sentences += [f"{run.name}: {sentence}" for run in runs for sentence in run.facts.missing]
     sentences += [
-        f"{run.name}: {line}" for run in runs for line in mark_lines(run.facts.results or {})
+        f"{run.name}: {line}" for run in runs for line in footnotes(run.facts.results or {})
     ]
     apart = loss_differences(runs)
     sentences += [
@@ -262,7 +265,7 @@ def _results(runs: Sequence[Compared], *, differing: bool, apart: Collection[str
         rouge = (
             f"{name}{sign}"
             if differing
-            else marked(name, *(run.facts.results or {} for run in runs))
+            else mark_benchmark(name, *(run.facts.results or {} for run in runs))
         )
         rows.append([f"ROUGE-L, {rouge}", *(_score(run.facts, name, "student") for run in runs)])
         rows.append(
@@ -286,11 +289,11 @@ def _results(runs: Sequence[Compared], *, differing: bool, apart: Collection[str
     rows.append(
         [
             "time of training",
-            *(clock(info["seconds"]) if "seconds" in info else ABSENT for info in infos),
+            *(format_duration(info["seconds"]) if "seconds" in info else ABSENT for info in infos),
         ]
     )
     rows.append(
-        ["time, all stages", *(clock(sum(one.seconds for one in run.facts.spent)) for run in runs)]
+        ["time, all stages", *(format_duration(sum(one.seconds for one in run.facts.spent)) for run in runs)]
     )
     rows.append(["ranks", *(str(info.get("ranks", ABSENT)) for info in infos)])
     rows.append(

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from pocl_ds.metrics.footnotes import marked
+from pocl_ds.metrics.footnotes import mark_benchmark
 from pocl_ds.report.history import Spent
 from pocl_ds.report.run_summary import MODELS, Facts
-from pocl_ds.runtime.tracking import Spikes
+from pocl_ds.runtime.formatting import format_duration
+from pocl_ds.runtime.loss_spikes import LossSpikes
 
 ABSENT = "–"
 # Of a benchmark's results beside ROUGE-L: what a reader calls it, where it stands, and its
@@ -45,19 +46,6 @@ def markdown_cell(text: object) -> str:
     return re.sub(r"(https?):", r"\1&#58;", plain).replace("\n", "<br>")
 
 
-def clock(seconds: float) -> str:
-    """12 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return (
-        f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-    )
-
-
 def size(count: int | None) -> str:
     """Bytes as a person writes them: 3.4 GiB."""
     if count is None:
@@ -70,7 +58,7 @@ def spent_rows(spent: list[Spent]) -> list[list[str]]:
     return [
         [
             one.stage,
-            clock(one.seconds),
+            format_duration(one.seconds),
             str(one.processes),
             size(one.host_bytes),
             size(one.device_bytes),
@@ -278,12 +266,12 @@ def _spikes(facts: Facts) -> str:
     """The steps whose loss jumped, at most a few of them by number."""
     if facts.curves is None:
         return ""
-    columns, spikes = facts.curves.steps, Spikes()
+    columns, spikes = facts.curves.steps, LossSpikes()
     rows = zip(columns["step"], columns["loss"], columns["stage"], strict=True)
     found = [
         f"{step:.0f}"
         for step, loss, stage in rows
-        if spikes.seen(float(loss), int(stage)) is not None
+        if spikes.update(float(loss), int(stage)) is not None
     ]
     named = ", ".join(found[:8]) + (" and others" if len(found) > 8 else "")
     return f" The loss spiked at {len(found)} steps: {named}." if found else ""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pocl_ds.errors import ArtifactError
-from pocl_ds.metrics.bootstrap import interval, resampled_means
+from pocl_ds.metrics.bootstrap import percentile_interval, resampled_means
 from pocl_ds.report.max_samples import cut, parsed, weight
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -102,7 +102,7 @@ def _benchmark(
         items.append(item)
     asked = [(key, first[models[0]][key]["prompt"]) for key in sorted(first[models[0]])]
     intervals = {
-        model: interval(resampled_means(np.array(list(scores[model].values())))) for model in models
+        model: percentile_interval(resampled_means(np.array(list(scores[model].values())))) for model in models
     }
     digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     return Benchmark(name, len(first[models[0]]), items, digest, scores, intervals, used)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pocl_ds.config.yaml_io import plain_value
-from pocl_ds.metrics.footnotes import mark_lines
+from pocl_ds.metrics.footnotes import footnotes
 from pocl_ds.report.formatting import (
     detail_rows,
     headline,
@@ -34,7 +34,7 @@ def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -
             _table(header, [cells for _, cells in rows]),
             *map(
                 markdown_cell,
-                mark_lines(facts.results) + kl_lines(facts.results, plain_value(recipe_yaml)),
+                footnotes(facts.results) + kl_lines(facts.results, plain_value(recipe_yaml)),
             ),
             f"ROUGE-L ×100, {spread}.",
         ]

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pocl_ds.config.yaml_io import plain_value
-from pocl_ds.metrics.footnotes import mark_lines, marked
+from pocl_ds.metrics.footnotes import footnotes, mark_benchmark
 from pocl_ds.report.charts import difficulty_charts, seen_charts, subset_bounds, training_charts
 from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
 from pocl_ds.report.formatting import (
     about_rows,
-    clock,
     detail_rows,
     escaped,
     headline,
@@ -29,6 +28,7 @@ from pocl_ds.report.formatting import (
 )
 from pocl_ds.report.items import Benchmark
 from pocl_ds.report.run_summary import MODELS, Facts
+from pocl_ds.runtime.formatting import format_duration
 
 SAMPLE_MENUS = (("subset", "Subset"), ("sort", "Order"))
 ITEM_MENUS = (
@@ -145,8 +145,8 @@ def tiles(facts: Facts) -> str:
             found.append((label, number(values[0], digits), " · ".join(beside)))
     if facts.spent:
         parts = {one.stage: one for one in facts.spent}
-        training = f"{clock(parts['train'].seconds)} training" if "train" in parts else ""
-        found.append(("time, all stages", clock(sum(one.seconds for one in facts.spent)), training))
+        training = f"{format_duration(parts['train'].seconds)} training" if "train" in parts else ""
+        found.append(("time, all stages", format_duration(sum(one.seconds for one in facts.spent)), training))
     if "train" in facts.manifests and (
         peak := facts.manifests["train"].info.get("peak_host_bytes")
     ):
@@ -182,7 +182,7 @@ def spent(facts: Facts) -> str:
     """Time and memory by stage."""
     longest = max((one.seconds for one in facts.spent), default=0) or 1.0
     rows = "".join(
-        f"<tr>{cells([one.stage])}{bar(one.seconds / longest)}<td>{escaped(clock(one.seconds))}</td><td>{one.processes}</td>"
+        f"<tr>{cells([one.stage])}{bar(one.seconds / longest)}<td>{escaped(format_duration(one.seconds))}</td><td>{one.processes}</td>"
         f"<td>{size(one.host_bytes)}</td><td>{size(one.device_bytes)}</td></tr>"
         for one in facts.spent
     )
@@ -232,7 +232,7 @@ def _results(facts: Facts, recipe: dict[str, Any]) -> str:
     why = "The interval is a bootstrap over items of their mean over seeds: it says how much other questions might change."
     said = "".join(
         f'<p class="note">{escaped(line)}</p>'
-        for line in mark_lines(facts.results) + kl_lines(facts.results, recipe)
+        for line in footnotes(facts.results) + kl_lines(facts.results, recipe)
     )
     return section(
         "Results",
@@ -360,7 +360,7 @@ def _provenance(facts: Facts, recipe_yaml: str) -> str:
 
 def _attempt(attempt: dict[str, Any]) -> str:
     began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(attempt["start"])) + " UTC"
-    took = clock(attempt["end"] - attempt["start"]) if attempt["end"] else "end unknown"
+    took = format_duration(attempt["end"] - attempt["start"]) if attempt["end"] else "end unknown"
     fields = ("outcome", "why")
     row = [
         attempt["label"],

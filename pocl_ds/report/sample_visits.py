@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -27,7 +27,7 @@ def times_seen(
         window > 1
     ):  # lengths decide which batch of a window a sample is in, and so what a cut epoch has seen
         order = np.load(run.ranking / "order.npy", mmap_mode="r")
-        lengths = np.asarray(EncodedSplit.open(run.data, "train").total_tokens)[order]
+        lengths = np.asarray(TokenizedSplit.open(run.data, "train").total_tokens)[order]
     sampler = Sampler(Plan.from_json(plan, range(size)), seed, lengths=lengths, window=window)
     seen = np.zeros(size, np.int64)
     for step in range(min(steps, sampler.plan.total_steps)):

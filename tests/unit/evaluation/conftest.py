@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from pocl_ds.config import DataConfig, EvaluateConfig, GenerationConfig, PromptConfig
-from pocl_ds.data.preprocess import prepare_data
+from pocl_ds.data.preprocess import preprocess
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.workflow.run_dir import RunDirectory, write_json, write_manifest
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 PROMPT = PromptConfig(max_prompt_tokens=300, max_length=400)
 RECIPE = """name: tiny
@@ -51,7 +53,7 @@ def run(tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> RunDirecto
                 + "\n"
             )
     data = DataConfig(source=str(source), test_fraction=0.3, validation_fraction=0.0)
-    prepare_data(run, data, PROMPT, load_tokenizer(str(tiny_llama)), "d" * 64)
+    preprocess(run, data, PROMPT, load_tokenizer(str(tiny_llama)), "d" * 64)
     write_json(
         run.models / "models.json", {"teacher": str(tiny_llama_untied), "student": str(tiny_llama)}
     )

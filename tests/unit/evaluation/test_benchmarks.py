@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pocl_ds.config import EvaluateConfig
-from pocl_ds.config.recipe_file import first_fault
+from pocl_ds.config.recipe_file import validation_message
 from pocl_ds.config.registry import BENCHMARKS
 from pocl_ds.errors import DataError
 from pocl_ds.evaluation.benchmarks import KNOWN, questions, seen_in_training
@@ -190,7 +190,7 @@ def test_a_key_in_place_of_its_variable_is_not_repeated() -> None:
         EvaluateConfig.model_validate(
             {"judge": {"base_url": "http://h/v1", "model": "m", "api_key_env": "sk-secret-1"}}
         )
-    said = first_fault(caught.value, "recipe field", EvaluateConfig)
+    said = validation_message(caught.value, "recipe field", EvaluateConfig)
     assert "api_key_env is not the name" in said and "secret" not in said
 
 

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import PoclError
 from pocl_ds.evaluation import evaluate
 from pocl_ds.evaluation.answers import settings
 from pocl_ds.metrics.rouge import rouge_l
-from pocl_ds.workflow.run_dir import RunDirectory, read_json, read_manifest
+from pocl_ds.workflow.files import read_json
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 Configured = Callable[..., EvaluateConfig]
 
@@ -94,7 +96,7 @@ def reference(
     run: RunDirectory, path: str, teacher: str, rows: int, ids: int, samples: int
 ) -> tuple[float, float]:
     """Loss and KL a token by the models' own full logits, sample by sample, in float64."""
-    split = EncodedSplit.open(run.data, "test")
+    split = TokenizedSplit.open(run.data, "test")
     one, other = (AutoModelForCausalLM.from_pretrained(p).double().eval() for p in (path, teacher))
     tokenizer = AutoTokenizer.from_pretrained(path)
     assert len(tokenizer) == ids
@@ -118,7 +120,7 @@ def test_held_out_equals_float64_over_full_logits(
     run: RunDirectory, configured: Configured, prompt: PromptConfig
 ) -> None:
     paths = {name: evaluate.model_path(run, name) for name in ("teacher", "initial", "student")}
-    size = len(EncodedSplit.open(run.data, "test"))
+    size = len(TokenizedSplit.open(run.data, "test"))
     evaluate.held_out(run, configured(max_samples=None), prompt, paths)
     found = read_json(run.evaluation / "held_out.json")
     found = found.get("models", found)

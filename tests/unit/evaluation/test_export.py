@@ -155,14 +155,14 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
         (
             ["policy.name=seqkd", "loss.name=sft"],
             1,
-            ["fine-tuning on what the teacher `T` wrote (policy `seqkd`)."],
+            ["fine-tuning on responses of the teacher `T` (policy `seqkd`)."],
             ["temperature"],
         ),
         (
             ["policy.name=mixture", "policy.shares={data: 0.5, teacher: 0.5}", "loss.name=sft"],
             2,
             [
-                "on the data's responses and what the teacher `T` wrote (policy `mixture` (data "
+                "on the data's responses and responses of the teacher `T` (policy `mixture` (data "
                 "0.5, student 0, teacher 0.5)), with"
             ],
             [],
@@ -219,7 +219,7 @@ def test_weights_that_changed_since_training_are_not_exported(
     tensors = load_file(path)
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(ArtifactError, match="not as it was saved"):
+    with pytest.raises(ArtifactError, match="changed after it was saved"):
         export(run, out=None, recipe_yaml=recipe, fingerprint="x")
 
 

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from pocl_ds.config import EvaluateConfig, PromptConfig
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import RecipeError
 from pocl_ds.evaluation import evaluate
 from pocl_ds.evaluation import held_out_loss as room
 from pocl_ds.evaluation.benchmarks import check_names, chosen
-from pocl_ds.models.heads import Head
+from pocl_ds.models.heads import OutputHead
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
-def head(rows: int, width: int) -> Head:
-    return Head(nn.Parameter(torch.randn(rows, width)), None, 1.0, None)
+def head(rows: int, width: int) -> OutputHead:
+    return OutputHead(nn.Parameter(torch.randn(rows, width)), None, 1.0, None)
 
 
 @pytest.mark.parametrize("chunk", [1, 1 << 12, 1 << 28])
@@ -60,7 +60,7 @@ def test_a_limit_takes_ids_by_hash_not_by_place(
     few = [ids[i] for i in chosen(ids, 5)]
     assert few != ids[:5] and sorted(few) == sorted(ids[::-1][i] for i in chosen(ids[::-1], 5))
     assert set(few) < {ids[i] for i in chosen(ids, 9)}  # a larger limit adds
-    assert len(EncodedSplit.open(run.data, "test")) > 6
+    assert len(TokenizedSplit.open(run.data, "test")) > 6
     evaluate.held_out(
         run, configured(samples=6), prompt, {"initial": evaluate.model_path(run, "initial")}
     )

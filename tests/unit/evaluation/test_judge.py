@@ -26,27 +26,22 @@ import pytest
 from pocl_ds.config import EvaluateConfig, JudgeConfig, Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError, PoclError, RecipeError, ResourceError
-from pocl_ds.evaluation import endpoint as room
 from pocl_ds.evaluation import evaluate
 from pocl_ds.evaluation.answers import answers_file
 from pocl_ds.evaluation.evaluate import summarise
 from pocl_ds.evaluation.judge import (
-    judge,
-    judge_file,
-    judged,
+    judge_answers,
     parse_score,
     parse_verdict,
     read_verdicts,
+    summarize_verdicts,
+    verdicts_file,
 )
 from pocl_ds.evaluation.side_by_side import Side, put_side_by_side
-from pocl_ds.workflow.run_dir import (
-    RunDirectory,
-    read_json,
-    read_manifest,
-    write_json,
-    write_manifest,
-)
-from pocl_ds.workflow.steps import run_here
+from pocl_ds.workflow.files import read_json, write_json
+from pocl_ds.workflow.manifest import read_manifest, write_manifest
+from pocl_ds.workflow.pipeline import run_in_process
+from pocl_ds.workflow.run_dir import RunDirectory
 
 KEY = "sk-very-secret-0123"
 Reply = Callable[
@@ -93,7 +88,6 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(room, "FIRST_WAIT", 0.01)
     found = Server()
     yield found
     found.http.shutdown()
@@ -214,8 +208,8 @@ def test_each_item_is_scored_and_the_results_hold_it(
         {},
     )
     asked = config(server.url, max_samples=None)
-    judge(answered, asked, ["initial", "student"])
-    records = read_verdicts(judge_file(answered, "student", "b", 10))
+    judge_answers(answered, asked, ["initial", "student"])
+    records = read_verdicts(verdicts_file(answered, "student", "b", 10))
     assert [record["id"] for record in records] == [f"q{i}" for i in range(12)]
     assert [record["score"] for record in records] == [8.0] * 3 + [None] + [8.0] * 8
     assert (
@@ -247,7 +241,7 @@ def test_each_item_is_scored_and_the_results_hold_it(
     )
     assert table.comparisons["b"].difference == 4 and table.comparisons["b"].items == 11
     count = len(server.seen)
-    judge(answered, asked, ["initial", "student"])
+    judge_answers(answered, asked, ["initial", "student"])
     assert len(server.seen) == count  # nothing is asked twice
 
 
@@ -255,22 +249,24 @@ def test_a_restart_asks_only_what_is_left(answered: RunDirectory, server: Server
     server.reply = lambda _, number: (200, "Score: 5", {}) if number <= 5 else (503, "busy", {})
     with pytest.raises(
         ResourceError,
-        match=r"does not answer \(HTTP 503: busy\) after 3 tries: what is judged is kept",
+        match=r"does not answer \(HTTP 503: busy\) after 3 tries: the verdicts so far are saved",
     ):
-        judge(answered, config(server.url, max_samples=None, max_concurrency=1), ["student"])
+        judge_answers(
+            answered, config(server.url, max_samples=None, max_concurrency=1), ["student"]
+        )
     partial = answered.evaluation / "student" / "b-seed10.judge.jsonl.partial"
     assert (
         len(partial.read_text().splitlines()) == 5
-        and not judge_file(answered, "student", "b", 10).exists()
+        and not verdicts_file(answered, "student", "b", 10).exists()
     )
     with partial.open("a") as stream:
-        stream.write('{"stamp": "half')  # as a kill leaves it
+        stream.write('{"key": "half')  # as a kill leaves it
     server.seen.clear()
     server.reply = lambda *_: (200, "Score: 6", {})
-    judge(answered, config(server.url, max_samples=None), ["student"])
+    judge_answers(answered, config(server.url, max_samples=None), ["student"])
     assert len(server.seen) == 7 and not partial.exists()
     assert (
-        sorted(r["score"] for r in read_verdicts(judge_file(answered, "student", "b", 10)))
+        sorted(r["score"] for r in read_verdicts(verdicts_file(answered, "student", "b", 10)))
         == [5.0] * 5 + [6.0] * 7
     )
 
@@ -288,14 +284,14 @@ def test_a_judge_that_is_away_takes_no_other_number_with_it(
     monkeypatch.setattr(evaluate, "model_path", lambda run, name: name)
     write_manifest(answered.evaluation, "evaluate", "of another recipe", files=[])
     with pytest.raises(ResourceError, match="does not answer"):
-        run_here("evaluate", recipe, answered)
+        run_in_process("evaluate", recipe, answered)
     found = json.loads((answered.evaluation / evaluate.RESULTS).read_text())["models"]["student"][
         "benchmarks"
     ]["b"]
     assert found["rouge_l"] == 50 and "judge" not in found
     assert read_manifest(answered.evaluation) is None  # the stage is not done
     server.reply = lambda *_: (200, "Score: 6", {})
-    run_here("evaluate", recipe, answered)
+    run_in_process("evaluate", recipe, answered)
     found = json.loads((answered.evaluation / evaluate.RESULTS).read_text())["models"]["student"][
         "benchmarks"
     ]["b"]
@@ -305,19 +301,25 @@ def test_a_judge_that_is_away_takes_no_other_number_with_it(
 def test_another_prompt_or_answer_is_judged_again(
     answered: RunDirectory, server: Server, tmp_path: Path
 ) -> None:
-    judge(answered, config(server.url, max_samples=4), ["student"])
+    judge_answers(answered, config(server.url, max_samples=4), ["student"])
     assert len(server.seen) == 4
     own = tmp_path / "own.jinja"
     own.write_text("Rate {{ answer }} for {{ question }}")
-    judge(answered, config(server.url, max_samples=4, prompt_template=str(own)), ["student"])
+    judge_answers(
+        answered, config(server.url, max_samples=4, prompt_template=str(own)), ["student"]
+    )
     assert len(server.seen) == 8 and server.seen[-1]["messages"][0]["content"].startswith(
         "Rate student says"
     )
     own.write_text("Rate {{ answers }}")
     with pytest.raises(RecipeError, match=r"own\.jinja cannot be filled in"):
-        judge(answered, config(server.url, max_samples=4, prompt_template=str(own)), ["student"])
-    with pytest.raises(RecipeError, match="is no template"):
-        judge(answered, config(server.url, prompt=str(tmp_path / "none.jinja")), ["student"])
+        judge_answers(
+            answered, config(server.url, max_samples=4, prompt_template=str(own)), ["student"]
+        )
+    with pytest.raises(RecipeError, match="is not a valid template"):
+        judge_answers(
+            answered, config(server.url, prompt_template=str(tmp_path / "none.jinja")), ["student"]
+        )
 
 
 def test_pairs_are_asked_in_both_orders(answered: RunDirectory, server: Server) -> None:
@@ -326,14 +328,14 @@ def test_pairs_are_asked_in_both_orders(answered: RunDirectory, server: Server) 
     """
     asked = config(server.url, mode="pairwise", opponent="initial", max_samples=None)
     server.reply = lambda *_: (200, "Verdict: A", {})
-    judge(answered, asked, ["initial", "student"])
+    judge_answers(answered, asked, ["initial", "student"])
     assert len(server.seen) == 24
     assert {
-        record["score"] for record in read_verdicts(judge_file(answered, "student", "b", 10))
+        record["score"] for record in read_verdicts(verdicts_file(answered, "student", "b", 10))
     } == {0.5}
     assert (
-        not judge_file(answered, "initial", "b", 10).exists()
-        and judged(answered, asked, "initial", "b") is None
+        not verdicts_file(answered, "initial", "b", 10).exists()
+        and summarize_verdicts(answered, asked, "initial", "b") is None
     )
     for path in (answered.evaluation / "student").glob("*judge*"):
         path.unlink()
@@ -342,12 +344,12 @@ def test_pairs_are_asked_in_both_orders(answered: RunDirectory, server: Server) 
         return 200, f"Verdict: {'A' if 'student' in question.split('[Answer B]')[0] else 'B'}", {}
 
     server.reply = likes_student
-    judge(answered, asked, ["initial", "student"])
+    judge_answers(answered, asked, ["initial", "student"])
     assert {
-        record["score"] for record in read_verdicts(judge_file(answered, "student", "b", 10))
+        record["score"] for record in read_verdicts(verdicts_file(answered, "student", "b", 10))
     } == {1.0}
     with pytest.raises(RecipeError, match=r"opponent=initial is not evaluated"):
-        judge(answered, asked, ["student"])
+        judge_answers(answered, asked, ["student"])
 
 
 @pytest.mark.parametrize("against", ["initial", "teacher"])
@@ -367,7 +369,7 @@ def test_win_rates_over_other_opponents_are_not_compared(
         asked = config(
             server.url, mode="pairwise", opponent=theirs, max_samples=None if name == "a" else 6
         )
-        judge(run, asked, [theirs, "student"])
+        judge_answers(run, asked, [theirs, "student"])
         write_json(
             run.evaluation / "results.json",
             {"seeds": [10], "models": {"student": {"benchmarks": {"b": {}}}}},
@@ -382,7 +384,7 @@ def test_a_busy_endpoint_is_asked_again(answered: RunDirectory, server: Server) 
     server.reply = lambda _, number: (
         (429, "slow down", {"Retry-After": "0"}) if number % 2 else (200, "Score: 5", {})
     )
-    judge(answered, config(server.url, max_samples=3, max_concurrency=1), ["student"])
+    judge_answers(answered, config(server.url, max_samples=3, max_concurrency=1), ["student"])
     assert len(server.seen) == 6
 
 
@@ -403,7 +405,7 @@ def test_faults_of_an_endpoint_are_one_sentence_without_the_key(
     for reply, said in replies:
         server.reply = reply
         with pytest.raises(PoclError) as caught:
-            judge(answered, asked, ["student"])
+            judge_answers(answered, asked, ["student"])
         assert (
             said in str(caught.value)
             and KEY not in str(caught.value)
@@ -414,15 +416,15 @@ def test_faults_of_an_endpoint_are_one_sentence_without_the_key(
     elsewhere.http.server_close()
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ResourceError, match=r"JUDGE_KEY, which is not set"):
-        judge(answered, asked, ["student"])
+        judge_answers(answered, asked, ["student"])
 
 
 def test_another_address_is_the_same_judge(answered: RunDirectory, server: Server) -> None:
     """A server of one's own comes back on another node and port; more samples are asked beside
     those that were.
     """
-    judge(answered, config(server.url, max_samples=4), ["student"])
-    judge(
+    judge_answers(answered, config(server.url, max_samples=4), ["student"])
+    judge_answers(
         answered, config(server.url.replace("127.0.0.1", "localhost"), max_samples=4), ["student"]
     )
     assert len(server.seen) == 4
@@ -437,16 +439,17 @@ def test_a_question_that_is_refused_is_left_out(
     server.reply = lambda question, number: (
         (400, "filtered", {}) if "Question 3?" in question else (200, "Score: 5", {})
     )
-    judge(answered, config(server.url, max_concurrency=1), ["student"])
+    judge_answers(answered, config(server.url, max_concurrency=1), ["student"])
     records = {
-        record["id"]: record for record in read_verdicts(judge_file(answered, "student", "b", 10))
+        record["id"]: record
+        for record in read_verdicts(verdicts_file(answered, "student", "b", 10))
     }
-    assert records["q3"]["score"] is None and "HTTP 400: filtered" in records["q3"]["said"][0]
+    assert records["q3"]["score"] is None and "HTTP 400: filtered" in records["q3"]["replies"][0]
     assert len(records) == 12 and sum(record["score"] == 5 for record in records.values()) == 11
-    assert "1 questions were refused and are left out" in caplog.text
+    assert "rejected 1 questions, which are left out" in caplog.text
     server.reply = lambda question, number: (400, "temperature is not supported", {})
     with pytest.raises(ResourceError, match="HTTP 400: temperature is not supported"):
-        judge(answered, config(server.url, max_concurrency=1), ["initial"])
+        judge_answers(answered, config(server.url, max_concurrency=1), ["initial"])
     assert len(server.seen) < 12 + 12, "it is not asked the rest"
 
 
@@ -459,11 +462,11 @@ def test_what_newer_models_are_asked(answered: RunDirectory, server: Server) -> 
         max_samples=1,
     )
     server.reply = lambda question, number: (200, "<think>Score: 2?</think>Score: 6", {})
-    judge(answered, asked, ["student"])
+    judge_answers(answered, asked, ["student"])
     assert "temperature" not in server.seen[0] and server.seen[0]["max_completion_tokens"] == 99
     assert "max_tokens" not in server.seen[0]
-    (record,) = read_verdicts(judge_file(answered, "student", "b", 10))
-    assert record["score"] == 6 and record["said"] == ["Score: 6"]
+    (record,) = read_verdicts(verdicts_file(answered, "student", "b", 10))
+    assert record["score"] == 6 and record["replies"] == ["Score: 6"]
 
 
 def test_a_verdict_that_was_cut_is_none(answered: RunDirectory, server: Server) -> None:
@@ -475,15 +478,18 @@ def test_a_verdict_that_was_cut_is_none(answered: RunDirectory, server: Server) 
         }
     )
     server.reply = lambda question, number: (200, cut, {"raw": "yes"})
-    judge(answered, config(server.url, max_samples=1), ["student"])
-    (record,) = read_verdicts(judge_file(answered, "student", "b", 10))
-    assert record == {"id": record["id"], "score": None, "said": ["At first sight Score: 9, but"]}
+    judge_answers(answered, config(server.url, max_samples=1), ["student"])
+    (record,) = read_verdicts(verdicts_file(answered, "student", "b", 10))
+    assert record == {
+        "id": record["id"],
+        "score": None,
+        "replies": ["At first sight Score: 9, but"],
+    }
 
 
 def test_nobody_there(answered: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "FIRST_WAIT", 0.01)
     with pytest.raises(ResourceError, match="does not answer"):
-        judge(answered, config(f"http://127.0.0.1:{_free_port()}/v1"), ["student"])
+        judge_answers(answered, config(f"http://127.0.0.1:{_free_port()}/v1"), ["student"])
 
 
 def test_the_key_is_written_nowhere(
@@ -500,12 +506,13 @@ def test_the_key_is_written_nowhere(
         {},
     )
     with caplog.at_level(logging.DEBUG):
-        judge(answered, asked, ["student"])
+        judge_answers(answered, asked, ["student"])
         summarise(answered, asked, ["student"], fingerprint="e")
     texts = [path.read_text() for path in answered.path.rglob("*") if path.is_file()]
     recipe = Recipe.model_validate(
         {
             "name": "r",
+            "data": {"source": "documentation"},
             "student": {"model": "m"},
             "loss": {"name": "sft"},
             "evaluate": asked.model_dump(mode="json"),
@@ -599,11 +606,11 @@ def test_a_real_vllm_server_judges(
     short = answered.path / "short.jinja"  # the tiny model's context is short
     short.write_text("{{ question }} {{ answer }} Score:")
     asked = config(vllm_server, prompt=str(short), **fields)
-    judge(answered, asked, ["student"])
-    records = read_verdicts(judge_file(answered, "student", "b", 10))
-    assert len(records) == 6 and all(len(record["said"][0]) > 0 for record in records)
-    found = judged(answered, asked, "student", "b")
-    silent = sum(parse_score(record["said"][0]) is None for record in records)
+    judge_answers(answered, asked, ["student"])
+    records = read_verdicts(verdicts_file(answered, "student", "b", 10))
+    assert len(records) == 6 and all(len(record["replies"][0]) > 0 for record in records)
+    found = summarize_verdicts(answered, asked, "student", "b")
+    silent = sum(parse_score(record["replies"][0]) is None for record in records)
     assert (
         found is not None
         and found["without_score"] == silent
@@ -611,15 +618,15 @@ def test_a_real_vllm_server_judges(
     )
     info = read_json(answered.evaluation / "student" / "b-seed10.judge.jsonl.manifest.json")["info"]
     assert info["without_score"] == silent and info["judge"] == "tiny"
-    with pytest.raises(ResourceError, match=r"refuses the question \(HTTP 404"):
-        judge(
+    with pytest.raises(ResourceError, match=r"rejects the question \(HTTP 404"):
+        judge_answers(
             answered,
             config(vllm_server, prompt=str(short), **{**fields, "model": "other"}),
             ["student"],
         )
     monkeypatch.setenv("JUDGE_KEY", "wrong")
     with pytest.raises(ResourceError, match=r"HTTP 401"):
-        judge(
+        judge_answers(
             answered,
             config(vllm_server, prompt=str(short), **{**fields, "samples": 7}),
             ["student"],
@@ -638,13 +645,13 @@ def test_a_refused_question_that_alone_is_left_ends_nothing(
 
     server.reply = reply
     with pytest.raises(ResourceError, match="HTTP 404"):
-        judge(answered, config(server.url, max_concurrency=1), ["student"])
+        judge_answers(answered, config(server.url, max_concurrency=1), ["student"])
     server.reply = lambda question, number: (
         (400, "filtered", {}) if "Question 3?" in question else (200, "Score: 5", {})
     )
     for _ in range(2):
-        judge(answered, config(server.url, max_concurrency=1), ["student"])
-    records = read_verdicts(judge_file(answered, "student", "b", 10))
+        judge_answers(answered, config(server.url, max_concurrency=1), ["student"])
+    records = read_verdicts(verdicts_file(answered, "student", "b", 10))
     assert [record["id"] for record in records if record["score"] is None] == ["q3"] and len(
         records
     ) == 12

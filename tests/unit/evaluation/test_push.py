@@ -99,7 +99,7 @@ def test_a_refusal_is_one_sentence_without_the_token(
     folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "fault", OSError(f"403 for Bearer {TOKEN}\nat line 2"))
-    with pytest.raises(ResourceError, match="does not take o/n") as caught:
+    with pytest.raises(ResourceError, match="refuses o/n") as caught:
         push(folder, "o/n", private=False, dry_run=False)
     assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
 

@@ -112,14 +112,17 @@ def test_within_one_run_and_over_benchmarks(
             "student": {"dolly": scores(0.02), "sni": scores(0.14, 30, 1)},
         },
     )
-    assert main(["compare", str(run.path), "--models", "baseline", "student"]) == 0
+    assert main(["compare", "--run-dir", str(run.path), "--models", "baseline", "student"]) == 0
     said = capsys.readouterr().out
     assert "dolly: student better than baseline by 2.00 ± 0.00 ROUGE-L, p < 0.001" in said
     assert (
         "mean of all: student better than baseline by 3.00" in said and "NOT COMPARABLE" not in said
     )
     assert (
-        main(["compare", str(run.path), "--models", "student", "baseline", "--benchmark", "sni"])
+        main(
+            ["compare", "--run-dir", str(run.path), "--models", "student", "baseline"]
+            + ["--benchmark", "sni"]
+        )
         == 0
     )
     said = capsys.readouterr().out
@@ -207,7 +210,7 @@ def test_what_is_not_there(written: Written, tmp_path: Path) -> None:
         (["r"], "--models baseline student"),
         (["r", "r"], "compared with itself"),
         (["r", "r", "r"], "two at a time"),
-        (["none", "r"], "no run directory"),
+        (["none", "r"], "not a run directory"),
     ],
 )
 def test_what_the_command_line_may_say(
@@ -218,6 +221,6 @@ def test_what_the_command_line_may_say(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     written("r", {"student": {"dolly": scores(0)}})
-    assert main(["compare", *(str(tmp_path / word) for word in words)]) == 2
+    assert main(["compare", *(f"--run-dir={tmp_path / word}" for word in words)]) == 2
     error = capsys.readouterr().err
     assert said in error and len(error.strip().splitlines()) == 1

@@ -19,12 +19,14 @@ from synthetic_run import STEPS
 from pocl_ds.config import ReportConfig
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError
 from pocl_ds.report import build, document
-from pocl_ds.report.formatting import clock, markdown_cell
+from pocl_ds.report.formatting import markdown_cell
 from pocl_ds.report.sample_visits import times_seen
-from pocl_ds.workflow.run_dir import Manifest, read_manifest, write_json
+from pocl_ds.runtime.formatting import format_duration
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.manifest import Manifest, read_manifest
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}
 
@@ -523,7 +525,7 @@ def test_a_reversed_ranking_says_so(synthetic: Any, tmp_path: Path) -> None:
     [(3.21, "3.2 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7500, "2 h 05 min")],
 )
 def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -538,7 +540,7 @@ def test_visits_are_those_of_the_sampler(
     random, size = np.random.default_rng(0), plan["stages"][-1]["stop"]
     order, tokens = random.permutation(size), random.integers(1, 99, size)
     np.save(run.ranking / "order.npy", order)
-    monkeypatch.setattr(EncodedSplit, "open", lambda *_: SimpleNamespace(total_tokens=tokens))
+    monkeypatch.setattr(TokenizedSplit, "open", lambda *_: SimpleNamespace(total_tokens=tokens))
     seen = times_seen(run, plan, seed=3, window=window, steps=7)
     sampler = Sampler(Plan.from_json(plan, range(size)), 3, lengths=tokens[order], window=window)
     drawn = np.concatenate([sampler.batch(step) for step in range(7)])

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pocl_ds.cli.main import main
 from synthetic_run import SyntheticRun
 
-from pocl_ds.cli.report import compared
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.report.compare import compare_runs, recipe_differences
-from pocl_ds.workflow.run_dir import RunDirectory, write_manifest
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def made(folder: Path, *overrides: str, extra: str = "", evaluated: bool = True) -> Path:
@@ -185,32 +185,27 @@ def test_differences_are_fields_that_are_not_the_same_in_all() -> None:
     assert recipe_differences([first, second]) == [("x.z", [{}, None]), ("x.z.w", [None, 2])]
 
 
-def test_the_command_line_tells_one_run_from_several(tmp_path: Path) -> None:
+def test_the_command_line_tells_one_run_from_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = made(tmp_path / "a")
-
-    def options(*words: str, **more: Any) -> argparse.Namespace:
-        defaults = {
-            "words": list(words),
-            "run_dir": None,
-            "dry_run": False,
-            "out": None,
-            "force": False,
-        }
-        return argparse.Namespace(**{**defaults, **more})
-
-    one = options(str(run), "report.items=3")
-    assert not compared(one) and one.run_dir == run and one.words == ["report.items=3"]
-    recipe = options("quickstart")
-    assert not compared(recipe) and recipe.words == ["quickstart"]
-    other = shutil.copytree(run, tmp_path / "b")
-    assert (
-        compared(options(str(run), str(other), out=tmp_path / "page.html"))
-        and (tmp_path / "page.html").is_file()
+    steps: list[Any] = []
+    monkeypatch.setattr(
+        "pocl_ds.cli.pipeline.run_step_command",
+        lambda name, words, run_dir, dry_run: steps.append((name, words, run_dir)) or 0,
     )
+    with own_signals():
+        assert main(["report", "--run-dir", str(run), "report.max_items=3"]) == 0
+        assert main(["report", "quickstart"]) == 0
+    assert steps == [("report", ["report.max_items=3"], run), ("report", ["quickstart"], None)]
+    other = shutil.copytree(run, tmp_path / "b")
+    several = ["--run-dir", str(run), "--run-dir", str(other)]
+    with own_signals():
+        assert main(["report", *several, "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").is_file() and len(steps) == 2
     for wrong in (
-        options(str(run), str(other), "report.items=3"),
-        options(str(run), str(other), run_dir=run),
-        options(str(run), force=True),
+        [*several, "report.max_items=3"],
+        [*several, "--dry-run"],
+        ["--run-dir", str(run), "--force"],
     ):
-        with pytest.raises(RecipeError, match="several runs"):
-            compared(wrong)
+        assert "several runs" in sentence(capsys, "report", *wrong)
