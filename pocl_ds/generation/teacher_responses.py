@@ -1,8 +1,8 @@
-"""The stage `respond`: the teacher answers every training prompt once, for sequence-level
-distillation (Kim and Rush 2016).
+"""The step generate-teacher: the teacher answers every training prompt once, for sequence-level
+distillation (Kim and Rush 2016, arXiv 1606.07947).
 
-The result is an encoded split like data/train, row by row, with the teacher's responses in the
-student's tokens: the two need not share a vocabulary.
+The result is a tokenized split with the rows of data/train and the teacher's responses, in the
+student's tokens: the two models need not share a vocabulary.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from pocl_ds.config import (
     StudentConfig,
     TeacherConfig,
 )
-from pocl_ds.data.records import Sample, read_normalised
-from pocl_ds.data.tokenized import Encoder, encode_split
+from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.tokenized import SampleTokenizer, write_tokenized_split
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Generator, Sampling, decode
+from pocl_ds.generation.protocol import Generator, SamplingParams, decode_response
 from pocl_ds.models.load import load_tokenizer, resolve_model
-from pocl_ds.runtime.tracking import Progress
-from pocl_ds.workflow.run_dir import RunDirectory, atomic_directory, whole_result, write_manifest
+from pocl_ds.runtime.progress import Progress
+from pocl_ds.workflow.files import atomic_directory
+from pocl_ds.workflow.manifest import finished_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-STAGE = "generate-teacher"
-ROUNDS = 4  # calls of the engine hold so many times max_num_seqs prompts
+STEP = "generate-teacher"
+BATCHES_PER_CALL = 4  # an engine call gets this many times max_num_seqs prompts
 
 
-def respond(
+def generate_teacher_responses(
     run: RunDirectory,
     *,
     teacher: TeacherConfig,
@@ -46,95 +48,98 @@ def respond(
     fingerprint: str,
     threads: int | None = None,
 ) -> None:
-    """Write responses/, whose split `train` has the rows of data/train. generation: the engine, as
-    scoring has it.
+    """Write teacher_responses/, whose split `train` has the rows of data/train.
+
+    generation: the engine's settings, those of scoring. Does nothing if the step is finished.
     """
-    if whole_result(run.teacher_responses, fingerprint):
+    if finished_manifest(run.teacher_responses, fingerprint):
         return
+
+    # Load both tokenizers. Overlong samples are cut, never dropped, so that the rows stay the same.
     start, path, student_path = time.monotonic(), resolve_model(teacher), resolve_model(student)
-    asked = load_tokenizer(
+    teacher_tokenizer = load_tokenizer(
         path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
     )
-    learns = load_tokenizer(
+    student_tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
     )
-    whole = prompt.model_copy(update={"overlong": "truncate"})  # rows stay those of data/train
+    truncating = prompt.model_copy(update={"overlong": "truncate"})
+
     generator = open_generator(
         path,
         generation.model_copy(update={"dtype": teacher.dtype}),
-        asked,
+        teacher_tokenizer,
         threads=threads,
         max_length=prompt.max_prompt_tokens + policy.max_new_tokens,
         trust_remote_code=teacher.trust_remote_code,
         revision=teacher.revision,
-        instead="score.generation.backend=transformers",
+        alternative="score.generation.backend=transformers",
     )
     try:
         with atomic_directory(run.teacher_responses) as folder:
-            samples = _answered(
+            # Generate, and tokenize the responses for the student as they come.
+            samples = _answer_samples(
                 run,
-                Encoder(asked, whole),
+                SampleTokenizer(teacher_tokenizer, truncating),
                 generator,
                 policy,
                 seed,
-                ROUNDS * generation.max_num_seqs,
+                BATCHES_PER_CALL * generation.max_num_seqs,
             )
-            counts = encode_split(samples, Encoder(learns, whole), folder, "train")
-            write_manifest(
-                folder,
-                STAGE,
-                fingerprint,
-                info={
-                    "samples": counts.samples,
-                    "tokens": counts.response_tokens,
-                    "seconds": time.monotonic() - start,
-                },
+            counts = write_tokenized_split(
+                samples, SampleTokenizer(student_tokenizer, truncating), folder, "train"
             )
+            info = {
+                "samples": counts.samples,
+                "tokens": counts.response_tokens,
+                "seconds": time.monotonic() - start,
+            }
+            write_manifest(folder, STEP, fingerprint, info=info)
     finally:
         generator.close()
     log.info(
-        "respond: %d responses, %.1f tokens on average",
+        "%s: %d responses, %.1f tokens on average",
+        STEP,
         counts.samples,
         counts.response_tokens / max(counts.samples, 1),
     )
 
 
-def _answered(
+def _answer_samples(
     run: RunDirectory,
-    encoder: Encoder,
+    tokenizer: SampleTokenizer,
     generator: Generator,
     policy: PolicyConfig,
     seed: int,
-    size: int,
+    chunk_size: int,
 ) -> Iterator[Sample]:
     """The training samples with the teacher's response as their reference."""
     path = run.data / "train.jsonl"
-    total = sum(1 for _ in read_normalised(path))
-    samples, first, cut = read_normalised(path), 0, 0
-    with Progress(total, "responses", STAGE) as progress:
-        while part := list(itertools.islice(samples, size)):
-            sampling = Sampling(
-                policy.temperature, policy.top_p, policy.max_new_tokens, seed=seed, first=first
+    total = sum(1 for _ in read_sample_file(path))
+    samples, first_index, truncated = read_sample_file(path), 0, 0
+    with Progress(total, "responses", STEP) as progress:
+        while chunk := list(itertools.islice(samples, chunk_size)):
+            sampling = SamplingParams(
+                policy.temperature,
+                policy.top_p,
+                policy.max_new_tokens,
+                seed=seed,
+                first_index=first_index,
             )
-            for sample, ids in zip(
-                part,
-                generator.write([encoder.prompt(sample) for sample in part], sampling),
-                strict=True,
-            ):
-                ended = bool(ids) and ids[-1] in generator.stops
-                cut += not ended
-                yield replace(
-                    sample,
-                    references=(decode(encoder.tokenizer, ids, generator.stops),),
-                    ended=ended,
-                )
-            first += len(part)
-            progress.advance(len(part))
-    if cut:
+            prompts = [tokenizer.tokenize_prompt(sample) for sample in chunk]
+            responses = generator.generate_ids(prompts, sampling, progress.advance)
+            for sample, ids in zip(chunk, responses, strict=True):
+                ended = bool(ids) and ids[-1] in generator.stop_token_ids
+                truncated += not ended
+                text = decode_response(tokenizer.tokenizer, ids, generator.stop_token_ids)
+                yield replace(sample, references=(text,), ended=ended)
+            first_index += len(chunk)
+    if truncated:
         log.info(
-            "respond: %d of %d responses were cut at policy.max_new_tokens=%d: the student is not "
-            "taught to end there",
-            cut,
+            "%s: %d of %d responses reached policy.max_new_tokens=%d without an EOS: the student "
+            "does not learn to end after them",
+            STEP,
+            truncated,
             total,
             policy.max_new_tokens,
         )

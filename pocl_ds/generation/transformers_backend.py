@@ -1,6 +1,6 @@
-"""`generate` of transformers: the plain backend, and the numerical reference that vLLM is held to.
+"""`generate` of transformers: the plain backend, and the numerical reference for vLLM.
 
-Shapes: B sequences, T positions, V vocabulary rows.
+Shapes: B sequences, T positions, V vocabulary entries.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from transformers import GenerationConfig as DecodingConfig
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from pocl_ds.config import GenerationConfig
-from pocl_ds.generation.protocol import Sampling, decode, stop_ids
-from pocl_ds.models.heads import head_of, hidden_states, splits, unsplit
+from pocl_ds.generation.protocol import (
+    ProgressCallback,
+    SamplingParams,
+    decode_response,
+    find_stop_token_ids,
+    ignore_progress,
+)
+from pocl_ds.models.heads import has_known_head, hidden_states, identity_head, output_head
 from pocl_ds.models.load import load_model
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime.distributed import device
 
-HEAD_ROWS = 512  # positions whose logits [rows, V] are held at once
+LOGIT_ROWS = 512  # positions whose logits [rows, V] are in memory at once
 
 
 class TransformersGenerator:
@@ -45,92 +53,121 @@ class TransformersGenerator:
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
-        self.threads_before = torch.get_num_threads()
+        """See `open_generator`."""
+        self.previous_threads = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
         model = load_model(
             model_path, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision
         )
         self.model: Any = model.to(device()).eval()
-        self.config, self.tokenizer, self.max_length, self.tokens = config, tokenizer, max_length, 0
-        self.stops = stop_ids(tokenizer, self.model.generation_config)
+        self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
+        self.processed_tokens, self.sleep_level = 0, 0
+        self.stop_token_ids = find_stop_token_ids(tokenizer, self.model.generation_config)
         # The model's own decoding settings (temperature, repetition penalty) must not add to ours.
         self.model.generation_config = DecodingConfig()
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[str]:
         """See `protocol.Generator`."""
         return [
-            decode(self.tokenizer, response, self.stops)
-            for response in self.write(prompts, sampling)
+            decode_response(self.tokenizer, response, self.stop_token_ids)
+            for response in self.generate_ids(prompts, sampling, on_progress)
         ]
 
     @torch.inference_mode()
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """See `protocol.Generator`. Prompts of like length go together, padded on the left, and as
-        many new tokens fit for each of them: the model may have no positions beyond.
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[list[int]]:
+        """See `protocol.Generator`. A batch holds prompts with the same limit of new tokens: the
+        model may have no positions after the longest of them.
         """
+        limits = [min(sampling.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         responses: list[list[int]] = [[]] * len(prompts)
-        room = [min(sampling.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
-        for spare in sorted({one for one in room if one > 0}, reverse=True):
-            alike = [index for index, one in enumerate(room) if one == spare]
-            for batch in _batches([len(prompts[index]) + spare for index in alike], self.config):
-                self._write_batch(
-                    [alike[place] for place in batch], prompts, sampling, spare, responses
+        on_progress(sum(limit <= 0 for limit in limits))  # no room for a response
+        for limit in sorted({limit for limit in limits if limit > 0}, reverse=True):
+            indices = [index for index, own_limit in enumerate(limits) if own_limit == limit]
+            lengths = [len(prompts[index]) + limit for index in indices]
+            for batch in _batches(lengths, self.config):
+                batch_indices = [indices[place] for place in batch]
+                generated = self._generate_batch(
+                    batch_indices, prompts, sampling, limit, on_progress
                 )
+                for index, response in zip(batch_indices, generated, strict=True):
+                    responses[index] = response
         return responses
 
-    def _write_batch(
+    def _generate_batch(
         self,
-        batch: Sequence[int],
+        indices: Sequence[int],
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        spare: int,
-        responses: list[list[int]],
-    ) -> None:
-        """Write at most `spare` tokens to each of the prompts `batch`."""
+        sampling: SamplingParams,
+        max_new_tokens: int,
+        on_progress: ProgressCallback,
+    ) -> list[list[int]]:
+        """Generate responses to the prompts at `indices`, in this order."""
         decoding = DecodingConfig(
             do_sample=False,
-            max_new_tokens=spare,
-            eos_token_id=self.stops,
-            pad_token_id=self.stops[0],
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.stop_token_ids,
+            pad_token_id=self.stop_token_ids[0],
             use_cache=True,
         )
-        ids, mask = _padded([prompts[index] for index in batch], self.model.device, left=True)
+        ids, mask = _padded([prompts[index] for index in indices], self.model.device, left=True)
+
+        # Sample by the arg max of scores plus noise, with one random generator per prompt.
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            processors.append(
-                _GumbelNoise([sampling.request_seed(index) for index in batch], self.model.device)
-            )
+            seeds = [sampling.request_seed(index) for index in indices]
+            processors.append(_GumbelNoise(seeds, self.model.device))
+
+        # Decode; the criteria report progress after each token.
+        reporter = _ProgressReporter(self.stop_token_ids, len(indices), ids.device, on_progress)
         with quiet():
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=decoding,
                 logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([reporter]),
             )
-        for index, response in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            length = next(
-                (n + 1 for n, token in enumerate(response) if token in self.stops), len(response)
-            )
-            responses[index] = response[:length]
-            self.tokens += length
+        reporter.finish()
+
+        # Cut the padding after each response's first stop id.
+        responses = []
+        for response in output[:, ids.shape[1] :].tolist():
+            stops = (n + 1 for n, token in enumerate(response) if token in self.stop_token_ids)
+            length = next(stops, len(response))
+            responses.append(response[:length])
+            self.processed_tokens += length
+        return responses
 
     @torch.no_grad()
-    def refresh(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """See `protocol.Generator`."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(weights[name])
 
     @torch.inference_mode()
     def log_probs(
-        self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        on_progress: ProgressCallback = ignore_progress,
     ) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`. The head runs at response positions only."""
-        split = splits(self.model)
-        head = head_of(self.model) if split else unsplit(self.model)
+        split = has_known_head(self.model)
+        head = output_head(self.model) if split else identity_head(self.model)
         results: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(sequences)
         for batch in _batches([len(sequence) for sequence in sequences], self.config):
             ids, mask = _padded(
@@ -139,56 +176,84 @@ class TransformersGenerator:
             hidden = hidden_states(self.model, ids, mask, split=split)  # [B, T, D]
             for row, index in enumerate(batch):
                 start, stop = prompt_tokens[index], len(sequences[index])
-                found = [
-                    head.logits(
-                        hidden[row, first - 1 : min(first + HEAD_ROWS, stop) - 1]
-                    )  # state t predicts t + 1
+                # The hidden state at t predicts token t + 1.
+                chunks = [
+                    head.logits(hidden[row, begin - 1 : min(begin + LOGIT_ROWS, stop) - 1])
                     .float()
                     .log_softmax(-1)
-                    .gather(1, ids[row, first : min(first + HEAD_ROWS, stop), None])[:, 0]
-                    for first in range(start, stop, HEAD_ROWS)
+                    .gather(1, ids[row, begin : min(begin + LOGIT_ROWS, stop), None])[:, 0]
+                    for begin in range(start, stop, LOGIT_ROWS)
                 ]
-                if found:
-                    results[index] = torch.cat(found).cpu().numpy()
-                self.tokens += stop
+                if chunks:
+                    results[index] = torch.cat(chunks).cpu().numpy()
+                self.processed_tokens += stop
+            on_progress(len(batch))
         return results
 
-    def rest(self) -> None:
-        """See `protocol.Generator`; the model stays where it is."""
+    def sleep(self) -> None:
+        """See `protocol.Generator`. Does nothing: the model stays in memory."""
 
     def close(self) -> None:
         """Free the model."""
         self.model = None
         gc.collect()
-        torch.set_num_threads(self.threads_before)
+        torch.set_num_threads(self.previous_threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-class _GumbelNoise(LogitsProcessor):
-    """Gumbel noise from one generator a row: the arg max of log-probabilities plus it is an exact
-    sample.
+class _ProgressReporter(StoppingCriteria):
+    """Reports the sequences of a batch that reached a stop id, after each token. Stops none."""
 
-    `do_sample` of transformers draws for the whole batch at once, so that a text would depend on
-    its neighbours.
+    def __init__(
+        self,
+        stop_token_ids: Sequence[int],
+        sequences: int,
+        where: torch.device,
+        on_progress: ProgressCallback,
+    ) -> None:
+        self.stop_token_ids = torch.tensor(stop_token_ids, device=where)
+        self.stopped = torch.zeros(sequences, dtype=torch.bool, device=where)
+        self.on_progress, self.reported = on_progress, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.stopped |= torch.isin(input_ids[:, -1], self.stop_token_ids)
+        self._report(int(self.stopped.sum()))
+        return torch.zeros_like(self.stopped)
+
+    def finish(self) -> None:
+        """Report the sequences that reached the limit of new tokens."""
+        self._report(len(self.stopped))
+
+    def _report(self, finished: int) -> None:
+        self.on_progress(finished - self.reported)
+        self.reported = finished
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise from one generator per row: the arg max of the log-probabilities plus the
+    noise is an exact sample.
+
+    `do_sample` of transformers samples the whole batch with one generator, so that a response would
+    depend on the other prompts of its batch.
     """
 
     def __init__(self, seeds: Sequence[int], where: torch.device) -> None:
         self.generators = [torch.Generator(where).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         shape, where = scores.shape[1:], scores.device
         draws = [
-            torch.rand(shape, generator=one, device=where, dtype=torch.float64)
-            for one in self.generators
+            torch.rand(shape, generator=generator, device=where, dtype=torch.float64)
+            for generator in self.generators
         ]
         uniform = torch.stack(draws).clamp_min(torch.finfo(torch.float64).tiny)
         return scores.double() - (-uniform.log()).log()
 
 
 def _batches(lengths: Sequence[int], config: GenerationConfig) -> Iterator[list[int]]:
-    """Indices in batches of like length: at most max_num_seqs, and max_num_batched_tokens with their
-    padding.
+    """Indices in batches of similar length, longest first: at most `max_num_seqs`, and with their
+    padding at most `max_num_batched_tokens`.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -203,8 +268,10 @@ def _batches(lengths: Sequence[int], config: GenerationConfig) -> Iterator[list[
 
 def _padded(
     sequences: Sequence[Sequence[int]], where: torch.device, *, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, both int64 [B, T]; the mask comes from lengths."""
+) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, both int64 [B, T]. The mask follows from the lengths, not from a
+    padding id.
+    """
     width = max(len(sequence) for sequence in sequences)
     ids = np.zeros((len(sequences), width), dtype=np.int64)
     mask = np.zeros_like(ids)

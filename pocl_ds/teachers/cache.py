@@ -1,10 +1,10 @@
-"""What the teacher says of each loss position, on disk: its final hidden states, of which its head
-makes the same distribution again at any temperature, or with teacher.mode=cached_topk records of its
+"""The teacher's outputs at the loss tokens, on disk: its final hidden states, from which its head
+computes the distribution at any temperature, or with teacher.mode=cached_topk records of its
 largest probabilities.
 
-A state is kept in the teacher's compute type: width numbers a token, where logits would be as many
-as the vocabulary. A split lies in shards of neighbouring rows; where a row begins follows from the
-encoded split. Each row has a checksum, looked at whenever it is read.
+A hidden state is stored in the teacher's dtype, as `width` numbers per token; logits would need one
+per vocabulary entry. A split is divided into shards of consecutive rows; the place of a row in its
+shard follows from the tokenized split. Each row has a checksum, which is verified before its use.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.data.tokenized import EncodedSplit, shard_rows
+from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
-from pocl_ds.workflow.run_dir import Manifest, damaged_files, disk_faults, read_manifest
+from pocl_ds.workflow.files import explain_disk_errors
+from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest
 
-STAGE = "cache-teacher"
-HALVES = (torch.bfloat16, torch.float16)
-# numpy has no bfloat16: halves are kept as the integers of their bits.
-RAW: dict[str, np.dtype[Any]] = {
+STEP = "cache-teacher"
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+# numpy has no bfloat16: both half precisions are stored as integers with the same bits.
+STORAGE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.int16),
     "float16": np.dtype(np.int16),
@@ -36,136 +37,168 @@ RAW: dict[str, np.dtype[Any]] = {
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Neighbouring rows of a split in one file: [loss tokens of all rows, width]."""
+class CacheShard:
+    """Consecutive rows of a split in one file, an array [loss tokens of all rows, width]."""
 
     directory: Path
     split: str
     number: int
     count: int
     rows: range
-    starts: NDArray[np.int64]  # where each of its rows begins, in tokens; one more for the end
+    offsets: NDArray[np.int64]  # first token of each row in the file, and the end: [rows + 1]
     width: int
     dtype: str
 
     @classmethod
-    def of(
-        cls, directory: Path, split: EncodedSplit, number: int, count: int, width: int, dtype: str
-    ) -> Shard:
-        """Shard `number` of `count`."""
+    def of_split(
+        cls,
+        directory: Path,
+        split: TokenizedSplit,
+        number: int,
+        count: int,
+        width: int,
+        dtype: str,
+    ) -> CacheShard:
+        """Shard `number` of `count` of a split."""
         rows = shard_rows(len(split), number, count)
-        tokens = split.loss_tokens[rows.start : rows.stop]
-        return cls(
-            directory,
-            split.name,
-            number,
-            count,
-            rows,
-            np.concatenate([[0], np.cumsum(tokens)]),
-            width,
-            dtype,
-        )
+        offsets = np.concatenate([[0], np.cumsum(split.loss_tokens[rows.start : rows.stop])])
+        return cls(directory, split.name, number, count, rows, offsets, width, dtype)
 
-    name = property(lambda self: f"{self.split}-{self.number:05d}-of-{self.count:05d}")
-    path = property(lambda self: self.directory / f"{self.name}.bin")
-    checksums = property(lambda self: self.directory / f"{self.name}.crc.npy")
-    manifest = property(lambda self: f"{self.name}.manifest.json")
-    bytes = property(lambda self: int(self.starts[-1]) * self.width * RAW[self.dtype].itemsize)
+    @property
+    def name(self) -> str:
+        """The part that the names of its files share."""
+        return f"{self.split}-{self.number:05d}-of-{self.count:05d}"
+
+    @property
+    def path(self) -> Path:
+        """The file of the outputs."""
+        return self.directory / f"{self.name}.bin"
+
+    @property
+    def checksum_path(self) -> Path:
+        """The file of the rows' CRC-32 checksums: uint32 [rows]."""
+        return self.directory / f"{self.name}.crc.npy"
+
+    @property
+    def manifest_name(self) -> str:
+        """The name of its manifest in the directory."""
+        return f"{self.name}.manifest.json"
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file of the outputs."""
+        return int(self.offsets[-1]) * self._token_bytes
+
+    @property
+    def _token_bytes(self) -> int:
+        return self.width * STORAGE_DTYPES[self.dtype].itemsize
 
     def allocate(self) -> None:
-        """An empty file of the whole size: a full disk shows here, before anything is computed."""
+        """Reserve the file's full size, so that a full disk shows before anything is computed.
+        Raises ResourceError then.
+        """
         self.path.unlink(missing_ok=True)
         try:
-            with disk_faults(self.path), self.path.open("wb") as stream:
+            with explain_disk_errors(self.path), self.path.open("wb") as stream:
                 if self.bytes:
                     os.posix_fallocate(stream.fileno(), 0, self.bytes)
         except ResourceError:
             self.path.unlink(missing_ok=True)
             raise
 
-    def write(self, stream: int, row: int, states: Tensor) -> int:
-        """Put a row's states [loss tokens, width] in place, through a file descriptor. Returns
-        their checksum.
-        """
-        kept = states.detach().to("cpu").contiguous()
-        data = whole = (kept.view(torch.int16) if kept.dtype in HALVES else kept).numpy().tobytes()
-        place = int(self.starts[row - self.rows.start]) * self.width * RAW[self.dtype].itemsize
-        while data:
-            data, place = data[(done := os.pwrite(stream, data, place)) :], place + done
-        return zlib.crc32(whole)
+    def write(self, descriptor: int, row: int, outputs: Tensor) -> int:
+        """Write a row's outputs [loss tokens, width] at their place, and return their checksum.
 
-    def sealed(self, fingerprint: str) -> Manifest | None:
-        """Its manifest, where it is whole and of this teacher and data."""
-        found = read_manifest(self.directory, self.manifest)
+        descriptor: of the open file.
+        """
+        outputs = outputs.detach().to("cpu").contiguous()
+        if outputs.dtype in HALF_PRECISION:
+            outputs = outputs.view(torch.int16)
+        data = remaining = outputs.numpy().tobytes()
+        position = int(self.offsets[row - self.rows.start]) * self._token_bytes
+        while remaining:
+            written = os.pwrite(descriptor, remaining, position)
+            remaining, position = remaining[written:], position + written
+        return zlib.crc32(data)
+
+    def finished_manifest(self, fingerprint: str) -> Manifest | None:
+        """Its manifest, or None if it is unfinished, incomplete or of another teacher or data."""
+        manifest = read_manifest(self.directory, self.manifest_name)
         if (
-            found is None
-            or found.fingerprint != fingerprint
-            or damaged_files(self.directory, found, checksums=False)
+            manifest is None
+            or manifest.fingerprint != fingerprint
+            or damaged_files(self.directory, manifest, checksums=False)
         ):
             return None
-        return found
+        return manifest
 
 
-class TeacherStore:
-    """The stored states of some splits, memory-mapped. Their width and type are what the stage's
-    manifest says.
-    """
+class TeacherCache:
+    """The cached outputs of some splits, memory-mapped. Width and dtype come from the manifest."""
 
-    def __init__(self, directory: Path, splits: list[EncodedSplit], *, fingerprint: str) -> None:
+    def __init__(self, directory: Path, splits: list[TokenizedSplit], *, fingerprint: str) -> None:
+        """Raises ArtifactError if the cache or one of its shards is missing, or is that of another
+        teacher or data.
+        """
         self.directory = directory
-        sealed = read_manifest(directory)
-        if sealed is None or sealed.fingerprint != fingerprint:
+        manifest = read_manifest(directory)
+        if manifest is None or manifest.fingerprint != fingerprint:
             raise ArtifactError(
-                f"{directory} holds no whole cache of this teacher and data: run `pocl cache-teacher`, or "
-                f"set "
-                "teacher.mode=online"
+                f"{directory} holds no complete cache of this teacher and data: run `pocl "
+                "cache-teacher`, or set teacher.mode=online"
             )
-        self.width, self.dtype = int(sealed.info["width"]), str(sealed.info["dtype"])
-        self.top_k: dict[str, Any] | None = sealed.info.get("top_k")
-        kind = RAW[self.dtype]
-        self._shards: dict[str, list[tuple[Shard, NDArray[Any], NDArray[np.uint32]]]] = {}
-        self._first: dict[str, list[int]] = {}
+        self.width, self.dtype = int(manifest.info["width"]), str(manifest.info["dtype"])
+        self.top_k: dict[str, Any] | None = manifest.info.get("top_k")
+        self._shards: dict[str, list[tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]]] = {}
+        self._first_rows: dict[str, list[int]] = {}
         for split in splits:
-            for number in range(count := int(sealed.info["shards"])):
-                shard = Shard.of(directory, split, number, count, self.width, self.dtype)
-                if shard.sealed(fingerprint) is None:
-                    raise ArtifactError(
-                        f"{shard.path} is missing, or not what `pocl cache-teacher` wrote: remove "
-                        f"{directory}/manifest.json, and run `pocl cache-teacher`, it makes this shard anew"
-                    )
-                states: NDArray[Any] = (
-                    np.memmap(shard.path, kind, "r") if shard.bytes else np.empty(0, kind)
-                )
-                self._shards.setdefault(split.name, []).append(
-                    (shard, states.reshape(-1, self.width), np.load(shard.checksums))
-                )
-                self._first.setdefault(split.name, []).append(shard.rows.start)
+            shards = [
+                self._open_shard(split, number, int(manifest.info["shards"]), fingerprint)
+                for number in range(int(manifest.info["shards"]))
+            ]
+            self._shards[split.name] = shards
+            self._first_rows[split.name] = [shard.rows.start for shard, _, _ in shards]
 
     def read(self, split: str, rows: tuple[int, ...]) -> Tensor:
-        """States of some rows, behind one another: [loss tokens, width]."""
-        found = [self._row(split, row)[0] for row in rows]
-        joined = np.concatenate(found) if found else np.empty((0, self.width), RAW[self.dtype])
-        states = torch.from_numpy(joined)
-        return states.view(kind) if (kind := getattr(torch, self.dtype)) in HALVES else states
+        """The outputs of some rows, concatenated: [loss tokens, width]."""
+        parts = [self._read_row(split, row)[0] for row in rows]
+        empty = np.empty((0, self.width), STORAGE_DTYPES[self.dtype])
+        outputs = torch.from_numpy(np.concatenate(parts) if parts else empty)
+        dtype = getattr(torch, self.dtype)
+        return outputs.view(dtype) if dtype in HALF_PRECISION else outputs
 
-    def fault(self, split: str, rows: NDArray[np.int64]) -> str | None:
-        """What is wrong with one of these rows' states, by the first that is not what was written."""
+    def find_damage(self, split: str, rows: NDArray[np.int64]) -> str | None:
+        """A sentence about the first of these rows whose checksum differs, or None."""
         for row in rows:
-            states, checksum, shard = self._row(split, int(row))
-            if zlib.crc32(states.data) != checksum:
+            outputs, checksum, shard = self._read_row(split, int(row))
+            if zlib.crc32(outputs.data) != checksum:
                 return (
                     f"{shard.path} is damaged at row {row} of {split}: remove it and "
-                    f"{self.directory}/manifest.json, and run "
-                    "`pocl cache-teacher`, it makes this shard anew"
+                    f"{self.directory}/manifest.json, and run `pocl cache-teacher`, which writes "
+                    "this shard again"
                 )
         return None
 
-    def _row(self, split: str, row: int) -> tuple[NDArray[Any], int, Shard]:
-        place = int(np.searchsorted(self._first[split], row, side="right")) - 1
-        shard, states, checksums = self._shards[split][place]
-        inside = row - shard.rows.start
-        return (
-            states[shard.starts[inside] : shard.starts[inside + 1]],
-            int(checksums[inside]),
-            shard,
+    def _open_shard(
+        self, split: TokenizedSplit, number: int, count: int, fingerprint: str
+    ) -> tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]:
+        shard = CacheShard.of_split(self.directory, split, number, count, self.width, self.dtype)
+        if shard.finished_manifest(fingerprint) is None:
+            raise ArtifactError(
+                f"{shard.path} is missing or not what `pocl cache-teacher` wrote: remove "
+                f"{self.directory}/manifest.json, and run `pocl cache-teacher`, which writes this "
+                "shard again"
+            )
+        dtype = STORAGE_DTYPES[self.dtype]
+        outputs: NDArray[Any] = (
+            np.memmap(shard.path, dtype, "r") if shard.bytes else np.empty(0, dtype)
         )
+        return shard, outputs.reshape(-1, self.width), np.load(shard.checksum_path)
+
+    def _read_row(self, split: str, row: int) -> tuple[NDArray[Any], int, CacheShard]:
+        """A row's outputs [loss tokens, width], their checksum, and the shard that holds them."""
+        index = int(np.searchsorted(self._first_rows[split], row, side="right")) - 1
+        shard, outputs, checksums = self._shards[split][index]
+        place = row - shard.rows.start
+        row_outputs = outputs[shard.offsets[place] : shard.offsets[place + 1]]
+        return row_outputs, int(checksums[place]), shard

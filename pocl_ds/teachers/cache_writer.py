@@ -1,5 +1,6 @@
-"""The stage `teach`: the teacher reads each sample once, and what it says is kept for all stages
-and epochs: its hidden states, or with teacher.mode=cached_topk records of its largest probabilities.
+"""The step cache-teacher: the teacher reads each sample once, and its outputs are stored for all
+stages and epochs: hidden states, or with teacher.mode=cached_topk records of its largest
+probabilities (docs/method.md, eq. 19).
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,57 +16,60 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
+from numpy.typing import NDArray
 
 from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig, ds_config
-from pocl_ds.curriculum.micro_batches import share_by_tokens
+from pocl_ds.curriculum.micro_batches import assign_by_tokens
 from pocl_ds.data.batches import collate
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.engine import sharded_loading, start_deepspeed
 from pocl_ds.errors import RecipeError, ResourceError
-from pocl_ds.losses.top_k import TopK
-from pocl_ds.models.heads import packs
+from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.models.dtypes import resolve_dtype
+from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
-from pocl_ds.models.quantization import check_teacher
-from pocl_ds.models.vocab import Ids, reconcile_models
+from pocl_ds.models.quantization import check_quantized_teacher
+from pocl_ds.models.vocab import VocabMap, align_model_vocabularies
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.tracking import Progress
-from pocl_ds.teachers.cache import STAGE, Shard
-from pocl_ds.teachers.mode_selection import Costs, Use, choose, disk_rates, free_bytes
-from pocl_ds.teachers.teacher import LiveTeacher
-from pocl_ds.workflow.run_dir import (
-    RunDirectory,
-    atomic_directory,
-    disk_faults,
-    read_manifest,
-    save_array,
-    write_json,
-    write_manifest,
+from pocl_ds.runtime.progress import Progress
+from pocl_ds.teachers.cache import STEP, CacheShard
+from pocl_ds.teachers.mode_selection import (
+    ModeCosts,
+    TeacherUsage,
+    load_or_select_mode,
+    measure_disk_rates,
+    usable_bytes,
 )
+from pocl_ds.teachers.teacher import OnlineTeacher
+from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_array, write_json
+from pocl_ds.workflow.manifest import read_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
 SPLITS = ("train", "validation")
-LOGIT_BYTES = 256 << 20  # of one chunk of logits, while the largest are picked
+LOGIT_BYTES = 256 << 20  # of the logits from which the top k are selected at once
 
 
-def teach(
+def cache_teacher(
     run: RunDirectory,
     *,
     teacher: TeacherConfig,
     student: StudentConfig,
     config: TeacherCacheConfig,
-    use: Use,
+    usage: TeacherUsage,
     fingerprint: str,
     shard: int | None = None,
 ) -> None:
-    """Store what the teacher says at the loss positions of training and validation samples, and the
-    head that reads it.
+    """Write teacher_cache/: the teacher's outputs at the loss tokens of the training and validation
+    samples, and its head. Finished shards stay as they are.
 
-    All ranks call it; each computes its share of a shard. shard: only this one of every split. With
-    teacher.mode=auto it is measured first whether that is worth it. Raises RecipeError for a shard
-    that does not exist or a k that is too large, ResourceError for a full disk; what is whole is
-    kept.
+    All ranks call it together; each computes its share of a shard. shard: write only this shard of
+    each split. With teacher.mode=auto the ranks first measure whether a cache saves time. Raises
+    RecipeError for a shard that does not exist or a `top_k` that is too large, ResourceError for a
+    full disk.
     """
+    # Stop if the step is finished, refuse what cannot work.
     manifest = read_manifest(run.teacher_cache)
     if manifest and manifest.fingerprint == fingerprint:
         return
@@ -76,127 +81,137 @@ def teach(
     if distributed.world_size() > 1:
         start_deepspeed()
     path, student_path = resolve_model(teacher), resolve_model(student)
-    check_teacher(
-        teacher,
-        load_model_config(
-            path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
-        ),
+    check_quantized_teacher(teacher, _model_config(path, teacher))
+
+    # Divide the splits into shards, whose sizes follow from the tokenized data alone.
+    splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
+    vocab = VocabMap.of(align_model_vocabularies(teacher, path, student, student_path))
+    codec = None
+    if teacher.mode == "cached_topk":
+        codec = TopKCodec(config.top_k, vocab.size, usage.temperatures)
+        codec.validate(int(vocab.allowed.sum()))
+    shards = _plan_shards(run, splits, config.shards, _token_layout(path, teacher, codec))
+    unfinished = distributed.broadcast_object(
+        [
+            part
+            for part in shards
+            if shard in (None, part.number) and part.finished_manifest(fingerprint) is None
+        ]
     )
-    splits = [EncodedSplit.open(run.data, name) for name in SPLITS]
-    ids = Ids.of(reconcile_models(teacher, path, student, student_path))
-    top_k = (
-        TopK(config.top_k, ids.size, use.temperatures) if teacher.mode == "cached_topk" else None
+
+    # Write what is unfinished, and the step's manifest once all shards are finished.
+    info: dict[str, Any] = {"mode": "cached_hidden_states"}
+    if codec:
+        info = {"mode": "cached_topk", "top_k": asdict(codec)}
+    if unfinished:
+        writer = _CacheWriter(run, teacher, student, (path, student_path), vocab, codec, config)
+        info |= writer.write(splits, shards, unfinished, usage, fingerprint)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        cached = [] if info["mode"] == "online" else shards
+        if all(part.finished_manifest(fingerprint) for part in cached):
+            _finish_cache(run, cached, info, fingerprint)
+    distributed.barrier()
+
+
+def _model_config(path: str, teacher: TeacherConfig) -> Any:
+    return load_model_config(
+        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
     )
-    if top_k:
-        top_k.check(int(ids.allowed.sum()))
-    width, dtype = (top_k.bytes, "uint8") if top_k else (head_width(path, teacher), teacher.dtype)
-    numbers = range(config.shards)
-    shards = [
-        Shard.of(run.teacher_cache, split, number, config.shards, width, dtype)
-        for split in splits
-        for number in numbers
-    ]
+
+
+def _token_layout(path: str, teacher: TeacherConfig, codec: TopKCodec | None) -> tuple[int, str]:
+    """Width and dtype of one token's outputs."""
+    if codec:
+        return codec.bytes, "uint8"
+    # The width of the head's input; OPT projects before its head.
+    config = _model_config(path, teacher)
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return int(width), resolve_dtype(teacher.dtype)
+
+
+def _plan_shards(
+    run: RunDirectory, splits: Sequence[TokenizedSplit], count: int, layout: tuple[int, str]
+) -> list[CacheShard]:
+    """All shards of all splits."""
     run.teacher_cache.mkdir(parents=True, exist_ok=True)
-    unsealed = [
-        one for one in shards if shard in (None, one.number) and one.sealed(fingerprint) is None
+    return [
+        CacheShard.of_split(run.teacher_cache, split, number, count, *layout)
+        for split in splits
+        for number in range(count)
     ]
-    info: dict[str, Any] = (
-        {"mode": "cached_topk", "top_k": asdict(top_k)}
-        if top_k
-        else {"mode": "cached_hidden_states"}
-    )
-    if todo := distributed.from_rank_zero(unsealed):
-        teaching = _Teaching(run, teacher, student, (path, student_path), ids, top_k, config)
-        if teacher.mode == "auto":
-            info |= teaching.choice(
-                splits, shards, use, run.teacher_cache / f"choice-{fingerprint[:16]}.json"
-            )
-            todo = todo if info["mode"] == "cached_hidden_states" else []
-        needed, allowed = sum(one.bytes for one in shards), config.max_disk_gb
-        if todo and allowed is not None and needed > allowed * 1e9:
-            raise ResourceError(
-                f"teacher_cache.max_disk_gb={allowed:g} and {needed / 1e9:.3f} GB would be kept: raise it, or "
-                f"set "
-                "teacher.mode to topk, auto or live"
-            )
-        if (
-            any(one.number == 0 for one in todo) and top_k is None
-        ):  # so that of an array's tasks only one writes it
-            teaching.head()
-        teaching.all(todo, {split.name: split for split in splits}, fingerprint)
-    distributed.barrier()
-    if distributed.rank() == 0 and (
-        info["mode"] == "online" or all(one.sealed(fingerprint) for one in shards)
-    ):
-        _seal(run, shards if info["mode"] != "online" else [], info, fingerprint)
-    distributed.barrier()
 
 
-def _seal(run: RunDirectory, shards: list[Shard], info: dict[str, Any], fingerprint: str) -> None:
-    """The stage's own manifest; shards of another division go."""
-    kept = {
+def _finish_cache(
+    run: RunDirectory, shards: list[CacheShard], info: dict[str, Any], fingerprint: str
+) -> None:
+    """Write the step's manifest, and remove shards of another division. info: its `mode`; the sizes
+    are added.
+    """
+    # Remove the shards of another division.
+    current = {
         path.name
-        for one in shards
-        for path in (one.path, one.checksums, run.teacher_cache / one.manifest)
+        for shard in shards
+        for path in (shard.path, shard.checksum_path, run.teacher_cache / shard.manifest_name)
     }
     for path in run.teacher_cache.glob("*-of-*"):
-        if path.name not in kept:
+        if path.name not in current:
             path.unlink()
+
+    # Sum the sizes up.
     if shards:
-        tokens = int(sum(one.starts[-1] for one in shards))
+        tokens = int(sum(shard.offsets[-1] for shard in shards))
         info |= {
             "shards": shards[-1].count,
             "width": shards[0].width,
             "dtype": shards[0].dtype,
             "tokens": tokens,
-            "bytes": sum(one.bytes for one in shards),
+            "bytes": sum(shard.bytes for shard in shards),
         }
         log.info(
-            "teach: %.3f GB, %d bytes for each of %d tokens",
+            "%s: %.3f GB, %d bytes for each of %d tokens",
+            STEP,
             info["bytes"] / 1e9,
             info["bytes"] // max(tokens, 1),
             tokens,
         )
     if info["mode"] == "cached_topk":
-        found = [one.sealed(fingerprint) for one in shards]
-        sums = np.sum([one.info["lost"] for one in found if one], axis=0) / max(info["tokens"], 1)
-        info["lost"] = [
-            {"temperature": temperature, "mass": mass, "kl": kl}
-            for temperature, (mass, kl) in zip(
-                info["top_k"]["temperatures"], sums.tolist(), strict=True
-            )
-        ]
-        for one in info["lost"]:
-            log.info(
-                "teach: at temperature %.2f the %d largest leave out a mass of %.4f, and %.4f nats a "
-                "token (KL to what is kept, its "
-                "rest spread evenly)",
-                one["temperature"],
-                info["top_k"]["k"],
-                one["mass"],
-                one["kl"],
-            )
+        info["truncation"] = _mean_truncation(shards, info, fingerprint)
     write_manifest(
         run.teacher_cache,
-        STAGE,
+        STEP,
         fingerprint,
         info=info,
         files=sorted((run.teacher_cache / "head").glob("*")),
     )
 
 
-def head_width(path: str, teacher: TeacherConfig) -> int:
-    """Width of the head's input, from the configuration alone."""
-    config: Any = load_model_config(
-        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
-    )
-    return int(
-        getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    )  # OPT projects before its head
+def _mean_truncation(
+    shards: list[CacheShard], info: dict[str, Any], fingerprint: str
+) -> list[dict[str, float]]:
+    """What top-k records leave out per token, at each temperature: probability mass, and KL
+    divergence in nats (see `TopKCodec.truncation_error`).
+    """
+    manifests = [shard.finished_manifest(fingerprint) for shard in shards]
+    sums = np.sum([found.info["truncation"] for found in manifests if found], axis=0)
+    means = sums / max(info["tokens"], 1)
+    truncation = []
+    for temperature, (mass, kl) in zip(info["top_k"]["temperatures"], means.tolist(), strict=True):
+        truncation.append({"temperature": temperature, "mass": mass, "kl": kl})
+        log.info(
+            "%s: at temperature %.2f the top %d leave out a probability of %.4f and %.4f nats per "
+            "token (KL to the records, with the rest spread evenly)",
+            STEP,
+            temperature,
+            info["top_k"]["k"],
+            mass,
+            kl,
+        )
+    return truncation
 
 
-class _Teaching:
-    """The live teacher, for the shards of one call."""
+class _CacheWriter:
+    """The teacher model, for the shards of one call. All ranks call every method together."""
 
     def __init__(
         self,
@@ -204,13 +219,16 @@ class _Teaching:
         teacher: TeacherConfig,
         student: StudentConfig,
         paths: tuple[str, str],
-        ids: Ids,
-        top_k: TopK | None,
+        vocab: VocabMap,
+        codec: TopKCodec | None,
         config: TeacherCacheConfig,
     ) -> None:
-        ranks = distributed.world_size()
+        """paths: of teacher and student. codec: None caches hidden states."""
         frozen = ds_config.resolve_teacher(
-            teacher.ds_config, dtype=teacher.dtype, ranks=ranks, micro_batch_size=1
+            teacher.ds_config,
+            dtype=resolve_dtype(teacher.dtype),
+            ranks=distributed.world_size(),
+            micro_batch_size=1,
         )
         if frozen:
             start_deepspeed()
@@ -227,17 +245,94 @@ class _Teaching:
                 revision=teacher.revision,
                 quantization=teacher.quantization,
             )
-        self.packed, self.pad_id, self.tokens = (
-            packs(model),
-            tokenizer.pad_token_id,
-            config.max_batch_tokens,
-        )
-        self.live = LiveTeacher(model, frozen, ids)
-        self.run, self.top_k, self.config = run, top_k, config
+        self.teacher = OnlineTeacher(model, frozen, vocab)
+        self.packed, self.pad_id = supports_packing(model), tokenizer.pad_token_id
+        self.run, self.mode, self.codec, self.config = run, teacher.mode, codec, config
 
-    def head(self) -> None:
-        """Write the head as it is applied: what training loads in place of the model."""
-        with self.live.head() as head:
+    def write(
+        self,
+        splits: Sequence[TokenizedSplit],
+        shards: list[CacheShard],
+        unfinished: list[CacheShard],
+        usage: TeacherUsage,
+        fingerprint: str,
+    ) -> dict[str, Any]:
+        """Write the unfinished shards and the head. With teacher.mode=auto select a mode first, and
+        return it for the manifest. Raises ResourceError if the cache exceeds max_disk_gb.
+        """
+        selection: dict[str, Any] = {}
+        if self.mode == "auto":
+            path = self.run.teacher_cache / f"mode-{fingerprint[:16]}.json"
+            selection = self._select_mode(splits, shards, usage, path)
+            if selection["mode"] == "online":
+                return selection
+        size, max_disk_gb = sum(shard.bytes for shard in shards), self.config.max_disk_gb
+        if max_disk_gb is not None and size > max_disk_gb * 1e9:
+            raise ResourceError(
+                f"the teacher cache needs {size / 1e9:.3f} GB, more than "
+                f"teacher_cache.max_disk_gb={max_disk_gb:g}: raise it, or set teacher.mode to "
+                "cached_topk, auto or online"
+            )
+
+        # Of the tasks of a job array, the one that writes shard 0 writes the head too.
+        if self.codec is None and any(shard.number == 0 for shard in unfinished):
+            self._write_head()
+        by_name = {split.name: split for split in splits}
+        total = sum(len(shard.rows) for shard in unfinished)
+        with Progress(total, "samples", STEP) as progress:
+            for shard in unfinished:
+                self._allocate(shard, unfinished, fingerprint)
+                self._write_shard(shard, by_name[shard.split], fingerprint, progress)
+        return selection
+
+    def _select_mode(
+        self,
+        splits: Sequence[TokenizedSplit],
+        shards: list[CacheShard],
+        usage: TeacherUsage,
+        path: Path,
+    ) -> dict[str, Any]:
+        """Select online or cached hidden states by measurements on this machine, and record the
+        selection in `path`. The result is the same on all ranks.
+        """
+        # Time a forward pass over one micro-batch per rank; the first one warms up.
+        split = splits[0]
+        lengths, assigned = self._assign_rows(split, range(len(split)))
+        own_rows = assigned[distributed.rank()][0]
+        batch = collate(split, own_rows, self.pad_id, packed=self.packed).to(distributed.device())
+        seconds = 0.0
+        for _ in range(2):
+            distributed.synchronize_ranks()
+            start = time.perf_counter()
+            self.teacher.outputs(batch)
+            distributed.synchronize_ranks()
+            seconds = time.perf_counter() - start
+        tokens = sum(int(lengths[micro_batches[0]].sum()) for micro_batches in assigned)
+
+        def measure_costs() -> ModeCosts:
+            cache_bytes = sum(shard.bytes for shard in shards)
+            write_rate, read_rate = measure_disk_rates(self.run.teacher_cache, cache_bytes)
+            return ModeCosts(
+                tokens=sum(int(split.total_tokens.sum()) for split in splits),
+                visits_per_sample=usage.visits_per_sample,
+                forward_tokens_per_second=tokens / seconds,
+                cache_bytes=cache_bytes,
+                usable_bytes=usable_bytes(self.run.teacher_cache, self.config.max_disk_gb),
+                write_bytes_per_second=write_rate,
+                read_bytes_per_second=read_rate,
+            )
+
+        # Rank 0 measures the disk and decides.
+        selection = None
+        with distributed.raise_on_all_ranks("select the teacher's mode"):
+            if distributed.rank() == 0:
+                selection = load_or_select_mode(path, measure_costs)
+        result: dict[str, Any] = distributed.broadcast_object(selection)
+        return result
+
+    def _write_head(self) -> None:
+        """Write the head, which training loads in place of the model."""
+        with self.teacher.head() as head:
             if distributed.rank() == 0:
                 assert head.weight is not None
                 state = {"weight": head.weight.detach().to("cpu", copy=True)}
@@ -245,138 +340,113 @@ class _Teaching:
                     state["bias"] = head.bias.detach().to("cpu", copy=True)
                 with atomic_directory(self.run.teacher_cache / "head") as folder:
                     save_torch_state_dict(state, folder, metadata={"format": "pt"})
-                    write_json(
-                        folder / "head.json", {"scale": head.scale, "soft_cap": head.soft_cap}
-                    )
+                    settings = {"scale": head.scale, "soft_cap": head.soft_cap}
+                    write_json(folder / "head.json", settings)
 
-    def choice(
-        self, splits: list[EncodedSplit], shards: list[Shard], use: Use, path: Path
-    ) -> dict[str, Any]:
-        """Whether hidden states are worth keeping, by a look at this machine; the same on all
-        ranks, and recorded.
-        """
-        split = splits[0]
-        lengths = np.asarray(split.total_tokens, np.int64)
-        dealt = share_by_tokens(
-            lengths,
-            ranks=distributed.world_size(),
-            tokens=max(self.tokens, int(lengths.max(initial=1))),
-            packed=self.packed,
-        )
-        batch = collate(split, dealt[distributed.rank()][0], self.pad_id, packed=self.packed).to(
-            distributed.device()
-        )
-        for again in range(2):  # the first forward warms up
-            distributed.settle()
-            start = time.perf_counter()
-            self.live.states(batch)
-            distributed.settle()
-            seconds = time.perf_counter() - start if again else 0.0
-        rate = sum(int(lengths[theirs[0]].sum()) for theirs in dealt) / seconds
-        kept = sum(one.bytes for one in shards)
-
-        def costs() -> Costs:
-            written, read = disk_rates(self.run.teacher_cache, kept)
-            return Costs(
-                sum(int(one.total_tokens.sum()) for one in splits),
-                use.visits,
-                rate,
-                kept,
-                free_bytes(self.run.teacher_cache, self.config.max_disk_gb),
-                written,
-                read,
-            )
-
-        with distributed.together("measure what the teacher's hidden states cost"):
-            found = choose(path, costs) if distributed.rank() == 0 else None
-        chosen: dict[str, Any] = distributed.from_rank_zero(found)
-        return chosen
-
-    def all(self, todo: list[Shard], splits: dict[str, EncodedSplit], fingerprint: str) -> None:
-        """Shard by shard."""
-        with Progress(sum(len(shard.rows) for shard in todo), "samples", STAGE) as progress:
-            for shard in todo:
-                self._shard(shard, splits[shard.split], fingerprint, progress, todo)
-
-    def _shard(
-        self,
-        shard: Shard,
-        split: EncodedSplit,
-        fingerprint: str,
-        progress: Progress,
-        shards: list[Shard],
-    ) -> None:
-        start = time.monotonic()
-        self.lost = torch.zeros(
-            len(self.top_k.temperatures) if self.top_k else 0, 2, dtype=torch.float64
-        )
-        with distributed.together("make room for the teacher's hidden states"):
+    def _allocate(self, shard: CacheShard, unfinished: list[CacheShard], fingerprint: str) -> None:
+        """Reserve a shard's file. Raises ResourceError on all ranks if the disk is full."""
+        with distributed.raise_on_all_ranks("reserve disk space for the teacher cache"):
             if distributed.rank() == 0:
-                (shard.directory / shard.manifest).unlink(missing_ok=True)
+                (shard.directory / shard.manifest_name).unlink(missing_ok=True)
                 try:
                     shard.allocate()
                 except ResourceError as error:
-                    left = sum(one.bytes for one in shards if one.sealed(fingerprint) is None)
+                    missing = sum(
+                        part.bytes
+                        for part in unfinished
+                        if part.finished_manifest(fingerprint) is None
+                    )
                     raise ResourceError(
-                        f"{error}; what is not there yet needs {left / 1e9:.3f} GB"
+                        f"{error}; the unfinished shards need {missing / 1e9:.3f} GB"
                     ) from None
         distributed.barrier()
-        lengths = np.asarray(split.total_tokens[shard.rows.start : shard.rows.stop], np.int64)
-        dealt = share_by_tokens(
-            lengths,
-            ranks=distributed.world_size(),
-            tokens=max(self.tokens, int(lengths.max(initial=1))),
-            packed=self.packed,
-        )
+
+    def _write_shard(
+        self, shard: CacheShard, split: TokenizedSplit, fingerprint: str, progress: Progress
+    ) -> None:
+        """Compute a shard's outputs on all ranks, and write its checksums and its manifest."""
+        # Each rank writes the rows of its micro-batches into the same file.
+        start = time.monotonic()
+        _, assigned = self._assign_rows(split, shard.rows)
         checksums = torch.zeros(len(shard.rows), dtype=torch.int64)
-        with disk_faults(shard.path):
-            stream = os.open(shard.path, os.O_WRONLY)
+        temperatures = len(self.codec.temperatures) if self.codec else 0
+        truncation = torch.zeros(temperatures, 2, dtype=torch.float64)
+        with explain_disk_errors(shard.path):
+            descriptor = os.open(shard.path, os.O_WRONLY)
             try:
-                for micro, places in enumerate(dealt[distributed.rank()]):
-                    self._batch(shard, split, places + shard.rows.start, stream, checksums)
-                    progress.advance(sum(len(theirs[micro]) for theirs in dealt))
-                os.fsync(stream)
+                for number, places in enumerate(assigned[distributed.rank()]):
+                    rows = places + shard.rows.start
+                    self._write_batch(shard, split, rows, descriptor, checksums, truncation)
+                    progress.advance(sum(len(micro_batches[number]) for micro_batches in assigned))
+                os.fsync(descriptor)
             finally:
-                os.close(stream)
-        kept = (
-            distributed.all_sum(checksums.to(distributed.device())).cpu().numpy().astype(np.uint32)
-        )
+                os.close(descriptor)
+
+        # Join the ranks' checksums: each rank has zeros for the rows of the others.
+        device = distributed.device()
+        all_checksums = distributed.all_sum(checksums.to(device)).cpu().numpy().astype(np.uint32)
         info: dict[str, Any] = {"samples": len(shard.rows), "seconds": time.monotonic() - start}
-        if self.top_k:
-            info["lost"] = distributed.all_sum(self.lost.to(distributed.device())).tolist()
+        if self.codec:
+            info["truncation"] = distributed.all_sum(truncation.to(device)).tolist()
         distributed.barrier()
+
+        # Finish the shard.
         if distributed.rank() == 0:
-            with disk_faults(shard.checksums), shard.checksums.open("wb") as file:
-                save_array(file, kept)
+            path = shard.checksum_path
+            with explain_disk_errors(path), path.open("wb") as file:
+                save_array(file, all_checksums)
             write_manifest(
                 shard.directory,
-                STAGE,
+                STEP,
                 fingerprint,
-                name=shard.manifest,
-                files=[shard.path, shard.checksums],
+                name=shard.manifest_name,
+                files=[shard.path, path],
                 info=info,
             )
 
-    def _batch(
-        self, shard: Shard, split: EncodedSplit, rows: Any, stream: int, checksums: torch.Tensor
+    def _write_batch(
+        self,
+        shard: CacheShard,
+        split: TokenizedSplit,
+        rows: NDArray[np.int64],
+        descriptor: int,
+        checksums: torch.Tensor,
+        truncation: torch.Tensor,
     ) -> None:
-        """One forward; a rank without a sample runs a token that is not kept, so that no other
-        waits for it.
+        """Write the outputs of some rows after one forward pass, set their checksums, and add to
+        the truncation. A rank without rows runs one token that is not stored, as ZeRO-3 needs all
+        ranks.
         """
         batch = collate(split, rows, self.pad_id, packed=self.packed).to(distributed.device())
-        states = self.live.states(batch)
-        states = (self._records(states) if self.top_k else states).cpu()
+        outputs = self.teacher.outputs(batch)
+        if self.codec:
+            outputs = self._encode(self.codec, outputs, truncation)
         counts = torch.bincount(batch.sample_of_token.cpu(), minlength=len(rows)).tolist()
-        for row, part in zip(batch.rows, states.split(counts[: len(batch.rows)]), strict=True):
-            checksums[row - shard.rows.start] = shard.write(stream, row, part)
+        parts = outputs.cpu().split(counts[: len(batch.rows)])
+        for row, part in zip(batch.rows, parts, strict=True):
+            checksums[row - shard.rows.start] = shard.write(descriptor, row, part)
 
-    def _records(self, states: torch.Tensor) -> torch.Tensor:
-        """The largest probabilities of hidden states [n, width], a chunk of logits at a time."""
-        assert self.top_k is not None
-        found = [torch.empty(0, self.top_k.bytes, dtype=torch.uint8, device=states.device)]
-        with self.live.head() as head:
-            for part in states.split(max(1, LOGIT_BYTES // (4 * self.top_k.size))):
-                logits = self.live.ids.teacher_logits(head, part)
-                found.append(self.top_k.encode(logits))
-                self.lost += self.top_k.lost(logits, found[-1]).cpu()
-        return torch.cat(found)
+    def _encode(
+        self, codec: TopKCodec, hidden: torch.Tensor, truncation: torch.Tensor
+    ) -> torch.Tensor:
+        """Top-k records [n, bytes] of hidden states [n, width], a chunk of logits at a time."""
+        records = [torch.empty(0, codec.bytes, dtype=torch.uint8, device=hidden.device)]
+        with self.teacher.head() as head:
+            for chunk in hidden.split(max(1, LOGIT_BYTES // (4 * codec.size))):
+                logits = self.teacher.vocab.teacher_logits(head, chunk)
+                records.append(codec.encode(logits))
+                truncation += codec.truncation_error(logits, records[-1]).cpu()
+        return torch.cat(records)
+
+    def _assign_rows(
+        self, split: TokenizedSplit, rows: range
+    ) -> tuple[NDArray[np.int64], list[list[NDArray[np.int64]]]]:
+        """Lengths of some rows, and their micro-batches on each rank, as indices into `rows`."""
+        lengths = np.asarray(split.total_tokens[rows.start : rows.stop], np.int64)
+        assigned = assign_by_tokens(
+            lengths,
+            ranks=distributed.world_size(),
+            max_tokens=max(self.config.max_batch_tokens, int(lengths.max(initial=1))),
+            packed=self.packed,
+        )
+        return lengths, assigned

@@ -1,5 +1,5 @@
-"""Ask the teacher at each step, or keep its hidden states? `teacher.mode: auto` measures, and takes
-what costs less time.
+"""Run the teacher in every step, or cache its hidden states? `teacher.mode: auto` measures both and
+selects the faster one.
 """
 
 from __future__ import annotations
@@ -20,113 +20,113 @@ from pocl_ds.workflow.files import explain_disk_errors, read_json, write_json
 log = logging.getLogger("pocl_ds")
 
 PROBE_BYTES = 64 << 20
-SPARE = 0.05  # of the free disk is left alone
+RESERVED_SHARE = 0.05  # of the free disk space is left unused
 
 
 @dataclass(frozen=True)
-class Use:
-    """What the trainings of a run ask of the teacher."""
+class TeacherUsage:
+    """How the trainings of a run use the teacher's outputs."""
 
-    visits: float  # how often a sample is seen, on average
-    temperatures: tuple[float, ...] = (1.0,)  # temperatures of all stages, and 1
+    visits_per_sample: float  # mean number of times that training sees a sample
+    temperatures: tuple[float, ...] = (1.0,)  # those of all stages, and 1
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What the choice follows from; rates are those of all ranks together."""
+class ModeCosts:
+    """What the selection depends on. Rates are those of all ranks together."""
 
-    tokens: int  # of one look at every sample
-    visits: float
+    tokens: int  # of all samples, once
+    visits_per_sample: float
     forward_tokens_per_second: float
-    bytes: int  # of all hidden states
-    free_bytes: int
+    cache_bytes: int  # of all hidden states
+    usable_bytes: int
     write_bytes_per_second: float
     read_bytes_per_second: float
 
     @property
-    def live_seconds(self) -> float:
-        """The teacher's forward at each visit."""
-        return self.visits * self.tokens / self.forward_tokens_per_second
+    def online_seconds(self) -> float:
+        """A forward pass at each visit."""
+        return self.visits_per_sample * self.tokens / self.forward_tokens_per_second
 
     @property
-    def hidden_seconds(self) -> float:
-        """One forward, one write, and a read from disk at each visit."""
-        once = (
-            self.tokens / self.forward_tokens_per_second + self.bytes / self.write_bytes_per_second
-        )
-        return once + self.visits * self.bytes / self.read_bytes_per_second
+    def cached_seconds(self) -> float:
+        """One forward pass, one write, and a read from disk at each visit."""
+        forward = self.tokens / self.forward_tokens_per_second
+        write = self.cache_bytes / self.write_bytes_per_second
+        read = self.cache_bytes / self.read_bytes_per_second
+        return forward + write + self.visits_per_sample * read
 
 
-def decide(costs: Costs) -> tuple[str, str]:
-    """`live` or `hidden`, and why."""
-    needed = (
-        f"{costs.bytes / 1e9:.2f} GB of hidden states, {costs.free_bytes / 1e9:.2f} GB may be used"
+def select_mode(costs: ModeCosts) -> tuple[str, str]:
+    """The faster `teacher.mode`, "online" or "cached_hidden_states", and the reason."""
+    sizes = (
+        f"{costs.cache_bytes / 1e9:.2f} GB of hidden states, "
+        f"{costs.usable_bytes / 1e9:.2f} GB of usable disk space"
     )
-    if costs.bytes > costs.free_bytes:
-        return "online", f"{needed}: they do not fit"
-    live, hidden = costs.live_seconds, costs.hidden_seconds
-    why = (
-        f"each sample is seen {costs.visits:.1f} times; at {costs.forward_tokens_per_second:.0f} "
-        f"tokens/s forward, "
-        f"{costs.write_bytes_per_second / 1e6:.0f} MB/s written and "
-        f"{costs.read_bytes_per_second / 1e6:.0f} MB/s read, asking "
-        f"the live teacher takes {live:.0f} s and keeping its hidden states {hidden:.0f} s "
-        f"({needed})"
+    if costs.cache_bytes > costs.usable_bytes:
+        return "online", f"{sizes}: they do not fit"
+    mode = "cached_hidden_states" if costs.cached_seconds < costs.online_seconds else "online"
+    reason = (
+        f"an online teacher takes {costs.online_seconds:.0f} s and cached hidden states "
+        f"{costs.cached_seconds:.0f} s: {costs.visits_per_sample:.1f} visits per sample, "
+        f"{costs.forward_tokens_per_second:.0f} tokens/s forward, "
+        f"{costs.write_bytes_per_second / 1e6:.0f} MB/s written, "
+        f"{costs.read_bytes_per_second / 1e6:.0f} MB/s read ({sizes})"
     )
-    return ("cached_hidden_states" if hidden < live else "online"), why
+    return mode, reason
 
 
-def choose(path: Path, costs: Callable[[], Costs]) -> dict[str, Any]:
-    """The choice in a file, {"mode", "why", "costs"}: read where it was made, else measured and
-    written, once for all tasks of an array. One rank calls it.
+def load_or_select_mode(path: Path, measure_costs: Callable[[], ModeCosts]) -> dict[str, Any]:
+    """The selection that the file `path` holds: {"mode", "reason", "costs"}. If there is no file,
+    measure, select and write it, once for all tasks of a job array. One rank calls it.
     """
     if not path.is_file():
-        measured = costs()
-        mode, why = decide(measured)
-        own = path.with_name(
-            f".{path.name}.{secrets.token_hex(8)}"
-        )  # tasks on two nodes may have one process number
-        write_json(own, {"mode": mode, "why": why, "costs": asdict(measured)})
-        with (
-            explain_disk_errors(path),
-            contextlib.suppress(FileExistsError),
-        ):  # another task was first: its choice holds
-            os.link(own, path)
-        own.unlink()
-    found: dict[str, Any] = read_json(path)
-    log.info("teacher.mode=auto: %s, since %s", found["mode"], found["why"])
-    return found
+        costs = measure_costs()
+        mode, reason = select_mode(costs)
+        # A random name, as tasks on two nodes may have the same process id.
+        own_path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        write_json(own_path, {"mode": mode, "reason": reason, "costs": asdict(costs)})
+        # If another task has been faster, its selection holds.
+        with explain_disk_errors(path), contextlib.suppress(FileExistsError):
+            os.link(own_path, path)
+        own_path.unlink()
+    selection: dict[str, Any] = read_json(path)
+    log.info("teacher.mode=auto selects %s: %s", selection["mode"], selection["reason"])
+    return selection
 
 
-def free_bytes(folder: Path, limit_gb: float | None) -> int:
-    """What may be written there: the disk's free space but a little, or teacher_cache.max_disk_gb where that is
-    less.
+def usable_bytes(folder: Path, max_disk_gb: float | None) -> int:
+    """Bytes that may be written to a folder: most of the disk's free space, but at most
+    `max_disk_gb` (teacher_cache.max_disk_gb).
     """
     state = os.statvfs(folder)
-    free = int(state.f_bavail * state.f_frsize * (1 - SPARE))
-    return free if limit_gb is None else min(free, int(limit_gb * 1e9))
+    free = int(state.f_bavail * state.f_frsize * (1 - RESERVED_SHARE))
+    return free if max_disk_gb is None else min(free, int(max_disk_gb * 1e9))
 
 
-def disk_rates(folder: Path, size: int) -> tuple[float, float]:
-    """Bytes a second written, and read again with a cold page cache."""
-    size = max(1 << 20, min(size, PROBE_BYTES))
+def measure_disk_rates(folder: Path, size: int) -> tuple[float, float]:
+    """Bytes per second of a write, and of a read with a cold page cache.
+
+    size: bytes to measure with, at least 1 MiB and at most PROBE_BYTES. Returns (1, 1) if the disk
+    is too full for the measurement, where the cache would not fit either.
+    """
+    blocks = max(1 << 20, min(size, PROBE_BYTES)) >> 20
     path, block = folder / f".probe.{secrets.token_hex(8)}", os.urandom(1 << 20)
     try:
         with explain_disk_errors(path), path.open("wb", buffering=0) as stream:
             start = time.perf_counter()
-            for _ in range(size >> 20):
+            for _ in range(blocks):
                 stream.write(block)
             os.fsync(stream.fileno())
-            written = time.perf_counter() - start
+            write_seconds = time.perf_counter() - start
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with path.open("rb", buffering=0) as stream:
             start = time.perf_counter()
             while stream.read(1 << 20):
                 pass
-            read = time.perf_counter() - start
+            read_seconds = time.perf_counter() - start
     except ResourceError:
-        return 1.0, 1.0  # no room even for the probe: what is kept would not fit either
+        return 1.0, 1.0
     finally:
         path.unlink(missing_ok=True)
-    whole = (size >> 20) << 20
-    return whole / written, whole / read
+    return (blocks << 20) / write_seconds, (blocks << 20) / read_seconds

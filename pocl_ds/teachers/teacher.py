@@ -1,6 +1,6 @@
-"""The teacher: hidden states at loss positions, and the head that makes distributions of them.
+"""Teachers: outputs at the loss tokens, and the head that makes distributions of them.
 
-A small protocol, so that they can come from a live model or from a store.
+The protocol is small, so that outputs can come from a model or from a cache.
 """
 
 from __future__ import annotations
@@ -19,140 +19,141 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
-from pocl_ds.engines.engine import FrozenEngine
+from pocl_ds.engines.frozen_model import FrozenModel, TeacherBackbone
 from pocl_ds.errors import ArtifactError
 from pocl_ds.losses.token_losses import TeacherHead
-from pocl_ds.losses.top_k import TopK
-from pocl_ds.models.heads import Head, Mixture, head_of, unsplit
-from pocl_ds.models.vocab import Ids
+from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.models.heads import (
+    HeadMixture,
+    OutputHead,
+    identity_head,
+    output_head,
+)
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import TeacherStore
-from pocl_ds.training.student import TeacherBackbone
-from pocl_ds.workflow.run_dir import read_json
+from pocl_ds.teachers.cache import TeacherCache
+from pocl_ds.workflow.files import read_json
 
 
 class Teacher(Protocol):
-    """Who gives the target distributions. Every method is called by all ranks together."""
+    """The source of the target distributions. All ranks call every method together."""
 
-    def require(self, split: str, rows: NDArray[np.int64]) -> None:
-        """Make sure that these rows of a split can be asked for next. Raises ArtifactError on all
-        ranks where one's cannot.
+    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+        """Check that the outputs of these rows of a split are available. Raises ArtifactError on
+        all ranks if those of any rank are not.
         """
 
-    def states(self, batch: Batch) -> Tensor:
-        """What the head makes distributions of, for the batch's loss tokens: final hidden states
-        [loss tokens, width], or records [loss tokens, bytes] of a `TopK`. Of a batch that is
-        translated: for the teacher's own loss tokens.
+    def outputs(self, batch: Batch) -> Tensor:
+        """The input of the head for the batch's loss tokens: final hidden states [loss tokens,
+        width], or records [loss tokens, bytes] of a `TopKCodec`. For a batch with a teacher view,
+        the loss tokens are the teacher's own.
         """
 
     def head(self) -> contextlib.AbstractContextManager[TeacherHead]:
-        """The head, whole on every rank while the block lasts."""
+        """The head. Its weights are gathered on every rank inside the block."""
 
 
-class LiveTeacher:
-    """A frozen model, its body sharded by ZeRO-3 where a configuration is given."""
+class OnlineTeacher:
+    """A frozen model that runs forward in every step. With a DeepSpeed configuration ZeRO-3 shards
+    its body.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         ds_config: dict[str, Any] | None,
-        ids: Ids,
+        vocab: VocabMap,
         *,
         split: bool = True,
     ) -> None:
         """split: see `Student`."""
-        self.model, self.ids = model, ids.to(distributed.device())
-        self._head = head_of(model) if split else unsplit(model)
-        self.engine = FrozenEngine(TeacherBackbone(model, split=split), ds_config)
+        self.model, self.vocab = model, vocab.to(distributed.device())
+        self._head = output_head(model) if split else identity_head(model)
+        self.engine = FrozenModel(TeacherBackbone(model, split=split), ds_config)
 
-    def require(self, split: str, rows: NDArray[np.int64]) -> None:
-        """See `Teacher`: a live model answers anything."""
+    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+        """See `Teacher`. A model can read any row."""
 
-    def states(self, batch: Batch) -> Tensor:
+    def outputs(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
-        translated = batch.translated
-        read = (
-            translated.batch
-            if translated
-            else replace(batch, input_ids=self.ids.teacher_inputs(batch.input_ids))
-        )
-        states: Tensor = self.engine(read)
-        return states
+        if batch.teacher_view:
+            own_batch = batch.teacher_view.batch
+        else:
+            own_batch = replace(batch, input_ids=self.vocab.teacher_inputs(batch.input_ids))
+        hidden: Tensor = self.engine.forward(own_batch)
+        return hidden
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Head]:
+    def head(self) -> Iterator[OutputHead]:
         """See `Teacher`."""
         parameters = [p for p in (self._head.weight, self._head.bias) if p is not None]
-        with self.engine.whole(parameters):
+        with self.engine.gathered(parameters):
             yield self._head
 
 
-class Teachers:
-    """Several live models over the same tokens, asked one after the other; their distributions are
-    mixed.
+class TeacherEnsemble:
+    """Several online teachers that read the same tokens; the target is the mixture of their
+    distributions (docs/method.md, eq. 22).
     """
 
-    def __init__(self, teachers: Sequence[LiveTeacher], weights: Sequence[float]) -> None:
+    def __init__(self, teachers: Sequence[OnlineTeacher], weights: Sequence[float]) -> None:
         self.teachers = tuple(teachers)
         self.weights = tuple(weight / sum(weights) for weight in weights)
 
-    def require(self, split: str, rows: NDArray[np.int64]) -> None:
-        """See `Teacher`: live models answer anything."""
+    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+        """See `Teacher`. Models can read any row."""
 
-    def states(self, batch: Batch) -> Tensor:
-        """See `Teacher`: hidden states side by side."""
-        return torch.cat([teacher.states(batch) for teacher in self.teachers], dim=-1)
+    def outputs(self, batch: Batch) -> Tensor:
+        """See `Teacher`: the hidden states of all teachers, concatenated along the width."""
+        return torch.cat([teacher.outputs(batch) for teacher in self.teachers], dim=-1)
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Mixture]:
+    def head(self) -> Iterator[HeadMixture]:
         """See `Teacher`."""
         with contextlib.ExitStack() as stack:
-            yield Mixture(
-                tuple(stack.enter_context(teacher.head()) for teacher in self.teachers),
-                self.weights,
-            )
+            heads = tuple(stack.enter_context(teacher.head()) for teacher in self.teachers)
+            yield HeadMixture(heads, self.weights)
 
 
-class StoredTeacher:
-    """What `pocl cache-teacher` kept, and the head that reads it, whole on each rank; the model's body is
-    not there.
+class CachedTeacher:
+    """The outputs that `pocl cache-teacher` wrote, and the teacher's head on each rank. The body of
+    the model is not loaded.
     """
 
-    def __init__(self, store: TeacherStore) -> None:
-        self.store = store
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
         self._head = (
-            TopK(**store.top_k) if store.top_k else self._read_head(store.directory / "head")
+            TopKCodec(**cache.top_k) if cache.top_k else self._load_head(cache.directory / "head")
         )
 
-    def _read_head(self, folder: Path) -> Head:
-        store = self.store
-        where, kind = distributed.device(), getattr(torch, store.dtype)
-        state = {
-            name: value
+    def _load_head(self, folder: Path) -> OutputHead:
+        """The head that `pocl cache-teacher` wrote, in the dtype of the cached hidden states."""
+        device, dtype = distributed.device(), getattr(torch, self.cache.dtype)
+        parameters = {
+            name: nn.Parameter(value.to(device, dtype), requires_grad=False)
             for file in sorted(folder.glob("*.safetensors"))
             for name, value in load_file(file).items()
         }
-        parts = {
-            name: nn.Parameter(value.to(where, kind), requires_grad=False)
-            for name, value in state.items()
-        }
-        shape = read_json(folder / "head.json")
-        return Head(parts["weight"], parts.get("bias"), shape["scale"], shape["soft_cap"])
+        settings = read_json(folder / "head.json")
+        return OutputHead(
+            parameters["weight"], parameters.get("bias"), settings["scale"], settings["soft_cap"]
+        )
 
-    def require(self, split: str, rows: NDArray[np.int64]) -> None:
+    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`."""
-        fault = self.store.fault(split, rows)
-        flag = torch.tensor([fault is not None], dtype=torch.int32, device=distributed.device())
+        damage = self.cache.find_damage(split, rows)
+        flag = torch.tensor([damage is not None], dtype=torch.int32, device=distributed.device())
+        # One number is enough while nothing is damaged; the message is sent only otherwise.
         if distributed.all_sum(flag).item():
-            with distributed.together("read the teacher's hidden states"):
-                if fault:
-                    raise ArtifactError(fault)
+            with distributed.raise_on_all_ranks("read the teacher cache"):
+                if damage:
+                    raise ArtifactError(damage)
 
-    def states(self, batch: Batch) -> Tensor:
+    def outputs(self, batch: Batch) -> Tensor:
         """See `Teacher`."""
-        return self.store.read(batch.split, batch.rows).to(distributed.device())
+        return self.cache.read(batch.split, batch.rows).to(distributed.device())
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Head | TopK]:
+    def head(self) -> Iterator[OutputHead | TopKCodec]:
         """See `Teacher`."""
         yield self._head

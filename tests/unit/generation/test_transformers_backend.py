@@ -15,7 +15,7 @@ import torch
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Generator, Sampling
+from pocl_ds.generation.protocol import Generator, SamplingParams
 from pocl_ds.generation.transformers_backend import _batches, _GumbelNoise
 from pocl_ds.models.load import load_model, load_tokenizer
 
@@ -28,7 +28,7 @@ WORDS = [
 ]
 
 
-def opened(folder: Path, *, max_length: int = 256, **fields: Any) -> tuple[Generator, Any]:
+def open_backend(folder: Path, *, max_length: int = 256, **fields: Any) -> tuple[Generator, Any]:
     tokenizer = load_tokenizer(str(folder))
     config = GenerationConfig(backend="transformers", **fields)
     return open_generator(str(folder), config, tokenizer, max_length=max_length), tokenizer
@@ -37,7 +37,7 @@ def opened(folder: Path, *, max_length: int = 256, **fields: Any) -> tuple[Gener
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"])
 def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
-    generator, tokenizer = opened(folder, max_num_seqs=3)
+    generator, tokenizer = open_backend(folder, max_num_seqs=3)
     prompts = [tokenizer(text).input_ids for text in WORDS]
     model = load_model(str(folder))
     expected_text, expected_lp = [], []
@@ -54,24 +54,24 @@ def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest)
         expected_lp.append(
             [float(scores[place - 1, ids[place]]) for place in range(start, len(ids))]
         )
-    assert generator.generate(prompts, Sampling(0.0, 1.0, 12, 0)) == expected_text
+    assert generator.generate(prompts, SamplingParams(0.0, 1.0, 12, 0)) == expected_text
     for found, expected in zip(generator.log_probs(prompts, starts), expected_lp, strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5)
-    assert generator.tokens > 0
+    assert generator.processed_tokens > 0
     generator.close()
 
 
-def test_a_draw_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
-    generator, tokenizer = opened(tiny_llama, max_num_seqs=4)
+def test_a_response_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
+    generator, tokenizer = open_backend(tiny_llama, max_num_seqs=4)
     prompts = [tokenizer(text).input_ids for text in WORDS]
-    together = generator.generate(prompts, Sampling(1.0, 0.9, 16, 5))
+    batched = generator.generate(prompts, SamplingParams(1.0, 0.9, 16, 5))
     alone = [
-        generator.generate([ids], Sampling(1.0, 0.9, 16, 5, first=n))[0]
+        generator.generate([ids], SamplingParams(1.0, 0.9, 16, 5, first_index=n))[0]
         for n, ids in enumerate(prompts)
     ]
-    assert together == alone
-    assert together != generator.generate(prompts, Sampling(1.0, 0.9, 16, 6))
-    assert together != generator.generate(prompts, Sampling(0.0, 0.9, 16, 5))
+    assert batched == alone
+    assert batched != generator.generate(prompts, SamplingParams(1.0, 0.9, 16, 6))
+    assert batched != generator.generate(prompts, SamplingParams(0.0, 0.9, 16, 5))
 
 
 def test_noise_draws_from_the_distribution() -> None:
@@ -94,9 +94,9 @@ def test_a_masked_token_is_never_drawn() -> None:
 def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    generator, tokenizer = opened(tiny_llama)
+    generator, tokenizer = open_backend(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in WORDS[:2]]
-    full = generator.generate(prompts, Sampling(0.0, 1.0, 10, 0))
+    full = generator.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
     stop = tokenizer(full[0]).input_ids[3]
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
     settings = {
@@ -106,8 +106,8 @@ def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
         "repetition_penalty": 9.0,
     }
     (folder / "generation_config.json").write_text(json.dumps(settings))
-    other, _ = opened(folder)
-    found = other.generate(prompts, Sampling(0.0, 1.0, 10, 0))
+    other, _ = open_backend(folder)
+    found = other.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
     assert full[0].startswith(found[0])
     assert len(found[0]) < len(full[0])
     if stop not in tokenizer(full[1]).input_ids:
@@ -132,7 +132,8 @@ def test_more_tokens_than_positions(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     for backend in ("vllm", "transformers"):
         with pytest.raises(
-            ModelError, match=r"sequences of 513 tokens .* 512 positions: lower prompt.max_length"
+            ModelError,
+            match=r"has 512 positions, but sequences of 513 tokens are requested: lower prompt",
         ):
             open_generator(
                 str(tiny_llama), GenerationConfig(backend=backend), tokenizer, max_length=513
@@ -151,12 +152,12 @@ def test_vllm_missing_names_the_alternative(
             load_tokenizer(str(tiny_llama)),
             max_length=64,
             threads=2,
-            instead="score.generation.backend=transformers",
+            alternative="score.generation.backend=transformers",
         )
     assert torch.get_num_threads() == threads
 
 
-def test_threads_are_given_back(tiny_llama: Path) -> None:
+def test_threads_are_restored(tiny_llama: Path) -> None:
     before = torch.get_num_threads()
     generator = open_generator(
         str(tiny_llama),
@@ -172,7 +173,7 @@ def test_threads_are_given_back(tiny_llama: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny_gpt2", "tiny_opt"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_prompt_is_written_beyond_the_models_positions(
+def test_no_response_exceeds_the_models_positions(
     name: str, temperature: float, request: pytest.FixtureRequest
 ) -> None:
     """Each response ends where its own sequence is full, whatever prompts are written beside it,
@@ -180,18 +181,40 @@ def test_no_prompt_is_written_beyond_the_models_positions(
     """
     folder = request.getfixturevalue(name)
     positions = load_model(str(folder)).config.max_position_embeddings
-    generator, tokenizer = opened(folder, max_length=positions, max_num_seqs=4)
-    generator.stops.clear()
-    generator.stops.append(tokenizer.vocab_size - 1)
+    generator, tokenizer = open_backend(folder, max_length=positions, max_num_seqs=4)
+    generator.stop_token_ids.clear()
+    generator.stop_token_ids.append(tokenizer.vocab_size - 1)
     lengths = [positions - 3, 5, positions - 1, positions - 3, positions, 7, positions - 8]
     prompts = [
         [2 + (place * 7 + row) % 90 for place in range(length)]
         for row, length in enumerate(lengths)
     ]
-    found = generator.write(prompts, Sampling(temperature, 1.0, 8, seed=3))
+    found = generator.generate_ids(prompts, SamplingParams(temperature, 1.0, 8, seed=3))
     assert [len(one) for one in found] == [min(8, positions - length) for length in lengths]
     for row, prompt in enumerate(prompts):
-        assert generator.write([prompt], Sampling(temperature, 1.0, 8, seed=3, first=row)) == [
-            found[row]
-        ]
+        assert generator.generate_ids(
+            [prompt], SamplingParams(temperature, 1.0, 8, seed=3, first_index=row)
+        ) == [found[row]]
+    generator.close()
+
+
+def test_progress_comes_with_every_token_and_counts_each_sequence_once(tiny_llama: Path) -> None:
+    """Also a prompt without room for a response, and responses that end early."""
+    generator, tokenizer = open_backend(tiny_llama, max_length=64, max_num_seqs=3)
+    prompts = [tokenizer(text).input_ids for text in WORDS] + [list(range(2, 66))]
+    sampling = SamplingParams(1.0, 1.0, 24, seed=4)
+    expected = generator.generate_ids(prompts, sampling)
+    generator.stop_token_ids.append(expected[0][3])
+    expected = generator.generate_ids(prompts, sampling)
+    assert len({len(response) for response in expected}) > 2
+
+    events: list[int] = []
+    assert generator.generate_ids(prompts, sampling, events.append) == expected
+    assert sum(events) == len(prompts) and min(events) >= 0
+    assert len(events) > 2 * max(map(len, expected))  # two batches
+    assert sum(event > 0 for event in events) > 3  # not only at the end of a batch
+
+    scored: list[int] = []
+    generator.log_probs(prompts, [1] * len(prompts), scored.append)
+    assert sum(scored) == len(prompts) and len(scored) == 2
     generator.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -14,38 +15,51 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_clock import FakeClock
 
+from pocl_ds.compat import vllm_private
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation import vllm_backend
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Sampling
-from pocl_ds.generation.subprocess_generator import ChildGenerator
+from pocl_ds.generation.protocol import SamplingParams
+from pocl_ds.generation.subprocess_generator import SubprocessGenerator
 from pocl_ds.generation.vllm_backend import VllmGenerator
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
+from pocl_ds.runtime.progress import Progress
 
 pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).resolve().parents[3]
 POSITIONS = 512
-GREEDY, DRAWN = (0.0, 1.0, 24, 0), (1.0, 0.95, 24, 7)  # fields of Sampling
+GREEDY, DRAWN = (0.0, 1.0, 24, 0), (1.0, 0.95, 24, 7)  # fields of SamplingParams
 
 ENGINE = """
 import json, sys, torch
 from pocl_ds.config import GenerationConfig
 from pocl_ds.generation.backends import open_generator
-from pocl_ds.generation.protocol import Sampling
+from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.models.load import load_tokenizer
 task = json.load(open(sys.argv[1]))
 tokenizer = load_tokenizer(task["model"])
 threads = torch.get_num_threads()
-generator = open_generator(task["model"], GenerationConfig(max_num_seqs=4), tokenizer, max_length=512, threads=1)
-prompts = task["prompts"]
+config = GenerationConfig(max_num_seqs=4)
+generator = open_generator(task["model"], config, tokenizer, max_length=512, threads=1)
+prompts, greedy, drawn = task["prompts"], task["greedy"], task["drawn"]
+progress, scored = [], []
 result = {
-    "greedy": generator.generate(prompts, Sampling(*task["greedy"])),
-    "drawn": generator.generate(prompts, Sampling(*task["drawn"])),
-    "alone": [generator.generate([p], Sampling(*task["drawn"], first=n))[0] for n, p in enumerate(prompts)],
-    "log_probs": [found.tolist() for found in generator.log_probs(task["sequences"], task["starts"])],
+    "greedy": generator.generate(prompts, SamplingParams(*greedy)),
+    "drawn": generator.generate(prompts, SamplingParams(*drawn), progress.append),
+    "alone": [
+        generator.generate([prompt], SamplingParams(*drawn, first_index=n))[0]
+        for n, prompt in enumerate(prompts)
+    ],
+    "log_probs": [
+        values.tolist()
+        for values in generator.log_probs(task["sequences"], task["starts"], scored.append)
+    ],
+    "progress": progress,
+    "scored": scored,
 }
 generator.close()
 generator.close()
@@ -96,9 +110,9 @@ def test_same_log_probs_and_greedy_text(
     reference = open_generator(
         str(folder), GenerationConfig(backend="transformers"), tokenizer, max_length=POSITIONS
     )
-    expected_text = reference.generate(prompts, Sampling(*GREEDY))
+    expected_text = reference.generate(prompts, SamplingParams(*GREEDY))
     if name == "tiny_llama":
-        assert reference.tokens < GREEDY[2] * len(prompts)
+        assert reference.processed_tokens < GREEDY[2] * len(prompts)
     expected = reference.log_probs(sequences, starts)
     reference.close()
     task = {
@@ -116,6 +130,9 @@ def test_same_log_probs_and_greedy_text(
     ]
     for values, wanted in zip(found["log_probs"], expected, strict=True):
         np.testing.assert_allclose(values, wanted, atol=1e-4)
+    # Progress comes with every engine step, and counts each sequence once.
+    assert sum(found["progress"]) == len(prompts) and sum(found["scored"]) == len(sequences)
+    assert len(found["progress"]) >= 2 * DRAWN[2] and max(found["progress"]) <= 4
     assert found["drawn"] == found["alone"]
     assert found["drawn"] != found["greedy"]
     assert found["left"] is False
@@ -141,19 +158,23 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 1
-    assert "cannot be opened inside a process that is part of a group of ranks" in done.stderr
+    assert "cannot be opened inside a process that is part of a process group" in done.stderr
 
 
-class SleepingEngine:
-    """In place of an engine on a GPU, which alone can sleep: writes down what it is asked, and
-    refuses what a real one could not do then.
+class FakeEngine:
+    """A `vllm.LLM` that can sleep without a GPU. Records its calls, and refuses what a real engine
+    cannot do in its state. Finishes one request per `steps_per_request` engine steps.
     """
 
     calls: list[Any]
+    steps_per_request = 2
 
     def __init__(self, **options: Any) -> None:
         type(self).calls = [options["enable_sleep_mode"]]
         self.awake = {"weights", "kv_cache"}
+        self.llm_engine = self
+        self.queue: list[tuple[int, Any]] = []
+        self.steps = 0
 
     def sleep(self, level: int) -> None:
         self.calls.append(f"sleep {level}")
@@ -171,22 +192,36 @@ class SleepingEngine:
         assert "weights" in self.awake
         self.calls.append(method)
 
-    def generate(self, prompts: list[Any], requests: list[Any], use_tqdm: bool) -> list[Any]:
+    def enqueue(self, prompts: list[Any], requests: list[Any], use_tqdm: bool) -> None:
         assert len(self.awake) == 2
         self.calls.append("generate")
-        if requests[0].max_tokens == 1:
-            return [SimpleNamespace(prompt_logprobs=[None, {8: SimpleNamespace(logprob=-1.0)}])]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5, 0])])]
+        # The last one finishes first: outputs must be sorted by their request ids.
+        self.queue = list(enumerate(requests))
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.queue)
+
+    def step(self) -> list[Any]:
+        self.steps += 1
+        if self.steps % self.steps_per_request:
+            return [SimpleNamespace(finished=False)]
+        number, request = self.queue.pop()
+        output = SimpleNamespace(finished=True, request_id=str(number))
+        if request.max_tokens == 1:
+            output.prompt_logprobs = [None, {8: SimpleNamespace(logprob=-1.0)}]
+        else:
+            output.outputs = [SimpleNamespace(token_ids=[5 + number, 0])]
+        return [output]
 
 
-def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
+def open_fake(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
     engine = SimpleNamespace(
-        LLM=SleepingEngine,
+        LLM=FakeEngine,
         SamplingParams=lambda **options: SimpleNamespace(**options),
         TokensPrompt=dict,
     )
-    monkeypatch.setattr(vllm_backend, "_import_vllm", lambda instead: engine)
-    monkeypatch.setattr(vllm_backend, "_can_sleep", lambda: True)
+    monkeypatch.setattr(vllm_backend, "_import_vllm", lambda alternative: engine)
+    monkeypatch.setattr(vllm_private, "supports_sleep", lambda: True)
     tokenizer, config = load_tokenizer(str(folder)), load_model_config(str(folder))
     return VllmGenerator(
         str(folder),
@@ -218,7 +253,7 @@ def opened_asleep(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> 
         ),
         (
             ValueError("No available memory for the cache blocks"),
-            "where memory is short lower max_num_seqs",
+            "if memory is short, lower max_num_seqs",
             "compile",
         ),
     ],
@@ -229,9 +264,9 @@ def test_an_engine_that_cannot_be_opened(
     def fail(**options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(SleepingEngine, "__init__", lambda self, **options: fail(**options))
+    monkeypatch.setattr(FakeEngine, "__init__", lambda self, **options: fail(**options))
     with pytest.raises(ResourceError) as caught:
-        opened_asleep(tiny_llama, 0, monkeypatch)
+        open_fake(tiny_llama, 0, monkeypatch)
     said = str(caught.value)
     assert said.startswith(f"vLLM cannot open {tiny_llama} (") and said.endswith(
         ", or choose the slower generation.backend=transformers"
@@ -239,29 +274,58 @@ def test_an_engine_that_cannot_be_opened(
     assert words in said and silent not in said.replace(str(tiny_llama), "").partition("):")[2]
 
 
+def test_progress_is_logged_while_one_call_runs(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line at least every ten seconds and one engine step, with number, rate and ETA, also while
+    no response is finished: a step takes 4 seconds, a response 8 steps.
+    """
+    caplog.set_level("INFO", "pocl_ds")
+    clock = FakeClock(monkeypatch)
+    generator = open_fake(tiny_llama, 0, monkeypatch)
+    step, log_times = FakeEngine.step, []
+    monkeypatch.setattr(FakeEngine, "steps_per_request", 8)
+    monkeypatch.setattr(FakeEngine, "step", lambda self: (clock.advance(4), step(self))[1])
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: log_times.append(clock.now))
+    caplog.clear()
+    start = clock.now
+    with Progress(3, "responses", "score") as progress:
+        monkeypatch.setattr(logging.getLogger("pocl_ds"), "handlers", [handler])
+        responses = generator.generate_ids([[7]] * 3, SamplingParams(*DRAWN), progress.advance)
+    generator.process_state.restore()
+    assert responses == [[5, 0], [6, 0], [7, 0]]
+    assert caplog.messages[:3] == [
+        "score  0/3 responses  0.00 responses/s  ETA ?",
+        "score  0/3 responses  0.00 responses/s  ETA ?",
+        "score  1/3 responses  36.0 s/response  ETA 1 min 12 s",
+    ]
+    assert len(caplog.messages) == 8 and max(np.diff([start, *log_times])) == 12
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(
+def test_a_sleeping_engine_wakes_for_each_call(
     level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rollout's steps: new weights, one comparison, one write; and with level 1 a write with the
-    weights of before. Nothing to write wakes nothing, and an engine at rest is not sent to rest
-    again.
+    """A rollout's calls: new weights, one comparison, one generation; with level 1 also a
+    generation with the previous weights. A call without prompts wakes nothing, and a sleeping
+    engine is not put to sleep again.
     """
-    generator = opened_asleep(tiny_llama, level, monkeypatch)
+    generator = open_fake(tiny_llama, level, monkeypatch)
     for _ in range(2):
-        generator.refresh({"model.embed_tokens.weight": torch.zeros(1)})
+        generator.load_weights({"model.embed_tokens.weight": torch.zeros(1)})
         generator.log_probs([[7, 8]], [1])
-        assert generator.write([[7]], Sampling(*DRAWN)) == [[5, 0]]
-        generator.rest()
-        assert generator.write([], Sampling(*DRAWN)) == []
-        generator.rest()
+        assert generator.generate_ids([[7]], SamplingParams(*DRAWN)) == [[5, 0]]
+        generator.sleep()
+        assert generator.generate_ids([], SamplingParams(*DRAWN)) == []
+        generator.sleep()
     if level == 2:
-        with pytest.raises(RuntimeError, match="refresh it first"):
-            generator.write([[7]], Sampling(*DRAWN))
+        with pytest.raises(RuntimeError, match="call load_weights first"):
+            generator.generate_ids([[7]], SamplingParams(*DRAWN))
     else:
-        generator.write([[7]], Sampling(*DRAWN))
-        generator.rest()
-    generator.settings.restore()
+        generator.generate_ids([[7]], SamplingParams(*DRAWN))
+        generator.sleep()
+    generator.process_state.restore()
     step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
     expected = {
         0: [False, *step, *step, "generate"],
@@ -289,12 +353,12 @@ def test_an_engine_that_sleeps_wakes_for_what_it_is_asked(
             *sleep,
         ],
     }
-    assert SleepingEngine.calls == expected[level]
+    assert FakeEngine.calls == expected[level]
 
 
 def test_no_engine_sleeps_on_a_cpu() -> None:
     if not torch.cuda.is_available():
-        assert vllm_backend._can_sleep() is False
+        assert vllm_private.supports_sleep() is False
 
 
 def test_without_vllm_the_setting_that_does_without_is_named(
@@ -314,15 +378,16 @@ def test_without_vllm_the_setting_that_does_without_is_named(
                 config,
                 tokenizer,
                 max_length=64,
-                instead="evaluate.generation.backend=transformers",
+                alternative="evaluate.generation.backend=transformers",
             )
     (tmp_path / "vllm.py").write_text("raise ImportError('not there')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     with pytest.raises(
         ResourceError,
-        match=r"cannot be imported \(not there\).*or choose the slower policy\.rollout_backend=transformers$",
+        match=r"cannot be imported \(not there\).*or choose the slower "
+        r"policy\.rollout_backend=transformers$",
     ):
-        ChildGenerator(str(tiny_llama), config, max_length=64, threads=1, device=None)
+        SubprocessGenerator(str(tiny_llama), config, max_length=64, threads=1, device=None)
 
 
 def test_a_family_that_the_cpu_engine_gets_wrong_is_refused(tmp_path: Path) -> None:
@@ -344,5 +409,5 @@ def test_a_family_that_the_cpu_engine_gets_wrong_is_refused(tmp_path: Path) -> N
             GenerationConfig(),
             None,
             max_length=64,
-            instead="policy.rollout_backend=transformers",
+            alternative="policy.rollout_backend=transformers",
         )

@@ -1,5 +1,5 @@
-"""The writer of the student's responses: when it gets new weights, that it is held to them, that it
-keeps them over a stop.
+"""The rollout worker: when its generator gets new weights, that they are checked, and that it keeps
+them over a resume.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocl_ds.config import PolicyConfig, StudentConfig, TrainConfig
-from pocl_ds.curriculum.sampler import Position
-from pocl_ds.engines.engine import TorchEngine
+from pocl_ds.curriculum.sampler import SamplerPosition
+from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.errors import ResourceError
 from pocl_ds.generation.transformers_backend import TransformersGenerator
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
-from pocl_ds.models.vocab import Ids
-from pocl_ds.rollouts.rollout import WRITER, Rollout
+from pocl_ds.models.vocab import VocabMap
+from pocl_ds.rollouts.rollout import WEIGHTS_FILE, RolloutWorker
 from pocl_ds.training.student import Student
 
 SIZE, ROWS = 320, np.arange(4)
 
 
 class Split:
-    """Four samples of ten tokens, of which four are asked."""
+    """Four samples of ten tokens, of which four are the prompt."""
 
     name = "train"
     ids = np.array([f"s{row}".encode() for row in range(4)], "S4")
@@ -43,32 +43,37 @@ class Split:
     def tokens(self, row: int) -> NDArray[np.uint32]:
         return np.random.default_rng(row).integers(2, SIZE, 10).astype(np.uint32)
 
+    def prompt_source(self, row: int) -> tuple[str, int]:
+        return self.name, row
+
 
 @pytest.fixture
-def refreshed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many parameters each refresh brought."""
+def transfers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of parameters of the weight transfers."""
     found: list[int] = []
-    refresh = TransformersGenerator.refresh
+    refresh = TransformersGenerator.load_weights
 
     def counted(self: TransformersGenerator, weights: Mapping[str, Tensor]) -> None:
         found.append(len(weights))
         refresh(self, weights)
 
-    monkeypatch.setattr(TransformersGenerator, "refresh", counted)
+    monkeypatch.setattr(TransformersGenerator, "load_weights", counted)
     return found
 
 
-def made(folder: Path, *, every: int = 1, dtype: Any = "float32") -> Rollout:
+def make_worker(folder: Path, *, every: int = 1, dtype: Any = "float32") -> RolloutWorker:
     model: Any = load_model(str(folder), attention=PER_SAMPLE, dtype=dtype)
-    engine = TorchEngine(Student(model, Ids(SIZE), chunk_bytes=1 << 20).train(), TrainConfig())
+    engine = TorchEngine(Student(model, VocabMap(SIZE), chunk_bytes=1 << 20).train(), TrainConfig())
     policy = PolicyConfig(
         name="gkd", rollout_backend="transformers", sync_weights_every=every, max_new_tokens=12
     )
     student = StudentConfig(model=str(folder), dtype=dtype)
-    return Rollout(policy, student, str(folder), engine, Split(), Ids(SIZE), seed=3, longest=20)
+    return RolloutWorker(
+        policy, student, str(folder), engine, Split(), VocabMap(SIZE), seed=3, max_length=20
+    )
 
 
-def learn(rollout: Rollout, size: float = 0.05) -> None:
+def learn(rollout: RolloutWorker, size: float = 0.05) -> None:
     """What an optimizer step would do to the student."""
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -76,18 +81,21 @@ def learn(rollout: Rollout, size: float = 0.05) -> None:
             parameter.add_(size * torch.randn(parameter.shape, generator=source))
 
 
-def write(rollout: Rollout, step: int) -> list[list[int]]:
-    return [text.tolist() for text in rollout.write(ROWS, Position(step, 0, 0, step)).texts]
+def generate(rollout: RolloutWorker, step: int) -> list[list[int]]:
+    return [
+        text.tolist()
+        for text in rollout.generate(ROWS, SamplerPosition(step, 0, 0, step)).sequences
+    ]
 
 
-def test_new_weights_come_with_the_first_writing_of_so_many_steps(
-    tiny_llama: Path, refreshed: list[int]
+def test_weights_are_synced_at_the_first_rollout_of_an_interval(
+    tiny_llama: Path, transfers: list[int]
 ) -> None:
-    rollout, seen = made(tiny_llama, every=3), []
+    rollout, seen = make_worker(tiny_llama, every=3), []
     for step in (1, 2, 3, 5, 7):
-        write(rollout, step)
+        generate(rollout, step)
         learn(rollout)
-        seen.append((rollout.cost.staleness, len(refreshed)))
+        seen.append((rollout.stats.staleness_steps, len(transfers)))
     assert seen == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
 
 
@@ -99,27 +107,28 @@ def test_new_weights_come_with_the_first_writing_of_so_many_steps(
         ("model.layers.1.mlp.down_proj.weight", "float32"),
     ],
 )
-def test_a_writer_that_keeps_an_old_weight_ends_the_run(
+def test_a_generator_that_keeps_an_old_weight_ends_the_run(
     kept: str, dtype: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rollout = made(tiny_llama, dtype=dtype)
-    write(rollout, 0)
+    rollout = make_worker(tiny_llama, dtype=dtype)
+    generate(rollout, 0)
     refresh, old = (
-        TransformersGenerator.refresh,
-        dict(rollout.engine.weights(rollout.module.model))[kept],
+        TransformersGenerator.load_weights,
+        dict(rollout.engine.gathered_parameters(rollout.module.model))[kept],
     )
     monkeypatch.setattr(
         TransformersGenerator,
-        "refresh",
+        "load_weights",
         lambda self, weights: refresh(self, {**weights, kept: old}),
     )
-    write(rollout, 1)  # which is still the new one
+    generate(rollout, 1)  # which is still the new one
     learn(rollout)
     with pytest.raises(
         ResourceError,
-        match=r"response [\d.]+ nats and the student [\d.]+: it did not take the new weights",
+        match=r"is [\d.]+ nats in .* and [\d.]+ in the student: the generator did not load the new "
+        r"weights",
     ):
-        write(rollout, 2)
+        generate(rollout, 2)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_a_writer_that_keeps_an_old_weight_ends_the_run(
     ],
 )
 @pytest.mark.parametrize("share", [-0.5, 0.5, 1.5, float("nan")])
-def test_how_far_a_writer_may_be_off_a_token(
+def test_the_tolerance_of_the_weight_check(
     share: float,
     dtype: str,
     on_gpu: bool,
@@ -143,16 +152,16 @@ def test_how_far_a_writer_may_be_off_a_token(
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By more in a short response, whose rounding does not even out; the longest of the batch is
-    looked at.
+    """A short response has a larger tolerance per token. The longest response of the batch is
+    checked.
     """
-    rollout, split = made(tiny_llama, dtype=dtype), Split()
+    rollout, split = make_worker(tiny_llama, dtype=dtype), Split()
     split.loss_tokens = np.array([1, tokens, 1, 1])
     split.total_tokens = split.prompt_tokens + split.loss_tokens
     monkeypatch.setattr(
         split, "tokens", lambda row: np.arange(2, 2 + split.total_tokens[row]).astype(np.uint32)
     )
-    rollout.split, rollout.longest, rollout.on_gpu = split, 200, on_gpu
+    rollout.dataset, rollout.max_length, rollout.on_gpu = split, 200, on_gpu
     asked, log_probs = [], TransformersGenerator.log_probs
 
     def off(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
@@ -162,82 +171,80 @@ def test_how_far_a_writer_may_be_off_a_token(
 
     monkeypatch.setattr(TransformersGenerator, "log_probs", off)
     if abs(share) < 1:
-        write(rollout, 0)
+        generate(rollout, 0)
     else:
-        with pytest.raises(ResourceError, match="it did not take the new weights"):
-            write(rollout, 0)
+        with pytest.raises(ResourceError, match="the generator did not load the new weights"):
+            generate(rollout, 0)
     assert asked == [tokens]
 
 
-def test_a_writer_goes_on_with_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
-    """Steps 4 to 7 write with the weights of step 4; the run stops before step 6, when the student
-    is two steps further.
+def test_a_resumed_generator_gets_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
+    """Steps 4 to 7 generate with the weights of step 4. The run stops before step 6, where the
+    student is two steps ahead.
     """
-    first, second, third = (made(tiny_llama, every=4) for _ in range(3))
-    write(first, 4)
+    first, second, third = (make_worker(tiny_llama, every=4) for _ in range(3))
+    generate(first, 4)
     learn(first)
     save = first.snapshot(6)
-    expected = write(first, 6), write(first, 8)
-    assert save(tmp_path) == [tmp_path / WRITER]
+    expected = generate(first, 6), generate(first, 8)
+    assert save(tmp_path) == [tmp_path / WEIGHTS_FILE]
     for later in (second, third):
         learn(later)
     second.restore(tmp_path)
-    assert write(second, 6) == expected[0] and second.cost.staleness == 2
+    assert generate(second, 6) == expected[0] and second.stats.staleness_steps == 2
     assert second.snapshot(7)(tmp_path) and not second.snapshot(8)(tmp_path)
-    assert write(second, 8) == expected[1] and second.cost.staleness == 0
+    assert generate(second, 8) == expected[1] and second.stats.staleness_steps == 0
     third.restore(tmp_path / "nothing")
-    assert write(third, 6) != expected[0]
+    assert generate(third, 6) != expected[0]
 
 
-def test_where_each_step_brings_new_weights_nothing_is_kept(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    rollout = made(tiny_llama)
-    write(rollout, 4)
+def test_no_weights_are_saved_if_every_step_syncs(tiny_llama: Path, tmp_path: Path) -> None:
+    rollout = make_worker(tiny_llama)
+    generate(rollout, 4)
     assert (
-        rollout.held == {}
+        rollout.saved_weights == {}
         and rollout.snapshot(5)(tmp_path) == []
         and list(tmp_path.iterdir()) == []
     )
 
 
 class Level2:
-    """A writer whose engine drops its weights when it rests, as one on a GPU: writes down what it
-    is asked.
-    """
+    """A generator whose engine drops its weights to sleep, as on a GPU. Records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def refresh(self, weights: Mapping[str, Tensor]) -> None:
-        self.calls.append("refresh")
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        self.calls.append("load_weights")
 
-    def write(self, prompts: list[list[int]], sampling: Any) -> list[list[int]]:
-        self.calls.append("write")
+    def generate_ids(
+        self, prompts: list[list[int]], sampling: Any, on_progress: Any
+    ) -> list[list[int]]:
+        self.calls.append("generate_ids")
         return [[5, 0]] * len(prompts)
 
-    def rest(self) -> None:
-        self.calls.append("rest")
+    def sleep(self) -> None:
+        self.calls.append("sleep")
 
 
 @pytest.mark.parametrize("every", [1, 4])
-def test_an_engine_rests_whenever_nothing_is_asked_of_it(
+def test_the_engine_sleeps_between_rollouts(
     every: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each write and after a resume; and one that dropped its weights gets them for a second
-    write of the same step.
+    """Also after a resume. An engine that dropped its weights gets them again for a second rollout
+    of the same step.
     """
-    rollout = made(tiny_llama, every=every)
-    writer: Any = Level2()
-    rollout.config = rollout.config.model_copy(update={"rollout": "vllm"})
+    rollout = make_worker(tiny_llama, every=every)
+    generator: Any = Level2()
+    rollout.config = rollout.config.model_copy(update={"rollout_backend": "vllm"})
     monkeypatch.setattr(rollout, "on_gpu", True)
-    monkeypatch.setattr(rollout, "_compare", lambda row: None)
-    monkeypatch.setattr(rollout, "_open", lambda settings: writer)
+    monkeypatch.setattr(rollout, "_check_weights", lambda row: None)
+    monkeypatch.setattr(rollout, "_make_generator", lambda settings: generator)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    write(rollout, 0)
-    write(rollout, 0)
-    whole = ["refresh", "write", "rest"]
-    assert writer.calls == (whole + whole if every == 1 else whole + whole[1:])
-    torch.save({"step": 0, "weights": {}}, tmp_path / WRITER)
+    generate(rollout, 0)
+    generate(rollout, 0)
+    whole = ["load_weights", "generate_ids", "sleep"]
+    assert generator.calls == (whole + whole if every == 1 else whole + whole[1:])
+    torch.save({"step": 0, "weights": {}}, tmp_path / WEIGHTS_FILE)
     rollout.restore(tmp_path)
-    assert writer.calls[-2:] == ["refresh", "rest"]
+    assert generator.calls[-2:] == ["load_weights", "sleep"]

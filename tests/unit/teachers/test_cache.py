@@ -1,4 +1,4 @@
-"""The teacher's hidden states on disk: what goes in comes out, and what was changed is told."""
+"""The teacher cache on disk: reads return what was written, and damage is detected."""
 
 from __future__ import annotations
 
@@ -11,45 +11,49 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, ResourceError
-from pocl_ds.teachers.cache import STAGE, Shard, TeacherStore
-from pocl_ds.workflow.run_dir import write_manifest
+from pocl_ds.teachers.cache import STEP, CacheShard, TeacherCache
+from pocl_ds.workflow.manifest import write_manifest
 
-PRINT = "f" * 64
+FINGERPRINT = "f" * 64
 
 
-def write_split(folder: Path, sizes: list[tuple[int, int]]) -> EncodedSplit:
-    """A split of samples with as many (prompt, response) tokens."""
+def write_split(folder: Path, sizes: list[tuple[int, int]]) -> TokenizedSplit:
+    """Write a split of samples with these numbers of (prompt, response) tokens."""
     totals = np.array([sum(size) for size in sizes], np.int64)
     index = np.stack([np.cumsum(totals) - totals, [prompt for prompt, _ in sizes], totals], 1)
     np.save(folder / "train.index.npy", index.astype(np.int64))
     np.save(folder / "train.ids.npy", np.array([f"s{i}".encode() for i in range(len(sizes))], "S8"))
     np.arange(totals.sum(), dtype=np.uint32).tofile(folder / "train.tokens.bin")
-    return EncodedSplit.open(folder, "train")
+    return TokenizedSplit.open(folder, "train")
 
 
 def fill(
-    folder: Path, split: EncodedSplit, shards: int, dtype: str, width: int = 5
+    folder: Path, split: TokenizedSplit, shards: int, dtype: str, width: int = 5
 ) -> list[torch.Tensor]:
-    """Random states of every row, stored; the rows of a shard written backwards, as ranks might."""
+    """Write random states of every row, in descending order of rows, as ranks may do."""
     source = torch.Generator().manual_seed(3)
     states = [
         torch.randn(int(count), width, generator=source).to(getattr(torch, dtype))
         for count in split.loss_tokens
     ]
     for number in range(shards):
-        shard = Shard.of(folder, split, number, shards, width, dtype)
+        shard = CacheShard.of_split(folder, split, number, shards, width, dtype)
         shard.allocate()
         stream = os.open(shard.path, os.O_WRONLY)
         checksums = {row: shard.write(stream, row, states[row]) for row in reversed(shard.rows)}
         os.close(stream)
-        np.save(shard.checksums, np.array([checksums[row] for row in shard.rows], np.uint32))
+        np.save(shard.checksum_path, np.array([checksums[row] for row in shard.rows], np.uint32))
         write_manifest(
-            folder, STAGE, PRINT, name=shard.manifest, files=[shard.path, shard.checksums]
+            folder,
+            STEP,
+            FINGERPRINT,
+            name=shard.manifest_name,
+            files=[shard.path, shard.checksum_path],
         )
     write_manifest(
-        folder, STAGE, PRINT, info={"shards": shards, "width": width, "dtype": dtype}, files=[]
+        folder, STEP, FINGERPRINT, info={"shards": shards, "width": width, "dtype": dtype}, files=[]
     )
     return states
 
@@ -66,7 +70,7 @@ SIZES = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, ma
     dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     data=st.data(),
 )
-def test_what_goes_in_comes_out(
+def test_reads_return_what_was_written(
     sizes: list[tuple[int, int]],
     shards: int,
     dtype: str,
@@ -76,48 +80,48 @@ def test_what_goes_in_comes_out(
     folder = tmp_path_factory.mktemp("store")
     split = write_split(folder, sizes)
     states = fill(folder, split, shards, dtype)
-    store = TeacherStore(folder, [split], fingerprint=PRINT)
+    cache = TeacherCache(folder, [split], fingerprint=FINGERPRINT)
     rows = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=6))
-    found = store.read("train", tuple(rows))
+    found = cache.read("train", tuple(rows))
     expected = torch.cat([states[row] for row in rows]) if rows else found
     assert found.dtype == getattr(torch, dtype) and found.shape == (
         sum(len(states[row]) for row in rows),
         5,
     )
     assert torch.equal(found, expected)
-    assert store.fault("train", np.array(rows, np.int64)) is None
+    assert cache.find_damage("train", np.array(rows, np.int64)) is None
 
 
-def test_a_changed_bit_is_told_by_its_row(tmp_path: Path) -> None:
+def test_a_changed_bit_is_reported_with_its_row(tmp_path: Path) -> None:
     split = write_split(tmp_path, [(2, 3), (1, 4), (3, 2), (2, 2)])
     fill(tmp_path, split, 2, "float32")
     path = tmp_path / "train-00001-of-00002.bin"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    store = TeacherStore(tmp_path, [split], fingerprint=PRINT)
-    assert store.fault("train", np.array([0, 1, 2])) is None
-    fault = store.fault("train", np.array([0, 3]))
+    cache = TeacherCache(tmp_path, [split], fingerprint=FINGERPRINT)
+    assert cache.find_damage("train", np.array([0, 1, 2])) is None
+    fault = cache.find_damage("train", np.array([0, 3]))
     assert fault and "at row 3 of train" in fault and "pocl cache-teacher" in fault
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_cache_or_shard_is_reported(tmp_path: Path) -> None:
     split = write_split(tmp_path, [(2, 3), (1, 4)])
-    with pytest.raises(ArtifactError, match="no whole cache.*pocl cache-teacher"):
-        TeacherStore(tmp_path, [split], fingerprint=PRINT)
+    with pytest.raises(ArtifactError, match="no complete cache.*pocl cache-teacher"):
+        TeacherCache(tmp_path, [split], fingerprint=FINGERPRINT)
     fill(tmp_path, split, 2, "float32")
-    with pytest.raises(ArtifactError, match="no whole cache of this teacher"):
-        TeacherStore(tmp_path, [split], fingerprint="0" * 64)
+    with pytest.raises(ArtifactError, match="no complete cache of this teacher"):
+        TeacherCache(tmp_path, [split], fingerprint="0" * 64)
     (tmp_path / "train-00000-of-00002.bin").unlink()
     with pytest.raises(ArtifactError, match="train-00000-of-00002.bin is missing"):
-        TeacherStore(tmp_path, [split], fingerprint=PRINT)
+        TeacherCache(tmp_path, [split], fingerprint=FINGERPRINT)
 
 
 def test_a_full_disk_shows_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = write_split(tmp_path, [(2, 3)])
-    shard = Shard.of(tmp_path, split, 0, 1, 5, "float32")
+    shard = CacheShard.of_split(tmp_path, split, 0, 1, 5, "float32")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

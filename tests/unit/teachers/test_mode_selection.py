@@ -1,4 +1,4 @@
-"""Live or hidden: what costs less, by what was measured, and once for all tasks of an array."""
+"""teacher.mode=auto: the faster mode by measurements, once for all tasks of a job array."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds.teachers.mode_selection import Costs, choose, decide, disk_rates, free_bytes
+from pocl_ds.teachers.mode_selection import (
+    ModeCosts,
+    load_or_select_mode,
+    measure_disk_rates,
+    select_mode,
+    usable_bytes,
+)
 
-COSTS = Costs(
+COSTS = ModeCosts(
     tokens=1_000_000,
-    visits=20,
+    visits_per_sample=20,
     forward_tokens_per_second=1e4,
-    bytes=10**9,
-    free_bytes=10**10,
+    cache_bytes=10**9,
+    usable_bytes=10**10,
     write_bytes_per_second=1e9,
     read_bytes_per_second=1e9,
 )
@@ -25,59 +31,61 @@ COSTS = Costs(
     ("costs", "mode"),
     [
         (COSTS, "cached_hidden_states"),  # 2,000 s of forwards against 100 + 1 + 20
-        (replace(COSTS, visits=1), "online"),  # seen once: writing buys nothing
+        (replace(COSTS, visits_per_sample=1), "online"),  # seen once: writing buys nothing
         (replace(COSTS, read_bytes_per_second=1e7), "online"),  # 2,000 s of reads
-        (replace(COSTS, free_bytes=10**9 - 1), "online"),
+        (replace(COSTS, usable_bytes=10**9 - 1), "online"),
     ],
 )
-def test_the_cheaper_one_is_taken_and_why_is_said(costs: Costs, mode: str) -> None:
-    found, why = decide(costs)
+def test_the_faster_mode_is_selected_with_a_reason(costs: ModeCosts, mode: str) -> None:
+    found, reason = select_mode(costs)
     assert found == mode
-    assert "1.00 GB" in why and ("do not fit" in why or f"{costs.live_seconds:.0f} s" in why)
+    assert "1.00 GB" in reason and (
+        "do not fit" in reason or f"{costs.online_seconds:.0f} s" in reason
+    )
 
 
-def test_the_first_choice_holds(tmp_path: Path) -> None:
-    path = tmp_path / "choice.json"
-    first = choose(path, lambda: COSTS)
+def test_the_first_selection_holds(tmp_path: Path) -> None:
+    path = tmp_path / "mode.json"
+    first = load_or_select_mode(path, lambda: COSTS)
 
-    def never() -> Costs:
+    def never() -> ModeCosts:
         raise AssertionError("measured twice")
 
     assert (
-        choose(path, never) == first
+        load_or_select_mode(path, never) == first
         and first["mode"] == "cached_hidden_states"
-        and first["costs"]["visits"] == 20
+        and first["costs"]["visits_per_sample"] == 20
     )
-    assert [file.name for file in tmp_path.iterdir()] == ["choice.json"]
+    assert [file.name for file in tmp_path.iterdir()] == ["mode.json"]
 
 
-def test_of_two_that_measure_at_once_one_wins(tmp_path: Path) -> None:
-    path = tmp_path / "choice.json"
+def test_two_tasks_that_measure_at_once_agree(tmp_path: Path) -> None:
+    path = tmp_path / "mode.json"
 
-    def slow() -> Costs:  # another task chooses meanwhile
-        choose(path, lambda: replace(COSTS, visits=1))
+    def slow() -> ModeCosts:  # another task selects meanwhile
+        load_or_select_mode(path, lambda: replace(COSTS, visits_per_sample=1))
         return COSTS
 
-    assert choose(path, slow)["mode"] == "online"
+    assert load_or_select_mode(path, slow)["mode"] == "online"
 
 
 def test_tasks_on_two_nodes_may_have_one_process_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, link = tmp_path / "choice.json", os.link
+    path, link = tmp_path / "mode.json", os.link
 
-    def late(source: Path, target: Path) -> None:  # the other node's task is through before
+    def late(source: Path, target: Path) -> None:  # the task of the other node is faster
         monkeypatch.setattr(os, "link", link)
-        choose(path, lambda: replace(COSTS, visits=1))
+        load_or_select_mode(path, lambda: replace(COSTS, visits_per_sample=1))
         link(source, target)
 
     monkeypatch.setattr(os, "link", late)
-    assert choose(path, lambda: COSTS)["mode"] == "online" and [
+    assert load_or_select_mode(path, lambda: COSTS)["mode"] == "online" and [
         file.name for file in tmp_path.iterdir()
-    ] == ["choice.json"]
+    ] == ["mode.json"]
 
 
-def test_the_disk_is_looked_at(tmp_path: Path) -> None:
-    written, read = disk_rates(tmp_path, 3 << 20)
+def test_disk_rates_and_usable_bytes(tmp_path: Path) -> None:
+    written, read = measure_disk_rates(tmp_path, 3 << 20)
     assert written > 1e5 and read > 1e5 and list(tmp_path.iterdir()) == []
-    assert free_bytes(tmp_path, 0.001) == 1_000_000 < free_bytes(tmp_path, None)
+    assert usable_bytes(tmp_path, 0.001) == 1_000_000 < usable_bytes(tmp_path, None)

@@ -1,0 +1,83 @@
+"""Private names of vLLM that this package uses, seen in vLLM 0.31 and 0.32.
+
+vLLM keeps process groups, thread settings and memory per process, and its `LLM` has no method that
+gives them back. tests/unit/compat/test_vllm_private.py fails when one of these names changes.
+`generation/vllm_backend.py` is the only caller.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+import torch
+import torch._dynamo
+
+
+def supports_sleep() -> bool:
+    """Whether an engine on this machine can free its GPU memory and continue later.
+
+    `LLM(enable_sleep_mode=True)` raises on a platform without it; only `current_platform` tells
+    beforehand.
+    """
+    from vllm.platforms import current_platform
+
+    return bool(
+        current_platform.is_sleep_mode_available()
+        and current_platform.is_cumem_allocator_available()
+    )
+
+
+def shut_down(llm: Any) -> None:
+    """Stop an engine's core and its workers. `LLM` has no public method for it
+    (https://github.com/vllm-project/vllm/issues/1908; `LLM.shutdown` was proposed in
+    https://github.com/vllm-project/vllm/pull/36283).
+    """
+    llm.llm_engine.engine_core.shutdown()
+
+
+def destroy_process_groups() -> None:
+    """Destroy the process groups that an engine made in this process, and free its cached memory.
+
+    Without this, no second engine can be opened. Drop every reference to the engine first.
+    """
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+class ProcessState:
+    """Settings of this process that vLLM's CPU engine changes, and their values before it.
+
+    The CPU worker replaces `torch.set_num_threads` with a function that does nothing
+    (https://github.com/vllm-project/vllm/pull/38535), and takes one thread where OMP_NUM_THREADS is
+    not set. It also compiles one small kernel, which needs a C++ compiler: torch's compiler is
+    turned off on a CPU.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        """Prepare the process for an engine.
+
+        threads: CPU threads of the engine; None keeps torch's number.
+        """
+        self.set_num_threads, self.num_threads = torch.set_num_threads, torch.get_num_threads()
+        self.omp_num_threads = os.environ.get("OMP_NUM_THREADS")
+        self.dynamo_disabled = torch._dynamo.config.disable
+        # Before the engine is opened: afterwards the function has no effect.
+        if threads is not None:
+            torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        if not torch.cuda.is_available():
+            torch._dynamo.config.disable = True
+
+    def restore(self) -> None:
+        """Restore the settings from before the engine."""
+        torch.set_num_threads = self.set_num_threads
+        torch.set_num_threads(self.num_threads)
+        torch._dynamo.config.disable = self.dynamo_disabled
+        if self.omp_num_threads is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
+        else:
+            os.environ["OMP_NUM_THREADS"] = self.omp_num_threads
