@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +16,7 @@ from pocl_ds.cli.parameters import (
     OverridesArgument,
     RecipeArgument,
     RunDirOption,
+    add_panel,
     complete_profile,
     complete_recipe,
     existing_run,
@@ -54,7 +54,7 @@ SubmittedRunOption = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands of this panel."""
-    commands: tuple[tuple[str, Callable[..., int], str], ...] = (
+    commands = (
         ("submit", submit, "pocl submit my.yaml --profile gpu --nodes 4 --run-dir runs/x"),
         ("status", status, "pocl status --run-dir runs/x --watch"),
         ("watch", watch, "pocl watch --run-dir runs/x"),
@@ -64,14 +64,14 @@ def add_commands(app: typer.Typer) -> None:
         ("doctor", doctor, "pocl doctor --run-dir runs/x"),
         ("estimate", estimate, "pocl estimate my.yaml --nodes 4 --gpu a100-40g"),
     )
-    for name, function, example in commands:
-        app.command(name, rich_help_panel=PANEL, epilog=f"Example: {example}")(function)
+    add_panel(app, PANEL, commands)
 
     profiles = typer.Typer(help="Write a profile of this cluster, or show one.")
-    profiles.command("detect", epilog="Example: pocl profile detect > my-cluster.yaml")(
-        profile_detect
+    profile_commands = (
+        ("detect", profile_detect, "pocl profile detect > my-cluster.yaml"),
+        ("show", profile_show, "pocl profile show gpu"),
     )
-    profiles.command("show", epilog="Example: pocl profile show gpu")(profile_show)
+    add_panel(profiles, None, profile_commands)
     app.add_typer(profiles, name="profile", rich_help_panel=PANEL)
 
 
@@ -307,20 +307,14 @@ def estimate(
         int, typer.Option(help="Assume this many GPUs per node, one rank each.")
     ] = 8,
     gpu: Annotated[
-        str,
-        typer.Option(
-            help="Assume this GPU: h200-141g, h100-80g, a100-80g, a100-40g, l40s-48g, ..."
-        ),
+        str, typer.Option(help="Assume this GPU, for example a100-80g, a100-40g or l40s-48g.")
     ] = "h100-80g",
     network_gbps: Annotated[
         float, typer.Option(help="Assume this network bandwidth of a node, in Gbit/s.")
     ] = 400,
     samples: Annotated[
         int | None,
-        typer.Option(
-            help="Assume this many training samples. Default: 11,435, as in the paper.",
-            show_default=False,
-        ),
+        typer.Option(help="Assume this many training samples. Default: 11,435, as in the paper."),
     ] = None,
     prompt_tokens: Annotated[
         float | None, typer.Option(help="Assume this mean number of tokens in a prompt.")
@@ -342,16 +336,13 @@ def estimate(
 
     setup_logging()
     resolved, _ = read_recipe(join_words(recipe, overrides), run_dir)
-    assumptions: dict[str, Any] = {
-        name: value
-        for name, value in (
-            ("samples", samples),
-            ("prompt_tokens", prompt_tokens),
-            ("response_tokens", response_tokens),
-            ("utilisation", utilisation),
-        )
-        if value is not None
+    options = {
+        "samples": samples,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": response_tokens,
+        "utilisation": utilisation,
     }
+    assumptions = {name: value for name, value in options.items() if value is not None}
     _check_positive(
         nodes=nodes, gpus_per_node=gpus_per_node, network_gbps=network_gbps, **assumptions
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
@@ -17,6 +16,7 @@ from pocl_ds.cli.parameters import (
     RecipeArgument,
     RunDirOption,
     RunDirsOption,
+    add_panel,
     existing_run,
     join_words,
     nearest,
@@ -34,7 +34,7 @@ PANEL = "Inspect and compare"
 
 def add_commands(app: typer.Typer) -> None:
     """Register the commands of this panel."""
-    commands: tuple[tuple[str, Callable[..., int], str], ...] = (
+    commands = (
         ("report", report, STEP["report"].example),
         ("compare", compare, "pocl compare --run-dir runs/a --run-dir runs/b --model student"),
         ("inspect", inspect, "pocl inspect --run-dir runs/x --subset 3 --n 5"),
@@ -47,8 +47,7 @@ def add_commands(app: typer.Typer) -> None:
         ("show", show, "pocl show quickstart train.lr=1e-4"),
         ("recipes", recipes, "pocl recipes"),
     )
-    for name, function, example in commands:
-        app.command(name, rich_help_panel=PANEL, epilog=f"Example: {example}")(function)
+    add_panel(app, PANEL, commands)
 
 
 def report(
@@ -90,7 +89,7 @@ def report(
         )
     if words or dry_run:
         raise RecipeError(
-            "several runs are compared as they are: leave out the recipe, --dry-run and overrides"
+            "several runs are compared without changes: omit the recipe, --dry-run and overrides"
         )
     from pocl_ds.report.compare import compare_runs
     from pocl_ds.runtime.logs import setup_logging

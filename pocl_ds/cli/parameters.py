@@ -5,6 +5,7 @@ directory.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
 
 
 ModelName = Literal["teacher", "initial", "student", "baseline"]
+
+
+def add_panel(
+    app: typer.Typer, panel: str | None, commands: Iterable[tuple[str, Callable[..., int], str]]
+) -> None:
+    """Register commands, each with its name, function and example, in a panel of the help."""
+    for name, function, example in commands:
+        app.command(name, rich_help_panel=panel, epilog=f"Example: {example}")(function)
 
 
 def complete_recipe(incomplete: str) -> list[str]:
