@@ -1,9 +1,9 @@
-"""Attempts of a job, and what to do after one: pure rules over a file a job, on the standard
-library alone.
+"""Attempts of a job, and the decision after each one. Pure rules over one file a job; standard
+library only.
 
-A job that was asked to stop, or lost its node, goes on by itself as long as it gets further; one
-whose nodes SLURM took for another, whenever it gets nodes again. A crash is tried again once; the
-same error at the same place is a defect that no restart mends.
+A job that was told to stop, or lost its node, is requeued as long as it makes progress; a preempted
+job is always requeued. A crash is retried once: the same error at the same place is a bug that no
+restart fixes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 
 from pocl_ds.errors import RESUME, UNFIT
 
-DONE, AGAIN, FAILED, ENDED = "done", "again", "failed", "ended"
-MENDABLE = 2
+# Outcomes of an attempt. ENDED: SLURM itself cancels or requeues the job.
+DONE, RETRY, FAILED, ENDED = "done", "retry", "failed", "ended"
+USER_ERROR = 2  # exit code of a fault that only the user can fix
 PREEMPTED = "preemption"
+# Parts of an error message that differ from one attempt to the next.
 VARYING = re.compile(
     r"0x[0-9a-f]+|\d{2}:\d{2}:\d{2}(\.\d+)?|\b\d{4}-\d{2}-\d{2}\b|\bpid \d+|\d+ "
     r"milliseconds|:\d{4,5}\b",
@@ -30,121 +32,141 @@ VARYING = re.compile(
 
 @dataclass
 class Attempt:
-    """One start of a job on its nodes. `end` is None while it runs, and for ever where the node
-    died under it.
-    """
+    """One start of a job on its nodes."""
 
     number: int
     job: str
     nodes: list[str] = field(default_factory=list)
     start: float = 0.0
-    end: float | None = None
+    end: float | None = None  # None while it runs, and forever if its node died
     code: int | None = None
-    # steps or pieces that were finished when it ended; when it began, where it did not end by
-    # itself
+    # Optimizer steps recorded by its end; by its start if its end is unknown.
     progress: int = 0
     error: str = ""
-    stopped: str = ""  # why it was asked to stop: a signal's name, or preemption
-    suspects: list[str] = field(default_factory=list)  # nodes that were found unfit
+    stop_reason: str = ""  # why it was told to stop: a signal's name, or preemption
+    unfit_nodes: list[str] = field(default_factory=list)
     outcome: str = ""
-    why: str = ""
+    reason: str = ""  # of the outcome
 
     @property
-    def counts(self) -> bool:
-        """Whether it speaks about the job. Where SLURM took its nodes (preempted, requeued by
-        somebody) it does not: an array's task has no steps to show for its time, and may be
-        preempted often before it is done once.
+    def counts_against_job(self) -> bool:
+        """Whether it counts as an attempt without progress.
+
+        It does not if SLURM took the nodes (by preemption or requeue): a task of an array records
+        no optimizer steps, and may be preempted often before it finishes once.
         """
-        ended_while_it_left = self.end is None and self.stopped == "SIGTERM"
-        return self.stopped != PREEMPTED and self.outcome != ENDED and not ended_while_it_left
+        killed_while_stopping = self.end is None and self.stop_reason == "SIGTERM"
+        return self.stop_reason != PREEMPTED and self.outcome != ENDED and not killed_while_stopping
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What becomes of a job after an attempt."""
+class Decision:
+    """What happens to a job after an attempt."""
 
     outcome: str
-    why: str
+    reason: str
 
 
-def signature(error: str) -> str:
-    """An error without what differs from one time to the next: addresses, clock times, ports."""
+def error_signature(error: str) -> str:
+    """An error message without addresses, times, process ids and ports."""
     return VARYING.sub("#", error).strip()
 
 
-def judge(before: Sequence[Attempt], last: Attempt, *, most: int, taken: bool = False) -> Verdict:
-    """What to do after `last`, the attempts before it in order.
+def decide(
+    previous: Sequence[Attempt],
+    attempt: Attempt,
+    *,
+    max_attempts: int,
+    ended_by_slurm: bool = False,
+) -> Decision:
+    """Decide what happens after an attempt.
 
-    most: attempts in a row without progress; those whose nodes SLURM took are not among them.
-    taken: SLURM is ending the job.
+    previous: the attempts before it, in order. max_attempts: attempts in a row without progress
+    before the job fails; attempts whose nodes SLURM took do not count. ended_by_slurm: whether
+    SLURM is cancelling or requeueing the job.
     """
-    if last.code == 0:
-        return Verdict(DONE, "finished")
-    if last.code == MENDABLE:
-        return Verdict(FAILED, last.error or "a fault in the recipe or its files: see the log")
-    asked = last.code in (RESUME, UNFIT) or bool(last.stopped)
-    if not asked:
-        same = [
-            a
-            for a in before
-            if a.end is not None
-            and not a.stopped
-            and a.code not in (0, RESUME)
-            and a.progress == last.progress
-            and signature(a.error) == signature(last.error)
-        ]
-        if same:
-            return Verdict(
-                FAILED,
-                f"the same error at the same place as in attempt {same[-1].number}: {last.error}",
-            )
-    what = last.error or (
-        f"stopped by {last.stopped or 'a signal'}" if asked else f"exit code {last.code}"
-    )
-    if taken:
-        return Verdict(ENDED, f"{what}; SLURM itself ends or requeues the job")
-    since = list(takewhile(lambda attempt: last.progress <= attempt.progress, reversed(before)))
-    stalled = sum(attempt.counts for attempt in [last, *since])
-    if last.counts and stalled >= most:
-        return Verdict(
+    if attempt.code == 0:
+        return Decision(DONE, "finished")
+    if attempt.code == USER_ERROR:
+        fallback = "the recipe or one of its files has an error: see the log"
+        return Decision(FAILED, attempt.error or fallback)
+
+    # A crash with the same error at the same place as before is not retried.
+    told_to_stop = attempt.code in (RESUME, UNFIT) or bool(attempt.stop_reason)
+    repeated = [
+        other
+        for other in previous
+        if other.end is not None
+        and not other.stop_reason
+        and other.code not in (0, RESUME)
+        and other.progress == attempt.progress
+        and error_signature(other.error) == error_signature(attempt.error)
+    ]
+    if not told_to_stop and repeated:
+        return Decision(
             FAILED,
-            f"{stalled} attempts without progress (profile field attempts={most}); the last one: "
-            f"{what}",
+            f"the same error at the same place as in attempt {repeated[-1].number}: "
+            f"{attempt.error}",
         )
-    if last.code == UNFIT:
-        return Verdict(AGAIN, f"{what}; it goes to other nodes")
-    return Verdict(AGAIN, f"{what}; {'it goes on' if asked else 'one more attempt'}")
+    cause = attempt.error or (
+        f"stopped by {attempt.stop_reason or 'a signal'}"
+        if told_to_stop
+        else f"exit code {attempt.code}"
+    )
+    if ended_by_slurm:
+        return Decision(ENDED, f"{cause}; SLURM itself ends or requeues the job")
+
+    # A job without progress is given up after max_attempts.
+    stalled = list(takewhile(lambda a: attempt.progress <= a.progress, reversed(previous)))
+    count = sum(other.counts_against_job for other in [attempt, *stalled])
+    if attempt.counts_against_job and count >= max_attempts:
+        return Decision(
+            FAILED,
+            f"{count} attempts without progress (profile field attempts={max_attempts}); the last "
+            f"one: {cause}",
+        )
+    if attempt.code == UNFIT:
+        return Decision(RETRY, f"{cause}; the job moves to other nodes")
+    return Decision(
+        RETRY, f"{cause}; the job {'continues' if told_to_stop else 'gets one more attempt'}"
+    )
 
 
-def excluded(attempts: Sequence[Attempt]) -> list[str]:
-    """Nodes that a job keeps away from: unfit ones, and those of one-node attempts that ended
-    without a word twice, unasked.
+def excluded_nodes(attempts: Sequence[Attempt]) -> list[str]:
+    """Nodes that a job avoids: unfit ones, and nodes on which one-node attempts ended twice without
+    a record and without being told to stop.
     """
-    found = {node for attempt in attempts for node in attempt.suspects}
-    lost = [a.nodes[0] for a in attempts if a.end is None and not a.stopped and len(a.nodes) == 1]
-    return sorted(found | {node for node in lost if lost.count(node) > 1})
+    unfit = {node for attempt in attempts for node in attempt.unfit_nodes}
+    lost = [
+        attempt.nodes[0]
+        for attempt in attempts
+        if attempt.end is None and not attempt.stop_reason and len(attempt.nodes) == 1
+    ]
+    return sorted(unfit | {node for node in lost if lost.count(node) > 1})
 
 
 def read_attempts(path: Path) -> list[Attempt]:
-    """The attempts of a job, in order; a torn last line is left out."""
-    found: dict[int, Attempt] = {}
+    """The attempts of a job, in order. The newest line of a number counts; torn lines are
+    ignored.
+    """
+    attempts: dict[int, Attempt] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             attempt = Attempt(**json.loads(line))
         except (json.JSONDecodeError, TypeError):
             continue
-        found[attempt.number] = attempt
-    return [found[number] for number in sorted(found)]
+        attempts[attempt.number] = attempt
+    return [attempts[number] for number in sorted(attempts)]
 
 
 def write_attempt(path: Path, attempt: Attempt) -> None:
-    """Append what is known of an attempt; the newest line of a number counts. A line that was torn,
-    as by a full disk, takes none of the next ones with it.
+    """Append what is known of an attempt. It starts a new line if the last one is torn, for example
+    by a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as stream:
-        torn = b""
+        separator = b""
         if stream.tell():
             stream.seek(-1, os.SEEK_END)
-            torn = b"" if stream.read() == b"\n" else b"\n"
-        stream.write(torn + json.dumps(asdict(attempt)).encode() + b"\n")
+            separator = b"" if stream.read() == b"\n" else b"\n"
+        stream.write(separator + json.dumps(asdict(attempt)).encode() + b"\n")

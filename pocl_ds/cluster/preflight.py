@@ -1,8 +1,8 @@
-"""The seconds before a job's first step: is every node what the profile promised, and do they reach
-each other?
+"""The check before a job's first command: is every node as the profile promises, and do the nodes
+reach each other?
 
-Runs as a step of the job over all its ranks. A node that is at fault ends its ranks with UNFIT, so
-that the job can go on without it; what is wrong everywhere is one sentence, and the job's end.
+It runs over all ranks of the job. A node with a fault of its own ends its ranks with UNFIT, so that
+the job can continue without it; a fault of every node ends the job with one sentence.
 """
 
 from __future__ import annotations
@@ -23,42 +23,49 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pocl_ds.cluster import checks
+from pocl_ds.cluster import machine_checks
 from pocl_ds.errors import HANG, UNFIT, PoclError, ResourceError
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.process_exit import leave_when_asked, leave_word, node_name
-from pocl_ds.runtime.tracking import setup_logging
+from pocl_ds.runtime.logs import setup_logging
+from pocl_ds.runtime.process_exit import install_signal_handlers, node_name, record_exit
 from pocl_ds.workflow.files import file_digest, write_json
 from pocl_ds.workflow.manifest import package_versions
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-CLOCKS = 5.0  # seconds that nodes may differ by
-MEBIBYTES = {
-    "cpu": 16,
-    "cuda": 512,
-}  # of the all-reduce that is timed: on a GPU some milliseconds, as its end is seen within one
-ROUNDS = 3
+MAX_CLOCK_DIFFERENCE = 5.0  # seconds between two nodes
+# Size of the timed all-reduce in MiB; on GPUs it takes some milliseconds.
+ALL_REDUCE_MIB = {"cpu": 16, "cuda": 512}
+ALL_REDUCE_ROUNDS = 3
 
 
-def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
-    """What this rank sees of its node. `faults`: sentences; `own`: one of them is this node's
-    alone, whatever the others see.
+def inspect_node(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
+    """What this rank finds on its node. `faults`: sentences; `own_fault`: whether one of them is
+    this node's alone, whatever the other nodes find.
+
+    token: name of a file that rank 0 has just written to the run directory.
     """
-    clock = time.time()  # before anything that takes longer on one node than on another
-    shared = run.cluster / "preflight"
+    clock = time.time()  # read before anything that takes longer on one node than on another
+    folder = run.cluster / "preflight"
     training = {"train": run.train, "baseline": run.baseline}.get(spec["name"])
-    needed = (
-        checks.checkpoint_bytes(run.path, training, keep=spec["keep"], adapters=spec["adapters"])
-        if training
-        else 0
-    )
-    device = checks.devices(promised(spec))
-    findings = [device, checks.folder(run.path, needed), checks.limits(), checks.scratch()]
-    faults = [finding.said for finding in findings if finding.state == checks.FAIL]
-    for _ in range(50):  # a network file system may show another node's file late
-        if (shared / token).is_file():
+    needed = 0
+    if training:
+        needed = machine_checks.checkpoint_bytes(
+            run.path, training, keep_last=spec["keep_last"], lora=spec["lora"]
+        )
+    gpus = machine_checks.check_gpus(promised_gpus(spec))
+    findings = [
+        gpus,
+        machine_checks.check_run_directory(run.path, needed),
+        machine_checks.check_limits(),
+        machine_checks.check_scratch(),
+    ]
+    faults = [finding.message for finding in findings if finding.state == machine_checks.FAIL]
+
+    # A network file system may show the file of another node late.
+    for _ in range(50):
+        if (folder / token).is_file():
             break
         time.sleep(0.1)
     else:
@@ -69,24 +76,22 @@ def look(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     return {
         "node": node_name(),
         "faults": faults,
-        "own": device.state == checks.FAIL,
+        "own_fault": gpus.state == machine_checks.FAIL,
         "clock": clock,
         "recipe": recipe,
         "versions": package_versions(),
-        "notes": [finding.said for finding in findings if finding.state == checks.WARN],
+        "notes": [f.message for f in findings if f.state == machine_checks.WARN],
     }
 
 
-def promised(spec: dict[str, Any]) -> int:
-    """GPUs that this rank must see: its node's, or as launch/train.sh knows, the one that is its
-    own.
-    """
+def promised_gpus(spec: dict[str, Any]) -> int:
+    """GPUs that this rank must see: its own if launch/train.sh restricts it, else its node's."""
     return int(os.environ.get("POCL_GPUS", spec["gpus_per_node"]))
 
 
 def check_device(gpus: int) -> None:
-    """Raise ResourceError where this rank's GPU is not there or cannot add two numbers, as one
-    whose memory is damaged or that somebody else has taken for himself alone.
+    """Raise ResourceError if this rank's GPU is missing or cannot add two numbers: its memory is
+    damaged, or another process holds it exclusively.
 
     gpus: how many are promised.
     """
@@ -98,63 +103,65 @@ def check_device(gpus: int) -> None:
     except RuntimeError as error:
         number = os.environ.get("LOCAL_RANK", "0")
         raise ResourceError(
-            f"its GPU {number} cannot compute ({str(error).splitlines()[0]}): leave this node out"
+            f"its GPU {number} cannot compute ({str(error).splitlines()[0]}): exclude this node"
         ) from error
     if device.type == "cpu":
-        raise ResourceError(f"no GPU is visible, where {gpus} are promised ({checks.why_no_gpu()})")
-
-
-def check_ways() -> None:
-    """Raise ResourceError where this node cannot meet the others: they would wait for it, and look
-    as if they were at fault.
-    """
-    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    here = psutil.net_if_addrs()
-    able = {
-        name
-        for name, addresses in here.items()
-        if any(one.family in (AF_INET, AF_INET6) for one in addresses)
-    }
-    if names and not able & set(names):
         raise ResourceError(
-            f"it has no network interface {' or '.join(names)} with an address, which the profile "
-            f"names; it has "
-            f"{', '.join(sorted(able))}"
+            f"no GPU is visible, and {gpus} are promised ({machine_checks.cuda_error()})"
         )
 
 
-def differences(found: list[dict[str, Any]]) -> dict[str, str]:
-    """Nodes whose recipe, packages or clock are not those of most ranks, each with how."""
-    usual = Counter(
-        json.dumps([look["recipe"], look["versions"]], sort_keys=True) for look in found
+def check_interfaces() -> None:
+    """Raise ResourceError if this node lacks the profile's network interface. Other nodes would
+    wait for it in vain and look faulty.
+    """
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    with_address = {
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.family in (AF_INET, AF_INET6) for address in addresses)
+    }
+    if names and not with_address & set(names):
+        raise ResourceError(
+            f"it has no network interface {' or '.join(names)} with an address, which the profile "
+            f"names; it has {', '.join(sorted(with_address))}"
+        )
+
+
+def differing_nodes(reports: list[dict[str, Any]]) -> dict[str, str]:
+    """Nodes whose recipe, packages or clock differ from those of most ranks, and how."""
+    majority = Counter(
+        json.dumps([report["recipe"], report["versions"]], sort_keys=True) for report in reports
     ).most_common(1)[0][0]
-    recipe, packages = json.loads(usual)
-    clock, odd = median_low(look["clock"] for look in found), {}
-    for look in found:
+    recipe, packages = json.loads(majority)
+    clock = median_low(report["clock"] for report in reports)
+    differing: dict[str, str] = {}
+    for report in reports:
         versions = [
-            f"{name} {look['versions'].get(name)} against {version}"
+            f"{name} {report['versions'].get(name)} against {version}"
             for name, version in packages.items()
-            if look["versions"].get(name) != version
+            if report["versions"].get(name) != version
         ]
-        if look["recipe"] != recipe:
-            odd[look["node"]] = "it sees another recipe than the others"
+        difference = report["clock"] - clock
+        if report["recipe"] != recipe:
+            differing[report["node"]] = "it reads another recipe than the others"
         elif versions:
-            odd[look["node"]] = f"its packages differ: {', '.join(versions)}"
-        elif abs(look["clock"] - clock) > CLOCKS:
-            odd[look["node"]] = (
-                f"its clock is {look['clock'] - clock:+.0f} s off: have it set (NTP)"
+            differing[report["node"]] = f"its packages differ: {', '.join(versions)}"
+        elif abs(difference) > MAX_CLOCK_DIFFERENCE:
+            differing[report["node"]] = (
+                f"its clock is {difference:+.0f} s off: have it synchronised (NTP)"
             )
-    return odd
+    return differing
 
 
-def bandwidth() -> float:
-    """Gigabytes a second that one rank sends in a ring all-reduce, the best of a few."""
+def all_reduce_bandwidth() -> float:
+    """Gigabytes a second that one rank sends in a ring all-reduce, the best of some rounds."""
     ranks, device = distributed.world_size(), distributed.device()
     if ranks == 1:
         return 0.0
-    values = torch.zeros(MEBIBYTES[device.type] << 18, dtype=torch.float32, device=device)
+    values = torch.zeros(ALL_REDUCE_MIB[device.type] << 18, dtype=torch.float32, device=device)
     best = float("inf")
-    for _ in range(ROUNDS):
+    for _ in range(ALL_REDUCE_ROUNDS):
         distributed.barrier()
         start = time.monotonic()
         distributed.all_sum(values)
@@ -165,70 +172,87 @@ def bandwidth() -> float:
 
 
 def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
-    """Look at every node. Returns the exit code of this rank, and its sentence."""
+    """Check every node. Returns the exit code of this rank, and its sentence."""
     start = time.monotonic()
-    if gpus := promised(spec):
-        if not torch.backends.cuda.is_built():  # wrong on every node: none is to be left out for it
-            return 2, f"GPUs are promised, and {checks.CPU_BUILD}"
+
+    # Check this rank's GPU. A CPU build of torch is wrong on every node, so no node is excluded.
+    if gpus := promised_gpus(spec):
+        if not torch.backends.cuda.is_built():
+            return 2, f"GPUs are promised, and {machine_checks.CPU_BUILD}"
         check_device(gpus)
+
+    # Connect the ranks. With blocking wait a stalled NCCL raises, as gloo does; otherwise torch's
+    # watchdog would abort the process.
     if distributed.world_size() > 1:
-        check_ways()
-        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = (
-            "1"  # what stalls raises, as on gloo: else torch's watchdog aborts us
-        )
+        check_interfaces()
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
         dist.init_process_group(
             "nccl" if distributed.device().type == "cuda" else "gloo",
-            timeout=timedelta(seconds=spec["patience"]),
+            timeout=timedelta(seconds=spec["preflight_seconds"]),
         )
-    token = distributed.from_rank_zero(f"{os.environ.get('SLURM_JOB_ID', 'here')}-{time.time_ns()}")
+
+    # Inspect every node. All must see the file that rank 0 writes.
+    token = distributed.broadcast_object(
+        f"{os.environ.get('SLURM_JOB_ID', 'here')}-{time.time_ns()}"
+    )
     if distributed.rank() == 0:
         write_json(run.cluster / "preflight" / token, {})
     distributed.barrier()
-    found = distributed.gather_objects(look(run, spec, token))
+    reports = distributed.gather_objects(inspect_node(run, spec, token))
     distributed.barrier()
     if distributed.rank() == 0:
         (run.cluster / "preflight" / token).unlink()
-    faults = {look["node"]: "; ".join(look["faults"]) for look in found if look["faults"]}
-    faults = faults or differences(found)
-    nodes = sorted({look["node"] for look in found})
+
+    # Find nodes at fault, or else nodes that differ from the others.
+    faults = {report["node"]: "; ".join(report["faults"]) for report in reports if report["faults"]}
+    faults = faults or differing_nodes(reports)
+    nodes = sorted({report["node"] for report in reports})
     if not faults:
-        speed = bandwidth()
-        notes = sorted({note for look in found for note in look["notes"]})
-        log.info(
-            "preflight: %d ranks on %d nodes agree%s; %.1f s%s",
-            len(found),
-            len(nodes),
-            f", an all-reduce moves {speed:.2f} GB/s" if speed else "",
-            time.monotonic() - start,
-            "".join(f"; {note}" for note in notes),
-        )
+        _log_success(reports, len(nodes), start)
         return 0, ""
     sentence = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
-    if set(faults) == set(nodes) and not (len(nodes) == 1 and any(look["own"] for look in found)):
+    own_fault = len(nodes) == 1 and any(report["own_fault"] for report in reports)
+    if set(faults) == set(nodes) and not own_fault:
         return 2, sentence
-    # With any other code a fit node's rank would make srun end those that have a fault to tell.
+    # Ranks of fit nodes exit with 0: on any other code srun would kill the faulty ones too early.
     return (UNFIT, sentence) if node_name() in faults else (0, "")
+
+
+def _log_success(reports: list[dict[str, Any]], nodes: int, start: float) -> None:
+    bandwidth = all_reduce_bandwidth()
+    notes = sorted({note for report in reports for note in report["notes"]})
+    log.info(
+        "preflight: %d ranks on %d nodes agree%s; %.1f s%s",
+        len(reports),
+        nodes,
+        f", an all-reduce moves {bandwidth:.2f} GB/s" if bandwidth else "",
+        time.monotonic() - start,
+        "".join(f"; {note}" for note in notes),
+    )
 
 
 def main() -> int:
     """The command line that launch/train.sh starts: NAME --run-dir RUN."""
-    leave_when_asked()
+    install_signal_handlers()
     name, run = sys.argv[1], RunDirectory(Path(sys.argv[3]))
     setup_logging(distributed.rank(), world_size=distributed.world_size())
     spec = json.loads((run.cluster / "jobs" / f"{name}.json").read_text())
     start = time.monotonic()
     try:
         code, sentence = preflight(run, spec)
-    except PoclError as error:  # a rank without a device of its own, or that cannot write
+    except PoclError as error:  # this rank has no device, or cannot write
         code, sentence = UNFIT, f"{node_name()}: {error}"
-    except (RuntimeError, ValueError) as error:  # torch could not bring the ranks together
-        # Who waited in vain has others to blame; who failed at once may be at fault himself, or the
-        # profile.
-        code = HANG if time.monotonic() - start > 0.8 * spec["patience"] else 1
-        sentence = f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the profile's interface"
+    except (RuntimeError, ValueError) as error:  # torch could not connect the ranks
+        # A rank that waited in vain is not at fault; one that failed at once may be.
+        waited = time.monotonic() - start > 0.8 * spec["preflight_seconds"]
+        code = HANG if waited else 1
+        sentence = (
+            f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the "
+            "profile's interface"
+        )
     if sentence:
         log.error("preflight: %s", sentence)
-    leave_word(code, f"preflight: {sentence}" if sentence else "")
+    record_exit(code, f"preflight: {sentence}" if sentence else "")
     return code
 
 

@@ -1,4 +1,5 @@
-"""A cluster profile: what a job must say to one SLURM cluster. No hyper-parameter stands here.
+"""Cluster profiles: the options that jobs need on one SLURM cluster. A profile has no
+hyper-parameters.
 
 A profile is a YAML file: a path, a name in `slurm/profiles/`, or a name in
 `~/.config/pocl/profiles/`.
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pocl_ds.config import NonNegative, Positive, Section
-from pocl_ds.config.recipe_file import first_fault
+from pocl_ds.config.recipe_file import validation_message
 from pocl_ds.config.yaml_io import dump_yaml, read_yaml
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import PROFILES
@@ -26,9 +27,7 @@ PLAIN = re.compile(r"[A-Za-z0-9_.,:@/+=&|*()\[\]%-]+")
 
 def _plain(value: str) -> str:
     if not PLAIN.fullmatch(value):
-        raise ValueError(
-            "only letters, digits and _ . , : @ / + = & | * ( ) [ ] % - may stand here"
-        )
+        raise ValueError("use only letters, digits and _ . , : @ / + = & | * ( ) [ ] % -")
     return value
 
 
@@ -58,22 +57,22 @@ else:
 
 
 class ContainerConfig(Section):
-    """An image that the tasks of a step run in; the job's own script runs outside."""
+    """A container in which the ranks of a command run; the job's script runs outside."""
 
     runtime: Literal["pyxis", "apptainer"] = Field(
-        description="pyxis (enroot, by srun's own options) or apptainer"
+        description="Container runtime: pyxis (enroot, by options of srun) or apptainer."
     )
-    image: str = Field(description="a file, or a name that the runtime understands")
+    image: str = Field(description="Image: a file, or a name that the runtime understands.")
     mounts: tuple[str, ...] = Field(
-        (), description="SOURCE:TARGET each; the run directory is always mounted"
+        (), description="Mounts, SOURCE:TARGET each. The run directory is always mounted."
     )
     python: str = Field(
-        "python3", description="the interpreter in the image that has pocl_ds's packages"
+        "python3", description="Python interpreter in the image that has the packages of pocl_ds."
     )
 
 
 class JobLimits(Section):
-    """What one kind of job asks for instead of the profile's own."""
+    """Limits of one job in place of the profile's."""
 
     partition: Plain | None = None
     time: TimeLimit | None = None
@@ -89,27 +88,28 @@ class Profile(Section):
     qos: Plain | None = None
     constraint: Plain | None = None
     reservation: Plain | None = None
-    exclude: Plain | None = Field(None, description="nodes never to use")
+    exclude: Plain | None = Field(None, description="Nodes that jobs never use.")
     time: TimeLimit = Field(
-        "24:00:00", description="limit of one attempt; a job goes on after it by requeueing itself"
+        "24:00:00",
+        description="Time limit of one attempt. A job requeues itself at the limit and continues.",
     )
     memory: Plain | None = Field(
-        None, description="of a node for jobs on whole nodes, as in 480G; 0 for all of it"
+        None, description="Memory per node of jobs on whole nodes, such as 480G; 0 for all of it."
     )
-    gpus_per_node: NonNegative = Field(0, description="0 for a CPU cluster")
-    gpu_type: Plain | None = Field(None, description="as in --gpus-per-node=TYPE:N")
+    gpus_per_node: NonNegative = Field(0, description="GPUs of a node; 0 for a CPU cluster.")
+    gpu_type: Plain | None = Field(None, description="GPU type, as in --gpus-per-node=TYPE:N.")
     gres: bool = Field(
-        False, description="ask by --gres=gpu:N, where --gpus-per-node is not configured"
+        False, description="Request GPUs by --gres=gpu:N, for clusters without --gpus-per-node."
     )
-    cpus_per_node: Positive = Field(1, description="cores of a node that jobs may use")
+    cpus_per_node: Positive = Field(1, description="Cores of a node that jobs may use.")
     ranks_per_node: Positive | None = Field(
-        None, description="default: one a GPU; one on a CPU node"
+        None, description="Ranks per node. Default: one per GPU, or one on a CPU node."
     )
     interface: Plain | None = Field(
-        None, description="network interface between nodes, for NCCL and gloo"
+        None, description="Network interface between nodes, for NCCL and gloo."
     )
     setup: tuple[str, ...] = Field(
-        (), description="lines of shell before anything runs: module load ..."
+        (), description="Shell lines that run first, such as module load ..."
     )
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(
         default_factory=dict
@@ -117,22 +117,25 @@ class Profile(Section):
     container: ContainerConfig | None = None
     scratch: Annotated[str, AfterValidator(_scratch)] | None = Field(
         None,
-        description="node-local folder for temporary files (TMPDIR), as in /local/$SLURM_JOB_ID; "
-        "made if it is not there",
+        description="Node-local folder for temporary files (TMPDIR), such as "
+        "/local/$SLURM_JOB_ID; created if it is missing.",
     )
     options: tuple[Plain, ...] = Field(
-        (), description="further options of sbatch, as in --mail-type=END"
+        (), description="Further options of sbatch, such as --mail-type=END."
     )
     grace_seconds: Positive = Field(
-        120, description="signal so long before the time limit: a checkpoint must fit in"
+        120,
+        description="Signal jobs so many seconds before the time limit: a checkpoint must fit in.",
     )
     preflight_seconds: Positive = Field(
-        120, description="a node whose ranks do not come together in this time is left out"
+        120, description="Seconds for the ranks to connect; a node that fails is excluded."
     )
-    attempts: Positive = Field(5, description="attempts without progress before a job gives up")
-    array_tasks: Positive | None = Field(None, description="tasks of an array that may run at once")
+    attempts: Positive = Field(5, description="Attempts without progress before a job fails.")
+    array_tasks: Positive | None = Field(
+        None, description="Tasks of a job array that may run at once."
+    )
     jobs: dict[JobName, JobLimits] = Field(
-        default_factory=dict, description="other limits for one kind of job"
+        default_factory=dict, description="Other limits for one job, by its name."
     )
 
     @model_validator(mode="after")
@@ -144,18 +147,18 @@ class Profile(Section):
             raise ValueError(
                 f"ranks_per_node={self.ranks_per_node} is more than "
                 f"gpus_per_node={self.gpus_per_node}: "
-                "a rank needs a GPU of its own"
+                "each rank needs its own GPU"
             )
         if self.ranks > self.cpus_per_node:
             raise ValueError(
-                f"{self.ranks} ranks a node are more than cpus_per_node={self.cpus_per_node}: a "
+                f"{self.ranks} ranks a node are more than cpus_per_node={self.cpus_per_node}: each "
                 f"rank needs a core"
             )
         return self
 
     @property
     def ranks(self) -> int:
-        """Ranks a node."""
+        """Ranks per node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
 
@@ -165,7 +168,7 @@ def load_profile(source: str) -> Profile:
     tree = read_yaml(path)
     if not isinstance(tree, dict):
         raise RecipeError(
-            f"profile {path} holds no fields: start from one in {PROFILES}, or from `pocl profile "
+            f"profile {path} has no fields: start from one in {PROFILES}, or from `pocl profile "
             f"detect`"
         )
     return check_profile({"name": path.stem, **tree}, str(path))
@@ -175,18 +178,18 @@ def check_profile(tree: dict[str, Any], where: str) -> Profile:
     """Validate a tree of plain values. Raises RecipeError naming the first field at fault."""
     if field := find_secret(tree) or _assigned_secret(tree):
         raise RecipeError(
-            f"profile {where}: field {field} holds a password, a token or a key, and scripts are "
-            f"written down: "
-            "remove it, and export it in the shell that submits, whose variables SLURM hands on"
+            f"profile {where}: field {field} contains a password, a token or a key, and "
+            "job scripts are plain text: remove it, and export the variable in the shell that "
+            "submits; SLURM passes it on"
         )
     try:
         return Profile.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(first_fault(error, f"profile {where}: field", Profile)) from None
+        raise RecipeError(validation_message(error, f"profile {where}: field", Profile)) from None
 
 
 def _assigned_secret(tree: dict[str, Any]) -> str | None:
-    """The field that gives a variable with the name of a secret its value."""
+    """The field that assigns a variable whose name looks like a secret's."""
     environment = tree.get("environment")
     if isinstance(environment, dict) and any(
         is_secret_name(str(name)) and value for name, value in environment.items()
@@ -200,7 +203,7 @@ def _assigned_secret(tree: dict[str, Any]) -> str | None:
 
 
 def dump_profile(profile: Profile) -> str:
-    """The profile as YAML, without what was left at its default."""
+    """The profile as YAML, without default values."""
     return dump_yaml(profile.model_dump(mode="json", exclude_defaults=True))
 
 
@@ -209,8 +212,8 @@ def _path(source: str) -> Path:
         return Path(source)
     own = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "pocl" / "profiles"
     for folder in (own, PROFILES):
-        if os.sep not in source and os.path.isfile(found := folder / f"{source}.yaml"):
-            return found
+        if os.sep not in source and os.path.isfile(path := folder / f"{source}.yaml"):
+            return path
     names = sorted(
         {
             path.stem

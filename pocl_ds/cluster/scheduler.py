@@ -1,4 +1,4 @@
-"""SLURM's own commands, each behind a function: words in, plain values out. No shell is ever built
+"""SLURM's commands, each as a function: arguments in, plain values out. No shell command is built
 from strings.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pocl_ds.errors import ResourceError
 
 SEPARATOR = "\x1f"
+# Fields of squeue by its format letters.
 FIELDS = {
     "id": "%i",
     "array": "%F",
@@ -28,7 +29,8 @@ FIELDS = {
     "nodes": "%N",
     "since": "%V",
 }
-GONE = (
+# States of jobs that neither wait nor run.
+ENDED_STATES = (
     "COMPLETED",
     "FAILED",
     "CANCELLED",
@@ -39,28 +41,24 @@ GONE = (
     "DEADLINE",
     "PREEMPTED",
 )
-SECONDS = 60  # a controller that is busy may take long to answer
+TIMEOUT_SECONDS = 60  # a busy controller may take long to answer
+# Messages of a controller that restarts.
 AWAY = re.compile(
     "[Uu]nable to contact|[Tt]imed out|did not answer|Connection (refused|reset)|try again"
 )
-AWAY_SECONDS = (
-    5,
-    10,
-    20,
-    40,
-    60,
-)  # between trials: a controller that restarts is back within minutes
-# What a surrounding job would tell sbatch, and through it the new one's srun: its memory, its
-# task's number.
-KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+# Waits between retries: a controller that restarts is back within minutes.
+RETRY_SECONDS = (5, 10, 20, 40, 60)
+# The variables of SLURM that commands see. Those of a surrounding job would reach the new job: its
+# memory, its task's number.
+PASSED_VARIABLES = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 @dataclass(frozen=True)
-class Queued:
-    """One job, or one task of an array, that the scheduler knows of."""
+class QueuedJob:
+    """One job, or one task of an array, in the output of squeue."""
 
     id: str  # 12, 12_3, or 12_[4-7] for tasks that wait together
-    array: str  # the id that sbatch gave
+    array: str  # id that sbatch returned
     task: str  # of an array: 3 or 4-7; else N/A
     name: str
     state: str
@@ -73,13 +71,13 @@ class Queued:
 
     @property
     def tasks(self) -> list[int]:
-        """Numbers of the array's tasks that this line stands for."""
-        found: list[int] = []
+        """Numbers of the array's tasks in this line of squeue."""
+        numbers: list[int] = []
         for part in re.sub(r"%\d+$", "", self.task).split(","):
-            first, _, last = part.partition("-")
-            if first.isdigit():
-                found += range(int(first), int(last or first) + 1)
-        return found
+            start, _, end = part.partition("-")
+            if start.isdigit():
+                numbers += range(int(start), int(end or start) + 1)
+        return numbers
 
 
 def available() -> bool:
@@ -87,86 +85,96 @@ def available() -> bool:
     return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"))
 
 
-def call(*words: str, given: str | None = None) -> str:
-    """Run a command of SLURM, `given` on its input. Raises ResourceError with what it said."""
-    own = {
+def call(*words: str, stdin: str | None = None) -> str:
+    """Run a command of SLURM and return its output. Raises ResourceError with its error message."""
+    environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("SLURM_") or name in KEPT
+        if not name.startswith("SLURM_") or name in PASSED_VARIABLES
     }
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=SECONDS, input=given, env=own
+            words,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            input=stdin,
+            env=environment,
         )
     except FileNotFoundError:
         raise ResourceError(
-            f"{words[0]} was not found: use a machine that submits to SLURM, or run `pocl run` here"
+            f"{words[0]} was not found: use a login node of a SLURM cluster, or `pocl run` here"
         ) from None
     except subprocess.TimeoutExpired:
         raise ResourceError(
-            f"{words[0]} did not answer for {SECONDS} s: is the controller up (scontrol ping)?"
+            f"{words[0]} did not answer for {TIMEOUT_SECONDS} s: check the controller with "
+            "`scontrol ping`"
         ) from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
+        message = " ".join((done.stderr or done.stdout).split())
         raise ResourceError(
-            f"{words[0]} refused ({said}): change the profile, or ask those who run the cluster"
+            f"{words[0]} failed ({message}): change the profile, or ask the cluster's admins"
         )
     return done.stdout or " ".join(done.stderr.split())  # --test-only answers on stderr
 
 
-def patiently(ask: Callable[[], str]) -> str:
-    """What `ask` returns, asked again where the controller is away for some minutes. Raises
+def retry_while_away(command: Callable[[], str]) -> str:
+    """Call a command of this module, again if the controller is away for some minutes. Raises
     ResourceError.
     """
-    for seconds in AWAY_SECONDS:
+    for seconds in RETRY_SECONDS:
         try:
-            return ask()
+            return command()
         except ResourceError as error:
             if not AWAY.search(str(error)):
                 raise
         time.sleep(seconds)
-    return ask()
+    return command()
 
 
 def submit(script: str, options: Sequence[str]) -> str:
-    """Submit a script. Returns the job's id: the last line, since a site's own sbatch may greet
-    first.
+    """Submit a script and return the job's id, from the last line: a site's sbatch may print a
+    greeting first.
     """
-    said = call("sbatch", "--parsable", *options, script).strip()
-    number = said.rpartition("\n")[2].partition(";")[0]
+    output = call("sbatch", "--parsable", *options, script).strip()
+    number = output.rpartition("\n")[2].partition(";")[0]
     if not number.isdigit():
         raise ResourceError(
-            f"sbatch --parsable gave no job id but {said!r}: ask those who run the cluster"
+            f"sbatch --parsable printed no job id but {output!r}: ask the cluster's admins"
         )
     return number
 
 
 def start_time(text: str) -> str:
-    """When the scheduler would start a script of this text, in its own words; nothing is submitted."""
-    return call("sbatch", "--test-only", given=text)
+    """SLURM's message when it would start a script of this text; nothing is submitted."""
+    return call("sbatch", "--test-only", stdin=text)
 
 
-def queue(ids: Sequence[str]) -> list[Queued]:
-    """What the scheduler says of these jobs: those that wait and run, and those that ended lately."""
+def queue(ids: Sequence[str]) -> list[QueuedJob]:
+    """The lines of squeue for these jobs: those that wait or run, and those that ended recently."""
     if not ids:
         return []
-    form = SEPARATOR.join(FIELDS.values())
+    columns = SEPARATOR.join(FIELDS.values())
     try:
-        said = call(
-            "squeue", "--noheader", "--states=all", f"--jobs={','.join(ids)}", f"--format={form}"
+        output = call(
+            "squeue",
+            "--noheader",
+            "--states=all",
+            f"--jobs={','.join(ids)}",
+            f"--format={columns}",
         )
     except ResourceError as error:
         if "Invalid job id" in str(error):  # all of them ended long ago
             return []
         raise
-    lines = [line.split(SEPARATOR) for line in said.splitlines() if line.strip()]
+    lines = [line.split(SEPARATOR) for line in output.splitlines() if line.strip()]
     return [
-        Queued(*(value.strip() for value in line)) for line in lines if len(line) == len(FIELDS)
+        QueuedJob(*(value.strip() for value in line)) for line in lines if len(line) == len(FIELDS)
     ]
 
 
-def accounted(ids: Sequence[str]) -> dict[str, str]:
-    """Final states by job id from the accounting, {} on a cluster without it."""
+def final_states(ids: Sequence[str]) -> dict[str, str]:
+    """Final states by job id from the accounting; empty on a cluster without it."""
     if not ids or not shutil.which("sacct"):
         return {}
     words = [
@@ -178,25 +186,25 @@ def accounted(ids: Sequence[str]) -> dict[str, str]:
         "--format=JobID,State",
     ]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return {}
     lines = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
     return {line[0]: line[1].split()[0] for line in lines if len(line) == 2}
 
 
-def live(ids: Sequence[str]) -> list[Queued]:
-    """Those of the jobs that wait or run."""
-    return [job for job in queue(ids) if job.state not in GONE]
+def live(ids: Sequence[str]) -> list[QueuedJob]:
+    """The jobs that wait or run."""
+    return [job for job in queue(ids) if job.state not in ENDED_STATES]
 
 
 def release(ids: Sequence[str]) -> None:
-    """Let held jobs go."""
+    """Release held jobs."""
     if ids:
         call("scontrol", "release", *ids)
 
 
 def cancel(ids: Sequence[str]) -> None:
-    """Cancel jobs; those that ended are passed over."""
+    """Cancel jobs; jobs that have ended are ignored."""
     if ids:
         call("scancel", *ids)

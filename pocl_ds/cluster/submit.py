@@ -1,5 +1,5 @@
-"""From a recipe to dependent jobs: freeze what they run in the run directory, render their scripts,
-hand them to SLURM.
+"""Submission of a run as dependent SLURM jobs: freeze what they read in the run directory, render
+their scripts, and submit them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,12 @@ from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
 from pocl_ds.workflow.steps import STEP_NAMES
 
-UNSAFE = re.compile(
-    r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]'
-)  # in the name of an output file SLURM reads these as its own
+# Characters that SLURM interprets in the name of an output file.
+UNSAFE = re.compile(r'[%"\\\x00-\x1f\x7f-\x9f\u2028\u2029]')
 
 
 class Submission:
-    """A run, its recipe with as many ranks as its nodes give, a profile, and the jobs that are left
-    to do.
-    """
+    """A run, its recipe with the ranks of its nodes, a profile, and the unfinished jobs."""
 
     def __init__(
         self,
@@ -46,36 +43,37 @@ class Submission:
         profile: Profile,
         *,
         nodes: int | None,
-        until: str = "report",
+        until: str = STEP_NAMES[-1],
     ) -> None:
         self.until = until
         self.path = run.path.expanduser().resolve()
-        if found := UNSAFE.search(str(self.path)):
+        if unsafe := UNSAFE.search(str(self.path)):
             raise RecipeError(
-                f"the run directory {str(self.path)!r} holds {found.group()!r}, which SLURM does "
-                f"not take in the "
-                "name of a log: choose another --run-dir"
+                f"the run directory {str(self.path)!r} contains {unsafe.group()!r}, which SLURM "
+                "interprets in the name of a log: choose another --run-dir"
             )
         self.run, self.profile = RunDirectory(self.path), profile
+
+        # The recipe gets the number of ranks that the nodes have.
         count, tasks = nodes_for(recipe, profile, nodes)
         self.recipe = recipe
         if count * tasks != recipe.launch.ranks:
             tree = recipe.model_dump(mode="json")
             tree["launch"]["ranks"] = count * tasks
             self.recipe = check_recipe(tree)
-        done = dict.fromkeys(STEP_NAMES, False)
+
+        # Steps after `until` count as finished, so that no job runs them.
+        finished = dict.fromkeys(STEP_NAMES, False)
         if self.run.recipe.is_file():
-            done = finished_steps(self.run, self.recipe)
-        done |= dict.fromkeys(
-            STEP_NAMES[STEP_NAMES.index(until) + 1 :], True
-        )  # as if: nobody asks for them
-        self.jobs = pipeline_jobs(self.recipe, profile, done, nodes=count, tasks=tasks)
+            finished = finished_steps(self.run, self.recipe)
+        finished |= dict.fromkeys(STEP_NAMES[STEP_NAMES.index(until) + 1 :], True)
+        self.jobs = pipeline_jobs(self.recipe, profile, finished, nodes=count, tasks=tasks)
         self.folder = self.run.cluster
-        self.directory = os.getcwd()  # the recipe's relative paths begin here
+        self.directory = os.getcwd()  # relative paths of the recipe start here
         if UNSAFE.search(self.directory):
             raise RecipeError(
-                f"the working directory {self.directory!r} has a name that SLURM does not take: "
-                f"choose another"
+                f"the working directory {self.directory!r} has a name that SLURM does not accept: "
+                "choose another"
             )
 
     def script(self, job: JobSpec) -> str:
@@ -86,11 +84,11 @@ class Submission:
                 "GLOO_SOCKET_IFNAME": self.profile.interface,
                 "NCCL_SOCKET_IFNAME": self.profile.interface,
             }
-        world = jinja2.Environment(
+        renderer = jinja2.Environment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False
         )
-        world.filters["quoted"] = lambda value: shlex.quote(str(value))
-        template = world.from_string(JOB_TEMPLATE.read_text(encoding="utf-8"))
+        renderer.filters["quoted"] = lambda value: shlex.quote(str(value))
+        template = renderer.from_string(JOB_TEMPLATE.read_text(encoding="utf-8"))
         return template.render(
             run=str(self.path),
             job=job,
@@ -103,21 +101,20 @@ class Submission:
         )
 
     def _options(self, job: JobSpec) -> list[str]:
-        """What stands in the #SBATCH lines: numbers, checked words, and one quoted path."""
+        """The options of the #SBATCH lines: numbers, checked words, and quoted paths."""
         profile = self.profile
         limits = {
             "partition": profile.partition,
             "time": profile.time,
             "memory": profile.memory if job.whole_nodes else None,
         }
-        own: Any = profile.jobs
-        if own := own.get(job.name):
-            limits |= {name: value for name, value in own.model_dump().items() if value is not None}
+        if job.name in profile.jobs:
+            job_limits = profile.jobs[job.name].model_dump()
+            limits |= {name: value for name, value in job_limits.items() if value is not None}
         throttle = f"%{profile.array_tasks}" if profile.array_tasks else ""
-        pattern = f"{self.path}/logs/{job.name}-%j.log"
-        found = {
+        options = {
             "job-name": f"{self.recipe.name}:{job.name}",
-            "output": f'"{pattern}"',
+            "output": f'"{self.path}/logs/{job.name}-%j.log"',
             "open-mode": "append",
             "partition": limits["partition"],
             "account": profile.account,
@@ -135,47 +132,46 @@ class Submission:
             "array": f"0-{len(job.array) - 1}{throttle}" if job.array else None,
         }
         if job.gpus_per_node:
-            kind = f"{profile.gpu_type}:" if profile.gpu_type else ""
+            gpu_type = f"{profile.gpu_type}:" if profile.gpu_type else ""
             if profile.gres:
-                found["gres"] = f"gpu:{kind}{job.gpus_per_node}"
+                options["gres"] = f"gpu:{gpu_type}{job.gpus_per_node}"
             else:
-                found["gpus-per-node"] = f"{kind}{job.gpus_per_node}"
+                options["gpus-per-node"] = f"{gpu_type}{job.gpus_per_node}"
         return [
-            *(f"--{name}={value}" for name, value in found.items() if value is not None),
+            *(f"--{name}={value}" for name, value in options.items() if value is not None),
             "--requeue",
             *profile.options,
         ]
 
     def show(self) -> str:
-        """The jobs and how they hang together, as lines."""
+        """The jobs and their dependencies, one line each."""
         lines = []
         for job in self.jobs:
-            place = f"nodes {job.nodes} x tasks {job.tasks_per_node}"
+            size = f"nodes {job.nodes} x tasks {job.tasks_per_node}"
             array = f", array of {len(job.array)}" if job.array else ""
             after = f"  after {', '.join(job.after)}" if job.after else ""
             steps = ", ".join(" ".join(command.arguments) for command in job.commands)
-            lines.append(f"{job.name:<10}{place}{array}  ({steps}){after}")
-        return "\n".join(lines) or "every stage is done: nothing to submit"
+            lines.append(f"{job.name:<18}{size}{array}  ({steps}){after}")
+        return "\n".join(lines) or "every step is finished: nothing to submit"
 
     def start_times(self) -> dict[str, str]:
-        """When the scheduler would start each job that waits for none; the others follow them."""
-        found = {}
-        for job in self.jobs:
-            if job.after:
-                found[job.name] = f"after {', '.join(job.after)}"
-                continue
-            found[job.name] = scheduler.start_time(self.script(job))
-        return found
+        """When the scheduler would start each job that waits for no other one."""
+        return {
+            job.name: f"after {', '.join(job.after)}"
+            if job.after
+            else scheduler.start_time(self.script(job))
+            for job in self.jobs
+        }
 
     def submit(self) -> dict[str, str]:
-        """Freeze, render and submit. Returns the job ids by name; where one is refused, those
-        before it are cancelled.
+        """Freeze the run's inputs and submit its jobs. Returns the job ids by name. If SLURM
+        refuses a job, the ones before it are cancelled.
         """
         if busy := scheduler.live(job_ids(self.run)):
             raise ArtifactError(
                 f"{self.path} has jobs that wait or run "
-                f"({', '.join(sorted({job.id for job in busy}))}): "
-                f"see `pocl status {self.path}`, or `pocl cancel` them first"
+                f"({', '.join(sorted({job.id for job in busy}))}): see `pocl status --run-dir "
+                f"{self.path}`, or `pocl cancel` them first"
             )
         with lock_run_directory(self.run):
             record_recipe(self.run, self.recipe)
@@ -183,18 +179,16 @@ class Submission:
         ids: dict[str, str] = {}
         try:
             for job in self.jobs:
-                options = ["--kill-on-invalid-dep=yes"]
-                # The first ones wait until all are there: a job that moves to other nodes looks for
-                # those that wait for it.
-                options.append(
-                    f"--dependency=afterok:{':'.join(ids[name] for name in job.after)}"
-                    if job.after
-                    else "--hold"
-                )
-                ids[job.name] = scheduler.submit(
-                    str(self.folder / "jobs" / f"{job.name}.sbatch"), options
-                )
-                with atomic_write(self.folder / "jobs" / f"{job.name}.ids") as stream:
+                # Jobs without dependencies are held until all are submitted: a job that moves to
+                # other nodes looks up the jobs that wait for it.
+                dependencies = ":".join(ids[name] for name in job.after)
+                options = [
+                    "--kill-on-invalid-dep=yes",
+                    f"--dependency=afterok:{dependencies}" if job.after else "--hold",
+                ]
+                script = self.folder / "jobs" / f"{job.name}.sbatch"
+                ids[job.name] = scheduler.submit(str(script), options)
+                with atomic_write(script.with_suffix(".ids")) as stream:
                     stream.write(f"{ids[job.name]}\n")
             if "--hold" not in self.profile.options:
                 scheduler.release([ids[job.name] for job in self.jobs if not job.after])
@@ -204,7 +198,7 @@ class Submission:
         return ids
 
     def _freeze(self) -> None:
-        """All that the jobs read: working trees may change under a job that waits for days."""
+        """Copy everything that the jobs read: the working tree may change while a job waits."""
         self.run.logs.mkdir(parents=True, exist_ok=True)
         with atomic_directory(self.folder / "code") as folder:
             copy_code(folder)
@@ -214,9 +208,9 @@ class Submission:
             for job in self.jobs:
                 (folder / f"{job.name}.sbatch").write_text(self.script(job))
                 write_json(folder / f"{job.name}.json", self._spec(job))
-        if (
-            self.folder / "attempts"
-        ).is_dir():  # those of an earlier submission do not count against this one
+
+        # Attempts of an earlier submission do not count against this one.
+        if (self.folder / "attempts").is_dir():
             past = self.folder / "past"
             past.mkdir(exist_ok=True)
             number = len(list(past.iterdir()))
@@ -233,30 +227,30 @@ class Submission:
                 "versions": package_versions(),
                 "python": sys.executable,
                 "directory": self.directory,
-                "code": _digest(self.folder / "code"),
+                "code": _tree_digest(self.folder / "code"),
             },
         )
 
     def _spec(self, job: JobSpec) -> dict[str, Any]:
-        """What the job's own program reads."""
+        """What the job runner reads."""
         profile = self.profile
-        spec = asdict(job)
         return {
-            **spec,
+            **asdict(job),
             "python": sys.executable,
             "container": profile.container and profile.container.model_dump(mode="json"),
-            "attempts": profile.attempts,
-            "patience": profile.preflight_seconds,
+            "max_attempts": profile.attempts,
+            "preflight_seconds": profile.preflight_seconds,
             "exclude": profile.exclude,
-            "keep": self.recipe.train.checkpoint.keep_last,
-            "adapters": self.recipe.student.lora is not None,
+            "keep_last": self.recipe.train.checkpoint.keep_last,
+            "lora": self.recipe.student.lora is not None,
             "preflight": job.tasks > 1 or job.gpus_per_node > 0,
-            "before": [other.name for other in self.jobs if job.name in other.after],
+            "successors": [other.name for other in self.jobs if job.name in other.after],
         }
 
 
 def resume(run: RunDirectory) -> Submission:
-    """What is left of a submitted run, by its own recipe and profile, and the code as it is now.
+    """The unfinished jobs of a submitted run, by its recorded recipe and profile and the current
+    code.
 
     Raises ArtifactError for a run that was never submitted.
     """
@@ -272,8 +266,8 @@ def resume(run: RunDirectory) -> Submission:
 
 
 def enter_submission(run: RunDirectory) -> dict[str, Any]:
-    """What was submitted, from now on in the directory that it was submitted from: its recipe's
-    relative paths begin there.
+    """Read the submission, and change to the directory that it was submitted from, since relative
+    paths of the recipe start there.
 
     Raises ArtifactError for a run that was never submitted.
     """
@@ -290,7 +284,7 @@ def enter_submission(run: RunDirectory) -> dict[str, Any]:
 
 
 def job_ids(run: RunDirectory) -> list[str]:
-    """All ids under which the run's jobs were submitted."""
+    """All ids of the run's jobs."""
     return [
         line
         for path in sorted((run.cluster / "jobs").glob("*.ids"))
@@ -305,8 +299,8 @@ def cancel(run: RunDirectory) -> list[str]:
     return ids
 
 
-def _digest(folder: Path) -> str:
-    """Of the names and contents of a tree."""
+def _tree_digest(folder: Path) -> str:
+    """sha256 of the names and contents of all files below a folder."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())

@@ -1,5 +1,5 @@
-"""`pocl watch`: one run live in a terminal, from its directory alone, so that it works from any
-machine that sees it.
+"""`pocl watch`: one run live in a terminal, from its directory alone, so that it works on every
+machine that mounts it.
 """
 
 from __future__ import annotations
@@ -18,81 +18,89 @@ from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.curriculum.plan_step import optimizer_steps_by_stage
 from pocl_ds.errors import ArtifactError
-from pocl_ds.runtime.tracking import clock, read_metrics
+from pocl_ds.runtime.formatting import format_duration
+from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.workflow.finished import finished_steps
 from pocl_ds.workflow.manifest import MANIFEST, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
-from pocl_ds.workflow.steps import STEPS
+from pocl_ds.workflow.steps import STEPS, enabled_steps
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-RECENT = 20  # steps that a rate is taken over
-EVENTS = 5
-QUIET = 120.0  # seconds without a word after which a stage is said to be silent
+RECENT_STEPS = 20  # optimizer steps that a rate is averaged over
+MAX_EVENTS = 5
+SILENT_SECONDS = 120.0  # without a log line, after which a step is shown as silent
 
 
 @dataclass
-class View:
-    """What is seen of a run at one moment."""
+class RunView:
+    """The state of a run at one moment."""
 
     title: str
-    stages: list[tuple[str, str]]  # name, and `done`, `now` or nothing
-    working: str = ""  # the newest line of the stage at work
-    silent: float = 0.0  # seconds since then
+    steps: list[tuple[str, str]]  # name, and "done", "running" or ""
+    log_line: str = ""  # newest line of the running step's log
+    silent_seconds: float = 0.0  # since that line
     training: str | None = None  # train or baseline
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    total: int = 0
-    bands: list[int] = field(
-        default_factory=list
-    )  # the step after which each stage of the plan ends
+    records: list[dict[str, Any]] = field(default_factory=list)  # its optimizer steps
+    # The optimizer step after which each stage of the curriculum ends.
+    stage_ends: list[int] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to wait for."""
-        return all(mark == "done" for _, mark in self.stages)
+        """Whether every step is finished."""
+        return all(mark == "done" for _, mark in self.steps)
+
+    @property
+    def total(self) -> int:
+        """Optimizer steps of the training, 0 if unknown."""
+        return self.stage_ends[-1] if self.stage_ends else 0
 
 
-def look(run: RunDirectory) -> View:
-    """Read a run's directory. Raises ArtifactError where there is no run."""
+def read_view(run: RunDirectory) -> RunView:
+    """Read a run's directory. Raises ArtifactError if it holds no run."""
     if not run.recipe.is_file():
         raise ArtifactError(f"{run.path} holds no recipe.yaml: give the directory of a run")
     recipe = load_recipe(str(run.recipe))
-    done = finished_steps(run, recipe)
-    names = [stage.name for stage in STEPS if stage.wanted(recipe)]
-    now = next((name for name in names if not done[name]), None)
+    finished = finished_steps(run, recipe)
+    names = [step.name for step in enabled_steps(recipe)]
+    running = next((name for name in names if not finished[name]), None)
     teacher = f"{recipe.teacher.model} → " if recipe.teacher else ""
-    view = View(
+    view = RunView(
         f"{recipe.name}: {teacher}{recipe.student.model}, {recipe.loss.name}, {recipe.policy.name}",
-        [(name, "done" if done[name] else "now" if name == now else "") for name in names],
+        [
+            (name, "done" if finished[name] else "running" if name == running else "")
+            for name in names
+        ],
     )
-    if now and (path := _newest(run, now)):
-        view.working, view.silent = _last_line(path), time.time() - path.stat().st_mtime
+    if running and (log := _newest_log(run, running)):
+        view.log_line = _last_line(log)
+        view.silent_seconds = time.time() - log.stat().st_mtime
     for training, folder in (("train", run.train), ("baseline", run.baseline)):
         if (metrics := folder / "metrics.jsonl").is_file():
-            view.training, view.steps = training, read_metrics(metrics)
-            view.bands = list(itertools.accumulate(optimizer_steps_by_stage(run, training)))
-            view.total = view.bands[-1] if view.bands else 0
-    view.events = _events(run)[-EVENTS:]
+            view.training, view.records = training, read_metrics(metrics)
+            view.stage_ends = list(itertools.accumulate(optimizer_steps_by_stage(run, training)))
+    view.events = _events(run)[-MAX_EVENTS:]
     return view
 
 
-def screen(view: View, width: int) -> str:
+def render(view: RunView, width: int) -> str:
     """The view as lines of at most `width` characters."""
-    marks = {"done": "✓", "now": "▸", "": "·"}
-    lines = [view.title, "  ".join(f"{marks[mark]} {name}" for name, mark in view.stages)]
-    if view.working:
-        quiet = f"  (silent for {clock(view.silent)})" if view.silent > QUIET else ""
-        lines += ["", view.working + quiet]
-    if view.steps:
-        lines += ["", *_training(view, width)]
+    marks = {"done": "✓", "running": "▸", "": "·"}
+    lines = [view.title, "  ".join(f"{marks[mark]} {name}" for name, mark in view.steps)]
+    if view.log_line:
+        silent = view.silent_seconds > SILENT_SECONDS
+        suffix = f"  (silent for {format_duration(view.silent_seconds)})" if silent else ""
+        lines += ["", view.log_line + suffix]
+    if view.records:
+        lines += ["", *_training_lines(view, width)]
     if view.events:
         lines += ["", *view.events]
     return "\n".join(line[:width] for line in lines)
 
 
-def spark(values: Sequence[float], width: int) -> str:
-    """The run of some values in at most `width` characters, each the mean of its share; what is not
-    finite is left out.
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values in at most `width` block characters, each the mean of its share; values that are
+    not finite are left out.
     """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -102,41 +110,41 @@ def spark(values: Sequence[float], width: int) -> str:
     means = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(means), max(means)
     span = (high - low) or 1.0
-    return "".join(
-        BLOCKS[min(len(BLOCKS) - 1, int((mean - low) / span * len(BLOCKS)))] for mean in means
-    )
+    levels = (int((mean - low) / span * len(BLOCKS)) for mean in means)
+    return "".join(BLOCKS[min(len(BLOCKS) - 1, level)] for level in levels)
 
 
-def _training(view: View, width: int) -> list[str]:
-    last, recent = view.steps[-1], view.steps[-RECENT:]
+def _training_lines(view: RunView, width: int) -> list[str]:
+    """Rate, loss curves, schedule and resources of a training."""
+    record, recent = view.records[-1], view.records[-RECENT_STEPS:]
     seconds = median(record["seconds"] for record in recent)
-    stage = f"stage {last['stage'] + 1}/{max(len(view.bands), 1)}"
-    left = (
-        f", {clock((view.total - last['step']) * seconds)} left"
-        if view.total > last["step"]
-        else ""
-    )
-    words = [
-        f"{view.training}: step {last['step']}/{view.total}, {stage}, {seconds:.2f} s a step, "
-        f"{median(record['tokens_per_second'] for record in recent):.0f} tokens/s{left}"
+    rate = median(record["tokens_per_second"] for record in recent)
+    remaining = view.total - record["step"]
+    eta = f", {format_duration(remaining * seconds)} left" if remaining > 0 else ""
+    lines = [
+        f"{view.training}: step {record['step']}/{view.total}, "
+        f"stage {record['stage'] + 1}/{max(len(view.stage_ends), 1)}, {seconds:.2f} s a step, "
+        f"{rate:.0f} tokens/s{eta}"
     ]
     for name in ("loss", "kd", "ce"):
-        values = [record[name] for record in view.steps]
-        words.append(f"{name:<5}{values[-1]:>9.4f}  {spark(values, max(8, width - 18))}")
-    words.append(
-        f"temperature {last['temperature']:.2f}  SFT share {last['sft_ratio']:.2f}  lr {last['lr']:.2e}  gradient norm "
-        f"{last['grad_norm']:.3f}"
+        values = [record[name] for record in view.records]
+        lines.append(f"{name:<5}{values[-1]:>9.4f}  {sparkline(values, max(8, width - 18))}")
+    lines.append(
+        f"temperature {record['temperature']:.2f}  SFT ratio {record['sft_ratio']:.2f}  "
+        f"lr {record['lr']:.2e}  gradient norm {record['grad_norm']:.3f}"
     )
-    memory = f"memory {last['memory_gib']:.1f} GiB (rank 0)" if "memory_gib" in last else ""
-    busy = f", GPU {last['gpu_busy']:.0f}% busy" if "gpu_busy" in last else ""
-    share = (
-        f", writing {100 * last['rollout_share']:.0f}% of a step" if "rollout_share" in last else ""
-    )
-    return [*words, memory + busy + share] if memory else words
+    if "memory_gib" in record:
+        resources = [f"memory {record['memory_gib']:.1f} GiB (rank 0)"]
+        if "gpu_busy" in record:
+            resources.append(f"GPU {record['gpu_busy']:.0f}% busy")
+        if "rollout_share" in record:
+            resources.append(f"generation {100 * record['rollout_share']:.0f}% of a step")
+        lines.append(", ".join(resources))
+    return lines
 
 
-def _newest(run: RunDirectory, stage: str) -> Path | None:
-    logs = [*run.logs.glob(f"{stage}.log"), *run.logs.glob(f"{stage}-*.log")]
+def _newest_log(run: RunDirectory, step: str) -> Path | None:
+    logs = [*run.logs.glob(f"{step}.log"), *run.logs.glob(f"{step}-*.log")]
     return max(logs, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -152,55 +160,52 @@ def _tail(path: Path, size: int = 8192) -> str:
 
 
 def _events(run: RunDirectory) -> list[str]:
-    """Warnings, validations, checkpoints and attempts, oldest first."""
-    found: list[tuple[float, str]] = []
-    for path in run.logs.glob("*.log"):
-        for line in _tail(path).splitlines():
-            parts = line.split(" ", 3)
-            if len(parts) == 4 and (
-                parts[2] in ("WARNING", "ERROR") or "validation loss" in parts[3]
-            ):
-                try:
-                    moment = time.mktime(
-                        time.strptime(f"{parts[0]} {parts[1]}", "%Y-%m-%d %H:%M:%S")
-                    )
-                except ValueError:
-                    continue
-                found.append((moment, f"{parts[1]}  {parts[3]}"))
+    """Warnings, validations, checkpoints, attempts and finished steps, oldest first."""
+    events = [event for path in run.logs.glob("*.log") for event in _log_events(path)]
     for folder in (run.train, run.baseline):
         for path in (folder / "checkpoints").glob("step-*"):
-            if path.is_dir() and not path.suffix:
+            if path.is_dir() and not path.suffix:  # a suffix marks one that is being written
                 moment = path.stat().st_mtime
-                found.append((moment, f"{_time(moment)}  {folder.name}: checkpoint {path.name}"))
+                events.append((moment, f"{folder.name}: checkpoint {path.name}"))
     for path in (run.cluster / "attempts").glob("*.jsonl"):
         for attempt in read_attempts(path)[1:]:
-            moment = attempt.start
-            found.append(
-                (
-                    moment,
-                    f"{_time(moment)}  {path.stem}: attempt {attempt.number}, "
-                    f"{attempt.outcome or 'running'}",
-                )
-            )
-    for stage in STEPS:
-        manifest, file = read_manifest(stage.directory(run)), stage.directory(run) / MANIFEST
-        if manifest and file.is_file():
-            found.append(
-                (file.stat().st_mtime, f"{_time(file.stat().st_mtime)}  {stage.name}: done")
-            )
-    return [text for _, text in sorted(found)]
+            state = attempt.outcome or "running"
+            events.append((attempt.start, f"{path.stem}: attempt {attempt.number}, {state}"))
+    for step in STEPS:
+        file = step.directory(run) / MANIFEST
+        if read_manifest(step.directory(run)) and file.is_file():
+            events.append((file.stat().st_mtime, f"{step.name}: done"))
+    return [
+        f"{time.strftime('%H:%M:%S', time.localtime(moment))}  {text}"
+        for moment, text in sorted(events)
+    ]
 
 
-def _time(moment: float) -> str:
-    return time.strftime("%H:%M:%S", time.localtime(moment))
+def _log_events(path: Path) -> list[tuple[float, str]]:
+    """Time and text of the warnings, errors and validations at the end of a log."""
+    events = []
+    for line in _tail(path).splitlines():
+        parts = line.split(" ", 3)
+        if len(parts) < 4:
+            continue
+        date, clock_time, level, text = parts
+        if level not in ("WARNING", "ERROR") and "validation loss" not in text:
+            continue
+        try:
+            moment = time.strptime(f"{date} {clock_time}", "%Y-%m-%d %H:%M:%S")
+        except ValueError:
+            continue
+        events.append((time.mktime(moment), text))
+    return events
 
 
 def watch(run: RunDirectory, *, interval: float, once: bool) -> None:
-    """Draw the run again and again until it is finished, or once."""
+    """Draw the run every `interval` seconds until it is finished, or once."""
     while True:
-        view = look(run)
+        view = read_view(run)
         width = os.get_terminal_size().columns if os.isatty(1) else 120
-        print(screen(view, width) if once else f"\x1b[2J\x1b[H{screen(view, width)}", flush=True)
+        text = render(view, width)
+        print(text if once else f"\x1b[2J\x1b[H{text}", flush=True)
         if once or view.finished:
             return
         time.sleep(interval)

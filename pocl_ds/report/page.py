@@ -348,7 +348,7 @@ def _provenance(facts: Facts, recipe_yaml: str) -> str:
                         "took",
                         "progress",
                         "outcome",
-                        "why",
+                        "reason",
                     ],
                     "".join(map(_attempt, history.attempts)),
                     caption="attempts",
@@ -361,7 +361,7 @@ def _provenance(facts: Facts, recipe_yaml: str) -> str:
 def _attempt(attempt: dict[str, Any]) -> str:
     began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(attempt["start"])) + " UTC"
     took = format_duration(attempt["end"] - attempt["start"]) if attempt["end"] else "end unknown"
-    fields = ("outcome", "why")
+    fields = ("outcome", "reason")
     row = [
         attempt["label"],
         attempt["number"],

@@ -1,7 +1,7 @@
 """Difficulty as several students see it: do they agree which samples are hard, and is a hard sample
 only a long one?
 
-The paper orders the samples for one student (METHOD 1). What another student would have said
+The paper orders the samples for one student (docs/method.md, eq. 3). What another student would have said
 decides whether an order can be taken over, so runs that have been ranked are put side by side here:
 spread, rank correlation, overlap of subsets, length.
 """
@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.curriculum.plan import subset_stops
+from pocl_ds.curriculum.ranking import tied_fraction
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError
-from pocl_ds.runtime.tracking import aligned
+from pocl_ds.runtime.formatting import align_columns
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -64,19 +65,22 @@ def read_seen(run: RunDirectory, name: str) -> Seen:
 
 
 def ranks(values: Floats | NDArray[np.int64]) -> Floats:
-    """Ranks from 0, [n]; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    """Ranks from 0, [n]; tied values share their mean rank."""
+    from scipy import stats
+
+    return np.asarray(stats.rankdata(values) - 1)
 
 
 def spearman(one: Floats | NDArray[np.int64], other: Floats | NDArray[np.int64]) -> float:
-    """Spearman's rank correlation, -1 to 1, ties at their mean rank; NaN where either is constant
-    or there are fewer than 2.
+    """Spearman's rank correlation, -1 to 1, with tied values at their mean rank.
+
+    NaN if there are fewer than two values, or one side is constant.
     """
-    first, second = ranks(one), ranks(other)
-    if len(first) < 2 or not first.std() or not second.std():
+    from scipy import stats
+
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
+    return float(stats.spearmanr(one, other).statistic)
 
 
 def partial(one_other: float, one_third: float, other_third: float) -> float:
@@ -150,13 +154,13 @@ def difficulty_lines(found: Sequence[Seen], subsets: int) -> list[str]:
                 str(len(one.ids)),
                 _spread(one.rouge_l),
                 _quartiles(one.rouge_l),
-                f"{tied_share(one.rouge_l):.0%}",
+                f"{tied_fraction(one.rouge_l):.0%}",
                 _spread(one.cross_entropy),
                 _quartiles(one.cross_entropy),
                 f"{lengths[one.name]:+.2f}",
             ]
         )
-    lines = aligned(rows, numbers=True)
+    lines = align_columns(rows, numbers=True)
     pairs = [
         [
             "pair",
@@ -193,7 +197,7 @@ def difficulty_lines(found: Sequence[Seen], subsets: int) -> list[str]:
             "",
             "rank correlation (Spearman), and samples that both put into the same of "
             f"{subsets} subsets (by chance {1 / subsets:.0%}):",
-            *aligned(pairs, numbers=True),
+            *align_columns(pairs, numbers=True),
         ]
     for name, value in lengths.items():
         if abs(value) >= SHARP:

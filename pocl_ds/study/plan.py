@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from pocl_ds.config import Int, Recipe, Section, semantic_fields
-from pocl_ds.config.recipe_file import first_fault, load_recipe
+from pocl_ds.config.recipe_file import validation_message, load_recipe
 from pocl_ds.config.yaml_io import read_yaml
 from pocl_ds.curriculum.plan import mean_sample_visits
 from pocl_ds.errors import RecipeError
@@ -101,7 +101,7 @@ def load_study(source: str) -> StudyConfig:
     try:
         return StudyConfig.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(first_fault(error, f"{path}: study field", StudyConfig)) from None
+        raise RecipeError(validation_message(error, f"{path}: study field", StudyConfig)) from None
 
 
 def cells_of(study: StudyConfig, overrides: tuple[str, ...] = ()) -> list[Cell]:

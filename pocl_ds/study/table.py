@@ -23,7 +23,8 @@ from pocl_ds.metrics.bootstrap import (
 )
 from pocl_ds.metrics.footnotes import mark_benchmark, merge_footnotes
 from pocl_ds.report.history import spent_by_stage
-from pocl_ds.runtime.tracking import aligned, clock, read_metrics
+from pocl_ds.runtime.formatting import align_columns, format_duration
+from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.study.difficulty_agreement import difficulty_lines, read_seen
 from pocl_ds.study.plan import Cell, StudyConfig, sample_visits
 from pocl_ds.study.run import directory, is_finished
@@ -108,7 +109,7 @@ def progress_lines(folder: Path, cells: Sequence[Cell]) -> list[str]:
             )
         else:
             rows.append([cell.name, visits, "begun" if run.recipe.is_file() else "-", ""])
-    return aligned(rows)
+    return align_columns(rows)
 
 
 def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> list[str]:
@@ -135,7 +136,7 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
                 *_times(runs),
             ]
         )
-    lines = aligned(rows, numbers=True) + merge_footnotes(named, benchmarks)
+    lines = align_columns(rows, numbers=True) + merge_footnotes(named, benchmarks)
     every = [*benchmarks, ALL] if len(benchmarks) > 1 else benchmarks
     shown: list[Difference] = []
     for (better, worse), point, name in itertools.product(
@@ -243,7 +244,7 @@ def _times(runs: Sequence[RunDirectory]) -> tuple[str, str]:
         spent.append({one.stage: one.seconds for one in spent_by_stage(run, manifests)})
     ordering = [sum(each.get(stage, 0.0) for stage in ("score", "rank", "plan")) for each in spent]
     training = [each.get("train", 0.0) for each in spent]
-    return clock(fmean(ordering)), clock(fmean(training))
+    return format_duration(fmean(ordering)), format_duration(fmean(training))
 
 
 def _spread(values: Sequence[float]) -> str:

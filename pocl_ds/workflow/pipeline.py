@@ -14,7 +14,7 @@ import time
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.resources import LAUNCHER, module_command
-from pocl_ds.runtime.tracking import keep_log
+from pocl_ds.runtime.logs import log_to_file
 from pocl_ds.workflow.checks import check_sample_counts
 from pocl_ds.workflow.finished import finished_steps
 from pocl_ds.workflow.processes import run_process, run_processes
@@ -37,7 +37,7 @@ def run_pipeline(recipe: Recipe, run: RunDirectory, *, until: str = STEP_NAMES[-
     """
     with lock_run_directory(run) as lock:
         record_recipe(run, recipe)
-        keep_log(run.logs / "run.log")
+        log_to_file(run.logs / "run.log")
         finished = finished_steps(run, recipe)
         for step in enabled_steps(recipe, until):
             if finished[step.name]:

@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "recipe.yaml"
 
     @property
+    def inputs(self) -> Path:
+        """Models and records that `pocl_ds.distill` was given in memory."""
+        return self.path / "inputs"
+
+    @property
     def data(self) -> Path:
         """{train,validation,test}.jsonl and their tokens."""
         return self.path / "data"

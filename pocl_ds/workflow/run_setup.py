@@ -15,7 +15,7 @@ from typing import Any
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
-from pocl_ds.runtime.tracking import check_wandb
+from pocl_ds.runtime.metrics import check_wandb
 from pocl_ds.workflow import input_digests
 from pocl_ds.workflow.checks import check_ds_configs
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors, lock_file
@@ -121,7 +121,7 @@ def _check_is_run_directory(run: RunDirectory) -> None:
     """Raise ArtifactError for a folder that holds something else, before anything is written."""
     if run.recipe.is_file() or not run.path.is_dir():
         return
-    if any(path.name not in ("logs", ".lock") for path in run.path.iterdir()):
+    if any(path.name not in ("inputs", "logs", ".lock") for path in run.path.iterdir()):
         raise ArtifactError(
             f"{run.path} is not empty and holds no recipe.yaml: choose another --run-dir"
         )

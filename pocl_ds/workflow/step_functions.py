@@ -96,17 +96,17 @@ def run_init_student(
     recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
 ) -> None:
     """Download, prune and heal the student."""
-    from pocl_ds.training.run_training import prepare
+    from pocl_ds.training.init_student import init_student
 
     student, teacher = _pinned_models(recipe, run)
-    prepare(
+    init_student(
         run,
         student=student,
         teacher=teacher,
         train=recipe.train,
         loss=recipe.loss,
         seed=recipe.seed,
-        longest=recipe.prompt.max_length,
+        max_length=recipe.prompt.max_length,
         fingerprint=fingerprint,
     )
 
@@ -215,12 +215,12 @@ def run_baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
 
 
 def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
-    from pocl_ds.training.run_training import train
+    from pocl_ds.training.run_training import train_student
     from pocl_ds.workflow.steps import fingerprints
 
-    train(
+    train_student(
         run,
-        taught=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,
+        teacher_cache=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,
         student=recipe.student,
         teacher=recipe.teacher,
         loss=recipe.loss,
@@ -228,7 +228,7 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
         seed=recipe.seed,
         policy=recipe.policy,
         prompt=recipe.prompt,
-        compare=recipe.baseline if baseline else None,
+        baseline=recipe.baseline if baseline else None,
         fingerprint=fingerprint,
     )
 

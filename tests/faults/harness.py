@@ -225,7 +225,7 @@ def went_on_at(said: str, recorded: int) -> int | None:
     """The step that an attempt's training went on from; None where it was killed before it came to
     that.
     """
-    if found := re.search(r"train: going on after step (\d+) of", said):
+    if found := re.search(r"train: resuming after step (\d+) of", said):
         return int(found.group(1))
     if "train: done already" in said:  # the kill came after the training's manifest
         return recorded

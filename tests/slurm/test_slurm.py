@@ -24,7 +24,7 @@ from slurm_cluster import BASE, Cluster
 from tiny_runs import write_recipe
 
 from pocl_ds.cluster.attempts import Attempt
-from pocl_ds.runtime.tracking import read_metrics
+from pocl_ds.runtime.metrics import read_metrics
 
 pytestmark = pytest.mark.timeout(900)
 PROFILE = "test-cluster"

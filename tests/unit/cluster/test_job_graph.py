@@ -1,23 +1,18 @@
-"""A run as jobs: which there are, how wide, after which; and profiles that say what a cluster asks
-for.
-"""
+"""The jobs of a run: which there are, how many nodes they have, and after which others."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.cluster.job_graph import JobSpec, nodes_for, pipeline_jobs
-from pocl_ds.cluster.profile import check_profile, dump_profile, load_profile
+from pocl_ds.cluster.profile import check_profile
 from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.resources import PROFILES
 from pocl_ds.workflow.steps import STEP_NAMES, STEPS
 
 GPU = check_profile({"name": "gpu", "gpus_per_node": 4, "cpus_per_node": 64}, "here")
@@ -27,6 +22,7 @@ def recipe(**sections: Any) -> Recipe:
     tree: dict[str, Any] = {
         "name": "x",
         "teacher": {"model": "t"},
+        "data": {"source": "documentation"},
         "student": {"model": "s"},
         "score": {"shards": 3},
         "train": {"batch_size": 64, "micro_batch_size": 1},
@@ -36,17 +32,16 @@ def recipe(**sections: Any) -> Recipe:
     return check_recipe({**tree, **sections})
 
 
-def jobs(of: Recipe, **done: bool) -> dict[str, JobSpec]:
-    nodes, tasks = nodes_for(of, GPU, None)
-    found = pipeline_jobs(
-        of, GPU, {**dict.fromkeys(STEP_NAMES, False), **done}, nodes=nodes, tasks=tasks
-    )
-    return {job.name: job for job in found}
+def jobs(recipe: Recipe, **finished: bool) -> dict[str, JobSpec]:
+    nodes, tasks = nodes_for(recipe, GPU, None)
+    state = {**dict.fromkeys(STEP_NAMES, False), **finished}
+    graph = pipeline_jobs(recipe, GPU, state, nodes=nodes, tasks=tasks)
+    return {job.name: job for job in graph}
 
 
-def test_the_whole_pipeline() -> None:
-    found = jobs(recipe())
-    assert {name: job.after for name, job in found.array()} == {
+def test_the_jobs_of_a_full_run() -> None:
+    graph = jobs(recipe())
+    assert {name: job.after for name, job in graph.items()} == {
         "init-student": (),
         "score": ("init-student",),
         "plan": ("score",),
@@ -54,16 +49,16 @@ def test_the_whole_pipeline() -> None:
         "evaluate": ("train",),
         "report": ("evaluate",),
     }
-    train = found["train"]
+    train = graph["train"]
     assert (train.nodes, train.tasks_per_node, train.gpus_per_node, train.cpus_per_task) == (
         2,
         4,
         4,
         16,
     )
-    assert found["score"].array[2] == ("--shard", "2/3") and found["score"].gpus_per_node == 1
-    assert len(found["evaluate"].array) == 3 * 2
-    assert found["evaluate"].array[0] == (
+    assert graph["score"].array[2] == ("--shard", "2/3") and graph["score"].gpus_per_node == 1
+    assert len(graph["evaluate"].array) == 3 * 2
+    assert graph["evaluate"].array[0] == (
         "--model",
         "teacher",
         "--benchmark",
@@ -71,60 +66,62 @@ def test_the_whole_pipeline() -> None:
         "--seed",
         "1",
     )
-    assert found["init-student"].tasks == 1 and found["plan"].gpus_per_node == 0
+    assert graph["init-student"].tasks == 1 and graph["plan"].gpus_per_node == 0
 
 
-def test_healing_needs_all_ranks() -> None:
+def test_healing_runs_on_all_ranks() -> None:
     assert jobs(recipe(student={"model": "s", "heal_steps": 3}))["init-student"].tasks == 8
 
 
-def test_a_baseline_is_trained_beside_and_awaited() -> None:
-    found = jobs(recipe(baseline={"enabled": True}))
-    assert found["baseline"].after == ("plan",) and found["evaluate"].after == ("train", "baseline")
+def test_the_evaluation_waits_for_the_baseline() -> None:
+    graph = jobs(recipe(baseline={"enabled": True}))
+    assert graph["baseline"].after == ("plan",) and graph["evaluate"].after == ("train", "baseline")
 
 
-def test_a_teacher_that_is_asked_once_is_asked_beside_the_scores() -> None:
-    found = jobs(
+def test_the_teacher_is_cached_while_samples_are_scored() -> None:
+    graph = jobs(
         recipe(teacher={"model": "t", "mode": "cached_hidden_states"}, teacher_cache={"shards": 4})
     )
     assert (
-        found["cache-teacher"].after == ("init-student",)
-        and found["cache-teacher"].tasks == 8
-        and len(found["cache-teacher"].array) == 4
+        graph["cache-teacher"].after == ("init-student",)
+        and graph["cache-teacher"].tasks == 8
+        and len(graph["cache-teacher"].array) == 4
     )
-    assert found["train"].after == ("plan", "cache-teacher") and "cache-teacher" not in jobs(
+    assert graph["train"].after == ("plan", "cache-teacher") and "cache-teacher" not in jobs(
         recipe()
     )
 
 
-def test_a_random_order_needs_no_scores() -> None:
-    found = jobs(recipe(rank={"strategy": "random"}))
-    assert "score" not in found and found["plan"].after == ("init-student",)
+def test_a_random_ranking_needs_no_scores() -> None:
+    graph = jobs(recipe(ranking={"strategy": "random"}))
+    assert "score" not in graph and graph["plan"].after == ("init-student",)
 
 
-STAGES = st.fixed_dictionaries({name: st.booleans() for name in STEP_NAMES})
+FINISHED = st.fixed_dictionaries({name: st.booleans() for name in STEP_NAMES})
 
 
-@given(STAGES, st.booleans(), st.booleans())
-def test_what_is_done_is_left_out_and_order_stays(
-    done: dict[str, bool], compare: bool, random: bool
+@given(FINISHED, st.booleans(), st.booleans())
+def test_finished_steps_are_skipped_and_the_order_is_kept(
+    finished: dict[str, bool], baseline: bool, random: bool
 ) -> None:
-    of = recipe(baseline={"enabled": compare}, rank={"strategy": "random" if random else "fusion"})
-    found = jobs(of, **done)
-    names = list(found)
-    covered = [stage for job in found.values() for stage in job.steps]
-    wanted = {stage.name for stage in STEPS if stage.enabled(of)}
-    assert {name for name in wanted if not done[name]} <= set(covered) and len(set(covered)) == len(
-        covered
+    configured = recipe(
+        baseline={"enabled": baseline}, ranking={"strategy": "random" if random else "fusion"}
     )
-    for place, (name, job) in enumerate(found.array()):
-        assert set(job.after) <= set(names[:place]), "only earlier jobs that run"
-        assert not job.steps or not all(done[stage] for stage in job.steps)
+    graph = jobs(configured, **finished)
+    names = list(graph)
+    covered = [step for job in graph.values() for step in job.steps]
+    enabled = {step.name for step in STEPS if step.enabled(configured)}
+    assert {name for name in enabled if not finished[name]} <= set(covered) and len(
+        set(covered)
+    ) == len(covered)
+    for place, (name, job) in enumerate(graph.items()):
+        assert set(job.after) <= set(names[:place]), "a job depends only on earlier jobs that run"
+        assert not job.steps or not all(finished[step] for step in job.steps)
         steps = [command.arguments[0] for command in job.commands]
-        assert steps == [s for s in steps if not done.get(s, False)] or name == "evaluate"
+        assert steps == [s for s in steps if not finished.get(s, False)] or name == "evaluate"
 
 
-def test_ranks_fill_nodes() -> None:
+def test_ranks_must_fill_whole_nodes() -> None:
     assert nodes_for(recipe(), GPU, None) == (2, 4)
     assert nodes_for(recipe(launch={"ranks": 2}), GPU, None) == (1, 2)
     assert nodes_for(recipe(), GPU, 5) == (5, 4)
@@ -132,45 +129,3 @@ def test_ranks_fill_nodes() -> None:
         nodes_for(
             recipe(launch={"ranks": 6}, train={"batch_size": 66, "micro_batch_size": 1}), GPU, None
         )
-
-
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_profiles(path: Path) -> None:
-    profile = load_profile(path.stem)
-    assert check_profile(yaml.safe_load(dump_profile(profile)), "again") == profile
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"partiton": "x"}, ("partiton does not exist", "did you mean partition")),
-        ({"partition": "a b; touch x"}, ("partition", "letters, digits")),
-        ({"time": "soon"}, ("time='soon'", "D-HH:MM:SS")),
-        ({"options": ["-p x"]}, ("options", "letters, digits")),
-        ({"options": ["mail"]}, ("--name=value",)),
-        ({"gpus_per_node": 2, "ranks_per_node": 3}, ("ranks_per_node=3", "GPU of its own")),
-        ({"cpus_per_node": 1, "ranks_per_node": 2}, ("cpus_per_node=1", "a core")),
-        ({"environment": {"A B": "x"}}, ("environment",)),
-        ({"jobs": {"train": {"tme": "1"}}}, ("jobs.train.tme does not exist", "did you mean time")),
-        ({"container": {"runtime": "docker", "image": "x"}}, ("container.runtime",)),
-    ],
-)
-def test_a_profile_that_is_wrong_is_one_sentence(
-    fields: dict[str, Any], words: tuple[str, ...], tmp_path: Path
-) -> None:
-    path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(fields))
-    with pytest.raises(RecipeError) as found:
-        load_profile(str(path))
-    assert all(word in str(found.value) for word in words) and "\n" not in str(found.value), (
-        found.value
-    )
-
-
-def test_a_profile_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    (tmp_path / "pocl" / "profiles").mkdir(parents=True)
-    (tmp_path / "pocl" / "profiles" / "mine.yaml").write_text("partition: p\ncpus_per_node: 8\n")
-    assert load_profile("mine").partition == "p"
-    with pytest.raises(RecipeError, match="'nothing' is neither a file nor a name .*gpu, .*mine"):
-        load_profile("nothing")

@@ -1,4 +1,4 @@
-"""`pocl status --watch`: it ends when nothing of a run waits or runs any more, however that ended."""
+"""`pocl status`: notes, and the end of `--watch` when no job waits or runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pocl_ds.cli.main import main
 from pocl_ds.cluster import scheduler
 from pocl_ds.cluster.attempts import Attempt, write_attempt
 from pocl_ds.cluster.profile import check_profile
-from pocl_ds.cluster.scheduler import Queued
+from pocl_ds.cluster.scheduler import QueuedJob
 from pocl_ds.cluster.submit import Submission
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -19,9 +19,15 @@ from pocl_ds.workflow.run_setup import record_recipe
 
 
 def submission(folder: Path) -> Submission:
-    """Of a small run, whose jobs nobody has."""
+    """A small run that is frozen and not submitted."""
     recipe = check_recipe(
-        {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}, "launch": {"ranks": 1}}
+        {
+            "name": "x",
+            "data": {"source": "documentation"},
+            "teacher": {"model": "t"},
+            "student": {"model": "s"},
+            "launch": {"ranks": 1},
+        }
     )
     profile = check_profile({"name": "here", "cpus_per_node": 8}, "here")
     submitted = Submission(RunDirectory(folder / "run"), recipe, profile, nodes=None)
@@ -31,46 +37,49 @@ def submission(folder: Path) -> Submission:
 
 
 @pytest.mark.parametrize(
-    "last", ["TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED", "FAILED"]
+    "end_state", ["TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED", "FAILED"]
 )
-def test_a_watch_ends_with_the_jobs(
-    last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_watching_ends_with_the_jobs(
+    end_state: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     submitted = submission(tmp_path)
-    states = {"init-student": ["RUNNING", "RUNNING", last]}
-    seen: list[str] = []
+    states = {"init-student": ["RUNNING", "RUNNING", end_state]}
+    sleeps: list[float] = []
     for number, job in enumerate(submitted.jobs):
         (submitted.folder / "jobs" / f"{job.name}.ids").write_text(f"{number + 10}\n")
 
-    def queue(ids: list[str]) -> list[Queued]:
-        found = []
+    def queue(ids: list[str]) -> list[QueuedJob]:
+        rows = []
         for number, job in enumerate(submitted.jobs):
-            state = states.get(job.name, ["CANCELLED" if len(seen) > 1 else "PENDING"])
+            state = states.get(job.name, ["CANCELLED" if len(sleeps) > 1 else "PENDING"])
             fields = {
                 **dict.fromkeys(scheduler.FIELDS, ""),
                 "id": str(number + 10),
                 "array": str(number + 10),
                 "task": "N/A",
-                "state": state[min(len(seen), len(state) - 1)],
+                "state": state[min(len(sleeps), len(state) - 1)],
                 "start": "N/A",
             }
-            found.append(Queued(**fields))
-        return found
+            rows.append(QueuedJob(**fields))
+        return rows
 
     monkeypatch.setattr(scheduler, "available", lambda: True)
     monkeypatch.setattr(scheduler, "queue", queue)
 
-    def sleep(_: float) -> None:
-        seen.append("again")
-        assert len(seen) < 9, "it would go on for ever"
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        assert len(sleeps) < 9, "it would never end"
 
     monkeypatch.setattr(time, "sleep", sleep)
-    assert main(["status", str(tmp_path / "run"), "--watch"]) == 0
-    assert len(seen) == 2 and capsys.readouterr().out.count("init-student") >= 3
+    assert main(["status", "--run-dir", str(tmp_path / "run"), "--watch"]) == 0
+    assert len(sleeps) == 2 and capsys.readouterr().out.count("init-student") >= 3
 
 
 @pytest.mark.parametrize("end", [None, 9.0])
-def test_a_job_whose_last_attempt_could_not_be_noted(
+def test_an_attempt_without_a_recorded_end_has_a_note(
     end: float | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -85,12 +94,12 @@ def test_a_job_whose_last_attempt_could_not_be_noted(
         "state": "FAILED",
         "start": "N/A",
     }
-    (submitted.folder / "jobs" / "prepare.ids").write_text("10\n")
+    (submitted.folder / "jobs" / "init-student.ids").write_text("10\n")
     write_attempt(
-        submitted.folder / "attempts" / "prepare.jsonl", Attempt(1, "10", ["n1"], 5.0, end)
+        submitted.folder / "attempts" / "init-student.jsonl", Attempt(1, "10", ["n1"], 5.0, end)
     )
     monkeypatch.setattr(scheduler, "available", lambda: True)
-    monkeypatch.setattr(scheduler, "queue", lambda _: [Queued(**fields)])
-    assert main(["status", str(tmp_path / "run")]) == 0
-    said = f"attempt 1 left no word of its end: its node may be gone, or the disk of {tmp_path / 'run'} full"
-    assert (said in capsys.readouterr().out) == (end is None)
+    monkeypatch.setattr(scheduler, "queue", lambda _: [QueuedJob(**fields)])
+    assert main(["status", "--run-dir", str(tmp_path / "run")]) == 0
+    note = "attempt 1 has no recorded end: its node may have failed, or the disk of"
+    assert (note in capsys.readouterr().out) == (end is None)

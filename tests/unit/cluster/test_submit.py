@@ -1,6 +1,4 @@
-"""Scripts as text: every value quoted, every option where it belongs, and shellcheck has nothing to
-say.
-"""
+"""Submissions: scripts whose values are quoted, and the order of SLURM's commands."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.job import srun
+from pocl_ds.cluster.job_runner import srun
 from pocl_ds.cluster.profile import check_profile
 from pocl_ds.cluster.submit import Submission, resume
 from pocl_ds.config.recipe_file import check_recipe
@@ -31,6 +29,7 @@ def submission(run: Path, **profile: Any) -> Submission:
         {
             "name": "x",
             "teacher": {"model": "t"},
+            "data": {"source": "documentation"},
             "student": {"model": "s"},
             "launch": {"ranks": 2},
             "score": {"shards": 3},
@@ -41,28 +40,28 @@ def submission(run: Path, **profile: Any) -> Submission:
     return Submission(RunDirectory(run), recipe, check_profile(fields, "here"), nodes=None)
 
 
-def scripts(found: Submission) -> dict[str, str]:
-    return {job.name: found.script(job) for job in found.jobs}
+def scripts(submitted: Submission) -> dict[str, str]:
+    return {job.name: submitted.script(job) for job in submitted.jobs}
 
 
 CHARACTERS = st.characters(
     blacklist_characters='%"\\/', blacklist_categories=("Cs", "Cc", "Zl", "Zp")
 )
-HOSTILE = st.text(CHARACTERS, min_size=1, max_size=20)
+SPECIAL = st.text(CHARACTERS, min_size=1, max_size=20)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
-    name=HOSTILE,
+    name=SPECIAL,
     value=st.text(
         st.characters(blacklist_characters="\0\r", blacklist_categories=("Cs",)), max_size=20
     ),
 )
-def test_names_and_values_are_only_text(name: str, value: str, tmp_path: Path) -> None:
-    """bash, reading the script, sees one word where one was meant."""
+def test_names_and_values_are_quoted(name: str, value: str, tmp_path: Path) -> None:
+    """bash reads each value as one word."""
     run = tmp_path / f"r{name}"
     text = scripts(submission(run, environment={"VALUE": value}))["train"]
-    line = next(line for line in text.splitlines() if "pocl_ds.cluster.job" in line)
+    line = next(line for line in text.splitlines() if "pocl_ds.cluster.job_runner" in line)
     assert shlex.split(line.removesuffix("&"))[-2:] == [str(run.resolve()), "train"]
     export = text[text.index("export VALUE=") : text.index("# SLURM signals")]
     done = subprocess.run(
@@ -71,7 +70,7 @@ def test_names_and_values_are_only_text(name: str, value: str, tmp_path: Path) -
     assert done.stdout.decode() == value
 
 
-def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
+def test_options_come_before_the_first_command(tmp_path: Path) -> None:
     text = scripts(
         submission(
             tmp_path / "a b; touch x",
@@ -93,7 +92,7 @@ def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
     options = [line.removeprefix("#SBATCH ") for line in train if line.startswith("#SBATCH")]
     first = next(number for number, line in enumerate(train) if line and not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in train[first:]), (
-        "sbatch stops reading there"
+        "sbatch ignores options after a command"
     )
     for option in (
         "--partition=p",
@@ -121,8 +120,8 @@ def test_options_stand_before_the_first_command(tmp_path: Path) -> None:
     assert not any("--mem" in line for line in score)
 
 
-def test_a_line_of_the_setup_that_fails_is_told(tmp_path: Path) -> None:
-    """And only such a line: what a condition asks may fail."""
+def test_a_failing_line_of_the_setup_is_reported(tmp_path: Path) -> None:
+    """Failing conditions are not reported."""
     lines = [
         "module() { return 3; }",
         "if false; then",
@@ -137,17 +136,17 @@ def test_a_line_of_the_setup_that_fails_is_told(tmp_path: Path) -> None:
     script.write_text(f'{text[: text.index("# SLURM signals")]}\nfalse\nprintf %s "$VALUE"')
     done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert (
-        done.stderr == "pocl: setup: exit code 3 of: module load cuda; the job goes on\n"
+        done.stderr == "pocl: setup: exit code 3 of: module load cuda; the job continues\n"
         and done.stdout == "here"
     )
 
 
-def test_no_hyper_parameter_in_a_script(tmp_path: Path) -> None:
+def test_scripts_have_no_hyper_parameters(tmp_path: Path) -> None:
     for text in scripts(submission(tmp_path / "run")).values():
         assert not re.search(r"\blr\b|batch_|epoch|temperature\b|train\.[a-z]|loss", text)
 
 
-def test_gpus_by_either_option(tmp_path: Path) -> None:
+def test_gpus_are_requested_by_either_option(tmp_path: Path) -> None:
     fields = {"gpus_per_node": 2, "gpu_type": "h100", "ranks_per_node": 2}
     assert (
         "#SBATCH --gpus-per-node=h100:2" in scripts(submission(tmp_path / "run", **fields))["train"]
@@ -156,10 +155,10 @@ def test_gpus_by_either_option(tmp_path: Path) -> None:
     assert "#SBATCH --gres=gpu:h100:2" in by_gres and "--gpus-per-node" not in by_gres
 
 
-def test_shellcheck(tmp_path: Path) -> None:
+def test_shellcheck_accepts_the_scripts(tmp_path: Path) -> None:
     checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if checker is None:
-        pytest.skip("shellcheck is not installed (launch/setup.sh --dev brings it)")
+        pytest.skip("shellcheck is not installed (launch/setup.sh --dev installs it)")
     for name, text in scripts(
         submission(tmp_path / "a b", environment={"A": "it's"}, setup=["module load x"])
     ).items():
@@ -169,21 +168,21 @@ def test_shellcheck(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_a_run_directory_that_slurm_would_misread(tmp_path: Path) -> None:
+def test_a_run_directory_with_special_characters_is_refused(tmp_path: Path) -> None:
     for name in ("50%", 'say "x"', "back\\slash", "two\nlines"):
         with pytest.raises(RecipeError, match="choose another --run-dir"):
             submission(tmp_path / name)
 
 
-def test_more_nodes_than_the_batch_divides_by(tmp_path: Path) -> None:
-    found = submission(tmp_path / "run")
+def test_the_batch_size_must_divide_by_the_ranks(tmp_path: Path) -> None:
+    submitted = submission(tmp_path / "run")
     with pytest.raises(
         RecipeError, match="train.batch_size=8 is not a multiple of .* x launch.ranks=3"
     ):
-        Submission(found.run, found.recipe, found.profile, nodes=3)
+        Submission(submitted.run, submitted.recipe, submitted.profile, nodes=3)
 
 
-def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
+def test_a_run_without_a_submission_raises(tmp_path: Path) -> None:
     from pocl_ds.cluster.status import status
 
     for function in (status, resume):
@@ -220,7 +219,7 @@ def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
         (None, []),
     ],
 )
-def test_a_step_in_a_container(
+def test_srun_in_a_container(
     container: Any, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -229,8 +228,8 @@ def test_a_step_in_a_container(
     )
     monkeypatch.setattr("os.getcwd", lambda: "/here")
     spec = {"cpus_per_task": 4, "container": container, "gpus_per_node": 4}
-    found = srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
-    assert found[:5] == [
+    command = srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+    assert command[:5] == [
         "srun",
         "--nodes=2",
         "--ntasks=8",
@@ -238,17 +237,19 @@ def test_a_step_in_a_container(
         "--cpus-per-task=4",
     ]
     assert (
-        "--cpu-bind=cores" in found and "--kill-on-bad-exit=1" in found and "--export=ALL" in found
+        "--cpu-bind=cores" in command
+        and "--kill-on-bad-exit=1" in command
+        and "--export=ALL" in command
     )
-    assert found[len(found) - len(words) :] == words
+    assert command[len(command) - len(words) :] == words
 
 
-def test_what_goes_on_ends_where_it_was_to_end(
+def test_a_resumed_run_stops_at_the_same_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cell of a study that only ranks must not begin to train because it was cut off."""
+    """A study's cell that only ranks must not train after a restart."""
     run, recipe = RunDirectory(tmp_path / "run"), submission(tmp_path / "x").recipe
-    found = Submission(
+    submitted = Submission(
         run,
         recipe,
         check_profile({"name": "here", "cpus_per_node": 8}, "here"),
@@ -259,55 +260,44 @@ def test_what_goes_on_ends_where_it_was_to_end(
     monkeypatch.setattr(scheduler, "submit", lambda script, options: "7")
     monkeypatch.setattr(scheduler, "release", lambda ids: None)
     monkeypatch.chdir(tmp_path)
-    found.submit()
+    submitted.submit()
     assert [job.name for job in resume(run).jobs] == [
-        job.name for job in found.jobs
-    ] and "train" not in found.show()
+        job.name for job in submitted.jobs
+    ] and "train" not in submitted.show()
 
 
-@pytest.mark.parametrize(
-    "scratch", ["local", "/local/$(id)", "/local/`id`", '/local/"; id; "', "/local/$1", "/a b"]
-)
-def test_a_scratch_folder_is_a_path_and_variables(scratch: str) -> None:
-    with pytest.raises(RecipeError, match=r"scratch.*write an absolute path"):
-        check_profile({"name": "x", "scratch": scratch}, "here")
-    check_profile({"name": "x", "scratch": "/local/${SLURM_JOB_ID}/$USER"}, "here")
+def test_srun_starts_while_the_controller_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_away(*_: str) -> str:
+        raise ResourceError("scontrol failed (Unable to contact slurm controller)")
 
-
-def test_a_step_starts_also_where_the_controller_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(*_: str) -> str:
-        raise ResourceError("scontrol refused (Unable to contact slurm controller)")
-
-    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", away)
+    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", raise_away)
     spec = {"cpus_per_task": 4, "container": None, "gpus_per_node": 0}
     assert not any(
         "--cpu-bind" in word for word in srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
     )
 
 
-def test_a_controller_that_is_away_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr(scheduler.time, "sleep", slept.append)
+def test_a_command_is_retried_while_the_controller_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeps: list[float] = []
+    monkeypatch.setattr(scheduler.time, "sleep", sleeps.append)
     answers = ["Unable to contact slurm controller", "Socket timed out", ""]
 
-    def ask() -> str:
-        if said := answers.pop(0):
-            raise ResourceError(f"scontrol refused ({said})")
+    def command() -> str:
+        if message := answers.pop(0):
+            raise ResourceError(f"scontrol failed ({message})")
         return "7"
 
-    assert scheduler.patiently(ask) == "7" and slept == [5, 10]
+    assert scheduler.retry_while_away(command) == "7" and sleeps == [5, 10]
     answers[:] = ["Invalid qos"]
     with pytest.raises(ResourceError, match="Invalid qos"):
-        scheduler.patiently(ask)
-    assert len(slept) == 2
+        scheduler.retry_while_away(command)
+    assert len(sleeps) == 2
 
 
-def test_a_submission_from_within_a_job_is_not_told_of_that_job(
+def test_a_submission_inside_a_job_hides_that_jobs_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its memory a core and our memory a node exclude each other, and its task's number is not
-    ours.
-    """
+    """Memory per core and memory per node exclude each other, and the task number is wrong."""
     (tmp_path / "sbatch").write_text(
         '#!/bin/sh\necho "Welcome to the cluster"\necho "$SLURM_CONF$SLURM_ARRAY_TASK_ID;north"\n'
     )
@@ -317,18 +307,20 @@ def test_a_submission_from_within_a_job_is_not_told_of_that_job(
     monkeypatch.setenv("SLURM_CONF", "9")
     assert scheduler.submit("x.sbatch", []) == "9"
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    with pytest.raises(ResourceError, match="gave no job id"):
+    with pytest.raises(ResourceError, match="printed no job id"):
         scheduler.submit("x.sbatch", [])
 
 
-def test_where_one_job_is_refused_those_before_it_are_cancelled(
+def test_a_refused_job_cancels_the_ones_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, sent, cancelled = submission(tmp_path / "run"), list[str](), list[list[str]]()
+    submitted = submission(tmp_path / "run")
+    sent: list[str] = []
+    cancelled: list[list[str]] = []
 
     def submit(script: str, options: list[str]) -> str:
         if len(sent) == 2:
-            raise ResourceError("sbatch refused (Invalid qos)")
+            raise ResourceError("sbatch failed (Invalid qos)")
         sent.append(f"{40 + len(sent)}")
         return sent[-1]
 
@@ -337,21 +329,20 @@ def test_where_one_job_is_refused_those_before_it_are_cancelled(
     monkeypatch.setattr(scheduler, "release", lambda ids: pytest.fail("nothing may start"))
     monkeypatch.setattr(scheduler, "cancel", cancelled.append)
     with pytest.raises(ResourceError, match="Invalid qos"):
-        found.submit()
-    assert len(found.jobs) > 2 and cancelled == [["40", "41"]]
+        submitted.submit()
+    assert len(submitted.jobs) > 2 and cancelled == [["40", "41"]]
 
 
-def test_only_jobs_that_wait_for_none_have_a_time_to_start(
+def test_only_jobs_without_dependencies_have_a_start_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(scheduler, "start_time", lambda text: asked.append(text) or "tomorrow")
-    found = submission(tmp_path / "run")
-    times = found.start_times()
-    first = [job for job in found.jobs if not job.after]
-    assert asked == [found.script(job) for job in first] and {times[job.name] for job in first} == {
-        "tomorrow"
-    }
+    queried: list[str] = []
+    monkeypatch.setattr(scheduler, "start_time", lambda text: queried.append(text) or "tomorrow")
+    submitted = submission(tmp_path / "run")
+    times = submitted.start_times()
+    independent = [job for job in submitted.jobs if not job.after]
+    assert queried == [submitted.script(job) for job in independent]
+    assert {times[job.name] for job in independent} == {"tomorrow"}
     assert all(
-        times[job.name] == f"after {', '.join(job.after)}" for job in found.jobs if job.after
+        times[job.name] == f"after {', '.join(job.after)}" for job in submitted.jobs if job.after
     )

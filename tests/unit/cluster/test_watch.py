@@ -1,4 +1,4 @@
-"""What `pocl watch` shows of a run's directory, at any moment of it."""
+"""`pocl watch`: what it shows of a run's directory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tiny_runs import write_recipe
 
 from pocl_ds.cli.main import main
-from pocl_ds.cluster.watch import BLOCKS, look, screen, spark
+from pocl_ds.cluster.watch import BLOCKS, read_view, render, sparkline
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
-from pocl_ds.runtime import tracking
+from pocl_ds.runtime.logs import log_to_file, setup_logging
+from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.steps import fingerprints
@@ -24,24 +25,24 @@ from pocl_ds.workflow.steps import fingerprints
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """A run whose data are done and whose scores are on their way."""
+    """A run whose data are finished and whose student is being prepared."""
     recipe = load_recipe(
         str(
             write_recipe(tmp_path, tmp_path / "teacher", tmp_path / "student", max_train_samples=40)
         )
     )
-    found = RunDirectory(tmp_path / "run")
-    found.data.mkdir(parents=True)
-    found.recipe.write_text(dump_recipe(recipe))
-    write_manifest(found.data, "preprocess", fingerprints(recipe)["preprocess"], info={})
-    found.logs.mkdir()
-    (found.logs / "prepare.log").write_text(
+    run = RunDirectory(tmp_path / "run")
+    run.data.mkdir(parents=True)
+    run.recipe.write_text(dump_recipe(recipe))
+    write_manifest(run.data, "preprocess", fingerprints(recipe)["preprocess"], info={})
+    run.logs.mkdir()
+    (run.logs / "init-student.log").write_text(
         "2026-01-01 10:00:00 INFO loading\n2026-01-01 10:00:01 WARNING a word of warning\n"
     )
-    return found
+    return run
 
 
-def training(run: RunDirectory, steps: int) -> None:
+def write_training(run: RunDirectory, steps: int) -> None:
     run.plan.mkdir()
     (run.plan / "plan.json").write_text(json.dumps({"stages": [{"steps": 10}, {"steps": 20}]}))
     run.train.mkdir()
@@ -69,30 +70,30 @@ def training(run: RunDirectory, steps: int) -> None:
     (run.train / "checkpoints" / "step-00000010").mkdir(parents=True)
 
 
-def test_a_run_that_has_begun(run: RunDirectory) -> None:
-    os.utime(run.logs / "prepare.log", (time.time() - 300,) * 2)
-    text = screen(look(run), 200)
-    assert "✓ data  ▸ prepare" in text and "· train" in text
-    assert "2026-01-01 10:00:01 WARNING a word of warning  (silent for 5:0" in text
+def test_a_run_at_its_start(run: RunDirectory) -> None:
+    os.utime(run.logs / "init-student.log", (time.time() - 300,) * 2)
+    text = render(read_view(run), 200)
+    assert "✓ preprocess  ▸ init-student" in text and "· train" in text
+    assert "2026-01-01 10:00:01 WARNING a word of warning  (silent for 5 min 0" in text
     assert "10:00:01  a word of warning" in text and "loading" not in text.splitlines()[-1]
 
 
-def test_a_training(run: RunDirectory) -> None:
-    training(run, 15)
-    view = look(run)
-    text = screen(view, 100)
-    assert "train: step 15/30, stage 2/2, 2.00 s a step, 100 tokens/s, 0:30 left" in text
-    assert "memory 1.5 GiB (rank 0), GPU 80% busy, writing 25% of a step" in text
+def test_a_training_shows_rate_curves_and_resources(run: RunDirectory) -> None:
+    write_training(run, 15)
+    view = read_view(run)
+    text = render(view, 100)
+    assert "train: step 15/30, stage 2/2, 2.00 s a step, 100 tokens/s, 30 s left" in text
+    assert "memory 1.5 GiB (rank 0), GPU 80% busy, generation 25% of a step" in text
     assert "loss    0.2000  █" in text and "checkpoint step-00000010" in text and not view.finished
-    assert all(len(line) <= 40 for line in screen(view, 40).splitlines())
+    assert all(len(line) <= 40 for line in render(view, 40).splitlines())
 
 
-def test_the_command_draws_once_where_there_is_no_terminal(
+def test_the_command_draws_once_without_a_terminal(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["watch", str(run.path)]) == 0
-    assert "▸ prepare" in capsys.readouterr().out
-    assert main(["watch", str(run.path / "data")]) == 2
+    assert main(["watch", "--run-dir", str(run.path)]) == 0
+    assert "▸ init-student" in capsys.readouterr().out
+    assert main(["watch", "--run-dir", str(run.path / "data")]) == 2
     assert "holds no recipe.yaml: give the directory of a run" in capsys.readouterr().err
 
 
@@ -100,24 +101,24 @@ def test_the_command_draws_once_where_there_is_no_terminal(
     st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=50),
     st.integers(1, 20),
 )
-def test_a_spark_line_fits_and_spans_its_values(values: list[float], width: int) -> None:
-    found = spark(values, width)
+def test_a_sparkline_fits_and_spans_its_values(values: list[float], width: int) -> None:
+    line = sparkline(values, width)
     finite = [value for value in values if abs(value) < float("inf")]
-    assert len(found) == min(width, len(finite)) and set(found) <= set(BLOCKS)
+    assert len(line) == min(width, len(finite)) and set(line) <= set(BLOCKS)
     if len(set(finite)) > 1 and len(finite) <= width:
-        assert BLOCKS[0] in found and BLOCKS[-1] in found
+        assert BLOCKS[0] in line and BLOCKS[-1] in line
 
 
 def test_progress_on_a_terminal_is_kept_in_the_log_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tracking.setup_logging()
-    tracking.keep_log(tmp_path / "logs" / "score.log")
+    setup_logging()
+    log_to_file(tmp_path / "logs" / "score.log")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((80, 24)))
     monkeypatch.setattr("sys.stderr.fileno", lambda: 2)
-    with tracking.Progress(2, "samples", "score") as progress:
-        progress.shown -= 1
+    with Progress(2, "samples", "score") as progress:
+        progress.last_shown -= 1
         progress.advance(2)
     logging.getLogger("pocl_ds").warning("at last")
     lines = (tmp_path / "logs" / "score.log").read_text().splitlines()

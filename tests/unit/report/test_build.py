@@ -394,8 +394,8 @@ def test_jobs_attempts_and_memory_are_told(synthetic: Any) -> None:
             "nodes": ["n1", "n2"],
             "start": 0.0,
             "end": 1800.0,
-            "outcome": "again",
-            "why": "<b>",
+            "outcome": "retry",
+            "reason": "<b>",
         },
         {"number": 2, "job": "71", "nodes": ["n1", "n3"], "start": 2000.0},
     ]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from tiny_runs import write_recipe
 
-from pocl_ds.cli import study
+from pocl_ds.cli import tools
 from pocl_ds.cli.main import main
 from pocl_ds.config.registry import STRATEGIES
 from pocl_ds.errors import ArtifactError, Interrupted, PoclError, RecipeError
@@ -239,12 +239,12 @@ def test_what_a_submitted_cell_is_writing_is_left_alone(
             handed_in.append(self.run.path)
 
     monkeypatch.setattr("pocl_ds.cluster.submit.Submission", Submission)
-    study._submit(argparse.Namespace(profile="x", nodes=None), tmp_path, found[:3])
+    tools._submit(tmp_path, found[:3], "x", None)
     assert [path.name for path in directory(tmp_path, at_work).data.iterdir()] == ["half"]
     assert (directory(tmp_path, waiting).data / "result").is_file()
     # The first one's jobs were refused, or failed: the same command hands it in again.
     assert handed_in == [directory(tmp_path, done).path, directory(tmp_path, waiting).path]
-    assert "submitted 2 of 3 cells; 1 more run already" in capsys.readouterr().out
+    assert "submitted 2 of 3 cells; running or waiting for shared results: 1;" in capsys.readouterr().out
 
 
 def test_links_fall_back_to_copies(
