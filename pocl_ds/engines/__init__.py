@@ -1,1 +1,3 @@
-"""Engines that hold a model's parameters, run backward and update them: DeepSpeed ZeRO-3 and plain PyTorch."""
+"""Engines that hold a model's parameters, run backward and update them: DeepSpeed ZeRO-3 and
+plain PyTorch.
+"""

@@ -1,5 +1,7 @@
-"""What both engines do with a module's parameters and an optimizer's state. Nothing here knows how
-they are sharded: `whole` is a block inside which some parameters are whole on every rank.
+"""What both engines do with a module's parameters and an optimizer's state.
+
+Nothing here knows how parameters are sharded: `gather` opens a block within which some parameters
+are complete on every rank.
 """
 
 from __future__ import annotations
@@ -11,32 +13,30 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime import distributed
 
-Whole: TypeAlias = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
+Gather: TypeAlias = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices, none on biases and norms (METHOD 2). Shapes come from ZeRO's record
-    where it sharded.
-    """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """Parameter groups for an optimizer: weight decay on matrices, none on biases and norms."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else plain).append(parameter)
+            (matrices if len(full_shape(parameter)) >= 2 else vectors).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Every name of the parameters that are not trained. Checkpoints leave them out: they are those
-    of the model's folder.
+    """All names of the parameters that are not trained. Checkpoints leave them out: they equal
+    those in the model's folder.
     """
     return {
         name
@@ -45,23 +45,23 @@ def frozen_names(module: nn.Module) -> set[str]:
     }
 
 
-def load_all_but(absent: set[str], state: dict[str, Tensor], module: nn.Module) -> None:
-    """Load a state in which these names may be missing. Raises ArtifactError for any other
-    difference.
+def load_trained_state(module: nn.Module, state: dict[str, Tensor], frozen: set[str]) -> None:
+    """Load a state dict in which the frozen names may be missing.
+
+    Raises ArtifactError for any other difference.
     """
-    found = module.load_state_dict(state, strict=False)
-    wrong = sorted({*found.missing_keys} - absent | {*found.unexpected_keys})
-    if wrong:
+    keys = module.load_state_dict(state, strict=False)
+    mismatches = sorted({*keys.missing_keys} - frozen | {*keys.unexpected_keys})
+    if mismatches:
         raise ArtifactError(
-            f"the checkpoint and the student differ in {wrong[0]}: remove the checkpoint, or undo "
-            f"the change to "
-            "the student"
+            f"the checkpoint and the student differ in {mismatches[0]}: remove the checkpoint, or "
+            f"undo the change to the student"
         )
 
 
-def clear_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Set an Adam's moments and step counts to zero, in place: shards and checkpoints keep their
-    layout.
+def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Set an Adam's moments and step counts to zero, in place, so that shards and checkpoints keep
+    their layout.
     """
     for state in optimizer.state.values():
         for key, value in state.items():
@@ -74,49 +74,43 @@ def clear_moments(optimizer: torch.optim.Optimizer) -> None:
             group["step"] = 0
 
 
-def copied(state: Any) -> Any:
-    """A tree of dictionaries, lists and tuples with its tensors copied into the CPU's memory."""
+def copy_to_cpu(state: Any) -> Any:
+    """A tree of dictionaries, lists and tuples with its tensors copied to CPU memory."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        return type(state)((key, copied(value)) for key, value in state.items())
+        return type(state)((key, copy_to_cpu(value)) for key, value in state.items())
     if type(state) in (list, tuple):
-        return type(state)(copied(value) for value in state)
+        return type(state)(copy_to_cpu(value) for value in state)
     return state
 
 
-def weights(module: nn.Module, whole: Whole) -> Iterator[tuple[str, Tensor]]:
-    """See `Engine.weights`."""
+def iterate_parameters(module: nn.Module, gather: Gather) -> Iterator[tuple[str, Tensor]]:
+    """See `Engine.gathered_parameters`."""
     for name, parameter in module.named_parameters():
-        with whole([parameter]):
-            taken = parameter.detach().clone()
-        yield name, taken
+        with gather([parameter]):
+            copy = parameter.detach().clone()
+        yield name, copy
 
 
-def whole_state(module: nn.Module, whole: Whole) -> dict[str, Tensor]:
-    """See `Engine.state`."""
+def full_state_dict(module: nn.Module, gather: Gather) -> dict[str, Tensor]:
+    """See `Engine.gathered_state_dict`."""
     state: dict[str, Tensor] = {}
-    keep = distributed.rank() == 0
+    is_writer = distributed.rank() == 0
+    # One parameter at a time: at most one is held in full besides the shards.
     for name, parameter in module.named_parameters():
-        with whole(
-            [parameter]
-        ):  # one at a time: at most one parameter more than the shards is held
-            if keep:
+        with gather([parameter]):
+            if is_writer:
                 state[name] = parameter.detach().cpu().clone()
-    if keep:
-        persistent = set(module.state_dict()) - {
-            name for name, _ in module.named_parameters(remove_duplicate=False)
-        }
-        state.update(
-            {
-                name: b.detach().cpu().clone()
-                for name, b in module.named_buffers()
-                if name in persistent
-            }
-        )
+    if is_writer:
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        persistent = set(module.state_dict()) - parameters
+        for name, buffer in module.named_buffers():
+            if name in persistent:
+                state[name] = buffer.detach().cpu().clone()
     return state
 
 
-def in_place(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    """`whole` where nothing is sharded."""
+def keep_in_place(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """`gather` for parameters that are not sharded: does nothing."""
     return contextlib.nullcontext()

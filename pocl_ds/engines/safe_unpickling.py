@@ -1,6 +1,4 @@
-"""Checkpoints that a library unpickles are read as data: a pickle may otherwise run whatever its
-writer wanted.
-"""
+"""Load checkpoints that a library unpickles as data only: a pickle may otherwise run any code."""
 
 from __future__ import annotations
 
@@ -17,41 +15,40 @@ import torch
 
 from pocl_ds.errors import ArtifactError
 
-# torch.load obeys it also where its caller says weights_only=False
-FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+# torch.load follows it even if its caller passes weights_only=False.
+FORCE_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def pickle_by_value(kind: type[Enum]) -> None:
-    """From now on members of an enumeration are pickled as its class and a value, which `data_only`
-    reads.
+    """Pickle members of an enumeration as its class and a value, which `data_only` can load.
 
-    Python 3.11.0 to 3.11.3 (Debian 12's is one) write the function getattr instead, with which a
-    pickle could do anything.
+    Python 3.11.0 to 3.11.3 (Debian 12 has one of them) write the function getattr instead, and a
+    pickle that may call getattr can do anything.
     """
     copyreg.pickle(kind, lambda member: (kind, (member.value,)))
 
 
 @contextlib.contextmanager
 def data_only(directory: Path, *classes: type) -> Iterator[None]:
-    """Inside, `torch.load` makes tensors, plain values and objects of `classes`, also in processes
-    that are forked there.
+    """Within the block `torch.load` builds only tensors, plain values and objects of `classes`,
+    also in processes that are forked there.
 
-    Raises ArtifactError where a file holds anything else.
+    Raises ArtifactError if a file holds anything else.
     """
-    before = os.environ.get(FORCE)
-    os.environ[FORCE] = "1"
+    before = os.environ.get(FORCE_VARIABLE)
+    os.environ[FORCE_VARIABLE] = "1"
     try:
         with torch.serialization.safe_globals([*classes]):
             yield
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
+        name = re.search(r"GLOBAL (\S+)", str(error))
         raise ArtifactError(
-            f"the checkpoint {directory} holds more than data "
-            f"({found[1] if found else 'a damaged pickle'}), and "
-            "nothing of it was run: remove it, training goes on from the one before"
+            f"the checkpoint {directory} contains more than data "
+            f"({name[1] if name else 'a damaged pickle'}); none of its code was run. Remove it, "
+            f"and training resumes from the checkpoint before"
         ) from None
     finally:
         if before is None:
-            del os.environ[FORCE]
+            del os.environ[FORCE_VARIABLE]
         else:
-            os.environ[FORCE] = before
+            os.environ[FORCE_VARIABLE] = before

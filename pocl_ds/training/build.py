@@ -1,13 +1,13 @@
-"""What a training is made of: data, models and engines, from a `Job`. What can be refused is,
-before a model is loaded.
+"""From the description of a training to a `Trainer`: data, models and engines.
+
+Everything that can be refused is refused before a model is loaded.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,299 +16,338 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import (
     EnsembleTeacherConfig,
-    LossConfig,
     ModelSource,
-    PolicyConfig,
     StudentConfig,
     TeacherConfig,
-    TrainConfig,
     ds_config,
 )
-from pocl_ds.config.registry import ACROSS_TOKENIZERS
-from pocl_ds.curriculum.plan import Plan
-from pocl_ds.curriculum.sampler import Position, Sampler
-from pocl_ds.data.generated import Written
-from pocl_ds.data.preprocess import TEACHER
-from pocl_ds.data.retokenize import Translator
-from pocl_ds.data.tokenized import EncodedSplit
-from pocl_ds.engines.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading
+from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
+from pocl_ds.data.generated import GeneratedBatch
+from pocl_ds.data.preprocess import TEACHER_DIRECTORY
+from pocl_ds.data.retokenize import TeacherRetokenizer
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
+from pocl_ds.engines.protocol import Engine
+from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.errors import ModelError
 from pocl_ds.generation.backends import check_backend
-from pocl_ds.generation.subprocess_generator import INSTEAD
+from pocl_ds.generation.subprocess_generator import ALTERNATIVE
 from pocl_ds.losses.fused_head import chunk_sizes
-from pocl_ds.models.heads import packs
+from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
-from pocl_ds.models.vocab import Ids, models_apart, reconcile_all
+from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
 from pocl_ds.rollouts.policies import POLICIES
-from pocl_ds.rollouts.rollout import Rollout
+from pocl_ds.rollouts.rollout import RolloutWorker
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import TeacherStore
-from pocl_ds.teachers.teacher import LiveTeacher, StoredTeacher, Teacher, Teachers
-from pocl_ds.training.layout import choose_layout
-from pocl_ds.training.memory_check import check_memory
+from pocl_ds.teachers.cache import TeacherCache
+from pocl_ds.teachers.teacher import CachedTeacher, OnlineTeacher, Teacher, TeacherEnsemble
+from pocl_ds.training.checkpoint import Checkpoints
+from pocl_ds.training.data import TrainingData
+from pocl_ds.training.layout import Layout, choose_layout
+from pocl_ds.training.memory_check import MemoryDemand, check_memory
+from pocl_ds.training.models import NoTeacher, TrainingModels
+from pocl_ds.training.monitor import TrainingMonitor
+from pocl_ds.training.responses import ResponseSource
+from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
-from pocl_ds.training.trainer import Trainer, TrainingData
+from pocl_ds.training.trainer import Trainer
+from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
+LOGIT_BYTES = 8  # of one logit of both sides in float32
+
 
 @dataclass(frozen=True)
-class Job:
-    """One training: which student learns what from whom, and where that is written."""
+class _Splits:
+    train: TokenizedSplit
+    validation: TokenizedSplit
+    teacher_responses: TokenizedSplit | None  # the training samples with the teacher's responses
 
-    directory: Path
-    fingerprint: str
-    label: str
-    plan: Plan
-    order: NDArray[np.int64]
-    student_path: str
-    student: StudentConfig
-    teacher_paths: tuple[str, ...]  # of the teacher and of teacher.ensemble
-    teacher: TeacherConfig | None
-    loss: LossConfig
-    train: TrainConfig
-    seed: int
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    longest: int = 512  # tokens of a prompt and the response that the student writes to it
-    responses: Path | None = (
-        # folder of an encoded split whose responses the teacher wrote, where the policy asks for it
-        None
+    @classmethod
+    def open(cls, run: RunDirectory, training: TrainingRun) -> _Splits:
+        validation = TokenizedSplit.open(run.data, "validation")
+        responses = training.teacher_responses
+        if responses is None:
+            return cls(TokenizedSplit.open(run.data, "train"), validation, None)
+        generated = TokenizedSplit.open(responses, "train")
+        if training.policy.name == "seqkd":
+            return cls(generated, validation, None)
+        return cls(TokenizedSplit.open(run.data, "train"), validation, generated)
+
+
+def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
+    """Load models and data of a training. All ranks call it together.
+
+    Raises ResourceError if memory or a package is missing, ModelError for models that do not fit
+    together, RecipeError for settings that these models do not support.
+    """
+    training = training.with_resolved_dtypes()
+    splits = _Splits.open(run, training)
+    if training.policy.on_policy:
+        check_backend(training.policy.rollout_backend, ALTERNATIVE)
+
+    # Check memory, vocabularies and tokens before a model is loaded.
+    teacher_ds_config = _teacher_ds_config(training)
+    check_memory(_memory_demand(training, splits, teacher_is_sharded=bool(teacher_ds_config)))
+    vocab = _align_vocabularies(training, teacher_is_sharded=bool(teacher_ds_config))
+    for split in filter(None, (splits.train, splits.validation, splits.teacher_responses)):
+        _check_tokens(split, vocab)
+    _check_chunk_memory(training, vocab)
+
+    # Load the teacher, then the student.
+    teacher = _build_teacher(run, training, splits, vocab, teacher_ds_config)
+    tokenizer = load_tokenizer(
+        training.student_path, trust_remote_code=training.student.trust_remote_code
     )
-    taught: str | None = None  # fingerprint of what was kept of the teacher; None asks the live one
+    engine = _build_engine(training, vocab)
+    student: Any = engine.module
+    teacher_models = _online_models(teacher)
 
-    @property
-    def teachers(self) -> list[ModelSource]:
-        """The teacher and the others, each where it lies."""
-        named = (self.teacher, *self.teacher.ensemble) if self.teacher else ()
-        return [
-            one.model_copy(update={"model": path})
-            for one, path in zip(named, self.teacher_paths, strict=True)
-        ]
-
-    @property
-    def across_tokenizers(self) -> bool:
-        """Whether the teacher reads texts in its own tokens."""
-        return self.loss.name in ACROSS_TOKENIZERS
-
-
-def make_trainer(run: RunDirectory, job: Job) -> Trainer:
-    """Models, engines and data of a training, ready to run."""
-    seqkd = job.policy.name == "seqkd" and job.responses is not None
-    splits = {
-        "train": EncodedSplit.open(job.responses if seqkd and job.responses else run.data, "train"),
-        "validation": EncodedSplit.open(run.data, "validation"),
-    }
-    taught = EncodedSplit.open(job.responses, "train") if job.responses and not seqkd else None
-    validation = splits["validation"] if len(splits["validation"]) else None
-    if job.policy.on_policy:
-        check_backend(job.policy.rollout_backend, INSTEAD)
-    engine, teacher, tokenizer, ids = _build(run, job, splits)
-    module: Any = engine.module
-    asked = (
-        teacher.teachers
-        if isinstance(teacher, Teachers)
-        else [teacher]
-        if isinstance(teacher, LiveTeacher)
-        else []
+    # Choose the layout of micro-batches, and who writes responses.
+    lengths = splits.train.total_tokens[training.order]
+    sampler = Sampler(
+        training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
-    translate = _translator(run, job, asked[0], tokenizer) if job.across_tokenizers else None
-    if taught is not None:
-        _check_tokens(taught, ids)
-    data = TrainingData(
-        splits["train"], job.order, validation, tokenizer.pad_token_id, translate, taught
-    )
-    models = [module.model, *(one.model for one in asked)]
-    lengths = splits["train"].total_tokens[job.order]
-    sampler = Sampler(job.plan, job.seed, lengths=lengths, window=job.train.length_window)
-    layout = choose_layout(job.train, sampler, lengths, models)
-    rollout = None
-    if job.policy.on_policy:
-        rollout = Rollout(
-            job.policy,
-            job.student,
-            job.student_path,
-            engine,
-            splits["train"],
-            ids,
-            job.seed,
-            job.longest,
-        )
-    policy = POLICIES[job.policy.name](job.policy, rollout.write if rollout else _never, job.seed)
+    layout = choose_layout(training.train, sampler, lengths, [student.model, *teacher_models])
+    data = _training_data(training, splits, layout, tokenizer.pad_token_id)
+    if training.across_tokenizers:
+        data.retokenizer = _retokenizer(run, training, teacher_models[0], tokenizer)
+    schedule = TrainingSchedule(training.plan, sampler, training.train)
     return Trainer(
-        job.directory,
-        plan=job.plan,
-        sampler=sampler,
-        data=data,
-        engine=engine,
-        teacher=teacher,
-        loss=job.loss,
-        train=job.train,
-        seed=job.seed,
-        fingerprint=job.fingerprint,
-        label=job.label,
-        layout=layout,
-        policy=policy,
-        rollout=rollout,
+        TrainingModels(engine, teacher),
+        data,
+        schedule,
+        training.loss,
+        _response_source(training, engine, splits.train, vocab),
+        Checkpoints(
+            training.directory / "checkpoints",
+            training.train.checkpoint,
+            fingerprint=training.fingerprint,
+        ),
+        TrainingMonitor(training.directory, training.label, training.train),
     )
 
 
-def _translator(run: RunDirectory, job: Job, teacher: LiveTeacher, tokenizer: Any) -> Translator:
-    """What gives batches to a teacher with another tokenizer."""
-    assert job.teacher is not None
-    theirs = load_tokenizer(
-        job.teacher_paths[0],
-        trust_remote_code=job.teacher.trust_remote_code,
-        revision=job.teacher.revision,
+def _training_data(
+    training: TrainingRun, splits: _Splits, layout: Layout, pad_id: int
+) -> TrainingData:
+    return TrainingData(
+        splits.train,
+        training.order,
+        splits.validation if len(splits.validation) else None,
+        pad_id,
+        layout,
+        training.train.micro_batch_size,
+        training.train.micro_batch_tokens,
+        teacher_responses=splits.teacher_responses,
     )
-    prompts = {
-        name: EncodedSplit.open(run.data / TEACHER, name) for name in ("train", "validation")
-    }
-    return Translator(
+
+
+def _response_source(
+    training: TrainingRun, engine: Engine, dataset: TokenizedSplit, vocab: VocabMap
+) -> ResponseSource:
+    """The policy, and the worker that generates the student's responses for it."""
+    policy_class = POLICIES[training.policy.name]
+    if not training.policy.on_policy:
+        return ResponseSource(policy_class(training.policy, _cannot_generate, training.seed))
+    worker = RolloutWorker(
+        training.policy,
+        training.student,
+        training.student_path,
+        engine,
+        dataset,
+        vocab,
+        training.seed,
+        training.max_length,
+    )
+    policy = policy_class(training.policy, worker.generate, training.seed)
+    return ResponseSource(policy, worker)
+
+
+def _cannot_generate(rows: NDArray[np.int64], position: SamplerPosition) -> GeneratedBatch:
+    raise RuntimeError(
+        f"an off-policy policy asked for responses of the student at step {position.step}"
+    )
+
+
+def _retokenizer(
+    run: RunDirectory, training: TrainingRun, teacher_model: Any, tokenizer: Any
+) -> TeacherRetokenizer:
+    """What adds the teacher's view to batches, for a teacher with another tokenizer."""
+    assert training.teacher is not None
+    teacher_tokenizer = load_tokenizer(
+        training.teacher_paths[0],
+        trust_remote_code=training.teacher.trust_remote_code,
+        revision=training.teacher.revision,
+    )
+    directory = run.data / TEACHER_DIRECTORY
+    prompts = {name: TokenizedSplit.open(directory, name) for name in ("train", "validation")}
+    return TeacherRetokenizer(
         tokenizer,
-        theirs,
+        teacher_tokenizer,
         prompts,
-        longest=max_positions(teacher.model.config),
-        packed=packs(teacher.model),
+        max_length=max_positions(teacher_model.config),
+        packed=supports_packing(teacher_model),
     )
 
 
-def _never(rows: NDArray[np.int64], position: Position) -> Written:
-    raise RuntimeError(f"this policy does not write, and was asked to at step {position.step}")
-
-
-def _check_tokens(split: EncodedSplit, ids: Ids) -> None:
-    """Raise ModelError where a response holds a token that takes no part in the softmax, as its
+def _check_tokens(split: TokenizedSplit, vocab: VocabMap) -> None:
+    """Raise ModelError if a response holds a token that takes no part in the softmax, since its
     loss would be infinite, or a prompt one that the teacher cannot read.
     """
-    with distributed.together("check the tokens"):
+    with distributed.raise_on_all_ranks("check the tokens"):
         if distributed.rank() == 0:
-            found = split.first_outside(ids.allowed, prompts=ids.readable)
-            if found is not None:
+            disallowed = split.find_disallowed_token(vocab.allowed, prompts=vocab.teacher_readable)
+            if disallowed is not None:
+                row, token = disallowed
                 raise ModelError(
-                    f"sample {split.ids[found[0]].decode()} holds token id {found[1]}, which "
-                    f"teacher and student do not share: "
-                    "choose a pair that shares its tokens, or leave the sample out"
+                    f"sample {split.ids[row].decode()} holds token id {token}, which teacher and "
+                    f"student do not share: choose a pair that shares its tokens, or remove the "
+                    f"sample"
                 )
 
 
-def _build(
-    run: RunDirectory, job: Job, splits: dict[str, EncodedSplit]
-) -> tuple[Engine, Teacher | None, Any, Ids]:
-    """Engines around sharded models, the student's tokenizer, and the ids that take part.
+def _check_chunk_memory(training: TrainingRun, vocab: VocabMap) -> None:
+    """Raise RecipeError if loss.chunk_memory_mb does not hold the logits of one token."""
+    teachers = max(1, len(training.online_teachers))
+    chunk_bytes, device = training.loss.chunk_bytes, distributed.device()
+    chunk_sizes(training.loss.name, vocab.size, chunk_bytes, torch.float32, device, teachers)
 
-    What can be refused is, before a model is loaded.
-    """
-    ranks, train = distributed.world_size(), job.train
-    deepspeed = train.engine == "deepspeed"
-    student_config = load_model_config(
-        job.student_path, trust_remote_code=job.student.trust_remote_code
+
+def _memory_demand(
+    training: TrainingRun, splits: _Splits, *, teacher_is_sharded: bool
+) -> MemoryDemand:
+    """What the training loads, for `check_memory`."""
+    train, student, policy = training.train, training.student, training.policy
+    longest = int(splits.train.total_tokens.max(initial=1))
+    micro_batch_tokens = train.micro_batch_tokens or train.micro_batch_size * longest
+    config = read_model_config(training.student_path, student)
+    logit_bytes = LOGIT_BYTES * int(config.vocab_size) * micro_batch_tokens
+    teachers = [
+        (source, _quantized_weight_bytes(source, training.teacher))
+        for source in training.online_teachers
+        if training.teacher
+    ]
+    return MemoryDemand(
+        student.model_copy(update={"model": training.student_path}),
+        teachers,
+        teacher_dtype=training.teacher.dtype if training.teacher else "float32",
+        teacher_sharded=teacher_is_sharded,
+        student_sharded=train.engine == "deepspeed",
+        chunk_bytes=min(training.loss.chunk_bytes, logit_bytes),
+        async_save=train.checkpoint.async_save,
+        rollout_worker=policy.on_policy,
+        saved_rollout_weights=policy.on_policy and policy.sync_weights_every > 1,
+        lora=student.lora,
     )
-    live = [] if job.taught else job.teachers
-    longest = int(splits["train"].total_tokens.max(initial=1))
-    logits = (
-        8
-        * int(student_config.vocab_size)
-        * (train.micro_batch_tokens or train.micro_batch_size * longest)
+
+
+def _align_vocabularies(training: TrainingRun, *, teacher_is_sharded: bool) -> VocabMap:
+    """Which ids take part in the softmax of both sides."""
+    if training.teacher is None:
+        config = read_model_config(training.student_path, training.student)
+        return VocabMap(int(config.vocab_size))
+    align = separate_vocabularies if training.across_tokenizers else align_teacher_vocabularies
+    sources = [training.teacher, *training.teacher.ensemble]
+    alignment = align(
+        list(zip(sources, training.teacher_paths, strict=True)),
+        training.student,
+        training.student_path,
     )
-    frozen = None
-    if job.teacher and live and deepspeed:
-        frozen = ds_config.resolve_teacher(
-            job.teacher.ds_config,
-            dtype=job.teacher.dtype,
-            ranks=ranks,
-            micro_batch_size=train.micro_batch_size,
+    log.info("%s", alignment.report)
+    if training.teacher_cache:
+        log.info("the teacher's outputs are cached; only its head is loaded")
+    else:
+        placement = "sharded over the ranks" if teacher_is_sharded else "complete on every rank"
+        log.info("the teacher is %s", placement)
+    return VocabMap.from_alignment(alignment)
+
+
+def _teacher_ds_config(training: TrainingRun) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of an online teacher; None if it is not sharded."""
+    if training.teacher is None or training.teacher_cache or training.train.engine != "deepspeed":
+        return None
+    return ds_config.resolve_teacher(
+        training.teacher.ds_config,
+        dtype=training.teacher.dtype,
+        ranks=distributed.world_size(),
+        micro_batch_size=training.train.micro_batch_size,
+    )
+
+
+def _build_teacher(
+    run: RunDirectory,
+    training: TrainingRun,
+    splits: _Splits,
+    vocab: VocabMap,
+    teacher_ds_config: dict[str, Any] | None,
+) -> Teacher | NoTeacher:
+    """The cached teacher, the online teacher, the ensemble of several, or none."""
+    config = training.teacher
+    if config is None:
+        return NoTeacher()
+    if training.teacher_cache:
+        cached = [splits.train, splits.validation]
+        return CachedTeacher(
+            TeacherCache(run.teacher_cache, cached, fingerprint=training.teacher_cache)
         )
-    check_memory(
-        job.student.model_copy(update={"model": job.student_path}),
-        [(source, _quantised(source, job.teacher)) for source in live if job.teacher],
-        teacher_bytes=4 if job.teacher and job.teacher.dtype == "float32" else 2,
-        teacher_sharded=frozen is not None,
-        chunk_bytes=min(job.loss.chunk_bytes, logits),
-        sharded=deepspeed,
-        copied=train.checkpoint.async_save,
-        writer=job.policy.on_policy,
-        held=job.policy.on_policy and job.policy.sync_weights_every > 1,
-        lora=job.student.lora,
-    )
-    tokenizer = load_tokenizer(job.student_path, trust_remote_code=job.student.trust_remote_code)
-    ids = Ids(int(student_config.vocab_size))
-    teacher: Teacher | None = None
-    if job.teacher:
-        together = models_apart if job.across_tokenizers else reconcile_all
-        sources = list(zip([job.teacher, *job.teacher.ensemble], job.teacher_paths, strict=True))
-        vocabulary = together(sources, job.student, job.student_path)
-        log.info("%s", vocabulary.report)
-        ids = Ids.of(vocabulary)
-        where = "sharded over the ranks" if frozen else "whole on every rank"
-        log.info("the teacher is %s", "on disk, only its head is loaded" if job.taught else where)
-    for split in splits.values():
-        _check_tokens(split, ids)
-    chunk_sizes(
-        job.loss.name,
-        ids.size,
-        job.loss.chunk_bytes,
-        torch.float32,
-        distributed.device(),
-        max(1, len(live)),
-    )
-    if job.teacher and job.taught:
-        teacher = StoredTeacher(
-            TeacherStore(run.teacher_cache, list(splits.values()), fingerprint=job.taught)
-        )
-    elif job.teacher:
-        teacher = _live(job.teacher, job.teacher_paths, frozen, ids, split=job.loss.fused)
-    sharded = ds_config.resolve_student(
-        job.student.ds_config, train=train, dtype=job.student.dtype, ranks=ranks
-    )
-    with sharded_loading(sharded if deepspeed else None):
-        model = load(job.student_path, job.student, job.student.dropout)
-    if job.student.lora:
-        log.info("%s", add_adapters(model, job.student.lora, job.seed))
-    if job.student.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    # DeepSpeed moves no buffers of a model that it shards: the mask would stay behind.
-    module = Student(
-        model, ids.to(distributed.device()), chunk_bytes=job.loss.chunk_bytes, split=job.loss.fused
-    ).train()
-    engine: Engine = (
-        DeepSpeedEngine(module, train, sharded) if deepspeed else TorchEngine(module, train)
-    )
-    return engine, teacher, tokenizer, ids
-
-
-def _live(
-    config: TeacherConfig,
-    paths: Sequence[str],
-    frozen: dict[str, Any] | None,
-    ids: Ids,
-    *,
-    split: bool,
-) -> Teacher:
-    """The live teacher, or the mixture of several."""
     sources: tuple[TeacherConfig | EnsembleTeacherConfig, ...] = (config, *config.ensemble)
-    found = []
-    for source, path in zip(sources, paths, strict=True):
+    teachers = []
+    for source, path in zip(sources, training.teacher_paths, strict=True):
         own = config.model_copy(
             update={"revision": source.revision, "trust_remote_code": source.trust_remote_code}
         )
-        with sharded_loading(frozen):
-            found.append(LiveTeacher(load(path, own, None), frozen, ids, split=split))
-    if len(found) == 1:
-        return found[0]
-    mixture = Teachers(found, [source.weight for source in sources])
-    log.info(
-        "the student learns from a mixture: %s",
-        ", ".join(
-            f"{weight:.2f} of {path}" for weight, path in zip(mixture.weights, paths, strict=True)
-        ),
+        with sharded_loading(teacher_ds_config):
+            model = load_from_config(path, own, None)
+            teachers.append(
+                OnlineTeacher(model, teacher_ds_config, vocab, split=training.loss.fused)
+            )
+    if len(teachers) == 1:
+        return teachers[0]
+    ensemble = TeacherEnsemble(teachers, [source.weight for source in sources])
+    members = zip(ensemble.weights, training.teacher_paths, strict=True)
+    log.info("teacher ensemble: %s", ", ".join(f"{weight:.2f} {path}" for weight, path in members))
+    return ensemble
+
+
+def _online_models(teacher: Teacher | NoTeacher) -> list[Any]:
+    """The models of online teachers."""
+    teachers: Sequence[Any] = (
+        teacher.teachers if isinstance(teacher, TeacherEnsemble) else [teacher]
     )
-    return mixture
+    return [member.model for member in teachers if isinstance(member, OnlineTeacher)]
 
 
-def load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None) -> Any:
+def _build_engine(training: TrainingRun, vocab: VocabMap) -> Engine:
+    """The student in its engine, sharded from the start if DeepSpeed runs it."""
+    student, train = training.student, training.train
+    uses_deepspeed = train.engine == "deepspeed"
+    config = ds_config.resolve_student(
+        student.ds_config, train=train, dtype=student.dtype, ranks=distributed.world_size()
+    )
+    with sharded_loading(config if uses_deepspeed else None):
+        model = load_from_config(training.student_path, student, student.dropout)
+    if student.lora:
+        log.info("%s", add_adapters(model, student.lora, training.seed))
+    if student.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    module = Student(
+        model,
+        vocab.to(distributed.device()),  # DeepSpeed moves no buffers of a model that it shards
+        chunk_bytes=training.loss.chunk_bytes,
+        split=training.loss.fused,
+    ).train()
+    return DeepSpeedEngine(module, train, config) if uses_deepspeed else TorchEngine(module, train)
+
+
+def load_from_config(
+    path: str, config: StudentConfig | TeacherConfig, dropout: float | None
+) -> Any:
+    """The model in a folder, as a section of the recipe describes it."""
     return load_model(
         path,
         dtype=config.dtype,
@@ -320,12 +359,13 @@ def load(path: str, config: StudentConfig | TeacherConfig, dropout: float | None
     )
 
 
-def _quantised(source: ModelSource, teacher: TeacherConfig) -> float | None:
-    """Bytes of a weight of a teacher's linear modules, where they are quantised."""
-    return bytes_per_weight(config_of(source.model, source), teacher.quantization)
-
-
-def config_of(path: str, model: ModelSource) -> Any:
+def read_model_config(path: str, source: ModelSource) -> Any:
+    """The configuration of the model in a folder."""
     return load_model_config(
-        path, trust_remote_code=model.trust_remote_code, revision=model.revision
+        path, trust_remote_code=source.trust_remote_code, revision=source.revision
     )
+
+
+def _quantized_weight_bytes(source: ModelSource, teacher: TeacherConfig) -> float | None:
+    """Bytes of a weight of a teacher's linear maps, None if they are not quantized."""
+    return bytes_per_weight(read_model_config(source.model, source), teacher.quantization)

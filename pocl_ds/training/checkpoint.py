@@ -1,11 +1,13 @@
-"""Checkpoints of a training: whole or not at all.
+"""Checkpoints of a training: complete or absent.
 
-A checkpoint is built under a temporary name: every rank writes its files and digests them, at once
-or in the background. When all are done the manifest is written, the directory gets its name, and
-only then do older ones go. A name without a suffix is therefore always a whole one. What a rank's
-random numbers, samples and schedules are follows from the step alone (see `curriculum.sampler`,
-`engine.seed_step`), so the state is the engine's shards, one number, and what policy and writer
-have to remember.
+A checkpoint is built under a temporary name: every rank writes its files and computes their
+digests, immediately or in the background. When all ranks are done the manifest is written, the
+directory gets its final name, and only then are older checkpoints removed. A directory with a
+final name is therefore always complete.
+
+Random numbers, samples and schedules depend on the step alone (see `curriculum.sampler` and
+`seeding`), so the state is the engine's shards, one number, and the state of the policy and the
+rollout worker.
 """
 
 from __future__ import annotations
@@ -21,226 +23,235 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import CheckpointConfig
-from pocl_ds.engines.engine import Engine, Write
+from pocl_ds.engines.protocol import Engine, WriteFiles
 from pocl_ds.errors import ArtifactError, PoclError, ResourceError
 from pocl_ds.runtime import distributed
-from pocl_ds.workflow.run_dir import (
+from pocl_ds.workflow.files import (
+    disk_is_full,
+    explain_disk_errors,
+    file_digest,
+    fsync_path,
+    read_json,
+    write_json,
+)
+from pocl_ds.workflow.manifest import (
     MANIFEST,
     Manifest,
     damaged_files,
-    disk_faults,
-    disk_is_full,
-    file_digest,
     package_versions,
-    read_json,
     read_manifest,
-    sync,
-    write_json,
 )
 
 log = logging.getLogger("pocl_ds")
 
 PREFIX, PARTIAL, DAMAGED, STATE = "step-", ".partial", ".damaged", "trainer.json"
-RESHARDED = (
-    "resharded"  # a checkpoint of another number of ranks, rewritten; gone with the next save
-)
-FAILURES = 2  # failed saves in a row that end a run
+# A checkpoint of another number of ranks, converted; the next save removes it.
+RESHARDED = "resharded"
+MAX_FAILURES = 2  # failed saves in a row that stop a run
 
 
 @dataclass
 class _Save:
-    """One checkpoint on its way: what this rank has written of it, or why it could not."""
+    """One checkpoint in progress: what this rank has written of it, or why it could not."""
 
     step: int
     partial: Path
     validation_loss: float | None
-    remembered: dict[str, Any] = field(default_factory=dict)  # by the policy
-    more: Callable[[Path], list[Path]] | None = None  # of rank 0
+    policy_state: dict[str, Any] = field(default_factory=dict)
+    write_more: Callable[[Path], list[Path]] | None = None  # rank 0 calls it
     thread: threading.Thread | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    fault: str | None = None
-    defect: Exception | None = None  # what is no matter of files
+    disk_error: str | None = None  # a disk that is full or gone: the next save may succeed
+    other_error: Exception | None = None
 
 
 class Checkpoints:
-    """The checkpoints of one training directory."""
+    """The checkpoints of one training directory. All ranks call every method together."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, fingerprint: str) -> None:
         self.directory, self.config, self.fingerprint = directory, config, fingerprint
-        self.failures = 0  # saves that failed since one succeeded
-        self.underway: _Save | None = None  # the same on all ranks
+        self.failures = 0  # failed saves since the last one that succeeded
+        self._async_save: _Save | None = None  # the same on all ranks
 
     @property
-    def writing(self) -> bool:
+    def is_writing(self) -> bool:
         """Whether this rank is still writing in the background."""
-        return (
-            self.underway is not None
-            and self.underway.thread is not None
-            and self.underway.thread.is_alive()
-        )
+        save = self._async_save
+        return save is not None and save.thread is not None and save.thread.is_alive()
 
     def save(
         self,
         step: int,
         engine: Engine,
         *,
-        last_chance: bool,
+        is_final: bool,
         validation_loss: float | None = None,
-        remembered: dict[str, Any] | None = None,
-        more: Callable[[Path], list[Path]] | None = None,
+        policy_state: dict[str, Any] | None = None,
+        write_more: Callable[[Path], list[Path]] | None = None,
     ) -> None:
-        """Write a checkpoint, or begin to where it is done in the background; all ranks together.
-        more: writes further files into its folder, on rank 0, and says which.
+        """Write a checkpoint, or with async_save start writing it in the background.
 
-        A first failure is said, and training goes on to the next save; a second in a row, or one
-        where no later save comes (`last_chance`), raises ResourceError on all ranks. The checkpoint
-        before stays as it is.
+        write_more: writes further files into the checkpoint, on rank 0, and returns them.
+        is_final: no later save follows, so this one is not written in the background.
+
+        After a first failure the run logs an error and continues to the next save. A second failure
+        in a row, or a failure of the final save, raises ResourceError on all ranks. The checkpoint
+        before stays in either case.
         """
-        self.settle()
-        save = _Save(
-            step, self.folder(step).with_suffix(PARTIAL), validation_loss, remembered or {}, more
+        self.finalize_async_save()
+        partial = self.step_directory(step).with_suffix(PARTIAL)
+        save = _Save(step, partial, validation_loss, policy_state or {}, write_more)
+        save.disk_error = self._make_directory(partial)
+        if any(distributed.gather_objects(save.disk_error)):
+            self._complete(save, is_final=is_final)
+            return
+        in_background = self.config.async_save and not is_final
+        write_files = engine.snapshot(partial, copy=in_background)
+        if not in_background:
+            self._write(save, write_files)
+            self._complete(save, is_final=is_final)
+            return
+        save.thread = threading.Thread(
+            target=self._write, args=(save, write_files), name="checkpoint"
         )
-        save.fault = self._clear(save.partial)
-        if any(distributed.gather_objects(save.fault)):
-            self._end(save, last_chance=last_chance)
-            return
-        background = self.config.async_save and not last_chance
-        write = engine.snapshot(save.partial, copy=background)
-        if not background:
-            self._write(save, write)
-            self._end(save, last_chance=last_chance)
-            return
-        save.thread = threading.Thread(target=self._write, args=(save, write), name="checkpoint")
         save.thread.start()
-        self.underway = save
+        self._async_save = save
 
-    def settle(self) -> None:
-        """Wait for a save in the background, and seal it; all ranks together. Does nothing where
-        there is none.
+    def finalize_async_save(self) -> None:
+        """Wait for a save in the background and complete it. Does nothing if there is none."""
+        if self._async_save is not None and self._async_save.thread is not None:
+            self._async_save.thread.join()
+            save, self._async_save = self._async_save, None
+            self._complete(save, is_final=False)
+
+    def load(self, engine: Engine) -> tuple[int, dict[str, Any]]:
+        """Load the newest intact checkpoint into the engine. Returns its step (0 if there is none)
+        and the policy's state.
+
+        Raises ArtifactError if there are checkpoints, but none that can be used.
         """
-        if self.underway is not None and self.underway.thread is not None:
-            self.underway.thread.join()
-            save, self.underway = self.underway, None
-            self._end(save, last_chance=False)
+        newest = distributed.broadcast_object(
+            self._newest_intact() if distributed.rank() == 0 else None
+        )
+        if isinstance(newest, str):
+            raise ArtifactError(newest)
+        if newest is None:
+            return 0, {}
+        path, ranks = Path(newest["path"]), int(newest["ranks"])
+        if ranks == distributed.world_size():
+            engine.load(path)
+        else:
+            with distributed.raise_on_all_ranks("convert the checkpoint"):
+                if distributed.rank() == 0:
+                    self._reshard(path, ranks, engine)
+            engine.load(self.directory / RESHARDED, resharded=True)
+        return int(newest["step"]), dict(newest["policy"])
 
-    def _clear(self, partial: Path) -> str | None:
+    def step_directory(self, step: int) -> Path:
+        """The directory of the checkpoint of a step."""
+        return self.directory / f"{PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        names = (p.name for p in self.directory.glob(f"{PREFIX}*") if p.is_dir() and not p.suffix)
+        return sorted(int(name.removeprefix(PREFIX)) for name in names)
+
+    def _make_directory(self, partial: Path) -> str | None:
+        """Make an empty directory; returns why that failed."""
         try:
             if distributed.rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         except OSError as error:
-            return _reason(error)
+            return _disk_error(error)
         return None
 
-    def _write(self, save: _Save, write: Write) -> None:
-        """Write and digest this rank's files; what goes wrong is kept for `_end`, since this may be
-        a thread.
+    def _write(self, save: _Save, write_files: WriteFiles) -> None:
+        """Write this rank's files and compute their digests. Errors are recorded for `_complete`,
+        because this may run in a thread.
         """
         try:
-            paths = write()
+            paths = write_files()
             if distributed.rank() == 0:
                 state = {
                     "step": save.step,
                     "ranks": distributed.world_size(),
-                    "policy": save.remembered,
+                    "policy": save.policy_state,
                 }
                 write_json(save.partial / STATE, state)
-                paths = [
-                    *paths,
-                    save.partial / STATE,
-                    *(save.more(save.partial) if save.more else []),
-                ]
+                paths = [*paths, save.partial / STATE]
+                if save.write_more:
+                    paths += save.write_more(save.partial)
+            # If the manifest survived a crash and the files did not, intact checkpoints would be
+            # removed in favour of a broken one.
             for path in {*paths, *(path.parent for path in paths)}:
-                sync(path)  # a manifest that outlives its files would push whole checkpoints out
+                fsync_path(path)
             save.files = {str(path.relative_to(save.partial)): file_digest(path) for path in paths}
-        except (OSError, RuntimeError) as error:  # PoclError of write_json is a RuntimeError too
-            save.fault = _reason(error)
-            save.defect = None if save.fault else error
+        except (OSError, RuntimeError) as error:  # PoclError is a RuntimeError
+            save.disk_error = _disk_error(error)
+            save.other_error = None if save.disk_error else error
         except Exception as error:
-            save.defect = error
+            save.other_error = error
 
-    def _end(self, save: _Save, *, last_chance: bool) -> None:
-        """Seal what all ranks have written, or say that it could not be."""
-        if save.defect is not None:
-            raise save.defect
-        gathered = distributed.gather_objects((save.fault, save.files))
-        faults = [fault for fault, _ in gathered if fault]
-        if not faults:
+    def _complete(self, save: _Save, *, is_final: bool) -> None:
+        """Complete the checkpoint that all ranks have written, or report that it failed."""
+        if save.other_error is not None:
+            raise save.other_error
+        # Rank 0 writes the manifest with the files of all ranks, if none of them failed.
+        gathered = distributed.gather_objects((save.disk_error, save.files))
+        error = next((rank_error for rank_error, _ in gathered if rank_error), None)
+        if error is None:
             files = {name: digest for _, files in gathered for name, digest in files.items()}
-            fault = distributed.from_rank_zero(
-                self._seal(save, files) if distributed.rank() == 0 else None
+            error = distributed.broadcast_object(
+                self._publish(save, files) if distributed.rank() == 0 else None
             )
-            if fault is None:
-                self.failures = 0
-                return
-            faults = [fault]
+        if error is None:
+            self.failures = 0
+            return
+        # Report the failure; the second in a row stops the run.
         if distributed.rank() == 0:
             shutil.rmtree(save.partial, ignore_errors=True)
         self.failures += 1
-        kept = (
-            f"the newest checkpoint is that of step {self.steps()[-1]}"
-            if self.steps()
-            else "there is no checkpoint yet"
-        )
-        if last_chance or self.failures == FAILURES:
+        newest = "there is no checkpoint yet"
+        if steps := self.steps():
+            newest = f"the newest checkpoint is that of step {steps[-1]}"
+        if is_final or self.failures == MAX_FAILURES:
             raise ResourceError(
-                f"step {save.step} could not be saved to {self.directory} ({faults[0]}; {kept}): "
-                f"free some space "
-                "and start again, training goes on from there"
+                f"step {save.step} could not be saved to {self.directory} ({error}; {newest}): "
+                f"free some space and start again, training resumes from there"
             )
         log.error(
-            "step %d could not be saved to %s (%s; %s): training goes on, the next save is the "
-            "last chance",
+            "step %d could not be saved to %s (%s; %s): training continues, and stops if the next "
+            "save fails too",
             save.step,
             self.directory,
-            faults[0],
-            kept,
+            error,
+            newest,
         )
 
-    def _seal(self, save: _Save, files: dict[str, dict[str, Any]]) -> str | None:
-        """Give a checkpoint its manifest and its name, and take older ones away. Returns why that
-        could not be done.
+    def _publish(self, save: _Save, files: dict[str, dict[str, Any]]) -> str | None:
+        """Give a checkpoint its manifest and final name, and remove older ones. Returns why that
+        failed.
         """
-        info = {"step": save.step} | (
-            {} if save.validation_loss is None else {"validation_loss": save.validation_loss}
-        )
+        info: dict[str, Any] = {"step": save.step}
+        if save.validation_loss is not None:
+            info["validation_loss"] = save.validation_loss
         manifest = Manifest("checkpoint", self.fingerprint, files, info, package_versions())
         final = save.partial.with_suffix("")
         try:
             write_json(save.partial / MANIFEST, asdict(manifest))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(save.partial, final)
-            sync(self.directory)
+            fsync_path(self.directory)
         except (OSError, PoclError) as error:
-            return _reason(error)
+            return _disk_error(error)
         shutil.rmtree(self.directory / RESHARDED, ignore_errors=True)
-        self._retire()
+        self._remove_old()
         return None
 
-    def load(self, engine: Engine) -> tuple[int, dict[str, Any]]:
-        """Put the newest whole checkpoint into the engine; all ranks together. Returns its step, 0
-        where there is none, and what the policy had to remember.
-        """
-        chosen = distributed.from_rank_zero(
-            self._newest_whole() if distributed.rank() == 0 else None
-        )
-        if isinstance(chosen, str):
-            raise ArtifactError(chosen)
-        if chosen is None:
-            return 0, {}
-        path, ranks = Path(chosen["path"]), int(chosen["ranks"])
-        if ranks == distributed.world_size():
-            engine.load(path)
-        else:
-            with distributed.together("convert the checkpoint"):
-                if distributed.rank() == 0:
-                    self._reshard(path, ranks, engine)
-            engine.load(self.directory / RESHARDED, resharded=True)
-        return int(chosen["step"]), dict(chosen["policy"])
-
     def _reshard(self, path: Path, ranks: int, engine: Engine) -> None:
-        """Rewrite a checkpoint of another number of ranks. The original stays, so nothing is lost
-        where this fails.
+        """Convert a checkpoint of another number of ranks. The original stays, so nothing is lost
+        if this fails.
         """
         start = time.monotonic()
         log.info(
@@ -250,102 +261,95 @@ class Checkpoints:
             distributed.world_size(),
         )
         target = self.directory / RESHARDED
-        with disk_faults(target):
+        with explain_disk_errors(target):
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
             engine.reshard(path, target)
         log.info("converted in %.0f s", time.monotonic() - start)
 
-    def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step is."""
-        return self.directory / f"{PREFIX}{step:08d}"
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints with a final name, oldest first."""
-        names = (p.name for p in self.directory.glob(f"{PREFIX}*") if p.is_dir() and not p.suffix)
-        return sorted(int(name.removeprefix(PREFIX)) for name in names)
-
-    def _newest_whole(self) -> dict[str, Any] | str | None:
-        """{"path", "step"} of the newest verified checkpoint; a sentence where it cannot be used;
-        None where none is.
+    def _newest_intact(self) -> dict[str, Any] | str | None:
+        """Path, step, ranks and policy state of the newest verified checkpoint; a message if none
+        can be used; None if there is none.
         """
         for leftover in self.directory.glob(f"*{PARTIAL}"):
-            log.info("removing %s, the remains of a save that was cut short", leftover)
+            log.info("removing %s, an incomplete checkpoint of an interrupted save", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
         steps, damaged = self.steps(), []
         for step in reversed(steps):
-            path = self.folder(step)
-            try:
-                manifest = _manifest(path)
-                faults = (
-                    ["manifest.json is missing or damaged"]
-                    if manifest is None
-                    else damaged_files(path, manifest)
-                )
-            except OSError as error:
-                manifest, faults = None, [f"it cannot be read ({error.strerror})"]
+            # Verify the files of the checkpoint against its manifest.
+            path = self.step_directory(step)
+            manifest, faults = _verify(path)
             if faults or manifest is None:
-                log.warning(
-                    "checkpoint %s is damaged (%s): looking for the one before",
-                    path,
-                    "; ".join(faults),
-                )
+                problem = "; ".join(faults)
+                log.warning("checkpoint %s is damaged (%s): trying the one before", path, problem)
                 damaged.append(path)
                 continue
             if manifest.fingerprint != self.fingerprint:
-                return f"checkpoint {path} belongs to another recipe or other data: use another --run-dir"
-            self._set_aside(damaged, step, steps[-1] - step)
+                return (
+                    f"checkpoint {path} belongs to another recipe or other data: use another "
+                    f"--run-dir"
+                )
+            self._rename_damaged(damaged, resumed=step, lost=steps[-1] - step)
             state = read_json(path / STATE)
-            return {
-                "path": str(path),
-                "step": step,
-                "ranks": state["ranks"],
-                "policy": state["policy"],
-            }
+            return {"path": str(path), **{key: state[key] for key in ("step", "ranks", "policy")}}
         if steps:
-            return f"none of the checkpoints in {self.directory} is whole: remove that directory to train from the start"
+            return (
+                f"none of the checkpoints in {self.directory} is intact: remove that directory to "
+                f"train from the start"
+            )
         return None
 
-    def _set_aside(self, damaged: list[Path], step: int, lost: int) -> None:
-        """Take the name of a checkpoint from damaged ones: counted as newest, they would push whole
-        ones out.
+    def _rename_damaged(self, damaged: list[Path], *, resumed: int, lost: int) -> None:
+        """Rename damaged checkpoints. If they counted as the newest, intact ones would be removed
+        in their favour.
         """
         for path in damaged:
-            aside = path.with_suffix(DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            with disk_faults(path):
-                path.rename(aside)
+            renamed = path.with_suffix(DAMAGED)
+            shutil.rmtree(renamed, ignore_errors=True)
+            with explain_disk_errors(path):
+                path.rename(renamed)
         if damaged:
             log.warning(
-                "going on from step %d, %d steps are trained again; the damaged files stay as *%s "
-                "until the next save",
-                step,
+                "resuming from step %d, %d steps run again; the damaged files stay as *%s until "
+                "the next save",
+                resumed,
                 lost,
                 DAMAGED,
             )
 
-    def _retire(self) -> None:
-        """Remove what neither `keep`, `keep_every_n_steps` nor `keep_best` holds."""
-        for aside in self.directory.glob(f"*{DAMAGED}"):
-            shutil.rmtree(aside, ignore_errors=True)
+    def _remove_old(self) -> None:
+        """Remove checkpoints that keep_last, keep_every_n_steps and keep_best do not keep."""
+        for damaged in self.directory.glob(f"*{DAMAGED}"):
+            shutil.rmtree(damaged, ignore_errors=True)
         steps, config = self.steps(), self.config
-        kept = set(steps[-config.keep_last :])
+        retained = set(steps[-config.keep_last :])
         if config.keep_every_n_steps:
-            kept |= {step for step in steps if step % config.keep_every_n_steps == 0}
+            retained |= {step for step in steps if step % config.keep_every_n_steps == 0}
         if config.keep_best:
-            manifests = {step: _manifest(self.folder(step)) for step in steps}
-            losses = {
-                step: found.info["validation_loss"]
-                for step, found in manifests.items()
-                if found and "validation_loss" in found.info
-            }
-            kept |= {min(losses, key=lambda step: losses[step])} if losses else set()
-        for step in set(steps) - kept:
-            shutil.rmtree(self.folder(step), ignore_errors=True)
+            losses = {}
+            for step in steps:
+                manifest = _read_manifest(self.step_directory(step))
+                if manifest and "validation_loss" in manifest.info:
+                    losses[step] = manifest.info["validation_loss"]
+            if losses:
+                retained.add(min(losses, key=lambda step: losses[step]))
+        for step in set(steps) - retained:
+            shutil.rmtree(self.step_directory(step), ignore_errors=True)
 
 
-def _manifest(path: Path) -> Manifest | None:
-    """A checkpoint's manifest, None where it is missing or no JSON. Raises ArtifactError for one of
+def _verify(path: Path) -> tuple[Manifest | None, list[str]]:
+    """A checkpoint's manifest, and what is wrong with the checkpoint."""
+    try:
+        manifest = _read_manifest(path)
+        if manifest is None:
+            return None, ["manifest.json is missing or damaged"]
+        return manifest, damaged_files(path, manifest)
+    except OSError as error:
+        return None, [f"it cannot be read ({error.strerror})"]
+
+
+def _read_manifest(path: Path) -> Manifest | None:
+    """A checkpoint's manifest, None if it is missing or no JSON. Raises ArtifactError for one of
     another program or schema.
     """
     try:
@@ -355,8 +359,8 @@ def _manifest(path: Path) -> Manifest | None:
     return read_manifest(path)
 
 
-def _reason(error: Exception) -> str | None:
-    """Why a file could not be written; None for what is no matter of files."""
+def _disk_error(error: Exception) -> str | None:
+    """Why a file could not be written; None for errors that have nothing to do with files."""
     if isinstance(error, OSError):
         return f"rank {distributed.rank()}: {error.strerror or error}"
     if isinstance(error, PoclError):

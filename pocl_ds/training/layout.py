@@ -1,4 +1,4 @@
-"""Padding or packing: how the samples of a micro-batch lie in tensors, chosen before training."""
+"""Padding or packing of micro-batches, chosen before training."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.compat.transformers_private import attn_implementation
 from pocl_ds.config import TrainConfig
-from pocl_ds.curriculum.micro_batches import deal
+from pocl_ds.curriculum.micro_batches import assign_micro_batches
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.errors import RecipeError
-from pocl_ds.models.heads import packs
+from pocl_ds.models.heads import supports_packing
 from pocl_ds.runtime import distributed
 
 log = logging.getLogger("pocl_ds")
 
-STEPS = 16  # of each stage, whose lengths are looked at
+SAMPLED_STEPS = 16  # optimizer steps of each stage whose lengths are measured
 
 
 @dataclass(frozen=True)
 class Layout:
-    """packed: samples behind one another in one row. padding_share: of a padded micro-batch's
-    tokens, what padding would be.
+    """packed: the samples of a micro-batch are packed into one row. padding_share: the share of
+    padding in a padded micro-batch's tokens.
     """
 
     packed: bool
@@ -35,29 +36,32 @@ class Layout:
 def choose_layout(
     train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64], models: Sequence[Any]
 ) -> Layout:
-    """How micro-batches lie: as the recipe says, else packed wherever the models' attention allows
-    it.
+    """The layout that the recipe names, or with `auto`: packed if the models' attention allows it.
 
-    With attention at each sample alone packing never costs more than padding. lengths: tokens of
-    each sample, easiest first. Raises RecipeError where packing is asked of a model that cannot
-    keep packed samples apart.
+    With attention that covers one sample at a time packing never costs more than padding.
+    lengths: tokens of each sample, easiest first. Raises RecipeError if the recipe asks for
+    packing and a model cannot keep packed samples apart.
     """
-    unable = next((model.config for model in models if not packs(model)), None)
-    if unable is not None and train.layout == "packed":
+    unsupported = next((model.config for model in models if not supports_packing(model)), None)
+    attention = attn_implementation(unsupported) if unsupported is not None else None
+    if unsupported is not None and train.layout == "packed":
         raise RecipeError(
-            f"train.layout=packed: {unable.model_type} with "
-            f"attention={unable._attn_implementation} does not keep packed "
-            "samples apart: choose attention per_sample, or layout padded"
+            f"train.layout=packed: {unsupported.model_type} with attn_implementation={attention} "
+            f"does not keep packed samples apart; choose attn_implementation=per_sample, or "
+            f"train.layout=padded"
         )
-    packed = train.layout != "padded" and unable is None
-    why = "the recipe says so" if train.layout != "auto" else "attention looks at each sample alone"
-    if train.layout == "auto" and unable is not None:
-        why = f"{unable.model_type} with attention={unable._attn_implementation} cannot be packed"
+    packed = train.layout != "padded" and unsupported is None
+    if train.layout != "auto":
+        reason = f"train.layout={train.layout}"
+    elif unsupported is None:
+        reason = "attention covers one sample at a time"
+    else:
+        reason = f"{unsupported.model_type} with attn_implementation={attention} cannot be packed"
     layout = Layout(packed, padding_share(train, sampler, lengths))
     log.info(
-        "micro-batches are %s: %s; padding %s %.0f%% of their tokens",
+        "micro-batches are %s (%s); padding %s %.0f%% of their tokens",
         "packed" if packed else "padded",
-        why,
+        reason,
         "would be" if packed else "is",
         100 * layout.padding_share,
     )
@@ -65,35 +69,34 @@ def choose_layout(
 
 
 def padding_share(train: TrainConfig, sampler: Sampler, lengths: NDArray[np.int64]) -> float:
-    """Share of padding in padded micro-batches, over the first steps of each stage."""
+    """The share of padding in padded micro-batches, over the first steps of each stage."""
     batches = _padded_micro_batches(train, _first_batches(sampler, lengths))
-    return 1 - sum(int(batch.sum()) for batch in batches) / sum(
-        len(batch) * int(batch.max()) for batch in batches
-    )
+    tokens = sum(int(batch.sum()) for batch in batches)
+    return 1 - tokens / sum(len(batch) * int(batch.max()) for batch in batches)
 
 
 def _first_batches(sampler: Sampler, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Lengths in the first global batches of each stage."""
-    found, start = [], 0
+    batches, start = [], 0
     for stage in sampler.plan.stages:
-        steps = range(start, start + min(STEPS, stage.steps))
-        found += [np.asarray(lengths[sampler.batch(step)], np.int64) for step in steps]
+        steps = range(start, start + min(SAMPLED_STEPS, stage.steps))
+        batches += [np.asarray(lengths[sampler.batch(step)], np.int64) for step in steps]
         start += stage.steps
-    return found
+    return batches
 
 
 def _padded_micro_batches(
     train: TrainConfig, batches: list[NDArray[np.int64]]
 ) -> list[NDArray[np.int64]]:
-    """Lengths in the padded micro-batches that all ranks make of some global batches."""
-    found = []
+    """Lengths in the padded micro-batches of all ranks, from those of global batches."""
+    micro_batches = []
     for batch in batches:
-        dealt = deal(
+        assignment = assign_micro_batches(
             batch,
             ranks=distributed.world_size(),
             micro_batch_size=train.micro_batch_size,
             micro_batch_tokens=train.micro_batch_tokens,
             packed=False,
         )
-        found += [batch[members] for rank in dealt for members in rank if len(members)]
-    return found
+        micro_batches += [batch[members] for rank in assignment for members in rank if len(members)]
+    return micro_batches

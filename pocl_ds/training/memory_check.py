@@ -1,121 +1,120 @@
-"""Does a training fit on this machine? A coarse look before anything is loaded, so that no rank
-dies half-way.
-"""
+"""A coarse check, before anything is loaded, that a training fits into this machine's memory."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import LoraConfig, ModelSource
 from pocl_ds.config.registry import ALL_LINEAR
 from pocl_ds.errors import ResourceError
+from pocl_ds.models.cost import parameter_bytes
 from pocl_ds.models.load import empty_model, load_model_config
-from pocl_ds.models.lora import adapter_parameters, targeted
+from pocl_ds.models.lora import adapter_parameters, target_linear_modules
+from pocl_ds.models.memory import frozen_weight_bytes, student_state_bytes
 from pocl_ds.runtime import distributed
 
-log = logging.getLogger("pocl_ds")
-
-# float32: weights, gradients, two moments, and ZeRO's flat copy of the weights.
-BYTES_PER_TRAINED_PARAMETER = 4 * 5
-BYTES_PER_FROZEN_PARAMETER = 4
-BYTES_COPIED = (
-    4 * 3
-)  # weights and moments once more, while a checkpoint is written in the background
-# a parameter whole on a rank during a step; a trained one as often for its gradient before it is
-# scattered
-BYTES_GATHERED = 4
-BYTES_OF_WRITER = 2 << 30  # beside its weights: an interpreter, its cache of keys and values
-BYTES_PER_RANK = (
-    2 << 30
-)  # interpreter, libraries, gathered layers, activations of a small micro-batch
+STUDENT_DTYPE = "float32"  # the only one on CPUs
+# Beside its weights, a rollout worker needs an interpreter and its cache of keys and values.
+ROLLOUT_WORKER_BYTES = 2 << 30
+# Interpreter, libraries, gathered layers, activations of a small micro-batch.
+RANK_BYTES = 2 << 30
 
 
-def check_memory(
-    student: ModelSource,
-    teachers: Sequence[tuple[ModelSource, float | None]],
-    *,
-    teacher_bytes: int,
-    teacher_sharded: bool,
-    chunk_bytes: int,
-    sharded: bool,
-    copied: bool,
-    writer: bool = False,
-    held: bool = False,
-    lora: LoraConfig | None = None,
-) -> None:
-    """Raise ResourceError where this node's ranks need more memory than it has free. CPU only; GPUs
-    are left to try.
+@dataclass(frozen=True)
+class MemoryDemand:
+    """What a training loads, as far as memory is concerned. Models are known by their
+    configurations alone.
+    """
 
-    student, teachers: where they lie; only their configurations are read. teacher_bytes: a teacher
-    weight's size; beside a teacher, that of its linear modules' weights where they are quantised.
-    copied: checkpoints are written in the background. writer: each rank has one of its own, for the
-    student's responses; held: one rank keeps what its writer has, for checkpoints. lora: adapters
-    that are trained alone, beside the student's own weights.
+    student: ModelSource
+    # Each teacher, and the bytes of a weight of its linear maps if it is quantized.
+    teachers: Sequence[tuple[ModelSource, float | None]]
+    teacher_dtype: str
+    teacher_sharded: bool
+    student_sharded: bool
+    chunk_bytes: int  # of logits and their buffers
+    async_save: bool
+    rollout_worker: bool = False  # every rank has one, with a copy of the student
+    saved_rollout_weights: bool = False  # one rank holds the worker's weights for checkpoints
+    lora: LoraConfig | None = None
+
+    def bytes_on_node(self, ranks: int, total_ranks: int) -> float:
+        """Bytes that `ranks` ranks on one machine need, of `total_ranks` in the training."""
+        # Weights, gradients and optimizer of the student; a copy of what a background save writes.
+        parameters = count_parameters(self.student)
+        trained = count_adapter_parameters(self.student, self.lora) if self.lora else parameters
+        frozen = parameters if self.lora else 0
+        state = student_state_bytes(frozen + trained, trained, STUDENT_DTYPE, sharded=True)
+        copied = 3 * parameter_bytes(trained, STUDENT_DTYPE) if self.async_save else 0
+        copies = ranks / total_ranks if self.student_sharded else ranks
+        student = (state.total + copied) * copies
+
+        # Weights of the teachers.
+        teacher_copies = ranks / total_ranks if self.teacher_sharded else ranks
+        teachers = teacher_copies * sum(
+            self._teacher_bytes(teacher, quantized) for teacher, quantized in self.teachers
+        )
+
+        # On every rank: gathered weights, and gradients before they are scattered (ZeRO-3 keeps
+        # weights from forward to backward if they fit), logits, the rollout worker.
+        gathered = parameter_bytes(frozen + 2 * trained, STUDENT_DTYPE)
+        per_rank = RANK_BYTES + self.chunk_bytes + (gathered if self.student_sharded else 0)
+        if self.rollout_worker:
+            per_rank += ROLLOUT_WORKER_BYTES + parameter_bytes(parameters, STUDENT_DTYPE)
+
+        # On one rank: the full frozen weights while it writes the final model (a trained model
+        # needs more in a step), and the worker's weights for checkpoints.
+        single = parameter_bytes(frozen, STUDENT_DTYPE)
+        if self.saved_rollout_weights:
+            single += parameter_bytes(parameters, STUDENT_DTYPE)
+        return student + teachers + ranks * per_rank + single
+
+    def _teacher_bytes(self, teacher: ModelSource, quantized: float | None) -> float:
+        return frozen_weight_bytes(
+            count_parameters(teacher),
+            self.teacher_dtype,
+            linear_parameters=0 if quantized is None else count_linear_parameters(teacher),
+            bytes_per_linear_weight=quantized,
+        )
+
+
+def check_memory(demand: MemoryDemand) -> None:
+    """Raise ResourceError if this machine's ranks need more memory than is free. Only CPUs are
+    checked; on a GPU a lack of memory shows in the first step.
     """
     if distributed.device().type != "cpu":
         return
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    copies = ranks / distributed.world_size() if sharded else ranks
-    whole = parameters(student)
-    trained, still = (adapters(student, lora), whole) if lora else (whole, 0)
-    student_bytes = (
-        trained * (BYTES_PER_TRAINED_PARAMETER + BYTES_COPIED * copied)
-        + still * BYTES_PER_FROZEN_PARAMETER
-    )
-    frozen = sum(
-        parameters(one) * teacher_bytes - _spared(one, teacher_bytes, quantised)
-        for one, quantised in teachers
-    )
-    models = student_bytes * copies + frozen * (
-        ranks / distributed.world_size() if teacher_sharded else ranks
-    )
-    # ZeRO-3 keeps weights from forward to backward where they fit.
-    gathered = (still + 2 * trained) * BYTES_GATHERED if sharded else 0
-    of_writer = BYTES_OF_WRITER + whole * 4 if writer else 0
-    of_writer_held = whole * 4 if held else 0
-    written = (
-        still * BYTES_PER_FROZEN_PARAMETER
-    )  # whole once more on the rank that writes them: else a step takes more than that
-    need = (
-        int(models)
-        + written
-        + of_writer_held
-        + ranks * (BYTES_PER_RANK + gathered + chunk_bytes + of_writer)
-    )
-    free = available_bytes()
+    need, free = demand.bytes_on_node(ranks, distributed.world_size()), available_bytes()
     if need > free:
         raise ResourceError(
-            f"{ranks} ranks on this machine need about {need / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free: "
-            "take fewer ranks (launch.ranks), a smaller model, or a machine with more memory"
+            f"{ranks} ranks on this machine need about {need / 1e9:.1f} GB of memory, and "
+            f"{free / 1e9:.1f} GB are free: use fewer ranks (launch.ranks), a smaller model, or a "
+            f"machine with more memory"
         )
 
 
-def _spared(teacher: ModelSource, size: int, quantised: float | None) -> int:
-    """Bytes that quantised linear modules are smaller."""
-    return 0 if quantised is None else int(linear_parameters(teacher) * (size - quantised))
+def count_parameters(model: ModelSource) -> int:
+    """Parameters of a model, from its configuration alone; tied weights count once."""
+    return sum(p.numel() for p in _empty_model(model).parameters())
 
 
-def parameters(model: ModelSource) -> int:
-    """Number of parameters, from the configuration alone; tied weights count once."""
-    return sum(p.numel() for p in _empty(model).parameters())
+def count_adapter_parameters(model: ModelSource, lora: LoraConfig) -> int:
+    """Parameters of a model's LoRA adapters. Raises RecipeError if it cannot have these."""
+    return adapter_parameters(_empty_model(model), lora)
 
 
-def adapters(model: ModelSource, lora: LoraConfig) -> int:
-    """Number of its adapters' parameters. Raises RecipeError where it cannot have these."""
-    return adapter_parameters(_empty(model), lora)
+def count_linear_parameters(model: ModelSource) -> int:
+    """Weights of a model's linear maps without the head: those that quantization applies to."""
+    modules = target_linear_modules(_empty_model(model), (ALL_LINEAR,))
+    return sum(module.weight.numel() for module in modules.values())
 
 
-def linear_parameters(model: ModelSource) -> int:
-    """Number of weights of its linear modules without the head's: what is quantised of a teacher."""
-    return sum(module.weight.numel() for module in targeted(_empty(model), (ALL_LINEAR,)).values())
-
-
-def _empty(model: ModelSource) -> Any:
+def _empty_model(model: ModelSource) -> Any:
     config = load_model_config(
         model.model, trust_remote_code=model.trust_remote_code, revision=model.revision
     )
@@ -123,8 +122,8 @@ def _empty(model: ModelSource) -> Any:
 
 
 def available_bytes() -> int:
-    """Memory this process may still take: the machine's, or its control group's where that is
-    smaller.
+    """Memory that this process can still allocate: that of the machine, or of its control group if
+    that is less.
     """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in Path("/proc/meminfo").read_text().splitlines():

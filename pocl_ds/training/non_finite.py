@@ -1,5 +1,5 @@
-"""Losses and gradients that are not finite: no such step is applied; its batch is written down, the
-run stops or goes on.
+"""Losses and gradients that are not finite: such a step changes nothing, its batch is written to
+a file, and the run stops or continues.
 """
 
 from __future__ import annotations
@@ -13,81 +13,84 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.curriculum.sampler import Position
+from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.errors import NumericalError
 from pocl_ds.runtime import distributed
-from pocl_ds.workflow.run_dir import write_json
+from pocl_ds.workflow.files import write_json
 
 log = logging.getLogger("pocl_ds")
 
-SHOWN = 4  # sample ids in a sentence; the file has them all
+MAX_SHOWN_SAMPLES = 4  # in a message; the file has all of them
 
 
-class NonFinite:
-    """Counts the steps that were left out. All ranks call it together, with the same numbers."""
+class NonFiniteSteps:
+    """Counts skipped steps. All ranks call it together, with the same numbers."""
 
     def __init__(self, directory: Path, *, allowed: int) -> None:
+        """directory: of the training, for files; allowed: steps that may be skipped."""
         self.directory, self.allowed = directory, allowed
-        self.skipped = 0  # since the training's very beginning
+        self.skipped = 0  # since the start of the training, over all its processes
 
     def check(
         self,
         loss: float,
-        norm: float,
-        position: Position,
-        pieces: list[tuple[NDArray[np.bytes_], Tensor]],
+        grad_norm: float,
+        position: SamplerPosition,
+        micro_batches: list[tuple[NDArray[np.bytes_], Tensor]],
     ) -> dict[str, Any] | None:
-        """None where both are finite. Else the record of a step that was left out, or
-        NumericalError where no more may be.
+        """None if loss and gradient norm are finite, else the record of a skipped step.
 
-        pieces: this rank's micro-batches, the ids of each and its loss sum. The engine applies no
-        gradient that is not finite.
+        micro_batches: sample ids and loss sum of each micro-batch of this rank. Raises
+        NumericalError if the recipe allows no further skipped step, or if the gradient is finite,
+        since the engine has applied it then.
         """
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
             return None
-        what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+        quantity, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
         step = position.step + 1
         record = {
             "kind": "skipped",
             "step": step,
             "stage": position.stage,
-            "what": what,
+            "quantity": quantity,
             "value": str(value),
         }
-        path = self.directory / f"non_finite-step-{step:08d}.json"
-        everyone = distributed.gather_objects(
-            [([name.decode() for name in ids], float(total)) for ids, total in pieces]
-        )
-        batches = [
-            {"rank": rank, "loss_sum": str(total), "ids": ids}
-            for rank, found in enumerate(everyone)
-            for ids, total in found
-        ]
-        if distributed.rank() == 0:
-            write_json(path, {**record, "micro_batches": batches})
-        culprits = [
-            name
-            for batch in batches
-            if not math.isfinite(float(batch["loss_sum"]))
-            for name in batch["ids"]
-        ]
-        named = culprits or [name for batch in batches for name in batch["ids"]]
-        among = f"samples {', '.join(named[:SHOWN])}{', ...' if len(named) > SHOWN else ''}; all micro-batches in {path}"
-        if self.skipped < self.allowed and not math.isfinite(norm):
+        samples = self._write_batch(record, micro_batches)
+        if self.skipped < self.allowed and not math.isfinite(grad_norm):
             self.skipped += 1
             log.warning(
-                "the %s is %s at step %d (%s): the step is left out, %d of %d that may be",
-                what,
+                "the %s is %s at step %d (%s): the step is skipped, number %d of at most %d",
+                quantity,
                 value,
                 step,
-                among,
+                samples,
                 self.skipped,
                 self.allowed,
             )
             return record
         raise NumericalError(
-            f"the {what} is {value} at step {step} ({among}): lower train.lr, use dtype float32, "
-            f"or let a few such steps be left "
-            "out (train.max_non_finite_steps); the last checkpoint is whole, and the same command goes "
-            "on from it"
+            f"the {quantity} is {value} at step {step} ({samples}): lower train.lr, use dtype "
+            f"float32, or allow a few skipped steps (train.max_non_finite_steps). The last "
+            f"checkpoint is intact, and the same command resumes from it"
         )
+
+    def _write_batch(
+        self, record: dict[str, Any], micro_batches: list[tuple[NDArray[np.bytes_], Tensor]]
+    ) -> str:
+        """Write the micro-batches of all ranks to a file. Returns the samples of those whose loss
+        is not finite (or of all), and the file, for a message.
+        """
+        own = [([name.decode() for name in ids], float(total)) for ids, total in micro_batches]
+        batches = [
+            {"rank": rank, "loss_sum": str(total), "ids": ids}
+            for rank, gathered in enumerate(distributed.gather_objects(own))
+            for ids, total in gathered
+        ]
+        path = self.directory / f"non_finite-step-{record['step']:08d}.json"
+        if distributed.rank() == 0:
+            write_json(path, {**record, "micro_batches": batches})
+        suspects = [batch for batch in batches if not math.isfinite(float(batch["loss_sum"]))]
+        names = [name for batch in suspects or batches for name in batch["ids"]]
+        shown = ", ".join(names[:MAX_SHOWN_SAMPLES])
+        more = ", ..." if len(names) > MAX_SHOWN_SAMPLES else ""
+        return f"samples {shown}{more}; all micro-batches in {path}"

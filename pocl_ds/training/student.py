@@ -1,5 +1,5 @@
-"""The student in training: one module from ids to loss sums, so that every hook of ZeRO-3 fires
-where it should.
+"""The student in training: one module from token ids to loss sums, so that every ZeRO-3 hook
+fires.
 """
 
 from __future__ import annotations
@@ -10,51 +10,42 @@ from transformers import PreTrainedModel
 from pocl_ds.data.batches import Batch
 from pocl_ds.losses.fused_head import LossHead, LossSums
 from pocl_ds.losses.token_losses import LossTerms, TeacherHead
-from pocl_ds.models.heads import head_of, hidden_states, unsplit
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import hidden_states, identity_head, output_head
+from pocl_ds.models.vocab import VocabMap
 
 
 class Student(nn.Module):
-    """Backbone -> hidden states at loss positions -> fused head and loss.
+    """Backbone, hidden states at loss positions, fused head and loss.
 
-    A batch without loss tokens still runs through every parameter: its loss is 0 with a graph, so
-    that no rank hangs in a reduction the others wait for.
+    A batch without loss tokens still runs through every parameter: its loss is 0 and has a graph,
+    so that no rank hangs in a reduction that the other ranks wait for.
     """
 
     def __init__(
-        self, model: PreTrainedModel, ids: Ids, *, chunk_bytes: int, split: bool = True
+        self, model: PreTrainedModel, vocab: VocabMap, *, chunk_bytes: int, split: bool = True
     ) -> None:
-        """split: the head apart from the backbone; else logits come from the model's own forward,
-        of all positions at once.
+        """split: whether the head is applied apart from the backbone, in chunks; otherwise the
+        model's own forward makes the logits of all positions at once.
         """
         super().__init__()
         self.model, self.split = model, split
-        self.loss_head = LossHead(head_of(model) if split else unsplit(model), ids, chunk_bytes)
+        head = output_head(model) if split else identity_head(model)
+        self.loss_head = LossHead(head, vocab, chunk_bytes)
 
     def forward(
         self,
         batch: Batch,
         terms: LossTerms,
-        teacher_hidden: Tensor | None = None,
+        teacher_outputs: Tensor | None = None,
         teacher_head: TeacherHead | None = None,
     ) -> LossSums:
-        """Loss sums of one micro-batch; teacher_hidden: [loss tokens, teacher width], side by side
-        for a `Mixture`, or records of a `TopK`.
+        """Loss sums of one micro-batch.
 
-        The loss tokens are the teacher's own where the batch is translated.
+        teacher_outputs: [loss tokens, teacher width], concatenated along the width for a
+        `HeadMixture`, or records of a `TopKCodec`. For a batch with a teacher view the loss tokens
+        are the teacher's own.
         """
-        hidden = batch.at_loss_positions(hidden_states(self.model, *batch.inputs, split=self.split))
-        sums: LossSums = self.loss_head(hidden, batch, terms, teacher_hidden, teacher_head)
+        hidden = hidden_states(self.model, *batch.inputs, split=self.split)
+        hidden = batch.at_loss_positions(hidden)
+        sums: LossSums = self.loss_head(hidden, batch, terms, teacher_outputs, teacher_head)
         return sums
-
-
-class TeacherBackbone(nn.Module):
-    """The teacher up to its final norm, or unsplit to its logits, at loss positions only."""
-
-    def __init__(self, model: PreTrainedModel, *, split: bool = True) -> None:
-        super().__init__()
-        self.model, self.split = model, split
-
-    def forward(self, batch: Batch) -> Tensor:
-        """[loss tokens, width], of a batch in the teacher's ids."""
-        return batch.at_loss_positions(hidden_states(self.model, *batch.inputs, split=self.split))

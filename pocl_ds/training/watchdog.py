@@ -1,8 +1,7 @@
-"""Hangs are found: a rank that says nothing for too long writes every thread's stack and ends the
-process.
+"""Hang detection: a rank without progress for too long writes the stack of every thread and exits.
 
-In a hung collective all ranks fall silent, so each leaves its own stacks: the one that is somewhere
-else is the culprit.
+In a collective that hangs all ranks stop making progress, so each writes its own stacks: the rank
+that is somewhere else is the cause.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from types import TracebackType
 
 from pocl_ds.errors import HANG
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.process_exit import last_word, leave_word
+from pocl_ds.runtime.process_exit import print_error, record_exit
 
-# Where a thread cannot run because C code holds the interpreter, faulthandler's own timer fires
-# this much later.
-LATER = 30.0
+# If the thread below cannot run because C code holds the interpreter, faulthandler's own timer
+# fires so many seconds later.
+FALLBACK_DELAY = 30.0
 
 
 class Watchdog:
-    """Ends the process, with stacks in `directory`/stacks-rank-R.txt, when `beat` was not called
-    for `seconds`.
+    """Ends the process if `reset` was not called for `seconds`, with the stacks of its threads in
+    stacks-rank-R.txt in `directory`.
     """
 
     def __init__(self, directory: Path, seconds: float) -> None:
@@ -36,7 +35,7 @@ class Watchdog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.unlink(missing_ok=True)
         self._stream = self.path.open("w", encoding="utf-8")
-        self.beat()
+        self.reset()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
         return self
@@ -53,24 +52,24 @@ class Watchdog:
         self._stream.close()
         self.path.unlink(missing_ok=True)
 
-    def beat(self) -> None:
-        """Something was done."""
-        self._last = time.monotonic()
-        faulthandler.dump_traceback_later(self.seconds + LATER, exit=True, file=self._stream)
+    def reset(self) -> None:
+        """Record that this rank has made progress."""
+        self._last_reset = time.monotonic()
+        delay = self.seconds + FALLBACK_DELAY
+        faulthandler.dump_traceback_later(delay, exit=True, file=self._stream)
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.seconds / 4)):
-            silent = time.monotonic() - self._last
-            if silent < self.seconds:
+            idle_seconds = time.monotonic() - self._last_reset
+            if idle_seconds < self.seconds:
                 continue
             faulthandler.dump_traceback(self._stream, all_threads=True)
             self._stream.flush()
-            said = (
-                f"rank {distributed.rank()} did nothing for {silent:.0f} s "
-                f"(train.hang_timeout_seconds={self.seconds:g}): the stacks of "
-                f"its threads are in {self.path}; the run ends, the same command goes on from the "
-                f"last checkpoint"
+            message = (
+                f"rank {distributed.rank()} made no progress for {idle_seconds:.0f} s "
+                f"(train.hang_timeout_seconds={self.seconds:g}): its stack traces are in "
+                f"{self.path}. The run stops; the same command resumes from the last checkpoint"
             )
-            last_word(said)
-            leave_word(HANG, said)
+            print_error(message)
+            record_exit(HANG, message)
             os._exit(HANG)

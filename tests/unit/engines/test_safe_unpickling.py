@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pocl_ds.engines.safe_unpickling import FORCE, data_only, pickle_by_value
+from pocl_ds.engines.safe_unpickling import FORCE_VARIABLE, data_only, pickle_by_value
 from pocl_ds.errors import ArtifactError
 
 
@@ -64,9 +64,9 @@ def test_data_comes_through(tmp_path: Path) -> None:
         and isinstance(found["known"], Known)
         and torch.equal(found["x"], torch.ones(2))
     )
-    assert FORCE not in os.environ
+    assert FORCE_VARIABLE not in os.environ
     with (
-        pytest.raises(ArtifactError, match=r"holds more than data \([\w.]+\.Known\), and nothing"),
+        pytest.raises(ArtifactError, match=r"contains more than data \([\w.]+\.Known\); none of its code"),
         data_only(tmp_path),
     ):
         careless(tmp_path / "file")
@@ -76,7 +76,7 @@ def test_a_damaged_pickle_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"no pickle at all")
     with (
         pytest.raises(
-            ArtifactError, match=r"holds more than data \(a damaged pickle\), and nothing"
+            ArtifactError, match=r"contains more than data \(a damaged pickle\); none of its code"
         ),
         data_only(tmp_path),
     ):
@@ -86,19 +86,19 @@ def test_a_damaged_pickle_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in a process of a pool"])
 def test_code_does_not_run(tmp_path: Path, elsewhere: bool) -> None:
     torch.save({"x": Trap(tmp_path / "sprung")}, tmp_path / "file")
-    with pytest.raises(ArtifactError, match="holds more than data"), data_only(tmp_path):
+    with pytest.raises(ArtifactError, match="contains more than data"), data_only(tmp_path):
         if elsewhere:
             with ProcessPoolExecutor(1) as pool:
                 pool.submit(careless, tmp_path / "file").result()
         else:
             careless(tmp_path / "file")
-    assert not (tmp_path / "sprung").exists() and FORCE not in os.environ
+    assert not (tmp_path / "sprung").exists() and FORCE_VARIABLE not in os.environ
     careless(tmp_path / "file")
     assert (tmp_path / "sprung").exists(), "the trap itself works"
 
 
 def test_another_fault_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FORCE, "0")
+    monkeypatch.setenv(FORCE_VARIABLE, "0")
     with pytest.raises(FileNotFoundError), data_only(tmp_path):
         careless(tmp_path / "missing")
-    assert os.environ[FORCE] == "0"
+    assert os.environ[FORCE_VARIABLE] == "0"

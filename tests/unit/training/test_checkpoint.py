@@ -62,7 +62,7 @@ def save(
     store: Checkpoints, engine: Any, step: int, *, last: bool = False, loss: float | None = None
 ) -> None:
     engine.value = step
-    store.save(step, engine, last_chance=last, validation_loss=loss)
+    store.save(step, engine, is_final=last, validation_loss=loss)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +89,18 @@ def test_a_save_in_the_background_has_no_name_before_it_is_whole(tmp_path: Path)
     store, engine = checkpoints(tmp_path, async_save=True), Engine()
     engine.gate.clear()
     save(store, engine, 1)
-    assert store.writing and store.steps() == []
+    assert store.is_writing and store.steps() == []
     engine.value = 77  # training goes on
     threading.Timer(0.2, engine.gate.set).start()
-    store.settle()  # waits
-    assert not store.writing and store.steps() == [1]
+    store.finalize_async_save()  # waits
+    assert not store.is_writing and store.steps() == [1]
     assert (tmp_path / "checkpoints" / "step-00000001" / "weights").read_text() == "1"
     save(store, engine, 2)
     save(
         store, engine, 3, last=True
     )  # the last one is not left to a thread, and the one before is sealed first
     assert store.steps() == [2, 3] and engine.copied == [True, True, False]
-    store.settle()
+    store.finalize_async_save()
 
 
 def test_what_fails_in_the_background_is_said_later(
@@ -110,7 +110,7 @@ def test_what_fails_in_the_background_is_said_later(
     save(store, engine, 1)
     engine.fault = OSError(28, "No space left on device")
     save(store, engine, 2)
-    store.settle()
+    store.finalize_async_save()
     assert (
         "step 2 could not be saved" in caplog.text
         and "that of step 1" in caplog.text
@@ -118,7 +118,7 @@ def test_what_fails_in_the_background_is_said_later(
     )
     save(store, engine, 3)
     with pytest.raises(ResourceError, match=r"step 3 could not be saved .*No space left"):
-        store.settle()
+        store.finalize_async_save()
     assert store.steps() == [1] and not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
@@ -127,7 +127,7 @@ def test_a_defect_in_the_background_is_not_swallowed(tmp_path: Path) -> None:
     engine.fault = KeyError("a defect")
     save(store, engine, 1)
     with pytest.raises(KeyError, match="a defect"):
-        store.settle()
+        store.finalize_async_save()
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,8 @@ def test_a_second_failure_in_a_row_or_the_last_chance_ends_the_run(
         f"yet): training" in caplog.text
     )
     assert (
-        f"({told} the newest checkpoint is that of step 2): training goes on, the next save is "
-        f"the last chance" in caplog.text
+        f"({told} the newest checkpoint is that of step 2): training continues, and stops if "
+        f"the next save fails too" in caplog.text
     )
     assert {record.name for record in caplog.records} == {"pocl_ds"}
     assert not list((tmp_path / "checkpoints").glob("*.partial"))
@@ -197,7 +197,7 @@ def test_a_seal_that_fails_is_a_save_that_failed(
             "pocl_ds.training.checkpoint.write_json",
             lambda path, value: full() if path.name == MANIFEST else None,
         )
-        patched.setattr("pocl_ds.training.checkpoint.sync", lambda path: None)
+        patched.setattr("pocl_ds.training.checkpoint.fsync_path", lambda path: None)
         patched.setattr("pocl_ds.training.checkpoint.file_digest", lambda path: {})
         save(store, engine, 2)
         assert (
@@ -221,7 +221,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
             raise OSError(5, "Input/output error", str(path))
         return file_digest(path)
 
-    monkeypatch.setattr("pocl_ds.workflow.run_dir.file_digest", digest)
+    monkeypatch.setattr("pocl_ds.workflow.manifest.file_digest", digest)
     assert checkpoints(tmp_path).load(engine)[0] == 1  # type: ignore[arg-type]
     assert "it cannot be read (Input/output error)" in caplog.text
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_other_ranks_is_converted(
     store, engine, made = checkpoints(tmp_path), Engine(), tmp_path / "checkpoints" / "resharded"
     monkeypatch.setenv("WORLD_SIZE", "2")
     engine.value = 7
-    store.save(7, engine, last_chance=False, remembered={"phi": 0.5})  # type: ignore[arg-type]
+    store.save(7, engine, is_final=False, policy_state={"phi": 0.5})  # type: ignore[arg-type]
     assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.resharded == [False]  # type: ignore[arg-type]
     monkeypatch.setenv("WORLD_SIZE", "1")
     for again in (False, True):
@@ -286,14 +286,14 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    store, engine = checkpoints(tmp_path, keep=1, keep_every_n_steps=10), Engine()
+    store, engine = checkpoints(tmp_path, keep_last=1, keep_every_n_steps=10), Engine()
     save(store, engine, 10)
     save(store, engine, 20)
     (tmp_path / "checkpoints" / "step-00000020" / "weights").write_text("21")
-    again = checkpoints(tmp_path, keep=1)
+    again = checkpoints(tmp_path, keep_last=1)
     assert again.load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
     assert (
-        "going on from step 10, 10 steps are trained again; the damaged files stay as *.damaged"
+        "resuming from step 10, 10 steps run again; the damaged files stay as *.damaged"
         in caplog.text
     )
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged")] == [
@@ -307,7 +307,7 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(
 def test_a_damaged_manifest_is_damage_as_any_other(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store, engine = checkpoints(tmp_path, keep=2, keep_best=True), Engine()
+    store, engine = checkpoints(tmp_path, keep_last=2, keep_best=True), Engine()
     save(store, engine, 10, loss=1.0)
     save(store, engine, 20, loss=2.0)
     (tmp_path / "checkpoints" / "step-00000020" / "manifest.json").write_text(text)
@@ -382,7 +382,7 @@ def test_where_nothing_was_saved_training_starts(
     leftover = tmp_path / "checkpoints" / "step-00000003.partial"
     leftover.mkdir(parents=True)
     assert checkpoints(tmp_path).load(Engine()) == (0, {}) and not leftover.exists()  # type: ignore[arg-type]
-    assert f"removing {leftover}, the remains of a save that was cut short" in caplog.text
+    assert f"removing {leftover}, an incomplete checkpoint of an interrupted save" in caplog.text
 
 
 @pytest.mark.parametrize("fingerprint", ["e", "g", ""])
@@ -404,7 +404,7 @@ def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000001" / "weights").write_text("")
     before = sorted(p.name for p in (tmp_path / "checkpoints").rglob("*"))
     with pytest.raises(
-        ArtifactError, match="none of the checkpoints .* is whole: remove that directory"
+        ArtifactError, match="none of the checkpoints .* is intact: remove that directory"
     ):
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
     assert sorted(p.name for p in (tmp_path / "checkpoints").rglob("*")) == before
@@ -412,7 +412,7 @@ def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_a_step_is_saved_over_what_stands_in_its_name(tmp_path: Path) -> None:
     """As where a damaged checkpoint of a later step was left, and training comes there again."""
-    store, engine = checkpoints(tmp_path, keep=2), Engine()
+    store, engine = checkpoints(tmp_path, keep_last=2), Engine()
     save(store, engine, 10)
     (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").write_text("")
     save(store, engine, 10)

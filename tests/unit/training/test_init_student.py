@@ -1,4 +1,4 @@
-"""The stage `prepare`: which models later stages read."""
+"""The step init-student: which models the later workflow steps read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from huggingface_hub import constants
 
 from pocl_ds.config import LossConfig, Recipe, StudentConfig, TrainConfig
 from pocl_ds.errors import ModelError
-from pocl_ds.models.load import load_model, pinned_model
-from pocl_ds.teachers import cache_writer as module
-from pocl_ds.training.run_training import prepare
+from pocl_ds.models.load import load_model, resolve_pinned_model
+from pocl_ds.teachers import cache_writer
+from pocl_ds.training.init_student import init_student
+from pocl_ds.workflow.pipeline import run_in_process
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
-from pocl_ds.workflow.steps import run_here
 
 
 @pytest.fixture
@@ -36,30 +36,26 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_path: Path) -> None:
-    """Scoring, training and evaluation know the path alone: another revision under the same name
-    would go unseen.
+    """Scoring, training and evaluation know only the path: another revision under the same name
+    would not be noticed.
     """
     run = RunDirectory(tmp_path / "run")
     student = StudentConfig.model_validate({"model": "org/name", "revision": "step1000"})
     sft = LossConfig(name="sft")
-    prepare(
+    init_student(
         run,
         student=student,
         teacher=None,
         train=TrainConfig(),
         loss=sft,
-        longest=8,
+        max_length=8,
         seed=0,
         fingerprint="f",
     )
-    found, asked = (
-        load_model(read_models(run)["student"]),
-        load_model(str(hub / "snapshots" / ("b" * 40))),
-    )
-    assert all(
-        torch.equal(ours, theirs)
-        for ours, theirs in zip(found.parameters(), asked.parameters(), strict=True)
-    )
+    student_model = load_model(read_models(run)["student"])
+    revision_model = load_model(str(hub / "snapshots" / ("b" * 40)))
+    pairs = zip(student_model.parameters(), revision_model.parameters(), strict=True)
+    assert all(torch.equal(parameter, expected) for parameter, expected in pairs)
     assert json.loads((run.models / "models.json").read_text())["teacher"] is None
 
 
@@ -67,13 +63,17 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path)
     with pytest.raises(
         ModelError, match=r"the revision step2000 of org/name cannot be loaded .*: check the name"
     ):
-        pinned_model(StudentConfig.model_validate({"model": "org/name", "revision": "step2000"}))
+        resolve_pinned_model(
+            StudentConfig.model_validate({"model": "org/name", "revision": "step2000"})
+        )
     folder = str(hub / "snapshots" / ("a" * 40))
-    assert pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, (
+    assert resolve_pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, (
         "what is the newest now, for good"
     )
     assert (
-        pinned_model(StudentConfig.model_validate({"model": folder, "revision": "step2000"}))
+        resolve_pinned_model(
+            StudentConfig.model_validate({"model": folder, "revision": "step2000"})
+        )
         == folder
     )
 
@@ -81,8 +81,8 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path)
 def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage `data` notes what each name is, before weights are fetched; what comes later takes
-    that.
+    """`pocl preprocess` records the revision of each name before weights are downloaded; later steps
+    use it.
     """
     source, run = tmp_path / "data.jsonl", RunDirectory(tmp_path / "run")
     source.write_text(
@@ -101,25 +101,25 @@ def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
             "launch": {"ranks": 1},
         }
     )
-    run_here("preprocess", recipe, run)
+    run_in_process("preprocess", recipe, run)
     (hub / "refs" / "main").write_text("b" * 40)
     (hub / "refs" / "step1000").write_text("a" * 40)
-    run_here("init-student", recipe, run)
+    run_in_process("init-student", recipe, run)
     assert [Path(read_models(run)[name]).name for name in ("student", "teacher")] == [
         "a" * 40,
         "b" * 40,
     ]
-    asked: list[Any] = []
+    sources: list[Any] = []
     monkeypatch.setattr(
-        module,
-        "cache-teacher",
-        lambda run, **given: asked.extend((given["student"], given["teacher"])),
+        cache_writer,
+        "cache_teacher",
+        lambda run, **arguments: sources.extend((arguments["student"], arguments["teacher"])),
     )
-    run_here("cache-teacher", recipe, run)
-    assert [one.revision for one in asked] == ["a" * 40, "b" * 40]
+    run_in_process("cache-teacher", recipe, run)
+    assert [source.revision for source in sources] == ["a" * 40, "b" * 40]
     with pytest.raises(ModelError, match="the revision step7 of org/name cannot be loaded"):
-        run_here(
-            "data",
+        run_in_process(
+            "preprocess",
             recipe.model_copy(
                 update={"student": StudentConfig(model="org/name", revision="step7")}
             ),

@@ -1,4 +1,4 @@
-"""Steps that train adapters alone are those of plain PyTorch and peft, and checkpoints hold nothing
+"""Steps that train only adapters equal those of plain PyTorch and peft; checkpoints hold nothing
 else.
 """
 
@@ -14,19 +14,20 @@ from torch.nn import functional
 
 from pocl_ds.config import LoraConfig, TrainConfig
 from pocl_ds.data.batches import Batch
-from pocl_ds.engines.engine import TorchEngine, seed_step
+from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.errors import ArtifactError
-from pocl_ds.losses.divergences import divergence
+from pocl_ds.losses import divergence
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import hidden_states, output_head
 from pocl_ds.models.load import load_model
 from pocl_ds.models.lora import add_adapters
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.vocab import VocabMap
+from pocl_ds.training.seeding import seed_micro_batch
 from pocl_ds.training.student import Student
 
 peft = pytest.importorskip("peft")
-SIZE, TAU, ALPHA, PROMPT, STEPS = 320, 1.5, 0.3, 4, 3
+SIZE, TEMPERATURE, SFT_RATIO, PROMPT, STEPS = 320, 1.5, 0.3, 4, 3
 LORA = LoraConfig(r=4, alpha=8, dropout=0.2, target_modules=("q_proj", "down_proj"))
 TRAIN = TrainConfig(lr=1e-2, weight_decay=0.1)
 
@@ -51,10 +52,10 @@ def batch_of(ids: torch.Tensor) -> Batch:
     )
 
 
-def made(folder: Path) -> TorchEngine:
+def build_engine(folder: Path) -> TorchEngine:
     model = load_model(str(folder), attention=PER_SAMPLE)
     add_adapters(model, LORA, seed=7)
-    return TorchEngine(Student(model, Ids(SIZE), chunk_bytes=1 << 20).train(), TRAIN)
+    return TorchEngine(Student(model, VocabMap(SIZE), chunk_bytes=1 << 20).train(), TRAIN)
 
 
 def run(engine: TorchEngine, teacher: Any, first: int = 0) -> None:
@@ -62,15 +63,17 @@ def run(engine: TorchEngine, teacher: Any, first: int = 0) -> None:
         batch = batch_of(tokens(step))
         with torch.no_grad():
             hidden = batch.at_loss_positions(hidden_states(teacher, *batch.inputs))
-        seed_step(0, step, 0)
-        total, *_ = engine(batch, LossTerms("fkl", TAU, ALPHA), hidden, head_of(teacher))
+        seed_micro_batch(0, step, 0)
+        total, *_ = engine.forward(
+            batch, LossTerms("fkl", TEMPERATURE, SFT_RATIO), hidden, output_head(teacher)
+        )
         engine.backward(total, normaliser=batch.labels.numel(), last=True)
         assert math.isfinite(engine.step(TRAIN.lr))
 
 
 def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path) -> None:
     teacher: Any = load_model(str(tiny_llama_untied))
-    engine = made(tiny_llama)
+    engine = build_engine(tiny_llama)
     run(engine, teacher)
 
     base: Any = load_model(str(tiny_llama))
@@ -86,11 +89,12 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
         ids = tokens(step)
         with torch.no_grad():
             target = teacher(input_ids=ids).logits[0, PROMPT - 1 : -1, :SIZE]
-        seed_step(0, step, 0)
+        seed_micro_batch(0, step, 0)
         logits = plain(input_ids=ids).logits[0, PROMPT - 1 : -1, :SIZE]
         ce = functional.cross_entropy(logits, ids[0, PROMPT:])
         (
-            ALPHA * ce + (1 - ALPHA) * divergence("fkl", target, logits, temperature=TAU).mean()
+            SFT_RATIO * ce
+            + (1 - SFT_RATIO) * divergence("fkl", logits, target, temperature=TEMPERATURE)
         ).backward()
         torch.nn.utils.clip_grad_norm_(trained, TRAIN.max_grad_norm)
         optimizer.step()
@@ -101,7 +105,7 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
         name.removeprefix("base_model.model."): parameter
         for name, parameter in plain.named_parameters()
     }
-    initial = dict(made(tiny_llama).module.model.named_parameters())  # type: ignore[operator,union-attr]
+    initial = dict(build_engine(tiny_llama).module.model.named_parameters())  # type: ignore[operator,union-attr]
     assert ours.keys() == theirs.keys()
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5)
@@ -113,19 +117,21 @@ def test_a_checkpoint_holds_adapters_alone(
     tiny_llama: Path, tiny_llama_untied: Path, tmp_path: Path
 ) -> None:
     teacher = load_model(str(tiny_llama_untied))
-    whole, stopped = made(tiny_llama), made(tiny_llama)
+    whole, stopped = build_engine(tiny_llama), build_engine(tiny_llama)
     run(whole, teacher)
     run(stopped, teacher)
     stopped.snapshot(tmp_path, copy=True)()
     held = torch.load(tmp_path / "torch.pt", weights_only=True)["module"]
     assert held and all("lora_" in name for name in held)
-    again = made(tiny_llama)
+    again = build_engine(tiny_llama)
     again.load(tmp_path)
     state = whole.module.state_dict()
     assert all(torch.equal(part, state[name]) for name, part in again.module.state_dict().items())
 
     full = TorchEngine(
-        Student(load_model(str(tiny_llama), attention=PER_SAMPLE), Ids(SIZE), chunk_bytes=1 << 20),
+        Student(
+            load_model(str(tiny_llama), attention=PER_SAMPLE), VocabMap(SIZE), chunk_bytes=1 << 20
+        ),
         TRAIN,
     )
     with pytest.raises(

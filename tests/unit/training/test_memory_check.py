@@ -1,4 +1,4 @@
-"""The coarse look at memory before anything is loaded."""
+"""The coarse check of memory before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ def needed(
     monkeypatch: pytest.MonkeyPatch,
     *,
     ranks: int = 2,
-    quantised: float | None = None,
+    quantized: float | None = None,
     **changes: Any,
 ) -> float:
-    """GB that it asks for, on a machine that has nothing."""
+    """GB that a training needs, according to the error on a machine without free memory."""
     monkeypatch.setattr(memory_check, "available_bytes", lambda: 0)
-    monkeypatch.setattr(memory_check, "BYTES_PER_RANK", 0)
-    monkeypatch.setattr(memory_check, "BYTES_OF_WRITER", 0)
+    monkeypatch.setattr(memory_check, "RANK_BYTES", 0)
+    monkeypatch.setattr(memory_check, "ROLLOUT_WORKER_BYTES", 0)
     monkeypatch.setattr(
         memory_check,
-        "parameters",
+        "count_parameters",
         lambda model: 10**9 if model.model == str(student) else 5 * 10**9,
     )
-    monkeypatch.setattr(memory_check, "linear_parameters", lambda model: 4 * 10**9)
-    monkeypatch.setattr(memory_check, "adapters", lambda model, lora: lora.rank * 10**6)
+    monkeypatch.setattr(memory_check, "count_linear_parameters", lambda model: 4 * 10**9)
+    monkeypatch.setattr(
+        memory_check, "count_adapter_parameters", lambda model, lora: lora.r * 10**6
+    )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     options = {
-        "teacher_bytes": 4,
+        "teacher_dtype": "float32",
         "teacher_sharded": True,
+        "student_sharded": True,
         "chunk_bytes": 0,
-        "sharded": True,
-        "copied": False,
+        "async_save": False,
         **changes,
     }
-    with pytest.raises(ResourceError) as found:
-        memory_check.check_memory(
-            ModelSource(model=str(student)),
-            [(ModelSource(model=str(teacher)), quantised)],
-            **options,
-        )
-    match = re.search(r"need about ([\d.]+) GB", str(found.value))
-    assert match and "launch.ranks" in str(found.value)
+    demand = memory_check.MemoryDemand(
+        ModelSource(model=str(student)), [(ModelSource(model=str(teacher)), quantized)], **options
+    )
+    with pytest.raises(ResourceError) as error:
+        memory_check.check_memory(demand)
+    match = re.search(r"need about ([\d.]+) GB", str(error.value))
+    assert match and "launch.ranks" in str(error.value)
     return float(match.group(1))
 
 
@@ -60,13 +61,14 @@ def test_a_whole_teacher_counts_on_every_rank(
     student, teacher = tmp_path / "s", tmp_path / "t"
     assert needed(student, teacher, monkeypatch) == 20 + 2 * 8 + 20
     assert needed(student, teacher, monkeypatch, teacher_sharded=False) == 20 + 2 * 8 + 2 * 20
-    assert needed(student, teacher, monkeypatch, copied=True) == 20 + 12 + 2 * 8 + 20
-    assert needed(student, teacher, monkeypatch, writer=True) == 20 + 2 * (8 + 4) + 20
+    assert needed(student, teacher, monkeypatch, async_save=True) == 20 + 12 + 2 * 8 + 20
+    assert needed(student, teacher, monkeypatch, rollout_worker=True) == 20 + 2 * (8 + 4) + 20
     assert (
-        needed(student, teacher, monkeypatch, writer=True, held=True) == 20 + 2 * (8 + 4) + 4 + 20
+        needed(student, teacher, monkeypatch, rollout_worker=True, saved_rollout_weights=True)
+        == 20 + 2 * (8 + 4) + 4 + 20
     )
     assert (
-        needed(student, teacher, monkeypatch, sharded=False, teacher_sharded=False)
+        needed(student, teacher, monkeypatch, student_sharded=False, teacher_sharded=False)
         == 2 * 20 + 2 * 20
     )
 
@@ -79,31 +81,36 @@ def test_only_adapters_have_gradients_and_moments(
     assert needed(student, teacher, monkeypatch, lora=lora) == pytest.approx(
         4 + 2 + 4 + 2 * (4 + 0.8) + 20
     )
-    copied = needed(student, teacher, monkeypatch, lora=lora, copied=True, writer=True)
-    assert copied == pytest.approx(4 + 2 + 1.2 + 4 + 2 * (4 + 0.8 + 4) + 20)
+    with_worker = needed(
+        student, teacher, monkeypatch, lora=lora, async_save=True, rollout_worker=True
+    )
+    assert with_worker == pytest.approx(4 + 2 + 1.2 + 4 + 2 * (4 + 0.8 + 4) + 20)
 
 
-def test_a_quantised_teacher_takes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_teacher_takes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = tmp_path / "s", tmp_path / "t"
-    found = needed(student, teacher, monkeypatch, teacher_sharded=False, quantised=0.5)
-    assert found == 20 + 2 * 8 + 2 * (4 * 0.5 + 1 * 4)
+    gigabytes = needed(student, teacher, monkeypatch, teacher_sharded=False, quantized=0.5)
+    assert gigabytes == 20 + 2 * 8 + 2 * (4 * 0.5 + 1 * 4)
 
 
 def test_what_fits_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
 ) -> None:
     model = ModelSource(model=str(tiny_llama))
-    assert memory_check.parameters(model) > 0
-    assert memory_check.linear_parameters(model) == 3 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
-    assert memory_check.adapters(model, LoraConfig(r=2, target_modules=("o_proj",))) == 3 * 2 * (
-        64 + 64
+    assert memory_check.count_parameters(model) > 0
+    assert memory_check.count_linear_parameters(model) == 3 * (
+        64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
     )
-    memory_check.check_memory(
+    assert memory_check.count_adapter_parameters(
+        model, LoraConfig(r=2, target_modules=("o_proj",))
+    ) == 3 * 2 * (64 + 64)
+    demand = memory_check.MemoryDemand(
         model,
         [],
-        teacher_bytes=4,
+        teacher_dtype="float32",
         teacher_sharded=False,
+        student_sharded=False,
         chunk_bytes=0,
-        sharded=False,
-        copied=False,
+        async_save=False,
     )
+    memory_check.check_memory(demand)

@@ -30,7 +30,7 @@ def test_a_sample_that_a_model_cannot_read(
     path = short(tiny_gpt2, tmp_path / "short", 40)
     models = (path, tiny_gpt2) if who == "teacher" else (tiny_gpt2, path)
     recipe = write_recipe(
-        tmp_path, *models, max_train_samples=24, rank={"strategy": "random"}, launch={"ranks": 1}
+        tmp_path, *models, max_train_samples=24, ranking={"strategy": "random"}, launch={"ranks": 1}
     )
     said = sentence(capsys, "init-student", recipe, "--run-dir", tmp_path / "run")
     assert said == f"prompt.max_length=96 is more than the 40 positions of {path}: lower it"

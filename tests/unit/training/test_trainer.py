@@ -1,6 +1,4 @@
-"""The loop around a student that is one number: when validation is looked at, on what, and what a
-stop leaves of it.
-"""
+"""The training loop around a student that is one number: validation, stops, resumes."""
 
 from __future__ import annotations
 
@@ -21,9 +19,15 @@ from pocl_ds.config import LossConfig, TrainConfig
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.errors import Interrupted
-from pocl_ds.rollouts.policies import Off
+from pocl_ds.rollouts.policies import OffPolicy
+from pocl_ds.training.checkpoint import Checkpoints
+from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout
-from pocl_ds.training.trainer import Trainer, TrainingData
+from pocl_ds.training.models import NoTeacher, TrainingModels
+from pocl_ds.training.monitor import TrainingMonitor
+from pocl_ds.training.responses import ResponseSource
+from pocl_ds.training.schedule import TrainingSchedule
+from pocl_ds.training.trainer import Trainer
 
 STEPS = 6
 
@@ -53,7 +57,7 @@ class Engine:
         self.module, self.steps, self.at = torch.nn.Linear(1, 1), 0, at or {}
         self.looked_at: list[int] = []  # rows of validation samples, in order
 
-    def __call__(self, batch: Any, *_: Any) -> Any:
+    def forward(self, batch: Any, *_: Any) -> Any:
         if not self.module.training:
             self.looked_at += batch.rows
         loss = torch.tensor(float(self.steps) * len(batch.labels))
@@ -78,24 +82,24 @@ class Engine:
         self.steps = int((directory / "weights").read_text())
 
 
-class Listener(Off):
+class Listener(OffPolicy):
     """Keeps what it is told of."""
 
     def __init__(self, adaptive: bool) -> None:
         self.adaptive, self.told = adaptive, list[float]()
 
-    def validated(self, loss: float) -> None:
+    def observe_validation_loss(self, loss: float) -> None:
         self.told.append(loss)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"told": list(self.told)}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.told = list(state["told"])
 
 
 def trainer(
-    folder: Path, engine: Any, policy: Off, validation: Sequence[str] = ("v",), seed: int = 0
+    folder: Path, engine: Any, policy: OffPolicy, validation: Sequence[str] = ("v",), seed: int = 0
 ) -> Trainer:
     splits: list[Any] = [
         Split("train", [f"t{i}" for i in range(4)]),
@@ -114,20 +118,13 @@ def trainer(
         }
     )
     return Trainer(
-        folder,
-        plan=plan,
-        sampler=Sampler(plan, seed),
-        data=TrainingData(splits[0], np.arange(4), splits[1], 0),
-        engine=engine,
-        teacher=None,
-        loss=LossConfig(name="sft"),
-        train=train,
-        seed=seed,
-        fingerprint="f",
-        label="train",
-        layout=Layout(True, 0.0),
-        policy=policy,
-        rollout=None,
+        TrainingModels(engine, NoTeacher()),
+        TrainingData(splits[0], np.arange(4), splits[1], 0, Layout(True, 0.0), 2),
+        TrainingSchedule(plan, Sampler(plan, seed), train),
+        LossConfig(name="sft"),
+        ResponseSource(policy),
+        Checkpoints(folder / "checkpoints", train.checkpoint, fingerprint="f"),
+        TrainingMonitor(folder, "train", train),
     )
 
 
@@ -182,12 +179,12 @@ def test_validation_looks_at_all_kinds_and_always_at_the_same(
         looks = np.array(engine.looked_at).reshape(3, 64)
         chosen += [sorted(names[row] for row in look) for look in looks]
         assert all(
-            record["samples"] == 64 and record["of"] == 400 for record in validations(folder)
+            record["samples"] == 64 and record["total_samples"] == 400
+            for record in validations(folder)
         )
         random.Random(0).shuffle(names)
     assert all(one == chosen[0] for one in chosen)
     assert all(8 <= sum(name.startswith(kind) for name in chosen[0]) <= 24 for kind in "abcd")
     assert (
-        "train: validation looks at 64 of 400 samples, chosen by the hash of their ids"
-        in caplog.text
+        "train: validation uses 64 of 400 samples, chosen by the hash of their ids" in caplog.text
     )

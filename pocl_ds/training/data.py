@@ -1,0 +1,68 @@
+"""The samples of a training, and how they become batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.curriculum.micro_batches import assign_by_tokens, assign_micro_batches
+from pocl_ds.data.batches import Batch, collate
+from pocl_ds.data.generated import TokenizedDataset
+from pocl_ds.data.retokenize import TeacherRetokenizer
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.runtime import distributed
+from pocl_ds.training.layout import Layout
+
+
+@dataclass
+class TrainingData:
+    """Training and validation samples. order[i] is the row of the i-th easiest training sample."""
+
+    train: TokenizedSplit
+    order: NDArray[np.int64]
+    validation: TokenizedSplit | None
+    pad_id: int
+    layout: Layout
+    micro_batch_size: int
+    micro_batch_tokens: int | None = None  # takes the place of micro_batch_size
+    retokenizer: TeacherRetokenizer | None = None  # for a teacher with another tokenizer
+    # The training samples with the teacher's responses, if the policy uses them.
+    teacher_responses: TokenizedSplit | None = None
+
+    def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """This rank's micro-batches of a global batch with these lengths in tokens, as indices into
+        the batch. All ranks get equally many.
+        """
+        assignment = assign_micro_batches(
+            lengths,
+            ranks=distributed.world_size(),
+            micro_batch_size=self.micro_batch_size,
+            micro_batch_tokens=self.micro_batch_tokens,
+            packed=self.layout.packed,
+        )
+        return assignment[distributed.rank()]
+
+    def validation_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """This rank's batches of validation samples, as large as training's micro-batches; a rank
+        may get empty ones, so that all ranks run equally many.
+        """
+        longest = int(lengths.max())
+        budget = self.micro_batch_tokens or self.micro_batch_size * longest
+        assignment = assign_by_tokens(
+            lengths,
+            ranks=distributed.world_size(),
+            max_tokens=max(budget, longest),
+            packed=self.layout.packed,
+        )
+        return assignment[distributed.rank()]
+
+    def batch(self, dataset: TokenizedDataset, rows: NDArray[np.int64]) -> Batch:
+        """Some rows of a dataset as tensors on this rank's device. Without rows it is one token
+        that does not count.
+        """
+        batch = collate(dataset, rows, self.pad_id, packed=self.layout.packed)
+        if self.retokenizer:
+            batch = self.retokenizer(dataset, batch)
+        return batch.to(distributed.device())

@@ -1,0 +1,71 @@
+"""Whose responses a step trains on: the dataset's, the teacher's, or the student's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.curriculum.sampler import SamplerPosition
+from pocl_ds.data.generated import TokenizedDataset
+from pocl_ds.rollouts.policies import BatchRequest, Policy
+from pocl_ds.rollouts.rollout import RolloutStats, RolloutWorker
+from pocl_ds.training.data import TrainingData
+from pocl_ds.training.schedule import TrainingSchedule
+
+
+class ResponseSource:
+    """The policy, and the worker that generates the student's responses if the policy needs one."""
+
+    def __init__(self, policy: Policy, rollout: RolloutWorker | None = None) -> None:
+        self.policy, self.rollout = policy, rollout
+
+    def select_batch(
+        self, position: SamplerPosition, schedule: TrainingSchedule, data: TrainingData
+    ) -> tuple[TokenizedDataset, NDArray[np.int64]]:
+        """The dataset that a step trains on, and its rows: those that the curriculum selects, with
+        responses that the policy selects.
+        """
+        request = BatchRequest(
+            position,
+            schedule.total_steps,
+            data.train,
+            np.asarray(data.order[schedule.sampler.batch(position.step)]),
+            lambda: schedule.stage_rows(position, data.order),
+            data.teacher_responses,
+        )
+        return self.policy.select_batch(request)
+
+    def metrics(self, *, on_policy: bool, step_seconds: float) -> dict[str, Any]:
+        """Metrics of a step whose policy may use the student's responses; empty for other
+        policies.
+        """
+        if self.rollout is None:
+            return {}
+        stats, self.rollout.stats = self.rollout.stats, RolloutStats()
+        return {
+            "on_policy": on_policy,
+            "rollout_seconds": stats.seconds,
+            "weight_sync_seconds": stats.weight_sync_seconds,
+            "rollout_tokens": stats.tokens,
+            "staleness_steps": stats.staleness_steps,
+            "rollout_share": stats.seconds / step_seconds,
+            "rollout_tokens_per_second": stats.tokens / stats.seconds if stats.seconds else 0.0,
+        }
+
+    def snapshot(self, step: int) -> Callable[[Path], list[Path]] | None:
+        """What saves the worker's weights into a checkpoint; None without a worker."""
+        return self.rollout.snapshot(step) if self.rollout else None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Give the worker the weights that it had when a checkpoint was saved."""
+        if self.rollout:
+            self.rollout.restore(checkpoint)
+
+    def close(self) -> None:
+        """Close the worker."""
+        if self.rollout:
+            self.rollout.close()

@@ -1,0 +1,79 @@
+"""What a training does at which optimizer step: stage, learning rate, validation, checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.config import TrainConfig
+from pocl_ds.curriculum.plan import Plan, Stage
+from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
+from pocl_ds.curriculum.schedules import learning_rate
+
+
+@dataclass(frozen=True)
+class TrainingSchedule:
+    """The plan, its sampler, and the intervals of the recipe. A step depends on these and its
+    number alone, so that a training can resume anywhere.
+    """
+
+    plan: Plan
+    sampler: Sampler
+    train: TrainConfig
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return self.sampler.seed
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages."""
+        return self.plan.total_steps
+
+    def stage(self, position: SamplerPosition) -> Stage:
+        """The stage of a step."""
+        return self.plan.stages[position.stage]
+
+    def stage_rows(self, position: SamplerPosition, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """All rows of the stage of a step. order: rows, easiest first."""
+        stage = self.stage(position)
+        return np.asarray(order[stage.start : stage.stop])
+
+    def learning_rate(self, position: SamplerPosition) -> float:
+        """Learning rate of a step (docs/method.md, eq. 8)."""
+        step, total = position.step, self.total_steps
+        if self.train.lr_restart == "per_stage":
+            step, total = position.step_in_stage, self.stage(position).steps
+        return learning_rate(
+            step,
+            total,
+            lr=self.train.lr,
+            min_lr=self.train.min_lr,
+            warmup=self.train.warmup_steps,
+        )
+
+    def restarts_optimizer(self, position: SamplerPosition) -> bool:
+        """Whether the optimizer restarts before a step: at the start of every stage but the
+        first, if train.lr_restart asks for it.
+        """
+        starts_stage = position.stage > 0 and position.step_in_stage == 0
+        return starts_stage and self.train.lr_restart == "per_stage"
+
+    def ends_stage(self, position: SamplerPosition) -> bool:
+        """Whether a step is the last one of its stage."""
+        return position.step_in_stage + 1 == self.stage(position).steps
+
+    def validates_after(self, position: SamplerPosition) -> bool:
+        """Whether the student is validated after a step."""
+        every = self.train.validate_every_n_steps
+        is_due = every is not None and (position.step + 1) % every == 0
+        return is_due or self.ends_stage(position)
+
+    def saves_after(self, position: SamplerPosition) -> bool:
+        """Whether a checkpoint is saved after a step."""
+        done, config = position.step + 1, self.train.checkpoint
+        is_due = done == self.total_steps or done % config.every_n_steps == 0
+        return is_due or (config.keep_best and self.ends_stage(position))

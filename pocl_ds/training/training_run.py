@@ -1,0 +1,69 @@
+"""The description of one training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.config import (
+    LossConfig,
+    ModelSource,
+    PolicyConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from pocl_ds.config.registry import ACROSS_TOKENIZERS
+from pocl_ds.curriculum.plan import Plan
+from pocl_ds.models.dtypes import resolve_dtype
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One training: which student learns what from which teacher, and where that is written."""
+
+    directory: Path
+    fingerprint: str
+    label: str  # in logs and manifests
+    plan: Plan
+    order: NDArray[np.int64]  # rows of the training samples, easiest first
+    student_path: str
+    student: StudentConfig
+    teacher_paths: tuple[str, ...]  # of the teacher and of teacher.ensemble
+    teacher: TeacherConfig | None
+    loss: LossConfig
+    train: TrainConfig
+    seed: int
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    max_length: int = 512  # tokens of a prompt and the response that the student generates
+    # The tokenized split with the teacher's responses, if the policy uses them.
+    teacher_responses: Path | None = None
+    # Fingerprint of the teacher cache; None for an online teacher.
+    teacher_cache: str | None = None
+
+    @property
+    def online_teachers(self) -> list[ModelSource]:
+        """The sources of the teachers that are loaded, with their resolved paths."""
+        if self.teacher is None or self.teacher_cache:
+            return []
+        sources = (self.teacher, *self.teacher.ensemble)
+        return [
+            source.model_copy(update={"model": path})
+            for source, path in zip(sources, self.teacher_paths, strict=True)
+        ]
+
+    @property
+    def across_tokenizers(self) -> bool:
+        """Whether the teacher has another tokenizer and reads texts in its own tokens."""
+        return self.loss.name in ACROSS_TOKENIZERS
+
+    def with_resolved_dtypes(self) -> TrainingRun:
+        """The same training, with the dtypes that `auto` stands for on this machine."""
+        student = self.student.model_copy(update={"dtype": resolve_dtype(self.student.dtype)})
+        if self.teacher is None:
+            return replace(self, student=student)
+        teacher = self.teacher.model_copy(update={"dtype": resolve_dtype(self.teacher.dtype)})
+        return replace(self, student=student, teacher=teacher)

@@ -1,0 +1,95 @@
+"""Loss on the validation samples during training."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from pocl_ds.config import LossConfig
+from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.runtime import distributed
+from pocl_ds.runtime.hashing import select_by_hash
+from pocl_ds.training.data import TrainingData
+from pocl_ds.training.models import TrainingModels
+from pocl_ds.training.monitor import TrainingMonitor
+
+log = logging.getLogger("pocl_ds")
+
+
+class Validator:
+    """Computes the validation loss on at most `max_samples` samples, chosen by the hash of their
+    ids: every run on the same data uses the same ones, also from a file that is sorted by source.
+    """
+
+    def __init__(
+        self,
+        models: TrainingModels,
+        data: TrainingData,
+        loss: LossConfig,
+        monitor: TrainingMonitor,
+        *,
+        max_samples: int,
+    ) -> None:
+        self.models, self.data, self.loss, self.monitor = models, data, loss, monitor
+        ids = data.validation.ids if data.validation else ()
+        self.rows = np.array(select_by_hash(ids, max_samples), np.int64)
+
+    def log_selection(self) -> None:
+        """Log how many samples are used."""
+        if self.data.validation and len(self.rows):
+            log.info(
+                "%s: validation uses %d of %d samples, chosen by the hash of their ids",
+                self.monitor.label,
+                len(self.rows),
+                len(self.data.validation),
+            )
+
+    @torch.no_grad()
+    def run(self, *, stage: int, step: int) -> dict[str, Any] | None:
+        """The record of a validation after `step` optimizer steps: cross-entropy and divergence in
+        nats per token at temperature 1. None if there is no validation sample.
+        """
+        split = self.data.validation
+        if split is None or not len(self.rows):
+            return None
+        # Every rank runs the same number of forward passes.
+        lengths = np.asarray(split.total_tokens[self.rows], np.int64)
+        batches = [self.rows[members] for members in self.data.validation_batches(lengths)]
+        self.models.teacher.verify(split.name, np.concatenate(batches))
+
+        # Sum divergence, cross-entropy and tokens over this rank's batches.
+        terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
+        sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
+        self.models.engine.module.eval()
+        for rows in batches:
+            self.monitor.report_alive()
+            batch = self.data.batch(split, rows)
+            outputs = self.models.teacher.outputs(batch)
+            with self.models.teacher.head() as head:
+                _, kd, ce = self.models.engine.forward(batch, terms, outputs, head)
+            sums += torch.stack([kd, ce, kd.new_tensor(batch.labels.numel())])
+        self.models.engine.module.train()
+
+        # Average over all ranks' tokens.
+        kd_sum, ce_sum, tokens = distributed.all_sum(sums).tolist()
+        validation_loss, kd_loss = ce_sum / tokens, kd_sum / tokens
+        log.info(
+            "%s: stage=%d step=%d validation_loss=%.4f validation_kd_loss=%.4f",
+            self.monitor.label,
+            stage + 1,
+            step,
+            validation_loss,
+            kd_loss,
+        )
+        return {
+            "kind": "validation",
+            "step": step,
+            "stage": stage,
+            "samples": len(self.rows),
+            "total_samples": len(split),
+            "validation_loss": validation_loss,
+            "validation_kd_loss": kd_loss,
+        }
