@@ -22,7 +22,7 @@ from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig, ds_
 from pocl_ds.curriculum.micro_batches import assign_by_tokens
 from pocl_ds.data.batches import collate
 from pocl_ds.data.tokenized import TokenizedSplit
-from pocl_ds.engines.engine import sharded_loading, start_deepspeed
+from pocl_ds.engines.deepspeed_engine import sharded_loading, start_deepspeed
 from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.dtypes import resolve_dtype
@@ -85,7 +85,7 @@ def cache_teacher(
 
     # Divide the splits into shards, whose sizes follow from the tokenized data alone.
     splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
-    vocab = VocabMap.of(align_model_vocabularies(teacher, path, student, student_path))
+    vocab = VocabMap.from_alignment(align_model_vocabularies(teacher, path, student, student_path))
     codec = None
     if teacher.mode == "cached_topk":
         codec = TopKCodec(config.top_k, vocab.size, usage.temperatures)
