@@ -1,7 +1,7 @@
-"""What test_families does outside of pytest's own process, each for several runs one after another.
+"""What test_families runs in processes of its own, for several runs one after another.
 
-python family_worker.py score RUN...       an engine of vLLM's for each run
-python family_worker.py reload RUN...      the same, with the exported student and then with other weights
+python family_worker.py score RUN...       score each run with a vLLM engine of its own
+python family_worker.py reload RUN...      the exported student in vLLM, then other weights
 launch/train.sh --ranks R --module family_worker train RUN...
 """
 
@@ -17,34 +17,35 @@ from typing import Any
 
 from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.runtime import distributed
-from pocl_ds.workflow import steps
-from pocl_ds.workflow.run_dir import RunDirectory, read_json, write_json
+from pocl_ds.workflow.files import read_json, write_json
+from pocl_ds.workflow.pipeline import run_in_process
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
-def stage(name: str, run: Path, *overrides: str) -> None:
-    """One stage of a run, in this process."""
+def step(name: str, run: Path, *overrides: str) -> None:
+    """Run one workflow step in this process."""
     recipe = load_recipe(str(run / "recipe.yaml"), list(overrides))
-    steps.run_here(name, recipe, RunDirectory(run))
+    run_in_process(name, recipe, RunDirectory(run))
 
 
 def train(run: Path) -> None:
-    """With the live teacher, whose training moves to live/; then with the states that it left on
-    disk.
+    """Train with the online teacher and move that training to online/, then with cached hidden
+    states.
     """
-    stage("train", run)
+    step("train", run)
     if distributed.rank() == 0:
-        shutil.move(run / "train", run / "live")
+        shutil.move(run / "train", run / "online")
     distributed.barrier()
     for name in ("cache-teacher", "train"):
-        stage(name, run, "teacher.mode=cached_hidden_states")
+        step(name, run, "teacher.mode=cached_hidden_states")
     if distributed.rank() == 0:
-        stage("export", run)
+        step("export", run)
     distributed.barrier()
 
 
 def reload(run: Path) -> None:
-    """reloaded.json: the engine's log-probabilities of task.json's sequences, of the exported
-    student and of the other model.
+    """Write reloaded.json: the engine's log-probabilities of the sequences in task.json, with the
+    weights of the exported student and of the other model.
     """
     from pocl_ds.config import GenerationConfig
     from pocl_ds.generation.backends import open_generator
@@ -56,20 +57,20 @@ def reload(run: Path) -> None:
     generator = open_generator(
         path, GenerationConfig(max_num_seqs=8), load_tokenizer(path), max_length=96, threads=1
     )
-    found = {}
-    for name in ("exported", "refreshed"):
-        if name == "refreshed":
-            generator.refresh({key: value.detach() for key, value in other.named_parameters()})
-        found[name] = [
-            one.tolist() for one in generator.log_probs(task["sequences"], task["starts"])
+    log_probs = {}
+    for name in ("exported", "loaded"):
+        if name == "loaded":
+            generator.load_weights({key: value.detach() for key, value in other.named_parameters()})
+        log_probs[name] = [
+            values.tolist() for values in generator.log_probs(task["sequences"], task["starts"])
         ]
     generator.close()
-    write_json(run / "reloaded.json", found)
+    write_json(run / "reloaded.json", log_probs)
 
 
-def without_detours() -> None:
-    """What vLLM does for servers takes most of the time here: it looks at each new architecture in
-    a process of its own, and collects garbage eleven times an engine. Once a run is enough.
+def speed_up_vllm() -> None:
+    """Skip what takes most of the time of an engine with a tiny model: vLLM inspects each new
+    architecture in a process of its own, and collects garbage eleven times per engine.
     """
     from pocl_ds.generation import vllm_backend
 
@@ -80,8 +81,8 @@ def without_detours() -> None:
     gc.collect = lambda *_: 0
 
 
-WORK: dict[str, Callable[[Path], None]] = {
-    "score": lambda run: stage("score", run),
+TASKS: dict[str, Callable[[Path], None]] = {
+    "score": lambda run: step("score", run),
     "train": train,
     "reload": reload,
 }
@@ -89,7 +90,7 @@ WORK: dict[str, Callable[[Path], None]] = {
 if __name__ == "__main__":
     collect = gc.collect
     if sys.argv[1] != "train":
-        without_detours()
-    for word in sys.argv[2:]:
-        WORK[sys.argv[1]](Path(word))
+        speed_up_vllm()
+    for run in sys.argv[2:]:
+        TASKS[sys.argv[1]](Path(run))
         collect()

@@ -1,8 +1,8 @@
-"""Every family through the real stages: scored by vLLM, trained with the live teacher and with its
-kept states on two ZeRO-3 ranks, exported, and reloaded in vLLM and transformers.
+"""Every family through the real steps: scored by vLLM, trained with the online teacher and with its
+cached hidden states on two ZeRO-3 ranks, exported, and reloaded in vLLM and transformers.
 
-Each number is held to plain transformers: full logits, the model's own eager attention, no code of
-ours.
+Each number is compared with plain transformers: full logits and the model's own eager attention,
+without code of the package.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ import pytest
 import tiny_models
 import torch
 from command_line import ROOT, environment
-from family_worker import stage
+from family_worker import step
 from safetensors.torch import load_file
 from tiny_runs import write_recipe
 from transformers import AutoModelForCausalLM
 
 from pocl_ds.curriculum.plan_step import load_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import head_of, hidden_states
+from pocl_ds.models.heads import hidden_states, output_head
 from pocl_ds.models.load import load_model
-from pocl_ds.runtime.tracking import read_metrics
+from pocl_ds.runtime.metrics import read_metrics
 
 pytestmark = pytest.mark.vllm
 
 FAMILIES = list(tiny_models.FAMILIES)
 
 
-def work(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
+def run_worker(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
     """family_worker over some runs: as ranks together, or in processes that share the runs between
     them.
     """
@@ -70,8 +70,8 @@ def work(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
         for one in commands
     ]
     for process in started:
-        said = process.communicate(timeout=800)[0]
-        assert process.returncode == 0, said[-4000:]
+        output = process.communicate(timeout=800)[0]
+        assert process.returncode == 0, output[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +80,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     other (a third model).
     """
     found, folder = {}, tmp_path_factory.mktemp("families")
-    for seed, name in enumerate(FAMILIES):
-        run = found[name] = folder / name / "run"
+    for seed, family in enumerate(FAMILIES):
+        run = found[family] = folder / family / "run"
         run.mkdir(parents=True)
-        teacher = tiny_models.family(run.parent / "teacher", name, layers=3, seed=seed)
-        student = tiny_models.family(run.parent / "student", name, layers=2, seed=100 + seed)
-        tiny_models.family(run.parent / "other", name, layers=2, seed=200 + seed)
+        teacher = tiny_models.family(run.parent / "teacher", family, layers=3, seed=seed)
+        student = tiny_models.family(run.parent / "student", family, layers=2, seed=100 + seed)
+        tiny_models.family(run.parent / "other", family, layers=2, seed=200 + seed)
         write_recipe(
             run,
             teacher,
@@ -95,16 +95,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             score={"generation": {"max_num_seqs": 16}, "max_new_tokens": 8, "shards": 1},
             student={"dropout": 0.0},
         )
-        for each in ("preprocess", "init-student"):
-            stage(each, run)
-    everyone = list(found.values())
-    work("score", everyone, folder, processes=2)
-    for run in everyone:
-        for each in ("rank", "plan"):
-            stage(each, run)
-    work("train", everyone, folder, processes=2)
-    for run in everyone:
-        split = EncodedSplit.open(run / "data", "test")
+        for name in ("preprocess", "init-student"):
+            step(name, run)
+    all_runs = list(found.values())
+    run_worker("score", all_runs, folder, processes=2)
+    for run in all_runs:
+        for name in ("rank", "plan"):
+            step(name, run)
+    run_worker("train", all_runs, folder, processes=2)
+    for run in all_runs:
+        split = TokenizedSplit.open(run / "data", "test")
         sequences = [split.tokens(row).tolist() for row in range(3)]
         task = {
             "other": str(run.parent / "other"),
@@ -112,7 +112,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             "starts": split.prompt_tokens[:3].tolist(),
         }
         (run / "task.json").write_text(json.dumps(task))
-    work("reload", everyone, folder, processes=2)
+    run_worker("reload", all_runs, folder, processes=2)
     return found
 
 
@@ -130,8 +130,8 @@ def of_tokens(log_probs: torch.Tensor, ids: list[int], start: int) -> torch.Tens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_scores_are_transformers_own(name: str, runs: dict[str, Path]) -> None:
-    split = EncodedSplit.open(runs[name] / "data", "train")
+def test_scores_equal_those_of_transformers(name: str, runs: dict[str, Path]) -> None:
+    split = TokenizedSplit.open(runs[name] / "data", "train")
     lines = [
         json.loads(line)
         for path in runs[name].glob("scores/*.jsonl")
@@ -148,12 +148,12 @@ def test_scores_are_transformers_own(name: str, runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_loss_is_that_of_full_logits_live_and_from_disk(
+def test_the_loss_equals_that_of_full_logits_online_and_cached(
     name: str, runs: dict[str, Path]
 ) -> None:
     """The first step's KD a token, forward KL at temperature 1; then all steps and the weights."""
     run = runs[name]
-    split, plan = EncodedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
+    split, plan = TokenizedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
     rows = np.load(run / "ranking" / "order.npy")[Sampler(plan, seed=42).batch(0)]
     kd = []
     for row in rows:
@@ -163,13 +163,13 @@ def test_the_loss_is_that_of_full_logits_live_and_from_disk(
             for who in ("teacher", "student")
         )
         kd.append((teacher.exp() * (teacher - student)).sum(-1))
-    steps = {way: read_metrics(run / way / "metrics.jsonl") for way in ("live", "train")}
-    assert plan.stages[0].temperature == 1 and len(steps["live"]) == 4
-    assert steps["live"][0]["kd"] == pytest.approx(float(torch.cat(kd).mean()), rel=1e-5)
-    for live, stored in zip(*steps.values(), strict=True):
-        assert all(live[one] == stored[one] for one in ("step", "tokens", "sample_ids_digest"))
-        for one in ("loss", "kd", "ce"):
-            assert live[one] == pytest.approx(stored[one], rel=2e-5)
+    steps = {way: read_metrics(run / way / "metrics.jsonl") for way in ("online", "train")}
+    assert plan.stages[0].temperature == 1 and len(steps["online"]) == 4
+    assert steps["online"][0]["kd_loss"] == pytest.approx(float(torch.cat(kd).mean()), rel=1e-5)
+    for online, cached in zip(*steps.values(), strict=True):
+        assert all(online[key] == cached[key] for key in ("step", "loss_tokens", "sample_ids_digest"))
+        for key in ("loss", "kd_loss", "sft_loss"):
+            assert online[key] == pytest.approx(cached[key], rel=2e-5)
     weights = [load_file(run / way / "final" / "model.safetensors") for way in steps]
     assert weights[0].keys() == weights[1].keys()
     # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few
@@ -178,10 +178,10 @@ def test_the_loss_is_that_of_full_logits_live_and_from_disk(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_export_says_the_same_in_vllm_in_transformers_and_in_the_trainer(
+def test_the_export_agrees_in_vllm_transformers_and_the_trainer(
     name: str, runs: dict[str, Path]
 ) -> None:
-    """Also after vLLM took the weights of another model of the family, as a rollout's writer does."""
+    """Also after vLLM loaded the weights of another model of the family, as in a rollout."""
     run = runs[name]
     task, found = (json.loads((run / file).read_text()) for file in ("task.json", "reloaded.json"))
     model = load_model(str(run / "export"), attention=PER_SAMPLE)
@@ -190,7 +190,7 @@ def test_the_export_says_the_same_in_vllm_in_transformers_and_in_the_trainer(
             logits(folder, ids).log_softmax(-1) for folder in (run / "export", run.parent / "other")
         )
         assert (exported - other).abs().max() > 0.05
-        for name_, expected in (("exported", exported), ("refreshed", other)):
+        for name_, expected in (("exported", exported), ("loaded", other)):
             np.testing.assert_allclose(
                 found[name_][place], of_tokens(expected, ids, start), atol=1e-4
             )
@@ -198,5 +198,5 @@ def test_the_export_says_the_same_in_vllm_in_transformers_and_in_the_trainer(
             states = hidden_states(
                 model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
             )[0, :-1]
-            ours = head_of(model).logits(states).log_softmax(-1)
+            ours = output_head(model).logits(states).log_softmax(-1)
         np.testing.assert_allclose(ours, exported, atol=1e-5)

@@ -1,5 +1,5 @@
-"""Every policy on two ranks, tiny models: stopped in the middle and gone on to the same end; and
-without a curriculum.
+"""Every policy on two ranks with tiny models: stopped, resumed and equal to an uninterrupted run;
+also for the baseline.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POLICIES = {
         "policy.sync_weights_every=4",
         "loss.name=jsd",
     ],
-    # A rate so high that the validation loss rises, which is what phi waits for.
+    # A learning rate so high that the validation loss rises, which raises phi.
     "distillm": [
         "policy.name=distillm",
         "policy.rollout_backend=transformers",
@@ -54,8 +54,8 @@ POLICIES = {
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
 
 
-def plan_without_sft(folder: Path, *words: str, tokenizer: Any = None) -> Path:
-    """A run up to its plan. tokenizer: the teacher's, where it is not the student's."""
+def plan_without_sft(folder: Path, *overrides: str, tokenizer: Any = None) -> Path:
+    """A run up to its plan. tokenizer: the teacher's; None is the student's."""
     teacher = tiny_models.llama(folder / "teacher", layers=3, tokenizer=tokenizer)
     student = tiny_models.llama(folder / "student", layers=2, seed=1)
     recipe = write_recipe(
@@ -64,12 +64,12 @@ def plan_without_sft(folder: Path, *words: str, tokenizer: Any = None) -> Path:
         student,
         max_train_samples=32,
         policy={"max_new_tokens": 6},
-        rank={"strategy": "random"},
+        ranking={"strategy": "random"},
         curriculum={"num_subsets": 2, "epochs_per_stage": 3, "sft_ratio": [0, 0]},
         baseline={"enabled": True, "sft_ratio": 0},
     )
-    for stage in ("preprocess", "init-student", "rank", "plan"):
-        pocl(stage, str(recipe), "--run-dir", str(folder / "run"), *words)
+    for step in ("preprocess", "init-student", "rank", "plan"):
+        pocl(step, str(recipe), "--run-dir", str(folder / "run"), *overrides)
     return folder / "run"
 
 
@@ -79,8 +79,8 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planned_apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a teacher that splits text otherwise."""
+def planned_across_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a teacher that has another tokenizer."""
     tokenizer = tiny_models.make_sentencepiece_tokenizer()
     return plan_without_sft(tmp_path_factory.mktemp("apart"), "loss.name=alm", tokenizer=tokenizer)
 
@@ -89,11 +89,13 @@ def planned_apart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_policy_from_its_plan_to_its_weights(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    apart = name.startswith("uld")
-    planned = request.getfixturevalue("planned_apart" if apart else "planned")
-    run, words = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
+    across_tokenizers = name.startswith("uld")
+    planned = request.getfixturevalue(
+        "planned_across_tokenizers" if across_tokenizers else "planned"
+    )
+    run, overrides = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
     if name in ("seqkd", "mixture"):
-        pocl("generate-teacher", "--run-dir", str(run), *words)
+        pocl("generate-teacher", "--run-dir", str(run), *overrides)
         ours, data = (
             np.load(run / folder / "train.ids.npy") for folder in ("teacher_responses", "data")
         )
@@ -108,33 +110,35 @@ def test_a_policy_from_its_plan_to_its_weights(
                 and one["references"] != other["references"]
             )
     stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
-    pocl("train", "--run-dir", str(run), *words)
+    pocl("train", "--run-dir", str(run), *overrides)
     steps = records(run)
     assert len(steps) == STEPS
     pocl("baseline", "--run-dir", str(run))
     assert len(records(run, "baseline")) == STEPS
     assert all(record["sft_ratio"] == 0 for record in steps)
-    if apart:
-        assert all(record["kd"] > 0 for record in steps)
-    if registry.POLICIES[words[0].removeprefix("policy.name=")]:
-        written = [record for record in steps if record["on_policy"]]
-        assert 0 < len(written) < len(steps)
+    if across_tokenizers:
+        assert all(record["kd_loss"] > 0 for record in steps)
+    if registry.POLICIES[overrides[0].removeprefix("policy.name=")]:
+        on_policy = [record for record in steps if record["on_policy"]]
+        assert 0 < len(on_policy) < len(steps)
         assert any(
-            record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1 for record in written
+            record["rollout_seconds"] > 0 and 0 < record["rollout_share"] < 1
+            for record in on_policy
         )
-        stale = {record["staleness"] for record in written}
-        assert stale == {0} if name != "gkd" else max(stale) in (1, 2, 3)
-    if name == "distillm":  # before the first step too, or one stage would end before phi may move
+        staleness = {record["staleness_steps"] for record in on_policy}
+        assert staleness == {0} if name != "gkd" else max(staleness) in (1, 2, 3)
+    if name == "distillm":
+        # It validates before the first step too: otherwise a stage could end before phi changes.
         for training in ("train", "baseline"):
             assert [record["step"] for record in records(run, training, "validation")] == list(
                 range(0, STEPS + 1, 2)
             )
             assert any(record["on_policy"] for record in records(run, training))
         assert any(record["on_policy"] and record["rollout_seconds"] == 0 for record in steps), (
-            "never drew from the buffer"
+            "the buffer was never replayed"
         )
 
-    assert stop_after(stopped, 5, *words) < STEPS
+    assert stop_after(stopped, 5, *overrides) < STEPS
     pocl("train", "--run-dir", str(stopped))
     assert computed(stopped) == computed(run)
     assert records(stopped, kind="validation") == records(run, kind="validation")
@@ -144,15 +148,15 @@ def test_a_policy_from_its_plan_to_its_weights(
     assert weights[0] == weights[1]
 
 
-def test_alm_from_its_plan_to_the_report(planned_apart: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(planned_apart, tmp_path / "run"))
+def test_alm_from_its_plan_to_the_report(planned_across_tokenizers: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(planned_across_tokenizers, tmp_path / "run"))
     found = pocl("run", "--run-dir", str(run))
     assert (
         "each read their own tokens: " in found.stderr
         and "without the teacher's and a KL" in found.stderr
     )
     for training in ("train", "baseline"):
-        assert [record["step"] for record in records(run, training) if record["kd"] > 0] == list(
+        assert [record["step"] for record in records(run, training) if record["kd_loss"] > 0] == list(
             range(1, STEPS + 1)
         )
     models = json.loads((run / "evaluation" / "results.json").read_text())["models"]
@@ -162,24 +166,33 @@ def test_alm_from_its_plan_to_the_report(planned_apart: Path, tmp_path: Path) ->
     assert models["student"]["loss"] > 0 and "kl" not in models["student"]
 
 
-def test_two_tokenizers_need_a_loss_across_them(planned_apart: Path, tmp_path: Path) -> None:
-    recipe = planned_apart / "recipe.yaml"
+def test_two_tokenizers_need_a_loss_across_tokenizers(
+    planned_across_tokenizers: Path, tmp_path: Path
+) -> None:
+    recipe = planned_across_tokenizers / "recipe.yaml"
     found = pocl(
         "preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False
     )
     assert found.returncode == 2
     assert "different tokenizers" in found.stderr and "loss.name=alm or uld" in found.stderr
-    words = ["loss.name=sft", "policy.name=seqkd", "baseline.enabled=false", "student.heal_steps=2"]
-    found = pocl("preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), *words, check=False)
-    assert found.returncode == 2 and "student.heal_steps=2 is plain distillation" in found.stderr, (
-        found.stderr
+    overrides = [
+        "loss.name=sft",
+        "policy.name=seqkd",
+        "baseline.enabled=false",
+        "student.heal_steps=2",
+    ]
+    found = pocl(
+        "preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), *overrides, check=False
     )
+    assert (
+        found.returncode == 2 and "student.heal_steps=2 heals by plain distillation" in found.stderr
+    ), found.stderr
 
 
 @pytest.mark.vllm
-def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
-    """Its probabilities are compared with the student's after each refresh: a run that ends has
-    passed that.
+def test_vllm_generates_next_to_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
+    """Its log-probabilities are compared with the student's after each weight transfer: a run that
+    ends has passed that check.
     """
     run = Path(shutil.copytree(planned, tmp_path / "run"))
     found = pocl(
@@ -191,7 +204,7 @@ def test_vllm_writes_beside_the_ranks_with_their_weights(planned: Path, tmp_path
         "policy.sync_weights_every=4",
         "loss.name=jsd",
     )
-    assert "written by vllm" in found.stderr
+    assert "vllm generates the student's responses" in found.stderr
     steps = records(run)
     assert len(steps) == STEPS and all(record["on_policy"] for record in steps)
-    assert [record["staleness"] for record in steps] == [step % 4 for step in range(STEPS)]
+    assert [record["staleness_steps"] for record in steps] == [step % 4 for step in range(STEPS)]

@@ -1,6 +1,4 @@
-"""Families whose head is not known: refused before anything is scored, and trained by
-loss.fused=false.
-"""
+"""Families with an unknown head: refused before scoring, or trained with loss.fused=false."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pocl_ds.cli.main import main
 from pocl_ds.curriculum.plan_step import load_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 
 SMALL = {
     "hidden_size": 32,
@@ -32,7 +30,7 @@ SMALL = {
 }
 
 
-def made(folder: Path, family: str, **fields: Any) -> Path:
+def make_model(folder: Path, family: str, **fields: Any) -> Path:
     tokenizer = tiny_models.make_tokenizer(chat=True)
     config = AutoConfig.for_model(
         family, vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=1, **fields
@@ -45,9 +43,9 @@ def made(folder: Path, family: str, **fields: Any) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """StarCoder 2, whose attention is transformers' own, teaches BLOOM, which has one of its own."""
-    teacher = made(tmp_path / "teacher", "starcoder2", **SMALL, num_key_value_heads=2)
-    student = made(
+    """StarCoder 2, with an attention of transformers, teaches BLOOM, which has its own."""
+    teacher = make_model(tmp_path / "teacher", "starcoder2", **SMALL, num_key_value_heads=2)
+    student = make_model(
         tmp_path / "student", "bloom", hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2
     )
     return write_recipe(
@@ -56,7 +54,7 @@ def recipe(tmp_path: Path) -> Path:
         student,
         max_train_samples=24,
         student={"dropout": 0.0},
-        rank={"strategy": "random"},
+        ranking={"strategy": "random"},
         curriculum={
             "num_subsets": 1,
             "epochs_per_stage": 2,
@@ -69,24 +67,25 @@ def recipe(tmp_path: Path) -> Path:
     )
 
 
-def test_what_cannot_be_is_said_before_anything_is_scored(
+def test_unsupported_models_are_refused_before_anything_is_scored(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, pair = tmp_path / "run", tmp_path / "pair.yaml"
-    others = ["teacher.attn_implementation=sdpa", "student.attn_implementation=eager"]
-    for family, other in zip(("starcoder2", "bloom"), reversed(others), strict=True):
-        said = sentence(capsys, "init-student", recipe, "--run-dir", run, "loss.fused=false", other)
-        assert said == (
-            f"attention=per_sample is not held to what models of the family {family!r} do, which "
-            f"may lie in their "
-            "mask: set their attention=eager, or sdpa where they have it"
+    attention = ["teacher.attn_implementation=sdpa", "student.attn_implementation=eager"]
+    for family, other in zip(("starcoder2", "bloom"), reversed(attention), strict=True):
+        message = sentence(
+            capsys, "init-student", recipe, "--run-dir", run, "loss.fused=false", other
         )
-    said = sentence(capsys, "init-student", recipe, "--run-dir", run, *others)
-    assert said.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
-    assert "set loss.fused=false, with which" in said
+        assert message == (
+            f"attn_implementation=per_sample is not tested with models of the family {family!r}, "
+            "which may need their mask: set their attn_implementation=eager, or sdpa if they have it"
+        )
+    message = sentence(capsys, "init-student", recipe, "--run-dir", run, *attention)
+    assert message.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
+    assert "set loss.fused=false, with which" in message
     student = {"model": str(tiny_models.llama(tmp_path / "known"))}
     pair.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "student": student}))
-    said = sentence(
+    message = sentence(
         capsys,
         "init-student",
         pair,
@@ -94,15 +93,13 @@ def test_what_cannot_be_is_said_before_anything_is_scored(
         tmp_path / "other",
         "teacher.attn_implementation=sdpa",
     )
-    assert said.startswith("models of the family 'starcoder2' are not supported")
+    assert message.startswith("models of the family 'starcoder2' are not supported")
     assert not (run / "models").exists() and not (tmp_path / "other" / "models").exists()
 
 
 def first_divergence(run: Path) -> float:
-    """tau^2 KL a token of the first step's samples, by the models' own logits, one by one in
-    float64.
-    """
-    split, plan = EncodedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
+    """tau^2 KL per token of the first step's samples, by the models' own logits in float64."""
+    split, plan = TokenizedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
     models = [
         AutoModelForCausalLM.from_pretrained(run.parent / name, attn_implementation="eager")
         .double()
@@ -124,10 +121,10 @@ def first_divergence(run: Path) -> float:
     return float(torch.cat(found).mean())
 
 
-def test_without_the_fused_head_they_are_trained(
+def test_unknown_heads_are_trained_without_the_fused_head(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, words = (
+    run, overrides = (
         tmp_path / "run",
         [
             "student.attn_implementation=eager",
@@ -135,14 +132,14 @@ def test_without_the_fused_head_they_are_trained(
             "loss.fused=false",
         ],
     )
-    for stage in ("preprocess", "init-student", "rank", "plan"):
-        assert main([stage, str(recipe), "--run-dir", str(run), *words]) == 0
+    for step in ("preprocess", "init-student", "rank", "plan"):
+        assert main([step, str(recipe), "--run-dir", str(run), *overrides]) == 0
     monkeypatch.setitem(os.environ, "RANK", "0")
-    for stage in (["train"], ["evaluate", "--model", "student"], ["evaluate"]):
-        assert main([*stage, "--run-dir", str(run)]) == 0
+    for command in (["train"], ["evaluate", "--model", "student"], ["evaluate"]):
+        assert main([*command, "--run-dir", str(run)]) == 0
     steps = records(run)
-    assert len(steps) == 6 and steps[-1]["kd"] < steps[0]["kd"]
-    assert steps[0]["kd"] == pytest.approx(first_divergence(run), rel=1e-5)
+    assert len(steps) == 6 and steps[-1]["kd_loss"] < steps[0]["kd_loss"]
+    assert steps[0]["kd_loss"] == pytest.approx(first_divergence(run), rel=1e-5)
     assert (
         json.loads((run / "evaluation" / "results.json").read_text())["models"]["student"]["loss"]
         > 0
