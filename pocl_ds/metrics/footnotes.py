@@ -1,4 +1,4 @@
-"""What belongs beside a benchmark's numbers wherever they are shown: `marks` of results.json,
+"""What belongs beside a benchmark's numbers wherever they are shown: `footnotes` of results.json,
 sentences by benchmark.
 """
 
@@ -14,14 +14,14 @@ def mark_benchmark(benchmark: str, *results: Mapping[str, Any]) -> str:
     """A benchmark's name in a table of these results, with a sign where there is more to say of it."""
     return (
         f"{benchmark} {MARK}"
-        if any(benchmark in one.get("marks", {}) for one in results)
+        if any(benchmark in one.get("footnotes", {}) for one in results)
         else benchmark
     )
 
 
 def footnotes(results: Mapping[str, Any]) -> list[str]:
     """What there is to say, a line a benchmark."""
-    return merge_footnotes([("", results)], results.get("marks", {}))
+    return merge_footnotes([("", results)], results.get("footnotes", {}))
 
 
 def merge_footnotes(
@@ -32,7 +32,7 @@ def merge_footnotes(
     """
     found: dict[str, list[str]] = {}
     for name, results in named:
-        for benchmark, said in results.get("marks", {}).items():
+        for benchmark, said in results.get("footnotes", {}).items():
             if benchmark in benchmarks:
                 found.setdefault(f"{MARK} {benchmark}: {'; '.join(said)}", []).append(name)
     return [

@@ -1,9 +1,8 @@
-"""What a model costs, from its configuration alone: parameters, arithmetic, and what its forward
-keeps for backward.
+"""The cost of a model from its configuration alone: parameters, FLOPs, activation memory.
 
-Nothing is loaded. The model is built of fake tensors, which have shapes and no memory, and run
-once: so activations follow from the family's own code, its dropout and its attention, and not from
-a formula that knows one family.
+Nothing is loaded. Activations are measured by one run of a model of fake tensors, which have shapes
+but no memory. So they follow from the family's own code, dropout and attention, not from a formula
+that knows one family.
 
 Shapes: T tokens of a micro-batch.
 """
@@ -22,29 +21,30 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from pocl_ds.config import LoraConfig
-from pocl_ds.models.heads import check_family, output_head, hidden_states
-from pocl_ds.models.load import empty_model
+from pocl_ds.models.attention import PER_SAMPLE
+from pocl_ds.models.heads import check_family, hidden_states, output_head
+from pocl_ds.models.load import empty_model, set_dropout
 from pocl_ds.models.lora import adapter_parameters, is_linear, target_linear_modules
 from pocl_ds.models.quiet import quiet
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of one causal language model; parameters in numbers, not bytes."""
+    """Sizes of one causal language model; parameters are counts, not bytes."""
 
     family: str
     parameters: int  # tied ones once
     block_parameters: int  # of the largest block
-    matrix_parameters: int  # that each token is multiplied with: all linear maps but the head
+    matrix_parameters: int  # of all linear maps but the head, which multiply every token
     head_parameters: int  # rows x width
     largest: int  # of a single parameter
     layers: int
     rows: int  # of the vocabulary
     width: int  # of the head's input
-    attention_width: int  # heads x their width
-    key_value_width: int  # the same of keys and values
-    tied: bool
-    adapters: int = 0  # parameters beside these, which alone are trained where there are any
+    attention_width: int  # heads x width of a head
+    key_value_width: int  # the same for keys and values
+    tied: bool  # head and embeddings
+    adapters: int = 0  # further parameters, which alone are trained if there are any
 
     @property
     def trained(self) -> int:
@@ -52,47 +52,48 @@ class ModelShape:
         return self.adapters or self.parameters
 
     def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
-        """Multiplications and additions of one forward: attention causal over each sample, the head
-        at loss positions only.
+        """FLOPs of one forward pass, with the head at loss positions only.
+
+        lengths: tokens of each sample; attention is causal within a sample.
         """
         tokens = sum(lengths)
-        attention = self.layers * sum(
-            2.0 * length * (length + 1) * self.attention_width for length in lengths
-        )
+        attention = sum(2.0 * length * (length + 1) * self.attention_width for length in lengths)
         return (
             2.0 * self.matrix_parameters * tokens
-            + attention
+            + self.layers * attention
             + 2.0 * self.head_parameters * loss_tokens
         )
 
 
 def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
-    """Sizes of the model that a configuration describes, with adapters where `lora` says so. Raises
-    ModelError for a family whose head is not known, RecipeError for adapters that it cannot have.
+    """Sizes of the model of a configuration, with the adapters of `lora`.
+
+    Raises ModelError for a family whose head is not known, RecipeError for adapters that the model
+    cannot have.
     """
     check_family(config.model_type)
     model = empty_model(config)
     head = output_head(model)
     blocks = _blocks(model)
-    linears = [
+    linear_maps = [
         module
-        for name, module in model.named_modules()
+        for module in model.modules()
         if is_linear(module) and module.weight is not head.weight
     ]
     heads = config.num_attention_heads
-    width_of_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         family=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks),
-        matrix_parameters=sum(module.weight.numel() for module in linears),
+        matrix_parameters=sum(module.weight.numel() for module in linear_maps),
         head_parameters=head.rows * head.width,
         largest=max(p.numel() for p in model.parameters()),
         layers=len(blocks),
         rows=head.rows,
         width=head.width,
-        attention_width=heads * width_of_head,
-        key_value_width=(getattr(config, "num_key_value_heads", None) or heads) * width_of_head,
+        attention_width=heads * head_width,
+        key_value_width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
         tied=head.weight is model.get_input_embeddings().weight,
         adapters=adapter_parameters(model, lora) if lora else 0,
     )
@@ -108,45 +109,42 @@ def activation_bytes(
     dropout: float | None = None,
     lora: LoraConfig | None = None,
 ) -> int:
-    """Bytes that the backbone's forward keeps for its backward over one micro-batch, its last
-    hidden states included.
+    """Bytes that the backbone's forward keeps for its backward over one micro-batch, with its last
+    hidden states.
 
-    lengths: tokens of each sample. With attention=per_sample they lie behind one another; else they
-    are padded. lora: adapters that are trained alone.
+    Args:
+        lengths: tokens of each sample; packed with attention=per_sample, else padded.
+        checkpointing: of activations.
+        dropout: as `load_model` takes it.
+        lora: adapters, which alone are trained.
     """
-    from pocl_ds.models.attention import PER_SAMPLE
-    from pocl_ds.models.load import set_dropout
-
-    config = copy.deepcopy(
-        config
-    )  # dropout, and what transformers writes into it, are this model's alone
+    config = copy.deepcopy(config)  # it is changed below, and by transformers
     if dropout is not None:
         set_dropout(config, dropout)
-    kept: dict[int, tuple[int, Any]] = {}
+    saved: dict[int, tuple[int, Any]] = {}  # storage -> bytes, and the storage to keep it alive
     with FakeTensorMode(allow_non_fake_inputs=True), quiet():
         model: Any = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype
         ).train()
-        adapters = _imitated(model, lora) if lora else []
+        adapters = _add_fake_adapters(model, lora) if lora else []
         for module in model.modules():
-            if hasattr(
-                module, "layerdrop"
-            ):  # OPT looks at a random number there, which fake tensors do not have
+            if hasattr(module, "layerdrop"):  # OPT reads a random number, which fakes do not have
                 module.training = False
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        own = {
+        own_storages = {
             tensor.untyped_storage()._cdata
             for tensor in (*model.parameters(), *model.buffers(), *adapters)
         }
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = (storage.nbytes(), storage)
+            if storage._cdata not in own_storages:
+                saved[storage._cdata] = (storage.nbytes(), storage)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # Run the backbone, and record what autograd saves.
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             if attention == PER_SAMPLE:
                 ids = torch.zeros(1, sum(lengths), dtype=torch.long)
                 positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -154,35 +152,32 @@ def activation_bytes(
             else:
                 ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
                 states = hidden_states(model, ids, torch.ones_like(ids))
-        return sum(size for size, _ in kept.values()) + states.untyped_storage().nbytes()
+        return sum(size for size, _ in saved.values()) + states.untyped_storage().nbytes()
 
 
-def _imitated(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
-    """Freeze a fake model and let its linear modules compute what adapters would add: peft moves
-    its own, which fakes cannot.
+def _add_fake_adapters(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
+    """Freeze a model of fake tensors, and add to its linear modules what adapters compute.
+
+    peft moves its adapters between devices, which fake tensors cannot do.
     """
     model.requires_grad_(False)
-    made: list[nn.Parameter] = []
+    adapters: list[nn.Parameter] = []
     for module in target_linear_modules(model, lora.target_modules).values():
-        inputs, outputs = (
-            module.weight.shape if type(module).__name__ == "Conv1D" else module.weight.shape[::-1]
-        )
-        down, up = (
-            nn.Parameter(module.weight.new_empty(shape))
-            for shape in ((lora.r, inputs), (outputs, lora.r))
-        )
+        is_conv1d = type(module).__name__ == "Conv1D"
+        inputs, outputs = module.weight.shape if is_conv1d else module.weight.shape[::-1]
+        down = nn.Parameter(module.weight.new_empty((lora.r, inputs)))
+        up = nn.Parameter(module.weight.new_empty((outputs, lora.r)))
 
-        def add(
-            module: nn.Module, given: Any, output: Tensor, down: Tensor = down, up: Tensor = up
+        def add_adapter(
+            module: nn.Module, inputs: Any, output: Tensor, down: Tensor = down, up: Tensor = up
         ) -> Tensor:
-            read = functional.dropout(given[0], lora.dropout) if lora.dropout else given[0]
-            return output + functional.linear(functional.linear(read, down), up) * (
-                lora.alpha / lora.r
-            )
+            hidden = functional.dropout(inputs[0], lora.dropout) if lora.dropout else inputs[0]
+            update = functional.linear(functional.linear(hidden, down), up)
+            return output + update * (lora.alpha / lora.r)
 
-        module.register_forward_hook(add)
-        made += [down, up]
-    return made
+        module.register_forward_hook(add_adapter)
+        adapters += [down, up]
+    return adapters
 
 
 def _blocks(model: Any) -> list[nn.Module]:
@@ -191,18 +186,18 @@ def _blocks(model: Any) -> list[nn.Module]:
     return list(max(lists, key=lambda modules: len(list(modules))))
 
 
-def parameter_bytes(numbers: float, dtype: str) -> float:
-    """Bytes of so many numbers."""
-    return numbers * (4 if dtype == "float32" else 2)
+def parameter_bytes(count: float, dtype: str) -> float:
+    """Bytes of `count` numbers of a dtype: 4 each in float32, else 2."""
+    return count * (4 if dtype == "float32" else 2)
 
 
 def max_gathered_parameters(shape: ModelShape) -> int:
-    """Parameters whole on a rank while ZeRO-3 works: two blocks (one at work, one prefetched) and
-    the embeddings or head.
+    """Parameters that ZeRO-3 gathers on a rank: two blocks (one prefetched), and the embeddings or
+    the head.
     """
     return min(shape.parameters, 2 * shape.block_parameters + shape.largest)
 
 
 def kv_cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> float:
-    """Keys and values of so many tokens, in generation."""
+    """Bytes of the keys and values of so many tokens, in generation."""
     return parameter_bytes(2.0 * shape.layers * shape.key_value_width * tokens, dtype)

@@ -1,8 +1,7 @@
-"""GGUF files: found also inside installed packages, and dequantised once into a Hugging Face
-folder.
+"""GGUF files, also those of installed packages, dequantized once into a Hugging Face folder.
 
-The folder's name holds the sha256 of the file, so a moved file is not converted twice and a changed
-one is.
+The folder's name holds the sha256 of the file, so a moved file is not converted twice, and a changed
+file is converted again.
 """
 
 from __future__ import annotations
@@ -30,8 +29,9 @@ PACKAGE_SCHEME = "package://"
 
 
 def find_package_file(source: str) -> Path:
-    """The file that `package://PACKAGE/FILE` names; the package is located, not imported. Raises
-    ModelError.
+    """The file that `package://PACKAGE/FILE` names, without importing the package.
+
+    Raises ModelError if package or file do not exist.
     """
     package, _, name = source.removeprefix(PACKAGE_SCHEME).partition("/")
     if not package.isidentifier() or not name or ".." in Path(name).parts:
@@ -46,23 +46,25 @@ def find_package_file(source: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(str(p.relative_to(folder)) for folder in folders for p in folder.rglob("*.gguf"))
+    models = sorted(
+        str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*.gguf")
+    )
     raise ModelError(
         f"model {source}: package {package} has no file {name}; its models are: "
-        f"{', '.join(found) or 'none'}"
+        f"{', '.join(models) or 'none'}"
     )
 
 
 def models_folder() -> Path:
-    """Where dequantised models lie: POCL_CACHE, else a folder of the cache."""
-    named = os.environ.get("POCL_CACHE")
-    return Path(named) if named else cache_folder() / "models"
+    """The folder of dequantized models: POCL_CACHE, else `models` in the cache."""
+    override = os.environ.get("POCL_CACHE")
+    return Path(override) if override else cache_folder() / "models"
 
 
 def dequantize_gguf(file: Path) -> Path:
-    """The Hugging Face folder (float32, with tokenizer) of a GGUF file, made on the first call.
+    """The Hugging Face folder (float32, with tokenizer) of a GGUF file, converted on the first call.
 
-    Processes that ask at once wait for the one that converts. Raises ModelError, ResourceError.
+    Concurrent processes wait for the one that converts. Raises ModelError, ResourceError.
     """
     cache = models_folder()
     folder = cache / f"{file.stem}-{file_digest(file)['sha256'][:16]}"
@@ -73,14 +75,14 @@ def dequantize_gguf(file: Path) -> Path:
     with _locked(cache / f".{folder.name}.lock"):
         if not folder.is_dir():
             start = time.monotonic()
-            log.info("dequantising %s into %s, once", file.name, folder)
+            log.info("dequantizing %s into %s, once", file.name, folder)
             with atomic_directory(folder) as building:
-                _dequantise(file, building)
-            log.info("dequantised %s in %.0f s", file.name, time.monotonic() - start)
+                _dequantize(file, building)
+            log.info("dequantized %s in %.0f s", file.name, time.monotonic() - start)
     return folder
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+def _dequantize(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {
@@ -95,7 +97,7 @@ def _dequantise(file: Path, folder: Path) -> None:
         raise ResourceError(
             f"reading {file} needs the packages gguf and accelerate: pip install gguf accelerate"
         ) from error
-    except Exception as error:  # what two libraries raise over a damaged file has no common type
+    except Exception as error:  # two libraries raise many unrelated types
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{file} cannot be read as a GGUF language model ({reason}): give another model"
@@ -106,9 +108,7 @@ def _dequantise(file: Path, folder: Path) -> None:
 
 
 def _clean_copy(model: Any) -> Any:
-    """The same weights in a model that knows nothing of GGUF: `save_pretrained` refuses one that
-    was loaded from it.
-    """
+    """The same weights in a new model, since `save_pretrained` refuses a model loaded from GGUF."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -124,4 +124,4 @@ def _clean_copy(model: Any) -> Any:
 def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as handle:
         lock_file(handle.fileno(), path, fcntl.LOCK_EX)
-        yield  # closing the file frees the lock, also when the process dies
+        yield  # closing the file releases the lock, also if the process dies

@@ -1,9 +1,8 @@
-"""A causal language model in two parts: the backbone up to its last hidden state, and the head that
-makes logits.
+"""A causal language model in two parts: the backbone up to its last hidden states, and the output
+head that makes logits.
 
-Distillation needs logits at loss positions only, and in chunks; so the head is applied apart from
-the model's own forward. What a family does after the head's matrix (a scale, a soft cap) is written
-down here, family by family.
+Distillation needs logits at loss positions only, and in chunks, so it applies the head itself. What
+a family does after the head's matrix (a scale, a soft cap) is listed here by family.
 
 Shapes: B sequences, T positions, D width of the head's input, V vocabulary rows, n positions.
 """
@@ -18,63 +17,55 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pocl_ds.compat.transformers_private import attn_implementation, is_quantized
 from pocl_ds.errors import ModelError
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, PackedSamples
 
-# Families whose logits are a plain linear map of the last hidden state (OPT's projection and every
-# family's final norm belong to the backbone), and those that scale them. Each is held to its
-# model's own logits by a test.
-SCALES: dict[str, Callable[[Any], float]] = {
+# The factor of each family's logits. OPT's projection and the final norm of every family belong to
+# the backbone. A test compares every family with its model's own logits.
+LOGIT_SCALES: dict[str, Callable[[Any], float]] = {
     **dict.fromkeys(FAMILIES, lambda config: 1.0),
     "granite": lambda config: 1.0 / config.logits_scaling,
     "cohere": lambda config: config.logit_scale,
     "cohere2": lambda config: config.logit_scale,
 }
 
-PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+UNQUANTIZED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """From hidden states to logits. Under ZeRO-3 the parameters are partitioned: gather them around
-    `logits`.
+    """Turns hidden states into logits. Under ZeRO-3 the parameters are partitioned, so gather them
+    around `logits`.
     """
 
-    weight: (
-        nn.Parameter | None
-    )  # [V, D], shared with the embeddings where the model ties them; None: see `identity_head`
+    # [V, D], shared with the embeddings if the model ties them; None for `identity_head`
+    weight: nn.Parameter | None
     bias: nn.Parameter | None  # [V]
     scale: float
     soft_cap: float | None
     rows: int = field(default=0)  # V
 
     def __post_init__(self) -> None:
-        if self.weight is not None:  # a partitioned parameter has no shape
-            object.__setattr__(
-                self, "rows", int(getattr(self.weight, "ds_shape", self.weight.shape)[0])
-            )
+        if self.weight is not None:
+            object.__setattr__(self, "rows", _full_shape(self.weight)[0])
 
     @property
     def width(self) -> int:
         """D."""
-        return (
-            self.rows
-            if self.weight is None
-            else int(getattr(self.weight, "ds_shape", self.weight.shape)[1])
-        )
+        return self.rows if self.weight is None else _full_shape(self.weight)[1]
 
     def logits(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
-        """Logits [n, size] of hidden states [n, D], in their dtype, for the first `size` ids (None:
-        all V).
+        """Logits [n, size] of hidden states [n, D], in their dtype.
+
+        size: compute only the first `size` ids; None is all V.
         """
         return self.scale_and_cap_(self.product(hidden, size))
 
     def product(
         self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """hidden Wᵀ + b for the first `size` ids; written to `out` where it is given, without a
-        gradient.
-        """
+        """hidden Wᵀ + b for the first `size` ids: [n, size]. `out` receives it without a gradient."""
         if self.weight is None:
             return hidden[:, :size].clone() if out is None else out.copy_(hidden[:, :size])
         weight, bias = self.weight[:size], None if self.bias is None else self.bias[:size]
@@ -84,7 +75,7 @@ class OutputHead:
         return out if bias is None else out.add_(bias)
 
     def scale_and_cap_(self, product: torch.Tensor) -> torch.Tensor:
-        """From the product to the logits, in place: soft_cap · tanh(scale · product / soft_cap)."""
+        """Turn a product into logits, in place: soft_cap · tanh(scale · product / soft_cap)."""
         if self.scale != 1.0:
             product = product.mul_(self.scale)
         if self.soft_cap is not None:
@@ -94,17 +85,17 @@ class OutputHead:
 
 @dataclass(frozen=True)
 class HeadMixture:
-    """Heads of several models over the same tokens, whose distributions are mixed: sum of weight x
-    softmax(logits / temperature).
+    """Output heads of an ensemble over the same tokens (docs/method.md, eq. 22).
 
-    Their hidden states lie side by side: [n, sum of widths].
+    The mixture is the sum of weight · softmax(logits / temperature). Its hidden states are those of
+    all models, concatenated: [n, sum of widths].
     """
 
     heads: tuple[OutputHead, ...]
-    weights: tuple[float, ...]  # that sum to 1
+    weights: tuple[float, ...]  # their sum is 1
 
     def split_hidden(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The hidden states of each: [n, width]."""
+        """The hidden states of each model: [n, width]."""
         return hidden.split([head.width for head in self.heads], dim=-1)
 
 
@@ -117,12 +108,16 @@ def hidden_states(
     *,
     split: bool = True,
 ) -> torch.Tensor:
-    """Last hidden states [B, T, D] after the final norm, without logits and without a cache; or
-    unsplit the logits [B, T, V].
+    """Last hidden states [B, T, D] after the final norm, without logits and without a cache.
 
-    input_ids, attention_mask: [B, T], padding on the right. lengths and position_ids [1, T]: of the
-    samples packed behind one another in a single row, for a model that `supports_packing`. The backbone runs
-    through its own forward, so that ZeRO-3's hooks fire. Row t predicts token t + 1.
+    Row t predicts token t + 1. The backbone runs through its own forward, so that ZeRO-3's hooks
+    fire.
+
+    Args:
+        input_ids, attention_mask: [B, T], padded on the right.
+        position_ids, lengths: [1, T] and the tokens of each sample of a packed row, for a model
+            that `supports_packing`.
+        split: False returns the model's own logits [B, T, V], for an `identity_head`.
     """
     packed: dict[str, Any] = {}
     if lengths is not None:
@@ -133,58 +128,58 @@ def hidden_states(
 
 
 def supports_packing(model: Any) -> bool:
-    """Whether `hidden_states` keeps the samples of a packed row apart for this model."""
-    return model.config._attn_implementation == PER_SAMPLE
+    """Whether `hidden_states` separates the samples of a packed row for this model."""
+    return attn_implementation(model.config) == PER_SAMPLE
 
 
 def has_known_head(model: Any) -> bool:
     """Whether `output_head` knows the model's family."""
-    return model.config.model_type in SCALES
+    return model.config.model_type in LOGIT_SCALES
 
 
 def identity_head(model: Any) -> OutputHead:
-    """In place of a head that is not known: the model's own logits count as its hidden states, and
-    are left as they are.
-    """
-    return OutputHead(None, None, 1.0, None, int(model.config.get_text_config(decoder=True).vocab_size))
+    """The head of a family that is not known: the model's own logits serve as its hidden states."""
+    rows = int(model.config.get_text_config(decoder=True).vocab_size)
+    return OutputHead(None, None, 1.0, None, rows)
 
 
 def output_head(model: Any) -> OutputHead:
-    """The model's head. Raises ModelError for a family whose way from hidden state to logits is not
-    known here, and for a head whose weights are quantised.
+    """The model's output head.
+
+    Raises ModelError for a family that is not known here, and for a quantized head.
     """
     family = model.config.model_type
     linear = model.get_output_embeddings()
-    quantised = getattr(model, "hf_quantizer", None) is not None
-    if (
-        family in SCALES
-        and quantised
-        and not (isinstance(linear, nn.Linear) and linear.weight.dtype in PLAIN)
-    ):
+    quantized = is_quantized(model)
+    plain = isinstance(linear, nn.Linear) and linear.weight.dtype in UNQUANTIZED_DTYPES
+    if family in LOGIT_SCALES and quantized and not plain:
         raise ModelError(
-            f"the output head of the quantised {family} model is quantised too, and logits are "
-            f"made from its plain weights: take "
-            "a model whose head is not"
+            f"the output head of the quantized {family} model is quantized too, and logits need its "
+            "plain weights: use a model with an unquantized head"
         )
     check_family(family)
     if not isinstance(linear, nn.Linear) or model.base_model is model:
-        raise _not_supported(family)
+        raise _unsupported_family(family)
     soft_cap = getattr(model.config, "final_logit_softcapping", None)
     weight = cast(nn.Parameter, linear.weight)
-    return OutputHead(weight, linear.bias, float(SCALES[family](model.config)), soft_cap)
+    return OutputHead(weight, linear.bias, float(LOGIT_SCALES[family](model.config)), soft_cap)
 
 
 def check_family(family: str) -> None:
-    """Raise ModelError for a family (`model_type` of a configuration) whose head is not known here."""
-    if family not in SCALES:
-        raise _not_supported(family)
+    """Raise ModelError for a family (`model_type` of a configuration) whose head is not known."""
+    if family not in LOGIT_SCALES:
+        raise _unsupported_family(family)
 
 
-def _not_supported(family: str) -> ModelError:
+def _full_shape(parameter: nn.Parameter) -> tuple[int, int]:
+    """The shape of a matrix, also if ZeRO-3 partitions it."""
+    rows, columns = getattr(parameter, "ds_shape", parameter.shape)
+    return int(rows), int(columns)
+
+
+def _unsupported_family(family: str) -> ModelError:
     return ModelError(
         f"models of the family {family!r} are not supported: use one of "
-        f"{', '.join(sorted(SCALES))}, "
-        "set loss.fused=false, with which the model's own forward makes logits of all positions "
-        "at once, or add the family "
-        "to models/heads.py"
+        f"{', '.join(sorted(LOGIT_SCALES))}, set loss.fused=false, with which the model's own "
+        "forward makes logits of all positions at once, or add the family to models/heads.py"
     )

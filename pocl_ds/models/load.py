@@ -1,7 +1,6 @@
-"""From what a recipe names (Hub name, folder, GGUF file) to a model, its configuration and its
-tokenizer.
+"""Loads a model, its configuration and its tokenizer from a Hub name, a folder or a GGUF file.
 
-Whatever transformers throws on the way becomes one sentence that names the model and the remedy.
+Errors of transformers become one sentence that names the model and the remedy.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
 from pocl_ds.models import gguf
 from pocl_ds.models.attention import PER_SAMPLE, check_attention, per_sample
+from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.quantization import quantization_arguments
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime.distributed import device
@@ -38,9 +38,9 @@ from pocl_ds.runtime.distributed import device
 AttentionInterface.register(PER_SAMPLE, per_sample)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.safetensors.index.json")
-BESIDE_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-LOAD_FAULTS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -52,15 +52,14 @@ LOAD_FAULTS = (
     pickle.UnpicklingError,
 )
 Source = TypeVar("Source", bound=ModelSource)
-OWN_CODE = "contains custom code"  # what transformers says where a model brings some
+CUSTOM_CODE_MESSAGE = "contains custom code"  # in the error of transformers
 
 
 def resolve_model(config: ModelSource) -> str:
-    """The folder or Hub name that the `load_*` functions take.
+    """The folder or Hub name of a model, as the `load_*` functions take it.
 
-    Hub names and model folders are returned as they are. A .gguf file, also one inside an installed
-    package (`package://PACKAGE/FILE.gguf`), is dequantised once into a folder of the cache (see
-    `gguf`). Raises ModelError.
+    A .gguf file, also one in an installed package (`package://PACKAGE/FILE.gguf`), is dequantized
+    once into a folder of the cache (see `gguf`). Raises ModelError if there is no such model.
     """
     source = config.model
     if source.startswith(gguf.PACKAGE_SCHEME):
@@ -80,51 +79,48 @@ def resolve_model(config: ModelSource) -> str:
     if not HUB_NAME.fullmatch(source):
         raise ModelError(
             f"model folder {source} does not exist: check the path, or give a Hub name such as "
-            f"org/name"
+            "org/name"
         )
     return source
 
 
 def resolve_commits(sources: Iterable[ModelSource]) -> dict[str, str]:
-    """What each Hub name's revision is now: `name@revision` -> commit. Raises ModelError."""
-    found = {}
+    """The current commit of each model on the Hub, by `name@revision`. Raises ModelError."""
+    commits = {}
     for source in sources:
         path = resolve_model(source)
         if not os.path.isdir(path):
-            with _one_sentence(path, f"revision {source.revision or 'main'}"), quiet():
+            with _explain_load_errors(path, f"revision {source.revision or 'main'}"), quiet():
                 file = hf_hub_download(path, "config.json", revision=source.revision or "main")
-            found[_named(source)] = Path(file).parent.name
-    return found
+            commits[_name_at_revision(source)] = Path(file).parent.name
+    return commits
 
 
 def pin_to_commit(source: Source, commits: Mapping[str, str]) -> Source:
-    """The same model at the commit that `resolve_commits` found for it: a branch of the Hub may move
-    while a run lasts.
-    """
-    return source.model_copy(update={"revision": commits.get(_named(source), source.revision)})
+    """The model at the commit that `resolve_commits` found, since a branch may move during a run."""
+    revision = commits.get(_name_at_revision(source), source.revision)
+    return source.model_copy(update={"revision": revision})
 
 
-def _named(source: ModelSource) -> str:
+def _name_at_revision(source: ModelSource) -> str:
     return f"{source.model}@{source.revision or 'main'}"
 
 
 def resolve_pinned_model(config: ModelSource) -> str:
-    """As `resolve_model`; of a Hub name the folder of its revision in the Hub's cache, named by the
-    commit. Raises ModelError.
+    """As `resolve_model`, but a Hub name becomes the folder of its revision in the Hub's cache.
 
-    Later stages know what this returns and nothing else: a name alone would give each of them what
-    is the newest then.
+    Later steps use this folder, which names the commit. Raises ModelError.
     """
     path = resolve_model(config)
     if os.path.isdir(path):
         return path
     folder = path
-    with _one_sentence(path, f"revision {config.revision or 'main'}"), quiet():
+    with _explain_load_errors(path, f"revision {config.revision or 'main'}"), quiet():
         for weights in ("*.safetensors", "*.bin"):
             folder = snapshot_download(
                 path,
                 revision=config.revision or "main",
-                allow_patterns=[weights, *BESIDE_WEIGHTS],
+                allow_patterns=[weights, *OTHER_FILES],
                 ignore_patterns=["*/*"],
             )
             if next(Path(folder).glob(weights), None):
@@ -135,11 +131,12 @@ def resolve_pinned_model(config: ModelSource) -> str:
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """The tokenizer of a model. Raises ModelError, also where it has no EOS.
+    """Load the tokenizer of a model. A tokenizer without a padding token pads with EOS.
 
-    One without a padding token pads with EOS: masks are made from lengths, never from ids.
+    That does no harm, since masks come from lengths, never from ids. Raises ModelError, also if the
+    tokenizer has no EOS.
     """
-    with _one_sentence(path, "tokenizer"), quiet():
+    with _explain_load_errors(path, "tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision
         )
@@ -154,9 +151,9 @@ def load_tokenizer(
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """The model that a configuration describes, on `meta`: names and shapes, no memory. The
-    configuration stays as it is: transformers writes the attention of a model into its own, which
-    may be another model's too.
+    """The model of a configuration on the meta device: names and shapes, without memory.
+
+    Uses a copy of the configuration, since transformers writes the attention implementation into it.
     """
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(
@@ -167,10 +164,8 @@ def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
 def load_model_config(
     path: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """The model's configuration (transformers PretrainedConfig), without its weights. Raises
-    ModelError.
-    """
-    with _one_sentence(path, "configuration"), quiet():
+    """Load a model's configuration (transformers PretrainedConfig). Raises ModelError."""
+    with _explain_load_errors(path, "configuration"), quiet():
         return AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision
         )
@@ -186,49 +181,51 @@ def load_model(
     revision: str | None = None,
     quantization: str = "none",
 ) -> PreTrainedModel:
-    """A causal language model with its weights, in evaluation mode.
+    """Load a causal language model with its weights, in evaluation mode.
 
-    attention: None takes sdpa, or eager for a family without it, and for a model that caps its
-    attention scores (Gemma 2), which sdpa would leave out. dropout sets every dropout of the
-    model's configuration; None keeps them. Training passes `use_cache=False` to the forward itself
-    (`heads.hidden_states` does). Under an active HfDeepSpeedConfig each rank gets its shard only.
-    quantization: of teacher.quantization; a quantised model lies on this rank's device from the
-    start. Raises ModelError, also where the folder lacks weights that the model needs: they would
-    be random.
+    Under an active HfDeepSpeedConfig each rank gets its shard only.
+
+    Args:
+        dtype: name of a torch dtype, or `auto` (see `resolve_dtype`).
+        attention: implementation; None is sdpa, or eager for a family without sdpa and for a model
+            that caps its attention scores (Gemma 2), which sdpa would ignore.
+        dropout: set every dropout rate of the configuration; None keeps them.
+        quantization: the recipe's teacher.quantization; a quantized model is on this rank's device
+            from the start.
+
+    Raises:
+        ModelError: the model cannot be loaded, or the folder lacks weights, which would be random.
     """
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if attention == "sdpa" and capped:
+    dtype = resolve_dtype(dtype)
+    caps_scores = getattr(config, "attn_logit_softcapping", None) is not None
+    if attention == "sdpa" and caps_scores:
         raise ModelError(
-            f"{path} caps its attention scores (attn_logit_softcapping), which attention=sdpa "
-            f"leaves out: take "
-            "attention=per_sample or eager"
+            f"{path} caps its attention scores (attn_logit_softcapping), which "
+            "attn_implementation=sdpa ignores: use per_sample or eager"
         )
     check_attention(attention, config)
     if dropout is not None:
         set_dropout(config, dropout)
-    with _one_sentence(path, "model"), quiet():
-        found: Any = AutoModelForCausalLM.from_pretrained(
+    with _explain_load_errors(path, "model"), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention
-            or ("eager" if capped else None),  # None: sdpa where the family has it
+            attn_implementation=attention or ("eager" if caps_scores else None),
             trust_remote_code=trust_remote_code,
             revision=revision,
             output_loading_info=True,
             **quantization_arguments(quantization, dtype, config, device()),
         )
-    model, loaded = found
-    faults = sorted(
-        [*loaded["missing_keys"], *(str(fault[0]) for fault in loaded["mismatched_keys"])]
-    )
-    if faults:
-        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+    model, info = loaded
+    mismatched = (str(entry[0]) for entry in info["mismatched_keys"])
+    problems = sorted([*info["missing_keys"], *mismatched])
+    if problems:
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ModelError(
-            f"the weights of {path} lack {faults[0]}{more}, or have it in another shape: the "
-            f"folder is not "
-            "a whole causal language model, get it again"
+            f"the weights of {path} lack {problems[0]}{more}, or have it in another shape: the "
+            "folder is not a complete causal language model, get it again"
         )
     return cast(PreTrainedModel, model)
 
@@ -238,16 +235,13 @@ def set_dropout(config: Any, dropout: float) -> None:
     place.
     """
     for name, value in config.to_dict().items():
-        if (
-            name.endswith(("dropout", "pdrop"))
-            and isinstance(value, (int, float))
-            and not isinstance(value, bool)
-        ):
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and name.endswith(("dropout", "pdrop")):
             setattr(config, name, dropout)
 
 
 def max_positions(config: Any) -> int | None:
-    """Longest sequence that a configuration allows, None where it sets no limit."""
+    """The longest sequence that a configuration allows, None if it sets no limit."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return int(positions) if positions else None
 
@@ -255,52 +249,61 @@ def max_positions(config: Any) -> int | None:
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ModelError(
-            f"folder {path} is no model folder, config.json is missing: give a Hugging Face model "
-            f"folder"
+            f"folder {path} is not a model folder, config.json is missing: give a Hugging Face "
+            "model folder"
         )
     if not any(next(path.glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(
-            f"model folder {path} holds no weights (*.safetensors or *.bin): get the whole model"
+            f"model folder {path} holds no weights (*.safetensors or *.bin): get the complete model"
         )
 
 
 @contextlib.contextmanager
-def _one_sentence(path: str, part: str) -> Iterator[None]:
+def _explain_load_errors(path: str, part: str) -> Iterator[None]:
+    """Turn errors of transformers into a ModelError. part: what is loaded, for its message."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except LOAD_FAULTS as error:
-        reason = " ".join(str(error).split())
-        reason = re.split(r"(?<=[a-z0-9\"')])\.\s", reason, maxsplit=1)[0].rstrip(".")[:300]
-        if isinstance(error, KeyError):
-            reason = f"unknown {reason}"
-        missing = isinstance(error, ImportError)
-        closed = (
-            [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
-            if Path(path).is_dir()
-            else []
-        )
-        if closed:
-            reason, remedy = (
-                f"{', '.join(closed)} may not be read",
-                "change the permissions of that folder's files",
-            )
-        elif isinstance(error, pickle.UnpicklingError):
-            found = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"its *.bin file holds more than data: {found[1] if found else 'a damaged pickle'}; nothing of it was run"
-            remedy = "get the model as *.safetensors"
-        elif OWN_CODE in reason:
-            reason, remedy = (
-                "it brings code of its own",
-                "set trust_remote_code: true beside its name if you have read that code",
-            )
-        elif missing:
-            remedy = "install what it names"
-        elif Path(path).exists():
-            remedy = "check the files in that folder"
-        else:
-            remedy = "check the name and the network, or give a local folder"
+    except LOAD_ERRORS as error:
+        reason, remedy = _reason_and_remedy(path, error)
         raise ModelError(
             f"the {part} of {path} cannot be loaded ({reason or type(error).__name__}): {remedy}"
         ) from error
+
+
+def _reason_and_remedy(path: str, error: Exception) -> tuple[str, str]:
+    """Why loading failed, in at most 300 characters, and what to do."""
+    unreadable = (
+        [file.name for file in Path(path).glob("*") if not os.access(file, os.R_OK)]
+        if Path(path).is_dir()
+        else []
+    )
+    if unreadable:
+        return (
+            f"{', '.join(unreadable)} may not be read",
+            "change the permissions of that folder's files",
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        content = found[1] if found else "a damaged pickle"
+        return (
+            f"its *.bin file holds more than data: {content}; nothing of it was run",
+            "get the model as *.safetensors",
+        )
+
+    # The first sentence of the message.
+    reason = " ".join(str(error).split())
+    reason = re.split(r"(?<=[a-z0-9\"')])\.\s", reason, maxsplit=1)[0].rstrip(".")[:300]
+    if isinstance(error, KeyError):
+        reason = f"unknown {reason}"
+    if CUSTOM_CODE_MESSAGE in reason:
+        return (
+            "it brings code of its own",
+            "set trust_remote_code: true beside its name if you have read that code",
+        )
+    if isinstance(error, ImportError):
+        return reason, "install what it names"
+    if Path(path).exists():
+        return reason, "check the files in that folder"
+    return reason, "check the name and the network, or give a local folder"

@@ -1,8 +1,7 @@
-"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685), by peft: where they go, how
-many they are, their merge.
+"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685), with peft.
 
-peft puts them into the model's own modules, so the model stays what it was to everyone else. This
-is the only file that imports peft.
+peft adds them to the model's own modules, so the model stays the same to all other code. Only this
+file imports peft.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pocl_ds.config.registry import ALL_LINEAR
 from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.models.load import empty_model
 
-ADAPTER = "default"  # peft's name for the only one
+ADAPTER = "default"  # peft's name of the only adapter
 
 
 def require_peft() -> None:
@@ -33,16 +32,15 @@ def require_peft() -> None:
 
 
 def is_linear(module: Any) -> bool:
-    """Linear maps; GPT-2's are called Conv1D."""
+    """Whether a module is a linear map; those of GPT-2 are called Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any]:
     """The linear modules that get an adapter, by their full names.
 
-    targets: last parts of names (`q_proj`, `self_attn.q_proj`), or all but the head. Raises
-    RecipeError for one that names no linear module, and for the head and the embeddings, which stay
-    as they are.
+    targets: ends of names (`q_proj`, `self_attn.q_proj`), or `all-linear` for all but the head.
+    Raises RecipeError for a target that names no linear module, the head or the embeddings.
     """
     head = model.get_output_embeddings()
     linear = {
@@ -52,7 +50,7 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
     }
     if targets == (ALL_LINEAR,):
         return linear
-    found: dict[str, Any] = {}
+    selected: dict[str, Any] = {}
     for target in targets:
         named = {
             name: module
@@ -61,48 +59,48 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
         }
         if any(module is head or isinstance(module, nn.Embedding) for module in named.values()):
             raise RecipeError(
-                f"student.lora.target_modules names {target}: head and embeddings get no adapter, leave "
-                f"it out"
+                f"student.lora.target_modules names {target}: head and embeddings get no adapter, "
+                "leave it out"
             )
-        matching = {name: module for name, module in named.items() if name in linear}
-        if not matching:
-            there = ", ".join(_last_parts(linear))
+        matches = {name: module for name, module in named.items() if name in linear}
+        if not matches:
             raise RecipeError(
-                f"student.lora.target_modules names {target}, and no linear module is called so: take "
-                f"some of "
-                f"{there}, or {ALL_LINEAR}"
+                f"student.lora.target_modules names {target}, which is no linear module: use some "
+                f"of {', '.join(_short_names(linear))}, or {ALL_LINEAR}"
             )
-        found |= matching
-    return found
+        selected |= matches
+    return selected
 
 
-def _last_parts(names: Iterable[str]) -> list[str]:
-    """q_proj for every ...q_proj, in order."""
+def _short_names(names: Iterable[str]) -> list[str]:
+    """The last parts of module names (`q_proj`), each once."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def check_adapters(config: Any, lora: LoraConfig, *, trust_remote_code: bool = False) -> None:
-    """Raise ResourceError where peft is missing, RecipeError where the model of this configuration
-    cannot have such adapters.
+    """Raise ResourceError if peft is missing, RecipeError if a model of this configuration cannot
+    have these adapters.
     """
     require_peft()
-    target_linear_modules(empty_model(config, trust_remote_code=trust_remote_code), lora.target_modules)
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    target_linear_modules(model, lora.target_modules)
 
 
 def adapter_parameters(model: Any, config: LoraConfig) -> int:
-    """How many parameters the adapters of a model have: rank x (inputs + outputs) of each. The
-    model may be on `meta`.
+    """Number of parameters of a model's adapters: r · (inputs + outputs) of each module.
+
+    The model may be on the meta device.
     """
-    weights = [module.weight for module in target_linear_modules(model, config.target_modules).values()]
-    return sum(config.r * sum(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
+    modules = target_linear_modules(model, config.target_modules).values()
+    shapes = [getattr(module.weight, "ds_shape", module.weight.shape) for module in modules]
+    return sum(config.r * sum(shape) for shape in shapes)
 
 
 def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
-    """Freeze the model and put adapters into it, in place. They start as nothing: their second
-    matrix is 0.
+    """Freeze the model and add adapters, in place. They change nothing at first: B is 0.
 
-    All ranks get the same ones, whatever each holds of the model's weights. Returns a sentence for
-    the log. Raises RecipeError (see `target_linear_modules`) and ResourceError where peft is missing.
+    The seed alone decides their weights, so all ranks get the same ones. Returns a sentence for the
+    log. Raises RecipeError (see `target_linear_modules`), ResourceError if peft is missing.
     """
     require_peft()
     import peft
@@ -119,18 +117,15 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
-    trained, whole = trained_parameters(model)
+    trained, total = trained_parameters(model)
     return (
-        f"LoRA: {trained / 1e6:.1f} of {whole / 1e6:.1f} million parameters are trained (rank "
-        f"{config.r}, alpha "
-        f"{config.alpha}, on {', '.join(_last_parts(modules))})"
+        f"LoRA: {trained / 1e6:.1f} of {total / 1e6:.1f} million parameters are trained "
+        f"(r {config.r}, alpha {config.alpha}, on {', '.join(_short_names(modules))})"
     )
 
 
 def trained_parameters(module: nn.Module) -> tuple[int, int]:
-    """How many parameters have gradients, and how many there are; whole ones, where ZeRO-3 sharded
-    them.
-    """
+    """Number of parameters with gradients, and of all; full sizes, also if ZeRO-3 partitions them."""
     sizes = [
         (math.prod(getattr(p, "ds_shape", p.shape)), p.requires_grad) for p in module.parameters()
     ]
@@ -139,25 +134,24 @@ def trained_parameters(module: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def merge_adapters(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model without adapters: W + alpha / rank * B A for each, under its name
-    without them.
+    """Merge the adapters into the weights: W + alpha / r · B A, under the names without adapters.
 
-    model: with adapters. weights: all of it by name, whole and the caller's own, since they are
-    written to; or none, on ranks that hold none.
+    model: the model with adapters. weights: its full state by name, which this function modifies;
+    empty on ranks that hold none.
     """
     if not weights:
         return weights
-    layers = dict(_layers(model))
+    layers = dict(_lora_layers(model))
     for name, layer in layers.items():
         down, up = (weights.pop(f"{name}.lora_{side}.{ADAPTER}.weight") for side in "AB")
-        change = up.float() @ down.float()
-        change = (change.T if layer.fan_in_fan_out else change) * layer.scaling[ADAPTER]
+        update = up.float() @ down.float()
+        update = (update.T if layer.fan_in_fan_out else update) * layer.scaling[ADAPTER]
         base = weights[f"{name}.base_layer.weight"]
-        base.copy_(base.float() + change)  # rounded once, where weights are not float32
-    return {_plain(name, layers): tensor for name, tensor in weights.items()}
+        base.copy_(base.float() + update)  # rounded once, if weights are not float32
+    return {_name_without_adapter(name, layers): tensor for name, tensor in weights.items()}
 
 
-def _layers(model: Any) -> list[tuple[str, Any]]:
+def _lora_layers(model: Any) -> list[tuple[str, Any]]:
     from peft.tuners.lora import LoraLayer
 
     return [
@@ -165,6 +159,6 @@ def _layers(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _plain(name: str, layers: dict[str, Any]) -> str:
+def _name_without_adapter(name: str, layers: dict[str, Any]) -> str:
     owner, _, part = name.rpartition(".base_layer.")
     return f"{owner}.{part}" if owner in layers else name

@@ -1,4 +1,4 @@
-"""Silence for transformers while it loads: what matters to the user is said by us."""
+"""Keeps transformers quiet while it loads, since this package logs what matters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import transformers
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' own bars and advice off the terminal inside the block."""
+    """Hide progress bars and warnings of transformers inside the block."""
     verbosity = transformers.logging.get_verbosity()
-    bars = transformers.logging.is_progress_bar_enabled()
+    bars_enabled = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        if bars:
+        if bars_enabled:
             transformers.logging.enable_progress_bar()

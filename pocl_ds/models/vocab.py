@@ -1,13 +1,17 @@
-"""Which ids mean the same to teacher and student (METHOD 4).
+"""Vocabulary alignment: which ids mean the same to teacher and student (docs/method.md, eq. 23).
 
-A divergence compares two distributions token by token. Where both tokenizers number the same tokens
-differently (GPT-2 and OPT), ids are mapped; rows that stand for no token on either side (padding of
-the embedding matrix, tokens that one side lacks) must have no probability.
+A divergence compares two distributions token by token. If both tokenizers have the same tokens under
+other ids (GPT-2 and OPT), ids are mapped. Rows without a token on either side (padding of the
+embedding matrix, tokens that one side lacks) must have no probability, so they are masked.
+
+    alignment = align_vocabularies(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
+    vocab = VocabMap.from_alignment(alignment)
+    teacher_logits = vocab.mask(raw_teacher_logits[..., : vocab.size])
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,165 +24,222 @@ from pocl_ds.config import ModelSource
 from pocl_ds.errors import ModelError
 from pocl_ds.models.heads import OutputHead
 
-# Two tokenizers with at least this share of tokens in common are the same one with its ids in
-# another order.
-SAME_TOKENS = 0.95
-# Text of many kinds: that two tokenizers split it differently is said in the log.
-PROBE = (
+__all__ = [
+    "IncompatibleTokenizers",
+    "VocabMap",
+    "VocabularyAlignment",
+    "align_vocabularies",
+]
+
+# Two tokenizers with at least this fraction of common tokens are the same one with other ids.
+MIN_COMMON_FRACTION = 0.95
+# Text of many kinds, to find out whether two tokenizers split text differently.
+PROBE_TEXT = (
     'It\'s 2,024 items:\n\n    def f(x): return x**2  # naïve café, 你好 🙂\t"quoted" UPPER lower'
 )
 
 
 class IncompatibleTokenizers(ModelError):
-    """Teacher and student split text differently: their distributions are over different things."""
+    """Teacher and student have different tokenizers, so their distributions cannot be compared."""
 
 
 @dataclass(frozen=True)
 class VocabularyAlignment:
-    """What teacher and student have in common."""
+    """The ids that teacher and student share, in the student's numbering."""
 
-    size: int  # the student's ids below it take part
-    shared: (
-        NDArray[np.bool_] | None
-    )  # [size], False = masked to -inf on both sides; None where every id is shared
+    size: int  # ids below it take part
+    shared: NDArray[np.bool_] | None  # [size], False = masked on both sides; None: all are shared
     report: str  # one sentence for the log
-    teacher_ids: NDArray[np.int64] | None = (
-        None  # [size], the teacher's id of each student id (0 if masked); None: the same
-    )
-    teacher_tokens: NDArray[np.bool_] | None = (
-        None  # [teacher's rows], of one that keeps its own tokens; False = masked
-    )
+    # [size], the teacher's id of each student id (0 if masked); None: the ids are equal
+    teacher_ids: NDArray[np.int64] | None = None
+    # [teacher's rows], False = masked, of a teacher with another tokenizer
+    teacher_tokens: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
 class VocabMap:
-    """A `VocabularyAlignment` as tensors: which ids take part in the softmax of both sides, and where the
-    teacher has them.
-    """
+    """A `VocabularyAlignment` as tensors: the mask of both sides, and the teacher's ids."""
 
     size: int
-    masked: Tensor | None = None  # [size] bool, true where an id takes no part
-    teacher_ids: Tensor | None = None  # [size] int64, None where both sides number alike
-    teacher_masked: Tensor | None = (
-        None  # [teacher's rows] bool, of a teacher with another tokenizer
-    )
+    masked: Tensor | None = None  # [size] bool, True for an id that takes no part
+    teacher_ids: Tensor | None = None  # [size] int64; None: the ids are equal
+    teacher_masked: Tensor | None = None  # [teacher's rows] bool, with another tokenizer
 
     @classmethod
-    def of(cls, vocabulary: VocabularyAlignment) -> VocabMap:
-        """On the CPU."""
-        masked = None if vocabulary.shared is None else torch.from_numpy(~vocabulary.shared)
-        mapped = (
-            None if vocabulary.teacher_ids is None else torch.from_numpy(vocabulary.teacher_ids)
+    def from_alignment(cls, alignment: VocabularyAlignment) -> VocabMap:
+        """The alignment as tensors on the CPU."""
+        shared, tokens = alignment.shared, alignment.teacher_tokens
+        teacher_ids = alignment.teacher_ids
+        return cls(
+            alignment.size,
+            None if shared is None else torch.from_numpy(~shared),
+            None if teacher_ids is None else torch.from_numpy(teacher_ids),
+            None if tokens is None else torch.from_numpy(~tokens),
         )
-        theirs = (
-            None
-            if vocabulary.teacher_tokens is None
-            else torch.from_numpy(~vocabulary.teacher_tokens)
-        )
-        return cls(vocabulary.size, masked, mapped, theirs)
 
     def to(self, device: torch.device) -> VocabMap:
-        """The same on a device."""
-        move = lambda tensor: None if tensor is None else tensor.to(device)  # noqa: E731
-        return VocabMap(self.size, move(self.masked), move(self.teacher_ids), move(self.teacher_masked))
+        """Copy the map to a device."""
+        tensors = (self.masked, self.teacher_ids, self.teacher_masked)
+        return VocabMap(self.size, *(None if each is None else each.to(device) for each in tensors))
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
-        """[size], true where an id takes part."""
+        """[size], True for an id that takes part in the loss."""
         return np.ones(self.size, bool) if self.masked is None else ~self.masked.cpu().numpy()
 
     @property
-    def readable(self) -> NDArray[np.bool_]:
-        """[size], true where the teacher can read an id in a prompt: its own, and where ids are
-        mapped those that both have.
+    def teacher_readable(self) -> NDArray[np.bool_]:
+        """[size], True for an id that a prompt of the teacher may hold: all, or if ids are mapped
+        the shared ones.
         """
         return np.ones(self.size, bool) if self.teacher_ids is None else self.allowed
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Logits [n, size] with -inf where an id takes no part."""
+        """Logits [..., size] with -inf for ids that take no part."""
         return logits if self.masked is None else logits.masked_fill(self.masked, float("-inf"))
 
     def student_logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
-        """The student's logits [n, size], masked."""
+        """The student's masked logits [n, size] of hidden states [n, width]."""
         return self.mask(head.logits(hidden, self.size))
 
     def teacher_logits(self, head: OutputHead, hidden: Tensor) -> Tensor:
-        """The teacher's logits [n, size], numbered as the student's, masked."""
+        """The teacher's masked logits [n, size] in the student's numbering."""
         return self.mask(head.scale_and_cap_(self.teacher_product(head, hidden)))
 
-    def teacher_product(self, head: OutputHead, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """The product of the teacher's head [n, size], numbered as the student's; written to `out`
-        where it is given.
-        """
+    def teacher_product(
+        self, head: OutputHead, hidden: Tensor, *, out: Tensor | None = None
+    ) -> Tensor:
+        """The product of the teacher's head [n, size] in the student's numbering, also into `out`."""
         if self.teacher_ids is None:
             return head.product(hidden, self.size, out=out)
         return torch.index_select(head.product(hidden), 1, self.teacher_ids, out=out)
 
     def teacher_inputs(self, input_ids: Tensor) -> Tensor:
-        """Ids of a text as the teacher numbers them."""
+        """The student's input ids in the teacher's numbering."""
         return input_ids if self.teacher_ids is None else self.teacher_ids[input_ids]
+
+
+def align_vocabularies(
+    teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int
+) -> VocabularyAlignment:
+    """Compare the id → token tables of two tokenizers (docs/method.md, eq. 23).
+
+    Ids are mapped if at least 95% of the tokens are common but have other ids.
+
+    Args:
+        teacher_tokenizer, student_tokenizer: transformers tokenizers.
+        teacher_rows, student_rows: rows of the output heads, which may be padded.
+
+    Raises:
+        IncompatibleTokenizers: the tokenizers are different ones.
+    """
+    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    teacher_tokens = {index: token for token, index in teacher.items()}
+    student_tokens = {index: token for token, index in student.items()}
+    common_ids = teacher_tokens.keys() & student_tokens.keys()
+    conflicts = sorted(i for i in common_ids if teacher_tokens[i] != student_tokens[i])
+    notes = _token_counts(teacher, student, teacher_rows, student_rows)
+
+    # Other ids for the same tokens are mapped; other tokens cannot be compared.
+    if conflicts:
+        common_tokens = len(teacher.keys() & student.keys())
+        if common_tokens < MIN_COMMON_FRACTION * max(len(teacher), len(student)):
+            index = conflicts[0]
+            raise IncompatibleTokenizers(
+                f"teacher and student have different tokenizers: {common_tokens} of {len(teacher)} "
+                f"and {len(student)} tokens are common, and id {index} is "
+                f"{teacher_tokens[index]!r} for the teacher, {student_tokens[index]!r} for the "
+                "student: choose a pair that shares its tokenizer, a loss across tokenizers "
+                "(loss.name=alm or uld), or policy.name=seqkd"
+            )
+        teacher_ids = _map_ids(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
+        size, shared = student_rows, teacher_ids >= 0
+        report = "tokens shared under other ids, mapped"
+        notes += _split_note(teacher_tokenizer, student_tokenizer)
+        mapping = np.maximum(teacher_ids, 0)
+    else:
+        size, mapping = min(teacher_rows, student_rows), None
+        shared = np.zeros(size, bool)
+        shared[[index for index in common_ids if index < size]] = True
+        report = "ids shared"
+        notes += _eos_note(teacher_tokenizer, student_tokenizer)
+        notes += _split_note(teacher_tokenizer, student_tokenizer)
+
+    if (highest := max(student_tokens)) >= student_rows:
+        notes += (
+            f"; the student's tokenizer has ids up to {highest}, beyond its {student_rows} rows: "
+            "they must not occur"
+        )
+    masked = int(size - shared.sum())
+    report = (
+        f"vocabulary: {size - masked} {report} (teacher {teacher_rows} rows, student "
+        f"{student_rows})"
+    )
+    report += f", {masked} without a token on both sides masked" if masked else ""
+    return VocabularyAlignment(size, shared if masked else None, report + notes, mapping)
 
 
 def align_model_vocabularies(
     teacher: ModelSource, teacher_path: str, student: ModelSource, student_path: str
 ) -> VocabularyAlignment:
-    """`align_vocabularies` of two models as they lie in their folders, or on the Hub."""
-    return align_vocabularies(*_tables(teacher, teacher_path, student, student_path))
+    """`align_vocabularies` of two models in their folders, or on the Hub."""
+    return align_vocabularies(*_load_tokenizers(teacher, teacher_path, student, student_path))
 
 
 def align_teacher_vocabularies(
     teachers: Sequence[tuple[ModelSource, str]], student: ModelSource, student_path: str
 ) -> VocabularyAlignment:
-    """What a student has in common with each of its teachers. Raises ModelError where these number
-    their tokens differently.
+    """The ids that a student shares with all of its teachers.
+
+    Raises ModelError if the teachers have other ids for the same tokens.
     """
-    found = [align_model_vocabularies(teacher, path, student, student_path) for teacher, path in teachers]
-    size = min(each.size for each in found)
-    shared, mapped = np.ones(size, bool), found[0].teacher_ids
-    for each in found:
-        shared &= True if each.shared is None else each.shared[:size]
-    numbers = [
-        (np.arange(size) if each.teacher_ids is None else each.teacher_ids[:size])[shared]
-        for each in found
+    alignments = [
+        align_model_vocabularies(teacher, path, student, student_path) for teacher, path in teachers
     ]
-    for theirs, (_, path) in zip(numbers, teachers, strict=True):
-        if not np.array_equal(numbers[0], theirs):
+    size = min(alignment.size for alignment in alignments)
+    shared = np.ones(size, bool)
+    for alignment in alignments:
+        if alignment.shared is not None:
+            shared &= alignment.shared[:size]
+    # The ids of all teachers must agree, except where they are masked.
+    first_ids = _teacher_ids(alignments[0], size)
+    for alignment, (_, path) in zip(alignments, teachers, strict=True):
+        if not np.array_equal(first_ids[shared], _teacher_ids(alignment, size)[shared]):
             raise ModelError(
-                f"the teachers {teachers[0][1]} and {path} number their tokens differently: mix "
-                f"teachers that share "
-                "their ids"
+                f"the teachers {teachers[0][1]} and {path} have other ids for the same tokens: mix "
+                "teachers that share their ids"
             )
-    report = "; ".join(dict.fromkeys(each.report for each in found))
-    return VocabularyAlignment(
-        size, None if shared.all() else shared, report, None if mapped is None else mapped[:size]
-    )
+    report = "; ".join(dict.fromkeys(alignment.report for alignment in alignments))
+    teacher_ids = None if alignments[0].teacher_ids is None else first_ids
+    return VocabularyAlignment(size, None if shared.all() else shared, report, teacher_ids)
 
 
 def separate_vocabularies(
     teachers: Sequence[tuple[ModelSource, str]], student: ModelSource, student_path: str
 ) -> VocabularyAlignment:
-    """What a teacher and a student have that each keep their own tokens, for a loss across
-    tokenizers: rows without a token are masked. There is one teacher.
+    """The masks of a single teacher and a student that each keep their own tokens, for a loss
+    across tokenizers: rows without a token are masked.
     """
-    theirs, ours, teacher_rows, student_rows = _tables(*teachers[0], student, student_path)
-    tokens = []
-    for tokenizer, rows in ((theirs, teacher_rows), (ours, student_rows)):
+    teacher_tokenizer, student_tokenizer, teacher_rows, student_rows = _load_tokenizers(
+        *teachers[0], student, student_path
+    )
+    teacher, student_tokens = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    has_token = []
+    for tokens, rows in ((teacher, teacher_rows), (student_tokens, student_rows)):
         known = np.zeros(rows, bool)
-        known[[index for index in tokenizer.get_vocab().values() if index < rows]] = True
-        tokens.append(known)
-    report = "vocabulary: teacher and student each read their own tokens" + _counts(
-        theirs, ours, teacher_rows, student_rows
-    )
-    return VocabularyAlignment(
-        student_rows, None if tokens[1].all() else tokens[1], report, teacher_tokens=tokens[0]
-    )
+        known[[index for index in tokens.values() if index < rows]] = True
+        has_token.append(known)
+    report = "vocabulary: teacher and student each read their own tokens"
+    report += _token_counts(teacher, student_tokens, teacher_rows, student_rows)
+    shared = None if has_token[1].all() else has_token[1]
+    return VocabularyAlignment(student_rows, shared, report, teacher_tokens=has_token[0])
 
 
-def _tables(
+def _load_tokenizers(
     teacher: ModelSource, teacher_path: str, student: ModelSource, student_path: str
 ) -> tuple[Any, Any, int, int]:
     """Both tokenizers, and the rows of both heads."""
-    # Imported here because it loads transformers, which plain tensors need not wait for.
+    # Loads transformers, which users with tokenizers in memory do not need.
     from pocl_ds.models.load import load_model_config, load_tokenizer
 
     sides = ((teacher, teacher_path), (student, student_path))
@@ -194,124 +255,67 @@ def _tables(
     return tokenizers[0], tokenizers[1], rows[0], rows[1]
 
 
-def _counts(teacher: Any, student: Any, teacher_rows: int, student_rows: int) -> str:
-    """How many tokens are whose, and how many rows of a head stand for none."""
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
-    common = len(theirs.keys() & ours.keys())
-    without = lambda table, rows: rows - sum(index < rows for index in table.values())  # noqa: E731
-    return (
-        f": {common} tokens common, {len(theirs) - common} only the teacher's, "
-        f"{len(ours) - common} only the student's; rows "
-        f"without a token {without(theirs, teacher_rows)} and {without(ours, student_rows)}"
-    )
+def _teacher_ids(alignment: VocabularyAlignment, size: int) -> NDArray[np.int64]:
+    """The teacher's id of each student id below `size`."""
+    ids = alignment.teacher_ids
+    return np.arange(size) if ids is None else ids[:size]
 
 
-def align_vocabularies(
+def _map_ids(
     teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int
-) -> VocabularyAlignment:
-    """Compare the two id -> token maps.
+) -> NDArray[np.int64]:
+    """The teacher's id of each student id, -1 for none: [student_rows].
 
-    teacher_rows, student_rows: rows of the heads. Ids are mapped where nearly all tokens are common
-    but numbered otherwise. Raises DifferentTokenizers where the two tokenizers are different ones.
+    EOS and BOS map to each other, whatever their names. No teacher id is used twice, since its
+    probability would count twice.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    teacher_tokens = {index: token for token, index in teacher.items()}
-    student_tokens = {index: token for token, index in student.items()}
-    both = teacher_tokens.keys() & student_tokens.keys()
-    different = sorted(index for index in both if teacher_tokens[index] != student_tokens[index])
-    if different:
-        common = len(teacher.keys() & student.keys())
-        if common < SAME_TOKENS * max(len(teacher), len(student)):
-            raise IncompatibleTokenizers(
-                _difference(teacher, student, teacher_tokens, student_tokens, different)
-            )
-        return _mapped(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
-    size = min(teacher_rows, student_rows)
-    shared = np.zeros(size, dtype=bool)
-    shared[[index for index in both if index < size]] = True
-    masked = int(size - shared.sum())
-    report = f"vocabulary: {size - masked} ids shared (teacher {teacher_rows} rows, student {student_rows})"
-    report += f", {masked} without a token on both sides masked" if masked else ""
-    report += _counts(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
-    report += _warnings(teacher_tokenizer, student_tokenizer, student_tokens, student_rows)
-    return VocabularyAlignment(size, shared if masked else None, report)
+    # Pairs of a student's and a teacher's token: special tokens first, then equal names.
+    special = [
+        (getattr(student_tokenizer, role, None), getattr(teacher_tokenizer, role, None))
+        for role in ("eos_token", "bos_token")
+    ]
+    pairs = [(ours, theirs) for ours, theirs in special if ours in student and theirs in teacher]
+    pairs += [(token, token) for token in student]
+    teacher_ids = np.full(student_rows, -1, np.int64)
+    used = {teacher_rows}  # stands for ids beyond the teacher's rows, and for missing tokens
+    for student_token, teacher_token in pairs:
+        index = student[student_token]
+        teacher_id = min(teacher.get(teacher_token, teacher_rows), teacher_rows)
+        if index < student_rows and teacher_ids[index] < 0 and teacher_id not in used:
+            teacher_ids[index] = teacher_id
+            used.add(teacher_id)
+    return teacher_ids
 
 
-def _mapped(
-    teacher_tokenizer: Any, student_tokenizer: Any, teacher_rows: int, student_rows: int
-) -> VocabularyAlignment:
-    """The same tokens under other ids. EOS and BOS stand for each other whatever they are called.
-
-    Each of the teacher's ids is one of the student's at most: a second would count its probability
-    twice.
-    """
-    names, student, taken = (
-        teacher_tokenizer.get_vocab(),
-        student_tokenizer.get_vocab(),
-        {teacher_rows},
-    )
-    sides = student_tokenizer, teacher_tokenizer
-    roles = ([getattr(side, role, None) for side in sides] for role in ("eos_token", "bos_token"))
-    pairs = [(ours, theirs) for ours, theirs in roles if ours in student and theirs in names]
-    table = np.full(student_rows, -1, np.int64)
-    for token, name in [*pairs, *((token, token) for token in student)]:
-        index, found = student[token], min(names.get(name, teacher_rows), teacher_rows)
-        if index < student_rows and table[index] < 0 and found not in taken:
-            table[index] = found
-            taken.add(found)
-    shared = table >= 0
-    masked = int((~shared).sum())
-    report = f"vocabulary: {student_rows - masked} tokens shared under other ids, mapped (teacher {teacher_rows} rows, student "
-    report += f"{student_rows})" + (
-        f", {masked} without a token on both sides masked" if masked else ""
-    )
-    tokens = {index: token for token, index in student.items()}
-    report += _counts(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
-    report += _warnings(teacher_tokenizer, student_tokenizer, tokens, student_rows, mapped=True)
-    return VocabularyAlignment(student_rows, shared if masked else None, report, np.maximum(table, 0))
-
-
-def _difference(
-    teacher: dict[str, int],
-    student: dict[str, int],
-    teacher_tokens: dict[int, str],
-    student_tokens: dict[int, str],
-    different: list[int],
+def _token_counts(
+    teacher: Mapping[str, int], student: Mapping[str, int], teacher_rows: int, student_rows: int
 ) -> str:
-    common = teacher.keys() & student.keys()
-    first = different[0]
+    """How many tokens are common, and how many rows of the heads have no token."""
+    common = len(teacher.keys() & student.keys())
+    empty_teacher_rows = teacher_rows - sum(index < teacher_rows for index in teacher.values())
+    empty_student_rows = student_rows - sum(index < student_rows for index in student.values())
     return (
-        f"teacher and student have different tokenizers: {len(common)} of {len(teacher)} and "
-        f"{len(student)} tokens are "
-        f"common, and id {first} is {teacher_tokens[first]!r} to the teacher, "
-        f"{student_tokens[first]!r} to the "
-        "student: choose a pair that shares its tokenizer, a loss across tokenizers "
-        "(loss.name=alm or uld), or policy.name=seqkd"
+        f": {common} tokens common, {len(teacher) - common} only the teacher's, "
+        f"{len(student) - common} only the student's; rows without a token {empty_teacher_rows} "
+        f"and {empty_student_rows}"
     )
 
 
-def _warnings(
-    teacher: Any,
-    student: Any,
-    student_tokens: dict[int, str],
-    student_rows: int,
-    *,
-    mapped: bool = False,
-) -> str:
-    """What goes together but is worth knowing."""
-    text = ""
-    if not mapped and teacher.eos_token_id != student.eos_token_id:
-        text += (
-            f"; a response ends with {student.eos_token!r} to the student, {teacher.eos_token!r} "
-            f"to the teacher: "
-            "the student's is used"
-        )
-    splits = [
-        side.convert_ids_to_tokens(side.encode(PROBE, add_special_tokens=False))
+def _eos_note(teacher: Any, student: Any) -> str:
+    if teacher.eos_token_id == student.eos_token_id:
+        return ""
+    return (
+        f"; the EOS is {student.eos_token!r} for the student, {teacher.eos_token!r} for the "
+        "teacher: the student's is used"
+    )
+
+
+def _split_note(teacher: Any, student: Any) -> str:
+    tokens = [
+        side.convert_ids_to_tokens(side.encode(PROBE_TEXT, add_special_tokens=False))
         for side in (teacher, student)
     ]
-    if splits[0] != splits[1]:
-        text += "; the two split text differently: the student's way is used"
-    if (highest := max(student_tokens)) >= student_rows:
-        text += f"; the student's tokenizer has ids up to {highest}, beyond its {student_rows} rows: they must not occur"
-    return text
+    if tokens[0] == tokens[1]:
+        return ""
+    return "; the two split text differently: the student's way is used"

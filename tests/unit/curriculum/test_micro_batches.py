@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.curriculum.micro_batches import assign_by_count, assign_by_tokens, assign_micro_batches
+from pocl_ds.curriculum.micro_batches import (
+    assign_by_count,
+    assign_by_tokens,
+    assign_micro_batches,
+    token_budget_batches,
+)
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
@@ -107,3 +112,15 @@ def test_share_refuses_what_cannot_be_dealt_evenly() -> None:
         match="a batch of 10 samples cannot be divided into micro-batches of 3 on 2 ranks",
     ):
         assign_by_count(np.ones(10, np.int64), ranks=2, micro_batch_size=3)
+
+
+def test_batches_of_a_token_budget_hold_each_index_once_within_the_limits() -> None:
+    lengths = [5, 90, 7, 40, 41, 3, 60]
+    batches = token_budget_batches(lengths, max_tokens=100, max_samples=3)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(
+        len(batch) <= 3 and len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches
+    )
+    alone = token_budget_batches([500], max_tokens=100, max_samples=3)
+    assert [batch.tolist() for batch in alone] == [[0]]  # although it exceeds the budget
+    assert token_budget_batches([], max_tokens=100) == []

@@ -15,9 +15,10 @@ from tiny_runs import write_recipe
 from pocl_ds.cli.main import main
 from pocl_ds.config.ds_config import load_ds_config
 from pocl_ds.config.recipe_file import load_recipe
-from pocl_ds.models import estimate
+from pocl_ds.models import estimate, memory
 from pocl_ds.models.cost import ModelShape
-from pocl_ds.models.estimate import GPUS, TrainingSetup, ClusterLayout, TrainingWork
+from pocl_ds.models.estimate import GPUS, ClusterLayout, TrainingWork
+from pocl_ds.models.memory import TrainingSetup
 
 SMALL = ModelShape(
     "llama",
@@ -46,10 +47,10 @@ LARGE = ModelShape(
 WORK = TrainingWork(10_000, 120, 40, 512, 1024, 300)
 
 
-def total(choice: TrainingSetup, ranks: int, samples: int = 2) -> float:
+def total(setup: TrainingSetup, ranks: int, samples: int = 2) -> float:
     activations = lambda lengths, checkpointing: sum(lengths) * (1e4 if checkpointing else 1e6)  # noqa: E731
-    found = estimate.training_memory(
-        SMALL, LARGE, choice, ranks, [512] * samples, 511 * samples, activations, 2e9
+    found = memory.training_memory(
+        SMALL, LARGE, setup, ranks, [512] * samples, 511 * samples, activations, 2e9
     )
     assert all(size >= 0 for size in found.values())
     return sum(found.values())
@@ -65,17 +66,17 @@ def total(choice: TrainingSetup, ranks: int, samples: int = 2) -> float:
 def test_more_ranks_less_memory_and_more_samples_more(
     ranks: int, samples: int, checkpointing: bool, mode: str
 ) -> None:
-    choice = TrainingSetup(samples, checkpointing=checkpointing, mode=mode)
+    setup = TrainingSetup(samples, checkpointing=checkpointing, teacher_mode=mode)
     assert (
-        total(choice, ranks + 1, samples)
-        < total(choice, ranks, samples)
-        < total(choice, ranks, samples + 1)
+        total(setup, ranks + 1, samples)
+        < total(setup, ranks, samples)
+        < total(setup, ranks, samples + 1)
     )
-    assert total(replace(choice, mode="cached_hidden_states"), ranks, samples) <= total(
-        choice, ranks, samples
+    assert total(replace(setup, teacher_mode="cached_hidden_states"), ranks, samples) <= total(
+        setup, ranks, samples
     )
-    assert total(replace(choice, offload_student=True), ranks, samples) < total(
-        choice, ranks, samples
+    assert total(replace(setup, offload_student=True), ranks, samples) < total(
+        setup, ranks, samples
     )
 
 
@@ -83,7 +84,9 @@ def test_by_hand() -> None:
     """ZeRO-3 in bfloat16, over the ranks: 2 bytes of weights and 12 of Adam a parameter (ZeRO,
     2020), 4 of gradients, which are summed in float32.
     """
-    found = estimate.training_memory(SMALL, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0)
+    found = memory.training_memory(
+        SMALL, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0
+    )
     states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
     assert states == pytest.approx(18 * 1.3e9 / 8)
     assert found["teacher: weights"] == pytest.approx(2 * 6.7e9 / 8)
@@ -96,52 +99,60 @@ def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
     adapter's.
     """
     adapted = replace(SMALL, adapters=20_000_000)
-    found = estimate.training_memory(adapted, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0)
+    found = memory.training_memory(
+        adapted, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0
+    )
     states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
     assert states == pytest.approx((2 * 1.32e9 + 16 * 20e6) / 8)
     assert not {"head's gradient", "embeddings' gradient"} & found.keys()
-    assert estimate.checkpoint_bytes(adapted) == 12 * 20e6
+    assert memory.checkpoint_bytes(adapted) == 12 * 20e6
     assert (
-        estimate.host_memory(adapted, None, TrainingSetup(1, offload_student=True), ClusterLayout(1, 8))
+        memory.host_memory(adapted, None, TrainingSetup(1, offload_student=True), 1.0)
         == 12 * 20e6 + 2 * 1.3e9
     )
-    traffic = [estimate.micro_step_traffic(shape, None, TrainingSetup(1), 4) for shape in (adapted, SMALL)]
+    traffic = [
+        estimate.micro_step_traffic(shape, None, TrainingSetup(1), 4) for shape in (adapted, SMALL)
+    ]
     assert traffic[0] / traffic[1] == pytest.approx((2 * 1.3e9 + 20e6) / (3 * 1.3e9))
-    choice, lengths = replace(TrainingSetup(1), mode="none"), [1000] * 10
-    flops = estimate.step_flops(adapted, None, choice, lengths, 5000)
+    setup, lengths = replace(TrainingSetup(1), teacher_mode="none"), [1000] * 10
+    flops = estimate.step_flops(adapted, None, setup, lengths, 5000)
     attention = 3 * 24 * 10 * 2 * 1000 * 1001 * 2048  # of its two factors both have gradients
     assert flops == pytest.approx(10_000 * (4 * 1.2e9 + 6 * 20e6) + 5000 * 4 * 1e8 + attention)
-    assert flops < 0.75 * estimate.step_flops(SMALL, None, choice, lengths, 5000)
+    assert flops < 0.75 * estimate.step_flops(SMALL, None, setup, lengths, 5000)
 
 
 def test_a_quantised_teacher_lies_whole_on_each_rank() -> None:
-    choice = TrainingSetup(1, teacher_sharded=False, teacher_quantised=0.5)
-    found = estimate.training_memory(SMALL, LARGE, choice, 8, [512], 511, lambda *_: 0.0, 0.0)
+    setup = TrainingSetup(1, teacher_sharded=False, teacher_bytes_per_weight=0.5)
+    found = memory.training_memory(SMALL, LARGE, setup, 8, [512], 511, lambda *_: 0.0, 0.0)
     assert found["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
 
 
 def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
-    lengths, choice = [1000] * 10, TrainingSetup(1)
+    lengths, setup = [1000] * 10, TrainingSetup(1)
     dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)
-    assert estimate.step_flops(SMALL, LARGE, choice, lengths, 0) == pytest.approx(dense, rel=0.05)
-    sft = estimate.step_flops(SMALL, None, replace(choice, mode="none"), lengths, 0)
-    assert (
-        estimate.step_flops(SMALL, LARGE, replace(choice, checkpointing=True), lengths, 0) > dense
-    )
+    assert estimate.step_flops(SMALL, LARGE, setup, lengths, 0) == pytest.approx(dense, rel=0.05)
+    sft = estimate.step_flops(SMALL, None, replace(setup, teacher_mode="none"), lengths, 0)
+    assert estimate.step_flops(SMALL, LARGE, replace(setup, checkpointing=True), lengths, 0) > dense
     assert sft == pytest.approx(10_000 * 6 * 1.2e9, rel=0.05)
 
 
 def test_a_slow_network_is_what_a_step_waits_for() -> None:
-    device, choice = GPUS["h100-80g"], TrainingSetup(8)
+    device, setup = GPUS["h100-80g"], TrainingSetup(8)
     arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
 
     def times(speed: float, mode: str = "online") -> list[estimate.StepTime]:
         return estimate.step_times(
-            SMALL, LARGE, replace(choice, mode=mode), WORK, ClusterLayout(4, 4, speed), device, **arguments
+            SMALL,
+            LARGE,
+            replace(setup, teacher_mode=mode),
+            WORK,
+            ClusterLayout(4, 4, speed),
+            device,
+            **arguments,
         )
 
     slow, fast = times(1e8), times(1e13)
-    assert slow[-1].why == "the network" and fast[-1].why == "arithmetic"
+    assert slow[-1].bound_by == "the network" and fast[-1].bound_by == "arithmetic"
     assert slow[-1].seconds > 10 * fast[-1].seconds
     kept = times(1e13, "cached_hidden_states")
     assert [time.name for time in kept] == ["score", "cache-teacher", "train"]
@@ -149,14 +160,14 @@ def test_a_slow_network_is_what_a_step_waits_for() -> None:
 
 
 def test_as_little_is_changed_as_fits() -> None:
-    memory = lambda choice: choice.micro_batch_size * (2.0 if choice.checkpointing else 10.0)  # noqa: E731
-    asked = TrainingSetup(8)
-    found = estimate.find_fitting_setup(memory, asked, 45.0, 16, 64, 4)
-    assert found == replace(asked, micro_batch_size=4)
-    assert estimate.find_fitting_setup(memory, asked, 5.0, 16, 64, 4) == replace(
-        asked, micro_batch_size=2, checkpointing=True
+    rank_bytes = lambda setup: setup.micro_batch_size * (2.0 if setup.checkpointing else 10.0)  # noqa: E731
+    setup = TrainingSetup(8)
+    found = memory.find_fitting_setup(rank_bytes, setup, 45.0, 16, 64, 4)
+    assert found == replace(setup, micro_batch_size=4)
+    assert memory.find_fitting_setup(rank_bytes, setup, 5.0, 16, 64, 4) == replace(
+        setup, micro_batch_size=2, checkpointing=True
     )
-    assert estimate.find_fitting_setup(memory, asked, 1.0, 16, 64, 4) is None
+    assert memory.find_fitting_setup(rank_bytes, setup, 1.0, 16, 64, 4) is None
 
 
 def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +192,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         "8 ranks",
         "student: gathered",
         "largest micro-batch that fits",
-        "POCL, all of it",
+        "POCL in total",
         "plain SFT",
     ):
         assert part in page
@@ -230,6 +241,6 @@ def test_what_does_not_fit_is_said(
 )
 def test_memory_is_counted_for_the_shipped_configurations(name: str) -> None:
     zero = load_ds_config(name)["zero_optimization"]
-    assert zero["stage3_max_live_parameters"] == estimate.LIVE_PARAMETERS
+    assert zero["stage3_max_live_parameters"] == memory.LIVE_PARAMETERS
     buckets = [value for field, value in zero.items() if field.endswith("bucket_size")]
-    assert buckets and set(buckets) == {estimate.BUCKET}
+    assert buckets and set(buckets) == {memory.BUCKET}

@@ -13,7 +13,13 @@ from pocl_ds.errors import ModelError
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models import attention
 from pocl_ds.models.attention import PER_SAMPLE
-from pocl_ds.models.heads import SCALES, OutputHead, output_head, hidden_states, has_known_head
+from pocl_ds.models.heads import (
+    LOGIT_SCALES,
+    OutputHead,
+    has_known_head,
+    hidden_states,
+    output_head,
+)
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.training.student import Student
 
@@ -98,7 +104,7 @@ def test_attention_per_sample_is_the_models_own(
     also where positions are learned, where attention looks through a window, and where its scores
     are capped.
     """
-    monkeypatch.setattr(attention, "_one_by_one", lambda device: one_by_one)
+    monkeypatch.setattr(attention, "_prefers_small_calls", lambda device: one_by_one)
     if family in ("mistral", "phi3", "gemma2", "cohere2", "qwen2"):
         extra = {"sliding_window": 4, **extra} | (
             {"attn_logit_softcapping": 1.5} if family == "gemma2" else {}
@@ -137,7 +143,7 @@ def test_attention_per_sample_refuses_to_generate() -> None:
     model = tiny("llama", {})
     model.set_attn_implementation(PER_SAMPLE)
     with pytest.raises(
-        ValueError, match="attention=per_sample is for training: generate with sdpa"
+        ValueError, match="attn_implementation=per_sample is for training: generate with sdpa"
     ):
         model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, pad_token_id=0)
 
@@ -180,7 +186,7 @@ def test_a_quantised_head_is_named() -> None:
         torch.zeros(300, 64, dtype=torch.int8), requires_grad=False
     )
     with pytest.raises(
-        ModelError, match=r"output head of the quantised llama model is quantised too.*take a model"
+        ModelError, match=r"output head of the quantized llama model is quantized too.*use a model"
     ):
         output_head(model)
 
@@ -215,7 +221,9 @@ def test_an_unsplit_model_gives_the_same_sums_and_gradients(
             "train",
         )
         assert has_known_head(model)
-        student = Student(model, VocabMap(90, torch.arange(90) == 7), chunk_bytes=1 << 20, split=split)
+        student = Student(
+            model, VocabMap(90, torch.arange(90) == 7), chunk_bytes=1 << 20, split=split
+        )
         teacher = OutputHead(torch.nn.Parameter(torch.eye(97)), None, 1.0, None)
         sums = student(
             batch,
@@ -239,15 +247,15 @@ def test_unknown_family_is_named() -> None:
 
 
 def test_every_known_family_lets_its_attention_be_replaced() -> None:
-    assert {family for family, _ in FAMILIES} == set(SCALES) == set(attention.FAMILIES)
-    for family in SCALES:
+    assert {family for family, _ in FAMILIES} == set(LOGIT_SCALES) == set(attention.FAMILIES)
+    for family in LOGIT_SCALES:
         config = AutoConfig.for_model(family)
         assert MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_attention_backend
         attention.check_attention(PER_SAMPLE, config)
     bloom = AutoConfig.for_model("bloom")
     with pytest.raises(
         ModelError,
-        match="not held to what models of the family 'bloom' do.*set their attention=eager",
+        match="not tested with models of the family 'bloom'.*set their attn_implementation=eager",
     ):
         attention.check_attention(PER_SAMPLE, bloom)
     attention.check_attention("eager", bloom)
@@ -255,5 +263,5 @@ def test_every_known_family_lets_its_attention_be_replaced() -> None:
 
 def test_attention_sinks_are_not_left_out_in_silence() -> None:
     query = torch.zeros(1, 2, 3, 4)
-    with pytest.raises(ModelError, match="attention sinks.*set its attention=eager"):
+    with pytest.raises(ModelError, match="attention sinks.*set its attn_implementation=eager"):
         attention.per_sample(None, query, query, query, None, s_aux=torch.zeros(2))

@@ -93,7 +93,7 @@ def test_adapters_follow_from_the_seed_and_start_as_nothing(tiny_gpt2: Path) -> 
     assert torch.equal(state, torch.get_rng_state())
     assert (
         said[0]
-        == "LoRA: 0.0 of 0.2 million parameters are trained (rank 16, alpha 32, on c_attn, c_proj)"
+        == "LoRA: 0.0 of 0.2 million parameters are trained (r 16, alpha 32, on c_attn, c_proj)"
     )
     first, again, other = (weights(model) for model in models)
     assert all(torch.equal(first[name], again[name]) for name in first)

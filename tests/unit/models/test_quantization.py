@@ -17,13 +17,13 @@ import torch
 from pocl_ds.config import StudentConfig, TeacherConfig
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import ModelError, RecipeError, ResourceError
-from pocl_ds.models.heads import output_head, hidden_states
+from pocl_ds.models.heads import hidden_states, output_head
 from pocl_ds.models.load import load_model, load_model_config
 from pocl_ds.models.quantization import (
-    BYTES,
+    BYTES_PER_WEIGHT,
     bytes_per_weight,
-    check_student_is_not_quantized,
     check_quantized_teacher,
+    check_student_is_not_quantized,
     quantization_method,
 )
 from pocl_ds.models.vocab import VocabMap
@@ -51,14 +51,16 @@ def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
         "load_in_4bit": True,
     }
     assert (
-        bytes_per_weight(config, "none") == bytes_per_weight(plain, "bnb_4bit") == BYTES["bnb_4bit"]
+        bytes_per_weight(config, "none")
+        == bytes_per_weight(plain, "bnb_4bit")
+        == BYTES_PER_WEIGHT["bnb_4bit"]
     )
     config.quantization_config = GPTQ
     check_quantized_teacher(TeacherConfig(model=str(gptq), ds_config=None), config)
     check_student_is_not_quantized(StudentConfig(model=str(tiny_llama)), plain)
     with pytest.raises(
         RecipeError,
-        match=r"teacher.model=.*gptq has quantised weights \(gptq\).*set teacher.ds_config=null",
+        match=r"teacher.model=.*gptq has quantized weights \(gptq\).*set teacher.ds_config=null",
     ):
         check_quantized_teacher(TeacherConfig(model=str(gptq)), config)
     with pytest.raises(
@@ -69,7 +71,7 @@ def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
         )
     with pytest.raises(
         ModelError,
-        match=r"student.model=.* has quantised weights \(gptq\), which cannot be trained",
+        match=r"student.model=.* has quantized weights \(gptq\), which cannot be trained",
     ):
         check_student_is_not_quantized(StudentConfig(model=str(gptq)), config)
 
@@ -167,11 +169,14 @@ def test_a_live_teacher_by_bitsandbytes(
     assert 0 < error < tolerance and loss > 0.01
     with teacher.head() as head:
         assert (
-            torch.equal(head.weight, output_head(plain).weight) and head.weight.dtype == torch.float32
+            torch.equal(head.weight, output_head(plain).weight)
+            and head.weight.dtype == torch.float32
         )
     held = sum(
         part.numel() * part.element_size()
         for name in weights
         for part in [model.get_submodule(name).weight]
     )
-    assert held <= BYTES[quantization] * sum(weight.numel() for weight in weights.values())
+    assert held <= BYTES_PER_WEIGHT[quantization] * sum(
+        weight.numel() for weight in weights.values()
+    )

@@ -23,10 +23,10 @@ from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import (
     VocabMap,
     VocabularyAlignment,
-    _counts,
-    separate_vocabularies,
-    align_vocabularies,
+    _token_counts,
     align_teacher_vocabularies,
+    align_vocabularies,
+    separate_vocabularies,
 )
 
 
@@ -35,7 +35,7 @@ class Table:
 
     def __init__(self, vocabulary: dict[str, int], eos: str | None = None) -> None:
         self.vocabulary = vocabulary
-        self.eos_token = eos or next(iter(vocab))
+        self.eos_token = eos or next(iter(vocabulary))
         self.eos_token_id = vocabulary[self.eos_token]
 
     def get_vocab(self) -> dict[str, int]:
@@ -67,7 +67,9 @@ def real(folder: Path) -> Any:
 
 def test_same_tokenizer_same_rows_shares_everything() -> None:
     tokenizer = tiny_models.make_tokenizer()
-    found = align_vocabularies(tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer))
+    found = align_vocabularies(
+        tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer)
+    )
     assert (found.size, found.shared) == (len(tokenizer), None)
 
 
@@ -96,7 +98,7 @@ def test_tokens_are_counted_by_name_and_rows_by_id() -> None:
     """A token at another id is common; a row with an id that the head lacks is none."""
     teacher = {"a": 0, "b": 1, "c": 2, "only": 7}
     student = {"b": 0, "c": 3, "mine": 1, "too": 2, "far": 20}
-    assert _counts(Table(teacher), Table(student), 9, 6) == (
+    assert _token_counts(teacher, student, 9, 6) == (
         ": 2 tokens common, 2 only the teacher's, 3 only the student's; rows without a token 5 "
         "and 2"
     )
@@ -192,7 +194,9 @@ def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(model_loading, "load_model_config", load)
     monkeypatch.setattr(
-        model_loading, "load_tokenizer", lambda path, **how: load(path, **how) and Table(numbered(6))
+        model_loading,
+        "load_tokenizer",
+        lambda path, **how: load(path, **how) and Table(numbered(6)),
     )
     teacher, student = (
         ModelSource(model="m", revision="r", trust_remote_code=True),
@@ -221,7 +225,9 @@ def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
     )
     other = tiny_models.llama(tmp_path / "c", tokenizer=tiny_models.make_sentencepiece_tokenizer())
     source = ModelSource(model="m")
-    found = align_teacher_vocabularies([(source, str(padded)), (source, str(small))], source, str(padded))
+    found = align_teacher_vocabularies(
+        [(source, str(padded)), (source, str(small))], source, str(padded)
+    )
     assert (found.size, found.shared) == (tiny_models.VOCABULARY, None)
     with pytest.raises(ModelError, match="different tokenizers"):
         align_teacher_vocabularies([(source, str(small)), (source, str(other))], source, str(small))
@@ -240,17 +246,24 @@ def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
 def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = {"a": None, "b": np.array([1, 0, 2])}
     monkeypatch.setattr(
-        vocab, "align_model_vocabularies", lambda source, path, *_: VocabularyAlignment(3, None, "", maps[path])
+        vocab,
+        "align_model_vocabularies",
+        lambda source, path, *_: VocabularyAlignment(3, None, "", maps[path]),
     )
     source = ModelSource(model="m")
-    with pytest.raises(ModelError, match="the teachers a and b number their tokens differently"):
+    with pytest.raises(ModelError, match="the teachers a and b have other ids for the same tokens"):
         align_teacher_vocabularies([(source, "a"), (source, "b")], source, "s")
-    assert align_teacher_vocabularies([(source, "b"), (source, "b")], source, "s").teacher_ids is not None
+    assert (
+        align_teacher_vocabularies([(source, "b"), (source, "b")], source, "s").teacher_ids
+        is not None
+    )
 
 
 def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     each = {
-        "a": VocabularyAlignment(4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])),
+        "a": VocabularyAlignment(
+            4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])
+        ),
         "b": VocabularyAlignment(3, np.array([True, True, False]), "two", np.array([2, 5, 0])),
         "c": VocabularyAlignment(4, None, "one", np.array([2, 6, 4, 3])),
     }
@@ -271,7 +284,9 @@ def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.Monkey
 
 
 def test_ids_number_the_teachers_logits_as_the_students() -> None:
-    ids = VocabMap.from_alignment(VocabularyAlignment(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4])))
+    ids = VocabMap.from_alignment(
+        VocabularyAlignment(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4]))
+    )
     head = OutputHead(nn.Parameter(torch.eye(5)), None, 1.0, None)
     logits = ids.teacher_logits(head, torch.tensor([[10.0, 11.0, 12.0, 13.0, 14.0]]))
     assert logits.tolist() == [[12.0, 10.0, -math.inf, 14.0]]
@@ -299,10 +314,13 @@ def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
 
 def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
     report = align_vocabularies(Table(numbered(9), "t1"), Table(numbered(9), "t2"), 9, 7).report
-    assert "ends with 't2' to the student, 't1' to the teacher" in report
+    assert "the EOS is 't2' for the student, 't1' for the teacher" in report
     assert "ids up to 8, beyond its 7 rows" in report
     other = {**numbered(3), "a": 3}
-    assert "split text differently" in align_vocabularies(Table(numbered(3)), Table(other), 9, 9).report
+    assert (
+        "split text differently"
+        in align_vocabularies(Table(numbered(3)), Table(other), 9, 9).report
+    )
 
 
 def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:

@@ -1,0 +1,169 @@
+"""Difficulty scores with a model in memory, as the step `score` computes them.
+
+    from pocl_ds.scoring import score_samples
+
+    records = [{"instruction": "Name a colour.", "output": "Blue."}]
+    scores = score_samples(model, tokenizer, records)
+    print(scores[0].rouge_l, scores[0].cross_entropy)
+
+`pocl_ds.curriculum.rank_by_difficulty` orders samples by these scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.config import GenerationConfig, PromptConfig
+from pocl_ds.curriculum.micro_batches import token_budget_batches
+from pocl_ds.data.records import samples_from_records
+from pocl_ds.data.tokenized import SampleTokenizer
+from pocl_ds.errors import DataError
+from pocl_ds.metrics.rouge import rouge_l, rouge_l_many
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["SampleScore", "cross_entropy", "rouge_l", "score_samples"]
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """The scores of one sample."""
+
+    id: str
+    rouge_l: float  # 0 to 1
+    cross_entropy: float  # nats per response token
+    tokens: int  # response tokens of the reference, EOS included
+    response: str  # of the model
+
+
+def cross_entropy(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    prompt_tokens: Sequence[int],
+    *,
+    max_batch_tokens: int = 8192,
+) -> NDArray[np.float64]:
+    """Mean negative log-likelihood of the response tokens at temperature 1 (docs/method.md, eq. 2).
+
+    Args:
+        model: a transformers causal language model, on any device.
+        sequences: token ids of prompt and response of each sample.
+        prompt_tokens: length of each prompt, at least 1.
+        max_batch_tokens: tokens of a forward pass, padding included.
+
+    Returns:
+        Nats per response token, float64 [samples].
+
+    Raises:
+        DataError: a sample has no prompt token or no response token.
+        ModelError: the model's family is not supported.
+    """
+    log_probs = _log_probs(model, sequences, prompt_tokens, max_batch_tokens)
+    return np.array([-np.mean(values, dtype=np.float64) for values in log_probs], np.float64)
+
+
+def score_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Iterable[Mapping[str, Any]],
+    *,
+    template: str = "alpaca",
+    max_prompt_tokens: int = 256,
+    max_new_tokens: int = 256,
+    max_length: int = 512,
+    max_batch_tokens: int = 8192,
+) -> list[SampleScore]:
+    """Score samples by a model's greedy responses and by its cross-entropy of the references.
+
+    Args:
+        model: a transformers causal language model, on any device.
+        tokenizer: its tokenizer.
+        records: of any format that `data.format` knows, such as `{"instruction", "output"}`,
+            `{"prompt", "completion"}` or `{"messages"}`; the output may be a list of references.
+        template: `alpaca`, `chat`, `plain`, or a .jinja file.
+        max_prompt_tokens: a longer prompt keeps its first tokens.
+        max_new_tokens: of a generated response.
+        max_length: tokens of prompt and reference; a longer reference is cut.
+        max_batch_tokens: tokens of a batch, padding included.
+
+    Returns:
+        One score a record, in the order of the records.
+
+    Raises:
+        DataError: a record has no known format, or a text is missing.
+        ModelError: the tokenizer has no EOS, or the model's family is not supported.
+    """
+    from pocl_ds.generation.protocol import SamplingParams
+    from pocl_ds.generation.transformers_backend import TransformersGenerator
+
+    # Tokenize prompts and references.
+    places = ((f"records, number {number}", dict(one)) for number, one in enumerate(records, 1))
+    samples = list(samples_from_records(places, "records", "auto", {}))
+    prompt = PromptConfig(
+        template=template, max_prompt_tokens=max_prompt_tokens, max_length=max_length
+    )
+    tokenized = [SampleTokenizer(tokenizer, prompt).tokenize(sample) for sample in samples]
+    sequences = [sample.ids for sample in tokenized]
+    prompt_tokens = [sample.prompt_tokens for sample in tokenized]
+
+    # Generate responses, and leave the model as it was.
+    training, decoding = model.training, model.generation_config
+    generator = TransformersGenerator(
+        model,
+        GenerationConfig(backend="transformers", max_num_batched_tokens=max_batch_tokens),
+        tokenizer,
+        max_length=max_prompt_tokens + max_new_tokens,
+    )
+    try:
+        sampling = SamplingParams(0.0, 1.0, max_new_tokens, seed=0)
+        prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
+        responses = generator.generate(prompts, sampling)
+    finally:
+        generator.close()
+        model.generation_config = decoding
+        model.train(training)
+
+    # Compare responses and references.
+    rouge = rouge_l_many(responses, [sample.references for sample in samples])
+    log_probs = _log_probs(model, sequences, prompt_tokens, max_batch_tokens)
+    return [
+        SampleScore(
+            id=sample.id,
+            rouge_l=float(rouge[i]),
+            cross_entropy=-float(np.mean(log_probs[i], dtype=np.float64)),
+            tokens=len(log_probs[i]),
+            response=responses[i],
+        )
+        for i, sample in enumerate(samples)
+    ]
+
+
+def _log_probs(
+    model: PreTrainedModel,
+    sequences: Sequence[Sequence[int]],
+    prompt_tokens: Sequence[int],
+    max_batch_tokens: int,
+) -> list[NDArray[np.float32]]:
+    """Log-probabilities of the response tokens, without dropout."""
+    from pocl_ds.models.log_probs import response_log_probs
+
+    lengths = [len(sequence) for sequence in sequences]
+    for row, (length, prompt_length) in enumerate(zip(lengths, prompt_tokens, strict=True)):
+        if not 0 < prompt_length < length:
+            raise DataError(
+                f"sample {row} has {prompt_length} prompt tokens of {length} in all: both prompt "
+                "and response need at least one"
+            )
+    training = model.training
+    model.eval()
+    try:
+        batches = token_budget_batches(lengths, max_tokens=max_batch_tokens)
+        return response_log_probs(model, sequences, prompt_tokens, batches)
+    finally:
+        model.train(training)
