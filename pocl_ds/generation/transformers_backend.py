@@ -6,7 +6,7 @@ Shapes: B sequences, T positions, V vocabulary entries.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from transformers import GenerationConfig as DecodingConfig
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from pocl_ds.config import GenerationConfig
+from pocl_ds.curriculum.micro_batches import token_budget_batches
 from pocl_ds.generation.protocol import (
     ProgressCallback,
     SamplingParams,
@@ -31,12 +33,10 @@ from pocl_ds.generation.protocol import (
     find_stop_token_ids,
     ignore_progress,
 )
-from pocl_ds.models.heads import has_known_head, hidden_states, identity_head, output_head
 from pocl_ds.models.load import load_model
+from pocl_ds.models.log_probs import pad_sequences, response_log_probs
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime.distributed import device
-
-LOGIT_ROWS = 512  # positions whose logits [rows, V] are in memory at once
 
 
 class TransformersGenerator:
@@ -44,7 +44,7 @@ class TransformersGenerator:
 
     def __init__(
         self,
-        model_path: str,
+        model: str | PreTrainedModel,
         config: GenerationConfig,
         tokenizer: Any,
         *,
@@ -53,14 +53,17 @@ class TransformersGenerator:
         trust_remote_code: bool = False,
         revision: str | None = None,
     ) -> None:
-        """See `open_generator`."""
+        """See `open_generator`. model: its path, or a loaded model, which stays on its device."""
         self.previous_threads = torch.get_num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
-        model = load_model(
-            model_path, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision
-        )
-        self.model: Any = model.to(device()).eval()
+        self.model: Any = model
+        if isinstance(model, str):
+            loaded: Any = load_model(
+                model, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision
+            )
+            self.model = loaded.to(device())
+        self.model.eval()
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.processed_tokens, self.sleep_level = 0, 0
         self.stop_token_ids = find_stop_token_ids(tokenizer, self.model.generation_config)
@@ -95,7 +98,7 @@ class TransformersGenerator:
         for limit in sorted({limit for limit in limits if limit > 0}, reverse=True):
             indices = [index for index, own_limit in enumerate(limits) if own_limit == limit]
             lengths = [len(prompts[index]) + limit for index in indices]
-            for batch in _batches(lengths, self.config):
+            for batch in self._batches(lengths):
                 batch_indices = [indices[place] for place in batch]
                 generated = self._generate_batch(
                     batch_indices, prompts, sampling, limit, on_progress
@@ -120,7 +123,9 @@ class TransformersGenerator:
             pad_token_id=self.stop_token_ids[0],
             use_cache=True,
         )
-        ids, mask = _padded([prompts[index] for index in indices], self.model.device, left=True)
+        ids, mask = pad_sequences(
+            [prompts[index] for index in indices], self.model.device, left=True
+        )
 
         # Sample by the arg max of scores plus noise, with one random generator per prompt.
         processors = LogitsProcessorList()
@@ -166,29 +171,21 @@ class TransformersGenerator:
         on_progress: ProgressCallback = ignore_progress,
     ) -> list[NDArray[np.float32]]:
         """See `protocol.Generator`. The head runs at response positions only."""
-        split = has_known_head(self.model)
-        head = output_head(self.model) if split else identity_head(self.model)
-        results: list[NDArray[np.float32]] = [np.empty(0, dtype=np.float32)] * len(sequences)
-        for batch in _batches([len(sequence) for sequence in sequences], self.config):
-            ids, mask = _padded(
-                [sequences[index] for index in batch], self.model.device, left=False
-            )
-            hidden = hidden_states(self.model, ids, mask, split=split)  # [B, T, D]
-            for row, index in enumerate(batch):
-                start, stop = prompt_tokens[index], len(sequences[index])
-                # The hidden state at t predicts token t + 1.
-                chunks = [
-                    head.logits(hidden[row, begin - 1 : min(begin + LOGIT_ROWS, stop) - 1])
-                    .float()
-                    .log_softmax(-1)
-                    .gather(1, ids[row, begin : min(begin + LOGIT_ROWS, stop), None])[:, 0]
-                    for begin in range(start, stop, LOGIT_ROWS)
-                ]
-                if chunks:
-                    results[index] = torch.cat(chunks).cpu().numpy()
-                self.processed_tokens += stop
+
+        def finish_batch(batch: NDArray[np.int64]) -> None:
+            self.processed_tokens += sum(len(sequences[index]) for index in batch)
             on_progress(len(batch))
-        return results
+
+        batches = self._batches([len(sequence) for sequence in sequences])
+        return response_log_probs(self.model, sequences, prompt_tokens, batches, finish_batch)
+
+    def _batches(self, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Indices of sequences of similar length, longest first, within the limits of the config."""
+        return token_budget_batches(
+            lengths,
+            max_tokens=self.config.max_num_batched_tokens,
+            max_samples=self.config.max_num_seqs,
+        )
 
     def sleep(self) -> None:
         """See `protocol.Generator`. Does nothing: the model stays in memory."""
@@ -249,33 +246,3 @@ class _GumbelNoise(LogitsProcessor):
         ]
         uniform = torch.stack(draws).clamp_min(torch.finfo(torch.float64).tiny)
         return scores.double() - (-uniform.log()).log()
-
-
-def _batches(lengths: Sequence[int], config: GenerationConfig) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first: at most `max_num_seqs`, and with their
-    padding at most `max_num_batched_tokens`.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        limit = max(1, config.max_num_batched_tokens // lengths[batch[0]]) if batch else 1
-        if batch and len(batch) >= min(config.max_num_seqs, limit):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def _padded(
-    sequences: Sequence[Sequence[int]], where: torch.device, *, left: bool
-) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both int64 [B, T]. The mask follows from the lengths, not from a
-    padding id.
-    """
-    width = max(len(sequence) for sequence in sequences)
-    ids = np.zeros((len(sequences), width), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        place = slice(width - len(sequence), None) if left else slice(0, len(sequence))
-        ids[row, place], mask[row, place] = sequence, 1
-    return torch.from_numpy(ids).to(where), torch.from_numpy(mask).to(where)

@@ -16,7 +16,7 @@ from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, SamplingParams
-from pocl_ds.generation.transformers_backend import _batches, _GumbelNoise
+from pocl_ds.generation.transformers_backend import _GumbelNoise
 from pocl_ds.models.load import load_model, load_tokenizer
 
 WORDS = [
@@ -43,20 +43,20 @@ def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest)
     expected_text, expected_lp = [], []
     starts = [1 + index % 2 if len(ids) > 2 else 1 for index, ids in enumerate(prompts)]
     for ids, start in zip(prompts, starts, strict=True):
-        written = list(ids)
+        tokens = list(ids)
         with torch.no_grad():
             for _ in range(12):  # greedy by hand, without a cache
-                written.append(int(model(torch.tensor([written])).logits[0, -1].argmax()))
-                if written[-1] == tokenizer.eos_token_id:
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+                if tokens[-1] == tokenizer.eos_token_id:
                     break
             scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        expected_text.append(tokenizer.decode(written[len(ids) :], skip_special_tokens=True))
+        expected_text.append(tokenizer.decode(tokens[len(ids) :], skip_special_tokens=True))
         expected_lp.append(
             [float(scores[place - 1, ids[place]]) for place in range(start, len(ids))]
         )
     assert generator.generate(prompts, SamplingParams(0.0, 1.0, 12, 0)) == expected_text
-    for found, expected in zip(generator.log_probs(prompts, starts), expected_lp, strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+    for values, expected in zip(generator.log_probs(prompts, starts), expected_lp, strict=True):
+        np.testing.assert_allclose(values, expected, atol=2e-5)
     assert generator.processed_tokens > 0
     generator.close()
 
@@ -76,13 +76,16 @@ def test_a_response_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
 
 def test_noise_draws_from_the_distribution() -> None:
     """20,000 draws of three outcomes: frequencies within four standard errors."""
-    chances = torch.tensor([0.6, 0.3, 0.1])
+    probabilities = torch.tensor([0.6, 0.3, 0.1])
     noise = _GumbelNoise([3], torch.device("cpu"))
     draws = torch.cat(
-        [noise(torch.empty(0), chances.log()[None]).argmax(-1) for _ in range(20_000)]
+        [noise(torch.empty(0), probabilities.log()[None]).argmax(-1) for _ in range(20_000)]
     )
-    found = torch.bincount(draws, minlength=3) / len(draws)
-    assert ((found - chances).abs() < 4 * (chances * (1 - chances) / len(draws)).sqrt()).all()
+    frequencies = torch.bincount(draws, minlength=3) / len(draws)
+    assert (
+        (frequencies - probabilities).abs()
+        < 4 * (probabilities * (1 - probabilities) / len(draws)).sqrt()
+    ).all()
 
 
 def test_a_masked_token_is_never_drawn() -> None:
@@ -107,25 +110,11 @@ def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
     }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     other, _ = open_backend(folder)
-    found = other.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
-    assert full[0].startswith(found[0])
-    assert len(found[0]) < len(full[0])
+    stopped = other.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
+    assert full[0].startswith(stopped[0])
+    assert len(stopped[0]) < len(full[0])
     if stop not in tokenizer(full[1]).input_ids:
-        assert found[1] == full[1]
-
-
-def test_batches_hold_each_index_once_within_the_limits() -> None:
-    lengths = [5, 90, 7, 40, 41, 3, 60]
-    config = GenerationConfig(max_num_seqs=3, max_num_batched_tokens=100)
-    batches = list(_batches(lengths, config))
-    assert sorted(index for batch in batches for index in batch) == list(range(7))
-    assert all(
-        len(batch) <= 3 and len(batch) * max(lengths[i] for i in batch) <= 100 for batch in batches
-    )
-    assert list(_batches([500], config)) == [
-        [0]
-    ]  # one that is longer than the limit still goes, alone
-    assert list(_batches([], config)) == []
+        assert stopped[1] == full[1]
 
 
 def test_more_tokens_than_positions(tiny_llama: Path) -> None:
@@ -176,9 +165,7 @@ def test_threads_are_restored(tiny_llama: Path) -> None:
 def test_no_response_exceeds_the_models_positions(
     name: str, temperature: float, request: pytest.FixtureRequest
 ) -> None:
-    """Each response ends where its own sequence is full, whatever prompts are written beside it,
-    and begins as with more room.
-    """
+    """Each response ends where its own sequence is full, whatever its batch holds."""
     folder = request.getfixturevalue(name)
     positions = load_model(str(folder)).config.max_position_embeddings
     generator, tokenizer = open_backend(folder, max_length=positions, max_num_seqs=4)
@@ -189,12 +176,14 @@ def test_no_response_exceeds_the_models_positions(
         [2 + (place * 7 + row) % 90 for place in range(length)]
         for row, length in enumerate(lengths)
     ]
-    found = generator.generate_ids(prompts, SamplingParams(temperature, 1.0, 8, seed=3))
-    assert [len(one) for one in found] == [min(8, positions - length) for length in lengths]
+    responses = generator.generate_ids(prompts, SamplingParams(temperature, 1.0, 8, seed=3))
+    assert [len(response) for response in responses] == [
+        min(8, positions - length) for length in lengths
+    ]
     for row, prompt in enumerate(prompts):
         assert generator.generate_ids(
             [prompt], SamplingParams(temperature, 1.0, 8, seed=3, first_index=row)
-        ) == [found[row]]
+        ) == [responses[row]]
     generator.close()
 
 

@@ -204,7 +204,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     )  # 8 samples over 8 ranks
 
     assert main([*words, "--gpu", "abacus"]) == 2
-    assert "--gpu abacus: take one of h200-141g" in capfd.readouterr().err
+    assert "--gpu abacus: choose one of h200-141g" in capfd.readouterr().err
     assert main([*words, "--nodes", "0"]) == 2
     assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
 
