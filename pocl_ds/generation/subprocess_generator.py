@@ -204,10 +204,12 @@ def serve(connection: Connection) -> None:
     """
     generator: Any = None
     while True:
+        # Wait for the next call.
         try:
             method, arguments = connection.recv()
         except EOFError:
             break
+        # Answer it; only errors with a message for users reach the parent.
         try:
             if method == "open":
                 generator = _open(*arguments)

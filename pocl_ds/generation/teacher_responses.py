@@ -65,6 +65,7 @@ def generate_teacher_responses(
     )
     truncating = prompt.model_copy(update={"overlong": "truncate"})
 
+    # Generate, and tokenize the responses for the student as they come.
     generator = open_generator(
         path,
         generation.model_copy(update={"dtype": teacher.dtype}),
@@ -75,25 +76,16 @@ def generate_teacher_responses(
         revision=teacher.revision,
         alternative="score.generation.backend=transformers",
     )
+    tokenizer = SampleTokenizer(teacher_tokenizer, truncating)
+    chunk_size = BATCHES_PER_CALL * generation.max_num_seqs
     try:
         with atomic_directory(run.teacher_responses) as folder:
-            # Generate, and tokenize the responses for the student as they come.
-            samples = _answer_samples(
-                run,
-                SampleTokenizer(teacher_tokenizer, truncating),
-                generator,
-                policy,
-                seed,
-                BATCHES_PER_CALL * generation.max_num_seqs,
-            )
+            samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size)
             counts = write_tokenized_split(
                 samples, SampleTokenizer(student_tokenizer, truncating), folder, "train"
             )
-            info = {
-                "samples": counts.samples,
-                "tokens": counts.response_tokens,
-                "seconds": time.monotonic() - start,
-            }
+            info: dict[str, float] = {"samples": counts.samples, "tokens": counts.response_tokens}
+            info["seconds"] = time.monotonic() - start
             write_manifest(folder, STEP, fingerprint, info=info)
     finally:
         generator.close()
@@ -119,6 +111,7 @@ def _answer_samples(
     samples, first_index, truncated = read_sample_file(path), 0, 0
     with Progress(total, "responses", STEP) as progress:
         while chunk := list(itertools.islice(samples, chunk_size)):
+            # Generate the responses of a chunk.
             sampling = SamplingParams(
                 policy.temperature,
                 policy.top_p,
@@ -128,6 +121,7 @@ def _answer_samples(
             )
             prompts = [tokenizer.tokenize_prompt(sample) for sample in chunk]
             responses = generator.generate_ids(prompts, sampling, progress.advance)
+            # Yield them as references, and count those that the token limit cut.
             for sample, ids in zip(chunk, responses, strict=True):
                 ended = bool(ids) and ids[-1] in generator.stop_token_ids
                 truncated += not ended

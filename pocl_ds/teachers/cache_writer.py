@@ -73,11 +73,7 @@ def cache_teacher(
     manifest = read_manifest(run.teacher_cache)
     if manifest and manifest.fingerprint == fingerprint:
         return
-    if shard is not None and not 0 <= shard < config.shards:
-        raise RecipeError(
-            f"shard {shard} does not exist: teacher_cache.shards={config.shards}, choose 0 to "
-            f"{config.shards - 1}"
-        )
+    _check_shard(shard, config.shards)
     if distributed.world_size() > 1:
         start_deepspeed()
     path, student_path = resolve_model(teacher), resolve_model(student)
@@ -99,7 +95,7 @@ def cache_teacher(
         ]
     )
 
-    # Write what is unfinished, and the step's manifest once all shards are finished.
+    # Write the unfinished shards, and the step's manifest once all shards are finished.
     info: dict[str, Any] = {"mode": "cached_hidden_states"}
     if codec:
         info = {"mode": "cached_topk", "top_k": asdict(codec)}
@@ -112,6 +108,13 @@ def cache_teacher(
         if all(part.finished_manifest(fingerprint) for part in cached):
             _finish_cache(run, cached, info, fingerprint)
     distributed.barrier()
+
+
+def _check_shard(shard: int | None, count: int) -> None:
+    if shard is not None and not 0 <= shard < count:
+        raise RecipeError(
+            f"shard {shard} does not exist: teacher_cache.shards={count}, choose 0 to {count - 1}"
+        )
 
 
 def _model_config(path: str, teacher: TeacherConfig) -> Any:
@@ -193,7 +196,7 @@ def _mean_truncation(
     divergence in nats (see `TopKCodec.truncation_error`).
     """
     manifests = [shard.finished_manifest(fingerprint) for shard in shards]
-    sums = np.sum([found.info["truncation"] for found in manifests if found], axis=0)
+    sums = np.sum([manifest.info["truncation"] for manifest in manifests if manifest], axis=0)
     means = sums / max(info["tokens"], 1)
     truncation = []
     for temperature, (mass, kl) in zip(info["top_k"]["temperatures"], means.tolist(), strict=True):
@@ -224,6 +227,7 @@ class _CacheWriter:
         config: TeacherCacheConfig,
     ) -> None:
         """paths: of teacher and student. codec: None caches hidden states."""
+        # Load the teacher, in shards if ZeRO-3 is configured.
         frozen = ds_config.resolve_teacher(
             teacher.ds_config,
             dtype=resolve_dtype(teacher.dtype),
@@ -260,6 +264,7 @@ class _CacheWriter:
         """Write the unfinished shards and the head. With teacher.mode=auto select a mode first, and
         return it for the manifest. Raises ResourceError if the cache exceeds max_disk_gb.
         """
+        # Select a mode, and check the size of the cache.
         selection: dict[str, Any] = {}
         if self.mode == "auto":
             path = self.run.teacher_cache / f"mode-{fingerprint[:16]}.json"

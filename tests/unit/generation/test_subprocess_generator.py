@@ -28,11 +28,11 @@ class RecordingGenerator(SubprocessGenerator):
     """Has no process, and records the weights that it would send."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Path, dict[str, torch.Tensor]]] = []
+        self.sent: list[tuple[Path, dict[str, torch.Tensor]]] = []
 
     def _call(self, method: str, *arguments: Any, **_: Any) -> None:
         assert method == "load_weights"
-        self.seen.append((Path(arguments[0]), load_file(arguments[0])))
+        self.sent.append((Path(arguments[0]), load_file(arguments[0])))
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def test_weights_pass_through_shared_memory_if_it_has_room(free_bytes: dict[Path
     for room in (memory, disk):
         generator = RecordingGenerator()
         generator.load_weights(WEIGHTS)
-        ((path, found),) = generator.seen
+        ((path, weights),) = generator.sent
         assert (
             path.parent == room
-            and found.keys() == WEIGHTS.keys()
-            and all(found[name].equal(WEIGHTS[name]) for name in found)
+            and weights.keys() == WEIGHTS.keys()
+            and all(weights[name].equal(WEIGHTS[name]) for name in weights)
         )
         assert list(memory.iterdir()) == list(disk.iterdir()) == []
         free_bytes[memory] = SIZE

@@ -123,19 +123,19 @@ def test_same_log_probs_and_greedy_text(
         "greedy": GREEDY,
         "drawn": DRAWN,
     }
-    found = in_engine(task, tmp_path)
-    assert found["greedy"] == expected_text
-    assert [len(values) for values in found["log_probs"]] == [
+    result = in_engine(task, tmp_path)
+    assert result["greedy"] == expected_text
+    assert [len(values) for values in result["log_probs"]] == [
         len(ids) - n for ids, n in zip(sequences, starts, strict=True)
     ]
-    for values, wanted in zip(found["log_probs"], expected, strict=True):
-        np.testing.assert_allclose(values, wanted, atol=1e-4)
+    for values, reference_values in zip(result["log_probs"], expected, strict=True):
+        np.testing.assert_allclose(values, reference_values, atol=1e-4)
     # Progress comes with every engine step, and counts each sequence once.
-    assert sum(found["progress"]) == len(prompts) and sum(found["scored"]) == len(sequences)
-    assert len(found["progress"]) >= 2 * DRAWN[2] and max(found["progress"]) <= 4
-    assert found["drawn"] == found["alone"]
-    assert found["drawn"] != found["greedy"]
-    assert found["left"] is False
+    assert sum(result["progress"]) == len(prompts) and sum(result["scored"]) == len(sequences)
+    assert len(result["progress"]) >= 2 * DRAWN[2] and max(result["progress"]) <= 4
+    assert result["drawn"] == result["alone"]
+    assert result["drawn"] != result["greedy"]
+    assert result["left"] is False
 
 
 def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
@@ -195,7 +195,7 @@ class FakeEngine:
     def enqueue(self, prompts: list[Any], requests: list[Any], use_tqdm: bool) -> None:
         assert len(self.awake) == 2
         self.calls.append("generate")
-        # The last one finishes first: outputs must be sorted by their request ids.
+        # Requests finish in reverse order: outputs must be sorted by their ids.
         self.queue = list(enumerate(requests))
 
     def has_unfinished_requests(self) -> bool:
@@ -234,7 +234,7 @@ def open_fake(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> Vllm
 
 
 @pytest.mark.parametrize(
-    ("error", "words", "silent"),
+    ("error", "remedy", "absent"),
     [
         (
             subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),
@@ -259,7 +259,7 @@ def open_fake(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> Vllm
     ],
 )
 def test_an_engine_that_cannot_be_opened(
-    error: Exception, words: str, silent: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, remedy: str, absent: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**options: Any) -> None:
         raise error
@@ -267,11 +267,13 @@ def test_an_engine_that_cannot_be_opened(
     monkeypatch.setattr(FakeEngine, "__init__", lambda self, **options: fail(**options))
     with pytest.raises(ResourceError) as caught:
         open_fake(tiny_llama, 0, monkeypatch)
-    said = str(caught.value)
-    assert said.startswith(f"vLLM cannot open {tiny_llama} (") and said.endswith(
+    message = str(caught.value)
+    assert message.startswith(f"vLLM cannot open {tiny_llama} (") and message.endswith(
         ", or choose the slower generation.backend=transformers"
     )
-    assert words in said and silent not in said.replace(str(tiny_llama), "").partition("):")[2]
+    assert (
+        remedy in message and absent not in message.replace(str(tiny_llama), "").partition("):")[2]
+    )
 
 
 def test_progress_is_logged_while_one_call_runs(

@@ -96,11 +96,11 @@ def test_off_and_seqkd_train_on_the_dataset() -> None:
 def test_gkd_generates_with_its_probability(lmbda: float) -> None:
     generator = FakeGenerator()
     policy = GKD(PolicyConfig(name="gkd", lmbda=lmbda), generator, 5)
-    found = [policy.select_batch(request(step)) for step in range(TOTAL)]
+    batches = [policy.select_batch(request(step)) for step in range(TOTAL)]
     assert len(generator.calls) == pytest.approx(
         lmbda * TOTAL, abs=0.1 * TOTAL if 0 < lmbda < 1 else 0
     )
-    assert [step for step in range(TOTAL) if found[step][0] is not SPLIT] == generator.calls
+    assert [step for step in range(TOTAL) if batches[step][0] is not SPLIT] == generator.calls
     again = FakeGenerator()
     other = GKD(PolicyConfig(name="gkd", lmbda=lmbda), again, 5)
     for step in range(100, TOTAL):  # from the middle: the same steps
@@ -115,11 +115,11 @@ def test_a_mixture_uses_each_source_by_its_share() -> None:
         generator,
         5,
     )
-    found = [
+    batches = [
         policy.select_batch(replace(request(step), teacher_responses=teacher_responses))
         for step in range(TOTAL)
     ]
-    counts = [sum(split is source for split, _ in found) for source in (SPLIT, teacher_responses)]
+    counts = [sum(split is source for split, _ in batches) for source in (SPLIT, teacher_responses)]
     assert counts[0] == pytest.approx(0.5 * TOTAL, abs=0.1 * TOTAL) and counts[1] == pytest.approx(
         0.2 * TOTAL, abs=0.1 * TOTAL
     )
@@ -175,21 +175,21 @@ def test_a_full_buffer_is_replayed() -> None:
     for step in range(3):
         policy.select_batch(request(step))
     assert generator.calls == [0, 1, 2] and policy.buffer is not None and len(policy.buffer) == 12
-    fresh = 0
+    generated_batches = 0
     for step in range(3, TOTAL):
-        before = {
+        rows_before = {
             row: text.tolist()
             for row, text in zip(policy.buffer.rows, policy.buffer.sequences, strict=True)
         }
-        found, rows = policy.select_batch(request(step))
-        assert isinstance(found, GeneratedBatch) and len(rows) == BATCH and len(policy.buffer) == 12
+        batch, rows = policy.select_batch(request(step))
+        assert isinstance(batch, GeneratedBatch) and len(rows) == BATCH and len(policy.buffer) == 12
         if generator.calls[-1] == step:
-            fresh += 1
+            generated_batches += 1
         else:
-            assert all(found.sequences[i].tolist()[:2] == [5, int(found.rows[i])] for i in rows)
-            assert set(found.rows.tolist()) <= set(before)
+            assert all(batch.sequences[i].tolist()[:2] == [5, int(batch.rows[i])] for i in rows)
+            assert set(batch.rows.tolist()) <= set(rows_before)
     expected = sum(1 - step / TOTAL for step in range(3, TOTAL))
-    assert fresh == pytest.approx(expected, abs=25)
+    assert generated_batches == pytest.approx(expected, abs=25)
 
 
 @pytest.mark.parametrize("phi", [0.4, 0.8])
@@ -203,8 +203,10 @@ def test_the_shares_of_student_steps_and_of_new_responses(
     policy.phi = 1.0
     policy.select_batch(request(0))
     policy.phi, generator.calls = phi, []
-    theirs = [step for step in range(TOTAL) if policy.select_batch(request(step))[0] is not SPLIT]
-    assert len(theirs) == pytest.approx(phi * TOTAL, abs=0.1 * TOTAL)
+    student_steps = [
+        step for step in range(TOTAL) if policy.select_batch(request(step))[0] is not SPLIT
+    ]
+    assert len(student_steps) == pytest.approx(phi * TOTAL, abs=0.1 * TOTAL)
     assert len(generator.calls) == pytest.approx(phi * TOTAL / 2, abs=0.06 * TOTAL)
 
 
@@ -213,13 +215,13 @@ def test_replayed_responses_belong_to_the_stage() -> None:
     policy.phi = 1.0
     policy.select_batch(request(0, stage=range(10)))
     policy.select_batch(request(1, stage=range(10)))
-    found, _ = policy.select_batch(
+    batch, _ = policy.select_batch(
         request(TOTAL - 1, stage=range(10, 20))
     )  # the buffer holds nothing of that stage
     assert (
-        isinstance(found, GeneratedBatch)
+        isinstance(batch, GeneratedBatch)
         and generator.calls[-1] == TOTAL - 1
-        and set(found.rows) <= set(range(10, 20))
+        and set(batch.rows) <= set(range(10, 20))
     )
 
 
@@ -229,21 +231,24 @@ def test_a_resumed_distillm_continues_as_if_never_stopped(
     stop: int, phi: float, buffer: int
 ) -> None:
     def walk(policy: DistiLLM, steps: range) -> list[Any]:
-        seen = []
+        batches = []
         for step in steps:
             split, rows = policy.select_batch(request(step))
-            seen.append([split.tokens(int(row)).tolist() for row in rows])
+            batches.append([split.tokens(int(row)).tolist() for row in rows])
             if step % 10 == 9:
                 policy.observe_validation_loss(2.0 + 0.02 * step)
-        return seen
+        return batches
 
-    whole, part = distillm(replay_buffer_size=buffer)[0], distillm(replay_buffer_size=buffer)[0]
-    whole.phi = part.phi = phi
-    expected = walk(whole, range(60))
-    walk(part, range(stop))
-    later = distillm(replay_buffer_size=buffer)[0]
-    later.load_state_dict(json.loads(json.dumps(part.state_dict())))
-    assert walk(later, range(stop, 60)) == expected[stop:]
+    uninterrupted, stopped = (
+        distillm(replay_buffer_size=buffer)[0],
+        distillm(replay_buffer_size=buffer)[0],
+    )
+    uninterrupted.phi = stopped.phi = phi
+    expected = walk(uninterrupted, range(60))
+    walk(stopped, range(stop))
+    resumed = distillm(replay_buffer_size=buffer)[0]
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert walk(resumed, range(stop, 60)) == expected[stop:]
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -256,29 +261,29 @@ def test_ranks_agree_and_a_resume_changes_nothing(name: str, stop: int) -> None:
     )
 
     def walk(policy: Any, steps: range) -> list[Any]:
-        seen = []
+        batches = []
         for step in steps:
             split, rows = policy.select_batch(
                 replace(request(step), teacher_responses=copy.copy(SPLIT))
             )
             assert len(rows) == BATCH
-            seen.append([split.tokens(int(row)).tolist() for row in rows])
+            batches.append([split.tokens(int(row)).tolist() for row in rows])
             if step % 10 == 9:
                 policy.observe_validation_loss(2.0 + step)
-        return seen
+        return batches
 
-    made = [POLICIES[name](options, FakeGenerator(), 3) for _ in range(3)]
-    expected = walk(made[0], range(50))
-    assert walk(made[1], range(stop)) == expected[:stop]
-    made[2].load_state_dict(json.loads(json.dumps(made[1].state_dict())))
-    assert walk(made[2], range(stop, 50)) == expected[stop:]
+    ranks = [POLICIES[name](options, FakeGenerator(), 3) for _ in range(3)]
+    expected = walk(ranks[0], range(50))
+    assert walk(ranks[1], range(stop)) == expected[:stop]
+    ranks[2].load_state_dict(json.loads(json.dumps(ranks[1].state_dict())))
+    assert walk(ranks[2], range(stop, 50)) == expected[stop:]
 
 
 def test_a_response_is_cut_at_the_limit_and_at_a_disallowed_id() -> None:
     allowed = np.ones(50, bool)
     allowed[40] = False
     rows = np.array([3, 4, 5, 6])
-    found = GeneratedBatch.from_responses(
+    batch = GeneratedBatch.from_responses(
         SPLIT,
         rows,
         [[7, 8, 0], [7, 40, 8, 0], [40, 0], [9] * 20],
@@ -286,19 +291,19 @@ def test_a_response_is_cut_at_the_limit_and_at_a_disallowed_id() -> None:
         max_length=6,
         allowed=allowed,
     )
-    assert [text.tolist() for text in found.sequences] == [
+    assert [sequence.tolist() for sequence in batch.sequences] == [
         [5, 3, 7, 8, 0],
         [5, 4, 7],
         [5, 5, 0],
         [5, 6, 9, 9, 9, 9],
     ]
-    assert found.total_tokens.tolist() == [5, 3, 3, 6] and found.loss_tokens.tolist() == [
+    assert batch.total_tokens.tolist() == [5, 3, 3, 6] and batch.loss_tokens.tolist() == [
         3,
         1,
         1,
         4,
     ]
-    assert found.ids.tolist() == [b"s3", b"s4", b"s5", b"s6"]
+    assert batch.ids.tolist() == [b"s3", b"s4", b"s5", b"s6"]
 
 
 def test_a_draw_depends_on_seed_step_and_stream() -> None:

@@ -50,15 +50,15 @@ class Split:
 @pytest.fixture
 def transfers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of parameters of the weight transfers."""
-    found: list[int] = []
-    refresh = TransformersGenerator.load_weights
+    sizes: list[int] = []
+    load_weights = TransformersGenerator.load_weights
 
     def counted(self: TransformersGenerator, weights: Mapping[str, Tensor]) -> None:
-        found.append(len(weights))
-        refresh(self, weights)
+        sizes.append(len(weights))
+        load_weights(self, weights)
 
     monkeypatch.setattr(TransformersGenerator, "load_weights", counted)
-    return found
+    return sizes
 
 
 def make_worker(folder: Path, *, every: int = 1, dtype: Any = "float32") -> RolloutWorker:
@@ -91,16 +91,16 @@ def generate(rollout: RolloutWorker, step: int) -> list[list[int]]:
 def test_weights_are_synced_at_the_first_rollout_of_an_interval(
     tiny_llama: Path, transfers: list[int]
 ) -> None:
-    rollout, seen = make_worker(tiny_llama, every=3), []
+    rollout, states = make_worker(tiny_llama, every=3), []
     for step in (1, 2, 3, 5, 7):
         generate(rollout, step)
         learn(rollout)
-        seen.append((rollout.stats.staleness_steps, len(transfers)))
-    assert seen == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
+        states.append((rollout.stats.staleness_steps, len(transfers)))
+    assert states == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
 
 
 @pytest.mark.parametrize(
-    ("kept", "dtype"),
+    ("name", "dtype"),
     [
         ("model.embed_tokens.weight", "float32"),
         ("model.embed_tokens.weight", "bfloat16"),
@@ -108,20 +108,20 @@ def test_weights_are_synced_at_the_first_rollout_of_an_interval(
     ],
 )
 def test_a_generator_that_keeps_an_old_weight_ends_the_run(
-    kept: str, dtype: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rollout = make_worker(tiny_llama, dtype=dtype)
     generate(rollout, 0)
-    refresh, old = (
+    load_weights, old_weight = (
         TransformersGenerator.load_weights,
-        dict(rollout.engine.gathered_parameters(rollout.module.model))[kept],
+        dict(rollout.engine.gathered_parameters(rollout.module.model))[name],
     )
     monkeypatch.setattr(
         TransformersGenerator,
         "load_weights",
-        lambda self, weights: refresh(self, {**weights, kept: old}),
+        lambda self, weights: load_weights(self, {**weights, name: old_weight}),
     )
-    generate(rollout, 1)  # which is still the new one
+    generate(rollout, 1)  # the old weight is still the current one
     learn(rollout)
     with pytest.raises(
         ResourceError,
@@ -162,40 +162,40 @@ def test_the_tolerance_of_the_weight_check(
         split, "tokens", lambda row: np.arange(2, 2 + split.total_tokens[row]).astype(np.uint32)
     )
     rollout.dataset, rollout.max_length, rollout.on_gpu = split, 200, on_gpu
-    asked, log_probs = [], TransformersGenerator.log_probs
+    scored_tokens, log_probs = [], TransformersGenerator.log_probs
 
-    def off(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
-        found = log_probs(self, sequences, starts)
-        asked.append(len(found[0]))
-        return [one + share * allowed for one in found]
+    def shifted(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
+        values = log_probs(self, sequences, starts)
+        scored_tokens.append(len(values[0]))
+        return [value + share * allowed for value in values]
 
-    monkeypatch.setattr(TransformersGenerator, "log_probs", off)
+    monkeypatch.setattr(TransformersGenerator, "log_probs", shifted)
     if abs(share) < 1:
         generate(rollout, 0)
     else:
         with pytest.raises(ResourceError, match="the generator did not load the new weights"):
             generate(rollout, 0)
-    assert asked == [tokens]
+    assert scored_tokens == [tokens]
 
 
 def test_a_resumed_generator_gets_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
     """Steps 4 to 7 generate with the weights of step 4. The run stops before step 6, where the
     student is two steps ahead.
     """
-    first, second, third = (make_worker(tiny_llama, every=4) for _ in range(3))
-    generate(first, 4)
-    learn(first)
-    save = first.snapshot(6)
-    expected = generate(first, 6), generate(first, 8)
+    original, resumed, without_weights = (make_worker(tiny_llama, every=4) for _ in range(3))
+    generate(original, 4)
+    learn(original)
+    save = original.snapshot(6)
+    expected = generate(original, 6), generate(original, 8)
     assert save(tmp_path) == [tmp_path / WEIGHTS_FILE]
-    for later in (second, third):
-        learn(later)
-    second.restore(tmp_path)
-    assert generate(second, 6) == expected[0] and second.stats.staleness_steps == 2
-    assert second.snapshot(7)(tmp_path) and not second.snapshot(8)(tmp_path)
-    assert generate(second, 8) == expected[1] and second.stats.staleness_steps == 0
-    third.restore(tmp_path / "nothing")
-    assert generate(third, 6) != expected[0]
+    for trainer_copy in (resumed, without_weights):
+        learn(trainer_copy)
+    resumed.restore(tmp_path)
+    assert generate(resumed, 6) == expected[0] and resumed.stats.staleness_steps == 2
+    assert resumed.snapshot(7)(tmp_path) and not resumed.snapshot(8)(tmp_path)
+    assert generate(resumed, 8) == expected[1] and resumed.stats.staleness_steps == 0
+    without_weights.restore(tmp_path / "nothing")
+    assert generate(without_weights, 6) != expected[0]
 
 
 def test_no_weights_are_saved_if_every_step_syncs(tiny_llama: Path, tmp_path: Path) -> None:
@@ -243,8 +243,8 @@ def test_the_engine_sleeps_between_rollouts(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     generate(rollout, 0)
     generate(rollout, 0)
-    whole = ["load_weights", "generate_ids", "sleep"]
-    assert generator.calls == (whole + whole if every == 1 else whole + whole[1:])
+    calls = ["load_weights", "generate_ids", "sleep"]
+    assert generator.calls == (calls + calls if every == 1 else calls + calls[1:])
     torch.save({"step": 0, "weights": {}}, tmp_path / WEIGHTS_FILE)
     rollout.restore(tmp_path)
     assert generator.calls[-2:] == ["load_weights", "sleep"]

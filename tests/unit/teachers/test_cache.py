@@ -82,13 +82,13 @@ def test_reads_return_what_was_written(
     states = fill(folder, split, shards, dtype)
     cache = TeacherCache(folder, [split], fingerprint=FINGERPRINT)
     rows = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=6))
-    found = cache.read("train", tuple(rows))
-    expected = torch.cat([states[row] for row in rows]) if rows else found
-    assert found.dtype == getattr(torch, dtype) and found.shape == (
+    outputs = cache.read("train", tuple(rows))
+    expected = torch.cat([states[row] for row in rows]) if rows else outputs
+    assert outputs.dtype == getattr(torch, dtype) and outputs.shape == (
         sum(len(states[row]) for row in rows),
         5,
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(outputs, expected)
     assert cache.find_damage("train", np.array(rows, np.int64)) is None
 
 

@@ -31,14 +31,14 @@ COSTS = ModeCosts(
     ("costs", "mode"),
     [
         (COSTS, "cached_hidden_states"),  # 2,000 s of forwards against 100 + 1 + 20
-        (replace(COSTS, visits_per_sample=1), "online"),  # seen once: writing buys nothing
+        (replace(COSTS, visits_per_sample=1), "online"),  # one visit: a cache is never reused
         (replace(COSTS, read_bytes_per_second=1e7), "online"),  # 2,000 s of reads
         (replace(COSTS, usable_bytes=10**9 - 1), "online"),
     ],
 )
 def test_the_faster_mode_is_selected_with_a_reason(costs: ModeCosts, mode: str) -> None:
-    found, reason = select_mode(costs)
-    assert found == mode
+    selected, reason = select_mode(costs)
+    assert selected == mode
     assert "1.00 GB" in reason and (
         "do not fit" in reason or f"{costs.online_seconds:.0f} s" in reason
     )
