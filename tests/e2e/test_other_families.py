@@ -78,7 +78,8 @@ def test_unsupported_models_are_refused_before_anything_is_scored(
         )
         assert message == (
             f"attn_implementation=per_sample is not tested with models of the family {family!r}, "
-            "which may need their mask: set their attn_implementation=eager, or sdpa if they have it"
+            "which may need their mask: set their attn_implementation=eager, or sdpa if they have "
+            "it"
         )
     message = sentence(capsys, "init-student", recipe, "--run-dir", run, *attention)
     assert message.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
