@@ -124,13 +124,13 @@ class SyntheticRun:
                     "stage": stage,
                     "epoch": 0,
                     "loss": sft_ratio * ce + (1 - sft_ratio) * kd,
-                    "kd": kd,
-                    "ce": ce,
+                    "kd_loss": kd,
+                    "sft_loss": ce,
                     "temperature": temperature,
                     "sft_ratio": sft_ratio,
                     "lr": 3e-4 * 0.5 * (1 + math.cos(math.pi * step / steps)),
                     "grad_norm": 1.0,
-                    "tokens": 200,
+                    "loss_tokens": 200,
                     "tokens_per_second": 410 + 30 * noise[step - 1, 0],
                     "seconds": 1.0,
                     "sample_ids_digest": "0" * 16,
@@ -141,9 +141,8 @@ class SyntheticRun:
                         "kind": "validation",
                         "step": step,
                         "stage": stage,
-                        "validation_loss": 4.5,
-                        "validation_kd": 1.0 - step / steps / 4,
-                        "validation_ce": 4.9 - step / steps,
+                        "validation_kd_loss": 1.0 - step / steps / 4,
+                        "validation_loss": 4.9 - step / steps,
                     }
                     stream.write(json.dumps(record) + "\n")
             stream.write('{"kind": "step", "ste')  # a kill cut this line short

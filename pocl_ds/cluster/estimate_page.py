@@ -1,5 +1,5 @@
 """The page of `pocl estimate`: memory, traffic, hours and disk space of a recipe on a cluster, and
-the fields that make it fit. The formulas are in `models/estimate.py`.
+the fields that make it fit. The formulas are in `models/memory.py` and `models/estimate.py`.
 """
 
 from __future__ import annotations
@@ -254,12 +254,15 @@ def _alternative_lines(sizes: Estimate) -> list[str]:
         "activation checkpointing": {"checkpointing": True},
         "teacher offloaded": {"offload_teacher": True},
         "both offloaded": {"offload_teacher": True, "offload_student": True},
-        "cached hidden states": {"mode": "cached_hidden_states"},
-        "cached states, checkpointing": {"mode": "cached_hidden_states", "checkpointing": True},
+        "cached hidden states": {"teacher_mode": "cached_hidden_states"},
+        "cached states, checkpointing": {
+            "teacher_mode": "cached_hidden_states",
+            "checkpointing": True,
+        },
     }
     lines = [f"{'largest micro-batch that fits':<34}{'samples':>8}{'GB':>8}"]
     for name, changes in alternatives.items():
-        if sizes.teacher is None and ("offload_teacher" in changes or "mode" in changes):
+        if sizes.teacher is None and ("offload_teacher" in changes or "teacher_mode" in changes):
             continue
         setup = replace(sizes.setup, **changes)
         best = sizes.largest_setup(setup, find_largest_micro_batch)

@@ -126,9 +126,9 @@ def _training_lines(view: RunView, width: int) -> list[str]:
         f"stage {record['stage'] + 1}/{max(len(view.stage_ends), 1)}, {seconds:.2f} s a step, "
         f"{rate:.0f} tokens/s{eta}"
     ]
-    for name in ("loss", "kd", "ce"):
+    for name in ("loss", "kd_loss", "sft_loss"):
         values = [record[name] for record in view.records]
-        lines.append(f"{name:<5}{values[-1]:>9.4f}  {sparkline(values, max(8, width - 18))}")
+        lines.append(f"{name:<9}{values[-1]:>9.4f}  {sparkline(values, max(8, width - 22))}")
     lines.append(
         f"temperature {record['temperature']:.2f}  SFT ratio {record['sft_ratio']:.2f}  "
         f"lr {record['lr']:.2e}  gradient norm {record['grad_norm']:.3f}"

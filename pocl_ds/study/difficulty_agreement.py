@@ -1,9 +1,9 @@
-"""Difficulty as several students see it: do they agree which samples are hard, and is a hard sample
+"""Difficulty for several students: do they agree on which samples are hard, and is a hard sample
 only a long one?
 
-The paper orders the samples for one student (docs/method.md, eq. 3). What another student would have said
-decides whether an order can be taken over, so runs that have been ranked are put side by side here:
-spread, rank correlation, overlap of subsets, length.
+The paper orders the samples for one student (docs/method.md, eq. 3). Whether
+another student can reuse a ranking depends on how far their rankings agree: by spread, rank
+correlation, overlap of subsets, and length.
 """
 
 from __future__ import annotations
@@ -25,25 +25,23 @@ from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 Floats = NDArray[np.float64]
-SHARP = 0.5  # correlation with the length from which an order is called one of lengths
+LENGTH_CORRELATION = 0.5  # from which a ranking is reported as one by length
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A run's training samples, from easy to hard as its student finds them. Arrays: [samples], in
-    that order.
-    """
+class RankedSamples:
+    """A run's training samples from easy to hard. Arrays: [samples], in that order."""
 
     name: str
     ids: NDArray[np.bytes_]
     rouge_l: Floats
     cross_entropy: Floats
-    tokens: NDArray[np.int64]  # of the response that the data gives
+    tokens: NDArray[np.int64]  # of the reference response
 
 
-def read_seen(run: RunDirectory, name: str) -> Seen:
-    """What the stage `rank` found. Raises ArtifactError where it has not run, or had no scores to
-    order by.
+def read_ranked_samples(run: RunDirectory, name: str) -> RankedSamples:
+    """Read the result of the step `rank`. Raises ArtifactError if it has not run, or ranked without
+    scores.
     """
     manifest = read_manifest(run.ranking)
     if manifest is None:
@@ -51,11 +49,11 @@ def read_seen(run: RunDirectory, name: str) -> Seen:
     table = pq.read_table(run.ranking / "ranking.parquet")
     if "rouge_l" not in table.column_names:
         raise ArtifactError(
-            f"{run.path} is ordered by {manifest.info['strategy']}, without scores: give runs "
-            f"that were scored"
+            f"{run.path} is ranked by {manifest.info['strategy']}, without scores: choose runs "
+            "that were scored"
         )
     split, order = TokenizedSplit.open(run.data, "train"), np.load(run.ranking / "order.npy")
-    return Seen(
+    return RankedSamples(
         name,
         np.asarray(split.ids)[order],
         table["rouge_l"].to_numpy(),
@@ -71,149 +69,135 @@ def ranks(values: Floats | NDArray[np.int64]) -> Floats:
     return np.asarray(stats.rankdata(values) - 1)
 
 
-def spearman(one: Floats | NDArray[np.int64], other: Floats | NDArray[np.int64]) -> float:
+def spearman(x: Floats | NDArray[np.int64], y: Floats | NDArray[np.int64]) -> float:
     """Spearman's rank correlation, -1 to 1, with tied values at their mean rank.
 
     NaN if there are fewer than two values, or one side is constant.
     """
     from scipy import stats
 
-    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
-    return float(stats.spearmanr(one, other).statistic)
+    return float(stats.spearmanr(x, y).statistic)
 
 
-def partial(one_other: float, one_third: float, other_third: float) -> float:
-    """Correlation of two with a third held fixed (first-order partial correlation of ranks); NaN
-    where the third says it all.
+def partial_correlation(xy: float, xz: float, yz: float) -> float:
+    """First-order partial correlation of x and y given z, from their pairwise correlations; NaN if
+    z determines x or y.
     """
-    left = (1 - one_third**2) * (1 - other_third**2)
-    return (one_other - one_third * other_third) / left**0.5 if left > 0 else float("nan")
+    variance = (1 - xz**2) * (1 - yz**2)
+    return (xy - xz * yz) / variance**0.5 if variance > 0 else float("nan")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Two students on the samples that both have ranked."""
+class Agreement:
+    """How far two students agree on the samples that both have ranked."""
 
     samples: int
-    difficulty: float  # Spearman's correlation of their places in the order
+    difficulty: float  # Spearman correlation of the positions in the rankings
     rouge_l: float
     cross_entropy: float
-    without_length: float  # of the places, with the length held fixed
-    same_subset: float  # share of samples that both put into the same subset
-    hardest: float  # share of one's hardest subset that is in the other's
+    given_length: float  # partial correlation of the positions given the length
+    same_subset: float  # share of samples in the same subset of both
+    hardest_subset: float  # share of the hardest subset that both have in common
 
 
-def compare_pair(one: Seen, other: Seen, subsets: int) -> Pair:
-    """How far two students agree. Subsets are cut anew from the samples in common. Raises
-    ArtifactError for fewer than those.
+def measure_agreement(a: RankedSamples, b: RankedSamples, subsets: int) -> Agreement:
+    """Compare two rankings on their common samples, which are divided into subsets again. Raises
+    ArtifactError if there are fewer common samples than subsets.
     """
-    common, first, second = np.intersect1d(
-        one.ids, other.ids, assume_unique=True, return_indices=True
-    )
+    common, rows_a, rows_b = np.intersect1d(a.ids, b.ids, assume_unique=True, return_indices=True)
     if len(common) < max(subsets, 2):
         raise ArtifactError(
-            f"{one.name} and {other.name} have {len(common)} samples in common: compare runs of "
-            f"the same data"
+            f"{a.name} and {b.name} have {len(common)} samples in common: compare runs on the same "
+            "data"
         )
-    places = [ranks(first), ranks(second)]  # of the common samples alone
-    parts = [_subset_of(place, subsets) for place in places]
-    length = one.tokens[first]
-    alike = spearman(places[0], places[1])
-    last = [part == subsets - 1 for part in parts]
-    return Pair(
-        len(common),
-        alike,
-        spearman(one.rouge_l[first], other.rouge_l[second]),
-        spearman(one.cross_entropy[first], other.cross_entropy[second]),
-        partial(alike, spearman(places[0], length), spearman(places[1], length)),
-        float((parts[0] == parts[1]).mean()),
-        float((last[0] & last[1]).sum() / last[0].sum()),
+    positions_a, positions_b = ranks(rows_a), ranks(rows_b)  # among the common samples
+    subset_a, subset_b = (_subset_of(p, subsets) for p in (positions_a, positions_b))
+    hardest_a, hardest_b = subset_a == subsets - 1, subset_b == subsets - 1
+    length = a.tokens[rows_a]
+    correlation = spearman(positions_a, positions_b)
+    return Agreement(
+        samples=len(common),
+        difficulty=correlation,
+        rouge_l=spearman(a.rouge_l[rows_a], b.rouge_l[rows_b]),
+        cross_entropy=spearman(a.cross_entropy[rows_a], b.cross_entropy[rows_b]),
+        given_length=partial_correlation(
+            correlation, spearman(positions_a, length), spearman(positions_b, length)
+        ),
+        same_subset=float((subset_a == subset_b).mean()),
+        hardest_subset=float((hardest_a & hardest_b).sum() / hardest_a.sum()),
     )
 
 
-def difficulty_lines(found: Sequence[Seen], subsets: int) -> list[str]:
-    """Two tables, of each student and of each pair, and what to think of them."""
-    rows = [
-        [
-            "student",
-            "samples",
-            "ROUGE-L",
-            "quartiles",
-            "tied",
-            "cross-entropy",
-            "quartiles",
-            "longer is harder",
-        ]
-    ]
-    lengths = {one.name: spearman(np.arange(len(one.ids)), one.tokens) for one in found}
-    for one in found:
+def difficulty_lines(students: Sequence[RankedSamples], subsets: int) -> list[str]:
+    """A table of the students, a table of their pairs, and a note on rankings by length."""
+    length_correlations = {
+        student.name: spearman(np.arange(len(student.ids)), student.tokens) for student in students
+    }
+    header = ["student", "samples", "ROUGE-L", "quartiles", "tied"]
+    rows = [[*header, "cross-entropy", "quartiles", "longer is harder"]]
+    for student in students:
         rows.append(
             [
-                one.name,
-                str(len(one.ids)),
-                _spread(one.rouge_l),
-                _quartiles(one.rouge_l),
-                f"{tied_fraction(one.rouge_l):.0%}",
-                _spread(one.cross_entropy),
-                _quartiles(one.cross_entropy),
-                f"{lengths[one.name]:+.2f}",
+                student.name,
+                str(len(student.ids)),
+                _mean_and_deviation(student.rouge_l),
+                _quartiles(student.rouge_l),
+                f"{tied_fraction(student.rouge_l):.0%}",
+                _mean_and_deviation(student.cross_entropy),
+                _quartiles(student.cross_entropy),
+                f"{length_correlations[student.name]:+.2f}",
             ]
         )
-    lines = align_columns(rows, numbers=True)
-    pairs = [
-        [
-            "pair",
-            "samples",
-            "order",
-            "ROUGE-L",
-            "cross-entropy",
-            "order at one length",
-            "same subset",
-            "hardest subset",
-        ]
+    return [
+        *align_columns(rows, numbers=True),
+        *_agreement_lines(students, subsets),
+        *(
+            f"{name}: its ranking is largely by length ({value:+.2f} with the response's tokens)"
+            for name, value in length_correlations.items()
+            if abs(value) >= LENGTH_CORRELATION
+        ),
     ]
-    for one, other in itertools.combinations(found, 2):
-        pair = compare_pair(one, other, subsets)
-        pairs.append(
+
+
+def _agreement_lines(students: Sequence[RankedSamples], subsets: int) -> list[str]:
+    """A table of every pair of students; empty for one student."""
+    header = ["pair", "samples", "ranking", "ROUGE-L", "cross-entropy"]
+    rows = [[*header, "ranking at equal length", "same subset", "hardest subset"]]
+    for a, b in itertools.combinations(students, 2):
+        agreement = measure_agreement(a, b, subsets)
+        correlations = (
+            agreement.difficulty,
+            agreement.rouge_l,
+            agreement.cross_entropy,
+            agreement.given_length,
+        )
+        rows.append(
             [
-                f"{one.name}, {other.name}",
-                str(pair.samples),
-                *(
-                    f"{value:+.2f}"
-                    for value in (
-                        pair.difficulty,
-                        pair.rouge_l,
-                        pair.cross_entropy,
-                        pair.without_length,
-                    )
-                ),
-                f"{pair.same_subset:.0%}",
-                f"{pair.hardest:.0%}",
+                f"{a.name}, {b.name}",
+                str(agreement.samples),
+                *(f"{value:+.2f}" for value in correlations),
+                f"{agreement.same_subset:.0%}",
+                f"{agreement.hardest_subset:.0%}",
             ]
         )
-    if len(pairs) > 1:
-        lines += [
-            "",
-            "rank correlation (Spearman), and samples that both put into the same of "
-            f"{subsets} subsets (by chance {1 / subsets:.0%}):",
-            *align_columns(pairs, numbers=True),
-        ]
-    for name, value in lengths.items():
-        if abs(value) >= SHARP:
-            lines.append(
-                f"{name}: its order is largely one of lengths ({value:+.2f} with the response's "
-                f"tokens)"
-            )
-    return lines
+    if len(rows) == 1:
+        return []
+    return [
+        "",
+        f"rank correlation (Spearman), and samples in the same of {subsets} subsets (by chance "
+        f"{1 / subsets:.0%}):",
+        *align_columns(rows, numbers=True),
+    ]
 
 
-def _subset_of(places: Floats, subsets: int) -> NDArray[np.int64]:
-    """The subset, from 0, of each place in an order."""
-    return np.searchsorted(subset_stops(len(places), subsets), places, side="right")
+def _subset_of(positions: Floats, subsets: int) -> NDArray[np.int64]:
+    """The subset, from 0, of each position in a ranking."""
+    return np.searchsorted(subset_stops(len(positions), subsets), positions, side="right")
 
 
-def _spread(values: Floats) -> str:
+def _mean_and_deviation(values: Floats) -> str:
     return f"{values.mean():.3f} ± {values.std():.3f}"
 
 

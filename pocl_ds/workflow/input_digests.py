@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import ModelSource, Recipe
-from pocl_ds.evaluation.benchmarks import local_files
+from pocl_ds.evaluation.benchmarks import local_benchmark_files
 from pocl_ds.workflow.manifest import MANIFEST
 
 # Files up to this size are digested completely, larger ones by evenly spaced blocks.
@@ -61,7 +61,7 @@ def evaluation_files(recipe: Recipe) -> list[Any]:
     return _local_files(
         [
             *(benchmark.source for benchmark in recipe.evaluate.benchmarks.values()),
-            *map(str, local_files(recipe.evaluate)),
+            *map(str, local_benchmark_files(recipe.evaluate)),
             judge.prompt_template if judge else None,
         ]
     )

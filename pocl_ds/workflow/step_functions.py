@@ -237,7 +237,9 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     """Generate one model's answers; or, without `request.model`, measure the held-out loss, run the
     judge, and write the results of all models.
     """
-    from pocl_ds.evaluation.evaluate import RESULTS, answer, held_out, model_path, summarise
+    from pocl_ds.evaluation.evaluate import RESULTS, generate_answers, summarize_results
+    from pocl_ds.evaluation.evaluated_models import model_path
+    from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
 
     models = evaluated_models(recipe)
@@ -246,7 +248,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
 
     # The answers of one model are one process's work, since a process has one generation engine.
     if request.model:
-        answer(
+        generate_answers(
             run,
             _requested_part(recipe.evaluate, request),
             recipe.prompt,
@@ -257,7 +259,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
             trust_remote_code=request.model in trusted,
         )
         return
-    held_out(
+    measure_held_out_loss(
         run,
         recipe.evaluate,
         recipe.prompt,
@@ -271,10 +273,10 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     try:
         judge_answers(run, recipe.evaluate, models)
     except PoclError:
-        summarise(run, recipe.evaluate.model_copy(update={"judge": None}), models)
+        summarize_results(run, recipe.evaluate.model_copy(update={"judge": None}), models)
         log.info("evaluate: wrote %s without the judge's verdicts", run.evaluation / RESULTS)
         raise
-    summarise(run, recipe.evaluate, models, fingerprint=fingerprint)
+    summarize_results(run, recipe.evaluate, models, fingerprint=fingerprint)
 
 
 def _requested_part(config: EvaluateConfig, request: StepRequest) -> EvaluateConfig:

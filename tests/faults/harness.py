@@ -38,13 +38,13 @@ KEPT = (
     "stage",
     "epoch",
     "loss",
-    "kd",
-    "ce",
+    "kd_loss",
+    "sft_loss",
     "temperature",
     "sft_ratio",
     "lr",
     "grad_norm",
-    "tokens",
+    "loss_tokens",
     "sample_ids_digest",
 )
 STAGES = [

@@ -65,8 +65,8 @@ def steps(run: Path) -> list[dict[str, Any]]:
     kept = (
         "step",
         "loss",
-        "kd",
-        "ce",
+        "kd_loss",
+        "sft_loss",
         "temperature",
         "sft_ratio",
         "lr",

@@ -53,8 +53,8 @@ def write_training(run: RunDirectory, steps: int) -> None:
                 "step": step,
                 "stage": int(step > 10),
                 "loss": 3.0 / step,
-                "kd": 1.0 / step,
-                "ce": 2.0,
+                "kd_loss": 1.0 / step,
+                "sft_loss": 2.0,
                 "temperature": 1.0,
                 "sft_ratio": 0.3,
                 "lr": 1e-4,
@@ -84,7 +84,7 @@ def test_a_training_shows_rate_curves_and_resources(run: RunDirectory) -> None:
     text = render(view, 100)
     assert "train: step 15/30, stage 2/2, 2.00 s a step, 100 tokens/s, 30 s left" in text
     assert "memory 1.5 GiB (rank 0), GPU 80% busy, generation 25% of a step" in text
-    assert "loss    0.2000  █" in text and "checkpoint step-00000010" in text and not view.finished
+    assert "loss        0.2000  █" in text and "checkpoint step-00000010" in text and not view.finished
     assert all(len(line) <= 40 for line in render(view, 40).splitlines())
 
 

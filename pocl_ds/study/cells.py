@@ -1,0 +1,187 @@
+"""Studies: a base recipe, arms that change it, a grid over all arms, and seeds. Every combination
+is a cell, which is one run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pocl_ds.config import Int, Recipe, Section, semantic_fields
+from pocl_ds.config.recipe_file import load_recipe, validation_message
+from pocl_ds.config.yaml_io import read_yaml
+from pocl_ds.curriculum.plan import mean_sample_visits
+from pocl_ds.errors import RecipeError
+from pocl_ds.evaluation.answers import answer_settings
+from pocl_ds.resources import STUDIES
+from pocl_ds.workflow.steps import Step, enabled_steps
+
+NOT_IN_FOLDER_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+Overrides = tuple[str, ...]
+
+
+class StudyConfig(Section):
+    """A study's file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    base: str = Field(description="Base recipe: a file, or the name of a shipped one.")
+    overrides: Overrides = Field((), description="Dotted overrides of the base, for all cells.")
+    arms: dict[str, Overrides] = Field(min_length=1, description="Arms: name -> dotted overrides.")
+    grid: dict[str, dict[str, Overrides] | tuple[Any, ...]] = Field(
+        default_factory=dict,
+        description="Grid over every arm: field -> values, or name -> label -> dotted overrides.",
+    )
+    seeds: tuple[Int, ...] = Field((42,), min_length=1, description="Seeds of every cell.")
+    compare: tuple[tuple[str, str], ...] = Field(
+        (), description="Pairs of arms: is the first better than the second?"
+    )
+    until: Literal["rank", "evaluate", "report"] = Field(
+        "report",
+        description="Last step of each run. With rank, nothing is trained, and the difficulty "
+        "rankings of the students are compared.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        for arm in itertools.chain.from_iterable(self.compare):
+            if arm not in self.arms:
+                raise ValueError(
+                    f"compare names the arm {arm!r}, which is not among {', '.join(self.arms)}"
+                )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds has a value twice: name each seed once")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    arm: str
+    point: tuple[tuple[str, str], ...]  # (axis of the grid, label of this cell)
+    seed: int
+    recipe: Recipe
+    until: str = "report"  # its last step
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that it runs."""
+        return enabled_steps(self.recipe, self.until)
+
+    @property
+    def group(self) -> str:
+        """Arm and labels without the seed: what repetitions have in common."""
+        return ", ".join([self.arm, *(label for _, label in self.point)])
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return NOT_IN_FOLDER_NAMES.sub("-", f"{self.group}-seed{self.seed}").strip("-")
+
+
+def load_study(source: str) -> StudyConfig:
+    """Read a study from a file or by the name of a shipped one. Raises RecipeError naming the first
+    field at fault.
+    """
+    path = Path(source) if os.path.isfile(source) else STUDIES / f"{source}.yaml"
+    if not os.path.isfile(path):
+        known = ", ".join(sorted(file.stem for file in STUDIES.glob("*.yaml")))
+        raise RecipeError(
+            f"study {source!r} is neither a file nor a shipped study ({known}): check the name"
+        )
+    tree = read_yaml(path)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} has no fields: start from a shipped study in launch/studies/")
+    try:
+        return StudyConfig.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(validation_message(error, f"{path}: study field", StudyConfig)) from None
+
+
+def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
+    """Every cell with its checked recipe, seed by seed. Raises RecipeError naming the cell whose
+    recipe is at fault.
+    """
+    axes = [
+        [(axis, label, words) for label, words in _labels(axis, values).items()]
+        for axis, values in study.grid.items()
+    ]
+    cells: list[Cell] = []
+    for seed, coordinates, (arm, arm_overrides) in itertools.product(
+        study.seeds, itertools.product(*axes), study.arms.items()
+    ):
+        point = tuple((axis, label) for axis, label, _ in coordinates)
+        point_overrides = [word for *_, words in coordinates for word in words]
+        try:
+            recipe = load_recipe(
+                study.base,
+                [*study.overrides, *arm_overrides, *point_overrides, f"seed={seed}", *overrides],
+            )
+        except RecipeError as error:
+            raise RecipeError(
+                f"study {study.name}, arm {arm!r} at {dict(point)}: {error}"
+            ) from None
+        cells.append(Cell(arm, point, seed, recipe, study.until))
+    names = [cell.name for cell in cells]
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(
+            f"study {study.name}: two cells have the folder name {duplicate!r}: rename the arms or "
+            "labels"
+        )
+    if study.until != "rank":
+        _check_evaluations(study.name, cells)
+    return cells
+
+
+def _labels(axis: str, values: dict[str, Overrides] | tuple[Any, ...]) -> dict[str, Overrides]:
+    """Label -> overrides of one axis of the grid."""
+    if isinstance(values, dict):
+        return values
+    words = [f"{axis}={json.dumps(value)}" for value in values]
+    return {
+        value if isinstance(value, str) else word: (word,)
+        for value, word in zip(values, words, strict=True)
+    }
+
+
+def _check_evaluations(name: str, cells: list[Cell]) -> None:
+    """Raise RecipeError if the cells do not evaluate their students in the same way, so that one
+    table could not hold them.
+    """
+    evaluations = []
+    for cell in cells:
+        evaluate = cell.recipe.evaluate
+        if "student" not in evaluate.models:
+            raise RecipeError(
+                f"study {name}: {cell.name!r} does not evaluate the student: add it to "
+                "evaluate.models"
+            )
+        evaluations.append(
+            [
+                answer_settings(cell.recipe.prompt, evaluate),
+                {**semantic_fields(evaluate), "models": None},
+            ]
+        )
+    for cell, evaluation in zip(cells, evaluations, strict=True):
+        if evaluation != evaluations[0]:
+            raise RecipeError(
+                f"study {name}: {cells[0].name!r} and {cell.name!r} are evaluated in different "
+                "ways, so they cannot be compared: let no arm change evaluate or the prompt "
+                "template"
+            )
+
+
+def sample_visits(recipe: Recipe) -> float:
+    """How often a run visits a sample on average. Arms that are compared must agree in it."""
+    return mean_sample_visits(
+        recipe.curriculum.num_subsets,
+        recipe.curriculum.epochs_per_stage,
+        recipe.curriculum.scheduler,
+    )
