@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_clock import FakeClock
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -248,3 +249,31 @@ def test_the_engine_sleeps_between_rollouts(
     torch.save({"step": 0, "weights": {}}, tmp_path / WEIGHTS_FILE)
     rollout.restore(tmp_path)
     assert generator.calls[-2:] == ["load_weights", "sleep"]
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(1, 0), (4, 2)])
+def test_only_a_long_rollout_logs_its_progress(
+    seconds: int,
+    lines: int,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Four responses, one after the other, of 1 or 4 seconds each."""
+    caplog.set_level("INFO", "pocl_ds")
+    worker, clock = make_worker(tiny_llama), FakeClock(monkeypatch)
+    generator: Any = Level2()
+
+    def generate_ids(prompts: list[list[int]], sampling: Any, on_progress: Any) -> list[list[int]]:
+        for _ in prompts:
+            clock.advance(seconds)
+            on_progress(1)
+        return [[5, 0]] * len(prompts)
+
+    generator.generate_ids = generate_ids
+    monkeypatch.setattr(worker, "_check_weights", lambda row: None)
+    monkeypatch.setattr(worker, "_make_generator", lambda settings: generator)
+    generate(worker, 3)
+    progress = [line for line in caplog.messages if line.startswith("rollout of step 4")]
+    assert len(progress) == lines
+    assert all(" responses  0.25 responses/s  ETA " in line for line in progress)
