@@ -147,9 +147,9 @@ def _read_yaml_block(page: Page, block: Block) -> None:
         folder = Path(name)
         if "arms" in tree:
             _write(folder / "study.yaml", block.body)
-            from pocl_ds.study.plan import cells_of, load_study
+            from pocl_ds.study.cells import expand_cells, load_study
 
-            cells_of(load_study(str(folder / "study.yaml")))
+            expand_cells(load_study(str(folder / "study.yaml")))
         elif {"partition", "gpus_per_node", "cpus_per_node"} & set(tree):
             _write(folder / "profile.yaml", block.body)
             from pocl_ds.cluster.profile import load_profile

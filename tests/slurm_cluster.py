@@ -1,4 +1,4 @@
-"""The test cluster of tests/slurm, as tests use it."""
+"""The test cluster of tests/slurm as a Python object."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ BASE = Path("/var/lib/pocl-slurm")
 
 
 class Cluster:
-    """The cluster, by its own commands."""
+    """The cluster, through the commands of SLURM and `pocl`."""
 
     def __init__(self) -> None:
         self.environment = {
             k: v for k, v in os.environ.items() if not k.startswith(("POCL_", "SLURM_"))
         }
-        self.run: Path | None = None  # the one that was submitted last
+        self.run: Path | None = None  # the run that was submitted last
         self.environment["SLURM_CONF"] = str(BASE / "slurm.conf")
 
     def script(self, *words: str) -> None:
-        """A word to cluster.sh."""
+        """Run a command of cluster.sh."""
         subprocess.run(["bash", str(SCRIPT), *words], check=True, timeout=180)
 
     def call(self, *words: str, check: bool = True) -> str:
-        """A SLURM command."""
+        """Run a SLURM command and return its output."""
         done = subprocess.run(
             words, env=self.environment, capture_output=True, text=True, timeout=60
         )
@@ -46,7 +46,7 @@ class Cluster:
         python: str = sys.executable,
         **environment: str,
     ) -> subprocess.CompletedProcess[str]:
-        """`pocl WORDS...` on the login node."""
+        """Run `pocl WORDS...` on the login node."""
         if words[0] == "submit":
             self.run = Path(words[words.index("--run-dir") + 1])
         command = [python, "-m", "pocl_ds.cli.main", *words]
@@ -60,16 +60,16 @@ class Cluster:
         return done
 
     def job(self, run: Path, name: str) -> str:
-        """The id that a job of a run has now."""
+        """The current id of a run's job."""
         return (run / "cluster" / "jobs" / f"{name}.ids").read_text().split()[-1]
 
     def state(self, job: str) -> str:
-        """A job's state in the scheduler's word; of an array, of its first task."""
-        found = re.search(r"JobState=(\S+)", self.call("scontrol", "show", "job", job, check=False))
-        return found.group(1) if found else "GONE"
+        """A job's state as SLURM names it; for an array, that of its first task."""
+        state = re.search(r"JobState=(\S+)", self.call("scontrol", "show", "job", job, check=False))
+        return state.group(1) if state else "GONE"
 
-    def hurry(self) -> None:
-        """Requeued jobs wait two minutes for their credentials to expire: not here."""
+    def start_requeued(self) -> None:
+        """Start requeued jobs now. SLURM would let them wait two minutes for new credentials."""
         for line in self.call(
             "squeue", "--noheader", "--states=PENDING", "--format=%A %r"
         ).splitlines():
@@ -78,7 +78,7 @@ class Cluster:
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def newest_logs(self) -> str:
-        """The ends of what the last submitted run's jobs and ranks said last."""
+        """The ends of the newest logs of the last submitted run."""
         logs = (
             sorted((self.run / "logs").glob("*.log"), key=lambda path: path.stat().st_mtime)
             if self.run
@@ -87,7 +87,7 @@ class Cluster:
         return "".join(f"\n==> {path}\n{path.read_text()[-1000:]}" for path in logs[-4:])
 
     def until(self, condition: Callable[[], object], what: str, seconds: float = 400) -> None:
-        """Wait, while requeued jobs are hurried on."""
+        """Wait for a condition, and start requeued jobs meanwhile. Raises AssertionError."""
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
@@ -95,5 +95,5 @@ class Cluster:
                     f"waited {seconds:.0f} s for "
                     f"{what}:\n{self.call('squeue', '-a')}{self.newest_logs()}"
                 )
-            self.hurry()
+            self.start_requeued()
             time.sleep(0.3)

@@ -1,4 +1,4 @@
-"""A run directory made by hand, in the layout that the stages write."""
+"""A run directory written by hand, in the layout of the workflow steps."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXTS = {
 
 
 class SyntheticRun:
-    """Writes the artifacts of each stage on its own, so that a test leaves out what it likes."""
+    """Writes the results of each step separately, so that a test can leave some out."""
 
     def __init__(self, path: Path) -> None:
         self.run = RunDirectory(path)
         self.recipe = "name: synthetic\nseed: 3\nloss:\n  name: fkl\ntrain:\n  length_window: 1\n"
 
     def everything(self) -> RunDirectory:
-        """All stages."""
+        """Write the results of all steps."""
         self.data()
         self.plan()
         self.train()
@@ -42,7 +42,7 @@ class SyntheticRun:
         return self.run
 
     def data(self, samples: int = 400, texts: Sequence[str] = ()) -> None:
-        """texts: are put into prompts, references and answers in turn."""
+        """Write data and scores. texts: parts of prompts, references and responses, in turn."""
         self.run.data.mkdir(parents=True)
         self.run.scores.mkdir(parents=True)
         samples_file, shard = (
@@ -78,7 +78,7 @@ class SyntheticRun:
         (self.run.data / "test.jsonl").write_text("{}\n")
         write_manifest(
             self.run.data,
-            "data",
+            "preprocess",
             "d" * 64,
             info={"seconds": 4.2, "splits": {"train": {"samples": 400}}},
         )

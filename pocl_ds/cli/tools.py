@@ -14,7 +14,7 @@ from pocl_ds.cli.parameters import OverridesArgument, complete_profile, complete
 from pocl_ds.cli.tables import print_table
 
 if TYPE_CHECKING:
-    from pocl_ds.study.plan import Cell, StudyConfig
+    from pocl_ds.study.cells import Cell, StudyConfig
 
 PANEL = "Tools"
 REFRESH_SECONDS = 5.0
@@ -120,12 +120,12 @@ def study(
 ) -> int:
     """Run a grid of recipes that share what they can."""
     from pocl_ds.runtime.logs import setup_logging
-    from pocl_ds.study.plan import cells_of, load_study
+    from pocl_ds.study.cells import expand_cells, load_study
     from pocl_ds.study.run import is_finished, run_cells
 
     setup_logging()
     config = load_study(source)
-    cells = cells_of(config, tuple(overrides or ()))
+    cells = expand_cells(config, tuple(overrides or ()))
     folder = run_dir or Path("runs") / config.name
     if profile and not dry_run and not all(is_finished(folder, cell) for cell in cells):
         return _submit(folder, cells, profile, nodes)
@@ -154,23 +154,29 @@ def _submit(folder: Path, cells: list[Cell], profile_name: str, nodes: int | Non
     from pocl_ds.cluster import scheduler
     from pocl_ds.cluster.profile import load_profile
     from pocl_ds.cluster.submit import Submission, job_ids
-    from pocl_ds.study.run import adopt, directory, enter, is_finished, ready
+    from pocl_ds.study.run import (
+        cell_directory,
+        is_finished,
+        ready_cells,
+        record_cell,
+        reuse_results,
+    )
 
     profile = load_profile(profile_name)
 
     # Copy shared results into the cells without live jobs; a live job may be writing its own.
-    ids = {cell.name: job_ids(directory(folder, cell)) for cell in cells}
+    ids = {cell.name: job_ids(cell_directory(folder, cell)) for cell in cells}
     live = {job.array for job in scheduler.live([job for jobs in ids.values() for job in jobs])}
     idle = [cell for cell in cells if not live & set(ids[cell.name])]
     for cell in idle:
         if not is_finished(folder, cell):
-            enter(folder, cell)
-            adopt(folder, cell, cells)
+            record_cell(folder, cell)
+            reuse_results(folder, cell, cells)
 
     # Submit the cells that are ready.
-    submitted = [cell for cell in ready(folder, cells) if cell in idle]
+    submitted = [cell for cell in ready_cells(folder, cells) if cell in idle]
     for cell in submitted:
-        run = directory(folder, cell)
+        run = cell_directory(folder, cell)
         submission = Submission(run, cell.recipe, profile, nodes=nodes, until=cell.until)
         submission.submit()
         print(f"{cell.name}: {', '.join(job.name for job in submission.jobs)}")

@@ -1,6 +1,4 @@
-"""A study of two arms through the real command: what they share is done once, and the pair is
-compared.
-"""
+"""A study of two arms through the real command: shared steps run once, and the pair is compared."""
 
 from __future__ import annotations
 
@@ -42,35 +40,34 @@ def study(tmp_path: Path) -> Path:
 
 def test_a_study_of_two_arms(study: Path) -> None:
     folder = study.parent / "runs"
-    found = pocl("study", str(study), "--run-dir", str(folder))
-    assert "study 2/2: pocl-seed42 (shares data, prepare, score, rank)" in found.stderr
+    output = pocl("study", str(study), "--run-dir", str(folder))
+    assert "study 2/2: pocl-seed42 (reuses preprocess, init-student, score, rank)" in output.stderr
     assert (folder / "kd-seed42" / "scores").stat().st_ino != (
         folder / "pocl-seed42" / "scores"
     ).stat().st_ino
-    assert "pocl beside kd: " in found.stdout and "1 training each" in found.stdout
-    # Subsets of 10, 20 and 32 samples leave tails of 2 and 4 in batches of 8.
+    assert "pocl against kd: " in output.stdout and "1 training each" in output.stdout
+    # Subsets of 10, 20 and 32 samples leave incomplete batches of 2 and 4 samples at batch size 8.
     assert (
-        "NOT EQUAL: a sample is seen on average 4.00 times by kd, 3.50 times by pocl"
-        in found.stdout
+        "NOT EQUAL: a sample is visited on average 4.00 times by kd, 3.50 times by pocl"
+        in output.stdout
     )
     again = pocl("study", str(study), "--run-dir", str(folder))
-    assert "study 1/2: kd-seed42 is done already" in again.stderr and found.stdout.endswith(
-        again.stdout
-    )
+    assert "study 1/2: kd-seed42 is already finished" in again.stderr
+    assert output.stdout.endswith(again.stdout)
 
-    ranked = study.with_name("ranked.yaml")  # the same cells, of which only the order is asked
+    ranked = study.with_name("ranked.yaml")  # the same cells, ranked only
     ranked.write_text(study.read_text() + "until: rank\n")
-    asked = pocl("study", str(ranked), "--run-dir", str(folder), "--watch").stdout
-    assert "kd-seed42, pocl-seed42" in asked and "better" not in asked
+    difficulty = pocl("study", str(ranked), "--run-dir", str(folder), "--watch").stdout
+    assert "kd-seed42, pocl-seed42" in difficulty and "better" not in difficulty
     told = pocl(
         "difficulty", str(folder / "kd-seed42"), str(folder / "pocl-seed42"), "--subsets", "2"
     ).stdout
     assert told.splitlines()[-1].split()[-2:] == ["100%", "100%"]  # one student, one order
 
 
-def test_the_script_of_a_study(tmp_path: Path) -> None:
-    """launch/study.sh: a teacher is tuned, one cell of the shipped study learns from it and is
-    asked a benchmark's file.
+def test_the_study_script(tmp_path: Path) -> None:
+    """launch/study.sh fine-tunes a teacher, distils one cell of the shipped study from it, and
+    evaluates it on benchmark files.
     """
     model = tiny_models.llama(tmp_path / "model", layers=30)
     with (tmp_path / "data.jsonl").open("w") as stream:
@@ -81,8 +78,8 @@ def test_the_script_of_a_study(tmp_path: Path) -> None:
             )
     (tmp_path / "benchmarks").mkdir()
     for name in ("dolly", "self_inst", "vicuna", "sni"):
-        asked = {"instruction": f"Is it {name}?", "output": "It is."}
-        (tmp_path / "benchmarks" / f"{name}.jsonl").write_text(json.dumps(asked) + "\n")
+        item = {"instruction": f"Is it {name}?", "output": "It is."}
+        (tmp_path / "benchmarks" / f"{name}.jsonl").write_text(json.dumps(item) + "\n")
     shipped = yaml.safe_load((ROOT / "launch" / "studies" / "small.yaml").read_text())
     shipped.update(
         arms={"pocl": []},
@@ -111,7 +108,7 @@ def test_the_script_of_a_study(tmp_path: Path) -> None:
         "RUNS": str(tmp_path / "runs"),
         "TEACHER_FIELDS": " ".join([*quick, f"student.model={model}"]),
     }
-    found = subprocess.run(
+    done = subprocess.run(
         [
             "bash",
             "launch/study.sh",
@@ -126,8 +123,8 @@ def test_the_script_of_a_study(tmp_path: Path) -> None:
         capture_output=True,
         timeout=380,
     )
-    assert found.returncode == 0, found.stderr[-3000:]
-    table = found.stdout.splitlines()
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = done.stdout.splitlines()
     assert [
         word
         for word in next(line for line in table if "trainings" in line).split()

@@ -1,12 +1,11 @@
-"""Kills real runs at random moments and compares what comes of them with a run that nobody
-disturbed.
+"""Kills real runs at random moments and compares their results with those of an undisturbed run.
 
     python tests/faults/harness.py --kills 50 --seed 0
 
-Each kill is SIGKILL to one rank, one stage's process, or everything at once, at a moment drawn from
-the seed: a stage first, half of them training, then a moment within it; then the same command goes
-on. A run that reached its end is compared bit by bit: every step's record, the scores, the answers,
-the weights. Ends with a table, and with code 1 where anything differs.
+Each kill sends SIGKILL to one rank, one step's process, or everything at once. The seed draws first
+a workflow step (training for half of the kills), then a moment within it; then the same command
+runs again. A finished run is compared bit by bit: every metrics record, the scores, the answers,
+the weights. The program prints a table and exits with code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ import tiny_models
 from command_line import ROOT, environment
 from tiny_runs import write_recipe
 
-KEPT = (
+# Fields of a metrics record that do not depend on the clock.
+COMPARED_FIELDS = (
     "step",
     "stage",
     "epoch",
@@ -47,7 +47,7 @@ KEPT = (
     "loss_tokens",
     "sample_ids_digest",
 )
-STAGES = [
+WORKFLOW_STEPS = [
     "preprocess",
     "init-student",
     "score",
@@ -58,30 +58,33 @@ STAGES = [
     "export",
     "report",
 ]
-RUN = 13  # kills of one run
-LONGEST = 400  # seconds that one attempt may take
+KILLS_PER_RUN = 13
+ATTEMPT_TIMEOUT_SECONDS = 400
 
 
 @dataclass
 class Kill:
-    """One kill and what became of it."""
+    """One kill, and where the next attempt resumed."""
 
     victim: str
     seconds: float  # after the start of the attempt
-    stage: str
-    step: int  # recorded when it came
-    resumed: int | None = None  # the step that the next attempt of the training went on from
+    workflow_step: str
+    optimizer_step: int  # the last one recorded at the kill
+    resumed: int | None = None  # the optimizer step at which the next attempt continued
 
     def row(self, number: int) -> str:
         """A line of the table."""
-        lost = "" if self.resumed is None else str(self.step - self.resumed)
+        lost = "" if self.resumed is None else str(self.optimizer_step - self.resumed)
         resumed = "" if self.resumed is None else str(self.resumed)
-        return f"{number:>4}  {self.victim:<10}{self.seconds:>7.1f} s  {self.stage:<10}{self.step:>5}  {resumed:>8}{lost:>6}"
+        return (
+            f"{number:>4}  {self.victim:<10}{self.seconds:>7.1f} s  {self.workflow_step:<14}"
+            f"{self.optimizer_step:>5}  {resumed:>8}{lost:>6}"
+        )
 
 
 def prepare(folder: Path) -> Path:
-    """The recipe of a small run with dropout, three stages, and a checkpoint every third step,
-    written while training goes on.
+    """The recipe of a small run with dropout, three stages, and an asynchronous checkpoint every
+    third optimizer step.
     """
     teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
     student = tiny_models.llama(folder / "student")
@@ -98,7 +101,7 @@ def prepare(folder: Path) -> Path:
 
 
 def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
-    """`pocl run`, its words going to a file."""
+    """Start `pocl run` with its output in a file."""
     with log.open("wb") as stream:
         return subprocess.Popen(
             [sys.executable, "-m", "pocl_ds.cli.main", "run", str(recipe), "--run-dir", str(run)],
@@ -111,77 +114,77 @@ def start(recipe: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of a process, theirs, and so on."""
-    found = []
+    """All descendants of a process."""
+    pids = []
     for child in subprocess.run(
         ["pgrep", "-P", str(pid)], capture_output=True, text=True
     ).stdout.split():
-        found += [int(child), *descendants(int(child))]
-    return found
+        pids += [int(child), *descendants(int(child))]
+    return pids
 
 
 def kill(child: subprocess.Popen[bytes], source: random.Random) -> str:
-    """SIGKILL to something of a run. Returns what."""
+    """Send SIGKILL to a random process of a run, or to all. Returns which."""
     family = descendants(child.pid)
-    words = {pid: command_line(pid) for pid in family}
+    commands = {pid: command_line(pid) for pid in family}
     workers = [
-        pid for pid in family if "pocl_ds.cli.main" in words[pid] and "train.sh" not in words[pid]
+        pid
+        for pid in family
+        if "pocl_ds.cli.main" in commands[pid] and "train.sh" not in commands[pid]
     ]
     victim = source.choice(["worker", "worker", "everything"])
     if victim == "everything" or not workers:
         for pid in [child.pid, *family]:
-            end(pid)
+            send_kill(pid)
         return "everything"
-    place = source.randrange(len(workers))
-    end(workers[place])
-    return f"rank {place}" if len(workers) > 1 else "process"
+    index = source.randrange(len(workers))
+    send_kill(workers[index])
+    return f"rank {index}" if len(workers) > 1 else "process"
 
 
 def command_line(pid: int) -> str:
-    """The words that a process was started with."""
+    """The command line of a process, empty if it is gone."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""
 
 
-def end(pid: int) -> None:
-    """SIGKILL to a process that may be gone already."""
+def send_kill(pid: int) -> None:
+    """Send SIGKILL to a process that may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The training's steps, without what depends on the clock."""
+    """The metrics of the training's optimizer steps, without fields that depend on the clock."""
     path = run / "train" / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             if record["kind"] == "step":
-                found.append({key: record[key] for key in KEPT})
+                found.append({key: record[key] for key in COMPARED_FIELDS})
     return found
 
 
-def durations(said: str) -> dict[str, float]:
-    """Seconds of each stage of a whole run."""
+def durations(log: str) -> dict[str, float]:
+    """Seconds of each workflow step of an undisturbed run, from its log."""
     return {
         name: float(seconds)
-        for name, seconds in re.findall(r"^\S+ (\w+): done in (\d+) s", said, re.MULTILINE)
+        for name, seconds in re.findall(r"^\S+ ([\w-]+): finished in (\d+) s", log, re.MULTILINE)
     }
 
 
-def done_stages(said: str) -> list[str]:
-    """The stages that an attempt finished, or found finished."""
-    return re.findall(r"^\S+ (\w+): done", said, re.MULTILINE)
+def finished_steps(log: str) -> list[str]:
+    """The workflow steps that an attempt finished, or found finished."""
+    return re.findall(r"^\S+ ([\w-]+): (?:already )?finished", log, re.MULTILINE)
 
 
 def targets(source: random.Random, count: int) -> list[str]:
-    """Stages to kill a run in, in their order; half of the kills fall into the training, wherever
-    it is by then.
-    """
-    others = [name for name in STAGES if name != "train"]
+    """Workflow steps in which to kill a run, in order; half of the kills hit the training."""
+    others = [name for name in WORKFLOW_STEPS if name != "train"]
     drawn = ["train" if source.random() < 0.5 else source.choice(others) for _ in range(count)]
-    return sorted(drawn, key=STAGES.index)
+    return sorted(drawn, key=WORKFLOW_STEPS.index)
 
 
 def attempt(
@@ -189,51 +192,52 @@ def attempt(
     run: Path,
     source: random.Random,
     target: str | None,
-    lasts: dict[str, float],
+    step_seconds: dict[str, float],
     log: Path,
 ) -> Kill | None:
-    """Start or go on, and kill at a random moment of the target's. None where the run came to its
-    end before, or nobody kills.
+    """Start or continue a run, and kill it at a random moment of the target step. None if the run
+    ends first, or without a target.
 
-    Half of a training's kills come while it steps, the others while it starts.
+    Half of the kills in a training come while it trains, the others while it starts.
     """
     child = start(recipe, run, log)
     begin = time.monotonic()
-    stepping = target == "train" and source.random() < 0.5
-    before, recorded = STAGES[: STAGES.index(target)] if target else [], len(records(run))
+    while_training = target == "train" and source.random() < 0.5
+    before, recorded = (
+        WORKFLOW_STEPS[: WORKFLOW_STEPS.index(target)] if target else [],
+        len(records(run)),
+    )
     moment = None
     while moment is None or time.monotonic() < moment:
         if child.poll() is not None:
             if child.returncode:
-                raise RuntimeError(f"the run failed by itself:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(f"the run failed without a kill:\n{log.read_text()[-3000:]}")
             return None
-        if target and moment is None and set(before) <= set(done_stages(log.read_text())):
-            if not stepping:
-                moment = time.monotonic() + source.uniform(0.0, max(lasts[target], 1.0))
-            elif len(records(run)) != recorded:  # the first step of this attempt is there
+        if target and moment is None and set(before) <= set(finished_steps(log.read_text())):
+            if not while_training:
+                moment = time.monotonic() + source.uniform(0.0, max(step_seconds[target], 1.0))
+            elif len(records(run)) != recorded:  # this attempt has recorded a step
                 moment = time.monotonic() + source.uniform(0.0, 2.0)
         time.sleep(0.02)
     seconds, victim = time.monotonic() - begin, kill(child, source)
-    child.wait(timeout=LONGEST)
-    time.sleep(0.5)  # what was orphaned ends, and gives the lock back
-    done = done_stages(log.read_text())
-    stage = [*STAGES, "end"][STAGES.index(done[-1]) + 1] if done else STAGES[0]
-    return Kill(victim, seconds, stage, len(records(run)))
+    child.wait(timeout=ATTEMPT_TIMEOUT_SECONDS)
+    time.sleep(0.5)  # orphaned processes end and release the lock
+    finished = finished_steps(log.read_text())
+    position = WORKFLOW_STEPS.index(finished[-1]) + 1 if finished else 0
+    return Kill(victim, seconds, [*WORKFLOW_STEPS, "end"][position], len(records(run)))
 
 
-def went_on_at(said: str, recorded: int) -> int | None:
-    """The step that an attempt's training went on from; None where it was killed before it came to
-    that.
-    """
-    if found := re.search(r"train: resuming after step (\d+) of", said):
-        return int(found.group(1))
-    if "train: done already" in said:  # the kill came after the training's manifest
+def resumed_step(log: str, recorded: int) -> int | None:
+    """The optimizer step at which an attempt's training continued, None if it was killed before."""
+    if match := re.search(r"train: resuming after step (\d+) of", log):
+        return int(match.group(1))
+    if "train: already finished" in log:  # the kill came after the training's manifest
         return recorded
-    return 0 if re.search(r"train  \d+/\d+ steps|train: done", said) else None
+    return 0 if re.search(r"train  \d+/\d+ steps|train: finished", log) else None
 
 
 def differences(run: Path, reference: Path) -> list[str]:
-    """Names of the results that are not the same."""
+    """Names of the results that differ."""
     found = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
     patterns = (
         "train/final/model.safetensors",
@@ -256,43 +260,45 @@ def differences(run: Path, reference: Path) -> list[str]:
 
 
 def main(kills: int, seed: int, folder: Path) -> int:
-    """The table. Returns 1 where a run differs from the undisturbed one."""
+    """Kill runs and print the table. Returns 1 if a run differs from the undisturbed one."""
     source, log = random.Random(seed), folder / "log"
     recipe, reference = prepare(folder), folder / "reference"
     begin = time.monotonic()
-    if code := start(recipe, reference, log).wait(timeout=LONGEST):
+    if code := start(recipe, reference, log).wait(timeout=ATTEMPT_TIMEOUT_SECONDS):
         raise RuntimeError(
-            f"the undisturbed run ended with code {code}:\n{log.read_text()[-3000:]}"
+            f"the undisturbed run failed with code {code}:\n{log.read_text()[-3000:]}"
         )
-    lasts = durations(log.read_text())
+    step_seconds = durations(log.read_text())
     print(
         f"undisturbed: {len(records(reference))} steps, {time.monotonic() - begin:.0f} s",
         flush=True,
     )
-    print("kill  victim       after     stage      step  resumed at  lost", flush=True)
+    print("kill  victim       after     workflow step  step  resumed at  lost", flush=True)
     table: list[Kill] = []
     runs = different = 0
     while len(table) < kills:
         run = folder / f"run-{runs}"
         pending: Kill | None = None
-        ahead = targets(source, min(RUN, kills - len(table)))
+        remaining = targets(source, min(KILLS_PER_RUN, kills - len(table)))
         while True:
-            found = attempt(recipe, run, source, ahead.pop(0) if ahead else None, lasts, log)
-            if pending and pending.stage == "train":
-                pending.resumed = went_on_at(log.read_text(), pending.step)
+            kill_result = attempt(
+                recipe, run, source, remaining.pop(0) if remaining else None, step_seconds, log
+            )
+            if pending and pending.workflow_step == "train":
+                pending.resumed = resumed_step(log.read_text(), pending.optimizer_step)
             if pending:
                 print(pending.row(len(table)), flush=True)
-            pending = found
-            if found is None:
+            pending = kill_result
+            if kill_result is None:
                 break
-            table.append(found)
+            table.append(kill_result)
         runs += 1
-        wrong = differences(run, reference)
-        different += bool(wrong)
+        differing = differences(run, reference)
+        different += bool(differing)
         verdict = (
-            f"DIFFERS in {', '.join(wrong)}"
-            if wrong
-            else "equal to the undisturbed one, bit by bit"
+            f"DIFFERS in {', '.join(differing)}"
+            if differing
+            else "bitwise equal to the undisturbed run"
         )
         print(f"      run {runs}: {verdict}", flush=True)
         shutil.rmtree(run)

@@ -1,4 +1,4 @@
-"""A few kills in CI; `python tests/faults/harness.py --kills 50` is the whole table."""
+"""A few kills in CI; `python tests/faults/harness.py --kills 50` prints the full table."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_killed_runs_end_equal() -> None:
         "--seed",
         "1",
     ]
-    found = subprocess.run(command, text=True, capture_output=True, timeout=390)
-    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-2000:]
-    assert "0 of them with another result" in found.stdout
+    done = subprocess.run(command, text=True, capture_output=True, timeout=390)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "0 of them with another result" in done.stdout

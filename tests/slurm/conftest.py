@@ -1,6 +1,4 @@
-"""A SLURM cluster of three nodes on this machine. Skipped, with the reason, where it cannot be
-started.
-"""
+"""A SLURM cluster of three nodes on this machine. If it cannot start, its tests are skipped."""
 
 from __future__ import annotations
 
@@ -12,30 +10,26 @@ import pytest
 from slurm_cluster import SCRIPT, Cluster
 
 
-def missing() -> str:
-    """Why no cluster can be started here, or nothing."""
+def obstacle() -> str:
+    """Why no cluster can start here; empty if one can."""
     if os.geteuid() != 0:
         return "starting a SLURM cluster needs root"
     if subprocess.run(
         ["unshare", "--net", "--mount", "--uts", "true"], capture_output=True
     ).returncode:
-        return "this machine gives no namespaces to its root"
+        return "root may not create namespaces on this machine"
     done = subprocess.run(
         ["bash", str(SCRIPT), "install"], capture_output=True, text=True, timeout=600
     )
-    return (
-        f"SLURM is not installed and could not be: {done.stderr.strip()[-200:]}"
-        if done.returncode
-        else ""
-    )
+    return f"SLURM could not be installed: {done.stderr.strip()[-200:]}" if done.returncode else ""
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if reason := missing():
+    if reason := obstacle():
         pytest.skip(reason)
-    found = Cluster()
-    found.script("down")
-    found.script("up")
-    yield found
-    found.script("down")
+    slurm = Cluster()
+    slurm.script("down")
+    slurm.script("up")
+    yield slurm
+    slurm.script("down")
