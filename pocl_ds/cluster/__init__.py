@@ -1,3 +1,1 @@
-"""SLURM: a run as dependent jobs that survive the cluster, and the look at a machine before a job
-burns hours on it.
-"""
+"""SLURM: a run as dependent jobs that requeue themselves, and checks of machines before them."""

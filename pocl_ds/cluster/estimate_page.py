@@ -216,6 +216,7 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     """The models, and the memory of a rank in training and scoring."""
     recipe, layout, device = sizes.recipe, sizes.assumptions.layout, sizes.assumptions.device
     memory = sizes.memory(setup)
+    # The models.
     title = (
         f"{recipe.name} on {layout.nodes} x {layout.ranks_per_node} {device.name}: {layout.ranks} "
         f"ranks, teacher {setup.teacher_mode}; student "
@@ -225,6 +226,7 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         title += f" ({sizes.student.trained / 1e6:,.1f} million of adapters are trained)"
     if sizes.teacher:
         title += f", teacher {sizes.teacher.parameters / 1e6:,.0f} million"
+    # Training.
     lines = [
         title,
         "",
@@ -235,6 +237,7 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     ]
     if host := host_memory(sizes.student, sizes.teacher, setup, 1 / layout.nodes):
         lines.append(f"  {'host memory of each node':<26}{host / GB:>9.2f} GB")
+    # Scoring.
     generation = recipe.score.generation
     scoring = scoring_memory(
         sizes.student,

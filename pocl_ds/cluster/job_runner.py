@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.cluster import scheduler
+from pocl_ds.cluster import job_state, scheduler
 from pocl_ds.cluster.attempts import (
     DONE,
     FAILED,
@@ -34,6 +34,7 @@ from pocl_ds.cluster.attempts import (
     read_attempts,
     write_attempt,
 )
+from pocl_ds.cluster.srun import srun_command
 from pocl_ds.errors import HANG, RESUME, UNFIT, PoclError, ResourceError
 from pocl_ds.runtime.process_exit import EXIT_RECORDS, SIGNALS, read_exit_records
 from pocl_ds.workflow.files import lock_file
@@ -142,7 +143,7 @@ class Job:
         self.logs = f"{self.run}/logs/{self.label}-a{self.attempt.number}-{name}-rank-%t.log"
         launcher = ["bash", f"{self.folder}/code/launch/train.sh", *options, *arguments]
         command = [
-            *srun(self.spec, self.run, nodes, per_node, self.logs),
+            *srun_command(self.spec, self.run, nodes, per_node, self.logs),
             *launcher,
             "--run-dir",
             str(self.run),
@@ -193,7 +194,7 @@ class Job:
             except subprocess.TimeoutExpired:
                 pass
             if self.attempt.stop_reason != recorded:
-                if preempted(self.id):
+                if job_state.preempted(self.id):
                     self.attempt.stop_reason = PREEMPTED
                 recorded = self.attempt.stop_reason
                 self._record()
@@ -219,7 +220,7 @@ class Job:
             return int(first["code"])
         if code == 0:
             return 0
-        if not self.attempt.stop_reason and preempted(self.id):
+        if not self.attempt.stop_reason and job_state.preempted(self.id):
             self.attempt.stop_reason = PREEMPTED
         stopped = len(records) == ranks  # and no rank failed
         if self.attempt.stop_reason or stopped:
@@ -248,17 +249,20 @@ class Job:
 
     def _conclude(self) -> int:
         """Decide, record, and requeue or move the job. Returns the job's exit code."""
+        # Decide by this attempt and the ones before it.
         attempt = self.attempt
         attempt.end, attempt.progress = time.time(), progress(self.run, self.spec["name"])
         decision = decide(
             self.previous,
             attempt,
             max_attempts=self.spec["max_attempts"],
-            ended_by_slurm=attempt.code != 0 and ended_by_slurm(self.id),
+            ended_by_slurm=attempt.code != 0 and job_state.ended_by_slurm(self.id),
         )
         attempt.outcome, attempt.reason = decision.outcome, decision.reason
         self._record()
         print_line(f"{self.label}: {decision.outcome}: {decision.reason}")
+
+        # Retry on the same nodes, or on others if a node is unfit.
         if decision.outcome == DONE:
             return 0
         if decision.outcome != RETRY:
@@ -294,55 +298,9 @@ class Job:
         for name in self.spec["successors"]:
             for job_id in (self.folder / "jobs" / f"{name}.ids").read_text().split():
                 for waiting in scheduler.live([job_id]):
-                    _add_dependency(waiting.array, new)
+                    scheduler.add_dependency(waiting.array, new)
         print_line(f"{self.label}: job {new} continues without {', '.join(nodes)}")
         return 0
-
-
-def _add_dependency(job: str, dependency: str) -> None:
-    """Make a waiting job wait for one more job to succeed."""
-    text = scheduler.call("scontrol", "show", "job", job)
-    current = re.search(r"Dependency=(\S+)", text)
-    existing = ""
-    if current and current.group(1) != "(null)":
-        existing = re.sub(r"\([^)]*\)", "", current.group(1))
-    dependencies = ",".join(filter(None, [existing, f"afterok:{dependency}"]))
-    scheduler.call("scontrol", "update", f"JobId={job}", f"Dependency={dependencies}")
-
-
-def srun(spec: dict[str, Any], run: Path, nodes: int, tasks_per_node: int, logs: str) -> list[str]:
-    """The arguments of srun: tasks, their cores, a log for each rank, and the container."""
-    command = [
-        "srun",
-        f"--nodes={nodes}",
-        f"--ntasks={nodes * tasks_per_node}",
-        f"--ntasks-per-node={tasks_per_node}",
-        f"--cpus-per-task={spec['cpus_per_task']}",
-        "--kill-on-bad-exit=1",
-        "--wait=30",
-        "--export=ALL",
-        f"--output={logs}",
-    ]
-    if re.search(r"TaskPlugin\s*=\s*\S*(affinity|cgroup)", _controller_output("config")):
-        command.append("--cpu-bind=cores")
-    container = spec["container"]
-    if not container:
-        return command
-
-    # The container sees the run directory and the folder where the recipe's relative paths start.
-    cwd = os.getcwd()
-    mounts = [f"{path}:{path}" for path in dict.fromkeys([str(run), cwd])]
-    mounts += container["mounts"]
-    if container["runtime"] == "pyxis":
-        return [
-            *command,
-            f"--container-image={container['image']}",
-            f"--container-mounts={','.join(mounts)}",
-            f"--container-workdir={cwd}",
-        ]
-    binds = [word for mount in mounts for word in ("--bind", mount)]
-    nvidia = ["--nv"] if spec["gpus_per_node"] else []
-    return [*command, "apptainer", "exec", *nvidia, *binds, "--pwd", cwd, container["image"]]
 
 
 def progress(run: Path, name: str) -> int:
@@ -354,46 +312,6 @@ def progress(run: Path, name: str) -> int:
         stream.seek(max(path.stat().st_size - 65536, 0))
         steps = re.findall(rb'"kind": "step", "step": (\d+)', stream.read())
     return int(steps[-1]) if steps else 0
-
-
-def ended_by_slurm(job: str) -> bool:
-    """Whether SLURM is ending the job for another reason than its time limit.
-
-    A cancelled job must not come back; one that was requeued, by a user or since a node failed,
-    comes back by itself. SLURM does not tell the two apart while it ends the job.
-    """
-    text = _controller_output("job", job)
-    state = re.search(r"JobState=(\S+)", text)
-    if state is None or state.group(1) in ("RUNNING", "TIMEOUT"):
-        return False
-    used, limit = (re.search(rf"{name}=(\S+)", text) for name in ("RunTime", "TimeLimit"))
-    timed_out = (
-        used
-        and limit
-        and limit.group(1) != "UNLIMITED"
-        and _seconds(used.group(1)) >= _seconds(limit.group(1))
-    )
-    return not timed_out
-
-
-def _seconds(text: str) -> int:
-    """Seconds of D-HH:MM:SS."""
-    days, _, clock = text.rpartition("-")
-    hours, minutes, seconds = map(int, clock.split(":"))
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def preempted(job: str) -> bool:
-    """Whether the scheduler is giving the job's nodes to another job."""
-    time_of_preemption = re.search(r"PreemptTime=(\S+)", _controller_output("job", job))
-    return bool(time_of_preemption and time_of_preemption.group(1) not in ("None", "N/A"))
-
-
-def _controller_output(*what: str) -> str:
-    """Output of `scontrol show`; empty if the controller is away, which must not end a job."""
-    with contextlib.suppress(ResourceError):
-        return scheduler.call("scontrol", "show", *what)
-    return ""
 
 
 def main() -> int:

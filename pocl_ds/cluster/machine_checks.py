@@ -157,6 +157,7 @@ def cuda_error() -> str:
 
 def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
     """Whether a folder is writable, has enough space, and has a file system with our clock."""
+    # Write a file, and compare its modification time with our clock.
     name = "run directory"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -171,6 +172,8 @@ def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
             FAIL,
             f"{path} cannot be written ({error.strerror}): mount it, or choose another",
         )
+
+    # Compare the free space with what a run needs.
     free = shutil.disk_usage(path).free
     space = f"{free / 1e9:.1f} GB free"
     if free < needed_bytes:

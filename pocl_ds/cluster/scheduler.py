@@ -87,6 +87,7 @@ def available() -> bool:
 
 def call(*words: str, stdin: str | None = None) -> str:
     """Run a command of SLURM and return its output. Raises ResourceError with its error message."""
+    # Hide the variables of a surrounding job.
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -110,6 +111,8 @@ def call(*words: str, stdin: str | None = None) -> str:
             f"{words[0]} did not answer for {TIMEOUT_SECONDS} s: check the controller with "
             "`scontrol ping`"
         ) from None
+
+    # Turn the error message into one line.
     if done.returncode:
         message = " ".join((done.stderr or done.stdout).split())
         raise ResourceError(
@@ -208,3 +211,14 @@ def cancel(ids: Sequence[str]) -> None:
     """Cancel jobs; jobs that have ended are ignored."""
     if ids:
         call("scancel", *ids)
+
+
+def add_dependency(job: str, dependency: str) -> None:
+    """Make a waiting job wait for one more job to succeed."""
+    text = call("scontrol", "show", "job", job)
+    current = re.search(r"Dependency=(\S+)", text)
+    existing = ""
+    if current and current.group(1) != "(null)":
+        existing = re.sub(r"\([^)]*\)", "", current.group(1))
+    dependencies = ",".join(filter(None, [existing, f"afterok:{dependency}"]))
+    call("scontrol", "update", f"JobId={job}", f"Dependency={dependencies}")

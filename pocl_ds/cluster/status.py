@@ -183,6 +183,7 @@ def _progress(
     """Finished parts of an array; optimizer steps, rate and remaining time of a training; else
     finished steps.
     """
+    # Arrays.
     if name == "score":
         return f"{len(list(run.scores.glob('*.manifest.json')))}/{len(spec['array'])} shards"
     if name == "cache-teacher":
@@ -193,6 +194,8 @@ def _progress(
             path for path in run.evaluation.glob("*/*.manifest.json") if ".judge." not in path.name
         ]
         return f"{len(files)}/{len(spec['array'])} answer files"
+
+    # Trainings, once they have metrics.
     path = run.path / METRICS.get(name, "") / "metrics.jsonl"
     if name not in METRICS or not path.is_file():
         return f"{sum(finished[step] for step in spec['steps'])}/{len(spec['steps'])} steps"

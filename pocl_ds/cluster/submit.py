@@ -102,6 +102,7 @@ class Submission:
 
     def _options(self, job: JobSpec) -> list[str]:
         """The options of the #SBATCH lines: numbers, checked words, and quoted paths."""
+        # Limits of this job override the profile's.
         profile = self.profile
         limits = {
             "partition": profile.partition,
@@ -111,6 +112,8 @@ class Submission:
         if job.name in profile.jobs:
             job_limits = profile.jobs[job.name].model_dump()
             limits |= {name: value for name, value in job_limits.items() if value is not None}
+
+        # All options, None for those that are not set.
         throttle = f"%{profile.array_tasks}" if profile.array_tasks else ""
         options = {
             "job-name": f"{self.recipe.name}:{job.name}",

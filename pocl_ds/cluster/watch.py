@@ -116,6 +116,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def _training_lines(view: RunView, width: int) -> list[str]:
     """Rate, loss curves, schedule and resources of a training."""
+    # Progress and rate.
     record, recent = view.records[-1], view.records[-RECENT_STEPS:]
     seconds = median(record["seconds"] for record in recent)
     rate = median(record["tokens_per_second"] for record in recent)
@@ -126,6 +127,8 @@ def _training_lines(view: RunView, width: int) -> list[str]:
         f"stage {record['stage'] + 1}/{max(len(view.stage_ends), 1)}, {seconds:.2f} s a step, "
         f"{rate:.0f} tokens/s{eta}"
     ]
+
+    # Loss curves, schedule and resources.
     for name in ("loss", "kd_loss", "sft_loss"):
         values = [record[name] for record in view.records]
         lines.append(f"{name:<9}{values[-1]:>9.4f}  {sparkline(values, max(8, width - 22))}")

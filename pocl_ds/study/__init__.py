@@ -1,3 +1,1 @@
-"""Studies: many recipes that differ in a field or two, run so that what they have in common is done
-once.
-"""
+"""Studies: grids of recipes that differ in a few fields; steps that they share run once."""

@@ -109,10 +109,13 @@ def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
     """Every cell with its checked recipe, seed by seed. Raises RecipeError naming the cell whose
     recipe is at fault.
     """
+    # The axes of the grid: (axis, label, overrides) of each value.
     axes = [
         [(axis, label, words) for label, words in _labels(axis, values).items()]
         for axis, values in study.grid.items()
     ]
+
+    # One cell for each seed, point of the grid and arm. Later overrides win.
     cells: list[Cell] = []
     for seed, coordinates, (arm, arm_overrides) in itertools.product(
         study.seeds, itertools.product(*axes), study.arms.items()
@@ -129,6 +132,8 @@ def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
                 f"study {study.name}, arm {arm!r} at {dict(point)}: {error}"
             ) from None
         cells.append(Cell(arm, point, seed, recipe, study.until))
+
+    # Cells need different folders and comparable evaluations.
     names = [cell.name for cell in cells]
     if duplicate := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(

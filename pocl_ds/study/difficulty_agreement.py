@@ -112,7 +112,8 @@ def measure_agreement(a: RankedSamples, b: RankedSamples, subsets: int) -> Agree
             f"{a.name} and {b.name} have {len(common)} samples in common: compare runs on the same "
             "data"
         )
-    positions_a, positions_b = ranks(rows_a), ranks(rows_b)  # among the common samples
+    # Positions and subsets among the common samples.
+    positions_a, positions_b = ranks(rows_a), ranks(rows_b)
     subset_a, subset_b = (_subset_of(p, subsets) for p in (positions_a, positions_b))
     hardest_a, hardest_b = subset_a == subsets - 1, subset_b == subsets - 1
     length = a.tokens[rows_a]
@@ -132,6 +133,7 @@ def measure_agreement(a: RankedSamples, b: RankedSamples, subsets: int) -> Agree
 
 def difficulty_lines(students: Sequence[RankedSamples], subsets: int) -> list[str]:
     """A table of the students, a table of their pairs, and a note on rankings by length."""
+    # The rows of the students. Samples are sorted by difficulty, so their index is their position.
     length_correlations = {
         student.name: spearman(np.arange(len(student.ids)), student.tokens) for student in students
     }
@@ -150,6 +152,8 @@ def difficulty_lines(students: Sequence[RankedSamples], subsets: int) -> list[st
                 f"{length_correlations[student.name]:+.2f}",
             ]
         )
+
+    # The tables, and a note on rankings by length.
     return [
         *align_columns(rows, numbers=True),
         *_agreement_lines(students, subsets),
@@ -164,6 +168,7 @@ def difficulty_lines(students: Sequence[RankedSamples], subsets: int) -> list[st
 def _agreement_lines(students: Sequence[RankedSamples], subsets: int) -> list[str]:
     """A table of every pair of students; empty for one student."""
     header = ["pair", "samples", "ranking", "ROUGE-L", "cross-entropy"]
+    # One row for each pair.
     rows = [[*header, "ranking at equal length", "same subset", "hardest subset"]]
     for a, b in itertools.combinations(students, 2):
         agreement = measure_agreement(a, b, subsets)
@@ -182,7 +187,7 @@ def _agreement_lines(students: Sequence[RankedSamples], subsets: int) -> list[st
                 f"{agreement.hardest_subset:.0%}",
             ]
         )
-    if len(rows) == 1:
+    if len(rows) == 1:  # a header without pairs
         return []
     return [
         "",

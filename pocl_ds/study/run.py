@@ -65,6 +65,8 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
         if is_finished(folder, cell):
             log.info("study %d/%d: %s is already finished", number, len(cells), cell.name)
             continue
+
+        # Reuse results of other cells, then run the missing steps.
         with lock_run_directory(run):
             record_recipe(run, cell.recipe)
             reused = reuse_results(folder, cell, cells)
@@ -72,6 +74,8 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
         log.info("study %d/%d: %s%s", number, len(cells), cell.name, note)
         command = module_command("pocl_ds.cli.main")
         code = run_process([*command, "run", "--run-dir", str(run.path), "--until", cell.until])
+
+        # A stopped or failing cell ends the study.
         if code in (128 + signal.SIGINT, RESUME):
             raise Interrupted(
                 f"stopped in cell {cell.name}: everything is saved; run the same command again to "

@@ -215,6 +215,7 @@ def _pair_difference(
     """The second arm minus the first over all items of some benchmarks and the seeds that both have
     finished; None without such a seed.
     """
+    # Find the seeds that both arms have finished.
     sides = [
         {cell.seed: cell for cell in finished if cell.arm == arm and cell.point == point}
         for arm in arms
@@ -222,6 +223,8 @@ def _pair_difference(
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds:
         return None
+
+    # One column for each seed: the differences of all common items.
     columns = []
     for seed in seeds:
         differences: list[float] = []

@@ -52,6 +52,7 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
     except PoclError:
         raise
     except OSError as error:
+        # Errors with a known errno, by what the user has to do.
         if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk is full while writing {path}: free some space and run the same command "
@@ -67,6 +68,7 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 f"{path} cannot be written ({error.strerror}: {error.filename}): choose another "
                 "--run-dir or move the file that is in the way"
             ) from error
+        # A missing file elsewhere, such as a model, is not an error of this folder.
         inside = error.filename is None or os.fsdecode(error.filename).startswith(str(path.parent))
         if error.errno in DISK_LOST or (error.errno in CONCURRENT_CHANGE and inside):
             raise ArtifactError(
@@ -75,7 +77,7 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
             ) from error
         _raise_if_disk_full(path, error)
         raise
-    except Exception as error:
+    except Exception as error:  # libraries that hide the errno
         _raise_if_disk_full(path, error)
         raise
 

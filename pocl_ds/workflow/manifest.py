@@ -110,6 +110,8 @@ def read_manifest(directory: Path, name: str = MANIFEST) -> Manifest | None:
         if not path.exists():  # another process has removed it since
             return None
         raise
+
+    # Check the structure before the schema: other programs write files of this name too.
     try:
         manifest = Manifest(**tree)
         valid = isinstance(manifest.info, dict) and all(

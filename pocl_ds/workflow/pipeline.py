@@ -76,12 +76,15 @@ def run_step(
     arguments = [name, "--run-dir", str(run.path)]
     if shard is not None:
         arguments += ["--shard", f"{shard[0]}/{shard[1]}"]
+
+    # launch/train.sh starts the ranks.
     if STEP[name].needs_ranks(recipe):
         launcher = ["bash", str(LAUNCHER), "--ranks", str(recipe.launch.ranks)]
         if recipe.launch.threads_per_rank:
             launcher += ["--threads", str(recipe.launch.threads_per_rank)]
         return run_process([*launcher, *arguments], lock)
 
+    # An evaluation generates the answers of each model first, then collects them.
     command = [*module_command("pocl_ds.cli.main"), *arguments]
     if name == "evaluate":
         for model in evaluated_models(recipe):
@@ -100,6 +103,7 @@ def _run_engines(command: list[str], recipe: Recipe, lock: int | None) -> int:
         return run_process(command, lock)
     import torch
 
+    # The visible GPUs must suffice for all engines.
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = names.split(",") if names else [str(n) for n in range(torch.cuda.device_count())]
     if torch.cuda.is_available() and len(visible) < count * gpus:
@@ -107,6 +111,8 @@ def _run_engines(command: list[str], recipe: Recipe, lock: int | None) -> int:
             f"evaluate.data_parallel_size={count} with tensor_parallel_size={gpus} needs "
             f"{count * gpus} GPUs, and {len(visible)} are visible: lower it"
         )
+
+    # Give each engine its own GPUs, or its share of the cores.
     commands, environments = [], []
     for number in range(count):
         commands.append([*command, "--shard", f"{number}/{count}"])

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.cluster import scheduler
-from pocl_ds.cluster.job_runner import srun
 from pocl_ds.cluster.profile import check_profile
+from pocl_ds.cluster.srun import srun_command
 from pocl_ds.cluster.submit import Submission, resume
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import ArtifactError, RecipeError, ResourceError
@@ -228,7 +228,7 @@ def test_srun_in_a_container(
     )
     monkeypatch.setattr("os.getcwd", lambda: "/here")
     spec = {"cpus_per_task": 4, "container": container, "gpus_per_node": 4}
-    command = srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+    command = srun_command(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
     assert command[:5] == [
         "srun",
         "--nodes=2",
@@ -273,7 +273,8 @@ def test_srun_starts_while_the_controller_is_away(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("pocl_ds.cluster.scheduler.call", raise_away)
     spec = {"cpus_per_task": 4, "container": None, "gpus_per_node": 0}
     assert not any(
-        "--cpu-bind" in word for word in srun(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
+        "--cpu-bind" in word
+        for word in srun_command(spec, Path("/run"), 2, 4, "/run/logs/x-%t.log")
     )
 
 

@@ -1,0 +1,51 @@
+"""Whether SLURM is ending or preempting a running job, as its controller tells. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+from pocl_ds.cluster import scheduler
+from pocl_ds.errors import ResourceError
+
+
+def ended_by_slurm(job: str) -> bool:
+    """Whether SLURM is ending the job for another reason than its time limit.
+
+    A cancelled job must not come back; one that was requeued, by a user or since a node failed,
+    comes back by itself. SLURM does not tell the two apart while it ends the job.
+    """
+    text = controller_output("job", job)
+    state = re.search(r"JobState=(\S+)", text)
+    if state is None or state.group(1) in ("RUNNING", "TIMEOUT"):
+        return False
+    used, limit = (re.search(rf"{name}=(\S+)", text) for name in ("RunTime", "TimeLimit"))
+    timed_out = (
+        used
+        and limit
+        and limit.group(1) != "UNLIMITED"
+        and _seconds(used.group(1)) >= _seconds(limit.group(1))
+    )
+    return not timed_out
+
+
+def _seconds(text: str) -> int:
+    """Seconds of D-HH:MM:SS."""
+    days, _, clock = text.rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def preempted(job: str) -> bool:
+    """Whether the scheduler is giving the job's nodes to another job."""
+    time_of_preemption = re.search(r"PreemptTime=(\S+)", controller_output("job", job))
+    return bool(time_of_preemption and time_of_preemption.group(1) not in ("None", "N/A"))
+
+
+def controller_output(*what: str) -> str:
+    """Output of `scontrol show`; empty if the controller is away, which must not end a job."""
+    with contextlib.suppress(ResourceError):
+        return scheduler.call("scontrol", "show", *what)
+    return ""
