@@ -1,4 +1,4 @@
-"""The command `pocl` as a user starts it: a process of its own."""
+"""The command `pocl` in a process of its own, as users start it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANTED = "PLANTEDplantedPLANTEDplanted"  # what no run may write or say
+PLANTED = "PLANTEDplantedPLANTEDplanted"  # must not appear in any output or file
 SECRETS = {
     name: f"{PLANTED}{name}"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "JUDGE_KEY")
@@ -16,14 +16,14 @@ SECRETS = {
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without what our own launchers set, and with secrets."""
+    """This process's environment with secrets, and without the variables of our launchers."""
     return {
         key: value for key, value in os.environ.items() if not key.startswith("POCL_")
     } | SECRETS
 
 
 def start(*words: str) -> subprocess.Popen[str]:
-    """`pocl WORDS...`, running."""
+    """Start `pocl WORDS...`."""
     return subprocess.Popen(
         [sys.executable, "-m", "pocl_ds.cli.main", *words],
         cwd=ROOT,
@@ -36,8 +36,8 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`pocl WORDS...` to its end."""
-    found = subprocess.run(
+    """Run `pocl WORDS...` to its end."""
+    done = subprocess.run(
         [sys.executable, "-m", "pocl_ds.cli.main", *words],
         cwd=ROOT,
         env=environment(),
@@ -46,6 +46,6 @@ def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         timeout=380,
         umask=0o022,
     )
-    assert PLANTED not in found.stdout + found.stderr
-    assert not check or found.returncode == 0, found.stderr[-3000:]
-    return found
+    assert PLANTED not in done.stdout + done.stderr
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -1,6 +1,4 @@
-"""A whole run in small, as a recipe: what end-to-end tests change a field or two of, stop, and read
-the records of.
-"""
+"""A complete run on tiny models: its recipe, its training records, and stopping it."""
 
 from __future__ import annotations
 
@@ -22,8 +20,8 @@ def write_recipe(
     max_train_samples: int,
     **changes: dict[str, Any],
 ) -> Path:
-    """data.jsonl of 90 samples and recipe.yaml below `folder`. changes: fields by section, over
-    those here.
+    """Write data.jsonl with 90 samples and recipe.yaml to `folder`. changes: fields by section that
+    replace the ones here.
     """
     with (folder / "data.jsonl").open("w") as stream:
         for i in range(90):
@@ -63,7 +61,7 @@ def write_recipe(
 
 
 def records(run: Path, training: str = "train", kind: str = "step") -> list[dict[str, Any]]:
-    """What a training wrote down, of one kind."""
+    """The records of one kind in a training's metrics.jsonl."""
     lines = [
         json.loads(line) for line in (run / training / "metrics.jsonl").read_text().splitlines()
     ]
@@ -71,13 +69,13 @@ def records(run: Path, training: str = "train", kind: str = "step") -> list[dict
 
 
 def computed(run: Path, training: str = "train") -> list[dict[str, Any]]:
-    """Of each step what does not depend on the clock."""
-    names = ("step", "loss", "kd", "ce", "tokens", "sample_ids_digest", "grad_norm")
+    """The values of each optimizer step that do not depend on time."""
+    names = ("step", "loss", "kd_loss", "sft_loss", "loss_tokens", "sample_ids_digest", "grad_norm")
     return [{name: record[name] for name in names} for record in records(run, training)]
 
 
 def stop_after(run: Path, step: int, *words: str) -> int:
-    """Send TERM to a training once it has reached a step; the steps it has done."""
+    """Send TERM to a training after `step` optimizer steps; returns how many it finished."""
     process = start("train", "--run-dir", str(run), *words)
     metrics = run / "train" / "metrics.jsonl"
     while process.poll() is None:

@@ -70,8 +70,8 @@ def check_recipe(tree: dict[str, Any], source: str = "recipe") -> Recipe:
     # Look for secrets first: the message of another check could show them.
     if field := find_secret(tree):
         raise RecipeError(
-            f"{source} field {field} holds a password, a token or a key, and recipes are written "
-            "to disk: remove it, and export it as an environment variable (HF_TOKEN, "
+            f"{source} field {field} contains a password, a token or a key, and recipes are "
+            "written to disk: remove it, and export it as an environment variable (HF_TOKEN, "
             "WANDB_API_KEY, or the one that evaluate.judge.api_key_env names)"
         )
     _import_plugins(tree.get("plugins"), source)

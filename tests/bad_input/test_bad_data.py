@@ -1,7 +1,5 @@
-"""Data files, templates and models that are wrong, through `pocl preprocess`: each with its sentence, and
-no half of a result.
-
-What is wrong with single records stands in tests/unit/data/test_data_samples.py.
+"""Data files, templates and models that `pocl preprocess` cannot use: one sentence each, and no
+partial result. Wrong records are in tests/unit/data/test_records.py.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ BEGUN = {
     ".lock",
     "recipe.yaml",
     "logs/preprocess.log",
-}  # what a refused stage leaves in an empty run directory
+}  # files of a step that was refused in an empty run directory
 
 
 def lines(records: list[dict[str, Any]]) -> str:
@@ -48,7 +46,7 @@ NOTHING_LEFT = (
 
 LEFT_OUT = "; data.on_invalid=skip leaves out every such record"
 
-# The file's ending and content (None: no file), further words -> the sentence.
+# File type and content (None: no file), further arguments, and the error message.
 DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     "not there": ("jsonl", None, (), "data file FILE does not exist: check the path"),
     "empty": ("jsonl", "", (), "data file FILE is empty: check that it is the right file"),
@@ -62,13 +60,13 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         "".join(BROKEN),
         (),
-        "FILE line 7 is not valid JSON (Expecting value at column 36): mend that line",
+        "FILE line 7 is not valid JSON (Expecting value at column 36): fix that line",
     ),
     "zero bytes at the end": (
         "jsonl",
         FINE + "\0\0\n",
         (),
-        "FILE line 41 is not valid JSON (Expecting value at column 1): mend that line",
+        "FILE line 41 is not valid JSON (Expecting value at column 1): fix that line",
     ),
     "UTF-16": ("jsonl", FINE.encode("utf-16"), (), NOT_UTF8),
     "gzip": ("jsonl", gzip.compress(FINE.encode()), (), NOT_UTF8),
@@ -82,22 +80,23 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "json",
         FINE,
         (),
-        "data file FILE is not valid JSON (Extra data at line 2 column 1): mend it, or let its "
-        "name "
-        "end in .jsonl if it holds a record a line",
+        "data file FILE is not valid JSON (Extra data at line 2 column 1): fix it, or "
+        "rename it to .jsonl if it holds one record a line",
     ),
     "an object in .json": (
         "json",
         '{"a": 1}',
         (),
-        "data file FILE must hold a list of records: convert it, or use .jsonl for a record a line",
+        "data file FILE must hold a list of records: convert it, or use .jsonl for one record a "
+        "line",
     ),
     "an empty list": ("json", "[]", (), "FILE holds no samples: check that it is the right file"),
     "another ending": (
         "csv",
         "a,b\n",
         (),
-        "data file FILE has an unknown ending: give a .jsonl, .json, .parquet file or a Hub name",
+        "data file FILE has an unknown file type: give a .jsonl, .json, .parquet file or a Hub "
+        "name",
     ),
     "half a Parquet file": (
         "parquet",
@@ -117,33 +116,33 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         lines([{"instruction": "a", "output": " "}]),
         (),
-        "FILE line 1: output must be text or a list of texts, none empty: mend or remove it"
+        "FILE line 1: output must be text or a list of texts, none empty: fix or remove it"
         + LEFT_OUT,
     ),
     "a list as instruction": (
         "jsonl",
         lines([{"instruction": ["a"], "output": "b"}]),
         (),
-        "FILE line 1: field 'instruction' must be text, found list: mend or remove the record"
+        "FILE line 1: field 'instruction' must be text, found list: fix or remove the record"
         + LEFT_OUT,
     ),
     "ids twice": (
         "jsonl",
         lines([{"id": "x", **record} for record in GOOD]),
         (),
-        "FILE line 2: id 'x' stands at FILE line 1 too: make ids unique, or leave them out",
+        "FILE line 2: id 'x' also occurs at FILE line 1: make ids unique, or leave them out",
     ),
     "unknown names": (
         "jsonl",
         lines([{"a\nb": 1, "c\x1b[2J": 2}]),
         (),
-        f"FILE line 1: no known form of record (fields: a b, c\\x1b[2J): {FORM}",
+        f"FILE line 1: no known record format (fields: a b, c\\x1b[2J): {FORM}",
     ),
     "many names": (
         "jsonl",
         lines([{f"k{i}": 1 for i in range(500)}]),
         (),
-        f"FILE line 1: no known form of record (fields: {', '.join(f'k{i}' for i in range(20))} "
+        f"FILE line 1: no known record format (fields: {', '.join(f'k{i}' for i in range(20))} "
         f"and 480 more): {FORM}",
     ),
     "a mapped name that is not there": (
@@ -167,7 +166,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     ),
 }
 
-# What a template holds -> why it fails.
+# Text of a template, and why it fails.
 TEMPLATES: dict[str, tuple[str, str]] = {
     "a way out of the sandbox": (
         "{{ ''.__class__ }}",
@@ -188,7 +187,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_llama: Path) -> Path:
-    """Of one model that is teacher and student, on data that is fine."""
+    """One model as teacher and student, and valid data."""
     (tmp_path / "fine.jsonl").write_text(FINE)
     model = {"model": str(tiny_llama)}
     tree = {
@@ -215,7 +214,7 @@ def test_data(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert files_below(run) == BEGUN
 
 
-def test_sources_that_are_no_file(
+def test_sources_that_are_no_data_file(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -229,16 +228,14 @@ def test_sources_that_are_no_file(
         (f"/{'a' * 300}.jsonl", "data file SOURCE does not exist: check the path"),
         (
             "org/name",
-            "data set 'SOURCE' (subset None, split 'train', revision main) cannot be had "
+            "data set 'SOURCE' (subset None, split 'train', revision main) cannot be loaded "
             "(ConnectionError: Couldn't reach "
             "'SOURCE' on the Hub (OfflineModeIsEnabled)): check the name and the network, or give "
             "a .jsonl file",
         ),
     ):
         said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"data.source={source}")
-        assert said == expected.replace(
-            "SOURCE", str(source)
-        )  # and the one before it stands in the way of none
+        assert said == expected.replace("SOURCE", str(source))
     said = sentence(
         capsys,
         "preprocess",
@@ -280,11 +277,11 @@ def without_eos(model: Path) -> None:
 
 
 LOADED = r"the {} of MODEL cannot be loaded ("
-# What is done to a whole model -> how the sentence begins and ends.
+# How a valid model is damaged, and how the error message begins and ends.
 MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no configuration": (
         lambda model: (model / "config.json").unlink(),
-        "folder MODEL is no model folder, config.json is missing",
+        "folder MODEL is not a model folder, config.json is missing",
         ": give a Hugging Face model folder",
     ),
     "half a configuration": (
@@ -300,7 +297,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no weights": (
         lambda model: (model / "model.safetensors").unlink(),
         "model folder MODEL holds no weights (*.safetensors or *.bin)",
-        ": get the whole model",
+        ": get the complete model",
     ),
     "half a tokenizer": (
         lambda model: (model / "tokenizer.json").write_text("{"),
@@ -332,7 +329,7 @@ def test_models(
     assert files_below(run) == BEGUN
 
 
-def test_a_chat_template_that_is_not_there(
+def test_a_missing_chat_template(
     recipe: Path, tmp_path: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -364,11 +361,12 @@ def test_a_chat_template_that_is_not_there(
                 "curriculum.sft_ratio=[0, 0]",
                 "train.validate_every_n_steps=1",
             ],
-            "policy.replay_buffer_size=64 is more than the COUNT training samples: make it smaller",
+            "policy.replay_buffer_size=64 is more than the COUNT training samples: lower it",
         ),
         (
             ["curriculum.num_subsets=64"],
-            "curriculum.num_subsets=64 for COUNT samples: make it at least 1 and at most one for each sample",
+            "curriculum.num_subsets=64 for COUNT samples: make it at least 1 and at most one for "
+            "each sample",
         ),
         (
             ["train.batch_size=64"],
@@ -378,12 +376,12 @@ def test_a_chat_template_that_is_not_there(
         ),
         (
             ["train.batch_size=64", "curriculum.drop_last=false", "student.heal_steps=2"],
-            "train.batch_size=64 is more than the COUNT training samples: healing needs one whole "
-            "batch",
+            "train.batch_size=64 is more than the COUNT training samples: healing needs one full "
+            "batch; lower it",
         ),
     ],
 )
-def test_more_than_the_data(
+def test_values_that_the_data_is_too_small_for(
     words: list[str],
     said: str,
     recipe: Path,
@@ -391,9 +389,7 @@ def test_more_than_the_data(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """How many samples there are only the data say; it is said by the next stage, before anything
-    is scored.
-    """
+    """The number of samples is known only after `preprocess`; the next step checks it."""
     run = tmp_path / "run"
     words = ["curriculum.num_subsets=1", "train.batch_size=8", *words]
     with own_signals():

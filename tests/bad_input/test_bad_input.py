@@ -1,8 +1,7 @@
-"""Faults that need a run with real ranks or a real process: one sentence, exit code 2, nothing
-half-written.
+"""Errors that need real ranks or a real process: one sentence, exit code 2, no partial files.
 
-Ctrl-C: exit code 130, and the same command goes on. What needs neither stands in the tables of the
-files beside this one.
+Ctrl-C gives exit code 130, and the same command continues. The other files of this folder have the
+errors that need neither.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def lines(records: list[dict[str, Any]]) -> str:
 def recipe(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path
 ) -> Path:
-    """A small recipe that works."""
+    """A small recipe without errors."""
     folder = tmp_path_factory.mktemp("recipe")
     return write_recipe(
         folder,
@@ -50,28 +49,27 @@ def recipe(
     )
 
 
-def refused(found: subprocess.CompletedProcess[str], *parts: str) -> str:
-    """The one sentence of a refusal."""
-    assert found.returncode == 2, (found.returncode, found.stderr[-2000:])
-    assert "Traceback" not in found.stderr
-    said = [line for line in found.stderr.splitlines() if line.startswith("pocl ")]
-    assert len(said) == 1, found.stderr[-2000:]
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Assert that a command ended with one sentence that contains these parts."""
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr
+    messages = [line for line in done.stderr.splitlines() if line.startswith("pocl ")]
+    assert len(messages) == 1, done.stderr[-2000:]
     for part in parts:
-        assert part in said[0], said[0]
-    return said[0]
+        assert part in messages[0], messages[0]
 
 
-def unfinished(folder: Path) -> list[Path]:
-    """Files that a reader could take for whole ones, below a folder without a manifest."""
+def partial_files(folder: Path) -> list[Path]:
+    """Files with a final name, below a folder without a manifest."""
     if not folder.is_dir() or (folder / "manifest.json").is_file():
         return []
     return [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
 
 
-def test_a_sample_longer_than_the_limit_is_counted(
+def test_overlong_samples_are_counted(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not a fault: response and prompt are cut to their limits, and how many is said."""
+    """No error: prompt and response are truncated, and the log has the number of them."""
     path = tmp_path / "long.jsonl"
     long = [
         {"instruction": "Say much.", "output": "word " * 300},
@@ -91,9 +89,7 @@ def test_a_sample_longer_than_the_limit_is_counted(
 
 
 def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished: Path) -> None:
-    """The teacher's configuration says 100 layers of width 16,384: known to be too much before
-    anything is loaded.
-    """
+    """The teacher's configuration has 100 layers of width 16,384: refused before any loading."""
     run = shutil.copytree(
         finished,
         tmp_path / "run",
@@ -112,13 +108,15 @@ def test_too_little_memory_for_two_ranks(recipe: Path, tmp_path: Path, finished:
     (huge / "config.json").write_text(json.dumps(config))
     models = json.loads((run / "models" / "models.json").read_text())
     (run / "models" / "models.json").write_text(json.dumps({**models, "teacher": str(huge)}))
-    refused(pocl("train", "--run-dir", str(run), check=False), "2 ranks", "GB", "launch.ranks")
-    assert unfinished(run / "train") == []
+    assert_refused(
+        pocl("train", "--run-dir", str(run), check=False), "2 ranks", "GB", "launch.ranks"
+    )
+    assert partial_files(run / "train") == []
 
 
 @pytest.fixture(scope="module")
 def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run to its end."""
+    """A finished run."""
     run = tmp_path_factory.mktemp("finished") / "run"
     pocl("run", str(recipe), "--run-dir", str(run))
     return run
@@ -133,9 +131,9 @@ def test_a_benchmark_without_references(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(lines([{"instruction": "Say it."}] * 3))
     words = ["--model", "student", f"evaluate.benchmarks.mine={path}"]
-    found = pocl("evaluate", "--run-dir", str(run), *words, check=False)
-    refused(found, "bad.jsonl line 1", "output", "evaluate.benchmarks.mine.fields")
-    assert unfinished(run / "evaluation") == []
+    done = pocl("evaluate", "--run-dir", str(run), *words, check=False)
+    assert_refused(done, "bad.jsonl line 1", "output", "evaluate.benchmarks.mine.fields")
+    assert partial_files(run / "evaluation") == []
 
 
 @pytest.fixture
@@ -167,18 +165,18 @@ def test_a_full_disk_while_saving(finished: Path, small_disk: Path) -> None:
         for path in run.rglob("*")
         if path.is_file() and path.name not in (".lock", "recipe.yaml")
     }
-    refused(pocl("train", "--run-dir", str(run), check=False), "space", str(run))
+    assert_refused(pocl("train", "--run-dir", str(run), check=False), "space", str(run))
     assert all(path.read_bytes() == content for path, content in before.items())
-    assert unfinished(run / "train" / "final") == []
+    assert partial_files(run / "train" / "final") == []
     filler.unlink()
     pocl("train", "--run-dir", str(run))
-    ours, theirs = (
+    weights, expected = (
         (path / "train" / "final" / "model.safetensors").read_bytes() for path in (run, finished)
     )
-    assert ours == theirs
+    assert weights == expected
 
 
-STAGES = (
+STEPS = (
     "preprocess",
     "init-student",
     "score",
@@ -192,39 +190,38 @@ STAGES = (
 FOLDERS = {"init-student": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
 
 
-@pytest.mark.parametrize(
-    "stage", ["preprocess", "score", "train", "evaluate"]
-)  # a child while it imports, at work, ranks, engines
-def test_ctrl_c(stage: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
-    """INT a moment after the stage began; then the same command ends it."""
-    later = [FOLDERS.get(name, name) for name in STAGES[STAGES.index(stage) :]]
+# A process while it imports, one at work, ranks, and generation engines.
+@pytest.mark.parametrize("step", ["preprocess", "score", "train", "evaluate"])
+def test_ctrl_c(step: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
+    """INT a moment after the step began; then the same command finishes it."""
+    later_folders = [FOLDERS.get(name, name) for name in STEPS[STEPS.index(step) :]]
     run = tmp_path / "run"
-    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*later, "logs"))
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns(*later_folders, "logs"))
     child = start("run", str(recipe), "--run-dir", str(run))
     deadline = time.monotonic() + 60
     lock = run / ".lock"
     while not lock.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep({"train": 9.0, "score": 5.0, "evaluate": 5.0}.get(stage, 1.5))
+    time.sleep({"train": 9.0, "score": 5.0, "evaluate": 5.0}.get(step, 1.5))
     os.kill(child.pid, signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    _, stderr = child.communicate(timeout=60)
     if child.returncode == 0:
-        pytest.skip(f"{stage} was done before the signal came")
-    # A shell shows 130 for both: Python ends itself by the signal where it came while C code ran
-    # Python (half an import).
-    assert child.returncode in (130, -signal.SIGINT), (child.returncode, said[-2000:])
-    assert "Traceback" not in said
-    assert sum(line.startswith(("pocl ", "pocl: ")) for line in said.splitlines()) == 1, said[
+        pytest.skip(f"{step} was finished before the signal came")
+    # A shell shows 130 for both. Python ends by the signal itself if it arrives while C code runs
+    # Python code, as in an import.
+    assert child.returncode in (130, -signal.SIGINT), (child.returncode, stderr[-2000:])
+    assert "Traceback" not in stderr
+    assert sum(line.startswith(("pocl ", "pocl: ")) for line in stderr.splitlines()) == 1, stderr[
         -2000:
     ]
-    for name in STAGES[
-        : STAGES.index(stage) + 1
-    ]:  # a loaded machine may have been interrupted a stage early
+    for name in STEPS[
+        : STEPS.index(step) + 1
+    ]:  # on a busy machine the signal may hit the step before
         if not (run / FOLDERS.get(name, name) / "manifest.json").is_file():
             pocl(name, str(recipe), "--run-dir", str(run))
-    if stage == "train":
-        ours, theirs = (
+    if step == "train":
+        weights, expected = (
             (path / "train" / "final" / "model.safetensors").read_bytes()
             for path in (run, finished)
         )
-        assert ours == theirs
+        assert weights == expected

@@ -1,5 +1,5 @@
-"""Run directories, environments and commands that cannot be: each with its sentence, and what was
-there stays as it was.
+"""Run directories, environments and commands that are refused: one sentence each, and existing
+files do not change.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(recipe: Path, tmp_path: Path) -> Path:
 
 
 def changed(**fields: Any) -> Callable[[Path], Any]:
-    """Fields of the manifest of `data` written over."""
+    """Overwrite fields of the manifest of `data`."""
 
     def write(run: Path) -> None:
         path = run / "data" / "manifest.json"
@@ -64,7 +64,7 @@ def changed(**fields: Any) -> Callable[[Path], Any]:
 
 
 def written(name: str, text: str) -> Callable[[Path], Any]:
-    """A file of the run written over."""
+    """Overwrite a file of the run directory."""
 
     def write(run: Path) -> None:
         (run / name).parent.mkdir(exist_ok=True)
@@ -74,13 +74,13 @@ def written(name: str, text: str) -> Callable[[Path], Any]:
 
 
 STRANGE = "RUN/data/manifest.json is not a manifest of this program: choose another --run-dir"
-# What is done to the run directory, the command and its words -> the sentence.
+# How the run directory is damaged, the command and its arguments, and the error message.
 RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "of another recipe": (
         lambda run: None,
         ("run", "data.test_fraction=0.2"),
-        "run directory RUN holds the finished step 'preprocess' of "
-        "another recipe (changed: data.test_fraction): choose another --run-dir, or undo the change",
+        "run directory RUN holds the finished step 'preprocess' of another recipe (changed: "
+        "data.test_fraction): choose another --run-dir, or undo the change",
     ),
     "half a manifest": (
         written("data/manifest.json", "{"),
@@ -133,8 +133,8 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "a folder as lock": (
         lambda run: (run / ".lock").mkdir(),
         ("run",),
-        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move the file that "
-        "is in the way",
+        "RUN cannot be written (Is a directory: RUN/.lock): choose another --run-dir or move the "
+        "file that is in the way",
     ),
     "a file as logs": (
         written("logs", ""),
@@ -182,7 +182,7 @@ def test_run_directories(case: str, run: Path, capsys: pytest.CaptureFixture[str
     assert {name: (run / name).read_bytes() for name in kept} == kept
 
 
-def test_places_that_are_no_run_directory(
+def test_paths_that_are_no_run_directory(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, other = tmp_path / "file", tmp_path / "other"
@@ -203,7 +203,9 @@ def test_places_that_are_no_run_directory(
         assert "(File name too long" in sentence(capsys, command, recipe, "--run-dir", long)
 
 
-def test_a_run_that_another_process_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_directory_in_use_by_another_process(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         said = sentence(capsys, "run", "--run-dir", run)
@@ -212,7 +214,7 @@ def test_a_run_that_another_process_holds(run: Path, capsys: pytest.CaptureFixtu
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder that everybody may enter, which pytest's own are not."""
+    """A folder that all users may enter, unlike the ones of pytest."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o777)
     yield folder
@@ -222,14 +224,14 @@ def open_folder() -> Iterator[Path]:
 def test_without_permission(
     recipe: Path, open_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Root may do everything, so the call is made as nobody."""
+    """Root has every permission, so the commands run as the user `nobody`."""
     if os.geteuid():
         pytest.skip("only root can become nobody")
     closed, data, text = open_folder / "closed", open_folder / "d.jsonl", open_folder / "r.yaml"
     closed.mkdir(mode=0o755)
     data.write_text('{"instruction": "a", "output": "b"}\n')
     text.write_text(recipe.read_text())
-    sentence(capsys, "run", text, "seed=x")  # what is imported late may lie where nobody may read
+    sentence(capsys, "run", text, "seed=x")  # import modules now: `nobody` may not read them
     os.seteuid(NOBODY)
     try:
         denied = sentence(capsys, "run", text, "--run-dir", closed / "run")
@@ -258,7 +260,7 @@ def test_without_permission(
     assert not (closed / "run").exists() and not (open_folder / "other").exists()
 
 
-# Variables -> the sentence. Only a launcher sets them.
+# Environment variables that only a launcher sets, and the error message.
 RANKS: dict[str, tuple[dict[str, str], str]] = {
     "a word as rank": (
         {"RANK": "one"},
@@ -313,9 +315,7 @@ def test_ranks(
 
 
 def test_another_python(tmp_path: Path) -> None:
-    """launch/setup.sh in a copy of the tree, with an interpreter that says it is 3.9, and with one
-    that is none.
-    """
+    """launch/setup.sh in a copy of the tree, with a Python 3.9 and with a missing interpreter."""
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch" / "setup.sh", tmp_path / "launch")
     for name in ("constraints.txt", "pyproject.toml"):
@@ -340,21 +340,28 @@ def test_another_python(tmp_path: Path) -> None:
 
 NO_RUN = "HERE is not a run directory: check the path"
 NEVER = "HERE was never submitted: run `pocl submit RECIPE --profile NAME --run-dir HERE`"
-# Commands on a folder that is not there, and on an empty one.
+# Arguments, and the error messages for a missing folder and for an empty one.
 COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "compare": (
         ("--run-dir", "HERE", "--models", "baseline", "student"),
         NO_RUN,
         "HERE holds no finished evaluation: run `pocl evaluate --run-dir HERE` first",
     ),
-    "inspect": (("--run-dir", "HERE"), NO_RUN, "HERE/data holds no finished data: run `pocl preprocess` first"),
+    "inspect": (
+        ("--run-dir", "HERE"),
+        NO_RUN,
+        "HERE/data holds no finished data: run `pocl preprocess` first",
+    ),
     "push": (
         ("--run-dir", "HERE", "--repo", "a/b"),
         NO_RUN,
         "HERE/export holds no finished export: run `pocl export` first, or name its folder with "
         "--folder",
     ),
-    "watch": (("--run-dir", "HERE"), *["HERE holds no recipe.yaml: give the directory of a run"] * 2),
+    "watch": (
+        ("--run-dir", "HERE"),
+        *["HERE holds no recipe.yaml: give the directory of a run"] * 2,
+    ),
     "status": (("--run-dir", "HERE"), NO_RUN, NEVER),
     "resume": (("--run-dir", "HERE"), NO_RUN, NEVER),
     "logs": (
@@ -381,7 +388,7 @@ def test_commands(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         here.mkdir(exist_ok=True)
 
 
-# What a study or a profile holds -> the sentence of either.
+# Content of a file, and the error message for it as a study and as a profile.
 OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "no YAML": (
         b"a: [",
@@ -394,7 +401,7 @@ OTHER_FILES: dict[str, tuple[bytes, str, str]] = {
     "no UTF-8": (b"\xff", *["FILE is not UTF-8 (invalid start byte at byte 0): convert it"] * 2),
     "a list": (
         b"[]",
-        "FILE holds no fields: start from a shipped study in launch/studies/",
+        "FILE has no fields: start from a shipped study in launch/studies/",
         f"profile FILE has no fields: start from one in {PROFILES}, or from `pocl profile detect`",
     ),
     "a key twice": (

@@ -1,7 +1,5 @@
-"""Recipes that are wrong as files or as words of a command line: each with its sentence, and
-nothing is written.
-
-What is wrong with single fields stands in tests/unit/test_config.py.
+"""Recipes that are wrong as files or on the command line: one sentence each, and nothing is
+written. Wrong values of fields are in tests/unit/config/test_schema.py.
 """
 
 from __future__ import annotations
@@ -13,65 +11,71 @@ from refusals import sentence
 
 from pocl_ds.resources import RECIPES
 
-BASE = "name: x\nteacher: {model: t}\nstudent: {model: s}\n"
+BASE = "name: x\ndata: {source: d.jsonl}\nteacher: {model: t}\nstudent: {model: s}\n"
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, after in zip("abcdefghi", "bcdefghij")
 )
-BROKEN = "FILE line 4 is not valid YAML ({}): mend it"
-WHOLE = "FILE is not valid YAML ({}): mend it"
-TAG = "the tag tag:yaml.org,2002:{} makes something else than a plain value"
+ON_LINE_5 = "FILE line 5 is not valid YAML ({}): fix it"
+WITHOUT_LINE = "FILE is not valid YAML ({}): fix it"
+TAG = "the tag tag:yaml.org,2002:{} is not allowed"
 
-# What follows the base (or, as bytes, the whole file) -> the sentence.
+# Lines after BASE (bytes: the complete file), and the error message.
 FILES: dict[str, tuple[str | bytes, str]] = {
     "an open bracket": (
-        "plan: [1\n",
-        "FILE line 5 is not valid YAML (expected ',' or ']', but got '<stream end>'): mend it",
+        "curriculum: [1\n",
+        "FILE line 6 is not valid YAML (expected ',' or ']', but got '<stream end>'): fix it",
     ),
-    "a tab": ("\tseed: 1\n", BROKEN.format("found character '\\t' that cannot start any token")),
-    "a key twice": ("name: y\n", BROKEN.format("'name' stands there twice")),
-    "a key twice below": ("train: {lr: 1, lr: 2}\n", BROKEN.format("'lr' stands there twice")),
+    "a tab": ("\tseed: 1\n", ON_LINE_5.format("found character '\\t' that cannot start any token")),
+    "a key twice": ("name: y\n", ON_LINE_5.format("the key 'name' appears twice")),
+    "a key twice below": (
+        "train: {lr: 1, lr: 2}\n",
+        ON_LINE_5.format("the key 'lr' appears twice"),
+    ),
     "an unknown field": ("trian: {}\n", "recipe field trian does not exist: did you mean train?"),
     "a number as a key": ("1: y\n", "recipe field 1=1: keys should be strings"),
-    "a list as a key": ("? [a]\n: y\n", BROKEN.format("found unhashable key")),
+    "a list as a key": ("? [a]\n: y\n", ON_LINE_5.format("found unhashable key")),
     "a number with too many digits": (
         f"seed: {'9' * 5000}\n",
-        BROKEN.format(f"'{'9' * 40}' is not what its tag says"),
+        ON_LINE_5.format(f"'{'9' * 40}' is not of the type of its tag"),
     ),
     "a number beyond 64 bits": (
         f"seed: {'9' * 30}\n",
-        BROKEN.format(f"'{'9' * 30}' is a number beyond 64 bits"),
+        ON_LINE_5.format(f"'{'9' * 30}' has more than 64 bits"),
     ),
     "a number beyond 63 bits": (
         f"seed: {1 << 63}\n",
         f"recipe field seed={1 << 63}: input should be less than 9223372036854776000",
     ),
-    "a tag of nothing": ("seed: !!int\n", BROKEN.format("'' is not what its tag says")),
-    "a tag that lies": ("seed: !!int abc\n", BROKEN.format("'abc' is not what its tag says")),
-    "bytes": ("hardware: !!binary aGk=\n", BROKEN.format(TAG.format("binary"))),
-    "a set": ("hardware: !!set {a}\n", BROKEN.format(TAG.format("set"))),
+    "a tag of nothing": ("seed: !!int\n", ON_LINE_5.format("'' is not of the type of its tag")),
+    "a tag that lies": (
+        "seed: !!int abc\n",
+        ON_LINE_5.format("'abc' is not of the type of its tag"),
+    ),
+    "bytes": ("hardware: !!binary aGk=\n", ON_LINE_5.format(TAG.format("binary"))),
+    "a set": ("hardware: !!set {a}\n", ON_LINE_5.format(TAG.format("set"))),
     "code": (
         "hardware: !!python/object/apply:os.system [ls]\n",
-        BROKEN.format(TAG.format("python/object/apply:os.system")),
+        ON_LINE_5.format(TAG.format("python/object/apply:os.system")),
     ),
-    "a document too many": ("---\nname: y\n", BROKEN.format("but found another document")),
+    "a document too many": ("---\nname: y\n", ON_LINE_5.format("but found another document")),
     "an anchor that holds itself": (
         "policy: {options: &a {b: *a}}\n",
-        WHOLE.format("it is more than 32 levels deep"),
+        WITHOUT_LINE.format("it is more than 32 levels deep"),
     ),
-    "anchors that multiply": (LAUGHS, WHOLE.format("it stands for more than 100000 values")),
-    "too deep": (f"hardware: {'[' * 600}\n", WHOLE.format("it is nested too deeply")),
+    "anchors that multiply": (LAUGHS, WITHOUT_LINE.format("it has more than 100000 values")),
+    "too deep": (f"hardware: {'[' * 600}\n", WITHOUT_LINE.format("it is nested too deeply")),
     "half a character": (
         'hardware: "\\ud800"\n',
-        WHOLE.format("a text holds a zero byte or half a character"),
+        WITHOUT_LINE.format("a text has a null character or half of a surrogate pair"),
     ),
     "a zero byte in a text": (
         'hardware: "a\\0b"\n',
-        WHOLE.format("a text holds a zero byte or half a character"),
+        WITHOUT_LINE.format("a text has a null character or half of a surrogate pair"),
     ),
-    "a zero byte": ("\0", WHOLE.format("special characters are not allowed")),
-    "a list": (b"- 1\n", f"FILE holds no sections: start from a shipped recipe in {RECIPES}"),
-    "nothing": (b"", f"FILE holds no sections: start from a shipped recipe in {RECIPES}"),
+    "a zero byte": ("\0", WITHOUT_LINE.format("special characters are not allowed")),
+    "a list": (b"- 1\n", f"FILE has no sections: start from a shipped recipe in {RECIPES}"),
+    "nothing": (b"", f"FILE has no sections: start from a shipped recipe in {RECIPES}"),
     "UTF-16": (
         BASE.encode("utf-16"),
         "FILE is not UTF-8 (invalid start byte at byte 0): convert it",
@@ -100,14 +104,13 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     ),
     "a stage without epochs": (
         "curriculum: {epochs_per_stage: [2, 0, 2, 2]}\n",
-        "recipe field curriculum.epochs_per_stage=[2, 0, 2, 2]: write one number of epochs, at least 1, "
-        "or one for each stage, as in "
-        "8 or [10, 8, 6, 6]",
+        "recipe field curriculum.epochs_per_stage=[2, 0, 2, 2]: write one number of epochs, at "
+        "least 1, or one for each stage, as in 8 or [10, 8, 6, 6]",
     ),
     "epochs of other stages": (
         "curriculum: {epochs_per_stage: [2, 2]}\n",
-        "recipe field curriculum: epochs_per_stage names 2 stages and subsets=4: write one number for "
-        "each stage, or one for all",
+        "recipe field curriculum: epochs_per_stage has 2 numbers and num_subsets=4: write one "
+        "number for each stage, or one for all",
     ),
     "an option that is no number": (
         "loss: {name: jsd, options: {beta: .nan}}\n",
@@ -115,7 +118,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     ),
     "an option out of range": (
         "loss: {name: jsd, options: {beta: 7}}\n",
-        "recipe: loss.options of jsd: beta=7 must lie between 0 and 1",
+        "recipe: loss.options of jsd: beta=7 must be between 0 and 1",
     ),
     "an option of another kind": (
         "loss: {name: jsd, options: {beta: true}}\n",
@@ -123,21 +126,21 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     ),
     "a plugin without a name": (
         "plugins: ['']\n",
-        "recipe field plugins: module '' cannot be imported (ValueError: Empty module name): mend "
+        "recipe field plugins: module '' cannot be imported (ValueError: Empty module name): fix "
         "it",
     ),
     "a plugin that is not there": (
         "plugins: [no_such_plugin]\n",
         "recipe field plugins: module no_such_plugin cannot be imported "
-        "(No module named 'no_such_plugin'): put its folder into PYTHONPATH",
+        "(No module named 'no_such_plugin'): add its folder to PYTHONPATH",
     ),
 }
 
-# Words after the recipe -> the sentence.
-WORDS: dict[str, tuple[tuple[str, ...], str]] = {
+# Arguments after the recipe, and the error message.
+ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "no field": (
         ("train.lr",),
-        "two recipes are named (FILE, train.lr): give one, overrides have the form field=value",
+        "two recipes are given (FILE, train.lr): give one; overrides have the form field=value",
     ),
     "no name": (("=3",), "override '=3' is not of the form section.field=value"),
     "below a value": (("name.first=x",), "override 'name.first=x': name is a value, not a section"),
@@ -153,13 +156,12 @@ WORDS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "a tag": (
         ("hardware=!foo x",),
-        "override 'hardware=!foo x': the value is not valid YAML (the tag !foo makes something "
-        "else "
-        "than a plain value): quote it",
+        "override 'hardware=!foo x': the value is not valid YAML (the tag !foo is not "
+        "allowed): quote it",
     ),
     "true for a number": (
         ("launch.ranks=true",),
-        "recipe field launch.ranks=True: a number is needed, not true or false",
+        "recipe field launch.ranks=True: write a number, not true or false",
     ),
     "the last of two counts": (
         ("train.lr=1", "train.lr=-1"),
@@ -185,17 +187,19 @@ def test_files(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("case", WORDS)
-def test_words(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words, expected = WORDS[case]
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments(
+    case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, expected = ARGUMENTS[case]
     assert sentence(
-        capsys, "run", recipe, "--run-dir", tmp_path / "run", *words
+        capsys, "run", recipe, "--run-dir", tmp_path / "run", *arguments
     ) == expected.replace("FILE", str(recipe))
     assert not (tmp_path / "run").exists()
 
 
 def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What stands where a recipe's name should."""
+    """Names that are no recipes."""
     assert (
         sentence(capsys, "run", tmp_path)
         == f"recipe {tmp_path} is a folder: name a file in it, or a run directory with --run-dir"
@@ -207,8 +211,8 @@ def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         f"recipe '{'a' * 300}' is neither a file nor a shipped recipe ("
     )
     assert sentence(capsys, "run") == (
-        "no recipe is named: give a file or a shipped name (pocl run quickstart), or a --run-dir "
-        "that has one"
+        "no recipe is given: name a file or a shipped recipe (pocl run quickstart), or a --run-dir "
+        "that holds a recipe.yaml"
     )
     assert (
         sentence(capsys, "run", recipe, "--ranks", 0)
@@ -217,11 +221,11 @@ def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for shard in ("2/1", "1/1", "1", "²/3", "-1/2", "a/b"):
         assert (
             sentence(capsys, "score", recipe, f"--shard={shard}")
-            == f"--shard {shard}: write I/N with I from 0 to N-1, as in 2/8"
+            == f"--shard {shard}: write I/N with I from 0 to N-1, for example 2/8"
         )
 
 
-def test_a_plugin_with_a_fault_of_its_own(
+def test_a_plugin_with_an_error_of_its_own(
     recipe: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -233,20 +237,18 @@ def test_a_plugin_with_a_fault_of_its_own(
         ("dividing_plugin", "1/0\n", "ZeroDivisionError: division by zero"),
     ):
         (tmp_path / f"{name}.py").write_text(text)
-        said = sentence(capsys, "run", recipe, f"plugins=[{name}]")
+        message = sentence(capsys, "run", recipe, f"plugins=[{name}]")
         assert (
-            said == f"recipe field plugins: module '{name}' cannot be imported ({fault}): mend it"
+            message == f"recipe field plugins: module '{name}' cannot be imported ({fault}): fix it"
         )
 
 
-def test_a_date_is_a_text(recipe: Path) -> None:
-    """Hub revisions may look like one; YAML would make another object of it, and refuse the 45th of
-    a month.
-    """
+def test_a_date_is_text(recipe: Path) -> None:
+    """Hub revisions may look like dates; YAML would turn them into date objects, or refuse them."""
     from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 
     for date in ("2024-12-01", "2024-13-45"):
-        found = load_recipe(str(recipe), [f"student.revision={date}"])
-        assert found.student.revision == date
-        recipe.write_text(dump_recipe(found))
-        assert load_recipe(str(recipe)) == found
+        parsed = load_recipe(str(recipe), [f"student.revision={date}"])
+        assert parsed.student.revision == date
+        recipe.write_text(dump_recipe(parsed))
+        assert load_recipe(str(recipe)) == parsed

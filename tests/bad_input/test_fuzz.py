@@ -1,7 +1,7 @@
-"""Whatever a recipe or a data file holds, reading it ends soon, in a result or in one of our own
-sentences.
+"""Whatever a recipe or a data file contains, reading it soon returns a result or raises an error of
+our own.
 
-POCL_FUZZ=20000 takes that many examples of each instead of the 200 of the suite.
+POCL_FUZZ=20000 runs that many examples of each test instead of 200.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
-from pocl_ds.data.records import FORMS, NAMES, Sample, read_samples
+from pocl_ds.data.records import FIELD_NAMES, RECORD_FORMATS, Sample
+from pocl_ds.data.sources import read_samples
 from pocl_ds.errors import DataError, RecipeError
 
 EXAMPLES = int(os.environ.get("POCL_FUZZ", "200"))
-# seconds of this process's own time for one example; a machine may be busy with something else
-LONGEST = 5.0
+# Seconds of CPU time for one example; the machine may be busy with other work.
+MAX_SECONDS = 5.0
 many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
 SHIPPED = dump_recipe(load_recipe("quickstart"))
 FULL = yaml.safe_load(SHIPPED)
-# What YAML reads as something else than a text.
+# Texts that YAML reads as something else.
 MARKS = [
     *"{}[]'\"#%`=~é\ud7ff",
     *("yes", "null", ".nan", ".inf", "1e999", "2024-13-45", "\\ud800"),
@@ -76,29 +77,31 @@ plain = st.recursive(
 
 
 def names(tree: Any, before: str = "") -> list[str]:
-    """Dotted names of all fields, but not `plugins`, which would import modules by chance."""
+    """Dotted names of all fields except `plugins`, which could import any module."""
     if not isinstance(tree, dict):
         return []
     here = [(f"{before}{name}", below) for name, below in tree.items() if name != "plugins"]
-    return [found for name, below in here for found in [name, *names(below, f"{name}.")]]
+    return [path for name, below in here for path in [name, *names(below, f"{name}.")]]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where examples are written over one another."""
+    """The folder where each example overwrites the one before."""
     return tmp_path_factory.mktemp("fuzz")
 
 
 def within_time(work: Callable[[], Any], fault: type[Exception]) -> Any:
-    """What `work` gives; None where it ends in `fault`. All else fails, and so does a long wait."""
+    """The result of `work`, or None if it raises `fault`. Any other error fails the test, and so
+    does a result that takes too long.
+    """
     start = time.process_time()
     try:
-        found = work()
+        result = work()
     except fault as error:
         assert str(error)
-        found = None
-    assert time.process_time() - start < LONGEST
-    return found
+        result = None
+    assert time.process_time() - start < MAX_SECONDS
+    return result
 
 
 def read_recipe(content: str | bytes, folder: Path, overrides: list[str] | None = None) -> None:
@@ -166,14 +169,14 @@ values = st.recursive(
     ),
     max_leaves=6,
 )
-fields = st.sampled_from([*itertools.chain.from_iterable(NAMES.values()), "role", "content"])
+fields = st.sampled_from([*itertools.chain.from_iterable(FIELD_NAMES.values()), "role", "content"])
 
 
 def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:
     path = folder / f"d.{ending}"
     path.write_bytes(content)
-    found = within_time(lambda: list(read_samples(str(path), format=format)), DataError)
-    for sample in found or []:
+    samples = within_time(lambda: list(read_samples(str(path), format=format)), DataError)
+    for sample in samples or []:
         assert isinstance(sample, Sample) and sample.id and all(sample.references)
         sample.to_json().encode(), sample.prompt_key, sample.id.encode()
 
@@ -219,7 +222,7 @@ def test_lines_with_a_hole(start: int, length: int, put: bytes, folder: Path) ->
         max_size=4,
     ),
     ending=st.sampled_from(["jsonl", "json"]),
-    format=st.sampled_from(["auto", *FORMS]),
+    format=st.sampled_from(["auto", *RECORD_FORMATS]),
 )
 def test_records_of_anything(records: list[Any], ending: str, format: str, folder: Path) -> None:
     text = (
@@ -232,13 +235,13 @@ def test_records_of_anything(records: list[Any], ending: str, format: str, folde
 
 @pytest.fixture(scope="module")
 def table() -> bytes:
-    """A Parquet file that is fine."""
+    """A valid Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    found = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([{**RECORD, "id": str(i)} for i in range(3)]), found)
-    return found.getvalue()
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([{**RECORD, "id": str(i)} for i in range(3)]), buffer)
+    return buffer.getvalue()
 
 
 @many

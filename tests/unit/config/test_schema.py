@@ -1,6 +1,4 @@
-"""Recipes: what is wrong is said in one sentence, with the field and the remedy, and nothing but
-RecipeError escapes.
-"""
+"""Recipes: every fault is a RecipeError of one sentence, with the field and the remedy."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ BASE: dict[str, Any] = {
 
 
 def changed(**values: Any) -> dict[str, Any]:
-    """The base recipe with `a__b` set; None as a value of a section removes it."""
+    """The base recipe with other values; `a__b` is field b of section a."""
     tree = copy.deepcopy(BASE)
     for path, value in values.items():
         *parents, leaf = path.split("__")
@@ -289,20 +287,20 @@ garbage = st.recursive(
 @given(
     path=st.sampled_from(paths(FULL)),
     value=garbage,
-    how=st.sampled_from(["delete", "replace", "add"]),
+    action=st.sampled_from(["delete", "replace", "add"]),
     key=st.text(max_size=8),
 )
-def test_no_recipe_does_more_than_fail_with_a_sentence(
-    path: tuple[str, ...], value: Any, how: str, key: str
+def test_any_recipe_is_valid_or_a_recipe_error(
+    path: tuple[str, ...], value: Any, action: str, key: str
 ) -> None:
     tree = copy.deepcopy(FULL)
     node = tree
     for part in path[:-1]:
         node = node[part]
-    if how == "delete":
+    if action == "delete":
         del node[path[-1]]
     else:
-        node[path[-1] if how == "replace" else key] = value
+        node[path[-1] if action == "replace" else key] = value
     try:
         recipe = check_recipe(tree)
     except RecipeError as error:
@@ -311,7 +309,7 @@ def test_no_recipe_does_more_than_fail_with_a_sentence(
         assert check_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
 
 
-def test_benchmarks_that_are_no_names() -> None:
+def test_benchmarks_must_be_names() -> None:
     with pytest.raises(RecipeError, match="recipe field evaluate.benchmarks"):
         check_recipe({**BASE, "evaluate": {"benchmarks": [["dolly"]]}})
 
@@ -348,20 +346,24 @@ def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Pat
 
 
 @pytest.mark.parametrize("mode", ["online", "cached_hidden_states", "cached_topk", "auto"])
-def test_a_quantised_teacher_says_other_things(mode: str) -> None:
-    prints = [
+def test_quantization_changes_the_fingerprints(mode: str) -> None:
+    all_digests = [
         fingerprints(
             check_recipe(
-                changed(teacher__ds_config=None, teacher__mode=mode, teacher__quantization=how)
+                changed(
+                    teacher__ds_config=None, teacher__mode=mode, teacher__quantization=quantization
+                )
             )
         )
-        for how in ("none", "bnb_8bit", "bnb_4bit")
+        for quantization in ("none", "bnb_8bit", "bnb_4bit")
     ]
-    assert all(len({found[step] for found in prints}) == 3 for step in ("cache-teacher", "train"))
-    assert len({found["preprocess"] for found in prints}) == 1
+    assert all(
+        len({digests[step] for digests in all_digests}) == 3 for step in ("cache-teacher", "train")
+    )
+    assert len({digests["preprocess"] for digests in all_digests}) == 1
 
 
-def test_adapters_as_overrides(tmp_path: Path) -> None:
+def test_adapters_by_overrides(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump(BASE))
     recipe = load_recipe(
@@ -383,7 +385,7 @@ def test_adapters_as_overrides(tmp_path: Path) -> None:
         and adapted.student.lora is not None
         and adapted.student.lora.target_modules == ("all-linear",)
     )
-    assert len({fingerprints(one)["train"] for one in (plain, adapted, recipe)}) == 3
+    assert len({fingerprints(variant)["train"] for variant in (plain, adapted, recipe)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -429,7 +431,7 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
         load_recipe("quikstart")
 
 
-def test_operational_fields_do_not_last() -> None:
+def test_runtime_only_fields_are_not_semantic() -> None:
     one = TrainConfig(batch_size=8, micro_batch_size=2)
     other = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every_n_steps": 7})  # type: ignore[arg-type]
     assert semantic_fields(one) == semantic_fields(other)
@@ -445,7 +447,7 @@ def test_operational_fields_do_not_last() -> None:
 def test_a_recipe_written_and_read_again_has_the_same_fingerprints(
     path: Path, tmp_path: Path
 ) -> None:
-    """A default of 60 that comes back as 60.0 would make a finished run another recipe's."""
+    """A default of 60 that is read back as 60.0 would invalidate a finished run."""
     recipe = load_recipe(str(path))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
     assert fingerprints(load_recipe(str(tmp_path / "recipe.yaml"))) == fingerprints(recipe)

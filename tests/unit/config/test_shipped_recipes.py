@@ -1,4 +1,4 @@
-"""Every recipe that is shipped is valid, complete and says what it needs."""
+"""Every shipped recipe is valid, and names its hardware and its purpose."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pocl_ds.config.registry import ACROSS_TOKENIZERS, LOSSES
 from pocl_ds.resources import RECIPES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-WANTED = {
+REQUIRED = {
     "quickstart",
     "gpt2-1.5b-to-0.1b",
     "opt-2.7b-to-350m",
@@ -25,12 +25,12 @@ WANTED = {
 MEASURED = {"quickstart", "smollm2-teacher", "smollm2-study"}
 
 
-def test_the_recipes_that_were_promised_are_there() -> None:
-    assert set(NAMES) >= WANTED
+def test_the_required_recipes_are_shipped() -> None:
+    assert set(NAMES) >= REQUIRED
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_recipe(name: str, tmp_path: Path) -> None:
+def test_a_shipped_recipe_is_valid(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.hardware
@@ -90,7 +90,7 @@ def test_the_papers_recipe_has_the_papers_numbers() -> None:
     assert recipe.evaluate.seeds == (10, 20, 30, 40, 50)
 
 
-def test_every_loss_of_the_table_has_a_function() -> None:
+def test_every_registered_loss_has_a_function() -> None:
     losses = pytest.importorskip("pocl_ds.losses")
     import torch
 

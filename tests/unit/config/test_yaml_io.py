@@ -1,4 +1,4 @@
-"""What people write as YAML is read as they mean it, and what is written is read back as it was."""
+"""YAML values are read as people mean them, and written values are read back unchanged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pocl_ds.config.yaml_io import dump_yaml, plain_value
 
-LIKE_OTHERS = r"[-+]?[0-9_]*\.?[0-9]*([eE][-+]?[0-9]+)?|true|no|~|null|2026-11-26|0x1f|0o7|1:30"
-texts = st.from_regex(LIKE_OTHERS, fullmatch=True) | st.text(
+AMBIGUOUS = r"[-+]?[0-9_]*\.?[0-9]*([eE][-+]?[0-9]+)?|true|no|~|null|2026-11-26|0x1f|0o7|1:30"
+texts = st.from_regex(AMBIGUOUS, fullmatch=True) | st.text(
     st.characters(exclude_characters="\0", exclude_categories=("Cs",))
 )
 scalars = (
@@ -25,9 +25,9 @@ values = st.recursive(
 
 
 @given(values)
-def test_what_is_written_is_read_back(value: Any) -> None:
-    found = plain_value(dump_yaml(value))
-    assert found == value and repr(found) == repr(value)
+def test_written_values_are_read_back(value: Any) -> None:
+    read_back = plain_value(dump_yaml(value))
+    assert read_back == value and repr(read_back) == repr(value)
 
 
 @pytest.mark.parametrize(
@@ -44,5 +44,5 @@ def test_what_is_written_is_read_back(value: Any) -> None:
     ],
 )
 def test_a_number_with_an_exponent(text: str, value: float | str) -> None:
-    found = plain_value(text)
-    assert found == value and type(found) is type(value)
+    number = plain_value(text)
+    assert number == value and type(number) is type(value)

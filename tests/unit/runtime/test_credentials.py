@@ -1,5 +1,5 @@
-"""Secrets: refused in what is written down, blotted out of what is shown. Each is planted where a
-person may put one.
+"""Secrets: refused in recipes and profiles, and redacted in logs and messages. Each test plants one
+where a person may put it.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ JUDGE = {"base_url": "http://localhost/v1", "model": "m"}
         ({"no_such_field": ADDRESS}, "no_such_field"),
     ],
 )
-def test_a_recipe_that_holds_a_secret(changes: dict[str, Any], field: str) -> None:
-    with pytest.raises(RecipeError, match=rf"field {field} holds a password") as caught:
+def test_a_recipe_that_contains_a_secret(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError, match=rf"field {field} contains a password") as caught:
         check_recipe(tree(**changes))
     assert PLANTED not in str(caught.value)
 
@@ -90,13 +90,13 @@ def test_a_recipe_that_holds_a_secret(changes: dict[str, Any], field: str) -> No
         ),
     ],
 )
-def test_a_profile_that_holds_a_secret(changes: dict[str, Any], field: str) -> None:
-    with pytest.raises(RecipeError, match=rf"field {field} holds a password") as caught:
+def test_a_profile_that_contains_a_secret(changes: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError, match=rf"field {field} contains a password") as caught:
         check_profile({"name": "x", **changes}, "x")
     assert PLANTED not in str(caught.value)
 
 
-def test_what_is_no_secret_is_taken() -> None:
+def test_values_without_secrets_are_accepted() -> None:
     check_profile(
         {
             "name": "x",
@@ -136,12 +136,12 @@ def test_what_is_no_secret_is_taken() -> None:
         ("MAX_TOKENS", False),
     ],
 )
-def test_names(name: str, secret: bool) -> None:
+def test_names_of_secrets(name: str, secret: bool) -> None:
     assert is_secret_name(name) is secret
     assert assigns_secret(f"export {name}=x") is secret and not assigns_secret(f"export {name}=$x")
 
 
-def test_a_key_file_and_a_short_word_are_shown(
+def test_key_files_and_short_values_are_not_redacted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SSH_KEY", str(tmp_path))
@@ -149,7 +149,7 @@ def test_a_key_file_and_a_short_word_are_shown(
     assert redact(f"training in {tmp_path}") == f"training in {tmp_path}"
 
 
-def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_are_redacted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging()
     log_to_file(tmp_path / "log")
     log = logging.getLogger("pocl_ds")
@@ -167,7 +167,7 @@ def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("fault", [RecipeError, ValueError], ids=["a user's fault", "a defect"])
-def test_messages_tracebacks_and_a_rank_s_last_word(
+def test_messages_tracebacks_and_exit_records_are_redacted(
     fault: type[Exception],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,19 +179,21 @@ def test_messages_tracebacks_and_a_rank_s_last_word(
     monkeypatch.setattr("pocl_ds.cli.pipeline.read_recipe", fail)
     monkeypatch.setenv(EXIT_RECORDS, str(tmp_path))
     assert main(["run", "quickstart"]) == (2 if fault is RecipeError else 1)
-    said = capsys.readouterr().err
-    word = json.loads((tmp_path / "rank-0.json").read_text())["error"]
-    assert "https://***@example.org/data.jsonl refuses ***" in said and "refuses ***" in word
-    assert PLANTED not in said + word
+    stderr = capsys.readouterr().err
+    recorded = json.loads((tmp_path / "rank-0.json").read_text())["error"]
+    assert "https://***@example.org/data.jsonl refuses ***" in stderr and "refuses ***" in recorded
+    assert PLANTED not in stderr + recorded
 
 
-def test_a_dry_run_and_an_override(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for words in (
+def test_dry_runs_and_overrides_are_redacted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for arguments in (
         ["run", "quickstart", f"data.source={ADDRESS}", "--dry-run"],
         ["run", "quickstart", f"data.{ADDRESS}"],
         ["submit", "quickstart", "--profile", str(tmp_path / "p.yaml"), "--dry-run"],
     ):
         (tmp_path / "p.yaml").write_text(yaml.safe_dump({"environment": {"HF_TOKEN": PLANTED}}))
-        assert main(words) == 2
-        said = capsys.readouterr()
-        assert PLANTED not in said.out + said.err and "Traceback" not in said.err
+        assert main(arguments) == 2
+        output = capsys.readouterr()
+        assert PLANTED not in output.out + output.err and "Traceback" not in output.err

@@ -75,7 +75,7 @@ def test_tensorboard_reports_a_full_disk_once(
     assert printed == []
     for fault in (OSError(28, "No space left on device"), KeyError("a defect")):
         threading.excepthook(threading.ExceptHookArgs((type(fault), fault, None, None)))
-    assert [str(one) for one in printed] == ["'a defect'"]
+    assert [str(error) for error in printed] == ["'a defect'"]
 
 
 def test_weights_and_biases_resumes_one_run(
