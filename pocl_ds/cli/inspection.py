@@ -26,7 +26,7 @@ from pocl_ds.cli.tables import print_table
 from pocl_ds.workflow.steps import STEP
 
 if TYPE_CHECKING:
-    from pocl_ds.evaluation.side_by_side import Side
+    from pocl_ds.evaluation.compare_models import ComparedModel
     from pocl_ds.workflow.run_dir import RunDirectory
 
 PANEL = "Inspect and compare"
@@ -130,23 +130,25 @@ def compare(
     ] = False,
 ) -> int:
     """Test whether one model's answers are better than another's, item by item."""
-    from pocl_ds.evaluation.side_by_side import lines_of, put_side_by_side
+    from pocl_ds.evaluation.compare_models import compare_models, comparison_lines
     from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
-    a, b = _sides(run_dir, model, models)
-    table = put_side_by_side(a, b, measure=measure, benchmark=benchmark, force=force)
-    print("\n".join(lines_of(table, a, b)))
+    a, b = _models_to_compare(run_dir, model, models)
+    table = compare_models(a, b, measure=measure, benchmark=benchmark, force=force)
+    print("\n".join(comparison_lines(table, a, b)))
     return 0
 
 
-def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple[Side, Side]:
+def _models_to_compare(
+    paths: list[Path], model: str, pair: tuple[str, str] | None
+) -> tuple[ComparedModel, ComparedModel]:
     """The two models to compare: `pair` of one run or one of each run, or `model` of two runs.
 
     Raises RecipeError unless this names two different models.
     """
     from pocl_ds.errors import RecipeError
-    from pocl_ds.evaluation.side_by_side import Side
+    from pocl_ds.evaluation.compare_models import ComparedModel
 
     if len(paths) > 2:
         raise RecipeError(f"{len(paths)} run directories are given: compare two at a time")
@@ -164,7 +166,7 @@ def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple
         raise RecipeError(
             f"{names[0]} of {paths[0]} would be compared with itself: name two models with --models"
         )
-    # Label each side by its model, and by its run where there are two.
+    # Label each model, with its run where there are two.
     folders = [run.path.resolve().name for run in runs]
     run_names = [str(path) for path in paths] if folders[0] == folders[1] else folders
     labels = (
@@ -173,7 +175,8 @@ def _sides(paths: list[Path], model: str, pair: tuple[str, str] | None) -> tuple
         else [f"{run} {name}" for run, name in zip(run_names, names, strict=True)]
     )
     first, second = (
-        Side(run, name, label) for run, name, label in zip(runs, names, labels, strict=True)
+        ComparedModel(run, name, label)
+        for run, name, label in zip(runs, names, labels, strict=True)
     )
     return first, second
 
@@ -214,13 +217,13 @@ def compare_difficulty(
 ) -> int:
     """Measure how far the difficulty rankings of several runs agree."""
     from pocl_ds.config.recipe_file import load_recipe
-    from pocl_ds.study.difficulty_agreement import difficulty_lines, read_seen
+    from pocl_ds.study.difficulty_agreement import difficulty_lines, read_ranked_samples
     from pocl_ds.workflow.run_dir import RunDirectory
 
     names = [path.name for path in run_dir]
     labels = [path.name if names.count(path.name) == 1 else str(path) for path in run_dir]
     runs: list[RunDirectory] = [RunDirectory(path) for path in run_dir]
-    rankings = [read_seen(run, label) for run, label in zip(runs, labels, strict=True)]
+    rankings = [read_ranked_samples(run, label) for run, label in zip(runs, labels, strict=True)]
     count = subsets or max(load_recipe(str(run.recipe)).curriculum.num_subsets for run in runs)
     print("\n".join(difficulty_lines(rankings, count)))
     return 0

@@ -345,7 +345,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "compare": (
         ("--run-dir", "HERE", "--models", "baseline", "student"),
         NO_RUN,
-        "HERE holds no finished evaluation: run `pocl evaluate --run-dir HERE` first",
+        "HERE has no finished evaluation: run `pocl evaluate --run-dir HERE` first",
     ),
     "inspect": (
         ("--run-dir", "HERE"),
