@@ -1,31 +1,38 @@
-"""Measurements that anyone can repeat: `pocl bench NAME`."""
+"""Benchmarks that anyone can repeat: `pocl bench NAME`."""
 
+# Name -> module with a function `run(arguments, out)`, and one sentence for `pocl bench list`.
 BENCHMARKS = {
-    "rouge": ("pocl_ds.bench.rouge", "ROUGE-L against the package rouge-score"),
+    "rouge": ("pocl_ds.bench.rouge", "Speed of ROUGE-L against the package rouge-score."),
     "loss": (
         "pocl_ds.bench.loss",
-        "head and divergence: time and memory against full logits and Liger",
+        "Time and memory of output head and divergence against full logits and Liger.",
     ),
-    "step": ("pocl_ds.bench.step", "a training step against full logits, SFT, TRL, and the floor"),
+    "step": (
+        "pocl_ds.bench.step",
+        "Time and memory of an optimizer step against full logits, SFT, TRL and the floor.",
+    ),
     "teacher": (
         "pocl_ds.bench.teacher",
-        "what it saves to ask the teacher once: a step, a whole run, reads",
+        "Cached against online teacher: a step, a whole run, reads from disk.",
     ),
     "rollout": (
         "pocl_ds.bench.rollout",
-        "how fast the student writes while it learns, with vLLM and transformers",
+        "Speed of the student's responses in training, with vLLM and with transformers.",
     ),
-    "size": (
+    "estimate": (
         "pocl_ds.bench.estimate",
-        "pocl estimate against measured memory, and FLOPs against torch's counter",
+        "Memory and FLOPs that `pocl estimate` predicts against measured ones.",
     ),
     "overhead": (
         "pocl_ds.bench.overhead",
-        "what scoring and ranking cost beside the training, in a finished run",
+        "Cost of scoring and ranking relative to the training of a finished run.",
     ),
     "checkpoint": (
         "pocl_ds.bench.checkpoint",
-        "saving, at once and in the background, loading and converting",
+        "Time of saving, at once and in the background, loading and converting.",
     ),
-    "scale": ("pocl_ds.bench.scale", "ranking, planning and sampling at 10k to 10M samples"),
+    "scale": (
+        "pocl_ds.bench.scale",
+        "Time and memory of ranking, planning and sampling for 10k to 10M samples.",
+    ),
 }

@@ -1,7 +1,7 @@
-"""What checkpoints cost: the time training stands still for a save, at once and in the background,
-loading, conversion, bytes.
+"""Cost of checkpoints: how long a save stops training, at once and in the background, loading,
+conversion, bytes.
 
-A student of 99 million parameters (workload A of `pocl bench step`) on two ZeRO-3 ranks.
+The student has 99 million parameters (workload A of `pocl bench step`) on two ZeRO-3 ranks.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.bench.arguments import choose_name
 from pocl_ds.bench.ranks import run_ranks
 from pocl_ds.bench.workloads import WORKLOADS, write_models
-from pocl_ds.errors import RecipeError
 from pocl_ds.models.quiet import quiet
 
 RANKS, STEPS = 2, 4
 
 
 def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> dict[str, Any]:
-    """Print and return what was measured. arguments: the name of a workload, A where none is given."""
-    name = arguments[0] if arguments else "A"
-    if len(arguments) > 1 or name not in WORKLOADS:
-        raise RecipeError(f"give one workload, {', '.join(WORKLOADS)}, or nothing")
+    """Print and return the measured seconds. arguments: the name of a workload, A by default."""
+    name = choose_name(arguments, WORKLOADS, "A")
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
         folder = Path(folder_name)
         with quiet():
             write_models(WORKLOADS[name], folder)
         result = folder / "out.json"
-        found: dict[str, Any] = run_ranks(
-            "the ranks",
+        times: dict[str, Any] = run_ranks(
+            "checkpoint",
             "pocl_ds.bench.checkpoint_worker",
             [name, str(folder), str(STEPS), str(result)],
             result,
@@ -40,29 +38,32 @@ def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> di
             threads=max(1, (os.cpu_count() or 1) // RANKS),
         )
     out(
-        f"{found['parameters'] / 1e6:.0f} million parameters, {RANKS} ZeRO-3 ranks, a step "
-        f"{found['step']:.2f} s"
+        f"{times['parameters'] / 1e6:.0f} million parameters, {RANKS} ZeRO-3 ranks, optimizer step "
+        f"{times['step']:.2f} s"
     )
-    at_once, stall = statistics.mean(found["save"]), statistics.mean(found["stall"])
-    meanwhile = found["step_meanwhile"]
-    rows = (
-        ("save at once", f"{at_once:.2f} s", "training stands still"),
+    for label, value, note in _rows(times):
+        out(f"{label:<24}{value:>12}   {note}")
+    return times
+
+
+def _rows(times: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, value and note of each line of the table."""
+    save, stall = statistics.mean(times["save"]), statistics.mean(times["stall"])
+    during_save = times["step_during_save"]
+    slowdown = "" if during_save is None else f"{during_save / times['step']:.2f}"
+    return [
+        ("save at once", f"{save:.2f} s", "training waits"),
         (
-            "in the background",
+            "save in the background",
             f"{stall:.2f} s",
-            f"training stands still: {100 * stall / at_once:.0f}% of a save at once",
+            f"training waits: {100 * stall / save:.0f}% of a save at once",
         ),
         (
-            "  until it is whole",
-            f"{statistics.mean(found['whole']):.2f} s",
-            ""
-            if meanwhile is None
-            else f"steps meanwhile take {meanwhile / found['step']:.2f} times as long",
+            "  until complete",
+            f"{statistics.mean(times['complete']):.2f} s",
+            slowdown and f"steps meanwhile take {slowdown} times as long",
         ),
-        ("load and verify", f"{found['load']:.2f} s", ""),
-        ("convert", f"{found['convert']:.2f} s", "for another number of ranks"),
-        ("size", f"{found['bytes_per_parameter']:.1f} bytes", "a parameter"),
-    )
-    for label, value, note in rows:
-        out(f"{label:<22}{value:>12}   {note}")
-    return found
+        ("load and verify", f"{times['load']:.2f} s", ""),
+        ("convert", f"{times['convert']:.2f} s", "for another number of ranks"),
+        ("size", f"{times['bytes_per_parameter']:.1f} bytes", "per parameter"),
+    ]

@@ -1,5 +1,5 @@
-"""The ranks of `pocl bench checkpoint`: trains a student a few steps, saves it both ways, loads and
-converts what was saved.
+"""The ranks of `pocl bench checkpoint`: train a student for a few steps, save it both ways, load
+and convert the checkpoint.
 
     launch/train.sh --ranks R --module pocl_ds.bench.checkpoint_worker WORKLOAD FOLDER STEPS OUT
 """
@@ -10,13 +10,15 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pocl_ds.bench.step_worker import precision, write_split
+from pocl_ds.bench.step_worker import model_dtype, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
+from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.config import (
     CheckpointConfig,
     LossConfig,
@@ -25,93 +27,95 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.engines.engine import start_deepspeed
+from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.tracking import setup_logging
-from pocl_ds.training import build
-from pocl_ds.training.checkpoint import PREFIX, Checkpoints
-from pocl_ds.training.trainer import StopFlag, Trainer
-from pocl_ds.workflow.run_dir import RunDirectory, write_json
+from pocl_ds.runtime.logs import setup_logging
+from pocl_ds.training.build import build_trainer
+from pocl_ds.training.checkpoint import Checkpoints
+from pocl_ds.training.trainer import Trainer
+from pocl_ds.training.training_run import TrainingRun
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def main(work: Workload, folder: Path, steps: int, out: Path) -> None:
-    """Write the seconds of each part, and the checkpoint's bytes a parameter."""
+    """Write the seconds of each part, and the checkpoint's bytes per parameter."""
     start_deepspeed()
-    trainer = _trainer(work, folder, steps)
-    parameters = sum(
-        int(getattr(p, "ds_numel", p.numel())) for p in trainer.engine.module.parameters()
-    )
-    plain = _steps(trainer, 0, steps)
-    directory = folder / "checkpoints"
+    trainer = _build_trainer(work, folder, steps)
+    engine, directory = trainer.models.engine, folder / "checkpoints"
+    parameters = sum(full_shape(parameter).numel() for parameter in engine.module.parameters())
+    step_seconds = _time_steps(trainer, 0, steps)
+
+    # Saves at once: training waits for the whole save.
     at_once = Checkpoints(directory, CheckpointConfig(keep_last=9), fingerprint="bench")
-    saved = [
-        _timed(lambda step=step: at_once.save(step, trainer.engine, last_chance=False))
-        for step in (1, 2)
-    ]
-    behind = Checkpoints(
-        directory, CheckpointConfig(keep_last=9, async_save=True), fingerprint="bench"
-    )
-    stalls, meanwhile, whole = [], [], []
+    save_seconds = [_time(partial(at_once.save, step, engine, is_final=False)) for step in (1, 2)]
+
+    # Saves in the background: training waits for the copy and for the completion.
+    config = CheckpointConfig(keep_last=9, async_save=True)
+    background = Checkpoints(directory, config, fingerprint="bench")
+    stall_seconds, steps_during_save, complete_seconds = [], [], []
     for step in (3, 4):
-        begin = time.perf_counter()
-        stalls.append(
-            _timed(lambda step=step: behind.save(step, trainer.engine, last_chance=False))
-        )
-        while any(distributed.gather_objects(behind.writing)):
-            meanwhile += _steps(trainer, 0, 1)
-        stalls[-1] += _timed(behind.settle)
-        whole.append(time.perf_counter() - begin)
-    loaded = _timed(lambda: at_once.load(trainer.engine))
-    converted, size = 0.0, 0
-    newest = directory / f"{PREFIX}{4:08d}"
+        start = time.perf_counter()
+        stall = _time(partial(background.save, step, engine, is_final=False))
+        while any(distributed.gather_objects(background.is_writing)):
+            steps_during_save += _time_steps(trainer, 0, 1)
+        stall_seconds.append(stall + _time(background.finalize_async_save))
+        complete_seconds.append(time.perf_counter() - start)
+
+    # Loading, and the conversion on rank 0.
+    load_seconds = _time(lambda: at_once.load(engine))
+    newest = at_once.step_directory(4)
+    convert_seconds, size = 0.0, 0
     if distributed.rank() == 0:
         target = folder / "converted"
         target.mkdir()
-        begin = time.perf_counter()
-        trainer.engine.reshard(newest, target)
-        converted = time.perf_counter() - begin
+        start = time.perf_counter()
+        engine.reshard(newest, target)
+        convert_seconds = time.perf_counter() - start
         size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
         shutil.rmtree(target)
     distributed.barrier()
+
     if distributed.rank() == 0:
-        write_json(
-            out,
-            {
-                "step": statistics.median(plain),
-                "save": saved,
-                "stall": stalls,
-                "whole": whole,
-                "step_meanwhile": statistics.median(meanwhile) if meanwhile else None,
-                "load": loaded,
-                "convert": converted,
-                "bytes_per_parameter": size / parameters,
-                "parameters": parameters,
-            },
-        )
+        during_save = statistics.median(steps_during_save) if steps_during_save else None
+        result = {
+            "step": statistics.median(step_seconds),
+            "save": save_seconds,
+            "stall": stall_seconds,
+            "complete": complete_seconds,
+            "step_during_save": during_save,
+            "load": load_seconds,
+            "convert": convert_seconds,
+            "bytes_per_parameter": size / parameters,
+            "parameters": parameters,
+        }
+        write_json(out, result)
 
 
-def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
+def _build_trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     run = RunDirectory(folder / "run")
     if distributed.rank() == 0:
         write_split(work, run.data)
     distributed.barrier()
-    count = len(work.lengths)
+    samples = len(work.lengths)
     train = TrainConfig(
-        batch_size=count,
-        micro_batch_size=max(1, count // distributed.world_size()),
+        batch_size=samples,
+        micro_batch_size=max(1, samples // distributed.world_size()),
         validate_max_samples=0,
         tracking=TrackingConfig(tensorboard=False),
     )
-    student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": precision()})
-    plan = single_stage_plan(
-        np.arange(count), steps=steps, batch_size=count, temperature=1.0, sft_ratio=1.0
+    student = StudentConfig.model_validate(
+        {"model": str(folder / "student"), "dtype": model_dtype()}
     )
-    job = build.Job(
+    plan = single_stage_plan(
+        np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=1.0
+    )
+    training = TrainingRun(
         run.train,
         "bench",
         "bench",
         plan,
-        np.arange(count),
+        np.arange(samples),
         student.model,
         student,
         (),
@@ -120,22 +124,22 @@ def _trainer(work: Workload, folder: Path, steps: int) -> Trainer:
         train,
         0,
     )
-    return build.make_trainer(run, job)
+    return build_trainer(run, training)
 
 
-def _steps(trainer: Trainer, first: int, count: int) -> list[float]:
-    return [
-        trainer._step(trainer.sampler.at(step), StopFlag())[0]["seconds"]
-        for step in range(first, first + count)
-    ]
+def _time_steps(trainer: Trainer, first: int, count: int) -> list[float]:
+    """Seconds of some optimizer steps."""
+    positions = map(trainer.schedule.sampler.position, range(first, first + count))
+    return [trainer.train_step(position).record["seconds"] for position in positions]
 
 
-def _timed(action: Any) -> float:
+def _time(action: Callable[[], object]) -> float:
+    """Seconds of an action that all ranks take together."""
     distributed.barrier()
-    begin = time.perf_counter()
+    start = time.perf_counter()
     action()
     distributed.barrier()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

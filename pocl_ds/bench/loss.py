@@ -1,9 +1,10 @@
-"""Time and extra memory of head and divergence alone: ours, plain full logits, Liger's chunked loss
-where it is installed.
+"""Time and extra memory of output head and divergence alone: this package, plain full logits, and
+Liger's chunked loss if it is installed.
 
 Forward and backward from hidden states to the gradients of hidden states and head, forward KL at
-temperature = 1. Contenders take turns in one process; extra memory is the peak over what stood there
-before: of the allocator on a GPU, of the process on a CPU, whose high-water mark is set back first.
+temperature 1. Contenders take turns in one process. Extra memory is the peak above what was
+allocated before: of torch's allocator on a GPU, of the process on a CPU, whose high-water mark is
+reset first.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from pocl_ds.bench.arguments import whole_numbers
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.models.heads import Head
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime.distributed import device
 
 # tokens, ids, width
@@ -40,8 +41,8 @@ Contender = Callable[[Tensor, nn.Parameter, Tensor, nn.Parameter, Tensor], Tenso
 
 @dataclass
 class Row:
-    """What one contender took at one shape: seconds of each round, largest extra MiB, and its loss
-    a token.
+    """Measurements of one contender at one shape: seconds of each round, largest extra memory,
+    and its loss per token.
     """
 
     name: str
@@ -53,30 +54,25 @@ class Row:
 def run(
     arguments: Sequence[int | str] = (), out: Callable[[str], None] = print, *, rounds: int = ROUNDS
 ) -> list[list[Row]]:
-    """Print and return a table a shape. arguments: tokens, ids and width of one shape; the device's
-    own shapes without.
+    """Print and return a table for each shape. arguments: tokens, ids and width of one shape; by
+    default the shapes above.
 
-    float32 on CPUs, bfloat16 on GPUs. Raises RecipeError for arguments of another number, or that
-    are no numbers.
+    float32 on CPUs, bfloat16 on GPUs. Raises RecipeError for any other number of arguments.
     """
     numbers = whole_numbers(arguments, "tokens, ids or width")
     if len(numbers) not in (0, 3):
         raise RecipeError("give tokens, ids and width, as in 1024 49152 576, or nothing")
-    where = device()
-    on_gpu = where.type == "cuda"
+    on_gpu = device().type == "cuda"
     torch.set_num_threads(os.cpu_count() or 1)
-    shapes = (
-        ((numbers[0], numbers[1], numbers[2]),) if numbers else GPU_SHAPES if on_gpu else CPU_SHAPES
-    )
-    kind = torch.bfloat16 if on_gpu else torch.float32
-    out(
-        f"{torch.cuda.get_device_name() if on_gpu else f'{os.cpu_count()} CPU cores'}, "
-        f"{str(kind)[6:]}, forward and backward, "
-        f"{rounds} rounds, median (least..most)"
-    )
+    shapes: Sequence[tuple[int, int, int]] = GPU_SHAPES if on_gpu else CPU_SHAPES
+    if numbers:
+        shapes = [(numbers[0], numbers[1], numbers[2])]
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    machine = torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
+    out(f"{machine}, {str(dtype)[6:]}, forward and backward, {rounds} rounds, median (min..max)")
     tables = []
     for shape in shapes:
-        tables.append(_shape(shape, kind, where, rounds))
+        tables.append(_measure(shape, dtype, device(), rounds))
         out(f"\n{shape[0]} tokens x {shape[1]} ids x width {shape[2]}")
         for row in tables[-1]:
             times = [1000 * second for second in row.seconds]
@@ -89,57 +85,55 @@ def run(
 
 
 def contenders() -> dict[str, Contender]:
-    """By name; Liger's only where it is installed."""
-    found: dict[str, Contender] = {"ours": _ours, "plain full logits": _plain}
+    """The contenders by name; Liger only if it is installed."""
+    available: dict[str, Contender] = {"pocl": _fused, "plain full logits": _plain}
     liger = _liger()
-    return found | ({"Liger chunked JSD": liger} if liger else {})
+    return available | ({"Liger chunked JSD": liger} if liger else {})
 
 
-def _shape(
-    shape: tuple[int, int, int], kind: torch.dtype, where: torch.device, rounds: int
+def _measure(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> list[Row]:
     tokens, size, width = shape
-    source = torch.Generator(where).manual_seed(0)
-    draw = lambda *sizes: torch.randn(
-        *sizes, generator=source, device=where, dtype=torch.float32
-    ).to(kind)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *sizes: torch.randn(*sizes, generator=generator, device=device).to(dtype)  # noqa: E731
     hidden, teacher_hidden = draw(tokens, width), draw(tokens, width)
     weight, teacher_weight = (nn.Parameter(draw(size, width) / width**0.5) for _ in range(2))
-    labels = torch.randint(0, size, (tokens,), generator=source, device=where)
+    labels = torch.randint(0, size, (tokens,), generator=generator, device=device)
     rows = {name: Row(name, [], 0.0, 0.0) for name in contenders()}
-    for turn in range(rounds + 1):  # the first warms up and tells the memory, the others the time
+    # The first round warms up and measures the memory, the others the time.
+    for round_number in range(rounds + 1):
         for name, contender in contenders().items():
             hidden.grad = weight.grad = None
             leaf = hidden.detach().requires_grad_()
-            before = _start(where) if turn == 0 else 0
-            begin = time.perf_counter()
+            before = _reset_peak(device) if round_number == 0 else 0
+            start = time.perf_counter()
             loss = contender(leaf, weight, teacher_hidden, teacher_weight, labels)
             loss.backward()
             rows[name].loss = float(loss.detach())  # waits for a GPU
-            if turn:
-                rows[name].seconds.append(time.perf_counter() - begin)
+            if round_number:
+                rows[name].seconds.append(time.perf_counter() - start)
             else:
-                rows[name].extra_mib = (_stop(where) - before) / 2**20
+                rows[name].extra_mib = (_peak_bytes(device) - before) / 2**20
             del loss, leaf
     return list(rows.values())
 
 
-def _ours(
+def _fused(
     hidden: Tensor,
     weight: nn.Parameter,
     teacher_hidden: Tensor,
     teacher_weight: nn.Parameter,
     labels: Tensor,
 ) -> Tensor:
-    heads = Head(weight, None, 1.0, None), Head(teacher_weight, None, 1.0, None)
     total, *_ = loss_sums(
         hidden,
-        heads[0],
+        OutputHead(weight, None, 1.0, None),
         labels,
         LossTerms("fkl"),
-        ids=Ids(len(weight)),
+        vocab=VocabMap(len(weight)),
         teacher_hidden=teacher_hidden,
-        teacher_head=heads[1],
+        teacher_head=OutputHead(teacher_weight, None, 1.0, None),
     )
     return total / len(labels)
 
@@ -167,31 +161,32 @@ def _liger() -> Contender | None:
     loss: Any = LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False
     )
-    return lambda hidden, weight, other, other_weight, labels: loss(
-        hidden, weight, other, other_weight.detach(), labels
+    return lambda hidden, weight, teacher_hidden, teacher_weight, labels: loss(
+        hidden, weight, teacher_hidden, teacher_weight.detach(), labels
     )
 
 
-def _start(where: torch.device) -> int:
-    """Bytes in use now; the peak counts from here."""
+def _reset_peak(device: torch.device) -> int:
+    """Bytes in use; the peak is measured from here."""
     gc.collect()
-    if where.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or a later turn could hide in it
+    # Return freed memory to the system, or a later contender could use it unseen.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return _process_bytes("VmRSS")
 
 
-def _stop(where: torch.device) -> int:
-    if where.type == "cuda":
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
+    return _process_bytes("VmHWM")
 
 
-def _status(field: str) -> int:
+def _process_bytes(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024

@@ -1,8 +1,8 @@
-"""What POCL's own stages cost beside baseline KD at equal sample visits, in seconds and FLOPs, of a
-run that is finished.
+"""Cost of POCL's own steps relative to plain distillation with as many sample visits, in seconds
+and FLOPs, of a finished run.
 
 Scoring, ranking and planning come on top of the training; the schedules themselves cost nothing.
-Seconds are what the stages took; FLOPs follow from the models' configurations and the run's own
+Seconds are those of the steps; FLOPs follow from the models' configurations and the run's own
 tokens.
 """
 
@@ -14,29 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds.bench.arguments import one_path
+from pocl_ds.bench.arguments import directory_argument
 from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.curriculum.plan_step import load_plan
-from pocl_ds.data.tokenized import EncodedSplit
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError
 from pocl_ds.models.cost import ModelShape, model_shape
-from pocl_ds.models.estimate import Choice, step_flops
+from pocl_ds.models.estimate import step_flops
 from pocl_ds.models.load import load_model_config, load_tokenizer
-from pocl_ds.workflow.run_dir import RunDirectory, read_manifest, read_models
+from pocl_ds.models.memory import TrainingSetup
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory, read_models
 
 NAMES = ("score", "rank", "plan", "cache-teacher", "train", "baseline")
 
 
 def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> dict[str, Any]:
-    """Print and return the cost of each stage. arguments: the directory of a finished run."""
-    run_directory = RunDirectory(one_path(arguments, "the directory of a finished run"))
+    """Print and return the cost of each step. arguments: the directory of a finished run."""
+    run_directory = RunDirectory(directory_argument(arguments, "the directory of a finished run"))
     if read_manifest(run_directory.train) is None:
         raise ArtifactError(
-            f"{run_directory.path} holds no finished training: run `pocl run` to its end first"
+            f"{run_directory.path} holds no finished training: complete `pocl run` first"
         )
     seconds, flops = _seconds(run_directory), _flops(run_directory)
     reference = "baseline" if "baseline" in seconds else "train"
-    out(f"{run_directory.path}: beside {reference}, as many sample visits")
+    out(f"{run_directory.path}: relative to {reference}, with as many sample visits")
     for name in NAMES:
         if name in seconds:
             share = 100 * seconds[name] / seconds[reference]
@@ -57,32 +59,34 @@ def run(arguments: Sequence[str] = (), out: Callable[[str], None] = print) -> di
 
 
 def _seconds(run: RunDirectory) -> dict[str, float]:
-    """Of each stage, from the manifests; of trainings, of their steps alone, without loading and
-    saving.
+    """Seconds of each step, from the manifests; of trainings, those of their optimizer steps alone,
+    without loading and saving.
     """
-    found: dict[str, float] = {}
+    seconds: dict[str, float] = {}
     for name, folder, pattern in (
         ("score", run.scores, "shard-*.manifest.json"),
         ("cache-teacher", run.teacher_cache, "*-of-*.manifest.json"),
     ):
         manifests = [read_manifest(path.parent, path.name) for path in sorted(folder.glob(pattern))]
         if manifests:
-            found[name] = sum(float(one.info["seconds"]) for one in manifests if one)
+            seconds[name] = sum(
+                float(manifest.info["seconds"]) for manifest in manifests if manifest
+            )
     for name, folder in (("rank", run.ranking), ("plan", run.plan)):
         manifest = read_manifest(folder)
         if manifest and "seconds" in manifest.info:
-            found[name] = float(manifest.info["seconds"])
+            seconds[name] = float(manifest.info["seconds"])
     for name, folder in (("train", run.train), ("baseline", run.baseline)):
         if (folder / "metrics.jsonl").is_file():
             records = [
                 json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
             ]
-            found[name] = sum(record["seconds"] for record in records if record["kind"] == "step")
-    return found
+            seconds[name] = sum(record["seconds"] for record in records if record["kind"] == "step")
+    return seconds
 
 
 def _flops(run: RunDirectory) -> dict[str, float]:
-    """Of scoring (prompts read, answers written, references read) and of trainings."""
+    """FLOPs of scoring (prompts read, responses generated, references read) and of trainings."""
     recipe, models = load_recipe(str(run.recipe)), read_models(run)
     student = model_shape(
         load_model_config(models["student"], trust_remote_code=recipe.student.trust_remote_code),
@@ -93,52 +97,53 @@ def _flops(run: RunDirectory) -> dict[str, float]:
         teacher = model_shape(
             load_model_config(models["teacher"], trust_remote_code=recipe.teacher.trust_remote_code)
         )
-    split = EncodedSplit.open(run.data, "train")
+    split = TokenizedSplit.open(run.data, "train")
     lengths, loss = np.asarray(split.total_tokens), np.asarray(split.loss_tokens)
-    found = (
-        {"score": _scoring(run, student, split)} if any(run.scores.glob("shard-*.jsonl")) else {}
-    )
-    kept = recipe.teacher is not None and recipe.teacher.mode in (
+    totals: dict[str, float] = {}
+    if any(run.scores.glob("shard-*.jsonl")):
+        totals["score"] = _scoring(run, student, split)
+    is_cached = recipe.teacher is not None and recipe.teacher.mode in (
         "cached_hidden_states",
         "cached_topk",
     )
-    mode = "none" if teacher is None else "cached_hidden_states" if kept else "online"
-    choice = Choice(1, checkpointing=recipe.student.activation_checkpointing, mode=mode)
+    mode = "none" if teacher is None else "cached_hidden_states" if is_cached else "online"
+    setup = TrainingSetup(
+        1, checkpointing=recipe.student.activation_checkpointing, teacher_mode=mode
+    )
     sizes = zip(lengths.tolist(), loss.tolist(), strict=True)
-    each = np.array(
-        [step_flops(student, teacher, choice, [length], count) for length, count in sizes]
+    per_sample = np.array(
+        [step_flops(student, teacher, setup, [length], count) for length, count in sizes]
     )
     if teacher is not None and mode != "online":
-        found["cache-teacher"] = sum(teacher.forward_flops([int(length)], 0) for length in lengths)
+        totals["cache-teacher"] = sum(teacher.forward_flops([int(length)], 0) for length in lengths)
     plan = load_plan(run.plan / "plan.json")
     order = np.load(run.ranking / "order.npy")
-    means = [
-        each[order[stage.start : stage.stop]].mean() for stage in plan.stages
-    ]  # a stage sees its samples alike
-    found["train"] = float(
+    # Every sample of a stage is visited equally often.
+    means = [per_sample[order[stage.start : stage.stop]].mean() for stage in plan.stages]
+    totals["train"] = float(
         sum(mean * stage.steps for mean, stage in zip(means, plan.stages, strict=True))
         * plan.batch_size
     )
     if (run.baseline / "plan.json").is_file():
-        found["baseline"] = float(each.mean() * plan.total_steps * plan.batch_size)
-    return found
+        totals["baseline"] = float(per_sample.mean() * plan.total_steps * plan.batch_size)
+    return totals
 
 
-def _scoring(run: RunDirectory, student: ModelShape, split: EncodedSplit) -> float:
-    """A prompt is read and an answer written, then prompt and reference are read once more."""
+def _scoring(run: RunDirectory, student: ModelShape, split: TokenizedSplit) -> float:
+    """FLOPs of reading each prompt, generating a response, and reading prompt and reference."""
     recipe, model = load_recipe(str(run.recipe)), read_models(run)["student"]
     limit, total = recipe.score.max_new_tokens, 0.0
-    answers = [
+    records = [
         json.loads(line)
         for path in sorted(run.scores.glob("shard-*.jsonl"))
         for line in path.read_text().splitlines()
     ]
     tokenizer = load_tokenizer(model, trust_remote_code=recipe.student.trust_remote_code)
-    rows = split.rows_of([answer["id"] for answer in answers])
-    for row, answer in zip(rows, answers, strict=True):
-        written = min(
-            limit, len(tokenizer(answer["response"], add_special_tokens=False)["input_ids"]) + 1
+    rows = split.rows_of([record["id"] for record in records])
+    for row, record in zip(rows, records, strict=True):
+        generated = min(
+            limit, len(tokenizer(record["response"], add_special_tokens=False)["input_ids"]) + 1
         )
-        total += student.forward_flops([int(split.prompt_tokens[row]) + written], written)
+        total += student.forward_flops([int(split.prompt_tokens[row]) + generated], generated)
         total += student.forward_flops([int(split.total_tokens[row])], int(split.loss_tokens[row]))
     return total

@@ -1,5 +1,5 @@
-"""Ranks of a benchmark: started by launch/train.sh like those of a training, each with a worker
-module of `pocl_ds.bench`.
+"""Starts the ranks of a benchmark with launch/train.sh, like those of a training; each runs a
+worker module of `pocl_ds.bench`.
 """
 
 from __future__ import annotations
@@ -19,39 +19,28 @@ from pocl_ds.resources import LAUNCHER
 def run_ranks(
     label: str, module: str, arguments: Sequence[str], result: Path, *, ranks: int, threads: int
 ) -> Any:
-    """Run a worker on some ranks and return what rank 0 wrote to `result`, JSON. Raises
-    ResourceError where they fail.
+    """Run a worker on some ranks and return what rank 0 writes to `result` as JSON.
+
+    Raises ResourceError if a rank fails.
     """
-    command = [
-        "bash",
-        str(LAUNCHER),
-        "--module",
-        module,
-        "--ranks",
-        str(ranks),
-        "--threads",
-        str(threads),
-        *arguments,
-    ]
-    return run_worker(
-        label,
-        command,
-        result,
-        {"POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(result.parent / "logs")},
-    )
+    command = ["bash", str(LAUNCHER), "--module", module]
+    command += ["--ranks", str(ranks), "--threads", str(threads), *arguments]
+    environment = {"POCL_PYTHON": sys.executable, "POCL_LOG_DIR": str(result.parent / "logs")}
+    return run_worker(label, command, result, environment)
 
 
 def run_worker(
     label: str, command: Sequence[str], result: Path, environment: Mapping[str, str]
 ) -> Any:
-    """Run a command that writes `result`, JSON, and return that."""
+    """Run a command and return what it writes to `result` as JSON.
+
+    Raises ResourceError if the command fails.
+    """
     result.unlink(missing_ok=True)
-    done = subprocess.run(
+    process = subprocess.run(
         command, env={**os.environ, **environment}, text=True, capture_output=True
     )
-    if done.returncode or not result.is_file():
-        raise ResourceError(
-            f"{label} ended with code {done.returncode}: "
-            f"{done.stderr.strip()[-400:] or done.stdout[-400:]}"
-        )
+    if process.returncode or not result.is_file():
+        output = process.stderr.strip()[-400:] or process.stdout[-400:]
+        raise ResourceError(f"{label} failed with exit code {process.returncode}: {output}")
     return json.loads(result.read_text())

@@ -1,10 +1,10 @@
-"""How fast the student writes responses while it learns: `policy.rollout_backend` vllm against hf, as `pocl
-train` runs them.
+"""Speed of the student's responses in training: `policy.rollout_backend` vllm against
+transformers, as `pocl train` runs them.
 
-A student of 31 million random parameters (workload S of `pocl bench step`) writes to 32 prompts of
-51 to 157 tokens a step. One id in `MEAN` ends a response, so that lengths are ragged as those of
-real ones: geometric, cut at `MOST`. Each contender is a training of its own, in turn, `ROUNDS`
-times round; the step in which the writer is opened does not count.
+A student with 31 million random parameters (workload S of `pocl bench step`) generates responses
+to 32 prompts of 51 to 157 tokens in every step. One id in `MEAN_LENGTH` ends a response, so that
+lengths vary as real ones do: geometric, at most `MAX_NEW_TOKENS`. Every backend is a training of
+its own, in turn, for `ROUNDS` rounds; the step in which the generator starts does not count.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from pocl_ds.bench.arguments import choose_name
 from pocl_ds.bench.ranks import run_ranks
 from pocl_ds.bench.workloads import WORKLOADS, Workload, write_models
-from pocl_ds.errors import RecipeError
 from pocl_ds.models.quiet import quiet
 
 ROUNDS, STEPS, COPIES = 3, 4, 4
-MEAN, MOST = 48, 192  # tokens of a response
-WRITERS = ("vllm", "transformers")
+MEAN_LENGTH, MAX_NEW_TOKENS = 48, 192  # tokens of a response
+BACKENDS = ("vllm", "transformers")
 
 
 def run(
@@ -35,88 +35,75 @@ def run(
     *,
     rounds: int = ROUNDS,
     steps: int = STEPS,
-    most: int = MOST,
+    max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> dict[str, Any]:
-    """Print and return what was measured. arguments: the name of a workload, S where none is given.
-    most: tokens a response.
-    """
-    name = arguments[0] if arguments else "S"
-    if len(arguments) > 1 or name not in WORKLOADS:
-        raise RecipeError(f"give one workload, {', '.join(WORKLOADS)}, or nothing")
+    """Print and return the measurements. arguments: the name of a workload, S by default."""
+    name = choose_name(arguments, WORKLOADS, "S")
     work, cores = WORKLOADS[name], os.cpu_count() or 1
-    found: dict[str, list[list[dict[str, Any]]]] = {writer: [] for writer in WRITERS}
+    results: dict[str, list[list[dict[str, Any]]]] = {backend: [] for backend in BACKENDS}
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
         folder = Path(folder_name)
         with quiet():
             write_models(work, folder)
-        _end_often(work, folder / "student")
+        _end_responses_early(work, folder / "student")
         for number in range(rounds):
-            for writer in WRITERS:
-                words = [
-                    writer,
-                    name,
-                    folder_name,
-                    str(steps),
-                    str(most),
-                    str(number),
-                    str(folder / "out.json"),
-                ]
-                found[writer].append(
-                    run_ranks(
-                        writer,
-                        "pocl_ds.bench.rollout_worker",
-                        words,
-                        folder / "out.json",
-                        ranks=1,
-                        threads=cores,
-                    )
+            for backend, round_results in results.items():
+                result = folder / "out.json"
+                arguments = [backend, name, folder_name, str(steps)]
+                arguments += [str(max_new_tokens), str(number), str(result)]
+                worker = "pocl_ds.bench.rollout_worker"
+                round_results.append(
+                    run_ranks(backend, worker, arguments, result, ranks=1, threads=cores)
                 )
-    rates = {
-        writer: [[_rate(step) for step in part] for part in parts]
-        for writer, parts in found.items()
-    }
-    count = COPIES * len(work.lengths)
     out(
-        f"{cores} cores; workload {name}, {count} responses a step, {rounds} rounds of {steps} "
-        f"steps in turn"
+        f"{cores} cores; workload {name}, {COPIES * len(work.lengths)} responses per step, "
+        f"{rounds} rounds of {steps} steps in turn"
     )
-    for writer, parts in found.items():
-        every = [step for part in parts for step in part]
-        tokens = [length for step in every for length in step["lengths"]]
-        out(
-            f"  {writer:<6}{_spread([rate for part in rates[writer] for rate in part], 0)} "
-            f"tokens/s; new weights "
-            f"{_spread([step['rollout_refresh_seconds'] for step in every], 2)} s; "
-            f"{_spread([100 * step['rollout_share'] for step in every], 0)}% of a step; "
-            f"responses of {min(tokens)}..{max(tokens)} tokens, {statistics.fmean(tokens):.0f} on "
-            f"average"
-        )
+    for backend, round_results in results.items():
+        _print_backend(backend, [step for steps in round_results for step in steps], out)
+    rates = {
+        backend: [[_tokens_per_second(step) for step in steps] for steps in round_results]
+        for backend, round_results in results.items()
+    }
     ratios = [
-        statistics.median(ours) / statistics.median(theirs)
-        for ours, theirs in zip(*rates.values(), strict=True)
+        statistics.median(vllm) / statistics.median(transformers)
+        for vllm, transformers in zip(*rates.values(), strict=True)
     ]
-    out(f"  vllm writes {_spread(ratios, 2)} times as many tokens a second as hf, by round")
-    return {"steps": found, "tokens_per_second": rates, "ratios": ratios}
+    out(f"  vllm generates {_spread(ratios, 2)} times as many tokens/s as transformers, by round")
+    return {"steps": results, "tokens_per_second": rates, "ratios": ratios}
 
 
-def _end_often(work: Workload, model: Path) -> None:
-    """Let one id in MEAN, drawn at random, end a response: a model of random weights draws all
-    alike.
-    """
+def _print_backend(backend: str, steps: list[dict[str, Any]], out: Callable[[str], None]) -> None:
+    lengths = [length for step in steps for length in step["lengths"]]
+    out(
+        f"  {backend:<13}{_spread(list(map(_tokens_per_second, steps)), 0)} tokens/s; weight sync "
+        f"{_spread([step['weight_sync_seconds'] for step in steps], 2)} s; rollout "
+        f"{_spread([100 * step['rollout_share'] for step in steps], 0)}% of a step; responses of "
+        f"{min(lengths)}..{max(lengths)} tokens, mean {statistics.fmean(lengths):.0f}"
+    )
+
+
+def _end_responses_early(work: Workload, model: Path) -> None:
+    """Let one id in MEAN_LENGTH end a response: a model with random weights draws all ids alike."""
     size = int(work.student["vocab_size"])
-    stops = np.random.default_rng(0).choice(np.arange(3, size), max(1, size // MEAN), replace=False)
+    stops = np.random.default_rng(0).choice(
+        np.arange(3, size), max(1, size // MEAN_LENGTH), replace=False
+    )
     (model / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [1, *stops.tolist()], "pad_token_id": 2})
     )
 
 
-def _rate(step: dict[str, Any]) -> float:
-    """Tokens a second of writing alone, without the new weights."""
+def _tokens_per_second(step: dict[str, Any]) -> float:
+    """Tokens per second of generation, without the weight sync."""
     return float(step["rollout_tokens"]) / (
-        float(step["rollout_seconds"]) - float(step["rollout_refresh_seconds"])
+        float(step["rollout_seconds"]) - float(step["weight_sync_seconds"])
     )
 
 
 def _spread(values: Sequence[float], digits: int) -> str:
-    """Median (least..most)."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+    """Median (min..max)."""
+    median, least, most = (
+        f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{median} ({least}..{most})"

@@ -1,7 +1,7 @@
-"""One training of `pocl bench rollout`, in which the student writes every step's responses.
+"""One training of `pocl bench rollout`, in which the student generates the responses of every step.
 
-launch/train.sh --ranks 1 --module pocl_ds.bench.rollout_worker WRITER WORKLOAD FOLDER STEPS MOST
-ROUND OUT
+launch/train.sh --ranks 1 --module pocl_ds.bench.rollout_worker BACKEND WORKLOAD FOLDER STEPS
+MAX_NEW_TOKENS ROUND OUT
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pocl_ds.bench.rollout import COPIES
-from pocl_ds.bench.step_worker import precision, write_split
+from pocl_ds.bench.step_worker import model_dtype, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
 from pocl_ds.config import (
     CheckpointConfig,
@@ -25,76 +25,86 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.curriculum.sampler import Position
-from pocl_ds.data.generated import Written
+from pocl_ds.curriculum.sampler import SamplerPosition
+from pocl_ds.data.generated import GeneratedBatch
 from pocl_ds.rollouts.policies import Rows
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.tracking import read_metrics, setup_logging
-from pocl_ds.training import build
+from pocl_ds.runtime.logs import setup_logging
+from pocl_ds.runtime.metrics import read_metrics
+from pocl_ds.training.build import build_trainer
 from pocl_ds.training.trainer import Trainer
-from pocl_ds.workflow.run_dir import RunDirectory, write_json
+from pocl_ds.training.training_run import TrainingRun
+from pocl_ds.workflow.files import write_json
+from pocl_ds.workflow.run_dir import RunDirectory
+
+METRICS = ("rollout_seconds", "weight_sync_seconds", "rollout_tokens", "rollout_share", "seconds")
 
 
 def main(
-    writer: str, work: Workload, folder: Path, steps: int, most: int, number: int, out: Path
+    backend: str,
+    work: Workload,
+    folder: Path,
+    steps: int,
+    max_new_tokens: int,
+    round_number: int,
+    out: Path,
 ) -> None:
-    """Write the records of `steps` steps after the one in which the writer is opened, each with its
-    responses' lengths.
+    """Write the metrics of `steps` steps after the one in which the generator starts, each with the
+    lengths of its responses.
     """
-    run = RunDirectory(folder / f"run-{writer}-{number}")
+    run = RunDirectory(folder / f"run-{backend}-{round_number}")
     write_split(work, run.data, COPIES)
-    trainer = _trainer(writer, work, folder, run, steps + 1, most, seed=number)
-    lengths = _watched(trainer)
+    trainer = _build_trainer(
+        backend, work, folder, run, steps + 1, max_new_tokens, seed=round_number
+    )
+    lengths = _record_lengths(trainer)
     trainer.run()
-    records = [
-        record for record in read_metrics(run.train / "metrics.jsonl") if record["kind"] == "step"
+    records = read_metrics(run.train / "metrics.jsonl")
+    results: list[dict[str, Any]] = [
+        {**{name: record[name] for name in METRICS}, "lengths": step_lengths}
+        for record, step_lengths in zip(records, lengths, strict=True)
     ]
-    names = (
-        "rollout_seconds",
-        "rollout_refresh_seconds",
-        "rollout_tokens",
-        "rollout_share",
-        "seconds",
-    )
-    found: list[dict[str, Any]] = [{name: record[name] for name in names} for record in records]
-    write_json(
-        out, [{**one, "lengths": each} for one, each in zip(found, lengths, strict=True)][1:]
-    )
+    write_json(out, results[1:])
 
 
-def _trainer(
-    writer: str,
+def _build_trainer(
+    backend: str,
     work: Workload,
     folder: Path,
     run: RunDirectory,
     steps: int,
-    most: int,
+    max_new_tokens: int,
     *,
     seed: int,
 ) -> Trainer:
-    count, kind = COPIES * len(work.lengths), precision()
+    samples, dtype = COPIES * len(work.lengths), model_dtype()
     train = TrainConfig(
         engine="torch",
-        batch_size=count,
+        batch_size=samples,
         micro_batch_size=len(work.lengths),
         validate_max_samples=0,
         checkpoint=CheckpointConfig(every_n_steps=10**9),
         tracking=TrackingConfig(tensorboard=False),
     )
-    teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": kind})
-    student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": kind})
+    teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": dtype})
+    student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": dtype})
     policy = PolicyConfig.model_validate(
-        {"name": "gkd", "lmbda": 1.0, "rollout": writer, "max_new_tokens": most}
+        {
+            "name": "gkd",
+            "lmbda": 1.0,
+            "rollout_backend": backend,
+            "max_new_tokens": max_new_tokens,
+        }
     )
     plan = single_stage_plan(
-        np.arange(count), steps=steps, batch_size=count, temperature=1.0, sft_ratio=0.0
+        np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=0.0
     )
-    job = build.Job(
+    training = TrainingRun(
         run.train,
         "bench",
         "bench",
         plan,
-        np.arange(count),
+        np.arange(samples),
         student.model,
         student,
         (teacher.model,),
@@ -103,29 +113,28 @@ def _trainer(
         train,
         seed,
         policy=policy,
-        longest=most + max(prompt for prompt, _ in work.lengths),
+        max_length=max_new_tokens + max(prompt for prompt, _ in work.lengths),
     )
-    return build.make_trainer(run, job)
+    return build_trainer(run, training)
 
 
-def _watched(trainer: Trainer) -> list[list[int]]:
-    """The lengths of each step's responses, filled in while the training runs."""
+def _record_lengths(trainer: Trainer) -> list[list[int]]:
+    """The lengths of each step's responses; the list is filled while the training runs."""
     lengths: list[list[int]] = []
-    policy: Any = trainer.policy
-    write = policy.write
+    policy: Any = trainer.responses.policy
+    generate = policy.generate
 
-    def watch(rows: Rows, position: Position) -> Written:
-        written: Written = write(rows, position)
-        lengths.append((written.total_tokens - written.prompt_tokens).tolist())
-        return written
+    def generate_and_record(rows: Rows, position: SamplerPosition) -> GeneratedBatch:
+        generated: GeneratedBatch = generate(rows, position)
+        lengths.append((generated.total_tokens - generated.prompt_tokens).tolist())
+        return generated
 
-    policy.write = watch
+    policy.generate = generate_and_record
     return lengths
 
 
 if __name__ == "__main__":
     setup_logging(distributed.rank(), world_size=distributed.world_size())
-    kind, workload, directory, count, limit, turn, result = sys.argv[1:]
-    main(
-        kind, WORKLOADS[workload], Path(directory), int(count), int(limit), int(turn), Path(result)
-    )
+    backend, workload, directory, count, limit, turn, result = sys.argv[1:]
+    work = WORKLOADS[workload]
+    main(backend, work, Path(directory), int(count), int(limit), int(turn), Path(result))

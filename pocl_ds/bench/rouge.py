@@ -1,8 +1,8 @@
-"""How many times as fast as rouge-score our ROUGE-L is, by length of text.
+"""Speed of this package's ROUGE-L against the package rouge-score, by length of text.
 
-Words are drawn as in real text (Zipf: few words often, many rarely), so remembered stems help as
-much as they would there and no more. Both sides score pairs of the same pool, in turns, so that a
-busy machine slows both.
+Words are drawn as in real text (Zipf: few words often, many rarely), so that cached stems help as
+much as they would there. Both sides score pairs of the same pool, in turn, so that other work on
+the machine slows both.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pocl_ds.bench.arguments import whole_numbers
-from pocl_ds.metrics.rouge import forget_stems, rouge_l_many
+from pocl_ds.metrics.rouge import clear_stem_cache, rouge_l_many
 
-# distinct pairs of a round; we score all, rouge-score the first few, compared by the time of one
-# pair
+# Distinct pairs of a round. This package scores all of them, rouge-score the first few; the time
+# of one pair is compared.
 PAIRS = 300
-ROUGE_SCORE_PAIRS = {
-    16: 150,
-    64: 60,
-    128: 40,
-    256: 24,
-    512: 12,
-}  # chosen for about a second a size and round
+# Words of a text -> pairs that rouge-score scores, about a second of work per round.
+ROUGE_SCORE_PAIRS = {16: 150, 64: 60, 128: 40, 256: 24, 512: 12}
 VOCABULARY = 6000
 SUFFIXES = (
     "",
@@ -50,7 +45,7 @@ SYLLABLES = [
 
 @dataclass(frozen=True)
 class Ratios:
-    """Speed ratios of the rounds at one length, and the median microseconds of a pair."""
+    """Speed ratios of the rounds at one length, and the median microseconds per pair."""
 
     words: int
     cold: list[float]
@@ -67,16 +62,15 @@ def run(
     rounds: int = 5,
     pairs: int = PAIRS,
 ) -> list[Ratios]:
-    """Print and return the ratio at each length in words: median over rounds, with the smallest and
-    the largest.
+    """Print and return the ratio at each length: median over rounds, with the smallest and the
+    largest.
 
-    lengths: words of a text, 16 to 512 where none is given. Raises RecipeError where one is not a
-    number of words. cold: no stem is remembered when a round begins; warm: the same pairs once
-    more.
+    lengths: words of a text, 16 to 512 by default. Raises RecipeError for a value that is no
+    number. cold: no stem is cached at the start of a round; warm: the same pairs a second time.
     """
     out(
-        f"ROUGE-L: times as fast as rouge-score, median of {rounds} rounds (min..max); {pairs} "
-        f"distinct pairs a round"
+        f"ROUGE-L: speed relative to rouge-score, median of {rounds} rounds (min..max); {pairs} "
+        f"distinct pairs per round"
     )
     out(
         f"{'words':>6}  {'stems cold':>22}  {'stems warm':>22}  {'rouge-score':>12}  {'cold':>9}  "
@@ -99,35 +93,35 @@ def measure(words: int, *, rounds: int, pairs: int) -> Ratios:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    theirs: list[float] = []
+    reference: list[float] = []
     cold: list[float] = []
     warm: list[float] = []
     for number in range(rounds):
         left, right = texts(pairs, words, seed=2 * number), texts(pairs, words, seed=2 * number + 1)
         references = [[text] for text in right]
         few = min(pairs, ROUGE_SCORE_PAIRS.get(words, 12))
-        begin = time.perf_counter()
+        start = time.perf_counter()
         expected = [scorer.score(right[i], left[i])["rougeL"].fmeasure for i in range(few)]
-        theirs.append((time.perf_counter() - begin) / few)
-        forget_stems()
+        reference.append((time.perf_counter() - start) / few)
+        clear_stem_cache()
         for times in (cold, warm):
-            begin = time.perf_counter()
-            found = rouge_l_many(left, references)
-            times.append((time.perf_counter() - begin) / pairs)
-        if found[:few].tolist() != expected:
+            start = time.perf_counter()
+            scores = rouge_l_many(left, references)
+            times.append((time.perf_counter() - start) / pairs)
+        if scores[:few].tolist() != expected:
             raise RuntimeError(
-                f"ROUGE-L differs from rouge-score at {words} words: the benchmark compares nothing"
+                f"ROUGE-L differs from rouge-score at {words} words: the comparison is invalid"
             )
     return Ratios(
         words,
-        [a / b for a, b in zip(theirs, cold, strict=True)],
-        [a / b for a, b in zip(theirs, warm, strict=True)],
-        *(1e6 * statistics.median(times) for times in (theirs, cold, warm)),
+        [a / b for a, b in zip(reference, cold, strict=True)],
+        [a / b for a, b in zip(reference, warm, strict=True)],
+        *(1e6 * statistics.median(times) for times in (reference, cold, warm)),
     )
 
 
 def texts(count: int, words: int, *, seed: int) -> list[str]:
-    """Texts of so many words over one vocabulary, word of rank r with weight 1/r."""
+    """Random texts with `words` words; the word of rank r has weight 1/r."""
     vocabulary = _vocabulary()
     weights = [1 / rank for rank in range(1, len(vocabulary) + 1)]
     drawn = random.Random(seed).choices(vocabulary, weights, k=count * words)
@@ -135,15 +129,13 @@ def texts(count: int, words: int, *, seed: int) -> list[str]:
 
 
 def _vocabulary() -> list[str]:
-    """Distinct made-up words with English endings, so that the stemmer has its usual work."""
+    """Distinct invented words with English endings, so that the stemmer has its usual work."""
     source = random.Random(0)
-    found: dict[str, None] = {}
-    while len(found) < VOCABULARY:
-        found[
-            "".join(source.choices(SYLLABLES, k=source.choice((1, 1, 2, 2, 3))))
-            + source.choice(SUFFIXES)
-        ] = None
-    return list(found)
+    words: dict[str, None] = {}
+    while len(words) < VOCABULARY:
+        syllables = source.choices(SYLLABLES, k=source.choice((1, 1, 2, 2, 3)))
+        words["".join(syllables) + source.choice(SUFFIXES)] = None
+    return list(words)
 
 
 def _spread(values: list[float]) -> str:

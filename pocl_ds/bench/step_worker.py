@@ -1,14 +1,14 @@
-"""One contender of `pocl bench step`, in its own process or ranks: times steps over one batch,
-writes what it found.
+"""One contender of `pocl bench step`, in its own process or ranks: it times optimizer steps over
+one batch.
 
 launch/train.sh --ranks R --threads T --module pocl_ds.bench.step_worker VARIANT WORKLOAD FOLDER
 STEPS OUT
 
-Variants: zero3 (ours, DeepSpeed ZeRO-3), torch (ours, plain PyTorch engine), each also with one of
-the recipe's switches (zero3+checkpointing, zero3+padded, zero3+sdpa, zero3+eager), with the
-teacher's hidden states from disk (torch+stored) and without a teacher (torch+sft); full (all logits
-of both sides, as research code does it), sft (the student alone, from transformers); idle (ranks
-that have joined and hold no model).
+Variants: `zero3` (this package, DeepSpeed ZeRO-3) and `torch` (this package, plain PyTorch engine),
+each also with a setting of the recipe: `zero3+checkpointing`, `zero3+padded`, `zero3+sdpa`,
+`zero3+eager`, `torch+cached` (the teacher's hidden states from disk), `torch+sft` (no teacher);
+`full` (all logits of both models, as research code does it), `sft` (the student alone, from
+transformers), `idle` (ranks that have joined and hold no model).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pocl_ds.bench.workloads import WORKLOADS, Workload, sequences
+from pocl_ds.bench.workloads import WORKLOADS, Workload, random_samples
 from pocl_ds.config import (
     CheckpointConfig,
     LossConfig,
@@ -35,170 +35,185 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
-from pocl_ds.engines.engine import start_deepspeed
+from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.models.load import load_model
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.tracking import read_metrics, setup_logging
-from pocl_ds.teachers.cache_writer import teach
-from pocl_ds.teachers.mode_selection import Use
-from pocl_ds.training import build
+from pocl_ds.runtime.logs import setup_logging
+from pocl_ds.runtime.metrics import read_metrics
+from pocl_ds.teachers.cache_writer import cache_teacher
+from pocl_ds.teachers.mode_selection import TeacherUsage
+from pocl_ds.training.build import build_trainer
 from pocl_ds.training.trainer import Trainer
+from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
-ALPHA, LR = 0.3, 1e-4
+SFT_RATIO, LR = 0.3, 1e-4
 
 
 def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> None:
-    """Time `steps` steps after one that is not counted."""
+    """Time `steps` optimizer steps after one that does not count."""
     if variant == "idle":
         start_deepspeed()
-        seconds, loss = [0.0], [0.0]
+        seconds, losses = [0.0], [0.0]
     else:
-        measure = ours if variant.startswith(("zero3", "torch")) else plain
-        seconds, loss = measure(variant, work, folder, steps + 1)
-    on_gpu = distributed.device().type == "cuda"
-    own = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if on_gpu
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-    peak = distributed.gather_objects(own)
+        time_steps = time_trainer if variant.startswith(("zero3", "torch")) else time_plain_loop
+        seconds, losses = time_steps(variant, work, folder, steps + 1)
+    if distributed.device().type == "cuda":
+        own_peak = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peaks = distributed.gather_objects(own_peak)
     if distributed.rank() == 0:
-        write_json(
-            out, {"seconds": seconds[1:], "peak_mib": sum(peak), "peaks_mib": peak, "loss": loss}
-        )
+        result = {
+            "seconds": seconds[1:],
+            "peak_mib": sum(peaks),
+            "peaks_mib": peaks,
+            "loss": losses,
+        }
+        write_json(out, result)
 
 
-def ours(variant: str, work: Workload, folder: Path, steps: int) -> tuple[list[float], list[float]]:
-    """Our trainer, as `pocl train` runs it."""
+def time_trainer(
+    variant: str, work: Workload, folder: Path, steps: int
+) -> tuple[list[float], list[float]]:
+    """Seconds and losses of this package's trainer, as `pocl train` runs it."""
     run = RunDirectory(folder / f"run-{variant}-{distributed.world_size()}")
-    count = len(work.lengths)
+    samples = len(work.lengths)
     plan = single_stage_plan(
-        np.arange(count), steps=steps, batch_size=count, temperature=1.0, sft_ratio=ALPHA
+        np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=SFT_RATIO
     )
-    make_training(variant, work, folder, run, plan)().run()
+    prepare_training(variant, work, folder, run, plan)().run()
     records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 
 
-def make_training(
+def prepare_training(
     variant: str, work: Workload, folder: Path, run: RunDirectory, plan: Plan, copies: int = 1
 ) -> Callable[[], Trainer]:
-    """The data and, for a stored teacher, what is kept of it are written now; the trainer is made
-    when it is called for.
+    """Write the data and, for a cached teacher, its outputs. The returned function builds the
+    trainer.
 
-    copies: how often the workload's samples stand in the data, each time with other tokens.
+    copies: how often the workload's samples are in the data, each time with other tokens.
     """
     if distributed.rank() == 0:
         write_split(work, run.data, copies)
-    count = len(work.lengths)
-    engine, _, switch = variant.partition("+")
-    train = TrainConfig(
+    engine, _, setting = variant.partition("+")
+    student, teacher = _model_configs(folder, setting)
+    if engine == "zero3":
+        start_deepspeed()
+        distributed.barrier()
+    teacher_cache = "bench" if setting == "cached" else None
+    if teacher_cache:
+        cache_teacher(
+            run,
+            teacher=teacher,
+            student=student,
+            config=TeacherCacheConfig(),
+            usage=TeacherUsage(1.0),
+            fingerprint=teacher_cache,
+        )
+    with_teacher = setting != "sft"
+    training = TrainingRun(
+        run.train,
+        "bench",
+        "bench",
+        plan,
+        np.arange(len(work.lengths) * copies),
+        student.model,
+        student,
+        (teacher.model,) if with_teacher else (),
+        teacher if with_teacher else None,
+        LossConfig(name="fkl" if with_teacher else "sft"),
+        _train_config(engine, setting, len(work.lengths)),
+        0,
+        teacher_cache=teacher_cache,
+    )
+    return lambda: build_trainer(run, training)
+
+
+def _model_configs(folder: Path, setting: str) -> tuple[StudentConfig, TeacherConfig]:
+    attention = setting if setting in ("sdpa", "eager") else "per_sample"
+    common = {"dtype": model_dtype(), "attn_implementation": attention}
+    student = {
+        **common,
+        "model": str(folder / "student"),
+        "activation_checkpointing": setting == "checkpointing",
+    }
+    teacher = {
+        **common,
+        "model": str(folder / "teacher"),
+        "mode": "cached_hidden_states" if setting == "cached" else "online",
+    }
+    return StudentConfig.model_validate(student), TeacherConfig.model_validate(teacher)
+
+
+def _train_config(engine: str, setting: str, samples: int) -> TrainConfig:
+    return TrainConfig(
         engine="torch" if engine == "torch" else "deepspeed",
-        batch_size=count,
-        layout="padded" if switch == "padded" else "auto",
-        micro_batch_size=max(1, count // distributed.world_size()),
+        batch_size=samples,
+        layout="padded" if setting == "padded" else "auto",
+        micro_batch_size=max(1, samples // distributed.world_size()),
         lr=LR,
         validate_max_samples=0,
         checkpoint=CheckpointConfig(every_n_steps=10**9),
         tracking=TrackingConfig(tensorboard=False),
     )
-    kind = precision()
-    attention = switch if switch in ("sdpa", "eager") else "per_sample"
-    teacher = TeacherConfig.model_validate(
-        {
-            "model": str(folder / "teacher"),
-            "dtype": kind,
-            "attention": attention,
-            "mode": "cached_hidden_states" if switch == "stored" else "online",
-        }
-    )
-    student = StudentConfig.model_validate(
-        {
-            "model": str(folder / "student"),
-            "dtype": kind,
-            "attention": attention,
-            "activation_checkpointing": switch == "checkpointing",
-        }
-    )
-    if engine == "zero3":
-        start_deepspeed()
-        distributed.barrier()
-    taught = "bench" if switch == "stored" else None
-    if taught:
-        teach(
-            run,
-            teacher=teacher,
-            student=student,
-            config=TeacherCacheConfig(),
-            use=Use(1.0),
-            fingerprint=taught,
-        )
-    asked = None if switch == "sft" else teacher
-    loss = LossConfig(name="sft" if asked is None else "fkl")
-    job = build.Job(
-        run.train,
-        "bench",
-        "bench",
-        plan,
-        np.arange(count * copies),
-        student.model,
-        student,
-        (asked.model,) if asked else (),
-        asked,
-        loss,
-        train,
-        0,
-        taught=taught,
-    )
-    return lambda: build.make_trainer(run, job)
 
 
-def precision() -> Literal["float32", "bfloat16"]:
-    """What models are held in: bfloat16 on a GPU, float32 on a CPU."""
+def model_dtype() -> Literal["float32", "bfloat16"]:
+    """The data type of models: bfloat16 on a GPU, float32 on a CPU."""
     return "bfloat16" if distributed.device().type == "cuda" else "float32"
 
 
 def write_split(work: Workload, folder: Path, copies: int = 1) -> None:
-    """So many batches as an encoded split, one sample a row, and an empty validation split."""
+    """Write `copies` batches as a tokenized training split, and an empty validation split."""
     folder.mkdir(parents=True, exist_ok=True)
-    batch = [sample for one in sequences(work, copies) for sample in one]
-    for name, samples in (("train", batch), ("validation", [])):
-        sizes = np.array([len(ids) for _, ids in samples], np.int64)
-        index = np.stack(
-            [
-                np.cumsum(sizes) - sizes,
-                np.array([prompt for prompt, _ in samples], np.int64),
-                sizes,
-            ],
-            1,
-        )
+    samples = [sample for batch in random_samples(work, copies) for sample in batch]
+    for name, rows in (("train", samples), ("validation", [])):
+        sizes = np.array([len(ids) for _, ids in rows], np.int64)
+        starts, prompts = np.cumsum(sizes) - sizes, [prompt for prompt, _ in rows]
+        index = np.stack([starts, np.array(prompts, np.int64), sizes], 1)
         np.save(folder / f"{name}.index.npy", index.reshape(-1, 3))
-        np.save(
-            folder / f"{name}.ids.npy",
-            np.array([f"s{i}".encode() for i in range(len(samples))], "S8"),
-        )
-        np.array([token for _, ids in samples for token in ids], np.uint32).tofile(
-            folder / f"{name}.tokens.bin"
-        )
+        ids = np.array([f"s{i}".encode() for i in range(len(rows))], "S8")
+        np.save(folder / f"{name}.ids.npy", ids)
+        tokens = np.array([token for _, ids in rows for token in ids], np.uint32)
+        tokens.tofile(folder / f"{name}.tokens.bin")
 
 
-def plain(
+def time_plain_loop(
     variant: str, work: Workload, folder: Path, steps: int
 ) -> tuple[list[float], list[float]]:
-    """A loop as one writes it without thinking of memory: padded, every logit of both models at
+    """Seconds and losses of a straightforward loop: padded, with every logit of both models at
     once.
     """
-    where, kind = distributed.device(), precision()
-    student: Any = load_model(str(folder / "student"), dtype=kind).to(where).train()
+    device, dtype = distributed.device(), model_dtype()
+    student: Any = load_model(str(folder / "student"), dtype=dtype).to(device).train()
     teacher: Any = None
     if variant == "full":
-        teacher = (
-            load_model(str(folder / "teacher"), dtype=kind).to(where).eval().requires_grad_(False)
-        )
+        teacher = load_model(str(folder / "teacher"), dtype=dtype).to(device)
+        teacher.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.01)
-    batch = sequences(work, 1)[0]
+    ids, mask, labels = (tensor.to(device) for tensor in _padded_batch(work))
+    compute_loss = _full_logits_loss if variant == "full" else _sft_loss
+    seconds, losses = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        loss = compute_loss(student, teacher, ids, mask, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds, losses
+
+
+def _padded_batch(work: Workload) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and labels of the workload: each [samples, longest]."""
+    batch = random_samples(work, 1)[0]
     width = max(len(ids) for _, ids in batch)
     ids = torch.full((len(batch), width), 2)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -206,43 +221,28 @@ def plain(
         ids[row, : len(tokens)] = labels[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
         labels[row, :prompt] = -100
-    ids, mask, labels = ids.to(where), mask.to(where), labels.to(where)
-    step = _full_logits if variant == "full" else _sft
-    seconds, losses = [], []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        loss = step(student, teacher, ids, mask, labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        if where.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return seconds, losses
+    return ids, mask, labels
 
 
-def _full_logits(
+def _full_logits_loss(
     student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
     output = student(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
     with torch.no_grad():
         target = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
     log_q, log_p = functional.log_softmax(output.logits, -1), functional.log_softmax(target, -1)
-    each = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[:, :-1]
+    per_token = functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)[:, :-1]
     counts = labels[:, 1:] != -100
-    kd: torch.Tensor = (each * counts).sum() / counts.sum()
-    result: torch.Tensor = ALPHA * output.loss + (1 - ALPHA) * kd
+    kd: torch.Tensor = (per_token * counts).sum() / counts.sum()
+    result: torch.Tensor = SFT_RATIO * output.loss + (1 - SFT_RATIO) * kd
     return result
 
 
-def _sft(
+def _sft_loss(
     student: Any, teacher: Any, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    loss: torch.Tensor = student(
-        input_ids=ids, attention_mask=mask, labels=labels, use_cache=False
-    ).loss
+    output = student(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+    loss: torch.Tensor = output.loss
     return loss
 
 

@@ -1,9 +1,9 @@
-"""What it saves to ask the teacher once: a step with its stored hidden states beside SFT and the
-live teacher, and a whole run.
+"""Cached against online teacher: an optimizer step with cached hidden states beside SFT and the
+online teacher, and a whole run.
 
 SmolLM2-135M into its 20-layer student (workload A of `pocl bench step`), plain PyTorch, one
-process. A whole run is POCL's four stages of so many epochs over four batches, `teach` included
-where it belongs.
+process. A whole run has POCL's four stages over four batches; with a cached teacher it includes
+`cache-teacher`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.bench.arguments import choose_name
 from pocl_ds.bench.ranks import run_ranks
-from pocl_ds.bench.step import take_turns
+from pocl_ds.bench.step import measure_in_turn
 from pocl_ds.bench.workloads import WORKLOADS, write_models
-from pocl_ds.errors import RecipeError
 from pocl_ds.models.quiet import quiet
 
-LIVE, STORED, SFT = "live teacher", "stored teacher", "SFT"
-CONTENDERS = ((LIVE, "torch", 1), (STORED, "torch+stored", 1), (SFT, "torch+sft", 1))
+ONLINE, CACHED, SFT = "online teacher", "cached teacher", "SFT"
+CONTENDERS = ((ONLINE, "torch", 1), (CACHED, "torch+cached", 1), (SFT, "torch+sft", 1))
 ROUNDS, STEPS, EPOCHS = 3, 4, 8
 
 
@@ -34,50 +34,58 @@ def run(
     steps: int = STEPS,
     epochs: int = EPOCHS,
 ) -> dict[str, Any]:
-    """Print and return what was measured. arguments: the name of a workload, A where none is given."""
-    name = arguments[0] if arguments else "A"
-    if len(arguments) > 1 or name not in WORKLOADS:
-        raise RecipeError(f"give one workload, {', '.join(WORKLOADS)}, or nothing")
-    work, cores = WORKLOADS[name], os.cpu_count() or 1
-    rows, _ = take_turns(work, CONTENDERS, None, rounds, steps)
-    out(f"{cores} cores; workload {name}, {rounds} rounds of {steps} steps in turn")
+    """Print and return the measurements. arguments: the name of a workload, A by default. epochs:
+    of each stage of a whole run.
+    """
+    name = choose_name(arguments, WORKLOADS, "A")
+    # Single steps.
+    rows, _ = measure_in_turn(WORKLOADS[name], CONTENDERS, None, rounds, steps)
+    out(f"{os.cpu_count() or 1} cores; workload {name}, {rounds} rounds of {steps} steps in turn")
     for label, row in rows.items():
-        beside = row["median"] / rows[SFT]["median"]
+        ratio = row["median"] / rows[SFT]["median"]
         out(
-            f"  a step, {label:<18}{row['median']:>8.3f} s "
-            f"({row['least']:.3f}..{row['most']:.3f})   {beside:.2f} x SFT"
+            f"  step, {label:<18}{row['median']:>8.3f} s "
+            f"({row['min']:.3f}..{row['max']:.3f})   {ratio:.2f} x SFT"
         )
-    whole: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
-        folder = Path(folder_name)
-        with quiet():
-            write_models(work, folder)
-        for label, variant, ranks in CONTENDERS[:2]:
-            arguments = [variant, name, folder_name, str(epochs), str(folder / "out.json")]
-            whole[label] = run_ranks(
-                label,
-                "pocl_ds.bench.teacher_worker",
-                arguments,
-                folder / "out.json",
-                ranks=ranks,
-                threads=cores,
-            )
-    seconds = {label: found["cache-teacher"] + found["train"] for label, found in whole.items()}
-    stored = whole[STORED]
+    # Whole runs.
+    runs = _measure_runs(name, epochs)
+    seconds = {label: times["cache-teacher"] + times["train"] for label, times in runs.items()}
+    cached = runs[CACHED]
     out(
-        f"a whole run, {stored['steps']} steps: {LIVE} {seconds[LIVE]:.1f} s; {STORED} "
-        f"{seconds[STORED]:.1f} s, of it teaching "
-        f"{stored['cache-teacher']:.1f} s: {seconds[STORED] / seconds[LIVE]:.2f} of the live run"
+        f"whole run of {cached['steps']} steps: {ONLINE} {seconds[ONLINE]:.1f} s; {CACHED} "
+        f"{seconds[CACHED]:.1f} s, {cached['cache-teacher']:.1f} s of it for caching: "
+        f"{seconds[CACHED] / seconds[ONLINE]:.2f} of the online run"
     )
-    read = statistics.median(stored["read"])
+    # Reading the cache.
+    read = statistics.median(cached["read"])
     out(
-        f"reading a batch's states from disk, cold: {1000 * read:.2f} ms "
-        f"({1000 * min(stored['read']):.2f}.."
-        f"{1000 * max(stored['read']):.2f}), {100 * read / stored['step']:.2f}% of a step"
+        f"reading a batch's hidden states from disk, cold: {1000 * read:.2f} ms "
+        f"({1000 * min(cached['read']):.2f}..{1000 * max(cached['read']):.2f}), "
+        f"{100 * read / cached['step']:.2f}% of a step"
     )
     return {
         "steps": rows,
-        "whole": whole,
-        "share": seconds[STORED] / seconds[LIVE],
-        "read_share": read / stored["step"],
+        "runs": runs,
+        "share": seconds[CACHED] / seconds[ONLINE],
+        "read_share": read / cached["step"],
     }
+
+
+def _measure_runs(name: str, epochs: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a whole run with the online and with the cached teacher."""
+    runs: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
+        folder = Path(folder_name)
+        with quiet():
+            write_models(WORKLOADS[name], folder)
+        for label, variant, ranks in CONTENDERS[:2]:
+            result = folder / "out.json"
+            runs[label] = run_ranks(
+                label,
+                "pocl_ds.bench.teacher_worker",
+                [variant, name, folder_name, str(epochs), str(result)],
+                result,
+                ranks=ranks,
+                threads=os.cpu_count() or 1,
+            )
+    return runs

@@ -1,5 +1,5 @@
-"""TRL's GKD trainer with lmbda=0 (dataset responses only) on the same models and batch; needs TRL,
-not this package.
+"""TRL's GKD trainer with lmbda=0 (responses of the dataset only) on the same models and batch. It
+needs TRL, not this package.
 
     PYTHON_WITH_TRL trl_worker.py FOLDER STEPS OUT
 """
@@ -26,10 +26,10 @@ class Clock(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_: object, **__: object) -> None:
-        self.begin = time.perf_counter()
+        self.start = time.perf_counter()
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
+        self.seconds.append(time.perf_counter() - self.start)
 
 
 def main(folder: Path, steps: int, out: Path) -> None:
@@ -38,18 +38,17 @@ def main(folder: Path, steps: int, out: Path) -> None:
 
     def collate(rows: list) -> dict:
         pad = lambda ids, value: ids + [value] * (width - len(ids))  # noqa: E731
-        made = {
+        columns = {
             "input_ids": [pad(ids, 2) for _, ids in batch],
             "attention_mask": [pad([1] * len(ids), 0) for _, ids in batch],
             "labels": [pad([-100] * prompt + ids[prompt:], -100) for prompt, ids in batch],
         }
-        found = {name: torch.tensor(values) for name, values in made.items()}
-        shortest = min(
-            prompt for prompt, _ in batch
-        )  # the trainer takes its width as where responses begin
-        found["prompts"] = found["input_ids"][:, :shortest]
-        found["prompt_attention_mask"] = found["attention_mask"][:, :shortest]
-        return found
+        tensors = {name: torch.tensor(values) for name, values in columns.items()}
+        # The trainer uses the width of the prompts as the start of the responses.
+        shortest = min(prompt for prompt, _ in batch)
+        tensors["prompts"] = tensors["input_ids"][:, :shortest]
+        tensors["prompt_attention_mask"] = tensors["attention_mask"][:, :shortest]
+        return tensors
 
     models = [
         AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)

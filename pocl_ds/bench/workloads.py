@@ -1,10 +1,9 @@
-"""Work that steps are timed on: two models with random weights, and batches of random tokens, as
-files.
+"""Workloads that steps are timed on: two models with random weights, and batches of random tokens.
 
-A: SmolLM2-135M and its 20-layer student, 8 instruction samples a step (1,100 tokens, 310 of them
-responses; 1,752 padded). S: the same samples, models of a third of the size, 12 layers into 8. B:
-two-layer models of width 256 with 151,936 ids, 4 x 512 tokens, all of them responses: the head is
-nearly all the work. tiny: A in small, for tests.
+A: SmolLM2-135M and its 20-layer student, 8 instruction samples per step (1,100 tokens, 310 of
+them responses; 1,752 with padding). S: the same samples, models of a third of the size, 12 layers
+into 8. B: two-layer models of width 256 with 151,936 ids, 4 x 512 tokens, all of them responses:
+the head is nearly all of the work. tiny: a small A, for tests.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pocl_ds.runtime.distributed import device
 
 @dataclass(frozen=True)
 class Workload:
-    """One item. lengths: (prompt, whole) tokens of each sample of a step."""
+    """Two models and a batch. lengths: (prompt tokens, all tokens) of each sample."""
 
     name: str
     teacher: Mapping[str, Any]  # LlamaConfig
@@ -35,8 +34,8 @@ class Workload:
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens a step whose loss counts; token 0 has no state before it."""
-        return sum(whole - max(prompt, 1) for prompt, whole in self.lengths)
+        """Loss tokens of a step; token 0 is never one, since nothing precedes it."""
+        return sum(total - max(prompt, 1) for prompt, total in self.lengths)
 
 
 _SMOL = {
@@ -64,7 +63,7 @@ _WIDE = {
     "tie_word_embeddings": True,
     "num_hidden_layers": 2,
 }
-# Heads of 32, the least that vLLM takes on a CPU.
+# Heads of width 32, the smallest that vLLM supports on a CPU.
 _TINY = {
     **_WIDE,
     "vocab_size": 320,
@@ -118,18 +117,18 @@ WORKLOADS = {
 }
 
 
-def sequences(work: Workload, steps: int, seed: int = 0) -> list[list[tuple[int, list[int]]]]:
-    """(prompt tokens, ids) of every sample of every step."""
+def random_samples(work: Workload, steps: int, seed: int = 0) -> list[list[tuple[int, list[int]]]]:
+    """For every step, the prompt tokens and the ids of each sample."""
     source = np.random.default_rng(seed)
     size = work.student["vocab_size"]
     return [
-        [(prompt, source.integers(3, size, whole).tolist()) for prompt, whole in work.lengths]
+        [(prompt, source.integers(3, size, total).tolist()) for prompt, total in work.lengths]
         for _ in range(steps)
     ]
 
 
 def write_models(work: Workload, folder: Path) -> tuple[Path, Path]:
-    """Folders of teacher and student, each with a tokenizer of one word an id."""
+    """Write the teacher and the student, each with a tokenizer that has one word per id."""
     words = {f"w{i}": i for i in range(work.student["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
@@ -147,56 +146,52 @@ def write_models(work: Workload, folder: Path) -> tuple[Path, Path]:
     return paths
 
 
-def write_steps(work: Workload, path: Path, steps: int) -> None:
-    """The batches as JSON, for programs that do not share our code."""
-    path.write_text(json.dumps(sequences(work, steps)))
+def write_batches(work: Workload, path: Path, steps: int) -> None:
+    """Write the batches as JSON, for programs that do not import this package."""
+    path.write_text(json.dumps(random_samples(work, steps)))
 
 
 def flops(work: Workload) -> float:
-    """Multiplications and additions of a KD step without padding, heads at loss positions only.
+    """FLOPs of a distillation step without padding, with heads at loss positions only.
 
-    Forward 2 a weight and token, backward 4; the teacher runs forward only; attention over each
-    sample's own length.
+    Forward takes 2 per weight and token, backward 4; the teacher runs forward only; attention
+    covers each sample alone.
     """
-    total, tokens = 0.0, sum(whole for _, whole in work.lengths)
+    total, tokens = 0.0, sum(length for _, length in work.lengths)
     for shape, passes in ((work.teacher, 1), (work.student, 3)):
         d, layers = shape["hidden_size"], shape["num_hidden_layers"]
         kv = d * shape["num_key_value_heads"] // shape["num_attention_heads"]
         weights = layers * (2 * d * d + 2 * d * kv + 3 * d * shape["intermediate_size"])
-        attention = layers * sum(
-            2 * whole * (whole + 1) * d for _, whole in work.lengths
-        )  # half of each square
+        # Causal attention: half of each square.
+        attention = layers * sum(2 * length * (length + 1) * d for _, length in work.lengths)
         head = d * shape["vocab_size"] * work.loss_tokens
         total += passes * (2 * weights * tokens + attention + 2 * head)
     return total
 
 
 def gemm_rate(threads: int, seconds: float = 1.0) -> float:
-    """Multiplications and additions a second of matrix products here, the best of shapes as in
-    these models.
-
+    """FLOP/s of matrix products on this machine, the best of shapes like those of these models;
     float32 on a CPU, bfloat16 on a GPU.
     """
     torch.set_num_threads(threads)
-    where, best = device(), 0.0
-    kind = torch.bfloat16 if where.type == "cuda" else torch.float32
-    wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
+    own_device, best = device(), 0.0
+    on_gpu = own_device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     shapes = (
-        [(8192, 8192, 8192)]
-        if where.type == "cuda"
-        else [(1024, 1024, 1024), (512, 576, 1536), (512, 1536, 576)]
+        [(8192, 8192, 8192)] if on_gpu else [(1024, 1024, 1024), (512, 576, 1536), (512, 1536, 576)]
     )
     for m, k, n in shapes:
         a, b = (
-            torch.randn(m, k, device=where, dtype=kind),
-            torch.randn(k, n, device=where, dtype=kind),
+            torch.randn(m, k, device=own_device, dtype=dtype),
+            torch.randn(k, n, device=own_device, dtype=dtype),
         )
         torch.mm(a, b)
         wait()
-        begin, rounds = time.perf_counter(), 0
-        while time.perf_counter() - begin < seconds / len(shapes):
+        start, rounds = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds / len(shapes):
             torch.mm(a, b)
             rounds += 1
             wait()
-        best = max(best, 2.0 * m * k * n * rounds / (time.perf_counter() - begin))
+        best = max(best, 2.0 * m * k * n * rounds / (time.perf_counter() - start))
     return best

@@ -166,7 +166,16 @@ class BlockLoss:
         if teacher is not None:
             scaled_log_q = self._at_temperature(logits, log_q)
             if isinstance(self.teacher_head, TopKCodec):
-                value, gradient = self._truncated(scaled_log_q, teacher, self.teacher_head)
+                ids, log_p = self.teacher_head.decode(teacher, terms.temperature)
+                value, gradient = truncated_divergence(
+                    ids,
+                    log_p,
+                    scaled_log_q,
+                    terms.name,
+                    self.options,
+                    lambda: buffers(6, rows),
+                    self._need_kd_gradient,
+                )
             elif isinstance(self.teacher_head, CrossTokenizerTeacher):
                 value, gradient = self._uld(scaled_log_q, teacher, self.teacher_head)
             else:
@@ -235,15 +244,6 @@ class BlockLoss:
         if self.terms.temperature != 1.0:
             logits.div_(self.terms.temperature)
         return torch.log_softmax(logits, -1, out=self.buffers(number, len(products))), logits
-
-    def _truncated(
-        self, log_q: Tensor, records: Tensor, codec: TopKCodec
-    ) -> tuple[Tensor, Tensor | None]:
-        ids, log_p = codec.decode(records, self.terms.temperature)
-        buffer = partial(self.buffers, 6, len(log_q))
-        return truncated_divergence(
-            ids, log_p, log_q, self.terms.name, self.options, buffer, self._need_kd_gradient
-        )
 
     def _uld(
         self, log_q: Tensor, tokens: Tensor, teacher: CrossTokenizerTeacher

@@ -127,6 +127,7 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
             training.directory / "checkpoints",
             training.train.checkpoint,
             fingerprint=training.fingerprint,
+            dtype=training.student.dtype,
         ),
         TrainingMonitor(training.directory, training.label, training.train),
     )

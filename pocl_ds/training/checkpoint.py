@@ -66,10 +66,22 @@ class _Save:
 
 
 class Checkpoints:
-    """The checkpoints of one training directory. All ranks call every method together."""
+    """The checkpoints of one training directory. All ranks call every method together.
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, fingerprint: str) -> None:
+    dtype: of the student's forward pass. With student.dtype=auto it depends on the machine, not on
+    the fingerprint, and a training that changes it in the middle is refused.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        fingerprint: str,
+        dtype: str = "float32",
+    ) -> None:
         self.directory, self.config, self.fingerprint = directory, config, fingerprint
+        self.dtype = dtype
         self.failures = 0  # failed saves since the last one that succeeded
         self._async_save: _Save | None = None  # the same on all ranks
 
@@ -177,6 +189,7 @@ class Checkpoints:
                     "step": save.step,
                     "ranks": distributed.world_size(),
                     "policy": save.policy_state,
+                    "dtype": self.dtype,
                 }
                 write_json(save.partial / STATE, state)
                 paths = [*paths, save.partial / STATE]
@@ -289,8 +302,14 @@ class Checkpoints:
                     f"checkpoint {path} belongs to another recipe or other data: use another "
                     f"--run-dir"
                 )
-            self._rename_damaged(damaged, resumed=step, lost=steps[-1] - step)
             state = read_json(path / STATE)
+            if state["dtype"] != self.dtype:
+                return (
+                    f"checkpoint {path} was trained in {state['dtype']}, and this machine trains "
+                    f"in {self.dtype} (student.dtype=auto): continue on a machine like the first "
+                    "one, or use another --run-dir"
+                )
+            self._rename_damaged(damaged, resumed=step, lost=steps[-1] - step)
             return {"path": str(path), **{key: state[key] for key in ("step", "ranks", "policy")}}
         if steps:
             return (

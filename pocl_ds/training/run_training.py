@@ -175,6 +175,7 @@ def _write_manifest(training: TrainingRun, trainer: Trainer, *, seconds: float) 
         "ranks": distributed.world_size(),
         "device": distributed.device_name(),
         "engine": training.train.engine,
+        "dtype": training.student.dtype,
         "packed": layout.packed,
         "padding_share": round(layout.padding_share, 4),
         "resumed_at": trainer.first_step,

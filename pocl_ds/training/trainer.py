@@ -141,6 +141,7 @@ class Trainer:
             teacher_outputs = models.teacher.outputs(batch)
             with models.teacher.head() as teacher_head:
                 total, kd, ce = models.engine.forward(batch, terms, teacher_outputs, teacher_head)
+            del teacher_outputs  # backward does not need them
             is_last = number + 1 == len(micro_batches)
             models.engine.backward(total, normaliser=loss_tokens, last=is_last)
             totals.append(total.detach())

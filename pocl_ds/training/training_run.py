@@ -62,7 +62,10 @@ class TrainingRun:
 
     def with_resolved_dtypes(self) -> TrainingRun:
         """The same training, with the dtypes that `auto` stands for on this machine."""
-        student = self.student.model_copy(update={"dtype": resolve_dtype(self.student.dtype)})
+        # The plain engine has no float32 master weights: its student trains in float32.
+        plain = self.train.engine == "torch"
+        dtype = "float32" if plain else resolve_dtype(self.student.dtype)
+        student = self.student.model_copy(update={"dtype": dtype})
         if self.teacher is None:
             return replace(self, student=student)
         teacher = self.teacher.model_copy(update={"dtype": resolve_dtype(self.teacher.dtype)})

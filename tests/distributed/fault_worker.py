@@ -22,11 +22,12 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.engines.engine import start_deepspeed
+from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import PoclError
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.tracking import setup_logging
-from pocl_ds.training.build import Job, make_trainer
+from pocl_ds.runtime.logs import setup_logging
+from pocl_ds.training.build import build_trainer
+from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -48,7 +49,7 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
     )
     plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, temperature=1.0, sft_ratio=0.3)
     odd = distributed.rank() == 1
-    job = Job(
+    training = TrainingRun(
         run.train,
         "other" if odd and fault == "recipe" else "one",
         "train",
@@ -62,22 +63,22 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
         train,
         0,
     )
-    trainer = make_trainer(run, job)
-    deal = trainer._deal
+    trainer = build_trainer(run, training)
+    micro_batches = trainer.data.micro_batches
 
     def strange(lengths: Any) -> Any:
         strange.calls += 1  # type: ignore[attr-defined]
         if odd and strange.calls > 2:  # type: ignore[attr-defined]
             if fault == "skip":
-                return deal(lengths)[1:]
+                return micro_batches(lengths)[1:]
             if fault == "sleep":
                 time.sleep(300)
             if fault == "die":
                 os._exit(9)
-        return deal(lengths)
+        return micro_batches(lengths)
 
     strange.calls = 0  # type: ignore[attr-defined]
-    trainer._deal = strange  # type: ignore[method-assign]
+    trainer.data.micro_batches = strange  # type: ignore[method-assign]
     trainer.run()
 
 

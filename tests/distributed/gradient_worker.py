@@ -19,21 +19,26 @@ from deepspeed.utils import safe_get_full_grad
 from pocl_ds.config import LossConfig, TrainConfig, ds_config
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
-from pocl_ds.data.tokenized import EncodedSplit
-from pocl_ds.engines.engine import DeepSpeedEngine, sharded_loading, start_deepspeed
-from pocl_ds.losses import fused_head
-from pocl_ds.losses.divergences import divergence
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading, start_deepspeed
+from pocl_ds.losses import divergence, fused_head
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
-from pocl_ds.models.vocab import Ids
-from pocl_ds.rollouts.policies import Off
+from pocl_ds.models.vocab import VocabMap
+from pocl_ds.rollouts.policies import OffPolicy
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.teacher import LiveTeacher, Teachers
+from pocl_ds.teachers.teacher import OnlineTeacher, TeacherEnsemble
+from pocl_ds.training.checkpoint import Checkpoints
+from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout
+from pocl_ds.training.models import TrainingModels
+from pocl_ds.training.monitor import TrainingMonitor
+from pocl_ds.training.responses import ResponseSource
+from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
-from pocl_ds.training.trainer import StopFlag, Trainer, TrainingData
+from pocl_ds.training.trainer import Trainer
 
-SIZE, TAU, ALPHA = 320, 1.5, 0.3
+SIZE, TEMPERATURE, SFT_RATIO = 320, 1.5, 0.3
 WEIGHTS = (3.0, 1.0)  # of two teachers
 
 
@@ -87,14 +92,14 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     config["zero_optimization"]["stage3_param_persistence_threshold"] = (
         0  # nothing whole by accident
     )
-    ids = Ids(SIZE)
+    ids = VocabMap(SIZE)
     teachers = []
     for path in (case["teacher"], *case.get("others", ())):
         with sharded_loading(frozen):
             teachers.append(
-                LiveTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids)
+                OnlineTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids)
             )
-    teacher = Teachers(teachers, WEIGHTS) if len(teachers) > 1 else teachers[0]
+    teacher = TeacherEnsemble(teachers, WEIGHTS) if len(teachers) > 1 else teachers[0]
     with sharded_loading(config):
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
@@ -103,26 +108,28 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     fused_head.chunk_sizes = lambda *_: fused_head.ChunkSizes(case["rows"], 2)
     engine = Recorder(module, train, config)
     plan = single_stage_plan(
-        np.arange(12), steps=1, batch_size=12, temperature=TAU, sft_ratio=ALPHA
+        np.arange(12), steps=1, batch_size=12, temperature=TEMPERATURE, sft_ratio=SFT_RATIO
     )
     sampler = Sampler(plan, 0)
-    trainer = Trainer(
-        folder,
-        plan=plan,
-        sampler=sampler,
-        data=TrainingData(EncodedSplit.open(folder, "train"), np.arange(12), None, 1),
-        engine=engine,
-        teacher=teacher,
-        loss=LossConfig(name=case["loss"], chunk_bytes=1 << 20),
-        train=train,
-        seed=0,
-        fingerprint="",
-        label="",
-        layout=Layout(case["packed"], 0.0),
-        policy=Off(),
-        rollout=None,
+    data = TrainingData(
+        TokenizedSplit.open(folder, "train"),
+        np.arange(12),
+        None,
+        1,
+        Layout(case["packed"], 0.0),
+        train.micro_batch_size,
+        train.micro_batch_tokens,
     )
-    trainer._step(sampler.at(0), StopFlag())
+    trainer = Trainer(
+        TrainingModels(engine, teacher),
+        data,
+        TrainingSchedule(plan, sampler, train),
+        LossConfig(name=case["loss"], chunk_memory_mb=1),
+        ResponseSource(OffPolicy()),
+        Checkpoints(folder / "checkpoints", train.checkpoint, fingerprint=""),
+        TrainingMonitor(folder, "", train),
+    )
+    trainer.train_step(sampler.position(0))
     return engine.gradients
 
 
@@ -138,11 +145,11 @@ def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict
         ids = torch.tensor([tokens])
         with torch.no_grad():
             answers = [
-                teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TAU
+                teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TEMPERATURE
                 for teacher in teachers
             ]
             target = (
-                TAU
+                TEMPERATURE
                 * sum(
                     share * each.softmax(-1) for share, each in zip(shares, answers, strict=True)
                 ).log()
@@ -153,8 +160,8 @@ def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict
             if len(logits)
             else logits.sum()
         )
-        kd = divergence(case["loss"], target, logits, temperature=TAU).sum()
-        ((ALPHA * ce + (1 - ALPHA) * kd) / total).backward()
+        kd = divergence(case["loss"], logits, target, temperature=TEMPERATURE, reduction="sum")
+        ((SFT_RATIO * ce + (1 - SFT_RATIO) * kd) / total).backward()
     return {
         name: p.grad if p.grad is not None else torch.zeros_like(p)
         for name, p in student.named_parameters()

@@ -14,9 +14,9 @@ from command_line import ROOT, environment
 from pocl_ds.errors import HANG
 
 SAID = {
-    "skip": (2, ("rank 1 is about to do something else", "micro-batches 2 against 3")),
-    "recipe": (2, ("rank 1 is about to do something else", "fingerprint 'other' against 'one'")),
-    "sleep": (HANG, ("rank 0 did nothing for", "stacks-rank-0.txt")),
+    "skip": (2, ("rank 1 does something else", "micro-batches 2 instead of 3")),
+    "recipe": (2, ("rank 1 does something else", "fingerprint 'other' instead of 'one'")),
+    "sleep": (HANG, ("rank 0 made no progress for", "stacks-rank-0.txt")),
     "die": (9, ("rank 1 failed first, with exit code 9",)),
 }
 

@@ -20,11 +20,12 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import single_stage_plan
-from pocl_ds.engines.engine import start_deepspeed
+from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import NumericalError
 from pocl_ds.losses.fused_head import LossSums
-from pocl_ds.training.build import Job, make_trainer
-from pocl_ds.training.trainer import Trainer
+from pocl_ds.training.build import build_trainer
+from pocl_ds.training.trainer import StepResult, Trainer
+from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.run_dir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -50,7 +51,7 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
     config = StudentConfig(
         model=str(student), **({} if engine == "torch" else {"ds_config": engine})
     )
-    job = Job(
+    training = TrainingRun(
         run.train,
         "one",
         "train",
@@ -66,56 +67,57 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
     )
     if kind == "deepspeed":
         start_deepspeed()
-    return make_trainer(run, job)
+    return build_trainer(run, training)
 
 
-def poison(trainer: Trainer, steps: list[int], what: str) -> None:
-    """Make the second micro-batch of some steps give a loss that is no number, or a gradient that
-    is none.
-    """
-    forward, calls = trainer._forward, iter(range(1000))
+def poison(trainer: Trainer, steps: list[int], quantity: str) -> None:
+    """Make the loss, or the gradient, of the second micro-batch of some steps NaN."""
+    engine, calls = trainer.models.engine, iter(range(1000))
+    forward = engine.forward
 
-    def poisoned(batch: Any, terms: Any) -> LossSums:
-        total, kd, ce = forward(batch, terms)
-        if trainer.engine.module.training and next(calls) in [2 * step + 1 for step in steps]:
+    def poisoned(*arguments: Any) -> LossSums:
+        total, kd, ce = forward(*arguments)
+        if engine.module.training and next(calls) in [2 * step + 1 for step in steps]:
             nan = float("nan")
-            if what == "loss":
+            if quantity == "loss":
                 return total * nan, kd, ce
             total = total.clone()
             total.register_hook(lambda gradient: gradient * nan)
         return total, kd, ce
 
-    trainer._forward = poisoned  # type: ignore[method-assign]
+    engine.forward = poisoned
 
 
 def weights(trainer: Trainer) -> dict[str, Any]:
     return {
         name: value.clone()
-        for name, value in trainer.engine.state(trainer.engine.module.model).items()
+        for name, value in trainer.models.engine.gathered_state_dict(
+            trainer.models.engine.module.model
+        ).items()
     }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize("quantity", ["loss", "gradient norm"])
 def test_the_run_stops_before_the_update_and_names_the_batch(
-    what: str, engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
+    quantity: str, engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
 ) -> None:
     run = RunDirectory(tmp_path)
     trainer = make(run, tiny_llama_untied, tiny_llama, engine)
     before = weights(trainer)
-    poison(trainer, [0], what)
+    poison(trainer, [0], quantity)
     with pytest.raises(
         NumericalError,
-        match=rf"the {what} is (nan|inf) at step 1 \(samples s\d+, .*train.max_non_finite_steps",
+        match=rf"the {quantity} is (nan|inf) at step 1 \(samples s\d+, .*max_non_finite_steps",
     ):
         trainer.run()
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
     found = json.loads((run.train / "non_finite-step-00000001.json").read_text())
-    assert found["step"] == 1 and found["what"] == what
+    assert found["step"] == 1 and found["quantity"] == quantity
     assert [len(batch["ids"]) for batch in found["micro_batches"]] == [2, 2]
     assert [batch["loss_sum"] == "nan" for batch in found["micro_batches"]] == [
         False,
-        what == "loss",
+        quantity == "loss",
     ]
     assert not list((run.train / "checkpoints").glob("step-*"))
 
@@ -141,14 +143,14 @@ def test_a_step_that_is_left_out_changes_nothing(
     assert kinds == ["step", "skipped", "step", "validation"]
 
     never = make(RunDirectory(tmp_path / "two"), tiny_llama_untied, tiny_llama, engine)
-    step = never._step
+    train_step = never.train_step
 
-    def only_the_others(position: Any, stop: Any) -> Any:
+    def skip_second_step(position: Any) -> StepResult:
         if position.step == 1:
-            return {"kind": "skipped", "step": 2, "stage": 0}, False
-        return step(position, stop)
+            return StepResult({"kind": "skipped", "step": 2, "stage": 0}, False)
+        return train_step(position)
 
-    never._step = only_the_others  # type: ignore[method-assign]
+    never.train_step = skip_second_step  # type: ignore[method-assign]
     never.run()
     ours, theirs = weights(trainer), weights(never)
     assert all(ours[name].equal(theirs[name]) for name in theirs)

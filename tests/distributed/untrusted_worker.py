@@ -16,7 +16,7 @@ from torch import nn
 
 from pocl_ds.config import TrainConfig
 from pocl_ds.config.ds_config import resolve_student
-from pocl_ds.engines.engine import DeepSpeedEngine, start_deepspeed
+from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, start_deepspeed
 from pocl_ds.errors import ArtifactError
 
 
@@ -32,7 +32,7 @@ def refused(function: Callable[..., None], *arguments: Path) -> None:
     try:
         function(*arguments)
     except ArtifactError as error:
-        assert "mkdir" in str(error) and "nothing of it was run" in str(error)
+        assert "mkdir" in str(error) and "none of its code was run" in str(error)
     else:
         raise AssertionError(f"{function.__name__} took it")
 
@@ -44,7 +44,9 @@ def check(name: str, dtype: str, folder: Path) -> None:
         module, train, resolve_student(name, train=train, dtype=dtype, ranks=1)
     )
     engine.backward(
-        engine(torch.ones(2, 8, dtype=getattr(torch, dtype))).float().sum(), normaliser=2, last=True
+        engine.forward(torch.ones(2, 8, dtype=getattr(torch, dtype))).float().sum(),
+        normaliser=2,
+        last=True,
     )
     engine.step(1e-3)
     saved, converted, sprung = folder / name / dtype, folder / name / "converted", folder / "sprung"

@@ -13,15 +13,15 @@ from torch import nn
 
 from pocl_ds.config import TrainConfig
 from pocl_ds.config.ds_config import resolve_student
-from pocl_ds.engines.engine import DeepSpeedEngine, start_deepspeed
+from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, start_deepspeed
 from pocl_ds.runtime import distributed
 
 
 def step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     values = torch.ones(2, 8, device=distributed.device(), dtype=torch.bfloat16)
-    engine.backward(engine(values).float().sum(), normaliser=2, last=True)
+    engine.backward(engine.forward(values).float().sum(), normaliser=2, last=True)
     engine.step(1e-3)
-    return {name: weight.clone() for name, weight in engine.weights(engine.module)}
+    return {name: weight.clone() for name, weight in engine.gathered_parameters(engine.module)}
 
 
 def main(folder: Path) -> None:

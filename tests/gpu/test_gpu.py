@@ -19,14 +19,15 @@ from tiny_runs import records, write_recipe
 
 from pocl_ds.bench import loss as bench_loss
 from pocl_ds.config import GenerationConfig
-from pocl_ds.generation.protocol import Sampling
-from pocl_ds.generation.subprocess_generator import ChildGenerator
-from pocl_ds.losses.divergences import FUNCTIONS, divergence
+from pocl_ds.generation.protocol import SamplingParams
+from pocl_ds.generation.subprocess_generator import SubprocessGenerator
+from pocl_ds.losses import divergence
+from pocl_ds.losses.divergences import DIVERGENCES
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.models.heads import Head
+from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.load import load_model
-from pocl_ds.models.vocab import Ids
+from pocl_ds.models.vocab import VocabMap
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +37,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_the_fused_head_in_bfloat16_is_nearer_to_float64_than_the_plain_form(name: str) -> None:
     source = torch.Generator().manual_seed(1)
     hidden, teacher_hidden = (
@@ -54,19 +55,19 @@ def test_the_fused_head_in_bfloat16_is_nearer_to_float64_than_the_plain_form(nam
             teacher_hidden.to("cuda", kind) @ teacher_weight.to("cuda", kind).T,
         )
         ce = torch.nn.functional.cross_entropy(q, labels.cuda(), reduction="sum")
-        (0.3 * ce + 0.7 * divergence(name, p, q, temperature=1.5).sum()).backward()
+        (0.3 * ce + 0.7 * divergence(name, q, p, temperature=1.5, reduction="sum")).backward()
         gradients[kind] = leaf.grad.double()
     leaf = torch.nn.Parameter(weight.to("cuda", torch.bfloat16))
     heads = (
-        Head(leaf, None, 1.0, None),
-        Head(torch.nn.Parameter(teacher_weight.to("cuda", torch.bfloat16)), None, 1.0, None),
+        OutputHead(leaf, None, 1.0, None),
+        OutputHead(torch.nn.Parameter(teacher_weight.to("cuda", torch.bfloat16)), None, 1.0, None),
     )
     total, *_ = loss_sums(
         hidden.to("cuda", torch.bfloat16),
         heads[0],
         labels.cuda(),
         LossTerms(name, 1.5, 0.3),
-        ids=Ids(5000),
+        vocab=VocabMap(5000),
         teacher_hidden=teacher_hidden.to("cuda", torch.bfloat16),
         teacher_head=heads[1],
         chunk_bytes=4 << 20,
@@ -94,7 +95,7 @@ def test_a_rollouts_engine_gives_its_memory_back_between_writes(
     """And writes with the weights that it got before (level 1) or gets anew (both)."""
     pytest.importorskip("vllm")
     config = GenerationConfig(gpu_memory_utilization=0.3, max_num_seqs=8)
-    writer = ChildGenerator(
+    writer = SubprocessGenerator(
         str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level
     )
     try:
@@ -103,21 +104,21 @@ def test_a_rollouts_engine_gives_its_memory_back_between_writes(
             name: value.detach() for name, value in load_model(str(tiny_llama)).named_parameters()
         }
         sequence, awake = list(range(2, 60)), torch.cuda.mem_get_info()[0]
-        writer.refresh(weights)
+        writer.load_weights(weights)
         first = writer.log_probs([sequence], [5])[0]
-        written = writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0))
-        writer.rest()
+        written = writer.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
+        writer.sleep()
         freed = torch.cuda.mem_get_info()[0] - awake
         assert freed > 0.2 * torch.cuda.mem_get_info()[1]
         if level == 1:
             np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
-            writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0))
-            writer.rest()
-        writer.refresh({name: value * 1.5 for name, value in weights.items()})
+            writer.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
+            writer.sleep()
+        writer.load_weights({name: value * 1.5 for name, value in weights.items()})
         assert np.abs(writer.log_probs([sequence], [5])[0] - first).max() > 1e-2
-        writer.refresh(weights)
+        writer.load_weights(weights)
         np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
-        assert writer.write([[5, 6, 7]], Sampling(0.0, 1.0, 8, seed=0)) == written
+        assert writer.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0)) == written
     finally:
         writer.close()
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, and they hold what the program promises, at sizes a test can afford."""
+"""The benchmarks run, and show what the documentation promises, at small sizes."""
 
 from __future__ import annotations
 
@@ -54,16 +54,14 @@ def test_scale_prints_a_row_a_size_and_stays_small() -> None:
 def test_loss_says_the_same_for_all_and_ours_is_small() -> None:
     lines: list[str] = []
     (table,) = loss.run([600, 8000, 16], lines.append, rounds=1)
-    ours, plain = table[:2]
-    assert ours.loss == pytest.approx(plain.loss, rel=1e-5)
+    fused, plain = table[:2]
+    assert fused.loss == pytest.approx(plain.loss, rel=1e-5)
     assert plain.extra_mib > 2 * 600 * 8000 * 4 / 2**20  # both sides' log-probabilities at least
-    assert any(line.startswith("ours") for line in lines)
+    assert any(line.startswith("pocl") for line in lines)
 
 
 def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands there beyond hidden states, their gradient and the head's gradient is a chunk,
-    however many tokens.
-    """
+    """Beyond hidden states, their gradient and the head's gradient only a chunk is allocated."""
     from pocl_ds.losses import fused_head
 
     monkeypatch.setattr(
@@ -75,9 +73,8 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
         loss.run([tokens, 8000, 16], lambda _: None, rounds=1)[0][0].extra_mib
         for tokens in (1000, 16_000)
     )
-    assert (
-        many - few < 12
-    )  # 15,000 more tokens in the plain form: 480 MB for one side's logits alone
+    # 15,000 more tokens in the plain form: 480 MB for one side's logits alone.
+    assert many - few < 12
 
 
 def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,14 +84,12 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
         label for label, _, _ in step.CONTENDERS
     ]
     timed = [row for label, row in found.items() if label != "floor"]
-    assert all(
-        row["least"] <= row["median"] <= row["most"] and row["peak_mib"] > 100 for row in timed
-    )
-    monkeypatch.setattr(step, "SWITCHES", step.SWITCHES[:1])
+    assert all(row["min"] <= row["median"] <= row["max"] and row["peak_mib"] > 100 for row in timed)
+    monkeypatch.setattr(step, "SETTINGS", step.SETTINGS[:1])
     switched = step.run(["tiny", "--switches"], lines.append, rounds=1, steps=1)["tiny"]
     assert [label for label in switched if label != "floor"] == [
-        "ours, ZeRO-3, 1 rank",
-        *(label for label, *_ in step.SWITCHES),
+        "pocl, ZeRO-3, 1 rank",
+        *(label for label, *_ in step.SETTINGS),
     ]
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
         step.run(["C"])
@@ -103,11 +98,11 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checkpoint_says_what_a_save_costs() -> None:
     lines: list[str] = []
     found = checkpoint.run(["tiny"], lines.append)
-    assert all(found[part] for part in ("step", "save", "stall", "whole", "load", "convert"))
+    assert all(found[part] for part in ("step", "save", "stall", "complete", "load", "convert"))
     assert (
         12 <= found["bytes_per_parameter"] < 40
     )  # weights and two moments in float32; tiny files have heads
-    with pytest.raises(RecipeError, match="give one workload"):
+    with pytest.raises(RecipeError, match="there is no workload"):
         checkpoint.run(["C"])
 
 
@@ -115,33 +110,33 @@ def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
     lines: list[str] = []
     found = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
     assert list(found["steps"]) == [label for label, *_ in teacher.CONTENDERS]
-    whole = found["whole"][teacher.STORED]
-    assert whole["steps"] == 10 and whole["cache-teacher"] > 0 and len(whole["read"]) == 10
+    cached = found["runs"][teacher.CACHED]
+    assert cached["steps"] == 10 and cached["cache-teacher"] > 0 and len(cached["read"]) == 10
     assert 0 < found["read_share"] < 1 and found["share"] > 0
-    with pytest.raises(RecipeError, match="give one workload"):
+    with pytest.raises(RecipeError, match="there is no workload"):
         teacher.run(["C"])
 
 
 @pytest.mark.vllm
-def test_rollout_prints_both_writers() -> None:
+def test_rollout_prints_both_backends() -> None:
     lines: list[str] = []
-    found = rollout.run(["tiny"], lines.append, rounds=1, steps=2, most=12)
-    assert list(found["steps"]) == list(rollout.WRITERS)
+    found = rollout.run(["tiny"], lines.append, rounds=1, steps=2, max_new_tokens=12)
+    assert list(found["steps"]) == list(rollout.BACKENDS)
     for (steps,) in found["steps"].values():
         assert len(steps) == 2 and all(
-            0 < step["rollout_refresh_seconds"] < step["rollout_seconds"] for step in steps
+            0 < step["weight_sync_seconds"] < step["rollout_seconds"] for step in steps
         )
         lengths = [length for step in steps for length in step["lengths"]]
         assert len(set(lengths)) > 1 and max(lengths) <= 12
         assert sum(lengths) == sum(step["rollout_tokens"] for step in steps)
-    assert len(found["ratios"]) == 1 and lines[-1].startswith("  vllm writes")
-    with pytest.raises(RecipeError, match="give one workload"):
+    assert len(found["ratios"]) == 1 and lines[-1].startswith("  vllm generates")
+    with pytest.raises(RecipeError, match="there is no workload"):
         rollout.run(["C"])
 
 
-def test_size_predicts_what_a_rank_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny models: nearly all of it is what a rank takes without one, so this only shows that both
-    sides are there.
+def test_estimate_predicts_what_a_rank_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models: a rank needs nearly as much without them, so this only shows that both sides are
+    measured.
     """
     monkeypatch.setattr(estimate, "RANKS", (1,))
     rows = estimate.run(["tiny"], lambda _: None, steps=1)
