@@ -99,9 +99,6 @@ def score_samples(
         DataError: a record has no known format, or a text is missing.
         ModelError: the tokenizer has no EOS, or the model's family is not supported.
     """
-    from pocl_ds.generation.protocol import SamplingParams
-    from pocl_ds.generation.transformers_backend import TransformersGenerator
-
     # Tokenize prompts and references.
     places = ((f"records, number {number}", dict(one)) for number, one in enumerate(records, 1))
     samples = list(samples_from_records(places, "records", "auto", {}))
@@ -112,24 +109,9 @@ def score_samples(
     sequences = [sample.ids for sample in tokenized]
     prompt_tokens = [sample.prompt_tokens for sample in tokenized]
 
-    # Generate responses, and leave the model as it was.
-    training, decoding = model.training, model.generation_config
-    generator = TransformersGenerator(
-        model,
-        GenerationConfig(backend="transformers", max_num_batched_tokens=max_batch_tokens),
-        tokenizer,
-        max_length=max_prompt_tokens + max_new_tokens,
-    )
-    try:
-        sampling = SamplingParams(0.0, 1.0, max_new_tokens, seed=0)
-        prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
-        responses = generator.generate(prompts, sampling)
-    finally:
-        generator.close()
-        model.generation_config = decoding
-        model.train(training)
-
-    # Compare responses and references.
+    # Generate responses, and compare them with the references.
+    prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
+    responses = _generate(model, tokenizer, prompts, max_new_tokens, max_batch_tokens)
     rouge = rouge_l_many(responses, [sample.references for sample in samples])
     log_probs = _log_probs(model, sequences, prompt_tokens, max_batch_tokens)
     return [
@@ -142,6 +124,32 @@ def score_samples(
         )
         for i, sample in enumerate(samples)
     ]
+
+
+def _generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    max_batch_tokens: int,
+) -> list[str]:
+    """Greedy responses as text. Leaves the model as it was."""
+    from pocl_ds.generation.protocol import SamplingParams
+    from pocl_ds.generation.transformers_backend import TransformersGenerator
+
+    training, decoding = model.training, model.generation_config
+    generator = TransformersGenerator(
+        model,
+        GenerationConfig(backend="transformers", max_num_batched_tokens=max_batch_tokens),
+        tokenizer,
+        max_length=max((len(prompt) for prompt in prompts), default=0) + max_new_tokens,
+    )
+    try:
+        return generator.generate(prompts, SamplingParams(0.0, 1.0, max_new_tokens, seed=0))
+    finally:
+        generator.close()
+        model.generation_config = decoding
+        model.train(training)
 
 
 def _log_probs(

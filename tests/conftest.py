@@ -90,7 +90,7 @@ def tiny_llama(models_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama_untied(models_folder: Path) -> Path:
-    """Folder of a tiny LLaMA with a head of its own, other weights, and 8 padded vocabulary rows."""
+    """Folder of a tiny LLaMA with an untied head, other weights and 8 padded vocabulary rows."""
     return tiny_models.llama(
         models_folder / "llama-untied", tied=False, seed=1, rows=tiny_models.VOCABULARY + 8
     )
@@ -104,13 +104,13 @@ def tiny_gpt2(models_folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_opt(models_folder: Path) -> Path:
-    """Folder of a tiny OPT in the form of OPT-350M: projections around the layers, no final norm."""
+    """Folder of a tiny OPT like OPT-350M: projections around the layers, no final norm."""
     return tiny_models.opt(models_folder / "opt")
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder with real data and tokenizers: POCL_TEST_DATA, or `shared/data` beside the checkout."""
+    """Real data and tokenizers: POCL_TEST_DATA, or `shared/data` next to the checkout."""
     named = os.environ.get("POCL_TEST_DATA")
     path = Path(named) if named else Path(__file__).resolve().parents[1].parent / "shared" / "data"
     if not path.is_dir():

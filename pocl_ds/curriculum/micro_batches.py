@@ -133,7 +133,7 @@ def _packed_groups(
 def _padded_groups(
     sizes: NDArray[np.int64], ranks: int, max_tokens: int
 ) -> list[NDArray[np.int64]]:
-    """Batches of similar lengths, of which the largest are halved until all ranks get equally many."""
+    """Batches of similar lengths; the largest are halved until all ranks get equally many."""
     groups = token_budget_batches(sizes, max_tokens=max_tokens)
     while len(groups) % ranks or not groups:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]), default=-1)

@@ -104,21 +104,26 @@ def rank_by_difficulty(
     rank_rouge, rank_entropy = _ranks(by_rouge), _ranks(by_entropy)
     rrf = 1 / (k + rank_rouge) + 1 / (k + rank_entropy)
 
-    # Order by the strategy.
-    if strategy in metrics:
-        rows = _sorted_rows(ids, metrics[strategy], entropy)
+    scores = DifficultyScores(ids, rouge, entropy, by_rouge, by_entropy, rrf, seed, metrics)
+    order = _order_by_strategy(scores, strategy)
+    order = order[::-1] if reverse else order
+    return DifficultyRanking(ids, order, rank_rouge, rank_entropy, rrf)
+
+
+def _order_by_strategy(scores: DifficultyScores, strategy: str) -> NDArray[np.int64]:
+    """Rows, easiest first. Raises RecipeError if a plugin's strategy is no permutation."""
+    if strategy in scores.metrics:
+        rows = _sorted_rows(scores.ids, scores.metrics[strategy], scores.cross_entropy)
     else:
-        scores = DifficultyScores(ids, rouge, entropy, by_rouge, by_entropy, rrf, seed, metrics)
         rows = STRATEGIES[strategy](scores)
     order = np.asarray(rows).astype(np.int64, copy=False)
     from_plugin = strategy in STRATEGIES and strategy not in BUILT_IN_STRATEGIES
-    if from_plugin and sorted(order.tolist()) != list(range(len(ids))):
+    if from_plugin and sorted(order.tolist()) != list(range(len(scores.ids))):
         raise RecipeError(
             f"ranking.strategy={strategy} of a plugin does not name every sample once: fix its "
             "function"
         )
-    order = order[::-1] if reverse else order
-    return DifficultyRanking(ids, order, rank_rouge, rank_entropy, rrf)
+    return order
 
 
 def random_order(ids: SampleIds, seed: int) -> NDArray[np.int64]:

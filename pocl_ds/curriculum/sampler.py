@@ -1,6 +1,6 @@
 """The sampler: which samples an optimizer step uses, as a pure function of (plan, seed, step).
 
-No rank draws random numbers of its own. The global batch of a step depends on neither the number of
+No rank has a random generator. The global batch of a step depends on neither the number of
 ranks nor the micro-batch size, so another number of ranks can continue from any step. A length
 window moves samples between neighbouring batches of an epoch only; the curriculum stays the same.
 """

@@ -1,1 +1,1 @@
-"""From instruction files to token ids: samples, prompts, encodings, batches."""
+"""From data sources to token ids: records, samples, prompt templates, tokenized splits, batches."""

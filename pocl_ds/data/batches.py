@@ -1,4 +1,4 @@
-"""Batches of a tokenized dataset as tensors: padded to the longest sample, or packed into one row."""
+"""Batches of a tokenized dataset as tensors: padded to the longest sample, or packed in one row."""
 
 from __future__ import annotations
 

@@ -189,8 +189,8 @@ def _source_files(package: str) -> Iterator[tuple[Path, str]]:
             spec = None
         if spec is None or spec.origin is None:
             raise DataError(
-                f"data.documentation.packages names {package!r}, which is not installed: install it "
-                "or leave it out"
+                f"data.documentation.packages names {package!r}, which is not installed: install "
+                "it or leave it out"
             )
         top = Path(spec.origin)
         root = top.parents[1] if top.name == "__init__.py" else top.parent

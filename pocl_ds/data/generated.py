@@ -1,4 +1,4 @@
-"""Token sequences to train on: the protocol of a tokenized dataset, and model responses in memory."""
+"""Token sequences for training: the protocol of a tokenized dataset, and generated responses."""
 
 from __future__ import annotations
 

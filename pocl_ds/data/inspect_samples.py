@@ -1,4 +1,4 @@
-"""Samples as text for the terminal, with their scores and their places in the difficulty ranking."""
+"""Samples as text for the terminal, with their scores and places in the difficulty ranking."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def _ranked_rows(run: RunDirectory, subset: int | None) -> tuple[Any, dict[int, 
     if subset is not None:
         if read_manifest(run.plan) is None:
             raise ArtifactError(
-                f"{run.plan} holds no finished plan, which defines the subsets: run `pocl plan` first"
+                f"{run.plan} holds no finished plan, which defines the subsets: run `pocl plan` "
+                "first"
             )
         stops = [stage["stop"] for stage in read_json(run.plan / "plan.json")["stages"]]
         if not 1 <= subset <= len(stops):
@@ -97,7 +98,7 @@ def _format_sample(sample: Sample, caption: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape control characters, so that the terminal shows escape sequences instead of obeying them."""
+    """Escape control characters: the terminal must show escape sequences, not obey them."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
     )

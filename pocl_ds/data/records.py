@@ -353,7 +353,7 @@ def _list_fields(record: dict[str, Any]) -> str:
 def _check_field_mapping(
     record: dict[str, Any], place: str, fields: Mapping[str, str], setting: str
 ) -> None:
-    """Raise DataError if a mapped field is missing: a misspelt `input` would be ignored silently."""
+    """Raise DataError if a mapped field is missing, since a misspelt `input` would be ignored."""
     for field, name in fields.items():
         if name not in record:
             raise DataError(

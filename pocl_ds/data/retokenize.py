@@ -55,19 +55,23 @@ class TeacherRetokenizer:
             prompt = teacher_split.tokens(prompt_row)[
                 : int(teacher_split.prompt_tokens[prompt_row])
             ]
-            response, ours, theirs = self._retokenize(tokens[student_prompt:])
-            response, ours, theirs = self._truncate(response, ours, theirs, len(prompt))
+            response, student_span, teacher_span = self._retokenize(tokens[student_prompt:])
+            response, student_span, teacher_span = self._truncate(
+                response, student_span, teacher_span, len(prompt)
+            )
 
             # The first token of a sequence is never a label, so its span cannot be compared.
             if not student_prompt or not len(prompt):
-                ours, theirs = (np.where(side == 0, -1, side) for side in (ours, theirs))
+                student_span, teacher_span = (
+                    np.where(side == 0, -1, side) for side in (student_span, teacher_span)
+                )
             student_spans.append(
-                np.where(ours < 0, -1, ours + num_spans)[int(not student_prompt) :]
+                np.where(student_span < 0, -1, student_span + num_spans)[int(not student_prompt) :]
             )
             teacher_spans.append(
-                np.where(theirs < 0, -1, theirs + num_spans)[int(not len(prompt)) :]
+                np.where(teacher_span < 0, -1, teacher_span + num_spans)[int(not len(prompt)) :]
             )
-            num_spans += _last_span(ours, theirs) + 1
+            num_spans += _last_span(student_span, teacher_span) + 1
             sequences.append(np.concatenate([prompt, response]).astype(np.uint32))
             prompt_tokens.append(len(prompt))
 
@@ -87,17 +91,19 @@ class TeacherRetokenizer:
     def _truncate(
         self,
         response: NDArray[np.int64],
-        ours: NDArray[np.int64],
-        theirs: NDArray[np.int64],
+        student_span: NDArray[np.int64],
+        teacher_span: NDArray[np.int64],
         prompt_length: int,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Cut a response to what the teacher can read, and drop the spans that the cut breaks."""
         if self.max_length is None:
-            return response, ours, theirs
+            return response, student_span, teacher_span
         room = self.max_length - prompt_length
-        broken, response, theirs = theirs[room:], response[:room], theirs[:room]
-        ours, theirs = (np.where(np.isin(side, broken), -1, side) for side in (ours, theirs))
-        return response, ours, theirs
+        broken, response, teacher_span = teacher_span[room:], response[:room], teacher_span[:room]
+        student_span, teacher_span = (
+            np.where(np.isin(side, broken), -1, side) for side in (student_span, teacher_span)
+        )
+        return response, student_span, teacher_span
 
     def _retokenize(
         self, ids: NDArray[np.uint32]
@@ -114,19 +120,24 @@ class TeacherRetokenizer:
         ]
         text = b"".join(pieces).decode(errors="replace")
         teacher_ids: list[int] = self.teacher_tokenizer(text, add_special_tokens=False)["input_ids"]
-        ours, theirs = common_spans(pieces, [self.teacher_bytes[token] for token in teacher_ids])
+        student_span, teacher_span = common_spans(
+            pieces, [self.teacher_bytes[token] for token in teacher_ids]
+        )
 
         # Both EOS tokens share a span if the last tokens of both sides end at the same byte.
         if has_eos:
             teacher_ids = [*teacher_ids, self.teacher_tokenizer.eos_token_id]
-            same_end = (ours[-1:] >= 0).all() and (theirs[-1:] >= 0).all()
-            eos_span = _last_span(ours, theirs) + 1 if same_end else -1
-            ours, theirs = np.append(ours, eos_span), np.append(theirs, eos_span)
-        return np.array(teacher_ids, np.int64), ours, theirs
+            same_end = (student_span[-1:] >= 0).all() and (teacher_span[-1:] >= 0).all()
+            eos_span = _last_span(student_span, teacher_span) + 1 if same_end else -1
+            student_span, teacher_span = (
+                np.append(student_span, eos_span),
+                np.append(teacher_span, eos_span),
+            )
+        return np.array(teacher_ids, np.int64), student_span, teacher_span
 
 
-def _last_span(ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> int:
-    return int(max(ours.max(initial=-1), theirs.max(initial=-1)))
+def _last_span(student_span: NDArray[np.int64], teacher_span: NDArray[np.int64]) -> int:
+    return int(max(student_span.max(initial=-1), teacher_span.max(initial=-1)))
 
 
 def _concatenate(spans: list[NDArray[np.int64]]) -> torch.Tensor:

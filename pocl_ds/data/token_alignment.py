@@ -50,7 +50,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def common_spans(
-    ours: Sequence[bytes], theirs: Sequence[bytes]
+    left: Sequence[bytes], right: Sequence[bytes]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The span of each piece of two divisions of one text, from 0; -1 for a piece without a span.
 
@@ -58,12 +58,12 @@ def common_spans(
     because one was truncated or normalized, the spans end before the difference.
 
     Args:
-        ours, theirs: the pieces of both divisions, n and m of them.
+        left, right: the pieces of both divisions, n and m of them.
 
     Returns:
         Two arrays, [n] and [m].
     """
-    left, right = _strip_extra_space(ours, theirs), _strip_extra_space(theirs, ours)
+    left, right = _strip_extra_space(left, right), _strip_extra_space(right, left)
     left_ends, right_ends = (
         np.cumsum([len(piece) for piece in pieces], dtype=np.int64) for pieces in (left, right)
     )

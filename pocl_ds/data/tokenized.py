@@ -1,8 +1,8 @@
 """Tokenized splits: samples become token ids on disk once, and are read back as memory maps.
 
-A sample is the ids of its prompt, the ids of its response, and the EOS that ends it. The response is
-tokenized on its own, so a prompt has the same ids in scoring, training and evaluation. Lengths are
-stored, so a padding id that equals EOS does no harm.
+A sample is the ids of its prompt, the ids of its response, and the EOS that ends it. Prompt and
+response are tokenized separately, so a prompt has the same ids in scoring, training and evaluation.
+Lengths are stored, so a padding id that equals EOS does no harm.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class SampleTokenizer:
     def tokenize_prompts(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """Tokenize many prompts, and count those that were cut.
 
-        Every prompt is returned, since each needs a response, so prompt.overlong=drop has no effect.
+        Every prompt needs a response, so prompt.overlong=drop has no effect.
         Raises DataError if a prompt is empty, or too long with prompt.overlong=error.
         """
         prompts, limit = self.template.token_ids_batch(samples), self.config.max_prompt_tokens

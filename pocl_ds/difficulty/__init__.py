@@ -1,1 +1,1 @@
-"""How hard a sample is to the initial student: measured (`score`), then ordered (`rank`)."""
+"""The steps `score` and `rank`: how difficult each sample is for the initial student."""

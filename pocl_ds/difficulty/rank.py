@@ -35,7 +35,7 @@ def write_ranking(
     """Write ranking/order.npy and ranking/ranking.parquet, if they are not there already.
 
     order.npy holds rows of data/train, easiest first; the table has the scores and ranks in that
-    order. Raises ArtifactError if scores are missing or damaged, DataError if a score is not finite.
+    order. Raises ArtifactError if scores are missing or damaged, DataError if one is not finite.
     """
     if manifest := finished_manifest(run.ranking, fingerprint):
         return manifest
@@ -54,13 +54,7 @@ def write_ranking(
     rouge_l, cross_entropy, *values = _join_scores(run, split, metric_names)
     metrics = dict(zip(metric_names, values, strict=True))
     tied = {"rouge_l": tied_fraction(rouge_l), "cross_entropy": tied_fraction(cross_entropy)}
-    for metric, fraction in tied.items():
-        if fraction > MAX_TIED_FRACTION:
-            log.warning(
-                "%s is degenerate: %.0f%% of its values are tied, so its ranks mean little",
-                metric,
-                100 * fraction,
-            )
+    _warn_of_ties(tied)
 
     ranking = rank_by_difficulty(
         rouge_l,
@@ -87,15 +81,21 @@ def write_ranking(
         "mean_rouge_l": float(rouge_l.mean()),
         "mean_cross_entropy": float(cross_entropy.mean()),
     }
-    log.info(
-        "ranked %d samples by %s: mean ROUGE-L %.4f, mean cross-entropy %.4f",
-        len(split),
-        config.strategy,
-        info["mean_rouge_l"],
-        info["mean_cross_entropy"],
-    )
+    means = info["mean_rouge_l"], info["mean_cross_entropy"]
+    message = "ranked %d samples by %s: mean ROUGE-L %.4f, mean cross-entropy %.4f"
+    log.info(message, len(split), config.strategy, *means)
     info["seconds"] = time.monotonic() - start
     return _write(run, ranking.order, split, columns, info, fingerprint)
+
+
+def _warn_of_ties(tied: dict[str, float]) -> None:
+    for metric, fraction in tied.items():
+        if fraction > MAX_TIED_FRACTION:
+            log.warning(
+                "%s is degenerate: %.0f%% of its values are tied, so its ranks mean little",
+                metric,
+                100 * fraction,
+            )
 
 
 def _write(
@@ -106,7 +106,7 @@ def _write(
     info: dict[str, Any],
     fingerprint: str,
 ) -> Manifest:
-    """Write the order, a table in that order, and the manifest. columns: in the rows of data/train."""
+    """Write the order, a table in that order, and the manifest. columns: by row of data/train."""
     ids = pa.array(np.asarray(split.ids)[order], pa.binary()).cast(pa.string())
     table = pa.table({"id": ids, **{name: values[order] for name, values in columns.items()}})
     with atomic_write(run.ranking / "ranking.parquet", "wb") as stream:

@@ -67,18 +67,16 @@ def score_training_samples(
 ) -> None:
     """Score the unfinished shards, or one of them, with one engine.
 
-    The student generates one response to each sample. `rouge_l` compares it with the references
-    (docs/method.md, eq. 1); `cross_entropy` is the student's mean negative log-likelihood of the
-    tokenized first reference, in nats per token at temperature 1 (eq. 2).
+    `rouge_l` compares the student's response with the references (docs/method.md, eq. 1).
+    `cross_entropy` is its mean negative log-likelihood of the first reference (eq. 2).
 
-    Raises:
-        RecipeError: the shard does not exist, or a plugin's metric gives no numbers.
-        ArtifactError, DataError, ModelError, ResourceError: data or model cannot be used.
+    Raises RecipeError if the shard does not exist, or a plugin's metric gives no numbers;
+    ArtifactError, DataError, ModelError or ResourceError if data or model cannot be used.
     """
     if shard is not None and not 0 <= shard < config.shards:
+        last = config.shards - 1
         raise RecipeError(
-            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to "
-            f"{config.shards - 1}"
+            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}"
         )
     # Find the shards to score.
     discard_stale(run, fingerprint)
@@ -198,7 +196,37 @@ class _ShardScorer:
                 f"{self.run.data}/train.jsonl has fewer lines than train.ids.npy: run `pocl "
                 "preprocess` again"
             )
-        # Generate a response to each prompt.
+        # Generate a response to each prompt, and score the reference.
+        responses, log_probs = self._run_model(rows, report)
+        ids = [sample_id for sample_id, _ in samples]
+        references = [texts for _, texts in samples]
+        rouge = rouge_l_many(responses, references).tolist()
+        plugin_metrics = {
+            name: _metric_values(name, ids, responses, references, log_probs)
+            for name in self.config.metrics
+        }
+
+        # Write one record a sample.
+        for i, sample_id in enumerate(ids):
+            if not len(log_probs[i]):
+                raise DataError(
+                    f"sample {sample_id} has no response token to score: remove it from the data, "
+                    "or count the EOS (score.count_eos=true)"
+                )
+            cross_entropy = -float(np.mean(log_probs[i], dtype=np.float64))
+            metrics["rouge_l"].append(rouge[i])
+            metrics["cross_entropy"].append(cross_entropy)
+            record: dict[str, Any] = {"id": sample_id, "rouge_l": rouge[i]}
+            record |= {"cross_entropy": cross_entropy, "tokens": len(log_probs[i])}
+            if plugin_metrics:
+                record["metrics"] = {name: values[i] for name, values in plugin_metrics.items()}
+            record["response"] = responses[i]
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def _run_model(
+        self, rows: range, report: ProgressCallback
+    ) -> tuple[list[str], list[NDArray[np.float32]]]:
+        """Responses to the prompts of some rows, and log-probabilities of their references."""
         sequences = [[int(token) for token in self.split.tokens(row)] for row in rows]
         prompt_tokens = [int(self.split.prompt_tokens[row]) for row in rows]
         sampling = SamplingParams(
@@ -210,39 +238,11 @@ class _ShardScorer:
         )
         prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
         responses = self.generator.generate(prompts, sampling, report)
-
-        # Log-probabilities of the reference; a truncated one has no EOS to leave out. A sample
-        # counts as finished once its response exists, so this part only refreshes the display.
-        if not self.config.count_eos:
+        if not self.config.count_eos:  # a truncated reference has no EOS to leave out
             sequences = [ids[:-1] if ids[-1] == self.eos_id else ids for ids in sequences]
+        # A sample counts as finished once its response exists, so this only refreshes the display.
         log_probs = self.generator.log_probs(sequences, prompt_tokens, lambda _: report(0))
-
-        # Compare responses and references, and write one record a sample.
-        ids = [sample_id for sample_id, _ in samples]
-        references = [texts for _, texts in samples]
-        rouge = rouge_l_many(responses, references)
-        plugin_metrics = {
-            name: _metric_values(name, ids, responses, references, log_probs)
-            for name in self.config.metrics
-        }
-        for i, sample_id in enumerate(ids):
-            if not len(log_probs[i]):
-                raise DataError(
-                    f"sample {sample_id} has no response token to score: remove it from the data, "
-                    "or count the EOS (score.count_eos=true)"
-                )
-            record = {
-                "id": sample_id,
-                "rouge_l": float(rouge[i]),
-                "cross_entropy": -float(np.mean(log_probs[i], dtype=np.float64)),
-                "tokens": len(log_probs[i]),
-            }
-            metrics["rouge_l"].append(record["rouge_l"])
-            metrics["cross_entropy"].append(record["cross_entropy"])
-            if plugin_metrics:
-                record["metrics"] = {name: values[i] for name, values in plugin_metrics.items()}
-            record["response"] = responses[i]
-            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        return responses, log_probs
 
     def _samples(self, rows: range) -> Iterator[tuple[str, list[str]]]:
         """Id and references of each row. Raises ArtifactError if data/train's files disagree."""
@@ -262,8 +262,8 @@ class _ShardScorer:
             fraction = tied / self.scored
             if fraction > MAX_TIED_FRACTION:
                 log.warning(
-                    "score: %.0f%% of the values of %s are tied, so its ranks mean little: heal the "
-                    "student longer (student.heal_steps) or rank by the other metric "
+                    "score: %.0f%% of the values of %s are tied, so its ranks mean little: heal "
+                    "the student longer (student.heal_steps) or rank by the other metric "
                     "(ranking.strategy)",
                     100 * fraction,
                     name,

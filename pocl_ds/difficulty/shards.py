@@ -1,4 +1,4 @@
-"""Which shards of the scores are finished. Imports nothing heavy, since most commands ask for it."""
+"""Which shards of the scores are finished. Imports nothing heavy, since most commands use it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is said of a text: ROUGE-L, exact match, repetition; and how sure a mean over items is."""
+"""Metrics of generated text: ROUGE-L, exact match, repetition; and the bootstrap of their means."""

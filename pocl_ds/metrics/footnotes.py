@@ -1,5 +1,6 @@
-"""What belongs beside a benchmark's numbers wherever they are shown: `footnotes` of results.json,
-sentences by benchmark.
+"""Footnotes of benchmark results: caveats that belong next to a benchmark's numbers everywhere.
+
+results.json holds them under `footnotes`, as sentences by benchmark.
 """
 
 from __future__ import annotations
@@ -11,31 +12,30 @@ MARK = "⚠"
 
 
 def mark_benchmark(benchmark: str, *results: Mapping[str, Any]) -> str:
-    """A benchmark's name in a table of these results, with a sign where there is more to say of it."""
-    return (
-        f"{benchmark} {MARK}"
-        if any(benchmark in one.get("footnotes", {}) for one in results)
-        else benchmark
-    )
+    """A benchmark's name for a table, with a sign if one of these results has a footnote on it."""
+    has_footnote = any(benchmark in result.get("footnotes", {}) for result in results)
+    return f"{benchmark} {MARK}" if has_footnote else benchmark
 
 
 def footnotes(results: Mapping[str, Any]) -> list[str]:
-    """What there is to say, a line a benchmark."""
+    """The footnotes of one result, one line a benchmark."""
     return merge_footnotes([("", results)], results.get("footnotes", {}))
 
 
 def merge_footnotes(
-    named: Sequence[tuple[str, Mapping[str, Any]]], benchmarks: Collection[str]
+    named_results: Sequence[tuple[str, Mapping[str, Any]]], benchmarks: Collection[str]
 ) -> list[str]:
-    """The same of some benchmarks in several results, each line once; behind what is not said of
-    all stands of whom.
+    """The footnotes of several results on some benchmarks, each line once.
+
+    A line that does not hold for all results names those it holds for.
     """
-    found: dict[str, list[str]] = {}
-    for name, results in named:
-        for benchmark, said in results.get("footnotes", {}).items():
+    names_by_line: dict[str, list[str]] = {}
+    for name, results in named_results:
+        for benchmark, sentences in results.get("footnotes", {}).items():
             if benchmark in benchmarks:
-                found.setdefault(f"{MARK} {benchmark}: {'; '.join(said)}", []).append(name)
+                line = f"{MARK} {benchmark}: {'; '.join(sentences)}"
+                names_by_line.setdefault(line, []).append(name)
     return [
-        line if len(names) == len(named) else f"{line} ({', '.join(dict.fromkeys(names))})"
-        for line, names in found.items()
+        line if len(names) == len(named_results) else f"{line} ({', '.join(dict.fromkeys(names))})"
+        for line, names in names_by_line.items()
     ]

@@ -1,9 +1,8 @@
-"""ROUGE-L, equal to the package rouge-score (use_stemmer=True) to the last bit, and many times as
-fast.
+"""ROUGE-L (docs/method.md, eq. 1), equal to the package rouge-score (use_stemmer=True) to the last
+bit, and many times faster.
 
-Three things make the difference: a word is stemmed once and remembered as a number, texts become
-lists of numbers, and the longest common subsequence of two lists is found bit-parallel (rapidfuzz)
-instead of cell by cell.
+Each word is stemmed once and remembered as a number, texts become lists of numbers, and the longest
+common subsequence of two lists is found bit-parallel (rapidfuzz) instead of cell by cell.
 """
 
 from __future__ import annotations
@@ -19,42 +18,44 @@ from rapidfuzz.distance import LCSseq
 
 from pocl_ds.errors import DataError
 
-REMEMBERED = 1 << 18  # words, some 40 MB; then the memory starts anew
+MAX_CACHED_WORDS = 1 << 18  # some 40 MB; then the cache starts empty again
 
 _WORD = re.compile(r"[a-z0-9]+")
 _STEMMER = PorterStemmer()
 
 
-class _Numbers(dict[str, int]):
-    """Word -> number of its stem, learned on first use; 0 where the stem is not a word, which
-    rouge-score drops.
+class _StemNumbers(dict[str, int]):
+    """Word -> number of its stem, computed on first use.
+
+    The number is 0 if the stem is not a word, which rouge-score drops.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.stems: dict[str, int] = {}
-        self.fresh = itertools.count(1)
+        self.number_of_stem: dict[str, int] = {}
+        self.next_number = itertools.count(1)
 
     def __missing__(self, word: str) -> int:
-        stem = (
-            word if len(word) <= 3 else _STEMMER.stem(word)
-        )  # rouge-score leaves short words alone
-        number = self.stems.setdefault(stem, next(self.fresh)) if _WORD.fullmatch(stem) else 0
+        # rouge-score does not stem short words.
+        stem = word if len(word) <= 3 else _STEMMER.stem(word)
+        number = 0
+        if _WORD.fullmatch(stem):
+            number = self.number_of_stem.setdefault(stem, next(self.next_number))
         self[word] = number
         return number
 
-    def of(self, text: str) -> list[int]:
-        """The words of a text: lower-case runs of a-z and 0-9, as rouge-score splits."""
+    def numbers_of(self, text: str) -> list[int]:
+        """The stems of a text's words: lower-case runs of a-z and 0-9, as rouge-score splits."""
         return list(filter(None, map(self.__getitem__, _WORD.findall(text.lower()))))
 
 
-_numbers = _Numbers()
+_cache = _StemNumbers()
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L F-measure, 0 to 1: Porter stems, the maximum over references.
+    """ROUGE-L F-measure with Porter stems, 0 to 1: the maximum over references.
 
-    Raises DataError where there is no reference.
+    Raises DataError if there is no reference.
     """
     if isinstance(references, str):
         raise DataError("ROUGE-L needs a list of references, not one string: put it into a list")
@@ -62,11 +63,11 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         raise DataError(
             "ROUGE-L needs at least one reference: a sample without an output cannot be scored"
         )
-    if len(_numbers) > REMEMBERED:
-        forget_stems()
-    numbers = _numbers  # one numbering for the whole call, whatever another thread does
-    words = numbers.of(prediction)
-    return max(_f_measure(words, numbers.of(reference)) for reference in references)
+    if len(_cache) > MAX_CACHED_WORDS:
+        clear_stem_cache()
+    cache = _cache  # the same numbers for the whole call, whatever another thread does
+    words = cache.numbers_of(prediction)
+    return max(_f_measure(words, cache.numbers_of(reference)) for reference in references)
 
 
 def rouge_l_many(
@@ -81,10 +82,10 @@ def rouge_l_many(
     return np.fromiter((rouge_l(*pair) for pair in pairs), np.float64, len(predictions))
 
 
-def forget_stems() -> None:
-    """Empty the memory of stems; results stay the same."""
-    global _numbers
-    _numbers = _Numbers()
+def clear_stem_cache() -> None:
+    """Forget all stems; results stay the same."""
+    global _cache
+    _cache = _StemNumbers()
 
 
 def _f_measure(prediction: list[int], reference: list[int]) -> float:

@@ -1,1 +1,1 @@
-"""Models: loading, the head apart from the backbone, depth pruning, and pairs of vocabularies."""
+"""Models: loading, output heads, attention, vocabularies, pruning, LoRA, cost and memory."""

@@ -22,8 +22,8 @@ from torch.nn import functional
 from pocl_ds.errors import ModelError
 
 PER_SAMPLE = "per_sample"
-# Families (`model_type`) for which a test compares it with the model's own attention. Another family
-# may need its mask, for chunks, biases or a prefix.
+# Families (`model_type`) for which a test compares it with the model's own attention. Another
+# family may need its mask, for chunks, biases or a prefix.
 FAMILIES = (
     "gpt2",
     "opt",

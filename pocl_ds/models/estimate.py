@@ -184,7 +184,7 @@ def _scoring_time(
     max_new_tokens: int,
     sequences: int,
 ) -> StepTime:
-    """A step of generation reads the weights once for all concurrent sequences, and their caches."""
+    """Each generated token reads the weights once for all sequences in flight, and their caches."""
     new_tokens = work.samples * max_new_tokens
     prompt_length = max(1, round(work.prompt_tokens))
     flops = work.samples * student.forward_flops([prompt_length], 0)

@@ -1,7 +1,7 @@
 """GGUF files, also those of installed packages, dequantized once into a Hugging Face folder.
 
-The folder's name holds the sha256 of the file, so a moved file is not converted twice, and a changed
-file is converted again.
+The folder's name holds the sha256 of the file, so a moved file is not converted twice, and a
+changed file is converted again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def models_folder() -> Path:
 
 
 def dequantize_gguf(file: Path) -> Path:
-    """The Hugging Face folder (float32, with tokenizer) of a GGUF file, converted on the first call.
+    """The Hugging Face folder (float32, with tokenizer) of a GGUF file, made on the first call.
 
     Concurrent processes wait for the one that converts. Raises ModelError, ResourceError.
     """

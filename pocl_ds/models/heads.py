@@ -65,7 +65,7 @@ class OutputHead:
     def product(
         self, hidden: torch.Tensor, size: int | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """hidden Wᵀ + b for the first `size` ids: [n, size]. `out` receives it without a gradient."""
+        """hidden Wᵀ + b for the first `size` ids: [n, size]. `out` receives it without gradient."""
         if self.weight is None:
             return hidden[:, :size].clone() if out is None else out.copy_(hidden[:, :size])
         weight, bias = self.weight[:size], None if self.bias is None else self.bias[:size]
@@ -154,8 +154,8 @@ def output_head(model: Any) -> OutputHead:
     plain = isinstance(linear, nn.Linear) and linear.weight.dtype in UNQUANTIZED_DTYPES
     if family in LOGIT_SCALES and quantized and not plain:
         raise ModelError(
-            f"the output head of the quantized {family} model is quantized too, and logits need its "
-            "plain weights: use a model with an unquantized head"
+            f"the output head of the quantized {family} model is quantized too, and logits need "
+            "its plain weights: use a model with an unquantized head"
         )
     check_family(family)
     if not isinstance(linear, nn.Linear) or model.base_model is model:

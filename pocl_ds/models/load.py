@@ -97,7 +97,7 @@ def resolve_commits(sources: Iterable[ModelSource]) -> dict[str, str]:
 
 
 def pin_to_commit(source: Source, commits: Mapping[str, str]) -> Source:
-    """The model at the commit that `resolve_commits` found, since a branch may move during a run."""
+    """The model at the commit from `resolve_commits`, since a branch may move during a run."""
     revision = commits.get(_name_at_revision(source), source.revision)
     return source.model_copy(update={"revision": revision})
 
@@ -153,7 +153,7 @@ def load_tokenizer(
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
     """The model of a configuration on the meta device: names and shapes, without memory.
 
-    Uses a copy of the configuration, since transformers writes the attention implementation into it.
+    Uses a copy of the configuration, since transformers writes its attention into it.
     """
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(

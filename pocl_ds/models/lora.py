@@ -125,7 +125,7 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
 
 
 def trained_parameters(module: nn.Module) -> tuple[int, int]:
-    """Number of parameters with gradients, and of all; full sizes, also if ZeRO-3 partitions them."""
+    """Number of parameters with gradients, and of all parameters; full sizes also under ZeRO-3."""
     sizes = [
         (math.prod(getattr(p, "ds_shape", p.shape)), p.requires_grad) for p in module.parameters()
     ]

@@ -30,7 +30,7 @@ def quantization_method(config: Any) -> str | None:
 
 
 def bytes_per_weight(config: Any, quantization: str) -> float | None:
-    """Bytes of a weight of a quantized teacher's linear modules; None if not quantized or unknown."""
+    """Bytes of a weight of a quantized teacher's linear modules; None if not known."""
     settings = getattr(config, "quantization_config", None)
     if isinstance(settings, dict) and quantization == "none":
         if isinstance(bits := settings.get("bits"), int):

@@ -1,8 +1,8 @@
 """Vocabulary alignment: which ids mean the same to teacher and student (docs/method.md, eq. 23).
 
-A divergence compares two distributions token by token. If both tokenizers have the same tokens under
-other ids (GPT-2 and OPT), ids are mapped. Rows without a token on either side (padding of the
-embedding matrix, tokens that one side lacks) must have no probability, so they are masked.
+A divergence compares two distributions token by token. If both tokenizers have the same tokens
+under other ids (GPT-2 and OPT), ids are mapped. Rows without a token on either side (padding of
+the embedding matrix, tokens that one side lacks) must have no probability, so they are masked.
 
     alignment = align_vocabularies(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
     vocab = VocabMap.from_alignment(alignment)
@@ -80,7 +80,9 @@ class VocabMap:
     def to(self, device: torch.device) -> VocabMap:
         """Copy the map to a device."""
         tensors = (self.masked, self.teacher_ids, self.teacher_masked)
-        return VocabMap(self.size, *(None if each is None else each.to(device) for each in tensors))
+        return VocabMap(
+            self.size, *(None if tensor is None else tensor.to(device) for tensor in tensors)
+        )
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
@@ -109,7 +111,7 @@ class VocabMap:
     def teacher_product(
         self, head: OutputHead, hidden: Tensor, *, out: Tensor | None = None
     ) -> Tensor:
-        """The product of the teacher's head [n, size] in the student's numbering, also into `out`."""
+        """The product of the teacher's head [n, size] in the student's numbering, into `out`."""
         if self.teacher_ids is None:
             return head.product(hidden, self.size, out=out)
         return torch.index_select(head.product(hidden), 1, self.teacher_ids, out=out)
@@ -275,7 +277,7 @@ def _map_ids(
         (getattr(student_tokenizer, role, None), getattr(teacher_tokenizer, role, None))
         for role in ("eos_token", "bos_token")
     ]
-    pairs = [(ours, theirs) for ours, theirs in special if ours in student and theirs in teacher]
+    pairs = [pair for pair in special if pair[0] in student and pair[1] in teacher]
     pairs += [(token, token) for token in student]
     teacher_ids = np.full(student_rows, -1, np.int64)
     used = {teacher_rows}  # stands for ids beyond the teacher's rows, and for missing tokens

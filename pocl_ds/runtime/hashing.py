@@ -20,7 +20,7 @@ _FACTOR_1, _FACTOR_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111
 
 
 def splitmix64(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix 64-bit states into random numbers of the same shape (the output function of splitmix64)."""
+    """Mix 64-bit states into random numbers: the output function of splitmix64, elementwise."""
     states = (states ^ (states >> np.uint64(30))) * _FACTOR_1
     states = (states ^ (states >> np.uint64(27))) * _FACTOR_2
     return states ^ (states >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Subsets and stages (METHOD 2)."""
+"""Subsets and stages (docs/method.md, eq. 4 to 7)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_one_stage_takes_the_first_value() -> None:
 
 
 def test_learning_rate_is_torchs_cosine() -> None:
-    """The release steps CosineAnnealingLR(T_max=total, eta_min=min_lr) after each optimizer step."""
+    """The release steps CosineAnnealingLR(T_max=total, eta_min=min_lr) after each step."""
     total, lr, min_lr = 37, 1e-4, 1e-7
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total, eta_min=min_lr)

@@ -1,4 +1,4 @@
-"""Where the loss is: hidden state t predicts token t + 1, and only responses and their EOS count."""
+"""Loss positions: hidden state t predicts token t + 1; only responses and their EOS count."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def test_what_a_test_asks_no_validation_asks(
 def test_what_is_asked_in_other_words_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As in P3, where one item stands under several templates. Short answers are alike by chance."""
+    """As in P3, which has items under several templates. Short answers are equal by chance."""
     far = [f"It takes {n} steps to come from here to the next village." for n in range(5)]
     asked = [
         ("Say how far, 0.", f" {far[0].upper()} ".replace(" TO ", "\n to ")),

@@ -103,12 +103,15 @@ def test_chat_prompts_do_not_change_with_the_day() -> None:
 
 def test_variables_of_a_chat_template() -> None:
     tokenizer = tiny_models.make_tokenizer()
-    tokenizer.chat_template = "{% if enable_thinking is defined and not enable_thinking %}quick {% endif %}{{ date_string }}"
+    tokenizer.chat_template = (
+        "{% if enable_thinking is defined and not enable_thinking %}quick {% endif %}"
+        "{{ date_string }}"
+    )
     assert load_template("chat", tokenizer).render(PLAIN) == "26 Jul 2024"
     options = {"enable_thinking": False, "date_string": "1 Jan"}
     assert load_template("chat", tokenizer, options).render(PLAIN) == "quick 1 Jan"
     with pytest.raises(
-        ValidationError, match="chat_template_kwargs are for template=chat, and this is alpaca"
+        ValidationError, match="chat_template_kwargs need template=chat, and the template is alpaca"
     ):
         PromptConfig(chat_template_kwargs=options)
 

@@ -316,10 +316,11 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     reference, run = make_run(tmp_path / "t", tokenizer), make_run(tmp_path / "v", tokenizer)
     run_score(reference, tiny_llama, config(2))
     code = (
-        "from pocl_ds.workflow.run_dir import RunDirectory; from pocl_ds.config import PromptConfig, "
-        "ScoreConfig\n"
+        "from pocl_ds.workflow.run_dir import RunDirectory\n"
+        "from pocl_ds.config import PromptConfig, ScoreConfig\n"
         "from pocl_ds.difficulty.score import score_training_samples\n"
-        f"score_training_samples(RunDirectory({str(run.path)!r}), ScoreConfig(max_new_tokens=12, shards=2), "
+        f"score_training_samples(RunDirectory({str(run.path)!r}), "
+        "ScoreConfig(max_new_tokens=12, shards=2), "
         f"PromptConfig(max_prompt_tokens=40, max_length=96), model_path={str(tiny_llama)!r}, "
         "fingerprint='f', threads=1)"
     )

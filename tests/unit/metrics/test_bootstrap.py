@@ -23,7 +23,7 @@ def test_draws_follow_from_their_arguments_alone() -> None:
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_the_spread_is_that_of_a_mean(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "BLOCK", block)
+    monkeypatch.setattr(bootstrap, "NUMBERS_PER_BLOCK", block)
     values = np.random.default_rng(0).normal(5.0, 3.0, 400)
     means = resampled_means(values, resamples=4000)
     assert means.shape == (4000,) and means.std() == pytest.approx(values.std() / 20, rel=0.05)

@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from pocl_ds.bench.rouge import texts
 from pocl_ds.errors import DataError
 from pocl_ds.metrics import rouge
-from pocl_ds.metrics.rouge import forget_stems, rouge_l, rouge_l_many
+from pocl_ds.metrics.rouge import clear_stem_cache, rouge_l, rouge_l_many
 
 SCORER = RougeScorer(["rougeL"], use_stemmer=True)
 SUFFIXES = [
@@ -95,12 +95,12 @@ def test_every_character_alone() -> None:
     points = [chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF]
     for start in range(0, len(points), 4096):
         text = "".join(f"ab{c}cd " for c in points[start : start + 4096])
-        assert rouge._Numbers().of(text) == _numbered(text)
+        assert rouge._StemNumbers().numbers_of(text) == _numbered(text)
 
 
 def _numbered(text: str) -> list[int]:
     seen: dict[str, int] = {}
-    memory = rouge._Numbers()
+    memory = rouge._StemNumbers()
     for word in SCORER._tokenizer.tokenize(text):
         seen[word] = memory[word]
     return [seen[word] for word in SCORER._tokenizer.tokenize(text)]
@@ -151,11 +151,11 @@ def test_no_list_of_references_is_an_error(references: list[str] | str) -> None:
 def test_forgetting_changes_nothing_and_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = list(zip(texts(30, 50, seed=6), texts(30, 50, seed=7), strict=True))
     before = [rouge_l(a, [b]) for a, b in pairs]
-    monkeypatch.setattr(rouge, "REMEMBERED", 20)
+    monkeypatch.setattr(rouge, "MAX_CACHED_WORDS", 20)
     assert [rouge_l(a, [b]) for a, b in pairs] == before
-    assert 0 < len(rouge._numbers) <= 20 + 100  # what one pair adds
-    forget_stems()
-    assert not rouge._numbers
+    assert 0 < len(rouge._cache) <= 20 + 100  # what one pair adds
+    clear_stem_cache()
+    assert not rouge._cache
 
 
 def test_threads_that_make_each_other_forget() -> None:
@@ -168,7 +168,7 @@ def test_threads_that_make_each_other_forget() -> None:
         for _ in range(300):
             i = source.randrange(len(pairs))
             if source.random() < 0.1:
-                forget_stems()
+                clear_stem_cache()
             if rouge_l(pairs[i][0], [pairs[i][1]]) != before[i]:
                 wrong.append(i)
 

@@ -312,7 +312,8 @@ from pocl_ds.models.load import load_model
 plain = {{n: p.detach().clone() for n, p in load_model({str(tiny_llama)!r}).named_parameters()}}
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed(dist_backend="gloo")
-keep = HfDeepSpeedConfig({{"zero_optimization": {{"stage": 3}}, "train_micro_batch_size_per_gpu": 1}})
+settings = {{"zero_optimization": {{"stage": 3}}, "train_micro_batch_size_per_gpu": 1}}
+keep = HfDeepSpeedConfig(settings)
 model = load_model({str(tiny_llama)!r}, dropout=0.0)
 for name, parameter in model.named_parameters():
     assert parameter.numel() == 0 and parameter.ds_numel == plain[name].numel(), name
