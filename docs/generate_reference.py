@@ -18,9 +18,6 @@ RECIPE_PAGE, CLI_PAGE = "reference/recipe.md", "reference/cli.md"
 PAGES = (RECIPE_PAGE, CLI_PAGE)
 
 
-# --- The recipe ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class RecipeField:
     """One field of the recipe. path: dotted; a list or table of sections contributes one name."""
@@ -232,9 +229,6 @@ def _table_row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(escaped) + " |"
 
 
-# --- The command line ---------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Command:
     """One command. name: words after `pocl`; parameters: of click, as they are."""
@@ -383,9 +377,6 @@ def _choices(parameter: Any) -> list[str]:
             return [str(value) for value in get_args(annotation)]
         open_annotations += get_args(annotation)
     return []
-
-
-# --- mkdocs -------------------------------------------------------------------------------------
 
 
 def pages() -> dict[str, str]:

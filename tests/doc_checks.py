@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
-import importlib.util
 import io
 import json
 import os
@@ -23,15 +22,13 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
+from doc_pages import ROOT, SPAN, Block, Page, anchors, load_generator
 
 from pocl_ds.errors import PoclError
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCS = ROOT / "docs"
 # The smallest recipe with a teacher: partial recipes of the pages are merged into it.
 MINIMAL: dict[str, Any] = {
     "name": "minimal",
@@ -39,90 +36,9 @@ MINIMAL: dict[str, Any] = {
     "teacher": {"model": "org/teacher"},
     "student": {"model": "org/student"},
 }
-EXECUTED = "<!-- executed by the tests -->"  # before a Python block: run it, compare its output
 FILE_ENDINGS = (".md", ".html", ".json", ".jsonl", ".yaml", ".yml", ".py", ".sh", ".parquet")
-_FENCE = re.compile(
-    r"^(?P<indent> *)(?P<fence>```+)(?P<info>[^\n`]*)\n(?P<body>.*?)^(?P=indent)(?P=fence)[ \t]*$",
-    re.MULTILINE | re.DOTALL,
-)
-_SPAN = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
 _DOTTED = re.compile(r"^([a-z_]+(?:\.[a-zA-Z_][\w-]*)+)(?:\s*[:=]\s*(.*))?$")
-
-
-def load_generator() -> ModuleType:
-    """`docs/generate_reference.py`, which no package contains."""
-    name = "generate_reference"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-@dataclass(frozen=True)
-class Block:
-    """One fenced code block. line: of its first line of code; title: of `title="..."`."""
-
-    language: str
-    title: str
-    body: str
-    line: int
-    executed: bool
-
-
-@dataclass(frozen=True)
-class Page:
-    """One Markdown page. path: relative to the root of the tree."""
-
-    path: str
-    text: str
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Its code blocks."""
-        found = []
-        for match in _FENCE.finditer(self.text):
-            before = self.text[: match.start()].rstrip()
-            title = re.search(r'title="([^"]*)"', match["info"])
-            found.append(
-                Block(
-                    match["info"].split(" ")[0].strip(),
-                    title[1] if title else "",
-                    re.sub(rf"^{match['indent']}", "", match["body"], flags=re.MULTILINE),
-                    self.text.count("\n", 0, match.start("body")) + 1,
-                    before.endswith(EXECUTED),
-                )
-            )
-        return found
-
-    @property
-    def prose(self) -> str:
-        """The text with its code blocks emptied, line by line."""
-        return _FENCE.sub(lambda match: "\n" * match[0].count("\n"), self.text)
-
-    def spans(self) -> Iterator[tuple[int, str]]:
-        """Line number and text of each inline code span."""
-        for number, line in enumerate(self.prose.splitlines(), 1):
-            for match in _SPAN.finditer(line):
-                yield number, match[1].strip()
-
-
-def pages() -> list[Page]:
-    """Every page that people read: the README, CONTRIBUTING, the site, and what is generated."""
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-    files += sorted(DOCS.rglob("*.md"))
-    found = [
-        Page(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"))
-        for file in files
-        if file.is_file()
-    ]
-    generated = load_generator().pages()
-    return found + [Page(f"docs/{path}", text) for path, text in generated.items()]
-
-
-# --- Recipes, profiles and studies in YAML blocks ------------------------------------------------
 
 
 def check_yaml(page: Page) -> list[str]:
@@ -205,9 +121,6 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-# --- Python, JSON -------------------------------------------------------------------------------
-
-
 def check_python(page: Page) -> list[str]:
     """Every Python block compiles, what it imports from pocl_ds exists, and one that is marked as
     executed prints what its comments say.
@@ -286,9 +199,6 @@ def check_json(page: Page) -> list[str]:
     return faults
 
 
-# --- Commands and fields ------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class KnownNames:
     """What pages may name. commands: name -> its options; fields: dotted name -> the values that
@@ -313,7 +223,7 @@ def known_names() -> KnownNames:
     fields = {}
     for path, field in generator.recipe_fields().items():
         values = field.type.removeprefix("one of ") if field.type.startswith("one of ") else ""
-        fields[path] = frozenset(_SPAN.findall(values))
+        fields[path] = frozenset(SPAN.findall(values))
     sections = {section.path for section in generator.recipe_sections() if section.path}
     return KnownNames(commands, fields, sections, generator.open_tables())
 
@@ -402,9 +312,6 @@ def _wrong_field(text: str, known: KnownNames) -> Iterator[str]:
         yield f"{path} has no value {value}: it allows {', '.join(sorted(allowed))}"
 
 
-# --- Links --------------------------------------------------------------------------------------
-
-
 def check_links(page: Page, others: Collection[Page]) -> list[str]:
     """Every relative link leads to a file of the tree, or a generated page, and to an anchor in
     it.
@@ -412,7 +319,7 @@ def check_links(page: Page, others: Collection[Page]) -> list[str]:
     texts = {other.path: other.text for other in others} | {page.path: page.text}
     faults = []
     for number, line in enumerate(page.prose.splitlines(), 1):
-        for match in _LINK.finditer(_SPAN.sub("", line)):
+        for match in _LINK.finditer(SPAN.sub("", line)):
             link = match[1] or match[2]
             if re.match(r"^[a-z]+:", link):
                 continue
@@ -425,17 +332,6 @@ def check_links(page: Page, others: Collection[Page]) -> list[str]:
             elif anchor and path in texts and anchor not in anchors(texts[path]):
                 faults.append(f"{where}: {path} has no anchor {anchor}")
     return faults
-
-
-def anchors(text: str) -> set[str]:
-    """Every anchor of a page: headings, `{#names}`, `id="names"` and numbered equations."""
-    prose = _FENCE.sub("", text)
-    found = set(re.findall(r"\{#([\w.-]+)\}", prose)) | set(re.findall(r'id="([^"]+)"', prose))
-    found |= {f"eq-{number}" for number in equation_numbers(text)}
-    for heading in re.findall(r"^#+ (.*?)(?:\s*\{#[^}]*\})?$", prose, re.MULTILINE):
-        plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)).strip()
-        found.add(re.sub(r"[-\s]+", "-", plain.lower()))
-    return found
 
 
 _PATH = re.compile(r"^(pocl_ds|tests|launch|slurm|ds_configs|docs|examples)/[\w./-]+$")
@@ -455,14 +351,6 @@ def check_paths(page: Page) -> list[str]:
         if file.is_file() and not re.search(rf"\b{name}\b", file.read_text(encoding="utf-8")):
             faults.append(f"{page.path}: {path} has no {name}")
     return faults
-
-
-# --- Equations and messages ---------------------------------------------------------------------
-
-
-def equation_numbers(text: str) -> list[int]:
-    """Numbers of a page's equations, in order."""
-    return [int(number) for number in re.findall(r"\\tag\{(\d+)\}", text)]
 
 
 def check_citations(source: str, name: str, numbers: Collection[int]) -> list[str]:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import doc_checks as checks
 import pytest
-from doc_checks import DOCS, ROOT, KnownNames, Page
+from doc_checks import KnownNames
+from doc_pages import DOCS, EXECUTED, ROOT, Page, equation_numbers, load_generator, pages
 
 KNOWN = KnownNames(
     commands={"run": {"--run-dir", "--dry-run"}, "profile detect": {"--partition"}},
@@ -23,7 +24,7 @@ KNOWN = KnownNames(
 
 @functools.cache
 def _pages() -> tuple[Page, ...]:
-    return tuple(checks.pages())
+    return tuple(pages())
 
 
 @functools.cache
@@ -67,19 +68,19 @@ def test_paths_and_the_names_in_them_exist() -> None:
 
 
 def test_every_recipe_field_has_a_description() -> None:
-    fields = checks.load_generator().recipe_fields().values()
+    fields = load_generator().recipe_fields().values()
     assert [field.path for field in fields if not field.description.strip()] == []
 
 
 def test_every_command_has_a_help_text_and_an_example() -> None:
-    commands = checks.load_generator().commands()
+    commands = load_generator().commands()
     assert len(commands) > 20
     assert [command.name for command in commands if not command.example] == []
     assert [command.name for command in commands if not command.help] == []
 
 
 def test_equations_are_numbered_in_order_and_docstrings_cite_existing_ones() -> None:
-    numbers = checks.equation_numbers((DOCS / "method.md").read_text(encoding="utf-8"))
+    numbers = equation_numbers((DOCS / "method.md").read_text(encoding="utf-8"))
     assert numbers == list(range(1, 28))
     faults = []
     for file in sorted((ROOT / "pocl_ds").rglob("*.py")):
@@ -151,9 +152,9 @@ def test_a_bad_python_block_is_found(body: str) -> None:
 
 @pytest.mark.parametrize("body", ["print(1 + 1)  # 3\n", "raise KeyError\n"])
 def test_an_executed_block_is_compared_with_its_comments(body: str) -> None:
-    page = Page("bad.md", f"{checks.EXECUTED}\n```python\n{body}```\n")
+    page = Page("bad.md", f"{EXECUTED}\n```python\n{body}```\n")
     assert len(checks.check_python(page)) == 1
-    good = Page("good.md", f"{checks.EXECUTED}\n```python\nprint(1 + 1)  # 2\n```\n")
+    good = Page("good.md", f"{EXECUTED}\n```python\nprint(1 + 1)  # 2\n```\n")
     assert checks.check_python(good) == []
 
 
@@ -252,7 +253,7 @@ def test_a_message_that_no_code_says_is_found() -> None:
 
 
 def test_a_command_without_an_example_is_found() -> None:
-    generator = checks.load_generator()
+    generator = load_generator()
     silent = SimpleNamespace(help="Do it.", epilog=None, params=[], hidden=False)
     shown = SimpleNamespace(help="Do it.", epilog="Example: pocl b x", params=[], hidden=False)
     commands = list(generator.walk_commands(SimpleNamespace(commands={"a": silent, "b": shown})))
@@ -260,7 +261,7 @@ def test_a_command_without_an_example_is_found() -> None:
 
 
 def test_a_field_without_a_description_is_found() -> None:
-    generator = checks.load_generator()
+    generator = load_generator()
     schema = {
         "properties": {
             "silent": {"type": "integer"},
