@@ -1,5 +1,6 @@
-"""Answers on disk: a file of a model, a benchmark and a seed, an item a line, with a manifest that
-says how they came about.
+"""Answers on disk: one JSONL file per model, benchmark and seed, one item per line.
+
+Each file has a manifest of its own, which records how the answers were generated.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from pocl_ds.workflow.run_dir import RunDirectory
 
 
 def answers_file(run: RunDirectory, model: str, benchmark: str, seed: int) -> Path:
-    """Where the answers of one model to one benchmark with one seed lie."""
+    """The file of one model's answers to one benchmark with one seed."""
     return run.evaluation / model / f"{benchmark}-seed{seed}.jsonl"
 
 
 def answers_manifest(file: Path) -> Manifest | None:
-    """What stands beside finished answers; None where they are unfinished."""
+    """The manifest of a file of answers; None if they are unfinished."""
     return read_manifest(file.parent, f"{file.name}.manifest.json")
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:
-    """The items of a file. Raises ArtifactError where it is missing or unfinished."""
+    """The records in a file of answers. Raises ArtifactError if it is missing or unfinished."""
     if not file.is_file() or answers_manifest(file) is None:
         raise ArtifactError(
             f"{file} is missing or unfinished: run `pocl evaluate --model {file.parent.name}` first"
@@ -39,16 +40,15 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in stream]
 
 
-def settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, Any]:
-    """What two answers must have in common to be compared: how the prompt was made, how and by what
-    text was drawn.
-    """
-    file = Path(os.path.expanduser(prompt.template))
-    name = prompt.template
-    if file.suffix == ".jinja" and file.is_file():  # by its text: files of one name may differ
-        name = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+def answer_settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, Any]:
+    """The settings that must be equal for answers to be comparable: prompt, decoding, backend."""
+    template = prompt.template
+    file = Path(os.path.expanduser(template))
+    if file.suffix == ".jinja" and file.is_file():
+        # Identify a file by its content, since two files may have one name.
+        template = f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     return {
-        "template": name,
+        "template": template,
         "chat_template_kwargs": prompt.chat_template_kwargs,
         "max_prompt_tokens": prompt.max_prompt_tokens,
         "temperature": config.temperature,
@@ -59,37 +59,45 @@ def settings(prompt: PromptConfig, config: EvaluateConfig) -> dict[str, Any]:
     }
 
 
-def summary(
-    runs: Sequence[Sequence[dict[str, Any]]], manifests: Sequence[Manifest | None]
+def summarize_answers(
+    records_by_seed: Sequence[Sequence[dict[str, Any]]], manifests: Sequence[Manifest | None]
 ) -> dict[str, Any]:
-    """Of the answers of each seed: means and standard deviations over seeds, ROUGE-L and exact
-    match times 100.
+    """Statistics of one model's answers to one benchmark.
 
-    distinct_1, distinct_2: of all answers of a seed together. tokens_per_second: of writing alone;
-    answer_tokens: of one answer, its EOS included.
+    ROUGE-L and exact match are in percent. Deviations are standard deviations (n - 1) over seeds.
+
+    Args:
+        records_by_seed: the records of each seed's file.
+        manifests: the manifests of the same files.
+
+    Returns:
+        Values by name. distinct_1 and distinct_2 are computed over all answers of a seed, then
+        averaged over seeds. answer_tokens is the mean length with EOS; tokens_per_second leaves
+        out everything but generation.
     """
-    rouge = [100 * statistics.fmean(record["rouge_l"] for record in records) for records in runs]
+    rouge = [100 * statistics.fmean(r["rouge_l"] for r in records) for records in records_by_seed]
     exact = [
-        100 * statistics.fmean(record["exact_match"] for record in records) for records in runs
+        100 * statistics.fmean(r["exact_match"] for r in records) for records in records_by_seed
     ]
-    texts = [[record["response"] for record in records] for records in runs]
-    every = [text for of_seed in texts for text in of_seed]
+    responses = [[record["response"] for record in records] for records in records_by_seed]
+    all_responses = [text for seed_responses in responses for text in seed_responses]
     infos = [manifest.info for manifest in manifests if manifest is not None]
     tokens, seconds = (
         sum(info[name] for info in infos) for name in ("tokens", "generation_seconds")
     )
+    first_records = records_by_seed[0]
     return {
-        "samples": len(runs[0]),
+        "samples": len(first_records),
         "rouge_l": statistics.fmean(rouge),
         "rouge_l_deviation": statistics.stdev(rouge) if len(rouge) > 1 else None,
         "rouge_l_by_seed": rouge,
         "exact_match": statistics.fmean(exact),
-        "words": statistics.fmean(len(text.split()) for text in every),
-        "repetition_rate": statistics.fmean(repetition_rate(text) for text in every),
-        "distinct_1": statistics.fmean(distinct_n(of_seed, 1) for of_seed in texts),
-        "distinct_2": statistics.fmean(distinct_n(of_seed, 2) for of_seed in texts),
-        "references": statistics.fmean(len(record["references"]) for record in runs[0]),
+        "words": statistics.fmean(len(text.split()) for text in all_responses),
+        "repetition_rate": statistics.fmean(repetition_rate(text) for text in all_responses),
+        "distinct_1": statistics.fmean(distinct_n(texts, 1) for texts in responses),
+        "distinct_2": statistics.fmean(distinct_n(texts, 2) for texts in responses),
+        "references": statistics.fmean(len(record["references"]) for record in first_records),
         "cut_prompts": max(info["cut_prompts"] for info in infos),
-        "answer_tokens": tokens / len(every),
+        "answer_tokens": tokens / len(all_responses),
         "tokens_per_second": tokens / max(seconds, 1e-9),
     }

@@ -1,10 +1,11 @@
-"""Where the known benchmarks lie; and which items are asked: the same whichever model answers,
-however a file is ordered.
+"""Benchmarks: where the known ones come from, and which items every model answers.
+
+The items depend on their ids alone, so all models and seeds answer the same ones, however a file
+is ordered.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -17,206 +18,206 @@ from pathlib import Path
 from pocl_ds.config import BenchmarkConfig, EvaluateConfig
 from pocl_ds.data.records import Sample, read_sample_file
 from pocl_ds.data.sources import read_samples
-from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-HELD_OUT = "test"
+TEST_SPLIT = "test"  # the source of the benchmark that is the run's own test split
 
 
 @dataclass(frozen=True)
-class Known:
-    """A benchmark of METHOD 5. files: what it is called in a folder, as here, as MiniLLM (arXiv
-    2306.08543) has it.
-    """
+class KnownBenchmark:
+    """A benchmark of MiniLLM (arXiv 2306.08543), on the Hub or in a folder."""
 
-    repository: str  # data set on the Hub; its file is the last of `files` without its first folder
+    repository: str  # dataset on the Hub
+    # Names that its file may have in evaluate.benchmark_dir; the last is that of MiniLLM.
     files: tuple[str, ...]
-    items: int
+    items: int  # as published
 
     @property
     def hub_file(self) -> str:
-        """Its file in the repository."""
+        """Name of the file in the repository: MiniLLM's without the first folder."""
         return self.files[-1].partition("/")[2]
 
 
-KNOWN = {
-    "dolly": Known(
+KNOWN_BENCHMARKS = {
+    "dolly": KnownBenchmark(
         "MiniLLM/dolly", ("dolly.jsonl", "eval_dolly500.jsonl", "dolly/valid.jsonl"), 500
     ),
-    "self_inst": Known(
+    "self_inst": KnownBenchmark(
         "MiniLLM/self-inst",
         ("self_inst.jsonl", "eval_selfinst242.jsonl", "self-inst/valid.jsonl"),
         242,
     ),
-    "vicuna": Known(
+    "vicuna": KnownBenchmark(
         "MiniLLM/Vicuna", ("vicuna.jsonl", "eval_vicuna80.jsonl", "vicuna/valid.jsonl"), 80
     ),
-    # References of 11 tokens and more, in both.
-    "sni": Known(
+    # Both only with references of at least 11 tokens.
+    "sni": KnownBenchmark(
         "MiniLLM/sinst", ("sni.jsonl", "eval_sni_11plus.jsonl", "sinst/11_/valid.jsonl"), 1694
     ),
-    "unni": Known(
+    "unni": KnownBenchmark(
         "MiniLLM/uinst", ("unni.jsonl", "eval_unni_11plus.jsonl", "uinst/11_/valid.jsonl"), 10_000
     ),
 }
+# The published benchmark is the beginning of a longer file.
+BEGINNING_OF_FILE = "unni"
 
 
-def check_names(benchmarks: Iterable[str]) -> None:
-    """Names become file names. Raises RecipeError for one that cannot."""
-    for name in benchmarks:
+def check_benchmark_names(names: Iterable[str]) -> None:
+    """Check that every name can be a file name. Raises RecipeError."""
+    for name in names:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise RecipeError(
                 f"evaluate.benchmarks name {name!r} cannot be a file name: use letters, digits, "
-                f"`.`, `_`, `-`"
+                "`.`, `_`, `-`"
             )
 
 
-def questions(run: RunDirectory, config: EvaluateConfig, name: str) -> list[Sample]:
-    """A benchmark's samples: at most evaluate.max_samples, chosen by the hash of their ids.
+def benchmark_samples(run: RunDirectory, config: EvaluateConfig, name: str) -> list[Sample]:
+    """The items of a benchmark: at most evaluate.max_samples, chosen by the hash of their ids.
 
-    Raises DataError where an item has no reference or the data cannot be had, ArtifactError where
-    there is nothing.
+    Raises:
+        DataError: an item has no reference, or the data is not available.
+        ArtifactError: the benchmark has no items.
     """
     benchmark = config.benchmarks[name]
-    samples = _samples(run, benchmark, config.benchmark_dir, name)
+    samples = _read_benchmark(run, benchmark, config.benchmark_dir, name)
     if not samples:
         raise ArtifactError(
-            f"benchmark {benchmark.source!r} holds no samples: give data.test_fraction or "
-            f"evaluate.benchmarks"
+            f"benchmark {benchmark.source!r} has no samples: set data.test_fraction or "
+            "evaluate.benchmarks"
         )
-    return [
-        samples[position]
-        for position in chosen([sample.id for sample in samples], config.max_samples)
-    ]
+    rows = select_by_hash((sample.id for sample in samples), config.max_samples)
+    return [samples[row] for row in rows]
 
 
-def chosen(ids: Sequence[str], limit: int | None) -> list[int]:
-    """Positions of at most `limit` ids, those whose sha256 comes first, in the order of the file.
+def external_benchmarks(run: RunDirectory, config: EvaluateConfig) -> dict[str, list[Sample]]:
+    """The items of every benchmark but the test split, by name. Raises as `benchmark_samples`."""
+    return {
+        name: benchmark_samples(run, config, name)
+        for name, benchmark in config.benchmarks.items()
+        if benchmark.source != TEST_SPLIT
+    }
 
-    The choice depends on ids alone, so every model and seed answers the same questions.
+
+def count_seen_in_training(
+    run: RunDirectory, benchmarks: Mapping[str, Sequence[Sample]]
+) -> dict[str, int]:
+    """Number of items by benchmark whose prompt is also a training prompt.
+
+    Logs a warning, since a model may know their answers by heart. Reads data/train.jsonl once.
     """
-    if limit is None or limit >= len(ids):
-        return list(range(len(ids)))
-    by_hash = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
-    return sorted(by_hash[:limit])
-
-
-def split_ids(split: TokenizedSplit) -> list[str]:
-    """The ids of a split as text."""
-    return [bytes(value).decode() for value in split.ids]
-
-
-def seen_in_training(run: RunDirectory, asked: Mapping[str, Sequence[Sample]]) -> dict[str, int]:
-    """Items by benchmark that ask what a training sample asks: their scores tell of memory too.
-    Reads data/train.jsonl once.
-    """
-    keys = {name: [sample.prompt_key for sample in samples] for name, samples in asked.items()}
-    every, seen = {key for of_one in keys.values() for key in of_one}, set[str]()
-    if every:
-        training = (sample.prompt_key for sample in read_sample_file(run.data / "train.jsonl"))
-        seen = {key for key in training if key in every}
-    found = {name: sum(key in seen for key in of_one) for name, of_one in keys.items()}
-    for name, count in found.items():
+    keys = {name: [s.prompt_key for s in samples] for name, samples in benchmarks.items()}
+    benchmark_keys = {key for names_keys in keys.values() for key in names_keys}
+    seen_keys = set[str]()
+    if benchmark_keys:
+        training_keys = (s.prompt_key for s in read_sample_file(run.data / "train.jsonl"))
+        seen_keys = {key for key in training_keys if key in benchmark_keys}
+    counts = {
+        name: sum(key in seen_keys for key in names_keys) for name, names_keys in keys.items()
+    }
+    for name, count in counts.items():
         if count:
             log.warning(
-                "benchmark %s: %d of %d items ask what a training sample asks: its numbers tell "
-                "of memory too",
+                "benchmark %s: %d of %d items have the prompt of a training sample, so its scores "
+                "also measure memorization",
                 name,
                 count,
                 len(keys[name]),
             )
-    return found
+    return counts
 
 
-def known_file(known: Known, folder: str | None, name: str, revision: str | None = None) -> Path:
-    """The file of a known benchmark: in the folder where one is named, else from the Hub. Raises
-    DataError.
+def benchmark_file(
+    benchmark: KnownBenchmark, folder: str | None, name: str, revision: str | None = None
+) -> Path:
+    """The file of a known benchmark, from `folder`, or from the Hub if that is None.
+
+    Raises:
+        DataError: the file is not there, or cannot be downloaded.
     """
     if folder is None:
-        return _downloaded(known, name, revision)
-    for file in known.files:
+        return _download(benchmark, name, revision)
+    for file in benchmark.files:
         path = Path(os.path.expanduser(folder)) / file
         if path.is_file():
             return path
     raise DataError(
         f"benchmark {name!r} is not in evaluate.benchmark_dir {folder} (looked for "
-        f"{', '.join(known.files)}): put it there, "
-        f"or name its file, as in evaluate.benchmarks.{name}=my.jsonl"
+        f"{', '.join(benchmark.files)}): put it there, or name its file, as in "
+        f"evaluate.benchmarks.{name}=my.jsonl"
     )
 
 
-def local_files(config: EvaluateConfig) -> list[Path]:
-    """The files in evaluate.benchmark_dir that known benchmarks are read from, as far as they
-    are there.
+def local_benchmark_files(config: EvaluateConfig) -> list[Path]:
+    """Files in evaluate.benchmark_dir that known benchmarks are read from; missing ones are left
+    out.
     """
-    found = []
+    files = []
     for benchmark in config.benchmarks.values():
-        if benchmark.source in KNOWN and config.benchmark_dir is not None:
+        if benchmark.source in KNOWN_BENCHMARKS and config.benchmark_dir is not None:
+            known = KNOWN_BENCHMARKS[benchmark.source]
             with suppress(DataError):
-                found.append(
-                    known_file(KNOWN[benchmark.source], config.benchmark_dir, benchmark.source)
-                )
-    return found
+                files.append(benchmark_file(known, config.benchmark_dir, benchmark.source))
+    return files
 
 
-def _samples(
+def _read_benchmark(
     run: RunDirectory, benchmark: BenchmarkConfig, folder: str | None, name: str
 ) -> list[Sample]:
-    if benchmark.source == HELD_OUT:
+    """All items of a benchmark."""
+    if benchmark.source == TEST_SPLIT:
         return list(read_sample_file(run.data / "test.jsonl"))
-    fields = {str(ours): theirs for ours, theirs in benchmark.fields.items()}
-    known, setting = KNOWN.get(benchmark.source), f"evaluate.benchmarks.{name}.fields"
+    fields = {str(key): value for key, value in benchmark.fields.items()}
+    setting = f"evaluate.benchmarks.{name}.fields"
+
+    # A benchmark of the user: a file or a dataset of the Hub.
+    known = KNOWN_BENCHMARKS.get(benchmark.source)
     if known is None:
-        return list(
-            read_samples(
-                benchmark.source,
-                format=benchmark.format,
-                fields=fields,
-                setting=setting,
-                hub_subset=benchmark.hub_subset,
-                hub_split=benchmark.hub_split,
-                hub_revision=benchmark.hub_revision,
-            )
+        samples = read_samples(
+            benchmark.source,
+            format=benchmark.format,
+            fields=fields,
+            setting=setting,
+            hub_subset=benchmark.hub_subset,
+            hub_split=benchmark.hub_split,
+            hub_revision=benchmark.hub_revision,
         )
-    path = known_file(known, folder, benchmark.source, benchmark.hub_revision)
-    samples = list(
-        islice(
-            read_samples(str(path), format=benchmark.format, fields=fields, setting=setting),
-            known.items + 1,
-        )
-    )
-    longer = (
-        len(samples) > known.items and benchmark.source != "unni"
-    )  # whose file is longer: the benchmark is its beginning
-    if longer or len(samples) < known.items:
+        return list(samples)
+
+    # A known benchmark: warn if it does not have the published number of items.
+    path = benchmark_file(known, folder, benchmark.source, benchmark.hub_revision)
+    samples = read_samples(str(path), format=benchmark.format, fields=fields, setting=setting)
+    items = list(islice(samples, known.items + 1))
+    is_longer = len(items) > known.items and benchmark.source != BEGINNING_OF_FILE
+    if is_longer or len(items) < known.items:
         log.warning(
             "benchmark %s: %s holds %s items, the published one %d: do not compare with published "
             "numbers",
             name,
             path,
-            "more" if longer else len(samples),
+            "more" if is_longer else len(items),
             known.items,
         )
-    return samples[: known.items]
+    return items[: known.items]
 
 
-def _downloaded(known: Known, name: str, revision: str | None) -> Path:
+def _download(benchmark: KnownBenchmark, name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.hf_hub_download(
-                known.repository, known.hub_file, repo_type="dataset", revision=revision
+                benchmark.repository, benchmark.hub_file, repo_type="dataset", revision=revision
             )
         )
     except Exception as error:  # network, offline mode, access: a dozen unrelated types
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"benchmark {name!r} ({known.repository}, {known.hub_file}) cannot be had from the "
-            f"Hub ({type(error).__name__}: "
-            f"{reason}): check the network, or name a folder that has it with "
-            f"evaluate.benchmark_dir"
+            f"benchmark {name!r} ({benchmark.repository}, {benchmark.hub_file}) cannot be "
+            f"downloaded from the Hub ({type(error).__name__}: {reason}): check the network, or "
+            "set evaluate.benchmark_dir to a folder that has it"
         ) from None

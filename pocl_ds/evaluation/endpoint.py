@@ -28,7 +28,6 @@ class JudgeEndpoint:
     """
 
     def __init__(self, config: JudgeConfig) -> None:
-        import httpx
         import openai
 
         self.config = config
@@ -40,11 +39,11 @@ class JudgeEndpoint:
             )
         self._client = openai.OpenAI(
             base_url=config.base_url,
-            api_key=self._key or "none",
+            api_key=self._key or "none",  # the client requires one
             timeout=config.timeout_seconds,
             max_retries=config.max_retries,
             # A redirect would carry the key to another host, and turn the POST into a GET.
-            http_client=httpx.Client(follow_redirects=False),
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
 
     def ask(self, question: str) -> tuple[str, bool]:
@@ -59,6 +58,8 @@ class JudgeEndpoint:
         options: dict[str, Any] = {self.config.max_tokens_parameter: self.config.max_tokens}
         if self.config.temperature is not None:
             options["temperature"] = self.config.temperature
+        if not self._key:
+            options["extra_headers"] = {"Authorization": openai.Omit()}
         try:
             completion = self._client.chat.completions.create(
                 model=self.config.model, messages=[{"role": "user", "content": question}], **options

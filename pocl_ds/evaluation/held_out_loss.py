@@ -1,11 +1,11 @@
-"""Loss per token of every model on held-out responses and benchmarks' references, and its KL
-divergence from the teacher (METHOD 5).
+"""Loss per token of every model on held-out responses and on benchmarks' references, and its KL
+divergence from the teacher (docs/method.md, eq. 2 and 11).
 
-Models are loaded one after the other. The teacher's hidden states at loss positions (n x d numbers)
-wait in a temporary file, so its body runs once and only its head stays beside each student; logits
-exist a chunk of positions at a time.
+Models are loaded one after the other. The teacher's hidden states at loss positions are kept in a
+temporary file, so its backbone runs once and only its head stays in memory with each student. One
+chunk of logits exists at a time.
 
-Shapes: n loss tokens (responses and their EOS), d width of a model, v ids that take part.
+Shapes: n loss tokens (responses and their EOS), d width of a model, v ids that models share.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from pocl_ds.config import EvaluateConfig, GenerationConfig, PromptConfig
-from pocl_ds.data.batches import Batch, collate
+from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, semantic_fields
+from pocl_ds.data.batches import Batch
 from pocl_ds.data.records import Sample
-from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
-from pocl_ds.errors import ArtifactError, DataError, ModelError
-from pocl_ds.evaluation.benchmarks import HELD_OUT, chosen, split_ids
-from pocl_ds.models.attention import FAMILIES, PER_SAMPLE
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.evaluation.benchmarks import TEST_SPLIT, external_benchmarks
+from pocl_ds.evaluation.evaluated_models import TEACHER, ModelLoader, model_identity
+from pocl_ds.evaluation.held_out_data import HeldOutSet, read_held_out_sets
+from pocl_ds.losses.divergences import fkl, log_probabilities
+from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import (
     OutputHead,
     has_known_head,
@@ -40,96 +40,83 @@ from pocl_ds.models.heads import (
     identity_head,
     output_head,
 )
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
-from pocl_ds.models.vocab import (
-    IncompatibleTokenizers,
-    VocabMap,
-    VocabularyAlignment,
-    align_vocabularies,
-)
+from pocl_ds.models.vocab import IncompatibleTokenizers, VocabMap
 from pocl_ds.runtime.distributed import device
+from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import explain_disk_errors, write_json
-from pocl_ds.workflow.manifest import damaged_files, read_manifest, write_manifest
+from pocl_ds.workflow.manifest import damaged_files, fingerprint, read_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-RESULT, SCRATCH = "held_out.json", ".references-"
-# Bytes for one chunk of logits, and the rows of v float32 numbers that are alive in it: logits,
-# log-probabilities and probabilities of both sides, and their product.
-CHUNK_BYTES, ROWS_ALIVE = 256 << 20, 8
-TEACHER = "teacher"
-OF_BENCHMARK = "benchmark/"  # before a benchmark's name, which may itself be `test`
+HELD_OUT_LOSS, TEMPORARY_PREFIX = "held_out_loss.json", ".references-"
+# Bytes of one chunk, and how many float32 rows of v numbers it holds at once: logits and
+# log-probabilities of both models, the teacher's probabilities, and products.
+CHUNK_BYTES, FLOAT32_ROWS = 256 << 20, 8
 
 
-def held_out(
+def measure_held_out_loss(
     run: RunDirectory,
     config: EvaluateConfig,
+    prompt: PromptConfig,
     paths: Mapping[str, str],
     *,
-    prompt: PromptConfig,
-    benchmarks: Mapping[str, Sequence[Sample]],
-    fingerprint: str,
+    teacher: TeacherConfig | None = None,
     threads: int | None = None,
     trusted: Collection[str] = (),
 ) -> None:
-    """Write evaluation/held_out.json: {name: {"loss", "tokens", "kl", "benchmarks": {benchmark:
-    {"loss", "tokens", "kl"}}}}.
+    """Write evaluation/held_out_loss.json: {model: {"loss", "tokens", "kl", "benchmarks":
+    {benchmark: {"loss", "tokens", "kl"}}}}.
 
-    paths: name (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name. benchmarks:
-    each item counts once a reference. Both measures are nats per loss token at temperature = 1, over the
-    ids that teacher and students share; the outer ones are of data/test, and missing where it is
-    empty. Without a teacher there is no `kl`. A teacher with another tokenizer is left out.
-    trusted: the models whose own code may run. Raises DataError where there is no token to measure.
+    Loss and KL are in nats per loss token at temperature 1, over the ids that teacher and students
+    share. The outer ones are those of data/test, and missing if it is empty. Benchmarks count every
+    reference. There is no KL without a teacher; a teacher with another tokenizer is left out. A
+    finished result is reused.
+
+    Args:
+        paths: model (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name.
+        teacher: as the recipe has it, for a warning if training uses another teacher.
+        trusted: the models whose own Python code may run.
+
+    Raises:
+        DataError: there is no token to compute a loss of.
+        ModelError: the data holds a token that teacher and student do not share.
     """
-    name = f"{RESULT}.manifest.json"
-    done = read_manifest(run.evaluation, name)
-    if (
-        done is not None
-        and done.fingerprint == fingerprint
-        and not damaged_files(run.evaluation, done)
-    ):
-        log.info("held-out loss is there already")
+    if not config.held_out_loss:
         return
+    if teacher and TEACHER in paths:
+        _warn_of_other_teacher(teacher)
+
+    # Find out whether there is anything to do.
+    test_split = TokenizedSplit.open(run.data, TEST_SPLIT)
+    benchmarks = external_benchmarks(run, config)
+    if not len(test_split) and not benchmarks:
+        return
+    expected = _fingerprint(config, prompt, paths, test_split, benchmarks)
+    manifest_name = f"{HELD_OUT_LOSS}.manifest.json"
+    manifest = read_manifest(run.evaluation, manifest_name)
+    if (
+        manifest is not None
+        and manifest.fingerprint == expected
+        and not damaged_files(run.evaluation, manifest)
+    ):
+        log.info("the held-out loss is up to date")
+        return
+
+    # Measure, and write the result with its manifest.
     start = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    load, info = _Loader(dict(paths), config.generation.dtype, trusted), dict[str, Any]()
-    try:
-        ids = load.ids()
-    except IncompatibleTokenizers:
-        log.info(
-            "teacher and student have different tokenizers: the students' loss is measured, "
-            "without the teacher's and a KL"
-        )
-        students = {name: path for name, path in paths.items() if name != TEACHER}
-        load, info["kl"] = _Loader(students, config.generation.dtype, trusted), False
-        ids = load.ids()
-    with explain_disk_errors(run.evaluation):
-        run.evaluation.mkdir(parents=True, exist_ok=True)
-        for left in run.evaluation.glob(
-            f"{SCRATCH}*"
-        ):  # of a process that was killed: a teacher's states fill a disk
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=run.evaluation) as folder:
-            sets = _sets(run, config, load.encoder(prompt), benchmarks, Path(folder))
-            for batches in sets.values():
-                batches.check_labels(ids)
-            measured = _measure_all(Path(folder), load, sets, ids)
-    write_json(run.evaluation / RESULT, measured)
-    info |= {
-        "samples": len(sets[HELD_OUT].rows) if HELD_OUT in sets else 0,
-        "ids": int(ids.allowed.sum()),
-        "seconds": time.monotonic() - start,
-    }
+    losses, info = _measure(run, config, prompt, paths, benchmarks, trusted)
+    write_json(run.evaluation / HELD_OUT_LOSS, losses)
     write_manifest(
         run.evaluation,
-        "held_out",
-        fingerprint,
-        info=info,
-        files=[run.evaluation / RESULT],
-        name=name,
+        "held_out_loss",
+        expected,
+        info={**info, "seconds": time.monotonic() - start},
+        files=[run.evaluation / HELD_OUT_LOSS],
+        name=manifest_name,
     )
 
 
@@ -143,301 +130,224 @@ def token_sums(
     *,
     is_teacher: bool = False,
 ) -> tuple[float, float]:
-    """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats at temperature = 1.
+    """Sums over n tokens of the cross-entropy and of KL(teacher || model), in nats.
 
-    hidden: [n, d]; labels: [n]; teacher_hidden: [n, d']; is_teacher: hidden and head are the
-    teacher's own. Log-probabilities are float32, sums float64. An id masked on both sides adds
-    exactly zero.
+    The temperature is 1. Log-probabilities are float32, sums over tokens float64.
+
+    Args:
+        hidden: [n, d] hidden states of the model.
+        labels: [n] token ids.
+        teacher_hidden: [n, d'] hidden states of the teacher; None gives a KL of 0.
+        is_teacher: `hidden` and `head` are the teacher's own.
     """
     logits = ids.teacher_logits if is_teacher else ids.student_logits
     loss = divergence = 0.0
-    rows = max(1, CHUNK_BYTES // (4 * ROWS_ALIVE * ids.size))
-    for part in (slice(i, i + rows) for i in range(0, len(labels), rows)):
-        log_q = torch.log_softmax(logits(head, hidden[part]).float(), dim=-1)
+    rows = max(1, CHUNK_BYTES // (4 * FLOAT32_ROWS * ids.size))
+    for start in range(0, len(labels), rows):
+        part = slice(start, start + rows)
+        log_q = log_probabilities(logits(head, hidden[part]), 1.0, torch.float32)
         loss -= float(log_q.gather(-1, labels[part, None]).double().sum())
-        if teacher is None or teacher_hidden is None:
-            continue
-        log_p = torch.log_softmax(ids.teacher_logits(teacher, teacher_hidden[part]).float(), dim=-1)
-        difference = log_p - log_q
-        if ids.masked is not None:
-            difference = difference.masked_fill(ids.masked, 0.0)  # -inf - -inf
-        divergence += float((log_p.exp() * difference).sum(dim=-1).double().sum())
+        if teacher is not None and teacher_hidden is not None:
+            teacher_logits = ids.teacher_logits(teacher, teacher_hidden[part])
+            log_p = log_probabilities(teacher_logits, 1.0, torch.float32)
+            divergence += float(fkl(log_p, log_q).double().sum())
     return loss, divergence
 
 
-class _Loader:
-    """Loads the models of an evaluation by their names."""
-
-    def __init__(self, paths: dict[str, str], dtype: str, trusted: Collection[str]) -> None:
-        self.paths, self.dtype, self.trusted = paths, dtype, trusted
-        self.students = [name for name in paths if name != TEACHER]
-
-    def model(self, name: str) -> Any:
-        path, trusted = self.paths[name], name in self.trusted
-        held = load_model_config(path, trust_remote_code=trusted).model_type in FAMILIES
-        model: Any = load_model(
-            path,
-            dtype=self.dtype,
-            attention=PER_SAMPLE if held else None,
-            trust_remote_code=trusted,
+def _warn_of_other_teacher(teacher: TeacherConfig) -> None:
+    """Warn if the teacher that is evaluated is not exactly the one of training."""
+    if teacher.ensemble:
+        log.warning(
+            "the KL to the teacher is computed with %s alone, while training uses a mixture of %d "
+            "teachers",
+            teacher.model,
+            1 + len(teacher.ensemble),
         )
-        return model.to(device()).eval().requires_grad_(False)
-
-    def tokenizer(self, name: str) -> Any:
-        return load_tokenizer(self.paths[name], trust_remote_code=name in self.trusted)
-
-    def rows(self, name: str) -> int:
-        config = load_model_config(self.paths[name], trust_remote_code=name in self.trusted)
-        return int(config.get_text_config(decoder=True).vocab_size)
-
-    def encoder(self, prompt: PromptConfig) -> SampleTokenizer:
-        """Of the students' tokenizer, in which data/test is written too; references are cut, never
-        left out.
-        """
-        return SampleTokenizer(
-            self.tokenizer((self.students or [TEACHER])[0]),
-            prompt.model_copy(update={"overlong": "truncate"}),
+    if teacher.quantization != "none":
+        log.warning(
+            "the teacher is evaluated without quantization, while training quantizes it to %s",
+            teacher.quantization,
         )
 
-    def ids(self) -> VocabMap:
-        """The ids that all models share, so that every number is over the same set."""
-        rows = {name: self.rows(name) for name in self.paths}
-        if TEACHER not in self.paths:
-            return VocabMap(min(rows.values()))
-        teacher = self.tokenizer(TEACHER)
-        found: list[VocabularyAlignment] = [
-            align_vocabularies(teacher, self.tokenizer(name), rows[TEACHER], rows[name])
-            for name in self.students
+
+def _fingerprint(
+    config: EvaluateConfig,
+    prompt: PromptConfig,
+    paths: Mapping[str, str],
+    test_split: TokenizedSplit,
+    benchmarks: Mapping[str, Sequence[Sample]],
+) -> str:
+    rows = select_by_hash(test_split.ids, config.max_samples)
+    return fingerprint(
+        [
+            {model: model_identity(path) for model, path in paths.items()},
+            resolve_dtype(config.generation.dtype),
+            semantic_fields(prompt),
+            [bytes(test_split.ids[row]).decode() for row in rows],
+            {name: [sample.to_json() for sample in items] for name, items in benchmarks.items()},
         ]
-        if not found:
-            return VocabMap(rows[TEACHER])
-        size = min(vocabulary.size for vocabulary in found)
-        shared = np.ones(size, bool)
-        for vocabulary in found:
-            if vocabulary.shared is not None:
-                shared &= vocabulary.shared[:size]
-        mapped = found[0].teacher_ids  # all students of a run share one tokenizer
-        one = VocabularyAlignment(
-            size, None if shared.all() else shared, "", None if mapped is None else mapped[:size]
-        )
-        return VocabMap.from_alignment(one).to(device())
+    )
 
 
-class _Batches:
-    """Rows of an encoded split in batches of like lengths, always the same ones in the same order."""
-
-    def __init__(
-        self,
-        name: str,
-        split: TokenizedSplit,
-        rows: Sequence[int],
-        pad: int,
-        generation: GenerationConfig,
-    ) -> None:
-        self.name, self.split, self.pad = name, split, pad
-        kept = np.array(rows, np.int64)
-        self.rows: NDArray[np.int64] = kept[
-            np.argsort(self.split.total_tokens[kept], kind="stable")
-        ]
-        lengths = self.split.loss_tokens[self.rows]
-        self.tokens = int(np.maximum(lengths, 0).sum())
-        if not self.tokens:
-            raise DataError(
-                f"{name} holds no tokens to measure: raise data.test_fraction, name data.test, or "
-                f"set "
-                "evaluate.held_out_loss=false"
-            )
-        self.limit, self.most = generation.max_num_batched_tokens, generation.max_num_seqs
-
-    def __iter__(self) -> Iterator[Batch]:
-        pending: list[int] = []
-        for row in self.rows:  # ascending lengths: the newest is the width
-            full = (len(pending) + 1) * int(self.split.total_tokens[row]) > self.limit or len(
-                pending
-            ) == self.most
-            if pending and full:
-                yield collate(self.split, pending, self.pad).to(device())
-                pending = []
-            pending.append(int(row))
-        yield collate(self.split, pending, self.pad).to(device())
-
-    def check_labels(self, ids: VocabMap) -> None:
-        """Raises ModelError where a response holds a token that takes no part in the softmax, as
-        its loss would be infinite, or a prompt one that the teacher cannot read.
-        """
-        found = self.split.find_disallowed_token(
-            ids.allowed, prompts=ids.teacher_readable, rows=self.rows
-        )
-        if found is not None:
-            raise ModelError(
-                f"{self.name} sample {self.split.ids[found[0]].decode()} holds token id "
-                f"{found[1]}, which teacher and student do "
-                "not share: choose a pair that shares its tokenizer, or set evaluate.held_out_loss=false"
-            )
-
-
-def _sets(
+def _measure(
     run: RunDirectory,
     config: EvaluateConfig,
-    encoder: SampleTokenizer,
+    prompt: PromptConfig,
+    paths: Mapping[str, str],
     benchmarks: Mapping[str, Sequence[Sample]],
-    folder: Path,
-) -> dict[str, _Batches]:
-    """What is measured on: the test split where it has samples, and the references of each
-    benchmark, encoded in `folder`.
-    """
-    manifest = read_manifest(run.data)
-    if manifest is None:
-        raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
-    pad, generation = int(manifest.info["pad_id"]), config.generation
-    split, sets = TokenizedSplit.open(run.data, HELD_OUT), dict[str, _Batches]()
-    if len(split):
-        sets[HELD_OUT] = _Batches(
-            "the test split", split, chosen(split_ids(split), config.max_samples), pad, generation
+    trusted: Collection[str],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of held_out_loss.json, and what its manifest records."""
+    # Find the ids that all models share; leave out a teacher that splits text differently.
+    info: dict[str, Any] = {}
+    dtype = resolve_dtype(config.generation.dtype)
+    models = ModelLoader(dict(paths), dtype, trusted)
+    try:
+        ids = models.shared_ids()
+    except IncompatibleTokenizers:
+        log.info(
+            "teacher and student have different tokenizers: only the students' loss is measured, "
+            "without a KL to the teacher"
         )
-    for number, (name, samples) in enumerate(benchmarks.items()):
-        single = (
-            replace(sample, references=(text,)) for sample in samples for text in sample.references
-        )
-        counts = write_tokenized_split(single, encoder, folder, str(number), texts=False)
-        if counts.truncated:
-            log.warning(
-                "benchmark %s: %d of %d references are cut, or their prompts, for loss and KL: "
-                "raise prompt.max_length "
-                "or prompt.max_prompt_tokens",
-                name,
-                counts.truncated,
-                counts.samples,
-            )
-        encoded = TokenizedSplit.open(folder, str(number))
-        sets[f"{OF_BENCHMARK}{name}"] = _Batches(
-            f"benchmark {name}", encoded, range(len(encoded)), pad, generation
-        )
-    return sets
+        info["kl"] = False
+        students = {name: path for name, path in paths.items() if name != TEACHER}
+        models = ModelLoader(students, dtype, trusted)
+        ids = models.shared_ids()
+
+    with explain_disk_errors(run.evaluation):
+        # Remove what a killed process left behind: a teacher's hidden states can fill a disk.
+        run.evaluation.mkdir(parents=True, exist_ok=True)
+        for abandoned in run.evaluation.glob(f"{TEMPORARY_PREFIX}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=run.evaluation) as temporary:
+            folder = Path(temporary)
+            tokenizer = models.sample_tokenizer(prompt)
+            sets = read_held_out_sets(run, config, tokenizer, benchmarks, folder)
+            for held_out in sets:
+                held_out.check_token_ids(ids)
+            losses = _measure_models(folder, models, sets, ids)
+    info["samples"] = sum(len(held_out.rows) for held_out in sets if held_out.benchmark is None)
+    info["ids"] = int(ids.allowed.sum())
+    return losses, info
 
 
-def _measure_all(
-    folder: Path, load: _Loader, sets: dict[str, _Batches], ids: VocabMap
+def _measure_models(
+    folder: Path, models: ModelLoader, sets: Sequence[HeldOutSet], ids: VocabMap
 ) -> dict[str, Any]:
-    """Each model is loaded once, the teacher first; its hidden states wait in `folder`."""
-    measured: dict[str, Any] = {}
+    """Load each model once, the teacher first, and measure it. Temporary files are in `folder`."""
+    losses: dict[str, Any] = {}
     teacher: OutputHead | None = None
-    states: dict[str, Tensor] = {}
-    if TEACHER in load.paths:
-        teacher, states = _teacher(folder, load, sets, ids)
-        measured[TEACHER] = _entry(TEACHER, None, teacher, states, sets, ids)
-    for name in load.students:
-        model = load.model(name)
-        measured[name] = _entry(name, model, teacher, states, sets, ids)
+    teacher_states: Sequence[Tensor | None] = [None] * len(sets)
+    if TEACHER in models.paths:
+        teacher, teacher_states = _run_teacher(folder, models, sets, ids)
+        losses[TEACHER] = _measure_model(TEACHER, None, teacher, teacher_states, sets, ids)
+    for name in models.students:
+        model = models.model(name)
+        losses[name] = _measure_model(name, model, teacher, teacher_states, sets, ids)
         del model
         gc.collect()
-    return measured
+    return losses
 
 
-def _entry(
+def _measure_model(
     name: str,
     model: Any,
     teacher: OutputHead | None,
-    states: dict[str, Tensor],
-    sets: dict[str, _Batches],
+    teacher_states: Sequence[Tensor | None],
+    sets: Sequence[HeldOutSet],
     ids: VocabMap,
 ) -> dict[str, Any]:
-    """What is written down of a model: of the test split, and by benchmark."""
+    """A model's entry in held_out_loss.json. model: None for the teacher."""
     entry: dict[str, Any] = {"benchmarks": {}}
-    for key, batches in sets.items():
-        loss, divergence = _measure(name, model, teacher, states.get(key), batches, ids)
-        found = {"loss": loss, "tokens": batches.tokens}
+    for held_out, states in zip(sets, teacher_states, strict=True):
+        loss, divergence = _measure_set(name, model, teacher, states, held_out, ids)
+        numbers: dict[str, Any] = {"loss": loss, "tokens": held_out.loss_tokens}
         if teacher is not None:
-            found["kl"] = 0.0 if model is None else divergence
-        if key == HELD_OUT:
-            entry |= found
+            numbers["kl"] = divergence
+        if held_out.benchmark is None:
+            entry |= numbers
         else:
-            entry["benchmarks"][key.removeprefix(OF_BENCHMARK)] = found
+            entry["benchmarks"][held_out.benchmark] = numbers
     return entry
 
 
-def _teacher(
-    folder: Path, load: _Loader, sets: dict[str, _Batches], ids: VocabMap
-) -> tuple[OutputHead, dict[str, Tensor]]:
-    """The teacher's head and its hidden states [n, d] at loss positions, mapped from files; its
-    body is freed.
+def _run_teacher(
+    folder: Path, models: ModelLoader, sets: Sequence[HeldOutSet], ids: VocabMap
+) -> tuple[OutputHead, list[Tensor]]:
+    """The teacher's head, and its hidden states [n, d] for each set, mapped from files.
+
+    Its backbone is freed.
     """
-    model = load.model(TEACHER)
+    model = models.model(TEACHER)
     head = _head(model)
-    dtype = getattr(torch, load.dtype)
-    found: dict[str, Tensor] = {}
-    for number, (key, batches) in enumerate(sets.items()):
-        path = folder / f"hidden-{number}"
-        with path.open(
-            "wb"
-        ) as stream:  # with its room: a write to a mapped file that finds none ends the process
-            if size := batches.tokens * head.width * dtype.itemsize:
-                os.posix_fallocate(stream.fileno(), 0, size)
-        states = torch.from_file(
-            str(path), shared=True, size=batches.tokens * head.width, dtype=dtype
-        ).view(-1, head.width)
-        done = 0
+    dtype = getattr(torch, models.dtype)
+    all_states = []
+    for number, held_out in enumerate(sets):
+        # Reserve the file's space: a write to a mapped file on a full disk kills the process.
+        path, count = folder / f"hidden-{number}", held_out.loss_tokens * head.width
+        with path.open("wb") as stream:
+            if count:
+                os.posix_fallocate(stream.fileno(), 0, count * dtype.itemsize)
+        states = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
+        states = states.view(-1, head.width)
+
+        # Fill it in the order of the batches.
+        start = 0
         with (
             torch.inference_mode(),
-            Progress(len(batches.rows), "samples", f"{batches.name}, teacher") as progress,
+            Progress(len(held_out.rows), "samples", f"{held_out.label}, teacher") as progress,
         ):
-            for batch in batches:
-                hidden = _states(
-                    model, replace(batch, input_ids=ids.teacher_inputs(batch.input_ids))
-                )
-                states[done : done + len(hidden)] = hidden.to(states.device)
-                done += len(hidden)
+            for batch in held_out:
+                teacher_batch = replace(batch, input_ids=ids.teacher_inputs(batch.input_ids))
+                hidden = _loss_states(model, teacher_batch)
+                states[start : start + len(hidden)] = hidden.to(states.device)
+                start += len(hidden)
                 progress.advance(len(batch.rows))
-        found[key] = states
-    return head, found
+        all_states.append(states)
+    return head, all_states
 
 
 @torch.inference_mode()
-def _measure(
+def _measure_set(
     name: str,
     model: Any,
     teacher: OutputHead | None,
-    states: Tensor | None,
-    batches: _Batches,
+    teacher_states: Tensor | None,
+    held_out: HeldOutSet,
     ids: VocabMap,
 ) -> tuple[float, float]:
-    """Loss and KL per token of a model; of the teacher itself (model None) from its kept hidden
-    states.
-    """
+    """Loss and KL per token. model: None for the teacher, whose hidden states exist already."""
+    is_teacher = model is None
+    head = teacher if is_teacher else _head(model)
+    assert head is not None
     loss = divergence = 0.0
-    done = 0
-    head = teacher if model is None else _head(model)
-    if head is None:
-        raise ValueError("a model or a teacher is needed")
+    tokens = 0
     with Progress(
-        len(batches.rows), "samples", f"{batches.name}, {name}", silent=model is None
+        len(held_out.rows), "samples", f"{held_out.label}, {name}", silent=is_teacher
     ) as progress:
-        for batch in batches:
+        for batch in held_out:
             count = len(batch.labels)
-            kept = None if states is None else states[done : done + count].to(device())
-            hidden = kept if model is None and kept is not None else _states(model, batch)
-            one, two = token_sums(
-                hidden,
-                head,
-                batch.labels,
-                ids,
-                None if model is None else kept,
-                teacher,
-                is_teacher=model is None,
-            )
-            loss, divergence, done = loss + one, divergence + two, done + count
-            progress.advance(len(batch.rows), loss=loss / done)
-    loss, divergence = loss / batches.tokens, divergence / batches.tokens
-    beside = "" if teacher is None or model is None else f", KL to the teacher {divergence:.4f}"
-    log.info("%s, %s: loss %.4f%s a token", batches.name, name, loss, beside)
+            stored = None
+            if teacher_states is not None:
+                stored = teacher_states[tokens : tokens + count].to(device())
+            if is_teacher and stored is not None:
+                batch_loss, batch_kl = token_sums(stored, head, batch.labels, ids, is_teacher=True)
+            else:
+                hidden = _loss_states(model, batch)
+                batch_loss, batch_kl = token_sums(hidden, head, batch.labels, ids, stored, teacher)
+            loss, divergence, tokens = loss + batch_loss, divergence + batch_kl, tokens + count
+            progress.advance(len(batch.rows), loss=loss / tokens)
+    loss, divergence = loss / tokens, divergence / tokens
+    kl = "" if teacher is None or is_teacher else f" kl_to_teacher={divergence:.4f}"
+    log.info("%s, %s: loss=%.4f%s (nats per token)", held_out.label, name, loss, kl)
     return loss, divergence
 
 
-def _states(model: Any, batch: Batch) -> Tensor:
+def _loss_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states that predict the batch's loss tokens: [n, d]."""
     return batch.at_loss_positions(hidden_states(model, *batch.inputs, split=has_known_head(model)))
 
 
 def _head(model: Any) -> OutputHead:
-    """The model's head; of a family that is not known what stands for one."""
+    """The model's head; for an unknown family one that passes the model's own logits on."""
     return output_head(model) if has_known_head(model) else identity_head(model)

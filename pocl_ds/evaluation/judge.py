@@ -24,8 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pocl_ds.config import EvaluateConfig, JudgeConfig
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.evaluation.answers import answers_file, read_answers
-from pocl_ds.evaluation.benchmarks import chosen
 from pocl_ds.evaluation.endpoint import JudgeEndpoint, RejectedQuestionError
+from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors
 from pocl_ds.workflow.manifest import fingerprint, read_manifest, write_manifest
@@ -189,7 +189,7 @@ class _Judge:
         config = self.config
         # Pick the items, and in pairwise mode the opponent's answers to them.
         answers = read_answers(answers_file(run, model, benchmark, seed))
-        rows = chosen([record["id"] for record in answers], config.max_samples)
+        rows = select_by_hash((record["id"] for record in answers), config.max_samples)
         answers = [answers[row] for row in rows]
         opponents = self._opponent_answers(run, answers, benchmark, seed)
         # Fill in the questions; equal questions to an equal judge have an equal verdict.

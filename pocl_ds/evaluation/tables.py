@@ -1,4 +1,4 @@
-"""Results as tables, for the terminal and for Markdown."""
+"""Tables of evaluation results, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 from pocl_ds.metrics.footnotes import footnotes, mark_benchmark
 
-ROWS = (
-    ("initial", "student before"),
-    ("student", "student after"),
-    ("baseline", "student after plain KD"),
-    ("teacher", "teacher"),
-)
+# Model -> its label, in the order of the rows.
+LABELS = {
+    "initial": "student before",
+    "student": "student after",
+    "baseline": "student after plain KD",
+    "teacher": "teacher",
+}
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -25,35 +26,34 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
-    """Header and one row a model: held-out loss and KL a token in nats, ROUGE-L x 100 a benchmark."""
+    """A header and one row per model: loss and KL in nats per token, ROUGE-L in percent."""
     models = results["models"]
     benchmarks = list(
         dict.fromkeys(name for entry in models.values() for name in entry["benchmarks"])
     )
-    rows = [
-        [
-            "",
-            "loss/token",
-            "KL to teacher",
-            *(f"ROUGE-L {mark_benchmark(name, results)}" for name in benchmarks),
-        ]
+    header = [
+        "",
+        "loss/token",
+        "KL to teacher",
+        *(f"ROUGE-L {mark_benchmark(name, results)}" for name in benchmarks),
     ]
-    for model, label in ROWS:
+    rows = [header]
+    for model, label in LABELS.items():
         if model in models:
             entry = models[model]
-            scores = [_score(entry["benchmarks"].get(name)) for name in benchmarks]
-            rows.append(
-                [label, _number(entry.get("loss"), 3), _number(entry.get("kl"), 3), *scores]
-            )
+            scores = [_format_score(entry["benchmarks"].get(name)) for name in benchmarks]
+            loss, kl = (_format_number(entry.get(key), 3) for key in ("loss", "kl"))
+            rows.append([label, loss, kl, *scores])
     return rows
 
 
-def _score(entry: dict[str, Any] | None) -> str:
+def _format_score(entry: dict[str, Any] | None) -> str:
     if entry is None:
         return "–"
     deviation = entry["rouge_l_deviation"]
-    return _number(entry["rouge_l"], 2) + (f" ± {deviation:.2f}" if deviation is not None else "")
+    score = _format_number(entry["rouge_l"], 2)
+    return score + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
-def _number(value: float | None, digits: int) -> str:
+def _format_number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"

@@ -1,19 +1,19 @@
-"""Runs that are ready to be evaluated: encoded data, models, and a finished training of tiny
-models.
-"""
+"""A run that is ready to be evaluated: tokenized data, and a finished training of tiny models."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judge_server import JudgeServer
 
 from pocl_ds.config import DataConfig, EvaluateConfig, GenerationConfig, PromptConfig
 from pocl_ds.data.preprocess import preprocess
+from pocl_ds.evaluation.answers import answers_file
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.manifest import write_manifest
@@ -34,8 +34,8 @@ data: {source: /home/somebody/secret/data.jsonl}
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> RunDirectory:
-    """Data, plan and a finished training: teacher and initial student are two tiny LLaMAs of
-    unequal head sizes.
+    """Data, plan and a finished training. Teacher and initial student are two tiny LLaMAs whose
+    heads differ in size.
     """
     run = RunDirectory(tmp_path / "run")
     source = tmp_path / "samples.jsonl"
@@ -72,12 +72,12 @@ def run(tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> RunDirecto
         {"batch_size": 8, "scheduler": "baby_step", "drop_last": True, "stages": [stage]},
     )
     write_manifest(run.plan, "plan", "p" * 64)
-    train_to(run, tiny_llama_untied)
+    finish_training(run, tiny_llama_untied)
     return run
 
 
-def train_to(run: RunDirectory, model: Path) -> None:
-    """A training whose outcome is that model, sealed as the trainer seals it."""
+def finish_training(run: RunDirectory, model: Path) -> None:
+    """Write a finished training whose student is that model."""
     final = run.train / "final"
     shutil.copytree(model, final)
     files = [path for path in sorted(final.rglob("*")) if path.is_file()]
@@ -87,8 +87,8 @@ def train_to(run: RunDirectory, model: Path) -> None:
 
 
 @pytest.fixture
-def configured() -> Callable[..., EvaluateConfig]:
-    """Makes an evaluation by the transformers backend: two seeds, short answers, or as told."""
+def make_config() -> Callable[..., EvaluateConfig]:
+    """Makes a configuration: transformers backend, two seeds, short answers, and changes."""
 
     def make(**changes: Any) -> EvaluateConfig:
         settings = {
@@ -104,11 +104,65 @@ def configured() -> Callable[..., EvaluateConfig]:
 
 @pytest.fixture
 def prompt() -> PromptConfig:
-    """How the run's samples were encoded."""
+    """The prompt configuration of the run's data."""
     return PROMPT
 
 
 @pytest.fixture
 def recipe() -> str:
-    """A resolved recipe that names folders of somebody's machine."""
+    """A resolved recipe with local paths."""
     return RECIPE
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    """A judge's endpoint that gives every answer 7 points."""
+    server = JudgeServer()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """Twelve answers of two models with one seed."""
+    run = RunDirectory(tmp_path / "run")
+    run.data.mkdir(parents=True)
+    (run.data / "train.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text('{"instruction": "Question?", "output": "ref"}\n')
+    monkeypatch.chdir(tmp_path)
+    for model in ("initial", "student"):
+        file = answers_file(run, model, "b", 10)
+        file.parent.mkdir(parents=True)
+        file.write_text(
+            "".join(
+                json.dumps(
+                    {
+                        "id": f"q{i}",
+                        "instruction": f"Question {i}?",
+                        "input": "context",
+                        "references": [f"ref {i}", "other"],
+                        "response": f"{model} says {i}",
+                        "rouge_l": 0.5,
+                        "exact_match": False,
+                    }
+                )
+                + "\n"
+                for i in range(12)
+            )
+        )
+        write_manifest(
+            file.parent,
+            "answers",
+            "f",
+            files=[file],
+            name=f"{file.name}.manifest.json",
+            info={
+                "seconds": 1.0,
+                "tokens": 60,
+                "generation_seconds": 2.0,
+                "cut_prompts": 0,
+                "settings": {},
+            },
+        )
+    return run

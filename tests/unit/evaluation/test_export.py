@@ -84,7 +84,7 @@ def test_a_changed_weight_is_refused_by_name(
 
 def test_unfinished_training_is_one_sentence(run: RunDirectory, recipe: str) -> None:
     (run.train / "manifest.json").unlink()
-    with pytest.raises(ArtifactError, match=r"final is missing or unfinished: run `pocl train`"):
+    with pytest.raises(ArtifactError, match=r"final is missing or unfinished: finish `pocl train`"):
         export(run, out=None, recipe_yaml=recipe, fingerprint="x")
 
 

@@ -1,4 +1,4 @@
-"""Held-out measures in detail: masked ids, chunks, faults that must not become numbers."""
+"""Held-out loss in detail: masked ids, chunks, NaN, choice of samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import nn
 from pocl_ds.config import EvaluateConfig, PromptConfig
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import RecipeError
-from pocl_ds.evaluation import evaluate
-from pocl_ds.evaluation import held_out_loss as room
-from pocl_ds.evaluation.benchmarks import check_names, chosen
+from pocl_ds.evaluation import held_out_loss
+from pocl_ds.evaluation.benchmarks import check_benchmark_names
+from pocl_ds.evaluation.evaluated_models import model_path
 from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
+from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -27,49 +29,50 @@ def test_masked_ids_add_nothing_and_chunks_change_nothing(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(room, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(held_out_loss, "CHUNK_BYTES", chunk)
     student, teacher = head(30, 5), head(24, 7)
-    hidden, other = torch.randn(11, 5), torch.randn(11, 7)
+    hidden, teacher_hidden = torch.randn(11, 5), torch.randn(11, 7)
     masked = torch.zeros(24, dtype=torch.bool)
     masked[[3, 20]] = True
     labels = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 23])
-    loss, kl = room.token_sums(hidden, student, labels, room.Ids(24, masked), other, teacher)
-    kept = (~masked).nonzero()[:, 0]
-    q, p = (
-        (h.double() @ w.weight.double().T)[:, kept].log_softmax(-1)
-        for h, w in ((hidden, student), (other, teacher))
+    loss, kl = held_out_loss.token_sums(
+        hidden, student, labels, VocabMap(24, masked), teacher_hidden, teacher
     )
-    place = torch.tensor([int((kept == label).nonzero()) for label in labels])
-    assert loss == pytest.approx(float(-q[torch.arange(11), place].sum()), rel=1e-5)
+    shared = (~masked).nonzero()[:, 0]
+    q, p = (
+        (h.double() @ w.weight.double().T)[:, shared].log_softmax(-1)
+        for h, w in ((hidden, student), (teacher_hidden, teacher))
+    )
+    columns = torch.tensor([int((shared == label).nonzero()) for label in labels])
+    assert loss == pytest.approx(float(-q[torch.arange(11), columns].sum()), rel=1e-5)
     assert kl == pytest.approx(float((p.exp() * (p - q)).sum()), rel=1e-5)
 
 
-def test_a_broken_model_gives_no_number(run: RunDirectory) -> None:
+def test_nan_hidden_states_give_nan(run: RunDirectory) -> None:
     student, teacher = head(8, 4), head(8, 4)
     hidden = torch.full((2, 4), float("nan"))
-    loss, kl = room.token_sums(
-        hidden, student, torch.tensor([1, 2]), room.Ids(8, None), torch.ones(2, 4), teacher
+    loss, kl = held_out_loss.token_sums(
+        hidden, student, torch.tensor([1, 2]), VocabMap(8, None), torch.ones(2, 4), teacher
     )
-    assert loss != loss and kl != kl  # NaN is never taken for 0
+    assert loss != loss and kl != kl
 
 
-def test_a_limit_takes_ids_by_hash_not_by_place(
-    run: RunDirectory, configured: Callable[..., EvaluateConfig], prompt: PromptConfig
+def test_samples_are_chosen_by_hash_and_temporary_files_are_removed(
+    run: RunDirectory, make_config: Callable[..., EvaluateConfig], prompt: PromptConfig
 ) -> None:
     ids = [f"s{i}" for i in range(50)]
-    few = [ids[i] for i in chosen(ids, 5)]
-    assert few != ids[:5] and sorted(few) == sorted(ids[::-1][i] for i in chosen(ids[::-1], 5))
-    assert set(few) < {ids[i] for i in chosen(ids, 9)}  # a larger limit adds
+    chosen = [ids[i] for i in select_by_hash(ids, 5)]
+    assert chosen != ids[:5]
+    assert sorted(chosen) == sorted(ids[::-1][i] for i in select_by_hash(ids[::-1], 5))
+    assert set(chosen) < {ids[i] for i in select_by_hash(ids, 9)}  # a larger limit adds
     assert len(TokenizedSplit.open(run.data, "test")) > 6
-    evaluate.held_out(
-        run, configured(samples=6), prompt, {"initial": evaluate.model_path(run, "initial")}
+    held_out_loss.measure_held_out_loss(
+        run, make_config(max_samples=6), prompt, {"initial": model_path(run, "initial")}
     )
-    assert not [
-        path for path in run.evaluation.iterdir() if path.name.startswith(".")
-    ]  # hidden states are cleaned up
+    assert not [path for path in run.evaluation.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden"])
-def test_benchmark_names_are_file_names(name: str) -> None:
+def test_benchmark_names_must_be_file_names(name: str) -> None:
     with pytest.raises(RecipeError, match=r"evaluate\.benchmarks"):
-        check_names([name])
+        check_benchmark_names([name])

@@ -1,4 +1,4 @@
-"""Tables of results: order, absent values, columns that stand below one another."""
+"""Tables of results: order of rows, missing values, equal numbers of cells."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = {
 }
 
 
-def test_rows_stand_in_the_order_of_the_story() -> None:
+def test_rows_are_ordered_from_initial_student_to_teacher() -> None:
     rows = table_rows(RESULTS)
     assert [row[0] for row in rows[1:]] == ["student before", "student after", "teacher"]
     assert rows[1][1:] == ["8.515", "–", "0.80 ± 0.13"]
@@ -30,12 +30,12 @@ def test_rows_stand_in_the_order_of_the_story() -> None:
 
 
 def test_footnotes_of_a_benchmark_are_below_the_table() -> None:
-    said = {**RESULTS, "marks": {"test": ["2 of 9 prompts cut", "more"]}}
-    lines = markdown_table(said).splitlines()
+    results = {**RESULTS, "footnotes": {"test": ["2 of 9 prompts cut", "more"]}}
+    lines = markdown_table(results).splitlines()
     assert "ROUGE-L test ⚠" in lines[0] and lines[-1] == "⚠ test: 2 of 9 prompts cut; more"
 
 
-def test_markdown_has_as_many_cells_in_every_line() -> None:
+def test_every_markdown_line_has_the_same_number_of_cells() -> None:
     lines = markdown_table(RESULTS).splitlines()
     assert len(lines) == 5
     assert {line.count("|") for line in lines} == {5}
