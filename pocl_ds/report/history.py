@@ -11,21 +11,7 @@ from typing import Any
 
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import Manifest, read_manifest
-from pocl_ds.workflow.run_dir import RunDirectory
-
-ORDER = (
-    "preprocess",
-    "init-student",
-    "cache-teacher",
-    "generate-teacher",
-    "score",
-    "rank",
-    "plan",
-    "train",
-    "baseline",
-    "evaluate",
-    "export",
-)
+from pocl_ds.workflow.run_dir import STEP_FOLDERS, RunDirectory
 
 
 @dataclass(frozen=True)
@@ -93,7 +79,7 @@ def spent_by_stage(run: RunDirectory, manifests: dict[str, Manifest]) -> list[Sp
         ]
     return [
         _spent(stage, parts[stage])
-        for stage in ORDER
+        for stage in STEP_FOLDERS
         if stage in parts and "seconds" in parts[stage][0].info
     ]
 

@@ -59,10 +59,16 @@ def test_a_study_of_two_arms(study: Path) -> None:
     ranked.write_text(study.read_text() + "until: rank\n")
     difficulty = pocl("study", str(ranked), "--run-dir", str(folder), "--watch").stdout
     assert "kd-seed42, pocl-seed42" in difficulty and "better" not in difficulty
-    told = pocl(
-        "difficulty", str(folder / "kd-seed42"), str(folder / "pocl-seed42"), "--subsets", "2"
+    agreement = pocl(
+        "compare-difficulty",
+        *("--run-dir", str(folder / "kd-seed42")),
+        *("--run-dir", str(folder / "pocl-seed42")),
+        *("--subsets", "2"),
     ).stdout
-    assert told.splitlines()[-1].split()[-2:] == ["100%", "100%"]  # one student, one order
+    assert agreement.splitlines()[-1].split()[-2:] == [
+        "100%",
+        "100%",
+    ]  # one student has one ranking
 
 
 def test_the_study_script(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real SLURM cluster on one machine, for tests: a controller and a few nodes, each a slurmd in network, host-name and mount
-# namespaces of its own. Needs root, and Debian's slurm-wlm, munge and iproute2. Touches no file of a SLURM that is installed.
+# A real SLURM cluster on one machine, for tests: a controller and a few nodes. Each node is a slurmd in its own network,
+# host-name and mount namespaces. Needs root, and Debian's slurm-wlm, munge and iproute2. Changes no file of an installed SLURM.
 #
 #   cluster.sh up | down | install | kill NODE | hide NODE FOLDER | show NODE FOLDER
 #
-# up prints nothing and ends when all nodes answer; commands find the cluster by SLURM_CONF=$BASE/slurm.conf.
-# kill ends a node at once, with all that runs on it (`up` brings it back). hide makes a folder read-only on one node.
+# up returns when all nodes answer; commands find the cluster by SLURM_CONF=$BASE/slurm.conf.
+# kill ends a node with all its processes (`up` starts it again). hide makes a folder read-only on one node.
 set -euo pipefail
 
 BASE=${BASE:-/var/lib/pocl-slurm} NODES=${NODES:-n1 n2 n3} CPUS=${CPUS:-2}
@@ -17,7 +17,7 @@ running() { local pid; pid=$(cat "$1" 2>/dev/null) && [ -n "$pid" ] && kill -0 "
 wait_for() {
   local i
   for ((i = 0; i < 150; i++)); do "$@" >/dev/null 2>&1 && return 0; sleep 0.2; done
-  echo "cluster.sh: waited 30 s in vain for: $*" >&2
+  echo "cluster.sh: timed out after 30 s waiting for: $*" >&2
   return 1
 }
 
@@ -101,7 +101,7 @@ start_network() {
   for node in $NODES; do
     if ! ip netns list | grep -qw "$(space "$node")"; then
       ip netns add "$(space "$node")"
-      ip link del "pocl-$node" 2>/dev/null || true # one that a namespace left, which the kernel takes apart after `down` has ended
+      ip link del "pocl-$node" 2>/dev/null || true # the kernel removes links of deleted namespaces with a delay
       ip link add "pocl-$node" type veth peer name eth0 netns "$(space "$node")"
       ip link set "pocl-$node" master "$BRIDGE"
       ip link set "pocl-$node" up
@@ -116,7 +116,7 @@ start_network() {
 start_node() {
   running "$BASE/pids/slurmd-$1.pid" && return
   mkdir -p "$BASE/spool-$1"
-  # nsenter, not `ip netns exec`: that one mounts /sys anew, which hides the cgroups, without which slurmd does not start.
+  # nsenter, not `ip netns exec`, which mounts a new /sys without the cgroups that slurmd needs.
   # shellcheck disable=SC2016
   nsenter --net="/run/netns/$(space "$1")" unshare --uts --mount sh -c \
     'hostname "$1" && mount --bind "$2/hosts" /etc/hosts && exec slurmd -N "$1" -f "$2/slurm.conf"' sh "$1" "$BASE"
@@ -127,7 +127,7 @@ up() {
   running "$BASE/pids/slurmctld.pid" || write_config
   start_munge
   start_network
-  # A small disk that all share: there before the nodes are, since each gets the mounts of the moment in which it starts.
+  # A small disk for all nodes. It must exist first, since a node keeps the mounts of the moment in which it starts.
   if ! mountpoint -q "$BASE/small"; then mkdir -p "$BASE/small" && mount -t tmpfs -o size=24m,mode=1777 none "$BASE/small"; fi
   running "$BASE/pids/slurmctld.pid" || slurmctld -f "$CONFIG"
   wait_for scontrol ping
