@@ -232,11 +232,11 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         "",
         f"memory of a rank in training, micro-batches of {setup.micro_batch_size} x "
         f"{sizes.work.max_length} tokens",
-        *(f"  {name:<26}{size / GB:>9.2f} GB" for name, size in memory.items() if size > 0),
-        f"  {'total':<26}{sum(memory.values()) / GB:>9.2f} GB of {device.memory / GB:.0f}",
+        *(f"  {name:<32}{size / GB:>9.2f} GB" for name, size in memory.items() if size > 0),
+        f"  {'total':<32}{sum(memory.values()) / GB:>9.2f} GB of {device.memory / GB:.0f}",
     ]
     if host := host_memory(sizes.student, sizes.teacher, setup, 1 / layout.nodes):
-        lines.append(f"  {'host memory of each node':<26}{host / GB:>9.2f} GB")
+        lines.append(f"  {'host memory of each node':<32}{host / GB:>9.2f} GB")
     # Scoring.
     generation = recipe.score.generation
     scoring = scoring_memory(
