@@ -6,8 +6,13 @@ tests/unit/compat/test_torch_private.py fails when one of them changes.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
+import torch
 from torch.distributed import distributed_c10d
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def set_process_group_timeout(timeout: timedelta) -> None:
@@ -20,3 +25,32 @@ def set_process_group_timeout(timeout: timedelta) -> None:
     distributed_c10d.default_pg_nccl_timeout = timeout
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """A context in which tensors have shapes and dtypes, but neither memory nor values.
+
+    The meta device is public, but operators that need real devices (attention kernels, `.to`) fail
+    there.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def storage_id(storage: torch.UntypedStorage) -> int:
+    """The identity of a tensor's memory: views share it. `data_ptr` is 0 for all fake tensors."""
+    return storage._cdata
+
+
+def set_compile_disabled(disabled: bool) -> bool:
+    """Turn `torch.compile` off or on in this process, also for functions that are already
+    decorated, and return the setting before.
+
+    The environment variable TORCHDYNAMO_DISABLE is public, but read only at import.
+    """
+    import torch._dynamo
+
+    before: bool = torch._dynamo.config.disable
+    torch._dynamo.config.disable = disabled
+    return before

@@ -12,7 +12,8 @@ import os
 from typing import Any
 
 import torch
-import torch._dynamo
+
+from pocl_ds.compat.torch_private import set_compile_disabled
 
 
 def supports_sleep() -> bool:
@@ -64,19 +65,20 @@ class ProcessState:
         """
         self.set_num_threads, self.num_threads = torch.set_num_threads, torch.get_num_threads()
         self.omp_num_threads = os.environ.get("OMP_NUM_THREADS")
-        self.dynamo_disabled = torch._dynamo.config.disable
         # Before the engine is opened: afterwards the function has no effect.
         if threads is not None:
             torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+        self.compile_was_disabled: bool | None = None
         if not torch.cuda.is_available():
-            torch._dynamo.config.disable = True
+            self.compile_was_disabled = set_compile_disabled(True)
 
     def restore(self) -> None:
         """Restore the settings from before the engine."""
         torch.set_num_threads = self.set_num_threads
         torch.set_num_threads(self.num_threads)
-        torch._dynamo.config.disable = self.dynamo_disabled
+        if self.compile_was_disabled is not None:
+            set_compile_disabled(self.compile_was_disabled)
         if self.omp_num_threads is None:
             os.environ.pop("OMP_NUM_THREADS", None)
         else:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from pocl_ds.compat.torch_private import fake_tensors, storage_id
 from pocl_ds.config import LoraConfig
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import check_family, hidden_states, output_head
@@ -122,7 +122,7 @@ def activation_bytes(
     if dropout is not None:
         set_dropout(config, dropout)
     saved: dict[int, tuple[int, Any]] = {}  # storage -> bytes, and the storage to keep it alive
-    with FakeTensorMode(allow_non_fake_inputs=True), quiet():
+    with fake_tensors(), quiet():
         model: Any = AutoModelForCausalLM.from_config(
             config, attn_implementation=attention, dtype=dtype
         ).train()
@@ -133,14 +133,14 @@ def activation_bytes(
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         own_storages = {
-            tensor.untyped_storage()._cdata
+            storage_id(tensor.untyped_storage())
             for tensor in (*model.parameters(), *model.buffers(), *adapters)
         }
 
         def record(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own_storages:
-                saved[storage._cdata] = (storage.nbytes(), storage)
+            if storage_id(storage) not in own_storages:
+                saved[storage_id(storage)] = (storage.nbytes(), storage)
             return tensor
 
         # Run the backbone, and record what autograd saves.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.compat.transformers_private import attn_implementation, is_quantized
 from pocl_ds.errors import ModelError
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, PackedSamples
@@ -173,7 +174,7 @@ def check_family(family: str) -> None:
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, int]:
     """The shape of a matrix, also if ZeRO-3 partitions it."""
-    rows, columns = getattr(parameter, "ds_shape", parameter.shape)
+    rows, columns = full_shape(parameter)
     return int(rows), int(columns)
 
 

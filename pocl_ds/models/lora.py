@@ -7,13 +7,13 @@ file imports peft.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.config import LoraConfig
 from pocl_ds.config.registry import ALL_LINEAR
 from pocl_ds.errors import RecipeError, ResourceError
@@ -92,8 +92,7 @@ def adapter_parameters(model: Any, config: LoraConfig) -> int:
     The model may be on the meta device.
     """
     modules = target_linear_modules(model, config.target_modules).values()
-    shapes = [getattr(module.weight, "ds_shape", module.weight.shape) for module in modules]
-    return sum(config.r * sum(shape) for shape in shapes)
+    return sum(config.r * sum(full_shape(module.weight)) for module in modules)
 
 
 def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
@@ -126,9 +125,7 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
 
 def trained_parameters(module: nn.Module) -> tuple[int, int]:
     """Number of parameters with gradients, and of all parameters; full sizes also under ZeRO-3."""
-    sizes = [
-        (math.prod(getattr(p, "ds_shape", p.shape)), p.requires_grad) for p in module.parameters()
-    ]
+    sizes = [(full_shape(p).numel(), p.requires_grad) for p in module.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 

@@ -33,3 +33,37 @@ def test_existing_and_later_groups_get_the_timeout(process_group: None) -> None:
     timeouts = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
     assert len(groups) == 2 and timeouts == {TIMEOUT}
     assert distributed_c10d.default_pg_nccl_timeout == TIMEOUT
+
+
+def test_fake_tensors_run_operators_without_memory() -> None:
+    with torch_private.fake_tensors():
+        weight = torch.empty(1 << 20, 1 << 20)
+        product = torch.empty(4, 1 << 20) @ weight
+    assert product.shape == (4, 1 << 20)
+
+
+def test_views_share_a_storage_id() -> None:
+    with torch_private.fake_tensors():
+        tensor, other = torch.empty(4, 4), torch.empty(4, 4)
+        ids = [torch_private.storage_id(x.untyped_storage()) for x in (tensor, tensor[1:], other)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_decorated_function_is_not_compiled_while_disabled() -> None:
+    compilations = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        compilations.append(graph)
+        return graph.forward
+
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    triple = torch.compile(lambda x: 3 * x, backend=backend)
+    before = torch_private.set_compile_disabled(True)
+    try:
+        assert double(torch.ones(1)).item() == 2 and compilations == []
+    finally:
+        assert torch_private.set_compile_disabled(False) is True
+    try:
+        assert triple(torch.ones(1)).item() == 3 and len(compilations) == 1
+    finally:
+        torch_private.set_compile_disabled(before)
