@@ -36,7 +36,7 @@ from pocl_ds.generation.protocol import (
 from pocl_ds.models.load import load_model
 from pocl_ds.models.log_probs import pad_sequences, response_log_probs
 from pocl_ds.models.quiet import quiet
-from pocl_ds.runtime.distributed import device
+from pocl_ds.runtime import distributed
 
 
 class TransformersGenerator:
@@ -62,7 +62,7 @@ class TransformersGenerator:
             loaded: Any = load_model(
                 model, dtype=config.dtype, trust_remote_code=trust_remote_code, revision=revision
             )
-            self.model = loaded.to(device())
+            self.model = loaded.to(distributed.device())
         self.model.eval()
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.processed_tokens, self.sleep_level = 0, 0
@@ -180,7 +180,7 @@ class TransformersGenerator:
         return response_log_probs(self.model, sequences, prompt_tokens, batches, finish_batch)
 
     def _batches(self, lengths: Sequence[int]) -> list[NDArray[np.int64]]:
-        """Indices of sequences of similar length, longest first, within the limits of the config."""
+        """Indices of sequences of similar length, longest first, within the config's limits."""
         return token_budget_batches(
             lengths,
             max_tokens=self.config.max_num_batched_tokens,
@@ -206,11 +206,11 @@ class _ProgressReporter(StoppingCriteria):
         self,
         stop_token_ids: Sequence[int],
         sequences: int,
-        where: torch.device,
+        device: torch.device,
         on_progress: ProgressCallback,
     ) -> None:
-        self.stop_token_ids = torch.tensor(stop_token_ids, device=where)
-        self.stopped = torch.zeros(sequences, dtype=torch.bool, device=where)
+        self.stop_token_ids = torch.tensor(stop_token_ids, device=device)
+        self.stopped = torch.zeros(sequences, dtype=torch.bool, device=device)
         self.on_progress, self.reported = on_progress, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -235,13 +235,13 @@ class _GumbelNoise(LogitsProcessor):
     depend on the other prompts of its batch.
     """
 
-    def __init__(self, seeds: Sequence[int], where: torch.device) -> None:
-        self.generators = [torch.Generator(where).manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        shape, where = scores.shape[1:], scores.device
+        shape, device = scores.shape[1:], scores.device
         draws = [
-            torch.rand(shape, generator=generator, device=where, dtype=torch.float64)
+            torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
             for generator in self.generators
         ]
         uniform = torch.stack(draws).clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,4 +1,4 @@
-"""vLLM, in this process. The only file that imports it, beside `compat/vllm_private.py`.
+"""vLLM, in this process. Only this file and `compat/vllm_private.py` import it.
 
 At most one engine per process: vLLM keeps process groups and thread settings globally, which
 `close` undoes.
@@ -39,7 +39,7 @@ from pocl_ds.models.load import max_positions
 from pocl_ds.models.quiet import quiet
 
 # The CPU engine of vLLM 0.32 computes another attention for these families than transformers: the
-# log-probabilities differ by whole nats.
+# log-probabilities differ by several nats.
 WRONG_ON_CPU = ("gpt_neox",)
 # vLLM reads these when it is imported. Values that the user has set stay.
 ENVIRONMENT = {
