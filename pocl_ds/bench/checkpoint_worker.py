@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pocl_ds.bench.step_worker import model_dtype, write_split
+from pocl_ds.bench.step_worker import describe_training, model_dtype, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
 from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.config import (
     CheckpointConfig,
-    LossConfig,
     StudentConfig,
     TrackingConfig,
     TrainConfig,
@@ -33,7 +32,6 @@ from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.training.build import build_trainer
 from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.training.trainer import Trainer
-from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -110,20 +108,7 @@ def _build_trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     plan = single_stage_plan(
         np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=1.0
     )
-    training = TrainingRun(
-        run.train,
-        "bench",
-        "bench",
-        plan,
-        np.arange(samples),
-        student.model,
-        student,
-        (),
-        None,
-        LossConfig(name="sft"),
-        train,
-        0,
-    )
+    training = describe_training(run, plan, samples, student, None, train)
     return build_trainer(run, training)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from pocl_ds.bench.rollout import COPIES
-from pocl_ds.bench.step_worker import model_dtype, write_split
+from pocl_ds.bench.step_worker import describe_training, model_dtype, write_split
 from pocl_ds.bench.workloads import WORKLOADS, Workload
 from pocl_ds.config import (
     CheckpointConfig,
-    LossConfig,
     PolicyConfig,
     StudentConfig,
     TeacherConfig,
@@ -33,7 +32,6 @@ from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.training.build import build_trainer
 from pocl_ds.training.trainer import Trainer
-from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -99,17 +97,12 @@ def _build_trainer(
     plan = single_stage_plan(
         np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=0.0
     )
-    training = TrainingRun(
-        run.train,
-        "bench",
-        "bench",
+    training = describe_training(
+        run,
         plan,
-        np.arange(samples),
-        student.model,
+        samples,
         student,
-        (teacher.model,),
         teacher,
-        LossConfig(name="fkl"),
         train,
         seed,
         policy=policy,

@@ -113,23 +113,47 @@ def prepare_training(
             usage=TeacherUsage(1.0),
             fingerprint=teacher_cache,
         )
-    with_teacher = setting != "sft"
-    training = TrainingRun(
+    training = describe_training(
+        run,
+        plan,
+        len(work.lengths) * copies,
+        student,
+        teacher if setting != "sft" else None,
+        _train_config(engine, setting, len(work.lengths)),
+        teacher_cache=teacher_cache,
+    )
+    return lambda: build_trainer(run, training)
+
+
+def describe_training(
+    run: RunDirectory,
+    plan: Plan,
+    samples: int,
+    student: StudentConfig,
+    teacher: TeacherConfig | None,
+    train: TrainConfig,
+    seed: int = 0,
+    **settings: Any,
+) -> TrainingRun:
+    """A training with forward KL, or without a teacher SFT, over samples in their own order.
+
+    settings: further fields of `TrainingRun`.
+    """
+    return TrainingRun(
         run.train,
         "bench",
         "bench",
         plan,
-        np.arange(len(work.lengths) * copies),
+        np.arange(samples),
         student.model,
         student,
-        (teacher.model,) if with_teacher else (),
-        teacher if with_teacher else None,
-        LossConfig(name="fkl" if with_teacher else "sft"),
-        _train_config(engine, setting, len(work.lengths)),
-        0,
-        teacher_cache=teacher_cache,
+        (teacher.model,) if teacher else (),
+        teacher,
+        LossConfig(name="fkl" if teacher else "sft"),
+        train,
+        seed,
+        **settings,
     )
-    return lambda: build_trainer(run, training)
 
 
 def _model_configs(folder: Path, setting: str) -> tuple[StudentConfig, TeacherConfig]:

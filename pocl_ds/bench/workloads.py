@@ -72,6 +72,11 @@ _TINY = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
+# Prompt tokens and all tokens of eight instruction samples.
+_INSTRUCTION_LENGTHS = (
+    *((157, 219), (137, 190), (119, 165), (101, 140)),
+    *((86, 120), (75, 105), (64, 90), (51, 71)),
+)
 
 WORKLOADS = {
     work.name: work
@@ -80,31 +85,13 @@ WORKLOADS = {
             "A",
             {**_SMOL, "num_hidden_layers": 30},
             {**_SMOL, "num_hidden_layers": 20},
-            (
-                (157, 219),
-                (137, 190),
-                (119, 165),
-                (101, 140),
-                (86, 120),
-                (75, 105),
-                (64, 90),
-                (51, 71),
-            ),
+            _INSTRUCTION_LENGTHS,
         ),
         Workload(
             "S",
             {**_SMOL, **_SMALL, "num_hidden_layers": 12},
             {**_SMOL, **_SMALL, "num_hidden_layers": 8},
-            (
-                (157, 219),
-                (137, 190),
-                (119, 165),
-                (101, 140),
-                (86, 120),
-                (75, 105),
-                (64, 90),
-                (51, 71),
-            ),
+            _INSTRUCTION_LENGTHS,
         ),
         Workload("B", _WIDE, _WIDE, ((0, 512),) * 4),
         Workload(

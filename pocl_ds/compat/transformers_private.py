@@ -1,6 +1,7 @@
 """Private names of transformers that this package uses, seen in transformers 5.19.
 
-tests/unit/compat/test_transformers_private.py fails when one of them changes.
+tests/unit/compat/test_transformers_private.py fails when one of them changes. transformers is
+imported inside the functions, because plain tensor code imports this file and need not wait for it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.dynamic_module_utils import custom_object_save
 
 
 def attn_implementation(config: Any) -> str:
@@ -32,6 +31,8 @@ def tied_parameters(config: Any) -> Mapping[str, str]:
     """
     if not config.tie_word_embeddings:
         return {}
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     names: Mapping[str, str] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys
     return names
 
@@ -52,6 +53,8 @@ def save_custom_code(model: Any, folder: Path) -> None:
     gathered shards here.
     """
     if getattr(model, "_auto_class", None):
+        from transformers.dynamic_module_utils import custom_object_save
+
         custom_object_save(model, folder, config=model.config)
 
 

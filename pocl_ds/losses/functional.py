@@ -60,31 +60,8 @@ def divergence(
     Raises RecipeError for an unknown name or option, a value out of range, or a loss between
     tokenizers, which is not a function of two rows of logits (see `uld` and `alm`).
     """
-    complete = divergence_options(name, options)
-    if name in ACROSS_TOKENIZERS:
-        raise RecipeError(
-            f"{name} compares texts, not ids: it has no value for two rows of logits over the same "
-            f"ids"
-        )
-    _check_temperature(temperature)
-    dtype = compute_dtype(student_logits.dtype)
-    if name == "sft":
-        zero = torch.zeros(student_logits.shape[:-1], dtype=dtype, device=student_logits.device)
-        return _reduce(zero, mask, reduction)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits "
-            f"{tuple(teacher_logits.shape)}: give both the same shape [..., ids]"
-        )
-    log_p = log_probabilities(teacher_logits, temperature, dtype)
-    log_q = log_probabilities(student_logits, temperature, dtype)
-    value = DIVERGENCES[name](log_p, log_q, **complete)
-    # Rounding can end slightly below zero. The value is clamped; the gradient stays that of the
-    # formula.
-    value = value + (value.clamp(min=0) - value).detach()
-    if scale_by_temperature_squared:
-        value = value * temperature**2
-    return _reduce(value, mask, reduction)
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence(name, student_logits, teacher_logits, settings, **options)
 
 
 def fkl(
@@ -97,15 +74,8 @@ def fkl(
     scale_by_temperature_squared: bool = True,
 ) -> Tensor:
     """Forward KL divergence KL(p || q) (docs/method.md, eq. 11). Arguments: see the module."""
-    return divergence(
-        "fkl",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-    )
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence("fkl", student_logits, teacher_logits, settings)
 
 
 def rkl(
@@ -121,15 +91,8 @@ def rkl(
 
     Arguments: see the module.
     """
-    return divergence(
-        "rkl",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-    )
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence("rkl", student_logits, teacher_logits, settings)
 
 
 def jsd(
@@ -147,16 +110,8 @@ def jsd(
     beta: weight of the teacher in the mixture, 0 to 1; 0 and 1 mean forward and reverse KL, as in
     TRL's `generalized_jsd_loss`. Other arguments: see the module.
     """
-    return divergence(
-        "jsd",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        beta=beta,
-    )
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence("jsd", student_logits, teacher_logits, settings, beta=beta)
 
 
 def tvd(
@@ -172,15 +127,8 @@ def tvd(
 
     Arguments: see the module.
     """
-    return divergence(
-        "tvd",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-    )
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence("tvd", student_logits, teacher_logits, settings)
 
 
 def skl(
@@ -197,16 +145,8 @@ def skl(
 
     skew: weight of the teacher in the mixture, 0 to 1. Other arguments: see the module.
     """
-    return divergence(
-        "skl",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        skew=skew,
-    )
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence("skl", student_logits, teacher_logits, settings, skew=skew)
 
 
 def srkl(
@@ -225,16 +165,9 @@ def srkl(
     skew: weight of the student in the mixture, 0 to 1. detach_mixture: stop the gradient through
     the mixture. Other arguments: see the module.
     """
-    return divergence(
-        "srkl",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        skew=skew,
-        detach_mixture=detach_mixture,
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence(
+        "srkl", student_logits, teacher_logits, settings, skew=skew, detach_mixture=detach_mixture
     )
 
 
@@ -252,16 +185,8 @@ def akl(
 
     mu: largest total probability of the teacher's head, 0 to 1. Other arguments: see the module.
     """
-    return divergence(
-        "akl",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        mu=mu,
-    )
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence("akl", student_logits, teacher_logits, settings, mu=mu)
 
 
 def ab(
@@ -279,16 +204,9 @@ def ab(
 
     ab_alpha, ab_beta: exponents of p and of q, of any sign. Other arguments: see the module.
     """
-    return divergence(
-        "ab",
-        student_logits,
-        teacher_logits,
-        temperature=temperature,
-        mask=mask,
-        reduction=reduction,
-        scale_by_temperature_squared=scale_by_temperature_squared,
-        ab_alpha=ab_alpha,
-        ab_beta=ab_beta,
+    settings = (temperature, mask, reduction, scale_by_temperature_squared)
+    return _divergence(
+        "ab", student_logits, teacher_logits, settings, ab_alpha=ab_alpha, ab_beta=ab_beta
     )
 
 
@@ -351,6 +269,42 @@ def alm(
     value = cross_tokenizer.alm(
         teacher_log_probs.to(dtype), student_log_probs.to(dtype), temperature
     )
+    if scale_by_temperature_squared:
+        value = value * temperature**2
+    return _reduce(value, mask, reduction)
+
+
+def _divergence(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    settings: tuple[float, Tensor | None, Reduction, bool],
+    **options: Any,
+) -> Tensor:
+    """`divergence`; settings: temperature, mask, reduction, scale_by_temperature_squared."""
+    temperature, mask, reduction, scale_by_temperature_squared = settings
+    complete = divergence_options(name, options)
+    if name in ACROSS_TOKENIZERS:
+        raise RecipeError(
+            f"{name} compares texts, not ids: it has no value for two rows of logits over the same "
+            f"ids"
+        )
+    _check_temperature(temperature)
+    dtype = compute_dtype(student_logits.dtype)
+    if name == "sft":
+        zero = torch.zeros(student_logits.shape[:-1], dtype=dtype, device=student_logits.device)
+        return _reduce(zero, mask, reduction)
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student_logits has shape {tuple(student_logits.shape)} and teacher_logits "
+            f"{tuple(teacher_logits.shape)}: give both the same shape [..., ids]"
+        )
+    log_p = log_probabilities(teacher_logits, temperature, dtype)
+    log_q = log_probabilities(student_logits, temperature, dtype)
+    value = DIVERGENCES[name](log_p, log_q, **complete)
+    # Rounding can end slightly below zero. The value is clamped; the gradient stays that of the
+    # formula.
+    value = value + (value.clamp(min=0) - value).detach()
     if scale_by_temperature_squared:
         value = value * temperature**2
     return _reduce(value, mask, reduction)
