@@ -11,6 +11,7 @@ line prints it and exits with the error's `exit_code`; a traceback means a defec
     ├── ResourceError       RuntimeError      memory, disk, devices, or a missing package
     ├── NumericalError      ArithmeticError   a loss or gradient that is not finite
     ├── DisagreementError   RuntimeError      ranks that would do different things
+    ├── StepFailedError     RuntimeError      a workflow step that ran in its own process
     └── Interrupted                           a signal
 """
 
@@ -60,6 +61,14 @@ class NumericalError(PoclError, ArithmeticError):
 
 class DisagreementError(PoclError, RuntimeError):
     """The ranks are about to do different things."""
+
+
+class StepFailedError(PoclError, RuntimeError):
+    """A workflow step failed in a process of its own, which has logged why."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Interrupted(PoclError):

@@ -1,0 +1,92 @@
+"""The programs in examples/ and the notebook in docs/ run as they are, on public names alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from command_line import ROOT
+from nbclient import NotebookClient
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NOTEBOOK = ROOT / "docs" / "notebooks" / "distill.ipynb"
+MAX_LINES = 150
+
+
+def run_example(name: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def private_imports(source: str) -> list[str]:
+    """Names that a program imports from pocl_ds although no `__all__` lists them."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names if alias.name.startswith("pocl_ds.")]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pocl_ds":
+            module = importlib.import_module(str(node.module))
+            public = {*getattr(module, "__all__", ()), "plugins"}
+            names += [f"{node.module}.{a.name}" for a in node.names if a.name not in public]
+    return names
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short_and_imports_public_names(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_LINES
+    assert private_imports(source) == []
+
+
+def test_a_private_import_is_found() -> None:
+    source = "from pocl_ds.curriculum import Sampler, SIZE\nimport pocl_ds.data.records"
+    assert private_imports(source) == ["pocl_ds.curriculum.SIZE", "pocl_ds.data.records"]
+
+
+def test_custom_divergence() -> None:
+    losses = [
+        float(value) for value in re.findall(r"loss ([\d.]+)", run_example("custom_divergence.py"))
+    ]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 10
+
+
+def test_custom_schedule() -> None:
+    output = run_example("custom_schedule.py")
+    assert "same batches in both plans: True" in output
+    assert re.search(r"^ +3 +36 +8 +1\.500 +1\.500$", output, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_distill_minimal() -> None:
+    """Two epochs a stage: the student comes closer to its teacher."""
+    output = run_example("distill_minimal.py")
+    match = re.search(r"KL to the teacher .*: ([\d.]+) -> ([\d.]+) nats", output)
+    assert match and float(match[2]) < float(match[1]) / 1.5
+
+
+@pytest.mark.slow
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell runs; the last one shows the results of teacher and student."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = "".join(
+        output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+        for output in notebook.cells[-1].outputs
+    )
+    assert "student" in shown and "teacher" in shown
