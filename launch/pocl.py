@@ -27,8 +27,8 @@ else:  # part of an installed package: imports must not search this folder
     del sys.path[0]
 
 from pocl_ds.resources import cache_folder  # noqa: E402
-from pocl_ds.runtime.credentials import hide  # noqa: E402
-from pocl_ds.runtime.process_exit import last_word, leave  # noqa: E402
+from pocl_ds.runtime.credentials import redact  # noqa: E402
+from pocl_ds.runtime.process_exit import exit_process, print_error  # noqa: E402
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_folder() / "torch_extensions"))
 sys.argv = sys.argv[1:]
@@ -38,11 +38,11 @@ try:
 except SystemExit as error:  # its code is an int, None, or a message
     code = error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error.code, str):
-        last_word(error.code)
+        print_error(error.code)
 except KeyboardInterrupt:  # before or after the module's own handling, which prints a message
     code = 130
 except BaseException:
-    last_word(hide(traceback.format_exc()).rstrip())
+    print_error(redact(traceback.format_exc()).rstrip())
     code = 1
 
-leave(code)
+exit_process(code)

@@ -96,8 +96,8 @@ class Progress:
         seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
         metrics = "".join(f"  {name} {format_value(value)}" for name, value in self.metrics.items())
         speed = f"{rate:.2f} {self.unit}/s"
-        if rate < 0.1:
-            speed = f"{1 / max(rate, 1e-9):.1f} s/{self.unit.removesuffix('s')}"
+        if 0 < rate < 0.1:
+            speed = f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}"
         return (
             f"{self.label}  {self.done}/{self.total} {self.unit}  {speed}  "
             f"ETA {format_duration(seconds_left)}{metrics}"

@@ -385,6 +385,18 @@ def test_where_nothing_was_saved_training_starts(
     assert f"removing {leftover}, an incomplete checkpoint of an interrupted save" in caplog.text
 
 
+def test_one_of_another_dtype_is_refused(tmp_path: Path) -> None:
+    """With student.dtype=auto the dtype depends on the machine, and not on the fingerprint."""
+    store, engine = checkpoints(tmp_path), Engine()
+    save(store, engine, 1)
+    other = Checkpoints(
+        store.directory, store.config, fingerprint=store.fingerprint, dtype="bfloat16"
+    )
+    with pytest.raises(ArtifactError, match="was trained in float32, and this machine trains in"):
+        other.load(engine)  # type: ignore[arg-type]
+    assert store.steps() == [1]
+
+
 @pytest.mark.parametrize("fingerprint", ["e", "g", ""])
 def test_one_of_another_recipe_is_refused(tmp_path: Path, fingerprint: str) -> None:
     store, engine = checkpoints(tmp_path), Engine()
