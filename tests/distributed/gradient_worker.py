@@ -48,7 +48,7 @@ class Recorder(DeepSpeedEngine):
     gradients: dict[str, torch.Tensor]
 
     def step(self, lr: float) -> float:
-        named = dict(self.module.model.named_parameters())  # type: ignore[operator,union-attr]
+        named = dict(self.module.model.named_parameters())
         self.gradients = {
             name: safe_get_full_grad(parameter).clone() for name, parameter in named.items()
         }
@@ -79,7 +79,7 @@ def write_split(folder: Path) -> list[tuple[int, list[int]]]:
     return samples
 
 
-def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
+def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """Gradients of one step, whole, on every rank."""
     train = TrainConfig(
         batch_size=12, micro_batch_size=case["micro"], micro_batch_tokens=case.get("tokens")
@@ -133,7 +133,9 @@ def measured(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     return engine.gradients
 
 
-def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict[str, torch.Tensor]:
+def plain_gradients(
+    case: dict[str, Any], samples: list[tuple[int, list[int]]]
+) -> dict[str, torch.Tensor]:
     """The same in one process, float64, a sample at a time, every logit, autograd through all."""
     student: Any = load_model(case["student"], dropout=0.0).double().train()
     teachers: list[Any] = [
@@ -151,7 +153,8 @@ def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict
             target = (
                 TEMPERATURE
                 * sum(
-                    share * each.softmax(-1) for share, each in zip(shares, answers, strict=True)
+                    share * logits.softmax(-1)
+                    for share, logits in zip(shares, answers, strict=True)
                 ).log()
             )
         logits = student(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
@@ -171,22 +174,25 @@ def expected(case: dict[str, Any], samples: list[tuple[int, list[int]]]) -> dict
 def main(cases: list[dict[str, Any]], out: Path) -> None:
     """The largest error of each case, relative to the largest gradient."""
     start_deepspeed()
-    found = []
+    errors = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         samples = write_split(folder)
         for case in cases:
-            ours = measured(case, folder)
+            gradients = trainer_gradients(case, folder)
             if distributed.rank() == 0:
-                wanted = expected(case, samples)
-                assert ours.keys() == wanted.keys()
-                scale = max(float(g.abs().max()) for g in wanted.values())
-                found.append(
-                    max(float((ours[n].double() - wanted[n]).abs().max()) for n in wanted) / scale
+                reference = plain_gradients(case, samples)
+                assert gradients.keys() == reference.keys()
+                scale = max(float(g.abs().max()) for g in reference.values())
+                errors.append(
+                    max(
+                        float((gradients[n].double() - reference[n]).abs().max()) for n in reference
+                    )
+                    / scale
                 )
             distributed.barrier()
     if distributed.rank() == 0:
-        out.write_text(json.dumps(found))
+        out.write_text(json.dumps(errors))
 
 
 if __name__ == "__main__":

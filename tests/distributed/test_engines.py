@@ -117,21 +117,21 @@ def test_a_sharded_models_buffers_are_those_of_a_whole_one(
         family, vocab_size=128, bos_token_id=0, eos_token_id=0, pad_token_id=1, **FAMILIES[family]
     )
     model = AutoModelForCausalLM.from_config(config)
-    kept = model.state_dict()
+    saved = model.state_dict()
     for name, buffer in model.named_buffers():
-        if name in kept and buffer.is_floating_point():
+        if name in saved and buffer.is_floating_point():
             buffer.normal_()
     model.save_pretrained(tmp_path)
-    whole = dict(load_model(str(tmp_path), dtype=dtype).named_buffers())
+    unsharded = dict(load_model(str(tmp_path), dtype=dtype).named_buffers())
     frozen = resolve_teacher("teacher_zero3", dtype=dtype, ranks=2, micro_batch_size=1)
     assert frozen is not None
     with sharded_loading({**frozen, "train_batch_size": 1}):
         sharded = load_model(str(tmp_path), dtype=dtype)
     FrozenModel(sharded, {**frozen, "train_batch_size": 1})
-    found = dict(sharded.named_buffers())
-    assert found.keys() == whole.keys() and hasattr(next(sharded.parameters()), "ds_id")
-    for name, buffer in whole.items():
-        assert found[name].dtype == buffer.dtype and found[name].equal(buffer), name
+    buffers = dict(sharded.named_buffers())
+    assert buffers.keys() == unsharded.keys() and hasattr(next(sharded.parameters()), "ds_id")
+    for name, buffer in unsharded.items():
+        assert buffers[name].dtype == buffer.dtype and buffers[name].equal(buffer), name
 
 
 def test_a_students_positions_are_those_of_its_export(tiny_llama: Path) -> None:
@@ -139,12 +139,12 @@ def test_a_students_positions_are_those_of_its_export(tiny_llama: Path) -> None:
     start_deepspeed()
     train = TrainConfig(batch_size=1, micro_batch_size=1)
     config = resolve_student("student_zero3", train=train, dtype="bfloat16", ranks=1)
-    whole = load_model(str(tiny_llama), dtype="bfloat16")
+    unsharded = load_model(str(tiny_llama), dtype="bfloat16")
     ids = torch.randint(2, 300, (1, 300), generator=torch.Generator().manual_seed(0))
-    for kept in ("auto", [], ["norm"]):
-        config["data_types"]["keep_in_fp32_modules"] = kept
+    for names in ("auto", [], ["norm"]):
+        config["data_types"]["keep_in_fp32_modules"] = names
         with sharded_loading(config):
             model = load_model(str(tiny_llama), dtype="bfloat16")
         engine: Any = DeepSpeedEngine(model, train, config)
         with torch.no_grad():
-            assert engine.forward(ids).logits.equal(whole(ids).logits)
+            assert engine.forward(ids).logits.equal(unsharded(ids).logits)

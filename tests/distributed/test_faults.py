@@ -1,4 +1,4 @@
-"""A rank that goes another way than the others is found in seconds, and named."""
+"""A rank that does something else than the others is named within seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from command_line import ROOT, environment
 
 from pocl_ds.errors import HANG
 
-SAID = {
+EXPECTED = {
     "skip": (2, ("rank 1 does something else", "micro-batches 2 instead of 3")),
     "recipe": (2, ("rank 1 does something else", "fingerprint 'other' instead of 'one'")),
     "sleep": (HANG, ("rank 0 made no progress for", "stacks-rank-0.txt")),
@@ -21,7 +21,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("fault", SAID)
+@pytest.mark.parametrize("fault", EXPECTED)
 def test_fault(fault: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path) -> None:
     command = [
         "bash",
@@ -38,7 +38,7 @@ def test_fault(fault: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: 
         str(tmp_path / "run"),
     ]
     start = time.monotonic()
-    found = subprocess.run(
+    process = subprocess.run(
         command,
         text=True,
         capture_output=True,
@@ -51,10 +51,10 @@ def test_fault(fault: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: 
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
         },
     )
-    code, parts = SAID[fault]
-    assert found.returncode == code, (found.returncode, found.stderr[-3000:])
+    code, parts = EXPECTED[fault]
+    assert process.returncode == code, (process.returncode, process.stderr[-3000:])
     for part in parts:
-        assert part in found.stderr, found.stderr[-3000:]
+        assert part in process.stderr, process.stderr[-3000:]
     assert time.monotonic() - start < 120
     if fault == "sleep":
         stacks = {

@@ -1,5 +1,5 @@
-"""Numbers that go wrong never reach the weights: the run stops, with the batch on disk, or leaves
-the step out.
+"""A loss or gradient that is not finite never reaches the weights: the run stops, with the batch
+on disk, or skips the step.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def test_the_run_stops_before_the_update_and_names_the_batch(
     ):
         trainer.run()
     assert all(value.equal(before[name]) for name, value in weights(trainer).items())
-    found = json.loads((run.train / "non_finite-step-00000001.json").read_text())
-    assert found["step"] == 1 and found["quantity"] == quantity
-    assert [len(batch["ids"]) for batch in found["micro_batches"]] == [2, 2]
-    assert [batch["loss_sum"] == "nan" for batch in found["micro_batches"]] == [
+    record = json.loads((run.train / "non_finite-step-00000001.json").read_text())
+    assert record["step"] == 1 and record["quantity"] == quantity
+    assert [len(batch["ids"]) for batch in record["micro_batches"]] == [2, 2]
+    assert [batch["loss_sum"] == "nan" for batch in record["micro_batches"]] == [
         False,
         quantity == "loss",
     ]
@@ -123,10 +123,10 @@ def test_the_run_stops_before_the_update_and_names_the_batch(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_that_is_left_out_changes_nothing(
+def test_a_skipped_step_changes_nothing(
     engine: str, tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
 ) -> None:
-    """The steps around it come to the weights of a run that never had it."""
+    """The other steps give the weights of a run without it."""
     trainer = make(
         RunDirectory(tmp_path / "one"),
         tiny_llama_untied,
@@ -142,21 +142,21 @@ def test_a_step_that_is_left_out_changes_nothing(
     ]
     assert kinds == ["step", "skipped", "step", "validation"]
 
-    never = make(RunDirectory(tmp_path / "two"), tiny_llama_untied, tiny_llama, engine)
-    train_step = never.train_step
+    without_step = make(RunDirectory(tmp_path / "two"), tiny_llama_untied, tiny_llama, engine)
+    train_step = without_step.train_step
 
     def skip_second_step(position: Any) -> StepResult:
         if position.step == 1:
             return StepResult({"kind": "skipped", "step": 2, "stage": 0}, False)
         return train_step(position)
 
-    never.train_step = skip_second_step  # type: ignore[method-assign]
-    never.run()
-    ours, theirs = weights(trainer), weights(never)
-    assert all(ours[name].equal(theirs[name]) for name in theirs)
+    without_step.train_step = skip_second_step  # type: ignore[method-assign]
+    without_step.run()
+    skipped_weights, reference_weights = weights(trainer), weights(without_step)
+    assert all(skipped_weights[name].equal(reference_weights[name]) for name in reference_weights)
 
 
-def test_more_steps_than_may_be_left_out(
+def test_more_skipped_steps_than_allowed(
     tmp_path: Path, tiny_llama: Path, tiny_llama_untied: Path
 ) -> None:
     trainer = make(

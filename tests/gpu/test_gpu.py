@@ -92,7 +92,7 @@ def test_the_bars_of_time_and_memory() -> None:
 def test_a_rollouts_engine_gives_its_memory_back_between_writes(
     level: int, tiny_llama: Path
 ) -> None:
-    """And writes with the weights that it got before (level 1) or gets anew (both)."""
+    """It also generates with its earlier weights (level 1) or with new ones (both levels)."""
     pytest.importorskip("vllm")
     config = GenerationConfig(gpu_memory_utilization=0.3, max_num_seqs=8)
     writer = SubprocessGenerator(
@@ -164,7 +164,7 @@ def test_a_run_on_fewer_gpus_goes_on(tmp_path: Path) -> None:
         "reshard_worker",
         str(tmp_path),
     ]
-    found = subprocess.run(
+    process = subprocess.run(
         command,
         text=True,
         capture_output=True,
@@ -176,5 +176,5 @@ def test_a_run_on_fewer_gpus_goes_on(tmp_path: Path) -> None:
             "PYTHONPATH": paths,
         },
     )
-    assert found.returncode == 0, found.stderr[-3000:]
-    assert "the same step on cuda" in found.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "the same step on cuda" in process.stdout

@@ -79,11 +79,11 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
 
 def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    found = step.run(["tiny"], lines.append, rounds=1, steps=1)["tiny"]
-    assert [label for label in found if label != "floor"] == [
+    results = step.run(["tiny"], lines.append, rounds=1, steps=1)["tiny"]
+    assert [label for label in results if label != "floor"] == [
         label for label, _, _ in step.CONTENDERS
     ]
-    timed = [row for label, row in found.items() if label != "floor"]
+    timed = [row for label, row in results.items() if label != "floor"]
     assert all(row["min"] <= row["median"] <= row["max"] and row["peak_mib"] > 100 for row in timed)
     monkeypatch.setattr(step, "SETTINGS", step.SETTINGS[:1])
     switched = step.run(["tiny", "--switches"], lines.append, rounds=1, steps=1)["tiny"]
@@ -97,10 +97,10 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_checkpoint_says_what_a_save_costs() -> None:
     lines: list[str] = []
-    found = checkpoint.run(["tiny"], lines.append)
-    assert all(found[part] for part in ("step", "save", "stall", "complete", "load", "convert"))
+    results = checkpoint.run(["tiny"], lines.append)
+    assert all(results[part] for part in ("step", "save", "stall", "complete", "load", "convert"))
     assert (
-        12 <= found["bytes_per_parameter"] < 40
+        12 <= results["bytes_per_parameter"] < 40
     )  # weights and two moments in float32; tiny files have heads
     with pytest.raises(RecipeError, match="there is no workload"):
         checkpoint.run(["C"])
@@ -108,11 +108,11 @@ def test_checkpoint_says_what_a_save_costs() -> None:
 
 def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
     lines: list[str] = []
-    found = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
-    assert list(found["steps"]) == [label for label, *_ in teacher.CONTENDERS]
-    cached = found["runs"][teacher.CACHED]
+    results = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
+    assert list(results["steps"]) == [label for label, *_ in teacher.CONTENDERS]
+    cached = results["runs"][teacher.CACHED]
     assert cached["steps"] == 10 and cached["cache-teacher"] > 0 and len(cached["read"]) == 10
-    assert 0 < found["read_share"] < 1 and found["share"] > 0
+    assert 0 < results["read_share"] < 1 and results["share"] > 0
     with pytest.raises(RecipeError, match="there is no workload"):
         teacher.run(["C"])
 
@@ -120,16 +120,16 @@ def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
 @pytest.mark.vllm
 def test_rollout_prints_both_backends() -> None:
     lines: list[str] = []
-    found = rollout.run(["tiny"], lines.append, rounds=1, steps=2, max_new_tokens=12)
-    assert list(found["steps"]) == list(rollout.BACKENDS)
-    for (steps,) in found["steps"].values():
+    results = rollout.run(["tiny"], lines.append, rounds=1, steps=2, max_new_tokens=12)
+    assert list(results["steps"]) == list(rollout.BACKENDS)
+    for (steps,) in results["steps"].values():
         assert len(steps) == 2 and all(
             0 < step["weight_sync_seconds"] < step["rollout_seconds"] for step in steps
         )
         lengths = [length for step in steps for length in step["lengths"]]
         assert len(set(lengths)) > 1 and max(lengths) <= 12
         assert sum(lengths) == sum(step["rollout_tokens"] for step in steps)
-    assert len(found["ratios"]) == 1 and lines[-1].startswith("  vllm generates")
+    assert len(results["ratios"]) == 1 and lines[-1].startswith("  vllm generates")
     with pytest.raises(RecipeError, match="there is no workload"):
         rollout.run(["C"])
 

@@ -29,7 +29,7 @@ from pocl_ds.compat import deepspeed_private
 def test_full_shape_is_that_before_partitioning() -> None:
     parameter = nn.Parameter(torch.empty(0))
     assert deepspeed_private.full_shape(parameter) == (0,)
-    parameter.ds_shape = torch.Size([3, 4])  # type: ignore[attr-defined]
+    parameter.ds_shape = torch.Size([3, 4])
     assert deepspeed_private.full_shape(parameter) == (3, 4)
     assert "param.ds_shape = param.shape" in inspect.getsource(partition_parameters)
 
@@ -130,8 +130,8 @@ def test_the_torch_optimizer_is_an_attribute_of_the_zero_optimizer(module: Any) 
     inner = object()
     wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))
     plain = SimpleNamespace(optimizer=inner)
-    assert deepspeed_private.base_optimizer(wrapped) is inner  # type: ignore[comparison-overlap]
-    assert deepspeed_private.base_optimizer(plain) is inner  # type: ignore[comparison-overlap]
+    assert deepspeed_private.base_optimizer(wrapped) is inner
+    assert deepspeed_private.base_optimizer(plain) is inner
 
 
 def test_checkpoints_hold_these_classes() -> None:

@@ -29,33 +29,33 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def logits(spread: float, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     source = torch.Generator().manual_seed(7)
-    first, second = (
+    teacher, student = (
         torch.randn(9, 31, generator=source, dtype=torch.float64) * spread for _ in range(2)
     )
-    second[0] = first[0]  # p = q
-    return first.to(kind), second.to(kind)
+    student[0] = teacher[0]  # p = q
+    return teacher.to(kind), student.to(kind)
 
 
-def spare(like: Tensor) -> Any:
-    """The three buffers that a caller has; they hold rubbish, as the caller's do."""
-    kept = {number: torch.full_like(like, torch.nan) for number in range(3)}
-    return lambda number: kept[number]
+def buffers_like(like: Tensor) -> Any:
+    """The three buffers of a caller; their contents are undefined."""
+    sides = {number: torch.full_like(like, torch.nan) for number in range(3)}
+    return lambda number: sides[number]
 
 
-class NothingLarge(TorchDispatchMode):
-    """Inside, every tensor of at least `size` numbers must lie in known memory."""
+class NoLargeAllocation(TorchDispatchMode):
+    """Within the block every tensor of at least `size` numbers must be in known memory."""
 
     def __init__(self, size: int, known: set[int]) -> None:
         super().__init__()
         self.size, self.known = size, known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if isinstance(found, Tensor) and found.numel() >= self.size:
-            assert found.untyped_storage().data_ptr() in self.known, (
+        actual = func(*args, **(kwargs or {}))
+        if isinstance(actual, Tensor) and actual.numel() >= self.size:
+            assert actual.untyped_storage().data_ptr() in self.known, (
                 f"{func} makes a tensor of the logits' size"
             )
-        return found
+        return actual
 
 
 def by_autograd(
@@ -82,12 +82,12 @@ def test_value_and_gradient(
     teacher, student = logits(spread, kind)
     masked = torch.zeros(31, dtype=torch.bool)
     masked[[4, 30]] = True
-    wanted, slope = by_autograd(name, options, teacher, student, masked)
-    kept = (side.masked_fill(masked, -torch.inf).log_softmax(-1) for side in (teacher, student))
-    log_p, log_q = (side.masked_fill(masked, MASKED) for side in kept)
-    value = CLOSED_FORMS[name](log_p, log_q, spare(log_p), **options)
+    expected_gradients, slope = by_autograd(name, options, teacher, student, masked)
+    sides = (side.masked_fill(masked, -torch.inf).log_softmax(-1) for side in (teacher, student))
+    log_p, log_q = (side.masked_fill(masked, MASKED) for side in sides)
+    value = CLOSED_FORMS[name](log_p, log_q, buffers_like(log_p), **options)
     size = max(1.0, spread)
-    assert torch.allclose(value.double(), wanted, rtol=tolerance, atol=tolerance * size)
+    assert torch.allclose(value.double(), expected_gradients, rtol=tolerance, atol=tolerance * size)
     assert torch.allclose(log_q.double(), slope, rtol=tolerance, atol=tolerance * size)
     assert (log_q[:, masked] == 0).all()
 
@@ -98,14 +98,16 @@ def test_huge_logits_stay_finite(name: str, options: dict[str, Any]) -> None:
         torch.randn(4, 5000, generator=torch.Generator().manual_seed(s)).mul(1e4) for s in (1, 2)
     )
     log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    value = CLOSED_FORMS[name](log_p, log_q, spare(log_p), **options)
+    value = CLOSED_FORMS[name](log_p, log_q, buffers_like(log_p), **options)
     assert value.isfinite().all() and log_q.isfinite().all() and (value >= -1e-5).all()
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_no_memory_is_asked_for_but_the_buffers(name: str, options: dict[str, Any]) -> None:
+def test_no_memory_is_allocated_besides_the_buffers(name: str, options: dict[str, Any]) -> None:
     log_p, log_q = (side.log_softmax(-1) for side in logits(3.0, torch.float32))
-    buffers = spare(log_p)
-    known = {one.untyped_storage().data_ptr() for one in (log_p, log_q, *map(buffers, range(3)))}
-    with NothingLarge(log_p.numel(), known):
+    buffers = buffers_like(log_p)
+    known = {
+        tensor.untyped_storage().data_ptr() for tensor in (log_p, log_q, *map(buffers, range(3)))
+    }
+    with NoLargeAllocation(log_p.numel(), known):
         CLOSED_FORMS[name](log_p, log_q, buffers, **options)

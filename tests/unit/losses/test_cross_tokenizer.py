@@ -24,10 +24,10 @@ from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
-# Two samples: the student's tokens, the teacher's, and which of them are one text. The second is
-# cut short for the student.
-OURS = torch.tensor([0, 0, 1, 2, 2, 3, 4, -1])
-THEIRS = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, -1, -1])
+# Two samples: the span of each student token and of each teacher token. The second sample is
+# truncated for the student.
+STUDENT_SPANS = torch.tensor([0, 0, 1, 2, 2, 3, 4, -1])
+TEACHER_SPANS = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, -1, -1])
 SAMPLES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])
 
 
@@ -49,27 +49,29 @@ class Case:
         teacher_labels = torch.randint(0, 30, (10,), generator=generator)
         self.ids = VocabMap(20, torch.arange(20) >= 18) if masked else VocabMap(20)
         self.teacher_ids = VocabMap(31, torch.arange(31) >= 30) if masked else VocabMap(31)
-        self.translated = TeacherView(part(SAMPLES[1], teacher_labels), OURS, THEIRS, 5)
+        self.translated = TeacherView(
+            part(SAMPLES[1], teacher_labels), STUDENT_SPANS, TEACHER_SPANS, 5
+        )
         self.batch = part(SAMPLES[0], self.labels, self.translated)
         self.leaves = [self.hidden, self.student.weight, self.student.bias]
 
     def logits(self) -> tuple[Tensor, Tensor]:
         cap, bias = self.student.soft_cap, self.student.bias
         assert cap is not None and bias is not None
-        ours = cap * torch.tanh(
+        student = cap * torch.tanh(
             (self.hidden @ self.student.weight.T + bias) * self.student.scale / cap
         )
-        theirs = self.teacher_hidden @ self.teacher.weight.T
+        teacher = self.teacher_hidden @ self.teacher.weight.T
         masks = self.ids.masked, self.teacher_ids.masked
         if masks[0] is not None and masks[1] is not None:
-            ours, theirs = (
-                ours.masked_fill(masks[0], -math.inf),
-                theirs.masked_fill(masks[1], -math.inf),
+            student, teacher = (
+                student.masked_fill(masks[0], -math.inf),
+                teacher.masked_fill(masks[1], -math.inf),
             )
-        return ours, theirs
+        return student, teacher
 
-    def found(self, terms: LossTerms, *, by_position: bool = False) -> Any:
-        asked = CrossTokenizerTeacher(
+    def actual(self, terms: LossTerms, *, by_position: bool = False) -> Any:
+        teacher = CrossTokenizerTeacher(
             self.teacher_hidden,
             self.teacher,
             self.teacher_ids,
@@ -84,16 +86,16 @@ class Case:
             terms,
             vocab=self.ids,
             teacher_hidden=rows,
-            teacher_head=asked,
+            teacher_head=teacher,
         )
 
 
 def direct_uld(case: Case, temperature: float, pairing: list[tuple[int, int]]) -> Tensor:
-    ours, theirs = case.logits()
+    student, teacher = case.logits()
     total = torch.zeros((), dtype=torch.float64)
-    for mine, yours in pairing:
-        q = sorted((ours[mine] / temperature).softmax(-1), key=lambda x: -float(x))
-        p = sorted((theirs[yours] / temperature).softmax(-1), key=lambda x: -float(x))
+    for token, teacher_token in pairing:
+        q = sorted((student[token] / temperature).softmax(-1), key=lambda x: -float(x))
+        p = sorted((teacher[teacher_token] / temperature).softmax(-1), key=lambda x: -float(x))
         zero = torch.zeros((), dtype=torch.float64)
         width = max(len(p), len(q))
         for a, b in zip(p + [zero] * (width - len(p)), q + [zero] * (width - len(q)), strict=True):
@@ -102,16 +104,16 @@ def direct_uld(case: Case, temperature: float, pairing: list[tuple[int, int]]) -
 
 
 def direct_alm(case: Case, temperature: float) -> Tensor:
-    ours, theirs = (side.log_softmax(-1) for side in case.logits())
+    student, teacher = (side.log_softmax(-1) for side in case.logits())
     total = torch.zeros((), dtype=torch.float64)
     for span in range(case.translated.num_spans):
         q = p = torch.zeros((), dtype=torch.float64)
-        for token in range(len(OURS)):
-            q = q + ours[token, case.labels[token]] if OURS[token] == span else q
-        for token in range(len(THEIRS)):
+        for token in range(len(STUDENT_SPANS)):
+            q = q + student[token, case.labels[token]] if STUDENT_SPANS[token] == span else q
+        for token in range(len(TEACHER_SPANS)):
             p = (
-                p + theirs[token, case.translated.batch.labels[token]]
-                if THEIRS[token] == span
+                p + teacher[token, case.translated.batch.labels[token]]
+                if TEACHER_SPANS[token] == span
                 else p
             )
         p, q = (p / temperature).exp(), (q / temperature).exp()
@@ -142,10 +144,14 @@ def test_equals_the_direct_computation(
     ce = torch.nn.functional.cross_entropy(case.logits()[0], case.labels, reduction="sum")
     expected = sft_ratio * ce + (1 - sft_ratio) * kd
     terms = LossTerms(name.split()[0], temperature=temperature, sft_ratio=sft_ratio)
-    found = case.found(terms, by_position=by_position)
-    wanted, got = (torch.autograd.grad(3 * total, case.leaves) for total in (expected, found[0]))
-    for ours, theirs in zip((*found, *got), (expected, kd, ce, *wanted), strict=True):
-        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+    actual = case.actual(terms, by_position=by_position)
+    expected_gradients, gradients = (
+        torch.autograd.grad(3 * total, case.leaves) for total in (expected, actual[0])
+    )
+    for value, reference in zip(
+        (*actual, *gradients), (expected, kd, ce, *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -162,9 +168,9 @@ def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
     module = LossHead(
         case.student, VocabMap(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
     )
-    found = module(case.hidden, case.batch, terms, case.teacher_hidden, case.teacher)
+    actual = module(case.hidden, case.batch, terms, case.teacher_hidden, case.teacher)
     assert torch.equal(
-        torch.stack(found), torch.stack(case.found(terms, by_position=bool(options)))
+        torch.stack(actual), torch.stack(case.actual(terms, by_position=bool(options)))
     )
 
 
@@ -188,8 +194,8 @@ def test_a_certain_span_stays_finite() -> None:
 
 def test_a_teacher_without_tokens_adds_nothing() -> None:
     case = Case()
-    none = torch.full_like(OURS, -1), torch.full_like(THEIRS, -1)
+    none = torch.full_like(STUDENT_SPANS, -1), torch.full_like(TEACHER_SPANS, -1)
     case.translated = TeacherView(case.translated.batch, *none, 0)
     for name in ("uld", "alm"):
-        total, kd, ce = case.found(LossTerms(name, sft_ratio=0.25))
+        total, kd, ce = case.actual(LossTerms(name, sft_ratio=0.25))
         assert kd == 0 and torch.isclose(total, 0.25 * ce)

@@ -41,7 +41,7 @@ def alpha_beta(p: np.ndarray, q: np.ndarray, a: float, b: float) -> float:
 
 
 def by_hand(name: str, p: np.ndarray, q: np.ndarray) -> float:
-    """METHOD 3's table, written out id by id with the default options."""
+    """The formulas of docs/method.md, eq. 11 to 18, id by id, with the default options."""
     if name == "fkl":
         return kl(p, q)
     if name == "rkl":
@@ -84,11 +84,11 @@ def test_values_equal_the_formula(
     generator = np.random.default_rng(seed)
     z_p, z_q = generator.normal(0, spread, size), generator.normal(0, spread, size)
     expected = by_hand(name, softmax(z_p, tau), softmax(z_q, tau)) * tau**2
-    found = divergence(
+    value = divergence(
         name, torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], temperature=tau
     )
-    assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert value.dtype == torch.float64
+    assert value.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "sft"])
@@ -103,16 +103,16 @@ def test_every_token_has_its_own_value(name: str) -> None:
 @pytest.mark.parametrize(("a", "b"), [(0.2, 0.7), (-0.3, 0.8), (1.5, -0.5), (0.5, 0.5)])
 def test_alpha_and_beta_may_have_any_sign(a: float, b: float) -> None:
     z_p, z_q = np.random.default_rng(0).normal(0, 2, (2, 12))
-    found = divergence(
+    value = divergence(
         "ab", torch.from_numpy(z_p)[None], torch.from_numpy(z_q)[None], ab_alpha=a, ab_beta=b
     )
-    assert found.item() == pytest.approx(
+    assert value.item() == pytest.approx(
         alpha_beta(softmax(z_p, 1.0), softmax(z_q, 1.0), a, b), rel=1e-9
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tau_is_one_unless_told_and_its_square_may_be_left_out(name: str) -> None:
+def test_temperature_is_one_by_default_and_its_square_can_be_turned_off(name: str) -> None:
     z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
     assert torch.equal(divergence(name, z_p, z_q), divergence(name, z_p, z_q, temperature=1.0))
     bare = divergence(name, z_p, z_q, temperature=1.7, scale_by_temperature_squared=False)
@@ -123,8 +123,8 @@ def test_tau_is_one_unless_told_and_its_square_may_be_left_out(name: str) -> Non
     ("kind", "working"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
 )
 def test_sft_asks_no_teacher(kind: torch.dtype, working: torch.dtype) -> None:
-    found = divergence("sft", torch.empty(5, 0), torch.randn(5, 20).to(kind))
-    assert found.tolist() == [0.0] * 5 and found.dtype == working
+    value = divergence("sft", torch.empty(5, 0), torch.randn(5, 20).to(kind))
+    assert value.tolist() == [0.0] * 5 and value.dtype == working
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tvd", "akl")])
@@ -218,7 +218,7 @@ def test_the_mixture_carries_gradient_unless_detached() -> None:
     assert not torch.allclose(*gradients)
 
 
-def test_what_does_not_exist_is_named() -> None:
+def test_unknown_names_and_values_are_named() -> None:
     z = torch.zeros(1, 3)
     with pytest.raises(RecipeError, match=r"fkx.*choose one of fkl"):
         divergence("fkx", z, z)

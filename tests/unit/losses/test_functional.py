@@ -150,8 +150,8 @@ def test_fused_head_and_loss_equal_the_plain_form(name: str, chunk_memory_mb: fl
     gradients = zip(
         torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
     )
-    for gradient, wanted in gradients:
-        torch.testing.assert_close(gradient, wanted)
+    for gradient, expected_gradient in gradients:
+        torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_the_module_is_the_function() -> None:

@@ -102,8 +102,8 @@ def test_equals_the_plain_form(
         *(p for p in (student.weight, student.bias) if p is not None),
     ]
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
-    wanted = torch.autograd.grad(3 * expected[0], leaves)
-    found = loss_sums(
+    expected_gradients = torch.autograd.grad(3 * expected[0], leaves)
+    actual = loss_sums(
         hidden,
         student,
         labels,
@@ -112,13 +112,15 @@ def test_equals_the_plain_form(
         teacher_hidden=teacher_hidden,
         teacher_head=teacher,
     )
-    got = torch.autograd.grad(3 * found[0], leaves)
-    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
-        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+    gradients = torch.autograd.grad(3 * actual[0], leaves)
+    for value, reference in zip(
+        (*actual, *gradients), (*expected, *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
-def test_taus_square_may_be_left_out(name: str) -> None:
+def test_the_squared_temperature_can_be_turned_off(name: str) -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float64, bias=True, scale=1.0, cap=None
     )
@@ -128,7 +130,7 @@ def test_taus_square_may_be_left_out(name: str) -> None:
     )
     leaves = [hidden.requires_grad_(), student.weight]
     expected = plain(hidden, student, labels, terms, ids, teacher_hidden, teacher)
-    found = loss_sums(
+    actual = loss_sums(
         hidden,
         student,
         labels,
@@ -137,9 +139,13 @@ def test_taus_square_may_be_left_out(name: str) -> None:
         teacher_hidden=teacher_hidden,
         teacher_head=teacher,
     )
-    wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
-    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
-        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+    expected_gradients, gradients = (
+        torch.autograd.grad(total[0], leaves) for total in (expected, actual)
+    )
+    for value, reference in zip(
+        (*actual, *gradients), (*expected, *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
@@ -174,12 +180,16 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
         HeadMixture((teacher, other), (0.75, 0.25)),
         torch.cat([teacher_hidden, other_hidden], -1),
     )
-    found = loss_sums(
+    actual = loss_sums(
         hidden, student, labels, terms, vocab=ids, teacher_hidden=states, teacher_head=mixture
     )
-    wanted, got = (torch.autograd.grad(total[0], leaves) for total in (expected, found))
-    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
-        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
+    expected_gradients, gradients = (
+        torch.autograd.grad(total[0], leaves) for total in (expected, actual)
+    )
+    for value, reference in zip(
+        (*actual, *gradients), (*expected, *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", [*DIVERGENCES, "sft"])
@@ -187,7 +197,7 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
 def test_models_that_keep_their_head_give_logits(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are taken as they are, and those beyond the ids that take part get no gradient."""
+    """They are used unchanged, and those beyond the ids that take part get no gradient."""
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 23, 40, generator=source, dtype=torch.float64)
@@ -201,13 +211,17 @@ def test_models_that_keep_their_head_give_logits(
     )
     expected = plain(student.requires_grad_(), eye, labels, terms, ids, teacher, eye)
     itself = OutputHead(None, None, 1.0, None, 40)
-    found = loss_sums(
+    actual = loss_sums(
         student, itself, labels, terms, vocab=ids, teacher_hidden=teacher, teacher_head=itself
     )
-    wanted, got = (torch.autograd.grad(total[0], student) for total in (expected, found))
-    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
-        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=1e-10)
-    assert not got[0][:, 38:].any()
+    expected_gradients, gradients = (
+        torch.autograd.grad(total[0], student) for total in (expected, actual)
+    )
+    for value, reference in zip(
+        (*actual, *gradients), (*expected, *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-9, atol=1e-10)
+    assert not gradients[0][:, 38:].any()
 
 
 def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
@@ -230,9 +244,9 @@ def test_bfloat16_is_nearer_to_float64_than_plain_bfloat16() -> None:
                 teacher_hidden=teacher_hidden,
                 teacher_head=teacher,
             )
-            ours = torch.autograd.grad(sums[0], student.weight)[0].double()
-    error = lambda found: float((found - gradients[torch.float64]).norm())  # noqa: E731
-    assert error(ours) <= error(gradients[torch.bfloat16]) * 1.05
+            fused = torch.autograd.grad(sums[0], student.weight)[0].double()
+    error = lambda gradient: float((gradient - gradients[torch.float64]).norm())  # noqa: E731
+    assert error(fused) <= error(gradients[torch.bfloat16]) * 1.05
 
 
 def test_a_teacher_may_be_more_precise_than_its_student() -> None:
@@ -287,19 +301,23 @@ def test_no_gradient_is_computed_under_no_grad(name: str, monkeypatch: pytest.Mo
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float32, bias=True, scale=0.5, cap=7.0
     )
-    asked: dict[str, Any] = {
+    teacher_arguments: dict[str, Any] = {
         "vocab": VocabMap(40),
         "teacher_hidden": teacher_hidden,
         "teacher_head": teacher,
     }
-    expected = loss_sums(hidden, student, labels, LossTerms(name, sft_ratio=0.3), **asked)
+    expected = loss_sums(
+        hidden, student, labels, LossTerms(name, sft_ratio=0.3), **teacher_arguments
+    )
     monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
     with torch.no_grad():
-        found = loss_sums(hidden, student, labels, LossTerms(name, sft_ratio=0.3), **asked)
-    assert torch.equal(torch.stack(found), torch.stack(expected)) and not found[0].requires_grad
+        actual = loss_sums(
+            hidden, student, labels, LossTerms(name, sft_ratio=0.3), **teacher_arguments
+        )
+    assert torch.equal(torch.stack(actual), torch.stack(expected)) and not actual[0].requires_grad
 
 
-def test_a_budget_below_one_row_says_the_least() -> None:
+def test_a_budget_below_one_row_names_the_minimum() -> None:
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float32, bias=False, scale=1.0, cap=None
     )
@@ -407,13 +425,13 @@ def test_the_modules_parameters_are_the_heads_and_its_masks_move_but_are_not_sav
 
 def test_over_all_ids_is_the_softmax_of_generation_and_it_ends() -> None:
     case = Module()
-    whole = torch.nn.functional.cross_entropy(
+    full = torch.nn.functional.cross_entropy(
         case.student.logits(case.hidden), case.labels, reduction="sum"
     )
     before = torch.stack(case.losses("fkl"))
     with case.module.over_all_ids():
         inside = case.losses("sft")
-    assert torch.allclose(inside[2], whole) and not torch.allclose(before[2], whole)
+    assert torch.allclose(inside[2], full) and not torch.allclose(before[2], full)
     with pytest.raises(KeyboardInterrupt), case.module.over_all_ids():
         raise KeyboardInterrupt
     assert torch.equal(torch.stack(case.losses("fkl")), before)

@@ -1,5 +1,5 @@
-"""The k largest probabilities: records hold them, the loss over them is the loss over k + 1
-outcomes, what is lost is told.
+"""Top-k records: they hold the k largest probabilities, the loss over them is the loss over k + 1
+outcomes, and their error is measured.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ def over_outcomes(
     """The loss over k ids and any other, written down plainly."""
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, : ids.size] * head.scale
     logits = ids.mask(head.soft_cap * torch.tanh(logits / head.soft_cap))
-    kept, log_p = codec.decode(records, terms.temperature)
+    stored, log_p = codec.decode(records, terms.temperature)
     q = torch.softmax(logits / terms.temperature, -1)
-    top = q.gather(-1, kept)
-    others = q.scatter(-1, kept, 0.0).sum(-1, keepdim=True)
+    top = q.gather(-1, stored)
+    others = q.scatter(-1, stored, 0.0).sum(-1, keepdim=True)
     log_q = torch.cat([top, others], -1).log()
     options = divergence_options(terms.name, terms.options)
     kd = DIVERGENCES[terms.name](log_p.double(), log_q, **options).sum() * terms.temperature**2
@@ -122,13 +122,15 @@ def test_the_loss_is_that_over_k_and_the_rest(
     terms = LossTerms(name, temperature=temperature, sft_ratio=sft_ratio)
     expected = over_outcomes(hidden, head, labels, terms, ids, codec, records)
     leaves = [hidden, head.weight, head.bias]
-    wanted = torch.autograd.grad(expected[0], leaves)
-    found = loss_sums(
+    expected_gradients = torch.autograd.grad(expected[0], leaves)
+    actual = loss_sums(
         hidden, head, labels, terms, vocab=ids, teacher_hidden=records, teacher_head=codec
     )
-    got = torch.autograd.grad(found[0], leaves)
-    for ours, theirs in zip((*found, *got), (*expected, *wanted), strict=True):
-        assert torch.allclose(ours, theirs.detach(), rtol=1e-7, atol=1e-8)
+    gradients = torch.autograd.grad(actual[0], leaves)
+    for value, reference in zip(
+        (*actual, *gradients), (*expected, *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("temperature", TAUS)
@@ -146,7 +148,7 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: 
         OutputHead(nn.Parameter(torch.eye(30)), None, 1.0, None),
         LossTerms("fkl", temperature=temperature),
     )
-    whole = loss_sums(
+    full = loss_sums(
         hidden,
         head,
         labels,
@@ -155,7 +157,7 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: 
         teacher_hidden=logits,
         teacher_head=identity,
     )[1]
-    kept = [
+    stored = [
         float(
             loss_sums(
                 hidden,
@@ -169,25 +171,25 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: 
         )
         for codec in (TopKCodec(k, 30, TAUS) for k in (1, 4, 12, 30))
     ]
-    assert kept == sorted(kept) and kept[0] < 0.9 * float(whole)
-    assert kept[-1] == pytest.approx(float(whole), rel=1e-4)
+    assert stored == sorted(stored) and stored[0] < 0.9 * float(full)
+    assert stored[-1] == pytest.approx(float(full), rel=1e-4)
 
 
-def test_what_is_lost_is_told() -> None:
+def test_truncation_error_is_that_of_the_definition() -> None:
     logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopKCodec(5, 50, TAUS)
-    found = codec.truncation_error(logits, codec.encode(logits))
-    for temperature, (mass, divergence) in zip(TAUS, found.tolist(), strict=True):
+    actual = codec.truncation_error(logits, codec.encode(logits))
+    for temperature, (mass, divergence) in zip(TAUS, actual.tolist(), strict=True):
         p = torch.softmax(logits / temperature, -1)
-        kept = logits.topk(5, -1).indices
-        even = (1 - p.gather(-1, kept).sum(-1)) / (46 - 5)
-        spread = torch.where(p > 0, even[:, None], 0.0).scatter(-1, kept, p.gather(-1, kept))
-        assert mass == pytest.approx(float(spread.scatter(-1, kept, 0.0).sum()), rel=1e-3)
+        stored = logits.topk(5, -1).indices
+        even = (1 - p.gather(-1, stored).sum(-1)) / (46 - 5)
+        spread = torch.where(p > 0, even[:, None], 0.0).scatter(-1, stored, p.gather(-1, stored))
+        assert mass == pytest.approx(float(spread.scatter(-1, stored, 0.0).sum()), rel=1e-3)
         assert divergence == pytest.approx(
             float((p * (p / spread).log()).nan_to_num().sum()), rel=1e-2
         )
 
 
-def test_what_cannot_be_kept_is_refused() -> None:
+def test_what_cannot_be_encoded_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"teacher_cache\.top_k=64 is more than the 40 ids"):
         TopKCodec(64, 50, TAUS).validate(40)
     with pytest.raises(RecipeError, match="mode=cached_hidden_states"):

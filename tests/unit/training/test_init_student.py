@@ -81,8 +81,8 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path)
 def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pocl preprocess` records the revision of each name before weights are downloaded; later steps
-    use it.
+    """`pocl preprocess` records the revision of each name before weights are downloaded; later
+    steps use it.
     """
     source, run = tmp_path / "data.jsonl", RunDirectory(tmp_path / "run")
     source.write_text(

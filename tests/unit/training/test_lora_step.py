@@ -100,15 +100,15 @@ def test_steps_are_those_of_plain_peft(tiny_llama: Path, tiny_llama_untied: Path
         optimizer.step()
         optimizer.zero_grad()
 
-    ours = dict(engine.module.model.named_parameters())  # type: ignore[operator,union-attr]
-    theirs = {
+    adapted = dict(engine.module.model.named_parameters())
+    reference = {
         name.removeprefix("base_model.model."): parameter
         for name, parameter in plain.named_parameters()
     }
-    initial = dict(build_engine(tiny_llama).module.model.named_parameters())  # type: ignore[operator,union-attr]
-    assert ours.keys() == theirs.keys()
-    for name, parameter in ours.items():
-        torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5)
+    initial = dict(build_engine(tiny_llama).module.model.named_parameters())
+    assert adapted.keys() == reference.keys()
+    for name, parameter in adapted.items():
+        torch.testing.assert_close(parameter, reference[name], rtol=1e-4, atol=1e-5)
         assert torch.equal(parameter, initial[name]) == ("lora_" not in name)
         assert parameter.grad is None
 
@@ -117,15 +117,15 @@ def test_a_checkpoint_holds_adapters_alone(
     tiny_llama: Path, tiny_llama_untied: Path, tmp_path: Path
 ) -> None:
     teacher = load_model(str(tiny_llama_untied))
-    whole, stopped = build_engine(tiny_llama), build_engine(tiny_llama)
-    run(whole, teacher)
+    uninterrupted, stopped = build_engine(tiny_llama), build_engine(tiny_llama)
+    run(uninterrupted, teacher)
     run(stopped, teacher)
     stopped.snapshot(tmp_path, copy=True)()
-    held = torch.load(tmp_path / "torch.pt", weights_only=True)["module"]
-    assert held and all("lora_" in name for name in held)
+    saved = torch.load(tmp_path / "torch.pt", weights_only=True)["module"]
+    assert saved and all("lora_" in name for name in saved)
     again = build_engine(tiny_llama)
     again.load(tmp_path)
-    state = whole.module.state_dict()
+    state = uninterrupted.module.state_dict()
     assert all(torch.equal(part, state[name]) for name, part in again.module.state_dict().items())
 
     full = TorchEngine(

@@ -83,19 +83,19 @@ class Engine:
 
 
 class Listener(OffPolicy):
-    """Keeps what it is told of."""
+    """Records the validation losses."""
 
     def __init__(self, adaptive: bool) -> None:
-        self.adaptive, self.told = adaptive, list[float]()
+        self.adaptive, self.losses = adaptive, list[float]()
 
     def observe_validation_loss(self, loss: float) -> None:
-        self.told.append(loss)
+        self.losses.append(loss)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"told": list(self.told)}
+        return {"losses": list(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.told = list(state["told"])
+        self.losses = list(state["losses"])
 
 
 def trainer(
@@ -147,7 +147,7 @@ def test_an_adaptive_policy_knows_the_loss_before_the_first_step(
         with pytest.raises(Interrupted):
             trainer(tmp_path, Engine(at), Listener(adaptive)).run()
     trainer(tmp_path, Engine(), policy).run()
-    assert policy.told == looked_at
+    assert policy.losses == looked_at
     assert [record["step"] for record in validations(tmp_path)] == looked_at
 
 
@@ -162,7 +162,7 @@ def test_what_was_said_before_a_first_checkpoint_is_not_said_twice(tmp_path: Pat
         trainer(tmp_path, Engine({2: kill}), Listener(True)).run()
     assert [record["step"] for record in validations(tmp_path)] == [0, 2]
     trainer(tmp_path, Engine(), policy := Listener(True)).run()
-    assert policy.told == [0, 2, 4, 6]
+    assert policy.losses == [0, 2, 4, 6]
     assert [record["step"] for record in validations(tmp_path)] == [0, 2, 4, 6]
 
 
