@@ -1,6 +1,4 @@
-"""What all tests share: a quiet, offline, single-threaded environment, tiny models, and where real
-data may lie.
-"""
+"""Shared by all tests: a quiet, offline, single-threaded environment, tiny models, real data."""
 
 from __future__ import annotations
 
@@ -15,8 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# A shell starts background jobs with Ctrl-C ignored, which children inherit, and bash cannot trap
-# it then.
+# A shell starts background jobs with SIGINT ignored, children inherit it, and bash cannot trap it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -24,7 +21,7 @@ import hypothesis
 import pytest
 import tiny_models
 
-# Machines are shared: how long an example takes says nothing about the code.
+# The time of an example depends on the load of the machine, not only on the code.
 hypothesis.settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -32,8 +29,9 @@ hypothesis.settings.load_profile("shared machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SLURM's tests come first: they wait more than they work, so the other worker computes
-    meanwhile. On the CUDA stack, whose vLLM needs a GPU, those are skipped that open it on a CPU:
+    """Run SLURM's tests first: they mostly wait, so the other worker computes meanwhile.
+
+    Tests that run vLLM on a CPU are skipped on the CUDA stack, whose vLLM needs a GPU;
     `launch/test.sh` shows GPUs to tests/gpu alone.
     """
     items.sort(key=lambda item: "slurm" not in item.path.parts)
@@ -51,9 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def log_as_imported() -> Iterator[None]:
-    """Each test finds the package's log as an import leaves it, whatever a command or a wider
-    fixture set up in this process.
-    """
+    """Reset the package's log to its state after import, whatever an earlier test set up."""
     log = logging.getLogger("pocl_ds")
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
     log.handlers[:], log.propagate = [], True
@@ -65,9 +61,7 @@ def log_as_imported() -> Iterator[None]:
 
 @pytest.fixture
 def modules_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers keeps the code of models in a folder of this test, whatever a test before it
-    imported from another one.
-    """
+    """Store the custom code of models in a folder of this test, and forget earlier tests' code."""
     folder = str(tmp_path / "modules")
     monkeypatch.setenv("HF_MODULES_CACHE", folder)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
@@ -78,7 +72,7 @@ def modules_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this session's tiny models lie; nobody writes into it but the fixtures below."""
+    """The folder of this session's tiny models, which only the fixtures below write."""
     return tmp_path_factory.mktemp("models")
 
 

@@ -1,8 +1,7 @@
-"""Tiny random language models as Hugging Face folders, made in a second: what tests distil instead
-of real ones.
+"""Tiny random language models as Hugging Face folders, made in a second, for the tests to distil.
 
-Other processes import this too (`PYTHONPATH=tests`). All share one byte-level BPE tokenizer, so any
-two make a pair.
+Other processes import this too (`PYTHONPATH=tests`). All but the SentencePiece models share one
+byte-level BPE tokenizer, so any two make a pair.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ CORPUS = [
 
 
 HIDDEN = 64
-# What a family's configuration says beyond `_DECODER`: its head's specials among it, and tied heads
-# where real models tie.
+# The configuration of each family, with what its head does after the matrix, and with tied heads
+# where real models tie them.
 _DECODER = {
     "hidden_size": HIDDEN,
     "intermediate_size": 2 * HIDDEN,
@@ -106,8 +105,8 @@ def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
 
 
 def make_sentencepiece_tokenizer() -> Any:
-    """A tokenizer in the form of LLaMA 2's: a space as U+2581, also before the text, and bytes for
-    what it does not know.
+    """A tokenizer like that of LLaMA 2: U+2581 for a space, also before the text, and byte tokens
+    for unknown characters.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -127,7 +126,7 @@ def make_sentencepiece_tokenizer() -> Any:
     )
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
-    tree = json.loads(tokenizer.to_str())  # bytes are no special tokens there, which texts may hold
+    tree = json.loads(tokenizer.to_str())  # byte tokens are not special tokens
     tree["added_tokens"] = tree["added_tokens"][:3]
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(tree)),
@@ -181,7 +180,7 @@ def gpt2(
     dropout: float = 0.1,
     tokenizer: Any = None,
 ) -> Path:
-    """GPT-2: learned positions, tied head, dropout on as in the real one."""
+    """GPT-2: learned positions, tied head, and dropout like the real model."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return _save(
@@ -210,8 +209,8 @@ def opt(
     seed: int = 0,
     tokenizer: Any = None,
 ) -> Path:
-    """OPT in the form of OPT-350M where `projection` is given: embeddings projected in and out,
-    norms after.
+    """OPT, with `projection` like OPT-350M: embeddings projected in and out, norms after the
+    layers.
     """
     from transformers import OPTConfig, OPTForCausalLM
 
@@ -233,9 +232,7 @@ def opt(
 
 
 def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
-    """A model of `FAMILIES`. Its biases and norms are not the zeros and ones of a fresh one, which
-    would hide a mistake.
-    """
+    """A model of `FAMILIES` with random biases and norms: zeros and ones would hide mistakes."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -275,8 +272,7 @@ def _save(
 
     tokenizer = tokenizer or make_tokenizer(chat=chat)
     spread = "initializer_range" if model_class.__name__ != "OPTForCausalLM" else "init_std"
-    # A spread wider than the usual 0.02 keeps the next-token distribution away from uniform: greedy
-    # text has no ties.
+    # Wider than the usual 0.02, so that greedy decoding has no ties.
     config = config_class(
         vocab_size=rows or len(tokenizer),
         bos_token_id=tokenizer.eos_token_id,
@@ -304,7 +300,7 @@ OWN = {
 
 
 def with_code(folder: Path) -> Path:
-    """Make a LLaMA's folder one of a family that only its own code knows."""
+    """Turn a LLaMA's folder into one of a family that only its custom code defines."""
     tree = json.loads((folder / "config.json").read_text())
     tree |= {
         "model_type": "own",

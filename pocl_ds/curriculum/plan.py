@@ -116,11 +116,14 @@ def build_plan(
     Raises:
         RecipeError: a value is out of range, or a stage does not fill one batch.
     """
+    # Check the values, and compute what changes from stage to stage.
     total = len(order)
     epochs = stage_epochs(num_subsets, epochs_per_stage)
     _validate(total, num_subsets, epochs, batch_size, temperature, sft_ratio, scheduler)
     temperatures = stage_values(num_subsets, temperature)
     sft_ratios = stage_values(num_subsets, sft_ratio)
+
+    # A stage is a slice of the order that ends where its subset does.
     stages, stops = [], subset_stops(total, num_subsets)
     for i in range(num_subsets):
         start = 0 if scheduler == "baby_step" or i == 0 else stops[i - 1]
@@ -211,6 +214,7 @@ def _validate(
     scheduler: str,
 ) -> None:
     """Raise RecipeError for a value that no plan can have."""
+    # Numbers of subsets, epochs and samples.
     if num_subsets < 1 or num_subsets > total:
         raise RecipeError(
             f"curriculum.num_subsets={num_subsets} for {total} samples: make it at least 1 and at "
@@ -226,6 +230,7 @@ def _validate(
             f"curriculum.epochs_per_stage={min(epochs)} and train.batch_size={batch_size} must be "
             "at least 1"
         )
+    # Values of the schedules.
     if not all(0 < value < math.inf for value in temperature):
         raise RecipeError(
             f"curriculum.temperature={list(temperature)}: a temperature must be a number greater "

@@ -35,6 +35,7 @@ def write_plan(
             f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and "
             "run `pocl rank`"
         )
+    # Build the stages, and log them.
     plan = plan_from_config(order, curriculum, batch_size=batch_size)
     for stage in plan.stages:
         log.info(
@@ -46,6 +47,7 @@ def write_plan(
             stage.temperature,
             stage.sft_ratio,
         )
+    # Write the plan, then its manifest.
     write_json(run.plan / "plan.json", plan.to_json())
     info = {
         "samples": len(order),

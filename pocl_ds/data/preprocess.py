@@ -151,6 +151,7 @@ def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> d
     streams = {split: path.open("w", encoding="utf-8") for split, path in parts.items()}
     reserved_prompts: set[str] = set()
     omitted = dict.fromkeys(SPLITS, 0)
+    # Files for test and validation come first, so that their prompts are known.
     sources = (("test", data.test), ("validation", data.validation), (None, data.source))
     try:
         for reserved_split, source in sources:
@@ -168,6 +169,7 @@ def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> d
         for stream in streams.values():
             stream.close()
 
+    # Warn of the samples that were left out.
     for split, others in (
         ("train", "a validation or test"),
         ("validation", "a test"),

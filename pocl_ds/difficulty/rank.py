@@ -77,7 +77,7 @@ def write_ranking(
     info = {
         "strategy": config.strategy,
         "reverse": config.reverse,
-        "tied_share": tied,
+        "tied_fraction": tied,
         "mean_rouge_l": float(rouge_l.mean()),
         "mean_cross_entropy": float(cross_entropy.mean()),
     }

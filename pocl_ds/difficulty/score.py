@@ -171,7 +171,7 @@ class _ShardScorer:
             "seconds": round(seconds, 3),
             "samples_per_second": round(len(rows) / seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
-            "tied_share": tied,
+            "tied_fraction": tied,
         }
         self.scored += len(rows)
         for name, fraction in tied.items():

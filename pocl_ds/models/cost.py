@@ -71,6 +71,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
     Raises ModelError for a family whose head is not known, RecipeError for adapters that the model
     cannot have.
     """
+    # The parts of the model.
     check_family(config.model_type)
     model = empty_model(config)
     head = output_head(model)
@@ -80,6 +81,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
         for module in model.modules()
         if is_linear(module) and module.weight is not head.weight
     ]
+    # Their sizes.
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(

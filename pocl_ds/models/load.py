@@ -196,6 +196,7 @@ def load_model(
     Raises:
         ModelError: the model cannot be loaded, or the folder lacks weights, which would be random.
     """
+    # Decide dtype, attention and dropout.
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
     dtype = resolve_dtype(dtype)
     caps_scores = getattr(config, "attn_logit_softcapping", None) is not None
@@ -207,6 +208,7 @@ def load_model(
     check_attention(attention, config)
     if dropout is not None:
         set_dropout(config, dropout)
+    # Load the weights, and refuse a model that lacks some.
     with _explain_load_errors(path, "model"), quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,

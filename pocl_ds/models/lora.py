@@ -42,6 +42,7 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
     targets: ends of names (`q_proj`, `self_attn.q_proj`), or `all-linear` for all but the head.
     Raises RecipeError for a target that names no linear module, the head or the embeddings.
     """
+    # All linear modules but the head.
     head = model.get_output_embeddings()
     linear = {
         name: module
@@ -50,6 +51,7 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
     }
     if targets == (ALL_LINEAR,):
         return linear
+    # Those that the targets name.
     selected: dict[str, Any] = {}
     for target in targets:
         named = {

@@ -1,4 +1,4 @@
-"""A batch dealt to ranks: every sample once, as many micro-batches a rank, within the budget."""
+"""Micro-batches: every sample once, equally many for each rank, within the budget."""
 
 from __future__ import annotations
 
@@ -16,70 +16,74 @@ from pocl_ds.curriculum.micro_batches import (
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.data())
-def test_shares_are_the_batch(ranks: int, micro: int, count: int, data: st.DataObject) -> None:
+def test_micro_batches_cover_the_batch(
+    ranks: int, micro: int, count: int, data: st.DataObject
+) -> None:
     size = ranks * micro * count
     lengths = np.array(
         data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size)), np.int64
     )
-    dealt = assign_by_count(lengths, ranks=ranks, micro_batch_size=micro)
-    assert [len(of_rank) for of_rank in dealt] == [count] * ranks
-    assert all(len(part) == micro for of_rank in dealt for part in of_rank)
-    assert sorted(int(i) for of_rank in dealt for part in of_rank for i in part) == list(
+    assigned = assign_by_count(lengths, ranks=ranks, micro_batch_size=micro)
+    assert [len(of_rank) for of_rank in assigned] == [count] * ranks
+    assert all(len(part) == micro for of_rank in assigned for part in of_rank)
+    assert sorted(int(i) for of_rank in assigned for part in of_rank for i in part) == list(
         range(size)
     )
-    for m in range(count):  # like lengths together: no micro-step is longer than the one before
-        step = [lengths[part] for part in (of_rank[m] for of_rank in dealt)]
+    for m in range(count):  # similar lengths together: no micro-step is longer than the one before
+        step = [lengths[part] for part in (of_rank[m] for of_rank in assigned)]
         if m + 1 < count:
             assert min(map(np.min, step)) >= max(
-                np.max(lengths[of_rank[m + 1]]) for of_rank in dealt
+                np.max(lengths[of_rank[m + 1]]) for of_rank in assigned
             )
-        # dealt in turns: the ranks' longest samples are the `ranks` longest of the step
+        # the ranks' longest samples are the longest of the micro-step
         assert sorted(map(np.max, step)) == sorted(np.concatenate(step))[-ranks:]
 
 
 @given(
     st.lists(st.integers(1, 20), max_size=40), st.integers(1, 4), st.integers(20, 60), st.booleans()
 )
-def test_a_token_budget_is_kept(lengths: list[int], ranks: int, tokens: int, packed: bool) -> None:
+def test_micro_batches_respect_the_token_budget(
+    lengths: list[int], ranks: int, tokens: int, packed: bool
+) -> None:
     sizes = np.array(lengths, np.int64)
-    dealt = assign_by_tokens(sizes, ranks=ranks, max_tokens=tokens, packed=packed)
-    assert len(dealt) == ranks and len({len(of_rank) for of_rank in dealt}) == 1 and dealt[0]
-    assert sorted(int(i) for of_rank in dealt for part in of_rank for i in part) == list(
+    assigned = assign_by_tokens(sizes, ranks=ranks, max_tokens=tokens, packed=packed)
+    assert (
+        len(assigned) == ranks and len({len(of_rank) for of_rank in assigned}) == 1 and assigned[0]
+    )
+    assert sorted(int(i) for of_rank in assigned for part in of_rank for i in part) == list(
         range(len(lengths))
     )
     cost = [
         [int(sizes[p].sum() if packed else len(p) * sizes[p].max(initial=0)) for p in of_rank]
-        for of_rank in dealt
+        for of_rank in assigned
     ]
     assert max(max(of_rank) for of_rank in cost) <= tokens
-    for m in range(len(dealt[0]) - 1):  # the largest first
+    for m in range(len(assigned[0]) - 1):  # the largest first
         assert min(of_rank[m] for of_rank in cost) >= max(of_rank[m + 1] for of_rank in cost)
-    counts = [len(part) for of_rank in dealt for part in of_rank]
-    assert min(counts) > 0 or max(counts) < 2  # nobody is idle while there is something to share
-    # never more than twice the least number: two groups of the longest-first rule cannot both be
+    counts = [len(part) for of_rank in assigned for part in of_rank]
+    assert min(counts) > 0 or max(counts) < 2  # no rank is idle while another has several samples
+    # never more than twice the minimum: two groups of the longest-first rule cannot both be
     # half empty
     if packed:
-        assert len(dealt[0]) <= 2 * -(-int(sizes.sum()) // (tokens * ranks)) + 1
+        assert len(assigned[0]) <= 2 * -(-int(sizes.sum()) // (tokens * ranks)) + 1
 
 
 def test_samples_of_one_length_keep_their_order() -> None:
-    """Every rank deals for itself: a sort that breaks ties as the machine likes would deal
-    differently on another.
-    """
+    """Every rank computes the assignment itself, so ties must be broken equally on all machines."""
     sizes = np.random.default_rng(0).integers(1, 4, 64)
-    wanted = sorted(range(64), key=lambda i: -sizes[i])
-    assert assign_by_count(sizes, ranks=1, micro_batch_size=64)[0][0].tolist() == wanted
+    expected = sorted(range(64), key=lambda i: -sizes[i])
+    assert assign_by_count(sizes, ranks=1, micro_batch_size=64)[0][0].tolist() == expected
     for packed in (False, True):
         assert [
             part.tolist()
             for part in assign_by_tokens(sizes, ranks=1, max_tokens=192, packed=packed)[0]
-        ] == [wanted]
+        ] == [expected]
 
 
-def test_packed_groups_are_even() -> None:
+def test_packed_micro_batches_are_balanced() -> None:
     sizes = np.array([9, 8, 7, 6, 5, 4, 3, 2], np.int64)
-    dealt = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=True)
-    assert [[int(sizes[part].sum()) for part in of_rank] for of_rank in dealt] == [[22], [22]]
+    assigned = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=True)
+    assert [[int(sizes[part].sum()) for part in of_rank] for of_rank in assigned] == [[22], [22]]
     padded = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=False)
     assert (
         sum(len(part) * int(sizes[part].max(initial=0)) for of_rank in padded for part in of_rank)
@@ -87,7 +91,7 @@ def test_packed_groups_are_even() -> None:
     )
 
 
-def test_deal_takes_the_budget_where_there_is_one() -> None:
+def test_token_budget_takes_precedence_over_the_size() -> None:
     sizes = np.array([5, 5, 1, 1], np.int64)
     by_count = assign_micro_batches(
         sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=None, packed=False
@@ -99,14 +103,14 @@ def test_deal_takes_the_budget_where_there_is_one() -> None:
     assert [part.tolist() for part in by_tokens[0]] == [[0], [1], [2, 3]]
 
 
-def test_a_sample_beyond_the_budget_is_refused() -> None:
+def test_sample_above_the_budget_is_refused() -> None:
     with pytest.raises(
         ValueError, match="a sample of 9 tokens does not fit into a micro-batch of 8"
     ):
         assign_by_tokens(np.array([9], np.int64), ranks=1, max_tokens=8, packed=True)
 
 
-def test_share_refuses_what_cannot_be_dealt_evenly() -> None:
+def test_uneven_batch_is_refused() -> None:
     with pytest.raises(
         ValueError,
         match="a batch of 10 samples cannot be divided into micro-batches of 3 on 2 ranks",

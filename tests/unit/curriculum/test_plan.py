@@ -16,7 +16,7 @@ from pocl_ds.errors import ArtifactError, RecipeError
 RELEASED = 11_435
 
 
-def test_the_released_run() -> None:
+def test_steps_of_the_released_run() -> None:
     ids = [f"s{i}" for i in range(RELEASED)]
     plan = build_plan(ids)
     assert [stage.steps for stage in plan.stages] == [352, 712, 1064, 1424]
@@ -29,7 +29,7 @@ def test_the_released_run() -> None:
         assert stage.sample_ids == ids[: stage.num_samples]
 
 
-def test_eight_epochs_a_stage_cost_twenty_of_the_whole() -> None:
+def test_eight_epochs_a_stage_equal_twenty_full_epochs() -> None:
     plan = build_plan(range(4 * 64 * 10))
     assert plan.total_steps == 20 * 40
 
@@ -85,7 +85,7 @@ def test_stages_cover_the_order(
 
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
 @pytest.mark.parametrize("epochs", [4, (5, 1, 2)])
-def test_visits_are_those_of_the_plan(scheduler: str, epochs: int | tuple[int, ...]) -> None:
+def test_mean_visits_equal_those_of_the_plan(scheduler: str, epochs: int | tuple[int, ...]) -> None:
     plan = build_plan(
         range(300), num_subsets=3, epochs_per_stage=epochs, batch_size=10, scheduler=scheduler
     )
@@ -93,7 +93,7 @@ def test_visits_are_those_of_the_plan(scheduler: str, epochs: int | tuple[int, .
     assert [stage.epochs for stage in plan.stages] == ([4, 4, 4] if epochs == 4 else [5, 1, 2])
 
 
-def test_a_single_subset_is_the_whole_with_the_first_values() -> None:
+def test_single_subset_uses_the_first_values() -> None:
     (stage,) = build_plan(
         range(128), num_subsets=1, temperature=(1.5, 2.0), sft_ratio=(0.3, 0.0)
     ).stages
@@ -106,7 +106,7 @@ def test_stage_ids_of_an_array_are_views() -> None:
     assert np.shares_memory(stage.sample_ids, order)
 
 
-def test_plans_are_compared_and_shown_without_their_orders() -> None:
+def test_equality_and_repr_ignore_the_order() -> None:
     plan, other = build_plan(np.arange(300)), build_plan(np.arange(300)[::-1])
     assert plan == other and "order" not in repr(plan)
 
@@ -134,13 +134,13 @@ def test_plans_are_compared_and_shown_without_their_orders() -> None:
         ({"scheduler": "all"}, "curriculum.scheduler='all'"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(changes: dict, names: str) -> None:
+def test_invalid_values_are_errors(changes: dict, names: str) -> None:
     with pytest.raises(RecipeError) as caught:
         build_plan(list(range(100)), **{"batch_size": 10, **changes})
     assert names in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_share_may_be_all_or_none() -> None:
+def test_sft_ratio_may_be_0_or_1() -> None:
     assert [
         stage.sft_ratio
         for stage in build_plan(
@@ -149,12 +149,12 @@ def test_a_share_may_be_all_or_none() -> None:
     ] == [1.0, 0.0]
 
 
-def test_no_samples_at_all() -> None:
+def test_empty_order_is_an_error() -> None:
     with pytest.raises(RecipeError, match="0 samples"):
         build_plan([], num_subsets=1)
 
 
-def test_a_small_stage_may_be_padded() -> None:
+def test_small_stage_is_filled_up_without_drop_last() -> None:
     assert [
         stage.steps
         for stage in build_plan(
@@ -163,7 +163,7 @@ def test_a_small_stage_may_be_padded() -> None:
     ] == [2, 4, 6, 8]
 
 
-def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
+def test_json_round_trips_without_ids() -> None:
     order = [f"sample-{i}" for i in range(300)]
     plan = build_plan(order, batch_size=16, scheduler="one_pass", drop_last=False)
     text = json.dumps(plan.to_json())
@@ -181,7 +181,7 @@ def test_json_holds_no_ids_and_gives_the_plan_back() -> None:
     batch=st.integers(1, 40),
     drop_last=st.booleans(),
 )
-def test_single_stage_takes_as_many_steps_as_told(
+def test_single_stage_has_the_requested_steps(
     total: int, steps: int, batch: int, drop_last: str
 ) -> None:
     assume(not drop_last or total >= batch)
@@ -215,7 +215,7 @@ def test_single_stage_takes_as_many_steps_as_told(
         ({"sft_ratio": 2.0}, "sft_ratio"),
     ],
 )
-def test_single_stage_refuses(changes: dict, names: str) -> None:
+def test_single_stage_errors(changes: dict, names: str) -> None:
     with pytest.raises(RecipeError, match=names):
         single_stage_plan(
             range(10),

@@ -1,4 +1,4 @@
-"""The stage `plan` and its files."""
+"""The step `plan` and its files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def test_writes_the_plan_and_loads_it_over_the_order(run: RunDirectory) -> None:
+def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
     manifest = write_plan(run, CurriculumConfig(epochs_per_stage=3), batch_size=16, fingerprint="f")
     order = np.load(run.ranking / "order.npy")
     plan = load_plan(run.plan / "plan.json")
@@ -57,7 +57,7 @@ def test_a_finished_plan_is_kept_and_another_recipe_replaces_it(run: RunDirector
 
 
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
-def test_the_baseline_has_as_many_visits(run: RunDirectory, scheduler: str) -> None:
+def test_baseline_has_equally_many_visits(run: RunDirectory, scheduler: str) -> None:
     write_plan(run, CurriculumConfig(scheduler=scheduler), batch_size=16, fingerprint="f")
     pocl = load_plan(run.plan / "plan.json")
     baseline = build_baseline_plan(pocl, BaselineConfig(temperature=1.5, sft_ratio=0.2))
@@ -67,14 +67,14 @@ def test_the_baseline_has_as_many_visits(run: RunDirectory, scheduler: str) -> N
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1, 3], [0, 1, 2, 4], [-1, 0, 1, 2], [[0, 1], [2, 3]]])
-def test_an_order_that_is_none_is_refused(run: RunDirectory, order: list) -> None:
+def test_order_that_is_no_permutation_is_refused(run: RunDirectory, order: list) -> None:
     np.save(run.ranking / "order.npy", np.array(order))
     with pytest.raises(ArtifactError, match="every sample once"):
         write_plan(run, CurriculumConfig(num_subsets=1), batch_size=1, fingerprint="f")
     assert not (run.plan / "manifest.json").exists()
 
 
-def test_missing_damaged_or_other_rankings(run: RunDirectory) -> None:
+def test_errors_of_missing_damaged_and_other_rankings(run: RunDirectory) -> None:
     write_plan(run, CurriculumConfig(), batch_size=16, fingerprint="f")
     np.save(run.ranking / "order.npy", np.arange(399))
     with pytest.raises(ArtifactError, match="400 samples and the ranking holds 399"):

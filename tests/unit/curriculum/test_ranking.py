@@ -48,7 +48,7 @@ def _rrf_by_id(ranking: DifficultyRanking) -> dict[str, float]:
 def _reference(
     rows: list[Row], k: float = 60
 ) -> tuple[list[str], list[str], dict[str, float], list[str]]:
-    """Ids by rouge_l, by cross_entropy, rrf, ids by fusion."""
+    """Ids by rouge_l, ids by cross_entropy, rrf by id, ids by fusion."""
     by_rouge = [row[0] for row in sorted(rows, key=lambda row: (-row[1], row[2], row[0].encode()))]
     by_entropy = [
         row[0] for row in sorted(rows, key=lambda row: (row[2], -row[1], row[0].encode()))
@@ -67,7 +67,7 @@ def _reference(
 
 @given(ROWS, st.sampled_from([1, 60, 0.5]))
 @settings(max_examples=300, deadline=None)
-def test_is_its_definition(rows: list[Row], k: float) -> None:
+def test_ranking_equals_its_definition(rows: list[Row], k: float) -> None:
     by_rouge, by_entropy, rrf, fused = _reference(rows, k)
     ranking = _rank(rows, k=k)
     ids = [row[0] for row in rows]
@@ -83,7 +83,7 @@ def test_is_its_definition(rows: list[Row], k: float) -> None:
 
 @given(ROWS, st.randoms(use_true_random=False), st.sampled_from(list(STRATEGIES)), st.booleans())
 @settings(max_examples=200, deadline=None)
-def test_file_order_never_enters(
+def test_ranking_does_not_depend_on_the_order_of_the_input(
     rows: list[Row], source: random.Random, strategy: str, reverse: bool
 ) -> None:
     shuffled = source.sample(rows, len(rows))
@@ -96,7 +96,7 @@ def test_file_order_never_enters(
 
 @given(ROWS, st.sampled_from(list(STRATEGIES)))
 @settings(max_examples=100, deadline=None)
-def test_reverse_is_the_order_backwards(rows: list[Row], strategy: str) -> None:
+def test_reverse_reverses_the_order(rows: list[Row], strategy: str) -> None:
     forward = _rank(rows, strategy=strategy, seed=1)
     backward = _rank(rows, strategy=strategy, seed=1, reverse=True)
     assert backward.ordered_ids == forward.ordered_ids[::-1] and sorted(
@@ -107,7 +107,7 @@ def test_reverse_is_the_order_backwards(rows: list[Row], strategy: str) -> None:
 
 @given(ROWS, st.sampled_from(list(STRATEGIES)))
 @settings(max_examples=100, deadline=None)
-def test_ids_as_bytes_of_any_width_rank_as_strings_do(rows: list[Row], strategy: str) -> None:
+def test_ids_may_be_bytes_of_any_width(rows: list[Row], strategy: str) -> None:
     _, rouge, entropy = zip(*rows, strict=True)
     encoded = np.array([row[0].encode() for row in rows], dtype="S64")
     assert (
@@ -116,7 +116,7 @@ def test_ids_as_bytes_of_any_width_rank_as_strings_do(rows: list[Row], strategy:
     )
 
 
-def test_every_strategy_of_the_recipe_is_there() -> None:
+def test_every_strategy_of_the_recipe_is_implemented() -> None:
     assert list(STRATEGIES) == registry.STRATEGIES
     assert list(METRICS) == registry.METRICS and not set(METRICS) & set(STRATEGIES)
 
@@ -141,18 +141,18 @@ def test_a_worked_example() -> None:
 
 
 @pytest.mark.parametrize("strategy", list(STRATEGIES))
-def test_nothing_is_ordered_too(strategy: str) -> None:
+def test_empty_input_has_an_empty_order(strategy: str) -> None:
     assert rank_by_difficulty([], [], [], strategy=strategy).ordered_ids == []
 
 
-def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
+def test_random_order_depends_on_the_seed_alone() -> None:
     ids = [f"s{i}" for i in range(2000)]
     orders = [
         rank_by_difficulty([0.0] * 2000, [1.0] * 2000, ids, strategy="random", seed=seed).order
         for seed in (0, 0, 1)
     ]
     assert orders[0].tolist() == orders[1].tolist() != orders[2].tolist()
-    for order in (orders[0], orders[2]):  # neither the file's order nor the other's
+    for order in (orders[0], orders[2]):  # unrelated to the order of the input and to each other
         assert abs(np.corrcoef(order, np.arange(2000))[0, 1]) < 0.1
     assert abs(np.corrcoef(np.argsort(orders[0]), np.argsort(orders[2]))[0, 1]) < 0.1
 
@@ -166,7 +166,7 @@ def test_random_depends_on_the_seed_and_on_nothing_else() -> None:
         (["a", "b"], [0.1], [1.0, 2.0], "2 ids, 1 values of rouge_l and 2 of cross_entropy"),
     ],
 )
-def test_bad_scores_are_one_sentence(
+def test_invalid_scores_are_errors(
     ids: list[str], rouge: list[float], entropy: list[float], names: str
 ) -> None:
     with pytest.raises(DataError, match=names):
@@ -174,8 +174,8 @@ def test_bad_scores_are_one_sentence(
 
 
 @given(st.lists(NAMES, max_size=8), st.integers(0, 2**64 - 1))
-def test_a_hash_is_its_definition(ids: list[str], seed: int) -> None:
-    """FNV-1a, then splitmix64: a random order is the same on every machine, today and tomorrow."""
+def test_hash_equals_its_definition(ids: list[str], seed: int) -> None:
+    """FNV-1a, then splitmix64: a random order is the same on every machine and in every release."""
     expected = []
     for name in ids:
         state = 0xCBF29CE484222325 ^ seed
@@ -187,7 +187,7 @@ def test_a_hash_is_its_definition(ids: list[str], seed: int) -> None:
     assert hash_ids(ids, seed).tolist() == expected
 
 
-def test_ids_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_with_equal_hashes_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranking_module, "hash_ids", lambda ids, seed: np.zeros(len(ids), np.uint64))
     assert rank_by_difficulty([0.1, 0.2, 0.3], [1.0] * 3, ["b", "a", "c"]).ordered_ids == [
         "c",
@@ -210,12 +210,12 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
         ({"k": math.nan}, "ranking.k=nan"),
     ],
 )
-def test_bad_options_are_one_sentence(options: dict[str, Any], names: str) -> None:
+def test_invalid_options_are_errors(options: dict[str, Any], names: str) -> None:
     with pytest.raises(RecipeError, match=names):
         rank_by_difficulty([0.1], [1.0], ["a"], **options)
 
 
 @given(st.lists(st.sampled_from([0.0, -0.0, 0.1, 0.2, 0.3, 0.4]), max_size=12))
-def test_tied_share_is_its_definition(values: list[float]) -> None:
+def test_tied_fraction_equals_its_definition(values: list[float]) -> None:
     tied = [sum(value == other for other in values) > 1 for value in values]
     assert tied_fraction(values) == pytest.approx(sum(tied) / len(tied) if tied else 0.0)

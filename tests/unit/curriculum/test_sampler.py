@@ -39,7 +39,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def _plain_permutation(size: int, seed: int, stage: int, epoch: int) -> list[int]:
-    """The definition once more, in Python's own integers."""
+    """The definition in Python's integers."""
 
     def mix(value: int) -> int:
         value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -54,14 +54,14 @@ def _plain_permutation(size: int, seed: int, stage: int, epoch: int) -> list[int
 
 
 @given(st.integers(0, 300), st.integers(0, MASK), st.integers(0, 9), st.integers(0, 99))
-def test_permutation_is_its_definition(size: int, seed: int, stage: int, epoch: int) -> None:
+def test_permutation_equals_its_definition(size: int, seed: int, stage: int, epoch: int) -> None:
     found = permutation(size, seed=seed, stage=stage, epoch=epoch)
     assert found.dtype == np.int64
     assert found.tolist() == _plain_permutation(size, seed, stage, epoch)
 
 
-def test_permutation_never_changes() -> None:
-    """A checkpoint written today must go on tomorrow: these numbers are part of the format."""
+def test_permutation_is_pinned() -> None:
+    """Checkpoints depend on these numbers, so they are part of the format."""
     assert permutation(12, seed=42, stage=1, epoch=3).tolist() == [
         8,
         5,
@@ -112,7 +112,7 @@ def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None
             assert set(visited) <= inside
             if plan.drop_last:  # at most once, and fewer than a batch is missing
                 assert len(set(visited)) == len(visited) > stage.num_samples - plan.batch_size
-            else:  # all at least once; the fill spreads evenly
+            else:  # all at least once, and the repeated ones evenly
                 counts = Counter(visited)
                 assert set(counts) == inside
                 assert max(counts.values()) - min(counts.values()) <= 1
@@ -121,10 +121,12 @@ def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None
 
 @given(plans(), st.integers(0, 1000), st.data())
 @settings(max_examples=60, deadline=None)
-def test_resumed_anywhere_equals_uninterrupted(plan: Plan, seed: int, data: st.DataObject) -> None:
+def test_batches_after_a_resume_equal_those_without(
+    plan: Plan, seed: int, data: st.DataObject
+) -> None:
     through = Sampler(plan, seed)
     batches = [through.batch(step).tolist() for step in range(plan.total_steps)]
-    for _ in range(3):  # the second and third resume within an epoch too
+    for _ in range(3):  # the second and third also resume within an epoch
         start = data.draw(st.integers(0, plan.total_steps - 1))
         resumed = Sampler(plan, seed)
         stop = min(start + 5, plan.total_steps)
@@ -150,7 +152,7 @@ def test_positions_of_steps() -> None:
 
 
 def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shuffle of a large data set takes longer than a step may wait."""
+    """A shuffle of a large data set takes longer than a step."""
     shuffles: list[tuple[int, int]] = []
 
     def counted(size: int, *, seed: int, stage: int, epoch: int) -> Any:
@@ -172,7 +174,7 @@ def test_a_single_stage_is_cut_within_its_last_epoch() -> None:
     assert set(visits.values()) == {1, 2} and sum(visits.values()) == 50
 
 
-def test_the_order_may_lie_on_disk(tmp_path: Path) -> None:
+def test_order_may_be_memory_mapped(tmp_path: Path) -> None:
     np.save(tmp_path / "order.npy", np.arange(100)[::-1])
     order = np.load(tmp_path / "order.npy", mmap_mode="r")
     sampler = Sampler(build_plan(order, num_subsets=2, batch_size=8), 1)
@@ -183,11 +185,9 @@ def test_the_order_may_lie_on_disk(tmp_path: Path) -> None:
 
 @given(plans(), st.integers(2, 5), st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_window_moves_samples_only_within_itself(
-    plan: Plan, window: int, data: st.DataObject
-) -> None:
-    """Each window holds the samples that it holds without; each of its batches holds a run of the
-    sorted lengths.
+def test_samples_stay_within_their_window(plan: Plan, window: int, data: st.DataObject) -> None:
+    """Each window holds the same samples as without it, and each of its batches holds consecutive
+    samples by length.
     """
     total = len(plan.stages[-1].order)
     lengths = np.array(
@@ -215,7 +215,7 @@ def test_batches_of_a_window_come_in_another_order_each_time() -> None:
     assert len(firsts) > 3
 
 
-def test_a_window_of_one_is_none() -> None:
+def test_window_of_one_changes_nothing() -> None:
     plan, lengths = (
         single_stage_plan(np.arange(64), steps=16, batch_size=8, temperature=1.0, sft_ratio=0.0),
         np.arange(64),
@@ -224,8 +224,8 @@ def test_a_window_of_one_is_none() -> None:
     assert [Sampler(plan, 5, lengths=lengths).batch(step).tolist() for step in range(16)] == plain
 
 
-def test_batches_of_a_window_never_change() -> None:
-    """As permutations: the order of a window's batches is part of the format."""
+def test_batches_of_a_window_are_pinned() -> None:
+    """The order of a window's batches is part of the format too."""
     plan = single_stage_plan(np.arange(12), steps=12, batch_size=2, temperature=1.0, sft_ratio=0.0)
     sampler = Sampler(plan, 3, lengths=np.arange(12), window=4)
     assert [sampler.batch(step).tolist() for step in range(12)] == [
@@ -255,13 +255,13 @@ def test_a_window_needs_lengths() -> None:
 
 @given(plans(), st.sampled_from([(1, 1), (2, 1), (1, 4), (2, 2), (4, 1)]))
 @settings(max_examples=40, deadline=None)
-def test_the_global_batch_knows_no_ranks(plan: Plan, layout: tuple[int, int]) -> None:
+def test_global_batch_does_not_depend_on_ranks(plan: Plan, layout: tuple[int, int]) -> None:
     ranks, micro = layout
     assume(plan.batch_size % (ranks * micro) == 0)
     sampler = Sampler(plan, 3)
     for step in range(0, plan.total_steps, 5):
         batch = sampler.batch(step)
-        dealt = assign_by_count(batch % 7, ranks=ranks, micro_batch_size=micro)
+        assigned = assign_by_count(batch % 7, ranks=ranks, micro_batch_size=micro)
         assert sorted(
-            np.concatenate([batch[part] for of_rank in dealt for part in of_rank])
+            np.concatenate([batch[part] for of_rank in assigned for part in of_rank])
         ) == sorted(batch)

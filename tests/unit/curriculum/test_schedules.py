@@ -11,15 +11,15 @@ from pocl_ds.curriculum.schedules import learning_rate, stage_values
 
 
 @given(st.integers(2, 30), st.floats(0.1, 10), st.floats(0.1, 10))
-def test_stage_values_lie_on_the_line(stages: int, first: float, last: float) -> None:
-    values = stage_values(stages, (first, last))
-    assert (values[0], values[-1], len(values)) == (first, last, stages)
+def test_stage_values_lie_on_the_line(stages: int, start: float, end: float) -> None:
+    values = stage_values(stages, (start, end))
+    assert (values[0], values[-1], len(values)) == (start, end, stages)
     assert values == pytest.approx(
-        [first + (last - first) * i / (stages - 1) for i in range(stages)]
+        [start + (end - start) * i / (stages - 1) for i in range(stages)]
     )
 
 
-def test_one_stage_takes_the_first_value() -> None:
+def test_single_stage_gets_the_first_value() -> None:
     assert stage_values(1, (1.0, 2.0)) == [1.0]
 
 
@@ -50,8 +50,8 @@ def test_learning_rate_rises_then_falls_between_its_bounds(total: int, warmup: i
 
 
 def test_learning_rate_by_hand() -> None:
-    """Three steps of warm-up on the line to lr, then the cosine as if training began there; beyond
-    the end it stays.
+    """Three warm-up steps on the line to lr, then the cosine; after the last step it stays at
+    min_lr.
     """
     rates = [learning_rate(step, 11, lr=1.0, min_lr=0.2, warmup=3) for step in range(15)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
@@ -61,7 +61,7 @@ def test_learning_rate_by_hand() -> None:
     assert rates[7] == pytest.approx(0.6) and rates[11:] == pytest.approx([0.2] * 4)
 
 
-def test_a_warmup_may_leave_one_step_or_none() -> None:
+def test_warmup_may_cover_almost_all_steps() -> None:
     assert [
         learning_rate(step, 6, lr=1.0, min_lr=0.2, warmup=5) for step in (5, 6)
     ] == pytest.approx([1.0, 0.2])

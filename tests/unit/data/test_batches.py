@@ -18,7 +18,7 @@ from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokeni
 
 
 def write(folder: Path, samples: list[tuple[list[int], int]]) -> TokenizedSplit:
-    """A split with these ids and prompt lengths."""
+    """Write a split with these ids and prompt lengths."""
     starts = np.cumsum([0, *(len(ids) for ids, _ in samples)])[:-1]
     index = [
         (start, prompt, len(ids)) for start, (ids, prompt) in zip(starts, samples, strict=True)
@@ -33,9 +33,9 @@ def write(folder: Path, samples: list[tuple[list[int], int]]) -> TokenizedSplit:
     return TokenizedSplit.open(folder, "train")
 
 
-def test_three_tokens(tmp_path: Path) -> None:
-    """Prompt 5, response 7, EOS 0, padded with EOS to four: state 0 predicts 7, state 1 predicts
-    EOS, nothing else counts.
+def test_loss_positions_of_three_tokens(tmp_path: Path) -> None:
+    """Prompt 5, response 7, EOS 0, padded with EOS to four tokens: state 0 predicts 7, state 1
+    predicts EOS, and nothing else counts.
     """
     split = write(tmp_path, [([5, 7, 0], 1), ([5, 6, 7, 0], 2)])
     batch = collate(split, [0, 1], pad_id=0)
@@ -43,7 +43,7 @@ def test_three_tokens(tmp_path: Path) -> None:
     assert batch.attention_mask.tolist() == [
         [1, 1, 1, 0],
         [1, 1, 1, 1],
-    ]  # the true EOS is in, the padding is not
+    ]  # includes the real EOS, not the padding
     assert batch.positions.tolist() == [0, 1, 4 + 1, 4 + 2]
     assert batch.labels.tolist() == [7, 0, 7, 0]
     assert batch.sample_of_token.tolist() == [0, 0, 1, 1]
@@ -61,7 +61,7 @@ SAMPLES = st.lists(
 
 @given(SAMPLES, st.integers(0, 9), st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
-def test_collate_equals_the_slow_definition(
+def test_collate_equals_a_plain_reference(
     tmp_path_factory: pytest.TempPathFactory,
     samples: list[tuple[list[int], int]],
     pad_id: int,
@@ -129,18 +129,16 @@ def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None
         iter(samples), SampleTokenizer(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
     )
     split = TokenizedSplit.open(tmp_path, "train")
-    one, other = (
+    left, right = (
         collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id)
     )
     for name in ("attention_mask", "positions", "labels", "sample_of_token"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
-    assert (
-        one.labels == tokenizer.eos_token_id
-    ).sum() == 5  # each sample's own EOS is learned, once
-    assert len(one.labels) == int((split.total_tokens - split.prompt_tokens).sum())
+        assert torch.equal(getattr(left, name), getattr(right, name))
+    assert (left.labels == tokenizer.eos_token_id).sum() == 5  # each sample's EOS is a label once
+    assert len(left.labels) == int((split.total_tokens - split.prompt_tokens).sum())
 
 
-def test_no_rows_give_a_batch_without_loss(tmp_path: Path) -> None:
+def test_batch_without_rows_has_no_loss(tmp_path: Path) -> None:
     for packed in (False, True):
         batch = collate(write(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
         assert batch.input_ids.tolist() == [[7]] and batch.rows == ()
@@ -149,7 +147,7 @@ def test_no_rows_give_a_batch_without_loss(tmp_path: Path) -> None:
         assert batch.attention_mask is None if packed else batch.attention_mask.tolist() == [[1]]
 
 
-def test_a_batch_moves_to_a_device(tmp_path: Path) -> None:
+def test_batch_is_copied_to_a_device(tmp_path: Path) -> None:
     moved = collate(write(tmp_path, [([1, 2, 3], 1)]), [0], 0).to(torch.device("meta"))
     names = ("input_ids", "attention_mask", "positions", "labels", "sample_of_token")
     assert {getattr(moved, name).device.type for name in names} == {"meta"}

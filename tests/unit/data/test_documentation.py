@@ -1,4 +1,4 @@
-"""The default corpus is clean, repeatable, and made without importing anything."""
+"""The source `documentation` is clean and deterministic, and imports nothing."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def test_first_paragraph(docstring: str, paragraph: str) -> None:
     assert first_paragraph(docstring) == paragraph
 
 
-def test_a_known_function_is_there(stdlib: list[Sample]) -> None:
+def test_extracts_a_known_function(stdlib: list[Sample]) -> None:
     (sample,) = [sample for sample in stdlib if "`textwrap.dedent`" in sample.instruction]
     assert sample.references == ("Remove any common leading whitespace from every line in `text`.",)
     assert sample.input == "" and sample.history == ()
 
 
-def test_the_harvest_is_large_clean_and_without_repetition(stdlib: list[Sample]) -> None:
+def test_samples_are_many_clean_and_unique(stdlib: list[Sample]) -> None:
     answers = [sample.references[0] for sample in stdlib]
     assert len(stdlib) > 3000
     assert (
@@ -80,7 +80,7 @@ def test_the_harvest_is_large_clean_and_without_repetition(stdlib: list[Sample])
     ]
 
 
-def test_questions_have_several_forms(stdlib: list[Sample]) -> None:
+def test_questions_use_several_templates(stdlib: list[Sample]) -> None:
     forms = collections.Counter(
         sample.instruction.replace(sample.instruction.split("`")[1], "")
         for sample in stdlib
@@ -90,14 +90,14 @@ def test_questions_have_several_forms(stdlib: list[Sample]) -> None:
     assert max(forms.values()) < len(stdlib) / 3
 
 
-def test_a_second_harvest_is_equal() -> None:
+def test_extraction_is_deterministic() -> None:
     config = DocumentationConfig(packages=("email", "logging", "asyncio"))
     assert list(extract_documentation_samples(config)) == list(
         extract_documentation_samples(config)
     )
 
 
-def test_limits_on_words_hold() -> None:
+def test_answers_respect_the_word_limits() -> None:
     samples = list(
         extract_documentation_samples(
             DocumentationConfig(packages=("email", "asyncio"), min_words=10, max_words=12)
@@ -106,9 +106,7 @@ def test_limits_on_words_hold() -> None:
     assert {len(sample.references[0].split()) for sample in samples} == {10, 11, 12}
 
 
-def test_a_package_is_read_without_being_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "harvested_package"
     (package / "tests").mkdir(parents=True)
     (package / "__init__.py").write_text(
@@ -140,16 +138,14 @@ def test_a_package_is_read_without_being_run(
     assert "harvested_package" not in sys.modules
 
 
-def test_a_package_that_is_not_installed_is_named() -> None:
+def test_error_names_a_package_that_is_not_installed() -> None:
     with pytest.raises(DataError, match="no_such_package.*not installed"):
         list(extract_documentation_samples(DocumentationConfig(packages=("no_such_package",))))
 
 
 @pytest.mark.parametrize("name", ["email.mime", "sys", "_collections_abc", "test"])
-def test_what_has_no_source_to_read_is_an_error(name: str) -> None:
-    """A part of a package, what is compiled, what is private: they would be left out without a
-    word.
-    """
+def test_package_without_sources_is_an_error(name: str) -> None:
+    """Subpackages, compiled modules and private modules would be left out silently."""
     with pytest.raises(
         DataError,
         match=rf"packages names '{name}', which has no public Python sources of its own: name a "
@@ -158,8 +154,8 @@ def test_what_has_no_source_to_read_is_an_error(name: str) -> None:
         list(extract_documentation_samples(DocumentationConfig(packages=("email", name))))
 
 
-def test_all_three_packages_take_no_import_and_little_time() -> None:
-    """In a process of its own, where an import of torch by the harvest would show."""
+def test_default_packages_are_read_quickly_without_importing_them() -> None:
+    """In a separate process, where an import of torch would show."""
     script = (
         "import sys\nfrom pocl_ds.config import DocumentationConfig\nfrom "
         "pocl_ds.data.documentation import extract_documentation_samples\n"
@@ -176,7 +172,7 @@ def test_all_three_packages_take_no_import_and_little_time() -> None:
         cwd=Path(__file__).parents[3],
     )
     assert int(done.stdout) > 7000
-    after = os.times()  # processor time of the child, which a busy machine does not lengthen much
+    after = os.times()  # processor time of the child, which hardly depends on the load
     assert (
         after.children_user + after.children_system - before.children_user - before.children_system
         < 20

@@ -1,4 +1,4 @@
-"""Samples in the terminal."""
+"""Samples as text for the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pocl_ds.workflow.run_dir import RunDirectory
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    """12 samples in three subsets, the last sample the easiest."""
+    """12 samples in three subsets; the last sample is the easiest."""
     run = RunDirectory(tmp_path / "run")
     run.data.mkdir(parents=True)
     for split, count in (("train", 12), ("validation", 2), ("test", 0)):
@@ -57,17 +57,21 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def test_a_subset_from_easy_to_hard(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_a_subset_from_easy_to_hard(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", "--run-dir", str(run.path), "--subset", "3", "--n", "2"]) == 0
-    said = capsys.readouterr().out
-    assert said.index("── s3  place 9 of 12  rouge_l 0.150  cross_entropy 2.750") < said.index(
+    output = capsys.readouterr().out
+    assert output.index("── s3  place 9 of 12  rouge_l 0.150  cross_entropy 2.750") < output.index(
         "── s0  place 12 of 12"
     )
-    assert said.count("──") == 2 and "number 3" in said
-    assert "\x1b" not in said and r"\x1b[31m" in said  # data does not command the terminal
+    assert output.count("──") == 2 and "number 3" in output
+    assert (
+        "\x1b" not in output and r"\x1b[31m" in output
+    )  # escape sequences of the data are shown, not obeyed
 
 
-def test_splits_and_the_whole_ranking(run: RunDirectory) -> None:
+def test_shows_splits_and_the_complete_ranking(run: RunDirectory) -> None:
     assert [text.split()[1] for text in format_samples(run, count=3)] == ["s11", "s5", "s0"]
     assert [text.split()[1] for text in format_samples(run, split="validation", count=9)] == [
         "s0",
@@ -77,7 +81,7 @@ def test_splits_and_the_whole_ranking(run: RunDirectory) -> None:
     assert [text.split()[1] for text in format_samples(run, count=2)] == ["s0", "s11"]
 
 
-def test_what_is_not_there(run: RunDirectory, tmp_path: Path) -> None:
+def test_errors_name_what_is_missing(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="subsets 1 to 3"):
         format_samples(run, subset=4)
     with pytest.raises(RecipeError, match="leave --split validation out"):

@@ -1,5 +1,5 @@
-"""The stage `data`: which sample lands where does not depend on the file's order, and nothing is
-left half-written.
+"""The step `preprocess`: splits do not depend on the order of a file, and no partial result
+remains.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prepare(
     }
 
 
-def test_splits_are_whole_disjoint_and_of_the_asked_size(tmp_path: Path) -> None:
+def test_splits_are_complete_disjoint_and_of_the_configured_size(tmp_path: Path) -> None:
     source = write(tmp_path / "all.jsonl", records(1000))
     splits = prepare(tmp_path / "run", source, validation_fraction=0.1, test_fraction=0.2)
     prompts = [sample.instruction for split in splits.values() for sample in split]
@@ -58,7 +58,7 @@ def test_splits_are_whole_disjoint_and_of_the_asked_size(tmp_path: Path) -> None
         ] == [s.id for s in samples]
 
 
-def test_the_order_of_the_file_decides_nothing(tmp_path: Path) -> None:
+def test_splits_do_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
     rows = records(400)
     limits = {"max_train_samples": 100, "max_validation_samples": 10, "max_test_samples": 5}
     there = prepare(tmp_path / "a", write(tmp_path / "a.jsonl", rows), **limits)
@@ -78,7 +78,7 @@ def test_more_data_moves_no_sample_to_another_split(tmp_path: Path) -> None:
         assert {s.id for s in few[split]} <= {s.id for s in many[split]}
 
 
-def test_the_same_prompt_never_lies_in_two_splits(tmp_path: Path) -> None:
+def test_equal_prompts_are_in_one_split(tmp_path: Path) -> None:
     rows = [{**record, "output": f"answer {n}"} for record in records(200) for n in range(3)]
     splits = prepare(
         tmp_path / "run",
@@ -94,7 +94,7 @@ def test_the_same_prompt_never_lies_in_two_splits(tmp_path: Path) -> None:
     assert all(prompts.values()) and sum(map(len, splits.values())) == 600
 
 
-def test_given_files_replace_the_split_and_their_prompts_leave_training(
+def test_split_files_replace_the_split_and_reserve_their_prompts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write(tmp_path / "all.jsonl", records(100))
@@ -110,24 +110,27 @@ def test_given_files_replace_the_split_and_their_prompts_leave_training(
     assert "1 training samples have the prompt of a validation or test sample" in caplog.text
 
 
-def test_what_a_test_asks_no_validation_asks(
+def test_test_and_validation_share_no_prompt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Validation chooses between checkpoints, and sets DistiLLM's phi: a test that it has seen is
-    none.
-    """
-    source, given = (
+    """Validation chooses checkpoints and sets DistiLLM's phi, so it must not see the test."""
+    source, test_file = (
         write(tmp_path / "all.jsonl", records(300)),
         write(tmp_path / "test.jsonl", records(100)),
     )
-    splits = prepare(tmp_path / "a", source, test=given, validation_fraction=0.3)
-    asked = {split: {sample.prompt_key for sample in samples} for split, samples in splits.items()}
-    assert len(asked["test"]) == 100 and len(asked["train"]) + len(asked["validation"]) == 200
+    splits = prepare(tmp_path / "a", source, test=test_file, validation_fraction=0.3)
+    questions = {
+        split: {sample.prompt_key for sample in samples} for split, samples in splits.items()
+    }
     assert (
-        not asked["test"] & (asked["train"] | asked["validation"])
-        and not asked["train"] & asked["validation"]
+        len(questions["test"]) == 100
+        and len(questions["train"]) + len(questions["validation"]) == 200
     )
-    assert len(asked["validation"]) > 20
+    assert (
+        not questions["test"] & (questions["train"] | questions["validation"])
+        and not questions["train"] & questions["validation"]
+    )
+    assert len(questions["validation"]) > 20
     assert (
         "24 validation samples have the prompt of a test sample: left out of validation"
         in caplog.text
@@ -137,11 +140,11 @@ def test_what_a_test_asks_no_validation_asks(
         in caplog.text
     )
     splits = prepare(
-        tmp_path / "b", source, test=given, validation=write(tmp_path / "v.jsonl", records(120))
+        tmp_path / "b", source, test=test_file, validation=write(tmp_path / "v.jsonl", records(120))
     )
     assert [len(splits[split]) for split in preprocess.SPLITS] == [180, 20, 100]
     caplog.clear()
-    splits = prepare(tmp_path / "c", source, validation=given, test_fraction=0.3)
+    splits = prepare(tmp_path / "c", source, validation=test_file, test_fraction=0.3)
     assert (
         len(splits["validation"]) == 100
         and len(splits["train"]) + len(splits["test"]) == 200
@@ -150,19 +153,17 @@ def test_what_a_test_asks_no_validation_asks(
     assert "test samples have the prompt of a validation sample: left out of test" in caplog.text
 
 
-def test_what_is_asked_in_other_words_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_known_references_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As in P3, which has items under several templates. Short answers are equal by chance."""
     far = [f"It takes {n} steps to come from here to the next village." for n in range(5)]
-    asked = [
+    questions = [
         ("Say how far, 0.", f" {far[0].upper()} ".replace(" TO ", "\n to ")),
         ("Say how far, 1.", [f"{far[0]} Or so.", far[1]]),
-        ("Say how far, 2.", far[2]),  # training has it under this prompt alone, and loses it
+        ("Say how far, 2.", far[2]),  # this prompt is reserved, so training does not have it
         (
             "Say how far, 3.",
             far[3],
-        ),  # training has it as a second reference, which is not trained on
+        ),  # a second reference is not a training response
         ("Say yes.", "Yes."),
     ]
     trained = [
@@ -172,14 +173,15 @@ def test_what_is_asked_in_other_words_is_told(
         ("How far, 3?", [far[4], far[3]]),
         ("Yes?", "Yes."),
     ]
-    given = write(
-        tmp_path / "test.jsonl", [{"instruction": prompt, "output": text} for prompt, text in asked]
+    test_file = write(
+        tmp_path / "test.jsonl",
+        [{"instruction": prompt, "output": text} for prompt, text in questions],
     )
     source = write(
         tmp_path / "all.jsonl",
         [{"instruction": prompt, "output": text} for prompt, text in trained],
     )
-    prepare(tmp_path / "run", source, test=given, validation_fraction=0.0)
+    prepare(tmp_path / "run", source, test=test_file, validation_fraction=0.0)
     manifest = read_manifest(tmp_path / "run" / "data")
     assert manifest is not None
     assert manifest.info["known_references"] == {
@@ -195,14 +197,14 @@ def test_what_is_asked_in_other_words_is_told(
     prepare(
         tmp_path / "none",
         write(tmp_path / "few.jsonl", records(20)),
-        test=given,
+        test=test_file,
         validation_fraction=0.0,
     )
     assert "a training response" not in caplog.text
 
 
-def test_the_limit_takes_a_cross_section_of_a_split(tmp_path: Path) -> None:
-    """A limited split is not the edge of the split: its samples hash all over."""
+def test_limit_selects_across_the_split(tmp_path: Path) -> None:
+    """The samples of a limited split have hashes all over the range of the split."""
     splits = prepare(
         tmp_path / "run", write(tmp_path / "all.jsonl", records(2000)), max_train_samples=100
     )
@@ -210,7 +212,9 @@ def test_the_limit_takes_a_cross_section_of_a_split(tmp_path: Path) -> None:
     assert places[0] < 0.2 and places[-1] > 0.9
 
 
-def test_the_manifest_says_what_there_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_manifest_counts_samples_and_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [*records(60), {"instruction": "Say much.", "output": "word " * 80}]
     source = write(tmp_path / "all.jsonl", rows)
     with caplog.at_level("INFO", "pocl_ds"):
@@ -243,7 +247,7 @@ def test_the_manifest_says_what_there_is(tmp_path: Path, caplog: pytest.LogCaptu
     )
 
 
-def test_a_finished_stage_is_found_and_a_damaged_one_is_made_again(
+def test_finished_result_is_reused_and_damaged_result_is_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write(tmp_path / "all.jsonl", records(50))
@@ -252,7 +256,7 @@ def test_a_finished_stage_is_found_and_a_damaged_one_is_made_again(
     monkeypatch.setattr(
         preprocess,
         "_split_samples",
-        lambda *given, real=preprocess._split_samples: calls.append(1) or real(*given),
+        lambda *test_file, real=preprocess._split_samples: calls.append(1) or real(*test_file),
     )
     assert prepare(tmp_path / "run", source) == first and not calls
     (tmp_path / "run" / "data" / "train.tokens.bin").unlink()
@@ -260,10 +264,10 @@ def test_a_finished_stage_is_found_and_a_damaged_one_is_made_again(
     assert len(TokenizedSplit.open(tmp_path / "run" / "data", "train").tokens(0))
 
 
-def test_records_that_say_nothing_are_an_error_or_left_out(
+def test_invalid_records_are_an_error_or_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is broken, and not merely empty, stays an error."""
+    """A damaged line stays an error, also where empty records are skipped."""
     rows: list[Any] = records(40)
     whole = prepare(tmp_path / "whole", write(tmp_path / "whole.jsonl", rows))
     rows[3:3] = [
@@ -293,7 +297,7 @@ def test_records_that_say_nothing_are_an_error_or_left_out(
         )
 
 
-def test_nothing_left_to_train_on_is_one_sentence(tmp_path: Path) -> None:
+def test_no_training_samples_is_an_error(tmp_path: Path) -> None:
     source = write(tmp_path / "all.jsonl", records(3))
     short = PromptConfig(template="plain", max_prompt_tokens=1, max_length=2, overlong="drop")
     with pytest.raises(DataError, match="leaves no training samples"):
@@ -301,7 +305,7 @@ def test_nothing_left_to_train_on_is_one_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "data").exists()
 
 
-def test_a_fault_on_the_way_leaves_the_earlier_result(tmp_path: Path) -> None:
+def test_failure_keeps_the_earlier_result(tmp_path: Path) -> None:
     good = write(tmp_path / "good.jsonl", records(50))
     first = prepare(tmp_path / "run", good)
     bad = write(tmp_path / "bad.jsonl", [*records(50), {"instruction": "x"}])
@@ -309,12 +313,10 @@ def test_a_fault_on_the_way_leaves_the_earlier_result(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 51"):
         preprocess.preprocess(run, DataConfig(source=bad), PROMPT, TOKENIZER, "e" * 64)
     assert prepare(tmp_path / "run", good) == first
-    assert [path.name for path in run.path.iterdir()] == ["data"]  # no temporary folder stays
+    assert [path.name for path in run.path.iterdir()] == ["data"]  # no temporary folder remains
 
 
-def test_ctrl_c_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_leaves_no_partial_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -324,7 +326,9 @@ def test_ctrl_c_leaves_nothing_half_written(
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_the_default_corpus_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documentation_source_needs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         preprocess,
         "extract_documentation_samples",
@@ -334,7 +338,7 @@ def test_the_default_corpus_needs_no_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert sum(map(len, splits.values())) == 90
 
 
-def test_real_data_is_encoded(tmp_path: Path, shared_data: Path) -> None:
+def test_real_data_is_tokenized(tmp_path: Path, shared_data: Path) -> None:
     splits = prepare(
         tmp_path / "run",
         str(shared_data / "eval_sni_11plus.jsonl"),

@@ -1,6 +1,4 @@
-"""Files of every form are read alike, and what is wrong with one is one sentence that names file,
-line and remedy.
-"""
+"""Files of every format give equal samples, and an error names file, line and remedy."""
 
 from __future__ import annotations
 
@@ -69,7 +67,7 @@ def fault(source: str, **options: Any) -> str:
         ({"instruction": "Add.", "input": None, "output": "3"}, "Add.", "", "3"),
     ],
 )
-def test_known_forms_are_recognised(
+def test_known_formats_are_recognized(
     tmp_path: Path, record: dict[str, Any], instruction: str, given_input: str, reference: str
 ) -> None:
     (sample,) = read_samples(jsonl(tmp_path, record))
@@ -80,13 +78,13 @@ def test_known_forms_are_recognised(
     )
 
 
-def test_every_form_and_field_of_the_recipe_is_there() -> None:
+def test_every_format_and_field_of_the_recipe_is_implemented() -> None:
     assert {"auto", *RECORD_FORMATS} == set(get_args(RecordFormat))
     assert set(FIELD_NAMES) == set(get_args(get_args(RecordFields)[0]))
     assert all(set(form.fields) <= set(FIELD_NAMES) for form in RECORD_FORMATS.values())
 
 
-def test_the_form_is_said_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_log_names_the_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = jsonl(tmp_path, {"instruction": "a", "context": "", "response": "b"})
     with caplog.at_level(logging.INFO, "pocl_ds"):
         list(read_samples(source))
@@ -108,11 +106,11 @@ def test_earlier_turns_become_history(tmp_path: Path) -> None:
     (sample,) = read_samples(source)
     assert sample.instruction == "Two?" and sample.references == (
         "2",
-    )  # the unanswered turn is left out
+    )  # without the unanswered turn
     assert sample.history == tuple(turns[:3])
 
 
-def test_fields_are_mapped_and_references_may_be_many(tmp_path: Path) -> None:
+def test_mapped_fields_and_several_references(tmp_path: Path) -> None:
     record = {"q": "Q", "ctx": "C", "answers": ["A", "B"], "key": 7}
     fields = {"instruction": "q", "input": "ctx", "output": "answers", "id": "key"}
     assert list(read_samples(jsonl(tmp_path, record), fields=fields)) == [
@@ -120,7 +118,7 @@ def test_fields_are_mapped_and_references_may_be_many(tmp_path: Path) -> None:
     ]
 
 
-def test_json_and_parquet_and_jsonl_hold_the_same_samples(tmp_path: Path) -> None:
+def test_json_parquet_and_jsonl_give_equal_samples(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -135,7 +133,7 @@ def test_json_and_parquet_and_jsonl_hold_the_same_samples(tmp_path: Path) -> Non
         assert list(read_samples(str(tmp_path / name))) == lines
 
 
-def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path: Path) -> None:
+def test_byte_order_mark_and_blank_lines_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\ufeff" + json.dumps(GOOD) + "\n\n  \n" + json.dumps(GOOD), encoding="utf-8")
     assert len(list(read_samples(str(path)))) == 2
@@ -154,18 +152,18 @@ def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(GOOD) + "\nbroken\n", encoding="utf-8")
     samples = read_samples(str(path))
-    assert next(samples).references == ("3",)  # before the fault on line 2 is met
+    assert next(samples).references == ("3",)  # before line 2, which is invalid
     with pytest.raises(DataError, match="line 2"):
         next(samples)
 
 
 class TestIds:
-    def test_own_ids_are_kept_and_others_come_from_the_content(self, tmp_path: Path) -> None:
+    def test_ids_are_kept_or_derived_from_the_content(self, tmp_path: Path) -> None:
         own, content = read_samples(jsonl(tmp_path, {**GOOD, "id": "é/1"}, GOOD))
         assert own.id == "é/1"
         assert len(content.id) == 16 and int(content.id, 16) >= 0
 
-    def test_repetitions_are_numbered(self, tmp_path: Path) -> None:
+    def test_duplicates_get_numbered_ids(self, tmp_path: Path) -> None:
         first, other, second, third = read_samples(
             jsonl(tmp_path, GOOD, {**GOOD, "output": "4"}, GOOD, GOOD)
         )
@@ -178,17 +176,17 @@ class TestIds:
         back = {sample.id: sample for sample in read_samples(jsonl(tmp_path, *reversed(records)))}
         assert there == back and len(there) == 12
 
-    def test_a_repeated_id_names_id_and_both_lines(self, tmp_path: Path) -> None:
+    def test_error_names_a_repeated_id_and_both_lines(self, tmp_path: Path) -> None:
         message = fault(
             jsonl(tmp_path, {**GOOD, "id": "x"}, {**GOOD, "id": "y"}, {**GOOD, "id": "x"})
         )
         assert "'x'" in message and "line 1" in message and "line 3" in message
 
     @pytest.mark.parametrize("name", ["a\nb", "a\0b", "é" * 65, True, [1], 1.5])
-    def test_an_id_that_cannot_be_kept_is_refused(self, tmp_path: Path, name: Any) -> None:
+    def test_invalid_ids_are_refused(self, tmp_path: Path, name: Any) -> None:
         assert "line 1" in fault(jsonl(tmp_path, {**GOOD, "id": name}))
 
-    def test_an_id_of_the_greatest_length_is_kept(self, tmp_path: Path) -> None:
+    def test_longest_allowed_id_is_kept(self, tmp_path: Path) -> None:
         (sample,) = read_samples(jsonl(tmp_path, {**GOOD, "id": "é" * 64}))
         assert sample.id == "é" * 64
 
@@ -201,7 +199,7 @@ class TestIds:
             max_size=400,
         )
     )
-    def test_seen_keys_behaves_as_a_dict(self, pairs: list[tuple[int, int]]) -> None:
+    def test_key_table_behaves_as_a_dict(self, pairs: list[tuple[int, int]]) -> None:
         keys, expected = KeyTable(), dict[int, int]()
         for key, number in pairs:
             assert keys.put(key, number) == expected.get(key, 0)
@@ -209,7 +207,7 @@ class TestIds:
         assert len(keys) == len(expected)
         assert all(keys.get(key) == number for key, number in expected.items())
 
-    def test_seen_keys_grows(self) -> None:
+    def test_key_table_grows(self) -> None:
         keys = KeyTable()
         for key in range(0, 2000 << 12, 1 << 12):  # keys that collide in their low bits
             keys.put(key, key + 1)
@@ -217,7 +215,7 @@ class TestIds:
 
 
 class TestBadInput:
-    def test_files_that_are_not_there_or_empty(self, tmp_path: Path) -> None:
+    def test_missing_and_empty_files(self, tmp_path: Path) -> None:
         assert "does not exist" in fault(str(tmp_path / "missing.jsonl"))
         (tmp_path / "empty.jsonl").touch()
         assert "empty.jsonl is empty" in fault(str(tmp_path / "empty.jsonl"))
@@ -229,7 +227,7 @@ class TestBadInput:
         (tmp_path / "data.csv").write_text("a,b")
         assert "unknown file type" in fault(str(tmp_path / "data.csv"))
 
-    def test_broken_json_names_file_and_line(self, tmp_path: Path) -> None:
+    def test_error_of_invalid_json_names_file_and_line(self, tmp_path: Path) -> None:
         path = tmp_path / "data.jsonl"
         path.write_text(
             (json.dumps(GOOD) + "\n") * 6 + '{"instruction": "a", \n' + json.dumps(GOOD),
@@ -243,13 +241,11 @@ class TestBadInput:
         assert ".jsonl" in fault(str(tmp_path / "lines.json"))
 
     @pytest.mark.parametrize("line", ["[" * 100_000, '{"instruction": ' + "9" * 5000 + "}"])
-    def test_json_that_the_reader_refuses_is_a_sentence_too(
-        self, tmp_path: Path, line: str
-    ) -> None:
+    def test_json_beyond_the_parsers_limits_is_an_error(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "data.jsonl").write_text(line)
         assert "line 1" in fault(str(tmp_path / "data.jsonl"))
 
-    def test_no_output_field_names_the_fields_and_the_remedy(self, tmp_path: Path) -> None:
+    def test_error_of_a_missing_output_names_fields_and_remedy(self, tmp_path: Path) -> None:
         message = fault(jsonl(tmp_path, GOOD, {"instruction": "a", "text": "b"}))
         assert (
             "line 2" in message
@@ -257,12 +253,12 @@ class TestBadInput:
             and "data.fields.output" in message
         )
 
-    def test_an_unknown_form_names_the_fields_and_the_remedy(self, tmp_path: Path) -> None:
+    def test_error_of_an_unknown_format_names_fields_and_remedy(self, tmp_path: Path) -> None:
         message = fault(jsonl(tmp_path, {"q": "a", "a": "b"}))
         assert "line 1" in message and "q, a" in message and "data.fields" in message
 
     @pytest.mark.parametrize("ours", ["id", "instruction", "input", "output"])
-    def test_a_mapped_field_that_is_not_there_is_named(self, tmp_path: Path, ours: str) -> None:
+    def test_error_names_a_missing_mapped_field(self, tmp_path: Path, ours: str) -> None:
         message = fault(jsonl(tmp_path, GOOD), fields={ours: "contxt"})
         assert "'contxt'" in message and f"data.fields.{ours}" in message
 
@@ -285,13 +281,13 @@ class TestBadInput:
             {"id": "\ud800"},
         ],
     )
-    def test_values_that_are_no_text_are_refused(
+    def test_values_other_than_text_are_refused(
         self, tmp_path: Path, change: dict[str, Any]
     ) -> None:
         assert "line 2" in fault(jsonl(tmp_path, GOOD, {**GOOD, **change}))
 
     @pytest.mark.parametrize("record", [[1], "text", 5, None])
-    def test_records_that_are_no_objects_are_refused(self, tmp_path: Path, record: Any) -> None:
+    def test_records_other_than_objects_are_refused(self, tmp_path: Path, record: Any) -> None:
         assert "line 1" in fault(jsonl(tmp_path, record))
 
     @pytest.mark.parametrize(
@@ -308,21 +304,19 @@ class TestBadInput:
             [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}],
         ],
     )
-    def test_conversations_without_an_answered_turn_are_refused(
-        self, tmp_path: Path, turns: Any
-    ) -> None:
+    def test_conversations_without_an_answer_are_refused(self, tmp_path: Path, turns: Any) -> None:
         assert "line 1" in fault(jsonl(tmp_path, {"messages": turns}))
 
-    def test_an_asked_form_that_is_not_there_names_the_field(self, tmp_path: Path) -> None:
+    def test_error_names_the_field_that_a_requested_format_lacks(self, tmp_path: Path) -> None:
         assert "data.fields.messages" in fault(jsonl(tmp_path, GOOD), format="messages")
 
-    def test_other_bytes_than_utf8_and_other_files_than_parquet(self, tmp_path: Path) -> None:
+    def test_invalid_utf8_and_parquet_are_errors(self, tmp_path: Path) -> None:
         (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xe9\n")
         assert "UTF-8" in fault(str(tmp_path / "latin.jsonl"))
         (tmp_path / "data.parquet").write_bytes(b"PAR0" * 8)
         assert "Parquet" in fault(str(tmp_path / "data.parquet"))
 
-    def test_a_hub_set_that_cannot_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unreachable_hub_data_set_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
 
         def unreachable(name: str, subset: str | None, *, split: str, revision: str | None) -> None:
@@ -332,7 +326,7 @@ class TestBadInput:
         message = fault("someone/some-set", hub_split="train")
         assert "'someone/some-set'" in message and "network" in message and ".jsonl" in message
 
-    def test_a_hub_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_hub_data_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
 
         def found(name: str, subset: str | None, *, split: str, revision: str | None) -> Any:
@@ -362,7 +356,7 @@ RECORDS = st.fixed_dictionaries(
 
 
 @given(st.lists(RECORDS, max_size=8))
-def test_normalised_lines_read_back_as_they_were(
+def test_sample_files_round_trip(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
 ) -> None:
     def places() -> Iterator[tuple[str, Any]]:
@@ -387,10 +381,8 @@ def test_real_files_load(shared_data: Path) -> None:
     assert len(counts) >= 7
 
 
-def test_each_record_names_its_input_as_it_likes(tmp_path: Path) -> None:
-    """Data sets leave empty fields out: the first record's names were taken for all, and later
-    passages lost.
-    """
+def test_records_may_name_their_input_differently(tmp_path: Path) -> None:
+    """Data sets leave empty fields out, so the first record cannot decide the input's name."""
     source = jsonl(
         tmp_path,
         {"instruction": "a", "output": "b"},
@@ -407,7 +399,7 @@ def test_each_record_names_its_input_as_it_likes(tmp_path: Path) -> None:
     assert [sample.input for sample in read_samples(mapped, fields={"input": "passage"})] == ["X"]
 
 
-def test_a_system_field_that_no_text_has_room_for_is_named(
+def test_warning_names_an_ignored_system_field(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -422,7 +414,7 @@ def test_a_system_field_that_no_text_has_room_for_is_named(
     assert "is ignored" not in caplog.text
 
 
-def test_a_reference_that_was_cut_stays_one(tmp_path: Path) -> None:
+def test_truncated_reference_round_trips(tmp_path: Path) -> None:
     cut, whole = Sample("a", "b", "", ("c",), ended=False), Sample("d", "e", "", ("f",))
     path = tmp_path / "train.jsonl"
     path.write_text(f"{cut.to_json()}\n{whole.to_json()}\n")

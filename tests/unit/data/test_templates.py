@@ -1,6 +1,4 @@
-"""What a model is asked: the exact Alpaca text, the tokenizer's chat template, files of one's own,
-and no stray EOS.
-"""
+"""Prompt templates: the exact Alpaca text, chat templates, .jinja files, and no extra EOS."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def tokenizer() -> Any:
     return tiny_models.make_tokenizer(chat=True)
 
 
-def test_the_alpaca_text_is_that_of_the_paper(tokenizer: Any) -> None:
+def test_alpaca_template_is_that_of_the_paper(tokenizer: Any) -> None:
     template = load_template("alpaca", tokenizer)
     assert template.render(PLAIN) == (
         "Below is an instruction that describes a task. Write a response that appropriately "
@@ -48,7 +46,7 @@ def test_the_alpaca_text_is_that_of_the_paper(tokenizer: Any) -> None:
     st.text(st.characters(exclude_categories=("Cs",))),
     st.text(st.characters(exclude_categories=("Cs",)), min_size=1),
 )
-def test_braces_and_anything_else_in_the_data_are_data(instruction: str, given_input: str) -> None:
+def test_braces_in_the_data_are_not_interpreted(instruction: str, given_input: str) -> None:
     text = load_template("alpaca", None).render(Sample("x", instruction, given_input, ("",)))
     assert (
         f"### Instruction:\n{instruction}\n\n### Input:\n{given_input}\n\n### Response:\n" in text
@@ -69,7 +67,7 @@ def test_templates_without_turns_refuse_history(tokenizer: Any, name: str) -> No
         load_template(name, tokenizer).render(WITH_HISTORY)
 
 
-def test_chat_is_the_tokenizers_own(tokenizer: Any) -> None:
+def test_chat_uses_the_tokenizers_template(tokenizer: Any) -> None:
     template = load_template("chat", tokenizer)
     assert (
         template.render(WITH_HISTORY)
@@ -85,9 +83,7 @@ def test_chat_is_the_tokenizers_own(tokenizer: Any) -> None:
 
 
 def test_chat_prompts_do_not_change_with_the_day() -> None:
-    """Templates of Llama 3.2 ask for today's date; a prompt must be the same when scored and when
-    evaluated.
-    """
+    """Llama 3.2's templates read today's date; prompts must not change until evaluation."""
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = (
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% "
@@ -95,9 +91,7 @@ def test_chat_prompts_do_not_change_with_the_day() -> None:
         "Today: {{ date_string }} {{ messages[0]['content'] }}"
     )
     assert load_template("chat", tokenizer).render(PLAIN) == "Today: 26 Jul 2024 Add the numbers."
-    tokenizer.chat_template = (
-        "Today: {{ strftime_now('%B %d, %Y') }}."  # as Granite's, which takes no date
-    )
+    tokenizer.chat_template = "Today: {{ strftime_now('%B %d, %Y') }}."  # like Granite's
     assert load_template("chat", tokenizer).render(PLAIN) == "Today: July 26, 2024."
 
 
@@ -116,7 +110,7 @@ def test_variables_of_a_chat_template() -> None:
         PromptConfig(chat_template_kwargs=options)
 
 
-def test_a_chat_template_that_refuses_a_sample_is_one_sentence() -> None:
+def test_chat_template_error_names_the_sample() -> None:
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(DataError, match="sample p: the chat template refuses.*no system role"):
@@ -134,7 +128,7 @@ class TestJinja:
         path.write_text(text, encoding="utf-8")
         return str(path)
 
-    def test_a_file_is_rendered(self, tmp_path: Path, tokenizer: Any) -> None:
+    def test_renders_a_jinja_file(self, tmp_path: Path, tokenizer: Any) -> None:
         name = self.write(
             tmp_path,
             "{% for turn in history %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
@@ -144,7 +138,7 @@ class TestJinja:
         assert template.render(WITH_INPUT) == "Q: Add the numbers. (1 and 2)\nA:\n"
         assert template.render(WITH_HISTORY).startswith("user: 1 + 2?\nassistant: 3\nQ: And")
 
-    def test_faults_are_one_sentence(self, tmp_path: Path, tokenizer: Any) -> None:
+    def test_errors_are_one_sentence(self, tmp_path: Path, tokenizer: Any) -> None:
         with pytest.raises(RecipeError, match="missing.jinja cannot be read"):
             load_template(str(tmp_path / "missing.jinja"), tokenizer)
         with pytest.raises(RecipeError, match="line 2 is not valid Jinja"):
@@ -172,7 +166,7 @@ class TestSpecialTokens:
         )
         return tokenizer
 
-    def test_a_bos_of_the_tokenizer_stays_and_its_eos_goes(self) -> None:
+    def test_tokenizers_bos_is_kept_and_its_eos_removed(self) -> None:
         bare = load_template("plain", tiny_models.make_tokenizer()).token_ids(PLAIN)
         marked = load_template("plain", self.closing(f"{tiny_models.PAD} $A {tiny_models.EOS}"))
         assert marked.token_ids(PLAIN) == [1, *bare]
@@ -181,7 +175,7 @@ class TestSpecialTokens:
             marked.token_ids(WITH_INPUT),
         ]
 
-    def test_chat_ids_have_no_special_tokens_but_the_templates(self) -> None:
+    def test_chat_ids_have_only_the_templates_special_tokens(self) -> None:
         tokenizer = self.closing(f"{tiny_models.PAD} $A {tiny_models.EOS}")
         tokenizer.chat_template = tiny_models.CHAT_TEMPLATE
         ids = load_template("chat", tokenizer).token_ids(PLAIN)
@@ -190,7 +184,7 @@ class TestSpecialTokens:
 
 
 @pytest.mark.parametrize("name", ["alpaca", "plain", "chat"])
-def test_many_prompts_are_those_of_each(tokenizer: Any, name: str) -> None:
+def test_batch_of_prompts_equals_single_prompts(tokenizer: Any, name: str) -> None:
     template = load_template(name, tokenizer)
     samples = [PLAIN, WITH_INPUT, PLAIN]
     assert template.token_ids_batch(samples) == [template.token_ids(sample) for sample in samples]

@@ -1,4 +1,4 @@
-"""Tokens of two tokenizers that stand for the same text, found by bytes."""
+"""Tokens of two tokenizers that stand for the same bytes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
 
 @settings(deadline=None)
 @given(TEXTS)
-def test_the_bytes_of_tokens_are_the_text(text: str) -> None:
+def test_token_bytes_join_to_the_text(text: str) -> None:
     for tokenizer, space in ((BYTE_LEVEL, ""), (SENTENCE_PIECE, " ")):
         pieces = token_bytes_of(tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -51,23 +51,25 @@ def cut(text: bytes, places: list[int]) -> list[bytes]:
 
 
 @given(st.binary(max_size=20), st.lists(st.integers(0, 99)), st.lists(st.integers(0, 99)))
-def test_spans_hold_the_same_text_on_both_sides_and_cannot_be_smaller(
+def test_spans_are_minimal_and_hold_equal_text(
     text: bytes, first: list[int], second: list[int]
 ) -> None:
-    ours, theirs = cut(text, first), cut(text, second)
-    left, right = common_spans(ours, theirs)
+    first_pieces, second_pieces = cut(text, first), cut(text, second)
+    left, right = common_spans(first_pieces, second_pieces)
     assert set(left) == set(right) == set(range(len(set(left))))
     for span in set(left):
-        mine, yours = (
+        first_span, second_span = (
             [piece for piece, at in zip(side, index, strict=True) if at == span]
-            for side, index in ((ours, left), (theirs, right))
+            for side, index in ((first_pieces, left), (second_pieces, right))
         )
-        assert b"".join(mine) == b"".join(yours)
-        ends = [np.cumsum([len(piece) for piece in part])[:-1] for part in (mine, yours)]
+        assert b"".join(first_span) == b"".join(second_span)
+        ends = [
+            np.cumsum([len(piece) for piece in part])[:-1] for part in (first_span, second_span)
+        ]
         assert not np.intersect1d(*ends).size
 
 
-def test_what_differs_is_in_no_span() -> None:
+def test_differing_text_has_no_span() -> None:
     assert [side.tolist() for side in common_spans([b"ab", b"c", b"d"], [b" a", b"bc", b"x"])] == [
         [0, 0, -1],
         [0, 0, -1],
@@ -79,7 +81,7 @@ def test_what_differs_is_in_no_span() -> None:
     assert [side.tolist() for side in common_spans([], [b"x"])] == [[], [-1]]
 
 
-def test_a_tokenizer_of_another_kind_is_refused() -> None:
+def test_other_kinds_of_tokenizers_are_refused() -> None:
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -116,65 +118,92 @@ PROMPT = PromptConfig(template="chat", max_prompt_tokens=64, max_length=128)
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_translated_batch_is_the_teachers_own_encoding(
+def test_teacher_view_equals_the_teachers_tokenization(
     split: TokenizedSplit, tmp_path: Path, packed: bool
 ) -> None:
-    theirs = TokenizedSplit.open(tmp_path / "teacher", "train")
+    teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
     translator = TeacherRetokenizer(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, max_length=None, packed=packed
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=packed
     )
     rows = [2, 0, 1]
     batch = translator(split, collate(split, rows, 1, packed=packed))
     assert batch.teacher_view is not None
-    read, expected = batch.teacher_view.batch, collate(theirs, rows, 0, packed=packed)
-    assert (
-        read.input_ids.tolist() == expected.input_ids.tolist()
-        and read.labels.tolist() == expected.labels.tolist()
+    teacher_batch, expected = (
+        batch.teacher_view.batch,
+        collate(teacher_split, rows, 0, packed=packed),
     )
-    ours, teachers = batch.teacher_view.student_spans, batch.teacher_view.teacher_spans
-    assert len(ours) == len(batch.labels) and len(teachers) == len(read.labels)
-    assert set(ours.tolist()) == set(teachers.tolist()) == set(range(batch.teacher_view.num_spans))
+    assert (
+        teacher_batch.input_ids.tolist() == expected.input_ids.tolist()
+        and teacher_batch.labels.tolist() == expected.labels.tolist()
+    )
+    student_spans, teacher_spans = (
+        batch.teacher_view.student_spans,
+        batch.teacher_view.teacher_spans,
+    )
+    assert len(student_spans) == len(batch.labels) and len(teacher_spans) == len(
+        teacher_batch.labels
+    )
+    assert (
+        set(student_spans.tolist())
+        == set(teacher_spans.tolist())
+        == set(range(batch.teacher_view.num_spans))
+    )
     left, right = token_bytes_of(BYTE_LEVEL), token_bytes_of(SENTENCE_PIECE)
     for span in range(batch.teacher_view.num_spans):
-        mine, yours = batch.labels[ours == span].tolist(), read.labels[teachers == span].tolist()
-        texts = b"".join(left[token] for token in mine), b"".join(right[token] for token in yours)
-        ends = (mine, yours) == ([BYTE_LEVEL.eos_token_id], [SENTENCE_PIECE.eos_token_id])
+        student_tokens, teacher_tokens = (
+            batch.labels[student_spans == span].tolist(),
+            teacher_batch.labels[teacher_spans == span].tolist(),
+        )
+        texts = (
+            b"".join(left[token] for token in student_tokens),
+            b"".join(right[token] for token in teacher_tokens),
+        )
+        ends = (student_tokens, teacher_tokens) == (
+            [BYTE_LEVEL.eos_token_id],
+            [SENTENCE_PIECE.eos_token_id],
+        )
         assert ends or texts[0].strip() == texts[1].strip()
     assert batch.teacher_view.to(batch.labels.device).num_spans == batch.teacher_view.num_spans
 
 
-def test_what_a_teacher_cannot_read_is_in_no_span(split: TokenizedSplit, tmp_path: Path) -> None:
-    theirs = TokenizedSplit.open(tmp_path / "teacher", "train")
-    longest = int(theirs.prompt_tokens[3]) + 10
+def test_tokens_beyond_the_teachers_limit_have_no_span(
+    split: TokenizedSplit, tmp_path: Path
+) -> None:
+    teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
+    longest = int(teacher_split.prompt_tokens[3]) + 10
     translator = TeacherRetokenizer(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, max_length=longest, packed=False
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=longest, packed=False
     )
     batch = translator(split, collate(split, [3], 1))
     assert batch.teacher_view is not None
-    ours, teachers = batch.teacher_view.student_spans, batch.teacher_view.teacher_spans
-    assert len(teachers) == 10 and set(ours[ours >= 0].tolist()) == set(
-        teachers[teachers >= 0].tolist()
+    student_spans, teacher_spans = (
+        batch.teacher_view.student_spans,
+        batch.teacher_view.teacher_spans,
     )
-    assert (ours == -1).any()
+    assert len(teacher_spans) == 10 and set(student_spans[student_spans >= 0].tolist()) == set(
+        teacher_spans[teacher_spans >= 0].tolist()
+    )
+    assert (student_spans == -1).any()
 
 
-def test_what_the_student_wrote_is_translated_and_a_batch_without_rows_is_empty(
+def test_generated_responses_and_empty_batches_are_retokenized(
     split: TokenizedSplit, tmp_path: Path
 ) -> None:
-    theirs = TokenizedSplit.open(tmp_path / "teacher", "train")
+    teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
     translator = TeacherRetokenizer(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": theirs}, max_length=None, packed=False
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=False
     )
-    half = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][
-        :-1
-    ]  # ends inside of a character
+    half = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][:-1]  # ends within a character
     written = GeneratedBatch.from_responses(
         split, np.array([1]), [half], eos_id=0, max_length=99, allowed=np.ones(400, bool)
     )
     batch = translator(written, collate(written, [0], 1))
     assert batch.teacher_view is not None
-    size = int(theirs.prompt_tokens[1])
-    assert batch.teacher_view.batch.input_ids[0, :size].tolist() == theirs.tokens(1)[:size].tolist()
+    size = int(teacher_split.prompt_tokens[1])
+    assert (
+        batch.teacher_view.batch.input_ids[0, :size].tolist()
+        == teacher_split.tokens(1)[:size].tolist()
+    )
     assert (
         batch.teacher_view.student_spans.tolist() == [0, -1, -1]
         and batch.teacher_view.teacher_spans[0] == 0
@@ -187,7 +216,7 @@ def test_what_the_student_wrote_is_translated_and_a_batch_without_rows_is_empty(
     )
 
 
-def test_an_empty_prompt_has_no_span_over_its_first_token(split: TokenizedSplit) -> None:
+def test_first_token_after_an_empty_prompt_has_no_span(split: TokenizedSplit) -> None:
     ids = BYTE_LEVEL("the quick", add_special_tokens=False)["input_ids"]
     texts = [np.array([*ids, 0], np.uint32)]
     bare = GeneratedBatch(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
@@ -198,10 +227,13 @@ def test_an_empty_prompt_has_no_span_over_its_first_token(split: TokenizedSplit)
         bare, collate(bare, [0], 1)
     )
     assert batch.teacher_view is not None
-    ours, teachers = batch.teacher_view.student_spans, batch.teacher_view.teacher_spans
-    assert len(ours) == len(batch.labels) == len(ids) and len(teachers) == len(
+    student_spans, teacher_spans = (
+        batch.teacher_view.student_spans,
+        batch.teacher_view.teacher_spans,
+    )
+    assert len(student_spans) == len(batch.labels) == len(ids) and len(teacher_spans) == len(
         batch.teacher_view.batch.labels
     )
-    assert 0 not in ours.tolist() and set(ours[ours >= 0].tolist()) == set(
-        teachers[teachers >= 0].tolist()
-    )
+    assert 0 not in student_spans.tolist() and set(
+        student_spans[student_spans >= 0].tolist()
+    ) == set(teacher_spans[teacher_spans >= 0].tolist())

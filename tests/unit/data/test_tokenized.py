@@ -1,6 +1,4 @@
-"""Ids on disk: the same prompt everywhere, EOS that counts, cuts as the recipe says, and rows found
-by id.
-"""
+"""Tokenized splits: equal prompts everywhere, a counted EOS, truncation, rows by id."""
 
 from __future__ import annotations
 
@@ -47,33 +45,40 @@ def test_a_sample_is_prompt_response_and_eos(
     instruction: str, answer: str, limit: int, room: int, pad_is_eos: bool
 ) -> None:
     tokenizer = TOKENIZER_PAD_EOS if pad_is_eos else TOKENIZER
-    coder = encoder(tokenizer, max_prompt_tokens=limit, max_length=limit + room)
+    sample_tokenizer = encoder(tokenizer, max_prompt_tokens=limit, max_length=limit + room)
     sample = Sample("s", instruction, "", (answer, "another reference"))
-    encoded = coder.tokenize(sample)
+    encoded = sample_tokenizer.tokenize(sample)
     prompt = tokenizer(instruction)["input_ids"]
     response = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    assert coder.tokenize_prompt(sample) == prompt[:limit] == encoded.ids[: encoded.prompt_tokens]
+    assert (
+        sample_tokenizer.tokenize_prompt(sample)
+        == prompt[:limit]
+        == encoded.ids[: encoded.prompt_tokens]
+    )
     assert encoded.prompt_tokens == min(len(prompt), limit)
     whole = [*prompt[:limit], *response, tokenizer.eos_token_id]
     assert encoded.ids == whole[: limit + room]
     assert encoded.truncated == (len(prompt) > limit or len(whole) > limit + room)
-    assert coder.tokenize_many([sample]) == [encoded]
+    assert sample_tokenizer.tokenize_many([sample]) == [encoded]
 
 
-def test_the_limit_is_met_exactly() -> None:
+def test_max_length_is_inclusive() -> None:
     fits = Sample("s", "a" * 16, "", ("b" * 15,))  # bytes without merges: 16 + 15 + EOS = 32
     one_more = Sample("s", "a" * 16, "", ("b" * 16,))
-    coder = encoder()
-    assert len(coder.tokenize(fits).ids) == 32 and not coder.tokenize(fits).truncated
-    assert coder.tokenize(fits).ids[-1] == TOKENIZER.eos_token_id
-    cut = coder.tokenize(one_more)
+    sample_tokenizer = encoder()
+    assert (
+        len(sample_tokenizer.tokenize(fits).ids) == 32
+        and not sample_tokenizer.tokenize(fits).truncated
+    )
+    assert sample_tokenizer.tokenize(fits).ids[-1] == TOKENIZER.eos_token_id
+    cut = sample_tokenizer.tokenize(one_more)
     assert len(cut.ids) == 32 and cut.truncated and cut.ids[-1] != TOKENIZER.eos_token_id
 
 
 @pytest.mark.parametrize(
     "sample", [Sample("long-one", "a" * 17, "", ("b",)), Sample("long-one", "a", "", ("b" * 40,))]
 )
-def test_overlong_samples_are_cut_dropped_or_an_error(sample: Sample) -> None:
+def test_overlong_samples_are_truncated_dropped_or_refused(sample: Sample) -> None:
     assert encoder().tokenize_many([sample])[0] is not None
     assert encoder(overlong="drop").tokenize_many([sample]) == [None]
     with pytest.raises(
@@ -83,12 +88,12 @@ def test_overlong_samples_are_cut_dropped_or_an_error(sample: Sample) -> None:
         encoder(overlong="error").tokenize_many([sample])
 
 
-def test_prompts_to_be_answered_are_cut_and_counted_never_dropped() -> None:
+def test_prompts_are_truncated_and_counted_but_never_dropped() -> None:
     samples = [Sample(f"s{n}", "a" * n, "", ("b",)) for n in (16, 17, 20)]
     for overlong in ("truncate", "drop"):
-        coder = encoder(overlong=overlong)
-        assert coder.tokenize_prompts(samples) == (
-            [coder.tokenize_prompt(sample) for sample in samples],
+        sample_tokenizer = encoder(overlong=overlong)
+        assert sample_tokenizer.tokenize_prompts(samples) == (
+            [sample_tokenizer.tokenize_prompt(sample) for sample in samples],
             2,
         )
     with pytest.raises(
@@ -98,14 +103,16 @@ def test_prompts_to_be_answered_are_cut_and_counted_never_dropped() -> None:
     assert encoder(overlong="error").tokenize_prompts(samples[:1])[1] == 0
 
 
-def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
-    """Scoring and generation begin behind a prompt; an engine refuses an empty one in words of its
-    own.
-    """
+def test_empty_prompt_is_refused(tmp_path: Path) -> None:
+    """Scoring and generation start after a prompt, and engines refuse an empty one."""
     path = tmp_path / "input-only.jinja"
     path.write_text("{{ input }}")
-    coder, sample = encoder(template=str(path)), make(1)[0]
-    for encode in (coder.tokenize, coder.tokenize_prompt, lambda one: coder.tokenize_many([one])):
+    sample_tokenizer, sample = encoder(template=str(path)), make(1)[0]
+    for encode in (
+        sample_tokenizer.tokenize,
+        sample_tokenizer.tokenize_prompt,
+        lambda one: sample_tokenizer.tokenize_many([one]),
+    ):
         with pytest.raises(
             DataError,
             match=r"sample s0: prompt\.template=.*only\.jinja gives an empty prompt: fix it",
@@ -114,7 +121,7 @@ def test_a_prompt_of_no_tokens_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_the_prompt_gets_the_tokenizers_bos() -> None:
-    """One BOS, in front of the prompt; none between prompt and response, and one EOS, ours."""
+    """One BOS before the prompt, none between prompt and response, and one EOS at the end."""
     tokenizer = tiny_models.make_tokenizer()
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{tiny_models.PAD} $A {tiny_models.EOS}",
@@ -132,18 +139,18 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
         encoder(tokenizer)
 
 
-def test_a_split_on_disk_is_its_samples(tmp_path: Path) -> None:
-    samples = make(1200)  # more than one batch of the tokenizer
+def test_split_on_disk_equals_its_samples(tmp_path: Path) -> None:
+    samples = make(1200)  # more than one chunk
     samples[700] = Sample("s700", "Say.", "", ("word " * 50,))
-    coder = encoder(overlong="drop", max_length=80)
-    counts = write_tokenized_split(iter(samples), coder, tmp_path, "train")
+    sample_tokenizer = encoder(overlong="drop", max_length=80)
+    counts = write_tokenized_split(iter(samples), sample_tokenizer, tmp_path, "train")
     kept = [sample for sample in samples if sample.id != "s700"]
     split = TokenizedSplit.open(tmp_path, "train")
     assert counts.samples == len(split) == 1199 and counts.dropped == 1 and counts.truncated == 0
     assert [name.decode() for name in split.ids] == [sample.id for sample in kept]
     assert list(read_sample_file(tmp_path / "train.jsonl")) == kept
     for row, sample in enumerate(kept):
-        expected = coder.tokenize(sample)
+        expected = sample_tokenizer.tokenize(sample)
         assert split.tokens(row).tolist() == expected.ids
         assert split.prompt_tokens[row] == expected.prompt_tokens and split.total_tokens[
             row
@@ -164,17 +171,19 @@ def test_an_empty_split_can_be_written_and_opened(tmp_path: Path) -> None:
 @given(st.permutations(list(range(40))), st.integers(0, 40))
 @settings(max_examples=30, deadline=None)
 def test_rows_are_found_by_id(
-    tmp_path_factory: pytest.TempPathFactory, order: list[int], asked: int
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], count: int
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
     samples = make(40)
     write_tokenized_split((samples[n] for n in order), encoder(), folder, "train")
     split = TokenizedSplit.open(folder, "train")
-    wanted = [f"s{n}" for n in range(asked)]
-    rows = split.rows_of(wanted)
-    assert [split.ids[row].decode() for row in rows] == wanted
+    requested_ids = [f"s{n}" for n in range(count)]
+    rows = split.rows_of(requested_ids)
+    assert [split.ids[row].decode() for row in rows] == requested_ids
     assert (
-        split.rows_of(np.array(wanted, "S20") if wanted else np.empty(0, "S1")).tolist()
+        split.rows_of(
+            np.array(requested_ids, "S20") if requested_ids else np.empty(0, "S1")
+        ).tolist()
         == rows.tolist()
     )
 
@@ -195,7 +204,7 @@ def test_a_missing_file_is_named(tmp_path: Path, part: str) -> None:
         TokenizedSplit.open(tmp_path, "train")
 
 
-def test_ids_of_all_alphabets_are_kept(tmp_path: Path) -> None:
+def test_ids_may_use_any_alphabet(tmp_path: Path) -> None:
     samples = [Sample(name, "Say.", "", ("a",)) for name in ("é" * 64, "日本", "b", "-")]
     write_tokenized_split(iter(samples), encoder(), tmp_path, "train")
     split = TokenizedSplit.open(tmp_path, "train")
@@ -203,24 +212,24 @@ def test_ids_of_all_alphabets_are_kept(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 30), st.integers(1, 7))
-def test_batched_loses_nothing(count: int, size: int) -> None:
+def test_chunks_hold_every_item(count: int, size: int) -> None:
     samples = make(count)
     lists = list(in_chunks(iter(samples), size))
     assert [sample for part in lists for sample in part] == samples
     assert all(len(part) == size for part in lists[:-1])
 
 
-def test_encoding_streams(tmp_path: Path) -> None:
-    """5,000 samples of 16 kB are 80 MB of text, of which no more than a batch is in memory."""
-    coder = encoder()
-    coder.template = _Instruction(coder.template)
+def test_tokenizing_streams_its_samples(tmp_path: Path) -> None:
+    """5,000 samples of 16 kB are 80 MB of text, of which one chunk is in memory."""
+    sample_tokenizer = encoder()
+    sample_tokenizer.template = _Instruction(sample_tokenizer.template)
     long = (
         Sample(f"s{n}", "Say.", "", ("word",), (("user", str(n) + "x" * 16_384),))
         for n in range(5000)
     )
     tracemalloc.start()
     try:
-        assert write_tokenized_split(long, coder, tmp_path, "train").samples == 5000
+        assert write_tokenized_split(long, sample_tokenizer, tmp_path, "train").samples == 5000
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -228,7 +237,7 @@ def test_encoding_streams(tmp_path: Path) -> None:
 
 
 class _Instruction:
-    """`plain`, but it takes samples with history, which here are only ballast."""
+    """The template `plain`, which also accepts samples with history."""
 
     def __init__(self, template: Any) -> None:
         self.template = template
@@ -239,7 +248,7 @@ class _Instruction:
         )
 
 
-def test_first_token_outside(tmp_path: Path) -> None:
+def test_find_disallowed_token(tmp_path: Path) -> None:
     np.save(tmp_path / "train.index.npy", np.array([(0, 2, 4), (4, 1, 3)], np.int64))
     np.save(tmp_path / "train.ids.npy", np.array([b"a", b"b"], "S8"))
     np.array([1, 9, 2, 3, 5, 2, 7], np.uint32).tofile(tmp_path / "train.tokens.bin")
@@ -248,7 +257,7 @@ def test_first_token_outside(tmp_path: Path) -> None:
     assert split.find_disallowed_token(allowed, prompts=all_ids) is None
     allowed[[2, 5, 9]] = False
     assert split.find_disallowed_token(allowed, prompts=allowed) == (0, 9)
-    assert split.find_disallowed_token(allowed, prompts=all_ids) == (0, 2)  # the 9 is in a prompt
+    assert split.find_disallowed_token(allowed, prompts=all_ids) == (0, 2)  # 9 is in a prompt
     assert split.find_disallowed_token(allowed, prompts=all_ids, rows=np.array([1])) == (1, 2)
     allowed[2] = True
     assert (
@@ -257,7 +266,7 @@ def test_first_token_outside(tmp_path: Path) -> None:
     assert split.find_disallowed_token(np.ones(8, bool), prompts=np.ones(8, bool)) == (
         0,
         9,
-    )  # no id of a teacher with 8 rows
+    )  # not an id of a teacher with 8 rows
     assert split.find_disallowed_token(
         np.ones(7, bool), prompts=np.ones(7, bool), rows=np.array([1])
     ) == (
@@ -266,7 +275,7 @@ def test_first_token_outside(tmp_path: Path) -> None:
     )
 
 
-def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
+def test_truncated_reference_gets_no_eos() -> None:
     encoder = SampleTokenizer(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
     whole = encoder.tokenize(Sample("a", "Say it.", "", ("It is",)))
     cut = encoder.tokenize(Sample("a", "Say it.", "", ("It is",), ended=False))
@@ -277,17 +286,15 @@ def test_no_end_is_taught_after_a_response_that_was_cut() -> None:
 
 
 @pytest.mark.parametrize("part", ["tokens.bin", "index.npy", "ids.npy"])
-def test_a_full_disk_is_noticed(part: str, tmp_path: Path) -> None:
-    """numpy's own way into a file misses it, or gives an error without a number, and what is not
-    whole would be sealed.
-    """
+def test_full_disk_raises(part: str, tmp_path: Path) -> None:
+    """`ndarray.tofile` misses a full disk, or raises an error without an errno."""
     (tmp_path / f"train.{part}").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
         write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
     assert caught.value.errno == errno.ENOSPC
 
 
-def test_tokens_that_are_cut_off_are_damaged(tmp_path: Path) -> None:
+def test_truncated_token_file_is_damaged(tmp_path: Path) -> None:
     write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
     whole = (tmp_path / "train.tokens.bin").read_bytes()
     (tmp_path / "train.tokens.bin").write_bytes(whole[:-8])

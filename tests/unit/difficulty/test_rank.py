@@ -140,7 +140,7 @@ def test_a_finished_ranking_is_kept_and_another_recipe_replaces_it(
     assert (run.ranking / "order.npy").read_bytes() != written[0]
 
 
-def test_degenerate_metrics_are_named(
+def test_warning_names_a_degenerate_metric(
     run: RunDirectory,
     rows: list[Row],
     caplog: pytest.LogCaptureFixture,
@@ -155,8 +155,8 @@ def test_degenerate_metrics_are_named(
     manifest = _rank(run)
     assert 0 <= manifest.info["seconds"] < 60
     assert (
-        manifest.info["tied_share"]["rouge_l"] > 0.45
-        and manifest.info["tied_share"]["cross_entropy"] == 0
+        manifest.info["tied_fraction"]["rouge_l"] > 0.45
+        and manifest.info["tied_fraction"]["cross_entropy"] == 0
     )
     warnings = [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
@@ -164,7 +164,7 @@ def test_degenerate_metrics_are_named(
     assert len(warnings) == 1 and "rouge_l is degenerate" in warnings[0]
 
 
-def test_a_third_of_ties_is_not_yet_degenerate(
+def test_a_third_of_ties_gives_no_warning(
     run: RunDirectory, rows: list[Row], caplog: pytest.LogCaptureFixture
 ) -> None:
     _shard(
@@ -174,20 +174,20 @@ def test_a_third_of_ties_is_not_yet_degenerate(
         1,
     )
     assert (
-        _rank(run).info["tied_share"]["rouge_l"] == MAX_TIED_FRACTION
+        _rank(run).info["tied_fraction"]["rouge_l"] == MAX_TIED_FRACTION
         and "degenerate" not in caplog.text
     )
 
 
 @pytest.fixture
 def length() -> Iterator[None]:
-    """A metric of that name, as a plugin registers it."""
+    """Register a metric `length`, as a plugin does."""
     registry.METRICS.append("length")
     yield
     registry.METRICS.remove("length")
 
 
-def test_a_metric_of_a_plugin_orders_and_is_kept(
+def test_plugin_metric_orders_and_is_stored(
     run: RunDirectory, rows: list[Row], length: None
 ) -> None:
     path = _shard(run, rows, 0, 1)
@@ -236,7 +236,7 @@ def test_missing_and_unfinished_shards_are_named(run: RunDirectory, rows: list[R
     assert not run.ranking.exists()
 
 
-def test_leftovers_of_another_division_do_not_matter(run: RunDirectory, rows: list[Row]) -> None:
+def test_shards_of_other_divisions_are_ignored(run: RunDirectory, rows: list[Row]) -> None:
     _shard(run, rows[:20], 0, 3)
     _shard(run, rows[:30], 0, 2)
     _shard(run, rows[30:], 1, 2)
@@ -246,7 +246,7 @@ def test_leftovers_of_another_division_do_not_matter(run: RunDirectory, rows: li
 
 @pytest.mark.parametrize("repeated", [False, True])
 def test_a_sample_scored_twice_is_named(run: RunDirectory, rows: list[Row], repeated: bool) -> None:
-    """Within a shard and over shards."""
+    """Within a shard, and in two shards."""
     if repeated:
         _shard(run, [*rows, rows[7]], 0, 1)
     else:

@@ -1,4 +1,4 @@
-"""The scoring stage on a tiny model: values, shards, restarts, and both backends alike."""
+"""The step `score` on a tiny model: values, shards, restarts, and both backends."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ TEXTS = [
 def make_run(
     folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: bool = False
 ) -> RunDirectory:
-    """A data directory as the contract has it, written by hand; the last sample is truncated: it
-    has no EOS.
-    """
+    """Write a data directory by hand; the last sample is truncated, so it has no EOS."""
     run = RunDirectory(folder)
     run.data.mkdir(parents=True)
     ids: list[bytes] = []
@@ -114,12 +112,12 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
     model: Any = load_model(str(tiny_llama))
     run = make_run(tmp_path, tokenizer)
     run_score(run, tiny_llama, config())
-    found = results(run, 1)
+    scores = results(run, 1)
     lines = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()]
     index = np.load(run.data / "train.index.npy")
     tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
-    assert [record["id"] for record in found] == [line["id"] for line in lines]
-    for record, line, (start, prompt_tokens, total) in zip(found, lines, index, strict=True):
+    assert [record["id"] for record in scores] == [line["id"] for line in lines]
+    for record, line, (start, prompt_tokens, total) in zip(scores, lines, index, strict=True):
         ids = torch.from_numpy(tokens[start : start + total])[None]
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(
@@ -139,7 +137,7 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
     assert manifest.info["tokens_per_second"] > 0
 
 
-def test_without_eos_as_the_release_counts(tiny_gpt2: Path, tmp_path: Path) -> None:
+def test_eos_can_be_left_out_as_in_the_release(tiny_gpt2: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_gpt2))
     run, other = make_run(tmp_path / "a", tokenizer), make_run(tmp_path / "b", tokenizer)
     run_score(run, tiny_gpt2, config())
@@ -199,7 +197,7 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     assert {name.split("-")[1] for name in after.keys() - kept} == {"00001", "00003"}
 
 
-def test_a_kill_leaves_finished_shards_and_nothing_half_written(
+def test_kill_keeps_finished_shards_and_no_partial_ones(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
@@ -224,18 +222,18 @@ def test_a_kill_leaves_finished_shards_and_nothing_half_written(
     assert unfinished_shards(run, config(3), "f") == [1, 2]
 
 
-def test_nothing_to_do_opens_no_engine(
+def test_finished_scores_load_no_model(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(2))
     monkeypatch.setattr(module, "open_generator", lambda *a, **k: pytest.fail("opened"))
     run_score(run, tiny_llama, config(2))
-    run_score(run, tiny_llama, config(5))  # another division of finished work
+    run_score(run, tiny_llama, config(5))  # another number of shards for finished scores
     assert unfinished_shards(run, config(5), "f") == []
 
 
-def test_another_fingerprint_is_scored_anew(tiny_llama: Path, tmp_path: Path) -> None:
+def test_other_fingerprint_is_scored_again(tiny_llama: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(3))
     assert unfinished_shards(run, config(2), "g") == [0, 1]
@@ -246,7 +244,7 @@ def test_another_fingerprint_is_scored_anew(tiny_llama: Path, tmp_path: Path) ->
     ]
 
 
-def test_a_division_given_up_is_cleared(tiny_llama: Path, tmp_path: Path) -> None:
+def test_shards_of_an_abandoned_division_are_removed(tiny_llama: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(3), shard=0)
     run_score(run, tiny_llama, config(1))
@@ -259,7 +257,7 @@ def test_a_division_given_up_is_cleared(tiny_llama: Path, tmp_path: Path) -> Non
 def test_degenerate_metric_warns(
     tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A random model answers with noise: every ROUGE is 0, every cross-entropy differs."""
+    """A random model generates noise: every ROUGE-L is 0, every cross-entropy differs."""
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     with caplog.at_level(logging.WARNING, "pocl_ds"):
         run_score(run, tiny_llama, config())
@@ -269,7 +267,7 @@ def test_degenerate_metric_warns(
     assert "student.heal_steps" in warnings[0]
 
 
-def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+def test_errors_name_their_cause(tiny_llama: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
     run = make_run(tmp_path / "a", tokenizer)
     with pytest.raises(RecipeError, match=r"shard 3 does not exist: score.shards=3, choose 0 to 2"):
@@ -292,7 +290,7 @@ def test_faults_are_named(tiny_llama: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A metric by the name `length`: the references' tokens."""
+    """A metric `length`: the references' tokens."""
     monkeypatch.setitem(
         module.METRICS,
         "length",
@@ -303,7 +301,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     registry.METRICS.remove("length")
 
 
-def test_a_metric_is_scored_beside_the_two(tiny_llama: Path, tmp_path: Path, measure: str) -> None:
+def test_plugin_metric_is_scored(tiny_llama: Path, tmp_path: Path, measure: str) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(metrics=(measure,)))
     assert all(record["metrics"] == {measure: record["tokens"]} for record in results(run, 1))
@@ -311,7 +309,7 @@ def test_a_metric_is_scored_beside_the_two(tiny_llama: Path, tmp_path: Path, mea
 
 @pytest.mark.vllm
 def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
-    """Cross-entropy to 1e-4 and the same greedy text, two shards served by one engine."""
+    """Equal cross-entropy to 1e-4 and equal greedy text, with one engine for two shards."""
     tokenizer = load_tokenizer(str(tiny_llama))
     reference, run = make_run(tmp_path / "t", tokenizer), make_run(tmp_path / "v", tokenizer)
     run_score(reference, tiny_llama, config(2))
@@ -341,7 +339,7 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "said"),
+    ("metric", "message"),
     [
         (
             lambda texts: [1.0] * (len(texts) + 1),
@@ -358,14 +356,14 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
         (lambda texts: ["long"] * len(texts), "the metric 'mine' gives no numbers"),
     ],
 )
-def test_what_a_metric_gives_is_one_number_a_sample(
-    metric: Any, said: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+def test_plugin_metric_must_give_one_number_a_sample(
+    metric: Any, message: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
         module.METRICS, "mine", lambda responses, references, log_probs: metric(responses)
     )
     run = make_run(tmp_path / "run", load_tokenizer(str(tiny_llama)))
-    with pytest.raises((RecipeError, DataError), match=re.escape(said)):
+    with pytest.raises((RecipeError, DataError), match=re.escape(message)):
         run_score(
             run, tiny_llama, ScoreConfig.model_construct(**{**dict(config()), "metrics": ("mine",)})
         )

@@ -1,6 +1,4 @@
-"""The bootstrap itself: what it draws, what it says of a mean, and that blocks change nothing of
-its size.
-"""
+"""The bootstrap: its samples, intervals and p-values, independent of the block size."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from pocl_ds.metrics import bootstrap
 from pocl_ds.metrics.bootstrap import percentile_interval, resampled_means, two_sided_p
 
 
-def test_draws_follow_from_their_arguments_alone() -> None:
+def test_resampling_is_deterministic() -> None:
     values = np.arange(30.0)
     assert np.array_equal(
         resampled_means(values, resamples=50), resampled_means(values, resamples=50)
@@ -22,7 +20,7 @@ def test_draws_follow_from_their_arguments_alone() -> None:
 
 
 @pytest.mark.parametrize("block", [1, 1 << 22])
-def test_the_spread_is_that_of_a_mean(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spread_equals_the_standard_error(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "NUMBERS_PER_BLOCK", block)
     values = np.random.default_rng(0).normal(5.0, 3.0, 400)
     means = resampled_means(values, resamples=4000)
@@ -31,7 +29,7 @@ def test_the_spread_is_that_of_a_mean(block: int, monkeypatch: pytest.MonkeyPatc
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
 
 
-def test_p_counts_the_rarer_side_and_is_never_0() -> None:
+def test_p_value_is_never_0() -> None:
     assert two_sided_p(np.ones(99)) == 2 / 100
     assert two_sided_p(np.array([-1.0] * 10 + [1.0] * 89)) == 22 / 100
     assert two_sided_p(np.zeros(99)) == 1.0

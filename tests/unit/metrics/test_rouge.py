@@ -89,9 +89,7 @@ def test_equals_rouge_score_on_texts_that_overlap(data: st.DataObject) -> None:
 
 
 def test_every_character_alone() -> None:
-    """Each code point between two words, a few thousand at a time: where it splits words and what
-    it lowers to.
-    """
+    """Each code point between two words: where it splits words, and what its lower case is."""
     points = [chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF]
     for start in range(0, len(points), 4096):
         text = "".join(f"ab{c}cd " for c in points[start : start + 4096])
@@ -125,11 +123,11 @@ def test_known_values() -> None:
     assert rouge_l("", ["a"]) == rouge_l("a", [""]) == rouge_l("…", ["…"]) == 0.0
 
 
-def test_takes_the_best_reference() -> None:
+def test_uses_the_best_reference() -> None:
     assert rouge_l("one two three", ["four", "one two three", "one"]) == 1.0
 
 
-def test_many_equals_one_by_one() -> None:
+def test_many_equals_single_calls() -> None:
     predictions = texts(20, 30, seed=3)
     references = [
         list(pair) for pair in zip(texts(20, 9, seed=4), texts(20, 40, seed=5), strict=True)
@@ -143,22 +141,24 @@ def test_many_equals_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("references", [[], "a string"])
-def test_no_list_of_references_is_an_error(references: list[str] | str) -> None:
+def test_missing_references_are_an_error(references: list[str] | str) -> None:
     with pytest.raises(DataError, match="reference"):
         rouge_l("a", references)
 
 
-def test_forgetting_changes_nothing_and_bounds_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clearing_the_cache_changes_nothing_and_bounds_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pairs = list(zip(texts(30, 50, seed=6), texts(30, 50, seed=7), strict=True))
     before = [rouge_l(a, [b]) for a, b in pairs]
     monkeypatch.setattr(rouge, "MAX_CACHED_WORDS", 20)
     assert [rouge_l(a, [b]) for a, b in pairs] == before
-    assert 0 < len(rouge._cache) <= 20 + 100  # what one pair adds
+    assert 0 < len(rouge._cache) <= 20 + 100  # words of one pair
     clear_stem_cache()
     assert not rouge._cache
 
 
-def test_threads_that_make_each_other_forget() -> None:
+def test_concurrent_cache_clears() -> None:
     pairs = list(zip(texts(40, 60, seed=8), texts(40, 60, seed=9), strict=True))
     before = [rouge_l(a, [b]) for a, b in pairs]
     wrong: list[int] = []

@@ -1,5 +1,5 @@
-"""Sizes from a configuration alone, against the model itself: its parameters, torch's FLOP counter,
-what autograd keeps.
+"""Sizes from a configuration against the model: its parameters, torch's FLOP counter, and what
+autograd saves.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_flops_and_parameters_are_the_models_own(name: str) -> None:
+def test_flops_and_parameters_equal_those_of_the_model(name: str) -> None:
     config = copy.deepcopy(CONFIGS[name])
     shape = model_shape(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").eval()
@@ -75,7 +75,7 @@ def test_flops_and_parameters_are_the_models_own(name: str) -> None:
         states = hidden_states(model, ids, None, positions, LENGTHS)
         output_head(model).product(states[0, :20])
     counts: dict[Any, int] = counter.get_flop_counts()["Global"]
-    # The counter takes attention for a whole square, of which causal attention works on half.
+    # The counter counts the full square of attention, of which causal attention computes half.
     attention = sum(count for op, count in counts.items() if "attention" in str(op))
     assert attention > 0
     assert shape.forward_flops(LENGTHS, 20) == pytest.approx(
@@ -85,14 +85,14 @@ def test_flops_and_parameters_are_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("attention", ["per_sample", "eager"])
-def test_activations_are_what_autograd_keeps(name: str, attention: str) -> None:
-    config, kept = (
+def test_activation_bytes_equal_what_autograd_saves(name: str, attention: str) -> None:
+    config, saved = (
         copy.deepcopy(CONFIGS[name]),
         {},
-    )  # transformers writes a model's attention into the configuration it is given
+    )  # transformers writes the attention into the configuration
     dropout = 0.0 if attention == "per_sample" else None
     before = config.to_dict()
-    found = activation_bytes(
+    measured = activation_bytes(
         config,
         LENGTHS,
         dtype=torch.float32,
@@ -104,31 +104,29 @@ def test_activations_are_what_autograd_keeps(name: str, attention: str) -> None:
     if dropout is not None:
         set_dropout(config, dropout)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
-    own = {
+    own_storages = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own_storages:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         if attention == "per_sample":
             ids, positions = inputs()
             states = hidden_states(model, ids, None, positions, LENGTHS)
         else:
             ids = torch.randint(3, 300, (3, max(LENGTHS)))
             states = hidden_states(model, ids, torch.ones_like(ids))
-    expected = sum(storage.nbytes() for storage in kept.values())
-    assert found == pytest.approx(expected, rel=0.03, abs=states.numel() * 4)
+    expected = sum(storage.nbytes() for storage in saved.values())
+    assert measured == pytest.approx(expected, rel=0.03, abs=states.numel() * 4)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_with_adapters(name: str) -> None:
-    """What autograd keeps follows from what is frozen; the adapters are counted beside the model's
-    own weights.
-    """
+def test_activation_bytes_with_adapters(name: str) -> None:
+    """What autograd saves depends on what is frozen; adapters are counted separately."""
     pytest.importorskip("peft")
     config, lora = copy.deepcopy(CONFIGS[name]), LoraConfig(r=4)
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").train()
@@ -140,29 +138,29 @@ def test_with_adapters(name: str) -> None:
     shape = model_shape(config, lora)
     assert (shape.trained, shape.parameters + shape.adapters) == trained_parameters(model)
     assert shape.parameters == model_shape(config).parameters
-    found = activation_bytes(
+    measured = activation_bytes(
         config, LENGTHS, dtype=torch.float32, attention="per_sample", checkpointing=False, lora=lora
     )
-    own, kept = (
+    own_storages, saved = (
         {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())},
         {},
     )
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own_storages:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     ids, positions = inputs()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         states = hidden_states(model, ids, None, positions, LENGTHS)
-    assert found == pytest.approx(
-        sum(storage.nbytes() for storage in kept.values()), rel=0.03, abs=states.numel() * 4
+    assert measured == pytest.approx(
+        sum(storage.nbytes() for storage in saved.values()), rel=0.03, abs=states.numel() * 4
     )
 
 
-def test_checkpointing_keeps_less_and_more_tokens_more() -> None:
-    def kept(lengths: tuple[int, ...], again: bool) -> int:
+def test_activation_bytes_with_checkpointing_and_more_tokens() -> None:
+    def saved(lengths: tuple[int, ...], again: bool) -> int:
         return activation_bytes(
             CONFIGS["llama"],
             lengths,
@@ -171,5 +169,5 @@ def test_checkpointing_keeps_less_and_more_tokens_more() -> None:
             checkpointing=again,
         )
 
-    assert kept((64,), True) < 0.4 * kept((64,), False)
-    assert kept((64, 64), False) == pytest.approx(2 * kept((64,), False), rel=0.05)
+    assert saved((64,), True) < 0.4 * saved((64,), False)
+    assert saved((64, 64), False) == pytest.approx(2 * saved((64,), False), rel=0.05)

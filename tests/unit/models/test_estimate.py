@@ -1,4 +1,4 @@
-"""A run's size: what must grow grows, what must shrink shrinks, and what is written can be read."""
+"""The estimate of a run: memory, FLOPs, times, and the command `pocl estimate`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def total(setup: TrainingSetup, ranks: int, samples: int = 2) -> float:
     checkpointing=st.booleans(),
     mode=st.sampled_from(["online", "cached_hidden_states"]),
 )
-def test_more_ranks_less_memory_and_more_samples_more(
+def test_memory_falls_with_ranks_and_grows_with_samples(
     ranks: int, samples: int, checkpointing: bool, mode: str
 ) -> None:
     setup = TrainingSetup(samples, checkpointing=checkpointing, teacher_mode=mode)
@@ -80,9 +80,9 @@ def test_more_ranks_less_memory_and_more_samples_more(
     )
 
 
-def test_by_hand() -> None:
-    """ZeRO-3 in bfloat16, over the ranks: 2 bytes of weights and 12 of Adam a parameter (ZeRO,
-    2020), 4 of gradients, which are summed in float32.
+def test_memory_by_hand() -> None:
+    """ZeRO-3 in bfloat16, divided by the ranks: for each parameter 2 bytes of weights, 12 of Adam
+    (ZeRO, 2020), and 4 of gradients, which are summed in float32.
     """
     found = memory.training_memory(
         SMALL, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0
@@ -94,8 +94,8 @@ def test_by_hand() -> None:
     assert found["logits"] == pytest.approx(511 * 50_000 * 4)
 
 
-def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
-    """0.02 of 1.3 thousand million are trained: 2 bytes of each weight, and 16 more of an
+def test_only_adapters_have_gradients_moments_and_checkpoints() -> None:
+    """0.02 of 1.3 billion parameters are trained: 2 bytes of each weight, and 16 more of an
     adapter's.
     """
     adapted = replace(SMALL, adapters=20_000_000)
@@ -116,18 +116,18 @@ def test_adapters_alone_have_gradients_moments_and_checkpoints() -> None:
     assert traffic[0] / traffic[1] == pytest.approx((2 * 1.3e9 + 20e6) / (3 * 1.3e9))
     setup, lengths = replace(TrainingSetup(1), teacher_mode="none"), [1000] * 10
     flops = estimate.step_flops(adapted, None, setup, lengths, 5000)
-    attention = 3 * 24 * 10 * 2 * 1000 * 1001 * 2048  # of its two factors both have gradients
+    attention = 3 * 24 * 10 * 2 * 1000 * 1001 * 2048  # both of its factors have gradients
     assert flops == pytest.approx(10_000 * (4 * 1.2e9 + 6 * 20e6) + 5000 * 4 * 1e8 + attention)
     assert flops < 0.75 * estimate.step_flops(SMALL, None, setup, lengths, 5000)
 
 
-def test_a_quantised_teacher_lies_whole_on_each_rank() -> None:
+def test_quantized_teacher_is_complete_on_each_rank() -> None:
     setup = TrainingSetup(1, teacher_sharded=False, teacher_bytes_per_weight=0.5)
     found = memory.training_memory(SMALL, LARGE, setup, 8, [512], 511, lambda *_: 0.0, 0.0)
     assert found["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
 
 
-def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
+def test_step_flops_are_six_a_student_weight_and_two_a_teacher_weight() -> None:
     lengths, setup = [1000] * 10, TrainingSetup(1)
     dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)
     assert estimate.step_flops(SMALL, LARGE, setup, lengths, 0) == pytest.approx(dense, rel=0.05)
@@ -136,7 +136,7 @@ def test_the_flops_of_a_step_are_six_a_weight_and_two_of_the_teachers() -> None:
     assert sft == pytest.approx(10_000 * 6 * 1.2e9, rel=0.05)
 
 
-def test_a_slow_network_is_what_a_step_waits_for() -> None:
+def test_slow_network_bounds_a_step() -> None:
     device, setup = GPUS["h100-80g"], TrainingSetup(8)
     arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
 
@@ -159,7 +159,7 @@ def test_a_slow_network_is_what_a_step_waits_for() -> None:
     assert sum(time.seconds for time in kept) < 0.75 * sum(time.seconds for time in fast)
 
 
-def test_as_little_is_changed_as_fits() -> None:
+def test_fitting_setup_changes_as_little_as_possible() -> None:
     rank_bytes = lambda setup: setup.micro_batch_size * (2.0 if setup.checkpointing else 10.0)  # noqa: E731
     setup = TrainingSetup(8)
     found = memory.find_fitting_setup(rank_bytes, setup, 45.0, 16, 64, 4)
@@ -170,7 +170,7 @@ def test_as_little_is_changed_as_fits() -> None:
     assert memory.find_fitting_setup(rank_bytes, setup, 1.0, 16, 64, 4) is None
 
 
-def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_estimate_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
     student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
     recipe = write_recipe(tmp_path, teacher, student, max_train_samples=64)
@@ -209,7 +209,7 @@ def test_the_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
 
 
-def test_what_does_not_fit_is_said(
+def test_estimate_command_reports_what_does_not_fit(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GPUS, "toy", replace(GPUS["a100-40g"], name="toy", memory=3e9, base=2.9e9))
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_said(
 @pytest.mark.parametrize(
     "name", ["student_zero3", "student_zero3_offload", "teacher_zero3", "teacher_zero3_offload"]
 )
-def test_memory_is_counted_for_the_shipped_configurations(name: str) -> None:
+def test_constants_match_the_shipped_ds_configs(name: str) -> None:
     zero = load_ds_config(name)["zero_optimization"]
     assert zero["stage3_max_live_parameters"] == memory.LIVE_PARAMETERS
     buckets = [value for field, value in zero.items() if field.endswith("bucket_size")]

@@ -1,4 +1,4 @@
-"""Backbone and head apart give the model's own logits, family by family."""
+"""Backbone and output head together give the model's own logits, for each family."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def tiny(family: str, extra: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) -> None:
+def test_head_equals_the_models_logits(family: str, extra: dict[str, Any]) -> None:
     model = tiny(family, extra)
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -97,12 +97,11 @@ def test_head_gives_the_models_own_logits(family: str, extra: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_attention_per_sample_is_the_models_own(
+def test_per_sample_attention_equals_the_models(
     family: str, extra: dict[str, Any], one_by_one: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded and packed, values and gradients, against the model's eager attention with its masks;
-    also where positions are learned, where attention looks through a window, and where its scores
-    are capped.
+    also with learned positions, sliding windows and capped scores.
     """
     monkeypatch.setattr(attention, "_prefers_small_calls", lambda device: one_by_one)
     if family in ("mistral", "phi3", "gemma2", "cohere2", "qwen2"):
@@ -133,13 +132,13 @@ def test_attention_per_sample_is_the_models_own(
         ]
     largest = max(
         float(each.abs().max()) for each in found["eager"]
-    )  # some gradients are 0 but for rounding
+    )  # some gradients are 0 up to rounding
     for name in ("padded", "packed"):
         for mine, reference in zip(found[name], found["eager"], strict=True):
             torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * largest)
 
 
-def test_attention_per_sample_refuses_to_generate() -> None:
+def test_per_sample_attention_refuses_generation() -> None:
     model = tiny("llama", {})
     model.set_attn_implementation(PER_SAMPLE)
     with pytest.raises(
@@ -152,7 +151,7 @@ def test_attention_per_sample_refuses_to_generate() -> None:
     ("family", "scale", "soft_cap"),
     [("granite", 1 / 8, None), ("cohere", 1 / 16, None), ("gemma2", 1.0, 3.0), ("phi", 1.0, None)],
 )
-def test_what_a_family_does_after_the_matrix_is_read(
+def test_scale_and_soft_cap_come_from_the_configuration(
     family: str, scale: float, soft_cap: float | None
 ) -> None:
     head = output_head(tiny(family, dict(FAMILIES)[family]))
@@ -178,10 +177,10 @@ def test_hidden_states_go_through_the_backbones_forward_without_a_cache() -> Non
     assert seen[0][1].past_key_values is None
 
 
-def test_a_quantised_head_is_named() -> None:
+def test_quantized_head_is_refused() -> None:
     model = tiny("llama", {"tie_word_embeddings": False})
     model.hf_quantizer = object()
-    assert output_head(model).weight is model.lm_head.weight  # only the rest is
+    assert output_head(model).weight is model.lm_head.weight  # only the other modules are quantized
     model.lm_head.weight = torch.nn.Parameter(
         torch.zeros(300, 64, dtype=torch.int8), requires_grad=False
     )
@@ -195,7 +194,7 @@ def test_a_quantised_head_is_named() -> None:
     ("family", "extra"), [("llama", {}), ("gemma2", {"final_logit_softcapping": 3.0}), ("phi", {})]
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_an_unsplit_model_gives_the_same_sums_and_gradients(
+def test_identity_head_gives_equal_sums_and_gradients(
     family: str, extra: dict[str, Any], packed: bool
 ) -> None:
     """With a mask, and fewer ids than the head has rows."""
@@ -233,8 +232,8 @@ def test_an_unsplit_model_gives_the_same_sums_and_gradients(
         )
         sums[0].backward()
         found.append([*sums, *(p.grad for p in model.parameters())])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for split_gradient, whole_gradient in zip(*found, strict=True):
+        torch.testing.assert_close(split_gradient, whole_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_unknown_family_is_named() -> None:
@@ -246,7 +245,7 @@ def test_unknown_family_is_named() -> None:
         output_head(model)
 
 
-def test_every_known_family_lets_its_attention_be_replaced() -> None:
+def test_every_known_family_supports_per_sample_attention() -> None:
     assert {family for family, _ in FAMILIES} == set(LOGIT_SCALES) == set(attention.FAMILIES)
     for family in LOGIT_SCALES:
         config = AutoConfig.for_model(family)
@@ -261,7 +260,7 @@ def test_every_known_family_lets_its_attention_be_replaced() -> None:
     attention.check_attention("eager", bloom)
 
 
-def test_attention_sinks_are_not_left_out_in_silence() -> None:
+def test_attention_sinks_are_refused() -> None:
     query = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ModelError, match="attention sinks.*set its attn_implementation=eager"):
         attention.per_sample(None, query, query, query, None, s_aux=torch.zeros(2))

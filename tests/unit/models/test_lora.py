@@ -1,4 +1,4 @@
-"""Adapters: where they go, what is refused, and a merge that is peft's own."""
+"""LoRA adapters: their modules, errors, and a merge that equals peft's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILIES = ["tiny_llama", "tiny_llama_untied", "tiny_gpt2", "tiny_opt"]
 
 
 def with_adapters(folder: Path, config: LoraConfig, dtype: str = "float32") -> Any:
-    """A model whose adapters do something."""
+    """A model with adapters that are not zero."""
     model = load_model(str(folder), dtype=dtype)
     add_adapters(model, config, seed=3)
     with torch.random.fork_rng():
@@ -43,31 +43,31 @@ def weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_merge_is_that_of_peft(family: str, request: pytest.FixtureRequest) -> None:
+def test_merge_equals_that_of_peft(family: str, request: pytest.FixtureRequest) -> None:
     folder, config = request.getfixturevalue(family), LoraConfig(r=3, alpha=7)
     model = with_adapters(folder, config)
     assert trained_parameters(model)[0] == adapter_parameters(load_model(str(folder)), config) > 0
-    ours = merge_adapters(model, weights(model))
-    # peft's own wrapper around the same base and the same adapters.
+    merged = merge_adapters(model, weights(model))
+    # peft's wrapper around the same base and adapters.
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     settings = peft.LoraConfig(
         r=3, lora_alpha=7, target_modules=modules, fan_in_fan_out=family == "tiny_gpt2"
     )
     wrapped = peft.get_peft_model(load_model(str(folder)), settings)
     wrapped.base_model.model.load_state_dict(model.state_dict())
-    theirs = dict(wrapped.merge_and_unload().named_parameters())
+    peft_merged = dict(wrapped.merge_and_unload().named_parameters())
     plain = dict(load_model(str(folder)).named_parameters())
-    assert list(ours) == list(theirs) == list(plain)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    changed = {name for name in ours if not torch.equal(ours[name], plain[name])}
+    assert list(merged) == list(peft_merged) == list(plain)
+    assert all(torch.equal(merged[name], peft_merged[name]) for name in merged)
+    changed = {name for name in merged if not torch.equal(merged[name], plain[name])}
     assert changed == {f"{name}.weight" for name in modules}
     ids = torch.arange(2, 40)[None]
     loaded: Any = load_model(str(folder))
-    loaded.load_state_dict(ours, strict=False)
+    loaded.load_state_dict(merged, strict=False)
     torch.testing.assert_close(
         loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
-    assert merge_adapters(model, {}) == {}  # ranks that hold nothing
+    assert merge_adapters(model, {}) == {}  # a rank without weights
 
 
 def test_the_merge_rounds_once(tiny_llama: Path) -> None:
@@ -83,16 +83,16 @@ def test_the_merge_rounds_once(tiny_llama: Path) -> None:
     assert torch.equal(found, (layer.base_layer.weight.float() + change).bfloat16())
 
 
-def test_adapters_follow_from_the_seed_and_start_as_nothing(tiny_gpt2: Path) -> None:
+def test_adapters_depend_on_the_seed_and_change_nothing_at_first(tiny_gpt2: Path) -> None:
     models: list[Any] = [load_model(str(tiny_gpt2)) for _ in range(3)]
     state = torch.get_rng_state()
-    said = [
+    messages = [
         add_adapters(model, LoraConfig(target_modules=("c_attn", "mlp.c_proj")), seed)
         for model, seed in zip(models, (1, 1, 2))
     ]
     assert torch.equal(state, torch.get_rng_state())
     assert (
-        said[0]
+        messages[0]
         == "LoRA: 0.0 of 0.2 million parameters are trained (r 16, alpha 32, on c_attn, c_proj)"
     )
     first, again, other = (weights(model) for model in models)
@@ -123,7 +123,7 @@ def test_adapters_follow_from_the_seed_and_start_as_nothing(tiny_gpt2: Path) -> 
         (("q_proj", "embed_tokens"), ("names embed_tokens", "leave it out")),
     ],
 )
-def test_what_gets_no_adapter(
+def test_modules_without_adapters_are_refused(
     targets: tuple[str, ...], words: tuple[str, ...], tiny_llama: Path
 ) -> None:
     with pytest.raises(RecipeError) as caught:
@@ -133,7 +133,7 @@ def test_what_gets_no_adapter(
 
 
 @pytest.mark.usefixtures("modules_of_models")
-def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_path: Path) -> None:
+def test_custom_code_model_can_have_adapters(tiny_llama: Path, tmp_path: Path) -> None:
     folder = tiny_models.with_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
     with pytest.raises(RecipeError, match="nothing_of_it"):
         check_adapters(
@@ -143,9 +143,7 @@ def test_a_model_with_code_of_its_own_is_looked_at_too(tiny_llama: Path, tmp_pat
         )
 
 
-def test_without_peft_the_remedy_is_named(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_peft_is_an_error(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,

@@ -1,4 +1,4 @@
-"""Depth pruning keeps the right layers and leaves a model that saves, loads and generates."""
+"""Depth pruning removes the right layers, and the model still saves, loads and generates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_parse_layers_refuses(text: str) -> None:
         parse_layers(text)
 
 
-def test_parse_layers_says_how_to_turn_a_range() -> None:
+def test_parse_layers_suggests_the_reversed_range() -> None:
     with pytest.raises(ModelError, match=r"write 2-5"):
         parse_layers("5-2")
 
@@ -47,7 +47,7 @@ def test_pruned_model_equals_one_that_skips_the_layer(
     layers = backbone.h if name == "tiny_gpt2" else backbone.layers
     depth = len(layers)
     tuples = name != "tiny_llama"
-    probe = layers[1]  # make it do nothing, then compare with the model that lacks it
+    probe = layers[1]  # make the layer an identity, then compare with the pruned model
 
     def skip(module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -65,7 +65,7 @@ def test_pruned_model_equals_one_that_skips_the_layer(
         torch.testing.assert_close(again(ids).logits, expected)
 
 
-def test_the_cache_is_renumbered(tiny_llama: Path) -> None:
+def test_layer_indices_are_renumbered(tiny_llama: Path) -> None:
     pruned = prune_layers(load_model(str(tiny_llama)), [0])
     assert [layer.self_attn.layer_idx for layer in pruned.base_model.layers] == [0, 1]
     ids = torch.arange(2, 8)[None]
@@ -78,7 +78,7 @@ def test_the_cache_is_renumbered(tiny_llama: Path) -> None:
     assert cached.tolist() == plain.tolist()
 
 
-def test_lists_with_an_entry_a_layer_follow() -> None:
+def test_config_lists_with_one_entry_a_layer_are_pruned() -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     types = ["full_attention", "sliding_attention", "full_attention"]
@@ -99,7 +99,7 @@ def test_lists_with_an_entry_a_layer_follow() -> None:
     assert prune_layers(model, [0]).config.layer_types == types[1:]
 
 
-def test_impossible_requests(tiny_llama: Path) -> None:
+def test_pruning_errors(tiny_llama: Path) -> None:
     model = load_model(str(tiny_llama))
     with pytest.raises(ModelError, match=r"names layer 3, the model has layers 0 to 2"):
         prune_layers(model, [1, 3])

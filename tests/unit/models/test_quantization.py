@@ -1,6 +1,4 @@
-"""Quantised teachers: what is refused, and what bitsandbytes makes of one, against its own weights
-dequantised.
-"""
+"""Quantized teachers: errors, and bitsandbytes against its own dequantized weights."""
 
 from __future__ import annotations
 
@@ -34,14 +32,14 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False,
 
 @pytest.fixture
 def gptq(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A folder that says of itself that it is quantised."""
+    """A model folder whose configuration names a quantization."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "gptq"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": GPTQ}))
     return folder
 
 
-def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
+def test_stored_quantization(gptq: Path, tiny_llama: Path) -> None:
     config, plain = load_model_config(str(gptq)), load_model_config(str(tiny_llama))
     assert (quantization_method(config), quantization_method(plain)) == ("gptq", None)
     assert (bytes_per_weight(config, "none"), bytes_per_weight(plain, "none")) == (0.5, None)
@@ -76,7 +74,7 @@ def test_a_folder_that_comes_quantised(gptq: Path, tiny_llama: Path) -> None:
         check_student_is_not_quantized(StudentConfig(model=str(gptq)), config)
 
 
-def test_the_package_that_a_folder_needs_is_named(gptq: Path) -> None:
+def test_error_names_the_package_that_a_folder_needs(gptq: Path) -> None:
     if importlib.util.find_spec("optimum") is not None:
         pytest.skip("optimum is installed: nothing is missing")
     with pytest.raises(
@@ -85,7 +83,7 @@ def test_the_package_that_a_folder_needs_is_named(gptq: Path) -> None:
         load_model(str(gptq))
 
 
-def test_without_bitsandbytes_the_remedy_is_named(
+def test_missing_bitsandbytes_is_an_error(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -105,9 +103,9 @@ def test_without_bitsandbytes_the_remedy_is_named(
     check_quantized_teacher(TeacherConfig(model="t"), config)
 
 
-def dequantised(module: Any) -> torch.Tensor | None:
-    """What a module of bitsandbytes stands for; None for any other. Before its first forward, which
-    packs weights anew.
+def dequantized(module: Any) -> torch.Tensor | None:
+    """The weights of a bitsandbytes module in float, None for any other module. Call it before the
+    first forward, which packs the weights again.
     """
     import bitsandbytes as bnb
 
@@ -120,11 +118,11 @@ def dequantised(module: Any) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize(("quantization", "tolerance"), [("bnb_8bit", 0.06), ("bnb_4bit", 0.03)])
-def test_a_live_teacher_by_bitsandbytes(
+def test_online_teacher_with_bitsandbytes(
     quantization: Any, tolerance: float, tmp_path: Path
 ) -> None:
-    """8 bits round what is multiplied too, and on CPUs 4-bit weights are multiplied in bfloat16:
-    hence the tolerance.
+    """8 bits also round the activations, and CPUs multiply 4-bit weights in bfloat16: hence the
+    tolerance.
     """
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     folder = tiny_models.llama(tmp_path / "t", tied=False, hidden=128)
@@ -144,13 +142,13 @@ def test_a_live_teacher_by_bitsandbytes(
     )
     plain: Any = load_model(str(folder))
     with torch.no_grad():
-        unquantised = batch.at_loss_positions(hidden_states(plain, *batch.inputs))
+        unquantized = batch.at_loss_positions(hidden_states(plain, *batch.inputs))
 
     model: Any = load_model(str(folder), quantization=quantization)
     weights = {
         name: found
         for name, module in model.named_modules()
-        if (found := dequantised(module)) is not None
+        if (found := dequantized(module)) is not None
     }
     assert len(weights) == 3 * 7
     for name, weight in weights.items():
@@ -161,10 +159,10 @@ def test_a_live_teacher_by_bitsandbytes(
         expected = batch.at_loss_positions(hidden_states(plain, *batch.inputs))
     assert states.dtype == torch.float32 and not states.requires_grad
     error = float((states - expected).norm() / expected.norm())
-    loss = float((expected - unquantised).norm() / expected.norm())
+    loss = float((expected - unquantized).norm() / expected.norm())
     print(
-        f"{quantization}: {error:.4f} from the dequantised weights' states, which are {loss:.4f} "
-        f"from the unquantised ones'"
+        f"{quantization}: {error:.4f} from the dequantized weights' states, which are {loss:.4f} "
+        f"from the unquantized ones'"
     )
     assert 0 < error < tolerance and loss > 0.01
     with teacher.head() as head:

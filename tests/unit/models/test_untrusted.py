@@ -1,6 +1,4 @@
-"""Models from strangers: their weights are read as data, and their code does not run unless the
-recipe says so.
-"""
+"""Untrusted models: weights are read as data, and custom code runs only if the recipe trusts it."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ class Trap:
 
 
 def with_bin(model: Path, target: Path, **more: Any) -> Path:
-    """A copy of a model whose weights are a pickle."""
+    """Copy a model and store its weights as a pickle."""
     shutil.copytree(model, target)
     weights = load_file(target / "model.safetensors")
     (target / "model.safetensors").unlink()
@@ -39,7 +37,7 @@ def with_bin(model: Path, target: Path, **more: Any) -> Path:
     return target
 
 
-def test_weights_in_a_pickle(tiny_llama: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     assert load_model(str(with_bin(tiny_llama, tmp_path / "plain"))).config.num_hidden_layers == 3
     sprung = tmp_path / "sprung"
     folder = with_bin(tiny_llama, tmp_path / "trapped", trap=Trap(sprung))
@@ -53,7 +51,7 @@ def test_weights_in_a_pickle(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def with_code(model: Path, target: Path, sprung: Path) -> Path:
-    """A copy of a model that asks for classes of its own."""
+    """Copy a model and make it need custom classes."""
     shutil.copytree(model, target)
     for name, entries in (
         ("config.json", {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}),
@@ -70,7 +68,7 @@ def with_code(model: Path, target: Path, sprung: Path) -> Path:
 
 @pytest.mark.usefixtures("modules_of_models")
 @pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
-def test_code_that_comes_with_a_model(
+def test_custom_code_runs_only_if_trusted(
     load: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -86,5 +84,5 @@ def test_code_that_comes_with_a_model(
     assert sprung.exists(), "the trap itself works"
 
 
-def test_nobody_is_trusted_unless_named() -> None:
+def test_trust_is_off_by_default() -> None:
     assert not ModelSource(model="x").trust_remote_code

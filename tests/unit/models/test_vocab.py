@@ -1,4 +1,4 @@
-"""Which ids a pair shares; real tables where they are at hand."""
+"""Vocabulary alignment, also of real tokenizers if they are available."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from pocl_ds.models.vocab import (
 
 
 class Table:
-    """A tokenizer as far as `align_vocabularies` looks: a map, an EOS, and one id a character."""
+    """The part of a tokenizer that `align_vocabularies` uses: a table, an EOS, and one id a
+    character.
+    """
 
     def __init__(self, vocabulary: dict[str, int], eos: str | None = None) -> None:
         self.vocabulary = vocabulary
@@ -65,22 +67,24 @@ def real(folder: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
 
 
-def test_same_tokenizer_same_rows_shares_everything() -> None:
+def test_equal_tokenizers_and_rows_share_all_ids() -> None:
     tokenizer = tiny_models.make_tokenizer()
-    found = align_vocabularies(
+    alignment = align_vocabularies(
         tokenizer, tiny_models.make_tokenizer(), len(tokenizer), len(tokenizer)
     )
-    assert (found.size, found.shared) == (len(tokenizer), None)
+    assert (alignment.size, alignment.shared) == (len(tokenizer), None)
 
 
 def test_padded_rows_are_masked_on_both_sides() -> None:
-    """The case of Qwen2.5: 151,665 tokens, 152,064 rows and 151,936 rows."""
-    found = align_vocabularies(Table(numbered(151_665)), Table(numbered(151_665)), 152_064, 151_936)
-    assert found.size == 151_936
-    assert found.shared is not None
-    assert found.shared.sum() == 151_665
-    assert found.shared[:151_665].all()
-    assert found.report.startswith(
+    """As in Qwen2.5: 151,665 tokens, 152,064 rows and 151,936 rows."""
+    alignment = align_vocabularies(
+        Table(numbered(151_665)), Table(numbered(151_665)), 152_064, 151_936
+    )
+    assert alignment.size == 151_936
+    assert alignment.shared is not None
+    assert alignment.shared.sum() == 151_665
+    assert alignment.shared[:151_665].all()
+    assert alignment.report.startswith(
         "vocabulary: 151665 ids shared (teacher 152064 rows, student 151936), 271 without a token "
         "on"
     )
@@ -89,13 +93,13 @@ def test_padded_rows_are_masked_on_both_sides() -> None:
 def test_an_id_that_one_side_lacks_is_masked() -> None:
     teacher = numbered(10)
     student = {token: index for token, index in numbered(10).items() if index != 4}
-    found = align_vocabularies(Table(teacher), Table(student), 10, 10)
-    assert found.shared is not None
-    assert np.flatnonzero(~found.shared).tolist() == [4]
+    alignment = align_vocabularies(Table(teacher), Table(student), 10, 10)
+    assert alignment.shared is not None
+    assert np.flatnonzero(~alignment.shared).tolist() == [4]
 
 
 def test_tokens_are_counted_by_name_and_rows_by_id() -> None:
-    """A token at another id is common; a row with an id that the head lacks is none."""
+    """A token with another id is common; a token with an id beyond the rows fills no row."""
     teacher = {"a": 0, "b": 1, "c": 2, "only": 7}
     student = {"b": 0, "c": 3, "mine": 1, "too": 2, "far": 20}
     assert _token_counts(teacher, student, 9, 6) == (
@@ -104,7 +108,7 @@ def test_tokens_are_counted_by_name_and_rows_by_id() -> None:
     )
 
 
-def test_what_goes_together_says_no_more_than_its_counts() -> None:
+def test_report_of_equal_tokenizers_has_only_counts() -> None:
     teacher, student = (Table(numbered(1001), "t1000") for _ in range(2))
     assert align_vocabularies(teacher, student, 1001, 1001).report == (
         "vocabulary: 1001 ids shared (teacher 1001 rows, student 1001): 1001 tokens common, 0 "
@@ -125,13 +129,17 @@ def test_shared_is_exactly_the_common_ids(
     teacher, student = (
         Table({f"t{index}": index for index in sorted(ids)}) for ids in (left, right)
     )
-    found = align_vocabularies(teacher, student, teacher_rows, student_rows)
-    assert found.size == min(teacher_rows, student_rows)
-    shared = set(range(found.size)) if found.shared is None else set(np.flatnonzero(found.shared))
-    assert shared == {index for index in left & right if index < found.size}
+    alignment = align_vocabularies(teacher, student, teacher_rows, student_rows)
+    assert alignment.size == min(teacher_rows, student_rows)
+    shared = (
+        set(range(alignment.size))
+        if alignment.shared is None
+        else set(np.flatnonzero(alignment.shared))
+    )
+    assert shared == {index for index in left & right if index < alignment.size}
 
 
-def test_different_tokenizers_are_told_apart() -> None:
+def test_different_tokenizers_are_refused() -> None:
     with pytest.raises(
         ModelError,
         match=r"different tokenizers: 0 of 20 and 30 tokens are common, and id 0 is 't0'",
@@ -141,16 +149,16 @@ def test_different_tokenizers_are_told_apart() -> None:
 
 def test_same_tokens_under_other_ids_are_mapped() -> None:
     shifted = {token: index + 1 for token, index in numbered(50).items()}
-    found = align_vocabularies(Table(numbered(50)), Table(shifted), 50, 53)
-    assert found.shared is not None and found.teacher_ids is not None
-    assert np.flatnonzero(~found.shared).tolist() == [0, 51, 52]
-    assert found.teacher_ids[1:51].tolist() == list(range(50))
-    assert "50 tokens shared under other ids, mapped" in found.report
+    alignment = align_vocabularies(Table(numbered(50)), Table(shifted), 50, 53)
+    assert alignment.shared is not None and alignment.teacher_ids is not None
+    assert np.flatnonzero(~alignment.shared).tolist() == [0, 51, 52]
+    assert alignment.teacher_ids[1:51].tolist() == list(range(50))
+    assert "50 tokens shared under other ids, mapped" in alignment.report
 
 
-def test_an_id_of_the_teacher_is_counted_once() -> None:
-    """The student's EOS stands for the teacher's; that it also has a token of that name must not
-    count its probability twice.
+def test_teacher_id_is_used_once() -> None:
+    """The student's EOS maps to the teacher's. The student's token of the same name must not map to
+    it again, since its probability would count twice.
     """
     teacher = {**numbered(49), "<end>": 49}
     student = {
@@ -158,13 +166,17 @@ def test_an_id_of_the_teacher_is_counted_once() -> None:
         "</s>": 0,
         "<end>": 50,
     }
-    found = align_vocabularies(Table(teacher, "<end>"), Table(student, "</s>"), 50, 51)
-    assert found.shared is not None and found.teacher_ids is not None
-    assert (found.teacher_ids[0], found.shared[0], found.shared[50]) == (49, True, False)
-    assert sorted(found.teacher_ids[found.shared]) == list(range(50))
+    alignment = align_vocabularies(Table(teacher, "<end>"), Table(student, "</s>"), 50, 51)
+    assert alignment.shared is not None and alignment.teacher_ids is not None
+    assert (alignment.teacher_ids[0], alignment.shared[0], alignment.shared[50]) == (
+        49,
+        True,
+        False,
+    )
+    assert sorted(alignment.teacher_ids[alignment.shared]) == list(range(50))
 
 
-def test_a_role_that_one_side_lacks_maps_nothing() -> None:
+def test_special_token_of_one_side_only_is_not_mapped() -> None:
     teacher, student = (
         Table(numbered(50)),
         Table({token: index + 1 for token, index in numbered(50).items()}),
@@ -172,21 +184,21 @@ def test_a_role_that_one_side_lacks_maps_nothing() -> None:
     for side, token in ((teacher, "t7"), (student, "t8")):
         plain = align_vocabularies(teacher, student, 50, 51).teacher_ids
         side.bos_token = token  # type: ignore[attr-defined]
-        found = align_vocabularies(teacher, student, 50, 51).teacher_ids
+        alignment = align_vocabularies(teacher, student, 50, 51).teacher_ids
         del side.bos_token  # type: ignore[attr-defined]
         assert (
-            found is not None
+            alignment is not None
             and plain is not None
-            and found.tolist() == plain.tolist() == [0, *range(50)]
+            and alignment.tolist() == plain.tolist() == [0, *range(50)]
         )
 
 
-def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their own revision, their own trust, and the part of a larger model that writes."""
-    asked = []
+def test_each_side_uses_its_own_revision_and_trust(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the text decoder of a multimodal model."""
+    calls = []
 
     def load(path: str, **how: Any) -> Any:
-        asked.append((path, how))
+        calls.append((path, how))
         rows = {"a": 7, "b": 4}[path]
         return SimpleNamespace(
             get_text_config=lambda decoder: SimpleNamespace(vocab_size=rows if decoder else 1)
@@ -203,47 +215,47 @@ def test_both_sides_are_looked_up_as_their_sources_say(monkeypatch: pytest.Monke
         ModelSource(model="n"),
     )
     assert vocab.align_model_vocabularies(teacher, "a", student, "b").size == 4
-    apart = separate_vocabularies([(teacher, "a")], student, "b")
+    separate = separate_vocabularies([(teacher, "a")], student, "b")
     first, second = (
         ("a", {"revision": "r", "trust_remote_code": True}),
         ("b", {"revision": None, "trust_remote_code": False}),
     )
-    assert asked == [first, second] * 4
-    assert (apart.size, apart.shared, apart.teacher_ids) == (
+    assert calls == [first, second] * 4
+    assert (separate.size, separate.shared, separate.teacher_ids) == (
         4,
         None,
         None,
-    )  # of 6 tokens, the last two lie beyond the rows
-    masked = VocabMap.from_alignment(apart).teacher_masked
+    )  # the last two of 6 tokens are beyond the rows
+    masked = VocabMap.from_alignment(separate).teacher_masked
     assert masked is not None and masked.tolist() == [False] * 6 + [True]
 
 
-def test_several_teachers_share_what_all_have(tmp_path: Path) -> None:
+def test_several_teachers_share_their_common_ids(tmp_path: Path) -> None:
     small, padded = (
         tiny_models.llama(tmp_path / "a"),
         tiny_models.llama(tmp_path / "b", rows=tiny_models.VOCABULARY + 8),
     )
     other = tiny_models.llama(tmp_path / "c", tokenizer=tiny_models.make_sentencepiece_tokenizer())
     source = ModelSource(model="m")
-    found = align_teacher_vocabularies(
+    alignment = align_teacher_vocabularies(
         [(source, str(padded)), (source, str(small))], source, str(padded)
     )
-    assert (found.size, found.shared) == (tiny_models.VOCABULARY, None)
+    assert (alignment.size, alignment.shared) == (tiny_models.VOCABULARY, None)
     with pytest.raises(ModelError, match="different tokenizers"):
         align_teacher_vocabularies([(source, str(small)), (source, str(other))], source, str(small))
-    apart = separate_vocabularies([(source, str(padded))], source, str(small))
+    separate = separate_vocabularies([(source, str(padded))], source, str(small))
     assert (
-        apart.teacher_tokens is not None
-        and apart.teacher_tokens.sum() == tiny_models.VOCABULARY
-        and apart.shared is None
+        separate.teacher_tokens is not None
+        and separate.teacher_tokens.sum() == tiny_models.VOCABULARY
+        and separate.shared is None
     )
     assert (
         "320 tokens common, 0 only the teacher's, 0 only the student's; rows without a token 8 "
-        "and 0" in apart.report
+        "and 0" in separate.report
     )
 
 
-def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_teachers_with_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = {"a": None, "b": np.array([1, 0, 2])}
     monkeypatch.setattr(
         vocab,
@@ -259,7 +271,7 @@ def test_teachers_that_number_differently_are_not_mixed(monkeypatch: pytest.Monk
     )
 
 
-def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_any_teacher_lacks_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     each = {
         "a": VocabularyAlignment(
             4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])
@@ -269,21 +281,21 @@ def test_several_teachers_mask_what_any_of_them_lacks(monkeypatch: pytest.Monkey
     }
     monkeypatch.setattr(vocab, "align_model_vocabularies", lambda source, path, *_: each[path])
     source = ModelSource(model="m")
-    found = align_teacher_vocabularies([(source, name) for name in each], source, "s")
-    assert found.shared is not None and found.teacher_ids is not None
-    assert (found.size, found.report, found.shared.tolist()) == (
+    alignment = align_teacher_vocabularies([(source, name) for name in each], source, "s")
+    assert alignment.shared is not None and alignment.teacher_ids is not None
+    assert (alignment.size, alignment.report, alignment.shared.tolist()) == (
         3,
         "one; two",
         [True, False, False],
     )
-    assert found.teacher_ids.tolist() == [
+    assert alignment.teacher_ids.tolist() == [
         2,
         0,
         1,
-    ]  # the first one's; they differ only where ids are masked
+    ]  # the first teacher's; the others differ only at masked ids
 
 
-def test_ids_number_the_teachers_logits_as_the_students() -> None:
+def test_vocab_map_reorders_the_teachers_logits() -> None:
     ids = VocabMap.from_alignment(
         VocabularyAlignment(4, np.array([True, True, False, True]), "", np.array([2, 0, 0, 4]))
     )
@@ -293,11 +305,11 @@ def test_ids_number_the_teachers_logits_as_the_students() -> None:
     assert ids.teacher_inputs(torch.tensor([[3, 0, 1]])).tolist() == [[4, 2, 0]]
     assert VocabMap(4).teacher_logits(head, torch.eye(5)[:1]).tolist() == [
         [1.0, 0.0, 0.0, 0.0]
-    ]  # it may have more rows
+    ]  # the head may have more rows
     assert ids.student_logits(head, torch.eye(5)[:1]).tolist() == [[1.0, 0.0, -math.inf, 0.0]]
 
 
-def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
+def test_vocab_map_holds_the_alignment_as_tensors() -> None:
     shared, theirs = np.array([True, False, True]), np.array([False, True])
     ids = VocabMap.from_alignment(VocabularyAlignment(3, shared, "", np.array([1, 0, 0]), theirs))
     assert (ids.size, ids.allowed.tolist()) == (3, shared.tolist())
@@ -312,7 +324,7 @@ def test_ids_are_the_vocabulary_as_tensors_on_a_device() -> None:
     assert plain.allowed.tolist() == [True] * 3 and plain.mask(logits) is logits
 
 
-def test_what_goes_together_but_is_worth_knowing_is_reported() -> None:
+def test_report_notes_differences() -> None:
     report = align_vocabularies(Table(numbered(9), "t1"), Table(numbered(9), "t2"), 9, 7).report
     assert "the EOS is 't2' for the student, 't1' for the teacher" in report
     assert "ids up to 8, beyond its 7 rows" in report
