@@ -79,9 +79,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The finished run directory of each family, and beside it the folders teacher, student and
     other (a third model).
     """
-    found, folder = {}, tmp_path_factory.mktemp("families")
+    run_of_family, folder = {}, tmp_path_factory.mktemp("families")
     for seed, family in enumerate(FAMILIES):
-        run = found[family] = folder / family / "run"
+        run = run_of_family[family] = folder / family / "run"
         run.mkdir(parents=True)
         teacher = tiny_models.family(run.parent / "teacher", family, layers=3, seed=seed)
         student = tiny_models.family(run.parent / "student", family, layers=2, seed=100 + seed)
@@ -97,7 +97,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         )
         for name in ("preprocess", "init-student"):
             step(name, run)
-    all_runs = list(found.values())
+    all_runs = list(run_of_family.values())
     run_worker("score", all_runs, folder, processes=2)
     for run in all_runs:
         for name in ("rank", "plan"):
@@ -113,15 +113,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         }
         (run / "task.json").write_text(json.dumps(task))
     run_worker("reload", all_runs, folder, processes=2)
-    return found
+    return run_of_family
 
 
 @torch.no_grad()
 def logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """What transformers says of a sequence: [T - 1, V], of what follows each token but the last."""
+    """The logits of transformers for a sequence, without those after its last token: [T - 1, V]."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
-    return found
+    values: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
+    return values
 
 
 def of_tokens(log_probs: torch.Tensor, ids: list[int], start: int) -> torch.Tensor:

@@ -285,9 +285,14 @@ def test_progress_is_logged_while_one_call_runs(
     caplog.set_level("INFO", "pocl_ds")
     clock = FakeClock(monkeypatch)
     generator = open_fake(tiny_llama, 0, monkeypatch)
-    step, log_times = FakeEngine.step, []
+    step, log_times = FakeEngine.step, list[float]()
     monkeypatch.setattr(FakeEngine, "steps_per_request", 8)
-    monkeypatch.setattr(FakeEngine, "step", lambda self: (clock.advance(4), step(self))[1])
+
+    def slow_step(self: FakeEngine) -> list[Any]:
+        clock.advance(4)
+        return step(self)
+
+    monkeypatch.setattr(FakeEngine, "step", slow_step)
     handler = logging.Handler()
     monkeypatch.setattr(handler, "emit", lambda record: log_times.append(clock.now))
     caplog.clear()
