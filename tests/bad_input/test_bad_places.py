@@ -371,7 +371,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "report": (
         ("--run-dir", "HERE", "--run-dir", "elsewhere"),
-        *["HERE is not a run directory: it holds no recipe.yaml"] * 2,
+        *["HERE is not a run directory: it has no recipe.yaml"] * 2,
     ),
 }
 
