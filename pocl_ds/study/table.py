@@ -22,7 +22,7 @@ from pocl_ds.metrics.bootstrap import (
     two_sided_p,
 )
 from pocl_ds.metrics.footnotes import mark_benchmark, merge_footnotes
-from pocl_ds.report.history import spent_by_stage
+from pocl_ds.report.history import read_step_costs
 from pocl_ds.runtime.formatting import align_columns, format_duration
 from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.study.cells import Cell, StudyConfig, sample_visits
@@ -269,7 +269,7 @@ def _mean_times(runs: Sequence[RunDirectory]) -> tuple[str, str]:
             for step in STEPS
             if (manifest := read_manifest(step.directory(run)))
         }
-        times.append({spent.stage: spent.seconds for spent in spent_by_stage(run, manifests)})
+        times.append({cost.step: cost.seconds for cost in read_step_costs(run, manifests)})
     ordering = [sum(seconds.get(step, 0.0) for step in ORDERING_STEPS) for seconds in times]
     training = [seconds.get("train", 0.0) for seconds in times]
     return format_duration(fmean(ordering)), format_duration(fmean(training))
