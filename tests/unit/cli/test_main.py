@@ -196,7 +196,8 @@ def test_results_are_a_table_with_footnotes(
     }
     run = RunDirectory(tmp_path)
     write_json(
-        run.evaluation / "results.json", {"models": models, "footnotes": {"test": ["2 prompts cut"]}}
+        run.evaluation / "results.json",
+        {"models": models, "footnotes": {"test": ["2 prompts cut"]}},
     )
     show_results(run)
     header, initial, student, *rest = capsys.readouterr().out.lstrip("\n").splitlines()
