@@ -114,7 +114,7 @@ class SyntheticRun:
             for step in range(1, steps + 1):
                 stage = min(3, int(math.sqrt(step / steps * 16.0)))
                 temperature, sft_ratio = 1 + stage / 3, 0.3 - stage / 10
-                kd, ce = (
+                kd_loss, sft_loss = (
                     (4 * math.exp(-step / steps * 3) + 0.8 + noise[step - 1, 0]),
                     4.3 + noise[step - 1, 1],
                 )
@@ -123,9 +123,9 @@ class SyntheticRun:
                     "step": step,
                     "stage": stage,
                     "epoch": 0,
-                    "loss": sft_ratio * ce + (1 - sft_ratio) * kd,
-                    "kd_loss": kd,
-                    "sft_loss": ce,
+                    "loss": sft_ratio * sft_loss + (1 - sft_ratio) * kd_loss,
+                    "kd_loss": kd_loss,
+                    "sft_loss": sft_loss,
                     "temperature": temperature,
                     "sft_ratio": sft_ratio,
                     "lr": 3e-4 * 0.5 * (1 + math.cos(math.pi * step / steps)),
@@ -145,7 +145,7 @@ class SyntheticRun:
                         "validation_loss": 4.9 - step / steps,
                     }
                     stream.write(json.dumps(record) + "\n")
-            stream.write('{"kind": "step", "ste')  # a kill cut this line short
+            stream.write('{"kind": "step", "ste')  # an incomplete line
         if finished:
             info = {
                 "seconds": 211.0,

@@ -1,1 +1,1 @@
-"""One self-contained page and its Markdown twin from a run's artifacts; nothing is computed again."""
+"""The HTML and Markdown report, made from the files of a run; nothing is computed again."""

@@ -1,8 +1,7 @@
-"""What the charts show: series, bars and points as plain values, with titles, units and notes. The
-page's script draws them.
+"""The charts of the pages as plain values: series, bars and points, with titles, units and notes.
 
-Numbers are rounded to 5 digits, which a screen cannot tell from more; what is not finite becomes
-None.
+A script of the page draws them. Numbers have five digits, more than a screen shows; values that are
+not finite become None.
 """
 
 from __future__ import annotations
@@ -14,196 +13,170 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.report.max_samples import thin
-from pocl_ds.report.run_summary import Curves, Facts, Ranking
+from pocl_ds.report.run_summary import DifficultyRanking, RunSummary, TrainingCurves
+from pocl_ds.report.samples import evenly_spaced
 
 Floats = NDArray[np.floating[Any]]
 Chart = dict[str, Any]
-Column = tuple[str, str, str, list[int]]  # name, colour, column of the steps, dashes
-MAX_POINTS = 4000
-MAX_DOTS = 30_000
-BINS = 40
-DASHES: list[list[int]] = [
-    [],
-    [9, 4],
-    [3, 3],
-    [9, 3, 3, 3],
-]  # of runs: lines that coincide are still told apart
-ENTROPY, ROUGE = "cross-entropy (nats per token)", "ROUGE-L ×100"
-SINGLE = (
-    ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
-    ("lr", "Learning rate", "learning rate", ""),
-    ("tokens_per_second", "Throughput", "tokens per second", ""),
-)
+Bands = list[tuple[float, float, str]]  # first and last step of a stage, and its label
+Column = tuple[str, str, str, list[int]]  # label, color, column of the metrics, dash pattern
+MAX_POINTS = 4000  # of a curve
+MAX_DOTS = 30_000  # of the scatter plot
+BINS = 40  # of a histogram
+# Dash patterns of runs, so that curves that coincide can be told apart.
+DASHES: list[list[int]] = [[], [9, 4], [3, 3], [9, 3, 3, 3]]
+CROSS_ENTROPY, ROUGE_L = "cross-entropy (nats per token)", "ROUGE-L ×100"
+SCHEDULED = ("temperature", "sft_ratio")  # constant within a stage
 
 
-def training_charts(facts: Facts) -> list[Chart]:
-    """Over optimizer steps, with a band for each stage."""
-    curves = facts.curves
+def training_charts(summary: RunSummary) -> list[Chart]:
+    """Training metrics over optimizer steps, with a band for each stage."""
+    curves = summary.curves
     if curves is None:
         return []
     steps, bands = downsample(curves.steps), stage_bands(curves)
-    note = "total = α · CE + (1 − α) · KD; temperature changes between stages, and the KD term with it."
-    loss: list[Column] = [
+    losses: list[Column] = [
         ("total", "ink", "loss", []),
-        ("KD", "orange", "kd", [7, 3]),
-        ("CE", "accent", "ce", []),
+        ("KD loss", "orange", "kd_loss", [7, 3]),
+        ("SFT loss", "accent", "sft_loss", []),
     ]
-    schedule: list[Column] = [
-        ("τ, temperature", "orange", "temperature", []),
-        ("α, share of SFT", "accent", "sft_ratio", []),
+    schedules: list[Column] = [
+        ("temperature", "orange", "temperature", []),
+        ("SFT ratio", "accent", "sft_ratio", []),
     ]
     charts = [
-        _lines(
+        _line_chart(
             "Training loss",
             "loss (nats per token)",
-            _columns(steps, loss),
+            _series(steps, losses),
             bands,
-            note=note,
+            note="total = SFT ratio · SFT loss + (1 − SFT ratio) · KD loss. The KD loss depends on "
+            "the temperature of the stage.",
             wide=True,
         ),
-        _lines(
+        _line_chart(
             "Temperature and SFT ratio",
             "value",
-            _columns(steps, schedule),
+            _series(steps, schedules),
             bands,
-            zero=True,
-            note="Both change only between stages.",
+            from_zero=True,
+            note="Both are constant within a stage.",
         ),
-        _validation(curves, facts.baseline, bands),
-        *(
-            _lines(
-                title,
-                label,
-                _columns(steps, [(label, "accent", column, [])]),
-                bands,
-                zero=True,
-                note=note,
-            )
-            for column, title, label, note in SINGLE
-        ),
+        _validation_chart(curves, summary.baseline_curves, bands),
     ]
+    for column, title, label, note in (
+        ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
+        ("lr", "Learning rate", "learning rate", ""),
+        ("tokens_per_second", "Throughput", "tokens per second", ""),
+    ):
+        series = _series(steps, [(label, "accent", column, [])])
+        charts.append(_line_chart(title, label, series, bands, from_zero=True, note=note))
     return [chart for chart in charts if chart["series"]]
 
 
-def difficulty_charts(facts: Facts) -> list[Chart]:
-    """The plane of ROUGE-L against cross-entropy, and a histogram of each."""
-    ranking = facts.ranking
+def difficulty_charts(summary: RunSummary) -> list[Chart]:
+    """ROUGE-L against cross-entropy of every sample, and a histogram of each."""
+    ranking = summary.ranking
     if ranking is None or not len(ranking.rouge_l):
         return []
     names = subset_names(ranking)
-    return [_plane(ranking, names)] + [
-        _bars(title, label, values, ranking.bounds, names, note=note)
-        for title, label, values, note in (
-            (
-                "Difficulty: cross-entropy",
-                ENTROPY,
-                ranking.cross_entropy,
-                "Of the reference; the last bar is all beyond.",
-            ),
-            (
-                "Difficulty: ROUGE-L",
-                ROUGE,
-                100 * ranking.rouge_l,
-                "Of the initial student's own answer; higher is easier.",
-            ),
-        )
-    ]
-
-
-def seen_charts(facts: Facts) -> list[Chart]:
-    """How often samples were drawn."""
-    if facts.seen is None or facts.plan is None:
-        return []
-    bounds = subset_bounds(facts.plan)
-    names = (
-        subset_names(facts.ranking)
-        if facts.ranking
-        else [f"subset {i + 1}" for i in range(len(bounds) - 1)]
-    )
-    note = "Draws by the curriculum, so far as training has come; the plan and the seed say who is in which batch."
     return [
-        _bars(
-            "How often samples were seen",
-            "times drawn",
-            facts.seen.astype(float),
-            bounds,
+        _scatter_chart(ranking, names),
+        _histogram(
+            "Difficulty: cross-entropy",
+            CROSS_ENTROPY,
+            ranking.cross_entropy,
+            ranking.bounds,
             names,
-            note=note,
-            whole=True,
+            note="Of the reference. The last bar includes all larger values.",
+        ),
+        _histogram(
+            "Difficulty: ROUGE-L",
+            ROUGE_L,
+            100 * ranking.rouge_l,
+            ranking.bounds,
+            names,
+            note="Of the initial student's response; higher is easier.",
+        ),
+    ]
+
+
+def visit_charts(summary: RunSummary) -> list[Chart]:
+    """How often each sample was visited."""
+    if summary.sample_visits is None or summary.plan is None:
+        return []
+    bounds = subset_bounds(summary.plan)
+    names = [f"subset {i + 1}" for i in range(len(bounds) - 1)]
+    return [
+        _histogram(
+            "Sample visits",
+            "visits of a sample",
+            summary.sample_visits.astype(float),
+            bounds,
+            subset_names(summary.ranking) if summary.ranking else names,
+            note="How often the curriculum has drawn each sample so far, computed from plan and "
+            "seed.",
+            integers=True,
         )
     ]
 
 
-def overlaid(runs: Mapping[str, Curves]) -> list[Chart]:
-    """The same curve of several runs on common axes, without bands: stages of different runs
-    differ.
-    """
-    thinned = {name: downsample(curves.steps) for name, curves in runs.items()}
+def overlay_charts(runs: Mapping[str, TrainingCurves]) -> list[Chart]:
+    """The curves of several runs on common axes, without bands, since their stages differ."""
+    downsampled = {name: downsample(curves.steps) for name, curves in runs.items()}
     charts = []
     for column, title, label in (
         ("loss", "Training loss", "loss (nats per token)"),
-        ("kd", "KD term", "KD (nats per token)"),
-        ("ce", "CE term", "CE (nats per token)"),
+        ("kd_loss", "KD loss", "KD loss (nats per token)"),
+        ("sft_loss", "SFT loss", "SFT loss (nats per token)"),
         ("temperature", "Temperature", "temperature"),
-        ("sft_ratio", "SFT ratio", "sft_ratio"),
+        ("sft_ratio", "SFT ratio", "SFT ratio"),
         ("grad_norm", "Gradient norm", "gradient norm"),
         ("lr", "Learning rate", "learning rate"),
     ):
         series = [
-            one
-            for i, (name, steps) in enumerate(thinned.items())
-            for one in _columns(steps, [(name, f"r{i % 8}", column, DASHES[i % 4])])
+            curve
+            for i, (name, steps) in enumerate(downsampled.items())
+            for curve in _series(steps, [(name, f"r{i % 8}", column, DASHES[i % 4])])
         ]
-        charts.append(
-            _lines(
-                title,
-                label,
-                series,
-                [],
-                zero=column in ("temperature", "sft_ratio", "lr"),
-                wide=column == "loss",
-            )
-        )
-    checked = [
-        one
+        from_zero, wide = column in (*SCHEDULED, "lr"), column == "loss"
+        charts.append(_line_chart(title, label, series, [], from_zero=from_zero, wide=wide))
+    validation = [
+        curve
         for i, (name, curves) in enumerate(runs.items())
-        for one in _checked(curves, name, f"r{i % 8}", DASHES[i % 4])
+        for curve in _validation_series(curves, name, f"r{i % 8}", DASHES[i % 4])
     ]
-    charts.insert(
-        1,
-        _lines("Validation loss", "cross-entropy (nats per token)", checked, [], note="At τ = 1."),
-    )
+    note = "At temperature 1."
+    charts.insert(1, _line_chart("Validation loss", CROSS_ENTROPY, validation, [], note=note))
     return [chart for chart in charts if chart["series"]]
 
 
 def downsample(steps: Mapping[str, Floats], limit: int = MAX_POINTS) -> dict[str, Floats]:
-    """At most `limit` points: means of neighbouring steps' finite values. No mean reaches over a
-    change of stage.
-    """
+    """At most `limit` points: means of the finite values of neighboring steps of one stage."""
     step, stage = steps["step"], steps["stage"]
     if len(step) <= limit:
         return dict(steps)
-    changes = [0, *(np.flatnonzero(np.diff(stage)) + 1).tolist()]
-    if len(changes) > limit // 2:
-        changes = [0]
+    starts = _stage_starts(stage)
+    if len(starts) > limit // 2:
+        starts = [0]
+    # Divide each stage into buckets, proportional to its length.
     edges: list[int] = []
-    for start, stop in zip(changes, [*changes[1:], len(step)], strict=True):
-        buckets = min(1 + (limit - len(changes)) * (stop - start) // len(step), stop - start)
+    for start, stop in zip(starts, [*starts[1:], len(step)], strict=True):
+        buckets = min(1 + (limit - len(starts)) * (stop - start) // len(step), stop - start)
         edges += (start + np.arange(buckets) * (stop - start) // buckets).tolist()
-    found = {}
+    means = {}
     for name, values in steps.items():
         finite = np.isfinite(values)
         count = np.add.reduceat(finite.astype(float), edges)
         total = np.add.reduceat(np.where(finite, values, 0.0), edges)
-        found[name] = np.divide(total, count, out=np.full(len(edges), np.nan), where=count > 0)
-    return found
+        means[name] = np.divide(total, count, out=np.full(len(edges), np.nan), where=count > 0)
+    return means
 
 
-def stage_bands(curves: Curves) -> list[tuple[float, float, str]]:
-    """(first step, first step of the next, label) of each stage."""
+def stage_bands(curves: TrainingCurves) -> Bands:
+    """First step, first step of the next stage, and label of each stage."""
     step, stage = curves.steps["step"], curves.steps["stage"]
-    starts = [0, *(np.flatnonzero(np.diff(stage)) + 1).tolist()]
+    starts = _stage_starts(stage)
     edges = [*(float(step[i]) for i in starts), float(step[-1])]
     return [
         (edges[i], edges[i + 1], f"stage {int(stage[start]) + 1}") for i, start in enumerate(starts)
@@ -211,39 +184,44 @@ def stage_bands(curves: Curves) -> list[tuple[float, float, str]]:
 
 
 def subset_bounds(plan: Mapping[str, Any]) -> list[int]:
-    """Subset i of the order is [bounds[i], bounds[i + 1])."""
+    """Bounds of the subsets in the ranking: subset i is [bounds[i], bounds[i + 1])."""
     return [0, *(int(stage["stop"]) for stage in plan["stages"])]
 
 
-def subset_names(ranking: Ranking) -> list[str]:
-    """What a reader calls the subsets."""
+def subset_names(ranking: DifficultyRanking) -> list[str]:
+    """Labels of the subsets."""
     count = len(ranking.bounds) - 1
-    ends = (
-        dict(zip((0, count - 1), (f" ({end})" for end in ranking.ends), strict=True))
-        if count > 1
-        else {}
-    )
-    return [f"subset {i + 1}{ends.get(i, '')}" for i in range(count)]
+    names = [f"subset {i + 1}" for i in range(count)]
+    if count > 1:
+        names[0] += f" ({ranking.end_labels[0]})"
+        names[-1] += f" ({ranking.end_labels[1]})"
+    return names
 
 
-def numbers(values: Floats) -> list[float | None]:
-    """Plain values with 5 digits, whole ones as whole numbers."""
+def rounded_values(values: Floats) -> list[float | None]:
+    """Values for JSON: five digits, integers as integers, None if not finite."""
     return [
         None if not np.isfinite(v) else int(v) if v == int(v) else float(f"{v:.5g}")
         for v in values.tolist()
     ]
 
 
-def _lines(
+def _stage_starts(stage: Floats) -> list[int]:
+    """Indices at which a stage begins."""
+    return [0, *(np.flatnonzero(np.diff(stage)) + 1).tolist()]
+
+
+def _line_chart(
     title: str,
     label: str,
     series: list[Chart],
-    bands: list[tuple[float, float, str]],
+    bands: Bands,
     *,
-    zero: bool = False,
+    from_zero: bool = False,
     note: str = "",
     wide: bool = False,
 ) -> Chart:
+    """from_zero: the vertical axis includes 0."""
     return {
         "kind": "lines",
         "title": title,
@@ -251,99 +229,100 @@ def _lines(
         "y": label,
         "series": series,
         "bands": bands,
-        "zero": zero,
+        "from_zero": from_zero,
         "note": note,
         "wide": wide,
-        "whole": True,
+        "integers": True,
     }
 
 
-def _columns(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Chart]:
-    """The series that have values."""
+def _curve(name: str, color: str, dash: list[int], xs: Floats, ys: Floats, **style: bool) -> Chart:
+    """style: `markers` draws a dot at each point, `stepped` draws horizontal segments."""
+    return {
+        "name": name,
+        "color": color,
+        "dash": dash,
+        "markers": style.get("markers", False),
+        "stepped": style.get("stepped", False),
+        "xs": rounded_values(xs),
+        "ys": rounded_values(ys),
+    }
+
+
+def _series(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Chart]:
+    """The curves of those columns that have values."""
     return [
-        {
-            "name": name,
-            "colour": colour,
-            "dash": dash,
-            "dots": False,
-            "steps": column in ("temperature", "sft_ratio"),
-            "xs": numbers(steps["step"]),
-            "ys": numbers(steps[column]),
-        }
-        for name, colour, column, dash in columns
+        _curve(label, color, dash, steps["step"], steps[column], stepped=column in SCHEDULED)
+        for label, color, column, dash in columns
         if np.isfinite(steps[column]).any()
     ]
 
 
-def _validation(
-    curves: Curves, baseline: Curves | None, bands: list[tuple[float, float, str]]
+def _validation_chart(
+    curves: TrainingCurves, baseline: TrainingCurves | None, bands: Bands
 ) -> Chart:
     series = []
-    for name, dash, side in (
+    for suffix, dash, run_curves in (
         (", POCL" if baseline else "", [], curves),
         (", plain KD", [2, 4], baseline),
     ):
-        if side is not None:
-            series += _checked(side, f"cross-entropy{name}", "accent", dash)
-            divergence = _checked(
-                side, f"divergence{name}", "orange", dash or [7, 3], "validation_kd"
+        if run_curves is not None:
+            series += _validation_series(run_curves, f"cross-entropy{suffix}", "accent", dash)
+            kd_dash = dash or [7, 3]
+            kd_series = _validation_series(
+                run_curves, f"KD loss{suffix}", "orange", kd_dash, "validation_kd_loss"
             )
-            series += [one for one in divergence if any(one["ys"])]  # none without a teacher
-    return _lines(
-        "Validation",
-        "nats per token",
-        series,
-        bands,
-        note="Measured at τ = 1, at the end of each stage and every train.validate_every_n_steps steps.",
+            series += [curve for curve in kd_series if any(curve["ys"])]  # 0 without a teacher
+    note = (
+        "At temperature 1, at the end of each stage and every train.validate_every_n_steps "
+        "optimizer steps."
     )
+    return _line_chart("Validation", "nats per token", series, bands, note=note)
 
 
-def _checked(
-    curves: Curves, name: str, colour: str, dash: list[int], key: str = "validation_ce"
+def _validation_series(
+    curves: TrainingCurves,
+    name: str,
+    color: str,
+    dash: list[int],
+    key: str = "validation_loss",
 ) -> list[Chart]:
-    pairs = [(float(r["step"]), float(r[key])) for r in curves.validation if r.get(key) is not None]
-    x, y = np.array(pairs, float).reshape(-1, 2).T
-    if not pairs:
-        return []
-    return [
-        {
-            "name": name,
-            "colour": colour,
-            "dash": dash,
-            "dots": True,
-            "steps": False,
-            "xs": numbers(x),
-            "ys": numbers(y),
-        }
+    """One curve, or none if there are no values."""
+    points = [
+        (float(record["step"]), float(record[key]))
+        for record in curves.validation
+        if record.get(key) is not None
     ]
+    if not points:
+        return []
+    xs, ys = np.array(points, float).T
+    return [_curve(name, color, dash, xs, ys, markers=True)]
 
 
-def _plane(ranking: Ranking, names: list[str]) -> Chart:
-    kept = thin(len(ranking.rouge_l), MAX_DOTS)
-    left_out = (
-        ""
-        if len(kept) == len(ranking.rouge_l)
-        else (
-            f" {len(kept):,} of {len(ranking.rouge_l):,} samples are shown, evenly along the order."
+def _scatter_chart(ranking: DifficultyRanking, names: list[str]) -> Chart:
+    total = len(ranking.rouge_l)
+    positions = evenly_spaced(total, MAX_DOTS)
+    note = "One dot per sample, before distillation. Click on a dot to show its sample below."
+    if len(positions) < total:
+        note += (
+            f" {len(positions):,} of {total:,} samples are shown, evenly spaced along the ranking."
         )
-    )
     return {
-        "kind": "plane",
+        "kind": "scatter",
         "title": "ROUGE-L against cross-entropy",
-        "x": ENTROPY,
-        "y": ROUGE,
+        "x": CROSS_ENTROPY,
+        "y": ROUGE_L,
         "names": names,
         "bounds": ranking.bounds,
-        "places": kept.tolist(),
-        "xs": numbers(ranking.cross_entropy[kept]),
-        "ys": numbers(100 * ranking.rouge_l[kept]),
+        "positions": positions.tolist(),
+        "xs": rounded_values(ranking.cross_entropy[positions]),
+        "ys": rounded_values(100 * ranking.rouge_l[positions]),
         "wide": True,
-        "note": f"One dot a sample, before distillation. A click on a dot shows its sample "
-        f"below.{left_out}",
+        "note": note,
     }
 
 
-def _bars(
+def _histogram(
     title: str,
     label: str,
     values: Floats,
@@ -351,28 +330,32 @@ def _bars(
     names: list[str],
     *,
     note: str,
-    whole: bool = False,
+    integers: bool = False,
 ) -> Chart:
-    """Counts by subset. The range ends at the 99.5th percentile; what lies beyond counts in the
-    last bar.
+    """Counts by subset. The range ends at the 99.5th percentile; the last bar includes all larger
+    values. integers: values are integers, with a bar each if there are few.
     """
-    low, high = float(values.min()), float(values.max() if whole else np.quantile(values, 0.995))
-    if whole:  # a bar a number, as long as they are few
+    low = float(values.min())
+    if integers:
+        high = float(values.max())
         width = max(1, -(-int(high - low + 1) // BINS))
         edges = np.arange(low - 0.5, high + 0.5 + width, width)
     else:
+        high = float(np.quantile(values, 0.995))
         edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
-    parts = [values[a:b] for a, b in pairwise(bounds)]
-    counts = [np.histogram(np.clip(part, edges[0], edges[-1]), edges)[0].tolist() for part in parts]
+    subsets = [values[start:stop] for start, stop in pairwise(bounds)]
+    counts = [
+        np.histogram(np.clip(subset, edges[0], edges[-1]), edges)[0].tolist() for subset in subsets
+    ]
     return {
         "kind": "bars",
         "title": title,
         "x": label,
         "y": "samples",
         "names": names,
-        "edges": numbers(edges),
+        "edges": rounded_values(edges),
         "counts": counts,
         "note": note,
         "wide": False,
-        "whole": whole,
+        "integers": integers,
     }

@@ -1,8 +1,7 @@
-"""Several runs on one page: results side by side, curves on common axes, what their recipes differ
-in.
+"""Several runs on one page: results in one table, curves on common axes, differences of recipes.
 
-Results that were measured in another way cannot be compared: they are refused, or where that is
-insisted on, marked.
+Results that were measured in different ways are not comparable: they are an error, or marked if the
+comparison is forced.
 """
 
 from __future__ import annotations
@@ -17,351 +16,368 @@ from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.config.yaml_io import dump_yaml
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.metrics.footnotes import MARK, footnotes, mark_benchmark
-from pocl_ds.report.charts import overlaid
-from pocl_ds.report.document import browser, cells, document, figures, folded, section, table
-from pocl_ds.report.formatting import ABSENT, escaped, kl_lines, number, size
-from pocl_ds.report.items import Benchmark, Item
-from pocl_ds.report.page import ITEM_MENUS, item_data, missing
-from pocl_ds.report.run_summary import Facts, read_facts
+from pocl_ds.report.charts import overlay_charts
+from pocl_ds.report.document import (
+    chart_figures,
+    details,
+    filter_list,
+    html_document,
+    html_rows,
+    html_table,
+    page_header,
+    paragraph_note,
+    preformatted,
+    section,
+)
+from pocl_ds.report.formatting import (
+    ABSENT,
+    LOSS_LABELS,
+    format_number,
+    format_rouge,
+    format_size,
+    kl_footnotes,
+)
+from pocl_ds.report.items import BenchmarkItems, Item
+from pocl_ds.report.page import ITEM_MENUS, ZOOM_NOTE, item_data, missing_list
+from pocl_ds.report.run_summary import RunSummary, read_run_summary
 from pocl_ds.runtime.formatting import format_duration
 from pocl_ds.workflow.files import atomic_write
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
-PAGE = "comparison.html"
-LABELS = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
-DECODING = ("temperature", "top_p", "max_new_tokens", "samples")
+HTML_FILE = "comparison.html"
+MAX_TEXT_MB = 16  # of the items of all runs
+# Fields of `evaluate` and of `evaluate.generation` that change answers.
+DECODING_FIELDS = ("temperature", "top_p", "max_new_tokens", "max_samples")
+BACKEND_FIELDS = ("backend", "dtype")
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """One of the runs."""
 
     name: str
     recipe: dict[str, Any]
-    facts: Facts
-    ids: int | None = None  # over which loss and KL were measured
+    summary: RunSummary
+    shared_ids: int | None = None  # number of token ids over which loss and KL were computed
+
+    @property
+    def student_results(self) -> dict[str, Any]:
+        """The student's results, empty if there are none."""
+        results = self.summary.results
+        entry: dict[str, Any] = results["models"].get("student", {}) if results else {}
+        return entry
+
+    @property
+    def teacher_revision(self) -> str:
+        """The evaluated teacher with its commit."""
+        teacher = self.recipe["teacher"] or {"model": "none", "revision": None}
+        manifest = self.summary.manifests.get("preprocess")
+        commits = manifest.info.get("commits", {}) if manifest else {}
+        key = f"{teacher['model']}@{teacher['revision'] or 'main'}"
+        commit = commits.get(key, teacher["revision"])
+        return f"{teacher['model']} at {commit}" if commit else str(teacher["model"])
 
 
 def compare_runs(paths: Sequence[Path], out: Path | None = None, *, force: bool = False) -> Path:
-    """Write one page over the runs and return where: `out`, or report/comparison.html of the first.
+    """Write a page that compares runs.
 
-    Raises RecipeError for a folder that is no run or is named twice, ArtifactError where
-    evaluations were made in different ways and `force` does not insist.
+    Args:
+        out: the file; None means report/comparison.html of the first run.
+        force: also compare results that were measured in different ways, and mark them.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: a folder is not a run directory, or is named twice.
+        ArtifactError: evaluations differ and `force` is not set.
     """
-    runs = _read(paths)
-    differing = evaluation_differences(runs)
-    if differing and not force:
+    runs = _read_runs(paths)
+    differences = evaluation_differences(runs)
+    if differences and not force:
         raise ArtifactError(
-            "these results cannot stand side by side, since they were measured in different ways "
-            f"({'; '.join(differing)}): evaluate them alike, or say --force to see them marked"
+            "these results are not comparable, since they were measured in different ways "
+            f"({'; '.join(differences)}): evaluate the runs in the same way, or mark the results "
+            "with --force"
         )
-    target = out or RunDirectory(paths[0]).report / PAGE
+    target = out or RunDirectory(paths[0]).report / HTML_FILE
     with atomic_write(target) as stream:
-        stream.write(comparison_page(runs, differing))
+        stream.write(comparison_page(runs, differences))
     return target
 
 
-def evaluation_differences(runs: Sequence[Compared]) -> list[str]:
-    """What was done differently in the evaluations that are there: `field: value of one run, value
-    of another`.
+def evaluation_differences(runs: Sequence[ComparedRun]) -> list[str]:
+    """How the evaluations of runs differ from that of the first one: `field: value in run A, value
+    in run B`.
     """
-    evaluated = [run for run in runs if run.facts.results is not None]
-    found = []
-    for other in evaluated[1:]:
+    evaluated = [run for run in runs if run.summary.results is not None]
+    differences = []
+    for run in evaluated[1:]:
         first = evaluated[0]
-        sides = [
-            {
-                **{f"prompt.{key}": value for key, value in run.recipe["prompt"].items()},
-                **{f"evaluate.{key}": run.recipe["evaluate"][key] for key in DECODING},
-                **{
-                    f"evaluate.generation.{key}": run.recipe["evaluate"]["generation"][key]
-                    for key in ("backend", "dtype")
-                },
-                "benchmarks": [one.name for one in run.facts.benchmarks],
-            }
-            for run in (first, other)
+        settings, first_settings = _evaluation_settings(run), _evaluation_settings(first)
+        differences += [
+            f"{key}: {first_settings.get(key)} in {first.name}, {settings.get(key)} in {run.name}"
+            for key in {**first_settings, **settings}
+            if first_settings.get(key) != settings.get(key)
         ]
-        differing = [
-            key for key in {**sides[0], **sides[1]} if sides[0].get(key) != sides[1].get(key)
+        digests = {
+            benchmark.name: benchmark.prompts_digest for benchmark in first.summary.benchmarks
+        }
+        differences += [
+            f"benchmark {benchmark.name}: {run.name} has other prompts than {first.name}"
+            for benchmark in run.summary.benchmarks
+            if digests.get(benchmark.name, benchmark.prompts_digest) != benchmark.prompts_digest
         ]
-        found += [
-            f"{key}: {sides[0].get(key)} in {first.name}, {sides[1].get(key)} in {other.name}"
-            for key in differing
-        ]
-        asked = {one.name: one.asked for one in first.facts.benchmarks}
-        found += [
-            f"benchmark {one.name}: {other.name} was asked other questions than {first.name}"
-            for one in other.facts.benchmarks
-            if asked.get(one.name, one.asked) != one.asked
-        ]
-    return found
+    return differences
 
 
-def loss_differences(runs: Sequence[Compared]) -> dict[str, list[str]]:
-    """Of LABELS what does not compare, and why, as far as manifests tell: nats a token are of some
-    texts in some tokens.
+def loss_differences(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
+    """Key of LOSS_LABELS -> why it is not comparable, as far as manifests tell.
+
+    Nats per token depend on the texts, on the tokenizer, and KL also on the teacher.
     """
-    found: dict[str, list[str]] = {}
-    for key in LABELS:
-        measured = [run for run in runs if _students(run).get(key) is not None]
-        for other in measured[1:]:
-            found.setdefault(key, []).extend(_why_apart(measured[0], other, key))
-    return {key: why for key, why in found.items() if why}
-
-
-def _why_apart(one: Compared, other: Compared, key: str) -> list[str]:
-    both, found = f"{one.name} and {other.name}", []
-    data, theirs = (run.facts.manifests.get("preprocess") for run in (one, other))
-    if data and theirs:
-        texts, tokens = (
-            data.files.get(f"test.{part}") != theirs.files.get(f"test.{part}")
-            for part in ("jsonl", "tokens.bin")
-        )
-        if texts:
-            found.append(f"{both} have other test splits")
-        if data.info.get("vocabulary") != theirs.info.get("vocabulary") or (tokens and not texts):
-            found.append(f"{both} split texts into other tokens")
-    if one.ids != other.ids:
-        found.append(f"{one.name} counts {one.ids} token ids and {other.name} {other.ids}")
-    if key == "kl" and _teacher(one) != _teacher(other):
-        found.append(
-            f"the teacher of {one.name} is {_teacher(one)} and that of {other.name} "
-            f"{_teacher(other)}"
-        )
-    return found
-
-
-def _students(run: Compared) -> dict[str, Any]:
-    """What the results say of the student."""
-    found: dict[str, Any] = (
-        run.facts.results["models"].get("student", {}) if run.facts.results else {}
-    )
-    return found
-
-
-def _teacher(run: Compared) -> str:
-    """The one that is evaluated, at the commit that the run took."""
-    teacher, data = (
-        run.recipe["teacher"] or {"model": "none", "revision": None},
-        run.facts.manifests.get("preprocess"),
-    )
-    name = f"{teacher['model']}@{teacher['revision'] or 'main'}"
-    commit = (
-        data.info.get("commits", {}).get(name, teacher["revision"]) if data else teacher["revision"]
-    )
-    return f"{teacher['model']} at {commit}" if commit else str(teacher["model"])
+    differences: dict[str, list[str]] = {}
+    for key in LOSS_LABELS:
+        measured = [run for run in runs if run.student_results.get(key) is not None]
+        reasons = [
+            reason for run in measured[1:] for reason in _loss_differences(measured[0], run, key)
+        ]
+        if reasons:
+            differences[key] = reasons
+    return differences
 
 
 def recipe_differences(recipes: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Any]]]:
-    """(dotted field, its value in each recipe) for the fields that are not the same in all."""
-    flat = [dict(_fields(recipe)) for recipe in recipes]
-    names = dict.fromkeys(name for one in flat for name in one)
-    rows = [(name, [one.get(name) for one in flat]) for name in names if name != "name"]
+    """(dotted field, its value in each recipe) for the fields that differ."""
+    flat = [dict(_dotted_fields(recipe)) for recipe in recipes]
+    names = dict.fromkeys(name for fields in flat for name in fields)
+    rows = [(name, [fields.get(name) for fields in flat]) for name in names if name != "name"]
     return [(name, values) for name, values in rows if any(value != values[0] for value in values)]
 
 
-def comparison_page(runs: Sequence[Compared], differing: Sequence[str]) -> str:
-    """The whole page. differing: of evaluations that are shown all the same."""
-    charts = overlaid({run.name: run.facts.curves for run in runs if run.facts.curves is not None})
-    mixed, why = _mixed(runs, bool(differing))
-    sentences = [
-        f"These results were measured in different ways and do not compare. {one}"
-        for one in differing
+def comparison_page(runs: Sequence[ComparedRun], differences: Sequence[str]) -> str:
+    """The whole page. differences: of evaluations whose comparison is forced."""
+    title = f"Comparison of {len(runs)} runs"
+    header = ["", *(run.name for run in runs)]
+    warnings, marked_losses = _warnings(runs, differences)
+    recipe_rows = [
+        [name, *("null" if value is None else value for value in values)]
+        for name, values in recipe_differences([run.recipe for run in runs])
     ]
-    sentences += [f"{run.name}: {sentence}" for run in runs for sentence in run.facts.missing]
-    sentences += [
-        f"{run.name}: {line}" for run in runs for line in footnotes(run.facts.results or {})
-    ]
-    apart = loss_differences(runs)
-    sentences += [
-        f"{MARK} {LABELS[key]} does not compare: {'; '.join(why)}." for key, why in apart.items()
-    ]
-    if other_teachers := [
-        f"{run.name}: {MARK} {line}"
-        for run in runs
-        for line in kl_lines(run.facts.results, run.recipe)
-    ]:
-        sentences, apart = [*sentences, *other_teachers], {**apart, "kl": other_teachers}
-    names = " · ".join(run.name for run in runs)
-    title = f"{len(runs)} runs side by side"
-    differences = recipe_differences([run.recipe for run in runs])
-    rows = "".join(
-        f"<tr>{cells([name, *('null' if value is None else value for value in values)])}</tr>"
-        for name, values in differences
+    recipe_table = html_table(
+        ["field", *header[1:]], html_rows(recipe_rows), css="wrap", caption="recipes"
     )
-    recipes = "".join(
-        folded(run.name, f'<pre tabindex="0">{escaped(dump_yaml(run.recipe))}</pre>')
-        for run in runs
+    charts = overlay_charts(
+        {run.name: run.summary.curves for run in runs if run.summary.curves is not None}
     )
-    body = "".join(
+    items, no_items_reason = _common_items(runs, forced=bool(differences))
+    html = "".join(
         [
-            f'<header><p class="eyebrow">POCL distillation · comparison</p><h1>{escaped(title)}</h1>'
-            f'<p class="lead">{escaped(names)}</p></header>',
-            missing(sentences),
+            page_header("comparison", title, " · ".join(run.name for run in runs)),
+            missing_list(warnings),
             section(
                 "Results",
-                _results(runs, differing=bool(differing), apart=apart),
+                html_table(
+                    header,
+                    html_rows(_results_rows(runs, bool(differences), marked_losses)),
+                    caption="results",
+                ),
                 anchor="results",
-                note="Of the students after training: mean ± standard deviation over seeds, in "
-                "brackets a "
-                "95% bootstrap interval over items, ROUGE-L ×100.",
+                note="Of the students after training: mean ± standard deviation over seeds, and in "
+                "brackets a 95% bootstrap interval over items. ROUGE-L ×100.",
             ),
             section(
-                "What the recipes differ in",
-                table(["field", *(run.name for run in runs)], rows, css="wrap", caption="recipes")
-                if rows
-                else "<p>In nothing but their names.</p>",
+                "Recipe differences",
+                recipe_table if recipe_rows else "<p>Only the names differ.</p>",
                 anchor="recipes",
             ),
-            section(
-                "Training",
-                figures(charts, 0),
-                anchor="training",
-                note="Drag over a chart to zoom in, twice a click to zoom out.",
-            ),
+            section("Training", chart_figures(charts, 0), anchor="training", note=ZOOM_NOTE),
             section(
                 "Answers",
-                browser("items", ITEM_MENUS) if mixed else f'<p class="note">{escaped(why)}</p>',
+                filter_list("items", ITEM_MENUS) if items else paragraph_note(no_items_reason),
                 anchor="answers",
             ),
-            section("Recipes", recipes, anchor="provenance"),
+            section(
+                "Recipes",
+                *(details(run.name, preformatted(dump_yaml(run.recipe))) for run in runs),
+                anchor="provenance",
+            ),
         ]
     )
-    data = {"charts": charts, "samples": None, "items": mixed}
-    return document(title, body, data)
+    return html_document(title, html, {"charts": charts, "samples": None, "items": items})
 
 
-def _read(paths: Sequence[Path]) -> list[Compared]:
-    if twice := next(
-        (path for path in paths if [p.resolve() for p in paths].count(path.resolve()) > 1), None
-    ):
+def _read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
+    resolved = [path.resolve() for path in paths]
+    if twice := next((path for path in paths if resolved.count(path.resolve()) > 1), None):
         raise RecipeError(f"{twice} is named twice: name each run once")
     runs = []
-    room = ReportConfig(max_samples=0, max_text_mb=max(1, 16 // len(paths)))
-    labels = [path.resolve().name for path in paths]
-    for path, label in zip(paths, labels, strict=True):
+    config = ReportConfig(max_samples=0, max_text_mb=max(1, MAX_TEXT_MB // len(paths)))
+    names = [path.name for path in resolved]
+    for path, name in zip(paths, names, strict=True):
         run = RunDirectory(path)
         if not run.recipe.is_file():
-            raise RecipeError(f"{path} is not a run directory: it holds no recipe.yaml")
+            raise RecipeError(f"{path} is not a run directory: it has no recipe.yaml")
         recipe = load_recipe(str(run.recipe)).model_dump(mode="json")
-        facts = read_facts(
-            run, room, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"])
-        )
-        measured = read_manifest(run.evaluation, "held_out.json.manifest.json")
-        ids = measured.info["ids"] if measured else None
-        runs.append(Compared(label if labels.count(label) == 1 else str(path), recipe, facts, ids))
+        seed, window = int(recipe["seed"]), int(recipe["train"]["length_window"])
+        summary = read_run_summary(run, config, seed=seed, window=window)
+        losses = read_manifest(run.evaluation, "held_out_loss.json.manifest.json")
+        shared_ids = losses.info["ids"] if losses else None
+        # Runs whose folders have the same name are told apart by their paths.
+        unique_name = name if names.count(name) == 1 else str(path)
+        runs.append(ComparedRun(unique_name, recipe, summary, shared_ids))
     return runs
 
 
-def _results(runs: Sequence[Compared], *, differing: bool, apart: Collection[str]) -> str:
-    """One column a run. differing: they were measured in different ways; apart: of LABELS, what
-    does not compare.
-    """
-    names = list(dict.fromkeys(one.name for run in runs for one in run.facts.benchmarks))
-    sign = f" {MARK}" if differing else ""
-    rows = []
-    for name in names:
-        rouge = (
-            f"{name}{sign}"
-            if differing
-            else mark_benchmark(name, *(run.facts.results or {} for run in runs))
+def _evaluation_settings(run: ComparedRun) -> dict[str, Any]:
+    """Fields that must be equal for answers to be comparable, and the benchmarks."""
+    evaluate = run.recipe["evaluate"]
+    return {
+        **{f"prompt.{key}": value for key, value in run.recipe["prompt"].items()},
+        **{f"evaluate.{key}": evaluate[key] for key in DECODING_FIELDS},
+        **{f"evaluate.generation.{key}": evaluate["generation"][key] for key in BACKEND_FIELDS},
+        "benchmarks": [benchmark.name for benchmark in run.summary.benchmarks],
+    }
+
+
+def _loss_differences(first: ComparedRun, second: ComparedRun, key: str) -> list[str]:
+    both, reasons = f"{first.name} and {second.name}", []
+    data_1, data_2 = (run.summary.manifests.get("preprocess") for run in (first, second))
+    if data_1 and data_2:
+        other_texts, other_tokens = (
+            data_1.files.get(f"test.{part}") != data_2.files.get(f"test.{part}")
+            for part in ("jsonl", "tokens.bin")
         )
-        rows.append([f"ROUGE-L, {rouge}", *(_score(run.facts, name, "student") for run in runs)])
-        rows.append(
-            [
-                f"ROUGE-L of the teacher, {rouge}",
-                *(_score(run.facts, name, "teacher") for run in runs),
-            ]
+        if other_texts:
+            reasons.append(f"{both} have different test splits")
+        other_vocabulary = data_1.info.get("vocabulary") != data_2.info.get("vocabulary")
+        if other_vocabulary or (other_tokens and not other_texts):
+            reasons.append(f"{both} have different tokenizers")
+    if first.shared_ids != second.shared_ids:
+        reasons.append(
+            f"the loss of {first.name} is over {first.shared_ids} token ids, that of "
+            f"{second.name} over {second.shared_ids}"
         )
-    for key, label in LABELS.items():
-        name = f"{label} {MARK}" if differing or key in apart else label
-        rows.append([name, *(number(_students(run).get(key), 3) for run in runs)])
-    infos = [
-        run.facts.manifests["train"].info if "train" in run.facts.manifests else {} for run in runs
+    if key == "kl" and first.teacher_revision != second.teacher_revision:
+        reasons.append(
+            f"the teacher of {first.name} is {first.teacher_revision}, that of {second.name} "
+            f"{second.teacher_revision}"
+        )
+    return reasons
+
+
+def _warnings(
+    runs: Sequence[ComparedRun], differences: Sequence[str]
+) -> tuple[list[str], set[str]]:
+    """Sentences for the top of the page, and the keys of LOSS_LABELS that are marked."""
+    warnings = [
+        f"These results were measured in different ways and are not comparable. {difference}"
+        for difference in differences
     ]
-    rows.append(
-        [
-            "steps",
-            *(ABSENT if run.facts.curves is None else f"{run.facts.curves.last:,}" for run in runs),
-        ]
-    )
-    rows.append(
-        [
-            "time of training",
-            *(format_duration(info["seconds"]) if "seconds" in info else ABSENT for info in infos),
-        ]
-    )
-    rows.append(
-        ["time, all stages", *(format_duration(sum(one.seconds for one in run.facts.spent)) for run in runs)]
-    )
-    rows.append(["ranks", *(str(info.get("ranks", ABSENT)) for info in infos)])
-    rows.append(
-        ["peak host memory of a rank", *(size(info.get("peak_host_bytes")) for info in infos)]
-    )
-    rows.append(
-        ["peak GPU memory of a rank", *(size(info.get("peak_device_bytes")) for info in infos)]
-    )
-    return table(
-        ["", *(run.name for run in runs)],
-        "".join(f"<tr>{cells(row)}</tr>" for row in rows),
-        caption="results",
-    )
+    warnings += [f"{run.name}: {text}" for run in runs for text in run.summary.missing]
+    warnings += [
+        f"{run.name}: {line}" for run in runs for line in footnotes(run.summary.results or {})
+    ]
+    reasons = loss_differences(runs)
+    warnings += [
+        f"{MARK} {LOSS_LABELS[key]} is not comparable: {'; '.join(reasons[key])}."
+        for key in reasons
+    ]
+    kl_warnings = [
+        f"{run.name}: {MARK} {line}"
+        for run in runs
+        for line in kl_footnotes(run.summary.results, run.recipe)
+    ]
+    return warnings + kl_warnings, {*reasons, *(["kl"] if kl_warnings else [])}
 
 
-def _score(facts: Facts, name: str, model: str) -> str:
-    benchmark = next((one for one in facts.benchmarks if one.name == name), None)
-    if facts.results is None or benchmark is None or model not in benchmark.intervals:
+def _results_rows(
+    runs: Sequence[ComparedRun], forced: bool, marked_losses: Collection[str]
+) -> list[list[object]]:
+    """Rows of results and costs, one column per run. forced: mark all results."""
+    summaries = [run.summary for run in runs]
+    rows: list[list[object]] = []
+    for name in dict.fromkeys(b.name for summary in summaries for b in summary.benchmarks):
+        all_results = [summary.results or {} for summary in summaries]
+        label = f"{name} {MARK}" if forced else mark_benchmark(name, *all_results)
+        for prefix, model in (("ROUGE-L", "student"), ("ROUGE-L of the teacher", "teacher")):
+            scores = (_score(summary, name, model) for summary in summaries)
+            rows.append([f"{prefix}, {label}", *scores])
+    for key, label in LOSS_LABELS.items():
+        is_marked = forced or key in marked_losses
+        losses = (format_number(run.student_results.get(key), 3) for run in runs)
+        rows.append([f"{label} {MARK}" if is_marked else label, *losses])
+
+    # Costs, as far as they are known.
+    infos = [summary.train_info for summary in summaries]
+    steps = (f"{s.curves.last_step:,}" if s.curves is not None else ABSENT for s in summaries)
+    times = (format_duration(info["seconds"]) if "seconds" in info else ABSENT for info in infos)
+    rows += [
+        ["optimizer steps", *steps],
+        ["time of training", *times],
+        ["time, all steps", *(format_duration(summary.total_seconds) for summary in summaries)],
+        ["ranks", *(info.get("ranks", ABSENT) for info in infos)],
+    ]
+    for label, key in (("host", "peak_host_bytes"), ("GPU", "peak_device_bytes")):
+        sizes = (format_size(info.get(key)) for info in infos)
+        rows.append([f"peak {label} memory of a rank", *sizes])
+    return rows
+
+
+def _score(summary: RunSummary, benchmark: str, model: str) -> str:
+    """ROUGE-L of a model with its interval."""
+    items = next((entry for entry in summary.benchmarks if entry.name == benchmark), None)
+    if summary.results is None or items is None or model not in items.intervals:
         return ABSENT
-    entry = facts.results["models"][model]["benchmarks"][name]
-    deviation = "" if entry["rouge_l_deviation"] is None else f" ± {entry['rouge_l_deviation']:.2f}"
-    low, high = benchmark.intervals[model]
-    return f"{entry['rouge_l']:.2f}{deviation} ({low:.2f} to {high:.2f})"
+    entry = summary.results["models"][model]["benchmarks"][benchmark]
+    low, high = items.intervals[model]
+    return f"{format_rouge(entry)} ({low:.2f} to {high:.2f})"
 
 
-def _mixed(runs: Sequence[Compared], differing: bool) -> tuple[list[dict[str, Any]], str]:
-    """The students' answers of all runs to the same items, by benchmark; or why there are none."""
+def _common_items(runs: Sequence[ComparedRun], *, forced: bool) -> tuple[list[dict[str, Any]], str]:
+    """The students' answers of all runs to common items, by benchmark; or why there are none."""
     evaluated = [
-        run for run in runs if any("student" in one.intervals for one in run.facts.benchmarks)
+        run
+        for run in runs
+        if any("student" in benchmark.intervals for benchmark in run.summary.benchmarks)
     ]
     if len(evaluated) < 2:
         return [], "Fewer than two of these runs have answers of their students."
-    if differing:
-        return [], "The runs were not asked alike, so their answers are not put side by side."
-    found = []
-    for one in evaluated[0].facts.benchmarks:
-        sides = [next(b for b in run.facts.benchmarks if b.name == one.name) for run in evaluated]
-        by_id = [{item.id: item for item in side.items} for side in sides]
+    if forced:
+        return [], "The runs were evaluated in different ways, so their answers are not shown."
+    names = {run.name: run.name for run in evaluated}
+    benchmarks = []
+    for first in evaluated[0].summary.benchmarks:
+        by_run = {
+            run.name: next(b for b in run.summary.benchmarks if b.name == first.name)
+            for run in evaluated
+        }
+        items_by_run = {
+            name: {item.id: item for item in benchmark.items} for name, benchmark in by_run.items()
+        }
         items = [
             Item(
                 item.id,
-                item.question,
+                item.prompt,
                 item.references,
-                {
-                    run.name: known[item.id].answers["student"]
-                    for run, known in zip(evaluated, by_id, strict=True)
-                },
+                {name: known[item.id].answers["student"] for name, known in items_by_run.items()},
             )
-            for item in one.items
-            if all(item.id in known for known in by_id)
+            for item in first.items
+            if all(item.id in known for known in items_by_run.values())
         ]
-        intervals = {
-            run.name: side.intervals["student"] for run, side in zip(evaluated, sides, strict=True)
-        }
-        names = {run.name: run.name for run in evaluated}
-        found.append(
-            item_data(Benchmark(one.name, one.total, items, one.asked, {}, intervals), names)
-        )
-    return found, ""
+        intervals = {name: benchmark.intervals["student"] for name, benchmark in by_run.items()}
+        combined = BenchmarkItems(first.name, first.total, items, first.prompts_digest, intervals)
+        benchmarks.append(item_data(combined, names))
+    return benchmarks, ""
 
 
-def _fields(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and plain values."""
-    found: list[tuple[str, Any]] = []
+def _dotted_fields(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and plain values of all fields."""
+    fields: list[tuple[str, Any]] = []
     for key, value in tree.items():
-        found += (
-            _fields(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else [(f"{prefix}{key}", value)]
-        )
-    return found
+        if isinstance(value, dict) and value:
+            fields += _dotted_fields(value, f"{prefix}{key}.")
+        else:
+            fields.append((f"{prefix}{key}", value))
+    return fields

@@ -1,4 +1,4 @@
-"""Texts that both pages share: the headline, cells of tables, and what makes foreign text harmless."""
+"""Texts and table rows that both pages share, and escaping of text from data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import pairwise
 from typing import Any
 
 from pocl_ds.metrics.footnotes import mark_benchmark
-from pocl_ds.report.history import Spent
-from pocl_ds.report.run_summary import MODELS, Facts
+from pocl_ds.report.history import StepCost
+from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
 from pocl_ds.runtime.formatting import format_duration
 from pocl_ds.runtime.loss_spikes import LossSpikes
 
 ABSENT = "–"
-# Of a benchmark's results beside ROUGE-L: what a reader calls it, where it stands, and its
-# decimals.
+LOSS_LABELS = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
+# Other measures of a benchmark: label, path in its results, decimals.
 MEASURES: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("exact match", ("exact_match",), 1),
     ("words", ("words",), 1),
@@ -27,269 +27,231 @@ MEASURES: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("KL to teacher", ("kl",), 3),
     ("judge", ("judge", "mean"), 2),
 )
-# What a page cannot hold: control characters, and halves of surrogate pairs, which JSON allows and
-# UTF-8 does not.
+COST_HEADER = ["step", "time", "processes", "host memory", "GPU memory"]
+MAX_SPIKES = 8  # that are named
+# Control characters, and halves of surrogate pairs, which JSON allows and UTF-8 does not.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
-def escaped(text: object) -> str:
-    """Any text as HTML text or attribute."""
+def escape_html(text: object) -> str:
+    """Any text as HTML text or attribute value."""
     return html.escape(UNPRINTABLE.sub("\ufffd", str(text)), quote=True)
 
 
-def markdown_cell(text: object) -> str:
-    """Any text as one cell of a Markdown table: literal, on one line, without links, images or
-    tags.
-    """
+def escape_markdown(text: object) -> str:
+    """Any text as a cell of a Markdown table: literal, on one line, without links or tags."""
     plain = UNPRINTABLE.sub("\ufffd", str(text).replace("\r\n", "\n").replace("\r", "\n"))
     plain = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(plain, quote=False))
     return re.sub(r"(https?):", r"\1&#58;", plain).replace("\n", "<br>")
 
 
-def size(count: int | None) -> str:
-    """Bytes as a person writes them: 3.4 GiB."""
+def format_size(count: int | None) -> str:
+    """Bytes as 3.4 GiB or 512 MiB."""
     if count is None:
         return ABSENT
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def spent_rows(spent: list[Spent]) -> list[list[str]]:
-    """Stage, time, processes, and the peak memory of one of them on host and GPU."""
+def format_number(value: float | None, digits: int) -> str:
+    """A number with a fixed number of decimals; a dash for None."""
+    return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def format_rouge(entry: dict[str, Any] | None) -> str:
+    """ROUGE-L of a benchmark's results, with its deviation over seeds."""
+    if entry is None:
+        return ABSENT
+    deviation = entry.get("rouge_l_deviation")
+    return format_number(entry["rouge_l"], 2) + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def cost_rows(step_costs: Sequence[StepCost]) -> list[list[str]]:
+    """Rows for COST_HEADER."""
     return [
         [
-            one.stage,
-            format_duration(one.seconds),
-            str(one.processes),
-            size(one.host_bytes),
-            size(one.device_bytes),
+            cost.step,
+            format_duration(cost.seconds),
+            str(cost.processes),
+            format_size(cost.host_bytes),
+            format_size(cost.device_bytes),
         ]
-        for one in spent
+        for cost in step_costs
     ]
 
 
-def about_rows(facts: Facts, recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was distilled with what, and what that took, as far as the run knows."""
-    part = {
-        name: recipe.get(name) or {}
-        for name in ("student", "teacher", "loss", "policy", "data", "ranking")
-    }
+def about_rows(summary: RunSummary, recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """(label, value): models, data, method and cost, as far as they are known."""
+
+    def field(section: str, name: str) -> Any:
+        return (recipe.get(section) or {}).get(name)
+
     rows = [
-        ("student", part["student"].get("model")),
-        ("teacher", part["teacher"].get("model")),
-        ("data", part["data"].get("source")),
-        ("loss", part["loss"].get("name")),
-        ("responses", part["policy"].get("name")),
-        ("order", part["ranking"].get("strategy")),
+        ("student", field("student", "model")),
+        ("teacher", field("teacher", "model")),
+        ("data", field("data", "source")),
+        ("loss", field("loss", "name")),
+        ("policy", field("policy", "name")),
+        ("ranking", field("ranking", "strategy")),
     ]
-    if facts.plan is not None:
-        stages = facts.plan["stages"]
+    if summary.plan is not None:
+        stages = summary.plan["stages"]
+        steps = sum(stage["steps"] for stage in stages)
         rows.append(
             (
                 "curriculum",
-                f"{stages[-1]['stop']:,} samples in {len(stages)} subsets, "
-                f"{sum(stage['steps'] for stage in stages):,} steps of {facts.plan['batch_size']} "
-                f"samples",
+                f"{stages[-1]['stop']:,} samples in {len(stages)} subsets, {steps:,} optimizer "
+                f"steps of {summary.plan['batch_size']} samples",
             )
         )
-    if facts.spent:
-        hours = sum(one.seconds * one.processes for one in facts.spent) / 3600
-        rows.append(
-            ("cost", "under 0.01 process hours" if hours < 0.01 else f"{hours:,.2f} process hours")
-        )
-    if facts.history.attempts:
-        rows.append(
-            (
-                "jobs",
-                f"{facts.history.node_hours:.2f} node hours, {facts.history.restarts} restarts",
-            )
-        )
-    return [(name, str(value)) for name, value in rows if value]
+    if summary.step_costs:
+        hours = sum(cost.seconds * cost.processes for cost in summary.step_costs) / 3600
+        hours_text = "under 0.01" if hours < 0.01 else f"{hours:,.2f}"
+        rows.append(("cost", f"{hours_text} process hours"))
+    if summary.history.attempts:
+        node_hours, restarts = summary.history.node_hours, summary.history.restarts
+        rows.append(("jobs", f"{node_hours:.2f} node hours, {restarts} restarts"))
+    return [(label, str(value)) for label, value in rows if value]
 
 
 def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Header, and (model, cells) for each model: loss and KL in nats per token, ROUGE-L x100 by
-    benchmark.
-    """
-    models = [name for name in MODELS if name in results["models"]]
+    """Header, and (model, cells): loss and KL in nats per token, ROUGE-L x100 by benchmark."""
+    entries = {
+        model: results["models"][model] for model in MODEL_LABELS if model in results["models"]
+    }
     benchmarks = list(
-        dict.fromkeys(name for model in models for name in results["models"][model]["benchmarks"])
+        dict.fromkeys(name for entry in entries.values() for name in entry["benchmarks"])
     )
-    entries = {model: results["models"][model] for model in models}
-    measures = [
-        key
-        for key in ("loss", "kl")
-        if any(entry.get(key) is not None for entry in entries.values())
+    losses = [
+        key for key in LOSS_LABELS if any(entry.get(key) is not None for entry in entries.values())
     ]
-    names = {"loss": "held-out loss (nats/token)", "kl": "KL to teacher (nats/token)"}
     header = [
         "model",
-        *(names[key] for key in measures),
-        *(f"ROUGE-L, {marked(name, results)}" for name in benchmarks),
+        *(LOSS_LABELS[key] for key in losses),
+        *(f"ROUGE-L, {mark_benchmark(name, results)}" for name in benchmarks),
     ]
     rows = []
     for model, entry in entries.items():
-        cells = [MODELS[model], *(number(entry.get(key), 3) for key in measures)]
-        rows.append(
-            (model, cells + [_spread(entry["benchmarks"].get(name)) for name in benchmarks])
-        )
+        cells = [MODEL_LABELS[model], *(format_number(entry.get(key), 3) for key in losses)]
+        cells += [format_rouge(entry["benchmarks"].get(name)) for name in benchmarks]
+        rows.append((model, cells))
     return header, rows
 
 
-def kl_lines(results: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> list[str]:
-    """Where "KL to teacher" in the results is not to what training asked."""
+def results_note(results: dict[str, Any]) -> str:
+    """What the ROUGE-L numbers of a table of results are."""
+    seeds = len(results["seeds"])
+    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return f"ROUGE-L ×100, {spread}."
+
+
+def kl_footnotes(results: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -> list[str]:
+    """Sentences on how the evaluated teacher differs from the one that training used."""
     teacher = recipe.get("teacher") or {}
-    if all(entry.get("kl") is None for entry in (results or {"models": {}})["models"].values()):
+    entries = (results or {"models": {}})["models"].values()
+    if all(entry.get("kl") is None for entry in entries):
         return []
-    found = []
+    footnotes = []
     if teacher.get("ensemble"):
-        found.append(
-            f"KL to teacher is to {teacher['model']} alone, not to the mixture of "
-            f"{1 + len(teacher['others'])} that "
-            "training asked."
+        footnotes.append(
+            f"KL to teacher is computed with {teacher['model']} alone, while training uses a "
+            f"mixture of {1 + len(teacher['ensemble'])} teachers."
         )
     if teacher.get("quantization", "none") != "none":
-        found.append(
-            f"KL to teacher is to the teacher as its model is, not quantised to "
-            f"{teacher['quantization']} as training "
-            "asked it."
+        footnotes.append(
+            "KL to teacher is computed without quantization, while training quantizes the teacher "
+            f"to {teacher['quantization']}."
         )
-    return found
+    return footnotes
 
 
-def headline(facts: Facts) -> str:
-    """The result in one or two sentences, as far as the run has come."""
-    if facts.results is None:
+def headline(summary: RunSummary) -> str:
+    """The result in one or two sentences."""
+    if summary.results is None:
         return "No result yet: this run has not been evaluated."
-    models = facts.results["models"]
+    models, benchmark = summary.results["models"], summary.main_benchmark
     rouge = {
-        name: entry["benchmarks"][facts.benchmark]["rouge_l"]
-        for name, entry in models.items()
-        if facts.benchmark in entry["benchmarks"]
+        model: entry["benchmarks"][benchmark]["rouge_l"]
+        for model, entry in models.items()
+        if benchmark in entry["benchmarks"]
     }
     sentences = []
     if "student" in rouge:
+        before = f"{rouge['initial']:.1f} before" if "initial" in rouge else ""
         if rouge.get("teacher"):
             text = (
                 f"The student reaches {100 * rouge['student'] / rouge['teacher']:.0f}% of the "
-                f"teacher's ROUGE-L on "
-                f"{facts.benchmark} ({rouge['student']:.1f} of {rouge['teacher']:.1f}"
+                f"teacher's ROUGE-L on {benchmark} ({rouge['student']:.1f} of "
+                f"{rouge['teacher']:.1f}"
             )
-            text += f"; {rouge['initial']:.1f} before)" if "initial" in rouge else ")"
+            text += f"; {before})" if before else ")"
         else:
-            text = f"The student's ROUGE-L on {facts.benchmark} is {rouge['student']:.1f}"
-            text += f" ({rouge['initial']:.1f} before)" if "initial" in rouge else ""
+            text = f"The student's ROUGE-L on {benchmark} is {rouge['student']:.1f}"
+            text += f" ({before})" if before else ""
         sentences.append(text + ".")
     loss = {name: entry["loss"] for name, entry in models.items() if entry.get("loss") is not None}
     if "student" in loss:
         text = f"Its held-out loss is {loss['student']:.2f} nats per token"
-        beside = (("initial", "before"), ("teacher", "for the teacher"))
-        others = [f"{loss[name]:.2f} {word}" for name, word in beside if name in loss]
-        sentences.append(text + (f" ({', '.join(others)})" if others else "") + ".")
-    return " ".join(sentences) or "The student itself was not among the models that were evaluated."
+        labels = {"initial": "before", "teacher": "for the teacher"}
+        context = [f"{loss[name]:.2f} {label}" for name, label in labels.items() if name in loss]
+        sentences.append(text + (f" ({', '.join(context)})" if context else "") + ".")
+    return " ".join(sentences) or "The student was not evaluated."
 
 
-def detail_rows(facts: Facts) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
-    """Header, and (model, benchmark, cells): each benchmark's numbers for each model, with an
-    interval over its items.
-
-    A measure that no model has is left out.
+def benchmark_rows(summary: RunSummary) -> tuple[list[str], list[tuple[str, str, list[str]]]]:
+    """Header, and (model, benchmark, cells): all measures of each model on each benchmark, and an
+    interval over items. Measures that no model has are left out.
     """
-    found = [
-        (benchmark, model, (facts.results or {})["models"][model]["benchmarks"][benchmark.name])
-        for benchmark in facts.benchmarks
+    results = summary.results or {}
+    entries = [
+        (benchmark, model, results["models"][model]["benchmarks"][benchmark.name])
+        for benchmark in summary.benchmarks
         for model in benchmark.intervals
     ]
     measures = [
-        one
-        for one in MEASURES
-        if any(_measured(entry, one[1]) is not None for _, _, entry in found)
+        measure
+        for measure in MEASURES
+        if any(_lookup(entry, measure[1]) is not None for _, _, entry in entries)
     ]
-    header = [
-        "benchmark",
-        "model",
-        "items",
-        "ROUGE-L",
-        "95% interval",
-        *(name for name, _, _ in measures),
-    ]
+    names = [name for name, _, _ in measures]
+    header = ["benchmark", "model", "items", "ROUGE-L", "95% interval", *names]
     rows = []
-    for benchmark, model, entry in found:
+    for benchmark, model, entry in entries:
         low, high = benchmark.intervals[model]
-        rows.append(
-            (
-                model,
-                benchmark.name,
-                [
-                    benchmark.name,
-                    MODELS[model],
-                    f"{entry['samples']:,}",
-                    _spread(entry),
-                    f"{low:.2f} to {high:.2f}",
-                    *(number(_measured(entry, keys), digits) for _, keys, digits in measures),
-                ],
-            )
-        )
+        cells = [
+            benchmark.name,
+            MODEL_LABELS[model],
+            f"{entry['samples']:,}",
+            format_rouge(entry),
+            f"{low:.2f} to {high:.2f}",
+            *(format_number(_lookup(entry, path), digits) for _, path, digits in measures),
+        ]
+        rows.append((model, benchmark.name, cells))
     return header, rows
 
 
-def _measured(entry: dict[str, Any], keys: Sequence[str]) -> float | None:
-    """A number of a benchmark's results, None where it is not there."""
-    found: Any = entry
-    for key in keys:
-        found = None if found is None else found.get(key)
-    return None if found is None else float(found)
-
-
-def training_line(facts: Facts) -> str:
-    """How the samples lay in micro-batches, as far as training recorded it."""
-    info = facts.manifests["train"].info if "train" in facts.manifests else {}
+def training_sentence(summary: RunSummary) -> str:
+    """Optimizer steps, ranks, padding and loss spikes of a finished training."""
+    info = summary.train_info
     if "padding_share" not in info:
         return ""
     share = f"{100 * info['padding_share']:.0f}% of their tokens"
     ranks = "1 rank" if info["ranks"] == 1 else f"{info['ranks']} ranks"
-    lay = (
+    padding = (
         f"packed without padding, which would be {share}"
         if info["packed"]
         else f"padded; padding is {share}"
     )
-    left_out = (
-        f" {info['skipped_steps']} were left out, for numbers that were not finite."
-        if info.get("skipped_steps")
-        else ""
-    )
-    return f"{info['steps']:,} steps on {ranks}; micro-batches were {lay}.{left_out}" + _spikes(
-        facts
-    )
-
-
-def _spikes(facts: Facts) -> str:
-    """The steps whose loss jumped, at most a few of them by number."""
-    if facts.curves is None:
-        return ""
-    columns, spikes = facts.curves.steps, LossSpikes()
-    rows = zip(columns["step"], columns["loss"], columns["stage"], strict=True)
-    found = [
-        f"{step:.0f}"
-        for step, loss, stage in rows
-        if spikes.update(float(loss), int(stage)) is not None
-    ]
-    named = ", ".join(found[:8]) + (" and others" if len(found) > 8 else "")
-    return f" The loss spiked at {len(found)} steps: {named}." if found else ""
+    text = f"{info['steps']:,} optimizer steps on {ranks}. Micro-batches were {padding}."
+    if info.get("skipped_steps"):
+        text += f" {info['skipped_steps']} steps were skipped because of non-finite values."
+    return text + _spike_sentence(summary)
 
 
 def plan_rows(
-    plan: dict[str, Any], seen: Sequence[float] | None
+    plan: dict[str, Any], visits: Sequence[float] | None
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and one row a stage. seen: mean draws of a sample of each subset."""
-    header = [
-        "stage",
-        "samples",
-        "epochs",
-        "steps",
-        "temperature",
-        "SFT ratio",
-        *(["its subset was seen"] if seen else []),
-    ]
+    """Header and one row per stage. visits: mean visits of a sample of each subset."""
+    header = ["stage", "samples", "epochs", "optimizer steps", "temperature", "SFT ratio"]
     rows = [
         [
             str(stage["index"] + 1),
@@ -298,34 +260,53 @@ def plan_rows(
             f"{stage['steps']:,}",
             f"{stage['temperature']:.3g}",
             f"{stage['sft_ratio']:.3g}",
-            *([f"{seen[stage['index']]:.1f} times"] if seen else []),
         ]
         for stage in plan["stages"]
     ]
+    if visits:
+        header.append("visits of its subset")
+        for row, stage in zip(rows, plan["stages"], strict=True):
+            row.append(f"{visits[stage['index']]:.1f}")
     return header, rows
 
 
-def mean_seen(facts: Facts) -> list[float] | None:
-    """How often a sample of each subset was drawn, on average."""
-    if facts.plan is None or facts.seen is None:
+def mean_visits(summary: RunSummary) -> list[float] | None:
+    """Mean visits of a sample of each subset."""
+    if summary.plan is None or summary.sample_visits is None:
         return None
-    stops = [int(stage["stop"]) for stage in facts.plan["stages"]]
-    return [float(facts.seen[a:b].mean()) for a, b in pairwise([0, *stops])]
+    stops = [int(stage["stop"]) for stage in summary.plan["stages"]]
+    return [
+        float(summary.sample_visits[start:stop].mean()) for start, stop in pairwise([0, *stops])
+    ]
 
 
-def versions(facts: Facts) -> dict[str, str]:
-    """Packages of the run: those of training, else of the first finished stage."""
-    manifest = facts.manifests.get("train") or next(iter(facts.manifests.values()), None)
+def package_versions(summary: RunSummary) -> dict[str, str]:
+    """Package versions of training, or else of the first finished step."""
+    manifest = summary.manifests.get("train") or next(iter(summary.manifests.values()), None)
     return dict(manifest.versions) if manifest else {}
 
 
-def number(value: float | None, digits: int) -> str:
-    """Fixed decimals, or a dash."""
-    return ABSENT if value is None else f"{value:.{digits}f}"
+def _lookup(entry: dict[str, Any], path: Sequence[str]) -> float | None:
+    """A number in a benchmark's results, None if it is not there."""
+    value: Any = entry
+    for key in path:
+        value = None if value is None else value.get(key)
+    return None if value is None else float(value)
 
 
-def _spread(entry: dict[str, Any] | None) -> str:
-    if entry is None:
-        return ABSENT
-    deviation = entry.get("rouge_l_deviation")
-    return number(entry["rouge_l"], 2) + ("" if deviation is None else f" ± {deviation:.2f}")
+def _spike_sentence(summary: RunSummary) -> str:
+    """The optimizer steps at which the loss jumped."""
+    if summary.curves is None:
+        return ""
+    columns, detector = summary.curves.steps, LossSpikes()
+    spikes = [
+        f"{step:.0f}"
+        for step, loss, stage in zip(
+            columns["step"], columns["loss"], columns["stage"], strict=True
+        )
+        if detector.update(float(loss), int(stage)) is not None
+    ]
+    if not spikes:
+        return ""
+    named = ", ".join(spikes[:MAX_SPIKES]) + (" and others" if len(spikes) > MAX_SPIKES else "")
+    return f" The loss spiked at {len(spikes)} optimizer steps: {named}."

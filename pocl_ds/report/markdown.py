@@ -1,85 +1,94 @@
-"""The same in Markdown, without charts: for a terminal, an issue or a model card."""
+"""The report in Markdown, without charts: for a terminal, an issue or a model card."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from pocl_ds.config.yaml_io import plain_value
 from pocl_ds.metrics.footnotes import footnotes
 from pocl_ds.report.formatting import (
-    detail_rows,
+    COST_HEADER,
+    benchmark_rows,
+    cost_rows,
+    escape_markdown,
     headline,
-    kl_lines,
-    markdown_cell,
-    mean_seen,
+    kl_footnotes,
+    mean_visits,
+    package_versions,
     plan_rows,
+    results_note,
     results_rows,
-    spent_rows,
-    training_line,
-    versions,
+    training_sentence,
 )
 from pocl_ds.report.items import Item
-from pocl_ds.report.run_summary import MODELS, Facts
+from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
 
 
-def markdown_page(facts: Facts, *, name: str, recipe_yaml: str, examples: int) -> str:
-    """The whole text, with `examples` items."""
-    parts = [f"# {markdown_cell(name)}", markdown_cell(headline(facts))]
-    if facts.missing:
-        parts.append("\n".join(f"- {markdown_cell(sentence)}" for sentence in facts.missing))
-    if facts.results is not None:
-        header, rows = results_rows(facts.results)
-        seeds = len(facts.results["seeds"])
-        spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+def markdown_page(summary: RunSummary, *, name: str, recipe_yaml: str, num_examples: int) -> str:
+    """The whole text, with `num_examples` evaluated items."""
+    parts = [f"# {escape_markdown(name)}", escape_markdown(headline(summary))]
+    if summary.missing:
+        parts.append("\n".join(f"- {escape_markdown(sentence)}" for sentence in summary.missing))
+    parts += _results(summary, recipe_yaml)
+    if summary.plan is not None:
+        header, rows = plan_rows(summary.plan, mean_visits(summary))
+        parts += ["## Curriculum", _table(header, rows)]
+    if training := training_sentence(summary):
+        parts += ["## Training", escape_markdown(training)]
+    if items := summary.examples(num_examples):
+        models = [model for model in MODEL_LABELS if model in items[0].answers]
+        header = ["prompt", "reference", *(MODEL_LABELS[model] for model in models)]
+        rows = [_example(item, models) for item in items]
+        parts += ["## Answers", _table(header, rows, align="---"), "In brackets: ROUGE-L ×100."]
+    if summary.step_costs:
         parts += [
-            "## Results",
-            _table(header, [cells for _, cells in rows]),
-            *map(
-                markdown_cell,
-                footnotes(facts.results) + kl_lines(facts.results, plain_value(recipe_yaml)),
-            ),
-            f"ROUGE-L ×100, {spread}.",
-        ]
-        header, details = detail_rows(facts)
-        parts += [_table(header, [cells for _, _, cells in details])] if details else []
-    if facts.plan is not None:
-        parts += ["## Curriculum", _table(*plan_rows(facts.plan, mean_seen(facts)))]
-    if training := training_line(facts):
-        parts += ["## Training", markdown_cell(training)]
-    if shown := facts.examples(examples):
-        models = [model for model in MODELS if model in shown[0].answers]
-        header = ["prompt", "reference", *(MODELS[model] for model in models)]
-        parts += [
-            "## Answers",
-            _table(header, [_example(item, models) for item in shown], align="---"),
-            "In brackets: ROUGE-L ×100.",
-        ]
-    if facts.spent:
-        header = ["stage", "time", "processes", "host memory", "GPU memory"]
-        parts += [
-            "## Time and memory by stage",
-            _table(header, spent_rows(facts.spent)),
+            "## Time and memory by step",
+            _table(COST_HEADER, cost_rows(summary.step_costs)),
             "Memory: the peak of one process.",
         ]
-    found = ", ".join(f"{package} {version}" for package, version in versions(facts).items())
-    parts += ["## Versions", markdown_cell(found), "## Recipe", _fenced(recipe_yaml)]
+    versions = ", ".join(
+        f"{package} {version}" for package, version in package_versions(summary).items()
+    )
+    parts += ["## Versions", escape_markdown(versions), "## Recipe", _code_block(recipe_yaml)]
     return "\n\n".join(parts) + "\n"
 
 
-def _example(item: Item, models: list[str]) -> list[str]:
-    answers = [
-        f"({item.answers[model][1]:.0f}) {item.answers[model][0].strip()}" for model in models
+def _results(summary: RunSummary, recipe_yaml: str) -> list[str]:
+    """The tables of results, with footnotes."""
+    if summary.results is None:
+        return []
+    header, rows = results_rows(summary.results)
+    notes = [
+        *footnotes(summary.results),
+        *kl_footnotes(summary.results, plain_value(recipe_yaml)),
     ]
-    return [item.question, "\n".join(item.references), *answers]
+    parts = [
+        "## Results",
+        _table(header, [cells for _, cells in rows]),
+        *map(escape_markdown, notes),
+        results_note(summary.results),
+    ]
+    header, details = benchmark_rows(summary)
+    if details:
+        parts.append(_table(header, [cells for _, _, cells in details]))
+    return parts
 
 
-def _table(header: list[str], rows: list[list[str]], *, align: str = "---:") -> str:
-    """Header and rows; the columns after the first are aligned as told, numbers to the right."""
-    lines = [[markdown_cell(cell) for cell in line] for line in (header, *rows)]
+def _example(item: Item, models: Sequence[str]) -> list[str]:
+    answers = [item.answers[model] for model in models]
+    texts = [f"({answer.rouge_l:.0f}) {answer.text.strip()}" for answer in answers]
+    return [item.prompt, "\n".join(item.references), *texts]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str = "---:") -> str:
+    """A table. align: alignment of all columns but the first; default: right, for numbers."""
+    lines = [[escape_markdown(cell) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---", *[align] * (len(header) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _fenced(text: str) -> str:
-    """A block whose fence is longer than any run of backticks in it."""
+def _code_block(text: str) -> str:
+    """A YAML block whose fence is longer than any run of backticks in it."""
     fence = "```"
     while fence in text:
         fence += "`"

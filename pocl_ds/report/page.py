@@ -1,33 +1,47 @@
-"""The page of one run. Tables are HTML, escaped here; charts and lists are data, which the scripts
-show as text.
-"""
+"""The HTML page of one run. Tables are HTML; charts and lists are data that the scripts show."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pocl_ds.config.yaml_io import plain_value
 from pocl_ds.metrics.footnotes import footnotes, mark_benchmark
-from pocl_ds.report.charts import difficulty_charts, seen_charts, subset_bounds, training_charts
-from pocl_ds.report.document import bar, browser, cells, document, figures, folded, section, table
-from pocl_ds.report.formatting import (
-    about_rows,
-    detail_rows,
-    escaped,
-    headline,
-    kl_lines,
-    mean_seen,
-    number,
-    plan_rows,
-    results_rows,
-    size,
-    training_line,
-    versions,
+from pocl_ds.report.charts import difficulty_charts, subset_bounds, training_charts, visit_charts
+from pocl_ds.report.document import (
+    bar_cell,
+    chart_figures,
+    details,
+    filter_list,
+    html_document,
+    html_rows,
+    html_table,
+    page_header,
+    paragraph_note,
+    preformatted,
+    row_cells,
+    section,
 )
-from pocl_ds.report.items import Benchmark
-from pocl_ds.report.run_summary import MODELS, Facts
+from pocl_ds.report.formatting import (
+    COST_HEADER,
+    about_rows,
+    benchmark_rows,
+    cost_rows,
+    escape_html,
+    format_number,
+    format_size,
+    headline,
+    kl_footnotes,
+    mean_visits,
+    package_versions,
+    plan_rows,
+    results_note,
+    results_rows,
+    training_sentence,
+)
+from pocl_ds.report.items import BenchmarkItems
+from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
 from pocl_ds.runtime.formatting import format_duration
 
 SAMPLE_MENUS = (("subset", "Subset"), ("sort", "Order"))
@@ -35,349 +49,315 @@ ITEM_MENUS = (
     ("benchmark", "Benchmark"),
     ("left", "Items where"),
     ("relation", "is"),
-    ("right", "than"),
+    ("right", "compared with"),
+)
+ZOOM_NOTE = (
+    "Drag over a chart to zoom in, double-click to zoom out. Keyboard: arrows, + and −, Escape."
 )
 
 
-def html_page(facts: Facts, *, name: str, recipe_yaml: str) -> str:
+def html_page(summary: RunSummary, *, name: str, recipe_yaml: str) -> str:
     """The whole page."""
     recipe = plain_value(recipe_yaml)
-    training, difficulty, seen = (
-        training_charts(facts),
-        difficulty_charts(facts),
-        seen_charts(facts),
-    )
-    body = "".join(
+    difficulty, training = difficulty_charts(summary), training_charts(summary)
+    visits = visit_charts(summary)
+    html = "".join(
         [
-            f'<header><p class="eyebrow">POCL distillation · run report</p><h1>{escaped(name)}</h1>'
-            f'<p class="lead">{escaped(headline(facts))}</p></header>',
-            missing(facts.missing),
-            tiles(facts),
-            about(facts, recipe),
-            _results(facts, recipe),
-            _curriculum(facts, figures(seen, len(difficulty) + len(training))),
+            page_header("run report", name, headline(summary)),
+            missing_list(summary.missing),
+            _tiles(summary),
+            _about(summary, recipe),
+            _results(summary, recipe),
+            _curriculum(summary, chart_figures(visits, len(difficulty) + len(training))),
             section(
                 "Difficulty",
-                figures(difficulty, 0),
+                chart_figures(difficulty, 0),
                 anchor="difficulty",
-                note="How hard each sample is for the initial student, and the subset it fell into.",
+                note="How hard each sample is for the initial student, and its subset.",
             ),
-            _samples(facts),
+            _samples(summary),
             section(
                 "Training",
-                figures(training, len(difficulty)),
+                chart_figures(training, len(difficulty)),
                 anchor="training",
-                note=f"{training_line(facts)} Drag over a chart to zoom in, twice a click to zoom "
-                f"out; with the keyboard: "
-                "arrows, + and −, Escape.".strip(),
+                note=f"{training_sentence(summary)} {ZOOM_NOTE}".strip(),
             ),
-            _items(facts),
-            spent(facts),
-            _provenance(facts, recipe_yaml),
+            _answers(summary),
+            _costs(summary),
+            _provenance(summary, recipe_yaml),
         ]
     )
-    bounds = _bounds(facts)
+    bounds = _bounds(summary)
     data = {
-        "charts": difficulty + training + seen,
-        "samples": _sample_data(facts, bounds),
+        "charts": difficulty + training + visits,
+        "samples": _sample_data(summary, bounds),
         "items": [
-            item_data(one, {m: MODELS[m] for m in one.intervals}) for one in facts.benchmarks
+            item_data(benchmark, {model: MODEL_LABELS[model] for model in benchmark.intervals})
+            for benchmark in summary.benchmarks
         ],
     }
-    return document(name, body, data, subsets=max(1, len(bounds) - 1))
+    return html_document(name, html, data, subsets=max(1, len(bounds) - 1))
 
 
-def item_data(benchmark: Benchmark, names: Mapping[str, str]) -> dict[str, Any]:
-    """A benchmark's items, by column. names: model -> what the page calls it."""
-    items = benchmark.items
+def item_data(benchmark: BenchmarkItems, labels: Mapping[str, str]) -> dict[str, Any]:
+    """A benchmark's items by column, for the script. labels: model -> its label."""
+    items, models = benchmark.items, list(benchmark.intervals)
     return {
         "name": benchmark.name,
-        "models": [names[model] for model in benchmark.intervals],
+        "models": [labels[model] for model in models],
         "ids": [item.id for item in items],
-        "questions": [item.question for item in items],
+        "prompts": [item.prompt for item in items],
         "references": [item.references for item in items],
-        "answers": [[item.answers[model][0] for item in items] for model in benchmark.intervals],
+        "answers": [[item.answers[model].text for item in items] for model in models],
         "scores": [
-            [round(item.answers[model][2], 2) for item in items] for model in benchmark.intervals
+            [round(item.answers[model].mean_rouge_l, 2) for item in items] for model in models
         ],
     }
 
 
-def missing(sentences: list[str]) -> str:
-    """What is not there, or stands on weak feet."""
-    lines = "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences)
-    return (
-        f'<section class="missing" aria-label="what is missing"><ul>{lines}</ul></section>'
-        if lines
-        else ""
-    )
+def missing_list(sentences: Sequence[str]) -> str:
+    """A box that names what is missing or not comparable."""
+    if not sentences:
+        return ""
+    lines = "".join(f"<li>{escape_html(sentence)}</li>" for sentence in sentences)
+    return f'<section class="missing" aria-label="what is missing"><ul>{lines}</ul></section>'
 
 
-def tiles(facts: Facts) -> str:
-    """The numbers that one looks for first."""
-    models = facts.results["models"] if facts.results else {}
+def _tiles(summary: RunSummary) -> str:
+    """The most important numbers."""
+    models = summary.results["models"] if summary.results else {}
     student, initial, teacher = (models.get(name, {}) for name in ("student", "initial", "teacher"))
 
-    def rouge(entry: dict) -> float | None:
-        found = entry.get("benchmarks", {}).get(facts.benchmark)
-        return None if found is None else found["rouge_l"]
+    def rouge(entry: dict[str, Any]) -> float | None:
+        benchmark = entry.get("benchmarks", {}).get(summary.main_benchmark)
+        return None if benchmark is None else benchmark["rouge_l"]
 
-    found = []
-    for label, values, digits in (
-        (
-            f"ROUGE-L, {marked(facts.benchmark, facts.results or {})}",
-            (rouge(student), rouge(initial), rouge(teacher)),
-            1,
-        ),
+    # Results: the student's value, and for comparison those of the initial student and the teacher.
+    benchmark = mark_benchmark(summary.main_benchmark, summary.results or {})
+    tiles = []
+    for label, value, before, of_teacher, digits in (
+        (f"ROUGE-L, {benchmark}", rouge(student), rouge(initial), rouge(teacher), 1),
         (
             "held-out loss, nats/token",
-            (student.get("loss"), initial.get("loss"), teacher.get("loss")),
+            student.get("loss"),
+            initial.get("loss"),
+            teacher.get("loss"),
             2,
         ),
-        ("KL to teacher, nats/token", (student.get("kl"), initial.get("kl"), None), 2),
+        ("KL to teacher, nats/token", student.get("kl"), initial.get("kl"), None, 2),
     ):
-        if values[0] is not None:
-            beside = [
-                f"{number(value, digits)} {word}"
-                for value, word in zip(values[1:], ("before", "teacher"), strict=True)
-                if value is not None
+        if value is not None:
+            context = [
+                f"{format_number(number, digits)} {word}"
+                for number, word in ((before, "before"), (of_teacher, "teacher"))
+                if number is not None
             ]
-            found.append((label, number(values[0], digits), " · ".join(beside)))
-    if facts.spent:
-        parts = {one.stage: one for one in facts.spent}
-        training = f"{format_duration(parts['train'].seconds)} training" if "train" in parts else ""
-        found.append(("time, all stages", format_duration(sum(one.seconds for one in facts.spent)), training))
-    if "train" in facts.manifests and (
-        peak := facts.manifests["train"].info.get("peak_host_bytes")
-    ):
-        device = facts.manifests["train"].info.get("peak_device_bytes")
-        found.append(
-            (
-                "memory of a rank",
-                size(device or peak),
-                "GPU, training" if device else "host, training",
-            )
-        )
-    body = "".join(
-        f'<div class="tile"><span>{escaped(label)}</span><b>{escaped(value)}</b><small>{escaped(beside)}</small></div>'
-        for label, value, beside in found
+            tiles.append((label, format_number(value, digits), " · ".join(context)))
+
+    # Time and memory.
+    if summary.step_costs:
+        seconds = {cost.step: cost.seconds for cost in summary.step_costs}
+        context_text = f"{format_duration(seconds['train'])} training" if "train" in seconds else ""
+        tiles.append(("time, all steps", format_duration(summary.total_seconds), context_text))
+    if host := summary.train_info.get("peak_host_bytes"):
+        device = summary.train_info.get("peak_device_bytes")
+        kind = "GPU" if device else "host"
+        tiles.append(("peak memory of a rank", format_size(device or host), f"{kind}, training"))
+    html = "".join(
+        f'<div class="tile"><span>{escape_html(label)}</span><b>{escape_html(value)}</b>'
+        f"<small>{escape_html(context)}</small></div>"
+        for label, value, context in tiles
     )
-    return f'<div class="tiles">{body}</div>' if body else ""
+    return f'<div class="tiles">{html}</div>' if html else ""
 
 
-def about(facts: Facts, recipe: dict[str, Any]) -> str:
-    """What was distilled with what."""
-    pairs = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>"
-        for name, value in about_rows(facts, recipe)
-    )
-    return (
-        f'<section class="about" aria-label="about the run"><dl>{pairs}</dl></section>'
-        if pairs
-        else ""
-    )
-
-
-def spent(facts: Facts) -> str:
-    """Time and memory by stage."""
-    longest = max((one.seconds for one in facts.spent), default=0) or 1.0
-    rows = "".join(
-        f"<tr>{cells([one.stage])}{bar(one.seconds / longest)}<td>{escaped(format_duration(one.seconds))}</td><td>{one.processes}</td>"
-        f"<td>{size(one.host_bytes)}</td><td>{size(one.device_bytes)}</td></tr>"
-        for one in facts.spent
-    )
+def _about(summary: RunSummary, recipe: dict[str, Any]) -> str:
+    """Models, data and method."""
+    rows = about_rows(summary, recipe)
     if not rows:
         return ""
-    header = ["stage", "", "time", "processes", "host memory", "GPU memory"]
-    return section(
-        "Time and memory",
-        table(header, rows, css="times", caption="by stage"),
-        anchor="time",
-        note="Memory is the peak of one process; a dash where the stage did not record it.",
+    pairs = "".join(
+        f"<div><dt>{escape_html(label)}</dt><dd>{escape_html(value)}</dd></div>"
+        for label, value in rows
     )
+    return f'<section class="about" aria-label="about the run"><dl>{pairs}</dl></section>'
 
 
-def _bounds(facts: Facts) -> list[int]:
-    if facts.ranking:
-        return facts.ranking.bounds
-    return subset_bounds(facts.plan) if facts.plan else []
-
-
-def _results(facts: Facts, recipe: dict[str, Any]) -> str:
-    if facts.results is None:
+def _results(summary: RunSummary, recipe: dict[str, Any]) -> str:
+    if summary.results is None:
         return ""
-    header, rows = results_rows(facts.results)
-    seeds = len(facts.results["seeds"])
-    note = (
-        f"ROUGE-L ×100, mean ± standard deviation over {seeds} seeds."
-        if seeds > 1
-        else "ROUGE-L ×100, one seed."
+    # One row per model.
+    header, rows = results_rows(summary.results)
+    model_rows = "".join(f'<tr class="m-{model}">{row_cells(cells)}</tr>' for model, cells in rows)
+    notes = [*footnotes(summary.results), *kl_footnotes(summary.results, recipe)]
+    notes.append(
+        f"{results_note(summary.results)} The interval is a bootstrap over items: it says how far "
+        "other items would move the mean."
     )
-    main = "".join(f'<tr class="m-{model}">{cells(row)}</tr>' for model, row in rows)
-    header_2, details = detail_rows(facts)
-    body = "".join(
-        f'<tr class="m-{model}" data-row="{escaped(name)}">{cells(row)}</tr>'
-        for model, name, row in details
+    # All measures, one row per benchmark and model.
+    details_header, details_rows = benchmark_rows(summary)
+    html = "".join(
+        f'<tr class="m-{model}" data-row="{escape_html(name)}">{row_cells(cells)}</tr>'
+        for model, name, cells in details_rows
     )
     menu = (
-        '<div class="controls"><label>Benchmark<select id="benchmarks" aria-controls="details"></select></label></div>'
-        if len(facts.benchmarks) > 1
-        else ""
+        '<div class="controls"><label>Benchmark'
+        '<select id="benchmarks" aria-controls="details"></select></label></div>'
     )
-    more = (
-        f'<div id="details">{menu}{table(header_2, body, caption="by benchmark")}</div>'
-        if details
-        else ""
-    )
-    why = "The interval is a bootstrap over items of their mean over seeds: it says how much other questions might change."
-    said = "".join(
-        f'<p class="note">{escaped(line)}</p>'
-        for line in footnotes(facts.results) + kl_lines(facts.results, recipe)
+    details_html = (
+        f'<div id="details">{menu if len(summary.benchmarks) > 1 else ""}'
+        f"{html_table(details_header, html, caption='by benchmark')}</div>"
     )
     return section(
         "Results",
-        table(header, main, caption="models"),
-        said,
-        f'<p class="note">{escaped(note)} {why}</p>',
-        more,
+        html_table(header, model_rows, caption="models"),
+        *map(paragraph_note, notes),
+        details_html if details_rows else "",
         anchor="results",
     )
 
 
-def _curriculum(facts: Facts, charts: str) -> str:
-    if facts.plan is None:
+def _curriculum(summary: RunSummary, figures: str) -> str:
+    if summary.plan is None:
         return ""
-    header, rows = plan_rows(facts.plan, mean_seen(facts))
-    body = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
-    text = f"Scheduler {facts.plan['scheduler']}, batches of {facts.plan['batch_size']} samples."
+    header, rows = plan_rows(summary.plan, mean_visits(summary))
     return section(
-        "Curriculum", table(header, body, caption="stages"), charts, anchor="curriculum", note=text
+        "Curriculum",
+        html_table(header, html_rows(rows), caption="stages"),
+        figures,
+        anchor="curriculum",
+        note=f"Scheduler {summary.plan['scheduler']}, {summary.plan['batch_size']} samples per "
+        "optimizer step.",
     )
 
 
-def _samples(facts: Facts) -> str:
-    if facts.samples is None or not facts.samples.rows:
+def _samples(summary: RunSummary) -> str:
+    if summary.samples is None or not summary.samples.rows:
         return ""
-    shown, total = len(facts.samples.rows), facts.samples.total
+    shown, total = len(summary.samples.rows), summary.samples.total
     note = (
         f"All {total:,} samples."
         if shown == total
-        else (
-            f"{shown:,} of {total:,} samples, evenly along the order: the page holds no more "
-            f"(report.max_samples, report.max_text_mb)."
-        )
+        else f"{shown:,} of {total:,} samples, evenly spaced along the ranking "
+        "(report.max_samples, report.max_text_mb)."
     )
     return section(
         "Training samples",
-        browser("samples", SAMPLE_MENUS),
+        filter_list("samples", SAMPLE_MENUS),
         anchor="samples",
-        note=f"{note} Long texts are cut.",
+        note=f"{note} Long texts are truncated.",
     )
 
 
-def _sample_data(facts: Facts, bounds: list[int]) -> dict[str, Any] | None:
-    if facts.samples is None:
+def _sample_data(summary: RunSummary, bounds: list[int]) -> dict[str, Any] | None:
+    """The training samples by column, for the script."""
+    if summary.samples is None:
         return None
-    rows, ranking = facts.samples.rows, facts.ranking
+    rows, ranking, visits = summary.samples.rows, summary.ranking, summary.sample_visits
+    positions = [row.position for row in rows]
+    rouge_l = cross_entropy = None
+    if ranking is not None:
+        rouge_l = [round(100 * float(ranking.rouge_l[i]), 1) for i in positions]
+        cross_entropy = [round(float(ranking.cross_entropy[i]), 3) for i in positions]
     return {
         "bounds": bounds,
-        "places": [row.place for row in rows],
+        "positions": positions,
         "ids": [row.id for row in rows],
         "prompts": [row.prompt for row in rows],
         "references": [row.reference for row in rows],
         "responses": [row.response for row in rows],
-        "rouge": [round(100 * float(ranking.rouge_l[row.place]), 1) for row in rows]
-        if ranking
-        else None,
-        "entropy": [round(float(ranking.cross_entropy[row.place]), 3) for row in rows]
-        if ranking
-        else None,
-        "seen": [int(facts.seen[row.place]) for row in rows] if facts.seen is not None else None,
+        "rouge_l": rouge_l,
+        "cross_entropy": cross_entropy,
+        "visits": None if visits is None else [int(visits[i]) for i in positions],
     }
 
 
-def _items(facts: Facts) -> str:
-    if not any(one.items for one in facts.benchmarks):
+def _bounds(summary: RunSummary) -> list[int]:
+    """Bounds of the subsets, empty if they are not known."""
+    if summary.ranking:
+        return summary.ranking.bounds
+    return subset_bounds(summary.plan) if summary.plan else []
+
+
+def _answers(summary: RunSummary) -> str:
+    if not any(benchmark.items for benchmark in summary.benchmarks):
         return ""
     counts = ", ".join(
-        f"{len(one.items):,} of {one.total:,} of {one.name}" for one in facts.benchmarks
+        f"{len(benchmark.items):,} of {benchmark.total:,} of {benchmark.name}"
+        for benchmark in summary.benchmarks
     )
     note = (
-        f"Items: {counts}, chosen by the hash of their id (report.items, report.max_text_mb). The "
-        f"number is ROUGE-L ×100, mean "
-        "over seeds; the text is of the first seed, long ones are cut."
+        f"Items: {counts}, chosen by the hash of their ids (report.max_items, "
+        "report.max_text_mb). Scores are ROUGE-L ×100, mean over seeds; texts are those of the "
+        "first seed, long ones are truncated."
     )
-    return section("Answers", browser("items", ITEM_MENUS), anchor="answers", note=note)
+    return section("Answers", filter_list("items", ITEM_MENUS), anchor="answers", note=note)
 
 
-def _provenance(facts: Facts, recipe_yaml: str) -> str:
-    prints = [(stage, manifest.fingerprint[:16]) for stage, manifest in facts.manifests.items()]
-    parts = [
-        folded("Recipe", f'<pre tabindex="0">{escaped(recipe_yaml)}</pre>'),
-        folded("Package versions", _pairs(list(versions(facts).items()))),
-        folded("Fingerprints of the stages", _pairs(prints)),
+def _costs(summary: RunSummary) -> str:
+    """Time and memory by step."""
+    if not summary.step_costs:
+        return ""
+    longest = max(cost.seconds for cost in summary.step_costs) or 1.0
+    html = ""
+    for cost, (step, *cells) in zip(summary.step_costs, cost_rows(summary.step_costs), strict=True):
+        cells_html = "".join(f"<td>{escape_html(cell)}</td>" for cell in cells)
+        html += f"<tr>{row_cells([step])}{bar_cell(cost.seconds / longest)}{cells_html}</tr>"
+    return section(
+        "Time and memory",
+        html_table([COST_HEADER[0], "", *COST_HEADER[1:]], html, css="times", caption="by step"),
+        anchor="time",
+        note="Memory is the peak of one process; a dash means that the step did not record it.",
+    )
+
+
+def _provenance(summary: RunSummary, recipe_yaml: str) -> str:
+    """Recipe, versions, fingerprints, and cluster jobs."""
+    fingerprints = [
+        (step, manifest.fingerprint[:16]) for step, manifest in summary.manifests.items()
     ]
-    history, info = (
-        facts.history,
-        facts.manifests["train"].info if "train" in facts.manifests else {},
-    )
-    if info.get("resumed_at"):
-        parts.append(
-            folded(
-                "Resumed",
-                f"<p>The process that finished training began after step "
-                f"{info['resumed_at']:,}.</p>",
-            )
-        )
-    if history.submission:
-        kept = ("profile", "code", "recipe", "python", "directory")
-        known = [(key, str(history.submission[key])) for key in kept if key in history.submission]
-        parts.append(folded("Submission", _pairs(known)))
-    if history.attempts:
-        title = f"Jobs and attempts ({len(history.attempts)}, {history.restarts} restarts)"
-        parts.append(
-            folded(
-                title,
-                table(
-                    [
-                        "job",
-                        "attempt",
-                        "id",
-                        "nodes",
-                        "began",
-                        "took",
-                        "progress",
-                        "outcome",
-                        "reason",
-                    ],
-                    "".join(map(_attempt, history.attempts)),
-                    caption="attempts",
-                ),
-            )
-        )
+    parts = [
+        details("Recipe", preformatted(recipe_yaml)),
+        details("Package versions", _pairs(list(package_versions(summary).items()))),
+        details("Fingerprints of the steps", _pairs(fingerprints)),
+    ]
+    if resumed_at := summary.train_info.get("resumed_at"):
+        text = f"The process that finished training started after optimizer step {resumed_at:,}."
+        parts.append(details("Resumed", f"<p>{text}</p>"))
+    submission, attempts = summary.history.submission, summary.history.attempts
+    if submission:
+        keys = ("profile", "code", "recipe", "python", "directory")
+        pairs = [(key, str(submission[key])) for key in keys if key in submission]
+        parts.append(details("Submission", _pairs(pairs)))
+    if attempts:
+        header = ["job", "attempt", "id", "nodes", "start", "duration", "progress", "outcome"]
+        rows = html_rows([_attempt_row(attempt) for attempt in attempts])
+        table = html_table([*header, "reason"], rows, caption="attempts")
+        title = f"Jobs and attempts ({len(attempts)}, {summary.history.restarts} restarts)"
+        parts.append(details(title, table))
     return section("Provenance", *parts, anchor="provenance")
 
 
-def _attempt(attempt: dict[str, Any]) -> str:
-    began = time.strftime("%Y-%m-%d %H:%M", time.gmtime(attempt["start"])) + " UTC"
-    took = format_duration(attempt["end"] - attempt["start"]) if attempt["end"] else "end unknown"
-    fields = ("outcome", "reason")
-    row = [
+def _attempt_row(attempt: dict[str, Any]) -> list[object]:
+    start = time.strftime("%Y-%m-%d %H:%M", time.gmtime(attempt["start"])) + " UTC"
+    end = attempt["end"]
+    return [
         attempt["label"],
         attempt["number"],
         attempt.get("job", ""),
         " ".join(attempt["nodes"]),
-        began,
-        took,
+        start,
+        format_duration(end - attempt["start"]) if end else "end unknown",
         attempt.get("progress", ""),
-        *(attempt.get(field) or attempt.get("error", "") for field in fields),
+        attempt.get("outcome", ""),
+        attempt.get("reason") or attempt.get("error", ""),
     ]
-    return f"<tr>{cells(row)}</tr>"
 
 
-def _pairs(pairs: list[tuple[str, str]]) -> str:
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
     rows = "".join(
-        f'<tr><th scope="row">{escaped(name)}</th><td><code>{escaped(value)}</code></td></tr>'
+        f'<tr><th scope="row">{escape_html(name)}</th>'
+        f"<td><code>{escape_html(value)}</code></td></tr>"
         for name, value in pairs
     )
     return f'<table class="plain">{rows}</table>'

@@ -1,5 +1,6 @@
-"""What a run has to tell: its artifacts, read as they are. A part that is missing or unfinished
-becomes a sentence.
+"""Everything that a report shows of a run, read from its files.
+
+A part that is missing or unfinished becomes a sentence in `RunSummary.missing`.
 """
 
 from __future__ import annotations
@@ -17,29 +18,30 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import ReportConfig
 from pocl_ds.errors import ArtifactError
-from pocl_ds.report.history import History, Spent, read_history, spent_by_stage
-from pocl_ds.report.items import Benchmark, Item, read_benchmarks
-from pocl_ds.report.max_samples import Samples, read_samples
-from pocl_ds.report.sample_visits import times_seen
+from pocl_ds.report.history import JobHistory, StepCost, read_job_history, read_step_costs
+from pocl_ds.report.items import BenchmarkItems, Item, read_benchmark_items
+from pocl_ds.report.sample_visits import count_sample_visits
+from pocl_ds.report.samples import SampleRows, read_sample_rows
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import Manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 Floats = NDArray[np.float64]
+# Columns of metrics.jsonl that the report shows. Losses are in nats per token.
 COLUMNS = (
     "step",
     "stage",
     "loss",
-    "kd",
-    "ce",
+    "kd_loss",
+    "sft_loss",
     "temperature",
     "sft_ratio",
     "lr",
     "grad_norm",
     "tokens_per_second",
 )
-# Order of the models in tables and examples, and what a reader calls them.
-MODELS = {
+# Model -> its label, in the order of tables and examples.
+MODEL_LABELS = {
     "initial": "student before",
     "student": "student after",
     "baseline": "plain KD",
@@ -48,149 +50,94 @@ MODELS = {
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Training metrics: column -> value of every step, and the validation records."""
+class TrainingCurves:
+    """Training metrics: column -> value of every optimizer step, and validation records."""
 
     steps: dict[str, Floats]
     validation: list[dict[str, Any]]
 
     @property
-    def last(self) -> int:
-        """The newest step."""
+    def last_step(self) -> int:
+        """The newest optimizer step."""
         return int(self.steps["step"][-1])
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """Difficulty of every sample, in the order of the ranking. bounds: subset i is [bounds[i],
-    bounds[i + 1]).
-    """
+class DifficultyRanking:
+    """Difficulty of every sample, in the order of the ranking."""
 
     rouge_l: Floats
     cross_entropy: Floats
-    bounds: list[int]
-    ends: tuple[str, str] = ("easiest", "hardest")  # of the first and the last subset
+    bounds: list[int]  # subset i is [bounds[i], bounds[i + 1])
+    end_labels: tuple[str, str] = ("easiest", "hardest")  # of the first and the last subset
 
 
 @dataclass
-class Facts:
-    """Everything that the pages show. `missing` holds a sentence for each part that is not there."""
+class RunSummary:
+    """What both pages show. A part that the run lacks is None or empty."""
 
-    manifests: dict[str, Manifest]
+    manifests: dict[str, Manifest]  # by finished step
     plan: dict[str, Any] | None = None
-    curves: Curves | None = None
-    baseline: Curves | None = None
-    ranking: Ranking | None = None
+    curves: TrainingCurves | None = None
+    baseline_curves: TrainingCurves | None = None
+    ranking: DifficultyRanking | None = None
     results: dict[str, Any] | None = None
-    benchmarks: list[Benchmark] = field(
-        default_factory=list
-    )  # the first is the one that headlines tell of
-    samples: Samples | None = None
-    seen: NDArray[np.int64] | None = None  # draws of each sample, easiest first
-    spent: list[Spent] = field(default_factory=list)
-    history: History = field(default_factory=lambda: History({}, []))
-    missing: list[str] = field(default_factory=list)
+    benchmarks: list[BenchmarkItems] = field(default_factory=list)  # the main one first
+    samples: SampleRows | None = None
+    sample_visits: NDArray[np.int64] | None = None  # [samples], easiest first
+    step_costs: list[StepCost] = field(default_factory=list)
+    history: JobHistory = field(default_factory=lambda: JobHistory({}, []))
+    missing: list[str] = field(default_factory=list)  # a sentence for each missing part
 
     @property
-    def benchmark(self) -> str:
-        """Name of the benchmark that headlines tell of."""
+    def main_benchmark(self) -> str:
+        """Name of the benchmark in headlines: the test split, if it was evaluated."""
         return self.benchmarks[0].name if self.benchmarks else ""
 
+    @property
+    def train_info(self) -> dict[str, Any]:
+        """What training recorded in its manifest; empty if it is not finished."""
+        return self.manifests["train"].info if "train" in self.manifests else {}
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of all steps."""
+        return sum(cost.seconds for cost in self.step_costs)
+
     def examples(self, count: int) -> list[Item]:
-        """The first items of that benchmark."""
+        """The first items of the main benchmark."""
         return self.benchmarks[0].items[:count] if self.benchmarks else []
 
 
-def read_facts(run: RunDirectory, config: ReportConfig, *, seed: int, window: int) -> Facts:
-    """Read a run. seed, window: of the recipe, to know who was drawn. Raises ArtifactError where an
-    artifact is damaged.
+def read_run_summary(
+    run: RunDirectory, config: ReportConfig, *, seed: int, window: int
+) -> RunSummary:
+    """Read a run.
+
+    Args:
+        seed, window: the recipe's seed and train.length_window, which decide the order of samples.
+
+    Raises:
+        ArtifactError: a finished result is damaged.
     """
-    facts = Facts(manifests=_manifests(run))
-    if "plan" in facts.manifests:
-        facts.plan = read_json(run.plan / "plan.json")
-    else:
-        facts.missing.append("There is no plan yet, so stages and subsets are not shown.")
-    facts.curves, facts.baseline = _curves(run.train), _curves(run.baseline)
-    if facts.curves is None:
-        facts.missing.append("Training has not started, so there are no curves.")
-    elif "train" not in facts.manifests:
-        facts.missing.append(
-            f"Training is not finished: the curves end at step "
-            f"{facts.curves.last}{_of_plan(facts.plan)}."
-        )
-    _hold_together(facts)
-    room = config.max_text_mb * 1_000_000
-    if facts.plan is not None and facts.curves is not None:
-        facts.seen = times_seen(run, facts.plan, seed=seed, window=window, steps=facts.curves.last)
-    if "evaluate" in facts.manifests:
-        results = facts.results = read_json(run.evaluation / "results.json")
-        models = [model for model in MODELS if model in results["models"]]
-        found = read_benchmarks(
-            run, results, models, max(config.max_items, config.num_examples), room // 3
-        )
-        facts.benchmarks = sorted(found, key=lambda one: one.name != "test")
-    else:
-        there = len(list(run.evaluation.glob("*/*.manifest.json")))
-        part = f" ({there} answer files are there)" if there else ""
-        facts.missing.append(
-            f"There is no finished evaluation{part}, so results and answers are not shown: run "
-            f"`pocl evaluate`."
-        )
-    _read_difficulty(
-        run, facts, config.max_samples, room - sum(one.weight for one in facts.benchmarks)
-    )
-    facts.spent, facts.history = spent_by_stage(run, facts.manifests), read_history(run)
-    return facts
+    summary = RunSummary(manifests=_read_manifests(run))
+    _read_training(run, summary, seed=seed, window=window)
+    max_bytes = config.max_text_mb * 1_000_000
+    _read_evaluation(run, summary, max(config.max_items, config.num_examples), max_bytes // 3)
+    # Samples take the space that the evaluated items leave.
+    max_bytes -= sum(benchmark.embedded_bytes for benchmark in summary.benchmarks)
+    _read_difficulty(run, summary, config.max_samples, max_bytes)
+    summary.step_costs = read_step_costs(run, summary.manifests)
+    summary.history = read_job_history(run)
+    return summary
 
 
-def _hold_together(facts: Facts) -> None:
-    """Leave out a plan of another ranking: who is in which subset would be wrong."""
-    rank = facts.manifests.get("rank")
-    if (
-        facts.plan
-        and rank
-        and rank.info["samples"] != (planned := facts.plan["stages"][-1]["stop"])
-    ):
-        facts.missing.append(
-            f"The plan was made for {planned} samples and the ranking holds "
-            f"{rank.info['samples']}, so stages "
-            "and subsets are not shown: run `pocl plan` again."
-        )
-        facts.plan = None
-
-
-def _read_difficulty(run: RunDirectory, facts: Facts, most: int, room: int) -> None:
-    """Ranking and samples, as far as they are there."""
-    if "rank" not in facts.manifests:
-        shards = len(list(run.scores.glob("shard-*.manifest.json")))
-        part = f" ({shards} shards of scores are there)" if shards else ""
-        facts.missing.append(f"The samples are not ranked yet{part}, so difficulty is not shown.")
-        return
-    info = facts.manifests["rank"].info
-    if info.get("strategy") == "random":
-        facts.missing.append(
-            "The order is random: no sample was scored, so difficulty is not shown."
-        )
-    else:
-        facts.ranking = _ranking(run, facts.plan, info)
-    if "preprocess" not in facts.manifests:
-        facts.missing.append("The data folder is not whole, so training samples are not shown.")
-    elif most:
-        facts.samples = read_samples(run, most, room)
-
-
-def _of_plan(plan: dict[str, Any] | None) -> str:
-    return f" of {plan['total_steps']}" if plan and "total_steps" in plan else ""
-
-
-def metric_columns(path: Path) -> Curves | None:
-    """The columns of a metrics.jsonl, read line by line; a half-written last line is left out. None
-    for no steps.
-    """
+def read_training_curves(path: Path) -> TrainingCurves | None:
+    """The columns of a metrics.jsonl; None if it has no steps. An incomplete line is ignored."""
     columns = {name: array("d") for name in COLUMNS}
     validation = []
     with path.open(encoding="utf-8") as stream:
-        for record in _records(stream):
+        for record in _parse_records(stream):
             if record.get("kind") == "validation":
                 validation.append(record)
             elif record.get("kind") == "step":
@@ -199,23 +146,110 @@ def metric_columns(path: Path) -> Curves | None:
                     values.append(float("nan") if value is None else float(value))
     if not columns["step"]:
         return None
-    return Curves(
-        {name: np.frombuffer(values, np.float64) for name, values in columns.items()}, validation
+    steps = {name: np.frombuffer(values, np.float64) for name, values in columns.items()}
+    return TrainingCurves(steps, validation)
+
+
+def _read_training(run: RunDirectory, summary: RunSummary, *, seed: int, window: int) -> None:
+    """Read plan, curves and sample visits."""
+    if "plan" in summary.manifests:
+        summary.plan = read_json(run.plan / "plan.json")
+    else:
+        summary.missing.append("There is no plan yet, so stages and subsets are not shown.")
+    summary.curves, summary.baseline_curves = (
+        read_training_curves(path) if path.is_file() else None
+        for path in (run.train / "metrics.jsonl", run.baseline / "metrics.jsonl")
     )
+    if summary.curves is None:
+        summary.missing.append("Training has not started, so there are no curves.")
+    elif "train" not in summary.manifests:
+        plan = summary.plan or {}
+        of_total = f" of {plan['total_steps']}" if "total_steps" in plan else ""
+        summary.missing.append(
+            "Training is not finished: the curves end at optimizer step "
+            f"{summary.curves.last_step}{of_total}."
+        )
+    # Leave out a plan that belongs to another ranking: its subsets would be wrong.
+    rank = summary.manifests.get("rank")
+    if summary.plan and rank:
+        planned, ranked = summary.plan["stages"][-1]["stop"], rank.info["samples"]
+        if planned != ranked:
+            summary.missing.append(
+                f"The plan was made for {planned} samples and the ranking has {ranked}, so stages "
+                "and subsets are not shown: run `pocl plan` again."
+            )
+            summary.plan = None
+    if summary.plan is not None and summary.curves is not None:
+        summary.sample_visits = count_sample_visits(
+            run, summary.plan, seed=seed, window=window, steps=summary.curves.last_step
+        )
 
 
-def _records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            yield record
+def _read_evaluation(
+    run: RunDirectory, summary: RunSummary, max_items: int, max_bytes: int
+) -> None:
+    """Read results and evaluated items."""
+    if "evaluate" not in summary.manifests:
+        files = len(list(run.evaluation.glob("*/*.manifest.json")))
+        progress = f" ({files} files of answers are finished)" if files else ""
+        summary.missing.append(
+            f"There is no finished evaluation{progress}, so results and answers are not shown: run "
+            "`pocl evaluate`."
+        )
+        return
+    results = summary.results = read_json(run.evaluation / "results.json")
+    models = [model for model in MODEL_LABELS if model in results["models"]]
+    benchmarks = read_benchmark_items(run, results, models, max_items, max_bytes)
+    summary.benchmarks = sorted(benchmarks, key=lambda benchmark: benchmark.name != "test")
 
 
-def _manifests(run: RunDirectory) -> dict[str, Manifest]:
-    """Stage -> its manifest, for the stages that are finished."""
+def _read_difficulty(
+    run: RunDirectory, summary: RunSummary, max_samples: int, max_bytes: int
+) -> None:
+    """Read the ranking and the training samples."""
+    if "rank" not in summary.manifests:
+        shards = len(list(run.scores.glob("shard-*.manifest.json")))
+        progress = f" ({shards} shards are scored)" if shards else ""
+        summary.missing.append(
+            f"The samples are not ranked yet{progress}, so difficulty is not shown."
+        )
+        return
+    info = summary.manifests["rank"].info
+    if info.get("strategy") == "random":
+        summary.missing.append(
+            "The order is random: no sample was scored, so difficulty is not shown."
+        )
+    else:
+        summary.ranking = _read_ranking(run, summary.plan, info)
+    if "preprocess" not in summary.manifests:
+        summary.missing.append(
+            "The data folder is incomplete, so training samples are not shown: run "
+            "`pocl preprocess`."
+        )
+    elif max_samples:
+        summary.samples = read_sample_rows(run, max_samples, max_bytes)
+
+
+def _read_ranking(
+    run: RunDirectory, plan: dict[str, Any] | None, info: dict[str, Any]
+) -> DifficultyRanking:
+    path = run.ranking / "ranking.parquet"
+    try:
+        table = pq.read_table(path, columns=["rouge_l", "cross_entropy"])
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error}): remove the folder and run `pocl rank` again"
+        ) from None
+    rouge_l, cross_entropy = (
+        table[name].to_numpy().astype(np.float64) for name in ("rouge_l", "cross_entropy")
+    )
+    stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge_l)]
+    end_labels = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
+    return DifficultyRanking(rouge_l, cross_entropy, [0, *stops], end_labels)
+
+
+def _read_manifests(run: RunDirectory) -> dict[str, Manifest]:
+    """Step -> manifest, of the finished steps that have one manifest."""
     folders = {
         "preprocess": run.data,
         "init-student": run.models,
@@ -226,26 +260,15 @@ def _manifests(run: RunDirectory) -> dict[str, Manifest]:
         "evaluate": run.evaluation,
         "export": run.export,
     }
-    found = {stage: read_manifest(folder) for stage, folder in folders.items()}
-    return {stage: manifest for stage, manifest in found.items() if manifest is not None}
+    manifests = {step: read_manifest(folder) for step, folder in folders.items()}
+    return {step: manifest for step, manifest in manifests.items() if manifest is not None}
 
 
-def _curves(folder: Path) -> Curves | None:
-    path = folder / "metrics.jsonl"
-    return metric_columns(path) if path.is_file() else None
-
-
-def _ranking(run: RunDirectory, plan: dict[str, Any] | None, info: dict[str, Any]) -> Ranking:
-    path = run.ranking / "ranking.parquet"
-    try:
-        table = pq.read_table(path, columns=["rouge_l", "cross_entropy"])
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error}): remove the folder and run `pocl rank` again"
-        ) from None
-    rouge, entropy = (
-        table[name].to_numpy().astype(np.float64) for name in ("rouge_l", "cross_entropy")
-    )
-    stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge)]
-    ends = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
-    return Ranking(rouge, entropy, [0, *stops], ends)
+def _parse_records(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            yield record

@@ -1,6 +1,4 @@
-"""Training samples to browse: what was asked, what the data answers, what the student wrote before,
-and how hard that is.
-"""
+"""Training samples to browse: prompt, reference, and the initial student's response."""
 
 from __future__ import annotations
 
@@ -16,121 +14,121 @@ from numpy.typing import NDArray
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.run_dir import RunDirectory
 
-LONGEST = 700  # characters of a text that the page holds
-RECORD = 40  # bytes of a record beside its texts
+MAX_CHARACTERS = 700  # of a text on the page
+RECORD_BYTES = 40  # of a record, besides its texts
 
 
 @dataclass(frozen=True)
-class Sample:
-    """place: in the order, easiest first, from 0. response: the initial student's, None where
-    nothing was scored.
-    """
+class SampleRow:
+    """A training sample on the page."""
 
-    place: int
+    position: int  # in the difficulty ranking, from 0, easiest first
     id: str
     prompt: str
     reference: str
-    response: str | None
+    response: str | None  # of the initial student, None if samples were not scored
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Those that the page holds, evenly spaced along the order, of `total`."""
+class SampleRows:
+    """The samples on the page, evenly spaced along the ranking, of `total`."""
 
     total: int
-    rows: list[Sample]
+    rows: list[SampleRow]
 
 
-def read_samples(run: RunDirectory, most: int, room: int) -> Samples:
-    """At most `most` samples whose texts take at most `room` bytes. Raises ArtifactError where
-    files contradict each other.
+def read_sample_rows(run: RunDirectory, max_rows: int, max_bytes: int) -> SampleRows:
+    """Read at most `max_rows` samples whose texts take at most `max_bytes`.
+
+    Raises:
+        ArtifactError: a file is damaged, or files contradict each other.
     """
+    # Read the samples at evenly spaced positions of the ranking.
     order = np.load(run.ranking / "order.npy", mmap_mode="r")
-    places = thin(len(order), most)
-    lines = _lines(run.data / "train.jsonl", {int(order[place]) for place in places})
-    found = [(int(place), lines[int(order[place])]) for place in places]
-    written = _responses(run.scores, {record["id"] for _, record in found})
+    positions = evenly_spaced(len(order), max_rows)
+    records = _read_rows(run.data / "train.jsonl", {int(order[i]) for i in positions})
+    records_by_position = {int(i): records[int(order[i])] for i in positions}
+    responses = _read_responses(run.scores, {r["id"] for r in records_by_position.values()})
     rows = [
-        Sample(
-            place,
+        SampleRow(
+            position,
             record["id"],
-            cut(_asked(record)),
-            cut(record["references"][0]),
-            written.get(record["id"]),
+            truncate(_prompt_text(record)),
+            truncate(record["references"][0]),
+            responses.get(record["id"]),
         )
-        for place, record in found
+        for position, record in records_by_position.items()
     ]
-    weights = np.array(
-        [weight([row.id, row.prompt, row.reference, row.response or ""]) for row in rows], np.int64
+    # Reduce them, still evenly spaced, until they fit.
+    sizes = np.array(
+        [embedded_bytes([r.id, r.prompt, r.reference, r.response or ""]) for r in rows], np.int64
     )
-    while len(rows) and weights.sum() > room:
-        kept = thin(len(rows), int(0.98 * len(rows) * room / weights.sum()))
-        rows, weights = [rows[i] for i in kept], weights[kept]
-    return Samples(len(order), rows)
+    while len(rows) and sizes.sum() > max_bytes:
+        remaining = evenly_spaced(len(rows), int(0.98 * len(rows) * max_bytes / sizes.sum()))
+        rows, sizes = [rows[i] for i in remaining], sizes[remaining]
+    return SampleRows(len(order), rows)
 
 
-def thin(size: int, most: int) -> NDArray[np.int64]:
-    """At most `most` positions of 0..size-1, evenly spaced, always the same."""
-    if not size or not most:
+def evenly_spaced(size: int, limit: int) -> NDArray[np.int64]:
+    """At most `limit` indices of 0..size-1, evenly spaced, including both ends."""
+    if not size or not limit:
         return np.empty(0, np.int64)
-    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
+    return np.unique(np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64))
 
 
-def cut(text: str) -> str:
-    """The beginning of a long text, with a mark."""
-    return text if len(text) <= LONGEST else text[:LONGEST] + " […]"
+def truncate(text: str) -> str:
+    """The beginning of a long text, with a mark at its end."""
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " […]"
 
 
-def weight(texts: Sequence[str]) -> int:
-    """Bytes that texts take in the page."""
-    return RECORD + sum(
+def embedded_bytes(texts: Sequence[str]) -> int:
+    """Bytes that the texts of a record take in the page."""
+    return RECORD_BYTES + sum(
         len(json.dumps(text, ensure_ascii=False).encode("utf-8", "replace")) + 5 * text.count("<")
         for text in texts
     )
 
 
-def parsed(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The records of a sealed file. Raises ArtifactError where one is damaged."""
+def parse_lines(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The records of a finished JSONL file. Raises ArtifactError for a damaged line."""
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
         except json.JSONDecodeError as error:
             raise ArtifactError(
-                f"{path} line {number} is damaged ({error}): run the stage that made it again"
+                f"{path} line {number} is damaged ({error}): run the step that writes it again"
             ) from None
 
 
-def _lines(path: Path, rows: set[int]) -> dict[int, dict[str, Any]]:
-    """Row -> record, of the rows named."""
+def _read_rows(path: Path, rows: set[int]) -> dict[int, dict[str, Any]]:
+    """Row -> record, of these rows of a file."""
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl preprocess`")
     with path.open(encoding="utf-8") as stream:
-        kept = {row: line for row, line in enumerate(stream) if row in rows}
-    if len(kept) < len(rows):
+        lines = {row: line for row, line in enumerate(stream) if row in rows}
+    if len(lines) < len(rows):
         raise ArtifactError(
-            f"{path} has fewer samples than ranking/order.npy: run `pocl preprocess` and `pocl rank` "
-            f"again"
+            f"{path} has fewer samples than ranking/order.npy: run `pocl preprocess` and "
+            "`pocl rank` again"
         )
-    return dict(zip(kept, parsed(path, iter(kept.values())), strict=True))
+    return dict(zip(lines, parse_lines(path, iter(lines.values())), strict=True))
 
 
-def _responses(scores: Path, ids: set[str]) -> dict[str, str]:
-    """Id -> what the initial student wrote, from the sealed shards; any whole set of them says the
-    same.
-    """
-    found: dict[str, str] = {}
+def _read_responses(scores: Path, ids: set[str]) -> dict[str, str]:
+    """Id -> response of the initial student, from the finished shards of scores."""
+    responses: dict[str, str] = {}
     for path in sorted(scores.glob("shard-*-of-*.jsonl")):
         if path.with_name(path.name + ".manifest.json").is_file():
             with path.open(encoding="utf-8") as stream:
-                found |= {
-                    r["id"]: cut(r["response"]) for r in parsed(path, stream) if r["id"] in ids
+                responses |= {
+                    record["id"]: truncate(record["response"])
+                    for record in parse_lines(path, stream)
+                    if record["id"] in ids
                 }
-    return found
+    return responses
 
 
-def _asked(record: dict[str, Any]) -> str:
-    """All that the model is asked, as one text."""
+def _prompt_text(record: dict[str, Any]) -> str:
+    """History, instruction and input as one text."""
     turns = [f"{role}: {content}" for role, content in record["history"]]
-    return "\n\n".join(
-        [*turns, record["instruction"], *([record["input"]] if record["input"] else [])]
-    )
+    return "\n\n".join(filter(None, [*turns, record["instruction"], record["input"]]))

@@ -1,5 +1,5 @@
-"""The report in headless Chromium: it opens without a fault or a request, draws, searches, filters,
-and prints.
+"""The report in headless Chromium: it opens without an error or a request, draws, searches,
+filters, and prints.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 # Share of pixels of each chart that are not its background, measured on the canvas itself.
 DRAWN = """() => [...document.querySelectorAll('.plot canvas')].map((canvas) => {
   const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
-  let colours = new Set(), painted = 0;
+  let colors = new Set(), painted = 0;
   for (let i = 0; i < data.length; i += 4) if (data[i + 3] > 100) {
     painted++;
-    colours.add((data[i] >> 4) * 256 + (data[i + 1] >> 4) * 16 + (data[i + 2] >> 4));
+    colors.add((data[i] >> 4) * 256 + (data[i + 1] >> 4) * 16 + (data[i + 2] >> 4));
   }
-  return [painted / (data.length / 4), colours.size];
+  return [painted / (data.length / 4), colors.size];
 })"""
 
 
 def chromium() -> str | None:
-    """Where Chromium is; Debian's is installed where that can be done."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found or os.geteuid() != 0 or not shutil.which("apt-get"):
-        return found
+    """Path of Chromium, which is installed from Debian if possible."""
+    path = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if path or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return path
     script = "apt-get install -y chromium || { apt-get update && apt-get install -y chromium; }"
-    quietly = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(["sh", "-c", script], capture_output=True, timeout=300, env=quietly)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(["sh", "-c", script], capture_output=True, timeout=300, env=environment)
     return shutil.which("chromium")
 
 
@@ -67,106 +67,103 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip("there is no Chromium, and it could not be installed: apt-get install chromium")
     with api.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield started
-        started.close()
+        instance = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield instance
+        instance.close()
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = SyntheticRun(tmp_path_factory.mktemp("report") / "run")
-    made.data(SAMPLES, HOSTILE)
-    made.plan(SAMPLES)
-    made.train()
-    made.ranking(SAMPLES)
-    made.evaluation(items=200, benchmarks=("test", "other"), extra=HOSTILE[0])
-    build_report(made.run, ReportConfig(), recipe_yaml=made.recipe, fingerprint="f")
-    return made.run.report / "report.html"
+    synthetic = SyntheticRun(tmp_path_factory.mktemp("report") / "run")
+    synthetic.data(SAMPLES, HOSTILE)
+    synthetic.plan(SAMPLES)
+    synthetic.train()
+    synthetic.ranking(SAMPLES)
+    synthetic.evaluation(items=200, benchmarks=("test", "other"), extra=HOSTILE[0])
+    build_report(synthetic.run, ReportConfig(), recipe_yaml=synthetic.recipe, fingerprint="f")
+    return synthetic.run.report / "report.html"
 
 
-class Opened:
-    """A page, and what it did that it should not have done."""
+class OpenPage:
+    """An open page, with its errors and requests."""
 
     def __init__(self, browser: Any, file: Path, **context: Any) -> None:
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self.requests: list[str] = []
         self.context = browser.new_context(
             **{"viewport": {"width": 1280, "height": 900}, **context}
         )
         self.page = self.context.new_page()
-        self.page.on("console", lambda message: self.faults.append(message.text))
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.faults.append(f"dialog {dialog.message}"))
+        self.page.on("console", lambda message: self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("dialog", lambda dialog: self.errors.append(f"dialog {dialog.message}"))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(file.as_uri())
 
     def count(self, list_name: str) -> int:
-        """How many records a list has found."""
-        text = self.page.locator(f'[data-browser="{list_name}"] .count').inner_text()
+        """Number of matches of a list."""
+        text = self.page.locator(f'[data-list="{list_name}"] .count').inner_text()
         return int(text.split()[0].replace(",", ""))
 
-    def found(self, list_name: str, expected: int) -> None:
-        """Wait for a search, which begins a moment after the last key."""
+    def wait_for_count(self, list_name: str, expected: int) -> None:
+        """Wait for a search, which begins shortly after the last key."""
         words = re.compile(rf"^{expected:,} of ")
-        self.page.locator(f'[data-browser="{list_name}"] .count').filter(has_text=words).wait_for(
+        self.page.locator(f'[data-list="{list_name}"] .count').filter(has_text=words).wait_for(
             timeout=4000
         )
 
 
 @pytest.fixture
-def opened(browser: Any, report: Path) -> Iterator[Opened]:
-    found = Opened(browser, report)
-    yield found
-    assert found.faults == []
-    assert found.requests == [report.as_uri()]
-    found.context.close()
+def opened(browser: Any, report: Path) -> Iterator[OpenPage]:
+    page = OpenPage(browser, report)
+    yield page
+    assert page.errors == []
+    assert page.requests == [report.as_uri()]
+    page.context.close()
 
 
-def test_every_chart_is_drawn(opened: Opened) -> None:
+def test_every_chart_is_drawn(opened: OpenPage) -> None:
     charts = opened.page.evaluate(DRAWN)
     assert len(charts) == 10
-    for painted, colours in charts:
-        assert painted > 0.01 and colours > 3
+    for painted, colors in charts:
+        assert painted > 0.01 and colors > 3
 
 
-def test_samples_are_searched_filtered_and_opened(opened: Opened) -> None:
-    page, root = opened.page, opened.page.locator('[data-browser="samples"]')
+def test_samples_are_searched_filtered_and_opened(opened: OpenPage) -> None:
+    page, root = opened.page, opened.page.locator('[data-list="samples"]')
     assert opened.count("samples") == SAMPLES
-    assert root.locator(".rows > details").count() == 12  # one page of them is in the document
+    assert root.locator(".rows > details").count() == 12  # one page
     root.locator("input").fill("<SCRIPT>alert(1)")
-    opened.found("samples", SAMPLES // len(HOSTILE))
+    opened.wait_for_count("samples", SAMPLES // len(HOSTILE))
     root.locator("summary").first.click()
     text = root.locator("details[open] pre").first.inner_text()
     assert text.startswith("Say what sample 0 is about. <script>alert(1)</script>")
     assert root.locator("mark").first.inner_text() == "<script>alert(1)"
     root.locator("input").fill("nothing of the kind")
-    opened.found("samples", 0)
+    opened.wait_for_count("samples", 0)
     root.locator("input").fill("")
-    opened.found("samples", SAMPLES)
+    opened.wait_for_count("samples", SAMPLES)
     root.locator("select").first.select_option("2")
-    opened.found("samples", SAMPLES // 4)
-    assert set(root.locator(".facts span:nth-child(2)").all_inner_texts()) == {"subset 3"}
-    root.locator("select").nth(1).select_option("seen")
-    seen = [
-        int(text.split()[1][:-1])
-        for text in root.locator(".facts span:nth-child(6)").all_inner_texts()
+    opened.wait_for_count("samples", SAMPLES // 4)
+    assert set(root.locator(".values span:nth-child(2)").all_inner_texts()) == {"subset 3"}
+    root.locator("select").nth(1).select_option("visits")
+    visits = [
+        int(text.split()[1]) for text in root.locator(".values span:nth-child(6)").all_inner_texts()
     ]
-    assert seen == sorted(seen, reverse=True)
-    root.locator(".pager button", has_text="on").click()
+    assert visits == sorted(visits, reverse=True)
+    root.locator(".pager button", has_text="next").click()
     assert "page 2 of" in root.locator(".pager").inner_text()
-    assert (
-        page.evaluate("document.activeElement.textContent") == "on"
-    )  # the keyboard stays where it was
+    assert page.evaluate("document.activeElement.textContent") == "next"  # the focus stays
 
 
-def test_items_are_filtered_by_who_is_better(opened: Opened) -> None:
-    root = opened.page.locator('[data-browser="items"]')
+def test_items_are_filtered_by_the_better_model(opened: OpenPage) -> None:
+    root = opened.page.locator('[data-list="items"]')
     data = json.loads(opened.page.locator("#data").text_content())["items"][1]
     menus = {menu.get_attribute("data-field"): menu for menu in root.locator("select").all()}
     menus["benchmark"].select_option(label="other")
     assert menus["relation"].is_disabled()
     menus["left"].select_option(label="student after")
-    menus["relation"].select_option("above")
+    menus["relation"].select_option("better")
     menus["right"].select_option(label="teacher")
     student, teacher = (
         data["scores"][data["models"].index(name)] for name in ("student after", "teacher")
@@ -182,7 +179,7 @@ def test_items_are_filtered_by_who_is_better(opened: Opened) -> None:
     assert [row.is_visible() for row in rows.all()] == [False] * 3 + [True] * 3
 
 
-def test_charts_answer_to_mouse_and_keyboard(opened: Opened) -> None:
+def test_charts_react_to_mouse_and_keyboard(opened: OpenPage) -> None:
     page = opened.page
     loss = page.locator("figure", has_text="Training loss")
     plot = loss.locator(".plot")
@@ -192,7 +189,7 @@ def test_charts_answer_to_mouse_and_keyboard(opened: Opened) -> None:
     assert "@" in loss.locator(".key b").first.inner_text()
     assert (
         "@" in page.locator("figure", has_text="Learning rate").locator(".key b").first.inner_text()
-    )  # moves along
+    )  # cursors are synchronized
     reset = loss.locator(".reset")
     assert not reset.is_visible()
     page.mouse.down()
@@ -211,29 +208,31 @@ def test_charts_answer_to_mouse_and_keyboard(opened: Opened) -> None:
     assert key.get_attribute("aria-pressed") == "false"
 
 
-def test_a_click_on_a_dot_shows_its_sample(opened: Opened) -> None:
+def test_a_click_on_a_dot_shows_its_sample(opened: OpenPage) -> None:
     page = opened.page
-    plane = page.locator("figure", has_text="ROUGE-L against").locator(".u-over")
-    plane.scroll_into_view_if_needed()
-    box = plane.bounding_box()
+    scatter = page.locator("figure", has_text="ROUGE-L against").locator(".u-over")
+    scatter.scroll_into_view_if_needed()
+    box = scatter.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.5)
     tip = page.locator(".tip").inner_text()
     page.mouse.click(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.5)
     assert (
         tip.split(",")[0]
-        in page.locator('[data-browser="samples"] details[open] summary').inner_text().split()
+        in page.locator('[data-list="samples"] details[open] summary').inner_text().split()
     )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_it_fits_its_window_in_both_lights(
+def test_the_page_fits_its_window_in_light_and_dark(
     browser: Any, report: Path, scheme: str, width: int
 ) -> None:
-    opened = Opened(browser, report, viewport={"width": width, "height": 844}, color_scheme=scheme)
+    opened = OpenPage(
+        browser, report, viewport={"width": width, "height": 844}, color_scheme=scheme
+    )
     page = opened.page
     for root in ("samples", "items"):
-        page.locator(f'[data-browser="{root}"] summary').first.click()
+        page.locator(f'[data-list="{root}"] summary').first.click()
     assert page.evaluate("document.documentElement.scrollWidth") == width
     wide = page.evaluate(
         "[...document.querySelectorAll('main *')].filter((e) => !e.closest('.scroll, .sr') && "
@@ -243,12 +242,12 @@ def test_it_fits_its_window_in_both_lights(
     assert all(painted > 0.01 for painted, _ in page.evaluate(DRAWN))
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background))) < 200) == (scheme == "dark")
-    assert opened.faults == [] and len(opened.requests) == 1
+    assert opened.errors == [] and len(opened.requests) == 1
     opened.context.close()
 
 
-def test_it_prints_on_white_paper(browser: Any, report: Path, tmp_path: Path) -> None:
-    opened = Opened(browser, report, color_scheme="dark")
+def test_the_printed_page_is_light(browser: Any, report: Path, tmp_path: Path) -> None:
+    opened = OpenPage(browser, report, color_scheme="dark")
     pdf = opened.page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert pdf.startswith(b"%PDF") and len(pdf) > 50_000
     opened.page.emulate_media(media="print")
@@ -257,7 +256,7 @@ def test_it_prints_on_white_paper(browser: Any, report: Path, tmp_path: Path) ->
         opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
         == "rgb(255, 255, 255)"
     )
-    assert opened.page.evaluate("colour('ink')") == "#1b2130"
+    assert opened.page.evaluate("cssColor('ink')") == "#1b2130"
     assert max(opened.page.evaluate("CHARTS.map((chart) => chart.plot.width)")) <= 690
     opened.page.set_viewport_size(
         {"width": 690, "height": 1000}
@@ -266,35 +265,35 @@ def test_it_prints_on_white_paper(browser: Any, report: Path, tmp_path: Path) ->
         "[...document.querySelectorAll('.scroll')].map((box) => [box.scrollWidth, box.clientWidth])"
     )
     assert len(widths) > 2 and all(needed <= there for needed, there in widths)
-    assert opened.faults == []
+    assert opened.errors == []
     opened.context.close()
 
 
-def test_half_a_run_and_a_comparison_open(browser: Any, tmp_path: Path) -> None:
+def test_reports_of_an_unfinished_run_and_of_several_open(browser: Any, tmp_path: Path) -> None:
     runs = []
     for number, name in enumerate(("one", "two", "half")):
-        made = SyntheticRun(tmp_path / name)
-        made.plan()
-        made.train(finished=name != "half")
+        synthetic = SyntheticRun(tmp_path / name)
+        synthetic.plan()
+        synthetic.train(finished=name != "half")
         if name != "half":
-            made.evaluation(extra=HOSTILE[number])
-        made.run.recipe.write_text(
+            synthetic.evaluation(extra=HOSTILE[number])
+        synthetic.run.recipe.write_text(
             dump_recipe(load_recipe("quickstart", [f"train.lr=0.000{number + 1}"]))
         )
-        runs.append(made.run.path)
-    build_report(made.run, ReportConfig(), recipe_yaml=made.recipe, fingerprint="f")
-    with pytest.raises(ArtifactError, match="other questions"):
+        runs.append(synthetic.run.path)
+    build_report(synthetic.run, ReportConfig(), recipe_yaml=synthetic.recipe, fingerprint="f")
+    with pytest.raises(ArtifactError, match="other prompts"):
         compare_runs(runs)
-    half, forced = made.run.report / "report.html", compare_runs(runs, force=True)
-    (made.run.path.parent / "two" / "evaluation" / "manifest.json").unlink()
+    half, forced = synthetic.run.report / "report.html", compare_runs(runs, force=True)
+    (synthetic.run.path.parent / "two" / "evaluation" / "manifest.json").unlink()
     together = compare_runs(runs, tmp_path / "together.html")
     for file, sentence in (
         (half, "Training is not finished"),
-        (forced, "do not compare"),
+        (forced, "not comparable"),
         (together, "two: There is no"),
     ):
-        opened = Opened(browser, file)
+        opened = OpenPage(browser, file)
         assert sentence in opened.page.locator(".missing").inner_text()
         assert all(painted > 0.01 for painted, _ in opened.page.evaluate(DRAWN))
-        assert opened.faults == [] and len(opened.requests) == 1
+        assert opened.errors == [] and len(opened.requests) == 1
         opened.context.close()

@@ -1,227 +1,234 @@
 "use strict";
-// Lists to search and filter: thousands of records stay data, and one page of them is in the document at a time.
+// Lists to search and filter. Thousands of records stay data; one page of rows is in the document at a time.
 
-const ROWS = 12;
+const ROWS_PER_PAGE = 12, SEARCH_DELAY = 80, LINE_LENGTH = 200; // milliseconds, characters
 
-function option(menu, value, text) {
-  const one = make("option", menu, text);
-  one.value = value;
+function addOption(menu, value, text) {
+  addElement("option", menu, text).value = value;
 }
 
-// A text from data: its own direction, and what was searched for is marked.
-function quote(parent, text, query, css) {
-  const node = make("pre", parent, undefined, css);
-  node.dir = "auto";
+// Adds a text from data, with its own direction and with the search query highlighted.
+function addText(parent, text, query, css) {
+  const element = addElement("pre", parent, undefined, css);
+  element.dir = "auto";
   if (text === null || !text.trim()) {
-    make("i", node, text === null ? "(none)" : "(empty)");
-    return node;
+    addElement("i", element, text === null ? "(none)" : "(empty)");
+    return;
   }
-  mark(node, text, query);
-  return node;
+  addHighlighted(element, text, query);
 }
 
-function mark(node, text, query) {
+function addHighlighted(element, text, query) {
   const lower = text.toLowerCase();
-  let from = 0;
-  // A lower-case form of another length would put marks in wrong places.
-  for (let at; query && lower.length === text.length && (at = lower.indexOf(query, from)) >= 0; from = at + query.length) {
-    node.append(text.slice(from, at));
-    make("mark", node, text.slice(at, at + query.length));
+  let end = 0;
+  // If the lower-case text has another length, its positions do not fit the text.
+  if (query && lower.length === text.length) {
+    for (let start; (start = lower.indexOf(query, end)) >= 0; end = start + query.length) {
+      element.append(text.slice(end, start));
+      addElement("mark", element, text.slice(start, start + query.length));
+    }
   }
-  node.append(text.slice(from));
+  element.append(text.slice(end));
 }
 
-function column(parent, title, score, text, query, css) {
-  const box = make("div", parent, undefined, "answer" + (css ? " " + css : ""));
-  const head = make("h4", box, title);
-  if (score !== null) make("span", head, score.toFixed(1), "score");
-  for (const one of Array.isArray(text) ? text : [text]) quote(box, one, query);
+// Adds a column of an opened row: a title, a score, and one or several texts.
+function addColumn(parent, title, score, texts, query, css) {
+  const column = addElement("div", parent, undefined, "answer" + (css ? " " + css : ""));
+  const heading = addElement("h4", column, title);
+  if (score !== null) addElement("span", heading, score.toFixed(1), "score");
+  for (const text of Array.isArray(texts) ? texts : [texts]) addText(column, text, query);
 }
 
-class List {
+// A row that builds its content when it is opened, since most rows never are.
+function createRow(fillSummary, line, query, fillContent, id) {
+  const row = addElement("details"), summary = addElement("summary", row);
+  fillSummary(addElement("span", summary, undefined, "values"));
+  addHighlighted(addElement("bdi", summary, undefined, "line"), line.slice(0, LINE_LENGTH), query);
+  row.addEventListener("toggle", () => {
+    if (!row.open || row.children.length > 1) return;
+    fillContent(row);
+    addHighlighted(addElement("bdi", addElement("p", row, "id ", "note")), id, query);
+  });
+  return row;
+}
+
+class FilterList {
   constructor(root, source) {
     this.root = root;
     this.source = source;
     this.page = 0;
     this.input = root.querySelector("input");
     this.menus = Object.fromEntries([...root.querySelectorAll("select")].map((menu) => [menu.dataset.field, menu]));
-    source.fill(this.menus);
-    let waiting;
+    source.fillMenus(this.menus);
+    let timer;
     this.input.addEventListener("input", () => {
-      clearTimeout(waiting);
-      waiting = setTimeout(() => this.find(), 80);
+      clearTimeout(timer);
+      timer = setTimeout(() => this.filter(), SEARCH_DELAY);
     });
-    for (const menu of Object.values(this.menus)) menu.addEventListener("change", () => this.find());
-    this.find();
+    for (const menu of Object.values(this.menus)) menu.addEventListener("change", () => this.filter());
+    this.filter();
   }
 
-  find() {
+  filter() {
     this.query = this.input.value.trim().toLowerCase();
-    const chosen = Object.fromEntries(Object.entries(this.menus).map(([field, menu]) => [field, menu.value]));
-    this.found = this.source.find(chosen, this.query);
+    const values = Object.fromEntries(Object.entries(this.menus).map(([field, menu]) => [field, menu.value]));
+    this.matches = this.source.filter(values, this.query);
     this.page = 0;
     this.show();
   }
 
-  show(open = -1) {
-    const rows = this.root.querySelector(".rows"), first = this.page * ROWS, total = this.source.total();
-    const shown = this.found.slice(first, first + ROWS);
-    rows.replaceChildren(...shown.map((i) => this.source.row(i, this.query)));
-    if (open >= 0) rows.children[open].open = true;
-    this.root.querySelector(".count").textContent =
-      `${this.found.length.toLocaleString("en")} of ${total.toLocaleString("en")}` +
-      (shown.length ? `, ${first + 1} to ${first + shown.length} are shown` : ": nothing fits, change the search or the menus");
-    this.turn();
+  // Shows the current page. openRow: index of a row to open.
+  show(openRow = -1) {
+    const rows = this.root.querySelector(".rows"), first = this.page * ROWS_PER_PAGE;
+    const indices = this.matches.slice(first, first + ROWS_PER_PAGE);
+    rows.replaceChildren(...indices.map((i) => this.source.row(i, this.query)));
+    if (openRow >= 0) rows.children[openRow].open = true;
+    const counts = [this.matches.length, this.source.total()].map((count) => count.toLocaleString("en")).join(" of ");
+    this.root.querySelector(".count").textContent = counts +
+      (indices.length ? `, showing ${first + 1} to ${first + indices.length}` : ": no match, change the search or the menus");
+    this.showPager();
   }
 
-  turn() {
-    const last = Math.max(0, Math.ceil(this.found.length / ROWS) - 1), pager = this.root.querySelector(".pager");
-    const to = (page, keep) => () => {
-      this.page = page;
-      this.show();
-      pager.children[keep].focus();
-    };
+  showPager() {
+    const last = Math.max(0, Math.ceil(this.matches.length / ROWS_PER_PAGE) - 1), pager = this.root.querySelector(".pager");
     pager.replaceChildren();
     if (!last) return;
-    const steps = [["first", 0], ["back", this.page - 1], ["on", this.page + 1], ["last", last]];
-    steps.forEach(([name, page], i) => {
-      const button = make("button", pager, name);
+    const targets = [["first", 0], ["previous", this.page - 1], ["next", this.page + 1], ["last", last]];
+    targets.forEach(([name, page], i) => {
+      const button = addElement("button", pager, name);
       button.type = "button";
       button.disabled = page < 0 || page > last || page === this.page;
-      button.addEventListener("click", to(page, i));
+      button.addEventListener("click", () => {
+        this.page = page;
+        this.show();
+        pager.children[i].focus();
+      });
     });
-    make("span", pager, `page ${this.page + 1} of ${last + 1}`);
+    addElement("span", pager, `page ${this.page + 1} of ${last + 1}`);
   }
 }
 
 class SampleSource {
   constructor(data) {
     this.data = data;
-    this.texts = data.ids.map((id, i) => [id, data.prompts[i], data.references[i], data.responses[i] || ""].join("\n").toLowerCase());
-    this.subset = data.places.map((place) => data.bounds.findIndex((bound) => bound > place) - 1);
+    this.texts = data.ids.map((id, i) =>
+      [id, data.prompts[i], data.references[i], data.responses[i] || ""].join("\n").toLowerCase());
+    this.subsets = data.positions.map((position) => data.bounds.findIndex((bound) => bound > position) - 1);
   }
 
   total() {
     return this.data.ids.length;
   }
 
-  fill({ subset, sort }) {
-    option(subset, "", "all");
-    for (let i = 0; i + 1 < this.data.bounds.length; i++) option(subset, String(i), `subset ${i + 1}`);
-    const orders = [["place", "of the curriculum"], ["rouge", "ROUGE-L, low first"], ["entropy", "cross-entropy, high first"],
-      ["seen", "most seen first"]];
-    for (const [key, text] of orders) if (key === "place" || this.data[key]) option(sort, key, text);
+  fillMenus({ subset, sort }) {
+    addOption(subset, "", "all");
+    for (let i = 0; i + 1 < this.data.bounds.length; i++) addOption(subset, String(i), `subset ${i + 1}`);
+    const orders = [["positions", "difficulty ranking"], ["rouge_l", "ROUGE-L, lowest first"],
+      ["cross_entropy", "cross-entropy, highest first"], ["visits", "visits, most first"]];
+    for (const [column, text] of orders) if (this.data[column]) addOption(sort, column, text);
   }
 
-  find({ subset, sort }, query) {
-    const found = [];
+  filter({ subset, sort }, query) {
+    const matches = [];
     for (let i = 0; i < this.texts.length; i++) {
-      if ((subset === "" || this.subset[i] === Number(subset)) && (!query || this.texts[i].includes(query))) found.push(i);
+      if ((subset === "" || this.subsets[i] === Number(subset)) && (!query || this.texts[i].includes(query))) matches.push(i);
     }
-    const values = this.data[sort], sign = sort === "rouge" ? 1 : -1;
-    return sort === "place" ? found : found.sort((a, b) => sign * (values[a] - values[b]) || a - b);
+    const values = this.data[sort], sign = sort === "rouge_l" ? 1 : -1;
+    return sort === "positions" ? matches : matches.sort((a, b) => sign * (values[a] - values[b]) || a - b);
   }
 
   row(i, query) {
-    const { data } = this, row = make("details");
-    const head = make("summary", row), facts = make("span", head, undefined, "facts");
-    const chip = make("span", facts, undefined, "chip");
-    if (this.subset[i] >= 0) {
-      chip.style.background = `var(--s${this.subset[i]})`;
-      make("span", facts, `subset ${this.subset[i] + 1}`);
-    }
-    make("span", facts, `#${data.places[i] + 1}`);
-    if (data.rouge) make("span", facts, `ROUGE-L ${data.rouge[i].toFixed(1)}`);
-    if (data.entropy) make("span", facts, `cross-entropy ${data.entropy[i].toFixed(2)}`);
-    if (data.seen) make("span", facts, `seen ${data.seen[i]}×`);
-    const line = make("bdi", head, undefined, "line");
-    mark(line, data.prompts[i].slice(0, 200), query);
-    // Built when it is opened: most rows never are.
-    row.addEventListener("toggle", () => {
-      if (!row.open || row.children.length > 1) return;
-      const body = make("div", row, undefined, "answers");
-      column(body, "prompt", null, data.prompts[i], query);
-      column(body, "reference", null, data.references[i], query);
-      column(body, "student before training", data.rouge ? data.rouge[i] : null, data.responses[i], query);
-      mark(make("bdi", make("p", row, "id ", "note")), data.ids[i], query);
-    });
-    return row;
+    const { data } = this, subset = this.subsets[i];
+    const fillSummary = (values) => {
+      const chip = addElement("span", values, undefined, "chip");
+      if (subset >= 0) {
+        chip.style.background = `var(--s${subset})`;
+        addElement("span", values, `subset ${subset + 1}`);
+      }
+      addElement("span", values, `#${data.positions[i] + 1}`);
+      if (data.rouge_l) addElement("span", values, `ROUGE-L ${data.rouge_l[i].toFixed(1)}`);
+      if (data.cross_entropy) addElement("span", values, `cross-entropy ${data.cross_entropy[i].toFixed(2)}`);
+      if (data.visits) addElement("span", values, `visits ${data.visits[i]}`);
+    };
+    const fillContent = (row) => {
+      const columns = addElement("div", row, undefined, "answers"), score = data.rouge_l ? data.rouge_l[i] : null;
+      addColumn(columns, "prompt", null, data.prompts[i], query);
+      addColumn(columns, "reference", null, data.references[i], query);
+      addColumn(columns, "student before training", score, data.responses[i], query);
+    };
+    return createRow(fillSummary, data.prompts[i], query, fillContent, data.ids[i]);
   }
 }
 
-const RELATIONS = { above: (a, b) => a > b, below: (a, b) => a < b, even: (a, b) => a === b };
+const RELATIONS = { better: (a, b) => a > b, worse: (a, b) => a < b, equal: (a, b) => a === b };
 
 class ItemSource {
-  constructor(data) {
-    this.data = data;
-    this.now = data[0];
-    this.texts = data.map((one) => one.ids.map((id, i) =>
-      [id, one.questions[i], ...one.references[i], ...one.answers.map((texts) => texts[i])].join("\n").toLowerCase()));
+  constructor(benchmarks) {
+    this.benchmarks = benchmarks;
+    this.current = benchmarks[0];
+    this.texts = benchmarks.map(({ ids, prompts, references, answers }) => ids.map((id, i) =>
+      [id, prompts[i], ...references[i], ...answers.map((texts) => texts[i])].join("\n").toLowerCase()));
   }
 
   total() {
-    return this.now.ids.length;
+    return this.current.ids.length;
   }
 
-  fill({ benchmark, left, relation, right }) {
-    this.data.forEach((one, i) => option(benchmark, String(i), one.name));
-    option(left, "", "(all items)");
-    this.now.models.forEach((name, i) => { option(left, String(i), name); option(right, String(i), name); });
-    option(relation, "above", "better");
-    option(relation, "below", "worse");
-    option(relation, "even", "as good");
+  fillMenus({ benchmark, left, relation, right }) {
+    this.benchmarks.forEach(({ name }, i) => addOption(benchmark, String(i), name));
+    addOption(left, "", "(all items)");
+    this.current.models.forEach((name, i) => { addOption(left, String(i), name); addOption(right, String(i), name); });
+    for (const name of Object.keys(RELATIONS)) addOption(relation, name, name);
     relation.disabled = right.disabled = true;
     left.addEventListener("change", () => { relation.disabled = right.disabled = left.value === ""; });
   }
 
-  find({ benchmark, left, relation, right }, query) {
-    this.now = this.data[Number(benchmark)];
-    const texts = this.texts[Number(benchmark)], { scores } = this.now, found = [];
-    const fits = (i) => left === "" || RELATIONS[relation](scores[Number(left)][i], scores[Number(right)][i]);
-    for (let i = 0; i < texts.length; i++) if (fits(i) && (!query || texts[i].includes(query))) found.push(i);
-    if (left === "" || relation === "even") return found;
-    const gap = (i) => Math.abs(scores[Number(left)][i] - scores[Number(right)][i]);
-    return found.sort((a, b) => gap(b) - gap(a) || a - b); // where they differ most comes first
+  filter({ benchmark, left, relation, right }, query) {
+    this.current = this.benchmarks[Number(benchmark)];
+    const texts = this.texts[Number(benchmark)], { scores } = this.current, matches = [];
+    const holds = (i) => left === "" || RELATIONS[relation](scores[Number(left)][i], scores[Number(right)][i]);
+    for (let i = 0; i < texts.length; i++) if (holds(i) && (!query || texts[i].includes(query))) matches.push(i);
+    if (left === "" || relation === "equal") return matches;
+    // The largest differences come first.
+    const difference = (i) => Math.abs(scores[Number(left)][i] - scores[Number(right)][i]);
+    return matches.sort((a, b) => difference(b) - difference(a) || a - b);
   }
 
   row(i, query) {
-    const { now } = this, row = make("details");
-    const head = make("summary", row), facts = make("span", head, undefined, "facts");
-    now.models.forEach((name, model) => {
-      const one = make("span", facts, `${name} `);
-      make("b", one, now.scores[model][i].toFixed(1), "score");
+    const { models, scores, prompts, references, answers, ids } = this.current;
+    const fillSummary = (values) => models.forEach((name, model) => {
+      addElement("b", addElement("span", values, `${name} `), scores[model][i].toFixed(1), "score");
     });
-    mark(make("bdi", head, undefined, "line"), now.questions[i].slice(0, 200), query);
-    row.addEventListener("toggle", () => {
-      if (!row.open || row.children.length > 1) return;
-      quote(row, now.questions[i], query, "question");
-      const body = make("div", row, undefined, "answers");
-      column(body, "reference", null, now.references[i], query, "reference");
-      now.models.forEach((name, model) => column(body, name, now.scores[model][i], now.answers[model][i], query,
-        name === "student after" ? "m-student" : ""));
-      mark(make("bdi", make("p", row, "id ", "note")), now.ids[i], query);
-    });
-    return row;
+    const fillContent = (row) => {
+      addText(row, prompts[i], query, "question");
+      const columns = addElement("div", row, undefined, "answers");
+      addColumn(columns, "reference", null, references[i], query, "reference");
+      models.forEach((name, model) => {
+        const css = name === "student after" ? "m-student" : "";
+        addColumn(columns, name, scores[model][i], answers[model][i], query, css);
+      });
+    };
+    return createRow(fillSummary, prompts[i], query, fillContent, ids[i]);
   }
 }
 
-function browse(name, source) {
-  const root = document.querySelector(`[data-browser="${name}"]`);
-  return root ? new List(root, source()) : null;
+function createList(name, createSource) {
+  const root = document.querySelector(`[data-list="${name}"]`);
+  return root ? new FilterList(root, createSource()) : null;
 }
 
-const SAMPLES = browse("samples", () => new SampleSource(DATA.samples));
-const ITEMS = browse("items", () => new ItemSource(DATA.items));
+const SAMPLES = createList("samples", () => new SampleSource(DATA.samples));
+const ITEMS = createList("items", () => new ItemSource(DATA.items));
 
-// A click on a dot of the plane: its sample, or the next one in the order that the page holds.
-window.showSample = (place) => {
+// Opens the sample at a position of the ranking, or the next one that is on the page.
+window.showSample = (position) => {
   if (!SAMPLES) return;
   SAMPLES.input.value = "";
   SAMPLES.menus.subset.value = "";
-  SAMPLES.menus.sort.value = "place";
-  SAMPLES.find();
-  const at = Math.max(0, DATA.samples.places.findIndex((one) => one >= place));
-  SAMPLES.page = Math.floor(at / ROWS);
-  SAMPLES.show(at % ROWS);
+  SAMPLES.menus.sort.value = "positions";
+  SAMPLES.filter();
+  const index = Math.max(0, DATA.samples.positions.findIndex((other) => other >= position));
+  SAMPLES.page = Math.floor(index / ROWS_PER_PAGE);
+  SAMPLES.show(index % ROWS_PER_PAGE);
   SAMPLES.root.scrollIntoView({ block: "start" });
 };

@@ -1,22 +1,23 @@
 "use strict";
-// Draws everything once, and again where the window, the light or the paper changes.
+// Draws all charts, and again if the window, the color scheme or the medium changes.
 
 function drawAll() {
   for (const chart of CHARTS) chart.draw();
 }
 
-let width = document.documentElement.clientWidth, waiting;
+let windowWidth = document.documentElement.clientWidth, resizeTimer;
 window.addEventListener("resize", () => {
-  clearTimeout(waiting);
-  waiting = setTimeout(() => {
-    if (document.documentElement.clientWidth === width || document.documentElement.classList.contains("paper")) return;
-    width = document.documentElement.clientWidth;
+  clearTimeout(resizeTimer);
+  resizeTimer = setTimeout(() => {
+    const { clientWidth, classList } = document.documentElement;
+    if (clientWidth === windowWidth || classList.contains("paper")) return;
+    windowWidth = clientWidth;
     drawAll();
   }, 120);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
 
-// Paper is white, and as wide as paper is.
+// Printed charts are light and as wide as the paper.
 window.addEventListener("beforeprint", () => {
   document.documentElement.classList.add("paper");
   drawAll();
@@ -26,13 +27,14 @@ window.addEventListener("afterprint", () => {
   drawAll();
 });
 
-const menu = document.getElementById("benchmarks");
-if (menu) {
+// The menu of the table of benchmarks.
+const benchmarkMenu = document.getElementById("benchmarks");
+if (benchmarkMenu) {
   const rows = [...document.querySelectorAll("#details [data-row]")];
-  option(menu, "", "all");
-  for (const name of new Set(rows.map((row) => row.dataset.row))) option(menu, name, name);
-  menu.addEventListener("change", () => {
-    for (const row of rows) row.hidden = menu.value !== "" && row.dataset.row !== menu.value;
+  addOption(benchmarkMenu, "", "all");
+  for (const name of new Set(rows.map((row) => row.dataset.row))) addOption(benchmarkMenu, name, name);
+  benchmarkMenu.addEventListener("change", () => {
+    for (const row of rows) row.hidden = benchmarkMenu.value !== "" && row.dataset.row !== benchmarkMenu.value;
   });
 }
 

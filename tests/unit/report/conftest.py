@@ -1,4 +1,4 @@
-"""What the tests of the report start from."""
+"""Fixtures for the tests of the report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from synthetic_run import ATTACK, SyntheticRun
 
 @pytest.fixture
 def synthetic(tmp_path: Path) -> SyntheticRun:
-    """A run directory that is still empty."""
+    """An empty run directory, into which results can be written."""
     return SyntheticRun(tmp_path / "run")
 
 
 @pytest.fixture
 def attack() -> str:
-    """Text that would do harm on a page that trusts it."""
+    """Text that would run a script on a page that does not escape it."""
     return ATTACK

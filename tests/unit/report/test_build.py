@@ -1,4 +1,4 @@
-"""The pages: what they say, what they refuse to say, and that no text from data does harm."""
+"""Both pages: content, missing parts, and escaping of text from data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError
 from pocl_ds.report import build, document
-from pocl_ds.report.formatting import markdown_cell
-from pocl_ds.report.sample_visits import times_seen
+from pocl_ds.report.formatting import escape_markdown
+from pocl_ds.report.sample_visits import count_sample_visits
 from pocl_ds.runtime.formatting import format_duration
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.manifest import Manifest, read_manifest
@@ -32,13 +32,13 @@ VOID = {"meta", "br", "img", "input", "link", "hr"}
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and holds every tag to its closing one."""
+    """Collects tags and text, and checks that every tag is closed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
+        self.texts: list[str] = []
         self.scripts: list[str] = []
         self.styles: list[str] = []
         self.feed(text)
@@ -61,7 +61,7 @@ class Page(HTMLParser):
         if self.open and self.open[-1] == "script":
             self.scripts[-1] += data
         elif not self.open or self.open[-1] != "style":
-            self.words.append(data)
+            self.texts.append(data)
         else:
             self.styles[-1] += data
 
@@ -76,10 +76,12 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
+        return " ".join(" ".join(self.texts).split())
 
 
-def make(synthetic: Any, examples: int = 3, fingerprint: str = "f") -> tuple[Manifest, str, str]:
+def make_report(
+    synthetic: Any, examples: int = 3, fingerprint: str = "f"
+) -> tuple[Manifest, str, str]:
     manifest = build.build_report(
         synthetic.run,
         ReportConfig(num_examples=examples),
@@ -92,9 +94,9 @@ def make(synthetic: Any, examples: int = 3, fingerprint: str = "f") -> tuple[Man
     )
 
 
-def test_the_page_says_what_the_run_found(synthetic: Any) -> None:
+def test_both_pages_show_the_results(synthetic: Any) -> None:
     synthetic.everything()
-    manifest, html, markdown = make(synthetic)
+    manifest, html, markdown = make_report(synthetic)
     page = Page(html)
     assert (
         "The student reaches 80% of the teacher's ROUGE-L on test (14.2 of 17.8; 2.1 before)."
@@ -111,31 +113,34 @@ def test_the_page_says_what_the_run_found(synthetic: Any) -> None:
         "Gradient norm",
         "Learning rate",
         "Throughput",
-        "How often samples were seen",
+        "Sample visits",
     ]
     assert (
         all(title in page.text for title in titles)
         and [chart["title"] for chart in page.data["charts"]] == titles
     )
     loss = page.data["charts"][3]
-    assert [one["name"] for one in loss["series"]] == ["total", "KD", "CE"] and loss["bands"][-1][
-        2
-    ] == "stage 4"
+    assert [curve["name"] for curve in loss["series"]] == ["total", "KD loss", "SFT loss"] and loss[
+        "bands"
+    ][-1][2] == "stage 4"
     assert page.data["charts"][0]["names"] == [
         "subset 1 (easiest)",
         "subset 2",
         "subset 3",
         "subset 4 (hardest)",
     ]
-    said = "steps on 2 ranks; micro-batches were packed without padding, which would be 31% of their tokens."
-    assert said in page.text and said in markdown
+    sentence = (
+        "180 optimizer steps on 2 ranks. Micro-batches were packed without padding, which would be "
+        "31% of their tokens."
+    )
+    assert sentence in page.text and sentence in markdown
     assert (
         manifest.info["examples"] == 3
         and manifest.info["samples"] == 400
         and manifest.info["bytes"] == len(html.encode())
     )
     assert len(page.data["items"][0]["ids"]) == 30 and len(page.data["samples"]["ids"]) == 400
-    assert "3 min 31 s" in page.text and "1 min 04 s" in page.text  # the stages' own seconds
+    assert "3 min 31 s" in page.text and "1 min 04 s" in page.text  # as the steps recorded
     assert "name: synthetic" in page.text and "torch" in page.text
     assert "| student after | 4.250 | 0.800 | 14.20 ± 0.42 |" in markdown
     assert manifest.info["missing"] == [] and "missing" not in {
@@ -143,9 +148,9 @@ def test_the_page_says_what_the_run_found(synthetic: Any) -> None:
     }
 
 
-def test_a_benchmarks_table_has_every_measure_that_was_taken(synthetic: Any) -> None:
+def test_the_table_of_a_benchmark_has_every_measure(synthetic: Any) -> None:
     synthetic.everything()
-    _, html, markdown = make(synthetic)
+    _, html, markdown = make_report(synthetic)
     assert "95% interval" in Page(html).text and "judge" not in Page(html).text + markdown
     path = synthetic.run.evaluation / "results.json"
     results = json.loads(path.read_text())
@@ -160,31 +165,33 @@ def test_a_benchmarks_table_has_every_measure_that_was_taken(synthetic: Any) -> 
     results["models"]["student"]["benchmarks"]["test"]["judge"] = verdict
     write_json(path, results)
     shutil.rmtree(synthetic.run.report)
-    _, html, markdown = make(synthetic)
+    _, html, markdown = make_report(synthetic)
     header, *rows = [
         [cell.strip() for cell in line.strip("| ").split(" | ")]
         for line in markdown.splitlines()
         if line.startswith(("| benchmark", "| test"))
     ]
-    found = {row[1]: dict(zip(header, row, strict=True)) for row in rows}
-    assert found["student after"]["judge"] == "6.54" and found["teacher"]["judge"] == "–"
-    low, high = map(float, found["student after"]["95% interval"].split(" to "))
+    by_model = {row[1]: dict(zip(header, row, strict=True)) for row in rows}
+    assert by_model["student after"]["judge"] == "6.54" and by_model["teacher"]["judge"] == "–"
+    low, high = map(float, by_model["student after"]["95% interval"].split(" to "))
     assert low < 14.2 < high and high - low < 4
     for model in ("student before", "student after", "teacher"):
-        one = found[model]
-        assert (one["distinct-1"], one["loss/token"], one["KL to teacher"]) == (
+        cells = by_model[model]
+        assert (cells["distinct-1"], cells["loss/token"], cells["KL to teacher"]) == (
             "0.25",
             "4.321",
             "0.765",
         )
-    assert all(name in Page(html).text for name in (*header, *found["student after"].values()))
+    assert all(name in Page(html).text for name in (*header, *by_model["student after"].values()))
 
 
-def test_what_there_is_to_say_of_a_benchmark_is_on_both_pages(synthetic: Any) -> None:
+def test_footnotes_are_on_both_pages(synthetic: Any) -> None:
     synthetic.everything()
     path = synthetic.run.evaluation / "results.json"
-    write_json(path, {**json.loads(path.read_text()), "marks": {"test": ["2 of 30 prompts cut"]}})
-    _, html, markdown = make(synthetic)
+    write_json(
+        path, {**json.loads(path.read_text()), "footnotes": {"test": ["2 of 30 prompts cut"]}}
+    )
+    _, html, markdown = make_report(synthetic)
     assert (
         Page(html).text.count("ROUGE-L, test ⚠") == 2
         and "⚠ test: 2 of 30 prompts cut" in Page(html).text
@@ -192,39 +199,37 @@ def test_what_there_is_to_say_of_a_benchmark_is_on_both_pages(synthetic: Any) ->
     assert "ROUGE-L, test ⚠" in markdown and "\n⚠ test: 2 of 30 prompts cut\n" in markdown
 
 
-def test_a_divergence_to_another_teacher_than_training_asked_is_said(synthetic: Any) -> None:
+def test_a_teacher_that_training_uses_differently_is_a_footnote(synthetic: Any) -> None:
     synthetic.everything()
     synthetic.recipe += "teacher: {model: T, quantization: bnb_4bit, ensemble: [{model: U}]}\n"
-    _, html, markdown = make(synthetic)
-    for said in (
-        "KL to teacher is to T alone, not to the mixture of 2 that training asked.",
-        "KL to teacher is to the teacher as its model is, not quantised to bnb",
+    _, html, markdown = make_report(synthetic)
+    for sentence in (
+        "KL to teacher is computed with T alone, while training uses a mixture of 2 teachers.",
+        "KL to teacher is computed without quantization, while training quantizes",
     ):
-        assert said in Page(html).text and said in markdown
+        assert sentence in Page(html).text and sentence in markdown
 
 
-def test_where_a_result_comes_from_is_told(synthetic: Any) -> None:
+def test_the_provenance_of_results_is_shown(synthetic: Any) -> None:
     synthetic.everything()
     manifest = synthetic.run.train / "manifest.json"
     tree = json.loads(manifest.read_text())
     tree["info"]["resumed_at"] = 1234
     manifest.write_text(json.dumps(tree))
-    text = Page(make(synthetic)[1]).text
-    assert "Fingerprints of the stages" in text and all(16 * letter in text for letter in "drpte")
-    assert "began after step 1,234" in text
+    text = Page(make_report(synthetic)[1]).text
+    assert "Fingerprints of the steps" in text and all(16 * letter in text for letter in "drpte")
+    assert "started after optimizer step 1,234" in text
     assert all(version in text for version in tree["versions"].values())
     assert "process hours" in text and "name: synthetic" in text
 
 
-def test_nothing_is_fetched_and_only_our_scripts_run(synthetic: Any) -> None:
+def test_the_page_fetches_nothing_and_runs_only_its_own_scripts(synthetic: Any) -> None:
     synthetic.everything()
-    page = Page(make(synthetic)[1])
+    page = Page(make_report(synthetic)[1])
     assert not {"link", "img", "iframe", "object", "form", "base"} & {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         assert not {"src", "srcset", "data", "style"} & attributes.keys(), tag
-        assert (attributes.get("href") or "#").startswith(
-            "#"
-        )  # links lead to the page's own sections
+        assert (attributes.get("href") or "#").startswith("#")  # sections of the page
         assert not any(name.startswith("on") for name in attributes), tag
     assert "url(" not in "".join(page.styles) and "@import" not in "".join(page.styles)
     policy = next(
@@ -244,7 +249,7 @@ def test_nothing_is_fetched_and_only_our_scripts_run(synthetic: Any) -> None:
     assert len(runs) == 5 and data
 
 
-def test_the_library_is_the_one_that_is_named() -> None:
+def test_the_license_names_the_version_of_the_library() -> None:
     notice = (document.ASSETS / "uplot.LICENSE.txt").read_text()
     version = re.search(r"uplot (\d+\.\d+\.\d+)", notice)
     assert version and f"(v{version[1]})" in (document.ASSETS / "uplot.js").read_text()[:200]
@@ -259,26 +264,26 @@ def test_assets_are_short_enough_to_read(name: str) -> None:
     assert len(text.splitlines()) < 400 and "</script" not in text and "</style" not in text
 
 
-def test_text_from_data_is_only_text(synthetic: Any, attack: str) -> None:
+def test_text_from_data_is_escaped(synthetic: Any, attack: str) -> None:
     synthetic.everything()
     shutil.rmtree(synthetic.run.evaluation)
     synthetic.evaluation(
         {"initial": attack, "student": attack + "</pre></div>", "teacher": "\ud800 half a pair"}
     )
     synthetic.recipe = synthetic.recipe.replace("synthetic", "'</title><script>1</script>'")
-    _, html, markdown = make(synthetic)
+    _, html, markdown = make_report(synthetic)
     page = Page(html)
-    assert sum(tag == "script" for tag, _ in page.tags) == 6  # ours and the data
+    assert sum(tag == "script" for tag, _ in page.tags) == 6  # the page's own and the data
     assert page.data["items"][0]["answers"][0][0].startswith(
         "<script>alert('x')</script> | one\ntwo"
-    )  # as it is
+    )  # unchanged
     assert "\u0007" not in html and page.data["items"][0]["answers"][2][0] == "\ufffd half a pair"
     assert "</title><script>1</script>" in page.text and "<!--" not in html
     rows = [line for line in markdown.splitlines() if line.startswith("| Explain")]
     assert len(rows) == 3  # a line break in an answer does not end its row
     for row in rows:
         assert len(re.findall(r"(?<!\\)\|", row)) == 6
-    prose = markdown.partition("```yaml")[0]  # the recipe stands in a fence, where text is literal
+    prose = markdown.partition("```yaml")[0]  # text in the recipe's code block is literal
     assert "<script" not in prose and "![i]" not in prose and "http://" not in prose
 
 
@@ -293,11 +298,11 @@ def test_text_from_data_is_only_text(synthetic: Any, attack: str) -> None:
     ],
 )
 def test_markdown_cells_are_literal(text: str, cell: str) -> None:
-    assert markdown_cell(text) == cell
+    assert escape_markdown(text) == cell
 
 
 @pytest.mark.parametrize(
-    ("stage", "sentence", "gone"),
+    ("folder", "sentence", "title"),
     [
         ("evaluation", "There is no finished evaluation", "Results"),
         ("ranking", "The samples are not ranked yet", "Difficulty"),
@@ -306,17 +311,17 @@ def test_markdown_cells_are_literal(text: str, cell: str) -> None:
     ],
 )
 def test_a_missing_part_is_left_out_and_named(
-    synthetic: Any, stage: str, sentence: str, gone: str
+    synthetic: Any, folder: str, sentence: str, title: str
 ) -> None:
     synthetic.everything()
-    shutil.rmtree(getattr(synthetic.run, stage))
-    _, html, markdown = make(synthetic)
+    shutil.rmtree(getattr(synthetic.run, folder))
+    _, html, markdown = make_report(synthetic)
     page = Page(html)
     assert sentence in page.text and sentence in markdown
-    assert not any(word == gone for word in page.words)
+    assert not any(text == title for text in page.texts)
 
 
-def test_unfinished_training_and_unsealed_evaluation_are_not_taken_for_results(
+def test_unfinished_steps_give_no_results(
     synthetic: Any,
 ) -> None:
     synthetic.data()
@@ -324,26 +329,28 @@ def test_unfinished_training_and_unsealed_evaluation_are_not_taken_for_results(
     synthetic.train(finished=False)
     synthetic.evaluation()
     (synthetic.run.evaluation / "manifest.json").unlink()
-    page = Page(make(synthetic)[1])
+    page = Page(make_report(synthetic)[1])
     assert "Training is not finished" in page.text and "Training loss" in page.text
     assert "No result yet" in page.text and "17.8" not in page.text
 
 
-def test_an_empty_run_makes_a_page(synthetic: Any) -> None:
-    manifest, html, _ = make(synthetic)
+def test_an_empty_run_has_a_page(synthetic: Any) -> None:
+    manifest, html, _ = make_report(synthetic)
     assert len(manifest.info["missing"]) == 4
     assert "No result yet" in Page(html).text
 
 
-def test_a_long_run_makes_a_small_page(synthetic: Any) -> None:
+def test_the_page_of_a_long_run_is_small(synthetic: Any) -> None:
     synthetic.plan(50_000)
     synthetic.train(100_000)
     synthetic.ranking(50_000)
-    _, html, _ = make(synthetic)
+    _, html, _ = make_report(synthetic)
     assert len(html) < 3_000_000
     page = Page(html)
     assert all(
-        len(one["xs"]) <= 4000 for chart in page.data["charts"] for one in chart.get("series", [])
+        len(curve["xs"]) <= 4000
+        for chart in page.data["charts"]
+        for curve in chart.get("series", [])
     )
     assert "30,000 of 50,000 samples are shown" in page.text
 
@@ -354,20 +361,23 @@ def test_ten_thousand_samples_stay_under_ten_megabytes(synthetic: Any) -> None:
     synthetic.train()
     synthetic.ranking(12_000)
     synthetic.evaluation(items=3000, extra="x" * 2000)
-    manifest, html, _ = make(synthetic)
+    manifest, html, _ = make_report(synthetic)
     page = Page(html)
     shown = len(page.data["samples"]["ids"])
     assert len(html.encode()) < 10_000_000
     assert 1000 < shown < 10_000 and manifest.info["samples"] == shown
-    assert f"{shown:,} of 12,000 samples, evenly along the order" in page.text
+    assert f"{shown:,} of 12,000 samples, evenly spaced along the ranking" in page.text
     assert f"Items: {len(page.data['items'][0]['ids']):,} of 3,000 of test" in page.text
-    assert page.data["samples"]["places"][0] == 0 and page.data["samples"]["places"][-1] == 11_999
+    assert (
+        page.data["samples"]["positions"][0] == 0
+        and page.data["samples"]["positions"][-1] == 11_999
+    )
 
 
-def test_samples_say_how_often_they_were_seen(synthetic: Any) -> None:
+def test_samples_show_their_visits(synthetic: Any) -> None:
     synthetic.everything()
-    data = Page(make(synthetic)[1]).data
-    assert sum(data["samples"]["seen"]) == 8 * STEPS  # draws: batches of 8
+    data = Page(make_report(synthetic)[1]).data
+    assert sum(data["samples"]["visits"]) == 8 * STEPS  # batches of 8
     assert data["samples"]["prompts"][7] == "Say what sample 7 is about. "
     assert data["samples"]["responses"][7] == "the 7 "
 
@@ -378,12 +388,12 @@ def test_a_plan_of_another_ranking_is_not_shown(synthetic: Any) -> None:
     synthetic.train()
     synthetic.ranking(300)
     assert (
-        "The plan was made for 400 samples and the ranking holds 300"
-        in Page(make(synthetic)[1]).text
+        "The plan was made for 400 samples and the ranking has 300"
+        in Page(make_report(synthetic)[1]).text
     )
 
 
-def test_jobs_attempts_and_memory_are_told(synthetic: Any) -> None:
+def test_jobs_attempts_and_memory_are_shown(synthetic: Any) -> None:
     synthetic.everything()
     folder = synthetic.run.cluster / "attempts"
     folder.mkdir(parents=True)
@@ -406,50 +416,46 @@ def test_jobs_attempts_and_memory_are_told(synthetic: Any) -> None:
         synthetic.run.cluster / "submission.json",
         {"profile": "gpu", "code": "abc", "jobs": ["train"]},
     )
-    page = Page(make(synthetic)[1])
+    page = Page(make_report(synthetic)[1])
     assert (
         "1.00 node hours, 1 restarts" in page.text
         and "Jobs and attempts (2, 1 restarts)" in page.text
     )
     assert "end unknown" in page.text and "<b>" in page.text and "30 min 00 s" in page.text
-    assert re.search(
-        r"\d+(\.\d+)? [MG]iB", page.text
-    )  # of this very process, which sealed the stages
-    later = make(synthetic)[0]
+    assert re.search(r"\d+(\.\d+)? [MG]iB", page.text)  # of this process, which wrote the manifests
+    later = make_report(synthetic)[0]
     with (folder / "train.jsonl").open("a") as stream:
         stream.write("\n" + json.dumps(attempts[1] | {"end": 2600.0}) + "\n")
-    assert make(synthetic)[0].info["inputs"] != later.info["inputs"]
+    assert make_report(synthetic)[0].info["inputs"] != later.info["inputs"]
 
 
-def test_repeating_finds_the_page_and_a_run_that_went_on_gets_a_new_one(synthetic: Any) -> None:
+def test_the_report_is_reused_until_the_run_changes(synthetic: Any) -> None:
     synthetic.data()
-    first, _, _ = make(synthetic)
+    first, _, _ = make_report(synthetic)
     path = synthetic.run.report / "report.html"
     before = path.stat().st_mtime_ns
-    assert make(synthetic)[0] == first and path.stat().st_mtime_ns == before
+    assert make_report(synthetic)[0] == first and path.stat().st_mtime_ns == before
     synthetic.evaluation()
-    assert "17.80" in make(synthetic)[1]
+    assert "17.80" in make_report(synthetic)[1]
     changed = path.stat().st_mtime_ns
     assert (
-        make(synthetic, fingerprint="g")[0].fingerprint == "g"
+        make_report(synthetic, fingerprint="g")[0].fingerprint == "g"
         and path.stat().st_mtime_ns != changed
     )
     path.write_text("cut")
-    assert "17.80" in make(synthetic, fingerprint="g")[1]
+    assert "17.80" in make_report(synthetic, fingerprint="g")[1]
     manifest = synthetic.run.evaluation / "manifest.json"
     tree = json.loads(manifest.read_text())
     next(iter(tree["files"].values()))["sha256"] = "of another training with the same recipe"
     manifest.write_text(json.dumps(tree))
     changed = path.stat().st_mtime_ns
-    make(synthetic, fingerprint="g")
+    make_report(synthetic, fingerprint="g")
     assert path.stat().st_mtime_ns != changed
 
 
-def test_a_failure_leaves_the_old_page_whole(
-    synthetic: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_leaves_the_old_page(synthetic: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     synthetic.data()
-    _, old, _ = make(synthetic)
+    _, old, _ = make_report(synthetic)
     synthetic.evaluation()
 
     def fail(*_: object, **__: object) -> str:
@@ -457,7 +463,7 @@ def test_a_failure_leaves_the_old_page_whole(
 
     monkeypatch.setattr(build, "markdown_page", fail)
     with pytest.raises(RuntimeError):
-        make(synthetic)
+        make_report(synthetic)
     assert (synthetic.run.report / "report.html").read_text(encoding="utf-8") == old
     assert sorted(p.name for p in synthetic.run.report.iterdir()) == [
         "manifest.json",
@@ -467,14 +473,14 @@ def test_a_failure_leaves_the_old_page_whole(
     assert read_manifest(synthetic.run.report) is not None
 
 
-def test_examples_do_not_follow_the_order_of_a_file(synthetic: Any) -> None:
+def test_examples_do_not_depend_on_the_order_of_a_file(synthetic: Any) -> None:
     synthetic.evaluation()
-    shown = re.findall(r"does \((\d+)\)", make(synthetic)[2])
+    shown = re.findall(r"does \((\d+)\)", make_report(synthetic)[2])
     for path in synthetic.run.evaluation.rglob("*.jsonl"):
         lines = path.read_text().splitlines()
         path.write_text("\n".join(reversed(lines)) + "\n")
     shutil.rmtree(synthetic.run.report)
-    assert re.findall(r"does \((\d+)\)", make(synthetic)[2]) == shown and len(shown) == 3
+    assert re.findall(r"does \((\d+)\)", make_report(synthetic)[2]) == shown and len(shown) == 3
 
 
 def test_no_examples_and_one_seed(synthetic: Any) -> None:
@@ -485,7 +491,7 @@ def test_no_examples_and_one_seed(synthetic: Any) -> None:
     for entry in results["models"].values():
         entry["benchmarks"]["test"]["rouge_l_deviation"] = None
     path.write_text(json.dumps(results))
-    _, html, markdown = make(synthetic, examples=0)
+    _, html, markdown = make_report(synthetic, examples=0)
     page = Page(html)
     assert "## Answers" not in markdown
     assert "one seed" in page.text and "±" not in page.text
@@ -498,7 +504,7 @@ def test_lost_answers_are_one_sentence(synthetic: Any) -> None:
         ArtifactError,
         match=r"teacher/test-seed10\.jsonl is missing: run `pocl evaluate --model teacher`",
     ):
-        make(synthetic)
+        make_report(synthetic)
 
 
 def test_a_random_order_has_no_difficulty(synthetic: Any) -> None:
@@ -508,40 +514,38 @@ def test_a_random_order_has_no_difficulty(synthetic: Any) -> None:
     path.write_text(
         path.read_text().replace('"samples": 400', '"samples": 400, "strategy": "random"')
     )
-    text = Page(make(synthetic)[1]).text
+    text = Page(make_report(synthetic)[1]).text
     assert "The order is random" in text and "hardest" not in text
 
 
-def test_a_reversed_ranking_says_so(synthetic: Any, tmp_path: Path) -> None:
+def test_a_reversed_ranking_swaps_the_labels(synthetic: Any, tmp_path: Path) -> None:
     synthetic.plan()
     synthetic.ranking()
     path = synthetic.run.ranking / "manifest.json"
     path.write_text(path.read_text().replace('"samples": 400', '"samples": 400, "reverse": true'))
-    assert Page(make(synthetic)[1]).data["charts"][0]["names"][0] == "subset 1 (hardest)"
+    assert Page(make_report(synthetic)[1]).data["charts"][0]["names"][0] == "subset 1 (hardest)"
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(3.21, "3.2 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7500, "2 h 05 min")],
 )
-def test_clock(seconds: float, text: str) -> None:
+def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("window", [1, 3])
-def test_visits_are_those_of_the_sampler(
+def test_visits_equal_the_draws_of_the_sampler(
     window: int, synthetic: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a window, samples change places by their lengths: the count of a cut epoch is of the
-    batches that were drawn.
-    """
+    """With a window, batches depend on lengths, which matters in an incomplete epoch."""
     synthetic.everything()
     run, plan = synthetic.run, json.loads((synthetic.run.plan / "plan.json").read_text())
     random, size = np.random.default_rng(0), plan["stages"][-1]["stop"]
     order, tokens = random.permutation(size), random.integers(1, 99, size)
     np.save(run.ranking / "order.npy", order)
     monkeypatch.setattr(TokenizedSplit, "open", lambda *_: SimpleNamespace(total_tokens=tokens))
-    seen = times_seen(run, plan, seed=3, window=window, steps=7)
+    visits = count_sample_visits(run, plan, seed=3, window=window, steps=7)
     sampler = Sampler(Plan.from_json(plan, range(size)), 3, lengths=tokens[order], window=window)
     drawn = np.concatenate([sampler.batch(step) for step in range(7)])
-    assert seen.tolist() == np.bincount(drawn, minlength=size).tolist()
+    assert visits.tolist() == np.bincount(drawn, minlength=size).tolist()
