@@ -102,6 +102,7 @@ def predict(work: Workload, ranks: int, mode: str, base: float) -> dict[str, flo
     """Peak bytes of one rank, by what holds them, as in `pocl estimate`. base: bytes without a
     model.
     """
+    # The first rank's first micro-batch is the largest.
     lengths = np.array([length for _, length in work.lengths], np.int64)
     micro_batch = assign_micro_batches(
         lengths,
@@ -114,6 +115,7 @@ def predict(work: Workload, ranks: int, mode: str, base: float) -> dict[str, flo
     loss_tokens = sum(length - max(prompt, 1) for prompt, length in samples)
     student, teacher = (LlamaConfig(**shape) for shape in (work.student, work.teacher))
 
+    # What the student's forward keeps for backward.
     def activations(sizes: Sequence[int], checkpointing: bool) -> float:
         return activation_bytes(
             student,

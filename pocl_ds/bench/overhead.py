@@ -97,6 +97,7 @@ def _flops(run: RunDirectory) -> dict[str, float]:
         teacher = model_shape(
             load_model_config(models["teacher"], trust_remote_code=recipe.teacher.trust_remote_code)
         )
+    # FLOPs of one visit of each sample.
     split = TokenizedSplit.open(run.data, "train")
     lengths, loss = np.asarray(split.total_tokens), np.asarray(split.loss_tokens)
     totals: dict[str, float] = {}

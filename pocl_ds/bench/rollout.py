@@ -40,6 +40,7 @@ def run(
     """Print and return the measurements. arguments: the name of a workload, S by default."""
     name = choose_name(arguments, WORKLOADS, "S")
     work, cores = WORKLOADS[name], os.cpu_count() or 1
+    # Measure every backend in turn.
     results: dict[str, list[list[dict[str, Any]]]] = {backend: [] for backend in BACKENDS}
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
         folder = Path(folder_name)
@@ -61,6 +62,7 @@ def run(
     )
     for backend, round_results in results.items():
         _print_backend(backend, [step for steps in round_results for step in steps], out)
+    # Compare them round by round.
     rates = {
         backend: [[_tokens_per_second(step) for step in steps] for steps in round_results]
         for backend, round_results in results.items()

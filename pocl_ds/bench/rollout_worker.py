@@ -75,6 +75,7 @@ def _build_trainer(
     *,
     seed: int,
 ) -> Trainer:
+    # A batch with every sample, and no checkpoint or validation.
     samples, dtype = COPIES * len(work.lengths), model_dtype()
     train = TrainConfig(
         engine="torch",
@@ -86,6 +87,7 @@ def _build_trainer(
     )
     teacher = TeacherConfig.model_validate({"model": str(folder / "teacher"), "dtype": dtype})
     student = StudentConfig.model_validate({"model": str(folder / "student"), "dtype": dtype})
+    # The student generates the responses of every step.
     policy = PolicyConfig.model_validate(
         {
             "name": "gkd",

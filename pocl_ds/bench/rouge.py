@@ -97,6 +97,7 @@ def measure(words: int, *, rounds: int, pairs: int) -> Ratios:
     cold: list[float] = []
     warm: list[float] = []
     for number in range(rounds):
+        # rouge-score, on the first pairs.
         left, right = texts(pairs, words, seed=2 * number), texts(pairs, words, seed=2 * number + 1)
         references = [[text] for text in right]
         few = min(pairs, ROUGE_SCORE_PAIRS.get(words, 12))

@@ -141,6 +141,7 @@ def measure_in_turn(
         if trl:
             write_batches(work, folder / "steps.json", 1)
             turns.append((TRL, trl, 0))
+        # Measure the contenders in turn, and the speed of the machine between them.
         for _ in range(rounds):
             for label, variant, ranks in turns:
                 record = _run_contender(label, variant, ranks, work, folder, steps)

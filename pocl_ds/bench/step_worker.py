@@ -96,6 +96,7 @@ def prepare_training(
 
     copies: how often the workload's samples are in the data, each time with other tokens.
     """
+    # Data, models and ranks.
     if distributed.rank() == 0:
         write_split(work, run.data, copies)
     engine, _, setting = variant.partition("+")
@@ -103,6 +104,7 @@ def prepare_training(
     if engine == "zero3":
         start_deepspeed()
         distributed.barrier()
+    # The teacher's outputs, if they are cached.
     teacher_cache = "bench" if setting == "cached" else None
     if teacher_cache:
         cache_teacher(

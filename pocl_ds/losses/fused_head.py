@@ -219,6 +219,7 @@ class FusedLossInputs:
         chunk_bytes: int,
     ) -> FusedLossInputs:
         """Check the arguments and choose the chunk sizes. See `loss_sums`."""
+        # Chunks must fit the wider head and every teacher.
         widest, teachers = vocab.size, 1
         if isinstance(teacher_head, CrossTokenizerTeacher):
             widest = max(vocab.size, teacher_head.vocab.size)
@@ -228,6 +229,7 @@ class FusedLossInputs:
         options = divergence_options(terms.name, terms.options)
         if terms.name != "sft" and teacher_head is None:
             raise RecipeError(f"loss.name={terms.name} needs a teacher")
+        # ALM becomes a weighted cross-entropy, which needs no teacher in the chunks.
         spans = None
         if terms.name == "alm" and isinstance(teacher_head, CrossTokenizerTeacher):
             spans = _span_loss(hidden, head, labels, terms, vocab, teacher_head, sizes)

@@ -59,17 +59,15 @@ def fused_linear_distillation_loss(
     # Select the tokens that count.
     counts = true_labels != ignore_index
     labels = true_labels[counts]
-    hidden = student_input[counts]
     teacher_hidden = None if teacher_input is None else teacher_input.detach()[counts]
     # The ids that both heads have take part.
-    ids = len(student_weight)
-    teacher_head = None
+    teacher_head, ids = None, len(student_weight)
     if teacher_weight is not None:
-        ids = min(ids, len(teacher_weight))
-        bias = None if teacher_bias is None else teacher_bias.detach()
+        bias, ids = teacher_bias, min(ids, len(teacher_weight))
+        bias = None if bias is None else bias.detach()
         teacher_head = OutputHead(teacher_weight.detach(), bias, 1.0, None)
     total, _, _ = loss_sums(
-        hidden,
+        student_input[counts],
         OutputHead(student_weight, student_bias, 1.0, None),
         labels,
         LossTerms(divergence, temperature, sft_ratio, scale_by_temperature_squared, options),

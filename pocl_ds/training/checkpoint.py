@@ -287,6 +287,7 @@ class Checkpoints:
         for leftover in self.directory.glob(f"*{PARTIAL}"):
             log.info("removing %s, an incomplete checkpoint of an interrupted save", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
+        # The newest checkpoint whose files are intact; damaged ones are passed over.
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             # Verify the files of the checkpoint against its manifest.

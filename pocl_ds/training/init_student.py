@@ -78,12 +78,14 @@ def init_student(
             student.lora,
             trust_remote_code=student.trust_remote_code,
         )
+    # A pruned student recovers in a few steps of plain distillation.
     if student.heal_steps:
         _heal(run, student, student_path, teacher, teacher_paths, loss, train, seed, fingerprint)
         student_path = str(run.models / "heal" / "final")
         info["heal_steps"] = student.heal_steps
         info["heal_samples"] = student.heal_steps * train.batch_size
 
+    # Record where the models are.
     if distributed.rank() == 0:
         info["seconds"] = stopwatch.lap()
         _write_result(run, teacher_paths, student_path, info, fingerprint)
@@ -160,6 +162,7 @@ def _heal(
     fingerprint: str,
 ) -> None:
     """Train the student for a few steps of plain distillation, on a random part of the data."""
+    # A single stage over a random part of the data.
     split = TokenizedSplit.open(run.data, "train")
     order = permutation(len(split), seed=seed, stage=0, epoch=0)
     plan = single_stage_plan(
@@ -169,6 +172,7 @@ def _heal(
         temperature=HEAL_TEMPERATURE,
         sft_ratio=HEAL_SFT_RATIO,
     )
+    # Forward KL, unless the tokenizers need another loss; one learning rate schedule.
     if loss.name not in ACROSS_TOKENIZERS:
         loss = LossConfig(name="fkl", chunk_memory_mb=loss.chunk_memory_mb, fused=loss.fused)
     training = TrainingRun(

@@ -46,6 +46,7 @@ class NonFiniteSteps:
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return None
+        # Write the batch to a file, on which the message builds.
         quantity, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
         step = position.step + 1
         record = {
@@ -56,6 +57,7 @@ class NonFiniteSteps:
             "value": str(value),
         }
         samples = self._write_batch(record, micro_batches)
+        # The engine has not applied a gradient that is not finite.
         if self.skipped < self.allowed and not math.isfinite(grad_norm):
             self.skipped += 1
             log.warning(

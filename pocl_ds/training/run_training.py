@@ -57,11 +57,13 @@ def train_student(
 
     teacher_cache: fingerprint of the cached teacher outputs; None for an online teacher.
     """
+    # SFT needs no teacher; with teacher.mode=auto the cache may be empty.
     models = read_models(run)
     if loss.name == "sft":
         teacher = None
     if teacher is None or uses_online_teacher(run, teacher, teacher_cache):
         teacher_cache = None
+    # The stages of the plan, or one stage with as many optimizer steps.
     plan = load_plan(run.plan / "plan.json")
     if baseline:
         plan = build_baseline_plan(plan, baseline)
