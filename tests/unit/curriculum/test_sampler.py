@@ -55,9 +55,9 @@ def _plain_permutation(size: int, seed: int, stage: int, epoch: int) -> list[int
 
 @given(st.integers(0, 300), st.integers(0, MASK), st.integers(0, 9), st.integers(0, 99))
 def test_permutation_equals_its_definition(size: int, seed: int, stage: int, epoch: int) -> None:
-    found = permutation(size, seed=seed, stage=stage, epoch=epoch)
-    assert found.dtype == np.int64
-    assert found.tolist() == _plain_permutation(size, seed, stage, epoch)
+    actual = permutation(size, seed=seed, stage=stage, epoch=epoch)
+    assert actual.dtype == np.int64
+    assert actual.tolist() == _plain_permutation(size, seed, stage, epoch)
 
 
 def test_permutation_is_pinned() -> None:
@@ -140,10 +140,10 @@ def test_batches_after_a_resume_equal_those_without(
 def test_positions_of_steps() -> None:
     plan = build_plan(np.arange(40), num_subsets=2, epochs_per_stage=2, batch_size=10)
     sampler = Sampler(plan, 0)
-    found = [
+    actual = [
         (p.stage, p.epoch, p.step_in_stage) for p in map(sampler.position, range(plan.total_steps))
     ]
-    assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [
+    assert actual == [(0, 0, 0), (0, 0, 1), (0, 1, 2), (0, 1, 3)] + [
         (1, i // 4, i) for i in range(8)
     ]
     for step in (-1, plan.total_steps, plan.total_steps + 1):

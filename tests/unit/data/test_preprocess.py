@@ -269,7 +269,7 @@ def test_invalid_records_are_an_error_or_skipped(
 ) -> None:
     """A damaged line stays an error, also where empty records are skipped."""
     rows: list[Any] = records(40)
-    whole = prepare(tmp_path / "whole", write(tmp_path / "whole.jsonl", rows))
+    expected = prepare(tmp_path / "whole", write(tmp_path / "whole.jsonl", rows))
     rows[3:3] = [
         {"instruction": "Say it.", "output": " "},
         {"instruction": "Say it.", "output": "half \ud800"},
@@ -281,7 +281,7 @@ def test_invalid_records_are_an_error_or_skipped(
         match="line 1: there is no field 'output' .*; data.on_invalid=skip leaves out every such",
     ):
         prepare(tmp_path / "error", source)
-    assert prepare(tmp_path / "skip", source, on_invalid="skip") == whole
+    assert prepare(tmp_path / "skip", source, on_invalid="skip") == expected
     assert "skipped 4 records without usable content; the first: " in caplog.text
     manifest = read_manifest(tmp_path / "skip" / "data")
     assert manifest is not None and manifest.info["invalid_records"] == 4

@@ -56,9 +56,9 @@ def test_a_sample_is_prompt_response_and_eos(
         == encoded.ids[: encoded.prompt_tokens]
     )
     assert encoded.prompt_tokens == min(len(prompt), limit)
-    whole = [*prompt[:limit], *response, tokenizer.eos_token_id]
-    assert encoded.ids == whole[: limit + room]
-    assert encoded.truncated == (len(prompt) > limit or len(whole) > limit + room)
+    complete = [*prompt[:limit], *response, tokenizer.eos_token_id]
+    assert encoded.ids == complete[: limit + room]
+    assert encoded.truncated == (len(prompt) > limit or len(complete) > limit + room)
     assert sample_tokenizer.tokenize_many([sample]) == [encoded]
 
 
@@ -277,9 +277,9 @@ def test_find_disallowed_token(tmp_path: Path) -> None:
 
 def test_truncated_reference_gets_no_eos() -> None:
     encoder = SampleTokenizer(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
-    whole = encoder.tokenize(Sample("a", "Say it.", "", ("It is",)))
+    complete = encoder.tokenize(Sample("a", "Say it.", "", ("It is",)))
     cut = encoder.tokenize(Sample("a", "Say it.", "", ("It is",), ended=False))
-    assert [*cut.ids, 0] == whole.ids and cut.prompt_tokens == whole.prompt_tokens
+    assert [*cut.ids, 0] == complete.ids and cut.prompt_tokens == complete.prompt_tokens
     assert encoder.tokenize(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, (
         "something must be learnt from"
     )
@@ -296,10 +296,10 @@ def test_full_disk_raises(part: str, tmp_path: Path) -> None:
 
 def test_truncated_token_file_is_damaged(tmp_path: Path) -> None:
     write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
-    whole = (tmp_path / "train.tokens.bin").read_bytes()
-    (tmp_path / "train.tokens.bin").write_bytes(whole[:-8])
+    complete = (tmp_path / "train.tokens.bin").read_bytes()
+    (tmp_path / "train.tokens.bin").write_bytes(complete[:-8])
     with pytest.raises(
         ArtifactError,
-        match=f"is damaged .{len(whole) // 4 - 2} tokens instead of {len(whole) // 4}.: remove",
+        match=f"is damaged .{len(complete) // 4 - 2} tokens instead of {len(complete) // 4}.: remove",
     ):
         TokenizedSplit.open(tmp_path, "train")

@@ -58,13 +58,13 @@ def make_run(
             : PROMPT.max_prompt_tokens
         ]
         response = [] if empty else tokenizer(answer).input_ids
-        whole = (
+        complete = (
             prompt
             + response
             + ([] if row == samples - 1 and not empty else [tokenizer.eos_token_id])
         )
-        index.append((len(tokens), len(prompt), len(whole)))
-        tokens += whole
+        index.append((len(tokens), len(prompt), len(complete)))
+        tokens += complete
         ids.append(name.encode())
         lines.append(
             {
@@ -164,12 +164,12 @@ def test_the_number_of_shards_and_chunks_changes_nothing(
     tiny_llama: Path, tmp_path: Path, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
-    one, three = make_run(tmp_path / "one", tokenizer), make_run(tmp_path / "three", tokenizer)
-    run_score(one, tiny_llama, config(temperature=temperature))
+    single, several = make_run(tmp_path / "one", tokenizer), make_run(tmp_path / "three", tokenizer)
+    run_score(single, tiny_llama, config(temperature=temperature))
     monkeypatch.setattr(module, "MIN_SAMPLES_PER_CHUNK", 2)
     monkeypatch.setattr(module, "ROUNDS_PER_CHUNK", 0)
-    run_score(three, tiny_llama, config(3, temperature=temperature))
-    for left, right in zip(results(one, 1), results(three, 3), strict=True):
+    run_score(several, tiny_llama, config(3, temperature=temperature))
+    for left, right in zip(results(single, 1), results(several, 3), strict=True):
         assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-5)
         assert {key: value for key, value in left.items() if key != "cross_entropy"} == right
 
@@ -181,7 +181,7 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     assert unfinished_shards(run, settings, "f") == [0, 1, 3]
     run_score(run, tiny_llama, settings)
     assert unfinished_shards(run, settings, "f") == []
-    whole = results(run, 4)
+    complete = results(run, 4)
     before = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
     shard_file(run, 1, 4).unlink()
     (
@@ -189,7 +189,7 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     ).unlink()  # a kill between the scores and their manifest
     assert unfinished_shards(run, settings, "f") == [1, 3]
     run_score(run, tiny_llama, settings)
-    assert results(run, 4) == whole
+    assert results(run, 4) == complete
     after = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
     assert after.keys() == before.keys()
     kept = {name for name in after if after[name] == before[name]}
@@ -294,7 +294,7 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setitem(
         module.METRICS,
         "length",
-        lambda responses, references, log_probs: [len(one) for one in log_probs],
+        lambda responses, references, log_probs: [len(values) for values in log_probs],
     )
     registry.METRICS.append("length")
     yield "length"

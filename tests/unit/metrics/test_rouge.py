@@ -132,9 +132,9 @@ def test_many_equals_single_calls() -> None:
     references = [
         list(pair) for pair in zip(texts(20, 9, seed=4), texts(20, 40, seed=5), strict=True)
     ]
-    found = rouge_l_many(predictions, references)
-    assert found.dtype == np.float64
-    assert found.tolist() == [rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
+    scores = rouge_l_many(predictions, references)
+    assert scores.dtype == np.float64
+    assert scores.tolist() == [rouge_l(p, r) for p, r in zip(predictions, references, strict=True)]
     assert rouge_l_many([], []).shape == (0,)
     with pytest.raises(ValueError, match="1 predictions and 0"):
         rouge_l_many(["a"], [])

@@ -49,11 +49,11 @@ WORK = TrainingWork(10_000, 120, 40, 512, 1024, 300)
 
 def total(setup: TrainingSetup, ranks: int, samples: int = 2) -> float:
     activations = lambda lengths, checkpointing: sum(lengths) * (1e4 if checkpointing else 1e6)  # noqa: E731
-    found = memory.training_memory(
+    estimated = memory.training_memory(
         SMALL, LARGE, setup, ranks, [512] * samples, 511 * samples, activations, 2e9
     )
-    assert all(size >= 0 for size in found.values())
-    return sum(found.values())
+    assert all(size >= 0 for size in estimated.values())
+    return sum(estimated.values())
 
 
 @settings(max_examples=50, deadline=None)
@@ -84,14 +84,18 @@ def test_memory_by_hand() -> None:
     """ZeRO-3 in bfloat16, divided by the ranks: for each parameter 2 bytes of weights, 12 of Adam
     (ZeRO, 2020), and 4 of gradients, which are summed in float32.
     """
-    found = memory.training_memory(
+    estimated = memory.training_memory(
         SMALL, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0
     )
-    states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
+    states = (
+        estimated["student: weights"]
+        + estimated["student: gradients"]
+        + estimated["student: optimizer"]
+    )
     assert states == pytest.approx(18 * 1.3e9 / 8)
-    assert found["teacher: weights"] == pytest.approx(2 * 6.7e9 / 8)
-    assert found["student: gathered"] == pytest.approx(2 * (2 * 50e6 + 100e6))
-    assert found["logits"] == pytest.approx(511 * 50_000 * 4)
+    assert estimated["teacher: weights"] == pytest.approx(2 * 6.7e9 / 8)
+    assert estimated["student: gathered"] == pytest.approx(2 * (2 * 50e6 + 100e6))
+    assert estimated["logits"] == pytest.approx(511 * 50_000 * 4)
 
 
 def test_only_adapters_have_gradients_moments_and_checkpoints() -> None:
@@ -99,12 +103,16 @@ def test_only_adapters_have_gradients_moments_and_checkpoints() -> None:
     adapter's.
     """
     adapted = replace(SMALL, adapters=20_000_000)
-    found = memory.training_memory(
+    estimated = memory.training_memory(
         adapted, LARGE, TrainingSetup(1), 8, [512], 511, lambda *_: 0.0, 0.0
     )
-    states = found["student: weights"] + found["student: gradients"] + found["student: optimizer"]
+    states = (
+        estimated["student: weights"]
+        + estimated["student: gradients"]
+        + estimated["student: optimizer"]
+    )
     assert states == pytest.approx((2 * 1.32e9 + 16 * 20e6) / 8)
-    assert not {"head's gradient", "embeddings' gradient"} & found.keys()
+    assert not {"head's gradient", "embeddings' gradient"} & estimated.keys()
     assert memory.checkpoint_bytes(adapted) == 12 * 20e6
     assert (
         memory.host_memory(adapted, None, TrainingSetup(1, offload_student=True), 1.0)
@@ -123,8 +131,8 @@ def test_only_adapters_have_gradients_moments_and_checkpoints() -> None:
 
 def test_quantized_teacher_is_complete_on_each_rank() -> None:
     setup = TrainingSetup(1, teacher_sharded=False, teacher_bytes_per_weight=0.5)
-    found = memory.training_memory(SMALL, LARGE, setup, 8, [512], 511, lambda *_: 0.0, 0.0)
-    assert found["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
+    estimated = memory.training_memory(SMALL, LARGE, setup, 8, [512], 511, lambda *_: 0.0, 0.0)
+    assert estimated["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
 
 
 def test_step_flops_are_six_a_student_weight_and_two_a_teacher_weight() -> None:
@@ -154,16 +162,16 @@ def test_slow_network_bounds_a_step() -> None:
     slow, fast = times(1e8), times(1e13)
     assert slow[-1].bound_by == "the network" and fast[-1].bound_by == "arithmetic"
     assert slow[-1].seconds > 10 * fast[-1].seconds
-    kept = times(1e13, "cached_hidden_states")
-    assert [time.name for time in kept] == ["score", "cache-teacher", "train"]
-    assert sum(time.seconds for time in kept) < 0.75 * sum(time.seconds for time in fast)
+    cached = times(1e13, "cached_hidden_states")
+    assert [time.name for time in cached] == ["score", "cache-teacher", "train"]
+    assert sum(time.seconds for time in cached) < 0.75 * sum(time.seconds for time in fast)
 
 
 def test_fitting_setup_changes_as_little_as_possible() -> None:
     rank_bytes = lambda setup: setup.micro_batch_size * (2.0 if setup.checkpointing else 10.0)  # noqa: E731
     setup = TrainingSetup(8)
-    found = memory.find_fitting_setup(rank_bytes, setup, 45.0, 16, 64, 4)
-    assert found == replace(setup, micro_batch_size=4)
+    estimated = memory.find_fitting_setup(rank_bytes, setup, 45.0, 16, 64, 4)
+    assert estimated == replace(setup, micro_batch_size=4)
     assert memory.find_fitting_setup(rank_bytes, setup, 5.0, 16, 64, 4) == replace(
         setup, micro_batch_size=2, checkpointing=True
     )

@@ -88,9 +88,9 @@ def test_head_equals_the_models_logits(family: str, extra: dict[str, Any]) -> No
     with torch.no_grad():
         expected = model(input_ids=ids, attention_mask=mask).logits
         hidden = hidden_states(model, ids, mask)
-        found = output_head(model).logits(hidden[mask.bool()])
+        results = output_head(model).logits(hidden[mask.bool()])
     assert expected.std() > 0.01
-    torch.testing.assert_close(found, expected[mask.bool()], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(results, expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one call"])
@@ -115,7 +115,7 @@ def test_per_sample_attention_equals_the_models(
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
     real = mask.bool()
     row, places = ids[real][None], torch.cat([torch.arange(length) for length in lengths])[None]
-    found = {}
+    results = {}
     for name, backend in (("eager", "eager"), ("padded", PER_SAMPLE), ("packed", PER_SAMPLE)):
         model.set_attn_implementation(backend)
         packed = name == "packed"
@@ -126,16 +126,16 @@ def test_per_sample_attention_equals_the_models(
         )
         model.zero_grad()
         states.square().sum().backward()
-        found[name] = [
+        results[name] = [
             states.detach(),
             *(p.grad.clone() for p in model.parameters() if p.grad is not None),
         ]
     largest = max(
-        float(each.abs().max()) for each in found["eager"]
+        float(each.abs().max()) for each in results["eager"]
     )  # some gradients are 0 up to rounding
     for name in ("padded", "packed"):
-        for mine, reference in zip(found[name], found["eager"], strict=True):
-            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * largest)
+        for per_sample, reference in zip(results[name], results["eager"], strict=True):
+            torch.testing.assert_close(per_sample, reference, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_per_sample_attention_refuses_generation() -> None:
@@ -198,7 +198,7 @@ def test_identity_head_gives_equal_sums_and_gradients(
     family: str, extra: dict[str, Any], packed: bool
 ) -> None:
     """With a mask, and fewer ids than the head has rows."""
-    found = []
+    results = []
     for split in (True, False):
         model = tiny(family, extra)
         model.set_attn_implementation(PER_SAMPLE)
@@ -231,8 +231,8 @@ def test_identity_head_gives_equal_sums_and_gradients(
             teacher,
         )
         sums[0].backward()
-        found.append([*sums, *(p.grad for p in model.parameters())])
-    for split_gradient, whole_gradient in zip(*found, strict=True):
+        results.append([*sums, *(p.grad for p in model.parameters())])
+    for split_gradient, whole_gradient in zip(*results, strict=True):
         torch.testing.assert_close(split_gradient, whole_gradient, rtol=1e-4, atol=1e-6)
 
 

@@ -182,7 +182,7 @@ def test_concurrent_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> N
         "POCL_CACHE": str(tmp_path),
         "PYTHONPATH": str(Path(__file__).parents[3]),
     }
-    both = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", code],
             env=environment,
@@ -192,8 +192,8 @@ def test_concurrent_processes_convert_once(tiny_gguf: Path, tmp_path: Path) -> N
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert len({out.splitlines()[-1] for out, _ in outputs}) == 1
     assert sum("once" in out for out, _ in outputs) == 1
 
@@ -280,8 +280,8 @@ def test_dropout_reaches_every_rate(tiny_gpt2: Path, tiny_opt: Path) -> None:
     ids = torch.arange(3, 20)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
-    kept = load_model(str(tiny_gpt2)).train()
-    assert not torch.equal(kept(ids).logits, kept(ids).logits)
+    unchanged = load_model(str(tiny_gpt2)).train()
+    assert not torch.equal(unchanged(ids).logits, unchanged(ids).logits)
     config = load_model(str(tiny_opt), dropout=0.25).config
     assert (config.dropout, config.attention_dropout) == (0.25, 0.25)
 

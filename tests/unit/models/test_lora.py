@@ -79,8 +79,8 @@ def test_the_merge_rounds_once(tiny_llama: Path) -> None:
         @ layer.lora_A["default"].weight.float()
         * layer.scaling["default"]
     )
-    found = merge_adapters(model, weights(model))["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(found, (layer.base_layer.weight.float() + change).bfloat16())
+    merged_weight = merge_adapters(model, weights(model))["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(merged_weight, (layer.base_layer.weight.float() + change).bfloat16())
 
 
 def test_adapters_depend_on_the_seed_and_change_nothing_at_first(tiny_gpt2: Path) -> None:

@@ -42,8 +42,8 @@ def test_pruned_model_equals_one_that_skips_the_layer(
 ) -> None:
     folder = str(request.getfixturevalue(name))
     ids = torch.arange(2, 12)[None]
-    whole: Any = load_model(folder)
-    backbone = whole.base_model.decoder if name == "tiny_opt" else whole.base_model
+    original: Any = load_model(folder)
+    backbone = original.base_model.decoder if name == "tiny_opt" else original.base_model
     layers = backbone.h if name == "tiny_gpt2" else backbone.layers
     depth = len(layers)
     tuples = name != "tiny_llama"
@@ -55,7 +55,7 @@ def test_pruned_model_equals_one_that_skips_the_layer(
 
     probe.register_forward_hook(skip, with_kwargs=True)
     with torch.no_grad():
-        expected = whole(ids, use_cache=False).logits
+        expected = original(ids, use_cache=False).logits
     pruned = prune_layers(load_model(folder), [1])
     assert pruned.config.num_hidden_layers == depth - 1
     pruned.save_pretrained(tmp_path / "pruned")

@@ -146,9 +146,9 @@ def test_online_teacher_with_bitsandbytes(
 
     model: Any = load_model(str(folder), quantization=quantization)
     weights = {
-        name: found
+        name: weight
         for name, module in model.named_modules()
-        if (found := dequantized(module)) is not None
+        if (weight := dequantized(module)) is not None
     }
     assert len(weights) == 3 * 7
     for name, weight in weights.items():

@@ -272,16 +272,18 @@ def test_teachers_with_other_ids_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ids_that_any_teacher_lacks_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    each = {
+    alignments = {
         "a": VocabularyAlignment(
             4, np.array([True, False, True, True]), "one", np.array([2, 0, 1, 3])
         ),
         "b": VocabularyAlignment(3, np.array([True, True, False]), "two", np.array([2, 5, 0])),
         "c": VocabularyAlignment(4, None, "one", np.array([2, 6, 4, 3])),
     }
-    monkeypatch.setattr(vocab, "align_model_vocabularies", lambda source, path, *_: each[path])
+    monkeypatch.setattr(
+        vocab, "align_model_vocabularies", lambda source, path, *_: alignments[path]
+    )
     source = ModelSource(model="m")
-    alignment = align_teacher_vocabularies([(source, name) for name in each], source, "s")
+    alignment = align_teacher_vocabularies([(source, name) for name in alignments], source, "s")
     assert alignment.shared is not None and alignment.teacher_ids is not None
     assert (alignment.size, alignment.report, alignment.shared.tolist()) == (
         3,
@@ -310,8 +312,10 @@ def test_vocab_map_reorders_the_teachers_logits() -> None:
 
 
 def test_vocab_map_holds_the_alignment_as_tensors() -> None:
-    shared, theirs = np.array([True, False, True]), np.array([False, True])
-    ids = VocabMap.from_alignment(VocabularyAlignment(3, shared, "", np.array([1, 0, 0]), theirs))
+    shared, teacher_tokens = np.array([True, False, True]), np.array([False, True])
+    ids = VocabMap.from_alignment(
+        VocabularyAlignment(3, shared, "", np.array([1, 0, 0]), teacher_tokens)
+    )
     assert (ids.size, ids.allowed.tolist()) == (3, shared.tolist())
     assert ids.teacher_masked is not None and ids.teacher_masked.tolist() == [True, False]
     moved = ids.to(torch.device("meta"))
@@ -344,8 +348,8 @@ def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
     pair = align_vocabularies(gpt2, opt, 50_257, 50_272)
     assert pair.shared is not None and pair.teacher_ids is not None
     text = "It's 2,024 items: return x**2  # na\u00efve caf\u00e9"
-    ours, theirs = (side.encode(text, add_special_tokens=False) for side in (opt, gpt2))
-    assert pair.teacher_ids[ours].tolist() == theirs and pair.shared[ours].all()
+    ours, teacher_tokens = (side.encode(text, add_special_tokens=False) for side in (opt, gpt2))
+    assert pair.teacher_ids[ours].tolist() == teacher_tokens and pair.shared[ours].all()
     assert pair.teacher_ids[opt.eos_token_id] == gpt2.eos_token_id and pair.shared[opt.eos_token_id]
     assert pair.shared.sum() > 50_257 - 10
 
