@@ -298,8 +298,8 @@ def test_truncated_token_file_is_damaged(tmp_path: Path) -> None:
     write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
     complete = (tmp_path / "train.tokens.bin").read_bytes()
     (tmp_path / "train.tokens.bin").write_bytes(complete[:-8])
+    tokens = len(complete) // 4
     with pytest.raises(
-        ArtifactError,
-        match=f"is damaged .{len(complete) // 4 - 2} tokens instead of {len(complete) // 4}.: remove",
+        ArtifactError, match=f"is damaged .{tokens - 2} tokens instead of {tokens}.: remove"
     ):
         TokenizedSplit.open(tmp_path, "train")
