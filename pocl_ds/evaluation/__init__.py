@@ -1,3 +1,1 @@
-"""What a student is worth: answers to benchmarks, held-out loss, KL to the teacher; and the student
-as others get it.
-"""
+"""Evaluation of the models of a run (answers, judge, held-out loss), and export of the student."""

@@ -6,6 +6,7 @@ missing, and another model or seed adds to what exists. Loss and KL: see `held_o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -81,22 +82,8 @@ def generate_answers(
     samples = {name: benchmark_samples(run, config, name) for name in config.benchmarks}
 
     # Find the files of this shard that are missing or were generated differently.
-    dtype = resolve_dtype(config.generation.dtype)
-    settings = {**answer_settings(prompt, config), "dtype": dtype}
-    fingerprints = {
-        (name, seed): fingerprint(
-            [
-                model_identity(path),
-                semantic_fields(config.generation),
-                semantic_fields(prompt),
-                settings,
-                seed,
-                [sample.to_json() for sample in samples[name]],
-            ]
-        )
-        for name in samples
-        for seed in config.seeds
-    }
+    settings = {**answer_settings(prompt, config), "dtype": resolve_dtype(config.generation.dtype)}
+    fingerprints = _fingerprints(path, config, prompt, settings, samples)
     pairs = select_shard({pair: len(samples[pair[0]]) for pair in fingerprints}, *shard)
     pending = [pair for pair in pairs if not _is_finished(run, model, pair, fingerprints[pair])]
     if not pending:
@@ -105,7 +92,7 @@ def generate_answers(
     # Tokenize the prompts before the engine takes the memory.
     sample_tokenizer = SampleTokenizer(tokenizer, prompt)
     writers = {
-        name: _AnswerWriter(sample_tokenizer, config, name, model, samples[name])
+        name: _AnswerWriter(sample_tokenizer, config, settings, name, model, samples[name])
         for name in dict.fromkeys(name for name, _ in pending)
     }
     generator = open_generator(
@@ -117,22 +104,17 @@ def generate_answers(
         trust_remote_code=trust_remote_code,
         alternative="evaluate.generation.backend=transformers",
     )
+
+    # Write one file after the other.
     total = sum(len(samples[name]) for name, _ in pending)
-    try:
-        with Progress(total, "answers", f"evaluate {model}") as progress:
-            for name, seed in pending:
-                file = answers_file(run, model, name, seed)
-                info = writers[name].write(file, generator, seed, progress.advance)
-                write_manifest(
-                    file.parent,
-                    "answers",
-                    fingerprints[name, seed],
-                    files=[file],
-                    name=f"{file.name}.manifest.json",
-                    info={**info, "settings": settings},
-                )
-    finally:
-        generator.close()
+    with (
+        contextlib.closing(generator),
+        Progress(total, "answers", f"evaluate {model}") as progress,
+    ):
+        for name, seed in pending:
+            file = answers_file(run, model, name, seed)
+            expected = fingerprints[name, seed]
+            writers[name].write(file, generator, seed, expected, progress.advance)
 
 
 def select_shard(
@@ -174,11 +156,11 @@ def summarize_results(
         seconds = manifest.info["seconds"] if manifest else 0.0
 
     # Collect the numbers of each model.
-    seen = count_seen_in_training(run, external_benchmarks(run, config))
+    seen_counts = count_seen_in_training(run, external_benchmarks(run, config))
     entries: dict[str, Any] = {}
     for model in models:
         entries[model], model_seconds = _model_results(
-            run, config, model, losses.get(model, {}), seen
+            run, config, model, losses.get(model, {}), seen_counts
         )
         seconds += model_seconds
     footnotes = {
@@ -207,7 +189,7 @@ def _model_results(
     config: EvaluateConfig,
     model: str,
     losses: Mapping[str, Any],
-    seen: Mapping[str, int],
+    seen_counts: Mapping[str, int],
 ) -> tuple[dict[str, Any], float]:
     """One model's entry in results.json, and the seconds that its answers took."""
     entry = {key: value for key, value in losses.items() if key != "benchmarks"}
@@ -222,8 +204,8 @@ def _model_results(
         numbers |= {key: losses_here[key] for key in ("loss", "kl") if key in losses_here}
         if (verdicts := summarize_verdicts(run, config, model, name)) is not None:
             numbers["judge"] = verdicts
-        if name in seen:
-            numbers["seen_in_training"] = seen[name]
+        if name in seen_counts:
+            numbers["seen_in_training"] = seen_counts[name]
         entry["benchmarks"][name] = numbers
         seconds += sum(manifest.info["seconds"] for manifest in manifests if manifest)
     return entry, seconds
@@ -241,6 +223,27 @@ def _footnotes(entries: Sequence[dict[str, Any]]) -> list[str]:
     return footnotes
 
 
+def _fingerprints(
+    path: str,
+    config: EvaluateConfig,
+    prompt: PromptConfig,
+    settings: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Sample]],
+) -> dict[BenchmarkSeed, str]:
+    """Everything that answers depend on, by benchmark and seed."""
+    common = [
+        model_identity(path),
+        semantic_fields(config.generation),
+        semantic_fields(prompt),
+        settings,
+    ]
+    return {
+        (name, seed): fingerprint([*common, seed, [item.to_json() for item in items]])
+        for name, items in samples.items()
+        for seed in config.seeds
+    }
+
+
 def _is_finished(run: RunDirectory, model: str, pair: BenchmarkSeed, expected: str) -> bool:
     file = answers_file(run, model, *pair)
     manifest = answers_manifest(file)
@@ -254,11 +257,13 @@ class _AnswerWriter:
         self,
         tokenizer: SampleTokenizer,
         config: EvaluateConfig,
+        settings: Mapping[str, Any],
         benchmark: str,
         model: str,
         samples: Sequence[Sample],
     ) -> None:
-        self.config, self.benchmark, self.samples = config, benchmark, samples
+        self.config, self.settings = config, settings
+        self.benchmark, self.samples = benchmark, samples
         self.prompt_texts = [tokenizer.template.render(sample) for sample in samples]
         self.prompts, self.cut_prompts = tokenizer.tokenize_prompts(samples)
         if self.cut_prompts:
@@ -273,14 +278,16 @@ class _AnswerWriter:
             )
 
     def write(
-        self, file: Path, generator: Generator, seed: int, advance: Callable[..., None]
-    ) -> dict[str, Any]:
-        """Generate and score the answers with one seed, one item per line.
+        self,
+        file: Path,
+        generator: Generator,
+        seed: int,
+        expected_fingerprint: str,
+        advance: Callable[..., None],
+    ) -> None:
+        """Generate and score the answers with one seed, and write them with their manifest.
 
-        advance: called with the number of answers that are finished.
-
-        Returns:
-            What the manifest records: seconds, tokens, rates.
+        advance: called with the number of newly finished answers.
         """
         start, tokens_before, generation_seconds = time.monotonic(), generator.processed_tokens, 0.0
         call_size = CALL_SIZE_FACTOR * self.config.generation.max_num_seqs
@@ -305,9 +312,10 @@ class _AnswerWriter:
                     record = _answer_record(sample, prompt_text, response)
                     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         seconds, tokens = time.monotonic() - start, generator.processed_tokens - tokens_before
-        return {
+        info = {
             "benchmark": self.benchmark,
             "seed": seed,
+            "settings": self.settings,
             "cut_prompts": self.cut_prompts,
             "seconds": seconds,
             "answers_per_second": len(self.samples) / seconds,
@@ -315,6 +323,14 @@ class _AnswerWriter:
             "generation_seconds": generation_seconds,
             "tokens_per_second": tokens / max(generation_seconds, 1e-9),
         }
+        write_manifest(
+            file.parent,
+            "answers",
+            expected_fingerprint,
+            files=[file],
+            name=f"{file.name}.manifest.json",
+            info=info,
+        )
 
 
 def _answer_record(sample: Sample, prompt_text: str, response: str) -> dict[str, Any]:

@@ -96,11 +96,8 @@ def measure_held_out_loss(
     expected = _fingerprint(config, prompt, paths, test_split, benchmarks)
     manifest_name = f"{HELD_OUT_LOSS}.manifest.json"
     manifest = read_manifest(run.evaluation, manifest_name)
-    if (
-        manifest is not None
-        and manifest.fingerprint == expected
-        and not damaged_files(run.evaluation, manifest)
-    ):
+    is_current = manifest is not None and manifest.fingerprint == expected
+    if manifest and is_current and not damaged_files(run.evaluation, manifest):
         log.info("the held-out loss is up to date")
         return
 

@@ -242,7 +242,7 @@ def _evaluation_settings(run: ComparedRun) -> dict[str, Any]:
 
 
 def _loss_differences(first: ComparedRun, second: ComparedRun, key: str) -> list[str]:
-    both, reasons = f"{first.name} and {second.name}", []
+    names, reasons = f"{first.name} and {second.name}", []
     data_1, data_2 = (run.summary.manifests.get("preprocess") for run in (first, second))
     if data_1 and data_2:
         other_texts, other_tokens = (
@@ -250,10 +250,10 @@ def _loss_differences(first: ComparedRun, second: ComparedRun, key: str) -> list
             for part in ("jsonl", "tokens.bin")
         )
         if other_texts:
-            reasons.append(f"{both} have different test splits")
+            reasons.append(f"{names} have different test splits")
         other_vocabulary = data_1.info.get("vocabulary") != data_2.info.get("vocabulary")
         if other_vocabulary or (other_tokens and not other_texts):
-            reasons.append(f"{both} have different tokenizers")
+            reasons.append(f"{names} have different tokenizers")
     if first.shared_ids != second.shared_ids:
         reasons.append(
             f"the loss of {first.name} is over {first.shared_ids} token ids, that of "

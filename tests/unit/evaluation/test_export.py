@@ -1,4 +1,4 @@
-"""Export: what others get is what was trained, and nobody's folder is touched."""
+"""Export: the folder holds the trained weights, and other folders are not changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
-from pocl_ds.evaluation import export as room
+from pocl_ds.evaluation import export as export_module
 from pocl_ds.evaluation.export import export
 from pocl_ds.evaluation.model_card import model_card
 from pocl_ds.workflow.files import write_json
@@ -26,10 +26,11 @@ from pocl_ds.workflow.run_dir import RunDirectory
 def test_the_folder_holds_the_trained_model(run: RunDirectory, recipe: str) -> None:
     folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
     assert folder.resolve() == run.export.resolve()
-    ours, theirs = (
+    exported, trained = (
         AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (folder, run.train / "final")
     )
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(exported[key], trained[key]) for key in exported)
     assert AutoTokenizer.from_pretrained(folder).encode(
         "the number"
     ) == AutoTokenizer.from_pretrained(run.train / "final").encode("the number")
@@ -41,7 +42,9 @@ def test_the_folder_holds_the_trained_model(run: RunDirectory, recipe: str) -> N
     assert manifest is not None and manifest.step == "export" and manifest.fingerprint == "x"
 
 
-def test_a_tied_model_goes_too(run: RunDirectory, recipe: str, tiny_gpt2: Path) -> None:
+def test_a_model_with_a_tied_head_is_exported(
+    run: RunDirectory, recipe: str, tiny_gpt2: Path
+) -> None:
     shutil.rmtree(run.train / "final")
     shutil.copytree(tiny_gpt2, run.train / "final")
     from pocl_ds.workflow.manifest import write_manifest
@@ -53,7 +56,7 @@ def test_a_tied_model_goes_too(run: RunDirectory, recipe: str, tiny_gpt2: Path) 
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_repeating_changes_nothing(run: RunDirectory, recipe: str) -> None:
+def test_a_finished_export_is_reused(run: RunDirectory, recipe: str) -> None:
     folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
     before = (folder / "manifest.json").stat().st_mtime_ns
     assert export(run, out=None, recipe_yaml=recipe, fingerprint="x") == folder
@@ -62,23 +65,23 @@ def test_repeating_changes_nothing(run: RunDirectory, recipe: str) -> None:
     assert read_manifest(folder).fingerprint == "y"  # type: ignore[union-attr]
 
 
-def test_a_changed_weight_is_refused_by_name(
+def test_a_changed_weight_is_an_error_with_its_name(
     run: RunDirectory, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     copyfile = shutil.copyfile
 
-    def spoil(source: Path, target: Path) -> None:
+    def copy_and_change(source: Path, target: Path) -> None:
         copyfile(source, target)
         if Path(source).name == "model.safetensors":
             tensors = load_file(target)
             tensors[key][0, 0] += 1e-3
             save_file(tensors, target, metadata={"format": "pt"})
 
-    monkeypatch.setattr(room.shutil, "copyfile", spoil)
+    monkeypatch.setattr(export_module.shutil, "copyfile", copy_and_change)
     with pytest.raises(ArtifactError, match=key.replace(".", r"\.")):
         export(run, out=None, recipe_yaml=recipe, fingerprint="x")
-    assert not run.export.exists()  # nothing half-written
+    assert not run.export.exists()
     assert not [path for path in run.path.iterdir() if path.name.startswith(".export")]
 
 
@@ -88,7 +91,7 @@ def test_unfinished_training_is_one_sentence(run: RunDirectory, recipe: str) -> 
         export(run, out=None, recipe_yaml=recipe, fingerprint="x")
 
 
-def test_somebody_elses_folder_is_left_as_it_is(
+def test_a_folder_with_other_files_is_not_changed(
     run: RunDirectory, recipe: str, tmp_path: Path
 ) -> None:
     for name, content in (("notes.txt", "mine"), ("manifest.json", '{"name": "an app"}')):
@@ -109,7 +112,7 @@ def test_somebody_elses_folder_is_left_as_it_is(
     assert (export(run, out=empty, recipe_yaml=recipe, fingerprint="x") / "config.json").is_file()
 
 
-def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str) -> None:
+def test_the_model_card_has_no_local_paths(run: RunDirectory, recipe: str) -> None:
     folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
     texts = [
         path.read_text(encoding="utf-8")
@@ -122,7 +125,7 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
 
 
 @pytest.mark.parametrize(
-    ("overrides", "stages", "said", "unsaid"),
+    ("overrides", "stages", "expected", "unexpected"),
     [
         (
             [],
@@ -181,8 +184,8 @@ def test_the_card_names_no_folder_of_this_machine(run: RunDirectory, recipe: str
         ),
     ],
 )
-def test_the_card_names_the_method_that_made_the_model(
-    overrides: list[str], stages: int, said: list[str], unsaid: list[str], run: RunDirectory
+def test_the_model_card_names_the_method(
+    overrides: list[str], stages: int, expected: list[str], unexpected: list[str], run: RunDirectory
 ) -> None:
     stage = {
         "index": 0,
@@ -201,7 +204,8 @@ def test_the_card_names_the_method_that_made_the_model(
     card = model_card(run, dump_recipe(load_recipe("quickstart", words)), 1000).split("## Recipe")[
         0
     ]
-    assert all(text in card for text in said) and not any(text in card for text in unsaid), card
+    assert all(text in card for text in expected), card
+    assert not any(text in card for text in unexpected), card
 
 
 def test_a_file_added_to_an_export_is_not_deleted(run: RunDirectory, recipe: str) -> None:
@@ -223,7 +227,7 @@ def test_weights_that_changed_since_training_are_not_exported(
         export(run, out=None, recipe_yaml=recipe, fingerprint="x")
 
 
-def test_a_damaged_export_is_made_again(run: RunDirectory, recipe: str) -> None:
+def test_a_damaged_export_is_written_again(run: RunDirectory, recipe: str) -> None:
     folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
     (folder / "model.safetensors").unlink()
     export(run, out=None, recipe_yaml=recipe, fingerprint="x")
@@ -231,7 +235,7 @@ def test_a_damaged_export_is_made_again(run: RunDirectory, recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda tensors, key: tensors.pop(key), "is missing from the exported model"),
         (
@@ -248,28 +252,28 @@ def test_a_damaged_export_is_made_again(run: RunDirectory, recipe: str) -> None:
         ),
     ],
 )
-def test_each_difference_has_its_words(
-    change: Callable[..., Any], words: str, run: RunDirectory, tmp_path: Path
+def test_each_kind_of_difference_has_its_message(
+    change: Callable[..., Any], message: str, run: RunDirectory, tmp_path: Path
 ) -> None:
     source, key = run.train / "final", "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(source / "model.safetensors")
     change(tensors, key)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ArtifactError, match=words):
-        room.check_weights(source, tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        export_module.check_weights(source, tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ArtifactError, match=r"model\.safetensors is damaged"):
-        room.check_weights(source, tmp_path)
+        export_module.check_weights(source, tmp_path)
 
 
-def test_weights_that_config_json_does_not_describe(run: RunDirectory, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_config_json(run: RunDirectory, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run.train / "final", tmp_path / "model"))
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**tree, "num_hidden_layers": tree["num_hidden_layers"] - 1})
     )
     with pytest.raises(ArtifactError, match=r"loads with unexpected keys \(model\.layers\.\d"):
-        room.check_loads(folder)
+        export_module.check_loads(folder)
     (folder / "config.json").write_text(
         json.dumps({**tree, "dtype": "float16", "torch_dtype": "float16"})
     )
@@ -277,4 +281,4 @@ def test_weights_that_config_json_does_not_describe(run: RunDirectory, tmp_path:
         ArtifactError,
         match=r"is torch\.float16 instead of torch\.float32 once loaded: check torch_dtype",
     ):
-        room.check_loads(folder)
+        export_module.check_loads(folder)

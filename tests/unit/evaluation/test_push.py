@@ -1,4 +1,4 @@
-"""Push: what would go is what was exported, and the token goes nowhere else."""
+"""Push: exactly the exported files are uploaded, and the token is never shown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(run: RunDirectory, recipe: str) -> Path:
 
 
 class Hub:
-    """Stands for HfApi."""
+    """A stand-in for HfApi that records calls."""
 
     calls: list[tuple[str, Any]] = []
     fault: Exception | None = None
@@ -52,35 +52,35 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     return Hub
 
 
-def test_nothing_private_goes_where_all_can_see_it(
+def test_a_private_upload_to_a_public_repository_is_an_error(
     folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The Hub leaves a repository that was there as it is, whatever is asked for."""
+    """An existing repository keeps its visibility."""
     push(folder, "o/n", private=True, dry_run=False)
-    assert [what for what, _ in hub.calls] == ["token", "create", "upload"]
+    assert [name for name, _ in hub.calls] == ["token", "create", "upload"]
     monkeypatch.setattr(hub, "private", False)
     with pytest.raises(RecipeError, match="--private, but o/n exists and is public"):
         push(folder, "o/n", private=True, dry_run=False)
-    assert [what for what, _ in hub.calls] == ["token", "create"]
+    assert [name for name, _ in hub.calls] == ["token", "create"]
 
 
-def test_a_dry_run_lists_files_and_asks_nobody(
+def test_a_dry_run_lists_files_without_the_hub(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("the Hub may not be asked")
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("the Hub was called")
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", never)
-    monkeypatch.setattr(huggingface_hub, "get_token", never)
-    said = push(folder, "my-org/my-student", private=True, dry_run=True)
-    assert "my-org/my-student" in said and "private" in said and "manifest.json" not in said
+    monkeypatch.setattr(huggingface_hub, "HfApi", fail)
+    monkeypatch.setattr(huggingface_hub, "get_token", fail)
+    output = push(folder, "my-org/my-student", private=True, dry_run=True)
+    assert "my-org/my-student" in output and "private" in output and "manifest.json" not in output
     for file in folder.iterdir():
-        assert file.name == "manifest.json" or file.name in said
+        assert file.name == "manifest.json" or file.name in output
     size = (folder / "model.safetensors").stat().st_size
-    assert f"{size / 1000:.1f} kB" in said
+    assert f"{size / 1000:.1f} kB" in output
 
 
-def test_the_upload_takes_the_sealed_files_only(folder: Path, hub: type[Hub]) -> None:
+def test_only_files_of_the_manifest_are_uploaded(folder: Path, hub: type[Hub]) -> None:
     (folder / "notes.txt").write_text("mine")
     assert push(folder, "o/n", private=False, dry_run=False).endswith("https://huggingface.co/o/n")
     (_, token), (_, (name, options)), (_, upload) = hub.calls
@@ -89,13 +89,13 @@ def test_the_upload_takes_the_sealed_files_only(folder: Path, hub: type[Hub]) ->
     assert upload["folder_path"] == str(folder)
 
 
-def test_without_a_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_token_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(ResourceError, match=r"no token for the Hub: run `hf auth login`"):
         push(folder, "o/n", private=False, dry_run=False)
 
 
-def test_a_refusal_is_one_sentence_without_the_token(
+def test_an_error_of_the_hub_is_one_sentence_without_the_token(
     folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "fault", OSError(f"403 for Bearer {TOKEN}\nat line 2"))
@@ -119,12 +119,12 @@ def test_a_refusal_is_one_sentence_without_the_token(
         "a/b--c",
     ],
 )
-def test_other_names(name: str, folder: Path) -> None:
+def test_invalid_repository_names_are_errors(name: str, folder: Path) -> None:
     with pytest.raises(RecipeError, match="ORG/NAME"):
         push(folder, name, private=False, dry_run=True)
 
 
-def test_no_whole_export(folder: Path, run: RunDirectory, tmp_path: Path) -> None:
+def test_an_incomplete_export_is_an_error(folder: Path, run: RunDirectory, tmp_path: Path) -> None:
     for path in (run.path / "none", run.train, tmp_path):
         with pytest.raises(ArtifactError, match=r"pocl export"):
             push(path, "o/n", private=False, dry_run=True)
