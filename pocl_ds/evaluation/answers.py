@@ -1,6 +1,6 @@
 """Answers on disk: one JSONL file per model, benchmark and seed, one item per line.
 
-Each file has a manifest of its own, which records how the answers were generated.
+Each file has a manifest, which records how the answers were generated.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models of a run that are evaluated: where they are, what identifies them, loading."""
+"""Paths, identities and loading of the models that are evaluated."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ class _Judge:
 
     def _settings(self, opponents: dict[str, dict[str, Any]]) -> str:
         """What must agree for verdicts to be comparable; in pairs that includes the opponent's
-        answers, over which the win rate is taken.
+        answers, over which the win rate is computed.
         """
         text = f"{self.config.model} {self.config.mode} {self.digest[:12]}"
         if self.config.mode == "pairwise":

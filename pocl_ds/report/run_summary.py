@@ -44,7 +44,7 @@ COLUMNS = (
 MODEL_LABELS = {
     "initial": "student before",
     "student": "student after",
-    "baseline": "plain KD",
+    "baseline": "student after plain KD",
     "teacher": "teacher",
 }
 
