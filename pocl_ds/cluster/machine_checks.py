@@ -184,7 +184,7 @@ def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
         )
     if abs(skew) > MAX_FILE_CLOCK_SKEW:
         return Finding(
-            name, WARN, f"{path}: its clock is {skew:+.0f} s off ours: have it synchronised (NTP)"
+            name, WARN, f"{path}: its clock is {skew:+.0f} s off ours: have it synchronized (NTP)"
         )
     return Finding(name, OK, f"{path}: writable, {space}")
 

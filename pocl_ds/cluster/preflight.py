@@ -149,7 +149,7 @@ def differing_nodes(reports: list[dict[str, Any]]) -> dict[str, str]:
             differing[report["node"]] = f"its packages differ: {', '.join(versions)}"
         elif abs(difference) > MAX_CLOCK_DIFFERENCE:
             differing[report["node"]] = (
-                f"its clock is {difference:+.0f} s off: have it synchronised (NTP)"
+                f"its clock is {difference:+.0f} s off: have it synchronized (NTP)"
             )
     return differing
 

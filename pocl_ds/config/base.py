@@ -67,7 +67,7 @@ Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_AUTO = "`auto`: bfloat16 on GPUs, float32 on CPUs."
 FORMAT_DESCRIPTION = (
     "Form of the records: `alpaca` (instruction, input, output), `prompt` (prompt, output), "
-    "`messages` (a conversation), or `auto` to recognise it from the first record."
+    "`messages` (a conversation), or `auto` to recognize it from the first record."
 )
 FIELDS_DESCRIPTION = (
     "Renames record fields: our name to the name in the file, as in `{output: answer}`."

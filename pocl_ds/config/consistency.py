@@ -57,7 +57,7 @@ def _check_batches(recipe: Recipe) -> None:
 
 
 def _check_training(recipe: Recipe) -> None:
-    """Optimiser, healing and validation."""
+    """Optimizer, healing and validation."""
     train, heal_steps = recipe.train, recipe.student.heal_steps
     if 0 < heal_steps <= train.warmup_steps:
         raise ValueError(
@@ -165,7 +165,7 @@ def _check_teacher_responses(recipe: Recipe) -> None:
         )
     if teacher.quantization != "none":
         raise ValueError(
-            f"policy.name={policy.name} generates with the unquantised teacher: remove "
+            f"policy.name={policy.name} generates with the unquantized teacher: remove "
             f"teacher.quantization={teacher.quantization}"
         )
     if teacher.ensemble:

@@ -80,9 +80,9 @@ class TeacherConfig(ModelConfig):
     )
     quantization: Literal["none", "bnb_8bit", "bnb_4bit"] = Field(
         "none",
-        description="Quantise the teacher's linear layers except its output head with "
-        "bitsandbytes, in training and in `cache-teacher`. Evaluation uses the unquantised model. "
-        "A model that is stored quantised (GPTQ, AWQ) needs `none`.",
+        description="Quantize the teacher's linear layers except its output head with "
+        "bitsandbytes, in training and in `cache-teacher`. Evaluation uses the unquantized model. "
+        "A model that is stored quantized (GPTQ, AWQ) needs `none`.",
     )
     ds_config: str | None = Field(
         "teacher_zero3",

@@ -1,4 +1,4 @@
-"""Section `train`: optimisation, checkpoints and tracking."""
+"""Section `train`: optimization, checkpoints and tracking."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TrackingConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimisation."""
+    """Optimization."""
 
     engine: Literal["deepspeed", "torch"] = Field(
         "deepspeed",
@@ -92,7 +92,7 @@ class TrainConfig(Section):
     )
     length_window: Positive = Field(
         1,
-        description="Number of neighbouring batches that exchange samples so that each batch has "
+        description="Number of neighboring batches that exchange samples so that each batch has "
         "samples of similar length; 1 keeps the random batches.",
     )
     layout: Literal["auto", "padded", "packed"] = Field(
@@ -114,7 +114,7 @@ class TrainConfig(Section):
         "`never` uses one optimizer and one cosine over the whole training.",
     )
     weight_decay: NonNegativeFloat = Field(
-        0.01, description="Weight decay of AdamW; biases and normalisation weights have none."
+        0.01, description="Weight decay of AdamW; biases and normalization weights have none."
     )
     betas: tuple[Fraction, Fraction] = Field(
         (0.9, 0.999), description="AdamW's decay rates of the first and second moment."

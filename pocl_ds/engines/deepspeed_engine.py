@@ -64,10 +64,10 @@ class DeepSpeedEngine:
         self.weight_decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         self.frozen = frozen_names(module)
 
-    def backward(self, loss_sum: Tensor, *, normaliser: int, last: bool) -> None:
+    def backward(self, loss_sum: Tensor, *, normalizer: int, last: bool) -> None:
         """See `Engine`."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss_sum * (self.ranks / normaliser), scale_wrt_gas=False)
+        self.engine.backward(loss_sum * (self.ranks / normalizer), scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """See `Engine`. DeepSpeed itself skips an update with a non-finite gradient, and then still
@@ -212,7 +212,7 @@ def _limit_gloo_to_single_threads() -> None:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    shard = torch.zeros(1 << 16)  # torch parallelises operations on more than half of this
+    shard = torch.zeros(1 << 16)  # torch parallelizes operations on more than half of this
     gathered = torch.zeros(len(shard) * distributed.world_size())
     # Enough gathers at once that every thread of gloo runs one.
     for work in [dist.all_gather_into_tensor(gathered, shard, async_op=True) for _ in range(16)]:

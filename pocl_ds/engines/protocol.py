@@ -23,8 +23,8 @@ class Engine(Protocol):
     module: nn.Module
     forward: Callable[..., Any]  # the module's forward
 
-    def backward(self, loss_sum: Tensor, *, normaliser: int, last: bool) -> None:
-        """Accumulate the gradients of loss_sum / normaliser; `last` marks the last micro-batch of
+    def backward(self, loss_sum: Tensor, *, normalizer: int, last: bool) -> None:
+        """Accumulate the gradients of loss_sum / normalizer; `last` marks the last micro-batch of
         an optimizer step.
         """
 

@@ -1,7 +1,7 @@
 """LLM-as-a-judge: a language model grades each answer (Zheng et al. 2023, arXiv 2306.05685).
 
 Mode `score` grades one answer from 1 to 10. Mode `pairwise` asks which of two answers is better,
-in both orders, because judges favour a position: 1 for the model, 0.5 for a tie, 0 for the
+in both orders, because judges favor a position: 1 for the model, 0.5 for a tie, 0 for the
 opponent, averaged over both orders. A verdict without a score is counted and left out of the mean.
 """
 

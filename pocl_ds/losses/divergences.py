@@ -44,7 +44,7 @@ def rkl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def jsd(log_p: Tensor, log_q: Tensor, *, beta: float) -> Tensor:
-    """Generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with
+    """Generalized Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m) with
     m = beta p + (1 - beta) q (GKD, arXiv 2306.13649; docs/method.md, eq. 13).
 
     beta = 0 means forward KL and beta = 1 reverse KL: the limits of the divergence divided by

@@ -105,7 +105,7 @@ def jsd(
     reduction: Reduction = "mean",
     scale_by_temperature_squared: bool = True,
 ) -> Tensor:
-    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649; docs/method.md, eq. 13).
+    """Generalized Jensen-Shannon divergence (GKD, arXiv 2306.13649; docs/method.md, eq. 13).
 
     beta: weight of the teacher in the mixture, 0 to 1; 0 and 1 mean forward and reverse KL, as in
     TRL's `generalized_jsd_loss`. Other arguments: see the module.

@@ -114,7 +114,7 @@ class TopKCodec:
             high = body[:, 4 * self.k : 4 * self.k - (-self.k // 4)].long()
             shifts = torch.tensor([0, 2, 4, 6], device=records.device)
             ids = ids | (((high[..., None] >> shifts) & 3).flatten(1)[:, : self.k] << 16)
-        # Normalise the k logits and the other ids' mass to log-probabilities.
+        # Normalize the k logits and the other ids' mass to log-probabilities.
         distances = steps * (header[:, :1] / DISTANCE_STEPS)
         mass = header[:, 1 + self.temperatures.index(temperature), None]
         logits = torch.cat([-distances / temperature, mass], -1)

@@ -67,13 +67,13 @@ def device_name() -> str:
 
 def memory_metrics() -> dict[str, float]:
     """`memory_gib`: peak memory of this process in GiB, on its GPU if it has one. `gpu_busy`:
-    utilisation of that GPU in percent, if the driver reports it.
+    utilization of that GPU in percent, if the driver reports it.
     """
     own_device = device()
     if own_device.type == "cpu":
         return {"memory_gib": peak_host_bytes() / 2**30}
     metrics = {"memory_gib": torch.cuda.max_memory_allocated(own_device) / 2**30}
-    # Utilisation needs nvidia-ml-py, and a MIG slice has none; both raise errors of their own.
+    # Utilization needs nvidia-ml-py, and a MIG slice has none; both raise errors of their own.
     with contextlib.suppress(Exception):
         metrics["gpu_busy"] = float(torch.cuda.utilization(own_device))
     return metrics

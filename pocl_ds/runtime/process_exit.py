@@ -114,7 +114,7 @@ def exit_process(code: int) -> NoReturn:
     """End this process with `code`.
 
     One of several ranks skips the interpreter's own clean-up: threads of gloo may still hold
-    tensors of a collective, and a process that finalises Python meanwhile sometimes aborts after
+    tensors of a collective, and a process that finalizes Python meanwhile sometimes aborts after
     all its work is done (pytorch/pytorch#190489).
     """
     # From now on Ctrl-C ends the process at once, without a traceback from Python's clean-up.

@@ -196,7 +196,7 @@ class Checkpoints:
                 if save.write_more:
                     paths += save.write_more(save.partial)
             # If the manifest survived a crash and the files did not, intact checkpoints would be
-            # removed in favour of a broken one.
+            # removed in favor of a broken one.
             for path in {*paths, *(path.parent for path in paths)}:
                 fsync_path(path)
             save.files = {str(path.relative_to(save.partial)): file_digest(path) for path in paths}
@@ -321,7 +321,7 @@ class Checkpoints:
 
     def _rename_damaged(self, damaged: list[Path], *, resumed: int, lost: int) -> None:
         """Rename damaged checkpoints. If they counted as the newest, intact ones would be removed
-        in their favour.
+        in their favor.
         """
         for path in damaged:
             renamed = path.with_suffix(DAMAGED)

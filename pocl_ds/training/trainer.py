@@ -143,7 +143,7 @@ class Trainer:
                 total, kd, ce = models.engine.forward(batch, terms, teacher_outputs, teacher_head)
             del teacher_outputs  # backward does not need them
             is_last = number + 1 == len(micro_batches)
-            models.engine.backward(total, normaliser=loss_tokens, last=is_last)
+            models.engine.backward(total, normalizer=loss_tokens, last=is_last)
             totals.append(total.detach())
             sums += torch.stack([total.detach(), kd, ce])
 

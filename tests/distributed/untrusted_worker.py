@@ -45,7 +45,7 @@ def check(name: str, dtype: str, folder: Path) -> None:
     )
     engine.backward(
         engine.forward(torch.ones(2, 8, dtype=getattr(torch, dtype))).float().sum(),
-        normaliser=2,
+        normalizer=2,
         last=True,
     )
     engine.step(1e-3)

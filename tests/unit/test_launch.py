@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from pocl_ds.runtime.first_failure import first_fault
+from pocl_ds.runtime.first_failure import first_failure
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASH = shutil.which("bash") or "bash"
@@ -30,7 +30,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
-behaviour = json.loads(sys.argv[2]).get(rank, "end")
+behavior = json.loads(sys.argv[2]).get(rank, "end")
 environment = {**os.environ, "argv": sys.argv[1:], "group": os.getpgrp()}
 (folder / f"env-{rank}.json").write_text(json.dumps(environment))
 received = []
@@ -39,33 +39,33 @@ def record(number, frame):
     received.append(signal.Signals(number).name)
     (folder / f"signals-{rank}").write_text(" ".join(received))
 
-if behaviour != "die":
+if behavior != "die":
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), record)
 print("output of rank", rank, flush=True)
 (folder / f"ready-{rank}").touch()
-if behaviour.startswith("exit"):
+if behavior.startswith("exit"):
     time.sleep(0.3)
     print("the reason of rank", rank, flush=True)
-    os._exit(int(behaviour.split()[1]))
-if behaviour == "cause":  # needs a second to exit, while the others notice its failure at once
-    from pocl_ds.runtime.process_exit import leave_word
-    leave_word(2, "the cause")
+    os._exit(int(behavior.split()[1]))
+if behavior == "cause":  # needs a second to exit, while the others notice its failure at once
+    from pocl_ds.runtime.process_exit import record_exit
+    record_exit(2, "the cause")
     (folder / "recorded").touch()
     time.sleep(1.0)
     os._exit(2)
-if behaviour == "consequence":
+if behavior == "consequence":
     while not (folder / "recorded").exists():
         time.sleep(0.01)
-    from pocl_ds.runtime.process_exit import leave_word
-    leave_word(1, "RuntimeError: Connection closed by peer")
+    from pocl_ds.runtime.process_exit import record_exit
+    record_exit(1, "RuntimeError: Connection closed by peer")
     os._exit(1)
 deadline = time.monotonic() + 40
-while behaviour != "end" and time.monotonic() < deadline:
+while behavior != "end" and time.monotonic() < deadline:
     time.sleep(0.05)
-    if received and behaviour == "wait":
+    if received and behavior == "wait":
         sys.exit({"SIGINT": 130, "SIGTERM": 143}.get(received[0], 0))
-    if len(received) > 1 and behaviour == "twice":
+    if len(received) > 1 and behavior == "twice":
         break
 """
 
@@ -79,7 +79,7 @@ class Launch:
         self.process: subprocess.Popen[str] | None = None
 
     def start(
-        self, ranks: int, behaviour: dict[str, str], *extra: str, **environment: str
+        self, ranks: int, behavior: dict[str, str], *extra: str, **environment: str
     ) -> subprocess.Popen[str]:
         inherited = {
             name: value
@@ -93,7 +93,7 @@ class Launch:
             "POCL_LOG_DIR": str(self.folder / "logs"),
         }
         self.process = subprocess.Popen(
-            [*command, str(self.folder), json.dumps(behaviour)],
+            [*command, str(self.folder), json.dumps(behavior)],
             env={**inherited, **settings, "POCL_KILL_GRACE": "2", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -233,7 +233,7 @@ def test_first_failing_rank(
         {"rank": f"rank-{rank}", "code": code, "error": f"word\n of {rank}", "time": 0.0}
         for rank, code in recorded_codes
     ]
-    assert first_fault(exit_codes, records) == expected
+    assert first_failure(exit_codes, records) == expected
 
 
 def test_a_killed_rank_is_137(launch: Launch) -> None:

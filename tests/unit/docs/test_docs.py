@@ -117,7 +117,7 @@ BAD_YAML = {
     "unknown field": "train:\n  learning_rate: 1\n",
     "value that is not allowed": "teacher:\n  mode: sometimes\n",
     "contradiction": "policy:\n  name: gkd\n",
-    "unknown field of a profile": "partition: gpu\ncolour: red\n",
+    "unknown field of a profile": "partition: gpu\ncolor: red\n",
     "unknown arm of a study": (
         "name: s\nbase: quickstart\narms: {a: []}\nseeds: [1]\ncompare: [[a, b]]\n"
     ),

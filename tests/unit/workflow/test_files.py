@@ -177,7 +177,7 @@ def test_other_disk_errors_name_a_remedy(
     ],
     ids=lambda error: str(error)[:20],
 )
-def test_a_full_disk_is_recognised_in_messages_of_libraries(
+def test_a_full_disk_is_recognized_in_messages_of_libraries(
     error: Exception, tmp_path: Path
 ) -> None:
     """Some libraries drop the errno."""
