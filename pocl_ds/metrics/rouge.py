@@ -1,5 +1,5 @@
-"""ROUGE-L (docs/method.md, eq. 1), equal to the package rouge-score (use_stemmer=True) to the last
-bit, and many times faster.
+"""ROUGE-L (docs/method.md, eq. 1), equal bit for bit to the package rouge-score
+(use_stemmer=True), and many times faster.
 
 Each word is stemmed once and remembered as a number, texts become lists of numbers, and the longest
 common subsequence of two lists is found bit-parallel (rapidfuzz) instead of cell by cell.
@@ -7,21 +7,34 @@ common subsequence of two lists is found bit-parallel (rapidfuzz) instead of cel
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from nltk.stem.porter import PorterStemmer
 from numpy.typing import NDArray
 from rapidfuzz.distance import LCSseq
 
 from pocl_ds.errors import DataError
 
-MAX_CACHED_WORDS = 1 << 18  # some 40 MB; then the cache starts empty again
+if TYPE_CHECKING:
+    from nltk.stem.porter import PorterStemmer
+
+MAX_CACHED_WORDS = 1 << 18  # about 40 MB; a larger cache is cleared
 
 _WORD = re.compile(r"[a-z0-9]+")
-_STEMMER = PorterStemmer()
+
+
+@functools.cache
+def _stemmer() -> PorterStemmer:
+    """The Porter stemmer that rouge-score uses. Importing nltk loads scipy, which takes seconds, so
+    it waits for the first word.
+    """
+    from nltk.stem.porter import PorterStemmer
+
+    return PorterStemmer()
 
 
 class _StemNumbers(dict[str, int]):
@@ -37,14 +50,14 @@ class _StemNumbers(dict[str, int]):
 
     def __missing__(self, word: str) -> int:
         # rouge-score does not stem short words.
-        stem = word if len(word) <= 3 else _STEMMER.stem(word)
+        stem = word if len(word) <= 3 else _stemmer().stem(word)
         number = 0
         if _WORD.fullmatch(stem):
             number = self.number_of_stem.setdefault(stem, next(self.next_number))
         self[word] = number
         return number
 
-    def numbers_of(self, text: str) -> list[int]:
+    def stem_numbers(self, text: str) -> list[int]:
         """The stems of a text's words: lower-case runs of a-z and 0-9, as rouge-score splits."""
         return list(filter(None, map(self.__getitem__, _WORD.findall(text.lower()))))
 
@@ -66,8 +79,8 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     if len(_cache) > MAX_CACHED_WORDS:
         clear_stem_cache()
     cache = _cache  # the same numbers for the whole call, whatever another thread does
-    words = cache.numbers_of(prediction)
-    return max(_f_measure(words, cache.numbers_of(reference)) for reference in references)
+    words = cache.stem_numbers(prediction)
+    return max(_f_measure(words, cache.stem_numbers(reference)) for reference in references)
 
 
 def rouge_l_many(
