@@ -24,7 +24,7 @@ Data = str | Path | Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a finished run left its results, and what it measured.
+    """Paths and metrics of a finished run.
 
     metrics: model ("teacher", "initial", "student", "baseline") -> `loss` and `kl` in nats per
     token, and `benchmarks`: name -> ROUGE-L (0 to 1), exact match and further measures.
@@ -44,7 +44,7 @@ def run(recipe: Recipe | str | Path, run_dir: str | Path) -> RunResult:
         run_dir: folder of the results; a second call continues where the first one stopped.
 
     Raises:
-        PoclError: a fault that the user can mend, in one sentence.
+        PoclError: an error that the user can fix, in one sentence.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(str(recipe))
@@ -85,7 +85,7 @@ def distill(
             `curriculum__num_subsets=3`. docs/reference/recipe.md lists them.
 
     Raises:
-        PoclError: a fault that the user can mend, in one sentence.
+        PoclError: an error that the user can fix, in one sentence.
 
     Example:
         >>> result = distill(
@@ -121,7 +121,7 @@ def _model_source(
     directory: RunDirectory,
     role: str,
 ) -> str:
-    """What the recipe names as the model; a model in memory is saved below `inputs/` first."""
+    """The recipe's `model`; a model in memory is saved below `inputs/` first."""
     if isinstance(model, (str, Path)):
         return str(model)
     if tokenizer is None:
@@ -136,7 +136,7 @@ def _model_source(
 
 
 def _data_source(data: Data, directory: RunDirectory) -> str:
-    """What the recipe names as the data; records in memory are written below `inputs/` first."""
+    """The recipe's `data.source`; records in memory are written below `inputs/` first."""
     if isinstance(data, (str, Path)):
         return str(data)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):

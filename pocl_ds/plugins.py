@@ -1,4 +1,6 @@
-"""Decorators for methods of your own. A recipe names the module that uses them in `plugins`.
+"""Decorators that register divergences, metrics, ranking strategies and policies.
+
+A recipe lists the modules that use them in `plugins`.
 
     from pocl_ds import plugins
 
@@ -40,7 +42,7 @@ def divergence(name: str, **options: float | bool) -> Callable[[Registered], Reg
 
     The function maps log-probabilities of the teacher and of the student, both [tokens, ids], and
     the options as keywords, to [tokens]. options: their names and defaults. Raises RecipeError for
-    a name that is taken.
+    a name that is in use.
     """
     from pocl_ds.losses.divergences import DIVERGENCES
 
@@ -54,7 +56,7 @@ def policy(name: str, *, on_policy: bool) -> Callable[[Registered], Registered]:
 
     It is a class with the methods of `rollouts.policies.Policy`, created from (PolicyConfig,
     generate, seed). on_policy: whether it calls `generate`, which lets the student generate
-    responses. Raises RecipeError for a name that is taken.
+    responses. Raises RecipeError for a name that is in use.
     """
     from pocl_ds.rollouts.policies import POLICIES
 
@@ -67,7 +69,7 @@ def strategy(name: str) -> Callable[[Registered], Registered]:
     """Register a strategy for `ranking.strategy`.
 
     The function maps `curriculum.ranking.DifficultyScores` to a permutation of the rows, easiest
-    first. Raises RecipeError for a name that is taken.
+    first. Raises RecipeError for a name that is in use.
     """
     from pocl_ds.curriculum.ranking import STRATEGIES
 
@@ -85,7 +87,7 @@ def metric(name: str) -> Callable[[Registered], Registered]:
 
     The function maps the student's responses, the references (a list per sample) and the
     log-probabilities of the first reference's tokens to one number per sample; a smaller one is
-    easier. Raises RecipeError for a name that is taken.
+    easier. Raises RecipeError for a name that is in use.
     """
     from pocl_ds.difficulty.score import METRICS
 
@@ -101,7 +103,10 @@ def _register(
     add_name: Callable[[], None],
     other_names: Collection[str] = (),
 ) -> Callable[[Registered], Registered]:
-    """other_names: of another kind, for the same recipe field."""
+    """The decorator that adds a function to `functions` under `name`.
+
+    other_names: names of another kind that share the recipe field.
+    """
 
     def register(function: Registered) -> Registered:
         existing = functions.get(name)

@@ -2,7 +2,7 @@
 
     from pocl_ds.scoring import score_samples
 
-    records = [{"instruction": "Name a colour.", "output": "Blue."}]
+    records = [{"instruction": "Name a color.", "output": "Blue."}]
     scores = score_samples(model, tokenizer, records)
     print(scores[0].rouge_l, scores[0].cross_entropy)
 
@@ -93,14 +93,16 @@ def score_samples(
         max_batch_tokens: tokens of a batch, padding included.
 
     Returns:
-        One score a record, in the order of the records.
+        One score per record, in the order of the records.
 
     Raises:
         DataError: a record has no known format, or a text is missing.
         ModelError: the tokenizer has no EOS, or the model's family is not supported.
     """
     # Tokenize prompts and references.
-    places = ((f"records, number {number}", dict(one)) for number, one in enumerate(records, 1))
+    places = (
+        (f"records, number {number}", dict(record)) for number, record in enumerate(records, 1)
+    )
     samples = list(samples_from_records(places, "records", "auto", {}))
     prompt = PromptConfig(
         template=template, max_prompt_tokens=max_prompt_tokens, max_length=max_length
@@ -133,7 +135,7 @@ def _generate(
     max_new_tokens: int,
     max_batch_tokens: int,
 ) -> list[str]:
-    """Greedy responses as text. Leaves the model as it was."""
+    """Greedy responses as text. Restores the mode and the generation config of the model."""
     from pocl_ds.generation.protocol import SamplingParams
     from pocl_ds.generation.transformers_backend import TransformersGenerator
 

@@ -40,7 +40,7 @@ from pocl_ds.models.load import load_model
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.runtime.metrics import read_metrics
-from pocl_ds.teachers.cache_writer import cache_teacher
+from pocl_ds.teachers.cache_step import cache_teacher
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.training.build import build_trainer
 from pocl_ds.training.trainer import Trainer

@@ -89,8 +89,8 @@ def submit(
         list[str] | None,
         typer.Argument(
             metavar="RECIPE|FIELD=VALUE",
-            help="Recipes (files or shipped names) and overrides. Each of several recipes gets a "
-            "run directory of its own below --run-dir.",
+            help="Recipes (files or shipped names) and overrides. Each of several recipes gets "
+            "its own run directory below --run-dir.",
             show_default=False,
             autocompletion=complete_recipe,
         ),
@@ -136,7 +136,7 @@ def _submit(submission: Submission, *, dry_run: bool, test_only: bool) -> None:
     if not submission.jobs:
         return
     ids = submission.submit()
-    print("submitted " + ", ".join(f"{name} {number}" for name, number in ids.items()))
+    print("submitted " + ", ".join(f"{name} {job_id}" for name, job_id in ids.items()))
     print(f"watch it: pocl status --run-dir {shlex.quote(str(submission.path))} --watch")
 
 
@@ -171,7 +171,7 @@ def status(
 
 
 def _print_notes(rows: list[Row]) -> None:
-    """Print what there is to say about each job, below the table."""
+    """Print the notes of each job below the table."""
     for row in rows:
         for number, note in enumerate(row.notes):
             print(f"\n{row.name}: {note}" if number == 0 else f"    {note}")
@@ -181,7 +181,7 @@ def watch(
     run_dir: ExistingRunDirOption,
     once: Annotated[
         bool,
-        typer.Option("--once", help="Show the run once, as for an output that is no terminal."),
+        typer.Option("--once", help="Show the run once, as if the output were not a terminal."),
     ] = False,
 ) -> int:
     """Show a run live in the terminal, from its directory alone."""
@@ -197,7 +197,7 @@ def cancel(run_dir: SubmittedRunOption) -> int:
     """Cancel the jobs of a submitted run and keep its finished steps."""
     from pocl_ds.cluster.submit import cancel as cancel_jobs
 
-    ids = [number for run in _submitted_runs(run_dir) for number in cancel_jobs(run)]
+    ids = [job_id for run in _submitted_runs(run_dir) for job_id in cancel_jobs(run)]
     if ids:
         print(f"cancelled {', '.join(ids)}; continue with `pocl resume --run-dir {run_dir}`")
     else:
@@ -322,7 +322,7 @@ def estimate(
     response_tokens: Annotated[
         float | None, typer.Option(help="Assume this mean number of tokens in a response.")
     ] = None,
-    utilisation: Annotated[
+    utilization: Annotated[
         float, typer.Option(help="Assume that arithmetic reaches this share of the GPU's peak.")
     ] = 0.4,
     write: Annotated[
@@ -340,7 +340,7 @@ def estimate(
         "samples": samples,
         "prompt_tokens": prompt_tokens,
         "response_tokens": response_tokens,
-        "utilisation": utilisation,
+        "utilization": utilization,
     }
     assumptions = {name: value for name, value in options.items() if value is not None}
     _check_positive(
@@ -393,6 +393,6 @@ def _submitted_runs(folder: Path) -> list[RunDirectory]:
     from pocl_ds.workflow.run_dir import RunDirectory
 
     path = existing_run(folder).path.resolve()
-    below = sorted(file.parents[1] for file in path.glob("*/cluster/submission.json"))
-    is_run = (path / "cluster").is_dir() or not below
-    return [RunDirectory(run) for run in ([path] if is_run else below)]
+    submitted = sorted(file.parents[1] for file in path.glob("*/cluster/submission.json"))
+    is_run = (path / "cluster").is_dir() or not submitted
+    return [RunDirectory(run) for run in ([path] if is_run else submitted)]

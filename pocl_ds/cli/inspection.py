@@ -151,11 +151,11 @@ def _models_to_compare(
     from pocl_ds.evaluation.compare_models import ComparedModel
 
     if len(paths) > 2:
-        raise RecipeError(f"{len(paths)} run directories are given: compare two at a time")
+        raise RecipeError(f"{len(paths)} run directories: compare two at a time")
     if len(paths) == 1 and not pair:
         raise RecipeError(
-            "one run directory is given: add a second --run-dir, or name two of its models, for "
-            "example --models baseline student"
+            "there is only one run directory: add a second --run-dir, or name two of its models, "
+            "for example --models baseline student"
         )
     names = pair or (model, model)
     known = list(get_args(ModelName))
@@ -166,7 +166,7 @@ def _models_to_compare(
         raise RecipeError(
             f"{names[0]} of {paths[0]} would be compared with itself: name two models with --models"
         )
-    # Label each model, with its run where there are two.
+    # Label each model; the label includes the run if there are two.
     folders = [run.path.resolve().name for run in runs]
     run_names = [str(path) for path in paths] if folders[0] == folders[1] else folders
     labels = (
@@ -174,11 +174,8 @@ def _models_to_compare(
         if len(paths) == 1
         else [f"{run} {name}" for run, name in zip(run_names, names, strict=True)]
     )
-    first, second = (
-        ComparedModel(run, name, label)
-        for run, name, label in zip(runs, names, labels, strict=True)
-    )
-    return first, second
+    a, b = map(ComparedModel, runs, names, labels)
+    return a, b
 
 
 def inspect(

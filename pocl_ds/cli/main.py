@@ -50,8 +50,8 @@ for panel in (pipeline, inspection, cluster, tools):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0, 2 for a fault that the user can mend, 130 for
-    Ctrl-C, RESUME where the same command continues.
+    """Run a command line and return its exit code: 0, 2 for an error that the user can fix, 130 for
+    Ctrl-C, EXIT_RESUME if the same command continues the work.
 
     arguments: the words after `pocl`; None: those of this process.
     """
@@ -88,31 +88,31 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     if COMPLETION in os.environ:
         group.main(arguments, prog_name="pocl")  # prints completions and exits
     arguments = arguments or ["--help"]
-    command = next((word for word in arguments if not word.startswith("-")), "")
-    who = f"pocl {command}".rstrip()
+    command = next((name for name in arguments if not name.startswith("-")), "")
+    program = f"pocl {command}".rstrip()
     try:
         if command and command not in group.commands:
             known = nearest(command, list(group.commands))
             return 2, _explain("pocl", f"there is no command {command!r}: {known} (pocl --help)")
         code = _invoke(group, arguments)
-        sys.stdout.flush()  # here a full disk is still a sentence
+        sys.stdout.flush()  # so that a full disk is reported like other faults
         return code, ""
     except typer.TyperException as error:
-        return 2, _explain(who, _usage_fault(error, who))
+        return 2, _explain(program, _usage_fault(error, program))
     except PoclError as error:
         if was_interrupted():
-            return _interrupted(who)
-        return error.exit_code, _explain(who, str(error))
+            return _interrupted(program)
+        return error.exit_code, _explain(program, str(error))
     except (RuntimeError, MemoryError) as error:
         if (fault := memory_fault(error)) is None:
             raise
         step = STEP.get(command)
         hint = step.out_of_memory_hint if step else "use a machine with more memory"
-        return 2, _explain(who, f"memory ran out ({fault}): finished work is kept; {hint}")
+        return 2, _explain(program, f"memory ran out ({fault}): finished work is kept; {hint}")
     except OSError as error:
-        return _file_fault(error, who)
+        return _file_fault(error, program)
     except KeyboardInterrupt:
-        return _interrupted(who)
+        return _interrupted(program)
 
 
 def _command_group() -> Any:
@@ -131,7 +131,7 @@ def _invoke(group: Any, arguments: list[str]) -> int:
         return request.exit_code
 
 
-def _usage_fault(error: typer.TyperException, who: str) -> str:
+def _usage_fault(error: typer.TyperException, program: str) -> str:
     """A fault of the command line as one sentence."""
     option = getattr(error, "option_name", None)
     similar = getattr(error, "possibilities", None)
@@ -139,12 +139,12 @@ def _usage_fault(error: typer.TyperException, who: str) -> str:
     if option and not error.message.startswith("Option"):
         text = f"there is no option {option}"
         text += f": did you mean {similar[0]}?" if similar else ""
-    return f"{text[:1].lower()}{text[1:]} ({who} --help)"
+    return f"{text[:1].lower()}{text[1:]} ({program} --help)"
 
 
-def _file_fault(error: OSError, who: str) -> tuple[int, str]:
-    """Exit code and sentence for a file that cannot be read or written, and for a reader of the
-    output that is gone. Raises any other OSError.
+def _file_fault(error: OSError, program: str) -> tuple[int, str]:
+    """Exit code and sentence for a file that cannot be read or written, or for a closed
+    output pipe. Raises any other OSError.
     """
     from pocl_ds.workflow.files import describe_file_error
 
@@ -152,7 +152,7 @@ def _file_fault(error: OSError, who: str) -> tuple[int, str]:
     if fault is None and not isinstance(error, BrokenPipeError):
         raise error
     _discard_output()
-    return (0, "") if isinstance(error, BrokenPipeError) else (2, _explain(who, fault or ""))
+    return (0, "") if isinstance(error, BrokenPipeError) else (2, _explain(program, fault or ""))
 
 
 def _discard_output() -> None:
@@ -166,16 +166,16 @@ def _discard_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _interrupted(who: str) -> tuple[int, str]:
+def _interrupted(program: str) -> tuple[int, str]:
     from pocl_ds.runtime.process_exit import print_error
 
     print_error(
-        f"{who}: interrupted; finished work is kept; run the same command again to continue"
+        f"{program}: interrupted; finished work is kept; run the same command again to continue"
     )
     return 130, "interrupted"
 
 
-def _explain(who: str, sentence: str) -> str:
+def _explain(program: str, sentence: str) -> str:
     """Print a sentence as one line on standard error and return it.
 
     Texts of a user's files may hold control characters and secrets: both are replaced.
@@ -184,11 +184,10 @@ def _explain(who: str, sentence: str) -> str:
     from pocl_ds.runtime.process_exit import print_error
 
     text = redact(sentence)
-    shown = "".join(
-        letter if letter.isprintable() else " " if letter.isspace() else repr(letter)[1:-1]
-        for letter in text
+    printable = "".join(
+        c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in text
     )
-    print_error(f"{who}: {shown}")
+    print_error(f"{program}: {printable}")
     return text
 
 

@@ -90,7 +90,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FIELD=VALUE",
-        help="Overrides of recipe fields, such as train.lr=1e-4. They may stand anywhere.",
+        help="Overrides of recipe fields, such as train.lr=1e-4. They may appear anywhere.",
         show_default=False,
         autocompletion=complete_field,
     ),
@@ -120,19 +120,20 @@ DryRunOption = Annotated[
 
 
 def join_words(recipe: str | None, overrides: list[str] | None) -> list[str]:
-    """The positional arguments in one list: an override may stand before the recipe."""
+    """The positional arguments in one list: an override may precede the recipe."""
     return [*([] if recipe is None else [recipe]), *(overrides or [])]
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Separate recipes (without "=") from overrides."""
-    return [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    recipes = [argument for argument in words if "=" not in argument]
+    return recipes, [argument for argument in words if "=" in argument]
 
 
 def read_recipe(words: list[str], run_dir: Path | None) -> tuple[Recipe, RunDirectory]:
     """The resolved recipe and the run directory of a command line.
 
-    Raises RecipeError if no recipe or more than one is given, and as `load_recipe`.
+    Raises RecipeError unless there is exactly one recipe, and as `load_recipe`.
     """
     from pocl_ds.config.recipe_file import load_recipe
     from pocl_ds.errors import RecipeError
@@ -141,7 +142,7 @@ def read_recipe(words: list[str], run_dir: Path | None) -> tuple[Recipe, RunDire
     recipes, overrides = split_words(words)
     if len(recipes) > 1:
         raise RecipeError(
-            f"two recipes are given ({recipes[0]}, {recipes[1]}): give one; overrides have the "
+            f"found two recipes ({recipes[0]}, {recipes[1]}): give one; overrides have the "
             f"form field=value"
         )
     if recipes:
@@ -150,14 +151,14 @@ def read_recipe(words: list[str], run_dir: Path | None) -> tuple[Recipe, RunDire
         recipe = load_recipe(str(run_dir / "recipe.yaml"), overrides)
     else:
         raise RecipeError(
-            "no recipe is given: name a file or a shipped recipe (pocl run quickstart), or a "
+            "there is no recipe: name a file or a shipped recipe (pocl run quickstart), or a "
             "--run-dir that holds a recipe.yaml"
         )
     return recipe, RunDirectory(run_dir or Path("runs") / recipe.name)
 
 
 def read_recipes(words: list[str], run_dir: Path | None) -> list[tuple[Recipe, RunDirectory]]:
-    """As `read_recipe`; with several recipes each gets a folder of its own below `run_dir`.
+    """Like `read_recipe`; with several recipes each gets its own folder below `run_dir`.
 
     Raises RecipeError if two recipes have the same name.
     """

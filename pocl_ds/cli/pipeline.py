@@ -35,7 +35,8 @@ RUN_HELP = (
     "Every recipe field is documented in docs/reference/recipe.md; `pocl show RECIPE` prints the "
     "fields of a recipe with their values."
 )
-ELSEWHERE = ("report",)  # steps whose command is in another panel, since it does more than the step
+# Steps whose command is in another panel, since it does more than the step.
+OTHER_PANELS = ("report",)
 
 # Options of the fields of StepRequest, which a step names in `Step.options`.
 REQUEST_OPTIONS: dict[str, Any] = {
@@ -70,7 +71,7 @@ def add_commands(app: typer.Typer) -> None:
         epilog="Example: pocl run quickstart --run-dir runs/first train.lr=1e-4",
     )(run)
     for step in STEPS:
-        if step.name not in ELSEWHERE:
+        if step.name not in OTHER_PANELS:
             app.command(
                 step.name,
                 rich_help_panel=PANEL,
@@ -163,7 +164,7 @@ def run_step_command(
 
     words: recipe and overrides. options: fields of StepRequest. The step runs in this process if it
     needs no ranks, or if this process is one of its ranks or a child of `pocl run`; otherwise it
-    runs in processes of its own.
+    starts one process per rank.
     """
     from pocl_ds.runtime.logs import log_to_file
     from pocl_ds.workflow.pipeline import run_in_process, run_step
@@ -179,18 +180,18 @@ def run_step_command(
         return _show_plan(recipe, run, tuple(s for s in enabled_steps(recipe) if s.name == name))
     request = StepRequest(**{**options, "shard": shard})
 
-    # One rank of a step that another process of ours started.
+    # This process is one rank of a step that a parent process started.
     if "RANK" in os.environ:
         if rank == 0:
             log_to_file(run.logs / f"{name}.log")
         run_in_process(name, recipe, run, request)
         return 0
 
-    # A command of its own, and not a child of `pocl run`, which holds the lock.
+    # A command that the user started; a child of `pocl run` relies on the lock of its parent.
     _check_request(step, request)
     if "POCL_WITHIN" not in os.environ:
         open_run_directory(run, recipe)
-        if shard and step.needs_ranks(recipe):  # shards run side by side: none locks the directory
+        if shard and step.needs_ranks(recipe):  # shards run concurrently: none locks the directory
             return run_step(name, run, recipe, shard=shard)
         # An evaluation runs one process per model, and then one for the table.
         if step.needs_ranks(recipe) or (name == "evaluate" and not request.model):
@@ -202,7 +203,7 @@ def run_step_command(
 
 
 def _set_up_rank() -> int:
-    """Set up logging for this rank. Returns its number, 0 for a process that is alone."""
+    """Set up logging for this rank. Returns its number, 0 for a single process."""
     from pocl_ds.runtime.logs import setup_logging
     from pocl_ds.runtime.process_exit import rank_and_world_size
 
@@ -223,7 +224,7 @@ def _check_request(step: Step, request: StepRequest) -> None:
 
 
 def _show_plan(recipe: Recipe, run: RunDirectory, steps: tuple[Step, ...]) -> int:
-    """`--dry-run`: print the recipe, and which of the steps would run."""
+    """`--dry-run`: print the recipe and the steps that would run."""
     from pocl_ds.config.recipe_file import dump_recipe
     from pocl_ds.workflow.finished import finished_steps
 
@@ -239,7 +240,7 @@ def _show_plan(recipe: Recipe, run: RunDirectory, steps: tuple[Step, ...]) -> in
 
 
 def show_results(run: RunDirectory) -> None:
-    """Print the table of results, and where student and report are."""
+    """Print the table of results, and the paths of student and report."""
     from pocl_ds.evaluation.tables import table_rows
     from pocl_ds.metrics.footnotes import footnotes
     from pocl_ds.workflow.files import read_json

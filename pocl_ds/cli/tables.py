@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-WIDE = 10_000  # columns of an output that is not a terminal: a reader of it wraps the lines
+MAX_WIDTH = 10_000  # columns of output that is not a terminal, so that no line wraps
 
 
 def print_table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> None:
@@ -32,5 +32,5 @@ def print_table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> None
         Console(highlight=False).print(table)
         return
     lines = StringIO()
-    Console(file=lines, highlight=False, width=WIDE).print(table)
+    Console(file=lines, highlight=False, width=MAX_WIDTH).print(table)
     print("\n".join(line.rstrip() for line in lines.getvalue().splitlines()))

@@ -26,7 +26,7 @@ def add_commands(app: typer.Typer) -> None:
         "bench",
         rich_help_panel=PANEL,
         epilog="Example: pocl bench rouge",
-        context_settings={"ignore_unknown_options": True},  # a benchmark has options of its own
+        context_settings={"ignore_unknown_options": True},  # each benchmark parses its own options
     )(bench)
     app.command(
         "study",
@@ -55,7 +55,7 @@ def bench(
         ),
     ] = None,
 ) -> int:
-    """Measure a part of this program on this machine."""
+    """Run a benchmark of this package on this machine."""
     import importlib
 
     from pocl_ds.errors import RecipeError
@@ -95,7 +95,9 @@ def study(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="List the runs and what they share; run nothing."),
+        typer.Option(
+            "--dry-run", help="List the runs and the results that they share; run nothing."
+        ),
     ] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Show the results so far; run nothing.")
@@ -118,7 +120,7 @@ def study(
         int | None, typer.Option(help="Train on this many nodes; needs --profile.")
     ] = None,
 ) -> int:
-    """Run a grid of recipes that share what they can."""
+    """Run a grid of recipes that share intermediate results."""
     from pocl_ds.runtime.logs import setup_logging
     from pocl_ds.study.cells import expand_cells, load_study
     from pocl_ds.study.run import is_finished, run_cells
@@ -135,7 +137,7 @@ def study(
 
 
 def _show_study(folder: Path, config: StudyConfig, cells: list[Cell], *, watch: bool) -> int:
-    """Print progress and results; with `watch` again and again until all cells are finished."""
+    """Print progress and results; with `watch` repeatedly until all cells are finished."""
     from pocl_ds.study.run import is_finished
     from pocl_ds.study.table import progress_lines, result_lines
 

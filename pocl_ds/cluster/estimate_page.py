@@ -49,7 +49,7 @@ class Assumptions:
     samples: int = SAMPLES
     prompt_tokens: float = PROMPT_TOKENS
     response_tokens: float = RESPONSE_TOKENS
-    utilisation: float = 0.4  # share of the GPU's peak that arithmetic reaches
+    utilization: float = 0.4  # share of the GPU's peak that arithmetic reaches
 
 
 class Estimate:
@@ -223,7 +223,9 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         f"{sizes.student.parameters / 1e6:,.0f} million parameters"
     )
     if sizes.student.adapters:
-        title += f" ({sizes.student.trained / 1e6:,.1f} million of adapters are trained)"
+        title += (
+            f" ({sizes.student.trainable_parameters / 1e6:,.1f} million of adapters are trained)"
+        )
     if sizes.teacher:
         title += f", teacher {sizes.teacher.parameters / 1e6:,.0f} million"
     # Training.
@@ -291,7 +293,7 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         f"each rank receives {micro_steps * traffic / GB:.2f} GB in {micro_steps} micro-steps",
         "",
         f"{work.samples} samples, {work.steps} optimizer steps; at "
-        f"{100 * assumptions.utilisation:.0f}% of {device.flops / 1e12:.0f} TFLOP/s, "
+        f"{100 * assumptions.utilization:.0f}% of {device.flops / 1e12:.0f} TFLOP/s, "
         f"{layout.link(device) / GB:.0f} GB/s between ranks",
         f"  {'':<24}{'hours':>8}{'GPU hours':>11}",
     ]
@@ -334,7 +336,7 @@ def _step_times(sizes: Estimate, setup: TrainingSetup) -> list[estimate.StepTime
         sizes.work,
         assumptions.layout,
         assumptions.device,
-        utilisation=assumptions.utilisation,
+        utilization=assumptions.utilization,
         max_new_tokens=score.max_new_tokens,
         sequences=score.generation.max_num_seqs,
     )

@@ -1,1 +1,1 @@
-"""Every use of a private name of a library, one file a library."""
+"""Every use of a private name of a library, one file per library."""

@@ -32,9 +32,9 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def skip_reduction_of_single_rank() -> None:
-    """Let ZeRO-3 use gradients as they are where there is only one rank.
+    """Skip ZeRO-3's reduction of gradients if there is only one rank.
 
-    A rank alone would otherwise concatenate, scale and copy its gradients to get them back. The
+    With one rank it would concatenate, scale and copy the gradients without changing them. The
     function is looked up in its module, so this applies to every engine of the process.
     """
     from deepspeed.runtime.zero import stage3
@@ -60,7 +60,7 @@ def intercept_checkpoint_files(
     """Within the block `save_checkpoint` passes each file's state and path to `collect` instead of
     writing it. Yields DeepSpeed's own function for writing one file.
 
-    DeepSpeed meets in barriers between its files: a rank that cannot write would leave the others
+    DeepSpeed enters a barrier between files: a rank that cannot write would leave the others
     waiting. `collect` must name its arguments state_dict and path, as DeepSpeed does.
     """
     writer = engine.checkpoint_engine
@@ -69,7 +69,7 @@ def intercept_checkpoint_files(
     try:
         yield save
     finally:
-        del writer.save  # uncovers the method of the class
+        del writer.save  # restores the method of the class
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def convert_to_universal(source: Path, target: Path, *, workers: int) -> None:
 
 
 def repair_universal_load(engine: Any, weight_decays: list[float]) -> None:
-    """Restore what loading a universal checkpoint does to an Adam with several parameter groups.
+    """Repair what loading a universal checkpoint changes in an Adam with several parameter groups.
 
     Every group gets the values of the first one, so that biases and norms would decay. All states
     share one step counter, which torch increments in place once per group; and it is on the CPU,
@@ -122,7 +122,7 @@ def repair_universal_load(engine: Any, weight_decays: list[float]) -> None:
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's ZeRO optimizer, whose state are the moments."""
+    """The torch optimizer inside DeepSpeed's ZeRO optimizer, whose state holds the moments."""
     optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return optimizer
 
@@ -167,12 +167,14 @@ def keep_rotary_frequencies_in_float32() -> Iterator[None]:
 
     original = partition_parameters.keep_in_fp32_pattern
 
-    def with_frequencies(module: nn.Module, setting: Any, dtype: torch.dtype) -> re.Pattern[str]:
+    def pattern_with_frequencies(
+        module: nn.Module, setting: Any, dtype: torch.dtype
+    ) -> re.Pattern[str]:
         pattern = original(module, setting, dtype)
         names = f"{INVERSE_FREQUENCIES}|{pattern.pattern}" if pattern else INVERSE_FREQUENCIES
         return re.compile(names)
 
-    partition_parameters.keep_in_fp32_pattern = with_frequencies
+    partition_parameters.keep_in_fp32_pattern = pattern_with_frequencies
     try:
         yield
     finally:

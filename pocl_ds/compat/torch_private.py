@@ -45,12 +45,12 @@ def storage_id(storage: torch.UntypedStorage) -> int:
 
 def set_compile_disabled(disabled: bool) -> bool:
     """Turn `torch.compile` off or on in this process, also for functions that are already
-    decorated, and return the setting before.
+    decorated, and return the previous setting.
 
     The environment variable TORCHDYNAMO_DISABLE is public, but read only at import.
     """
     import torch._dynamo
 
-    before: bool = torch._dynamo.config.disable
+    previous: bool = torch._dynamo.config.disable
     torch._dynamo.config.disable = disabled
-    return before
+    return previous

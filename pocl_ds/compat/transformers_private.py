@@ -40,7 +40,7 @@ def tied_parameters(config: Any) -> Mapping[str, str]:
 def is_quantized(model: Any) -> bool:
     """Whether transformers loaded the model through a quantizer (bitsandbytes, GPTQ and others).
 
-    Until then a model has no public flag: `from_pretrained` sets `hf_quantizer`.
+    A model has no public flag for this; `from_pretrained` sets `hf_quantizer`.
     """
     return getattr(model, "hf_quantizer", None) is not None
 

@@ -19,8 +19,8 @@ from pocl_ds.compat.torch_private import set_compile_disabled
 def supports_sleep() -> bool:
     """Whether an engine on this machine can free its GPU memory and continue later.
 
-    `LLM(enable_sleep_mode=True)` raises on a platform without it; only `current_platform` tells
-    beforehand.
+    `LLM(enable_sleep_mode=True)` raises on a platform without it; only `current_platform` reports
+    it in advance.
     """
     from vllm.platforms import current_platform
 

@@ -36,7 +36,8 @@ def assign_by_count(
     """Divide a batch into micro-batches of `micro_batch_size` samples.
 
     Samples of similar length go into the same micro-step of all ranks, so that there is little
-    padding and ranks finish together. The longest go first, so that a lack of memory shows at once.
+    padding and ranks finish together. The longest go first, so that running out of memory shows
+    immediately.
 
     Args:
         lengths: tokens of each sample of the batch, [samples].
@@ -86,7 +87,7 @@ def token_budget_batches(
 ) -> list[NDArray[np.int64]]:
     """Group samples of similar length into batches of at most `max_tokens` tokens with padding.
 
-    The longest samples come first. A sample longer than `max_tokens` gets a batch of its own.
+    The longest samples come first. A sample longer than `max_tokens` gets its own batch.
 
     Args:
         lengths: tokens of each sample, [samples].

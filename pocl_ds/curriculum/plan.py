@@ -19,7 +19,7 @@ from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import ArtifactError, RecipeError
 
 SampleOrder: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
-Epochs: TypeAlias = "int | tuple[int, ...]"  # of every stage, or of each
+Epochs: TypeAlias = "int | tuple[int, ...]"  # one number for all stages, or one per stage
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """All stages of a training."""
+    """The stages of one training run."""
 
     stages: list[Stage]
     batch_size: int
@@ -62,7 +62,7 @@ class Plan:
         return sum(stage.steps for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain values, without the order, which has a file of its own."""
+        """The plan as plain values, without the order, which is stored in its own file."""
         stages = []
         for stage in self.stages:
             tree = asdict(Stage(**{**stage.__dict__, "order": ()}))
@@ -106,7 +106,7 @@ def build_plan(
     Args:
         order: sample ids or rows, easiest first, [samples].
         num_subsets: number of subsets, and so of stages.
-        epochs_per_stage: epochs of every stage, or one number for each.
+        epochs_per_stage: one number for all stages, or one per stage.
         batch_size: samples of an optimizer step, over all ranks.
         temperature: distillation temperature of the first and the last stage.
         sft_ratio: weight of cross-entropy in the first and the last stage, 0 to 1.

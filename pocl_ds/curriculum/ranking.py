@@ -152,9 +152,9 @@ def hash_ids(ids: SampleIds, seed: int) -> NDArray[np.uint64]:
         return splitmix64(state)
 
 
-def id_as_text(name: Any) -> str:
+def id_as_text(sample_id: Any) -> str:
     """A sample id as a string."""
-    return name.decode() if isinstance(name, bytes) else str(name)
+    return sample_id.decode() if isinstance(sample_id, bytes) else str(sample_id)
 
 
 def _validate(ids: SampleIds, rouge: NDArray[np.float64], entropy: NDArray[np.float64]) -> None:
@@ -181,12 +181,12 @@ def _find_repeated_id(ids: SampleIds) -> str | None:
     hashes = hash_ids(ids, 0)
     ordered = np.sort(hashes)
     repeated_hashes = ordered[1:][ordered[1:] == ordered[:-1]]
-    seen: set[str] = set()
+    visited: set[str] = set()
     for row in np.flatnonzero(np.isin(hashes, repeated_hashes)) if len(repeated_hashes) else ():
-        name = id_as_text(ids[row])
-        if name in seen:
-            return name
-        seen.add(name)
+        sample_id = id_as_text(ids[row])
+        if sample_id in visited:
+            return sample_id
+        visited.add(sample_id)
     return None
 
 
@@ -206,9 +206,9 @@ def _sorted_rows(
     run_starts = np.append(True, ~ties)
     places = np.flatnonzero(np.append(ties, False) | ~run_starts)
     rows = order[places]
-    names = _as_bytes([ids[i] for i in rows] if isinstance(ids, list) else np.asarray(ids)[rows])
-    place_of_name = np.argsort(np.argsort(names, kind="stable"))
-    order[places] = rows[np.lexsort((place_of_name, np.cumsum(run_starts)[places]))]
+    tied_ids = _as_bytes([ids[i] for i in rows] if isinstance(ids, list) else np.asarray(ids)[rows])
+    id_ranks = np.argsort(np.argsort(tied_ids, kind="stable"))
+    order[places] = rows[np.lexsort((id_ranks, np.cumsum(run_starts)[places]))]
     return order
 
 
@@ -231,7 +231,7 @@ def _by_fusion(scores: DifficultyScores) -> NDArray[np.int64]:
     return scores.by_rouge_l[by_rrf]
 
 
-# Strategies by name, to which plugins add theirs; each returns rows, easiest first.
+# Ranking strategies by name; plugins register more. Each returns rows, easiest first.
 STRATEGIES: dict[str, Callable[[DifficultyScores], NDArray[np.int64]]] = {
     "fusion": _by_fusion,
     "rouge_l": lambda scores: scores.by_rouge_l,

@@ -2,7 +2,7 @@
 
 No rank has a random generator. The global batch of a step depends on neither the number of
 ranks nor the micro-batch size, so another number of ranks can continue from any step. A length
-window moves samples between neighbouring batches of an epoch only; the curriculum stays the same.
+window moves samples between neighboring batches of an epoch only; the curriculum stays the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Sampler:
             raise ValueError("a length window needs the lengths of the samples")
         self.plan, self.seed, self.lengths, self.window = plan, seed, lengths, window
         self._stage_ends = np.cumsum([stage.steps for stage in plan.stages])
-        # The shuffle of the epoch that was used last.
+        # The shuffle of the most recent epoch.
         self._epoch: tuple[int, int] | None = None
         self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
 
@@ -58,7 +58,7 @@ class Sampler:
         return SamplerPosition(step, index, step_in_stage // stage.steps_per_epoch, step_in_stage)
 
     def batch(self, step: int) -> NDArray[np.int64]:
-        """Places in the plan's order of the samples of a step's global batch: [batch_size].
+        """The samples of a step's global batch, as indices into the plan's order: [batch_size].
 
         With drop_last=False, samples from the start of the epoch's shuffle fill the last batch.
         Raises IndexError for a step outside the plan.
@@ -78,23 +78,23 @@ class Sampler:
             return self._consecutive_batches(number, 1)
 
         # Sort the samples of the window by length, and shuffle the resulting batches.
-        first = number - number % self.window
-        count = min(self.window, stage.steps_per_epoch - first)
-        samples = self._consecutive_batches(first, count)
+        window_start = number - number % self.window
+        count = min(self.window, stage.steps_per_epoch - window_start)
+        samples = self._consecutive_batches(window_start, count)
         by_length = np.argsort(self.lengths[samples], kind="stable")
         batches = samples[by_length].reshape(count, -1)
         order = permutation(
             count,
             seed=self.seed ^ _WINDOW_SEED,
             stage=position.stage,
-            epoch=position.epoch * stage.steps_per_epoch + first,
+            epoch=position.epoch * stage.steps_per_epoch + window_start,
         )
-        return batches[order[number - first]]
+        return batches[order[number - window_start]]
 
-    def _consecutive_batches(self, first: int, count: int) -> NDArray[np.int64]:
-        """The samples of `count` batches of the epoch's shuffle, from batch `first`."""
+    def _consecutive_batches(self, start: int, count: int) -> NDArray[np.int64]:
+        """The samples of `count` batches of the epoch's shuffle, from batch `start`."""
         size = self.plan.batch_size
-        samples = self._shuffled[first * size : (first + count) * size]
+        samples = self._shuffled[start * size : (start + count) * size]
         missing = count * size - len(samples)
         if missing:
             samples = np.concatenate([samples, np.resize(self._shuffled, missing)])
@@ -102,7 +102,7 @@ class Sampler:
 
 
 def permutation(size: int, *, seed: int, stage: int, epoch: int) -> NDArray[np.int64]:
-    """A shuffle of 0 .. size-1 that integer arithmetic on the arguments decides alone.
+    """A permutation of 0 .. size-1, computed from the arguments by integer arithmetic alone.
 
     Number i gets a key: the high bits of splitmix64(base + i), and i itself in the low bits. No two
     keys are equal, so every sorting algorithm gives the same result, on every machine and with

@@ -6,7 +6,7 @@ import math
 
 
 def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
-    """Values on the line from ends[0] to ends[1], one for each stage.
+    """Linear interpolation from ends[0] to ends[1], one value per stage.
 
     A single stage gets ends[0]. Used for temperature and SFT ratio (docs/method.md, eq. 5 and 6).
     """
@@ -14,7 +14,7 @@ def stage_values(stages: int, ends: tuple[float, float]) -> list[float]:
     if stages == 1:
         return [start]
     values = [start + (end - start) * i / (stages - 1) for i in range(stages - 1)]
-    return [*values, end]  # exactly, without a rounding error
+    return [*values, end]  # the last value has no rounding error
 
 
 def learning_rate(step: int, total: int, *, lr: float, min_lr: float, warmup: int = 0) -> float:

@@ -65,8 +65,8 @@ ROLE = re.compile(r":[\w:+-]+:`~?([^`<]+?)(?:\s*<[^`>]*>)?`")
 EMPHASIS = re.compile(r"(?<![\w*`])\*{1,2}([A-Za-z][^*`]*?[\w.)])\*{1,2}(?![\w*`])")
 SIGNATURE = re.compile(r"^[\w.*, ]*\w+\(.*\)(\s*->.*)?\s*$")
 SECTION_HEADING = re.compile(
-    r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see "
-    r"also|attributes)\s*:?\s*$",
+    r"^(parameters|returns?|args|arguments|raises|yields|notes?|examples?|see also|attributes)"
+    r"\s*:?\s*$",
     re.I,
 )
 
@@ -99,7 +99,7 @@ def first_paragraph(docstring: str) -> str:
     """The first paragraph of prose as one line without markup; empty if there is none."""
     for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring)):
         lines = [line for line in block.splitlines() if line.strip()]
-        while lines and SIGNATURE.match(lines[0].strip()):  # docstrings of C functions begin so
+        while lines and SIGNATURE.match(lines[0].strip()):  # as in docstrings of C functions
             lines.pop(0)
         # Skip headings, lists, options, examples, tables and underlined titles.
         if (
@@ -144,8 +144,8 @@ def _public_docstrings(package: str) -> Iterator[tuple[str, str, str]]:
     sources = list(_source_files(package))
     if not sources:
         raise DataError(
-            f"data.documentation.packages names {package!r}, which has no public Python sources "
-            "of its own: name a whole package, such as numpy, or leave it out"
+            f"data.documentation.packages names {package!r}, which has no public Python "
+            "sources: name a whole package, such as numpy, or leave it out"
         )
     for path, module in sources:
         try:
@@ -179,7 +179,7 @@ def _source_files(package: str) -> Iterator[tuple[Path, str]]:
     """
     if package == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        tops = [root / name for name in sorted(sys.stdlib_module_names)]
+        module_paths = [root / name for name in sorted(sys.stdlib_module_names)]
     elif "." in package:  # finding a subpackage would import its parent
         return
     else:
@@ -192,12 +192,16 @@ def _source_files(package: str) -> Iterator[tuple[Path, str]]:
                 f"data.documentation.packages names {package!r}, which is not installed: install "
                 "it or leave it out"
             )
-        top = Path(spec.origin)
-        root = top.parents[1] if top.name == "__init__.py" else top.parent
-        tops = [root / package]
+        module_path = Path(spec.origin)
+        root = module_path.parents[1] if module_path.name == "__init__.py" else module_path.parent
+        module_paths = [root / package]
     # Every file below, as a dotted module name.
-    for top in tops:
-        files = sorted(top.rglob("*.py")) if top.is_dir() else [top.with_suffix(".py")]
+    for module_path in module_paths:
+        files = (
+            sorted(module_path.rglob("*.py"))
+            if module_path.is_dir()
+            else [module_path.with_suffix(".py")]
+        )
         for path in files:
             parts = list(path.relative_to(root).with_suffix("").parts)
             if parts[-1] == "__init__":

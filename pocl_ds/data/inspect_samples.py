@@ -35,7 +35,7 @@ def format_samples(
     if not total:
         raise ArtifactError(f"{path} holds no samples: choose another --split")
 
-    # Rows to choose from, in the order of the ranking where there is one.
+    # The candidate rows, ordered by difficulty if there is a ranking.
     rows, captions = np.arange(total), dict[int, str]()
     if subset is not None or (split == "train" and read_manifest(run.ranking) is not None):
         if split != "train":

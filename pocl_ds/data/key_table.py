@@ -6,10 +6,10 @@ from array import array
 
 
 class KeyTable:
-    """Maps 64-bit keys to numbers of 1 or more, in 16 bytes a slot.
+    """Maps 64-bit keys to numbers of 1 or more, in 16 bytes per slot.
 
-    Ten million keys take 270 MB, a dict six times as much. Open addressing; the chance that two
-    of ten million different ids have the same 64-bit hash is 3 in a million.
+    Ten million keys take 270 MB; a dict takes six times as much. The table uses open addressing.
+    The chance that two of ten million different ids have the same 64-bit hash is 3 in a million.
     """
 
     def __init__(self) -> None:

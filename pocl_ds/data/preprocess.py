@@ -2,8 +2,8 @@
 
 The hash of a sample's *prompt* decides its split, and whether a limited selection includes it. So
 neither depends on the order of a file, and samples with the same prompt are never in two splits.
-Prompts that ask the same in other words may be; the step counts the references that training shares
-with the other splits.
+Paraphrases of one prompt may be; the step counts the references of the other splits that training
+responses repeat.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def preprocess(
     """Read, split and tokenize the data into data/, which appears complete or not at all.
 
     teacher_tokenizer: also write the training and validation splits in its tokens, row by row, to
-    data/teacher. commits: of the Hub's models, for the manifest, since later steps use these.
-    Raises DataError if no training samples remain.
+    data/teacher. commits: commit of each model on the Hub, which the manifest records for later
+    steps. Raises DataError if no training samples remain.
     """
     manifest = read_manifest(run.data)
     if (
@@ -76,7 +76,7 @@ def preprocess(
     with atomic_directory(run.data) as folder:
         # Assign every sample of the source to a split.
         invalid = InvalidRecords(data.on_invalid)
-        parts = _split_samples(data, folder, invalid)
+        sample_files = _split_samples(data, folder, invalid)
         if invalid.count:
             log.warning(
                 "skipped %d records without usable content; the first: %s",
@@ -85,7 +85,7 @@ def preprocess(
             )
 
         # Limit and tokenize the splits.
-        counts = _tokenize_splits(parts, data, SampleTokenizer(tokenizer, prompt), folder)
+        counts = _tokenize_splits(sample_files, data, SampleTokenizer(tokenizer, prompt), folder)
         if teacher_tokenizer is not None:
             teacher_prompt = prompt.model_copy(update={"overlong": "truncate"})
             _tokenize_for_teacher(folder, SampleTokenizer(teacher_tokenizer, teacher_prompt))
@@ -99,23 +99,23 @@ def preprocess(
             "vocabulary": len(tokenizer),
             "invalid_records": invalid.count,
             "commits": dict(commits or {}),
-            "known_references": _count_known_references(folder),
+            "references_in_training": _count_references_in_training(folder),
             "seconds": time.monotonic() - start,
         }
         return write_manifest(folder, "preprocess", fingerprint, info=info)
 
 
 def _tokenize_splits(
-    parts: dict[str, Path], data: DataConfig, tokenizer: SampleTokenizer, folder: Path
+    sample_files: dict[str, Path], data: DataConfig, tokenizer: SampleTokenizer, folder: Path
 ) -> dict[str, TokenizationCounts]:
     """Tokenize the samples of each split, at most data.max_*_samples, and remove their files."""
     counts = {}
     for split in SPLITS:
         limit = getattr(data, f"max_{split}_samples")
         counts[split] = write_tokenized_split(
-            _limited(parts[split], limit), tokenizer, folder, split
+            _select_samples(sample_files[split], limit), tokenizer, folder, split
         )
-        parts[split].unlink()
+        sample_files[split].unlink()
         log.info(
             "%s: %d samples, %d tokens, %d of them responses; %d truncated, %d dropped",
             split,
@@ -143,12 +143,12 @@ def _tokenize_for_teacher(folder: Path, tokenizer: SampleTokenizer) -> None:
 
 
 def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> dict[str, Path]:
-    """Write the samples of each split to a file of its own, in the order of the source.
+    """Write the samples of each split to one file, in the order of the source.
 
-    A prompt of a file that the recipe names for test or validation is left out of the others.
+    A prompt in a test or validation file of the recipe is omitted from the other splits.
     """
-    parts = {split: folder / f".{split}.samples" for split in SPLITS}
-    streams = {split: path.open("w", encoding="utf-8") for split, path in parts.items()}
+    sample_files = {split: folder / f".{split}.samples" for split in SPLITS}
+    streams = {split: path.open("w", encoding="utf-8") for split, path in sample_files.items()}
     reserved_prompts: set[str] = set()
     omitted = dict.fromkeys(SPLITS, 0)
     # Files for test and validation come first, so that their prompts are known.
@@ -157,7 +157,7 @@ def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> d
         for reserved_split, source in sources:
             prompts: set[str] = set()
             for sample in _read_source(source, data, invalid) if source else ():
-                split = reserved_split or _split_of(sample, data)
+                split = reserved_split or _assign_split(sample, data)
                 if sample.prompt_key in reserved_prompts:
                     omitted[split] += 1
                     continue
@@ -169,8 +169,8 @@ def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> d
         for stream in streams.values():
             stream.close()
 
-    # Warn of the samples that were left out.
-    for split, others in (
+    # Warn about omitted samples.
+    for split, prompt_source in (
         ("train", "a validation or test"),
         ("validation", "a test"),
         ("test", "a validation"),
@@ -180,20 +180,20 @@ def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> d
                 "%d %s samples have the prompt of %s sample: left out of %s",
                 omitted[split],
                 "training" if split == "train" else split,
-                others,
+                prompt_source,
                 "training" if split == "train" else split,
             )
-    return parts
+    return sample_files
 
 
-def _count_known_references(folder: Path) -> dict[str, dict[str, int]]:
+def _count_references_in_training(folder: Path) -> dict[str, dict[str, int]]:
     """For validation and test: samples with a long reference, and how many of these have one that
     is also a training response.
 
     Such samples occur where a source asks one question in several wordings. Memory grows with the
     references of these two splits, not with training.
     """
-    # A key has the number 1, or 2 if a training response has it too.
+    # The number of a key is 1, or 2 if a training response has the same key.
     held_out = KeyTable()
     for split in HELD_OUT:
         for sample in read_sample_file(folder / f"{split}.jsonl"):
@@ -206,24 +206,24 @@ def _count_known_references(folder: Path) -> dict[str, dict[str, int]]:
 
     counts = {}
     for split in HELD_OUT:
-        samples = long = known = 0
+        samples = with_long_reference = in_training = 0
         for sample in read_sample_file(folder / f"{split}.jsonl"):
             keys = _long_text_keys(sample.references)
             samples += 1
-            long += bool(keys)
-            known += any(held_out.get(key) == 2 for key in keys)
-        counts[split] = {"long": long, "known": known}
-        if known:
+            with_long_reference += bool(keys)
+            in_training += any(held_out.get(key) == 2 for key in keys)
+        counts[split] = {"with_long_reference": with_long_reference, "in_training": in_training}
+        if in_training:
             log.warning(
                 "%s: %d of %d samples (%.1f%%) have a reference of %d words or more that is also a "
                 "training response, ignoring case and white space (%d have a reference that long): "
                 "their scores may reflect memorization",
                 split,
-                known,
+                in_training,
                 samples,
-                100 * known / samples,
+                100 * in_training / samples,
                 MIN_WORDS_OF_LONG_TEXT,
-                long,
+                with_long_reference,
             )
     return counts
 
@@ -246,7 +246,7 @@ def _read_source(source: str, data: DataConfig, invalid: InvalidRecords) -> Iter
     )
 
 
-def _split_of(sample: Sample, data: DataConfig) -> str:
+def _assign_split(sample: Sample, data: DataConfig) -> str:
     """The split of a sample, from the hash of its prompt.
 
     A split for which the recipe names a file gets nothing from the source.
@@ -259,7 +259,7 @@ def _split_of(sample: Sample, data: DataConfig) -> str:
     return "validation" if position < test + validation else "train"
 
 
-def _limited(path: Path, limit: int | None) -> Iterator[Sample]:
+def _select_samples(path: Path, limit: int | None) -> Iterator[Sample]:
     """At most `limit` samples of a file, those with the smallest hashes, in the file's order.
 
     Reads the file twice, so that the samples are never all in memory.
@@ -267,7 +267,7 @@ def _limited(path: Path, limit: int | None) -> Iterator[Sample]:
     if limit is None:
         yield from read_sample_file(path)
         return
-    # The first half of the hash decided the split, so a limit by it would select the split's edge.
+    # The first half of the hash decided the split, so the selection uses the second half.
     keys = ((sample.prompt_key[16:], sample.id) for sample in read_sample_file(path))
     selected = set(rows_of_smallest(keys, limit))
     for row, sample in enumerate(read_sample_file(path)):

@@ -24,7 +24,7 @@ log = logging.getLogger("pocl_ds")
 MAX_ID_BYTES = 128
 MIN_WORDS_OF_LONG_TEXT = 10  # two samples do not share a text of so many words by chance
 MAX_LISTED_FIELDS = 20  # in an error message
-# Our field names, and the names that common data sets use for them, most specific first.
+# Canonical field names, and the names that common data sets use for them, most specific first.
 FIELD_NAMES = {
     "id": ("id",),
     "instruction": ("instruction", "question"),
@@ -91,10 +91,10 @@ def samples_from_records(
 ) -> Iterator[Sample]:
     """Turn (place, record) pairs into samples; a place is `FILE line N`.
 
-    fields: our field name -> the name in the records, where they differ. setting: the recipe field
-    of that mapping, for error messages. on_invalid: receives the error of a record without usable
-    content, which is then skipped. A sample keeps the id of its record, or gets a hash of its
-    content. Raises DataError, which names place and remedy.
+    fields: canonical field name -> the name in the records, where they differ. setting: the recipe
+    field of that mapping, for error messages. on_invalid: receives the error of a record without
+    usable content, which is then skipped. A sample keeps the id of its record, or gets a hash of
+    its content. Raises DataError, which names the place and the remedy.
     """
     reader: _RecordReader | None = None
     ids, content_counts = KeyTable(), KeyTable()
@@ -175,7 +175,7 @@ class _RecordReader:
         self.names = {field: _name_in_record(record, field, fields) for field in FIELD_NAMES}
         recognized = self._recognize(record) if format == "auto" else format
         if recognized is None:
-            needs = ", or ".join(" and ".join(each.required) for each in RECORD_FORMATS.values())
+            needs = ", or ".join(" and ".join(form.required) for form in RECORD_FORMATS.values())
             raise DataError(
                 f"{place}: no known record format (fields: {_list_fields(record)}): it needs "
                 f"{needs}; map other names with {setting}, as in {setting}.output=answer"
@@ -229,7 +229,7 @@ class _RecordReader:
             )
         value = record[self.names["messages"]]
         turns = [_read_turn(turn, place) for turn in (value if isinstance(value, list) else [])]
-        # Turns after the last answer are left out.
+        # Drop the turns after the last answer.
         while turns and turns[-1][0] != "assistant":
             turns.pop()
         answered = len(turns) >= 2 and turns[-2][0] == "user"
@@ -353,7 +353,7 @@ def _list_fields(record: dict[str, Any]) -> str:
 def _check_field_mapping(
     record: dict[str, Any], place: str, fields: Mapping[str, str], setting: str
 ) -> None:
-    """Raise DataError if a mapped field is missing, since a misspelt `input` would be ignored."""
+    """Raise DataError if a mapped field is missing, since a misspelled `input` would be ignored."""
     for field, name in fields.items():
         if name not in record:
             raise DataError(

@@ -98,10 +98,14 @@ class TeacherRetokenizer:
         """Cut a response to what the teacher can read, and drop the spans that the cut breaks."""
         if self.max_length is None:
             return response, student_span, teacher_span
-        room = self.max_length - prompt_length
-        broken, response, teacher_span = teacher_span[room:], response[:room], teacher_span[:room]
+        limit = self.max_length - prompt_length
+        cut_spans, response, teacher_span = (
+            teacher_span[limit:],
+            response[:limit],
+            teacher_span[:limit],
+        )
         student_span, teacher_span = (
-            np.where(np.isin(side, broken), -1, side) for side in (student_span, teacher_span)
+            np.where(np.isin(side, cut_spans), -1, side) for side in (student_span, teacher_span)
         )
         return response, student_span, teacher_span
 
@@ -110,7 +114,7 @@ class TeacherRetokenizer:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """The teacher's ids of a response, and the span of each student and teacher token.
 
-        The EOS tokens of both sides form a span of their own.
+        The EOS tokens of both sides share a separate span.
         """
         # Decode the response without its EOS, and let the teacher tokenize the text.
         has_eos = len(ids) > 0 and int(ids[-1]) == self.student_tokenizer.eos_token_id

@@ -73,7 +73,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    remedy = "fix it, or rename it to .jsonl if it holds one record a line"
+    remedy = "fix it, or rename it to .jsonl if it holds one record per line"
     tree = _parse_json(path.read_text(encoding="utf-8-sig"), f"data file {path}", remedy)
     if isinstance(tree, dict):  # {"data": [...]} and the like
         lists = [value for value in tree.values() if isinstance(value, list)]
@@ -81,7 +81,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
     if not isinstance(tree, list):
         raise DataError(
             f"data file {path} must hold a list of records: convert it, or use .jsonl for one "
-            "record a line"
+            "record per line"
         )
     for number, record in enumerate(tree, 1):
         yield f"{path} record {number}", record

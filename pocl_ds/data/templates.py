@@ -17,8 +17,7 @@ from pocl_ds.errors import DataError, ModelError, RecipeError
 # The Stanford Alpaca template, which MiniLLM and the POCL release use.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 ALPACA_WITHOUT_INPUT = (
@@ -28,10 +27,10 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-# Llama 3's template writes today's date into the prompt unless it is given one, and others read the
-# clock. A prompt must not change between scoring and evaluation, so all get the date that Llama's
-# templates fall back on.
-DATE = datetime(2024, 7, 26)
+# Llama 3's template writes today's date into the prompt unless the caller passes a date, and others
+# read the clock. A prompt must not change between scoring and evaluation, so all templates get the
+# default date of Llama's templates.
+TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 class PromptTemplate(Protocol):
@@ -63,10 +62,10 @@ def load_template(
             )
         return _ChatTemplate(tokenizer, options or {})
     if name == "alpaca":
-        return _TextTemplate(tokenizer, _alpaca)
+        return _TextTemplate(tokenizer, _render_alpaca)
     if name == "plain":
-        return _TextTemplate(tokenizer, _plain)
-    return _TextTemplate(tokenizer, _jinja(name))
+        return _TextTemplate(tokenizer, _render_plain)
+    return _TextTemplate(tokenizer, _load_jinja_renderer(name))
 
 
 class _TextTemplate:
@@ -97,8 +96,8 @@ class _ChatTemplate:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.options = {
-            "date_string": DATE.strftime("%d %b %Y"),
-            "strftime_now": DATE.strftime,
+            "date_string": TEMPLATE_DATE.strftime("%d %b %Y"),
+            "strftime_now": TEMPLATE_DATE.strftime,
             **options,
         }
 
@@ -130,13 +129,13 @@ class _ChatTemplate:
         return prompts
 
 
-def _alpaca(sample: Sample) -> str:
+def _render_alpaca(sample: Sample) -> str:
     _refuse_history(sample, "alpaca")
     template = ALPACA_WITH_INPUT if sample.input else ALPACA_WITHOUT_INPUT
     return template.format(instruction=sample.instruction, input=sample.input)
 
 
-def _plain(sample: Sample) -> str:
+def _render_plain(sample: Sample) -> str:
     _refuse_history(sample, "plain")
     return f"{sample.instruction}\n{sample.input}" if sample.input else sample.instruction
 
@@ -149,7 +148,7 @@ def _refuse_history(sample: Sample, template: str) -> None:
         )
 
 
-def _jinja(name: str) -> Callable[[Sample], str]:
+def _load_jinja_renderer(name: str) -> Callable[[Sample], str]:
     """The function that renders a sample with a .jinja file."""
     path = Path(os.path.expanduser(name))
     if path.suffix != ".jinja":

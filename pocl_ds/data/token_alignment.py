@@ -1,7 +1,7 @@
 """Aligns the tokens of two tokenizers over one text, for losses across tokenizers.
 
 Both write a response as pieces of bytes. Where a piece of one ends at the same byte as a piece of
-the other, both have read the same text; the text between two such places is a span.
+the other, both have read the same text; the text between two such boundaries is a span.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     tokens: list[str | None] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     added = {index: token.encode() for token, index in tokenizer.get_added_vocab().items()}
     if "ByteLevel" in decoder:
-        byte_of = _byte_level_alphabet()
-        decode = lambda token: bytes(byte_of[character] for character in token)  # noqa: E731
+        alphabet = _byte_level_alphabet()
+        decode = lambda token: bytes(alphabet[character] for character in token)  # noqa: E731
     elif "\u2581" in decoder or "Metaspace" in decoder:
         decode = _sentencepiece_bytes
     else:
@@ -70,15 +70,15 @@ def common_spans(
     boundaries = np.intersect1d(left_ends, right_ends)
     boundaries = boundaries[boundaries <= _common_prefix_length(b"".join(left), b"".join(right))]
 
-    def span_of(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    def spans_at(ends: NDArray[np.int64]) -> NDArray[np.int64]:
         spans = np.searchsorted(boundaries, ends, side="left").astype(np.int64)
         return np.where(spans < len(boundaries), spans, -1)
 
-    return span_of(left_ends), span_of(right_ends)
+    return spans_at(left_ends), spans_at(right_ends)
 
 
-def _strip_extra_space(pieces: Sequence[bytes], others: Sequence[bytes]) -> list[bytes]:
-    if pieces and pieces[0].startswith(b" ") and not b"".join(others[:1]).startswith(b" "):
+def _strip_extra_space(pieces: Sequence[bytes], other_pieces: Sequence[bytes]) -> list[bytes]:
+    if pieces and pieces[0].startswith(b" ") and not b"".join(other_pieces[:1]).startswith(b" "):
         return [pieces[0][1:], *pieces[1:]]
     return list(pieces)
 

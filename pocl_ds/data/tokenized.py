@@ -2,7 +2,7 @@
 
 A sample is the ids of its prompt, the ids of its response, and the EOS that ends it. Prompt and
 response are tokenized separately, so a prompt has the same ids in scoring, training and evaluation.
-Lengths are stored, so a padding id that equals EOS does no harm.
+Lengths are stored, so the padding id may equal EOS.
 """
 
 from __future__ import annotations
@@ -196,14 +196,14 @@ class TokenizedSplit:
         """
         for start in range(0, len(self._tokens), TOKENS_PER_BLOCK):
             tokens = np.asarray(self._tokens[start : start + TOKENS_PER_BLOCK])
-            known, clipped = tokens < len(allowed), np.minimum(tokens, len(allowed) - 1)
-            for place in np.flatnonzero(~(known & allowed[clipped])):
+            in_vocabulary, clipped = tokens < len(allowed), np.minimum(tokens, len(allowed) - 1)
+            for place in np.flatnonzero(~(in_vocabulary & allowed[clipped])):
                 row = int(np.searchsorted(self.starts, start + place, side="right")) - 1
                 if rows is not None and row not in rows:
                     continue
                 prompt_end = int(self.starts[row]) + int(self.prompt_tokens[row])
                 in_prompt = start + place < prompt_end
-                if not in_prompt or not (known[place] and prompts[clipped[place]]):
+                if not in_prompt or not (in_vocabulary[place] and prompts[clipped[place]]):
                     return row, int(tokens[place])
         return None
 
@@ -288,7 +288,7 @@ def write_tokenized_split(
             index.append(np.array(rows, np.int64).reshape(-1, 3))
             ids.append(np.array(chunk_ids, "S") if chunk_ids else np.empty(0, "S1"))
 
-    # The index (start, prompt tokens, total tokens) and the sample ids, one row a sample.
+    # The index (start, prompt tokens, total tokens) and the sample ids, one row per sample.
     arrays = {
         "index": np.concatenate(index) if index else np.empty((0, 3), np.int64),
         "ids": np.concatenate(ids) if ids else np.empty(0, "S1"),

@@ -47,14 +47,17 @@ def write_ranking(
         order = order[::-1] if config.reverse else order
         log.info("ordered %d samples at random", len(order))
         info = {"strategy": "random", "seconds": time.monotonic() - start}
-        return _write(run, order, split, {}, info, fingerprint)
+        return _write_files(run, order, split, {}, info, fingerprint)
 
-    # Join the scores, and warn of a metric with many equal values.
+    # Join the scores, and warn about a metric with many equal values.
     metric_names = [config.strategy] if config.strategy in METRICS else []
     rouge_l, cross_entropy, *values = _join_scores(run, split, metric_names)
     metrics = dict(zip(metric_names, values, strict=True))
-    tied = {"rouge_l": tied_fraction(rouge_l), "cross_entropy": tied_fraction(cross_entropy)}
-    _warn_of_ties(tied)
+    tied_fractions = {
+        "rouge_l": tied_fraction(rouge_l),
+        "cross_entropy": tied_fraction(cross_entropy),
+    }
+    _warn_about_ties(tied_fractions)
 
     ranking = rank_by_difficulty(
         rouge_l,
@@ -77,7 +80,7 @@ def write_ranking(
     info = {
         "strategy": config.strategy,
         "reverse": config.reverse,
-        "tied_fraction": tied,
+        "tied_fraction": tied_fractions,
         "mean_rouge_l": float(rouge_l.mean()),
         "mean_cross_entropy": float(cross_entropy.mean()),
     }
@@ -85,11 +88,11 @@ def write_ranking(
     message = "ranked %d samples by %s: mean ROUGE-L %.4f, mean cross-entropy %.4f"
     log.info(message, len(split), config.strategy, *means)
     info["seconds"] = time.monotonic() - start
-    return _write(run, ranking.order, split, columns, info, fingerprint)
+    return _write_files(run, ranking.order, split, columns, info, fingerprint)
 
 
-def _warn_of_ties(tied: dict[str, float]) -> None:
-    for metric, fraction in tied.items():
+def _warn_about_ties(tied_fractions: dict[str, float]) -> None:
+    for metric, fraction in tied_fractions.items():
         if fraction > MAX_TIED_FRACTION:
             log.warning(
                 "%s is degenerate: %.0f%% of its values are tied, so its ranks mean little",
@@ -98,7 +101,7 @@ def _warn_of_ties(tied: dict[str, float]) -> None:
             )
 
 
-def _write(
+def _write_files(
     run: RunDirectory,
     order: NDArray[np.int64],
     split: TokenizedSplit,
@@ -139,8 +142,8 @@ def _join_scores(
                     f"remove {run.scores} and score again"
                 )
             scored[rows] = True
-            for column, part in zip(columns, values.T, strict=True):
-                column[rows] = part
+            for column, scores in zip(columns, values.T, strict=True):
+                column[rows] = scores
     if not scored.all():
         missing = id_as_text(split.ids[int(np.argmin(scored))])
         raise ArtifactError(

@@ -43,13 +43,13 @@ from pocl_ds.workflow.run_dir import RunDirectory
 log = logging.getLogger("pocl_ds")
 
 STEP = "score"
-# (responses, references, log-probabilities of the first reference) -> one number a sample
+# (responses, references, log-probabilities of the first reference) -> one number per sample
 Metric: TypeAlias = Callable[
     [list[str], list[list[str]], list[NDArray[np.float32]]], Sequence[float]
 ]
-METRICS: dict[str, Metric] = {}  # beside ROUGE-L and cross-entropy; plugins register them
+METRICS: dict[str, Metric] = {}  # in addition to ROUGE-L and cross-entropy; plugins register them
 MIN_SAMPLES_PER_CHUNK = 256  # in memory together
-# A chunk holds so many times max_num_seqs prompts, since the engine runs dry at the end of each.
+# Prompts per chunk, as a multiple of max_num_seqs: the engine is underused at the end of a chunk.
 ROUNDS_PER_CHUNK = 4
 
 
@@ -74,14 +74,16 @@ def score_training_samples(
     ArtifactError, DataError, ModelError or ResourceError if data or model cannot be used.
     """
     if shard is not None and not 0 <= shard < config.shards:
-        last = config.shards - 1
         raise RecipeError(
-            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to {last}"
+            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to "
+            f"{config.shards - 1}"
         )
     # Find the shards to score.
     discard_stale(run, fingerprint)
-    todo = [s for s in unfinished_shards(run, config, fingerprint) if shard is None or s == shard]
-    if not todo:
+    pending = [
+        s for s in unfinished_shards(run, config, fingerprint) if shard is None or s == shard
+    ]
+    if not pending:
         return
     split = TokenizedSplit.open(run.data, "train")
     if len(split) < config.shards:
@@ -104,11 +106,11 @@ def score_training_samples(
     )
     try:
         scorer = _ShardScorer(run, config, split, generator, int(tokenizer.eos_token_id))
-        total = sum(len(shard_rows(len(split), number, config.shards)) for number in todo)
+        total = sum(len(shard_rows(len(split), number, config.shards)) for number in pending)
         with Progress(total, "samples", STEP) as progress:
-            for number in todo:
+            for number in pending:
                 scorer.score_shard(number, fingerprint, progress)
-        scorer.warn_of_ties()
+        scorer.warn_about_ties()
     finally:
         generator.close()
     if not unfinished_shards(run, config, fingerprint):
@@ -129,8 +131,8 @@ class _ShardScorer:
         self.run, self.config, self.split = run, config, split
         self.generator, self.eos_id = generator, eos_id
         # Samples whose value another sample of the same shard has too.
-        self.tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
-        self.scored = 0
+        self.num_tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
+        self.num_scored = 0
 
     def score_shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
         """Write the scores of one shard, then its manifest."""
@@ -153,8 +155,8 @@ class _ShardScorer:
             size = max(
                 MIN_SAMPLES_PER_CHUNK, ROUNDS_PER_CHUNK * self.config.generation.max_num_seqs
             )
-            for first in range(rows.start, rows.stop, size):
-                chunk = range(first, min(first + size, rows.stop))
+            for chunk_start in range(rows.start, rows.stop, size):
+                chunk = range(chunk_start, min(chunk_start + size, rows.stop))
                 chunk_samples = list(itertools.islice(samples, len(chunk)))
                 self._score_chunk(chunk, chunk_samples, stream, metrics, report)
                 means |= {name: sum(values) / len(values) for name, values in metrics.items()}
@@ -162,7 +164,7 @@ class _ShardScorer:
 
         seconds = max(time.monotonic() - start, 1e-9)
         tokens = self.generator.processed_tokens - tokens
-        tied = {name: round(tied_fraction(values), 4) for name, values in metrics.items()}
+        tied_fractions = {name: round(tied_fraction(values), 4) for name, values in metrics.items()}
         info: dict[str, Any] = {
             "shard": shard,
             "shards": shards,
@@ -171,11 +173,11 @@ class _ShardScorer:
             "seconds": round(seconds, 3),
             "samples_per_second": round(len(rows) / seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
-            "tied_fraction": tied,
+            "tied_fraction": tied_fractions,
         }
-        self.scored += len(rows)
-        for name, fraction in tied.items():
-            self.tied[name] += fraction * len(rows)
+        self.num_scored += len(rows)
+        for name, fraction in tied_fractions.items():
+            self.num_tied[name] += fraction * len(rows)
         write_manifest(self.run.scores, STEP, fingerprint, info=info, files=[path], name=manifest)
 
     def _score_chunk(
@@ -206,7 +208,7 @@ class _ShardScorer:
             for name in self.config.metrics
         }
 
-        # Write one record a sample.
+        # Write one record per sample.
         for i, sample_id in enumerate(ids):
             if not len(log_probs[i]):
                 raise DataError(
@@ -256,10 +258,10 @@ class _ShardScorer:
                 )
             yield sample.id, list(sample.references)
 
-    def warn_of_ties(self) -> None:
-        """Warn of a metric with so many equal values within shards that its ranks mean little."""
-        for name, tied in self.tied.items():
-            fraction = tied / self.scored
+    def warn_about_ties(self) -> None:
+        """Warn about a metric if so many values within shards tie that its ranks mean little."""
+        for name, num_tied in self.num_tied.items():
+            fraction = num_tied / self.num_scored
             if fraction > MAX_TIED_FRACTION:
                 log.warning(
                     "score: %.0f%% of the values of %s are tied, so its ranks mean little: heal "

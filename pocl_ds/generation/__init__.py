@@ -1,1 +1,1 @@
-"""Text and log-probabilities out of a language model: one protocol, two backends chosen by name."""
+"""Responses and log-probabilities of a language model: one protocol, two backends."""

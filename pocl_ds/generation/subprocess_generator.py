@@ -1,9 +1,9 @@
-"""A generator in a process of its own, next to a rank: vLLM makes process groups, which a rank
+"""A generator in a separate process next to a rank: vLLM creates process groups, which a rank
 already has.
 
     python -m pocl_ds.generation.subprocess_generator FD     started by `SubprocessGenerator` only
 
-The two processes talk over a socket pair; weights pass through a file in shared memory.
+The two processes communicate over a socket pair; weights pass through a file in shared memory.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class SubprocessGenerator:
             code = self.process.wait(timeout=30)
             raise ResourceError(
                 f"the process that generates the student's responses ended with code {code} "
-                f"({error}): its own message is above; {ALTERNATIVE} works without it"
+                f"({error}): its error message is above; {ALTERNATIVE} works without it"
             ) from None
         if kind == "error":
             raise ResourceError(value)

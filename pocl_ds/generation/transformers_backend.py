@@ -67,7 +67,7 @@ class TransformersGenerator:
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.processed_tokens, self.sleep_level = 0, 0
         self.stop_token_ids = find_stop_token_ids(tokenizer, self.model.generation_config)
-        # The model's own decoding settings (temperature, repetition penalty) must not add to ours.
+        # Ignore the model's own decoding settings, such as a repetition penalty.
         self.model.generation_config = DecodingConfig()
 
     def generate(
@@ -124,7 +124,7 @@ class TransformersGenerator:
             use_cache=True,
         )
         ids, mask = pad_sequences(
-            [prompts[index] for index in indices], self.model.device, left=True
+            [prompts[index] for index in indices], self.model.device, pad_left=True
         )
 
         # Sample by the arg max of scores plus noise, with one random generator per prompt.

@@ -91,7 +91,7 @@ class VllmGenerator:
         if torch.distributed.is_initialized():
             raise ResourceError(
                 "vLLM cannot be opened inside a process that is part of a process group: run the "
-                f"step in a process of its own, or set {alternative}"
+                f"step in a separate process, or set {alternative}"
             )
         if model_config.model_type in WRONG_ON_CPU and not torch.cuda.is_available():
             raise ModelError(
@@ -172,12 +172,14 @@ class VllmGenerator:
         # Wake up the weights alone: loading needs memory that the key-value cache would take.
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        named = dict(weights)
+        named_weights = dict(weights)
         (modules,) = self.llm.apply_model(_module_names)
         for head, embedding in tied_parameters(self.model_config).items():
             if head.rpartition(".")[0] in modules:
-                named.setdefault(head, named[embedding])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named.items())})
+                named_weights.setdefault(head, named_weights[embedding])
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(named_weights.items())}
+        )
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
@@ -249,7 +251,7 @@ class VllmGenerator:
 
 
 def _dtype(config: GenerationConfig) -> str:
-    # Asked of torch alone: `distributed.device` would initialise CUDA, and vLLM may fork workers.
+    # Not `distributed.device`, which would initialize CUDA: vLLM may fork workers.
     return resolve_dtype(config.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -260,7 +262,7 @@ def _engine_options(config: GenerationConfig, max_length: int) -> dict[str, Any]
     return {
         # Token ids in, token ids out: text is decoded as in the other backend.
         "skip_tokenizer_init": True,
-        # The model's own decoding settings must not add to ours.
+        # Ignore the model's own decoding settings.
         "generation_config": "vllm",
         "dtype": _dtype(config),
         "seed": 0,
@@ -305,7 +307,7 @@ def _explain(error: Exception) -> str:
 
 
 def _without_warnings(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a function without the deprecation warnings that libraries have for one another."""
+    """Call a function without the deprecation warnings that libraries emit about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return call(*arguments, **options)
@@ -342,7 +344,7 @@ def _cache_gib(model_config: Any, config: GenerationConfig, max_length: int) -> 
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = 4 if _dtype(config) == "float32" else 2
-    need = (
+    num_bytes = (
         2 * text.num_hidden_layers * heads * width * size * config.max_num_seqs * (max_length + 1)
     )
-    return max(1, math.ceil(need / 2**30))
+    return max(1, math.ceil(num_bytes / 2**30))

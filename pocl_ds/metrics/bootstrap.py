@@ -1,5 +1,5 @@
-"""The bootstrap (Efron and Tibshirani 1993; docs/method.md, eq. 26): how far a mean over items
-would move with other items of the same kind.
+"""The bootstrap (Efron and Tibshirani 1993; docs/method.md, eq. 26): how much a mean over items
+would vary with other items of the same kind.
 
 scipy.stats.bootstrap draws other samples and needs at least two items, so the recorded numbers rest
 on these functions.
@@ -24,14 +24,14 @@ NUMBERS_PER_BLOCK = 1 << 22  # drawn together
 def resampled_means(
     values: Floats, *, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0
 ) -> Floats:
-    """Means [m] of n items drawn with replacement from values [n]; a seed gives equal means."""
+    """Means [m] of n items drawn with replacement from values [n]; equal seeds give equal means."""
     generator, count = np.random.default_rng(seed), len(values)
     means = np.empty(resamples)
     block = max(1, NUMBERS_PER_BLOCK // count)
     for start in range(0, resamples, block):
         rows = min(block, resamples - start)
-        drawn = generator.integers(0, count, (rows, count), dtype=np.int32)
-        means[start : start + block] = values[drawn].mean(1)
+        indices = generator.integers(0, count, (rows, count), dtype=np.int32)
+        means[start : start + block] = values[indices].mean(1)
     return means
 
 

@@ -12,13 +12,13 @@ MARK = "⚠"
 
 
 def mark_benchmark(benchmark: str, *results: Mapping[str, Any]) -> str:
-    """A benchmark's name for a table, with a sign if one of these results has a footnote on it."""
+    """A benchmark's name for a table, with MARK if any of these results has a footnote on it."""
     has_footnote = any(benchmark in result.get("footnotes", {}) for result in results)
     return f"{benchmark} {MARK}" if has_footnote else benchmark
 
 
 def footnotes(results: Mapping[str, Any]) -> list[str]:
-    """The footnotes of one result, one line a benchmark."""
+    """The footnotes of one result, one line per benchmark."""
     return merge_footnotes([("", results)], results.get("footnotes", {}))
 
 

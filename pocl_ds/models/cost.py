@@ -37,18 +37,18 @@ class ModelShape:
     block_parameters: int  # of the largest block
     matrix_parameters: int  # of all linear maps but the head, which multiply every token
     head_parameters: int  # rows x width
-    largest: int  # of a single parameter
+    largest_parameter: int  # elements of the largest parameter tensor
     layers: int
     rows: int  # of the vocabulary
     width: int  # of the head's input
     attention_width: int  # heads x width of a head
     key_value_width: int  # the same for keys and values
     tied: bool  # head and embeddings
-    adapters: int = 0  # further parameters, which alone are trained if there are any
+    adapters: int = 0  # parameters of LoRA adapters; if not 0, only these are trained
 
     @property
-    def trained(self) -> int:
-        """Parameters that have gradients."""
+    def trainable_parameters(self) -> int:
+        """Number of parameters with gradients."""
         return self.adapters or self.parameters
 
     def forward_flops(self, lengths: Sequence[int], loss_tokens: int) -> float:
@@ -90,7 +90,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
         block_parameters=max(sum(p.numel() for p in block.parameters()) for block in blocks),
         matrix_parameters=sum(module.weight.numel() for module in linear_maps),
         head_parameters=head.rows * head.width,
-        largest=max(p.numel() for p in model.parameters()),
+        largest_parameter=max(p.numel() for p in model.parameters()),
         layers=len(blocks),
         rows=head.rows,
         width=head.width,
@@ -197,7 +197,7 @@ def max_gathered_parameters(shape: ModelShape) -> int:
     """Parameters that ZeRO-3 gathers on a rank: two blocks (one prefetched), and the embeddings or
     the head.
     """
-    return min(shape.parameters, 2 * shape.block_parameters + shape.largest)
+    return min(shape.parameters, 2 * shape.block_parameters + shape.largest_parameter)
 
 
 def kv_cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> float:

@@ -19,9 +19,9 @@ class Device:
 
     name: str
     memory: float  # bytes
-    flops: float  # a second in bfloat16
-    bandwidth: float  # bytes a second of its memory
-    link: float  # bytes a second to its neighbours in the node, one way
+    flops: float  # per second in bfloat16
+    bandwidth: float  # bytes per second of its memory
+    link: float  # bytes per second to its neighbors in the node, one way
     base: float  # bytes of context, libraries and communication buffers
 
 
@@ -41,7 +41,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class ClusterLayout:
-    """Nodes, ranks of a node, and the network of a node in bytes a second."""
+    """Nodes, ranks of a node, and the network of a node in bytes per second."""
 
     nodes: int
     ranks_per_node: int
@@ -53,7 +53,7 @@ class ClusterLayout:
         return self.nodes * self.ranks_per_node
 
     def link(self, device: Device) -> float:
-        """Bytes a second that a rank receives in a collective over all ranks."""
+        """Bytes per second that a rank receives in a collective over all ranks."""
         if self.nodes == 1:
             return device.link
         return min(device.link, self.network / self.ranks_per_node)
@@ -117,9 +117,11 @@ def micro_step_traffic(
     """Bytes that each rank receives in a micro-step: gathered weights, scattered gradients."""
     if not setup.sharded or ranks == 1:
         return 0.0
-    # Weights are kept from forward to backward, or gathered twice.
+    # ZeRO-3 gathers the weights of a small model once for forward and backward, else twice.
     gathers = 1 if student.parameters <= LIVE_PARAMETERS else 2
-    traffic = parameter_bytes(gathers * float(student.parameters) + student.trained, setup.dtype)
+    traffic = parameter_bytes(
+        gathers * float(student.parameters) + student.trainable_parameters, setup.dtype
+    )
     if teacher is not None and setup.teacher_mode == "online" and setup.teacher_sharded:
         traffic += parameter_bytes(float(teacher.parameters), setup.teacher_dtype)
     return traffic * (ranks - 1) / ranks
@@ -133,15 +135,15 @@ def step_times(
     layout: ClusterLayout,
     device: Device,
     *,
-    utilisation: float,
+    utilization: float,
     max_new_tokens: int,
     sequences: int,
 ) -> list[StepTime]:
     """Times of the steps score, cache-teacher and train; the other steps are not estimated.
 
-    utilisation: fraction of the device's peak. sequences: concurrent in generation.
+    utilization: fraction of the device's peak. sequences: concurrent in generation.
     """
-    flops_per_second = device.flops * (1 if setup.dtype != "float32" else 0.5) * utilisation
+    flops_per_second = device.flops * (1 if setup.dtype != "float32" else 0.5) * utilization
     times = [
         _scoring_time(student, work, layout, device, flops_per_second, max_new_tokens, sequences)
     ]

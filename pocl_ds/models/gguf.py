@@ -76,8 +76,8 @@ def dequantize_gguf(file: Path) -> Path:
         if not folder.is_dir():
             start = time.monotonic()
             log.info("dequantizing %s into %s, once", file.name, folder)
-            with atomic_directory(folder) as building:
-                _dequantize(file, building)
+            with atomic_directory(folder) as temporary:
+                _dequantize(file, temporary)
             log.info("dequantized %s in %.0f s", file.name, time.monotonic() - start)
     return folder
 
@@ -85,14 +85,14 @@ def dequantize_gguf(file: Path) -> Path:
 def _dequantize(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where: dict[str, Any] = {
+    location: dict[str, Any] = {
         "pretrained_model_name_or_path": str(file.parent),
         "gguf_file": file.name,
     }
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**where)
+            model = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**location)
     except ImportError as error:
         raise ResourceError(
             f"reading {file} needs the packages gguf and accelerate: pip install gguf accelerate"
@@ -103,21 +103,21 @@ def _dequantize(file: Path, folder: Path) -> None:
             f"{file} cannot be read as a GGUF language model ({reason}): give another model"
         ) from error
     with quiet():
-        _clean_copy(model).save_pretrained(folder)
+        _copy_without_quantization(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _clean_copy(model: Any) -> Any:
+def _copy_without_quantization(model: Any) -> Any:
     """The same weights in a new model, since `save_pretrained` refuses a model loaded from GGUF."""
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        clean = type(model)(config)
-    clean.load_state_dict(model.state_dict(), strict=True, assign=True)
-    clean.tie_weights()
-    clean.generation_config.eos_token_id = config.eos_token_id
-    return clean
+        copy = type(model)(config)
+    copy.load_state_dict(model.state_dict(), strict=True, assign=True)
+    copy.tie_weights()
+    copy.generation_config.eos_token_id = config.eos_token_id
+    return copy
 
 
 @contextlib.contextmanager

@@ -152,8 +152,8 @@ def output_head(model: Any) -> OutputHead:
     family = model.config.model_type
     linear = model.get_output_embeddings()
     quantized = is_quantized(model)
-    plain = isinstance(linear, nn.Linear) and linear.weight.dtype in UNQUANTIZED_DTYPES
-    if family in LOGIT_SCALES and quantized and not plain:
+    unquantized = isinstance(linear, nn.Linear) and linear.weight.dtype in UNQUANTIZED_DTYPES
+    if family in LOGIT_SCALES and quantized and not unquantized:
         raise ModelError(
             f"the output head of the quantized {family} model is quantized too, and logits need "
             "its plain weights: use a model with an unquantized head"

@@ -210,7 +210,7 @@ def load_model(
         set_dropout(config, dropout)
     # Load the weights, and refuse a model that lacks some.
     with _explain_load_errors(path, "model"), quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_and_info: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=getattr(torch, dtype),
@@ -220,7 +220,7 @@ def load_model(
             output_loading_info=True,
             **quantization_arguments(quantization, dtype, config, device()),
         )
-    model, info = loaded
+    model, info = model_and_info
     mismatched = (str(entry[0]) for entry in info["mismatched_keys"])
     problems = sorted([*info["missing_keys"], *mismatched])
     if problems:
@@ -262,7 +262,7 @@ def _check_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _explain_load_errors(path: str, part: str) -> Iterator[None]:
-    """Turn errors of transformers into a ModelError. part: what is loaded, for its message."""
+    """Turn errors of transformers into a ModelError. part: `model`, `tokenizer` or the like."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -287,10 +287,10 @@ def _reason_and_remedy(path: str, error: Exception) -> tuple[str, str]:
             "change the permissions of that folder's files",
         )
     if isinstance(error, pickle.UnpicklingError):
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        content = found[1] if found else "a damaged pickle"
+        reference = re.search(r"GLOBAL (\S+)", str(error))
+        content = reference[1] if reference else "a damaged pickle"
         return (
-            f"its *.bin file holds more than data: {content}; nothing of it was run",
+            f"its *.bin file holds more than data: {content}; its code was not run",
             "get the model as *.safetensors",
         )
 
@@ -301,8 +301,8 @@ def _reason_and_remedy(path: str, error: Exception) -> tuple[str, str]:
         reason = f"unknown {reason}"
     if CUSTOM_CODE_MESSAGE in reason:
         return (
-            "it brings code of its own",
-            "set trust_remote_code: true beside its name if you have read that code",
+            "it contains custom code",
+            "set trust_remote_code: true next to its name if you have read that code",
         )
     if isinstance(error, ImportError):
         return reason, "install what it names"

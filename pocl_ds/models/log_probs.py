@@ -62,7 +62,7 @@ def response_log_probs(
 
 
 def pad_sequences(
-    sequences: Sequence[Sequence[int]], device: torch.device, *, left: bool = False
+    sequences: Sequence[Sequence[int]], device: torch.device, *, pad_left: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Pad sequences to the longest, on the right or the left: ids and mask, both int64 [B, T].
 
@@ -72,6 +72,6 @@ def pad_sequences(
     ids = np.zeros((len(sequences), width), dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
-        columns = slice(width - len(sequence), None) if left else slice(0, len(sequence))
+        columns = slice(width - len(sequence), None) if pad_left else slice(0, len(sequence))
         ids[row, columns], mask[row, columns] = sequence, 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)

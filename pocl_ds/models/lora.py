@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen weights (LoRA, arXiv 2106.09685), with peft.
+"""Low-rank adapters added to frozen weights (LoRA, arXiv 2106.09685), with peft.
 
 peft adds them to the model's own modules, so the model stays the same to all other code. Only this
 file imports peft.
@@ -118,14 +118,14 @@ def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
-    trained, total = trained_parameters(model)
+    trained, total = count_trainable_parameters(model)
     return (
         f"LoRA: {trained / 1e6:.1f} of {total / 1e6:.1f} million parameters are trained "
         f"(r {config.r}, alpha {config.alpha}, on {', '.join(_short_names(modules))})"
     )
 
 
-def trained_parameters(module: nn.Module) -> tuple[int, int]:
+def count_trainable_parameters(module: nn.Module) -> tuple[int, int]:
     """Number of parameters with gradients, and of all parameters; full sizes also under ZeRO-3."""
     sizes = [(full_shape(p).numel(), p.requires_grad) for p in module.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)

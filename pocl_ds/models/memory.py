@@ -122,7 +122,8 @@ def training_memory(
     memory |= _student_memory(student, setup, ranks, lengths, activations)
     memory |= _head_memory(student, setup, loss_tokens)
     if setup.sharded and not setup.offload_student:
-        memory["student: gradient of the update"] = 4.0 * student.trained / ranks  # once more, flat
+        # DeepSpeed copies the gradients into a flat buffer.
+        memory["student: gradient of the update"] = 4.0 * student.trainable_parameters / ranks
     if teacher is not None:
         memory |= _teacher_memory(teacher, setup, ranks, lengths)
     if gloo and ranks > 1 and setup.sharded:
@@ -140,7 +141,7 @@ def _student_memory(
     parts = ranks if setup.sharded else 1
     state = student_state_bytes(
         (student.parameters + student.adapters) / parts,
-        student.trained / parts,
+        student.trainable_parameters / parts,
         setup.dtype,
         sharded=setup.sharded,
     )
@@ -150,7 +151,7 @@ def _student_memory(
         "student: optimizer": 0.0 if setup.offload_student else state.optimizer,
     }
     if setup.sharded:
-        bucket = parameter_bytes(min(BUCKET, student.trained), setup.dtype)
+        bucket = parameter_bytes(min(BUCKET, student.trainable_parameters), setup.dtype)
         memory["student: gathered"] = parameter_bytes(_live_parameters(student), setup.dtype)
         memory["student: bucket"] = 2 * bucket
     memory["student: activations"] = activations(lengths, setup.checkpointing)
@@ -196,7 +197,7 @@ def host_memory(
     """Bytes of a node's own memory that offloading takes; node_fraction: of all ranks."""
     total = 0.0
     if setup.offload_student:
-        total += 12 * student.trained + 2 * student.parameters
+        total += 12 * student.trainable_parameters + 2 * student.parameters
     if teacher is not None and setup.offload_teacher and setup.teacher_mode == "online":
         total += parameter_bytes(teacher.parameters, setup.teacher_dtype)
     return total * node_fraction
@@ -217,7 +218,7 @@ def checkpoint_bytes(student: ModelShape) -> float:
     """Bytes of a checkpoint: float32 weights and moments, 12 bytes for each trained parameter
     (`pocl bench checkpoint`).
     """
-    return 12.0 * student.trained
+    return 12.0 * student.trainable_parameters
 
 
 def _live_parameters(shape: ModelShape) -> float:

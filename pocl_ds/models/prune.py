@@ -59,7 +59,7 @@ def prune_layers(model: Any, layers: list[int]) -> Any:
 def prune_config(config: Any, remaining: list[int]) -> None:
     """Reduce a configuration to the remaining layers, in place."""
     depth = config.num_hidden_layers
-    for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry a layer
+    for field in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry per layer
         entries = getattr(config, field, None)
         if isinstance(entries, list) and len(entries) == depth:
             setattr(config, field, [entries[layer] for layer in remaining])

@@ -84,7 +84,7 @@ def quantization_arguments(
     arguments: dict[str, Any] = {"device_map": {"": device}}
     if quantization == "none":
         return arguments
-    # It logs at each product that float32 becomes float16.
+    # bitsandbytes logs at each product that it casts float32 to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if quantization == "bnb_8bit":
         return {**arguments, "quantization_config": BitsAndBytesConfig(load_in_8bit=True)}

@@ -31,7 +31,7 @@ __all__ = [
     "align_vocabularies",
 ]
 
-# Two tokenizers with at least this fraction of common tokens are the same one with other ids.
+# Two tokenizers with at least this fraction of common tokens count as one tokenizer with other ids.
 MIN_COMMON_FRACTION = 0.95
 # Text of many kinds, to find out whether two tokenizers split text differently.
 PROBE_TEXT = (
@@ -40,7 +40,7 @@ PROBE_TEXT = (
 
 
 class IncompatibleTokenizers(ModelError):
-    """Teacher and student have different tokenizers, so their distributions cannot be compared."""
+    """The tokenizers of teacher and student differ, so their distributions cannot be compared."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def align_vocabularies(
         teacher_rows, student_rows: rows of the output heads, which may be padded.
 
     Raises:
-        IncompatibleTokenizers: the tokenizers are different ones.
+        IncompatibleTokenizers: the tokenizers differ.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     teacher_tokens = {index: token for token, index in teacher.items()}
@@ -157,7 +157,7 @@ def align_vocabularies(
         teacher_ids = _map_ids(teacher_tokenizer, student_tokenizer, teacher_rows, student_rows)
         size, shared = student_rows, teacher_ids >= 0
         report = "tokens shared under other ids, mapped"
-        notes += _split_note(teacher_tokenizer, student_tokenizer)
+        notes += _segmentation_note(teacher_tokenizer, student_tokenizer)
         mapping = np.maximum(teacher_ids, 0)
     else:
         size, mapping = min(teacher_rows, student_rows), None
@@ -165,7 +165,7 @@ def align_vocabularies(
         shared[[index for index in common_ids if index < size]] = True
         report = "ids shared"
         notes += _eos_note(teacher_tokenizer, student_tokenizer)
-        notes += _split_note(teacher_tokenizer, student_tokenizer)
+        notes += _segmentation_note(teacher_tokenizer, student_tokenizer)
 
     if (highest := max(student_tokens)) >= student_rows:
         notes += (
@@ -313,11 +313,11 @@ def _eos_note(teacher: Any, student: Any) -> str:
     )
 
 
-def _split_note(teacher: Any, student: Any) -> str:
+def _segmentation_note(teacher: Any, student: Any) -> str:
     tokens = [
         side.convert_ids_to_tokens(side.encode(PROBE_TEXT, add_special_tokens=False))
         for side in (teacher, student)
     ]
     if tokens[0] == tokens[1]:
         return ""
-    return "; the two split text differently: the student's way is used"
+    return "; the two split text differently: the student's tokenization is used"

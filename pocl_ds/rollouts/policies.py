@@ -1,9 +1,9 @@
-"""Policies: on which responses does the next optimizer step train?
+"""Policies select the responses that the next optimizer step trains on.
 
-All ranks ask the policy once per step, with the rows that the curriculum selects. The prompts stay
-those of the rows; the policy decides whose responses follow them: the data's, the student's or the
-teacher's. Random draws depend on seed and step alone, and what a policy remembers is part of its
-checkpoint state.
+All ranks call the policy once per step, with the rows that the curriculum selects. The prompts are
+those of the rows; the policy selects the source of the responses: the data, the student or the
+teacher. Random draws depend on seed and step alone, and the state of a policy is part of the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class BatchRequest:
 
 
 class Policy(Protocol):
-    """See the module. All ranks call every method with the same arguments."""
+    """See the module docstring. All ranks call every method with the same arguments."""
 
     @property
     def adaptive(self) -> bool:
-        """Whether the policy follows the validation loss. If so, the trainer also validates before
-        the first step.
+        """Whether the policy depends on the validation loss. If so, the trainer also validates
+        before the first step.
         """
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
@@ -146,13 +146,13 @@ class DistiLLM:
         if draw >= self.phi:
             return request.dataset, request.rows
 
-        # Generate new responses, and remember them.
+        # Generate new responses, and add them to the buffer.
         candidates = self._buffer_rows_of_stage(request)
-        full = self.buffer is not None and len(self.buffer) >= self.config.replay_buffer_size
-        generate = draw < self.phi * (1 - step / request.total_steps)
-        if not full or generate or len(candidates) < count:
+        buffer_full = self.buffer is not None and len(self.buffer) >= self.config.replay_buffer_size
+        generate_new = draw < self.phi * (1 - step / request.total_steps)
+        if not buffer_full or generate_new or len(candidates) < count:
             generated = self.generate(request.rows, request.position)
-            self._remember(generated)
+            self._add_to_buffer(generated)
             return generated, np.arange(len(generated))
 
         # Or replay responses to the stage's prompts from the buffer.
@@ -208,14 +208,14 @@ class DistiLLM:
             return np.empty(0, np.int64)
         return np.flatnonzero(np.isin(self.buffer.rows, request.stage_rows()))
 
-    def _remember(self, generated: GeneratedBatch) -> None:
+    def _add_to_buffer(self, generated: GeneratedBatch) -> None:
         """Add responses to the buffer, and keep its newest `replay_buffer_size`."""
         joined = generated if self.buffer is None else self.buffer.concatenate(generated)
         start = max(0, len(joined) - self.config.replay_buffer_size)
         self.buffer = joined.select(np.arange(start, len(joined)))
 
 
-# Policies by their name in the recipe: made from (config, generate, seed).
+# Policies by their name in the recipe; each is constructed from (config, generate, seed).
 POLICIES: dict[str, Callable[..., Policy]] = {
     "off": lambda config, generate, seed: OffPolicy(),
     # The teacher's responses, generated before training, are the dataset.

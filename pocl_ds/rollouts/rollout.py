@@ -1,10 +1,10 @@
 """On-policy responses: the student generates while it is trained.
 
-Each rank has a generator of its own with a copy of the student, outside of ZeRO-3: vLLM in a
-process next to the rank, or transformers in the rank's process. It gets the student's weights every
-`policy.sync_weights_every` steps. After each transfer the log-probability of the batch's longest
-response is compared with the trainer's own: otherwise a generator that kept, say, an old head would
-go unnoticed.
+Each rank has its own generator with a copy of the student, outside of ZeRO-3: vLLM in a process
+next to the rank, or transformers in the rank's process. The generator receives the student's
+weights every `policy.sync_weights_every` steps. After each transfer the log-probability of the
+batch's longest response is compared with the trainer's, to detect a generator that did not load all
+new weights.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class RolloutWorker:
 
         # Generate this rank's share of the responses.
         share = shard_rows(len(rows), distributed.rank(), distributed.world_size())
-        prompts = [self._prompt(int(rows[place])) for place in share]
+        prompts = [self._prompt_ids(int(rows[place])) for place in share]
         sampling = SamplingParams(
             self.config.temperature,
             self.config.top_p,
@@ -178,7 +178,7 @@ class RolloutWorker:
         if self.generator is not None:
             self.generator.close()
 
-    def _prompt(self, row: int) -> list[int]:
+    def _prompt_ids(self, row: int) -> list[int]:
         length = int(self.dataset.prompt_tokens[row])
         return [int(token) for token in self.dataset.tokens(row)[:length]]
 
@@ -200,12 +200,12 @@ class RolloutWorker:
         if self.student.lora:
             weights = merge_adapters(self.module.model, weights)
 
-        # Transfer them, and keep a copy for checkpoints if they outlive this step.
+        # Transfer them, and keep a copy for checkpoints if later steps use the same weights.
         with distributed.raise_on_all_ranks("send the student's weights to the rollout generator"):
             generator.load_weights(weights)
-        outlive = self.config.sync_weights_every > 1 and distributed.rank() == 0
+        needs_copy = self.config.sync_weights_every > 1 and distributed.rank() == 0
         self.saved_weights = (
-            {name: weight.cpu() for name, weight in weights.items()} if outlive else {}
+            {name: weight.cpu() for name, weight in weights.items()} if needs_copy else {}
         )
         del weights
         self.weights_step = step
@@ -213,8 +213,8 @@ class RolloutWorker:
 
     def _sync_due(self, step: int) -> bool:
         """Whether the generator needs new weights before it generates at a step."""
-        every = self.config.sync_weights_every
-        return self.weights_step == NO_WEIGHTS or step // every != self.weights_step // every
+        interval = self.config.sync_weights_every
+        return self.weights_step == NO_WEIGHTS or step // interval != self.weights_step // interval
 
     @torch.no_grad()
     def _check_weights(self, row: int) -> None:
@@ -227,22 +227,22 @@ class RolloutWorker:
         with self.module.loss_head.over_all_ids():
             _, _, cross_entropy = self.engine.forward(batch, LossTerms("sft"))
         self.module.train()
-        expected = float(cross_entropy)
+        student_nats = float(cross_entropy)
 
-        # The generator's.
+        # The generator's cross-entropy.
         tokens = [int(token) for token in self.dataset.tokens(row)]
         start = max(1, int(self.dataset.prompt_tokens[row]))
         with distributed.raise_on_all_ranks("compare the rollout generator with the student"):
             (log_probs,) = self._open_generator().log_probs([tokens], [start])
-            nats = -float(np.sum(log_probs, dtype=np.float64))
+            generator_nats = -float(np.sum(log_probs, dtype=np.float64))
             tolerances = GPU_TOLERANCE if self.on_gpu else TOLERANCE
             per_token, per_response = tolerances[resolve_dtype(self.student.dtype)]
-            allowed = per_token * max(1, batch.labels.numel()) + per_response
-            if not abs(nats - expected) <= allowed:  # also true for a NaN
+            tolerance = per_token * max(1, batch.labels.numel()) + per_response
+            if not abs(generator_nats - student_nats) <= tolerance:  # also true for a NaN
                 raise ResourceError(
-                    f"the cross-entropy of a response is {nats:.4f} nats in the rollout generator "
-                    f"({self.config.rollout_backend}) and {expected:.4f} in the student: the "
-                    "generator did not load the new weights; set "
+                    f"the cross-entropy of a response is {generator_nats:.4f} nats in the rollout "
+                    f"generator ({self.config.rollout_backend}) and {student_nats:.4f} in the "
+                    "student: the generator did not load the new weights; set "
                     "policy.rollout_backend=transformers"
                 )
 

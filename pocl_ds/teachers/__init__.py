@@ -1,1 +1,1 @@
-"""Teachers: online, ensembles, and cached outputs (writer, store, choice of mode)."""
+"""Teachers: online, ensembles, and cached outputs (step, writer, store, mode selection)."""

@@ -50,7 +50,7 @@ class CacheShard:
     dtype: str
 
     @classmethod
-    def of_split(
+    def for_split(
         cls,
         directory: Path,
         split: TokenizedSplit,
@@ -66,7 +66,7 @@ class CacheShard:
 
     @property
     def name(self) -> str:
-        """The part that the names of its files share."""
+        """The common stem of the names of its files."""
         return f"{self.split}-{self.number:05d}-of-{self.count:05d}"
 
     @property
@@ -107,7 +107,7 @@ class CacheShard:
             raise
 
     def write(self, descriptor: int, row: int, outputs: Tensor) -> int:
-        """Write a row's outputs [loss tokens, width] at their place, and return their checksum.
+        """Write a row's outputs [loss tokens, width] at their position, and return their checksum.
 
         descriptor: of the open file.
         """
@@ -182,7 +182,7 @@ class TeacherCache:
     def _open_shard(
         self, split: TokenizedSplit, number: int, count: int, fingerprint: str
     ) -> tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]:
-        shard = CacheShard.of_split(self.directory, split, number, count, self.width, self.dtype)
+        shard = CacheShard.for_split(self.directory, split, number, count, self.width, self.dtype)
         if shard.finished_manifest(fingerprint) is None:
             raise ArtifactError(
                 f"{shard.path} is missing or not what `pocl cache-teacher` wrote: remove "
@@ -199,6 +199,6 @@ class TeacherCache:
         """A row's outputs [loss tokens, width], their checksum, and the shard that holds them."""
         index = int(np.searchsorted(self._first_rows[split], row, side="right")) - 1
         shard, outputs, checksums = self._shards[split][index]
-        place = row - shard.rows.start
-        row_outputs = outputs[shard.offsets[place] : shard.offsets[place + 1]]
-        return row_outputs, int(checksums[place]), shard
+        index_in_shard = row - shard.rows.start
+        row_outputs = outputs[shard.offsets[index_in_shard] : shard.offsets[index_in_shard + 1]]
+        return row_outputs, int(checksums[index_in_shard]), shard

@@ -1,15 +1,10 @@
-"""The step cache-teacher: the teacher reads each sample once, and its outputs are stored for all
-stages and epochs: hidden states, or with teacher.mode=cached_topk records of its largest
-probabilities (docs/method.md, eq. 19).
-"""
+"""Computes the teacher's outputs, and writes the shards of the teacher cache."""
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +18,12 @@ from pocl_ds.curriculum.micro_batches import assign_by_tokens
 from pocl_ds.data.batches import collate
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import sharded_loading, start_deepspeed
-from pocl_ds.errors import RecipeError, ResourceError
+from pocl_ds.errors import ResourceError
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import supports_packing
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, resolve_model
-from pocl_ds.models.quantization import check_quantized_teacher
-from pocl_ds.models.vocab import VocabMap, align_model_vocabularies
+from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.teachers.cache import STEP, CacheShard
@@ -42,178 +36,13 @@ from pocl_ds.teachers.mode_selection import (
 )
 from pocl_ds.teachers.teacher import OnlineTeacher
 from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_array, write_json
-from pocl_ds.workflow.manifest import read_manifest, write_manifest
+from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
-log = logging.getLogger("pocl_ds")
-
-SPLITS = ("train", "validation")
 LOGIT_BYTES = 256 << 20  # of the logits from which the top k are selected at once
 
 
-def cache_teacher(
-    run: RunDirectory,
-    *,
-    teacher: TeacherConfig,
-    student: StudentConfig,
-    config: TeacherCacheConfig,
-    usage: TeacherUsage,
-    fingerprint: str,
-    shard: int | None = None,
-) -> None:
-    """Write teacher_cache/: the teacher's outputs at the loss tokens of the training and validation
-    samples, and its head. Finished shards stay as they are.
-
-    All ranks call it together; each computes its share of a shard. shard: write only this shard of
-    each split. With teacher.mode=auto the ranks first measure whether a cache saves time. Raises
-    RecipeError for a shard that does not exist or a `top_k` that is too large, ResourceError for a
-    full disk.
-    """
-    # Stop if the step is finished, refuse what cannot work.
-    manifest = read_manifest(run.teacher_cache)
-    if manifest and manifest.fingerprint == fingerprint:
-        return
-    _check_shard(shard, config.shards)
-    if distributed.world_size() > 1:
-        start_deepspeed()
-    path, student_path = resolve_model(teacher), resolve_model(student)
-    check_quantized_teacher(teacher, _model_config(path, teacher))
-
-    # Divide the splits into shards, whose sizes follow from the tokenized data alone.
-    splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
-    vocab = VocabMap.from_alignment(align_model_vocabularies(teacher, path, student, student_path))
-    codec = None
-    if teacher.mode == "cached_topk":
-        codec = TopKCodec(config.top_k, vocab.size, usage.temperatures)
-        codec.validate(int(vocab.allowed.sum()))
-    shards = _plan_shards(run, splits, config.shards, _token_layout(path, teacher, codec))
-    unfinished = distributed.broadcast_object(
-        [
-            part
-            for part in shards
-            if shard in (None, part.number) and part.finished_manifest(fingerprint) is None
-        ]
-    )
-
-    # Write the unfinished shards, and the step's manifest once all shards are finished.
-    info: dict[str, Any] = {"mode": "cached_hidden_states"}
-    if codec:
-        info = {"mode": "cached_topk", "top_k": asdict(codec)}
-    if unfinished:
-        writer = _CacheWriter(run, teacher, student, (path, student_path), vocab, codec, config)
-        info |= writer.write(splits, shards, unfinished, usage, fingerprint)
-    distributed.barrier()
-    if distributed.rank() == 0:
-        cached = [] if info["mode"] == "online" else shards
-        if all(part.finished_manifest(fingerprint) for part in cached):
-            _finish_cache(run, cached, info, fingerprint)
-    distributed.barrier()
-
-
-def _check_shard(shard: int | None, count: int) -> None:
-    if shard is not None and not 0 <= shard < count:
-        raise RecipeError(
-            f"shard {shard} does not exist: teacher_cache.shards={count}, choose 0 to {count - 1}"
-        )
-
-
-def _model_config(path: str, teacher: TeacherConfig) -> Any:
-    return load_model_config(
-        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
-    )
-
-
-def _token_layout(path: str, teacher: TeacherConfig, codec: TopKCodec | None) -> tuple[int, str]:
-    """Width and dtype of one token's outputs."""
-    if codec:
-        return codec.bytes, "uint8"
-    # The width of the head's input; OPT projects before its head.
-    config = _model_config(path, teacher)
-    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    return int(width), resolve_dtype(teacher.dtype)
-
-
-def _plan_shards(
-    run: RunDirectory, splits: Sequence[TokenizedSplit], count: int, layout: tuple[int, str]
-) -> list[CacheShard]:
-    """All shards of all splits."""
-    run.teacher_cache.mkdir(parents=True, exist_ok=True)
-    return [
-        CacheShard.of_split(run.teacher_cache, split, number, count, *layout)
-        for split in splits
-        for number in range(count)
-    ]
-
-
-def _finish_cache(
-    run: RunDirectory, shards: list[CacheShard], info: dict[str, Any], fingerprint: str
-) -> None:
-    """Write the step's manifest, and remove shards of another division. info: its `mode`; the sizes
-    are added.
-    """
-    # Remove the shards of another division.
-    current = {
-        path.name
-        for shard in shards
-        for path in (shard.path, shard.checksum_path, run.teacher_cache / shard.manifest_name)
-    }
-    for path in run.teacher_cache.glob("*-of-*"):
-        if path.name not in current:
-            path.unlink()
-
-    # Sum the sizes up.
-    if shards:
-        tokens = int(sum(shard.offsets[-1] for shard in shards))
-        info |= {
-            "shards": shards[-1].count,
-            "width": shards[0].width,
-            "dtype": shards[0].dtype,
-            "tokens": tokens,
-            "bytes": sum(shard.bytes for shard in shards),
-        }
-        log.info(
-            "%s: %.3f GB, %d bytes for each of %d tokens",
-            STEP,
-            info["bytes"] / 1e9,
-            info["bytes"] // max(tokens, 1),
-            tokens,
-        )
-    if info["mode"] == "cached_topk":
-        info["truncation"] = _mean_truncation(shards, info, fingerprint)
-    write_manifest(
-        run.teacher_cache,
-        STEP,
-        fingerprint,
-        info=info,
-        files=sorted((run.teacher_cache / "head").glob("*")),
-    )
-
-
-def _mean_truncation(
-    shards: list[CacheShard], info: dict[str, Any], fingerprint: str
-) -> list[dict[str, float]]:
-    """What top-k records leave out per token, at each temperature: probability mass, and KL
-    divergence in nats (see `TopKCodec.truncation_error`).
-    """
-    manifests = [shard.finished_manifest(fingerprint) for shard in shards]
-    sums = np.sum([manifest.info["truncation"] for manifest in manifests if manifest], axis=0)
-    means = sums / max(info["tokens"], 1)
-    truncation = []
-    for temperature, (mass, kl) in zip(info["top_k"]["temperatures"], means.tolist(), strict=True):
-        truncation.append({"temperature": temperature, "mass": mass, "kl": kl})
-        log.info(
-            "%s: at temperature %.2f the top %d leave out a probability of %.4f and %.4f nats per "
-            "token (KL to the records, with the rest spread evenly)",
-            STEP,
-            temperature,
-            info["top_k"]["k"],
-            mass,
-            kl,
-        )
-    return truncation
-
-
-class _CacheWriter:
+class CacheWriter:
     """The teacher model, for the shards of one call. All ranks call every method together."""
 
     def __init__(
@@ -228,18 +57,18 @@ class _CacheWriter:
     ) -> None:
         """paths: of teacher and student. codec: None caches hidden states."""
         # Load the teacher, in shards if ZeRO-3 is configured.
-        frozen = ds_config.resolve_teacher(
+        teacher_ds_config = ds_config.resolve_teacher(
             teacher.ds_config,
             dtype=resolve_dtype(teacher.dtype),
             ranks=distributed.world_size(),
             micro_batch_size=1,
         )
-        if frozen:
+        if teacher_ds_config:
             start_deepspeed()
         tokenizer = load_tokenizer(
             paths[1], trust_remote_code=student.trust_remote_code, revision=student.revision
         )
-        with sharded_loading(frozen):
+        with sharded_loading(teacher_ds_config):
             model = load_model(
                 paths[0],
                 dtype=teacher.dtype,
@@ -249,7 +78,7 @@ class _CacheWriter:
                 revision=teacher.revision,
                 quantization=teacher.quantization,
             )
-        self.teacher = OnlineTeacher(model, frozen, vocab)
+        self.teacher = OnlineTeacher(model, teacher_ds_config, vocab)
         self.packed, self.pad_id = supports_packing(model), tokenizer.pad_token_id
         self.run, self.mode, self.codec, self.config = run, teacher.mode, codec, config
 
@@ -279,15 +108,15 @@ class _CacheWriter:
                 "cached_topk, auto or online"
             )
 
-        # Of the tasks of a job array, the one that writes shard 0 writes the head too.
+        # The task of a job array that writes shard 0 also writes the head.
         if self.codec is None and any(shard.number == 0 for shard in unfinished):
             self._write_head()
-        by_name = {split.name: split for split in splits}
+        splits_by_name = {split.name: split for split in splits}
         total = sum(len(shard.rows) for shard in unfinished)
         with Progress(total, "samples", STEP) as progress:
             for shard in unfinished:
                 self._allocate(shard, unfinished, fingerprint)
-                self._write_shard(shard, by_name[shard.split], fingerprint, progress)
+                self._write_shard(shard, splits_by_name[shard.split], fingerprint, progress)
         return selection
 
     def _select_mode(
@@ -302,8 +131,8 @@ class _CacheWriter:
         """
         # Time a forward pass over one micro-batch per rank; the first one warms up.
         split = splits[0]
-        lengths, assigned = self._assign_rows(split, range(len(split)))
-        own_rows = assigned[distributed.rank()][0]
+        lengths, rank_batches = self._assign_rows(split, range(len(split)))
+        own_rows = rank_batches[distributed.rank()][0]
         batch = collate(split, own_rows, self.pad_id, packed=self.packed).to(distributed.device())
         seconds = 0.0
         for _ in range(2):
@@ -312,7 +141,7 @@ class _CacheWriter:
             self.teacher.outputs(batch)
             distributed.synchronize_ranks()
             seconds = time.perf_counter() - start
-        tokens = sum(int(lengths[micro_batches[0]].sum()) for micro_batches in assigned)
+        tokens = sum(int(lengths[micro_batches[0]].sum()) for micro_batches in rank_batches)
 
         def measure_costs() -> ModeCosts:
             cache_bytes = sum(shard.bytes for shard in shards)
@@ -357,9 +186,9 @@ class _CacheWriter:
                     shard.allocate()
                 except ResourceError as error:
                     missing = sum(
-                        part.bytes
-                        for part in unfinished
-                        if part.finished_manifest(fingerprint) is None
+                        other.bytes
+                        for other in unfinished
+                        if other.finished_manifest(fingerprint) is None
                     )
                     raise ResourceError(
                         f"{error}; the unfinished shards need {missing / 1e9:.3f} GB"
@@ -372,17 +201,19 @@ class _CacheWriter:
         """Compute a shard's outputs on all ranks, and write its checksums and its manifest."""
         # Each rank writes the rows of its micro-batches into the same file.
         start = time.monotonic()
-        _, assigned = self._assign_rows(split, shard.rows)
+        _, rank_batches = self._assign_rows(split, shard.rows)
         checksums = torch.zeros(len(shard.rows), dtype=torch.int64)
         temperatures = len(self.codec.temperatures) if self.codec else 0
         truncation = torch.zeros(temperatures, 2, dtype=torch.float64)
         with explain_disk_errors(shard.path):
             descriptor = os.open(shard.path, os.O_WRONLY)
             try:
-                for number, places in enumerate(assigned[distributed.rank()]):
+                for number, places in enumerate(rank_batches[distributed.rank()]):
                     rows = places + shard.rows.start
                     self._write_batch(shard, split, rows, descriptor, checksums, truncation)
-                    progress.advance(sum(len(micro_batches[number]) for micro_batches in assigned))
+                    progress.advance(
+                        sum(len(micro_batches[number]) for micro_batches in rank_batches)
+                    )
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -395,7 +226,7 @@ class _CacheWriter:
             info["truncation"] = distributed.all_sum(truncation.to(device)).tolist()
         distributed.barrier()
 
-        # Finish the shard.
+        # Write the checksums, then the manifest, which marks the shard as finished.
         if distributed.rank() == 0:
             path = shard.checksum_path
             with explain_disk_errors(path), path.open("wb") as file:
@@ -448,10 +279,10 @@ class _CacheWriter:
     ) -> tuple[NDArray[np.int64], list[list[NDArray[np.int64]]]]:
         """Lengths of some rows, and their micro-batches on each rank, as indices into `rows`."""
         lengths = np.asarray(split.total_tokens[rows.start : rows.stop], np.int64)
-        assigned = assign_by_tokens(
+        rank_batches = assign_by_tokens(
             lengths,
             ranks=distributed.world_size(),
             max_tokens=max(self.config.max_batch_tokens, int(lengths.max(initial=1))),
             packed=self.packed,
         )
-        return lengths, assigned
+        return lengths, rank_batches

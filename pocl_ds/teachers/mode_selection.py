@@ -1,5 +1,5 @@
-"""Run the teacher in every step, or cache its hidden states? `teacher.mode: auto` measures both and
-selects the faster one.
+"""`teacher.mode: auto` measures the cost of running the teacher in every step and of caching its
+hidden states, and selects the faster mode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pocl_ds.workflow.files import explain_disk_errors, read_json, write_json
 log = logging.getLogger("pocl_ds")
 
 PROBE_BYTES = 64 << 20
-RESERVED_SHARE = 0.05  # of the free disk space is left unused
+RESERVED_SHARE = 0.05  # fraction of the free disk space that stays unused
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class ModeCosts:
     @property
     def cached_seconds(self) -> float:
         """One forward pass, one write, and a read from disk at each visit."""
-        forward = self.tokens / self.forward_tokens_per_second
-        write = self.cache_bytes / self.write_bytes_per_second
-        read = self.cache_bytes / self.read_bytes_per_second
-        return forward + write + self.visits_per_sample * read
+        forward_seconds = self.tokens / self.forward_tokens_per_second
+        write_seconds = self.cache_bytes / self.write_bytes_per_second
+        read_seconds = self.cache_bytes / self.read_bytes_per_second
+        return forward_seconds + write_seconds + self.visits_per_sample * read_seconds
 
 
 def select_mode(costs: ModeCosts) -> tuple[str, str]:
@@ -84,12 +84,12 @@ def load_or_select_mode(path: Path, measure_costs: Callable[[], ModeCosts]) -> d
         costs = measure_costs()
         mode, reason = select_mode(costs)
         # A random name, as tasks on two nodes may have the same process id.
-        own_path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        write_json(own_path, {"mode": mode, "reason": reason, "costs": asdict(costs)})
-        # If another task has been faster, its selection holds.
+        temporary_path = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        write_json(temporary_path, {"mode": mode, "reason": reason, "costs": asdict(costs)})
+        # If another task wrote its selection first, that one is used.
         with explain_disk_errors(path), contextlib.suppress(FileExistsError):
-            os.link(own_path, path)
-        own_path.unlink()
+            os.link(temporary_path, path)
+        temporary_path.unlink()
     selection: dict[str, Any] = read_json(path)
     log.info("teacher.mode=auto selects %s: %s", selection["mode"], selection["reason"])
     return selection

@@ -1,4 +1,4 @@
-"""Teachers: outputs at the loss tokens, and the head that makes distributions of them.
+"""Teachers: outputs at the loss tokens, and the head that turns them into distributions.
 
 The protocol is small, so that outputs can come from a model or from a cache.
 """

@@ -1,5 +1,5 @@
-"""The workflow steps `train` and `baseline`, and what every training has in common: it runs to
-the end of its plan and writes the student as a Hugging Face folder.
+"""The workflow steps `train` and `baseline`, and `run_training`, which all trainings share: train
+to the end of the plan and write the student as a Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.errors import ArtifactError
 from pocl_ds.models.load import load_tokenizer
-from pocl_ds.models.lora import merge_adapters, trained_parameters
+from pocl_ds.models.lora import count_trainable_parameters, merge_adapters
 from pocl_ds.runtime import distributed
 from pocl_ds.training.build import build_trainer
 from pocl_ds.training.trainer import Trainer
@@ -95,7 +95,7 @@ def uses_online_teacher(
 ) -> bool:
     """Whether `pocl cache-teacher` decided, with teacher.mode=auto, to cache nothing.
 
-    Raises ArtifactError if the recipe no longer leaves that decision to it.
+    Raises ArtifactError if the recipe no longer has teacher.mode=auto.
     """
     manifest = read_manifest(run.teacher_cache)
     if manifest is None or manifest.fingerprint != teacher_cache:
@@ -104,8 +104,8 @@ def uses_online_teacher(
         return False
     if teacher.mode != "auto":
         raise ArtifactError(
-            f"teacher.mode={teacher.mode}, but {run.teacher_cache} was made with mode auto and "
-            f"holds no teacher outputs: remove {run.teacher_cache}/manifest.json and run "
+            f"teacher.mode={teacher.mode}, but {run.teacher_cache} was written with mode auto "
+            f"and holds no teacher outputs: remove {run.teacher_cache}/manifest.json and run "
             f"`pocl cache-teacher`"
         )
     return True
@@ -113,7 +113,7 @@ def uses_online_teacher(
 
 def run_training(run: RunDirectory, training: TrainingRun) -> None:
     """Train one student to the end of its plan and write `final/`, a Hugging Face folder. Does
-    nothing if that is done. All ranks call it.
+    nothing if the training is finished. All ranks call it.
     """
     if finished_manifest(training.directory, training.fingerprint):
         return
@@ -173,7 +173,7 @@ def _write_manifest(training: TrainingRun, trainer: Trainer, *, seconds: float) 
         "steps": plan.total_steps,
         "samples": plan.total_steps * plan.batch_size,
         "seconds": seconds,
-        "trained_parameters": trained_parameters(trainer.models.engine.module)[0],
+        "trainable_parameters": count_trainable_parameters(trainer.models.engine.module)[0],
         "ranks": distributed.world_size(),
         "device": distributed.device_name(),
         "engine": training.train.engine,

@@ -43,7 +43,7 @@ def run_preprocess(
     )
 
     # Compare the vocabularies now: a mismatch must not surface after hours of scoring.
-    if teacher and recipe.one_vocabulary:
+    if teacher and recipe.needs_shared_vocabulary:
         from pocl_ds.models.vocab import IncompatibleTokenizers, align_teacher_vocabularies
 
         try:
@@ -62,7 +62,7 @@ def run_preprocess(
             ) from None
 
     # Losses across tokenizers need the data in the teacher's tokens as well.
-    if teacher and recipe.across_tokenizers:
+    if teacher and recipe.cross_tokenizer:
         teacher_tokenizer = load_tokenizer(
             resolve_model(teacher),
             trust_remote_code=teacher.trust_remote_code,
@@ -116,7 +116,7 @@ def run_cache_teacher(
 ) -> None:
     """Cache the teacher's outputs. Raises RecipeError for an online teacher."""
     from pocl_ds.curriculum.plan import mean_sample_visits
-    from pocl_ds.teachers.cache_writer import cache_teacher
+    from pocl_ds.teachers.cache_step import cache_teacher
     from pocl_ds.teachers.mode_selection import TeacherUsage
 
     if recipe.teacher is None or not caches_teacher(recipe):

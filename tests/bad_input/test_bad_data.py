@@ -81,7 +81,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         FINE,
         (),
         "data file FILE is not valid JSON (Extra data at line 2 column 1): fix it, or "
-        "rename it to .jsonl if it holds one record a line",
+        "rename it to .jsonl if it holds one record per line",
     ),
     "an object in .json": (
         "json",

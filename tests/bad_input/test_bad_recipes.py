@@ -140,11 +140,11 @@ FILES: dict[str, tuple[str | bytes, str]] = {
 ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "no field": (
         ("train.lr",),
-        "two recipes are given (FILE, train.lr): give one; overrides have the form field=value",
+        "found two recipes (FILE, train.lr): give one; overrides have the form field=value",
     ),
     "no name": (("=3",), "override '=3' is not of the form section.field=value"),
     "below a value": (("name.first=x",), "override 'name.first=x': name is a value, not a section"),
-    "a misspelt field": (
+    "a misspelled field": (
         ("train.lrr=1",),
         "recipe field train.lrr does not exist: did you mean lr?",
     ),
@@ -211,7 +211,7 @@ def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         f"recipe '{'a' * 300}' is neither a file nor a shipped recipe ("
     )
     assert sentence(capsys, "run") == (
-        "no recipe is given: name a file or a shipped recipe (pocl run quickstart), or a --run-dir "
+        "there is no recipe: name a file or a shipped recipe (pocl run quickstart), or a --run-dir "
         "that holds a recipe.yaml"
     )
     assert (

@@ -83,7 +83,7 @@ def test_the_result_is_a_plain_model_and_resuming_changes_nothing(
     _, loading = AutoModelForCausalLM.from_pretrained(final, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     trained = json.loads((run / "train" / "manifest.json").read_text())["info"][
-        "trained_parameters"
+        "trainable_parameters"
     ]
     assert trained == 4 * 2 * ((64 + 64) + (128 + 64))
 

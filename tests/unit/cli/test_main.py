@@ -124,9 +124,9 @@ REFUSED = {
     "run quickstart --ranking 3": "there is no option --ranking: did you mean --ranks? "
     "(pocl run --help)",
     "run quickstart --ranks two": "invalid value for '--ranks': ",
-    "run quickstart quickstart2": "two recipes are given (quickstart, quickstart2): give one; "
+    "run quickstart quickstart2": "found two recipes (quickstart, quickstart2): give one; "
     "overrides have the form field=value",
-    "run": "no recipe is given: name a file or a shipped recipe (pocl run quickstart), or a "
+    "run": "there is no recipe: name a file or a shipped recipe (pocl run quickstart), or a "
     "--run-dir that holds a recipe.yaml",
     "run quickstart --until trian": "--until trian: there is no such step: did you mean train?",
     "run quickstart train.lrr=1": "recipe field train.lrr does not exist: did you mean lr?",

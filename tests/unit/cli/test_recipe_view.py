@@ -12,7 +12,7 @@ from refusals import own_signals
 from pocl_ds.cli.main import main
 from pocl_ds.cli.recipe_view import field_names, recipe_entries
 from pocl_ds.config.recipe_file import load_recipe
-from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.config.yaml_io import parse_yaml
 from pocl_ds.resources import RECIPES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -22,7 +22,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 def test_a_shown_recipe_is_the_recipe(name: str) -> None:
     recipe = load_recipe(name)
     text = "\n".join(entry.commented for entry in recipe_entries(recipe))
-    assert plain_value(text) == recipe.model_dump(mode="json")
+    assert parse_yaml(text) == recipe.model_dump(mode="json")
 
 
 def test_values_that_span_lines_have_their_comment_above() -> None:
@@ -30,7 +30,7 @@ def test_values_that_span_lines_have_their_comment_above() -> None:
         "quickstart", ['hardware="one\\n\\ntwo: three"', "evaluate.benchmarks=[test, vicuna]"]
     )
     text = "\n".join(entry.commented for entry in recipe_entries(recipe))
-    assert plain_value(text) == recipe.model_dump(mode="json")
+    assert parse_yaml(text) == recipe.model_dump(mode="json")
     assert "# default: ''\nhardware: " in text
 
 

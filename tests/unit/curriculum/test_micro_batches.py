@@ -24,16 +24,20 @@ def test_micro_batches_cover_the_batch(
         data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size)), np.int64
     )
     assigned = assign_by_count(lengths, ranks=ranks, micro_batch_size=micro)
-    assert [len(of_rank) for of_rank in assigned] == [count] * ranks
-    assert all(len(part) == micro for of_rank in assigned for part in of_rank)
-    assert sorted(int(i) for of_rank in assigned for part in of_rank for i in part) == list(
-        range(size)
+    assert [len(rank_batches) for rank_batches in assigned] == [count] * ranks
+    assert all(
+        len(micro_batch) == micro for rank_batches in assigned for micro_batch in rank_batches
     )
+    assert sorted(
+        int(i) for rank_batches in assigned for micro_batch in rank_batches for i in micro_batch
+    ) == list(range(size))
     for m in range(count):  # similar lengths together: no micro-step is longer than the one before
-        step = [lengths[part] for part in (of_rank[m] for of_rank in assigned)]
+        step = [
+            lengths[micro_batch] for micro_batch in (rank_batches[m] for rank_batches in assigned)
+        ]
         if m + 1 < count:
             assert min(map(np.min, step)) >= max(
-                np.max(lengths[of_rank[m + 1]]) for of_rank in assigned
+                np.max(lengths[rank_batches[m + 1]]) for rank_batches in assigned
             )
         # the ranks' longest samples are the longest of the micro-step
         assert sorted(map(np.max, step)) == sorted(np.concatenate(step))[-ranks:]
@@ -48,19 +52,23 @@ def test_micro_batches_respect_the_token_budget(
     sizes = np.array(lengths, np.int64)
     assigned = assign_by_tokens(sizes, ranks=ranks, max_tokens=tokens, packed=packed)
     assert (
-        len(assigned) == ranks and len({len(of_rank) for of_rank in assigned}) == 1 and assigned[0]
+        len(assigned) == ranks
+        and len({len(rank_batches) for rank_batches in assigned}) == 1
+        and assigned[0]
     )
-    assert sorted(int(i) for of_rank in assigned for part in of_rank for i in part) == list(
-        range(len(lengths))
-    )
+    assert sorted(
+        int(i) for rank_batches in assigned for micro_batch in rank_batches for i in micro_batch
+    ) == list(range(len(lengths)))
     cost = [
-        [int(sizes[p].sum() if packed else len(p) * sizes[p].max(initial=0)) for p in of_rank]
-        for of_rank in assigned
+        [int(sizes[p].sum() if packed else len(p) * sizes[p].max(initial=0)) for p in rank_batches]
+        for rank_batches in assigned
     ]
-    assert max(max(of_rank) for of_rank in cost) <= tokens
+    assert max(max(rank_batches) for rank_batches in cost) <= tokens
     for m in range(len(assigned[0]) - 1):  # the largest first
-        assert min(of_rank[m] for of_rank in cost) >= max(of_rank[m + 1] for of_rank in cost)
-    counts = [len(part) for of_rank in assigned for part in of_rank]
+        assert min(rank_batches[m] for rank_batches in cost) >= max(
+            rank_batches[m + 1] for rank_batches in cost
+        )
+    counts = [len(micro_batch) for rank_batches in assigned for micro_batch in rank_batches]
     assert min(counts) > 0 or max(counts) < 2  # no rank is idle while another has several samples
     # never more than twice the minimum: two groups of the longest-first rule cannot both be
     # half empty
@@ -75,18 +83,24 @@ def test_samples_of_one_length_keep_their_order() -> None:
     assert assign_by_count(sizes, ranks=1, micro_batch_size=64)[0][0].tolist() == expected
     for packed in (False, True):
         assert [
-            part.tolist()
-            for part in assign_by_tokens(sizes, ranks=1, max_tokens=192, packed=packed)[0]
+            micro_batch.tolist()
+            for micro_batch in assign_by_tokens(sizes, ranks=1, max_tokens=192, packed=packed)[0]
         ] == [expected]
 
 
 def test_packed_micro_batches_are_balanced() -> None:
     sizes = np.array([9, 8, 7, 6, 5, 4, 3, 2], np.int64)
     assigned = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=True)
-    assert [[int(sizes[part].sum()) for part in of_rank] for of_rank in assigned] == [[22], [22]]
+    assert [
+        [int(sizes[micro_batch].sum()) for micro_batch in rank_batches] for rank_batches in assigned
+    ] == [[22], [22]]
     padded = assign_by_tokens(sizes, ranks=2, max_tokens=24, packed=False)
     assert (
-        sum(len(part) * int(sizes[part].max(initial=0)) for of_rank in padded for part in of_rank)
+        sum(
+            len(micro_batch) * int(sizes[micro_batch].max(initial=0))
+            for rank_batches in padded
+            for micro_batch in rank_batches
+        )
         <= 54
     )
 
@@ -96,11 +110,11 @@ def test_token_budget_takes_precedence_over_the_size() -> None:
     by_count = assign_micro_batches(
         sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=None, packed=False
     )
-    assert [part.tolist() for part in by_count[0]] == [[0, 1], [2, 3]]
+    assert [micro_batch.tolist() for micro_batch in by_count[0]] == [[0, 1], [2, 3]]
     by_tokens = assign_micro_batches(
         sizes, ranks=1, micro_batch_size=2, micro_batch_tokens=5, packed=False
     )
-    assert [part.tolist() for part in by_tokens[0]] == [[0], [1], [2, 3]]
+    assert [micro_batch.tolist() for micro_batch in by_tokens[0]] == [[0], [1], [2, 3]]
 
 
 def test_sample_above_the_budget_is_refused() -> None:

@@ -29,7 +29,7 @@ def test_steps_of_the_released_run() -> None:
         assert stage.sample_ids == ids[: stage.num_samples]
 
 
-def test_eight_epochs_a_stage_equal_twenty_full_epochs() -> None:
+def test_eight_epochs_per_stage_equal_twenty_full_epochs() -> None:
     plan = build_plan(range(4 * 64 * 10))
     assert plan.total_steps == 20 * 40
 
@@ -112,7 +112,7 @@ def test_equality_and_repr_ignore_the_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
+    ("changes", "message"),
     [
         ({"num_subsets": 101}, "curriculum.num_subsets=101"),
         ({"num_subsets": 0}, "curriculum.num_subsets=0"),
@@ -134,10 +134,10 @@ def test_equality_and_repr_ignore_the_order() -> None:
         ({"scheduler": "all"}, "curriculum.scheduler='all'"),
     ],
 )
-def test_invalid_values_are_errors(changes: dict, names: str) -> None:
+def test_invalid_values_are_errors(changes: dict, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         build_plan(list(range(100)), **{"batch_size": 10, **changes})
-    assert names in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_sft_ratio_may_be_0_or_1() -> None:
@@ -169,8 +169,8 @@ def test_json_round_trips_without_ids() -> None:
     text = json.dumps(plan.to_json())
     assert "sample-" not in text and json.loads(text)["samples"] == 300
     assert json.loads(text)["total_steps"] == plan.total_steps
-    again = Plan.from_json(json.loads(text), order)
-    assert again == plan and again.stages[1].sample_ids == order[75:150]
+    loaded = Plan.from_json(json.loads(text), order)
+    assert loaded == plan and loaded.stages[1].sample_ids == order[75:150]
     with pytest.raises(ArtifactError, match="300 samples and the ranking holds 299"):
         Plan.from_json(json.loads(text), order[1:])
 
@@ -207,7 +207,7 @@ def test_single_stage_has_the_requested_steps(
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
+    ("changes", "message"),
     [
         ({"steps": 0}, "0 steps"),
         ({"batch_size": 11}, "train.batch_size=11"),
@@ -215,8 +215,8 @@ def test_single_stage_has_the_requested_steps(
         ({"sft_ratio": 2.0}, "sft_ratio"),
     ],
 )
-def test_single_stage_errors(changes: dict, names: str) -> None:
-    with pytest.raises(RecipeError, match=names):
+def test_single_stage_errors(changes: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         single_stage_plan(
             range(10),
             **{"steps": 3, "batch_size": 5, "temperature": 1.0, "sft_ratio": 0.3, **changes},

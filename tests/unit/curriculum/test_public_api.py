@@ -32,10 +32,12 @@ def test_from_scores_to_the_batches_of_a_training() -> None:
         stage = plan.stages[position.stage]
         batch = sampler.batch(step)
         assert len(batch) == 4 and batch.max() < stage.stop
-        parts = assign_micro_batches(
+        micro_batches = assign_micro_batches(
             np.arange(4), ranks=2, micro_batch_size=1, micro_batch_tokens=None, packed=False
         )
-        assert sorted(int(i) for rank in parts for part in rank for i in part) == [0, 1, 2, 3]
+        assert sorted(
+            int(i) for rank in micro_batches for micro_batch in rank for i in micro_batch
+        ) == [0, 1, 2, 3]
         assert 0 < learning_rate(step, plan.total_steps, lr=1.0, min_lr=0.1) <= 1
 
 

@@ -158,7 +158,7 @@ def test_random_order_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "rouge", "entropy", "names"),
+    ("ids", "rouge", "entropy", "message"),
     [
         (["a", "b"], [0.1, math.nan], [1.0, 1.0], "sample b has rouge_l=nan"),
         (["a", "b"], [0.1, 0.2], [math.inf, 1.0], "sample a has cross_entropy=inf"),
@@ -167,9 +167,9 @@ def test_random_order_depends_on_the_seed_alone() -> None:
     ],
 )
 def test_invalid_scores_are_errors(
-    ids: list[str], rouge: list[float], entropy: list[float], names: str
+    ids: list[str], rouge: list[float], entropy: list[float], message: str
 ) -> None:
-    with pytest.raises(DataError, match=names):
+    with pytest.raises(DataError, match=message):
         rank_by_difficulty(rouge, entropy, ids)
 
 
@@ -199,7 +199,7 @@ def test_ids_with_equal_hashes_are_distinguished(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("options", "names"),
+    ("options", "message"),
     [
         (
             {"strategy": "luck", "metrics": {"words": [1.0]}},
@@ -210,8 +210,8 @@ def test_ids_with_equal_hashes_are_distinguished(monkeypatch: pytest.MonkeyPatch
         ({"k": math.nan}, "ranking.k=nan"),
     ],
 )
-def test_invalid_options_are_errors(options: dict[str, Any], names: str) -> None:
-    with pytest.raises(RecipeError, match=names):
+def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         rank_by_difficulty([0.1], [1.0], ["a"], **options)
 
 

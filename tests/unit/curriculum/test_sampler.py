@@ -79,16 +79,16 @@ def test_permutation_is_pinned() -> None:
 
 
 def test_permutations_differ_by_seed_stage_and_epoch_and_mix_well() -> None:
-    kinds = {
+    permutations = {
         permutation(50, seed=a, stage=b, epoch=c).tobytes()
         for a in range(4)
         for b in range(4)
         for c in range(4)
     }
-    assert len(kinds) == 64
-    first = Counter(int(permutation(8, seed=0, stage=0, epoch=e)[0]) for e in range(8000))
+    assert len(permutations) == 64
+    first_samples = Counter(int(permutation(8, seed=0, stage=0, epoch=e)[0]) for e in range(8000))
     assert (
-        sum((count - 1000) ** 2 / 1000 for count in first.values()) < 30
+        sum((count - 1000) ** 2 / 1000 for count in first_samples.values()) < 30
     )  # chi square of 7 degrees: p = 1e-4
 
 
@@ -108,13 +108,13 @@ def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None
                 )
                 visited += batch.tolist()
                 step += 1
-            inside = set(range(stage.start, stage.stop))
-            assert set(visited) <= inside
+            stage_rows = set(range(stage.start, stage.stop))
+            assert set(visited) <= stage_rows
             if plan.drop_last:  # at most once, and fewer than a batch is missing
                 assert len(set(visited)) == len(visited) > stage.num_samples - plan.batch_size
             else:  # all at least once, and the repeated ones evenly
                 counts = Counter(visited)
-                assert set(counts) == inside
+                assert set(counts) == stage_rows
                 assert max(counts.values()) - min(counts.values()) <= 1
     assert step == plan.total_steps
 
@@ -124,8 +124,8 @@ def test_every_epoch_visits_samples_equally_often(plan: Plan, seed: int) -> None
 def test_batches_after_a_resume_equal_those_without(
     plan: Plan, seed: int, data: st.DataObject
 ) -> None:
-    through = Sampler(plan, seed)
-    batches = [through.batch(step).tolist() for step in range(plan.total_steps)]
+    uninterrupted = Sampler(plan, seed)
+    batches = [uninterrupted.batch(step).tolist() for step in range(plan.total_steps)]
     for _ in range(3):  # the second and third also resume within an epoch
         start = data.draw(st.integers(0, plan.total_steps - 1))
         resumed = Sampler(plan, seed)
@@ -155,11 +155,11 @@ def test_an_epoch_is_shuffled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shuffle of a large data set takes longer than a step."""
     shuffles: list[tuple[int, int]] = []
 
-    def counted(size: int, *, seed: int, stage: int, epoch: int) -> Any:
+    def counting_permutation(size: int, *, seed: int, stage: int, epoch: int) -> Any:
         shuffles.append((stage, epoch))
         return permutation(size, seed=seed, stage=stage, epoch=epoch)
 
-    monkeypatch.setattr(sampler_module, "permutation", counted)
+    monkeypatch.setattr(sampler_module, "permutation", counting_permutation)
     plan = build_plan(np.arange(40), num_subsets=2, epochs_per_stage=2, batch_size=5)
     sampler = Sampler(plan, 0)
     for step in range(plan.total_steps):
@@ -193,15 +193,15 @@ def test_samples_stay_within_their_window(plan: Plan, window: int, data: st.Data
     lengths = np.array(
         data.draw(st.lists(st.integers(1, 9), min_size=total, max_size=total)), np.int64
     )
-    plain, moved = Sampler(plan, 3), Sampler(plan, 3, lengths=lengths, window=window)
+    plain, windowed = Sampler(plan, 3), Sampler(plan, 3, lengths=lengths, window=window)
     start = 0
     for stage in plan.stages:
         for epoch in range(min(stage.epochs, 2)):
-            for first in range(0, stage.steps_per_epoch, window):
+            for offset in range(0, stage.steps_per_epoch, window):
                 begin = start + epoch * stage.steps_per_epoch
-                steps = range(begin + first, begin + min(first + window, stage.steps_per_epoch))
+                steps = range(begin + offset, begin + min(offset + window, stage.steps_per_epoch))
                 before = np.concatenate([plain.batch(step) for step in steps])
-                after = [moved.batch(step) for step in steps]
+                after = [windowed.batch(step) for step in steps]
                 assert sorted(np.concatenate(after)) == sorted(before)
                 edges = sorted((lengths[batch].min(), lengths[batch].max()) for batch in after)
                 assert all(high <= low for (_, high), (low, _) in itertools.pairwise(edges))
@@ -211,8 +211,8 @@ def test_samples_stay_within_their_window(plan: Plan, window: int, data: st.Data
 def test_batches_of_a_window_come_in_another_order_each_time() -> None:
     plan = single_stage_plan(np.arange(64), steps=80, batch_size=8, temperature=1.0, sft_ratio=0.0)
     sampler = Sampler(plan, 0, lengths=np.arange(64), window=8)
-    firsts = {int(sampler.batch(epoch * 8).min()) // 8 for epoch in range(10)}
-    assert len(firsts) > 3
+    first_batches = {int(sampler.batch(epoch * 8).min()) // 8 for epoch in range(10)}
+    assert len(first_batches) > 3
 
 
 def test_window_of_one_changes_nothing() -> None:
@@ -263,5 +263,5 @@ def test_global_batch_does_not_depend_on_ranks(plan: Plan, layout: tuple[int, in
         batch = sampler.batch(step)
         assigned = assign_by_count(batch % 7, ranks=ranks, micro_batch_size=micro)
         assert sorted(
-            np.concatenate([batch[part] for of_rank in assigned for part in of_rank])
+            np.concatenate([batch[part] for rank_batches in assigned for part in rank_batches])
         ) == sorted(batch)

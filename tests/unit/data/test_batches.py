@@ -17,7 +17,7 @@ from pocl_ds.data.records import Sample
 from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
 
 
-def write(folder: Path, samples: list[tuple[list[int], int]]) -> TokenizedSplit:
+def write_split(folder: Path, samples: list[tuple[list[int], int]]) -> TokenizedSplit:
     """Write a split with these ids and prompt lengths."""
     starts = np.cumsum([0, *(len(ids) for ids, _ in samples)])[:-1]
     index = [
@@ -37,7 +37,7 @@ def test_loss_positions_of_three_tokens(tmp_path: Path) -> None:
     """Prompt 5, response 7, EOS 0, padded with EOS to four tokens: state 0 predicts 7, state 1
     predicts EOS, and nothing else counts.
     """
-    split = write(tmp_path, [([5, 7, 0], 1), ([5, 6, 7, 0], 2)])
+    split = write_split(tmp_path, [([5, 7, 0], 1), ([5, 6, 7, 0], 2)])
     batch = collate(split, [0, 1], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 7, 0, 0], [5, 6, 7, 0]]
     assert batch.attention_mask.tolist() == [
@@ -67,12 +67,12 @@ def test_collate_equals_a_plain_reference(
     pad_id: int,
     random: object,
 ) -> None:
-    split = write(tmp_path_factory.mktemp("batch"), samples)
+    split = write_split(tmp_path_factory.mktemp("batch"), samples)
     rows = list(range(len(samples)))
     random.shuffle(rows)  # type: ignore[attr-defined]
     batch = collate(split, np.array(rows), pad_id)
     width = max(len(ids) for ids, _ in samples)
-    positions, labels, owners = [], [], []
+    positions, labels, sample_numbers = [], [], []
     for place, row in enumerate(rows):
         ids, prompt = samples[row]
         assert batch.input_ids[place].tolist() == ids + [pad_id] * (width - len(ids))
@@ -80,11 +80,11 @@ def test_collate_equals_a_plain_reference(
         for token in range(prompt, len(ids)):
             positions.append(place * width + token - 1)
             labels.append(ids[token])
-            owners.append(place)
+            sample_numbers.append(place)
     assert (batch.positions.tolist(), batch.labels.tolist(), batch.sample_of_token.tolist()) == (
         positions,
         labels,
-        owners,
+        sample_numbers,
     )
     tensors = (
         batch.input_ids,
@@ -102,7 +102,7 @@ def test_collate_equals_a_plain_reference(
 def test_packed_holds_the_same_tokens_without_padding(
     tmp_path_factory: pytest.TempPathFactory, samples: list[tuple[list[int], int]], random: object
 ) -> None:
-    split = write(tmp_path_factory.mktemp("packed"), samples)
+    split = write_split(tmp_path_factory.mktemp("packed"), samples)
     rows = list(range(len(samples)))
     random.shuffle(rows)  # type: ignore[attr-defined]
     packed, padded = collate(split, rows, 0, packed=True), collate(split, rows, 0)
@@ -129,18 +129,19 @@ def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None
         iter(samples), SampleTokenizer(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
     )
     split = TokenizedSplit.open(tmp_path, "train")
-    left, right = (
+    padded_with_eos, padded_with_pad = (
         collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id)
     )
     for name in ("attention_mask", "positions", "labels", "sample_of_token"):
-        assert torch.equal(getattr(left, name), getattr(right, name))
-    assert (left.labels == tokenizer.eos_token_id).sum() == 5  # each sample's EOS is a label once
-    assert len(left.labels) == int((split.total_tokens - split.prompt_tokens).sum())
+        assert torch.equal(getattr(padded_with_eos, name), getattr(padded_with_pad, name))
+    # Each sample's EOS is a label once.
+    assert (padded_with_eos.labels == tokenizer.eos_token_id).sum() == 5
+    assert len(padded_with_eos.labels) == int((split.total_tokens - split.prompt_tokens).sum())
 
 
 def test_batch_without_rows_has_no_loss(tmp_path: Path) -> None:
     for packed in (False, True):
-        batch = collate(write(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
+        batch = collate(write_split(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
         assert batch.input_ids.tolist() == [[7]] and batch.rows == ()
         assert len(batch.positions) == len(batch.labels) == len(batch.sample_of_token) == 0
         assert batch.lengths == ((1,) if packed else None)
@@ -148,7 +149,7 @@ def test_batch_without_rows_has_no_loss(tmp_path: Path) -> None:
 
 
 def test_batch_is_copied_to_a_device(tmp_path: Path) -> None:
-    moved = collate(write(tmp_path, [([1, 2, 3], 1)]), [0], 0).to(torch.device("meta"))
+    on_device = collate(write_split(tmp_path, [([1, 2, 3], 1)]), [0], 0).to(torch.device("meta"))
     names = ("input_ids", "attention_mask", "positions", "labels", "sample_of_token")
-    assert {getattr(moved, name).device.type for name in names} == {"meta"}
-    assert moved.rows == (0,)
+    assert {getattr(on_device, name).device.type for name in names} == {"meta"}
+    assert on_device.rows == (0,)

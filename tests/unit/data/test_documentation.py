@@ -81,13 +81,13 @@ def test_samples_are_many_clean_and_unique(stdlib: list[Sample]) -> None:
 
 
 def test_questions_use_several_templates(stdlib: list[Sample]) -> None:
-    forms = collections.Counter(
+    templates = collections.Counter(
         sample.instruction.replace(sample.instruction.split("`")[1], "")
         for sample in stdlib
         if "`" in sample.instruction
     )
-    assert len(forms) >= 12
-    assert max(forms.values()) < len(stdlib) / 3
+    assert len(templates) >= 12
+    assert max(templates.values()) < len(stdlib) / 3
 
 
 def test_extraction_is_deterministic() -> None:
@@ -107,10 +107,10 @@ def test_answers_respect_the_word_limits() -> None:
 
 
 def test_packages_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "harvested_package"
+    package = tmp_path / "example_package"
     (package / "tests").mkdir(parents=True)
     (package / "__init__.py").write_text(
-        '"""A package made for this one test."""\nraise RuntimeError("was run")\n'
+        '"""A package for this test alone."""\nraise RuntimeError("was run")\n'
     )
     (package / "open.py").write_text(
         'def shown():\n    """Show what a caller may see."""\n\n'
@@ -120,22 +120,22 @@ def test_packages_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         'class Thing:\n    """A thing that holds other things."""\n\n'
         '    def use(self):\n        """Use the thing for its purpose."""\n'
     )
-    (package / "_private.py").write_text('"""A module that nobody sees from outside."""\n')
+    (package / "_private.py").write_text('"""A module that is not public."""\n')
     (package / "tests" / "test_it.py").write_text(
         '"""A test module that is not documentation."""\n'
     )
     (package / "broken.py").write_text("def (:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     samples = list(
-        extract_documentation_samples(DocumentationConfig(packages=("harvested_package",)))
+        extract_documentation_samples(DocumentationConfig(packages=("example_package",)))
     )
     assert [(sample.instruction.split("`")[1], sample.references[0]) for sample in samples] == [
-        ("harvested_package", "A package made for this one test."),
-        ("harvested_package.open.shown", "Show what a caller may see."),
-        ("harvested_package.open.Thing", "A thing that holds other things."),
-        ("harvested_package.open.Thing.use", "Use the thing for its purpose."),
+        ("example_package", "A package for this test alone."),
+        ("example_package.open.shown", "Show what a caller may see."),
+        ("example_package.open.Thing", "A thing that holds other things."),
+        ("example_package.open.Thing.use", "Use the thing for its purpose."),
     ]
-    assert "harvested_package" not in sys.modules
+    assert "example_package" not in sys.modules
 
 
 def test_error_names_a_package_that_is_not_installed() -> None:
@@ -148,7 +148,7 @@ def test_package_without_sources_is_an_error(name: str) -> None:
     """Subpackages, compiled modules and private modules would be left out silently."""
     with pytest.raises(
         DataError,
-        match=rf"packages names '{name}', which has no public Python sources of its own: name a "
+        match=rf"packages names '{name}', which has no public Python sources: name a "
         rf"whole",
     ):
         list(extract_documentation_samples(DocumentationConfig(packages=("email", name))))
@@ -163,7 +163,7 @@ def test_default_packages_are_read_quickly_without_importing_them() -> None:
         "assert 'numpy' not in sys.modules and 'torch' not in sys.modules\nprint(len(samples))"
     )
     before = os.times()
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
@@ -171,7 +171,7 @@ def test_default_packages_are_read_quickly_without_importing_them() -> None:
         timeout=300,
         cwd=Path(__file__).parents[3],
     )
-    assert int(done.stdout) > 7000
+    assert int(result.stdout) > 7000
     after = os.times()  # processor time of the child, which hardly depends on the load
     assert (
         after.children_user + after.children_system - before.children_user - before.children_system

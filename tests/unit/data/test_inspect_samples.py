@@ -66,9 +66,8 @@ def test_shows_a_subset_from_easy_to_hard(
         "── s0  place 12 of 12"
     )
     assert output.count("──") == 2 and "number 3" in output
-    assert (
-        "\x1b" not in output and r"\x1b[31m" in output
-    )  # escape sequences of the data are shown, not obeyed
+    # Control characters of the data are escaped.
+    assert "\x1b" not in output and r"\x1b[31m" in output
 
 
 def test_shows_splits_and_the_complete_ranking(run: RunDirectory) -> None:

@@ -24,19 +24,19 @@ TOKENIZER = tiny_models.make_tokenizer()
 PROMPT = PromptConfig(template="plain", max_prompt_tokens=32, max_length=64)
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> str:
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(path)
 
 
-def records(count: int, *, first: int = 0) -> list[dict[str, Any]]:
+def records(count: int, *, start: int = 0) -> list[dict[str, Any]]:
     return [
         {"instruction": f"Say {n}.", "input": "", "output": f"number {n}"}
-        for n in range(first, first + count)
+        for n in range(start, start + count)
     ]
 
 
-def prepare(
+def preprocess_file(
     folder: Path, source: str, *, prompt: PromptConfig = PROMPT, **options: Any
 ) -> dict[str, list[Sample]]:
     run = RunDirectory(folder)
@@ -47,8 +47,8 @@ def prepare(
 
 
 def test_splits_are_complete_disjoint_and_of_the_configured_size(tmp_path: Path) -> None:
-    source = write(tmp_path / "all.jsonl", records(1000))
-    splits = prepare(tmp_path / "run", source, validation_fraction=0.1, test_fraction=0.2)
+    source = write_jsonl(tmp_path / "all.jsonl", records(1000))
+    splits = preprocess_file(tmp_path / "run", source, validation_fraction=0.1, test_fraction=0.2)
     prompts = [sample.instruction for split in splits.values() for sample in split]
     assert sorted(prompts) == sorted(record["instruction"] for record in records(1000))
     assert abs(len(splits["validation"]) - 100) < 40 and abs(len(splits["test"]) - 200) < 55
@@ -61,28 +61,28 @@ def test_splits_are_complete_disjoint_and_of_the_configured_size(tmp_path: Path)
 def test_splits_do_not_depend_on_the_order_of_the_file(tmp_path: Path) -> None:
     rows = records(400)
     limits = {"max_train_samples": 100, "max_validation_samples": 10, "max_test_samples": 5}
-    there = prepare(tmp_path / "a", write(tmp_path / "a.jsonl", rows), **limits)
+    original = preprocess_file(tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", rows), **limits)
     random.Random(0).shuffle(rows)
-    back = prepare(tmp_path / "b", write(tmp_path / "b.jsonl", rows), **limits)
+    shuffled = preprocess_file(tmp_path / "b", write_jsonl(tmp_path / "b.jsonl", rows), **limits)
     for split, limit in zip(preprocess.SPLITS, (100, 10, 5), strict=True):
-        assert len(there[split]) == limit
-        assert {sample.id: sample for sample in there[split]} == {
-            sample.id: sample for sample in back[split]
+        assert len(original[split]) == limit
+        assert {sample.id: sample for sample in original[split]} == {
+            sample.id: sample for sample in shuffled[split]
         }
 
 
 def test_more_data_moves_no_sample_to_another_split(tmp_path: Path) -> None:
-    few = prepare(tmp_path / "a", write(tmp_path / "a.jsonl", records(200)))
-    many = prepare(tmp_path / "b", write(tmp_path / "b.jsonl", records(400)))
+    few = preprocess_file(tmp_path / "a", write_jsonl(tmp_path / "a.jsonl", records(200)))
+    many = preprocess_file(tmp_path / "b", write_jsonl(tmp_path / "b.jsonl", records(400)))
     for split in preprocess.SPLITS:
         assert {s.id for s in few[split]} <= {s.id for s in many[split]}
 
 
 def test_equal_prompts_are_in_one_split(tmp_path: Path) -> None:
     rows = [{**record, "output": f"answer {n}"} for record in records(200) for n in range(3)]
-    splits = prepare(
+    splits = preprocess_file(
         tmp_path / "run",
-        write(tmp_path / "all.jsonl", rows),
+        write_jsonl(tmp_path / "all.jsonl", rows),
         validation_fraction=0.3,
         test_fraction=0.3,
     )
@@ -97,12 +97,12 @@ def test_equal_prompts_are_in_one_split(tmp_path: Path) -> None:
 def test_split_files_replace_the_split_and_reserve_their_prompts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = write(tmp_path / "all.jsonl", records(100))
-    test = write(
+    source = write_jsonl(tmp_path / "all.jsonl", records(100))
+    test = write_jsonl(
         tmp_path / "test.jsonl",
-        [{"instruction": "Say 3.", "output": "another answer"}, *records(4, first=500)],
+        [{"instruction": "Say 3.", "output": "another answer"}, *records(4, start=500)],
     )
-    splits = prepare(tmp_path / "run", source, test=test, validation_fraction=0.0)
+    splits = preprocess_file(tmp_path / "run", source, test=test, validation_fraction=0.0)
     assert len(splits["test"]) == 5 and len(splits["validation"]) == 0
     assert len(splits["train"]) == 99 and "Say 3." not in {
         sample.instruction for sample in splits["train"]
@@ -115,22 +115,19 @@ def test_test_and_validation_share_no_prompt(
 ) -> None:
     """Validation chooses checkpoints and sets DistiLLM's phi, so it must not see the test."""
     source, test_file = (
-        write(tmp_path / "all.jsonl", records(300)),
-        write(tmp_path / "test.jsonl", records(100)),
+        write_jsonl(tmp_path / "all.jsonl", records(300)),
+        write_jsonl(tmp_path / "test.jsonl", records(100)),
     )
-    splits = prepare(tmp_path / "a", source, test=test_file, validation_fraction=0.3)
-    questions = {
+    splits = preprocess_file(tmp_path / "a", source, test=test_file, validation_fraction=0.3)
+    prompts = {
         split: {sample.prompt_key for sample in samples} for split, samples in splits.items()
     }
+    assert len(prompts["test"]) == 100 and len(prompts["train"]) + len(prompts["validation"]) == 200
     assert (
-        len(questions["test"]) == 100
-        and len(questions["train"]) + len(questions["validation"]) == 200
+        not prompts["test"] & (prompts["train"] | prompts["validation"])
+        and not prompts["train"] & prompts["validation"]
     )
-    assert (
-        not questions["test"] & (questions["train"] | questions["validation"])
-        and not questions["train"] & questions["validation"]
-    )
-    assert len(questions["validation"]) > 20
+    assert len(prompts["validation"]) > 20
     assert (
         "24 validation samples have the prompt of a test sample: left out of validation"
         in caplog.text
@@ -139,12 +136,15 @@ def test_test_and_validation_share_no_prompt(
         "76 training samples have the prompt of a validation or test sample: left out of training"
         in caplog.text
     )
-    splits = prepare(
-        tmp_path / "b", source, test=test_file, validation=write(tmp_path / "v.jsonl", records(120))
+    splits = preprocess_file(
+        tmp_path / "b",
+        source,
+        test=test_file,
+        validation=write_jsonl(tmp_path / "v.jsonl", records(120)),
     )
     assert [len(splits[split]) for split in preprocess.SPLITS] == [180, 20, 100]
     caplog.clear()
-    splits = prepare(tmp_path / "c", source, validation=test_file, test_fraction=0.3)
+    splits = preprocess_file(tmp_path / "c", source, validation=test_file, test_fraction=0.3)
     assert (
         len(splits["validation"]) == 100
         and len(splits["train"]) + len(splits["test"]) == 200
@@ -153,40 +153,40 @@ def test_test_and_validation_share_no_prompt(
     assert "test samples have the prompt of a validation sample: left out of test" in caplog.text
 
 
-def test_known_references_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_references_in_training_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As in P3, which has items under several templates. Short answers are equal by chance."""
-    far = [f"It takes {n} steps to come from here to the next village." for n in range(5)]
-    questions = [
-        ("Say how far, 0.", f" {far[0].upper()} ".replace(" TO ", "\n to ")),
-        ("Say how far, 1.", [f"{far[0]} Or so.", far[1]]),
-        ("Say how far, 2.", far[2]),  # this prompt is reserved, so training does not have it
-        (
-            "Say how far, 3.",
-            far[3],
-        ),  # a second reference is not a training response
+    sentences = [f"It takes {n} steps to come from here to the next village." for n in range(5)]
+    test_pairs = [
+        ("Say how far, 0.", f" {sentences[0].upper()} ".replace(" TO ", "\n to ")),
+        ("Say how far, 1.", [f"{sentences[0]} Or so.", sentences[1]]),
+        ("Say how far, 2.", sentences[2]),  # this prompt is reserved, so training does not have it
+        # A second reference is not a training response.
+        ("Say how far, 3.", sentences[3]),
         ("Say yes.", "Yes."),
     ]
-    trained = [
-        ("How far, 0?", far[0]),
-        ("How far, 1?", far[1]),
-        ("Say how far, 2.", far[2]),
-        ("How far, 3?", [far[4], far[3]]),
+    training_pairs = [
+        ("How far, 0?", sentences[0]),
+        ("How far, 1?", sentences[1]),
+        ("Say how far, 2.", sentences[2]),
+        ("How far, 3?", [sentences[4], sentences[3]]),
         ("Yes?", "Yes."),
     ]
-    test_file = write(
+    test_file = write_jsonl(
         tmp_path / "test.jsonl",
-        [{"instruction": prompt, "output": text} for prompt, text in questions],
+        [{"instruction": prompt, "output": text} for prompt, text in test_pairs],
     )
-    source = write(
+    source = write_jsonl(
         tmp_path / "all.jsonl",
-        [{"instruction": prompt, "output": text} for prompt, text in trained],
+        [{"instruction": prompt, "output": text} for prompt, text in training_pairs],
     )
-    prepare(tmp_path / "run", source, test=test_file, validation_fraction=0.0)
+    preprocess_file(tmp_path / "run", source, test=test_file, validation_fraction=0.0)
     manifest = read_manifest(tmp_path / "run" / "data")
     assert manifest is not None
-    assert manifest.info["known_references"] == {
-        "validation": {"long": 0, "known": 0},
-        "test": {"long": 4, "known": 2},
+    assert manifest.info["references_in_training"] == {
+        "validation": {"with_long_reference": 0, "in_training": 0},
+        "test": {"with_long_reference": 4, "in_training": 2},
     }
     assert (
         "test: 2 of 5 samples (40.0%) have a reference of 10 words or more that is also a "
@@ -194,9 +194,9 @@ def test_known_references_are_counted(tmp_path: Path, caplog: pytest.LogCaptureF
     )
     assert "(4 have a reference that long)" in caplog.text
     caplog.clear()
-    prepare(
+    preprocess_file(
         tmp_path / "none",
-        write(tmp_path / "few.jsonl", records(20)),
+        write_jsonl(tmp_path / "few.jsonl", records(20)),
         test=test_file,
         validation_fraction=0.0,
     )
@@ -205,8 +205,8 @@ def test_known_references_are_counted(tmp_path: Path, caplog: pytest.LogCaptureF
 
 def test_limit_selects_across_the_split(tmp_path: Path) -> None:
     """The samples of a limited split have hashes all over the range of the split."""
-    splits = prepare(
-        tmp_path / "run", write(tmp_path / "all.jsonl", records(2000)), max_train_samples=100
+    splits = preprocess_file(
+        tmp_path / "run", write_jsonl(tmp_path / "all.jsonl", records(2000)), max_train_samples=100
     )
     places = sorted(int(sample.prompt_key[:8], 16) / 2**32 for sample in splits["train"])
     assert places[0] < 0.2 and places[-1] > 0.9
@@ -216,9 +216,9 @@ def test_manifest_counts_samples_and_tokens(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [*records(60), {"instruction": "Say much.", "output": "word " * 80}]
-    source = write(tmp_path / "all.jsonl", rows)
+    source = write_jsonl(tmp_path / "all.jsonl", rows)
     with caplog.at_level("INFO", "pocl_ds"):
-        prepare(tmp_path / "run", source, validation_fraction=0.0, test_fraction=0.0)
+        preprocess_file(tmp_path / "run", source, validation_fraction=0.0, test_fraction=0.0)
     folder = tmp_path / "run" / "data"
     manifest = read_manifest(folder)
     assert (
@@ -250,17 +250,17 @@ def test_manifest_counts_samples_and_tokens(
 def test_finished_result_is_reused_and_damaged_result_is_rewritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path / "all.jsonl", records(50))
-    first = prepare(tmp_path / "run", source)
+    source = write_jsonl(tmp_path / "all.jsonl", records(50))
+    expected = preprocess_file(tmp_path / "run", source)
     calls = []
     monkeypatch.setattr(
         preprocess,
         "_split_samples",
-        lambda *test_file, real=preprocess._split_samples: calls.append(1) or real(*test_file),
+        lambda *arguments, real=preprocess._split_samples: calls.append(1) or real(*arguments),
     )
-    assert prepare(tmp_path / "run", source) == first and not calls
+    assert preprocess_file(tmp_path / "run", source) == expected and not calls
     (tmp_path / "run" / "data" / "train.tokens.bin").unlink()
-    assert prepare(tmp_path / "run", source) == first and calls == [1]
+    assert preprocess_file(tmp_path / "run", source) == expected and calls == [1]
     assert len(TokenizedSplit.open(tmp_path / "run" / "data", "train").tokens(0))
 
 
@@ -269,50 +269,50 @@ def test_invalid_records_are_an_error_or_skipped(
 ) -> None:
     """A damaged line stays an error, also where empty records are skipped."""
     rows: list[Any] = records(40)
-    expected = prepare(tmp_path / "whole", write(tmp_path / "whole.jsonl", rows))
+    expected = preprocess_file(tmp_path / "valid", write_jsonl(tmp_path / "valid.jsonl", rows))
     rows[3:3] = [
         {"instruction": "Say it.", "output": " "},
         {"instruction": "Say it.", "output": "half \ud800"},
     ]
     rows = [{"instruction": "Say it."}, *rows, {"instruction": None, "output": "it"}]
-    source = write(tmp_path / "part.jsonl", rows)
+    source = write_jsonl(tmp_path / "part.jsonl", rows)
     with pytest.raises(
         DataError,
         match="line 1: there is no field 'output' .*; data.on_invalid=skip leaves out every such",
     ):
-        prepare(tmp_path / "error", source)
-    assert prepare(tmp_path / "skip", source, on_invalid="skip") == expected
+        preprocess_file(tmp_path / "error", source)
+    assert preprocess_file(tmp_path / "skip", source, on_invalid="skip") == expected
     assert "skipped 4 records without usable content; the first: " in caplog.text
     manifest = read_manifest(tmp_path / "skip" / "data")
     assert manifest is not None and manifest.info["invalid_records"] == 4
     with (tmp_path / "part.jsonl").open("a") as stream:
         stream.write('{"instruction": "cut')
     with pytest.raises(DataError, match="line 45 is not valid JSON"):
-        prepare(tmp_path / "broken", source, on_invalid="skip")
+        preprocess_file(tmp_path / "broken", source, on_invalid="skip")
     with pytest.raises(DataError, match="leaves no training samples"):
-        prepare(
+        preprocess_file(
             tmp_path / "none",
-            write(tmp_path / "none.jsonl", [{"instruction": "Say it.", "output": ""}]),
+            write_jsonl(tmp_path / "none.jsonl", [{"instruction": "Say it.", "output": ""}]),
             on_invalid="skip",
         )
 
 
 def test_no_training_samples_is_an_error(tmp_path: Path) -> None:
-    source = write(tmp_path / "all.jsonl", records(3))
+    source = write_jsonl(tmp_path / "all.jsonl", records(3))
     short = PromptConfig(template="plain", max_prompt_tokens=1, max_length=2, overlong="drop")
     with pytest.raises(DataError, match="leaves no training samples"):
-        prepare(tmp_path / "run", source, prompt=short)
+        preprocess_file(tmp_path / "run", source, prompt=short)
     assert not (tmp_path / "run" / "data").exists()
 
 
 def test_failure_keeps_the_earlier_result(tmp_path: Path) -> None:
-    good = write(tmp_path / "good.jsonl", records(50))
-    first = prepare(tmp_path / "run", good)
-    bad = write(tmp_path / "bad.jsonl", [*records(50), {"instruction": "x"}])
+    good = write_jsonl(tmp_path / "good.jsonl", records(50))
+    expected = preprocess_file(tmp_path / "run", good)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*records(50), {"instruction": "x"}])
     run = RunDirectory(tmp_path / "run")
     with pytest.raises(DataError, match="line 51"):
         preprocess.preprocess(run, DataConfig(source=bad), PROMPT, TOKENIZER, "e" * 64)
-    assert prepare(tmp_path / "run", good) == first
+    assert preprocess_file(tmp_path / "run", good) == expected
     assert [path.name for path in run.path.iterdir()] == ["data"]  # no temporary folder remains
 
 
@@ -322,7 +322,7 @@ def test_ctrl_c_leaves_no_partial_result(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(preprocess, "write_tokenized_split", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prepare(tmp_path / "run", write(tmp_path / "all.jsonl", records(50)))
+        preprocess_file(tmp_path / "run", write_jsonl(tmp_path / "all.jsonl", records(50)))
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -334,12 +334,12 @@ def test_documentation_source_needs_no_file(
         "extract_documentation_samples",
         lambda config: (Sample(f"d{n}", f"Explain {n}.", "", ("It does.",)) for n in range(90)),
     )
-    splits = prepare(tmp_path / "run", "documentation")
+    splits = preprocess_file(tmp_path / "run", "documentation")
     assert sum(map(len, splits.values())) == 90
 
 
 def test_real_data_is_tokenized(tmp_path: Path, shared_data: Path) -> None:
-    splits = prepare(
+    splits = preprocess_file(
         tmp_path / "run",
         str(shared_data / "eval_sni_11plus.jsonl"),
         test=str(shared_data / "eval_dolly500.jsonl"),

@@ -33,7 +33,7 @@ def jsonl(folder: Path, *records: Any, name: str = "data.jsonl") -> str:
     return str(path)
 
 
-def fault(source: str, **options: Any) -> str:
+def read_error(source: str, **options: Any) -> str:
     with pytest.raises(DataError) as caught:
         list(read_samples(source, **options))
     message = str(caught.value)
@@ -104,9 +104,8 @@ def test_earlier_turns_become_history(tmp_path: Path) -> None:
         tmp_path, {"messages": [{"role": role, "content": text} for role, text in turns]}
     )
     (sample,) = read_samples(source)
-    assert sample.instruction == "Two?" and sample.references == (
-        "2",
-    )  # without the unanswered turn
+    # The unanswered turn is dropped.
+    assert sample.instruction == "Two?" and sample.references == ("2",)
     assert sample.history == tuple(turns[:3])
 
 
@@ -159,32 +158,34 @@ def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
 
 class TestIds:
     def test_ids_are_kept_or_derived_from_the_content(self, tmp_path: Path) -> None:
-        own, content = read_samples(jsonl(tmp_path, {**GOOD, "id": "é/1"}, GOOD))
-        assert own.id == "é/1"
-        assert len(content.id) == 16 and int(content.id, 16) >= 0
+        with_id, without_id = read_samples(jsonl(tmp_path, {**GOOD, "id": "é/1"}, GOOD))
+        assert with_id.id == "é/1"
+        assert len(without_id.id) == 16 and int(without_id.id, 16) >= 0
 
     def test_duplicates_get_numbered_ids(self, tmp_path: Path) -> None:
-        first, other, second, third = read_samples(
+        original, other, duplicate, second_duplicate = read_samples(
             jsonl(tmp_path, GOOD, {**GOOD, "output": "4"}, GOOD, GOOD)
         )
-        assert (second.id, third.id) == (f"{first.id}-1", f"{first.id}-2")
-        assert other.id != first.id
+        assert (duplicate.id, second_duplicate.id) == (f"{original.id}-1", f"{original.id}-2")
+        assert other.id != original.id
 
     def test_content_ids_do_not_depend_on_the_order_of_the_file(self, tmp_path: Path) -> None:
         records = [{**GOOD, "output": str(n % 5)} for n in range(12)]
-        there = {sample.id: sample for sample in read_samples(jsonl(tmp_path, *records))}
-        back = {sample.id: sample for sample in read_samples(jsonl(tmp_path, *reversed(records)))}
-        assert there == back and len(there) == 12
+        in_order = {sample.id: sample for sample in read_samples(jsonl(tmp_path, *records))}
+        reversed_order = {
+            sample.id: sample for sample in read_samples(jsonl(tmp_path, *reversed(records)))
+        }
+        assert in_order == reversed_order and len(in_order) == 12
 
     def test_error_names_a_repeated_id_and_both_lines(self, tmp_path: Path) -> None:
-        message = fault(
+        message = read_error(
             jsonl(tmp_path, {**GOOD, "id": "x"}, {**GOOD, "id": "y"}, {**GOOD, "id": "x"})
         )
         assert "'x'" in message and "line 1" in message and "line 3" in message
 
     @pytest.mark.parametrize("name", ["a\nb", "a\0b", "é" * 65, True, [1], 1.5])
     def test_invalid_ids_are_refused(self, tmp_path: Path, name: Any) -> None:
-        assert "line 1" in fault(jsonl(tmp_path, {**GOOD, "id": name}))
+        assert "line 1" in read_error(jsonl(tmp_path, {**GOOD, "id": name}))
 
     def test_longest_allowed_id_is_kept(self, tmp_path: Path) -> None:
         (sample,) = read_samples(jsonl(tmp_path, {**GOOD, "id": "é" * 64}))
@@ -216,16 +217,16 @@ class TestIds:
 
 class TestBadInput:
     def test_missing_and_empty_files(self, tmp_path: Path) -> None:
-        assert "does not exist" in fault(str(tmp_path / "missing.jsonl"))
+        assert "does not exist" in read_error(str(tmp_path / "missing.jsonl"))
         (tmp_path / "empty.jsonl").touch()
-        assert "empty.jsonl is empty" in fault(str(tmp_path / "empty.jsonl"))
+        assert "empty.jsonl is empty" in read_error(str(tmp_path / "empty.jsonl"))
         (tmp_path / "blank.jsonl").write_text("\n\n")
-        assert "holds no samples" in fault(str(tmp_path / "blank.jsonl"))
+        assert "holds no samples" in read_error(str(tmp_path / "blank.jsonl"))
         (tmp_path / "none.json").write_text("[]")
-        assert "holds no samples" in fault(str(tmp_path / "none.json"))
-        assert "is a folder" in fault(str(tmp_path))
+        assert "holds no samples" in read_error(str(tmp_path / "none.json"))
+        assert "is a folder" in read_error(str(tmp_path))
         (tmp_path / "data.csv").write_text("a,b")
-        assert "unknown file type" in fault(str(tmp_path / "data.csv"))
+        assert "unknown file type" in read_error(str(tmp_path / "data.csv"))
 
     def test_error_of_invalid_json_names_file_and_line(self, tmp_path: Path) -> None:
         path = tmp_path / "data.jsonl"
@@ -233,20 +234,20 @@ class TestBadInput:
             (json.dumps(GOOD) + "\n") * 6 + '{"instruction": "a", \n' + json.dumps(GOOD),
             encoding="utf-8",
         )
-        message = fault(str(path))
+        message = read_error(str(path))
         assert f"{path} line 7 is not valid JSON" in message and "fix that line" in message
         (tmp_path / "data.json").write_text('[\n{"instruction": "a",\n "output": }\n]')
-        assert "line 3 column" in fault(str(tmp_path / "data.json"))
+        assert "line 3 column" in read_error(str(tmp_path / "data.json"))
         (tmp_path / "lines.json").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n")
-        assert ".jsonl" in fault(str(tmp_path / "lines.json"))
+        assert ".jsonl" in read_error(str(tmp_path / "lines.json"))
 
     @pytest.mark.parametrize("line", ["[" * 100_000, '{"instruction": ' + "9" * 5000 + "}"])
     def test_json_beyond_the_parsers_limits_is_an_error(self, tmp_path: Path, line: str) -> None:
         (tmp_path / "data.jsonl").write_text(line)
-        assert "line 1" in fault(str(tmp_path / "data.jsonl"))
+        assert "line 1" in read_error(str(tmp_path / "data.jsonl"))
 
     def test_error_of_a_missing_output_names_fields_and_remedy(self, tmp_path: Path) -> None:
-        message = fault(jsonl(tmp_path, GOOD, {"instruction": "a", "text": "b"}))
+        message = read_error(jsonl(tmp_path, GOOD, {"instruction": "a", "text": "b"}))
         assert (
             "line 2" in message
             and "instruction, text" in message
@@ -254,13 +255,13 @@ class TestBadInput:
         )
 
     def test_error_of_an_unknown_format_names_fields_and_remedy(self, tmp_path: Path) -> None:
-        message = fault(jsonl(tmp_path, {"q": "a", "a": "b"}))
+        message = read_error(jsonl(tmp_path, {"q": "a", "a": "b"}))
         assert "line 1" in message and "q, a" in message and "data.fields" in message
 
-    @pytest.mark.parametrize("ours", ["id", "instruction", "input", "output"])
-    def test_error_names_a_missing_mapped_field(self, tmp_path: Path, ours: str) -> None:
-        message = fault(jsonl(tmp_path, GOOD), fields={ours: "contxt"})
-        assert "'contxt'" in message and f"data.fields.{ours}" in message
+    @pytest.mark.parametrize("field", ["id", "instruction", "input", "output"])
+    def test_error_names_a_missing_mapped_field(self, tmp_path: Path, field: str) -> None:
+        message = read_error(jsonl(tmp_path, GOOD), fields={field: "contxt"})
+        assert "'contxt'" in message and f"data.fields.{field}" in message
 
     @pytest.mark.parametrize(
         "change",
@@ -284,11 +285,11 @@ class TestBadInput:
     def test_values_other_than_text_are_refused(
         self, tmp_path: Path, change: dict[str, Any]
     ) -> None:
-        assert "line 2" in fault(jsonl(tmp_path, GOOD, {**GOOD, **change}))
+        assert "line 2" in read_error(jsonl(tmp_path, GOOD, {**GOOD, **change}))
 
     @pytest.mark.parametrize("record", [[1], "text", 5, None])
     def test_records_other_than_objects_are_refused(self, tmp_path: Path, record: Any) -> None:
-        assert "line 1" in fault(jsonl(tmp_path, record))
+        assert "line 1" in read_error(jsonl(tmp_path, record))
 
     @pytest.mark.parametrize(
         "turns",
@@ -305,16 +306,16 @@ class TestBadInput:
         ],
     )
     def test_conversations_without_an_answer_are_refused(self, tmp_path: Path, turns: Any) -> None:
-        assert "line 1" in fault(jsonl(tmp_path, {"messages": turns}))
+        assert "line 1" in read_error(jsonl(tmp_path, {"messages": turns}))
 
     def test_error_names_the_field_that_a_requested_format_lacks(self, tmp_path: Path) -> None:
-        assert "data.fields.messages" in fault(jsonl(tmp_path, GOOD), format="messages")
+        assert "data.fields.messages" in read_error(jsonl(tmp_path, GOOD), format="messages")
 
     def test_invalid_utf8_and_parquet_are_errors(self, tmp_path: Path) -> None:
         (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xe9\n")
-        assert "UTF-8" in fault(str(tmp_path / "latin.jsonl"))
+        assert "UTF-8" in read_error(str(tmp_path / "latin.jsonl"))
         (tmp_path / "data.parquet").write_bytes(b"PAR0" * 8)
-        assert "Parquet" in fault(str(tmp_path / "data.parquet"))
+        assert "Parquet" in read_error(str(tmp_path / "data.parquet"))
 
     def test_unreachable_hub_data_set_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
@@ -323,13 +324,13 @@ class TestBadInput:
             raise ConnectionError(f"Couldn't reach {name}\nsecond line")
 
         monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        message = fault("someone/some-set", hub_split="train")
+        message = read_error("someone/some-set", hub_split="train")
         assert "'someone/some-set'" in message and "network" in message and ".jsonl" in message
 
     def test_hub_data_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import datasets
 
-        def found(name: str, subset: str | None, *, split: str, revision: str | None) -> Any:
+        def load_dataset(name: str, subset: str | None, *, split: str, revision: str | None) -> Any:
             assert (name, subset, split, revision) == (
                 "someone/some-set",
                 "small",
@@ -338,7 +339,7 @@ class TestBadInput:
             )
             return datasets.Dataset.from_list([GOOD, {**GOOD, "output": "4"}])
 
-        monkeypatch.setattr(datasets, "load_dataset", found)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         samples = list(
             read_samples(
                 "someone/some-set", hub_subset="small", hub_split="test", hub_revision="a1b2c3"
@@ -359,12 +360,12 @@ RECORDS = st.fixed_dictionaries(
 def test_sample_files_round_trip(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
 ) -> None:
-    def places() -> Iterator[tuple[str, Any]]:
+    def numbered_records() -> Iterator[tuple[str, Any]]:
         yield from (
             (f"here record {number}", record) for number, record in enumerate([GOOD, *records], 1)
         )
 
-    samples = list(samples_from_records(places(), "here", "auto", {}))
+    samples = list(samples_from_records(numbered_records(), "here", "auto", {}))
     assert len({sample.id for sample in samples}) == len(samples)
     path = tmp_path_factory.mktemp("lines") / "train.jsonl"
     path.write_text("".join(sample.to_json() + "\n" for sample in samples), encoding="utf-8")
@@ -415,7 +416,9 @@ def test_warning_names_an_ignored_system_field(
 
 
 def test_truncated_reference_round_trips(tmp_path: Path) -> None:
-    cut, whole = Sample("a", "b", "", ("c",), ended=False), Sample("d", "e", "", ("f",))
+    truncated, complete = Sample("a", "b", "", ("c",), ended=False), Sample("d", "e", "", ("f",))
     path = tmp_path / "train.jsonl"
-    path.write_text(f"{cut.to_json()}\n{whole.to_json()}\n")
-    assert list(read_sample_file(path)) == [cut, whole] and "ended" not in whole.to_json()
+    path.write_text(f"{truncated.to_json()}\n{complete.to_json()}\n")
+    assert (
+        list(read_sample_file(path)) == [truncated, complete] and "ended" not in complete.to_json()
+    )

@@ -78,8 +78,8 @@ def test_chat_uses_the_tokenizers_template(tokenizer: Any) -> None:
         {"role": "assistant", "content": "3"},
         {"role": "user", "content": "And twice that?"},
     ]
-    own = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    assert template.token_ids(WITH_HISTORY) == own
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert template.token_ids(WITH_HISTORY) == expected
 
 
 def test_chat_prompts_do_not_change_with_the_day() -> None:
@@ -155,7 +155,7 @@ class TestJinja:
 
 
 class TestSpecialTokens:
-    def closing(self, single: str) -> Any:
+    def tokenizer_with_template(self, single: str) -> Any:
         tokenizer = tiny_models.make_tokenizer()
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
             single=single,
@@ -167,16 +167,20 @@ class TestSpecialTokens:
         return tokenizer
 
     def test_tokenizers_bos_is_kept_and_its_eos_removed(self) -> None:
-        bare = load_template("plain", tiny_models.make_tokenizer()).token_ids(PLAIN)
-        marked = load_template("plain", self.closing(f"{tiny_models.PAD} $A {tiny_models.EOS}"))
-        assert marked.token_ids(PLAIN) == [1, *bare]
-        assert marked.token_ids_batch([PLAIN, WITH_INPUT]) == [
-            marked.token_ids(PLAIN),
-            marked.token_ids(WITH_INPUT),
+        without_special_tokens = load_template("plain", tiny_models.make_tokenizer()).token_ids(
+            PLAIN
+        )
+        template = load_template(
+            "plain", self.tokenizer_with_template(f"{tiny_models.PAD} $A {tiny_models.EOS}")
+        )
+        assert template.token_ids(PLAIN) == [1, *without_special_tokens]
+        assert template.token_ids_batch([PLAIN, WITH_INPUT]) == [
+            template.token_ids(PLAIN),
+            template.token_ids(WITH_INPUT),
         ]
 
     def test_chat_ids_have_only_the_templates_special_tokens(self) -> None:
-        tokenizer = self.closing(f"{tiny_models.PAD} $A {tiny_models.EOS}")
+        tokenizer = self.tokenizer_with_template(f"{tiny_models.PAD} $A {tiny_models.EOS}")
         tokenizer.chat_template = tiny_models.CHAT_TEMPLATE
         ids = load_template("chat", tokenizer).token_ids(PLAIN)
         assert 0 not in ids and 1 not in ids

@@ -33,16 +33,16 @@ TEXTS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=30)
 @given(TEXTS)
 def test_token_bytes_join_to_the_text(text: str) -> None:
     for tokenizer, space in ((BYTE_LEVEL, ""), (SENTENCE_PIECE, " ")):
-        pieces = token_bytes_of(tokenizer)
+        pieces = cached_token_bytes(tokenizer)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert b"".join(pieces[token] for token in ids).decode() == (space + text if text else "")
 
 
-KNOWN: dict[int, list[bytes]] = {}
+TOKEN_BYTES: dict[int, list[bytes]] = {}
 
 
-def token_bytes_of(tokenizer: Any) -> list[bytes]:
-    return KNOWN.setdefault(id(tokenizer), token_bytes(tokenizer))
+def cached_token_bytes(tokenizer: Any) -> list[bytes]:
+    return TOKEN_BYTES.setdefault(id(tokenizer), token_bytes(tokenizer))
 
 
 def cut(text: bytes, places: list[int]) -> list[bytes]:
@@ -52,15 +52,15 @@ def cut(text: bytes, places: list[int]) -> list[bytes]:
 
 @given(st.binary(max_size=20), st.lists(st.integers(0, 99)), st.lists(st.integers(0, 99)))
 def test_spans_are_minimal_and_hold_equal_text(
-    text: bytes, first: list[int], second: list[int]
+    text: bytes, first_cuts: list[int], second_cuts: list[int]
 ) -> None:
-    first_pieces, second_pieces = cut(text, first), cut(text, second)
-    left, right = common_spans(first_pieces, second_pieces)
-    assert set(left) == set(right) == set(range(len(set(left))))
-    for span in set(left):
+    first_pieces, second_pieces = cut(text, first_cuts), cut(text, second_cuts)
+    first_spans, second_spans = common_spans(first_pieces, second_pieces)
+    assert set(first_spans) == set(second_spans) == set(range(len(set(first_spans))))
+    for span in set(first_spans):
         first_span, second_span = (
-            [piece for piece, at in zip(side, index, strict=True) if at == span]
-            for side, index in ((first_pieces, left), (second_pieces, right))
+            [piece for piece, number in zip(pieces, spans, strict=True) if number == span]
+            for pieces, spans in ((first_pieces, first_spans), (second_pieces, second_spans))
         )
         assert b"".join(first_span) == b"".join(second_span)
         ends = [
@@ -122,11 +122,11 @@ def test_teacher_view_equals_the_teachers_tokenization(
     split: TokenizedSplit, tmp_path: Path, packed: bool
 ) -> None:
     teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
-    translator = TeacherRetokenizer(
+    retokenizer = TeacherRetokenizer(
         BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=packed
     )
     rows = [2, 0, 1]
-    batch = translator(split, collate(split, rows, 1, packed=packed))
+    batch = retokenizer(split, collate(split, rows, 1, packed=packed))
     assert batch.teacher_view is not None
     teacher_batch, expected = (
         batch.teacher_view.batch,
@@ -148,21 +148,24 @@ def test_teacher_view_equals_the_teachers_tokenization(
         == set(teacher_spans.tolist())
         == set(range(batch.teacher_view.num_spans))
     )
-    left, right = token_bytes_of(BYTE_LEVEL), token_bytes_of(SENTENCE_PIECE)
+    student_bytes, teacher_bytes = (
+        cached_token_bytes(BYTE_LEVEL),
+        cached_token_bytes(SENTENCE_PIECE),
+    )
     for span in range(batch.teacher_view.num_spans):
         student_tokens, teacher_tokens = (
             batch.labels[student_spans == span].tolist(),
             teacher_batch.labels[teacher_spans == span].tolist(),
         )
         texts = (
-            b"".join(left[token] for token in student_tokens),
-            b"".join(right[token] for token in teacher_tokens),
+            b"".join(student_bytes[token] for token in student_tokens),
+            b"".join(teacher_bytes[token] for token in teacher_tokens),
         )
-        ends = (student_tokens, teacher_tokens) == (
+        is_eos = (student_tokens, teacher_tokens) == (
             [BYTE_LEVEL.eos_token_id],
             [SENTENCE_PIECE.eos_token_id],
         )
-        assert ends or texts[0].strip() == texts[1].strip()
+        assert is_eos or texts[0].strip() == texts[1].strip()
     assert batch.teacher_view.to(batch.labels.device).num_spans == batch.teacher_view.num_spans
 
 
@@ -171,10 +174,10 @@ def test_tokens_beyond_the_teachers_limit_have_no_span(
 ) -> None:
     teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
     longest = int(teacher_split.prompt_tokens[3]) + 10
-    translator = TeacherRetokenizer(
+    retokenizer = TeacherRetokenizer(
         BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=longest, packed=False
     )
-    batch = translator(split, collate(split, [3], 1))
+    batch = retokenizer(split, collate(split, [3], 1))
     assert batch.teacher_view is not None
     student_spans, teacher_spans = (
         batch.teacher_view.student_spans,
@@ -190,14 +193,15 @@ def test_generated_responses_and_empty_batches_are_retokenized(
     split: TokenizedSplit, tmp_path: Path
 ) -> None:
     teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
-    translator = TeacherRetokenizer(
+    retokenizer = TeacherRetokenizer(
         BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=False
     )
-    half = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][:-1]  # ends within a character
-    written = GeneratedBatch.from_responses(
-        split, np.array([1]), [half], eos_id=0, max_length=99, allowed=np.ones(400, bool)
+    # The response ends within a character.
+    partial = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][:-1]
+    generated = GeneratedBatch.from_responses(
+        split, np.array([1]), [partial], eos_id=0, max_length=99, allowed=np.ones(400, bool)
     )
-    batch = translator(written, collate(written, [0], 1))
+    batch = retokenizer(generated, collate(generated, [0], 1))
     assert batch.teacher_view is not None
     size = int(teacher_split.prompt_tokens[1])
     assert (
@@ -208,7 +212,7 @@ def test_generated_responses_and_empty_batches_are_retokenized(
         batch.teacher_view.student_spans.tolist() == [0, -1, -1]
         and batch.teacher_view.teacher_spans[0] == 0
     )
-    empty = translator(split, collate(split, [], 1))
+    empty = retokenizer(split, collate(split, [], 1))
     assert (
         empty.teacher_view is not None
         and not len(empty.teacher_view.batch.labels)
@@ -219,12 +223,12 @@ def test_generated_responses_and_empty_batches_are_retokenized(
 def test_first_token_after_an_empty_prompt_has_no_span(split: TokenizedSplit) -> None:
     ids = BYTE_LEVEL("the quick", add_special_tokens=False)["input_ids"]
     texts = [np.array([*ids, 0], np.uint32)]
-    bare = GeneratedBatch(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
+    generated = GeneratedBatch(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
     prompts: Any = {
         "train": SimpleNamespace(tokens=lambda row: np.empty(0, np.uint32), prompt_tokens=[0])
     }
     batch = TeacherRetokenizer(BYTE_LEVEL, SENTENCE_PIECE, prompts, max_length=None, packed=False)(
-        bare, collate(bare, [0], 1)
+        generated, collate(generated, [0], 1)
     )
     assert batch.teacher_view is not None
     student_spans, teacher_spans = (

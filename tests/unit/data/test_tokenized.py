@@ -26,14 +26,14 @@ TOKENIZER_PAD_EOS.pad_token = TOKENIZER_PAD_EOS.eos_token
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=60)
 
 
-def encoder(tokenizer: Any = TOKENIZER, **options: Any) -> SampleTokenizer:
+def make_sample_tokenizer(tokenizer: Any = TOKENIZER, **options: Any) -> SampleTokenizer:
     return SampleTokenizer(
         tokenizer,
         PromptConfig(**{"template": "plain", "max_prompt_tokens": 16, "max_length": 32, **options}),
     )
 
 
-def make(count: int, *, words: int = 3) -> list[Sample]:
+def make_samples(count: int, *, words: int = 3) -> list[Sample]:
     return [
         Sample(f"s{n}", f"Say {n}.", "x" * (n % 7), (f"answer {n} " * words,)) for n in range(count)
     ]
@@ -42,30 +42,34 @@ def make(count: int, *, words: int = 3) -> list[Sample]:
 @given(TEXT, TEXT, st.integers(1, 40), st.integers(1, 40), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_a_sample_is_prompt_response_and_eos(
-    instruction: str, answer: str, limit: int, room: int, pad_is_eos: bool
+    instruction: str, answer: str, prompt_limit: int, response_limit: int, pad_is_eos: bool
 ) -> None:
     tokenizer = TOKENIZER_PAD_EOS if pad_is_eos else TOKENIZER
-    sample_tokenizer = encoder(tokenizer, max_prompt_tokens=limit, max_length=limit + room)
+    sample_tokenizer = make_sample_tokenizer(
+        tokenizer, max_prompt_tokens=prompt_limit, max_length=prompt_limit + response_limit
+    )
     sample = Sample("s", instruction, "", (answer, "another reference"))
     encoded = sample_tokenizer.tokenize(sample)
     prompt = tokenizer(instruction)["input_ids"]
     response = tokenizer(answer, add_special_tokens=False)["input_ids"]
     assert (
         sample_tokenizer.tokenize_prompt(sample)
-        == prompt[:limit]
+        == prompt[:prompt_limit]
         == encoded.ids[: encoded.prompt_tokens]
     )
-    assert encoded.prompt_tokens == min(len(prompt), limit)
-    complete = [*prompt[:limit], *response, tokenizer.eos_token_id]
-    assert encoded.ids == complete[: limit + room]
-    assert encoded.truncated == (len(prompt) > limit or len(complete) > limit + room)
+    assert encoded.prompt_tokens == min(len(prompt), prompt_limit)
+    complete = [*prompt[:prompt_limit], *response, tokenizer.eos_token_id]
+    assert encoded.ids == complete[: prompt_limit + response_limit]
+    assert encoded.truncated == (
+        len(prompt) > prompt_limit or len(complete) > prompt_limit + response_limit
+    )
     assert sample_tokenizer.tokenize_many([sample]) == [encoded]
 
 
 def test_max_length_is_inclusive() -> None:
     fits = Sample("s", "a" * 16, "", ("b" * 15,))  # bytes without merges: 16 + 15 + EOS = 32
     one_more = Sample("s", "a" * 16, "", ("b" * 16,))
-    sample_tokenizer = encoder()
+    sample_tokenizer = make_sample_tokenizer()
     assert (
         len(sample_tokenizer.tokenize(fits).ids) == 32
         and not sample_tokenizer.tokenize(fits).truncated
@@ -79,19 +83,19 @@ def test_max_length_is_inclusive() -> None:
     "sample", [Sample("long-one", "a" * 17, "", ("b",)), Sample("long-one", "a", "", ("b" * 40,))]
 )
 def test_overlong_samples_are_truncated_dropped_or_refused(sample: Sample) -> None:
-    assert encoder().tokenize_many([sample])[0] is not None
-    assert encoder(overlong="drop").tokenize_many([sample]) == [None]
+    assert make_sample_tokenizer().tokenize_many([sample])[0] is not None
+    assert make_sample_tokenizer(overlong="drop").tokenize_many([sample]) == [None]
     with pytest.raises(
         DataError,
         match=r"long-one has \d+ prompt tokens \(limit 16\) and \d+ in all \(limit 32\): raise",
     ):
-        encoder(overlong="error").tokenize_many([sample])
+        make_sample_tokenizer(overlong="error").tokenize_many([sample])
 
 
 def test_prompts_are_truncated_and_counted_but_never_dropped() -> None:
     samples = [Sample(f"s{n}", "a" * n, "", ("b",)) for n in (16, 17, 20)]
     for overlong in ("truncate", "drop"):
-        sample_tokenizer = encoder(overlong=overlong)
+        sample_tokenizer = make_sample_tokenizer(overlong=overlong)
         assert sample_tokenizer.tokenize_prompts(samples) == (
             [sample_tokenizer.tokenize_prompt(sample) for sample in samples],
             2,
@@ -99,19 +103,19 @@ def test_prompts_are_truncated_and_counted_but_never_dropped() -> None:
     with pytest.raises(
         DataError, match=r"s17 has 17 prompt tokens \(limit 16\): raise prompt\.max_prompt_tokens"
     ):
-        encoder(overlong="error").tokenize_prompts(samples)
-    assert encoder(overlong="error").tokenize_prompts(samples[:1])[1] == 0
+        make_sample_tokenizer(overlong="error").tokenize_prompts(samples)
+    assert make_sample_tokenizer(overlong="error").tokenize_prompts(samples[:1])[1] == 0
 
 
 def test_empty_prompt_is_refused(tmp_path: Path) -> None:
     """Scoring and generation start after a prompt, and engines refuse an empty one."""
     path = tmp_path / "input-only.jinja"
     path.write_text("{{ input }}")
-    sample_tokenizer, sample = encoder(template=str(path)), make(1)[0]
+    sample_tokenizer, sample = make_sample_tokenizer(template=str(path)), make_samples(1)[0]
     for encode in (
         sample_tokenizer.tokenize,
         sample_tokenizer.tokenize_prompt,
-        lambda one: sample_tokenizer.tokenize_many([one]),
+        lambda sample: sample_tokenizer.tokenize_many([sample]),
     ):
         with pytest.raises(
             DataError,
@@ -127,8 +131,8 @@ def test_only_the_prompt_gets_the_tokenizers_bos() -> None:
         single=f"{tiny_models.PAD} $A {tiny_models.EOS}",
         special_tokens=[(tiny_models.EOS, 0), (tiny_models.PAD, 1)],
     )
-    encoded = encoder(tokenizer).tokenize(Sample("s", "ab", "", ("cd",)))
-    bare = encoder().tokenize(Sample("s", "ab", "", ("cd",)))
+    encoded = make_sample_tokenizer(tokenizer).tokenize(Sample("s", "ab", "", ("cd",)))
+    bare = make_sample_tokenizer().tokenize(Sample("s", "ab", "", ("cd",)))
     assert encoded.ids == [1, *bare.ids] and encoded.ids.count(0) == encoded.ids.count(1) == 1
 
 
@@ -136,20 +140,20 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS token.*set eos_token"):
-        encoder(tokenizer)
+        make_sample_tokenizer(tokenizer)
 
 
 def test_split_on_disk_equals_its_samples(tmp_path: Path) -> None:
-    samples = make(1200)  # more than one chunk
+    samples = make_samples(1200)  # more than one chunk
     samples[700] = Sample("s700", "Say.", "", ("word " * 50,))
-    sample_tokenizer = encoder(overlong="drop", max_length=80)
+    sample_tokenizer = make_sample_tokenizer(overlong="drop", max_length=80)
     counts = write_tokenized_split(iter(samples), sample_tokenizer, tmp_path, "train")
-    kept = [sample for sample in samples if sample.id != "s700"]
+    expected_samples = [sample for sample in samples if sample.id != "s700"]
     split = TokenizedSplit.open(tmp_path, "train")
     assert counts.samples == len(split) == 1199 and counts.dropped == 1 and counts.truncated == 0
-    assert [name.decode() for name in split.ids] == [sample.id for sample in kept]
-    assert list(read_sample_file(tmp_path / "train.jsonl")) == kept
-    for row, sample in enumerate(kept):
+    assert [name.decode() for name in split.ids] == [sample.id for sample in expected_samples]
+    assert list(read_sample_file(tmp_path / "train.jsonl")) == expected_samples
+    for row, sample in enumerate(expected_samples):
         expected = sample_tokenizer.tokenize(sample)
         assert split.tokens(row).tolist() == expected.ids
         assert split.prompt_tokens[row] == expected.prompt_tokens and split.total_tokens[
@@ -161,7 +165,7 @@ def test_split_on_disk_equals_its_samples(tmp_path: Path) -> None:
 
 
 def test_an_empty_split_can_be_written_and_opened(tmp_path: Path) -> None:
-    counts = write_tokenized_split(iter(()), encoder(), tmp_path, "test")
+    counts = write_tokenized_split(iter(()), make_sample_tokenizer(), tmp_path, "test")
     split = TokenizedSplit.open(tmp_path, "test")
     assert counts.samples == len(split) == 0 and len(split.rows_of([])) == 0
     with pytest.raises(ArtifactError, match="sample x is not in"):
@@ -174,8 +178,8 @@ def test_rows_are_found_by_id(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], count: int
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
-    samples = make(40)
-    write_tokenized_split((samples[n] for n in order), encoder(), folder, "train")
+    samples = make_samples(40)
+    write_tokenized_split((samples[n] for n in order), make_sample_tokenizer(), folder, "train")
     split = TokenizedSplit.open(folder, "train")
     requested_ids = [f"s{n}" for n in range(count)]
     rows = split.rows_of(requested_ids)
@@ -189,16 +193,16 @@ def test_rows_are_found_by_id(
 
 
 def test_a_missing_id_is_named(tmp_path: Path) -> None:
-    write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
+    write_tokenized_split(iter(make_samples(3)), make_sample_tokenizer(), tmp_path, "train")
     split = TokenizedSplit.open(tmp_path, "train")
-    for missing in ("nobody", "", "zzzz", "s1-longer-than-any"):
+    for missing in ("unknown", "", "zzzz", "s1-longer-than-any"):
         with pytest.raises(ArtifactError, match=f"sample {missing} is not in"):
             split.rows_of(["s1", missing])
 
 
 @pytest.mark.parametrize("part", ["ids.npy", "index.npy", "tokens.bin"])
 def test_a_missing_file_is_named(tmp_path: Path, part: str) -> None:
-    write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
+    write_tokenized_split(iter(make_samples(3)), make_sample_tokenizer(), tmp_path, "train")
     (tmp_path / f"train.{part}").unlink()
     with pytest.raises(ArtifactError, match=f"train.{part} is missing: run `pocl preprocess`"):
         TokenizedSplit.open(tmp_path, "train")
@@ -206,14 +210,14 @@ def test_a_missing_file_is_named(tmp_path: Path, part: str) -> None:
 
 def test_ids_may_use_any_alphabet(tmp_path: Path) -> None:
     samples = [Sample(name, "Say.", "", ("a",)) for name in ("é" * 64, "日本", "b", "-")]
-    write_tokenized_split(iter(samples), encoder(), tmp_path, "train")
+    write_tokenized_split(iter(samples), make_sample_tokenizer(), tmp_path, "train")
     split = TokenizedSplit.open(tmp_path, "train")
     assert split.rows_of([sample.id for sample in samples]).tolist() == [0, 1, 2, 3]
 
 
 @given(st.integers(0, 30), st.integers(1, 7))
 def test_chunks_hold_every_item(count: int, size: int) -> None:
-    samples = make(count)
+    samples = make_samples(count)
     lists = list(in_chunks(iter(samples), size))
     assert [sample for part in lists for sample in part] == samples
     assert all(len(part) == size for part in lists[:-1])
@@ -221,7 +225,7 @@ def test_chunks_hold_every_item(count: int, size: int) -> None:
 
 def test_tokenizing_streams_its_samples(tmp_path: Path) -> None:
     """5,000 samples of 16 kB are 80 MB of text, of which one chunk is in memory."""
-    sample_tokenizer = encoder()
+    sample_tokenizer = make_sample_tokenizer()
     sample_tokenizer.template = _Instruction(sample_tokenizer.template)
     long = (
         Sample(f"s{n}", "Say.", "", ("word",), (("user", str(n) + "x" * 16_384),))
@@ -276,12 +280,12 @@ def test_find_disallowed_token(tmp_path: Path) -> None:
 
 
 def test_truncated_reference_gets_no_eos() -> None:
-    encoder = SampleTokenizer(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
-    complete = encoder.tokenize(Sample("a", "Say it.", "", ("It is",)))
-    cut = encoder.tokenize(Sample("a", "Say it.", "", ("It is",), ended=False))
-    assert [*cut.ids, 0] == complete.ids and cut.prompt_tokens == complete.prompt_tokens
-    assert encoder.tokenize(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, (
-        "something must be learnt from"
+    sample_tokenizer = SampleTokenizer(tiny_models.make_tokenizer(), PromptConfig(template="plain"))
+    complete = sample_tokenizer.tokenize(Sample("a", "Say it.", "", ("It is",)))
+    truncated = sample_tokenizer.tokenize(Sample("a", "Say it.", "", ("It is",), ended=False))
+    assert [*truncated.ids, 0] == complete.ids and truncated.prompt_tokens == complete.prompt_tokens
+    assert sample_tokenizer.tokenize(Sample("a", "Say it.", "", ("",), ended=False)).ids[-1] == 0, (
+        "a sample needs a loss token"
     )
 
 
@@ -290,12 +294,12 @@ def test_full_disk_raises(part: str, tmp_path: Path) -> None:
     """`ndarray.tofile` misses a full disk, or raises an error without an errno."""
     (tmp_path / f"train.{part}").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
-        write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
+        write_tokenized_split(iter(make_samples(3)), make_sample_tokenizer(), tmp_path, "train")
     assert caught.value.errno == errno.ENOSPC
 
 
 def test_truncated_token_file_is_damaged(tmp_path: Path) -> None:
-    write_tokenized_split(iter(make(3)), encoder(), tmp_path, "train")
+    write_tokenized_split(iter(make_samples(3)), make_sample_tokenizer(), tmp_path, "train")
     complete = (tmp_path / "train.tokens.bin").read_bytes()
     (tmp_path / "train.tokens.bin").write_bytes(complete[:-8])
     tokens = len(complete) // 4

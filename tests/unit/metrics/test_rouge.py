@@ -93,7 +93,7 @@ def test_every_character_alone() -> None:
     points = [chr(i) for i in range(0x110000) if not 0xD800 <= i <= 0xDFFF]
     for start in range(0, len(points), 4096):
         text = "".join(f"ab{c}cd " for c in points[start : start + 4096])
-        assert rouge._StemNumbers().numbers_of(text) == _numbered(text)
+        assert rouge._StemNumbers().stem_numbers(text) == _numbered(text)
 
 
 def _numbered(text: str) -> list[int]:

@@ -17,7 +17,7 @@ from pocl_ds.config import LoraConfig
 from pocl_ds.models.cost import activation_bytes, model_shape
 from pocl_ds.models.heads import hidden_states, output_head
 from pocl_ds.models.load import set_dropout
-from pocl_ds.models.lora import add_adapters, trained_parameters
+from pocl_ds.models.lora import add_adapters, count_trainable_parameters
 
 LENGTHS = (31, 17, 48)
 SMALL = {"vocab_size": 300, "max_position_embeddings": 64}
@@ -132,11 +132,14 @@ def test_activation_bytes_with_adapters(name: str) -> None:
     model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="per_sample").train()
     assert (
         model_shape(config).adapters == 0
-        and model_shape(config).trained == model_shape(config).parameters
+        and model_shape(config).trainable_parameters == model_shape(config).parameters
     )
     add_adapters(model, lora, 0)
     shape = model_shape(config, lora)
-    assert (shape.trained, shape.parameters + shape.adapters) == trained_parameters(model)
+    assert (
+        shape.trainable_parameters,
+        shape.parameters + shape.adapters,
+    ) == count_trainable_parameters(model)
     assert shape.parameters == model_shape(config).parameters
     measured = activation_bytes(
         config, LENGTHS, dtype=torch.float32, attention="per_sample", checkpointing=False, lora=lora

@@ -146,7 +146,7 @@ def test_step_flops_are_six_a_student_weight_and_two_a_teacher_weight() -> None:
 
 def test_slow_network_bounds_a_step() -> None:
     device, setup = GPUS["h100-80g"], TrainingSetup(8)
-    arguments: dict[str, Any] = {"utilisation": 0.4, "max_new_tokens": 256, "sequences": 64}
+    arguments: dict[str, Any] = {"utilization": 0.4, "max_new_tokens": 256, "sequences": 64}
 
     def times(speed: float, mode: str = "online") -> list[estimate.StepTime]:
         return estimate.step_times(

@@ -39,7 +39,7 @@ def fill(
         for count in split.loss_tokens
     ]
     for number in range(shards):
-        shard = CacheShard.of_split(folder, split, number, shards, width, dtype)
+        shard = CacheShard.for_split(folder, split, number, shards, width, dtype)
         shard.allocate()
         stream = os.open(shard.path, os.O_WRONLY)
         checksums = {row: shard.write(stream, row, states[row]) for row in reversed(shard.rows)}
@@ -121,7 +121,7 @@ def test_a_full_disk_shows_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = write_split(tmp_path, [(2, 3)])
-    shard = CacheShard.of_split(tmp_path, split, 0, 1, 5, "float32")
+    shard = CacheShard.for_split(tmp_path, split, 0, 1, 5, "float32")
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

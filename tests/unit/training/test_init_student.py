@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from pocl_ds.config import LossConfig, Recipe, StudentConfig, TrainConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models.load import load_model, resolve_pinned_model
-from pocl_ds.teachers import cache_writer
+from pocl_ds.teachers import cache_step
 from pocl_ds.training.init_student import init_student
 from pocl_ds.workflow.pipeline import run_in_process
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
@@ -111,7 +111,7 @@ def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
     ]
     sources: list[Any] = []
     monkeypatch.setattr(
-        cache_writer,
+        cache_step,
         "cache_teacher",
         lambda run, **arguments: sources.extend((arguments["student"], arguments["teacher"])),
     )

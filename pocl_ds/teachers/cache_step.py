@@ -1,0 +1,196 @@
+"""The step cache-teacher: the teacher reads each sample once, and its outputs are stored for all
+stages and epochs: hidden states, or with teacher.mode=cached_topk records of its largest
+probabilities (docs/method.md, eq. 19).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig
+from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.engines.deepspeed_engine import start_deepspeed
+from pocl_ds.errors import RecipeError
+from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.models.dtypes import resolve_dtype
+from pocl_ds.models.load import load_model_config, resolve_model
+from pocl_ds.models.quantization import check_quantized_teacher
+from pocl_ds.models.vocab import VocabMap, align_model_vocabularies
+from pocl_ds.runtime import distributed
+from pocl_ds.teachers.cache import STEP, CacheShard
+from pocl_ds.teachers.cache_writer import CacheWriter
+from pocl_ds.teachers.mode_selection import TeacherUsage
+from pocl_ds.workflow.manifest import read_manifest, write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+
+log = logging.getLogger("pocl_ds")
+
+SPLITS = ("train", "validation")
+
+
+def cache_teacher(
+    run: RunDirectory,
+    *,
+    teacher: TeacherConfig,
+    student: StudentConfig,
+    config: TeacherCacheConfig,
+    usage: TeacherUsage,
+    fingerprint: str,
+    shard: int | None = None,
+) -> None:
+    """Write teacher_cache/: the teacher's outputs at the loss tokens of the training and validation
+    samples, and its head. Finished shards are not written again.
+
+    All ranks call it together; each computes its share of a shard. shard: write only this shard of
+    each split. With teacher.mode=auto the ranks first measure whether a cache saves time. Raises
+    RecipeError for a shard that does not exist or a `top_k` that is too large, ResourceError for a
+    full disk.
+    """
+    # Return if the step is finished, and check the settings.
+    manifest = read_manifest(run.teacher_cache)
+    if manifest and manifest.fingerprint == fingerprint:
+        return
+    _check_shard(shard, config.shards)
+    if distributed.world_size() > 1:
+        start_deepspeed()
+    path, student_path = resolve_model(teacher), resolve_model(student)
+    check_quantized_teacher(teacher, _model_config(path, teacher))
+
+    # Divide the splits into shards, whose sizes follow from the tokenized data alone.
+    splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
+    vocab = VocabMap.from_alignment(align_model_vocabularies(teacher, path, student, student_path))
+    codec = None
+    if teacher.mode == "cached_topk":
+        codec = TopKCodec(config.top_k, vocab.size, usage.temperatures)
+        codec.validate(int(vocab.allowed.sum()))
+    shards = _plan_shards(run, splits, config.shards, _token_layout(path, teacher, codec))
+    unfinished = distributed.broadcast_object(
+        [
+            cache_shard
+            for cache_shard in shards
+            if shard in (None, cache_shard.number)
+            and cache_shard.finished_manifest(fingerprint) is None
+        ]
+    )
+
+    # Write the unfinished shards, and the step's manifest once all shards are finished.
+    info: dict[str, Any] = {"mode": "cached_hidden_states"}
+    if codec:
+        info = {"mode": "cached_topk", "top_k": asdict(codec)}
+    if unfinished:
+        writer = CacheWriter(run, teacher, student, (path, student_path), vocab, codec, config)
+        info |= writer.write(splits, shards, unfinished, usage, fingerprint)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        required = [] if info["mode"] == "online" else shards
+        if all(cache_shard.finished_manifest(fingerprint) for cache_shard in required):
+            _finish_cache(run, required, info, fingerprint)
+    distributed.barrier()
+
+
+def _check_shard(shard: int | None, count: int) -> None:
+    if shard is not None and not 0 <= shard < count:
+        raise RecipeError(
+            f"shard {shard} does not exist: teacher_cache.shards={count}, choose 0 to {count - 1}"
+        )
+
+
+def _model_config(path: str, teacher: TeacherConfig) -> Any:
+    return load_model_config(
+        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
+    )
+
+
+def _token_layout(path: str, teacher: TeacherConfig, codec: TopKCodec | None) -> tuple[int, str]:
+    """Width and dtype of one token's outputs."""
+    if codec:
+        return codec.bytes, "uint8"
+    # The width of the head's input; OPT projects before its head.
+    config = _model_config(path, teacher)
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return int(width), resolve_dtype(teacher.dtype)
+
+
+def _plan_shards(
+    run: RunDirectory, splits: Sequence[TokenizedSplit], count: int, layout: tuple[int, str]
+) -> list[CacheShard]:
+    """All shards of all splits."""
+    run.teacher_cache.mkdir(parents=True, exist_ok=True)
+    return [
+        CacheShard.for_split(run.teacher_cache, split, number, count, *layout)
+        for split in splits
+        for number in range(count)
+    ]
+
+
+def _finish_cache(
+    run: RunDirectory, shards: list[CacheShard], info: dict[str, Any], fingerprint: str
+) -> None:
+    """Write the step's manifest, and remove shards of another division. info: its `mode`; the sizes
+    are added.
+    """
+    # Remove the shards of another division.
+    current = {
+        path.name
+        for shard in shards
+        for path in (shard.path, shard.checksum_path, run.teacher_cache / shard.manifest_name)
+    }
+    for path in run.teacher_cache.glob("*-of-*"):
+        if path.name not in current:
+            path.unlink()
+
+    # Sum the sizes.
+    if shards:
+        tokens = int(sum(shard.offsets[-1] for shard in shards))
+        info |= {
+            "shards": shards[-1].count,
+            "width": shards[0].width,
+            "dtype": shards[0].dtype,
+            "tokens": tokens,
+            "bytes": sum(shard.bytes for shard in shards),
+        }
+        log.info(
+            "%s: %.3f GB, %d bytes for each of %d tokens",
+            STEP,
+            info["bytes"] / 1e9,
+            info["bytes"] // max(tokens, 1),
+            tokens,
+        )
+    if info["mode"] == "cached_topk":
+        info["truncation"] = _mean_truncation(shards, info, fingerprint)
+    write_manifest(
+        run.teacher_cache,
+        STEP,
+        fingerprint,
+        info=info,
+        files=sorted((run.teacher_cache / "head").glob("*")),
+    )
+
+
+def _mean_truncation(
+    shards: list[CacheShard], info: dict[str, Any], fingerprint: str
+) -> list[dict[str, float]]:
+    """What top-k records omit per token, at each temperature: probability mass, and KL divergence
+    in nats (see `TopKCodec.truncation_error`).
+    """
+    manifests = [shard.finished_manifest(fingerprint) for shard in shards]
+    sums = np.sum([manifest.info["truncation"] for manifest in manifests if manifest], axis=0)
+    means = sums / max(info["tokens"], 1)
+    truncation = []
+    for temperature, (mass, kl) in zip(info["top_k"]["temperatures"], means.tolist(), strict=True):
+        truncation.append({"temperature": temperature, "mass": mass, "kl": kl})
+        log.info(
+            "%s: at temperature %.2f the top %d leave out a probability of %.4f and %.4f nats per "
+            "token (KL to the records, with the rest spread evenly)",
+            STEP,
+            temperature,
+            info["top_k"]["k"],
+            mass,
+            kl,
+        )
+    return truncation
