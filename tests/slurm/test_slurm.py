@@ -388,7 +388,7 @@ def test_several_recipes_are_submitted_as_several_runs(
         str(study),
         check=False,
     )
-    assert twice.returncode == 2 and "a name of its own" in twice.stderr and not study.exists()
+    assert twice.returncode == 2 and "give each its own name" in twice.stderr and not study.exists()
     output = cluster.pocl(
         "submit", str(recipe), str(other), "--profile", PROFILE, "--run-dir", str(study)
     ).stdout
