@@ -1,4 +1,5 @@
-"""An mkdocs hook: write `reference/recipe.md` and `reference/cli.md` when the site is built.
+"""An mkdocs hook: when the site is built, write `reference/recipe.md` and `reference/cli.md`, and
+copy `examples/`.
 
 The recipe's fields come from the JSON schema of `pocl_ds.config.Recipe`, the commands from the
 click commands behind `pocl_ds.cli.main.app`. `tests/unit/docs` uses the same two walks to check
@@ -12,10 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 RECIPE_PAGE, CLI_PAGE = "reference/recipe.md", "reference/cli.md"
 PAGES = (RECIPE_PAGE, CLI_PAGE)
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def _section_reference(tree: Mapping[str, Any]) -> tuple[str | None, str, bool]:
 
 
 def _type_of(path: str, tree: Mapping[str, Any]) -> str:
-    """A type as people say it: `one of a, b`, `integer ≥ 1`, `list of text`, `table`."""
+    """A type in words: `one of a, b`, `integer ≥ 1`, `list of text`, `table`."""
     if names := _registered_names().get(path):
         return "one of " + ", ".join(f"`{name}`" for name in names)
     parts = tree.get("anyOf", [tree])
@@ -140,7 +143,7 @@ def _single_type(tree: Mapping[str, Any]) -> str:
 
 
 def _bounds(tree: Mapping[str, Any]) -> str:
-    """` ≥ 1`, ` in [0, 1]`; bounds of 64 bits are the machine's own and not worth a word."""
+    """` ≥ 1`, ` in [0, 1]`; bounds of 64-bit integers are left out."""
     signs = {
         "ge": "≥",
         "minimum": "≥",
@@ -243,7 +246,7 @@ class Command:
 
 @cache
 def commands() -> tuple[Command, ...]:
-    """Every command of `pocl`, in the order of its help."""
+    """Every command of `pocl`, in the order of the help."""
     import typer.main
 
     from pocl_ds.cli.main import app
@@ -276,7 +279,7 @@ def walk_commands(group: Any, prefix: str = "", panel: str = "Commands") -> Iter
 
 
 def _split_help(command: Any, name: str) -> tuple[str, str]:
-    """The help text and, apart from it, the lines that show an example: `pocl NAME ...`."""
+    """The help text, and the lines that show an example: `pocl NAME ...`."""
     text = f"{command.help or ''}\n\n{command.epilog or ''}".replace("\b", "").replace("\f", "")
     text = re.sub(r"\[/?[a-z][a-z ]*\]", "", text)  # rich markup
     pattern = re.compile(rf"pocl {re.escape(name)}\b.*")
@@ -385,9 +388,25 @@ def pages() -> dict[str, str]:
 
 
 def on_files(files: Any, config: Any, **_: Any) -> Any:
-    """Called by mkdocs once the pages on disk are known: add the generated ones."""
-    from mkdocs.structure.files import File
+    """Called by mkdocs once the pages on disk are known: add generated pages and the examples."""
+    from mkdocs.structure.files import File, InclusionLevel
 
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
+    for file in sorted(EXAMPLES.glob("*.py")):
+        files.append(
+            File.generated(
+                config,
+                f"examples/{file.name}",
+                content=file.read_text(encoding="utf-8"),
+                inclusion=InclusionLevel.INCLUDED,
+            )
+        )
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs with the Markdown of each page: links to `examples/` of the checkout become
+    links to the copies in the site.
+    """
+    return re.sub(r"\]\((?:\.\./)((?:\.\./)*examples/\w+\.py)\)", r"](\1)", markdown)

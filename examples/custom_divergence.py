@@ -1,4 +1,4 @@
-"""A divergence of your own: the Hellinger distance, by name and in the fused head.
+"""A custom divergence: the Hellinger distance, by name and in the fused head.
 
 Registered here, it works in the functions of `pocl_ds.losses`. A recipe finds it with
 `plugins: [custom_divergence]` and `loss: {name: hellinger}`, if this folder is on PYTHONPATH.

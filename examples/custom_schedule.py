@@ -1,4 +1,4 @@
-"""A temperature schedule of your own: a cosine over the stages instead of the paper's line.
+"""A custom temperature schedule: a cosine over the stages instead of the paper's line.
 
 A plan is plain data: replace the temperature or the SFT ratio of its stages, and the sampler walks
 the same batches.
@@ -16,11 +16,12 @@ from pocl_ds.curriculum import Plan, Sampler, build_plan, rank_by_difficulty
 
 def cosine_temperature(plan: Plan, *, start: float, end: float) -> Plan:
     """The plan with temperatures that follow half a cosine from `start` to `end`."""
-    last = max(len(plan.stages) - 1, 1)
+    last_index = max(len(plan.stages) - 1, 1)
     stages = [
         dataclasses.replace(
             stage,
-            temperature=start + (end - start) * (1 - math.cos(math.pi * stage.index / last)) / 2,
+            temperature=start
+            + (end - start) * (1 - math.cos(math.pi * stage.index / last_index)) / 2,
         )
         for stage in plan.stages
     ]
