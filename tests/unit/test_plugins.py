@@ -67,10 +67,10 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name of an importable plugin; what it registers is removed afterwards."""
     (tmp_path / "my_methods.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = [copy.copy(registry) for registry in REGISTRIES]
+    originals = [copy.copy(table) for table in REGISTRIES]
     yield "my_methods"
     sys.modules.pop("my_methods", None)
-    for registered, original in zip(REGISTRIES, before, strict=True):
+    for registered, original in zip(REGISTRIES, originals, strict=True):
         registered.clear()
         (registered.update if isinstance(registered, dict) else registered.extend)(original)
 
@@ -156,7 +156,7 @@ def test_a_second_recipe_may_use_the_same_plugin(
     assert load_recipe("recipe.yaml", ["loss.options.weight=0.1"]).loss.options == {"weight": 0.1}
 
 
-def test_faults_of_plugins_are_one_sentence(plugin: str, tmp_path: Path) -> None:
+def test_errors_of_plugins_are_one_sentence(plugin: str, tmp_path: Path) -> None:
     with pytest.raises(
         RecipeError, match=r"plugins: module nowhere cannot be imported .* PYTHONPATH"
     ):

@@ -43,7 +43,7 @@ def test_cross_entropy_is_the_mean_over_response_tokens(model: Any) -> None:
     assert together == pytest.approx(values, rel=1e-5)
 
 
-def test_samples_are_scored_in_their_order_and_the_model_stays_as_it_was(
+def test_samples_are_scored_in_their_order_and_the_model_is_restored(
     model: Any, tokenizer: Any
 ) -> None:
     model.train()

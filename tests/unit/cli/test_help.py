@@ -32,7 +32,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
 def pocl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`pocl WORDS...` in a process of its own."""
+    """`pocl WORDS...` in a separate process."""
     return subprocess.run(
         [sys.executable, "-m", "pocl_ds.cli.main", *words],
         env={**os.environ, **environment},
@@ -86,7 +86,7 @@ def test_a_run_is_addressed_by_run_dir_everywhere() -> None:
         assert not [p.name for p in positional if "run" in p.name], name
 
 
-def test_help_of_run_says_where_fields_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_run_names_the_field_reference(capsys: pytest.CaptureFixture[str]) -> None:
     with own_signals():
         assert main(["run", "--help"]) == 0
     output = " ".join(capsys.readouterr().out.split())
@@ -99,10 +99,10 @@ def test_help_imports_nothing_heavy() -> None:
         "main(['--help'])\n"
         f"print('HEAVY', sorted({set(HEAVY)} & set(sys.modules)))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
     )
-    assert done.stdout.endswith("HEAVY []\n"), done.stdout[-200:] + done.stderr
+    assert result.stdout.endswith("HEAVY []\n"), result.stdout[-200:] + result.stderr
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_help_imports_nothing_heavy() -> None:
 )
 def test_shell_completion(line: str, expected: list[str]) -> None:
     words = line.split()
-    done = pocl(_POCL_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
-    assert done.returncode == 0, done.stderr
-    found = [text.rpartition("train.checkpoint.")[2] for text in done.stdout.split()]
-    assert set(expected) <= set(found) and len(found) < len(expected) + 2
+    result = pocl(_POCL_COMPLETE="complete_bash", COMP_WORDS=line, COMP_CWORD=str(len(words) - 1))
+    assert result.returncode == 0, result.stderr
+    completions = [text.rpartition("train.checkpoint.")[2] for text in result.stdout.split()]
+    assert set(expected) <= set(completions) and len(completions) < len(expected) + 2
 
 
 def test_completion_scripts() -> None:
-    done = pocl("--show-completion", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
-    assert done.returncode in (0, 2)
+    result = pocl("--show-completion", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert result.returncode in (0, 2)
     script = pocl(_POCL_COMPLETE="source_bash").stdout
     assert "_POCL_COMPLETE=complete_bash" in script

@@ -36,7 +36,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_one_shard_of_cache_teacher_stays_one_shard(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its ranks run in processes of their own, which receive the shard. Shards run side by side, so
+    """Its ranks run in separate processes, which receive the shard. Shards run concurrently, so
     none of them locks the run directory.
     """
     started: list[list[str]] = []
@@ -62,7 +62,7 @@ def test_the_recipe_of_a_locked_run_does_not_change(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A step beside another process of the same run must have the same recipe."""
+    """A step that runs next to another process of the same run must have the same recipe."""
     monkeypatch.setattr(run_setup, "LOCK_WAIT_SECONDS", 0.1)
     run = RunDirectory(tmp_path / "run")
     run_setup.open_run_directory(run, load_recipe(str(recipe)))
@@ -97,7 +97,7 @@ def test_a_dry_run_shows_what_would_run_and_does_nothing(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    # An override may stand anywhere.
+    # An override may appear anywhere.
     words = ["launch.ranks=2", str(recipe), "--run-dir", str(run), "--dry-run"]
     with own_signals():
         assert main(["run", *words, "--until", "train"]) == 0
@@ -119,8 +119,8 @@ def test_a_dry_run_shows_what_would_run_and_does_nothing(
     )
 
 
-# Command line -> its sentence.
-REFUSED = {
+# Command line -> error message.
+ERRORS = {
     "run quickstart --ranking 3": "there is no option --ranking: did you mean --ranks? "
     "(pocl run --help)",
     "run quickstart --ranks two": "invalid value for '--ranks': ",
@@ -142,7 +142,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("line", REFUSED)
+@pytest.mark.parametrize("line", ERRORS)
 def test_a_wrong_command_line_is_one_sentence(
     line: str,
     tmp_path: Path,
@@ -150,8 +150,8 @@ def test_a_wrong_command_line_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sentence(capsys, *line.split()).startswith(REFUSED[line])
-    assert REFUSED[line].endswith(" ") or list(tmp_path.iterdir()) == []
+    assert sentence(capsys, *line.split()).startswith(ERRORS[line])
+    assert ERRORS[line].endswith(" ") or list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -179,11 +179,11 @@ def test_ctrl_c_while_the_command_line_is_read(
     )
 
 
-def test_a_reader_that_is_gone_is_no_fault() -> None:
+def test_closed_output_pipe_is_no_error() -> None:
     """`pocl show quickstart | head -1`."""
     line = f"{sys.executable} -m pocl_ds.cli.main show quickstart | true"
-    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60)
-    assert done.stderr == ""
+    result = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.stderr == ""
 
 
 def test_results_are_a_table_with_footnotes(
@@ -200,12 +200,12 @@ def test_results_are_a_table_with_footnotes(
         {"models": models, "footnotes": {"test": ["2 prompts cut"]}},
     )
     show_results(run)
-    header, initial, student, *rest = capsys.readouterr().out.lstrip("\n").splitlines()
+    header, initial, student, *footer = capsys.readouterr().out.lstrip("\n").splitlines()
     assert header.split("  ")[-1] == "ROUGE-L test ⚠"
     assert initial.split() == ["student", "before", "8.515", "–", "–"]
     assert student.split() == ["student", "after", "4.250", "0.800", "14.20", "±", "0.50"]
     assert len(header) == len(initial) == len(student)
-    assert rest == [
+    assert footer == [
         "",
         "⚠ test: 2 prompts cut",
         "",

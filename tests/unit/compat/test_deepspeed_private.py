@@ -107,8 +107,8 @@ def test_a_universal_load_still_needs_its_repair() -> None:
 
 
 def test_repaired_states_count_their_steps_where_the_parameter_is() -> None:
-    """A GPU's fused Adam reads the counter there; `meta` takes its place. Each state has a
-    counter of its own.
+    """A GPU's fused Adam reads the counter there; `meta` takes its place. Each state has
+    its own counter.
     """
     shared = torch.tensor(3.0)
     states: dict[Any, Any] = {

@@ -31,8 +31,8 @@ def test_tied_parameters_are_those_that_share_storage(name: str, tmp_path: Path)
     model = load_model(str(folder))
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = transformers_private.tied_parameters(load_model_config(str(folder)))
-    for left_out, stored in tied.items():
-        assert parameters[left_out] is parameters[stored]
+    for omitted, stored in tied.items():
+        assert parameters[omitted] is parameters[stored]
     shared = len(parameters) - len(dict(model.named_parameters()))
     assert len(tied) == shared and dict(model.all_tied_weights_keys) == dict(tied)
 

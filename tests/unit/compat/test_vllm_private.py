@@ -1,5 +1,5 @@
 """What `compat/vllm_private.py` assumes of vLLM. A failure here means that upstream has changed:
-adapt that file. Each engine runs in a process of its own.
+adapt that file. Each engine runs in a separate process.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ print(json.dumps(states))
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU engine")
 def test_an_engine_leaves_its_process_as_it_was(tiny_llama: Path) -> None:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", TWO_ENGINES, str(tiny_llama)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    states = json.loads(done.stdout.splitlines()[-1])
+    assert result.returncode == 0, result.stderr[-3000:]
+    states = json.loads(result.stdout.splitlines()[-1])
     for open_state, closed_state in states:
         # If `replaced` is false, vLLM no longer touches the function: ProcessState can shrink.
         assert open_state == {"groups": True, "replaced": True, "step": True}
@@ -85,5 +85,7 @@ def test_no_engine_can_sleep_on_a_cpu() -> None:
 def test_llm_has_no_public_shutdown() -> None:
     """If it has, `shut_down` and `destroy_process_groups` can use it."""
     code = "from vllm import LLM; assert not hasattr(LLM, 'shutdown'); assert LLM.enqueue"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]

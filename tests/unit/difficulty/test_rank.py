@@ -30,15 +30,15 @@ def _expected(rows: list[Row], **options: Any) -> DifficultyRanking:
     return rank_by_difficulty(rouge, entropy, ids, **options)
 
 
-def _split(run: RunDirectory, ids: list[str]) -> None:
+def write_split(run: RunDirectory, ids: list[str]) -> None:
     run.data.mkdir(parents=True)
     np.save(run.data / "train.ids.npy", np.array([name.encode() for name in ids]))
     np.save(run.data / "train.index.npy", np.array([(i, 0, 1) for i in range(len(ids))], np.int64))
     np.zeros(len(ids), np.uint32).tofile(run.data / "train.tokens.bin")
 
 
-def _shard(
-    run: RunDirectory, rows: list[Row], shard: int, shards: int, *, sealed: bool = True
+def write_shard(
+    run: RunDirectory, rows: list[Row], shard: int, shards: int, *, finished: bool = True
 ) -> Path:
     run.scores.mkdir(exist_ok=True)
     path = run.scores / f"shard-{shard:05d}-of-{shards:05d}.jsonl"
@@ -49,7 +49,7 @@ def _shard(
     path.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
     )
-    if sealed:
+    if finished:
         write_manifest(run.scores, "score", "f", files=[path], name=path.name + ".manifest.json")
     return path
 
@@ -66,7 +66,7 @@ def rows() -> list[Row]:
 @pytest.fixture
 def run(tmp_path: Path, rows: list[Row]) -> RunDirectory:
     run = RunDirectory(tmp_path)
-    _split(run, [row[0] for row in rows])
+    write_split(run, [row[0] for row in rows])
     return run
 
 
@@ -94,7 +94,7 @@ def test_shards_are_joined_by_id(
     caplog.set_level(logging.INFO)
     shuffled = random.Random(1).sample(rows, len(rows))
     for shard in range(shards):
-        _shard(run, shuffled[shard::shards], shard, shards)
+        write_shard(run, shuffled[shard::shards], shard, shards)
     manifest = _rank(run, **config)
     expected = _expected(rows, seed=4, **config)
     order = np.load(run.ranking / "order.npy")
@@ -125,13 +125,13 @@ def test_shards_are_joined_by_id(
 def test_a_finished_ranking_is_kept_and_another_recipe_replaces_it(
     run: RunDirectory, rows: list[Row]
 ) -> None:
-    _shard(run, rows, 0, 1)
-    first = _rank(run)
+    write_shard(run, rows, 0, 1)
+    manifest = _rank(run)
     written = (
         (run.ranking / "order.npy").read_bytes(),
         (run.ranking / "order.npy").stat().st_mtime_ns,
     )
-    assert _rank(run, reverse=True) == first
+    assert _rank(run, reverse=True) == manifest
     assert (
         (run.ranking / "order.npy").read_bytes(),
         (run.ranking / "order.npy").stat().st_mtime_ns,
@@ -146,7 +146,7 @@ def test_warning_names_a_degenerate_metric(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _shard(
+    write_shard(
         run,
         [(name, 0.0 if i % 2 else i / 1000, entropy) for i, (name, _, entropy) in enumerate(rows)],
         0,
@@ -167,7 +167,7 @@ def test_warning_names_a_degenerate_metric(
 def test_a_third_of_ties_gives_no_warning(
     run: RunDirectory, rows: list[Row], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _shard(
+    write_shard(
         run,
         [(name, max(i, 20) / 1000, entropy) for i, (name, _, entropy) in enumerate(rows, 1)],
         0,
@@ -190,7 +190,7 @@ def length() -> Iterator[None]:
 def test_plugin_metric_orders_and_is_stored(
     run: RunDirectory, rows: list[Row], length: None
 ) -> None:
-    path = _shard(run, rows, 0, 1)
+    path = write_shard(run, rows, 0, 1)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     path.write_text(
         "".join(
@@ -222,13 +222,13 @@ def test_a_random_order_needs_no_scores(run: RunDirectory, rows: list[Row]) -> N
 def test_missing_and_unfinished_shards_are_named(run: RunDirectory, rows: list[Row]) -> None:
     with pytest.raises(ArtifactError, match="no finished scores"):
         _rank(run)
-    _shard(run, rows[:20], 0, 3)
-    _shard(run, rows[40:], 2, 3)
+    write_shard(run, rows[:20], 0, 3)
+    write_shard(run, rows[40:], 2, 3)
     with pytest.raises(
         ArtifactError, match=r"shard-00001-of-00003\.jsonl is missing or unfinished"
     ):
         _rank(run)
-    _shard(run, rows[20:40], 1, 3, sealed=False)
+    write_shard(run, rows[20:40], 1, 3, finished=False)
     with pytest.raises(
         ArtifactError, match=r"shard-00001-of-00003\.jsonl is missing or unfinished"
     ):
@@ -237,10 +237,10 @@ def test_missing_and_unfinished_shards_are_named(run: RunDirectory, rows: list[R
 
 
 def test_shards_of_other_divisions_are_ignored(run: RunDirectory, rows: list[Row]) -> None:
-    _shard(run, rows[:20], 0, 3)
-    _shard(run, rows[:30], 0, 2)
-    _shard(run, rows[30:], 1, 2)
-    _shard(run, rows[:10], 1, 6)
+    write_shard(run, rows[:20], 0, 3)
+    write_shard(run, rows[:30], 0, 2)
+    write_shard(run, rows[30:], 1, 2)
+    write_shard(run, rows[:10], 1, 6)
     assert _rank(run).info["samples"] == 60
 
 
@@ -248,10 +248,10 @@ def test_shards_of_other_divisions_are_ignored(run: RunDirectory, rows: list[Row
 def test_a_sample_scored_twice_is_named(run: RunDirectory, rows: list[Row], repeated: bool) -> None:
     """Within a shard, and in two shards."""
     if repeated:
-        _shard(run, [*rows, rows[7]], 0, 1)
+        write_shard(run, [*rows, rows[7]], 0, 1)
     else:
-        _shard(run, rows[:30], 0, 2)
-        _shard(run, [*rows[30:], rows[7]], 1, 2)
+        write_shard(run, rows[:30], 0, 2)
+        write_shard(run, [*rows[30:], rows[7]], 1, 2)
     with pytest.raises(ArtifactError, match=rf"second time \({rows[7][0]}\)"):
         _rank(run)
 
@@ -259,10 +259,10 @@ def test_a_sample_scored_twice_is_named(run: RunDirectory, rows: list[Row], repe
 def test_samples_that_lack_a_score_or_are_unknown_are_named(
     run: RunDirectory, rows: list[Row]
 ) -> None:
-    _shard(run, [row for row in rows if row[0] != rows[11][0]], 0, 1)
+    write_shard(run, [row for row in rows if row[0] != rows[11][0]], 0, 1)
     with pytest.raises(ArtifactError, match=rf"sample {rows[11][0]} has no score \(1 of 60"):
         _rank(run)
-    _shard(run, [*rows, ("stranger", 0.1, 1.0)], 0, 1)
+    write_shard(run, [*rows, ("stranger", 0.1, 1.0)], 0, 1)
     with pytest.raises(ArtifactError, match="sample stranger is not in"):
         _rank(run)
 
@@ -271,7 +271,7 @@ def test_samples_that_lack_a_score_or_are_unknown_are_named(
     "line", ["{", '{"id": "sample-0"}', '{"id": "x", "rouge_l": null, "cross_entropy": 1}', "3"]
 )
 def test_damaged_lines_are_named(run: RunDirectory, rows: list[Row], line: str) -> None:
-    path = _shard(run, rows, 0, 1)
+    path = write_shard(run, rows, 0, 1)
     with path.open("a", encoding="utf-8") as stream:
         stream.write(line + "\n")
     with pytest.raises(ArtifactError, match=r"shard-00000-of-00001\.jsonl line 61 is damaged"):
@@ -279,6 +279,6 @@ def test_damaged_lines_are_named(run: RunDirectory, rows: list[Row], line: str) 
 
 
 def test_a_score_that_is_not_finite_is_named(run: RunDirectory, rows: list[Row]) -> None:
-    _shard(run, [(rows[0][0], rows[0][1], math.nan), *rows[1:]], 0, 1)
+    write_shard(run, [(rows[0][0], rows[0][1], math.nan), *rows[1:]], 0, 1)
     with pytest.raises(DataError, match="sample sample-0 has cross_entropy=nan"):
         _rank(run)

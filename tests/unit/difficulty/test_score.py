@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig, registry
 from pocl_ds.data.tokenized import shard_rows
-from pocl_ds.difficulty import score as module
+from pocl_ds.difficulty import score as score_step
 from pocl_ds.difficulty.score import score_training_samples
 from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished_shards
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
@@ -95,7 +95,7 @@ def run_score(run: RunDirectory, model: Path, settings: ScoreConfig, **fields: A
     )
 
 
-def results(run: RunDirectory, shards: int) -> list[dict[str, Any]]:
+def read_scores(run: RunDirectory, shards: int) -> list[dict[str, Any]]:
     paths = [shard_file(run, shard, shards) for shard in range(shards)]
     return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
@@ -112,7 +112,7 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
     model: Any = load_model(str(tiny_llama))
     run = make_run(tmp_path, tokenizer)
     run_score(run, tiny_llama, config())
-    scores = results(run, 1)
+    scores = read_scores(run, 1)
     lines = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()]
     index = np.load(run.data / "train.index.npy")
     tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
@@ -143,7 +143,7 @@ def test_eos_can_be_left_out_as_in_the_release(tiny_gpt2: Path, tmp_path: Path) 
     run_score(run, tiny_gpt2, config())
     run_score(other, tiny_gpt2, config(count_eos=False))
     model = load_model(str(tiny_gpt2))
-    pairs = list(zip(results(run, 1), results(other, 1), strict=True))
+    pairs = list(zip(read_scores(run, 1), read_scores(other, 1), strict=True))
     assert all(with_eos["tokens"] == without["tokens"] + 1 for with_eos, without in pairs[:-1])
     index = np.load(run.data / "train.index.npy")
     tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
@@ -155,8 +155,8 @@ def test_eos_can_be_left_out_as_in_the_release(tiny_gpt2: Path, tmp_path: Path) 
         assert total_loss - without["cross_entropy"] * without["tokens"] == pytest.approx(
             end, abs=1e-3
         )
-    truncated, again = pairs[-1]
-    assert truncated == again  # it has no EOS to leave out
+    truncated, without_eos = pairs[-1]
+    assert truncated == without_eos  # it has no EOS to leave out
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -166,12 +166,12 @@ def test_the_number_of_shards_and_chunks_changes_nothing(
     tokenizer = load_tokenizer(str(tiny_llama))
     single, several = make_run(tmp_path / "one", tokenizer), make_run(tmp_path / "three", tokenizer)
     run_score(single, tiny_llama, config(temperature=temperature))
-    monkeypatch.setattr(module, "MIN_SAMPLES_PER_CHUNK", 2)
-    monkeypatch.setattr(module, "ROUNDS_PER_CHUNK", 0)
+    monkeypatch.setattr(score_step, "MIN_SAMPLES_PER_CHUNK", 2)
+    monkeypatch.setattr(score_step, "ROUNDS_PER_CHUNK", 0)
     run_score(several, tiny_llama, config(3, temperature=temperature))
-    for left, right in zip(results(single, 1), results(several, 3), strict=True):
-        assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-5)
-        assert {key: value for key, value in left.items() if key != "cross_entropy"} == right
+    for expected, actual in zip(read_scores(single, 1), read_scores(several, 3), strict=True):
+        assert expected["cross_entropy"] == pytest.approx(actual.pop("cross_entropy"), abs=1e-5)
+        assert {key: value for key, value in expected.items() if key != "cross_entropy"} == actual
 
 
 def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     assert unfinished_shards(run, settings, "f") == [0, 1, 3]
     run_score(run, tiny_llama, settings)
     assert unfinished_shards(run, settings, "f") == []
-    complete = results(run, 4)
+    complete = read_scores(run, 4)
     before = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
     shard_file(run, 1, 4).unlink()
     (
@@ -189,30 +189,30 @@ def test_only_unfinished_shards_are_repeated(tiny_llama: Path, tmp_path: Path) -
     ).unlink()  # a kill between the scores and their manifest
     assert unfinished_shards(run, settings, "f") == [1, 3]
     run_score(run, tiny_llama, settings)
-    assert results(run, 4) == complete
+    assert read_scores(run, 4) == complete
     after = {path.name: path.stat().st_mtime_ns for path in run.scores.iterdir()}
     assert after.keys() == before.keys()
-    kept = {name for name in after if after[name] == before[name]}
-    assert {name.split("-")[1] for name in kept} == {"00000", "00002"}
-    assert {name.split("-")[1] for name in after.keys() - kept} == {"00001", "00003"}
+    unchanged = {name for name in after if after[name] == before[name]}
+    assert {name.split("-")[1] for name in unchanged} == {"00000", "00002"}
+    assert {name.split("-")[1] for name in after.keys() - unchanged} == {"00001", "00003"}
 
 
 def test_kill_keeps_finished_shards_and_no_partial_ones(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
-    monkeypatch.setattr(module, "MIN_SAMPLES_PER_CHUNK", 2)
-    monkeypatch.setattr(module, "ROUNDS_PER_CHUNK", 0)
+    monkeypatch.setattr(score_step, "MIN_SAMPLES_PER_CHUNK", 2)
+    monkeypatch.setattr(score_step, "ROUNDS_PER_CHUNK", 0)
     calls = []
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted_rouge_l(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:  # in the middle of the second shard
             raise KeyboardInterrupt
         return original(*arguments)
 
-    original = module.rouge_l_many
-    monkeypatch.setattr(module, "rouge_l_many", interrupted)
+    original = score_step.rouge_l_many
+    monkeypatch.setattr(score_step, "rouge_l_many", interrupted_rouge_l)
     with pytest.raises(KeyboardInterrupt):
         run_score(run, tiny_llama, config(3))
     assert sorted(path.name for path in run.scores.iterdir()) == [
@@ -227,7 +227,7 @@ def test_finished_scores_load_no_model(
 ) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
     run_score(run, tiny_llama, config(2))
-    monkeypatch.setattr(module, "open_generator", lambda *a, **k: pytest.fail("opened"))
+    monkeypatch.setattr(score_step, "open_generator", lambda *a, **k: pytest.fail("opened"))
     run_score(run, tiny_llama, config(2))
     run_score(run, tiny_llama, config(5))  # another number of shards for finished scores
     assert unfinished_shards(run, config(5), "f") == []
@@ -289,10 +289,10 @@ def test_errors_name_their_cause(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def length_metric(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A metric `length`: the references' tokens."""
     monkeypatch.setitem(
-        module.METRICS,
+        score_step.METRICS,
         "length",
         lambda responses, references, log_probs: [len(values) for values in log_probs],
     )
@@ -301,10 +301,12 @@ def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     registry.METRICS.remove("length")
 
 
-def test_plugin_metric_is_scored(tiny_llama: Path, tmp_path: Path, measure: str) -> None:
+def test_plugin_metric_is_scored(tiny_llama: Path, tmp_path: Path, length_metric: str) -> None:
     run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
-    run_score(run, tiny_llama, config(metrics=(measure,)))
-    assert all(record["metrics"] == {measure: record["tokens"]} for record in results(run, 1))
+    run_score(run, tiny_llama, config(metrics=(length_metric,)))
+    assert all(
+        record["metrics"] == {length_metric: record["tokens"]} for record in read_scores(run, 1)
+    )
 
 
 @pytest.mark.vllm
@@ -322,17 +324,17 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
         f"PromptConfig(max_prompt_tokens=40, max_length=96), model_path={str(tiny_llama)!r}, "
         "fingerprint='f', threads=1)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for left, right in zip(results(reference, 2), results(run, 2), strict=True):
-        assert left["cross_entropy"] == pytest.approx(right.pop("cross_entropy"), abs=1e-4)
-        assert {key: value for key, value in left.items() if key != "cross_entropy"} == right
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    for expected, actual in zip(read_scores(reference, 2), read_scores(run, 2), strict=True):
+        assert expected["cross_entropy"] == pytest.approx(actual.pop("cross_entropy"), abs=1e-4)
+        assert {key: value for key, value in expected.items() if key != "cross_entropy"} == actual
     manifest = read_manifest(run.scores, shard_manifest(run, 0, 2))
     assert manifest is not None
     assert manifest.info["backend"] == "vllm"
@@ -343,28 +345,30 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     [
         (
             lambda texts: [1.0] * (len(texts) + 1),
-            "the metric 'mine' gives 12 numbers for 11 samples",
+            "the metric 'custom' gives 12 numbers for 11 samples",
         ),
         (
             lambda texts: [1.0] * (len(texts) - 1),
-            "the metric 'mine' gives 10 numbers for 11 samples",
+            "the metric 'custom' gives 10 numbers for 11 samples",
         ),
         (
             lambda texts: [float(i) if i else float("nan") for i in range(len(texts))],
-            "sample s00-0 has mine=nan",
+            "sample s00-0 has custom=nan",
         ),
-        (lambda texts: ["long"] * len(texts), "the metric 'mine' gives no numbers"),
+        (lambda texts: ["long"] * len(texts), "the metric 'custom' gives no numbers"),
     ],
 )
-def test_plugin_metric_must_give_one_number_a_sample(
+def test_plugin_metric_must_give_one_number_per_sample(
     metric: Any, message: str, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        module.METRICS, "mine", lambda responses, references, log_probs: metric(responses)
+        score_step.METRICS, "custom", lambda responses, references, log_probs: metric(responses)
     )
     run = make_run(tmp_path / "run", load_tokenizer(str(tiny_llama)))
     with pytest.raises((RecipeError, DataError), match=re.escape(message)):
         run_score(
-            run, tiny_llama, ScoreConfig.model_construct(**{**dict(config()), "metrics": ("mine",)})
+            run,
+            tiny_llama,
+            ScoreConfig.model_construct(**{**dict(config()), "metrics": ("custom",)}),
         )
     assert not list(run.scores.glob("shard*"))

@@ -15,20 +15,20 @@ from pocl_ds.generation.protocol import SamplingParams, decode_response, find_st
 
 
 @given(st.integers(0, 2**40), st.integers(0, 10**7), st.integers(0, 10**4))
-def test_a_chunk_samples_what_the_whole_would(seed: int, first: int, index: int) -> None:
-    whole = SamplingParams(1.0, 1.0, 8, seed)
-    part = SamplingParams(1.0, 1.0, 8, seed, first_index=first)
-    assert part.request_seed(index) == whole.request_seed(first + index)
-    assert 0 <= part.request_seed(index) < 2**63
+def test_request_seeds_do_not_depend_on_chunks(seed: int, first_index: int, index: int) -> None:
+    workload = SamplingParams(1.0, 1.0, 8, seed)
+    chunk = SamplingParams(1.0, 1.0, 8, seed, first_index=first_index)
+    assert chunk.request_seed(index) == workload.request_seed(first_index + index)
+    assert 0 <= chunk.request_seed(index) < 2**63
 
 
 def test_seeds_differ_by_prompt_and_by_seed() -> None:
-    drawn = {
+    seeds = {
         SamplingParams(1.0, 1.0, 8, seed).request_seed(index)
         for seed in (10, 20, 30, 40, 50)
         for index in range(2000)
     }
-    assert len(drawn) == 10_000
+    assert len(seeds) == 10_000
 
 
 def test_stop_ids_join_tokenizer_and_model() -> None:

@@ -50,12 +50,12 @@ def free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, in
 
 def test_weights_pass_through_shared_memory_if_it_has_room(free_bytes: dict[Path, int]) -> None:
     memory, disk = free_bytes
-    for room in (memory, disk):
+    for folder in (memory, disk):
         generator = RecordingGenerator()
         generator.load_weights(WEIGHTS)
         ((path, weights),) = generator.sent
         assert (
-            path.parent == room
+            path.parent == folder
             and weights.keys() == WEIGHTS.keys()
             and all(weights[name].equal(WEIGHTS[name]) for name in weights)
         )
@@ -72,13 +72,13 @@ def test_no_room_for_weights_is_one_sentence(
         "policy.rollout_backend=transformers"
     )
 
-    def full(*_: Any) -> None:
+    def raise_disk_full(*_: Any) -> None:
         raise SafetensorError(
             "Error while serializing: I/O error: No space left on device (os error 28)"
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr(subprocess_generator, "save_file", full)
+        patch.setattr(subprocess_generator, "save_file", raise_disk_full)
         with pytest.raises(ResourceError, match=sentence):
             RecordingGenerator().load_weights(WEIGHTS)
     free_bytes.update(dict.fromkeys(free_bytes, SIZE))

@@ -19,7 +19,7 @@ from pocl_ds.generation.protocol import Generator, SamplingParams
 from pocl_ds.generation.transformers_backend import _GumbelNoise
 from pocl_ds.models.load import load_model, load_tokenizer
 
-WORDS = [
+TEXTS = [
     "Explain",
     "Return the sum of the values, please.",
     "x",
@@ -38,7 +38,7 @@ def open_backend(folder: Path, *, max_length: int = 256, **fields: Any) -> tuple
 def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(name)
     generator, tokenizer = open_backend(folder, max_num_seqs=3)
-    prompts = [tokenizer(text).input_ids for text in WORDS]
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
     model = load_model(str(folder))
     expected_text, expected_lp = [], []
     starts = [1 + index % 2 if len(ids) > 2 else 1 for index, ids in enumerate(prompts)]
@@ -63,7 +63,7 @@ def test_batched_equals_one_at_a_time(name: str, request: pytest.FixtureRequest)
 
 def test_a_response_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
     generator, tokenizer = open_backend(tiny_llama, max_num_seqs=4)
-    prompts = [tokenizer(text).input_ids for text in WORDS]
+    prompts = [tokenizer(text).input_ids for text in TEXTS]
     batched = generator.generate(prompts, SamplingParams(1.0, 0.9, 16, 5))
     alone = [
         generator.generate([ids], SamplingParams(1.0, 0.9, 16, 5, first_index=n))[0]
@@ -98,7 +98,7 @@ def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     generator, tokenizer = open_backend(tiny_llama)
-    prompts = [tokenizer(text).input_ids for text in WORDS[:2]]
+    prompts = [tokenizer(text).input_ids for text in TEXTS[:2]]
     full = generator.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
     stop = tokenizer(full[0]).input_ids[3]
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
@@ -190,7 +190,7 @@ def test_no_response_exceeds_the_models_positions(
 def test_progress_comes_with_every_token_and_counts_each_sequence_once(tiny_llama: Path) -> None:
     """Also a prompt without room for a response, and responses that end early."""
     generator, tokenizer = open_backend(tiny_llama, max_length=64, max_num_seqs=3)
-    prompts = [tokenizer(text).input_ids for text in WORDS] + [list(range(2, 66))]
+    prompts = [tokenizer(text).input_ids for text in TEXTS] + [list(range(2, 66))]
     sampling = SamplingParams(1.0, 1.0, 24, seed=4)
     expected = generator.generate_ids(prompts, sampling)
     generator.stop_token_ids.append(expected[0][3])

@@ -1,4 +1,4 @@
-"""vLLM held to the reference backend, in float32: each engine in a process of its own."""
+"""vLLM against the reference backend, in float32. Each engine runs in a separate process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).resolve().parents[3]
 POSITIONS = 512
-GREEDY, DRAWN = (0.0, 1.0, 24, 0), (1.0, 0.95, 24, 7)  # fields of SamplingParams
+GREEDY, SAMPLED = (0.0, 1.0, 24, 0), (1.0, 0.95, 24, 7)  # fields of SamplingParams
 
 ENGINE = """
 import json, sys, torch
@@ -45,13 +45,13 @@ tokenizer = load_tokenizer(task["model"])
 threads = torch.get_num_threads()
 config = GenerationConfig(max_num_seqs=4)
 generator = open_generator(task["model"], config, tokenizer, max_length=512, threads=1)
-prompts, greedy, drawn = task["prompts"], task["greedy"], task["drawn"]
+prompts, greedy, sampled = task["prompts"], task["greedy"], task["sampled"]
 progress, scored = [], []
 result = {
     "greedy": generator.generate(prompts, SamplingParams(*greedy)),
-    "drawn": generator.generate(prompts, SamplingParams(*drawn), progress.append),
+    "sampled": generator.generate(prompts, SamplingParams(*sampled), progress.append),
     "alone": [
-        generator.generate([prompt], SamplingParams(*drawn, first_index=n))[0]
+        generator.generate([prompt], SamplingParams(*sampled, first_index=n))[0]
         for n, prompt in enumerate(prompts)
     ],
     "log_probs": [
@@ -63,27 +63,29 @@ result = {
 }
 generator.close()
 generator.close()
-result["left"] = torch.distributed.is_initialized() or torch.get_num_threads() != threads
+result["state_remains"] = torch.distributed.is_initialized() or torch.get_num_threads() != threads
 json.dump(result, open(sys.argv[2], "w"))
 """
 
 
-def in_engine(task: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run_in_engine(task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run a task in a fresh process with a vLLM engine."""
     (folder / "task.json").write_text(json.dumps(task))
     command = [sys.executable, "-c", ENGINE, str(folder / "task.json"), str(folder / "result.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    completed = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert completed.returncode == 0, completed.stderr[-3000:]
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
 
-def written_token(folder: str, prompt: list[int], place: int) -> int:
-    """The token that greedy decoding writes at a place."""
+def greedy_token(folder: str, prompt: list[int], place: int) -> int:
+    """The new token at a place of the greedy response."""
     model: Any = load_model(folder)
-    written = model.generate(torch.tensor([prompt]), max_new_tokens=place + 1, do_sample=False)
-    return int(written[0, -1])
+    output = model.generate(torch.tensor([prompt]), max_new_tokens=place + 1, do_sample=False)
+    return int(output[0, -1])
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2", "tiny_opt"])
@@ -95,7 +97,7 @@ def test_same_log_probs_and_greedy_text(
     stem = "Below is an instruction. Explain what the function number {} does, step by step."
     prompts = [tokenizer(stem.format(n)[: 8 + 6 * n]).input_ids for n in range(10)]
     if name == "tiny_llama":  # a second stop id that greedy text runs into: the ends must agree too
-        stop = written_token(str(folder), prompts[3], 6)
+        stop = greedy_token(str(folder), prompts[3], 6)
         folder = shutil.copytree(folder, tmp_path / "m")
         (folder / "generation_config.json").write_text(
             json.dumps({"eos_token_id": [0, stop], "repetition_penalty": 3.0})
@@ -121,9 +123,9 @@ def test_same_log_probs_and_greedy_text(
         "sequences": sequences,
         "starts": starts,
         "greedy": GREEDY,
-        "drawn": DRAWN,
+        "sampled": SAMPLED,
     }
-    result = in_engine(task, tmp_path)
+    result = run_in_engine(task, tmp_path)
     assert result["greedy"] == expected_text
     assert [len(values) for values in result["log_probs"]] == [
         len(ids) - n for ids, n in zip(sequences, starts, strict=True)
@@ -132,14 +134,14 @@ def test_same_log_probs_and_greedy_text(
         np.testing.assert_allclose(values, reference_values, atol=1e-4)
     # Progress comes with every engine step, and counts each sequence once.
     assert sum(result["progress"]) == len(prompts) and sum(result["scored"]) == len(sequences)
-    assert len(result["progress"]) >= 2 * DRAWN[2] and max(result["progress"]) <= 4
-    assert result["drawn"] == result["alone"]
-    assert result["drawn"] != result["greedy"]
-    assert result["left"] is False
+    assert len(result["progress"]) >= 2 * SAMPLED[2] and max(result["progress"]) <= 4
+    assert result["sampled"] == result["alone"]
+    assert result["sampled"] != result["greedy"]
+    assert result["state_remains"] is False
 
 
 def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
-    """Inside a group of ranks vLLM would make groups of its own, which some ranks never enter."""
+    """Inside a process group vLLM would create further groups, which other ranks never enter."""
     code = (
         "import torch, sys\n"
         "torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), "
@@ -150,15 +152,15 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
         f"folder = {str(tiny_llama)!r}\n"
         "open_generator(folder, GenerationConfig(), load_tokenizer(folder), max_length=64)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1
-    assert "cannot be opened inside a process that is part of a process group" in done.stderr
+    assert completed.returncode == 1
+    assert "cannot be opened inside a process that is part of a process group" in completed.stderr
 
 
 class FakeEngine:
@@ -299,7 +301,7 @@ def test_progress_is_logged_while_one_call_runs(
     start = clock.now
     with Progress(3, "responses", "score") as progress:
         monkeypatch.setattr(logging.getLogger("pocl_ds"), "handlers", [handler])
-        responses = generator.generate_ids([[7]] * 3, SamplingParams(*DRAWN), progress.advance)
+        responses = generator.generate_ids([[7]] * 3, SamplingParams(*SAMPLED), progress.advance)
     generator.process_state.restore()
     assert responses == [[5, 0], [6, 0], [7, 0]]
     assert caplog.messages[:3] == [
@@ -322,15 +324,15 @@ def test_a_sleeping_engine_wakes_for_each_call(
     for _ in range(2):
         generator.load_weights({"model.embed_tokens.weight": torch.zeros(1)})
         generator.log_probs([[7, 8]], [1])
-        assert generator.generate_ids([[7]], SamplingParams(*DRAWN)) == [[5, 0]]
+        assert generator.generate_ids([[7]], SamplingParams(*SAMPLED)) == [[5, 0]]
         generator.sleep()
-        assert generator.generate_ids([], SamplingParams(*DRAWN)) == []
+        assert generator.generate_ids([], SamplingParams(*SAMPLED)) == []
         generator.sleep()
     if level == 2:
         with pytest.raises(RuntimeError, match="call load_weights first"):
-            generator.generate_ids([[7]], SamplingParams(*DRAWN))
+            generator.generate_ids([[7]], SamplingParams(*SAMPLED))
     else:
-        generator.generate_ids([[7]], SamplingParams(*DRAWN))
+        generator.generate_ids([[7]], SamplingParams(*SAMPLED))
         generator.sleep()
     generator.process_state.restore()
     step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
@@ -368,11 +370,11 @@ def test_no_engine_sleeps_on_a_cpu() -> None:
         assert vllm_private.supports_sleep() is False
 
 
-def test_without_vllm_the_setting_that_does_without_is_named(
+def test_missing_vllm_names_the_alternative(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the process itself, as scoring and evaluation open it, and in a rollout's process beside a
-    rank.
+    """In the process itself, as scoring and evaluation open it, and in a rollout's process next to
+    a rank.
     """
     config, tokenizer = GenerationConfig(), load_tokenizer(str(tiny_llama))
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""ROUGE-L against rouge-score itself, to the last bit."""
+"""ROUGE-L against rouge-score itself, bit for bit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ WORDS = st.builds(
     st.text("aeiouybcdlmnrst", min_size=0, max_size=6),
     st.sampled_from(SUFFIXES),
 )
-SALAD = st.lists(
+WORD_LISTS = st.lists(
     st.one_of(
         WORDS,
         st.sampled_from(
@@ -65,7 +65,7 @@ SALAD = st.lists(
     ),
     max_size=60,
 ).map(" ".join)
-TEXT = st.one_of(st.text(), st.text("abé İK\n\t.sSyY0١", max_size=80), SALAD)
+TEXT = st.one_of(st.text(), st.text("abé İK\n\t.sSyY0١", max_size=80), WORD_LISTS)
 
 
 def expected(prediction: str, references: list[str]) -> float:
@@ -97,24 +97,26 @@ def test_every_character_alone() -> None:
 
 
 def _numbered(text: str) -> list[int]:
-    seen: dict[str, int] = {}
-    memory = rouge._StemNumbers()
+    numbers: dict[str, int] = {}
+    stem_numbers = rouge._StemNumbers()
     for word in SCORER._tokenizer.tokenize(text):
-        seen[word] = memory[word]
-    return [seen[word] for word in SCORER._tokenizer.tokenize(text)]
+        numbers[word] = stem_numbers[word]
+    return [numbers[word] for word in SCORER._tokenizer.tokenize(text)]
 
 
 @pytest.mark.parametrize("words", [1, 63, 64, 65, 128, 300])
 def test_long_texts_over_word_boundaries_of_the_bit_vectors(words: int) -> None:
-    for left, right in zip(texts(4, words, seed=1), texts(4, words + 3, seed=2), strict=True):
-        assert rouge_l(left, [right]) == expected(left, [right])
+    for prediction, reference in zip(
+        texts(4, words, seed=1), texts(4, words + 3, seed=2), strict=True
+    ):
+        assert rouge_l(prediction, [reference]) == expected(prediction, [reference])
 
 
 def test_real_pairs(shared_data: Path) -> None:
     lines = (shared_data / "eval_vicuna80.jsonl").read_text(encoding="utf-8").splitlines()[:26]
     answers = [json.loads(line)["output"][:900] for line in lines]
-    for left, right in itertools.pairwise(answers):
-        assert rouge_l(left, [right]) == expected(left, [right])
+    for prediction, reference in itertools.pairwise(answers):
+        assert rouge_l(prediction, [reference]) == expected(prediction, [reference])
 
 
 def test_known_values() -> None:
@@ -161,20 +163,20 @@ def test_clearing_the_cache_changes_nothing_and_bounds_its_size(
 def test_concurrent_cache_clears() -> None:
     pairs = list(zip(texts(40, 60, seed=8), texts(40, 60, seed=9), strict=True))
     before = [rouge_l(a, [b]) for a, b in pairs]
-    wrong: list[int] = []
+    mismatches: list[int] = []
 
-    def work(seed: int) -> None:
+    def score_pairs(seed: int) -> None:
         source = random.Random(seed)
         for _ in range(300):
             i = source.randrange(len(pairs))
             if source.random() < 0.1:
                 clear_stem_cache()
             if rouge_l(pairs[i][0], [pairs[i][1]]) != before[i]:
-                wrong.append(i)
+                mismatches.append(i)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    threads = [threading.Thread(target=score_pairs, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not mismatches

@@ -86,10 +86,8 @@ def test_flops_and_parameters_equal_those_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", list(CONFIGS))
 @pytest.mark.parametrize("attention", ["per_sample", "eager"])
 def test_activation_bytes_equal_what_autograd_saves(name: str, attention: str) -> None:
-    config, saved = (
-        copy.deepcopy(CONFIGS[name]),
-        {},
-    )  # transformers writes the attention into the configuration
+    # A copy, since transformers writes the attention into the configuration.
+    config, saved = copy.deepcopy(CONFIGS[name]), {}
     dropout = 0.0 if attention == "per_sample" else None
     before = config.to_dict()
     measured = activation_bytes(
@@ -163,13 +161,13 @@ def test_activation_bytes_with_adapters(name: str) -> None:
 
 
 def test_activation_bytes_with_checkpointing_and_more_tokens() -> None:
-    def saved(lengths: tuple[int, ...], again: bool) -> int:
+    def saved(lengths: tuple[int, ...], checkpointing: bool) -> int:
         return activation_bytes(
             CONFIGS["llama"],
             lengths,
             dtype=torch.bfloat16,
             attention="per_sample",
-            checkpointing=again,
+            checkpointing=checkpointing,
         )
 
     assert saved((64,), True) < 0.4 * saved((64,), False)

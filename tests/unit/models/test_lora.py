@@ -99,9 +99,9 @@ def test_adapters_depend_on_the_seed_and_change_nothing_at_first(tiny_gpt2: Path
         messages[0]
         == "LoRA: 0.0 of 0.2 million parameters are trained (r 16, alpha 32, on c_attn, c_proj)"
     )
-    first, again, other = (weights(model) for model in models)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert any(not torch.equal(first[name], other[name]) for name in first)
+    initial, same_seed, other_seed = (weights(model) for model in models)
+    assert all(torch.equal(initial[name], same_seed[name]) for name in initial)
+    assert any(not torch.equal(initial[name], other_seed[name]) for name in initial)
     trained = [name for name, parameter in models[0].named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 2 * 2 and all("lora_" in name for name in trained)
     ids = torch.arange(2, 40)[None]
@@ -148,11 +148,11 @@ def test_custom_code_model_can_have_adapters(tiny_llama: Path, tmp_path: Path) -
 
 
 def test_missing_peft_is_an_error(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *rest: None if name == "peft" else find(name, *rest),
+        lambda name, *arguments: None if name == "peft" else find_spec(name, *arguments),
     )
     with pytest.raises(
         ResourceError, match=r"student.lora needs the package peft.*pip install 'pocl_ds\[lora\]'"

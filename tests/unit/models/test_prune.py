@@ -47,22 +47,22 @@ def test_pruned_model_equals_one_that_skips_the_layer(
     layers = backbone.h if name == "tiny_gpt2" else backbone.layers
     depth = len(layers)
     tuples = name != "tiny_llama"
-    probe = layers[1]  # make the layer an identity, then compare with the pruned model
+    skipped_layer = layers[1]  # becomes an identity, as if it were pruned
 
     def skip(module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> object:
         hidden = args[0] if args else kwargs["hidden_states"]
         return (hidden, *output[1:]) if tuples and isinstance(output, tuple) else hidden
 
-    probe.register_forward_hook(skip, with_kwargs=True)
+    skipped_layer.register_forward_hook(skip, with_kwargs=True)
     with torch.no_grad():
         expected = original(ids, use_cache=False).logits
     pruned = prune_layers(load_model(folder), [1])
     assert pruned.config.num_hidden_layers == depth - 1
     pruned.save_pretrained(tmp_path / "pruned")
-    again = load_model(str(tmp_path / "pruned"))
+    loaded = load_model(str(tmp_path / "pruned"))
     with torch.no_grad():
         torch.testing.assert_close(pruned(ids).logits, expected)
-        torch.testing.assert_close(again(ids).logits, expected)
+        torch.testing.assert_close(loaded(ids).logits, expected)
 
 
 def test_layer_indices_are_renumbered(tiny_llama: Path) -> None:
@@ -78,7 +78,7 @@ def test_layer_indices_are_renumbered(tiny_llama: Path) -> None:
     assert cached.tolist() == plain.tolist()
 
 
-def test_config_lists_with_one_entry_a_layer_are_pruned() -> None:
+def test_config_lists_with_one_entry_per_layer_are_pruned() -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     types = ["full_attention", "sliding_attention", "full_attention"]

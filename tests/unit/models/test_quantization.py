@@ -86,11 +86,11 @@ def test_error_names_the_package_that_a_folder_needs(gptq: Path) -> None:
 def test_missing_bitsandbytes_is_an_error(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
         "find_spec",
-        lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest),
+        lambda name, *arguments: None if name == "bitsandbytes" else find_spec(name, *arguments),
     )
     teacher, config = (
         TeacherConfig(model="t", ds_config=None, quantization="bnb_4bit"),
@@ -170,11 +170,11 @@ def test_online_teacher_with_bitsandbytes(
             torch.equal(head.weight, output_head(plain).weight)
             and head.weight.dtype == torch.float32
         )
-    held = sum(
+    stored_bytes = sum(
         part.numel() * part.element_size()
         for name in weights
         for part in [model.get_submodule(name).weight]
     )
-    assert held <= BYTES_PER_WEIGHT[quantization] * sum(
+    assert stored_bytes <= BYTES_PER_WEIGHT[quantization] * sum(
         weight.numel() for weight in weights.values()
     )

@@ -28,30 +28,30 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def with_bin(model: Path, target: Path, **more: Any) -> Path:
+def with_bin(model: Path, target: Path, **extra: Any) -> Path:
     """Copy a model and store its weights as a pickle."""
     shutil.copytree(model, target)
     weights = load_file(target / "model.safetensors")
     (target / "model.safetensors").unlink()
-    torch.save({**weights, **more}, target / "pytorch_model.bin")
+    torch.save({**weights, **extra}, target / "pytorch_model.bin")
     return target
 
 
 def test_pickled_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     assert load_model(str(with_bin(tiny_llama, tmp_path / "plain"))).config.num_hidden_layers == 3
-    sprung = tmp_path / "sprung"
-    folder = with_bin(tiny_llama, tmp_path / "trapped", trap=Trap(sprung))
+    marker = tmp_path / "marker"
+    folder = with_bin(tiny_llama, tmp_path / "trapped", trap=Trap(marker))
     with pytest.raises(
         ModelError,
         match=r"the model of .*trapped cannot .*more than data: \S*mkdir; its code was not run",
     ):
         load_model(str(folder))
-    assert not sprung.exists()
+    assert not marker.exists()
     torch.load(folder / "pytorch_model.bin", weights_only=False)
-    assert sprung.exists(), "the trap itself works"
+    assert marker.exists(), "the trap itself works"
 
 
-def with_code(model: Path, target: Path, sprung: Path) -> Path:
+def with_code(model: Path, target: Path, marker: Path) -> Path:
     """Copy a model and make it need custom classes."""
     shutil.copytree(model, target)
     for name, entries in (
@@ -62,7 +62,7 @@ def with_code(model: Path, target: Path, sprung: Path) -> Path:
         tree.pop("tokenizer_class", None)
         (target / name).write_text(json.dumps({**tree, "model_type": "own", "auto_map": entries}))
     (target / "own.py").write_text(
-        f"import os\nos.mkdir({str(sprung)!r})\nraise ImportError('own code ran')\n"
+        f"import os\nos.mkdir({str(marker)!r})\nraise ImportError('own code ran')\n"
     )
     return target
 
@@ -73,16 +73,16 @@ def test_custom_code_runs_only_if_trusted(
     load: Callable[..., Any], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "builtins.input", lambda *_: pytest.fail("a person was asked, where there may be none")
+        "builtins.input", lambda *_: pytest.fail("it asks for input, but a batch job has none")
     )
-    sprung = tmp_path / "sprung"
-    folder = with_code(tiny_llama, tmp_path / "model", sprung)
+    marker = tmp_path / "marker"
+    folder = with_code(tiny_llama, tmp_path / "model", marker)
     with pytest.raises(ModelError, match="trust_remote_code"):
         load(str(folder))
-    assert not sprung.exists()
+    assert not marker.exists()
     with pytest.raises(ModelError, match="own code ran"):
         load(str(folder), trust_remote_code=True)
-    assert sprung.exists(), "the trap itself works"
+    assert marker.exists(), "the trap itself works"
 
 
 def test_trust_is_off_by_default() -> None:

@@ -31,8 +31,8 @@ from pocl_ds.models.vocab import (
 
 
 class Table:
-    """The part of a tokenizer that `align_vocabularies` uses: a table, an EOS, and one id a
-    character.
+    """The part of a tokenizer that `align_vocabularies` uses: a table, an EOS, and one id
+    per character.
     """
 
     def __init__(self, vocabulary: dict[str, int], eos: str | None = None) -> None:
@@ -55,7 +55,7 @@ def numbered(count: int, prefix: str = "t") -> dict[str, int]:
     return {f"{prefix}{index}": index for index in range(count)}
 
 
-def real(folder: Path) -> Any:
+def load_real_tokenizer(folder: Path) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -124,10 +124,10 @@ def test_report_of_equal_tokenizers_has_only_counts() -> None:
     st.integers(1, 40),
 )
 def test_shared_is_exactly_the_common_ids(
-    left: set[int], right: set[int], teacher_rows: int, student_rows: int
+    teacher_ids: set[int], student_ids: set[int], teacher_rows: int, student_rows: int
 ) -> None:
     teacher, student = (
-        Table({f"t{index}": index for index in sorted(ids)}) for ids in (left, right)
+        Table({f"t{index}": index for index in sorted(ids)}) for ids in (teacher_ids, student_ids)
     )
     alignment = align_vocabularies(teacher, student, teacher_rows, student_rows)
     assert alignment.size == min(teacher_rows, student_rows)
@@ -136,7 +136,7 @@ def test_shared_is_exactly_the_common_ids(
         if alignment.shared is None
         else set(np.flatnonzero(alignment.shared))
     )
-    assert shared == {index for index in left & right if index < alignment.size}
+    assert shared == {index for index in teacher_ids & student_ids if index < alignment.size}
 
 
 def test_different_tokenizers_are_refused() -> None:
@@ -197,8 +197,8 @@ def test_each_side_uses_its_own_revision_and_trust(monkeypatch: pytest.MonkeyPat
     """And the text decoder of a multimodal model."""
     calls = []
 
-    def load(path: str, **how: Any) -> Any:
-        calls.append((path, how))
+    def load(path: str, **options: Any) -> Any:
+        calls.append((path, options))
         rows = {"a": 7, "b": 4}[path]
         return SimpleNamespace(
             get_text_config=lambda decoder: SimpleNamespace(vocab_size=rows if decoder else 1)
@@ -208,7 +208,7 @@ def test_each_side_uses_its_own_revision_and_trust(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         model_loading,
         "load_tokenizer",
-        lambda path, **how: load(path, **how) and Table(numbered(6)),
+        lambda path, **options: load(path, **options) and Table(numbered(6)),
     )
     teacher, student = (
         ModelSource(model="m", revision="r", trust_remote_code=True),
@@ -216,11 +216,11 @@ def test_each_side_uses_its_own_revision_and_trust(monkeypatch: pytest.MonkeyPat
     )
     assert vocab.align_model_vocabularies(teacher, "a", student, "b").size == 4
     separate = separate_vocabularies([(teacher, "a")], student, "b")
-    first, second = (
+    teacher_call, student_call = (
         ("a", {"revision": "r", "trust_remote_code": True}),
         ("b", {"revision": None, "trust_remote_code": False}),
     )
-    assert calls == [first, second] * 4
+    assert calls == [teacher_call, student_call] * 4
     assert (separate.size, separate.shared, separate.teacher_ids) == (
         4,
         None,
@@ -318,9 +318,9 @@ def test_vocab_map_holds_the_alignment_as_tensors() -> None:
     )
     assert (ids.size, ids.allowed.tolist()) == (3, shared.tolist())
     assert ids.teacher_masked is not None and ids.teacher_masked.tolist() == [True, False]
-    moved = ids.to(torch.device("meta"))
-    tensors = (moved.masked, moved.teacher_ids, moved.teacher_masked)
-    assert moved.size == 3 and [
+    on_device = ids.to(torch.device("meta"))
+    tensors = (on_device.masked, on_device.teacher_ids, on_device.teacher_masked)
+    assert on_device.size == 3 and [
         tensor.shape for tensor in tensors if tensor is not None and tensor.is_meta
     ] == [(3,), (3,), (2,)]
     plain, logits = VocabMap.from_alignment(VocabularyAlignment(3, None, "")), torch.ones(1, 3)
@@ -340,7 +340,10 @@ def test_report_notes_differences() -> None:
 
 
 def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
-    gpt2, opt = real(shared_data / "tokenizers" / "gpt2"), real(shared_data / "tokenizers" / "opt")
+    gpt2, opt = (
+        load_real_tokenizer(shared_data / "tokenizers" / "gpt2"),
+        load_real_tokenizer(shared_data / "tokenizers" / "opt"),
+    )
     assert align_vocabularies(gpt2, gpt2, 50_257, 50_257).shared is None
     padded = align_vocabularies(opt, opt, 50_272, 50_272)
     assert padded.shared is not None
@@ -348,8 +351,13 @@ def test_real_gpt2_and_opt_share_tokens_but_not_ids(shared_data: Path) -> None:
     pair = align_vocabularies(gpt2, opt, 50_257, 50_272)
     assert pair.shared is not None and pair.teacher_ids is not None
     text = "It's 2,024 items: return x**2  # na\u00efve caf\u00e9"
-    ours, teacher_tokens = (side.encode(text, add_special_tokens=False) for side in (opt, gpt2))
-    assert pair.teacher_ids[ours].tolist() == teacher_tokens and pair.shared[ours].all()
+    student_tokens, teacher_tokens = (
+        side.encode(text, add_special_tokens=False) for side in (opt, gpt2)
+    )
+    assert (
+        pair.teacher_ids[student_tokens].tolist() == teacher_tokens
+        and pair.shared[student_tokens].all()
+    )
     assert pair.teacher_ids[opt.eos_token_id] == gpt2.eos_token_id and pair.shared[opt.eos_token_id]
     assert pair.shared.sum() > 50_257 - 10
 
@@ -362,4 +370,6 @@ def test_real_qwen_and_gpt2_are_refused(shared_data: Path) -> None:
     assert pair.shared is not None
     assert (pair.size, int(pair.shared.sum())) == (151_936, 151_643)
     with pytest.raises(ModelError, match=r"different tokenizers"):
-        align_vocabularies(qwen, real(shared_data / "tokenizers" / "gpt2"), 152_064, 50_257)
+        align_vocabularies(
+            qwen, load_real_tokenizer(shared_data / "tokenizers" / "gpt2"), 152_064, 50_257
+        )

@@ -101,11 +101,11 @@ def test_gkd_generates_with_its_probability(lmbda: float) -> None:
         lmbda * TOTAL, abs=0.1 * TOTAL if 0 < lmbda < 1 else 0
     )
     assert [step for step in range(TOTAL) if batches[step][0] is not SPLIT] == generator.calls
-    again = FakeGenerator()
-    other = GKD(PolicyConfig(name="gkd", lmbda=lmbda), again, 5)
+    resumed_generator = FakeGenerator()
+    resumed = GKD(PolicyConfig(name="gkd", lmbda=lmbda), resumed_generator, 5)
     for step in range(100, TOTAL):  # from the middle: the same steps
-        other.select_batch(request(step))
-    assert again.calls == [step for step in generator.calls if step >= 100]
+        resumed.select_batch(request(step))
+    assert resumed_generator.calls == [step for step in generator.calls if step >= 100]
 
 
 def test_a_mixture_uses_each_source_by_its_share() -> None:
@@ -124,11 +124,11 @@ def test_a_mixture_uses_each_source_by_its_share() -> None:
         0.2 * TOTAL, abs=0.1 * TOTAL
     )
     assert len(generator.calls) == TOTAL - sum(counts) and policy.state_dict() == {}
-    only = ResponseMixture(
+    teacher_only = ResponseMixture(
         PolicyConfig(name="mixture", shares=SharesConfig(data=0, teacher=1)), FakeGenerator(), 5
     )
     assert all(
-        only.select_batch(replace(request(step), teacher_responses=teacher_responses))[0]
+        teacher_only.select_batch(replace(request(step), teacher_responses=teacher_responses))[0]
         is teacher_responses
         for step in range(TOTAL)
     )
@@ -230,7 +230,7 @@ def test_replayed_responses_belong_to_the_stage() -> None:
 def test_a_resumed_distillm_continues_as_if_never_stopped(
     stop: int, phi: float, buffer: int
 ) -> None:
-    def walk(policy: DistiLLM, steps: range) -> list[Any]:
+    def select_batches(policy: DistiLLM, steps: range) -> list[Any]:
         batches = []
         for step in steps:
             split, rows = policy.select_batch(request(step))
@@ -244,11 +244,11 @@ def test_a_resumed_distillm_continues_as_if_never_stopped(
         distillm(replay_buffer_size=buffer)[0],
     )
     uninterrupted.phi = stopped.phi = phi
-    expected = walk(uninterrupted, range(60))
-    walk(stopped, range(stop))
+    expected = select_batches(uninterrupted, range(60))
+    select_batches(stopped, range(stop))
     resumed = distillm(replay_buffer_size=buffer)[0]
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-    assert walk(resumed, range(stop, 60)) == expected[stop:]
+    assert select_batches(resumed, range(stop, 60)) == expected[stop:]
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
@@ -260,7 +260,7 @@ def test_ranks_agree_and_a_resume_changes_nothing(name: str, stop: int) -> None:
         name=name, shares=shares, replay_buffer_size=8, phi_step=0.5, loss_tolerance=0
     )
 
-    def walk(policy: Any, steps: range) -> list[Any]:
+    def select_batches(policy: Any, steps: range) -> list[Any]:
         batches = []
         for step in steps:
             split, rows = policy.select_batch(
@@ -273,10 +273,10 @@ def test_ranks_agree_and_a_resume_changes_nothing(name: str, stop: int) -> None:
         return batches
 
     ranks = [POLICIES[name](options, FakeGenerator(), 3) for _ in range(3)]
-    expected = walk(ranks[0], range(50))
-    assert walk(ranks[1], range(stop)) == expected[:stop]
+    expected = select_batches(ranks[0], range(50))
+    assert select_batches(ranks[1], range(stop)) == expected[:stop]
     ranks[2].load_state_dict(json.loads(json.dumps(ranks[1].state_dict())))
-    assert walk(ranks[2], range(stop, 50)) == expected[stop:]
+    assert select_batches(ranks[2], range(stop, 50)) == expected[stop:]
 
 
 def test_a_response_is_cut_at_the_limit_and_at_a_disallowed_id() -> None:

@@ -54,19 +54,19 @@ def transfers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     load_weights = TransformersGenerator.load_weights
 
-    def counted(self: TransformersGenerator, weights: Mapping[str, Tensor]) -> None:
+    def counting_load_weights(self: TransformersGenerator, weights: Mapping[str, Tensor]) -> None:
         sizes.append(len(weights))
         load_weights(self, weights)
 
-    monkeypatch.setattr(TransformersGenerator, "load_weights", counted)
+    monkeypatch.setattr(TransformersGenerator, "load_weights", counting_load_weights)
     return sizes
 
 
-def make_worker(folder: Path, *, every: int = 1, dtype: Any = "float32") -> RolloutWorker:
+def make_worker(folder: Path, *, interval: int = 1, dtype: Any = "float32") -> RolloutWorker:
     model: Any = load_model(str(folder), attention=PER_SAMPLE, dtype=dtype)
     engine = TorchEngine(Student(model, VocabMap(SIZE), chunk_bytes=1 << 20).train(), TrainConfig())
     policy = PolicyConfig(
-        name="gkd", rollout_backend="transformers", sync_weights_every=every, max_new_tokens=12
+        name="gkd", rollout_backend="transformers", sync_weights_every=interval, max_new_tokens=12
     )
     student = StudentConfig(model=str(folder), dtype=dtype)
     return RolloutWorker(
@@ -74,7 +74,7 @@ def make_worker(folder: Path, *, every: int = 1, dtype: Any = "float32") -> Roll
     )
 
 
-def learn(rollout: RolloutWorker, size: float = 0.05) -> None:
+def update_student(rollout: RolloutWorker, size: float = 0.05) -> None:
     """What an optimizer step would do to the student."""
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -92,10 +92,10 @@ def generate(rollout: RolloutWorker, step: int) -> list[list[int]]:
 def test_weights_are_synced_at_the_first_rollout_of_an_interval(
     tiny_llama: Path, transfers: list[int]
 ) -> None:
-    rollout, states = make_worker(tiny_llama, every=3), []
+    rollout, states = make_worker(tiny_llama, interval=3), []
     for step in (1, 2, 3, 5, 7):
         generate(rollout, step)
-        learn(rollout)
+        update_student(rollout)
         states.append((rollout.stats.staleness_steps, len(transfers)))
     assert states == [(0, 1), (1, 1), (0, 2), (2, 2), (0, 3)]
 
@@ -123,7 +123,7 @@ def test_a_generator_that_keeps_an_old_weight_ends_the_run(
         lambda self, weights: load_weights(self, {**weights, name: old_weight}),
     )
     generate(rollout, 1)  # the old weight is still the current one
-    learn(rollout)
+    update_student(rollout)
     with pytest.raises(
         ResourceError,
         match=r"is [\d.]+ nats in .* and [\d.]+ in the student: the generator did not load the new "
@@ -133,7 +133,7 @@ def test_a_generator_that_keeps_an_old_weight_ends_the_run(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "on_gpu", "tokens", "allowed"),
+    ("dtype", "on_gpu", "tokens", "tolerance"),
     [
         ("float32", False, 6, 1e-3),
         ("float32", True, 1, 0.06),
@@ -149,7 +149,7 @@ def test_the_tolerance_of_the_weight_check(
     dtype: str,
     on_gpu: bool,
     tokens: int,
-    allowed: float,
+    tolerance: float,
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -168,7 +168,7 @@ def test_the_tolerance_of_the_weight_check(
     def shifted(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
         values = log_probs(self, sequences, starts)
         scored_tokens.append(len(values[0]))
-        return [value + share * allowed for value in values]
+        return [value + share * tolerance for value in values]
 
     monkeypatch.setattr(TransformersGenerator, "log_probs", shifted)
     if abs(share) < 1:
@@ -183,14 +183,14 @@ def test_a_resumed_generator_gets_the_weights_that_it_had(tiny_llama: Path, tmp_
     """Steps 4 to 7 generate with the weights of step 4. The run stops before step 6, where the
     student is two steps ahead.
     """
-    original, resumed, without_weights = (make_worker(tiny_llama, every=4) for _ in range(3))
+    original, resumed, without_weights = (make_worker(tiny_llama, interval=4) for _ in range(3))
     generate(original, 4)
-    learn(original)
+    update_student(original)
     save = original.snapshot(6)
     expected = generate(original, 6), generate(original, 8)
     assert save(tmp_path) == [tmp_path / WEIGHTS_FILE]
     for trainer_copy in (resumed, without_weights):
-        learn(trainer_copy)
+        update_student(trainer_copy)
     resumed.restore(tmp_path)
     assert generate(resumed, 6) == expected[0] and resumed.stats.staleness_steps == 2
     assert resumed.snapshot(7)(tmp_path) and not resumed.snapshot(8)(tmp_path)
@@ -209,7 +209,7 @@ def test_no_weights_are_saved_if_every_step_syncs(tiny_llama: Path, tmp_path: Pa
     )
 
 
-class Level2:
+class Level2Generator:
     """A generator whose engine drops its weights to sleep, as on a GPU. Records its calls."""
 
     def __init__(self) -> None:
@@ -228,15 +228,15 @@ class Level2:
         self.calls.append("sleep")
 
 
-@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("interval", [1, 4])
 def test_the_engine_sleeps_between_rollouts(
-    every: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interval: int, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after a resume. An engine that dropped its weights gets them again for a second rollout
     of the same step.
     """
-    rollout = make_worker(tiny_llama, every=every)
-    generator: Any = Level2()
+    rollout = make_worker(tiny_llama, interval=interval)
+    generator: Any = Level2Generator()
     rollout.config = rollout.config.model_copy(update={"rollout_backend": "vllm"})
     monkeypatch.setattr(rollout, "on_gpu", True)
     monkeypatch.setattr(rollout, "_check_weights", lambda row: None)
@@ -245,7 +245,7 @@ def test_the_engine_sleeps_between_rollouts(
     generate(rollout, 0)
     generate(rollout, 0)
     calls = ["load_weights", "generate_ids", "sleep"]
-    assert generator.calls == (calls + calls if every == 1 else calls + calls[1:])
+    assert generator.calls == (calls + calls if interval == 1 else calls + calls[1:])
     torch.save({"step": 0, "weights": {}}, tmp_path / WEIGHTS_FILE)
     rollout.restore(tmp_path)
     assert generator.calls[-2:] == ["load_weights", "sleep"]
@@ -262,7 +262,7 @@ def test_only_a_long_rollout_logs_its_progress(
     """Four responses, one after the other, of 1 or 4 seconds each."""
     caplog.set_level("INFO", "pocl_ds")
     worker, clock = make_worker(tiny_llama), FakeClock(monkeypatch)
-    generator: Any = Level2()
+    generator: Any = Level2Generator()
 
     def generate_ids(prompts: list[list[int]], sampling: Any, on_progress: Any) -> list[list[int]]:
         for _ in prompts:

@@ -29,7 +29,7 @@ def write_split(folder: Path, sizes: list[tuple[int, int]]) -> TokenizedSplit:
     return TokenizedSplit.open(folder, "train")
 
 
-def fill(
+def write_cache(
     folder: Path, split: TokenizedSplit, shards: int, dtype: str, width: int = 5
 ) -> list[torch.Tensor]:
     """Write random states of every row, in descending order of rows, as ranks may do."""
@@ -79,7 +79,7 @@ def test_reads_return_what_was_written(
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
     split = write_split(folder, sizes)
-    states = fill(folder, split, shards, dtype)
+    states = write_cache(folder, split, shards, dtype)
     cache = TeacherCache(folder, [split], fingerprint=FINGERPRINT)
     rows = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=6))
     outputs = cache.read("train", tuple(rows))
@@ -94,22 +94,22 @@ def test_reads_return_what_was_written(
 
 def test_a_changed_bit_is_reported_with_its_row(tmp_path: Path) -> None:
     split = write_split(tmp_path, [(2, 3), (1, 4), (3, 2), (2, 2)])
-    fill(tmp_path, split, 2, "float32")
+    write_cache(tmp_path, split, 2, "float32")
     path = tmp_path / "train-00001-of-00002.bin"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     cache = TeacherCache(tmp_path, [split], fingerprint=FINGERPRINT)
     assert cache.find_damage("train", np.array([0, 1, 2])) is None
-    fault = cache.find_damage("train", np.array([0, 3]))
-    assert fault and "at row 3 of train" in fault and "pocl cache-teacher" in fault
+    message = cache.find_damage("train", np.array([0, 3]))
+    assert message and "at row 3 of train" in message and "pocl cache-teacher" in message
 
 
 def test_a_missing_cache_or_shard_is_reported(tmp_path: Path) -> None:
     split = write_split(tmp_path, [(2, 3), (1, 4)])
     with pytest.raises(ArtifactError, match="no complete cache.*pocl cache-teacher"):
         TeacherCache(tmp_path, [split], fingerprint=FINGERPRINT)
-    fill(tmp_path, split, 2, "float32")
+    write_cache(tmp_path, split, 2, "float32")
     with pytest.raises(ArtifactError, match="no complete cache of this teacher"):
         TeacherCache(tmp_path, [split], fingerprint="0" * 64)
     (tmp_path / "train-00000-of-00002.bin").unlink()
@@ -123,10 +123,10 @@ def test_a_full_disk_shows_before_anything_is_computed(
     split = write_split(tmp_path, [(2, 3)])
     shard = CacheShard.for_split(tmp_path, split, 0, 1, 5, "float32")
 
-    def full(*_: object) -> None:
+    def raise_disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("os.posix_fallocate", raise_disk_full)
     with pytest.raises(ResourceError, match=r"disk is full"):
         shard.allocate()
     assert not shard.path.exists()

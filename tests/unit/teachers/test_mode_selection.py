@@ -46,15 +46,15 @@ def test_the_faster_mode_is_selected_with_a_reason(costs: ModeCosts, mode: str) 
 
 def test_the_first_selection_holds(tmp_path: Path) -> None:
     path = tmp_path / "mode.json"
-    first = load_or_select_mode(path, lambda: COSTS)
+    selection = load_or_select_mode(path, lambda: COSTS)
 
-    def never() -> ModeCosts:
+    def fail_if_measured() -> ModeCosts:
         raise AssertionError("measured twice")
 
     assert (
-        load_or_select_mode(path, never) == first
-        and first["mode"] == "cached_hidden_states"
-        and first["costs"]["visits_per_sample"] == 20
+        load_or_select_mode(path, fail_if_measured) == selection
+        and selection["mode"] == "cached_hidden_states"
+        and selection["costs"]["visits_per_sample"] == 20
     )
     assert [file.name for file in tmp_path.iterdir()] == ["mode.json"]
 
@@ -62,11 +62,11 @@ def test_the_first_selection_holds(tmp_path: Path) -> None:
 def test_two_tasks_that_measure_at_once_agree(tmp_path: Path) -> None:
     path = tmp_path / "mode.json"
 
-    def slow() -> ModeCosts:  # another task selects meanwhile
+    def measure_slowly() -> ModeCosts:  # another task selects meanwhile
         load_or_select_mode(path, lambda: replace(COSTS, visits_per_sample=1))
         return COSTS
 
-    assert load_or_select_mode(path, slow)["mode"] == "online"
+    assert load_or_select_mode(path, measure_slowly)["mode"] == "online"
 
 
 def test_tasks_on_two_nodes_may_have_one_process_number(
@@ -74,18 +74,18 @@ def test_tasks_on_two_nodes_may_have_one_process_number(
 ) -> None:
     path, link = tmp_path / "mode.json", os.link
 
-    def late(source: Path, target: Path) -> None:  # the task of the other node is faster
+    def link_late(source: Path, target: Path) -> None:  # the task of the other node is faster
         monkeypatch.setattr(os, "link", link)
         load_or_select_mode(path, lambda: replace(COSTS, visits_per_sample=1))
         link(source, target)
 
-    monkeypatch.setattr(os, "link", late)
+    monkeypatch.setattr(os, "link", link_late)
     assert load_or_select_mode(path, lambda: COSTS)["mode"] == "online" and [
         file.name for file in tmp_path.iterdir()
     ] == ["mode.json"]
 
 
 def test_disk_rates_and_usable_bytes(tmp_path: Path) -> None:
-    written, read = measure_disk_rates(tmp_path, 3 << 20)
-    assert written > 1e5 and read > 1e5 and list(tmp_path.iterdir()) == []
+    write_rate, read_rate = measure_disk_rates(tmp_path, 3 << 20)
+    assert write_rate > 1e5 and read_rate > 1e5 and list(tmp_path.iterdir()) == []
     assert usable_bytes(tmp_path, 0.001) == 1_000_000 < usable_bytes(tmp_path, None)
