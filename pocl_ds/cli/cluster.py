@@ -184,7 +184,7 @@ def watch(
         typer.Option("--once", help="Show the run once, as if the output were not a terminal."),
     ] = False,
 ) -> int:
-    """Show a run live in the terminal, from its directory alone."""
+    """Show a run live in the terminal, from the files in its directory."""
     from pocl_ds.cluster.watch import watch as watch_run
     from pocl_ds.workflow.run_dir import RunDirectory
 

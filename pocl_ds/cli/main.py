@@ -84,12 +84,14 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     from pocl_ds.errors import PoclError, memory_fault
     from pocl_ds.runtime.process_exit import was_interrupted
 
+    # Complete words for the shell, or find the command.
     group = _command_group()
     if COMPLETION in os.environ:
         group.main(arguments, prog_name="pocl")  # prints completions and exits
     arguments = arguments or ["--help"]
     command = next((name for name in arguments if not name.startswith("-")), "")
     program = f"pocl {command}".rstrip()
+    # Run it, and turn each kind of error into an exit code and a sentence.
     try:
         if command and command not in group.commands:
             known = nearest(command, list(group.commands))

@@ -93,6 +93,7 @@ def _step_function(step: Step) -> Callable[..., int]:
         words = join_words(recipe, overrides)
         return run_step_command(step.name, words, run_dir, dry_run=dry_run, **options)
 
+    # Replace the signature, since the options depend on the step.
     annotations: dict[str, Any] = {
         "recipe": RecipeArgument,
         "overrides": OverridesArgument,
@@ -170,7 +171,7 @@ def run_step_command(
     from pocl_ds.workflow.pipeline import run_in_process, run_step
     from pocl_ds.workflow.run_setup import lock_run_directory, open_run_directory
 
-    # Resolve the recipe: a shard of a recipe that counts its shards sets their number.
+    # Resolve the recipe; `--shard I/N` also sets the recipe field with the number of shards.
     rank, step = _set_up_rank(), STEP[name]
     shard = parse_shard(options["shard"]) if options.get("shard") else None
     if shard and step.shards_field:

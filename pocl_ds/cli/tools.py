@@ -168,7 +168,9 @@ def _submit(folder: Path, cells: list[Cell], profile_name: str, nodes: int | Non
 
     # Copy shared results into the cells without live jobs; a live job may be writing its own.
     ids = {cell.name: job_ids(cell_directory(folder, cell)) for cell in cells}
-    live = {job.array for job in scheduler.live([job for jobs in ids.values() for job in jobs])}
+    live = {
+        job.array for job in scheduler.live_jobs([job for jobs in ids.values() for job in jobs])
+    }
     idle = [cell for cell in cells if not live & set(ids[cell.name])]
     for cell in idle:
         if not is_finished(folder, cell):

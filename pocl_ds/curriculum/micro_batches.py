@@ -1,7 +1,7 @@
 """Micro-batches: which samples of a global batch go through one forward pass together.
 
-Pure functions of sample lengths. Every rank computes the whole assignment and takes its part. All
-ranks get equally many micro-batches, since ZeRO-3 would hang otherwise.
+Pure functions of sample lengths. Every rank computes the assignment of all ranks and uses its part.
+All ranks get equally many micro-batches, since ZeRO-3 would hang otherwise.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def rank_by_difficulty(
 
     Raises:
         DataError: ids repeat, lengths differ, or a score is not finite.
-        RecipeError: the strategy is unknown, k <= 0, or a plugin's strategy is no permutation.
+        RecipeError: the strategy is unknown, k <= 0, or a plugin's strategy returns no permutation.
     """
     if not k > 0:
         raise RecipeError(
@@ -111,7 +111,7 @@ def rank_by_difficulty(
 
 
 def _order_by_strategy(scores: DifficultyScores, strategy: str) -> NDArray[np.int64]:
-    """Rows, easiest first. Raises RecipeError if a plugin's strategy is no permutation."""
+    """Rows, easiest first. Raises RecipeError if a plugin's strategy returns no permutation."""
     if strategy in scores.metrics:
         rows = _sorted_rows(scores.ids, scores.metrics[strategy], scores.cross_entropy)
     else:

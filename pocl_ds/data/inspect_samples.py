@@ -98,7 +98,7 @@ def _format_sample(sample: Sample, caption: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escape control characters: the terminal must show escape sequences, not obey them."""
+    """Escape control characters, so that the terminal does not interpret escape sequences."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text
     )

@@ -281,7 +281,7 @@ def _metric_values(
 ) -> list[float]:
     """The values of a plugin's metric, one finite number for each sample.
 
-    Raises RecipeError if it gives anything else, DataError if a number is not finite.
+    Raises RecipeError if it returns something else, DataError if a number is not finite.
     """
     try:
         values = [float(value) for value in METRICS[metric](responses, references, log_probs)]

@@ -169,7 +169,7 @@ class VllmGenerator:
         previous one. Some of the engine's models (Gemma 2) have no module for the head, and refuse
         its name.
         """
-        # Wake up the weights alone: loading needs memory that the key-value cache would take.
+        # Wake up only the weights: loading needs memory that the key-value cache would take.
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         named_weights = dict(weights)

@@ -78,7 +78,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
         )
     if len(_cache) > MAX_CACHED_WORDS:
         clear_stem_cache()
-    cache = _cache  # the same numbers for the whole call, whatever another thread does
+    cache = _cache  # another thread may replace the global one during this call
     words = cache.stem_numbers(prediction)
     return max(_f_measure(words, cache.stem_numbers(reference)) for reference in references)
 

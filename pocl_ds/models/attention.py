@@ -1,9 +1,9 @@
 """`per_sample` attention: causal within each sample, without a mask, for padded and packed rows.
 
 transformers separates the samples of a packed row with a mask over the whole row. That costs n
-times the work for n samples, and keeps torch from its fastest kernels. Padding on the right needs
-no mask either, since no real token attends to its right. So this attention only asks torch's
-kernels for `is_causal`.
+times the work for n samples, and prevents the use of torch's fastest kernels. Padding on the right
+needs no mask either, since no real token attends to its right. So this attention only passes
+`is_causal` to torch's kernels.
 
 Shapes: B rows, T positions, H heads, G heads of keys and values, d width of a head.
 """

@@ -68,7 +68,7 @@ class ModelShape:
 def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
     """Sizes of the model of a configuration, with the adapters of `lora`.
 
-    Raises ModelError for a family whose head is not known, RecipeError for adapters that the model
+    Raises ModelError for a family whose head is unknown, RecipeError for adapters that the model
     cannot have.
     """
     # The parts of the model.
@@ -118,7 +118,7 @@ def activation_bytes(
         lengths: tokens of each sample; packed with attention=per_sample, else padded.
         checkpointing: of activations.
         dropout: as `load_model` takes it.
-        lora: adapters, which alone are trained.
+        lora: adapters; only these are trained.
     """
     config = copy.deepcopy(config)  # it is changed below, and by transformers
     if dropout is not None:

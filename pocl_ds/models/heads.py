@@ -139,7 +139,7 @@ def has_known_head(model: Any) -> bool:
 
 
 def identity_head(model: Any) -> OutputHead:
-    """The head of a family that is not known: the model's own logits serve as its hidden states."""
+    """The head of an unknown family: the model's own logits serve as its hidden states."""
     rows = int(model.config.get_text_config(decoder=True).vocab_size)
     return OutputHead(None, None, 1.0, None, rows)
 
@@ -147,7 +147,7 @@ def identity_head(model: Any) -> OutputHead:
 def output_head(model: Any) -> OutputHead:
     """The model's output head.
 
-    Raises ModelError for a family that is not known here, and for a quantized head.
+    Raises ModelError for an unknown family, and for a quantized head.
     """
     family = model.config.model_type
     linear = model.get_output_embeddings()
@@ -167,7 +167,7 @@ def output_head(model: Any) -> OutputHead:
 
 
 def check_family(family: str) -> None:
-    """Raise ModelError for a family (`model_type` of a configuration) whose head is not known."""
+    """Raise ModelError for a family (`model_type` of a configuration) whose head is unknown."""
     if family not in LOGIT_SCALES:
         raise _unsupported_family(family)
 
@@ -181,6 +181,6 @@ def _full_shape(parameter: nn.Parameter) -> tuple[int, int]:
 def _unsupported_family(family: str) -> ModelError:
     return ModelError(
         f"models of the family {family!r} are not supported: use one of "
-        f"{', '.join(sorted(LOGIT_SCALES))}, set loss.fused=false, with which the model's own "
-        "forward makes logits of all positions at once, or add the family to models/heads.py"
+        f"{', '.join(sorted(LOGIT_SCALES))}, set loss.fused=false, so that the model's own "
+        "forward computes the logits of all positions at once, or add the family to models/heads.py"
     )

@@ -133,7 +133,7 @@ def load_tokenizer(
 ) -> Any:
     """Load the tokenizer of a model. A tokenizer without a padding token pads with EOS.
 
-    That does no harm, since masks come from lengths, never from ids. Raises ModelError, also if the
+    This is safe, since masks come from lengths, never from ids. Raises ModelError, also if the
     tokenizer has no EOS.
     """
     with _explain_load_errors(path, "tokenizer"), quiet():
@@ -194,7 +194,8 @@ def load_model(
             from the start.
 
     Raises:
-        ModelError: the model cannot be loaded, or the folder lacks weights, which would be random.
+        ModelError: the model cannot be loaded, or the folder lacks weights, which
+            transformers would initialize at random.
     """
     # Decide dtype, attention and dropout.
     config = load_model_config(path, trust_remote_code=trust_remote_code, revision=revision)
@@ -208,7 +209,7 @@ def load_model(
     check_attention(attention, config)
     if dropout is not None:
         set_dropout(config, dropout)
-    # Load the weights, and refuse a model that lacks some.
+    # Load the weights, and reject a model that lacks some.
     with _explain_load_errors(path, "model"), quiet():
         model_and_info: Any = AutoModelForCausalLM.from_pretrained(
             path,

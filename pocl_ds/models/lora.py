@@ -1,6 +1,6 @@
 """Low-rank adapters added to frozen weights (LoRA, arXiv 2106.09685), with peft.
 
-peft adds them to the model's own modules, so the model stays the same to all other code. Only this
+peft adds them to the model's own modules, so no other code needs to know of them. Only this
 file imports peft.
 """
 
@@ -67,8 +67,8 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
         matches = {name: module for name, module in named.items() if name in linear}
         if not matches:
             raise RecipeError(
-                f"student.lora.target_modules names {target}, which is no linear module: use some "
-                f"of {', '.join(_short_names(linear))}, or {ALL_LINEAR}"
+                f"student.lora.target_modules names {target}, which is not a linear module: use "
+                f"some of {', '.join(_short_names(linear))}, or {ALL_LINEAR}"
             )
         selected |= matches
     return selected
@@ -100,8 +100,8 @@ def adapter_parameters(model: Any, config: LoraConfig) -> int:
 def add_adapters(model: Any, config: LoraConfig, seed: int) -> str:
     """Freeze the model and add adapters, in place. They change nothing at first: B is 0.
 
-    The seed alone decides their weights, so all ranks get the same ones. Returns a sentence for the
-    log. Raises RecipeError (see `target_linear_modules`), ResourceError if peft is missing.
+    Their weights depend only on the seed, so all ranks get the same ones. Returns a sentence for
+    the log. Raises RecipeError (see `target_linear_modules`), ResourceError if peft is missing.
     """
     require_peft()
     import peft

@@ -268,8 +268,8 @@ def _map_ids(
 ) -> NDArray[np.int64]:
     """The teacher's id of each student id, -1 for none: [student_rows].
 
-    EOS and BOS map to each other, whatever their names. No teacher id is used twice, since its
-    probability would count twice.
+    The EOS tokens map to each other, and so do the BOS tokens, even if their names differ. No
+    teacher id is used twice, since its probability would count twice.
     """
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     # Pairs of a student's and a teacher's token: special tokens first, then equal names.

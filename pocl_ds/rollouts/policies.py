@@ -2,7 +2,7 @@
 
 All ranks call the policy once per step, with the rows that the curriculum selects. The prompts are
 those of the rows; the policy selects the source of the responses: the data, the student or the
-teacher. Random draws depend on seed and step alone, and the state of a policy is part of the
+teacher. Random draws depend only on seed and step, and the state of a policy is part of the
 checkpoint.
 """
 
@@ -227,7 +227,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 
 
 def uniform_draw(seed: int, step: int, stream: int) -> float:
-    """A random number in [0, 1) that depends on the arguments alone: the same on all ranks, and
+    """A random number in [0, 1) that depends only on the arguments: the same on all ranks, and
     after a resume.
     """
     return float(np.random.default_rng([seed, step, stream]).random())

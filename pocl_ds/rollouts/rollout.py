@@ -95,7 +95,7 @@ class RolloutWorker:
 
     def generate(self, rows: NDArray[np.int64], position: SamplerPosition) -> GeneratedBatch:
         """Generate the student's responses to the prompts of some rows; the result is the same on
-        all ranks. A response depends on seed, step and its place in `rows` alone.
+        all ranks. A response depends only on seed, step and its index in `rows`.
         """
         start = time.monotonic()
         # Give the GPU memory that torch caches to the engine, which wakes up now.

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.config import RecordFields, RecordFormat
-from pocl_ds.data.key_table import KeyTable
 from pocl_ds.data.records import (
     FIELD_NAMES,
     RECORD_FORMATS,
@@ -190,29 +189,6 @@ class TestIds:
     def test_longest_allowed_id_is_kept(self, tmp_path: Path) -> None:
         (sample,) = read_samples(jsonl(tmp_path, {**GOOD, "id": "é" * 64}))
         assert sample.id == "é" * 64
-
-    @given(
-        st.lists(
-            st.tuples(
-                st.integers(0, 2**64 - 1) | st.integers(0, 4).map(lambda n: n << 20),
-                st.integers(1, 99),
-            ),
-            max_size=400,
-        )
-    )
-    def test_key_table_behaves_as_a_dict(self, pairs: list[tuple[int, int]]) -> None:
-        keys, expected = KeyTable(), dict[int, int]()
-        for key, number in pairs:
-            assert keys.put(key, number) == expected.get(key, 0)
-            expected[key] = number
-        assert len(keys) == len(expected)
-        assert all(keys.get(key) == number for key, number in expected.items())
-
-    def test_key_table_grows(self) -> None:
-        keys = KeyTable()
-        for key in range(0, 2000 << 12, 1 << 12):  # keys that collide in their low bits
-            keys.put(key, key + 1)
-        assert len(keys) == 2000 and keys.get(1999 << 12) == (1999 << 12) + 1 and keys.get(5) == 0
 
 
 class TestBadInput:

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fake_clock import FakeClock
 
 from pocl_ds.compat import vllm_private
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
-from pocl_ds.generation import vllm_backend
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.generation.subprocess_generator import SubprocessGenerator
-from pocl_ds.generation.vllm_backend import VllmGenerator
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
-from pocl_ds.runtime.progress import Progress
+from pocl_ds.models.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.vllm
 
@@ -161,208 +155,6 @@ def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
     )
     assert completed.returncode == 1
     assert "cannot be opened inside a process that is part of a process group" in completed.stderr
-
-
-class FakeEngine:
-    """A `vllm.LLM` that can sleep without a GPU. Records its calls, and refuses what a real engine
-    cannot do in its state. Finishes one request per `steps_per_request` engine steps.
-    """
-
-    calls: list[Any]
-    steps_per_request = 2
-
-    def __init__(self, **options: Any) -> None:
-        type(self).calls = [options["enable_sleep_mode"]]
-        self.awake = {"weights", "kv_cache"}
-        self.llm_engine = self
-        self.queue: list[tuple[int, Any]] = []
-        self.steps = 0
-
-    def sleep(self, level: int) -> None:
-        self.calls.append(f"sleep {level}")
-        self.awake = set()
-
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        assert not self.awake & set(tags or [])
-        self.calls.append(f"wake {' '.join(tags or ['all'])}")
-        self.awake |= set(tags or ["weights", "kv_cache"])
-
-    def apply_model(self, function: Any) -> list[Any]:
-        return [function(torch.nn.Module())]
-
-    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
-        assert "weights" in self.awake
-        self.calls.append(method)
-
-    def enqueue(self, prompts: list[Any], requests: list[Any], use_tqdm: bool) -> None:
-        assert len(self.awake) == 2
-        self.calls.append("generate")
-        # Requests finish in reverse order: outputs must be sorted by their ids.
-        self.queue = list(enumerate(requests))
-
-    def has_unfinished_requests(self) -> bool:
-        return bool(self.queue)
-
-    def step(self) -> list[Any]:
-        self.steps += 1
-        if self.steps % self.steps_per_request:
-            return [SimpleNamespace(finished=False)]
-        number, request = self.queue.pop()
-        output = SimpleNamespace(finished=True, request_id=str(number))
-        if request.max_tokens == 1:
-            output.prompt_logprobs = [None, {8: SimpleNamespace(logprob=-1.0)}]
-        else:
-            output.outputs = [SimpleNamespace(token_ids=[5 + number, 0])]
-        return [output]
-
-
-def open_fake(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
-    engine = SimpleNamespace(
-        LLM=FakeEngine,
-        SamplingParams=lambda **options: SimpleNamespace(**options),
-        TokensPrompt=dict,
-    )
-    monkeypatch.setattr(vllm_backend, "_import_vllm", lambda alternative: engine)
-    monkeypatch.setattr(vllm_private, "supports_sleep", lambda: True)
-    tokenizer, config = load_tokenizer(str(folder)), load_model_config(str(folder))
-    return VllmGenerator(
-        str(folder),
-        GenerationConfig(),
-        tokenizer,
-        model_config=config,
-        max_length=64,
-        sleep_level=level,
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "remedy", "absent"),
-    [
-        (
-            subprocess.CalledProcessError(1, ["/usr/bin/gcc", "main.c"]),
-            "non-zero exit status 1.): on a GPU it compiles",
-            "memory",
-        ),
-        (
-            RuntimeError("Failed to find C compiler. Please specify"),
-            "install gcc and python3.",
-            "memory",
-        ),
-        (
-            RuntimeError("backend='inductor' raised: Command '['/usr/bin/gcc', 'x.c']' failed"),
-            "with a C compiler",
-            "memory",
-        ),
-        (
-            ValueError("No available memory for the cache blocks"),
-            "if memory is short, lower max_num_seqs",
-            "compile",
-        ),
-    ],
-)
-def test_an_engine_that_cannot_be_opened(
-    error: Exception, remedy: str, absent: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(**options: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(FakeEngine, "__init__", lambda self, **options: fail(**options))
-    with pytest.raises(ResourceError) as caught:
-        open_fake(tiny_llama, 0, monkeypatch)
-    message = str(caught.value)
-    assert message.startswith(f"vLLM cannot open {tiny_llama} (") and message.endswith(
-        ", or choose the slower generation.backend=transformers"
-    )
-    assert (
-        remedy in message and absent not in message.replace(str(tiny_llama), "").partition("):")[2]
-    )
-
-
-def test_progress_is_logged_while_one_call_runs(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A line at least every ten seconds and one engine step, with number, rate and ETA, also while
-    no response is finished: a step takes 4 seconds, a response 8 steps.
-    """
-    caplog.set_level("INFO", "pocl_ds")
-    clock = FakeClock(monkeypatch)
-    generator = open_fake(tiny_llama, 0, monkeypatch)
-    step, log_times = FakeEngine.step, list[float]()
-    monkeypatch.setattr(FakeEngine, "steps_per_request", 8)
-
-    def slow_step(self: FakeEngine) -> list[Any]:
-        clock.advance(4)
-        return step(self)
-
-    monkeypatch.setattr(FakeEngine, "step", slow_step)
-    handler = logging.Handler()
-    monkeypatch.setattr(handler, "emit", lambda record: log_times.append(clock.now))
-    caplog.clear()
-    start = clock.now
-    with Progress(3, "responses", "score") as progress:
-        monkeypatch.setattr(logging.getLogger("pocl_ds"), "handlers", [handler])
-        responses = generator.generate_ids([[7]] * 3, SamplingParams(*SAMPLED), progress.advance)
-    generator.process_state.restore()
-    assert responses == [[5, 0], [6, 0], [7, 0]]
-    assert caplog.messages[:3] == [
-        "score  0/3 responses  0.00 responses/s  ETA ?",
-        "score  0/3 responses  0.00 responses/s  ETA ?",
-        "score  1/3 responses  36.0 s/response  ETA 1 min 12 s",
-    ]
-    assert len(caplog.messages) == 8 and max(np.diff([start, *log_times])) == 12
-
-
-@pytest.mark.parametrize("level", [0, 1, 2])
-def test_a_sleeping_engine_wakes_for_each_call(
-    level: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A rollout's calls: new weights, one comparison, one generation; with level 1 also a
-    generation with the previous weights. A call without prompts wakes nothing, and a sleeping
-    engine is not put to sleep again.
-    """
-    generator = open_fake(tiny_llama, level, monkeypatch)
-    for _ in range(2):
-        generator.load_weights({"model.embed_tokens.weight": torch.zeros(1)})
-        generator.log_probs([[7, 8]], [1])
-        assert generator.generate_ids([[7]], SamplingParams(*SAMPLED)) == [[5, 0]]
-        generator.sleep()
-        assert generator.generate_ids([], SamplingParams(*SAMPLED)) == []
-        generator.sleep()
-    if level == 2:
-        with pytest.raises(RuntimeError, match="call load_weights first"):
-            generator.generate_ids([[7]], SamplingParams(*SAMPLED))
-    else:
-        generator.generate_ids([[7]], SamplingParams(*SAMPLED))
-        generator.sleep()
-    generator.process_state.restore()
-    step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
-    expected = {
-        0: [False, *step, *step, "generate"],
-        1: [
-            True,
-            *step,
-            *sleep,
-            "wake weights",
-            "reload_weights",
-            "wake kv_cache",
-            *step[1:],
-            *sleep,
-            "wake all",
-            "generate",
-            *sleep,
-        ],
-        2: [
-            True,
-            *step,
-            *sleep,
-            "wake weights",
-            "reload_weights",
-            "wake kv_cache",
-            *step[1:],
-            *sleep,
-        ],
-    }
-    assert FakeEngine.calls == expected[level]
 
 
 def test_no_engine_sleeps_on_a_cpu() -> None:
