@@ -1,4 +1,4 @@
-"""The errors that a user can cause and mend, exit codes, and suggestions for misspelt names.
+"""Errors that a user can cause and fix, exit codes, and suggestions for misspelled names.
 
 Every message is one sentence: the field or file, what was found there, and what to do. The command
 line prints it and exits with the error's `exit_code`; a traceback means a defect of the program.
@@ -21,16 +21,16 @@ import difflib
 import re
 from collections.abc import Collection, Iterable
 
-RESUME = 75  # exit code (EX_TEMPFAIL): everything is saved, start the same command again
-UNFIT = 71  # exit code (EX_OSERR): this node cannot do its part, another node may
-HANG = 74  # exit code: a rank made no progress for too long
+EXIT_RESUME = 75  # exit code (EX_TEMPFAIL): everything is saved, start the same command again
+EXIT_UNFIT_NODE = 71  # exit code (EX_OSERR): this node cannot do its part, another node may
+EXIT_HANG = 74  # exit code: a rank made no progress for too long
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
 
 
 class PoclError(Exception):
-    """Base class of all errors that a user can mend."""
+    """Base class of all errors that a user can fix."""
 
     exit_code = 2
 
@@ -64,7 +64,7 @@ class DisagreementError(PoclError, RuntimeError):
 
 
 class StepFailedError(PoclError, RuntimeError):
-    """A workflow step failed in a process of its own, which has logged why."""
+    """A workflow step failed in its own process, which has logged the reason."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -80,7 +80,7 @@ class Interrupted(PoclError):
 
 
 def nearest_name(name: object, known: Iterable[str]) -> str | None:
-    """The known name that a misspelt one resembles most; None if it resembles none."""
+    """The known name that a misspelled one resembles most; None if it resembles none."""
     matches = difflib.get_close_matches(str(name), list(known), n=1)
     return matches[0] if matches else None
 

@@ -1,7 +1,7 @@
 """Paths of files that are shipped with the code, and the folder for caches.
 
 A checkout, and the copy of the code that jobs run, have `launch/`, `ds_configs/` and `slurm/`
-beside the package; a wheel has them inside it, because folders of such names do not belong into
+beside the package; a wheel has them inside it, because folders with such names do not belong in
 site-packages.
 """
 
@@ -25,8 +25,8 @@ JOB_TEMPLATE = ROOT / "slurm" / "job.sbatch.j2"
 
 
 def module_command(module: str) -> list[str]:
-    """The command that runs a module of this tree in a process of its own. `python -m` would
-    search the working directory first.
+    """The command that runs a module of this tree in a separate process. `python -m` would search
+    the working directory first.
     """
     return [sys.executable, str(ROOT / "launch" / "pocl.py"), module]
 

@@ -1,8 +1,8 @@
 """`pocl estimate` against measurements: predicted and measured peak memory of a training step on
 this machine's CPU, and FLOPs.
 
-Three pairs of models on one and two ZeRO-3 ranks, with an online and a cached teacher. What a
-rank needs without any model (interpreter, libraries, process group) is measured; the rest is
+Three pairs of models on one and two ZeRO-3 ranks, with an online and a cached teacher. The memory
+of a rank without any model (interpreter, libraries, process group) is measured; all else is
 predicted from the two configurations. FLOPs are compared with torch's own counter.
 """
 
@@ -99,7 +99,7 @@ def _peak_mib(variant: str, name: str, folder: Path, ranks: int, steps: int) -> 
 
 
 def predict(work: Workload, ranks: int, mode: str, base: float) -> dict[str, float]:
-    """Peak bytes of one rank, by what holds them, as in `pocl estimate`. base: bytes without a
+    """Peak bytes of one rank, by what occupies them, as in `pocl estimate`. base: bytes without a
     model.
     """
     # The first rank's first micro-batch is the largest.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pocl_ds.bench.arguments import whole_numbers
+from pocl_ds.bench.arguments import parse_integers
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
@@ -59,7 +59,7 @@ def run(
 
     float32 on CPUs, bfloat16 on GPUs. Raises RecipeError for any other number of arguments.
     """
-    numbers = whole_numbers(arguments, "tokens, ids or width")
+    numbers = parse_integers(arguments, "tokens, ids or width")
     if len(numbers) not in (0, 3):
         raise RecipeError("give tokens, ids and width, as in 1024 49152 576, or nothing")
     on_gpu = device().type == "cuda"

@@ -1,7 +1,7 @@
-"""Cost of POCL's own steps relative to plain distillation with as many sample visits, in seconds
+"""Cost of scoring, ranking and planning relative to plain distillation with as many sample visits, in seconds
 and FLOPs, of a finished run.
 
-Scoring, ranking and planning come on top of the training; the schedules themselves cost nothing.
+These steps come on top of the training; the schedules of a stage cost nothing.
 Seconds are those of the steps; FLOPs follow from the models' configurations and the run's own
 tokens.
 """

@@ -3,8 +3,8 @@ transformers, as `pocl train` runs them.
 
 A student with 31 million random parameters (workload S of `pocl bench step`) generates responses
 to 32 prompts of 51 to 157 tokens in every step. One id in `MEAN_LENGTH` ends a response, so that
-lengths vary as real ones do: geometric, at most `MAX_NEW_TOKENS`. Every backend is a training of
-its own, in turn, for `ROUNDS` rounds; the step in which the generator starts does not count.
+lengths vary as real ones do: geometric, at most `MAX_NEW_TOKENS`. Each round trains once
+with each backend, for `ROUNDS` rounds; the step in which the generator starts does not count.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _print_backend(backend: str, steps: list[dict[str, Any]], out: Callable[[str
 
 
 def _end_responses_early(work: Workload, model: Path) -> None:
-    """Let one id in MEAN_LENGTH end a response: a model with random weights draws all ids alike."""
+    """Let one id in MEAN_LENGTH end a response: a model with random weights samples all ids with about the same
+    probability.
+    """
     size = int(work.student["vocab_size"])
     stops = np.random.default_rng(0).choice(
         np.arange(3, size), max(1, size // MEAN_LENGTH), replace=False
@@ -105,7 +107,7 @@ def _tokens_per_second(step: dict[str, Any]) -> float:
 
 def _spread(values: Sequence[float], digits: int) -> str:
     """Median (min..max)."""
-    median, least, most = (
+    median, smallest, largest = (
         f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
     )
-    return f"{median} ({least}..{most})"
+    return f"{median} ({smallest}..{largest})"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pocl_ds.bench.arguments import whole_numbers
+from pocl_ds.bench.arguments import parse_integers
 from pocl_ds.metrics.rouge import clear_stem_cache, rouge_l_many
 
 # Distinct pairs of a round. This package scores all of them, rouge-score the first few; the time
@@ -65,8 +65,8 @@ def run(
     """Print and return the ratio at each length: median over rounds, with the smallest and the
     largest.
 
-    lengths: words of a text, 16 to 512 by default. Raises RecipeError for a value that is no
-    number. cold: no stem is cached at the start of a round; warm: the same pairs a second time.
+    lengths: words of a text, 16 to 512 by default. Raises RecipeError for a value that is not
+    a number. cold: no stem is cached at the start of a round; warm: the same pairs a second time.
     """
     out(
         f"ROUGE-L: speed relative to rouge-score, median of {rounds} rounds (min..max); {pairs} "
@@ -77,7 +77,7 @@ def run(
         f"{'warm':>9}"
     )
     table = []
-    for words in whole_numbers(lengths, "words") or tuple(ROUGE_SCORE_PAIRS):
+    for words in parse_integers(lengths, "words") or tuple(ROUGE_SCORE_PAIRS):
         row = measure(words, rounds=rounds, pairs=pairs)
         table.append(row)
         out(
@@ -98,18 +98,21 @@ def measure(words: int, *, rounds: int, pairs: int) -> Ratios:
     warm: list[float] = []
     for number in range(rounds):
         # rouge-score, on the first pairs.
-        left, right = texts(pairs, words, seed=2 * number), texts(pairs, words, seed=2 * number + 1)
-        references = [[text] for text in right]
-        few = min(pairs, ROUGE_SCORE_PAIRS.get(words, 12))
+        predictions = texts(pairs, words, seed=2 * number)
+        targets = texts(pairs, words, seed=2 * number + 1)
+        references = [[text] for text in targets]
+        scored_pairs = min(pairs, ROUGE_SCORE_PAIRS.get(words, 12))
         start = time.perf_counter()
-        expected = [scorer.score(right[i], left[i])["rougeL"].fmeasure for i in range(few)]
-        reference.append((time.perf_counter() - start) / few)
+        expected = [
+            scorer.score(targets[i], predictions[i])["rougeL"].fmeasure for i in range(scored_pairs)
+        ]
+        reference.append((time.perf_counter() - start) / scored_pairs)
         clear_stem_cache()
         for times in (cold, warm):
             start = time.perf_counter()
-            scores = rouge_l_many(left, references)
+            scores = rouge_l_many(predictions, references)
             times.append((time.perf_counter() - start) / pairs)
-        if scores[:few].tolist() != expected:
+        if scores[:scored_pairs].tolist() != expected:
             raise RuntimeError(
                 f"ROUGE-L differs from rouge-score at {words} words: the comparison is invalid"
             )
@@ -125,8 +128,8 @@ def texts(count: int, words: int, *, seed: int) -> list[str]:
     """Random texts with `words` words; the word of rank r has weight 1/r."""
     vocabulary = _vocabulary()
     weights = [1 / rank for rank in range(1, len(vocabulary) + 1)]
-    drawn = random.Random(seed).choices(vocabulary, weights, k=count * words)
-    return [" ".join(drawn[i * words : (i + 1) * words]) + "." for i in range(count)]
+    sampled = random.Random(seed).choices(vocabulary, weights, k=count * words)
+    return [" ".join(sampled[i * words : (i + 1) * words]) + "." for i in range(count)]
 
 
 def _vocabulary() -> list[str]:

@@ -1,6 +1,6 @@
 """Time and peak memory of ranking, planning and sampling, from ten thousand to ten million samples.
 
-Each size runs in a process of its own, because the peak memory of a process never falls.
+Each size runs in a separate process, because the peak memory of a process never falls.
 Generating ids and scores is not timed, but its memory counts.
 """
 
@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds.bench.arguments import whole_numbers
+from pocl_ds.bench.arguments import parse_integers
 from pocl_ds.curriculum.plan import build_plan
 from pocl_ds.curriculum.ranking import rank_by_difficulty
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.resources import module_command
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
-SMALLEST = 256  # four subsets of one batch of 64
+MIN_SAMPLES = 256  # four subsets of one batch of 64
 
 
 def run(
@@ -35,9 +35,9 @@ def run(
     """Print and return a row for each number of samples: seconds on one core, memory of the
     process.
 
-    sizes: 10k to 10M by default. Raises RecipeError for a value that is no number of samples.
+    sizes: 10k to 10M by default. Raises RecipeError for a value that is not a number of samples.
     """
-    counts = whole_numbers(sizes, "samples", least=SMALLEST) or SIZES
+    counts = parse_integers(sizes, "samples", minimum=MIN_SAMPLES) or SIZES
     out("rank, plan and sampler on synthetic samples, one process per size, one core")
     out(
         f"{'samples':>10}  {'rank':>8}  {'plan':>8}  {'batch 0':>8}  {'resume':>8}  {'sum':>8}  "

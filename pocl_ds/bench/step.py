@@ -1,7 +1,7 @@
 """Time and memory of an optimizer step of distillation: this package against plain full logits,
 SFT of the student, TRL, and the floor.
 
-Every contender runs in processes of its own over the same models and the same batch
+Every contender runs in separate processes over the same models and the same batch
 (`bench.workloads`), one after the other, for `ROUNDS` rounds, so that other work on the machine
 affects all of them. The floor is the step's arithmetic at the speed of this machine's matrix
 products.
@@ -136,7 +136,7 @@ def measure_in_turn(
         folder = Path(name)
         with quiet():
             write_models(work, folder)
-        # On GPUs each rank needs one of its own.
+        # Each rank needs its own GPU.
         turns = [contender for contender in contenders if contender[2] <= gpus or not gpus]
         if trl:
             write_batches(work, folder / "steps.json", 1)
@@ -167,7 +167,7 @@ def _run_contender(
     label: str, variant: str, ranks: int, work: Workload, folder: Path, steps: int
 ) -> dict[str, Any]:
     """One round of a contender; without ranks, variant is the interpreter that has TRL."""
-    # A finished run of the round before would not run again.
+    # Remove the finished run of the previous round, which would not run again.
     for finished in folder.glob("run-*"):
         shutil.rmtree(finished)
     cores, result = os.cpu_count() or 1, folder / "out.json"

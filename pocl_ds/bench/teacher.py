@@ -1,8 +1,8 @@
 """Cached against online teacher: an optimizer step with cached hidden states beside SFT and the
-online teacher, and a whole run.
+online teacher, and a complete run.
 
 SmolLM2-135M into its 20-layer student (workload A of `pocl bench step`), plain PyTorch, one
-process. A whole run has POCL's four stages over four batches; with a cached teacher it includes
+process. A complete run has POCL's four stages over four batches; with a cached teacher it includes
 `cache-teacher`.
 """
 
@@ -35,7 +35,7 @@ def run(
     epochs: int = EPOCHS,
 ) -> dict[str, Any]:
     """Print and return the measurements. arguments: the name of a workload, A by default. epochs:
-    of each stage of a whole run.
+    of each stage of a complete run.
     """
     name = choose_name(arguments, WORKLOADS, "A")
     # Single steps.
@@ -47,32 +47,32 @@ def run(
             f"  step, {label:<18}{row['median']:>8.3f} s "
             f"({row['min']:.3f}..{row['max']:.3f})   {ratio:.2f} x SFT"
         )
-    # Whole runs.
+    # Complete runs.
     runs = _measure_runs(name, epochs)
     seconds = {label: times["cache-teacher"] + times["train"] for label, times in runs.items()}
     cached = runs[CACHED]
     out(
-        f"whole run of {cached['steps']} steps: {ONLINE} {seconds[ONLINE]:.1f} s; {CACHED} "
+        f"complete run of {cached['steps']} steps: {ONLINE} {seconds[ONLINE]:.1f} s; {CACHED} "
         f"{seconds[CACHED]:.1f} s, {cached['cache-teacher']:.1f} s of it for caching: "
         f"{seconds[CACHED] / seconds[ONLINE]:.2f} of the online run"
     )
     # Reading the cache.
-    read = statistics.median(cached["read"])
+    read_seconds = statistics.median(cached["read"])
     out(
-        f"reading a batch's hidden states from disk, cold: {1000 * read:.2f} ms "
+        f"reading a batch's hidden states from disk, cold: {1000 * read_seconds:.2f} ms "
         f"({1000 * min(cached['read']):.2f}..{1000 * max(cached['read']):.2f}), "
-        f"{100 * read / cached['step']:.2f}% of a step"
+        f"{100 * read_seconds / cached['step']:.2f}% of a step"
     )
     return {
         "steps": rows,
         "runs": runs,
         "share": seconds[CACHED] / seconds[ONLINE],
-        "read_share": read / cached["step"],
+        "read_share": read_seconds / cached["step"],
     }
 
 
 def _measure_runs(name: str, epochs: int) -> dict[str, dict[str, Any]]:
-    """Seconds of a whole run with the online and with the cached teacher."""
+    """Seconds of a complete run with the online and with the cached teacher."""
     runs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
         folder = Path(folder_name)

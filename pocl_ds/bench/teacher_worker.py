@@ -1,4 +1,4 @@
-"""One whole run of `pocl bench teacher`: seconds of caching and training, and of reading the
+"""One complete run of `pocl bench teacher`: seconds of caching and training, and of reading the
 cache with a cold page cache.
 
 launch/train.sh --ranks R --threads T --module pocl_ds.bench.teacher_worker VARIANT WORKLOAD FOLDER
@@ -31,7 +31,7 @@ STAGES, READS = 4, 10
 
 def main(variant: str, work: Workload, folder: Path, epochs: int, out: Path) -> None:
     """Four stages of `epochs` epochs over four batches, with an online or a cached teacher."""
-    run, samples = RunDirectory(folder / f"whole-{variant}"), len(work.lengths)
+    run, samples = RunDirectory(folder / f"run-{variant}"), len(work.lengths)
     start = time.perf_counter()
     plan = build_plan(
         np.arange(samples * STAGES), num_subsets=STAGES, epochs_per_stage=epochs, batch_size=samples

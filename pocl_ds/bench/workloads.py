@@ -1,4 +1,4 @@
-"""Workloads that steps are timed on: two models with random weights, and batches of random tokens.
+"""Workloads of the benchmarks: two models with random weights, and batches of random tokens.
 
 A: SmolLM2-135M and its 20-layer student, 8 instruction samples per step (1,100 tokens, 310 of
 them responses; 1,752 with padding). S: the same samples, models of a third of the size, 12 layers

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-from pocl_ds.errors import RESUME, UNFIT
+from pocl_ds.errors import EXIT_RESUME, EXIT_UNFIT_NODE
 
 # Outcomes of an attempt. ENDED: SLURM itself cancels or requeues the job.
 DONE, RETRY, FAILED, ENDED = "done", "retry", "failed", "ended"
@@ -92,13 +92,13 @@ def decide(
         return Decision(FAILED, attempt.error or fallback)
 
     # A crash with the same error at the same place as before is not retried.
-    told_to_stop = attempt.code in (RESUME, UNFIT) or bool(attempt.stop_reason)
+    told_to_stop = attempt.code in (EXIT_RESUME, EXIT_UNFIT_NODE) or bool(attempt.stop_reason)
     repeated = [
         other
         for other in previous
         if other.end is not None
         and not other.stop_reason
-        and other.code not in (0, RESUME)
+        and other.code not in (0, EXIT_RESUME)
         and other.progress == attempt.progress
         and error_signature(other.error) == error_signature(attempt.error)
     ]
@@ -125,7 +125,7 @@ def decide(
             f"{count} attempts without progress (profile field attempts={max_attempts}); the last "
             f"one: {cause}",
         )
-    if attempt.code == UNFIT:
+    if attempt.code == EXIT_UNFIT_NODE:
         return Decision(RETRY, f"{cause}; the job moves to other nodes")
     return Decision(
         RETRY, f"{cause}; the job {'continues' if told_to_stop else 'gets one more attempt'}"

@@ -35,7 +35,7 @@ from pocl_ds.cluster.attempts import (
     write_attempt,
 )
 from pocl_ds.cluster.srun import srun_command
-from pocl_ds.errors import HANG, RESUME, UNFIT, PoclError, ResourceError
+from pocl_ds.errors import EXIT_HANG, EXIT_RESUME, EXIT_UNFIT_NODE, PoclError, ResourceError
 from pocl_ds.runtime.process_exit import EXIT_RECORDS, SIGNALS, read_exit_records
 from pocl_ds.workflow.files import lock_file
 
@@ -95,7 +95,7 @@ class Job:
         )
         self._record()
         if unfit := sorted(set(excluded_nodes(self.previous)) & set(self.attempt.nodes)):
-            self.attempt.code = UNFIT
+            self.attempt.code = EXIT_UNFIT_NODE
             self.attempt.error = f"{', '.join(unfit)} failed this job before"
         else:
             self.attempt.code = self._run_commands()
@@ -123,7 +123,7 @@ class Job:
             commands.append(([], [*command["arguments"], *own], command["ranks"]))
         for number, (options, arguments, ranks) in enumerate(commands):
             if self.attempt.stop_reason:
-                return RESUME
+                return EXIT_RESUME
             tasks_per_node = self.spec["tasks_per_node"] if ranks else 0
             if code := self._run_command(number, options, arguments, tasks_per_node):
                 return code
@@ -159,11 +159,11 @@ class Job:
         records = read_exit_records(exits)
         if name == "preflight" and code and not self.attempt.stop_reason:
             silent = sorted(set(self.attempt.nodes) - {record["node"] for record in records})
-            waited = all(record["code"] in (0, HANG) for record in records)
+            waited = all(record["code"] in (0, EXIT_HANG) for record in records)
             if records and silent and waited:
                 self.attempt.error = f"preflight: {', '.join(silent)}: none of its ranks answered"
                 self.attempt.unfit_nodes = silent
-                return UNFIT
+                return EXIT_UNFIT_NODE
         return self._explain(code, records, ranks)
 
     def _environment(self, exits: Path, nodes: int) -> dict[str, str]:
@@ -206,7 +206,7 @@ class Job:
         """The exit code that explains a command's end; sets the attempt's error. The first rank
         that failed by itself decides.
         """
-        failures = [record for record in records if record["code"] not in (0, RESUME)]
+        failures = [record for record in records if record["code"] not in (0, EXIT_RESUME)]
         if failures:
             first = failures[0]
             self.attempt.error = (
@@ -214,7 +214,7 @@ class Job:
                 or f"{first['rank']} on {first['node']} exited with code {first['code']}"
             )
             self.attempt.unfit_nodes = sorted(
-                {record["node"] for record in failures if record["code"] == UNFIT}
+                {record["node"] for record in failures if record["code"] == EXIT_UNFIT_NODE}
             )
             self._print_tail(first["rank"])
             return int(first["code"])
@@ -224,7 +224,7 @@ class Job:
             self.attempt.stop_reason = PREEMPTED
         stopped = len(records) == ranks  # and no rank failed
         if self.attempt.stop_reason or stopped:
-            return RESUME
+            return EXIT_RESUME
 
         # Some ranks ended without a record: killed, or without space to write one.
         silent = sorted(
@@ -268,7 +268,7 @@ class Job:
         if decision.outcome != RETRY:
             return attempt.code or 1
         try:
-            if attempt.code == UNFIT:
+            if attempt.code == EXIT_UNFIT_NODE:
                 return self._move(excluded_nodes([*self.previous, attempt]))
             return self._requeue()
         except PoclError as error:
@@ -280,9 +280,9 @@ class Job:
 
     def _requeue(self) -> int:
         """Requeue this job. SLURM ends this script meanwhile."""
-        scheduler.retry_while_away(lambda: scheduler.call("scontrol", "requeue", self.id))
+        scheduler.retry_while_unreachable(lambda: scheduler.call("scontrol", "requeue", self.id))
         time.sleep(60)
-        return RESUME
+        return EXIT_RESUME
 
     def _move(self, nodes: list[str]) -> int:
         """Submit a new job in place of this one that excludes `nodes`; jobs that wait for this one
@@ -292,12 +292,12 @@ class Job:
         if self.task is not None:
             options.append(f"--array={self.task}")
         script = str(self.folder / "jobs" / f"{self.spec['name']}.sbatch")
-        new = scheduler.retry_while_away(lambda: scheduler.submit(script, options))
+        new = scheduler.retry_while_unreachable(lambda: scheduler.submit(script, options))
         with (self.folder / "jobs" / f"{self.spec['name']}.ids").open("a") as stream:
             stream.write(f"{new}\n")
         for name in self.spec["successors"]:
             for job_id in (self.folder / "jobs" / f"{name}.ids").read_text().split():
-                for waiting in scheduler.live([job_id]):
+                for waiting in scheduler.live_jobs([job_id]):
                     scheduler.add_dependency(waiting.array, new)
         print_line(f"{self.label}: job {new} continues without {', '.join(nodes)}")
         return 0

@@ -1,7 +1,7 @@
 """The check before a job's first command: is every node as the profile promises, and do the nodes
 reach each other?
 
-It runs over all ranks of the job. A node with a fault of its own ends its ranks with UNFIT, so that
+It runs over all ranks of the job. A node with a fault of its own ends its ranks with EXIT_UNFIT_NODE, so that
 the job can continue without it; a fault of every node ends the job with one sentence.
 """
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from pocl_ds.cluster import machine_checks
-from pocl_ds.errors import HANG, UNFIT, PoclError, ResourceError
+from pocl_ds.errors import EXIT_HANG, EXIT_UNFIT_NODE, PoclError, ResourceError
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.runtime.process_exit import install_signal_handlers, node_name, record_exit
@@ -215,7 +215,7 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
     if set(faults) == set(nodes) and not own_fault:
         return 2, sentence
     # Ranks of fit nodes exit with 0: on any other code srun would kill the faulty ones too early.
-    return (UNFIT, sentence) if node_name() in faults else (0, "")
+    return (EXIT_UNFIT_NODE, sentence) if node_name() in faults else (0, "")
 
 
 def _log_success(reports: list[dict[str, Any]], nodes: int, start: float) -> None:
@@ -241,11 +241,11 @@ def main() -> int:
     try:
         code, sentence = preflight(run, spec)
     except PoclError as error:  # this rank has no device, or cannot write
-        code, sentence = UNFIT, f"{node_name()}: {error}"
+        code, sentence = EXIT_UNFIT_NODE, f"{node_name()}: {error}"
     except (RuntimeError, ValueError) as error:  # torch could not connect the ranks
         # A rank that waited in vain is not at fault; one that failed at once may be.
         waited = time.monotonic() - start > 0.8 * spec["preflight_seconds"]
-        code = HANG if waited else 1
+        code = EXIT_HANG if waited else 1
         sentence = (
             f"the ranks do not reach each other ({str(error).splitlines()[0]}): check the "
             "profile's interface"

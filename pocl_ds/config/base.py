@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from pocl_ds.errors import did_you_mean
 
-# Marks a field that says how a run is executed (ranks, shards, logging), not what it computes.
+# Marks a field that changes how a run is executed (ranks, shards, logging), not what it computes.
 RUNTIME_ONLY: dict[str, Any] = {"runtime_only": True}
 
 
 class Section(BaseModel):
-    """A section of the recipe: frozen, and without unknown fields."""
+    """A section of the recipe: immutable, and an unknown field is an error."""
 
     # Defaults are validated too: 60 and 60.0 become one value, also in a recipe that was written
     # and read again.
@@ -23,7 +23,7 @@ class Section(BaseModel):
     )
 
 
-def _refuse_bool(value: Any) -> Any:
+def _reject_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("write a number, not true or false")
     return value
@@ -42,13 +42,13 @@ def registered_name(kind: str, *registries: Collection[str]) -> Any:
 
 
 def split_names(value: Any) -> Any:
-    """`a, b` as the tuple of names that it stands for; any other value unchanged."""
+    """Split `a, b` into a tuple of names; return any other value unchanged."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
-# Integers of 64 bits, as torch and numpy take them.
-Int = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=-(1 << 63), lt=1 << 63)]
-Float = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+# 64-bit integers, as in torch and numpy.
+Int = Annotated[int, BeforeValidator(_reject_bool), Field(ge=-(1 << 63), lt=1 << 63)]
+Float = Annotated[float, BeforeValidator(_reject_bool), Field(allow_inf_nan=False)]
 Positive = Annotated[Int, Field(ge=1)]
 NonNegative = Annotated[Int, Field(ge=0)]
 PositiveFloat = Annotated[Float, Field(gt=0)]
@@ -70,7 +70,7 @@ FORMAT_DESCRIPTION = (
     "`messages` (a conversation), or `auto` to recognize it from the first record."
 )
 FIELDS_DESCRIPTION = (
-    "Renames record fields: our name to the name in the file, as in `{output: answer}`."
+    "Maps the fields of a record to their names in the file, as in `{output: answer}`."
 )
 TOP_P_DESCRIPTION = (
     "Nucleus sampling: sample from the most probable tokens whose probabilities sum to `top_p`; "
@@ -78,8 +78,8 @@ TOP_P_DESCRIPTION = (
 )
 MAX_NEW_TOKENS_DESCRIPTION = "Maximum number of tokens to generate per response."
 SHARDS_DESCRIPTION = (
-    "Number of shards of this step. Each shard is saved when it is finished, can run as a SLURM "
-    "job of its own, and is not repeated after a restart."
+    "Number of shards of this step. Each shard is saved when it is finished, can run as a separate "
+    "SLURM job, and is not repeated after a restart."
 )
 
 

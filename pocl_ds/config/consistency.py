@@ -1,4 +1,4 @@
-"""Checks across sections: contradictions that no section can see by itself.
+"""Checks across sections: contradictions that the validation of one section cannot detect.
 
 Each check raises ValueError with one sentence that names the fields and the remedy.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Options of built-in losses that must be between 0 and 1. An option of a plugin may be any finite
 # number, whatever its name.
-FRACTIONS = {"jsd": ("beta",), "skl": ("skew",), "srkl": ("skew",), "akl": ("mu",)}
+UNIT_INTERVAL_OPTIONS = {"jsd": ("beta",), "skl": ("skew",), "srkl": ("skew",), "akl": ("mu",)}
 
 
 def check_consistency(recipe: Recipe) -> None:
@@ -80,15 +80,15 @@ def _check_training(recipe: Recipe) -> None:
         )
 
 
-def out_of_range(name: str, options: Mapping[str, Any]) -> str | None:
+def option_problem(name: str, options: Mapping[str, Any]) -> str | None:
     """What is wrong with the values of a divergence's options; None if nothing is."""
     for option, value in options.items():
         if not math.isfinite(value):
             return f"{name}: {option}={value:g} must be a finite number"
-        if option in FRACTIONS.get(name, ()) and not 0 <= value <= 1:
+        if option in UNIT_INTERVAL_OPTIONS.get(name, ()) and not 0 <= value <= 1:
             return f"{name}: {option}={value:g} must be between 0 and 1"
     if name == "ab" and options["ab_alpha"] + options["ab_beta"] < 0:
-        return "ab: ab_alpha + ab_beta must not be negative, or the loss has no bound"
+        return "ab: ab_alpha + ab_beta must not be negative, or the loss is unbounded"
     return None
 
 
@@ -100,12 +100,12 @@ def _check_loss_options(recipe: Recipe) -> None:
         if isinstance(value, bool) is not is_flag:
             expected = "true or false" if is_flag else "a number"
             raise ValueError(f"loss.options.{option}={value} of {name} must be {expected}")
-    if problem := out_of_range(name, {**defaults, **recipe.loss.options}):
+    if problem := option_problem(name, {**defaults, **recipe.loss.options}):
         raise ValueError(f"loss.options of {problem}")
 
 
 def _check_teacher(recipe: Recipe) -> None:
-    """Whether the recipe has a teacher exactly if it uses one."""
+    """A recipe has a teacher if and only if it uses one."""
     if recipe.teacher is not None:
         if recipe.loss.name == "sft" and not recipe.policy.uses_teacher_responses:
             raise ValueError(
@@ -125,13 +125,13 @@ def _check_teacher(recipe: Recipe) -> None:
 
 
 def _check_teacher_mode(recipe: Recipe) -> None:
-    """Whether the loss works with a cached teacher and with an ensemble."""
+    """Losses that do not work with a cached teacher or with an ensemble."""
     teacher, loss = recipe.teacher, recipe.loss.name
     if teacher is None:
         return
     if teacher.mode != "online":
         reason = None
-        if recipe.across_tokenizers:
+        if recipe.cross_tokenizer:
             reason = f"loss.name={loss} needs the teacher's outputs in the teacher's own tokens"
         elif not recipe.loss.fused:
             reason = "loss.fused=false needs the teacher's complete logits"
@@ -142,7 +142,7 @@ def _check_teacher_mode(recipe: Recipe) -> None:
                 f"{reason}, which teacher.mode={teacher.mode} does not cache: set "
                 "teacher.mode=online"
             )
-    if teacher.ensemble and not recipe.one_vocabulary:
+    if teacher.ensemble and not recipe.needs_shared_vocabulary:
         raise ValueError(
             "teacher.ensemble mixes distributions over one vocabulary, and "
             f"loss.name={loss} does not use one: remove teacher.ensemble"
@@ -208,13 +208,13 @@ def _check_on_policy(recipe: Recipe) -> None:
         remedy += " and baseline.sft_ratio=0"
     if any(sft_ratios):
         raise ValueError(
-            f"policy.name={policy.name} trains on responses of the student, which are no labels "
-            f"for SFT: {remedy}"
+            f"policy.name={policy.name} trains on responses of the student, which cannot be "
+            f"labels for SFT: {remedy}"
         )
 
 
 def _check_distillm(recipe: Recipe) -> None:
-    """What the adaptive policy needs besides."""
+    """Further requirements of the adaptive policy."""
     policy, train, samples = recipe.policy, recipe.train, recipe.data.max_train_samples
     if policy.name != "distillm":
         return

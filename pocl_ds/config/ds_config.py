@@ -1,7 +1,7 @@
 """DeepSpeed configurations: JSON files by name, completed from the recipe.
 
-Values that are "auto" or missing in a file come from the recipe, and only this module fills them
-in. The trainer accumulates gradients itself, so DeepSpeed's own accumulation is always 1.
+Values that are "auto" or missing in a file come from the recipe; only this module inserts
+them. The trainer accumulates gradients itself, so DeepSpeed's own accumulation is always 1.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def load_ds_config(name: str) -> dict[str, Any]:
 def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) -> dict[str, Any]:
     """The student's configuration without "auto".
 
-    dtype: the name of a torch dtype, or "auto" if it is not known yet: then the one that the file
-    asks for. Raises RecipeError if the file and the recipe contradict each other.
+    dtype: the name of a torch dtype; with "auto" (not known yet) the dtype that the file enables.
+    Raises RecipeError if the file and the recipe contradict each other.
     """
     dtype = _dtype_of_file(name) if dtype == "auto" else dtype
     if dtype == "float16":
@@ -96,9 +96,10 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
 def resolve_teacher(
     name: str | None, *, dtype: str, ranks: int, micro_batch_size: int
 ) -> dict[str, Any] | None:
-    """The frozen teacher's configuration without "auto", or None if every rank holds all of it.
+    """The frozen teacher's configuration without "auto", or None if every rank holds a complete
+    copy.
 
-    Every rank holds all of it if `name` is None, and on a single rank, which has nothing to shard,
+    That is the case if `name` is None, and on a single rank, which has nothing to shard,
     unless parameters are offloaded. Raises RecipeError if the file has an optimizer, or another
     zero_stage than 3.
     """
@@ -125,7 +126,7 @@ def resolve_teacher(
     return None if ranks == 1 and "offload_param" not in tree["zero_optimization"] else tree
 
 
-def numerics(name: str | None) -> dict[str, Any] | None:
+def numeric_settings(name: str | None) -> dict[str, Any] | None:
     """The values of a configuration that change results; all others may change during a run."""
     if name is None:
         return None
@@ -173,7 +174,7 @@ def _fill(name: str, values: Values, ranks: int) -> dict[str, Any]:
                     f"ds_config {name}: {'.'.join(path[:depth])} must be an object: start from one "
                     f"in {DS_CONFIGS}"
                 )
-        # A missing value is the recipe's too: DeepSpeed's defaults differ, as in no clipping.
+        # A missing value also comes from the recipe: DeepSpeed's defaults differ (no clipping).
         current = node.get(path[-1], "auto")
         if current == "auto":
             node[path[-1]] = value

@@ -79,10 +79,12 @@ class PolicyConfig(Section):
     )
     rollout_backend: Literal["vllm", "transformers"] = Field(
         "vllm",
-        description="Engine that generates the student's responses: `vllm` in a process beside "
-        "each rank, or `transformers` inside the rank.",
+        description="Engine that generates the student's responses: `vllm` in one process "
+        "per rank, or `transformers` inside the rank.",
     )
-    temperature: PositiveFloat = Field(1.0, description="Sampling temperature of these responses.")
+    temperature: PositiveFloat = Field(
+        1.0, description="Sampling temperature of the student's responses."
+    )
     top_p: TopP = Field(1.0, description=TOP_P_DESCRIPTION)
     max_new_tokens: Positive = Field(256, description=MAX_NEW_TOKENS_DESCRIPTION)
     sync_weights_every: Positive = Field(

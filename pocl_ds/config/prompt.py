@@ -32,7 +32,7 @@ class PromptConfig(Section):
     overlong: Literal["truncate", "drop", "error"] = Field(
         "truncate",
         description="What to do with samples above these limits: truncate them, drop them, or "
-        "stop with an error. Evaluation truncates and counts prompts, unless it is `error`.",
+        "stop with an error. Evaluation truncates prompts and counts them, unless this is `error`.",
     )
 
     @model_validator(mode="after")

@@ -1,8 +1,9 @@
 """The recipe: one validated, frozen object that defines a run.
 
-Each section has a file of its own in this folder. Fields marked `runtime_only` say how a run is
+Each section has a file of its own in this folder. Fields marked `runtime_only` change how a run is
 executed (ranks, shards, logging), not what it computes: changing them never invalidates finished
-work. All other fields enter the fingerprints of the workflow steps. Nothing heavy is imported here.
+steps. All other fields enter the fingerprints of the workflow steps. This module does not import
+torch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pocl_ds.config.models import StudentConfig, TeacherConfig
 from pocl_ds.config.policy import PolicyConfig
 from pocl_ds.config.prompt import PromptConfig
 from pocl_ds.config.ranking import RankingConfig
-from pocl_ds.config.registry import ACROSS_TOKENIZERS, METRICS
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, METRICS
 from pocl_ds.config.report import ReportConfig
 from pocl_ds.config.scoring import ScoreConfig
 from pocl_ds.config.teacher_cache import TeacherCacheConfig
@@ -83,13 +84,13 @@ class Recipe(Section):
         return self
 
     @property
-    def across_tokenizers(self) -> bool:
-        """Whether the teacher reads the texts in its own tokens."""
-        return self.loss.name in ACROSS_TOKENIZERS
+    def cross_tokenizer(self) -> bool:
+        """Whether the loss compares models with different tokenizers."""
+        return self.loss.name in CROSS_TOKENIZER_LOSSES
 
     @property
-    def one_vocabulary(self) -> bool:
+    def needs_shared_vocabulary(self) -> bool:
         """Whether teacher and student must share a vocabulary."""
-        # Healing distils by a divergence over ids, whatever loss follows it.
+        # Healing always distils with a divergence over token ids.
         distils = self.loss.name != "sft" or self.student.heal_steps > 0
-        return self.teacher is not None and distils and not self.across_tokenizers
+        return self.teacher is not None and distils and not self.cross_tokenizer

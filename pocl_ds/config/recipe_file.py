@@ -1,5 +1,5 @@
-"""Reading and writing recipes: YAML files and shipped names, dotted overrides, and one sentence for
-what is wrong.
+"""Reading and writing recipes: YAML files and shipped names, dotted overrides, and one-sentence
+error messages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pocl_ds.config.recipe import Recipe
-from pocl_ds.config.yaml_io import dump_yaml, plain_value, read_yaml, yaml_fault
+from pocl_ds.config.yaml_io import dump_yaml, parse_yaml, read_yaml, yaml_fault
 from pocl_ds.errors import PoclError, RecipeError, did_you_mean, nearest_name
 from pocl_ds.resources import RECIPES
 from pocl_ds.runtime.credentials import find_secret
@@ -123,7 +123,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise RecipeError(f"override {_shortened(override)} is not of the form section.field=value")
     try:
-        value = plain_value(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"override {_shortened(override)}: the value is not valid YAML ({yaml_fault(error)}): "

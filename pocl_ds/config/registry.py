@@ -1,7 +1,7 @@
-"""Names that recipes may use, and to which plugins add theirs.
+"""Names that recipes may use. Plugins add names to these registries.
 
 Only names and default options are here, so that a recipe can be checked without importing torch.
-The functions are in the rooms named beside each registry; tests compare both.
+The comment above each registry names the module with the functions; tests compare both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOSSES: dict[str, dict[str, float | bool]] = {
     "alm": {},
 }
 # Losses between different tokenizers.
-ACROSS_TOKENIZERS = ("uld", "alm")
+CROSS_TOKENIZER_LOSSES = ("uld", "alm")
 
 # Policies (`rollouts/policies.py`): name -> whether the student generates responses in training.
 POLICIES: dict[str, bool] = {

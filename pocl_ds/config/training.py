@@ -68,7 +68,7 @@ class TrackingConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimization."""
+    """Engine, batches, optimizer, validation, checkpoints and tracking."""
 
     engine: Literal["deepspeed", "torch"] = Field(
         "deepspeed",

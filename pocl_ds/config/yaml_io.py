@@ -71,7 +71,7 @@ for _kind in (_Loader, _Dumper):
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain value in a file: texts, numbers, booleans, null, lists and dictionaries.
+    """Read a file into a plain value: strings, numbers, booleans, null, lists and dictionaries.
 
     Raises RecipeError with the file, the line and the fault.
     """
@@ -90,15 +90,15 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror}): check the file") from None
     try:
-        return plain_value(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line} is not valid YAML ({yaml_fault(error)}): fix it") from None
 
 
-def plain_value(text: str) -> Any:
-    """The plain value that a YAML text stands for. Raises yaml.YAMLError for every fault."""
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML text into a plain value. Raises yaml.YAMLError for every fault."""
     try:
         root = yaml.load(text, _Loader)  # noqa: S506 -- a stricter SafeLoader
     except RecursionError:
@@ -122,7 +122,7 @@ def plain_value(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """A plain value as YAML; `plain_value` reads the same value back."""
+    """A plain value as YAML; `parse_yaml` reads the same value back."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

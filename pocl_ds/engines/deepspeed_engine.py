@@ -2,8 +2,8 @@
 group.
 
 DeepSpeed averages gradients over ranks, so the loss sum is multiplied by the number of ranks.
-Gradient accumulation is driven from here (its boundary is set by hand), so DeepSpeed divides by
-nothing else.
+This module controls gradient accumulation (it sets the boundary), so DeepSpeed does not divide by
+the number of micro-batches.
 
 Besides compat/deepspeed_private.py this is the only file that imports deepspeed.
 """
@@ -64,9 +64,9 @@ class DeepSpeedEngine:
         self.weight_decays = [group["weight_decay"] for group in self.engine.optimizer.param_groups]
         self.frozen = frozen_names(module)
 
-    def backward(self, loss_sum: Tensor, *, normalizer: int, last: bool) -> None:
+    def backward(self, loss_sum: Tensor, *, normalizer: int, is_last: bool) -> None:
         """See `Engine`."""
-        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss_sum * (self.ranks / normalizer), scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:

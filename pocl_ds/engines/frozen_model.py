@@ -18,7 +18,7 @@ from pocl_ds.runtime import distributed
 class TeacherBackbone(nn.Module):
     """The teacher up to its final norm, at loss positions only.
 
-    split: whether the head is applied apart from the model; otherwise the model gives logits.
+    split: apply the head separately from the model; otherwise the model returns logits.
     """
 
     def __init__(self, model: PreTrainedModel, *, split: bool = True) -> None:
@@ -31,7 +31,7 @@ class TeacherBackbone(nn.Module):
 
 
 class FrozenModel:
-    """A module without gradients, sharded by ZeRO-3 if a DeepSpeed configuration is given."""
+    """A module without gradients, sharded by ZeRO-3 if there is a DeepSpeed configuration."""
 
     def __init__(self, module: nn.Module, ds_config: dict[str, Any] | None) -> None:
         module.eval().requires_grad_(False)

@@ -1,6 +1,6 @@
-"""What both engines do with a module's parameters and an optimizer's state.
+"""Functions of both engines for a module's parameters and an optimizer's state.
 
-Nothing here knows how parameters are sharded: `gather` opens a block within which some parameters
+They do not depend on how parameters are sharded: `gather` opens a block within which some parameters
 are complete on every rank.
 """
 

@@ -1,8 +1,8 @@
-"""What a training needs from an engine: forward, backward, update, checkpoints.
+"""The interface of a training engine: forward, backward, update, checkpoints.
 
 The trainer passes loss *sums*; `Engine.backward` is the one place that turns them into the mean
 over the optimizer step's loss tokens (docs/method.md, eq. 10). `deepspeed_engine` is the
-implementation for work, `torch_engine` the numerical reference.
+implementation for production, `torch_engine` the numerical reference.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Engine(Protocol):
     module: nn.Module
     forward: Callable[..., Any]  # the module's forward
 
-    def backward(self, loss_sum: Tensor, *, normalizer: int, last: bool) -> None:
-        """Accumulate the gradients of loss_sum / normalizer; `last` marks the last micro-batch of
-        an optimizer step.
+    def backward(self, loss_sum: Tensor, *, normalizer: int, is_last: bool) -> None:
+        """Accumulate the gradients of loss_sum / normalizer; `is_last` marks the last micro-batch
+        of an optimizer step.
         """
 
     def step(self, lr: float) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from pocl_ds.errors import ArtifactError
 
-# torch.load follows it even if its caller passes weights_only=False.
+# torch.load obeys it even if its caller passes weights_only=False.
 FORCE_VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -35,7 +35,7 @@ def data_only(directory: Path, *classes: type) -> Iterator[None]:
 
     Raises ArtifactError if a file holds anything else.
     """
-    before = os.environ.get(FORCE_VARIABLE)
+    previous = os.environ.get(FORCE_VARIABLE)
     os.environ[FORCE_VARIABLE] = "1"
     try:
         with torch.serialization.safe_globals([*classes]):
@@ -48,7 +48,7 @@ def data_only(directory: Path, *classes: type) -> Iterator[None]:
             f"and training resumes from the checkpoint before"
         ) from None
     finally:
-        if before is None:
+        if previous is None:
             del os.environ[FORCE_VARIABLE]
         else:
-            os.environ[FORCE_VARIABLE] = before
+            os.environ[FORCE_VARIABLE] = previous

@@ -45,10 +45,10 @@ class TorchEngine:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.frozen = frozen_names(module)
 
-    def backward(self, loss_sum: Tensor, *, normalizer: int, last: bool) -> None:
+    def backward(self, loss_sum: Tensor, *, normalizer: int, is_last: bool) -> None:
         """See `Engine`."""
         (loss_sum / normalizer).backward()
-        if last and dist.is_initialized():
+        if is_last and dist.is_initialized():
             for parameter in self.parameters:
                 dist.all_reduce(parameter.grad)
 

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.config.yaml_io import dump_yaml, plain_value
+from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 from pocl_ds.evaluation.tables import markdown_table
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import package_versions, read_manifest
@@ -68,7 +68,7 @@ def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
     """
     from huggingface_hub import ModelCardData
 
-    recipe = remove_local_paths(plain_value(recipe_yaml))
+    recipe = remove_local_paths(parse_yaml(recipe_yaml))
     judge = (recipe.get("evaluate") or {}).get("judge")
     if judge:
         del judge["base_url"]  # the name of an internal host

@@ -88,8 +88,8 @@ def uld_with_gradient(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 def alm(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
     """Approximate likelihood matching (Minixhofer et al., arXiv 2503.20083; docs/method.md, eq.
-    21): the KL divergence between p^(1 / temperature) and q^(1 / temperature) of whether a model
-    writes a span or not.
+    21): the KL divergence between p^(1 / temperature) and q^(1 / temperature) of the event that a
+    model writes a span.
 
     log_p, log_q: [s] log-probabilities of whole spans. Returns [s].
     """

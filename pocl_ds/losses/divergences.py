@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocl_ds.config.consistency import out_of_range
+from pocl_ds.config.consistency import option_problem
 from pocl_ds.config.registry import LOSSES
 from pocl_ds.errors import RecipeError
 
@@ -162,13 +162,13 @@ def divergence_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
             known = ", ".join(LOSSES[name]) or "no options"
             raise RecipeError(f"{name} has no option {option!r}: it has {known}")
     complete = {**LOSSES[name], **options}
-    if fault := out_of_range(name, complete):
-        raise RecipeError(fault)
+    if problem := option_problem(name, complete):
+        raise RecipeError(problem)
     return complete
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that logits of a type are computed in: float64 stays, every other one is float32."""
+    """The dtype of computations on logits: float64 for float64 logits, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pocl_ds.config.registry import ACROSS_TOKENIZERS
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import cross_tokenizer
 from pocl_ds.losses.divergences import (
@@ -284,7 +284,7 @@ def _divergence(
     """`divergence`; settings: temperature, mask, reduction, scale_by_temperature_squared."""
     temperature, mask, reduction, scale_by_temperature_squared = settings
     complete = divergence_options(name, options)
-    if name in ACROSS_TOKENIZERS:
+    if name in CROSS_TOKENIZER_LOSSES:
         raise RecipeError(
             f"{name} compares texts, not ids: it has no value for two rows of logits over the same "
             f"ids"

@@ -1,7 +1,7 @@
 """Output head and loss as one function: from hidden states at loss positions to loss sums, one
 chunk of logits at a time.
 
-The logits [tokens, ids] of teacher and student never exist as a whole. The gradients of a chunk
+The complete logits [tokens, ids] of teacher and student are never in memory. The gradients of a chunk
 in its hidden states and in the head are computed in the forward pass, while its logits are in
 memory, and the backward pass only returns them (docs/method.md, eq. 27; the technique of Liger
 Kernel, arXiv 2410.10989). A plain loop over chunks would save nothing, since autograd keeps every
@@ -301,8 +301,8 @@ class FusedHeadLoss(torch.autograd.Function):
 
         # Memory that all chunks share: gradients, products of both heads, buffers of the blocks.
         block_size = min(inputs.sizes.block, rows)
-        needs = [inputs.grad_enabled and need for need in ctx.needs_input_grad[:3]]
-        gradients = HeadGradients(hidden, weight, bias, size, needs)
+        needs_grad = [inputs.grad_enabled and flag for flag in ctx.needs_input_grad[:3]]
+        gradients = HeadGradients(hidden, weight, bias, size, needs_grad)
         products = hidden.new_empty(rows, size)
         teacher_products = TeacherProducts(inputs.teacher_head, inputs.vocab, rows, hidden)
         block_loss = BlockLoss(
@@ -312,7 +312,7 @@ class FusedHeadLoss(torch.autograd.Function):
             inputs.head,
             inputs.teacher_head,
             Buffers(block_size, size, dtype, hidden.device),
-            need_gradient=any(needs),
+            need_gradient=any(needs_grad),
         )
 
         sums = hidden.new_zeros(2, dtype=dtype)

@@ -1,7 +1,7 @@
 """Output head and distillation loss on plain tensors, as a function and as a module.
 
-The arguments have the names and the order of Liger Kernel's fused linear losses. The logits
-[tokens, ids] of student and teacher never exist as a whole; see `fused_head`.
+The arguments have the names and the order of Liger Kernel's fused linear losses. The complete
+logits [tokens, ids] of student and teacher are never in memory; see `fused_head`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class TeacherProducts:
 
 
 class HeadGradients:
-    """Gradients in hidden states [n, d] and head, filled chunk by chunk; None where none is needed.
+    """Gradients in hidden states [n, d] and head, filled chunk by chunk; None if it is not needed.
 
     Those of the head are summed in float32: small chunks would vanish in bfloat16's rounding.
     """
@@ -56,22 +56,24 @@ class HeadGradients:
         weight: Tensor | None,
         bias: Tensor | None,
         size: int,
-        needs: list[bool],
+        needs_grad: list[bool],
     ) -> None:
-        """size: ids that take part, the first of the head's rows. needs: for hidden, weight and
-        bias.
+        """size: ids that take part, the first of the head's rows. needs_grad: for hidden, weight
+        and bias.
         """
         self.size, self.head_weight, dtype = size, weight, compute_dtype(hidden.dtype)
-        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        self.hidden = torch.empty_like(hidden) if needs_grad[0] else None
         if self.hidden is not None and weight is None:
             self.hidden[:, size:] = 0
         self.weight = (
-            torch.empty_like(weight, dtype=dtype) if weight is not None and needs[1] else None
+            torch.empty_like(weight, dtype=dtype) if weight is not None and needs_grad[1] else None
         )
         if self.weight is not None:
             # The first chunk writes the other rows.
             self.weight[size if len(hidden) else 0 :] = 0
-        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needs[2] else None
+        self.bias = (
+            torch.zeros_like(bias, dtype=dtype) if bias is not None and needs_grad[2] else None
+        )
 
     def add(self, chunk: slice, gradient: Tensor, hidden: Tensor) -> None:
         """Add a chunk. gradient: [rows, size], in the chunk's products; hidden: its hidden
@@ -88,8 +90,8 @@ class HeadGradients:
 
 
 def _add_product(accumulated: Tensor, gradient: Tensor, hidden: Tensor, *, overwrite: bool) -> None:
-    """accumulated += gradient^T hidden, in the accumulator's type; or = where it is to be
-    overwritten.
+    """accumulated += gradient^T hidden in the accumulator's dtype; with overwrite, = instead of
+    +=.
     """
     if accumulated.dtype != gradient.dtype:
         product = torch.mm(gradient.T, hidden)

@@ -26,8 +26,8 @@ from pocl_ds.losses.top_k import TopKCodec, truncated_divergence
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap
 
-# Numbers of size v that one row of a block has alive, in the type of the computation; autograd
-# keeps its graph as well.
+# Vectors of v numbers that one row of a block holds at once, in the dtype of the computation;
+# autograd stores its graph as well.
 LIVE_ROWS, LIVE_ROWS_AUTOGRAD = 7, 20
 # Bytes of one buffer of a block: a few of them fit a CPU's cache; a GPU needs few and large
 # kernels.
@@ -127,8 +127,8 @@ class Buffers:
 class BlockLoss:
     """The loss of a block of tokens.
 
-    head, teacher_head: what follows on the products of hidden states and weights; teacher_head is
-    None if the loss has no divergence. options: of the divergence, with its defaults.
+    head, teacher_head: bias, scale and soft cap of the products of hidden states and weights;
+    teacher_head is None if the loss has no divergence. options: of the divergence, with its defaults.
     """
 
     terms: LossTerms
@@ -259,7 +259,7 @@ class BlockLoss:
     def _add_ce_gradient(
         self, gradient: Tensor | None, log_q: Tensor, labels: Tensor, token_weights: Tensor | None
     ) -> Tensor:
-        """Add the gradient of the cross-entropy, q less 1 at the label, times its weight."""
+        """Add the gradient of the cross-entropy (q, minus 1 at the label) times its weight."""
         ce_weight, token = self.terms.ce_weight, torch.arange(len(labels), device=labels.device)
         if token_weights is not None:
             gradient = log_q.exp_().mul_(token_weights[:, None])

@@ -24,7 +24,7 @@ from pocl_ds.losses.divergences import DIVERGENCES, MASKED, fkl
 
 # A logit's distance below the largest one is stored as a fraction of the k-th distance, in 16 bits.
 DISTANCE_STEPS = 65_535
-# Ids have 18 bits: 16 in a number of their own, the other two packed four to a byte.
+# Ids have 18 bits: 16 in a uint16, the other two packed four to a byte.
 MAX_IDS = 1 << 18
 
 
@@ -72,9 +72,10 @@ class TopKCodec:
             distances / scale.clamp(min=torch.finfo(scale.dtype).tiny) * DISTANCE_STEPS
         ).round()
         # The mass of all other ids at each temperature, relative to the largest logit.
-        others = (logits.float() - top[:, :1]).scatter_(-1, ids, -math.inf)
+        other_logits = (logits.float() - top[:, :1]).scatter_(-1, ids, -math.inf)
         masses = torch.stack(
-            [torch.logsumexp(others / temperature, -1) for temperature in self.temperatures], -1
+            [torch.logsumexp(other_logits / temperature, -1) for temperature in self.temperatures],
+            -1,
         )
         parts = [
             _as_bytes(torch.cat([scale, masses], -1)),
@@ -155,8 +156,8 @@ def truncated_divergence(
     """
     # The student's probability of any other id.
     log_others = buffer().copy_(log_q).scatter_(-1, ids, MASKED)
-    log_rest = torch.logsumexp(log_others, -1, keepdim=True)
-    outcomes = torch.cat([log_q.gather(-1, ids), log_rest], -1)
+    log_q_other = torch.logsumexp(log_others, -1, keepdim=True)
+    outcomes = torch.cat([log_q.gather(-1, ids), log_q_other], -1)
     log_p = log_p.to(log_q.dtype)
     if not need_gradient:
         return DIVERGENCES[name](log_p, outcomes, **options).sum(), None
@@ -164,10 +165,10 @@ def truncated_divergence(
         leaf = outcomes.requires_grad_()
         value = DIVERGENCES[name](log_p, leaf, **options).sum()
         slope = torch.autograd.grad(value, leaf)[0]
-    # From outcomes to logits: d log q_i is 1 at i, d log_rest is q_j / q_rest at each other j,
+    # From outcomes to logits: d log q_i is 1 at i, d log_q_other is q_j / q_other at each other j,
     # and both are less q everywhere.
     gradient = log_q.exp_().mul_(-slope.sum(-1, keepdim=True))
-    gradient.addcmul_(log_others.sub_(log_rest.detach()).exp_(), slope[:, -1:])
+    gradient.addcmul_(log_others.sub_(log_q_other.detach()).exp_(), slope[:, -1:])
     return value.detach(), gradient.scatter_add_(-1, ids, slope[:, :-1])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from pocl_ds.config import ReportConfig
-from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.config.yaml_io import parse_yaml
 from pocl_ds.report.markdown import markdown_page
 from pocl_ds.report.page import html_page
 from pocl_ds.report.run_summary import RunSummary, read_run_summary
@@ -27,7 +27,7 @@ def build_report(
     Raises:
         ArtifactError: a finished result is damaged.
     """
-    recipe = plain_value(recipe_yaml)
+    recipe = parse_yaml(recipe_yaml)
     summary = read_run_summary(
         run, config, seed=int(recipe["seed"]), window=int(recipe["train"]["length_window"])
     )

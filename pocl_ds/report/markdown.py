@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.config.yaml_io import parse_yaml
 from pocl_ds.metrics.footnotes import footnotes
 from pocl_ds.report.formatting import (
     COST_HEADER,
@@ -60,7 +60,7 @@ def _results(summary: RunSummary, recipe_yaml: str) -> list[str]:
     header, rows = results_rows(summary.results)
     notes = [
         *footnotes(summary.results),
-        *kl_footnotes(summary.results, plain_value(recipe_yaml)),
+        *kl_footnotes(summary.results, parse_yaml(recipe_yaml)),
     ]
     parts = [
         "## Results",

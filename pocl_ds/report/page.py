@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pocl_ds.config.yaml_io import plain_value
+from pocl_ds.config.yaml_io import parse_yaml
 from pocl_ds.metrics.footnotes import footnotes, mark_benchmark
 from pocl_ds.report.charts import difficulty_charts, subset_bounds, training_charts, visit_charts
 from pocl_ds.report.document import (
@@ -58,7 +58,7 @@ ZOOM_NOTE = (
 
 def html_page(summary: RunSummary, *, name: str, recipe_yaml: str) -> str:
     """The whole page."""
-    recipe = plain_value(recipe_yaml)
+    recipe = parse_yaml(recipe_yaml)
     difficulty, training = difficulty_charts(summary), training_charts(summary)
     visits = visit_charts(summary)
     html = "".join(

@@ -38,13 +38,13 @@ def world_size() -> int:
 
 
 def device_type() -> str:
-    """ "cuda" if this machine has a GPU that is to be used, else "cpu"."""
+    """ "cuda" if this machine has a GPU and DS_ACCELERATOR does not exclude it, else "cpu"."""
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     return "cuda" if use_gpu else "cpu"
 
 
 def device() -> torch.device:
-    """This rank's device: a GPU of its own, or the CPU. Raises ResourceError if there are more
+    """This rank's device: one GPU per rank, or the CPU. Raises ResourceError if there are more
     ranks than GPUs.
     """
     if device_type() == "cpu":
@@ -73,7 +73,7 @@ def memory_metrics() -> dict[str, float]:
     if own_device.type == "cpu":
         return {"memory_gib": peak_host_bytes() / 2**30}
     metrics = {"memory_gib": torch.cuda.max_memory_allocated(own_device) / 2**30}
-    # Utilization needs nvidia-ml-py, and a MIG slice has none; both raise errors of their own.
+    # Without nvidia-ml-py, and on a MIG slice, there is no utilization: each raises another error.
     with contextlib.suppress(Exception):
         metrics["gpu_busy"] = float(torch.cuda.utilization(own_device))
     return metrics
@@ -155,19 +155,21 @@ def assert_ranks_agree(values: Mapping[str, Any]) -> None:
     # Find a rank that differs from the majority, and the values in which it does.
     values_of_ranks = gather_objects(dict(values))
     majority = Counter(map(repr, values_of_ranks)).most_common(1)[0][0]
-    usual = next(candidate for candidate in values_of_ranks if repr(candidate) == majority)
-    odd_rank, odd = next(
+    majority_values = next(
+        candidate for candidate in values_of_ranks if repr(candidate) == majority
+    )
+    odd_rank, odd_values = next(
         (rank, candidate)
         for rank, candidate in enumerate(values_of_ranks)
         if repr(candidate) != majority
     )
     differences = "; ".join(
-        f"{name} {odd.get(name)!r} instead of {usual.get(name)!r}"
-        for name in {**usual, **odd}
-        if usual.get(name) != odd.get(name)
+        f"{name} {odd_values.get(name)!r} instead of {majority_values.get(name)!r}"
+        for name in {**majority_values, **odd_values}
+        if majority_values.get(name) != odd_values.get(name)
     )
     raise DisagreementError(
-        f"rank {odd_rank} does something else than the other ranks ({differences}): start all "
+        f"rank {odd_rank} differs from the other ranks ({differences}): start all "
         "ranks from the same code, recipe and run directory"
     )
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.errors import RESUME
+from pocl_ds.errors import EXIT_RESUME
 from pocl_ds.runtime.process_exit import read_exit_records
 
 SIGNAL_BASE = 128  # the exit code of a process that a signal ended is 128 + the signal's number
@@ -34,7 +34,7 @@ def first_failure(
     killed = [
         rank for rank, code in exit_codes.items() if code > SIGNAL_BASE and rank not in recorded
     ]
-    failures = [record for record in records if record["code"] not in (0, RESUME)]
+    failures = [record for record in records if record["code"] not in (0, EXIT_RESUME)]
     if killed or not failures:
         rank = killed[0] if killed else next(iter(exit_codes))
         return rank, exit_codes[rank], ""

@@ -23,7 +23,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_value(value: Any) -> str:
-    """A floating-point number with four digits; any other value as it is."""
+    """A floating-point number with four significant digits; str() of any other value."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -12,7 +12,7 @@ MIN_RELATIVE_RISE = 0.2  # ... and by this share of the median
 
 
 class LossSpikes:
-    """Tells a loss that jumps from one that drifts, by the median of the stage's last losses."""
+    """Detects a loss that jumps (not one that drifts), by the median of the stage's recent losses."""
 
     def __init__(self) -> None:
         self._stage: int | None = None

@@ -100,8 +100,8 @@ def _drop_records_after(path: Path, step: int) -> None:
 def _open_tensorboard(directory: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    # TensorBoard's thread hands a full disk on to the next `add_scalar`, where it becomes one
-    # sentence; Python would print the thread's traceback besides.
+    # The next `add_scalar` raises the error of a full disk again, and it becomes one sentence there.
+    # Without this hook Python would also print the traceback of TensorBoard's thread.
     threading.excepthook = partial(_ignore_full_disk, threading.excepthook)
     return SummaryWriter(str(directory), purge_step=step + 1 if step else 0)
 

@@ -1,8 +1,8 @@
 """How a process starts and ends: its rank, signals before training can save, and exit records.
 
 Each rank writes an exit record, the small file `$POCL_EXITS/rank-R.json`. Exit codes alone cannot
-tell which rank failed first, because the launcher ends the other ranks, and each then exits with a
-code of its own.
+tell which rank failed first, because the launcher ends the other ranks, and each of them then exits
+with another code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pocl_ds.errors import RESUME, ResourceError
+from pocl_ds.errors import EXIT_RESUME, ResourceError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_RECORDS = "POCL_EXITS"  # environment variable: folder of the exit records
@@ -58,7 +58,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def install_signal_handlers() -> None:
-    """End this process with exit code RESUME on TERM, USR1 and USR2.
+    """End this process with exit code EXIT_RESUME on TERM, USR1 and USR2.
 
     Ctrl-C still raises KeyboardInterrupt, and `was_interrupted` remembers it. If Python drops that
     exception in a destructor, the signal is sent again. Training replaces these handlers as long as
@@ -67,7 +67,7 @@ def install_signal_handlers() -> None:
     for number in SIGNALS:
         signal.signal(number, _exit_for_resume)
     _received.clear()
-    # A shell's background job ignores Ctrl-C; it stays that way.
+    # A background job of a shell ignores Ctrl-C: leave that unchanged.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = functools.partial(_repeat_interrupt, sys.unraisablehook)
@@ -99,7 +99,7 @@ def _exit_for_resume(number: int, _frame: Any) -> None:
         signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(number).name
     print_error(f"pocl: {name}: stopped; finished work is kept; run the same command to continue")
-    raise SystemExit(RESUME)
+    raise SystemExit(EXIT_RESUME)
 
 
 def print_error(sentence: str) -> None:
@@ -113,7 +113,7 @@ def print_error(sentence: str) -> None:
 def exit_process(code: int) -> NoReturn:
     """End this process with `code`.
 
-    One of several ranks skips the interpreter's own clean-up: threads of gloo may still hold
+    With several ranks the process skips Python's own clean-up: threads of gloo may still hold
     tensors of a collective, and a process that finalizes Python meanwhile sometimes aborts after
     all its work is done (pytorch/pytorch#190489).
     """

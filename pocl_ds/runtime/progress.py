@@ -30,11 +30,11 @@ class Progress:
 
     Args:
         total: number of units, for example of samples.
-        unit: what is counted, as a plural.
-        label: what is done, for example the workflow step.
+        unit: name of the units in the plural.
+        label: name of the work, for example the workflow step.
         done: units that were finished before, for example in an earlier attempt.
-        silent: show nothing; the same on ranks that log only warnings.
-        min_seconds: show nothing before, and no final state of work that ends sooner.
+        silent: show nothing. Ranks that log only warnings are always silent.
+        min_seconds: show nothing until the work has taken this long.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Progress:
         self.metrics: dict[str, Any] = {}
         self.min_seconds = min_seconds
         self._bar: _Bar | None = None
-        self._bar_wanted = not self.silent
+        self._bar_pending = not self.silent
         self._open_bar()
 
     def __enter__(self) -> Progress:
@@ -64,7 +64,7 @@ class Progress:
         self.close()
 
     def advance(self, count: int = 1, **metrics: Any) -> None:
-        """Add finished units, and show progress if the last time is long enough ago.
+        """Add finished units, and show progress unless it was shown within the interval.
 
         metrics: newest values to show, for example the loss.
         """
@@ -105,8 +105,8 @@ class Progress:
 
     def _open_bar(self) -> None:
         """Open the bar once, when the work has taken `min_seconds`."""
-        if self._bar_wanted and time.monotonic() - self.start >= self.min_seconds:
-            self._bar, self._bar_wanted = _Bar.open(self.label, self.total), False
+        if self._bar_pending and time.monotonic() - self.start >= self.min_seconds:
+            self._bar, self._bar_pending = _Bar.open(self.label, self.total), False
 
     def _show(self) -> None:
         self.last_shown, self.shown_done = time.monotonic(), self.done

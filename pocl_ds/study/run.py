@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pocl_ds.config.recipe_file import dump_recipe
-from pocl_ds.errors import RESUME, ArtifactError, Interrupted
+from pocl_ds.errors import EXIT_RESUME, ArtifactError, Interrupted
 from pocl_ds.resources import module_command
 from pocl_ds.study.cells import Cell
 from pocl_ds.workflow.files import atomic_write, explain_disk_errors
@@ -76,7 +76,7 @@ def run_cells(folder: Path, cells: Sequence[Cell]) -> None:
         code = run_process([*command, "run", "--run-dir", str(run.path), "--until", cell.until])
 
         # A stopped or failing cell ends the study.
-        if code in (128 + signal.SIGINT, RESUME):
+        if code in (128 + signal.SIGINT, EXIT_RESUME):
             raise Interrupted(
                 f"stopped in cell {cell.name}: everything is saved; run the same command again to "
                 "continue",

@@ -1,6 +1,6 @@
-"""From the description of a training to a `Trainer`: data, models and engines.
+"""Build a `Trainer` from a `TrainingRun`: data, models and engines.
 
-Everything that can be refused is refused before a model is loaded.
+All checks that need no weights run before a model is loaded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-LOGIT_BYTES = 8  # of one logit of both sides in float32
+LOGIT_BYTES = 8  # one logit of teacher and student in float32
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
     student: Any = engine.module
     teacher_models = _online_models(teacher)
 
-    # Choose the layout of micro-batches, and who writes responses.
+    # Choose the layout of micro-batches, and assemble the data and the schedule.
     lengths = splits.train.total_tokens[training.order]
     sampler = Sampler(
         training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
     layout = choose_layout(training.train, sampler, lengths, [student.model, *teacher_models])
     data = _training_data(training, splits, layout, tokenizer.pad_token_id)
-    if training.across_tokenizers:
+    if training.cross_tokenizer:
         data.retokenizer = _retokenizer(run, training, teacher_models[0], tokenizer)
     schedule = TrainingSchedule(training.plan, sampler, training.train)
     return Trainer(
@@ -171,14 +171,14 @@ def _response_source(
 
 def _cannot_generate(rows: NDArray[np.int64], position: SamplerPosition) -> GeneratedBatch:
     raise RuntimeError(
-        f"an off-policy policy asked for responses of the student at step {position.step}"
+        f"an off-policy policy requested responses of the student at step {position.step}"
     )
 
 
 def _retokenizer(
     run: RunDirectory, training: TrainingRun, teacher_model: Any, tokenizer: Any
 ) -> TeacherRetokenizer:
-    """What adds the teacher's view to batches, for a teacher with another tokenizer."""
+    """Adds the teacher's tokens to batches, for a teacher with another tokenizer."""
     assert training.teacher is not None
     teacher_tokenizer = load_tokenizer(
         training.teacher_paths[0],
@@ -222,7 +222,7 @@ def _check_chunk_memory(training: TrainingRun, vocab: VocabMap) -> None:
 def _memory_demand(
     training: TrainingRun, splits: _Splits, *, teacher_is_sharded: bool
 ) -> MemoryDemand:
-    """What the training loads, for `check_memory`."""
+    """The memory that the training needs, for `check_memory`."""
     train, student, policy = training.train, training.student, training.policy
     longest = int(splits.train.total_tokens.max(initial=1))
     micro_batch_tokens = train.micro_batch_tokens or train.micro_batch_size * longest
@@ -252,7 +252,7 @@ def _align_vocabularies(training: TrainingRun, *, teacher_is_sharded: bool) -> V
     if training.teacher is None:
         config = read_model_config(training.student_path, training.student)
         return VocabMap(int(config.vocab_size))
-    align = separate_vocabularies if training.across_tokenizers else align_teacher_vocabularies
+    align = separate_vocabularies if training.cross_tokenizer else align_teacher_vocabularies
     sources = [training.teacher, *training.teacher.ensemble]
     alignment = align(
         list(zip(sources, training.teacher_paths, strict=True)),
@@ -299,11 +299,11 @@ def _build_teacher(
     sources: tuple[TeacherConfig | EnsembleTeacherConfig, ...] = (config, *config.ensemble)
     teachers = []
     for source, path in zip(sources, training.teacher_paths, strict=True):
-        own = config.model_copy(
+        source_config = config.model_copy(
             update={"revision": source.revision, "trust_remote_code": source.trust_remote_code}
         )
         with sharded_loading(teacher_ds_config):
-            model = load_from_config(path, own, None)
+            model = load_from_config(path, source_config, None)
             teachers.append(
                 OnlineTeacher(model, teacher_ds_config, vocab, split=training.loss.fused)
             )
@@ -348,7 +348,7 @@ def _build_engine(training: TrainingRun, vocab: VocabMap) -> Engine:
 def load_from_config(
     path: str, config: StudentConfig | TeacherConfig, dropout: float | None
 ) -> Any:
-    """The model in a folder, as a section of the recipe describes it."""
+    """Load the model in a folder with the dtype, attention and quantization of the recipe."""
     return load_model(
         path,
         dtype=config.dtype,
@@ -368,5 +368,5 @@ def read_model_config(path: str, source: ModelSource) -> Any:
 
 
 def _quantized_weight_bytes(source: ModelSource, teacher: TeacherConfig) -> float | None:
-    """Bytes of a weight of a teacher's linear maps, None if they are not quantized."""
+    """Bytes per weight of a teacher's linear layers, None if they are not quantized."""
     return bytes_per_weight(read_model_config(source.model, source), teacher.quantization)

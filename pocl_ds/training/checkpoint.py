@@ -1,4 +1,4 @@
-"""Checkpoints of a training: complete or absent.
+"""Training checkpoints: complete or absent.
 
 A checkpoint is built under a temporary name: every rank writes its files and computes their
 digests, immediately or in the background. When all ranks are done the manifest is written, the
@@ -52,16 +52,16 @@ MAX_FAILURES = 2  # failed saves in a row that stop a run
 
 @dataclass
 class _Save:
-    """One checkpoint in progress: what this rank has written of it, or why it could not."""
+    """One checkpoint in progress: the files that this rank has written, or its error."""
 
     step: int
     partial: Path
     validation_loss: float | None
     policy_state: dict[str, Any] = field(default_factory=dict)
-    write_more: Callable[[Path], list[Path]] | None = None  # rank 0 calls it
+    write_extra_files: Callable[[Path], list[Path]] | None = None  # rank 0 calls it
     thread: threading.Thread | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    disk_error: str | None = None  # a disk that is full or gone: the next save may succeed
+    disk_error: str | None = None  # the disk is full or missing: the next save may succeed
     other_error: Exception | None = None
 
 
@@ -99,11 +99,11 @@ class Checkpoints:
         is_final: bool,
         validation_loss: float | None = None,
         policy_state: dict[str, Any] | None = None,
-        write_more: Callable[[Path], list[Path]] | None = None,
+        write_extra_files: Callable[[Path], list[Path]] | None = None,
     ) -> None:
         """Write a checkpoint, or with async_save start writing it in the background.
 
-        write_more: writes further files into the checkpoint, on rank 0, and returns them.
+        write_extra_files: writes further files into the checkpoint, on rank 0, and returns them.
         is_final: no later save follows, so this one is not written in the background.
 
         After a first failure the run logs an error and continues to the next save. A second failure
@@ -112,7 +112,7 @@ class Checkpoints:
         """
         self.finalize_async_save()
         partial = self.step_directory(step).with_suffix(PARTIAL)
-        save = _Save(step, partial, validation_loss, policy_state or {}, write_more)
+        save = _Save(step, partial, validation_loss, policy_state or {}, write_extra_files)
         save.disk_error = self._make_directory(partial)
         if any(distributed.gather_objects(save.disk_error)):
             self._complete(save, is_final=is_final)
@@ -193,8 +193,8 @@ class Checkpoints:
                 }
                 write_json(save.partial / STATE, state)
                 paths = [*paths, save.partial / STATE]
-                if save.write_more:
-                    paths += save.write_more(save.partial)
+                if save.write_extra_files:
+                    paths += save.write_extra_files(save.partial)
             # If the manifest survived a crash and the files did not, intact checkpoints would be
             # removed in favor of a broken one.
             for path in {*paths, *(path.parent for path in paths)}:

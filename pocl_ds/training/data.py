@@ -1,4 +1,4 @@
-"""The samples of a training, and how they become batches."""
+"""The samples of a training, and their batches."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class TrainingData:
     pad_id: int
     layout: Layout
     micro_batch_size: int
-    micro_batch_tokens: int | None = None  # takes the place of micro_batch_size
+    micro_batch_tokens: int | None = None  # replaces micro_batch_size
     retokenizer: TeacherRetokenizer | None = None  # for a teacher with another tokenizer
     # The training samples with the teacher's responses, if the policy uses them.
     teacher_responses: TokenizedSplit | None = None
 
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """This rank's micro-batches of a global batch with these lengths in tokens, as indices into
-        the batch. All ranks get equally many.
+        the batch. All ranks get the same number.
         """
         assignment = assign_micro_batches(
             lengths,
@@ -46,7 +46,7 @@ class TrainingData:
 
     def validation_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """This rank's batches of validation samples, as large as training's micro-batches; a rank
-        may get empty ones, so that all ranks run equally many.
+        may get empty ones, so that all ranks run the same number.
         """
         longest = int(lengths.max())
         budget = self.micro_batch_tokens or self.micro_batch_size * longest
@@ -59,8 +59,8 @@ class TrainingData:
         return assignment[distributed.rank()]
 
     def batch(self, dataset: TokenizedDataset, rows: NDArray[np.int64]) -> Batch:
-        """Some rows of a dataset as tensors on this rank's device. Without rows it is one token
-        that does not count.
+        """Rows of a dataset as tensors on this rank's device. Without rows the batch is one token
+        that does not count in the loss.
         """
         batch = collate(dataset, rows, self.pad_id, packed=self.layout.packed)
         if self.retokenizer:

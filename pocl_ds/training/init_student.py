@@ -1,5 +1,5 @@
-"""The workflow step `init-student`: the teacher's folder, and the initial student, pruned and
-healed as the recipe says.
+"""The workflow step `init-student`: download the models, then prune and heal the student if the
+recipe asks for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import LossConfig, StudentConfig, TeacherConfig, TrainConfig
-from pocl_ds.config.registry import ACROSS_TOKENIZERS
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
 from pocl_ds.data.tokenized import TokenizedSplit
@@ -58,9 +58,9 @@ def init_student(
         return
     stopwatch = distributed.Stopwatch()
     if distributed.world_size() > 1:
-        start_deepspeed()  # before anything that ranks wait for
+        start_deepspeed()  # before the first collective
 
-    # Download, and check before hours of scoring that everything can be trained.
+    # Download the models, and check that they can be trained before hours of scoring.
     sources = (teacher, *teacher.ensemble) if teacher else ()
     teacher_paths = tuple(resolve_pinned_model(source) for source in sources)
     student_path = resolve_pinned_model(student)
@@ -126,7 +126,7 @@ def _check_models(
 
 
 def _prune(source: str, target: Path, student: StudentConfig) -> dict[str, Any]:
-    """Write the student without some of its layers. Returns what the manifest records of it."""
+    """Write the student without some of its layers. Returns the entries for the manifest."""
     assert student.prune is not None
     layers = parse_layers(student.prune.drop_layers)
     model = load_from_config(source, student, None)
@@ -173,7 +173,7 @@ def _heal(
         sft_ratio=HEAL_SFT_RATIO,
     )
     # Forward KL, unless the tokenizers need another loss; one learning rate schedule.
-    if loss.name not in ACROSS_TOKENIZERS:
+    if loss.name not in CROSS_TOKENIZER_LOSSES:
         loss = LossConfig(name="fkl", chunk_memory_mb=loss.chunk_memory_mb, fused=loss.fused)
     training = TrainingRun(
         run.models / "heal",
@@ -199,7 +199,7 @@ def _write_result(
     info: dict[str, Any],
     fingerprint: str,
 ) -> None:
-    """Write models.json and the manifest, with the student's files if they are the run's own."""
+    """Write models.json and the manifest, which lists the student's files if they are in the run."""
     paths = {
         "teacher": teacher_paths[0] if teacher_paths else None,
         "other_teachers": teacher_paths[1:],

@@ -38,7 +38,7 @@ def choose_layout(
 ) -> Layout:
     """The layout that the recipe names, or with `auto`: packed if the models' attention allows it.
 
-    With attention that covers one sample at a time packing never costs more than padding.
+    If attention covers one sample at a time, packing never costs more than padding.
     lengths: tokens of each sample, easiest first. Raises RecipeError if the recipe asks for
     packing and a model cannot keep packed samples apart.
     """

@@ -26,12 +26,12 @@ RANK_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """What a training loads, as far as memory is concerned. Models are known by their
+    """The models and buffers of a training that take memory. Models are described by their
     configurations alone.
     """
 
     student: ModelSource
-    # Each teacher, and the bytes of a weight of its linear maps if it is quantized.
+    # Each teacher, and the bytes per weight of its linear layers if it is quantized.
     teachers: Sequence[tuple[ModelSource, float | None]]
     teacher_dtype: str
     teacher_sharded: bool
@@ -109,7 +109,7 @@ def count_adapter_parameters(model: ModelSource, lora: LoraConfig) -> int:
 
 
 def count_linear_parameters(model: ModelSource) -> int:
-    """Weights of a model's linear maps without the head: those that quantization applies to."""
+    """Weights of a model's linear layers without the head: those that quantization applies to."""
     modules = target_linear_modules(_empty_model(model), (ALL_LINEAR,))
     return sum(module.weight.numel() for module in modules.values())
 

@@ -1,4 +1,4 @@
-"""The two models of a training."""
+"""Student and teacher of a training."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.errors import RESUME, Interrupted
+from pocl_ds.errors import EXIT_RESUME, Interrupted
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.loss_spikes import LossSpikes
 from pocl_ds.runtime.metrics import MetricsWriter, read_metrics
@@ -47,7 +47,9 @@ class StopSignal:
 
 
 class TrainingMonitor:
-    """What a training reports while it runs, and what it is told by signals. Rank 0 writes."""
+    """The metrics and progress that a training reports, and the signals that it receives. Rank 0
+    writes.
+    """
 
     def __init__(self, directory: Path, label: str, train: TrainConfig) -> None:
         """directory: of the training; label: its name in logs and trackers."""
@@ -96,7 +98,7 @@ class TrainingMonitor:
     def log_step(self, record: dict[str, Any], *, num_stages: int) -> None:
         """Write the record of an optimizer step, warn of a loss spike, and show progress."""
         self.write(record)
-        shown = {"stage": f"{record['stage'] + 1}/{num_stages}"}
+        display = {"stage": f"{record['stage'] + 1}/{num_stages}"}
         if record["kind"] == "step":
             ratio = self._spikes.update(record["loss"], record["stage"])
             if ratio is not None:
@@ -107,9 +109,9 @@ class TrainingMonitor:
                     ratio,
                     record["loss"],
                 )
-            shown |= {"loss": record["loss"], "tokens/s": record["tokens_per_second"]}
+            display |= {"loss": record["loss"], "tokens/s": record["tokens_per_second"]}
         if self._progress:
-            self._progress.advance(1, **shown)
+            self._progress.advance(1, **display)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record to metrics.jsonl and the trackers."""
@@ -121,6 +123,6 @@ class TrainingMonitor:
         number = self.stop.number or signal.SIGTERM
         return Interrupted(
             f"stopped by {signal.Signals(number).name} after step {step} of {total_steps}: "
-            f"everything is saved, the same command continues from there",
-            exit_code=128 + number if number == signal.SIGINT else RESUME,
+            f"everything is saved; run the same command to continue",
+            exit_code=128 + number if number == signal.SIGINT else EXIT_RESUME,
         )

@@ -1,5 +1,5 @@
-"""Losses and gradients that are not finite: such a step changes nothing, its batch is written to
-a file, and the run stops or continues.
+"""Losses and gradients that are not finite: such a step does not change the weights, its batch is
+written to a file, and the run stops or continues.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class NonFiniteSteps:
 
         micro_batches: sample ids and loss sum of each micro-batch of this rank. Raises
         NumericalError if the recipe allows no further skipped step, or if the gradient is finite,
-        since the engine has applied it then.
+        because the engine has then already applied it.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return None
-        # Write the batch to a file, on which the message builds.
+        # Write the batch to a file, which the message names.
         quantity, value = ("gradient norm", grad_norm) if math.isfinite(loss) else ("loss", loss)
         step = position.step + 1
         record = {
@@ -82,10 +82,12 @@ class NonFiniteSteps:
         """Write the micro-batches of all ranks to a file. Returns the samples of those whose loss
         is not finite (or of all), and the file, for a message.
         """
-        own = [([name.decode() for name in ids], float(total)) for ids, total in micro_batches]
+        rank_batches = [
+            ([name.decode() for name in ids], float(total)) for ids, total in micro_batches
+        ]
         batches = [
             {"rank": rank, "loss_sum": str(total), "ids": ids}
-            for rank, gathered in enumerate(distributed.gather_objects(own))
+            for rank, gathered in enumerate(distributed.gather_objects(rank_batches))
             for ids, total in gathered
         ]
         path = self.directory / f"non_finite-step-{record['step']:08d}.json"
@@ -93,6 +95,6 @@ class NonFiniteSteps:
             write_json(path, {**record, "micro_batches": batches})
         suspects = [batch for batch in batches if not math.isfinite(float(batch["loss_sum"]))]
         names = [name for batch in suspects or batches for name in batch["ids"]]
-        shown = ", ".join(names[:MAX_SHOWN_SAMPLES])
+        first_names = ", ".join(names[:MAX_SHOWN_SAMPLES])
         more = ", ..." if len(names) > MAX_SHOWN_SAMPLES else ""
-        return f"samples {shown}{more}; all micro-batches in {path}"
+        return f"samples {first_names}{more}; all micro-batches in {path}"

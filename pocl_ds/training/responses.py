@@ -1,4 +1,4 @@
-"""Whose responses a step trains on: the dataset's, the teacher's, or the student's own."""
+"""The responses that a step trains on: those of the dataset, the teacher or the student."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ResponseSource:
         }
 
     def snapshot(self, step: int) -> Callable[[Path], list[Path]] | None:
-        """What saves the worker's weights into a checkpoint; None without a worker."""
+        """A function that saves the worker's weights in a checkpoint; None without a worker."""
         return self.rollout.snapshot(step) if self.rollout else None
 
     def restore(self, checkpoint: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a training does at which optimizer step: stage, learning rate, validation, checkpoint."""
+"""Stage, learning rate, validation and checkpoints of each optimizer step."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class TrainingSchedule:
 
     def validates_after(self, position: SamplerPosition) -> bool:
         """Whether the student is validated after a step."""
-        every = self.train.validate_every_n_steps
-        is_due = every is not None and (position.step + 1) % every == 0
+        interval = self.train.validate_every_n_steps
+        is_due = interval is not None and (position.step + 1) % interval == 0
         return is_due or self.ends_stage(position)
 
     def saves_after(self, position: SamplerPosition) -> bool:

@@ -1,4 +1,4 @@
-"""Random numbers of a training step."""
+"""Random seeds of a training step."""
 
 from __future__ import annotations
 

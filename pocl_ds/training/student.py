@@ -24,8 +24,8 @@ class Student(nn.Module):
     def __init__(
         self, model: PreTrainedModel, vocab: VocabMap, *, chunk_bytes: int, split: bool = True
     ) -> None:
-        """split: whether the head is applied apart from the backbone, in chunks; otherwise the
-        model's own forward makes the logits of all positions at once.
+        """split: apply the head separately from the backbone, in chunks; otherwise the model's own
+        forward computes the logits of all positions at once.
         """
         super().__init__()
         self.model, self.split = model, split

@@ -1,4 +1,4 @@
-"""The training loop. What happens at step s depends on the plan, the seed and s alone."""
+"""The training loop. Step s depends only on the plan, the seed and s."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class StepResult(NamedTuple):
 class Trainer:
     """Trains one student through one plan. Every rank runs the same loop.
 
-    models: student and teacher. data: samples and their batches. schedule: what happens at which
-    step. loss: section `loss` of the recipe. responses: whose responses a step trains on.
-    checkpoints: where state is saved. monitor: metrics, progress, signals.
+    models: student and teacher. data: samples and their batches. schedule: stages, learning
+    rate and intervals. loss: section `loss` of the recipe. responses: responses that a step trains
+    on. checkpoints: saving and loading of state. monitor: metrics, progress, signals.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Trainer:
             models, data, loss, monitor, max_samples=train.validate_max_samples
         )
         self.non_finite = NonFiniteSteps(monitor.directory, allowed=train.max_non_finite_steps)
-        self.first_step = 0  # optimizer steps that were done before this process resumed
+        self.first_step = 0  # optimizer steps before this process resumed
 
     def run(self) -> None:
         """Train from the newest checkpoint to the end of the plan.
@@ -128,12 +128,12 @@ class Trainer:
         loss_tokens = int(dataset.loss_tokens[rows].sum())
         micro_batches = [rows[members] for members in self.data.micro_batches(lengths)]
 
-        # Ranks that are about to do different things would hang; find out before the first forward.
+        # Ranks that do different things would hang; detect it before the first forward.
         self._assert_same_step(position, len(micro_batches), int(lengths.sum()), loss_tokens)
         models.teacher.verify(dataset.name, np.concatenate(micro_batches))
 
         # Forward and backward, one micro-batch at a time. The teacher's head is gathered after its
-        # body has run: a tied head is the body's embedding, which ZeRO-3 releases then.
+        # body has run: a tied head is the body's embedding, which ZeRO-3 releases at that point.
         sums, totals = torch.zeros(3, dtype=torch.float64, device=distributed.device()), []
         for number, micro_batch in enumerate(micro_batches):
             seed_micro_batch(self.schedule.seed, position.step, number)
@@ -143,7 +143,7 @@ class Trainer:
                 total, kd, ce = models.engine.forward(batch, terms, teacher_outputs, teacher_head)
             del teacher_outputs  # backward does not need them
             is_last = number + 1 == len(micro_batches)
-            models.engine.backward(total, normalizer=loss_tokens, last=is_last)
+            models.engine.backward(total, normalizer=loss_tokens, is_last=is_last)
             totals.append(total.detach())
             sums += torch.stack([total.detach(), kd, ce])
 
@@ -244,7 +244,7 @@ class Trainer:
             is_final=is_final,
             validation_loss=validation_loss,
             policy_state=self.responses.policy.state_dict(),
-            write_more=self.responses.snapshot(step),
+            write_extra_files=self.responses.snapshot(step),
         )
 
     def _assert_same_training(self) -> None:

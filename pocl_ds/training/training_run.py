@@ -1,4 +1,4 @@
-"""The description of one training."""
+"""The settings of one training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pocl_ds.config import (
     TeacherConfig,
     TrainConfig,
 )
-from pocl_ds.config.registry import ACROSS_TOKENIZERS
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.models.dtypes import resolve_dtype
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One training: which student learns what from which teacher, and where that is written."""
+    """One training: plan, student, teacher, loss, and the directory that it writes."""
 
     directory: Path
     fingerprint: str
@@ -56,9 +56,9 @@ class TrainingRun:
         ]
 
     @property
-    def across_tokenizers(self) -> bool:
-        """Whether the teacher has another tokenizer and reads texts in its own tokens."""
-        return self.loss.name in ACROSS_TOKENIZERS
+    def cross_tokenizer(self) -> bool:
+        """Whether the loss compares models with different tokenizers."""
+        return self.loss.name in CROSS_TOKENIZER_LOSSES
 
     def with_resolved_dtypes(self) -> TrainingRun:
         """The same training, with the dtypes that `auto` stands for on this machine."""

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from pocl_ds.errors import HANG
+from pocl_ds.errors import EXIT_HANG
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.process_exit import print_error, record_exit
 
@@ -71,5 +71,5 @@ class Watchdog:
                 f"{self.path}. The run stops; the same command resumes from the last checkpoint"
             )
             print_error(message)
-            record_exit(HANG, message)
-            os._exit(HANG)
+            record_exit(EXIT_HANG, message)
+            os._exit(EXIT_HANG)

@@ -20,7 +20,7 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
     from pocl_ds.workflow import input_digests
 
     # The teacher's tokenizer matters only where it differs from the student's.
-    teacher = recipe.teacher if recipe.across_tokenizers else None
+    teacher = recipe.teacher if recipe.cross_tokenizer else None
     return [
         semantic_fields(recipe.data),
         semantic_fields(recipe.prompt),
@@ -40,7 +40,7 @@ def init_student_inputs(recipe: Recipe) -> list[Any]:
     if recipe.student.heal_steps:
         healing = [
             semantic_fields(recipe.train),
-            semantic_fields(recipe.loss) if recipe.across_tokenizers else None,
+            semantic_fields(recipe.loss) if recipe.cross_tokenizer else None,
             recipe.seed,
         ]
     return [
@@ -104,7 +104,7 @@ def train_inputs(recipe: Recipe) -> list[Any]:
         recipe.seed,
         top_k_inputs(recipe),
         input_digests.plugin_files(recipe),
-        [ds_config.numerics(name) for name in ds_configs],
+        [ds_config.numeric_settings(name) for name in ds_configs],
     ]
 
 

@@ -1,4 +1,4 @@
-"""Ranks of test_faults: a training in which rank 1 does something else from step 2 on.
+"""Ranks of test_faults: a training in which rank 1 behaves differently from step 2 on.
 
 launch/train.sh --ranks 2 --module fault_worker FAULT TEACHER STUDENT FOLDER
 """

@@ -54,7 +54,7 @@ def test_ranks_wait_longer_than_the_watchdog(name: str, hang_timeout_seconds: fl
         )
     )
     assert min(group_timeouts()) > timedelta(seconds=hang_timeout_seconds + 60)
-    engine.backward(engine.forward(torch.ones(1, 4)).sum(), normalizer=1, last=True)
+    engine.backward(engine.forward(torch.ones(1, 4)).sum(), normalizer=1, is_last=True)
     engine.step(1e-3)
     dist.barrier()
 

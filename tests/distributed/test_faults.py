@@ -1,4 +1,4 @@
-"""A rank that does something else than the others is named within seconds."""
+"""A rank that differs from the others is named within seconds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from command_line import ROOT, environment
 
-from pocl_ds.errors import HANG
+from pocl_ds.errors import EXIT_HANG
 
 EXPECTED = {
-    "skip": (2, ("rank 1 does something else", "micro-batches 2 instead of 3")),
-    "recipe": (2, ("rank 1 does something else", "fingerprint 'other' instead of 'one'")),
-    "sleep": (HANG, ("rank 0 made no progress for", "stacks-rank-0.txt")),
+    "skip": (2, ("rank 1 differs from the other ranks", "micro-batches 2 instead of 3")),
+    "recipe": (2, ("rank 1 differs from the other ranks", "fingerprint 'other' instead of 'one'")),
+    "sleep": (EXIT_HANG, ("rank 0 made no progress for", "stacks-rank-0.txt")),
     "die": (9, ("rank 1 failed first, with exit code 9",)),
 }
 

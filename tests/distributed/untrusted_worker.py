@@ -46,7 +46,7 @@ def check(name: str, dtype: str, folder: Path) -> None:
     engine.backward(
         engine.forward(torch.ones(2, 8, dtype=getattr(torch, dtype))).float().sum(),
         normalizer=2,
-        last=True,
+        is_last=True,
     )
     engine.step(1e-3)
     saved, converted, sprung = folder / name / dtype, folder / name / "converted", folder / "sprung"

@@ -79,7 +79,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def planned_across_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def planned_cross_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a teacher that has another tokenizer."""
     tokenizer = tiny_models.make_sentencepiece_tokenizer()
     return plan_without_sft(tmp_path_factory.mktemp("apart"), "loss.name=alm", tokenizer=tokenizer)
@@ -89,10 +89,8 @@ def planned_across_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_policy_from_its_plan_to_its_weights(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    across_tokenizers = name.startswith("uld")
-    planned = request.getfixturevalue(
-        "planned_across_tokenizers" if across_tokenizers else "planned"
-    )
+    cross_tokenizer = name.startswith("uld")
+    planned = request.getfixturevalue("planned_cross_tokenizer" if cross_tokenizer else "planned")
     run, overrides = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
     if name in ("seqkd", "mixture"):
         pocl("generate-teacher", "--run-dir", str(run), *overrides)
@@ -116,7 +114,7 @@ def test_a_policy_from_its_plan_to_its_weights(
     pocl("baseline", "--run-dir", str(run))
     assert len(records(run, "baseline")) == STEPS
     assert all(record["sft_ratio"] == 0 for record in steps)
-    if across_tokenizers:
+    if cross_tokenizer:
         assert all(record["kd_loss"] > 0 for record in steps)
     if registry.POLICIES[overrides[0].removeprefix("policy.name=")]:
         on_policy = [record for record in steps if record["on_policy"]]
@@ -148,8 +146,8 @@ def test_a_policy_from_its_plan_to_its_weights(
     assert weights[0] == weights[1]
 
 
-def test_alm_from_its_plan_to_the_report(planned_across_tokenizers: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(planned_across_tokenizers, tmp_path / "run"))
+def test_alm_from_its_plan_to_the_report(planned_cross_tokenizer: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(planned_cross_tokenizer, tmp_path / "run"))
     found = pocl("run", "--run-dir", str(run))
     assert (
         "each read their own tokens: " in found.stderr
@@ -167,9 +165,9 @@ def test_alm_from_its_plan_to_the_report(planned_across_tokenizers: Path, tmp_pa
 
 
 def test_two_tokenizers_need_a_loss_across_tokenizers(
-    planned_across_tokenizers: Path, tmp_path: Path
+    planned_cross_tokenizer: Path, tmp_path: Path
 ) -> None:
-    recipe = planned_across_tokenizers / "recipe.yaml"
+    recipe = planned_cross_tokenizer / "recipe.yaml"
     found = pocl(
         "preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False
     )

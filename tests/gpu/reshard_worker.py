@@ -19,7 +19,7 @@ from pocl_ds.runtime import distributed
 
 def step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     values = torch.ones(2, 8, device=distributed.device(), dtype=torch.bfloat16)
-    engine.backward(engine.forward(values).float().sum(), normalizer=2, last=True)
+    engine.backward(engine.forward(values).float().sum(), normalizer=2, is_last=True)
     engine.step(1e-3)
     return {name: weight.clone() for name, weight in engine.gathered_parameters(engine.module)}
 

@@ -1,5 +1,5 @@
-"""The rules on imports: which room may import from which, and which libraries are too heavy to be
-imported early.
+"""The rules on imports: which subpackage may import from which, and which libraries are too heavy
+to be imported early.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "pocl_ds"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Rooms by tier. A file imports from its own room and from lower tiers, and from a room of its own
-# tier only if SAME_TIER allows it. A module that is listed here has a tier apart from its room's.
+# Subpackages by tier. A file imports from its own subpackage and from lower tiers, and from another
+# subpackage of the same tier only if SAME_TIER allows it. A module that is listed here may have
+# another tier than its subpackage.
 TIERS = (
     ("errors", "resources"),
     ("workflow.files", "workflow.manifest", "workflow.run_dir", "compat", "config", "runtime"),
@@ -29,8 +30,10 @@ TIERS = (
     ("__init__",),
     ("cli",),
 )
-TIER = {room: number for number, rooms in enumerate(TIERS) for room in rooms}
-SAME_TIER = {  # (room, room of the same tier that it may import from)
+TIER = {
+    subpackage: number for number, subpackages in enumerate(TIERS) for subpackage in subpackages
+}
+SAME_TIER = {  # (subpackage, subpackage of the same tier that it may import from)
     ("config", "runtime"),
     ("runtime", "compat"),
     ("runtime", "workflow.files"),
@@ -49,7 +52,7 @@ ONE_FILE = {
 HEAVY = ("torch", "transformers", "deepspeed", "vllm", "datasets", "peft")
 
 
-def room_of(path: Path) -> str:
+def subpackage_of(path: Path) -> str:
     relative = path.relative_to(PACKAGE)
     module = ".".join(relative.with_suffix("").parts)
     return module if module in TIER else module.partition(".")[0]
@@ -69,7 +72,7 @@ def imported_names(tree: ast.AST) -> set[str]:
 
 def violations(path: Path, text: str) -> list[str]:
     """The rules that a file at `path` with this text breaks."""
-    room, broken = room_of(path), []
+    subpackage, broken = subpackage_of(path), []
     for name in sorted(imported_names(ast.parse(text))):
         package, _, module = name.partition(".")
         if package in ONE_FILE and str(path.relative_to(PACKAGE)) not in ONE_FILE[package]:
@@ -78,20 +81,20 @@ def violations(path: Path, text: str) -> list[str]:
         parts = module.split(".")
         prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         other = next((prefix for prefix in prefixes if prefix in TIER), parts[0])
-        if package != "pocl_ds" or not other or other == room or other.startswith("__"):
+        if package != "pocl_ds" or not other or other == subpackage or other.startswith("__"):
             continue
         if other not in TIER:
             broken.append(f"imports {name}, which is in no tier")
-        elif TIER[other] > TIER[room] or (
-            TIER[other] == TIER[room] and (room, other) not in SAME_TIER
+        elif TIER[other] > TIER[subpackage] or (
+            TIER[other] == TIER[subpackage] and (subpackage, other) not in SAME_TIER
         ):
-            broken.append(f"{room} imports {name}, which is not in a lower tier")
+            broken.append(f"{subpackage} imports {name}, which is not in a lower tier")
     return broken
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_imports_from_lower_tiers_only(path: Path) -> None:
-    assert room_of(path) in TIER, f"{path} is in a room that TIERS does not list"
+    assert subpackage_of(path) in TIER, f"{path} is in a subpackage that TIERS does not list"
     assert violations(path, path.read_text(encoding="utf-8")) == []
 
 
@@ -105,7 +108,7 @@ def test_a_file_imports_from_lower_tiers_only(path: Path) -> None:
         ("training/trainer.py", "import deepspeed"),
         ("difficulty/score.py", "from vllm import LLM"),
         ("config/recipe.py", "from pocl_ds.data import records"),
-        ("data/x.py", "from pocl_ds.no_room import x"),
+        ("data/x.py", "from pocl_ds.unlisted import x"),
     ],
 )
 def test_violations_are_found(file: str, text: str) -> None:

@@ -23,7 +23,7 @@ from pocl_ds.cluster.attempts import (
     read_attempts,
     write_attempt,
 )
-from pocl_ds.errors import HANG, RESUME, UNFIT
+from pocl_ds.errors import EXIT_HANG, EXIT_RESUME, EXIT_UNFIT_NODE
 
 
 def attempt(number: int, **fields: Any) -> Attempt:
@@ -57,15 +57,15 @@ def test_an_error_of_the_user_is_never_retried() -> None:
 def test_a_job_that_makes_progress_is_always_retried() -> None:
     previous: list[Attempt] = []
     for number in range(1, 40):
-        latest = attempt(number, code=RESUME, stop_reason="SIGUSR2", progress=10 * number)
+        latest = attempt(number, code=EXIT_RESUME, stop_reason="SIGUSR2", progress=10 * number)
         assert decide(previous, latest, max_attempts=3).outcome == RETRY
         previous.append(latest)
 
 
 def test_attempts_without_progress_are_limited() -> None:
-    previous = [attempt(1, code=RESUME, stop_reason="SIGUSR2", progress=20)]
+    previous = [attempt(1, code=EXIT_RESUME, stop_reason="SIGUSR2", progress=20)]
     for number, outcome in ((2, RETRY), (3, FAILED)):
-        latest = attempt(number, code=RESUME, stop_reason="SIGUSR2", progress=20)
+        latest = attempt(number, code=EXIT_RESUME, stop_reason="SIGUSR2", progress=20)
         assert decide(previous, latest, max_attempts=3).outcome == outcome
         previous.append(latest)
 
@@ -73,9 +73,9 @@ def test_attempts_without_progress_are_limited() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"code": RESUME, "stop_reason": PREEMPTED},
+        {"code": EXIT_RESUME, "stop_reason": PREEMPTED},
         {
-            "code": RESUME,
+            "code": EXIT_RESUME,
             "stop_reason": "SIGTERM",
             "outcome": ENDED,
         },  # without a grace time SLURM requeues at once
@@ -86,10 +86,12 @@ def test_an_attempt_whose_nodes_slurm_took_does_not_count(fields: dict[str, Any]
     """A scoring task records no optimizer steps, so preemptions must not count against it."""
     preempted = [attempt(number, **fields) for number in range(1, 30)]
     assert (
-        decide(preempted, attempt(30, code=RESUME, stop_reason=PREEMPTED), max_attempts=3).outcome
+        decide(
+            preempted, attempt(30, code=EXIT_RESUME, stop_reason=PREEMPTED), max_attempts=3
+        ).outcome
         == RETRY
     )
-    slow = [attempt(number, code=RESUME, stop_reason="SIGUSR2") for number in (30, 31, 32)]
+    slow = [attempt(number, code=EXIT_RESUME, stop_reason="SIGUSR2") for number in (30, 31, 32)]
     assert [decide([*preempted, *slow[:n]], slow[n], max_attempts=3).outcome for n in range(3)] == [
         RETRY,
         RETRY,
@@ -101,7 +103,7 @@ def test_an_attempt_whose_nodes_slurm_took_does_not_count(fields: dict[str, Any]
 
 
 def test_a_job_that_slurm_ends_is_not_requeued() -> None:
-    stopped = attempt(1, code=RESUME, stop_reason="SIGTERM")
+    stopped = attempt(1, code=EXIT_RESUME, stop_reason="SIGTERM")
     decision = decide([stopped] * 5, stopped, max_attempts=3, ended_by_slurm=True)
     assert (
         decision.outcome == ENDED
@@ -119,7 +121,9 @@ def test_a_lost_attempt_counts_but_is_no_crash() -> None:
     assert decide([lost], attempt(2, **{**CRASH, "progress": 20}), max_attempts=5).outcome == RETRY
     assert (
         decide(
-            [lost] * 4, attempt(5, code=RESUME, stop_reason="SIGTERM", progress=20), max_attempts=5
+            [lost] * 4,
+            attempt(5, code=EXIT_RESUME, stop_reason="SIGTERM", progress=20),
+            max_attempts=5,
         ).outcome
         == FAILED
     )
@@ -127,7 +131,9 @@ def test_a_lost_attempt_counts_but_is_no_crash() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from([1, RESUME, HANG, UNFIT, 137]), st.integers(0, 3)),
+        st.tuples(
+            st.sampled_from([1, EXIT_RESUME, EXIT_HANG, EXIT_UNFIT_NODE, 137]), st.integers(0, 3)
+        ),
         min_size=1,
         max_size=30,
     )
@@ -151,7 +157,7 @@ def test_excluded_nodes() -> None:
     lost = Attempt(1, "7", ["n4"], 0.0)
     assert excluded_nodes([lost]) == []
     assert excluded_nodes([lost, Attempt(2, "7", ["n4"], 0.0)]) == ["n4"]
-    assert excluded_nodes([attempt(1, code=UNFIT, unfit_nodes=["n9"])]) == ["n9"]
+    assert excluded_nodes([attempt(1, code=EXIT_UNFIT_NODE, unfit_nodes=["n9"])]) == ["n9"]
     pair = Attempt(1, "7", ["n1", "n2"], 0.0)
     assert excluded_nodes([pair, pair]) == [], "either node may be at fault"
 

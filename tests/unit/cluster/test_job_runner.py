@@ -11,7 +11,7 @@ import pytest
 
 from pocl_ds.cluster.attempts import read_attempts
 from pocl_ds.cluster.job_runner import Job
-from pocl_ds.errors import HANG, UNFIT
+from pocl_ds.errors import EXIT_HANG, EXIT_UNFIT_NODE
 from pocl_ds.runtime.process_exit import read_exit_records
 
 PREFLIGHT = ["--module", "pocl_ds.cluster.preflight"]
@@ -67,7 +67,7 @@ def run_preflight(job: Job, code: int, ranks: dict[int, tuple[int, str]]) -> int
     return job._run_command(0, PREFLIGHT, ["train"], 1)
 
 
-@pytest.mark.parametrize("code", [UNFIT, 2])
+@pytest.mark.parametrize("code", [EXIT_UNFIT_NODE, 2])
 def test_a_rank_that_srun_killed_is_not_blamed(job: Job, code: int) -> None:
     """Once a rank fails, srun kills the others: a fit node may then have no record."""
     assert (
@@ -77,12 +77,12 @@ def test_a_rank_that_srun_killed_is_not_blamed(job: Job, code: int) -> None:
         == code
     )
     assert job.attempt.error == "preflight: n1: 7 of 8 promised GPUs are visible"
-    assert job.attempt.unfit_nodes == (["n1"] if code == UNFIT else [])
+    assert job.attempt.unfit_nodes == (["n1"] if code == EXIT_UNFIT_NODE else [])
 
 
 def test_a_node_whose_ranks_never_answered_is_excluded(job: Job) -> None:
-    waited = (HANG, "preflight: the ranks do not reach each other")
-    assert run_preflight(job, HANG, {0: waited, 2: waited}) == UNFIT
+    waited = (EXIT_HANG, "preflight: the ranks do not reach each other")
+    assert run_preflight(job, EXIT_HANG, {0: waited, 2: waited}) == EXIT_UNFIT_NODE
     assert (
         job.attempt.unfit_nodes == ["n2"] and "n2: none of its ranks answered" in job.attempt.error
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pocl_ds.cluster import machine_checks, preflight
-from pocl_ds.errors import HANG, UNFIT, ResourceError
+from pocl_ds.errors import EXIT_HANG, EXIT_UNFIT_NODE, ResourceError
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -52,7 +52,7 @@ def test_a_preflight_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
     monkeypatch.setattr(preflight, "check_device", lambda gpus: None)
     code, sentence = preflight.preflight(run, {**spec, "gpus_per_node": 4096})
-    assert code == UNFIT and "4096 promised GPUs" in sentence, "another node may be fit"
+    assert code == EXIT_UNFIT_NODE and "4096 promised GPUs" in sentence, "another node may be fit"
     monkeypatch.setenv("POCL_GPUS", "2")  # set by launch/train.sh for ranks that see fewer
     assert "0 of 2 promised GPUs" in preflight.preflight(run, {**spec, "gpus_per_node": 4096})[1]
     monkeypatch.delenv("POCL_GPUS")
@@ -136,7 +136,7 @@ def test_a_gpu_that_cannot_compute_makes_its_node_unfit(
     )
     monkeypatch.setattr("torch.cuda.init", lambda: fail("the driver is too old. Please update it"))
     record = exit_record(tmp_path, {"gpus_per_node": 8, "preflight_seconds": 5}, monkeypatch)
-    assert (record["code"], record["error"]) == (UNFIT, f"preflight: n1: {error}")
+    assert (record["code"], record["error"]) == (EXIT_UNFIT_NODE, f"preflight: n1: {error}")
     if visible:
         assert machine_checks.check_gpus(None).message.startswith(
             "GPU 0 does not answer (CUDA error: uncorrectable ECC error encountered)"
@@ -158,7 +158,7 @@ def test_ranks_that_do_not_connect_in_time_exit_with_hang(
     monkeypatch.setattr("torch.distributed.init_process_group", stall)
     record = exit_record(tmp_path, {"gpus_per_node": 0, "preflight_seconds": 0.2}, monkeypatch)
     assert (
-        record["code"] == HANG
+        record["code"] == EXIT_HANG
         and "the ranks do not reach each other (timed out in blocking wait)" in record["error"]
     )
 
@@ -176,6 +176,6 @@ def test_ranks_of_fit_nodes_exit_with_0(tmp_path: Path, monkeypatch: pytest.Monk
         lambda mine: [{**other, "node": "n1", "faults": []}, other],
     )
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (
-        UNFIT,
+        EXIT_UNFIT_NODE,
         "n2: 7 of 8 promised GPUs are visible",
     )

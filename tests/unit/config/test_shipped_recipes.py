@@ -8,7 +8,7 @@ import pytest
 
 from pocl_ds.config.ds_config import resolve_student, resolve_teacher
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
-from pocl_ds.config.registry import ACROSS_TOKENIZERS, LOSSES
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, LOSSES
 from pocl_ds.resources import RECIPES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
@@ -95,7 +95,7 @@ def test_every_registered_loss_has_a_function() -> None:
     import torch
 
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
-    for name in set(LOSSES) - {"sft", *ACROSS_TOKENIZERS}:
+    for name in set(LOSSES) - {"sft", *CROSS_TOKENIZER_LOSSES}:
         value = losses.divergence(name, logits, logits.clone(), reduction="none", **LOSSES[name])
         assert value.shape == (2,)
         assert value.abs().max() < 1e-6

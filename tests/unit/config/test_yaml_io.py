@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocl_ds.config.yaml_io import dump_yaml, plain_value
+from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 
 AMBIGUOUS = r"[-+]?[0-9_]*\.?[0-9]*([eE][-+]?[0-9]+)?|true|no|~|null|2026-11-26|0x1f|0o7|1:30"
 texts = st.from_regex(AMBIGUOUS, fullmatch=True) | st.text(
@@ -26,7 +26,7 @@ values = st.recursive(
 
 @given(values)
 def test_written_values_are_read_back(value: Any) -> None:
-    read_back = plain_value(dump_yaml(value))
+    read_back = parse_yaml(dump_yaml(value))
     assert read_back == value and repr(read_back) == repr(value)
 
 
@@ -44,5 +44,5 @@ def test_written_values_are_read_back(value: Any) -> None:
     ],
 )
 def test_a_number_with_an_exponent(text: str, value: float | str) -> None:
-    number = plain_value(text)
+    number = parse_yaml(text)
     assert number == value and type(number) is type(value)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pocl_ds import losses
-from pocl_ds.config.registry import ACROSS_TOKENIZERS, LOSSES
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, LOSSES
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.divergences import DIVERGENCES
 
@@ -71,7 +71,7 @@ def by_hand(name: str, p: np.ndarray, q: np.ndarray) -> float:
 
 
 def test_every_loss_of_the_recipe_has_its_function() -> None:
-    assert set(DIVERGENCES) == set(LOSSES) - {"sft", *ACROSS_TOKENIZERS}
+    assert set(DIVERGENCES) == set(LOSSES) - {"sft", *CROSS_TOKENIZER_LOSSES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -224,7 +224,7 @@ def test_unknown_names_and_values_are_named() -> None:
         divergence("fkx", z, z)
     with pytest.raises(RecipeError, match=r"skl has no option 'skw': it has skew"):
         divergence("skl", z, z, skw=1)
-    for name in ACROSS_TOKENIZERS:
+    for name in CROSS_TOKENIZER_LOSSES:
         with pytest.raises(RecipeError, match=f"{name} compares texts, not ids"):
             divergence(name, z, z)
     for name, option in (("jsd", "beta"), ("skl", "skew"), ("srkl", "skew"), ("akl", "mu")):

@@ -67,7 +67,7 @@ def run(engine: TorchEngine, teacher: Any, first: int = 0) -> None:
         total, *_ = engine.forward(
             batch, LossTerms("fkl", TEMPERATURE, SFT_RATIO), hidden, output_head(teacher)
         )
-        engine.backward(total, normalizer=batch.labels.numel(), last=True)
+        engine.backward(total, normalizer=batch.labels.numel(), is_last=True)
         assert math.isfinite(engine.step(TRAIN.lr))
 
 
