@@ -81,7 +81,7 @@ def _all_jobs(
 ) -> list[JobSpec]:
     """Every job of the table; one that has nothing to do has no commands."""
     threads = recipe.launch.threads_per_rank
-    wide: dict[str, Any] = {
+    rank_resources: dict[str, Any] = {
         "nodes": nodes,
         "tasks_per_node": tasks,
         "gpus_per_node": min(tasks, profile.gpus_per_node),
@@ -93,24 +93,24 @@ def _all_jobs(
     for name, members in _steps_by_job().items():
         pending = [s for s, _ in members if s.enabled(recipe) and not finished[s.name]]
         shape = members[0][1]
-        parts = shape is members[0][0].parts_job
-        on_ranks = [not parts and step.needs_ranks(recipe) for step in pending]
+        is_parts_job = shape is members[0][0].parts_job
+        on_ranks = [not is_parts_job and step.needs_ranks(recipe) for step in pending]
         dependencies = [
             job_of[dependency]
             for step, _ in members
             for dependency in (*step.dependencies, *step.waits_for)
         ]
         # The parts of a step are computed before the job that collects them.
-        if not parts:
+        if not is_parts_job:
             dependencies += [step.parts_job.name for step, _ in members if step.parts_job]
         jobs.append(
             JobSpec(
                 name,
-                () if parts else tuple(step.name for step, _ in members),
+                () if is_parts_job else tuple(step.name for step, _ in members),
                 tuple(JobCommand((s.name,), r) for s, r in zip(pending, on_ranks, strict=True)),
                 tuple(dict.fromkeys(job for job in dependencies if job != name)),
                 array=shape.array(recipe) if shape.array else (),
-                **(wide if any(on_ranks) else _on_one_node(profile, shape.gpus(recipe))),
+                **(rank_resources if any(on_ranks) else _on_one_node(profile, shape.gpus(recipe))),
             )
         )
     return jobs

@@ -1,5 +1,6 @@
-"""Whether SLURM is ending or preempting a running job, as its controller tells. Standard library
-only.
+"""Whether SLURM is ending or preempting a running job, from its controller.
+
+It imports only the standard library.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ def preempted(job: str) -> bool:
     return bool(time_of_preemption and time_of_preemption.group(1) not in ("None", "N/A"))
 
 
-def controller_output(*what: str) -> str:
-    """Output of `scontrol show`; empty if the controller is away, which must not end a job."""
+def controller_output(*arguments: str) -> str:
+    """Output of `scontrol show`. It is empty if the controller is unreachable: that must not end a
+    job.
+    """
     with contextlib.suppress(ResourceError):
-        return scheduler.call("scontrol", "show", *what)
+        return scheduler.call("scontrol", "show", *arguments)
     return ""

@@ -1,4 +1,4 @@
-"""Checks of a machine before a job spends hours on it. Each returns one line with its finding.
+"""Checks of a machine before a long job starts on it. Each returns a one-line finding.
 
 `pocl doctor` runs them on this machine, the preflight on every node of a job.
 """
@@ -26,7 +26,7 @@ from pocl_ds.workflow.run_dir import RunDirectory, read_models
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 MIN_OPEN_FILES = 1024  # DeepSpeed, vLLM and a data loader use a few hundred
 CPU_BUILD = "torch here is the CPU build: POCL_STACK=cuda bash launch/setup.sh"
-# Seconds between a file server's clock and ours: modification times are compared.
+# Seconds between the clocks of a file server and of this machine, whose times are compared.
 MAX_FILE_CLOCK_SKEW = 2.0
 
 
@@ -61,14 +61,14 @@ def check_packages() -> Finding:
     return Finding("packages", OK, summary)
 
 
-def check_gpus(promised: int | None) -> Finding:
-    """The GPUs that this process sees. promised: GPUs of a node by the profile."""
+def check_gpus(expected: int | None) -> Finding:
+    """The GPUs that this process sees. expected: GPUs of a node in the profile; None for any."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if promised and count < promised:
+    if expected and count < expected:
         return Finding(
-            "devices", FAIL, f"{count} of {promised} promised GPUs are visible: exclude this node"
+            "devices", FAIL, f"{count} of {expected} promised GPUs are visible: exclude this node"
         )
     if not count:
         unused = _unused_gpus()
@@ -156,8 +156,8 @@ def cuda_error() -> str:
 
 
 def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
-    """Whether a folder is writable, has enough space, and has a file system with our clock."""
-    # Write a file, and compare its modification time with our clock.
+    """Whether a folder is writable, has enough space, and shares its clock with this machine."""
+    # Write a file, and compare its modification time with this machine's clock.
     name = "run directory"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ def check_run_directory(path: Path, needed_bytes: int = 0) -> Finding:
         )
     if abs(skew) > MAX_FILE_CLOCK_SKEW:
         return Finding(
-            name, WARN, f"{path}: its clock is {skew:+.0f} s off ours: have it synchronized (NTP)"
+            name, WARN, f"{path}: its clock is {skew:+.0f} s off: have it synchronized (NTP)"
         )
     return Finding(name, OK, f"{path}: writable, {space}")
 

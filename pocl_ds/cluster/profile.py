@@ -210,14 +210,16 @@ def dump_profile(profile: Profile) -> str:
 def _path(source: str) -> Path:
     if os.path.isfile(source):
         return Path(source)
-    own = Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "pocl" / "profiles"
-    for folder in (own, PROFILES):
+    user_folder = (
+        Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "pocl" / "profiles"
+    )
+    for folder in (user_folder, PROFILES):
         if os.sep not in source and os.path.isfile(path := folder / f"{source}.yaml"):
             return path
     names = sorted(
         {
             path.stem
-            for folder in (own, PROFILES)
+            for folder in (user_folder, PROFILES)
             if folder.is_dir()
             for path in folder.glob("*.yaml")
         }

@@ -43,7 +43,7 @@ ENDED_STATES = (
 )
 TIMEOUT_SECONDS = 60  # a busy controller may take long to answer
 # Messages of a controller that restarts.
-AWAY = re.compile(
+UNREACHABLE = re.compile(
     "[Uu]nable to contact|[Tt]imed out|did not answer|Connection (refused|reset)|try again"
 )
 # Waits between retries: a controller that restarts is back within minutes.
@@ -94,7 +94,7 @@ def call(*words: str, stdin: str | None = None) -> str:
         if not name.startswith("SLURM_") or name in PASSED_VARIABLES
     }
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             words,
             capture_output=True,
             text=True,
@@ -113,23 +113,25 @@ def call(*words: str, stdin: str | None = None) -> str:
         ) from None
 
     # Turn the error message into one line.
-    if done.returncode:
-        message = " ".join((done.stderr or done.stdout).split())
+    if process.returncode:
+        message = " ".join((process.stderr or process.stdout).split())
         raise ResourceError(
             f"{words[0]} failed ({message}): change the profile, or ask the cluster's admins"
         )
-    return done.stdout or " ".join(done.stderr.split())  # --test-only answers on stderr
+    return process.stdout or " ".join(process.stderr.split())  # --test-only answers on stderr
 
 
-def retry_while_away(command: Callable[[], str]) -> str:
-    """Call a command of this module, again if the controller is away for some minutes. Raises
-    ResourceError.
+def retry_while_unreachable(command: Callable[[], str]) -> str:
+    """Call a command of this module; retry for some minutes while the controller is unreachable.
+
+    Raises:
+        ResourceError: the command fails for another reason, or on the last try.
     """
     for seconds in RETRY_SECONDS:
         try:
             return command()
         except ResourceError as error:
-            if not AWAY.search(str(error)):
+            if not UNREACHABLE.search(str(error)):
                 raise
         time.sleep(seconds)
     return command()
@@ -189,14 +191,14 @@ def final_states(ids: Sequence[str]) -> dict[str, str]:
         "--format=JobID,State",
     ]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        process = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return {}
-    lines = [line.split("|") for line in done.stdout.splitlines() if done.returncode == 0]
+    lines = [line.split("|") for line in process.stdout.splitlines() if process.returncode == 0]
     return {line[0]: line[1].split()[0] for line in lines if len(line) == 2}
 
 
-def live(ids: Sequence[str]) -> list[QueuedJob]:
+def live_jobs(ids: Sequence[str]) -> list[QueuedJob]:
     """The jobs that wait or run."""
     return [job for job in queue(ids) if job.state not in ENDED_STATES]
 

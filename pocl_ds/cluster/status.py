@@ -25,7 +25,7 @@ from pocl_ds.workflow.run_dir import RunDirectory
 
 TAIL_LINES = 6  # of a failing rank's log
 RECENT_STEPS = 20  # optimizer steps that a rate is averaged over
-# Our words for states of jobs that have ended.
+# Words of the table for the states of jobs that have ended.
 STATE_WORDS = {
     "COMPLETED": "done",
     "CANCELLED": "cancelled",
@@ -88,7 +88,7 @@ def _row(
         live=any(job.state not in scheduler.ENDED_STATES for job in jobs),
     )
 
-    # The state follows from results first, then from attempts, then from the scheduler.
+    # Results decide the state first, then attempts, then the scheduler.
     failed = [attempt for attempt in latest if attempt.outcome == FAILED]
     if spec["steps"] and all(finished[step] for step in spec["steps"]):
         row.state = "done"
@@ -164,8 +164,8 @@ def _state_after_queue(
 
 def _failed_predecessor(rows: Sequence[Row], spec: Mapping[str, Any]) -> str:
     """The first job that this one waits for and that did not finish; empty for none."""
-    bad = ("failed", "cancelled", STATE_WORDS["TIMEOUT"])
-    names = [row.name for row in rows if row.name in spec["after"] and row.state in bad]
+    failed_states = ("failed", "cancelled", STATE_WORDS["TIMEOUT"])
+    names = [row.name for row in rows if row.name in spec["after"] and row.state in failed_states]
     return names[0] if names else ""
 
 

@@ -170,7 +170,7 @@ class Submission:
         """Freeze the run's inputs and submit its jobs. Returns the job ids by name. If SLURM
         refuses a job, the ones before it are cancelled.
         """
-        if busy := scheduler.live(job_ids(self.run)):
+        if busy := scheduler.live_jobs(job_ids(self.run)):
             raise ArtifactError(
                 f"{self.path} has jobs that wait or run "
                 f"({', '.join(sorted({job.id for job in busy}))}): see `pocl status --run-dir "
@@ -297,7 +297,7 @@ def job_ids(run: RunDirectory) -> list[str]:
 
 def cancel(run: RunDirectory) -> list[str]:
     """Cancel the run's jobs that wait or run. Returns their ids."""
-    ids = sorted({job.array for job in scheduler.live(job_ids(run))}, key=int)
+    ids = sorted({job.array for job in scheduler.live_jobs(job_ids(run))}, key=int)
     scheduler.cancel(ids)
     return ids
 

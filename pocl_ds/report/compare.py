@@ -54,7 +54,7 @@ BACKEND_FIELDS = ("backend", "dtype")
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One of the runs."""
+    """A run that is compared with others."""
 
     name: str
     recipe: dict[str, Any]
@@ -114,18 +114,19 @@ def evaluation_differences(runs: Sequence[ComparedRun]) -> list[str]:
     evaluated = [run for run in runs if run.summary.results is not None]
     differences = []
     for run in evaluated[1:]:
-        first = evaluated[0]
-        settings, first_settings = _evaluation_settings(run), _evaluation_settings(first)
+        reference = evaluated[0]
+        settings, reference_settings = _evaluation_settings(run), _evaluation_settings(reference)
         differences += [
-            f"{key}: {first_settings.get(key)} in {first.name}, {settings.get(key)} in {run.name}"
-            for key in {**first_settings, **settings}
-            if first_settings.get(key) != settings.get(key)
+            f"{key}: {reference_settings.get(key)} in {reference.name}, {settings.get(key)} in "
+            f"{run.name}"
+            for key in {**reference_settings, **settings}
+            if reference_settings.get(key) != settings.get(key)
         ]
         digests = {
-            benchmark.name: benchmark.prompts_digest for benchmark in first.summary.benchmarks
+            benchmark.name: benchmark.prompts_digest for benchmark in reference.summary.benchmarks
         }
         differences += [
-            f"benchmark {benchmark.name}: {run.name} has other prompts than {first.name}"
+            f"benchmark {benchmark.name}: {run.name} has other prompts than {reference.name}"
             for benchmark in run.summary.benchmarks
             if digests.get(benchmark.name, benchmark.prompts_digest) != benchmark.prompts_digest
         ]
@@ -210,8 +211,8 @@ def comparison_page(runs: Sequence[ComparedRun], differences: Sequence[str]) -> 
 
 def _read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     resolved = [path.resolve() for path in paths]
-    if twice := next((path for path in paths if resolved.count(path.resolve()) > 1), None):
-        raise RecipeError(f"{twice} is named twice: name each run once")
+    if duplicate := next((path for path in paths if resolved.count(path.resolve()) > 1), None):
+        raise RecipeError(f"{duplicate} is named twice: name each run once")
     runs = []
     config = ReportConfig(max_samples=0, max_text_mb=max(1, MAX_TEXT_MB // len(paths)))
     names = [path.name for path in resolved]
@@ -224,7 +225,7 @@ def _read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
         summary = read_run_summary(run, config, seed=seed, window=window)
         losses = read_manifest(run.evaluation, "held_out_loss.json.manifest.json")
         shared_ids = losses.info["ids"] if losses else None
-        # Runs whose folders have the same name are told apart by their paths.
+        # Runs whose folders have the same name are shown by their paths.
         unique_name = name if names.count(name) == 1 else str(path)
         runs.append(ComparedRun(unique_name, recipe, summary, shared_ids))
     return runs
@@ -241,28 +242,28 @@ def _evaluation_settings(run: ComparedRun) -> dict[str, Any]:
     }
 
 
-def _loss_differences(first: ComparedRun, second: ComparedRun, key: str) -> list[str]:
-    names, reasons = f"{first.name} and {second.name}", []
-    data_1, data_2 = (run.summary.manifests.get("preprocess") for run in (first, second))
-    if data_1 and data_2:
+def _loss_differences(a: ComparedRun, b: ComparedRun, key: str) -> list[str]:
+    names, reasons = f"{a.name} and {b.name}", []
+    data_a, data_b = (run.summary.manifests.get("preprocess") for run in (a, b))
+    if data_a and data_b:
         other_texts, other_tokens = (
-            data_1.files.get(f"test.{part}") != data_2.files.get(f"test.{part}")
+            data_a.files.get(f"test.{part}") != data_b.files.get(f"test.{part}")
             for part in ("jsonl", "tokens.bin")
         )
         if other_texts:
             reasons.append(f"{names} have different test splits")
-        other_vocabulary = data_1.info.get("vocabulary") != data_2.info.get("vocabulary")
+        other_vocabulary = data_a.info.get("vocabulary") != data_b.info.get("vocabulary")
         if other_vocabulary or (other_tokens and not other_texts):
             reasons.append(f"{names} have different tokenizers")
-    if first.shared_ids != second.shared_ids:
+    if a.shared_ids != b.shared_ids:
         reasons.append(
-            f"the loss of {first.name} is over {first.shared_ids} token ids, that of "
-            f"{second.name} over {second.shared_ids}"
+            f"the loss of {a.name} is over {a.shared_ids} token ids, that of {b.name} over "
+            f"{b.shared_ids}"
         )
-    if key == "kl" and first.teacher_revision != second.teacher_revision:
+    if key == "kl" and a.teacher_revision != b.teacher_revision:
         reasons.append(
-            f"the teacher of {first.name} is {first.teacher_revision}, that of {second.name} "
-            f"{second.teacher_revision}"
+            f"the teacher of {a.name} is {a.teacher_revision}, that of {b.name} "
+            f"{b.teacher_revision}"
         )
     return reasons
 
@@ -348,26 +349,28 @@ def _common_items(runs: Sequence[ComparedRun], *, forced: bool) -> tuple[list[di
         return [], "The runs were evaluated in different ways, so their answers are not shown."
     names = {run.name: run.name for run in evaluated}
     benchmarks = []
-    for first in evaluated[0].summary.benchmarks:
+    for reference in evaluated[0].summary.benchmarks:
         by_run = {
-            run.name: next(b for b in run.summary.benchmarks if b.name == first.name)
+            run.name: next(b for b in run.summary.benchmarks if b.name == reference.name)
             for run in evaluated
         }
         items_by_run = {
             name: {item.id: item for item in benchmark.items} for name, benchmark in by_run.items()
         }
-        items = [
+        common_items = [
             Item(
                 item.id,
                 item.prompt,
                 item.references,
-                {name: known[item.id].answers["student"] for name, known in items_by_run.items()},
+                {name: items[item.id].answers["student"] for name, items in items_by_run.items()},
             )
-            for item in first.items
-            if all(item.id in known for known in items_by_run.values())
+            for item in reference.items
+            if all(item.id in items for items in items_by_run.values())
         ]
         intervals = {name: benchmark.intervals["student"] for name, benchmark in by_run.items()}
-        combined = BenchmarkItems(first.name, first.total, items, first.prompts_digest, intervals)
+        combined = BenchmarkItems(
+            reference.name, reference.total, common_items, reference.prompts_digest, intervals
+        )
         benchmarks.append(item_data(combined, names))
     return benchmarks, ""
 

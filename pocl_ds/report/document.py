@@ -55,7 +55,7 @@ def html_document(title: str, html: str, data: dict[str, Any], *, subsets: int =
 
 
 def embed_json(data: Any) -> str:
-    """JSON that cannot end its script element, whatever its texts are."""
+    """JSON that cannot end its script element, even if its texts contain tags."""
     text = json.dumps(_printable(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
@@ -113,14 +113,14 @@ def details(title: str, html: str) -> str:
 
 
 def preformatted(text: str) -> str:
-    """Text as it is, for example a recipe."""
+    """Preformatted text, for example a recipe."""
     return f'<pre tabindex="0">{escape_html(text)}</pre>'
 
 
-def chart_figures(charts: Sequence[Chart], first: int) -> str:
-    """Empty figures, which the script fills. first: index of the first chart in data.charts."""
+def chart_figures(charts: Sequence[Chart], start: int) -> str:
+    """Empty figures, which the script fills. start: index of the first chart in data.charts."""
     figures = []
-    for index, chart in enumerate(charts, first):
+    for index, chart in enumerate(charts, start):
         wide = " wide" if chart["wide"] else ""
         note = chart["note"] and f"<figcaption>{escape_html(chart['note'])}</figcaption>"
         figures.append(

@@ -308,5 +308,5 @@ def _spike_sentence(summary: RunSummary) -> str:
     ]
     if not spikes:
         return ""
-    named = ", ".join(spikes[:MAX_SPIKES]) + (" and others" if len(spikes) > MAX_SPIKES else "")
-    return f" The loss spiked at {len(spikes)} optimizer steps: {named}."
+    steps = ", ".join(spikes[:MAX_SPIKES]) + (" and others" if len(spikes) > MAX_SPIKES else "")
+    return f" The loss spiked at {len(spikes)} optimizer steps: {steps}."

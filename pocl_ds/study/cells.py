@@ -111,7 +111,7 @@ def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
     """
     # The axes of the grid: (axis, label, overrides) of each value.
     axes = [
-        [(axis, label, words) for label, words in _labels(axis, values).items()]
+        [(axis, label, value_overrides) for label, value_overrides in _labels(axis, values).items()]
         for axis, values in study.grid.items()
     ]
 
@@ -121,7 +121,9 @@ def expand_cells(study: StudyConfig, overrides: Overrides = ()) -> list[Cell]:
         study.seeds, itertools.product(*axes), study.arms.items()
     ):
         point = tuple((axis, label) for axis, label, _ in coordinates)
-        point_overrides = [word for *_, words in coordinates for word in words]
+        point_overrides = [
+            override for *_, value_overrides in coordinates for override in value_overrides
+        ]
         try:
             recipe = load_recipe(
                 study.base,
@@ -149,10 +151,10 @@ def _labels(axis: str, values: dict[str, Overrides] | tuple[Any, ...]) -> dict[s
     """Label -> overrides of one axis of the grid."""
     if isinstance(values, dict):
         return values
-    words = [f"{axis}={json.dumps(value)}" for value in values]
+    overrides = [f"{axis}={json.dumps(value)}" for value in values]
     return {
-        value if isinstance(value, str) else word: (word,)
-        for value, word in zip(values, words, strict=True)
+        value if isinstance(value, str) else override: (override,)
+        for value, override in zip(values, overrides, strict=True)
     }
 
 

@@ -138,15 +138,19 @@ def result_lines(folder: Path, study: StudyConfig, cells: Sequence[Cell]) -> lis
 
 def _mean_lines(folder: Path, finished: Sequence[Cell], benchmarks: Sequence[str]) -> list[str]:
     """A table of means over seeds, one row for each group of cells, with footnotes."""
-    named = [(cell.group, read_results(cell_directory(folder, cell))) for cell in finished]
-    header = [mark_benchmark(name, *(results for _, results in named)) for name in benchmarks]
+    labeled_results = [
+        (cell.group, read_results(cell_directory(folder, cell))) for cell in finished
+    ]
+    header = [
+        mark_benchmark(name, *(results for _, results in labeled_results)) for name in benchmarks
+    ]
     rows = [["", "trainings", *header, "validation loss", "ordering", "training"]]
     for group in dict.fromkeys(cell.group for cell in finished):
         runs = [cell_directory(folder, cell) for cell in finished if cell.group == group]
         entries = [read_results(run)["models"][STUDENT]["benchmarks"] for run in runs]
         scores = [_mean_and_deviation([e[name]["rouge_l"] for e in entries]) for name in benchmarks]
         rows.append([group, str(len(runs)), *scores, _validation_loss(runs), *_mean_times(runs)])
-    return align_columns(rows, numbers=True) + merge_footnotes(named, benchmarks)
+    return align_columns(rows, numbers=True) + merge_footnotes(labeled_results, benchmarks)
 
 
 def _pair_lines(
@@ -229,7 +233,7 @@ def _pair_difference(
     for seed in seeds:
         differences: list[float] = []
         for benchmark in benchmarks:
-            first, second = (
+            scores_a, scores_b = (
                 read_scores(
                     ComparedModel(cell_directory(folder, side[seed]), STUDENT, side[seed].name),
                     benchmark,
@@ -238,9 +242,9 @@ def _pair_difference(
                 for side in sides
             )
             differences += [
-                fmean(second[item]) - fmean(scores)
-                for item, scores in first.items()
-                if item in second
+                fmean(scores_b[item]) - fmean(scores)
+                for item, scores in scores_a.items()
+                if item in scores_b
             ]
         columns.append(np.array(differences))
     return two_level_difference(np.stack(columns, 1))

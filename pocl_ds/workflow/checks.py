@@ -1,4 +1,4 @@
-"""Checks of a recipe that run before anything is loaded or hours of work are spent."""
+"""Checks of a recipe that run before any model is loaded."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ def check_sample_counts(run: RunDirectory, recipe: Recipe) -> None:
         )
 
     # Some choices follow the validation loss.
-    distillm = policy.name == "distillm"
-    if (distillm or train.checkpoint.keep_best) and not splits["validation"]["samples"]:
-        field = "policy.name=distillm" if distillm else "train.checkpoint.keep_best"
+    is_distillm = policy.name == "distillm"
+    if (is_distillm or train.checkpoint.keep_best) and not splits["validation"]["samples"]:
+        field = "policy.name=distillm" if is_distillm else "train.checkpoint.keep_best"
         raise RecipeError(
             f"{field} follows the validation loss, and the data has no validation samples: raise "
             "data.validation_fraction, or name a file in data.validation"
         )
     interval = train.validate_every_n_steps
-    if distillm and interval and interval >= plan.total_steps:
+    if is_distillm and interval and interval >= plan.total_steps:
         raise RecipeError(
-            f"train.validate_every_n_steps={interval} never comes in the {plan.total_steps} "
+            f"train.validate_every_n_steps={interval} is not reached in the {plan.total_steps} "
             "optimizer steps of the run, so the probability of policy.name=distillm never changes: "
             "lower it"
         )
-    if distillm and policy.replay_buffer_size > samples:
+    if is_distillm and policy.replay_buffer_size > samples:
         raise RecipeError(
             f"policy.replay_buffer_size={policy.replay_buffer_size} is more than the {samples} "
             "training samples: lower it"

@@ -101,8 +101,8 @@ def describe_file_error(error: OSError) -> str | None:
             f"the disk of an output is full ({error.strerror}): free some space and run the same "
             "command again; finished work is kept"
         )
-    known = (*DISK_FULL, *NO_PERMISSION, *NAME_CONFLICT, errno.EIO, errno.ESTALE)
-    if error.filename is None or error.errno not in known:
+    explained = (*DISK_FULL, *NO_PERMISSION, *NAME_CONFLICT, errno.EIO, errno.ESTALE)
+    if error.filename is None or error.errno not in explained:
         return None
     return (
         f"{os.fsdecode(error.filename)} cannot be used ({error.strerror}): check its name, its "

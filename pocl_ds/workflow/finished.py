@@ -31,8 +31,8 @@ def finished_steps(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
 
 
 def finished_fingerprint(step: Step, run: RunDirectory) -> str | None:
-    """The fingerprint of a step's finished result, whatever recipe it belongs to; None for an
-    unfinished one.
+    """The fingerprint of a step's finished result, even if it belongs to another recipe; None for
+    an unfinished step.
     """
     if step.name == "score":
         return fingerprint_of_finished_scores(run)

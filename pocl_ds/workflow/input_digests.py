@@ -54,8 +54,8 @@ def data_files(recipe: Recipe) -> list[Any]:
 
 
 def evaluation_files(recipe: Recipe) -> list[Any]:
-    """Digests of benchmark files and of the judge's prompt template. Answers follow from the items
-    themselves, whichever file they come from.
+    """Digests of benchmark files and of the judge's prompt template. Answers depend on the items,
+    not on the name of their file.
     """
     judge = recipe.evaluate.judge
     return _local_files(

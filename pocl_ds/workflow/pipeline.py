@@ -67,8 +67,9 @@ def run_step(
     *,
     shard: tuple[int, int] | None = None,
 ) -> int:
-    """Run one step to its end in processes of its own. Returns the exit code; a process that fails
-    logs why.
+    """Run one step to its end in separate processes. Returns the exit code.
+
+    A process that fails logs why.
 
     lock: handle of the run directory's lock, if the caller holds it. shard: (I, N) for only shard I
     of N.
@@ -94,7 +95,7 @@ def run_step(
 
 
 def _run_engines(command: list[str], recipe: Recipe, lock: int | None) -> int:
-    """Generate one model's answers with evaluate.data_parallel_size engines side by side, each on
+    """Generate one model's answers with evaluate.data_parallel_size engines in parallel, each on
     its own GPUs, or on its share of the cores.
     """
     count = recipe.evaluate.data_parallel_size

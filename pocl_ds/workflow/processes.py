@@ -1,5 +1,5 @@
-"""Child processes of a step: started in sessions of their own, with the run directory's lock and
-every signal that reaches this process passed on to them.
+"""Child processes of a step. Each runs in its own session and inherits the run directory's lock;
+signals to this process are forwarded to it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ def run_processes(
     """Run commands at the same time, each with its own environment variables, and wait for all.
     Returns the first exit code that is not 0.
 
-    lock: handle of the run directory's lock, which the children inherit. Raises what this process's
-    own handler raises for a forwarded signal that no child answered: a child that is still starting
-    dies of it (Python with code 1), one that is about to exit misses it. Raises Interrupted for a
-    child that a signal ended.
+    lock: handle of the run directory's lock, which the children inherit.
+
+    If no child handles a forwarded signal, because it is still starting or about to exit, this
+    process's own handler runs and may raise.
+
+    Raises:
+        Interrupted: a signal ended a child.
     """
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
@@ -49,14 +52,14 @@ def run_processes(
             if received:
                 break
             children.append(_start(command, variables, lock))
-            if received:  # the signal came before the child was on the list
+            if received:  # the signal arrived before the child was in the list
                 children[-1].send_signal(received[-1])
         codes = [child.wait() for child in children]
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    # A child that left with a code above 1 has logged why. Otherwise the signal is ours to handle.
+    # A child that exits with a code above 1 has logged why. Otherwise handle the signal here.
     code = next((code for code in codes if code > 0), 0)
     if received and code in (0, 1):
         signal.raise_signal(received[0])

@@ -1,5 +1,5 @@
-"""The run directory: where each step writes its result. Steps exchange files here and nowhere
-else.
+"""The run directory: where each step writes its result. Steps exchange data only through its
+files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RunDirectory:
 
     @property
     def inputs(self) -> Path:
-        """Models and records that `pocl_ds.distill` was given in memory."""
+        """Models and records that were passed to `pocl_ds.distill` in memory."""
         return self.path / "inputs"
 
     @property
@@ -91,7 +91,7 @@ class RunDirectory:
 
     @property
     def baseline(self) -> Path:
-        """As `train`, of the plain KD baseline."""
+        """The same as `train`, for the plain KD baseline."""
         return self.path / "baseline"
 
     @property

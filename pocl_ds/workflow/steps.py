@@ -1,5 +1,5 @@
-"""The table of workflow steps. Everything that knows steps derives from it: the command line, the
-pipeline, SLURM jobs, status, studies.
+"""The table of workflow steps, from which the command line, the pipeline, SLURM jobs, status and
+studies derive theirs.
 
 To add a step, add one row to STEPS and its folder to `run_dir.STEP_FOLDERS`. This module imports
 nothing heavy, so that `pocl --help` stays fast.
@@ -76,7 +76,7 @@ class Step:
     summary: str  # help text: a sentence in the imperative
     example: str  # a command line
     run: Callable[[Recipe, RunDirectory, str, StepRequest], None]
-    inputs: Callable[[Recipe], Any]  # plain values of the recipe that its result follows from
+    inputs: Callable[[Recipe], Any]  # plain values of the recipe that its result depends on
     job: JobShape
     dependencies: tuple[str, ...] = ()  # steps whose results enter its fingerprint
     # Steps that run before it and do not change its result, so that they stay out of its

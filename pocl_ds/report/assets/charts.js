@@ -1,6 +1,6 @@
 "use strict";
 // Charts on canvas, drawn by uPlot: line charts over optimizer steps with stage bands, and histograms by subset.
-// The page's data say what they show. Texts from data reach the page only as text nodes.
+// The data of the page define the charts. Texts from data reach the page only as text nodes.
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const HEIGHT = 280, WIDE_HEIGHT = 330; // CSS pixels
@@ -177,8 +177,8 @@ class Chart {
     const plot = this.plot, { min, max } = plot.scales.x, middle = (min + max) / 2;
     const moves = { ArrowLeft: -1, ArrowRight: 1 }, zooms = { "+": 0.5, "=": 0.5, "-": 2 };
     if (event.key in moves && plot.data[0]) {
-      const last = plot.data[0].length - 1, move = moves[event.key] * (event.shiftKey ? 10 : 1);
-      this.cursorIndex = Math.min(last, Math.max(0, (this.cursorIndex ?? plot.cursor.idx ?? 0) + move));
+      const lastIndex = plot.data[0].length - 1, move = moves[event.key] * (event.shiftKey ? 10 : 1);
+      this.cursorIndex = Math.min(lastIndex, Math.max(0, (this.cursorIndex ?? plot.cursor.idx ?? 0) + move));
       plot.setCursor({ left: plot.valToPos(plot.data[0][this.cursorIndex], "x"), top: plot.over.clientHeight / 2 });
     } else if (event.key in zooms) {
       const [low, high] = this.range(), half = (zooms[event.key] * (max - min)) / 2;

@@ -79,32 +79,32 @@ class FilterList {
 
   // Shows the current page. openRow: index of a row to open.
   show(openRow = -1) {
-    const rows = this.root.querySelector(".rows"), first = this.page * ROWS_PER_PAGE;
-    const indices = this.matches.slice(first, first + ROWS_PER_PAGE);
+    const rows = this.root.querySelector(".rows"), start = this.page * ROWS_PER_PAGE;
+    const indices = this.matches.slice(start, start + ROWS_PER_PAGE);
     rows.replaceChildren(...indices.map((i) => this.source.row(i, this.query)));
     if (openRow >= 0) rows.children[openRow].open = true;
     const counts = [this.matches.length, this.source.total()].map((count) => count.toLocaleString("en")).join(" of ");
     this.root.querySelector(".count").textContent = counts +
-      (indices.length ? `, showing ${first + 1} to ${first + indices.length}` : ": no match, change the search or the menus");
+      (indices.length ? `, showing ${start + 1} to ${start + indices.length}` : ": no match, change the search or the menus");
     this.showPager();
   }
 
   showPager() {
-    const last = Math.max(0, Math.ceil(this.matches.length / ROWS_PER_PAGE) - 1), pager = this.root.querySelector(".pager");
+    const lastPage = Math.max(0, Math.ceil(this.matches.length / ROWS_PER_PAGE) - 1), pager = this.root.querySelector(".pager");
     pager.replaceChildren();
-    if (!last) return;
-    const targets = [["first", 0], ["previous", this.page - 1], ["next", this.page + 1], ["last", last]];
+    if (!lastPage) return;
+    const targets = [["first", 0], ["previous", this.page - 1], ["next", this.page + 1], ["last", lastPage]];
     targets.forEach(([name, page], i) => {
       const button = addElement("button", pager, name);
       button.type = "button";
-      button.disabled = page < 0 || page > last || page === this.page;
+      button.disabled = page < 0 || page > lastPage || page === this.page;
       button.addEventListener("click", () => {
         this.page = page;
         this.show();
         pager.children[i].focus();
       });
     });
-    addElement("span", pager, `page ${this.page + 1} of ${last + 1}`);
+    addElement("span", pager, `page ${this.page + 1} of ${lastPage + 1}`);
   }
 }
 
@@ -186,8 +186,8 @@ class ItemSource {
   filter({ benchmark, left, relation, right }, query) {
     this.current = this.benchmarks[Number(benchmark)];
     const texts = this.texts[Number(benchmark)], { scores } = this.current, matches = [];
-    const holds = (i) => left === "" || RELATIONS[relation](scores[Number(left)][i], scores[Number(right)][i]);
-    for (let i = 0; i < texts.length; i++) if (holds(i) && (!query || texts[i].includes(query))) matches.push(i);
+    const matchesRelation = (i) => left === "" || RELATIONS[relation](scores[Number(left)][i], scores[Number(right)][i]);
+    for (let i = 0; i < texts.length; i++) if (matchesRelation(i) && (!query || texts[i].includes(query))) matches.push(i);
     if (left === "" || relation === "equal") return matches;
     // The largest differences come first.
     const difference = (i) => Math.abs(scores[Number(left)][i] - scores[Number(right)][i]);
@@ -227,7 +227,7 @@ window.showSample = (position) => {
   SAMPLES.menus.subset.value = "";
   SAMPLES.menus.sort.value = "positions";
   SAMPLES.filter();
-  const index = Math.max(0, DATA.samples.positions.findIndex((other) => other >= position));
+  const index = Math.max(0, DATA.samples.positions.findIndex((candidate) => candidate >= position));
   SAMPLES.page = Math.floor(index / ROWS_PER_PAGE);
   SAMPLES.show(index % ROWS_PER_PAGE);
   SAMPLES.root.scrollIntoView({ block: "start" });

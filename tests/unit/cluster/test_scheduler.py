@@ -53,7 +53,7 @@ def test_squeue_is_read_and_its_error_is_a_sentence(
     assert [(job.id, job.name, job.state, job.tasks) for job in jobs] == [
         ("12_3", "a | b:train", "PENDING", [3])
     ]
-    assert scheduler.live(["12"]) == jobs
+    assert scheduler.live_jobs(["12"]) == jobs
     write_program(
         tmp_path, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
     )

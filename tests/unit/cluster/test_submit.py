@@ -256,7 +256,7 @@ def test_a_resumed_run_stops_at_the_same_step(
         nodes=1,
         until="rank",
     )
-    monkeypatch.setattr(scheduler, "live", lambda ids: [])
+    monkeypatch.setattr(scheduler, "live_jobs", lambda ids: [])
     monkeypatch.setattr(scheduler, "submit", lambda script, options: "7")
     monkeypatch.setattr(scheduler, "release", lambda ids: None)
     monkeypatch.chdir(tmp_path)
@@ -267,10 +267,10 @@ def test_a_resumed_run_stops_at_the_same_step(
 
 
 def test_srun_starts_while_the_controller_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_away(*_: str) -> str:
+    def raise_unreachable(*_: str) -> str:
         raise ResourceError("scontrol failed (Unable to contact slurm controller)")
 
-    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", raise_away)
+    monkeypatch.setattr("pocl_ds.cluster.scheduler.call", raise_unreachable)
     spec = {"cpus_per_task": 4, "container": None, "gpus_per_node": 0}
     assert not any(
         "--cpu-bind" in word
@@ -288,10 +288,10 @@ def test_a_command_is_retried_while_the_controller_is_away(monkeypatch: pytest.M
             raise ResourceError(f"scontrol failed ({message})")
         return "7"
 
-    assert scheduler.retry_while_away(command) == "7" and sleeps == [5, 10]
+    assert scheduler.retry_while_unreachable(command) == "7" and sleeps == [5, 10]
     answers[:] = ["Invalid qos"]
     with pytest.raises(ResourceError, match="Invalid qos"):
-        scheduler.retry_while_away(command)
+        scheduler.retry_while_unreachable(command)
     assert len(sleeps) == 2
 
 
@@ -325,7 +325,7 @@ def test_a_refused_job_cancels_the_ones_before_it(
         sent.append(f"{40 + len(sent)}")
         return sent[-1]
 
-    monkeypatch.setattr(scheduler, "live", lambda ids: [])
+    monkeypatch.setattr(scheduler, "live_jobs", lambda ids: [])
     monkeypatch.setattr(scheduler, "submit", submit)
     monkeypatch.setattr(scheduler, "release", lambda ids: pytest.fail("nothing may start"))
     monkeypatch.setattr(scheduler, "cancel", cancelled.append)

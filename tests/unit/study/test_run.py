@@ -112,7 +112,9 @@ def test_results_are_not_reused_into_a_cell_with_live_jobs(
         (cell_directory(tmp_path, cell).cluster / "submission.json").touch()
     (cell_directory(tmp_path, running).cluster / "jobs" / "train.ids").write_text("41\n")
     job = argparse.Namespace(array="41")
-    monkeypatch.setattr("pocl_ds.cluster.scheduler.live", lambda ids: [job] if "41" in ids else [])
+    monkeypatch.setattr(
+        "pocl_ds.cluster.scheduler.live_jobs", lambda ids: [job] if "41" in ids else []
+    )
     monkeypatch.setattr("pocl_ds.cluster.profile.load_profile", lambda name: None)
     submitted: list[Path] = []
 

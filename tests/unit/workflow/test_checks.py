@@ -77,7 +77,8 @@ def test_a_validation_interval_longer_than_the_run_raises(tmp_path: Path) -> Non
         if interval == 19:
             check_sample_counts(run, Recipe.model_validate(tree))
     with pytest.raises(
-        RecipeError, match=r"train\.validate_every_n_steps=20 never comes in the 20 optimizer steps"
+        RecipeError,
+        match=r"train\.validate_every_n_steps=20 is not reached in the 20 optimizer steps",
     ):
         check_sample_counts(run, Recipe.model_validate(tree))
 

@@ -1,4 +1,4 @@
-"""Fingerprints change with what a step's result follows from, and with nothing else."""
+"""A fingerprint changes if and only if something changes that the step's result depends on."""
 
 from __future__ import annotations
 
