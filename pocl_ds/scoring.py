@@ -100,10 +100,10 @@ def score_samples(
         ModelError: the tokenizer has no EOS, or the model's family is not supported.
     """
     # Tokenize prompts and references.
-    places = (
+    numbered_records = (
         (f"records, number {number}", dict(record)) for number, record in enumerate(records, 1)
     )
-    samples = list(samples_from_records(places, "records", "auto", {}))
+    samples = list(samples_from_records(numbered_records, "records", "auto", {}))
     prompt = PromptConfig(
         template=template, max_prompt_tokens=max_prompt_tokens, max_length=max_length
     )

@@ -158,9 +158,11 @@ def _models_to_compare(
             "for example --models baseline student"
         )
     names = pair or (model, model)
-    known = list(get_args(ModelName))
-    if unknown := next((name for name in names if name not in known), None):
-        raise RecipeError(f"--models {unknown}: there is no such model: {nearest(unknown, known)}")
+    model_names = list(get_args(ModelName))
+    if unknown := next((name for name in names if name not in model_names), None):
+        raise RecipeError(
+            f"--models {unknown}: there is no such model: {nearest(unknown, model_names)}"
+        )
     runs = [existing_run(path) for path in paths] * (3 - len(paths))
     if runs[0].path.resolve() == runs[1].path.resolve() and names[0] == names[1]:
         raise RecipeError(

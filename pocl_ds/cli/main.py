@@ -94,8 +94,10 @@ def _main(arguments: list[str]) -> tuple[int, str]:
     # Run it, and turn each kind of error into an exit code and a sentence.
     try:
         if command and command not in group.commands:
-            known = nearest(command, list(group.commands))
-            return 2, _explain("pocl", f"there is no command {command!r}: {known} (pocl --help)")
+            suggestion = nearest(command, list(group.commands))
+            return 2, _explain(
+                "pocl", f"there is no command {command!r}: {suggestion} (pocl --help)"
+            )
         code = _invoke(group, arguments)
         sys.stdout.flush()  # so that a full disk is reported like other faults
         return code, ""

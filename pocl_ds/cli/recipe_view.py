@@ -26,7 +26,7 @@ class Entry:
 
     @property
     def commented(self) -> str:
-        """The lines with the default as a comment: behind a single line, above several."""
+        """The lines with the default as a comment: after a single line, above several lines."""
         if self.default is None:
             return self.yaml
         comment = "# required" if self.default == REQUIRED else f"# default: {self.default}"
@@ -48,8 +48,8 @@ def _entries(section: BaseModel, indent: str) -> Iterator[Entry]:
         required = field.is_required()
         default = None if required else field.get_default(call_default_factory=True)
         if isinstance(value, BaseModel):
-            added = default is None and not required  # a section that is null by default
-            yield Entry(f"{indent}{name}:", "null" if added else None)
+            null_by_default = default is None and not required
+            yield Entry(f"{indent}{name}:", "null" if null_by_default else None)
             yield from _entries(value, f"{indent}  ")
             continue
         lines = dump_yaml({name: plain[name]}).splitlines()

@@ -185,8 +185,8 @@ def single_stage_plan(
     The last epoch may be incomplete. Raises RecipeError as `build_plan` does.
     """
     total = len(order)
-    ends = (temperature, temperature), (sft_ratio, sft_ratio)
-    _validate(total, 1, (1,), batch_size, *ends, "baby_step")
+    constant_schedules = (temperature, temperature), (sft_ratio, sft_ratio)
+    _validate(total, 1, (1,), batch_size, *constant_schedules, "baby_step")
     steps_per_epoch = _batches_per_epoch(total, batch_size, drop_last)
     if steps < 1:
         raise RecipeError(f"a plan of {steps} steps trains nothing: ask for at least 1")

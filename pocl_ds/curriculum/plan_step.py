@@ -87,9 +87,7 @@ def build_baseline_plan(plan: Plan, baseline: BaselineConfig) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Load a plan with the order of its run. Raises ArtifactError if either is missing or
-    damaged.
-    """
+    """Load a plan with the order of its run. Raises ArtifactError if either is unusable."""
     return Plan.from_json(read_json(path), _load_order(RunDirectory(path.parents[1])))
 
 

@@ -92,8 +92,8 @@ def rank_by_difficulty(
         )
     metrics = metrics or {}
     if strategy not in STRATEGIES and strategy not in metrics:
-        known = ", ".join([*STRATEGIES, *metrics])
-        raise RecipeError(f"ranking.strategy={strategy!r}: use one of {known}")
+        choices = ", ".join([*STRATEGIES, *metrics])
+        raise RecipeError(f"ranking.strategy={strategy!r}: use one of {choices}")
 
     # Rank by each score, and fuse the ranks.
     rouge, entropy = np.asarray(rouge_l, np.float64), np.asarray(cross_entropy, np.float64)

@@ -73,12 +73,12 @@ class Sampler:
             self._shuffled += stage.start
             self._epoch = (position.stage, position.epoch)
 
-        number = position.step_in_stage % stage.steps_per_epoch
+        batch_number = position.step_in_stage % stage.steps_per_epoch
         if self.lengths is None or self.window == 1:
-            return self._consecutive_batches(number, 1)
+            return self._consecutive_batches(batch_number, 1)
 
         # Sort the samples of the window by length, and shuffle the resulting batches.
-        window_start = number - number % self.window
+        window_start = batch_number - batch_number % self.window
         count = min(self.window, stage.steps_per_epoch - window_start)
         samples = self._consecutive_batches(window_start, count)
         by_length = np.argsort(self.lengths[samples], kind="stable")
@@ -89,7 +89,7 @@ class Sampler:
             stage=position.stage,
             epoch=position.epoch * stage.steps_per_epoch + window_start,
         )
-        return batches[order[number - window_start]]
+        return batches[order[batch_number - window_start]]
 
     def _consecutive_batches(self, start: int, count: int) -> NDArray[np.int64]:
         """The samples of `count` batches of the epoch's shuffle, from batch `start`."""

@@ -106,22 +106,22 @@ def collate(
 
     # Write the tokens to their places in the batch.
     width = int(lengths.max(initial=1))
-    flat = np.arange(len(sample)) if packed else sample * width + column
+    flat_index = np.arange(len(sample)) if packed else sample * width + column
     shape = (1, max(len(sample), 1)) if packed else (max(len(indices), 1), width)
     input_ids = np.full(shape, pad_id, np.int64)
-    input_ids.reshape(-1)[flat] = tokens
+    input_ids.reshape(-1)[flat_index] = tokens
     mask = np.zeros(shape, np.int64)
-    mask.reshape(-1)[flat] = 1
+    mask.reshape(-1)[flat_index] = 1
     if not len(indices):
         mask[:] = 1  # a row that attends to nothing gives NaN, and NaN times zero is NaN
     position_ids = np.zeros(shape, np.int64)
-    position_ids.reshape(-1)[flat] = column
+    position_ids.reshape(-1)[flat_index] = column
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=None if packed else torch.from_numpy(mask),
         position_ids=torch.from_numpy(position_ids) if packed else None,
         lengths=(tuple(lengths.tolist()) or (1,)) if packed else None,
-        positions=torch.from_numpy(flat[is_label] - 1),
+        positions=torch.from_numpy(flat_index[is_label] - 1),
         labels=torch.from_numpy(tokens[is_label]),
         sample_of_token=torch.from_numpy(sample[is_label]),
         rows=tuple(indices.tolist()),

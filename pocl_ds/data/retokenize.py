@@ -49,24 +49,26 @@ class TeacherRetokenizer:
         student_spans, teacher_spans, num_spans = [], [], 0
         for row in batch.rows:
             # The teacher's tokens of prompt and response.
-            tokens, student_prompt = dataset.tokens(row), int(dataset.prompt_tokens[row])
+            tokens, student_prompt_length = dataset.tokens(row), int(dataset.prompt_tokens[row])
             split, prompt_row = dataset.prompt_source(row)
             teacher_split = self.prompts[split]
             prompt = teacher_split.tokens(prompt_row)[
                 : int(teacher_split.prompt_tokens[prompt_row])
             ]
-            response, student_span, teacher_span = self._retokenize(tokens[student_prompt:])
+            response, student_span, teacher_span = self._retokenize(tokens[student_prompt_length:])
             response, student_span, teacher_span = self._truncate(
                 response, student_span, teacher_span, len(prompt)
             )
 
             # The first token of a sequence is never a label, so its span cannot be compared.
-            if not student_prompt or not len(prompt):
+            if not student_prompt_length or not len(prompt):
                 student_span, teacher_span = (
                     np.where(side == 0, -1, side) for side in (student_span, teacher_span)
                 )
             student_spans.append(
-                np.where(student_span < 0, -1, student_span + num_spans)[int(not student_prompt) :]
+                np.where(student_span < 0, -1, student_span + num_spans)[
+                    int(not student_prompt_length) :
+                ]
             )
             teacher_spans.append(
                 np.where(teacher_span < 0, -1, teacher_span + num_spans)[int(not len(prompt)) :]

@@ -31,7 +31,7 @@ class SamplingParams:
     top_p: float
     max_new_tokens: int
     seed: int
-    # Index of the call's first prompt in the workload: the samples do not depend on its chunks.
+    # Index of the call's first prompt in the workload, so that samples do not depend on chunks.
     first_index: int = 0
 
     def request_seed(self, index: int) -> int:

@@ -63,9 +63,9 @@ def generate_teacher_responses(
     student_tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
     )
-    truncating = prompt.model_copy(update={"overlong": "truncate"})
+    truncate_config = prompt.model_copy(update={"overlong": "truncate"})
 
-    # Generate, and tokenize the responses for the student as they come.
+    # Generate the responses, and tokenize them for the student.
     generator = open_generator(
         path,
         generation.model_copy(update={"dtype": teacher.dtype}),
@@ -76,13 +76,13 @@ def generate_teacher_responses(
         revision=teacher.revision,
         alternative="score.generation.backend=transformers",
     )
-    tokenizer = SampleTokenizer(teacher_tokenizer, truncating)
+    tokenizer = SampleTokenizer(teacher_tokenizer, truncate_config)
     chunk_size = BATCHES_PER_CALL * generation.max_num_seqs
     try:
         with atomic_directory(run.teacher_responses) as folder:
             samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size)
             counts = write_tokenized_split(
-                samples, SampleTokenizer(student_tokenizer, truncating), folder, "train"
+                samples, SampleTokenizer(student_tokenizer, truncate_config), folder, "train"
             )
             info: dict[str, float] = {"samples": counts.samples, "tokens": counts.response_tokens}
             info["seconds"] = time.monotonic() - start

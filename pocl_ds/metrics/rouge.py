@@ -96,7 +96,7 @@ def rouge_l_many(
 
 
 def clear_stem_cache() -> None:
-    """Forget all stems; results stay the same."""
+    """Clear the cache of stems. Results do not change."""
     global _cache
     _cache = _StemNumbers()
 

@@ -71,7 +71,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
     Raises ModelError for a family whose head is unknown, RecipeError for adapters that the model
     cannot have.
     """
-    # The parts of the model.
+    # Build the model without memory, and find its parts.
     check_family(config.model_type)
     model = empty_model(config)
     head = output_head(model)
@@ -81,7 +81,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
         for module in model.modules()
         if is_linear(module) and module.weight is not head.weight
     ]
-    # Their sizes.
+    # Compute their sizes.
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
@@ -134,14 +134,14 @@ def activation_bytes(
                 module.training = False
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        own_storages = {
+        model_storages = {
             storage_id(tensor.untyped_storage())
             for tensor in (*model.parameters(), *model.buffers(), *adapters)
         }
 
         def record(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage_id(storage) not in own_storages:
+            if storage_id(storage) not in model_storages:
                 saved[storage_id(storage)] = (storage.nbytes(), storage)
             return tensor
 
@@ -201,5 +201,5 @@ def max_gathered_parameters(shape: ModelShape) -> int:
 
 
 def kv_cache_bytes(shape: ModelShape, tokens: int, dtype: str) -> float:
-    """Bytes of the keys and values of so many tokens, in generation."""
+    """Bytes of the key-value cache of `tokens` tokens."""
     return parameter_bytes(2.0 * shape.layers * shape.key_value_width * tokens, dtype)

@@ -169,12 +169,14 @@ def _training_time(
     lengths = [max(1, round(work.tokens))] * work.batch_size
     loss_tokens = round(work.response_tokens * work.batch_size)
     flops = step_flops(student, teacher, setup, lengths, loss_tokens)
-    arithmetic = flops / flops_per_second / layout.ranks
+    arithmetic_seconds = flops / flops_per_second / layout.ranks
     micro_steps = max(1, work.batch_size // (setup.micro_batch_size * layout.ranks))
     bytes_received = micro_steps * micro_step_traffic(student, teacher, setup, layout.ranks)
-    network = bytes_received / layout.link(device)
-    bound_by = "arithmetic" if arithmetic >= network else "the network"
-    return StepTime("train", work.steps * max(arithmetic, network), work.steps * flops, bound_by)
+    network_seconds = bytes_received / layout.link(device)
+    bound_by = "arithmetic" if arithmetic_seconds >= network_seconds else "the network"
+    return StepTime(
+        "train", work.steps * max(arithmetic_seconds, network_seconds), work.steps * flops, bound_by
+    )
 
 
 def _scoring_time(
@@ -195,8 +197,12 @@ def _scoring_time(
     weights = parameter_bytes(student.parameters, "bfloat16")
     mean_length = round(work.prompt_tokens + max_new_tokens / 2)
     caches = kv_cache_bytes(student, mean_length, "bfloat16") * sequences
-    reading = new_tokens / sequences * (weights + caches) / device.bandwidth
+    reading_seconds = new_tokens / sequences * (weights + caches) / device.bandwidth
 
-    arithmetic = flops / flops_per_second
-    bound_by = "arithmetic" if arithmetic >= reading else "reading weights and caches"
-    return StepTime("score", max(arithmetic, reading) / layout.ranks, flops, bound_by)
+    arithmetic_seconds = flops / flops_per_second
+    bound_by = (
+        "arithmetic" if arithmetic_seconds >= reading_seconds else "reading weights and caches"
+    )
+    return StepTime(
+        "score", max(arithmetic_seconds, reading_seconds) / layout.ranks, flops, bound_by
+    )

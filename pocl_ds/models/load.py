@@ -107,9 +107,9 @@ def _name_at_revision(source: ModelSource) -> str:
 
 
 def resolve_pinned_model(config: ModelSource) -> str:
-    """As `resolve_model`, but a Hub name becomes the folder of its revision in the Hub's cache.
+    """Like `resolve_model`, but a Hub name becomes the folder of its revision in the Hub's cache.
 
-    Later steps use this folder, which names the commit. Raises ModelError.
+    Later steps use this folder, whose name is the commit. Raises ModelError.
     """
     path = resolve_model(config)
     if os.path.isdir(path):

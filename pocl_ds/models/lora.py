@@ -159,5 +159,5 @@ def _lora_layers(model: Any) -> list[tuple[str, Any]]:
 
 
 def _name_without_adapter(name: str, layers: dict[str, Any]) -> str:
-    owner, _, part = name.rpartition(".base_layer.")
-    return f"{owner}.{part}" if owner in layers else name
+    module_name, _, parameter_name = name.rpartition(".base_layer.")
+    return f"{module_name}.{parameter_name}" if module_name in layers else name

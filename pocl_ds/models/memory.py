@@ -1,8 +1,8 @@
-"""The memory of a training step, from the configurations of the models: one formula for all users.
+"""The memory of a training step, from the configurations of the models.
 
-Memory is listed by what holds it, at the moment when it is fullest. What ZeRO-3 does follows from
-the shipped ds_configs: partitioned weights, gradients and Adam states, two gathered blocks (all
-weights, if they are fewer than `stage3_max_live_parameters`), and one reduce bucket.
+Memory is itemized at the peak of an optimizer step. What ZeRO-3 holds follows from the shipped
+ds_configs: partitioned weights, gradients and Adam states, two gathered blocks (all weights, if
+they are fewer than `stage3_max_live_parameters`), and one reduce bucket.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TypeAlias
 from pocl_ds.models.cost import ModelShape, max_gathered_parameters, parameter_bytes
 
 LIVE_PARAMETERS = 1e9  # ds_configs: stage3_max_live_parameters
-BUCKET = 5e7  # ds_configs: numbers that are reduced, or prefetched, together
-MAX_MEMORY_FRACTION = 0.92  # of a device's memory that may be planned for
+BUCKET = 5e7  # ds_configs: elements that are reduced, or prefetched, together
+MAX_MEMORY_FRACTION = 0.92  # of a device's memory that a setup may use
 GB = 1e9
 GLOO_BYTES = 200e6  # gloo's own buffers, between CPUs
 
@@ -93,8 +93,8 @@ def frozen_weight_bytes(
     """Bytes of the weights of a model that only runs forward; its linear maps may be quantized."""
     if bytes_per_linear_weight is None:
         return parameter_bytes(parameters, dtype)
-    other = parameter_bytes(parameters - linear_parameters, dtype)
-    return other + linear_parameters * bytes_per_linear_weight
+    other_bytes = parameter_bytes(parameters - linear_parameters, dtype)
+    return other_bytes + linear_parameters * bytes_per_linear_weight
 
 
 def training_memory(
@@ -138,10 +138,10 @@ def _student_memory(
     lengths: Sequence[int],
     activations: Activations,
 ) -> dict[str, float]:
-    parts = ranks if setup.sharded else 1
+    shards = ranks if setup.sharded else 1
     state = student_state_bytes(
-        (student.parameters + student.adapters) / parts,
-        student.trainable_parameters / parts,
+        (student.parameters + student.adapters) / shards,
+        student.trainable_parameters / shards,
         setup.dtype,
         sharded=setup.sharded,
     )
@@ -222,8 +222,8 @@ def checkpoint_bytes(student: ModelShape) -> float:
 
 
 def _live_parameters(shape: ModelShape) -> float:
-    """Parameters that ZeRO-3 holds complete on a rank: all if it may, else two blocks and the
-    embeddings.
+    """Parameters that ZeRO-3 holds complete on a rank: all up to LIVE_PARAMETERS, else two blocks
+    and the embeddings.
     """
     if shape.parameters <= LIVE_PARAMETERS:
         return shape.parameters

@@ -228,9 +228,9 @@ def separate_vocabularies(
     teacher, student_tokens = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     has_token = []
     for tokens, rows in ((teacher, teacher_rows), (student_tokens, student_rows)):
-        known = np.zeros(rows, bool)
-        known[[index for index in tokens.values() if index < rows]] = True
-        has_token.append(known)
+        row_has_token = np.zeros(rows, bool)
+        row_has_token[[index for index in tokens.values() if index < rows]] = True
+        has_token.append(row_has_token)
     report = "vocabulary: teacher and student each read their own tokens"
     report += _token_counts(teacher, student_tokens, teacher_rows, student_rows)
     shared = None if has_token[1].all() else has_token[1]

@@ -143,7 +143,7 @@ class CachedTeacher:
         """See `Teacher`."""
         damage = self.cache.find_damage(split, rows)
         flag = torch.tensor([damage is not None], dtype=torch.int32, device=distributed.device())
-        # One number is enough while nothing is damaged; the message is sent only otherwise.
+        # Reduce one number first, and send the message only if there is damage.
         if distributed.all_sum(flag).item():
             with distributed.raise_on_all_ranks("read the teacher cache"):
                 if damage:

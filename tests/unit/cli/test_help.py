@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import typer.main
-from refusals import own_signals
+from refusals import restored_signals
 
 from pocl_ds.cli.main import app, main
 from pocl_ds.workflow.steps import STEP_NAMES
@@ -43,7 +43,7 @@ def pocl(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_panels(capsys: pytest.CaptureFixture[str]) -> None:
-    with own_signals():
+    with restored_signals():
         assert main(["--help"]) == 0
     output = capsys.readouterr().out
     panels = re.findall(r"─ ([A-Z][a-z ]+) ─", output)
@@ -55,7 +55,7 @@ def test_panels(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_without_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    with own_signals():
+    with restored_signals():
         assert main([]) == 0 and main(["--version"]) == 0
     output = capsys.readouterr().out
     assert "Usage: pocl" in output and re.search(r"^pocl [\d.]+$", output, re.MULTILINE)
@@ -68,7 +68,7 @@ def test_each_command_has_a_sentence_and_an_example(
     command = COMMANDS[name]
     assert re.match(r"[A-Z][a-z]+,? .*\.$", command.help.splitlines()[0])
     assert command.epilog.startswith(f"Example: {name}")
-    with own_signals():
+    with restored_signals():
         assert main([*name.split()[1:], "--help"]) == 0
     assert f"Usage: {name}" in " ".join(capsys.readouterr().out.split())
 
@@ -87,7 +87,7 @@ def test_a_run_is_addressed_by_run_dir_everywhere() -> None:
 
 
 def test_help_of_run_names_the_field_reference(capsys: pytest.CaptureFixture[str]) -> None:
-    with own_signals():
+    with restored_signals():
         assert main(["run", "--help"]) == 0
     output = " ".join(capsys.readouterr().out.split())
     assert "docs/reference/recipe.md" in output and "`pocl show RECIPE`" in output

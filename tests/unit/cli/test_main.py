@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from refusals import own_signals, sentence
+from refusals import error_message, restored_signals
 
 from pocl_ds.cli.main import main
 from pocl_ds.cli.pipeline import show_results
@@ -45,7 +45,7 @@ def test_one_shard_of_cache_teacher_stays_one_shard(
     )
     run = tmp_path / "run"
     for shard in ("0/4", "1/4"):
-        with (run / ".lock").open("w") if run.exists() else nullcontext() as handle, own_signals():
+        with (run / ".lock").open("w") if run.exists() else nullcontext() as handle, restored_signals():
             if handle:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             assert (
@@ -69,13 +69,13 @@ def test_the_recipe_of_a_locked_run_does_not_change(
     before = run.recipe.read_text()
     with (run.path / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_SH)  # as jobs do
-        message = sentence(capsys, "plan", recipe, "--run-dir", run.path, "train.lr=0.5")
+        message = error_message(capsys, "plan", recipe, "--run-dir", run.path, "train.lr=0.5")
         assert "is in use by another pocl process" in message and run.recipe.read_text() == before
         # The same recipe is accepted; then the results of earlier steps are missing.
-        assert "order.npy" in sentence(capsys, "plan", recipe, "--run-dir", run.path)
+        assert "order.npy" in error_message(capsys, "plan", recipe, "--run-dir", run.path)
 
 
-def test_pocl_run_is_not_one_of_many_ranks(
+def test_pocl_run_refuses_the_environment_of_a_rank(
     recipe: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -84,7 +84,7 @@ def test_pocl_run_is_not_one_of_many_ranks(
     """Some clusters set RANK in every container."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    message = sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run")
+    message = error_message(capsys, "run", recipe, "--run-dir", tmp_path / "run")
     assert (
         message
         == "RANK=0 makes this process one of several ranks, which `pocl run` starts itself: unset "
@@ -99,7 +99,7 @@ def test_a_dry_run_shows_what_would_run_and_does_nothing(
     run = tmp_path / "run"
     # An override may appear anywhere.
     words = ["launch.ranks=2", str(recipe), "--run-dir", str(run), "--dry-run"]
-    with own_signals():
+    with restored_signals():
         assert main(["run", *words, "--until", "train"]) == 0
         output = capsys.readouterr().out
         assert main(["score", str(recipe), "--run-dir", str(run), "--dry-run"]) == 0
@@ -150,7 +150,7 @@ def test_a_wrong_command_line_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert sentence(capsys, *line.split()).startswith(ERRORS[line])
+    assert error_message(capsys, *line.split()).startswith(ERRORS[line])
     assert ERRORS[line].endswith(" ") or list(tmp_path.iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_a_wrong_command_line_is_one_sentence(
     ("word", "remedy"), [("trian", "did you mean train?"), ("qqqqq", "choose one of run, prep")]
 )
 def test_an_unknown_command(word: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with own_signals():
+    with restored_signals():
         assert main([word]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"pocl: there is no command {word!r}: {remedy}")
@@ -171,7 +171,7 @@ def test_ctrl_c_while_the_command_line_is_read(
     monkeypatch.setattr(
         "pocl_ds.cli.main._command_group", lambda: os.kill(os.getpid(), signal.SIGINT)
     )
-    with own_signals():
+    with restored_signals():
         assert main(["run", "quickstart"]) == 130
     assert (
         capsys.readouterr().err

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from refusals import own_signals
+from refusals import restored_signals
 
 from pocl_ds.cli.main import main
 from pocl_ds.cli.recipe_view import field_names, recipe_entries
@@ -19,7 +19,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shown_recipe_is_the_recipe(name: str) -> None:
+def test_a_shown_recipe_parses_to_the_recipe(name: str) -> None:
     recipe = load_recipe(name)
     text = "\n".join(entry.commented for entry in recipe_entries(recipe))
     assert parse_yaml(text) == recipe.model_dump(mode="json")
@@ -37,14 +37,14 @@ def test_values_that_span_lines_have_their_comment_above() -> None:
 def test_the_command_marks_what_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with own_signals():
+    with restored_signals():
         assert main(["show", "train.lr=0.5", "quickstart"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "name: quickstart  # required" in lines and "seed: 42" in lines
     assert [line for line in lines if line.startswith("  lr: 0.5  # default: ")]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with own_signals():
+    with restored_signals():
         assert main(["show", "quickstart"]) == 0
     output = capsys.readouterr().out
     assert "\x1b[1;32mname: quickstart" in output and "\nseed: 42\n" in output
@@ -59,7 +59,7 @@ def test_field_names() -> None:
 def test_each_shipped_recipe_has_its_hardware_and_a_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with own_signals():
+    with restored_signals():
         assert main(["recipes"]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["recipe", "hardware", "description"]

@@ -74,7 +74,7 @@ def test_checkpoint_files_go_through_a_replaceable_method() -> None:
     assert collected == [(1, "a")] and written == [(2, "b"), (3, "c")]
 
 
-def test_a_running_engine_can_be_told_to_load_a_universal_checkpoint() -> None:
+def test_a_running_engine_can_load_a_universal_checkpoint() -> None:
     engine: Any = SimpleNamespace(_config=SimpleNamespace(load_universal_checkpoint=False))
     with deepspeed_private.universal_checkpoint(engine, enabled=True):
         assert DeepSpeedEngine.load_universal_checkpoint(engine)
@@ -149,7 +149,7 @@ def test_the_shared_memory_operator_is_looked_up_in_a_dictionary() -> None:
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
 
 
-def test_zero_init_asks_a_function_of_its_module_what_stays_in_float32() -> None:
+def test_zero_init_calls_a_replaceable_function_for_float32_parameters() -> None:
     assert "= keep_in_fp32_pattern(module," in inspect.getsource(partition_parameters)
     original = partition_parameters.keep_in_fp32_pattern
     with deepspeed_private.keep_rotary_frequencies_in_float32():

@@ -55,7 +55,7 @@ print(json.dumps(states))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU engine")
-def test_an_engine_leaves_its_process_as_it_was(tiny_llama: Path) -> None:
+def test_closing_an_engine_restores_the_process(tiny_llama: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", TWO_ENGINES, str(tiny_llama)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

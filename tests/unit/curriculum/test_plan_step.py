@@ -47,7 +47,7 @@ def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
     }
 
 
-def test_a_finished_plan_is_kept_and_another_recipe_replaces_it(run: RunDirectory) -> None:
+def test_a_finished_plan_is_reused_and_another_recipe_replaces_it(run: RunDirectory) -> None:
     write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
     written = (run.plan / "plan.json").stat().st_mtime_ns
     write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
@@ -59,10 +59,10 @@ def test_a_finished_plan_is_kept_and_another_recipe_replaces_it(run: RunDirector
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
 def test_baseline_has_equally_many_visits(run: RunDirectory, scheduler: str) -> None:
     write_plan(run, CurriculumConfig(scheduler=scheduler), batch_size=16, fingerprint="f")
-    pocl = load_plan(run.plan / "plan.json")
-    baseline = build_baseline_plan(pocl, BaselineConfig(temperature=1.5, sft_ratio=0.2))
+    curriculum_plan = load_plan(run.plan / "plan.json")
+    baseline = build_baseline_plan(curriculum_plan, BaselineConfig(temperature=1.5, sft_ratio=0.2))
     (stage,) = baseline.stages
-    assert (baseline.total_steps, baseline.batch_size) == (pocl.total_steps, 16)
+    assert (baseline.total_steps, baseline.batch_size) == (curriculum_plan.total_steps, 16)
     assert (stage.num_samples, stage.temperature, stage.sft_ratio) == (400, 1.5, 0.2)
 
 

@@ -20,7 +20,7 @@ from pocl_ds.curriculum import (
 )
 
 
-def test_from_scores_to_the_batches_of_a_training() -> None:
+def test_from_scores_to_the_batches_of_a_training_run() -> None:
     ids = [f"s{i}" for i in range(12)]
     ranking = rank_by_difficulty(np.linspace(1, 0, 12), np.linspace(0.5, 3, 12), ids)
     assert ranking.ordered_ids == ids and ranking.order.tolist() == list(range(12))

@@ -11,7 +11,7 @@ from pocl_ds.curriculum.schedules import learning_rate, stage_values
 
 
 @given(st.integers(2, 30), st.floats(0.1, 10), st.floats(0.1, 10))
-def test_stage_values_lie_on_the_line(stages: int, start: float, end: float) -> None:
+def test_stage_values_are_interpolated_linearly(stages: int, start: float, end: float) -> None:
     values = stage_values(stages, (start, end))
     assert (values[0], values[-1], len(values)) == (start, end, stages)
     assert values == pytest.approx(

@@ -156,7 +156,7 @@ def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
 
 
 class TestIds:
-    def test_ids_are_kept_or_derived_from_the_content(self, tmp_path: Path) -> None:
+    def test_ids_come_from_the_record_or_its_content(self, tmp_path: Path) -> None:
         with_id, without_id = read_samples(jsonl(tmp_path, {**GOOD, "id": "é/1"}, GOOD))
         assert with_id.id == "é/1"
         assert len(without_id.id) == 16 and int(without_id.id, 16) >= 0
@@ -186,7 +186,7 @@ class TestIds:
     def test_invalid_ids_are_refused(self, tmp_path: Path, name: Any) -> None:
         assert "line 1" in read_error(jsonl(tmp_path, {**GOOD, "id": name}))
 
-    def test_longest_allowed_id_is_kept(self, tmp_path: Path) -> None:
+    def test_longest_allowed_id_is_accepted(self, tmp_path: Path) -> None:
         (sample,) = read_samples(jsonl(tmp_path, {**GOOD, "id": "é" * 64}))
         assert sample.id == "é" * 64
 

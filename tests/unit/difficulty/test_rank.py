@@ -122,7 +122,7 @@ def test_shards_are_joined_by_id(
     assert set(manifest.files) == {"ranking.parquet", "order.npy"}
 
 
-def test_a_finished_ranking_is_kept_and_another_recipe_replaces_it(
+def test_a_finished_ranking_is_reused_and_another_recipe_replaces_it(
     run: RunDirectory, rows: list[Row]
 ) -> None:
     write_shard(run, rows, 0, 1)

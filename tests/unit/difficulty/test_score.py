@@ -137,7 +137,7 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
     assert manifest.info["tokens_per_second"] > 0
 
 
-def test_eos_can_be_left_out_as_in_the_release(tiny_gpt2: Path, tmp_path: Path) -> None:
+def test_eos_can_be_excluded_as_in_the_release(tiny_gpt2: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_gpt2))
     run, other = make_run(tmp_path / "a", tokenizer), make_run(tmp_path / "b", tokenizer)
     run_score(run, tiny_gpt2, config())

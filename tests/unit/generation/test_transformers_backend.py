@@ -99,8 +99,8 @@ def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
 ) -> None:
     generator, tokenizer = open_backend(tiny_llama)
     prompts = [tokenizer(text).input_ids for text in TEXTS[:2]]
-    full = generator.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
-    stop = tokenizer(full[0]).input_ids[3]
+    complete_texts = generator.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
+    stop = tokenizer(complete_texts[0]).input_ids[3]
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
     settings = {
         "eos_token_id": [0, stop],
@@ -110,11 +110,11 @@ def test_the_models_stop_ids_count_and_its_decoding_settings_do_not(
     }
     (folder / "generation_config.json").write_text(json.dumps(settings))
     other, _ = open_backend(folder)
-    stopped = other.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
-    assert full[0].startswith(stopped[0])
-    assert len(stopped[0]) < len(full[0])
-    if stop not in tokenizer(full[1]).input_ids:
-        assert stopped[1] == full[1]
+    stopped_texts = other.generate(prompts, SamplingParams(0.0, 1.0, 10, 0))
+    assert complete_texts[0].startswith(stopped_texts[0])
+    assert len(stopped_texts[0]) < len(complete_texts[0])
+    if stop not in tokenizer(complete_texts[1]).input_ids:
+        assert stopped_texts[1] == complete_texts[1]
 
 
 def test_more_tokens_than_positions(tiny_llama: Path) -> None:

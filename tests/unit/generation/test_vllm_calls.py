@@ -80,7 +80,9 @@ class FakeEngine:
         return [output]
 
 
-def open_fake(folder: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> VllmGenerator:
+def open_with_fake_engine(
+    folder: Path, level: int, monkeypatch: pytest.MonkeyPatch
+) -> VllmGenerator:
     engine = SimpleNamespace(
         LLM=FakeEngine,
         SamplingParams=lambda **options: SimpleNamespace(**options),
@@ -132,7 +134,7 @@ def test_an_engine_that_cannot_be_opened(
 
     monkeypatch.setattr(FakeEngine, "__init__", lambda self, **options: fail(**options))
     with pytest.raises(ResourceError) as caught:
-        open_fake(tiny_llama, 0, monkeypatch)
+        open_with_fake_engine(tiny_llama, 0, monkeypatch)
     message = str(caught.value)
     assert message.startswith(f"vLLM cannot open {tiny_llama} (") and message.endswith(
         ", or choose the slower generation.backend=transformers"
@@ -150,7 +152,7 @@ def test_progress_is_logged_while_one_call_runs(
     """
     caplog.set_level("INFO", "pocl_ds")
     clock = FakeClock(monkeypatch)
-    generator = open_fake(tiny_llama, 0, monkeypatch)
+    generator = open_with_fake_engine(tiny_llama, 0, monkeypatch)
     step, log_times = FakeEngine.step, list[float]()
     monkeypatch.setattr(FakeEngine, "steps_per_request", 8)
 
@@ -184,7 +186,7 @@ def test_a_sleeping_engine_wakes_for_each_call(
     generation with the previous weights. A call without prompts wakes nothing, and a sleeping
     engine is not put to sleep again.
     """
-    generator = open_fake(tiny_llama, level, monkeypatch)
+    generator = open_with_fake_engine(tiny_llama, level, monkeypatch)
     for _ in range(2):
         generator.load_weights({"model.embed_tokens.weight": torch.zeros(1)})
         generator.log_probs([[7, 8]], [1])

@@ -25,5 +25,5 @@ def test_auto_depends_on_the_device(
     ]
 
 
-def test_other_names_stay() -> None:
+def test_explicit_dtypes_are_returned_unchanged() -> None:
     assert resolve_dtype("float16", torch.device("cpu")) == "float16"

@@ -112,8 +112,8 @@ def test_per_sample_attention_equals_the_models(
     lengths = (9, 1, 6, 7)
     ids = torch.randint(3, 97, (4, 9), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    real = mask.bool()
-    row, places = ids[real][None], torch.cat([torch.arange(length) for length in lengths])[None]
+    is_token = mask.bool()
+    row, places = ids[is_token][None], torch.cat([torch.arange(length) for length in lengths])[None]
     results = {}
     for name, backend in (("eager", "eager"), ("padded", PER_SAMPLE), ("packed", PER_SAMPLE)):
         model.set_attn_implementation(backend)
@@ -121,7 +121,7 @@ def test_per_sample_attention_equals_the_models(
         states = (
             hidden_states(model, row, None, places, lengths)[0]
             if packed
-            else hidden_states(model, ids, mask)[real]
+            else hidden_states(model, ids, mask)[is_token]
         )
         model.zero_grad()
         states.square().sum().backward()

@@ -138,7 +138,7 @@ def test_modules_without_adapters_are_refused(
 
 @pytest.mark.usefixtures("modules_of_models")
 def test_custom_code_model_can_have_adapters(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = tiny_models.with_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
+    folder = tiny_models.add_custom_code(Path(shutil.copytree(tiny_llama, tmp_path / "own")))
     with pytest.raises(RecipeError, match="nothing_of_it"):
         check_adapters(
             load_model_config(str(folder), trust_remote_code=True),

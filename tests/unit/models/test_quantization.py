@@ -103,7 +103,7 @@ def test_missing_bitsandbytes_is_an_error(
     check_quantized_teacher(TeacherConfig(model="t"), config)
 
 
-def dequantized(module: Any) -> torch.Tensor | None:
+def dequantized_weight(module: Any) -> torch.Tensor | None:
     """The weights of a bitsandbytes module in float, None for any other module. Call it before the
     first forward, which packs the weights again.
     """
@@ -148,7 +148,7 @@ def test_online_teacher_with_bitsandbytes(
     weights = {
         name: weight
         for name, module in model.named_modules()
-        if (weight := dequantized(module)) is not None
+        if (weight := dequantized_weight(module)) is not None
     }
     assert len(weights) == 3 * 7
     for name, weight in weights.items():
@@ -159,12 +159,12 @@ def test_online_teacher_with_bitsandbytes(
         expected = batch.at_loss_positions(hidden_states(plain, *batch.inputs))
     assert states.dtype == torch.float32 and not states.requires_grad
     error = float((states - expected).norm() / expected.norm())
-    loss = float((expected - unquantized).norm() / expected.norm())
+    quantization_error = float((expected - unquantized).norm() / expected.norm())
     print(
-        f"{quantization}: {error:.4f} from the dequantized weights' states, which are {loss:.4f} "
-        f"from the unquantized ones'"
+        f"{quantization}: {error:.4f} from the dequantized weights' states, which are "
+        f"{quantization_error:.4f} from those of the unquantized weights"
     )
-    assert 0 < error < tolerance and loss > 0.01
+    assert 0 < error < tolerance and quantization_error > 0.01
     with teacher.head() as head:
         assert (
             torch.equal(head.weight, output_head(plain).weight)

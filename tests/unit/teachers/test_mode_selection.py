@@ -44,7 +44,7 @@ def test_the_faster_mode_is_selected_with_a_reason(costs: ModeCosts, mode: str) 
     )
 
 
-def test_the_first_selection_holds(tmp_path: Path) -> None:
+def test_an_existing_selection_is_reused(tmp_path: Path) -> None:
     path = tmp_path / "mode.json"
     selection = load_or_select_mode(path, lambda: COSTS)
 
@@ -69,7 +69,7 @@ def test_two_tasks_that_measure_at_once_agree(tmp_path: Path) -> None:
     assert load_or_select_mode(path, measure_slowly)["mode"] == "online"
 
 
-def test_tasks_on_two_nodes_may_have_one_process_number(
+def test_tasks_on_two_nodes_may_have_the_same_process_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, link = tmp_path / "mode.json", os.link
