@@ -1,5 +1,5 @@
-"""Comparison of two models: their answers are read, checked to be comparable, joined by item id,
-and compared by a paired bootstrap.
+"""Comparison of two models: read their answers, check that they are comparable, join them by item
+id, and compare them by a paired bootstrap.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def generate_answers(
 ) -> None:
     """Generate and score one model's answers to every benchmark with every seed.
 
-    Writes evaluation/MODEL/BENCHMARK-seedS.jsonl. Finished files are kept. One engine generates
+    Writes evaluation/MODEL/BENCHMARK-seedS.jsonl. Finished files are reused. One engine generates
     all answers.
 
     Args:
@@ -76,6 +76,11 @@ def generate_answers(
         shard: (I, N) for part I of N of all (benchmark, seed) pairs; parts have about as many
             answers.
         trust_remote_code: run Python code that comes with the model.
+
+    Raises:
+        RecipeError: a benchmark's name cannot be a file name.
+        DataError: a benchmark has an item without a reference, or is not available.
+        ArtifactError: a benchmark has no items.
     """
     check_benchmark_names(config.benchmarks)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -120,16 +125,16 @@ def generate_answers(
 def select_shard(
     sizes: Mapping[BenchmarkSeed, int], shard: int, shards: int
 ) -> list[BenchmarkSeed]:
-    """The keys of one of several shards, in their order.
+    """The (benchmark, seed) pairs of one of several shards, in their order.
 
-    The largest keys are assigned first, each to the shard with the least work.
+    The largest pairs are assigned first, each to the shard with the fewest answers.
     """
-    loads, shard_of_key = [0] * shards, dict[BenchmarkSeed, int]()
-    for key in sorted(sizes, key=lambda key: -sizes[key]):
-        lightest = loads.index(min(loads))
-        loads[lightest] += sizes[key]
-        shard_of_key[key] = lightest
-    return [key for key in sizes if shard_of_key[key] == shard]
+    loads, shard_of_pair = [0] * shards, dict[BenchmarkSeed, int]()
+    for pair in sorted(sizes, key=lambda pair: -sizes[pair]):
+        smallest = loads.index(min(loads))
+        loads[smallest] += sizes[pair]
+        shard_of_pair[pair] = smallest
+    return [pair for pair in sizes if shard_of_pair[pair] == shard]
 
 
 def summarize_results(
@@ -137,7 +142,7 @@ def summarize_results(
 ) -> dict[str, Any]:
     """Write evaluation/results.json: means and deviations over seeds by model and benchmark.
 
-    Its `footnotes` hold sentences by benchmark that belong to the numbers wherever they are shown.
+    Its `footnotes` hold sentences by benchmark, which every table of the numbers must show.
 
     Args:
         fingerprint: finishes the step with a manifest; None leaves it unfinished.
@@ -200,8 +205,10 @@ def _model_results(
         manifests = [answers_manifest(file) for file in files]
         numbers = summarize_answers([read_answers(file) for file in files], manifests)
         is_test_split = benchmark.source == TEST_SPLIT
-        losses_here = test_losses if is_test_split else losses.get("benchmarks", {}).get(name, {})
-        numbers |= {key: losses_here[key] for key in ("loss", "kl") if key in losses_here}
+        benchmark_losses = (
+            test_losses if is_test_split else losses.get("benchmarks", {}).get(name, {})
+        )
+        numbers |= {key: benchmark_losses[key] for key in ("loss", "kl") if key in benchmark_losses}
         if (verdicts := summarize_verdicts(run, config, model, name)) is not None:
             numbers["judge"] = verdicts
         if name in seen_counts:
@@ -218,8 +225,8 @@ def _footnotes(entries: Sequence[dict[str, Any]]) -> list[str]:
     if cut[-1]:
         counts = f"{cut[0]} to {cut[-1]}" if len(cut) > 1 else str(cut[-1])
         footnotes.append(f"{counts} of {items} prompts cut by prompt.max_prompt_tokens")
-    if seen := entries[0].get("seen_in_training"):
-        footnotes.append(f"{seen} of {items} items seen in training")
+    if seen_count := entries[0].get("seen_in_training"):
+        footnotes.append(f"{seen_count} of {items} items seen in training")
     return footnotes
 
 
@@ -292,14 +299,14 @@ class _AnswerWriter:
         start, tokens_before, generation_seconds = time.monotonic(), generator.processed_tokens, 0.0
         call_size = CALL_SIZE_FACTOR * self.config.generation.max_num_seqs
         with atomic_write(file) as stream:
-            for first in range(0, len(self.samples), call_size):
-                part = slice(first, first + call_size)
+            for first_index in range(0, len(self.samples), call_size):
+                part = slice(first_index, first_index + call_size)
                 sampling = SamplingParams(
                     self.config.temperature,
                     self.config.top_p,
                     self.config.max_new_tokens,
                     seed=seed,
-                    first_index=first,
+                    first_index=first_index,
                 )
                 call_start = time.monotonic()
                 responses = generator.generate(

@@ -60,7 +60,7 @@ def export(
 
     Raises:
         ArtifactError: training is unfinished, a weight differs from the trainer's (the message
-            names it), or `out` holds something else.
+            names it), or `out` holds files that are not an export.
     """
     target = (out or run.export).expanduser().resolve()
     existing = _earlier_export(target)
@@ -117,10 +117,12 @@ def check_loads(folder: Path, *, trust_remote_code: bool = False) -> int:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code
         )
-    model, report = loaded
+    model, loading_info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            key = min(str(entry if isinstance(entry, str) else entry[0]) for entry in report[kind])
+        if loading_info[kind]:
+            key = min(
+                str(entry if isinstance(entry, str) else entry[0]) for entry in loading_info[kind]
+            )
             raise ArtifactError(
                 f"the exported model loads with {kind.replace('_', ' ')} ({key}): the trainer's "
                 "weights and config.json do not match, train again"
@@ -140,7 +142,7 @@ def _earlier_export(target: Path) -> Manifest | None:
     """The manifest of an earlier export in `target`, if any.
 
     Raises:
-        ArtifactError: `target` holds something else.
+        ArtifactError: `target` holds files that are not an export.
     """
     if not target.exists():
         return None
@@ -149,13 +151,13 @@ def _earlier_export(target: Path) -> Manifest | None:
     present = {str(path.relative_to(target)) for path in target.rglob("*") if not path.is_dir()}
     if not present:
         return None
-    foreign = f"{target} exists and is not an export of pocl_ds: name a new folder with --out"
+    message = f"{target} exists and is not an export of pocl_ds: name a new folder with --out"
     try:
         manifest = read_manifest(target)
     except ArtifactError:
-        raise ArtifactError(foreign) from None
+        raise ArtifactError(message) from None
     if manifest is None or manifest.step != STEP_NAME:
-        raise ArtifactError(foreign)
+        raise ArtifactError(message)
     added = present - manifest.files.keys() - {MANIFEST}
     if added:
         raise ArtifactError(
@@ -223,5 +225,5 @@ def _difference(expected: torch.Tensor, actual: torch.Tensor) -> str | None:
         return f"has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if actual.dtype != expected.dtype:
         return f"is {actual.dtype} instead of {expected.dtype}"
-    raw = [t.detach().contiguous().flatten().view(torch.uint8) for t in (expected, actual)]
-    return None if torch.equal(*raw) else "has different values"
+    raw_bytes = [t.detach().contiguous().flatten().view(torch.uint8) for t in (expected, actual)]
+    return None if torch.equal(*raw_bytes) else "has different values"

@@ -1,7 +1,7 @@
 """Loss per token of every model on held-out responses and on benchmarks' references, and its KL
 divergence from the teacher (docs/method.md, eq. 2 and 11).
 
-Models are loaded one after the other. The teacher's hidden states at loss positions are kept in a
+Models are loaded one after the other. The teacher's hidden states at loss positions go to a
 temporary file, so its backbone runs once and only its head stays in memory with each student. One
 chunk of logits exists at a time.
 
@@ -212,7 +212,7 @@ def _measure(
         ids = models.shared_ids()
 
     with explain_disk_errors(run.evaluation):
-        # Remove what a killed process left behind: a teacher's hidden states can fill a disk.
+        # Remove the files of a killed process: a teacher's hidden states can fill a disk.
         run.evaluation.mkdir(parents=True, exist_ok=True)
         for abandoned in run.evaluation.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(abandoned, ignore_errors=True)

@@ -179,7 +179,7 @@ class _Judge:
                 f"evaluate.judge.prompt_template {config.prompt_template} is not a valid template "
                 f"({error}): fix it"
             ) from None
-        # A verdict depends on these beside its question, not on the endpoint's address or load.
+        # A verdict depends on its question and these values, not on the endpoint's address or load.
         self.digest = fingerprint(
             [config.model, config.mode, config.temperature, config.max_tokens, template]
         )
@@ -199,8 +199,8 @@ class _Judge:
         keys = {item: fingerprint([self.digest, texts]) for item, texts in questions.items()}
         file = verdicts_file(run, model, benchmark, seed)
         file_fingerprint, manifest_name = fingerprint(keys), f"{file.name}.manifest.json"
-        finished = read_manifest(file.parent, manifest_name)
-        if finished and finished.fingerprint == file_fingerprint and file.is_file():
+        manifest = read_manifest(file.parent, manifest_name)
+        if manifest and manifest.fingerprint == file_fingerprint and file.is_file():
             return
         # Ask the judge; verdicts of an interrupted run are in the partial file.
         partial = file.with_name(f"{file.name}.partial")
@@ -279,8 +279,8 @@ class _Judge:
         """Verdicts by item id. Each is appended to `partial` at once, so that a restart asks only
         the remaining questions.
         """
-        known = _read_partial(partial)
-        verdicts = {item: known[keys[item]] for item in questions if keys[item] in known}
+        saved = _read_partial(partial)
+        verdicts = {item: saved[keys[item]] for item in questions if keys[item] in saved}
         remaining = [item for item in questions if item not in verdicts]
         if not remaining:
             return verdicts
