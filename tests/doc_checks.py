@@ -1,8 +1,7 @@
 """Checks of Markdown pages against the program: recipes, fields, commands, code blocks, links.
 
-Each check takes a page and returns sentences, one per fault; an empty list means that all is well.
-`tests/unit/docs` runs them over the documentation, and over small bad pages to prove that they can
-fail.
+Each check takes a page and returns one sentence per fault. `tests/unit/docs` runs the checks over
+the documentation, and over small bad pages to prove that they can fail.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _DOTTED = re.compile(r"^([a-z_]+(?:\.[a-zA-Z_][\w-]*)+)(?:\s*[:=]\s*(.*))?$")
 
 
 def check_yaml(page: Page) -> list[str]:
-    """Every YAML block is accepted by the program's own reader of what it is."""
+    """Every YAML block is accepted by the program's reader for recipes, studies or profiles."""
     faults = []
     for block in page.blocks:
         if block.language not in ("yaml", "yml"):
@@ -84,7 +83,7 @@ def _read_recipe(page: Page, folder: Path, *, plugins: bool) -> None:
 
         load_recipe(str(folder / "recipe.yaml"))
         return
-    # A plug-in registers itself in this process for good, so it gets a process of its own. The
+    # A plugin stays registered until its process ends, so it runs in a separate process. The
     # page's titled Python blocks are its files, and the divergence that it adds is called once.
     for block in page.blocks:
         if block.language == "python" and block.title:
@@ -122,8 +121,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def check_python(page: Page) -> list[str]:
-    """Every Python block compiles, what it imports from pocl_ds exists, and one that is marked as
-    executed prints what its comments say.
+    """Every Python block compiles, what it imports from pocl_ds exists, and the output of a block
+    that is marked as executed equals its comments.
     """
     faults = []
     for block in page.blocks:
@@ -201,8 +200,8 @@ def check_json(page: Page) -> list[str]:
 
 @dataclass(frozen=True)
 class KnownNames:
-    """What pages may name. commands: name -> its options; fields: dotted name -> the values that
-    are allowed, empty if any is; tables: dotted names whose keys a user chooses.
+    """Names that pages may use. commands: name -> its options; fields: dotted name -> the allowed
+    values, empty if any is; tables: dotted names whose keys a user chooses.
     """
 
     commands: Mapping[str, Collection[str]]
@@ -278,7 +277,7 @@ def _wrong_call(words: list[str], known: KnownNames) -> Iterator[str]:
         return
     for word in words[1:]:
         option = word.partition("=")[0]
-        if name == "bench":  # each benchmark reads options of its own
+        if name == "bench":  # each benchmark parses its own options
             continue
         if option.startswith("--") and option not in known.commands[name]:
             yield f"`pocl {name}` has no option {option}"
@@ -359,8 +358,8 @@ def check_citations(source: str, name: str, numbers: Collection[int]) -> list[st
     cited = re.findall(r"docs/method\.md,? eqs?\.? ((?:\d+(?:, | and | to )?)+)", text)
     return [
         f"{name} cites equation {number}, which docs/method.md does not have"
-        for found in cited
-        for number in map(int, re.findall(r"\d+", found))
+        for numbers_text in cited
+        for number in map(int, re.findall(r"\d+", numbers_text))
         if number not in numbers
     ]
 
@@ -379,8 +378,8 @@ def check_messages(page: Page, messages: Collection[str]) -> list[str]:
 
 
 def program_messages() -> list[str]:
-    """Every string of the program, with `…` in place of what is filled in."""
-    found = []
+    """Every string of the program, with `…` in place of each inserted value."""
+    messages = []
     for file in sorted((ROOT / "pocl_ds").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
@@ -388,7 +387,7 @@ def program_messages() -> list[str]:
                     str(part.value) if isinstance(part, ast.Constant) else "…"
                     for part in node.values
                 ]
-                found.append(" ".join("".join(parts).split()))
+                messages.append(" ".join("".join(parts).split()))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(" ".join(node.value.split()))
-    return found
+                messages.append(" ".join(node.value.split()))
+    return messages

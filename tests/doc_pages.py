@@ -52,11 +52,11 @@ class Page:
     @property
     def blocks(self) -> list[Block]:
         """Its code blocks."""
-        found = []
+        blocks = []
         for match in FENCE.finditer(self.text):
             before = self.text[: match.start()].rstrip()
             title = re.search(r'title="([^"]*)"', match["info"])
-            found.append(
+            blocks.append(
                 Block(
                     match["info"].split(" ")[0].strip(),
                     title[1] if title else "",
@@ -65,7 +65,7 @@ class Page:
                     before.endswith(EXECUTED),
                 )
             )
-        return found
+        return blocks
 
     @property
     def prose(self) -> str:
@@ -83,24 +83,24 @@ def pages() -> list[Page]:
     """Every page that people read: the README, CONTRIBUTING, the site, and what is generated."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     files += sorted(DOCS.rglob("*.md"))
-    found = [
+    written = [
         Page(str(file.relative_to(ROOT)), file.read_text(encoding="utf-8"))
         for file in files
         if file.is_file()
     ]
     generated = load_generator().pages()
-    return found + [Page(f"docs/{path}", text) for path, text in generated.items()]
+    return written + [Page(f"docs/{path}", text) for path, text in generated.items()]
 
 
 def anchors(text: str) -> set[str]:
     """Every anchor of a page: headings, `{#names}`, `id="names"` and numbered equations."""
     prose = FENCE.sub("", text)
-    found = set(re.findall(r"\{#([\w.-]+)\}", prose)) | set(re.findall(r'id="([^"]+)"', prose))
-    found |= {f"eq-{number}" for number in equation_numbers(text)}
+    names = set(re.findall(r"\{#([\w.-]+)\}", prose)) | set(re.findall(r'id="([^"]+)"', prose))
+    names |= {f"eq-{number}" for number in equation_numbers(text)}
     for heading in re.findall(r"^#+ (.*?)(?:\s*\{#[^}]*\})?$", prose, re.MULTILINE):
         plain = re.sub(r"[^\w\s-]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)).strip()
-        found.add(re.sub(r"[-\s]+", "-", plain.lower()))
-    return found
+        names.add(re.sub(r"[-\s]+", "-", plain.lower()))
+    return names
 
 
 def equation_numbers(text: str) -> list[int]:

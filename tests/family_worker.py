@@ -1,6 +1,6 @@
-"""What test_families runs in processes of its own, for several runs one after another.
+"""Workflow steps that test_families runs in separate processes, for several runs in turn.
 
-python family_worker.py score RUN...       score each run with a vLLM engine of its own
+python family_worker.py score RUN...       score each run with its own vLLM engine
 python family_worker.py reload RUN...      the exported student in vLLM, then other weights
 launch/train.sh --ranks R --module family_worker train RUN...
 """
@@ -69,8 +69,8 @@ def reload(run: Path) -> None:
 
 
 def speed_up_vllm() -> None:
-    """Skip what takes most of the time of an engine with a tiny model: vLLM inspects each new
-    architecture in a process of its own, and collects garbage eleven times per engine.
+    """Skip the slowest parts of an engine with a tiny model: vLLM inspects each new architecture in
+    a separate process, and collects garbage eleven times per engine.
     """
     from pocl_ds.generation import vllm_backend
 

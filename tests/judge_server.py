@@ -1,4 +1,4 @@
-"""A local endpoint that plays the judge, and the configuration of an evaluation that asks it."""
+"""A local endpoint that acts as the judge, and the configuration of an evaluation that uses it."""
 
 from __future__ import annotations
 

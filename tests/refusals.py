@@ -15,9 +15,9 @@ from pocl_ds.runtime.process_exit import SIGNALS
 
 
 @contextmanager
-def own_signals() -> Iterator[None]:
-    """Restore the signal handlers and the hook for unraisable errors, which a command replaces."""
-    handlers, hook = (
+def restored_signals() -> Iterator[None]:
+    """Restore the signal handlers and sys.unraisablehook, which a command replaces."""
+    handlers, unraisable_hook = (
         {number: signal.getsignal(number) for number in (signal.SIGINT, *SIGNALS)},
         sys.unraisablehook,
     )
@@ -26,13 +26,13 @@ def own_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        sys.unraisablehook = hook
+        sys.unraisablehook = unraisable_hook
 
 
-def sentence(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def error_message(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The error message of `pocl WORDS...`, which must be one sentence."""
     capsys.readouterr()
-    with own_signals():
+    with restored_signals():
         code = main([str(word) for word in words])
     stderr = capsys.readouterr().err
     assert code == 2, (code, stderr[-2000:])

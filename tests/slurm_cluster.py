@@ -32,11 +32,11 @@ class Cluster:
 
     def call(self, *words: str, check: bool = True) -> str:
         """Run a SLURM command and return its output."""
-        done = subprocess.run(
+        process = subprocess.run(
             words, env=self.environment, capture_output=True, text=True, timeout=60
         )
-        assert not check or done.returncode == 0, done.stderr
-        return done.stdout
+        assert not check or process.returncode == 0, process.stderr
+        return process.stdout
 
     def pocl(
         self,
@@ -52,12 +52,12 @@ class Cluster:
         command = [python, "-m", "pocl_ds.cli.main", *words]
         if user:
             command = ["runuser", "-u", user, "--", *command]
-        where = {**self.environment, **environment}
-        done = subprocess.run(
-            command, cwd=ROOT, env=where, capture_output=True, text=True, timeout=120
+        variables = {**self.environment, **environment}
+        process = subprocess.run(
+            command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120
         )
-        assert not check or done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
-        return done
+        assert not check or process.returncode == 0, process.stderr[-2000:] + process.stdout[-2000:]
+        return process
 
     def job(self, run: Path, name: str) -> str:
         """The current id of a run's job."""

@@ -30,8 +30,8 @@ CORPUS = [
 
 
 HIDDEN = 64
-# The configuration of each family, with what its head does after the matrix, and with tied heads
-# where real models tie them.
+# The configuration of each family, with the scaling and capping of its logits, and with tied heads
+# if real models of the family have them.
 _DECODER = {
     "hidden_size": HIDDEN,
     "intermediate_size": 2 * HIDDEN,
@@ -290,7 +290,7 @@ def _save(
     return folder
 
 
-OWN = {
+CUSTOM_CODE = {
     "own_config.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n   "
     " model_type = 'own'\n",
     "own_model.py": "from transformers import LlamaForCausalLM\n\nfrom .own_config import "
@@ -299,7 +299,7 @@ OWN = {
 }
 
 
-def with_code(folder: Path) -> Path:
+def add_custom_code(folder: Path) -> Path:
     """Turn a LLaMA's folder into one of a family that only its custom code defines."""
     tree = json.loads((folder / "config.json").read_text())
     tree |= {
@@ -311,6 +311,6 @@ def with_code(folder: Path) -> Path:
         },
     }
     (folder / "config.json").write_text(json.dumps(tree))
-    for name, text in OWN.items():
+    for name, text in CUSTOM_CODE.items():
         (folder / name).write_text(text)
     return folder

@@ -13,38 +13,35 @@ from typing import Any
 
 import pytest
 import yaml
-from refusals import files_below, own_signals, sentence
+from refusals import error_message, files_below, restored_signals
 
 from pocl_ds.cli.main import main
 
-GOOD = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
-BEGUN = {
-    ".lock",
-    "recipe.yaml",
-    "logs/preprocess.log",
-}  # files of a step that was refused in an empty run directory
+RECORDS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
+# Files that a refused step leaves in an empty run directory.
+FILES_AFTER_REFUSAL = {".lock", "recipe.yaml", "logs/preprocess.log"}
 
 
 def lines(records: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-FINE = lines(GOOD)
-BROKEN = FINE.splitlines(keepends=True)
-BROKEN[6] = '{"instruction": "Say 6.", "output": \n'
-FORM = (
+VALID_LINES = lines(RECORDS)
+BROKEN_LINES = VALID_LINES.splitlines(keepends=True)
+BROKEN_LINES[6] = '{"instruction": "Say 6.", "output": \n'
+FORMAT_HINT = (
     "it needs messages, or instruction and output, or prompt and output; map other names with "
     "data.fields, as in "
     "data.fields.output=answer"
 )
 NOT_UTF8 = "data file FILE is not UTF-8 (invalid start byte): convert it"
-NOTHING_LEFT = (
+NO_TRAINING_SAMPLES = (
     "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, "
     "prompt.overlong): change "
     "these or give more data"
 )
 
-LEFT_OUT = "; data.on_invalid=skip leaves out every such record"
+SKIP_HINT = "; data.on_invalid=skip leaves out every such record"
 
 # File type and content (None: no file), further arguments, and the error message.
 DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
@@ -58,27 +55,27 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     ),
     "broken on line 7": (
         "jsonl",
-        "".join(BROKEN),
+        "".join(BROKEN_LINES),
         (),
         "FILE line 7 is not valid JSON (Expecting value at column 36): fix that line",
     ),
     "zero bytes at the end": (
         "jsonl",
-        FINE + "\0\0\n",
+        VALID_LINES + "\0\0\n",
         (),
         "FILE line 41 is not valid JSON (Expecting value at column 1): fix that line",
     ),
-    "UTF-16": ("jsonl", FINE.encode("utf-16"), (), NOT_UTF8),
-    "gzip": ("jsonl", gzip.compress(FINE.encode()), (), NOT_UTF8),
+    "UTF-16": ("jsonl", VALID_LINES.encode("utf-16"), (), NOT_UTF8),
+    "gzip": ("jsonl", gzip.compress(VALID_LINES.encode()), (), NOT_UTF8),
     "a list in .jsonl": (
         "jsonl",
-        json.dumps(GOOD),
+        json.dumps(RECORDS),
         (),
         "FILE line 1: a record must be an object with named fields, found list",
     ),
     "lines in .json": (
         "json",
-        FINE,
+        VALID_LINES,
         (),
         "data file FILE is not valid JSON (Extra data at line 2 column 1): fix it, or "
         "rename it to .jsonl if it holds one record per line",
@@ -110,25 +107,25 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         lines([{"instruction": "a"}]),
         (),
         "FILE line 1: there is no field 'output' (fields: instruction): add it, or "
-        "name the one that holds the answer with data.fields.output" + LEFT_OUT,
+        "name the one that holds the answer with data.fields.output" + SKIP_HINT,
     ),
     "an empty output": (
         "jsonl",
         lines([{"instruction": "a", "output": " "}]),
         (),
         "FILE line 1: output must be text or a list of texts, none empty: fix or remove it"
-        + LEFT_OUT,
+        + SKIP_HINT,
     ),
     "a list as instruction": (
         "jsonl",
         lines([{"instruction": ["a"], "output": "b"}]),
         (),
         "FILE line 1: field 'instruction' must be text, found list: fix or remove the record"
-        + LEFT_OUT,
+        + SKIP_HINT,
     ),
     "ids twice": (
         "jsonl",
-        lines([{"id": "x", **record} for record in GOOD]),
+        lines([{"id": "x", **record} for record in RECORDS]),
         (),
         "FILE line 2: id 'x' also occurs at FILE line 1: make ids unique, or leave them out",
     ),
@@ -136,33 +133,33 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         lines([{"a\nb": 1, "c\x1b[2J": 2}]),
         (),
-        f"FILE line 1: no known record format (fields: a b, c\\x1b[2J): {FORM}",
+        f"FILE line 1: no known record format (fields: a b, c\\x1b[2J): {FORMAT_HINT}",
     ),
     "many names": (
         "jsonl",
         lines([{f"k{i}": 1 for i in range(500)}]),
         (),
         f"FILE line 1: no known record format (fields: {', '.join(f'k{i}' for i in range(20))} "
-        f"and 480 more): {FORM}",
+        f"and 480 more): {FORMAT_HINT}",
     ),
     "a mapped name that is not there": (
         "jsonl",
-        FINE,
+        VALID_LINES,
         ("data.fields.output=ans",),
         "FILE line 1: there is no field 'ans', which data.fields.output names (fields: "
         "instruction, output): correct data.fields",
     ),
     "all too long": (
         "jsonl",
-        FINE,
+        VALID_LINES,
         ("prompt.overlong=drop", "prompt.max_prompt_tokens=1", "prompt.max_length=2"),
-        NOTHING_LEFT,
+        NO_TRAINING_SAMPLES,
     ),
     "all held out": (
         "jsonl",
-        lines(GOOD[:1]),
+        lines(RECORDS[:1]),
         ("data.test_fraction=0.98", "data.validation_fraction=0"),
-        NOTHING_LEFT,
+        NO_TRAINING_SAMPLES,
     ),
 }
 
@@ -188,13 +185,13 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_llama: Path) -> Path:
     """One model as teacher and student, and valid data."""
-    (tmp_path / "fine.jsonl").write_text(FINE)
+    (tmp_path / "valid.jsonl").write_text(VALID_LINES)
     model = {"model": str(tiny_llama)}
     tree = {
         "name": "x",
         "teacher": model,
         "student": model,
-        "data": {"source": str(tmp_path / "fine.jsonl")},
+        "data": {"source": str(tmp_path / "valid.jsonl")},
         "prompt": {"template": "plain", "max_prompt_tokens": 64, "max_length": 96},
     }
     path = tmp_path / "r.yaml"
@@ -208,10 +205,10 @@ def test_data(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     file, run = tmp_path / f"bad.{ending}", tmp_path / "run"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert sentence(
+    assert error_message(
         capsys, "preprocess", recipe, "--run-dir", run, f"data.source={file}", *words
     ) == expected.replace("FILE", str(file))
-    assert files_below(run) == BEGUN
+    assert files_below(run) == FILES_AFTER_REFUSAL
 
 
 def test_sources_that_are_no_data_file(
@@ -224,7 +221,7 @@ def test_sources_that_are_no_data_file(
             tmp_path / "folder.jsonl",
             "data file SOURCE is a folder: name a .jsonl, .json, .parquet file in it",
         ),
-        ("~nobody-here/x.jsonl", "data file SOURCE does not exist: check the path"),
+        ("~no-such-user/x.jsonl", "data file SOURCE does not exist: check the path"),
         (f"/{'a' * 300}.jsonl", "data file SOURCE does not exist: check the path"),
         (
             "org/name",
@@ -234,9 +231,11 @@ def test_sources_that_are_no_data_file(
             "a .jsonl file",
         ),
     ):
-        said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"data.source={source}")
-        assert said == expected.replace("SOURCE", str(source))
-    said = sentence(
+        message = error_message(
+            capsys, "preprocess", recipe, "--run-dir", run, f"data.source={source}"
+        )
+        assert message == expected.replace("SOURCE", str(source))
+    message = error_message(
         capsys,
         "preprocess",
         recipe,
@@ -246,11 +245,11 @@ def test_sources_that_are_no_data_file(
         "data.documentation.packages=[none_such]",
     )
     assert (
-        said
+        message
         == "data.documentation.packages names 'none_such', which is not installed: install it or "
         "leave it out"
     )
-    assert files_below(run) == BEGUN
+    assert files_below(run) == FILES_AFTER_REFUSAL
 
 
 @pytest.mark.parametrize("case", TEMPLATES)
@@ -260,15 +259,17 @@ def test_templates(
     text, reason = TEMPLATES[case]
     file, run = tmp_path / "t.jinja", tmp_path / "run"
     file.write_text(text)
-    said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"prompt.template={file}")
-    sample, _, rest = said.partition(": ")
+    message = error_message(
+        capsys, "preprocess", recipe, "--run-dir", run, f"prompt.template={file}"
+    )
+    sample, _, reason_and_remedy = message.partition(": ")
     assert sample.startswith("sample ")
     assert (
-        rest
+        reason_and_remedy
         == f"prompt.template {file} fails ({reason}): its variables are instruction, input and "
         f"history"
     )
-    assert files_below(run) == BEGUN
+    assert files_below(run) == FILES_AFTER_REFUSAL
 
 
 def without_eos(model: Path) -> None:
@@ -276,7 +277,7 @@ def without_eos(model: Path) -> None:
     (model / "tokenizer_config.json").write_text(json.dumps({**tree, "eos_token": None}))
 
 
-LOADED = r"the {} of MODEL cannot be loaded ("
+LOAD_ERROR = r"the {} of MODEL cannot be loaded ("
 # How a valid model is damaged, and how the error message begins and ends.
 MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no configuration": (
@@ -286,12 +287,12 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "half a configuration": (
         lambda model: (model / "config.json").write_text("{"),
-        LOADED.format("tokenizer"),
+        LOAD_ERROR.format("tokenizer"),
         "is not a valid JSON file): check the files in that folder",
     ),
     "another family": (
         lambda model: (model / "config.json").write_text('{"model_type": "nope"}'),
-        LOADED.format("configuration"),
+        LOAD_ERROR.format("configuration"),
         "does not recognize this architecture): check the files in that folder",
     ),
     "no weights": (
@@ -301,12 +302,12 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "half a tokenizer": (
         lambda model: (model / "tokenizer.json").write_text("{"),
-        LOADED.format("tokenizer"),
+        LOAD_ERROR.format("tokenizer"),
         "): check the files in that folder",
     ),
     "an empty tokenizer": (
         lambda model: (model / "tokenizer.json").write_text("{}"),
-        LOADED.format("tokenizer"),
+        LOAD_ERROR.format("tokenizer"),
         "): check the files in that folder",
     ),
     "no EOS": (
@@ -324,16 +325,18 @@ def test_models(
     damage, begins, ends = MODELS[case]
     model, run = Path(shutil.copytree(tiny_llama, tmp_path / "model")), tmp_path / "run"
     damage(model)
-    said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"student.model={model}")
-    assert said.startswith(begins.replace("MODEL", str(model))) and said.endswith(ends)
-    assert files_below(run) == BEGUN
+    message = error_message(
+        capsys, "preprocess", recipe, "--run-dir", run, f"student.model={model}"
+    )
+    assert message.startswith(begins.replace("MODEL", str(model))) and message.endswith(ends)
+    assert files_below(run) == FILES_AFTER_REFUSAL
 
 
 def test_a_missing_chat_template(
     recipe: Path, tmp_path: Path, tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    said = sentence(
+    message = error_message(
         capsys,
         "preprocess",
         recipe,
@@ -343,15 +346,15 @@ def test_a_missing_chat_template(
         "prompt.template=chat",
     )
     assert (
-        said
+        message
         == "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain or a "
         ".jinja file"
     )
-    assert files_below(run) == BEGUN
+    assert files_below(run) == FILES_AFTER_REFUSAL
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             [
@@ -383,7 +386,7 @@ def test_a_missing_chat_template(
 )
 def test_values_that_the_data_is_too_small_for(
     words: list[str],
-    said: str,
+    message: str,
     recipe: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -392,12 +395,14 @@ def test_values_that_the_data_is_too_small_for(
     """The number of samples is known only after `preprocess`; the next step checks it."""
     run = tmp_path / "run"
     words = ["curriculum.num_subsets=1", "train.batch_size=8", *words]
-    with own_signals():
+    with restored_signals():
         assert main(["preprocess", str(recipe), "--run-dir", str(run), *words]) == 0
     count = len((run / "data" / "train.jsonl").read_text().splitlines())
     assert 8 <= count < 64
     monkeypatch.setenv("RANK", "0")
-    assert sentence(capsys, "init-student", "--run-dir", run) == said.replace("COUNT", str(count))
+    assert error_message(capsys, "init-student", "--run-dir", run) == message.replace(
+        "COUNT", str(count)
+    )
     assert not (run / "models").exists()
 
 
@@ -415,7 +420,7 @@ def test_names_of_models(
             "/nowhere/m",
             "model folder NAME does not exist: check the path, or give a Hub name such as org/name",
         ),
-        ("~nobody-here/m", "model folder NAME does not exist"),
+        ("~no-such-user/m", "model folder NAME does not exist"),
         (recipe, "model NAME is a file: give a Hugging Face folder, a Hub name or a .gguf file"),
         ("x.gguf", "model file NAME does not exist: check the path"),
         (file, "NAME cannot be read as a GGUF language model ("),
@@ -426,7 +431,9 @@ def test_names_of_models(
         ("package://a.b/x", "model 'NAME' is not of the form package://PACKAGE/FILE.gguf"),
         ("org/none", "the revision main of NAME cannot be loaded (An error happened while "),
     ):
-        said = sentence(capsys, "preprocess", recipe, "--run-dir", run, f"student.model={name}")
-        assert said.startswith(begins.replace("NAME", str(name))), said
-        assert files_below(run) == BEGUN
+        message = error_message(
+            capsys, "preprocess", recipe, "--run-dir", run, f"student.model={name}"
+        )
+        assert message.startswith(begins.replace("NAME", str(name))), message
+        assert files_below(run) == FILES_AFTER_REFUSAL
     assert {name for name in files_below(tmp_path / "cache") if not name.endswith(".lock")} == set()

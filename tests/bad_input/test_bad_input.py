@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from command_line import pocl, start
-from refusals import own_signals
+from refusals import restored_signals
 from tiny_runs import write_recipe
 
 from pocl_ds.cli.main import main
@@ -49,12 +49,12 @@ def recipe(
     )
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+def assert_refused(process: subprocess.CompletedProcess[str], *parts: str) -> None:
     """Assert that a command ended with one sentence that contains these parts."""
-    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
-    assert "Traceback" not in done.stderr
-    messages = [line for line in done.stderr.splitlines() if line.startswith("pocl ")]
-    assert len(messages) == 1, done.stderr[-2000:]
+    assert process.returncode == 2, (process.returncode, process.stderr[-2000:])
+    assert "Traceback" not in process.stderr
+    messages = [line for line in process.stderr.splitlines() if line.startswith("pocl ")]
+    assert len(messages) == 1, process.stderr[-2000:]
     for part in parts:
         assert part in messages[0], messages[0]
 
@@ -77,7 +77,7 @@ def test_overlong_samples_are_counted(
     ]
     path.write_text(lines([*GOOD, *long]))
     words = [f"data.source={path}", "data.max_train_samples=null", "data.test_fraction=0.1"]
-    with own_signals():
+    with restored_signals():
         assert main(["preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), *words]) == 0
     assert (
         sum(
@@ -131,8 +131,8 @@ def test_a_benchmark_without_references(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(lines([{"instruction": "Say it."}] * 3))
     words = ["--model", "student", f"evaluate.benchmarks.mine={path}"]
-    done = pocl("evaluate", "--run-dir", str(run), *words, check=False)
-    assert_refused(done, "bad.jsonl line 1", "output", "evaluate.benchmarks.mine.fields")
+    process = pocl("evaluate", "--run-dir", str(run), *words, check=False)
+    assert_refused(process, "bad.jsonl line 1", "output", "evaluate.benchmarks.mine.fields")
     assert partial_files(run / "evaluation") == []
 
 
@@ -158,8 +158,8 @@ def test_a_full_disk_while_saving(finished: Path, small_disk: Path) -> None:
         ignore=shutil.ignore_patterns("train", "evaluation", "export", "report", "logs"),
     )
     filler = small_disk / "filler"
-    room = shutil.disk_usage(small_disk).free - 300_000
-    filler.write_bytes(b"0" * room)
+    filler_bytes = shutil.disk_usage(small_disk).free - 300_000
+    filler.write_bytes(b"0" * filler_bytes)
     before = {
         path: path.read_bytes()
         for path in run.rglob("*")
@@ -190,7 +190,7 @@ STEPS = (
 FOLDERS = {"init-student": "models", "score": "scores", "rank": "ranking", "evaluate": "evaluation"}
 
 
-# A process while it imports, one at work, ranks, and generation engines.
+# A process that imports, one that generates text, training ranks, and evaluation engines.
 @pytest.mark.parametrize("step", ["preprocess", "score", "train", "evaluate"])
 def test_ctrl_c(step: str, recipe: Path, finished: Path, tmp_path: Path) -> None:
     """INT a moment after the step began; then the same command finishes it."""
@@ -214,9 +214,8 @@ def test_ctrl_c(step: str, recipe: Path, finished: Path, tmp_path: Path) -> None
     assert sum(line.startswith(("pocl ", "pocl: ")) for line in stderr.splitlines()) == 1, stderr[
         -2000:
     ]
-    for name in STEPS[
-        : STEPS.index(step) + 1
-    ]:  # on a busy machine the signal may hit the step before
+    # On a busy machine the signal may arrive in an earlier step.
+    for name in STEPS[: STEPS.index(step) + 1]:
         if not (run / FOLDERS.get(name, name) / "manifest.json").is_file():
             pocl(name, str(recipe), "--run-dir", str(run))
     if step == "train":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import files_below, sentence
+from refusals import error_message, files_below
 
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.resources import DS_CONFIGS, PROFILES
@@ -23,7 +23,7 @@ from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.steps import fingerprints
 
 ROOT = Path(__file__).resolve().parents[2]
-NOBODY = 65534
+NOBODY_UID = 65534
 
 
 @pytest.fixture
@@ -39,21 +39,21 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(recipe: Path, tmp_path: Path) -> Path:
-    """A run directory whose stage `data` is done, as far as its manifest goes."""
-    folder, found = tmp_path / "run", load_recipe(str(recipe))
+    """A run directory whose step `preprocess` is finished according to its manifest."""
+    folder, parsed = tmp_path / "run", load_recipe(str(recipe))
     (folder / "data").mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(found))
+    (folder / "recipe.yaml").write_text(dump_recipe(parsed))
     (folder / "data" / "train.jsonl").write_text("{\n")
     write_manifest(
         folder / "data",
         "preprocess",
-        fingerprints(found)["preprocess"],
+        fingerprints(parsed)["preprocess"],
         info={"splits": {"train": {"samples": 500}}},
     )
     return folder
 
 
-def changed(**fields: Any) -> Callable[[Path], Any]:
+def overwrite_manifest(**fields: Any) -> Callable[[Path], Any]:
     """Overwrite fields of the manifest of `data`."""
 
     def write(run: Path) -> None:
@@ -63,7 +63,7 @@ def changed(**fields: Any) -> Callable[[Path], Any]:
     return write
 
 
-def written(name: str, text: str) -> Callable[[Path], Any]:
+def overwrite_file(name: str, text: str) -> Callable[[Path], Any]:
     """Overwrite a file of the run directory."""
 
     def write(run: Path) -> None:
@@ -73,7 +73,9 @@ def written(name: str, text: str) -> Callable[[Path], Any]:
     return write
 
 
-STRANGE = "RUN/data/manifest.json is not a manifest of this program: choose another --run-dir"
+FOREIGN_MANIFEST = (
+    "RUN/data/manifest.json is not a manifest of this program: choose another --run-dir"
+)
 # How the run directory is damaged, the command and its arguments, and the error message.
 RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
     "of another recipe": (
@@ -83,34 +85,34 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         "data.test_fraction): choose another --run-dir, or undo the change",
     ),
     "half a manifest": (
-        written("data/manifest.json", "{"),
+        overwrite_file("data/manifest.json", "{"),
         ("run",),
         "RUN/data/manifest.json is damaged (Expecting property name "
         "enclosed in double quotes: line 1 column 2 (char 1)): remove it and run its step again",
     ),
     "a manifest that is nested without end": (
-        written("data/manifest.json", "[" * 100_000),
+        overwrite_file("data/manifest.json", "[" * 100_000),
         ("run",),
         "RUN/data/manifest.json is damaged (maximum recursion depth exceeded while decoding a "
         "JSON array from a unicode string): "
         "remove it and run its step again",
     ),
-    "a list as manifest": (written("data/manifest.json", "[]"), ("run",), STRANGE),
-    "files as a list": (changed(files=[]), ("run",), STRANGE),
-    "files without sizes": (changed(files={"a": {}}), ("run",), STRANGE),
+    "a list as manifest": (overwrite_file("data/manifest.json", "[]"), ("run",), FOREIGN_MANIFEST),
+    "files as a list": (overwrite_manifest(files=[]), ("run",), FOREIGN_MANIFEST),
+    "files without sizes": (overwrite_manifest(files={"a": {}}), ("run",), FOREIGN_MANIFEST),
     "a manifest of the future": (
-        changed(schema=9),
+        overwrite_manifest(schema=9),
         ("run",),
         "RUN/data/manifest.json has schema 9 and this program writes 1: choose another --run-dir",
     ),
     "a recipe that is none": (
-        written("recipe.yaml", "a: ["),
+        overwrite_file("recipe.yaml", "a: ["),
         ("run",),
         "RUN/recipe.yaml line 1 is not valid YAML (expected the node content, but found '<stream "
         "end>'): fix it",
     ),
     "models that are none": (
-        written("models/models.json", "[]"),
+        overwrite_file("models/models.json", "[]"),
         ("score",),
         "RUN/models/models.json is damaged (it names no student): remove its folder and run `pocl "
         "init-student` again",
@@ -137,7 +139,7 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         "file that is in the way",
     ),
     "a file as logs": (
-        written("logs", ""),
+        overwrite_file("logs", ""),
         ("score",),
         "RUN/logs/score.log cannot be written (File exists: RUN/logs): choose another --run-dir "
         "or move the file that is in the way",
@@ -150,19 +152,19 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         "teacher_zero3_offload: check the name",
     ),
     "half a ds_config": (
-        written("logs/ds.json", "{"),
+        overwrite_file("logs/ds.json", "{"),
         ("run", "student.ds_config=RUN/logs/ds.json"),
         "ds_config RUN/logs/ds.json is not "
         "valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char "
         "1)): fix the file",
     ),
     "a list as ds_config": (
-        written("logs/ds.json", "[]"),
+        overwrite_file("logs/ds.json", "[]"),
         ("run", "teacher.ds_config=RUN/logs/ds.json"),
         f"ds_config RUN/logs/ds.json must be an object: start from one in {DS_CONFIGS}",
     ),
     "a number as a section": (
-        written("logs/ds.json", '{"optimizer": 3}'),
+        overwrite_file("logs/ds.json", '{"optimizer": 3}'),
         ("run", "student.ds_config=RUN/logs/ds.json"),
         f"ds_config RUN/logs/ds.json: optimizer must be an object: start from one in {DS_CONFIGS}",
     ),
@@ -173,13 +175,13 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
 def test_run_directories(case: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage, (command, *words), expected = RUNS[case]
     damage(run)
-    kept = {name: (run / name).read_bytes() for name in files_below(run) - {"recipe.yaml"}}
-    said = sentence(
+    contents = {name: (run / name).read_bytes() for name in files_below(run) - {"recipe.yaml"}}
+    message = error_message(
         capsys, command, "--run-dir", run, *(word.replace("RUN", str(run)) for word in words)
     )
-    assert said == expected.replace("RUN", str(run))
-    assert files_below(run) - {"recipe.yaml", ".lock", f"logs/{command}.log"} == set(kept)
-    assert {name: (run / name).read_bytes() for name in kept} == kept
+    assert message == expected.replace("RUN", str(run))
+    assert files_below(run) - {"recipe.yaml", ".lock", f"logs/{command}.log"} == set(contents)
+    assert {name: (run / name).read_bytes() for name in contents} == contents
 
 
 def test_paths_that_are_no_run_directory(
@@ -189,18 +191,18 @@ def test_paths_that_are_no_run_directory(
     file.write_text("x")
     other.mkdir()
     (other / "photo").write_text("x")
-    way = "cannot be written ({}): choose another --run-dir or move the file that is in the way"
+    remedy = "cannot be written ({}): choose another --run-dir or move the file that is in the way"
     for command in ("run", "preprocess"):
-        said = sentence(capsys, command, recipe, "--run-dir", file)
-        assert said == f"{file} {way.format(f'File exists: {file}')}"
-        said = sentence(capsys, command, recipe, "--run-dir", file / "x")
-        assert said == f"{file / 'x'} {way.format(f'Not a directory: {file / chr(120)}')}"
-    said = sentence(capsys, "preprocess", recipe, "--run-dir", other)
-    assert said == f"{other} is not empty and holds no recipe.yaml: choose another --run-dir"
+        message = error_message(capsys, command, recipe, "--run-dir", file)
+        assert message == f"{file} {remedy.format(f'File exists: {file}')}"
+        message = error_message(capsys, command, recipe, "--run-dir", file / "x")
+        assert message == f"{file / 'x'} {remedy.format(f'Not a directory: {file / chr(120)}')}"
+    message = error_message(capsys, "preprocess", recipe, "--run-dir", other)
+    assert message == f"{other} is not empty and holds no recipe.yaml: choose another --run-dir"
     assert files_below(tmp_path) == {"d.jsonl", "r.yaml", "file", "other/photo"}
     long = tmp_path / ("a" * 300)
     for command in ("run", "preprocess"):
-        assert "(File name too long" in sentence(capsys, command, recipe, "--run-dir", long)
+        assert "(File name too long" in error_message(capsys, command, recipe, "--run-dir", long)
 
 
 def test_a_run_directory_in_use_by_another_process(
@@ -208,8 +210,8 @@ def test_a_run_directory_in_use_by_another_process(
 ) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = sentence(capsys, "run", "--run-dir", run)
-    assert said == f"{run} is in use by another pocl process: wait for it, or end it first"
+        message = error_message(capsys, "run", "--run-dir", run)
+    assert message == f"{run} is in use by another pocl process: wait for it, or end it first"
 
 
 @pytest.fixture
@@ -231,20 +233,20 @@ def test_without_permission(
     closed.mkdir(mode=0o755)
     data.write_text('{"instruction": "a", "output": "b"}\n')
     text.write_text(recipe.read_text())
-    sentence(capsys, "run", text, "seed=x")  # import modules now: `nobody` may not read them
-    os.seteuid(NOBODY)
+    error_message(capsys, "run", text, "seed=x")  # import modules now: `nobody` may not read them
+    os.seteuid(NOBODY_UID)
     try:
-        denied = sentence(capsys, "run", text, "--run-dir", closed / "run")
+        denied = error_message(capsys, "run", text, "--run-dir", closed / "run")
         os.seteuid(0)
         data.chmod(0)
-        os.seteuid(NOBODY)
-        unreadable = sentence(
+        os.seteuid(NOBODY_UID)
+        unreadable = error_message(
             capsys, "preprocess", text, "--run-dir", open_folder / "run", f"data.source={data}"
         )
         os.seteuid(0)
         text.chmod(0)
-        os.seteuid(NOBODY)
-        secret = sentence(capsys, "preprocess", text, "--run-dir", open_folder / "other")
+        os.seteuid(NOBODY_UID)
+        secret = error_message(capsys, "preprocess", text, "--run-dir", open_folder / "other")
     finally:
         os.seteuid(0)
     assert denied == (
@@ -286,11 +288,11 @@ RANKS: dict[str, tuple[dict[str, str], str]] = {
         {"RANK": "0", "WORLD_SIZE": "0"},
         "RANK=0 is not less than WORLD_SIZE=0: start ranks with launch/train.sh, or unset both",
     ),
-    "nowhere to meet": (
+    "no master address": (
         {"RANK": "0", "WORLD_SIZE": "2"},
         "MASTER_ADDR is not set, and 2 ranks need it to connect: start ranks with launch/train.sh",
     ),
-    "no port to meet at": (
+    "no master port": (
         {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
         "MASTER_PORT is not set, and 2 ranks need it to connect: start ranks with launch/train.sh",
     ),
@@ -310,7 +312,7 @@ def test_ranks(
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert sentence(capsys, "preprocess", recipe, "--run-dir", tmp_path / "run") == expected
+    assert error_message(capsys, "preprocess", recipe, "--run-dir", tmp_path / "run") == expected
     assert not (tmp_path / "run").exists()
 
 
@@ -324,14 +326,14 @@ def test_another_python(tmp_path: Path) -> None:
     old.write_text("#!/bin/sh\nexit 1\n")
     old.chmod(0o755)
     for python in (old, tmp_path / "nowhere"):
-        found = subprocess.run(
+        process = subprocess.run(
             ["bash", str(tmp_path / "launch" / "setup.sh")],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHON": str(python), "POCL_STACK": "cpu"},
         )
-        assert found.returncode == 2
-        assert found.stderr == (
+        assert process.returncode == 2
+        assert process.stderr == (
             f"launch/setup.sh: PYTHON={python} is not a Python 3.10, 3.11 or 3.12: name one, or "
             f"leave PYTHON unset\n"
         )
@@ -339,7 +341,7 @@ def test_another_python(tmp_path: Path) -> None:
 
 
 NO_RUN = "HERE is not a run directory: check the path"
-NEVER = "HERE was never submitted: run `pocl submit RECIPE --profile NAME --run-dir HERE`"
+NOT_SUBMITTED = "HERE was never submitted: run `pocl submit RECIPE --profile NAME --run-dir HERE`"
 # Arguments, and the error messages for a missing folder and for an empty one.
 COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "compare": (
@@ -362,8 +364,8 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("--run-dir", "HERE"),
         *["HERE holds no recipe.yaml: give the directory of a run"] * 2,
     ),
-    "status": (("--run-dir", "HERE"), NO_RUN, NEVER),
-    "resume": (("--run-dir", "HERE"), NO_RUN, NEVER),
+    "status": (("--run-dir", "HERE"), NO_RUN, NOT_SUBMITTED),
+    "resume": (("--run-dir", "HERE"), NO_RUN, NOT_SUBMITTED),
     "logs": (
         ("--run-dir", "HERE"),
         NO_RUN,
@@ -380,10 +382,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 def test_commands(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, *expected = COMMANDS[command]
     here = tmp_path / "here"
-    for wanted in expected:
-        assert sentence(
+    for expected_message in expected:
+        assert error_message(
             capsys, command, *(word.replace("HERE", str(here)) for word in words)
-        ) == wanted.replace("HERE", str(here))
+        ) == expected_message.replace("HERE", str(here))
         assert files_below(here) == set()
         here.mkdir(exist_ok=True)
 
@@ -418,8 +420,10 @@ def test_studies_and_profiles(
     content, study, profile = OTHER_FILES[case]
     file, run = tmp_path / "f.yaml", tmp_path / "run"
     file.write_bytes(content)
-    assert sentence(capsys, "study", file, "--run-dir", run) == study.replace("FILE", str(file))
-    assert sentence(
+    assert error_message(capsys, "study", file, "--run-dir", run) == study.replace(
+        "FILE", str(file)
+    )
+    assert error_message(
         capsys, "submit", recipe, "--profile", file, "--run-dir", run
     ) == profile.replace("FILE", str(file))
     assert not run.exists()
@@ -429,15 +433,15 @@ def test_names_of_studies_profiles_and_benchmarks(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("nope", "a" * 300):
-        assert sentence(capsys, "study", name).startswith(
+        assert error_message(capsys, "study", name).startswith(
             f"study '{name}' is neither a file nor a shipped study ("
         )
-        assert sentence(capsys, "submit", recipe, "--profile", name).startswith(
+        assert error_message(capsys, "submit", recipe, "--profile", name).startswith(
             f"profile '{name}' is neither a file nor a name ("
         )
-        assert sentence(capsys, "bench", name).startswith(
+        assert error_message(capsys, "bench", name).startswith(
             f"there is no benchmark '{name}': choose one of rouge, "
         )
-        assert sentence(capsys, "estimate", recipe, "--gpu", name).startswith(
+        assert error_message(capsys, "estimate", recipe, "--gpu", name).startswith(
             f"--gpu {name}: choose one of "
         )

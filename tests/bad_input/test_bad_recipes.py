@@ -7,12 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from refusals import sentence
+from refusals import error_message
 
 from pocl_ds.resources import RECIPES
 
 BASE = "name: x\ndata: {source: d.jsonl}\nteacher: {model: t}\nstudent: {model: s}\n"
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+BILLION_LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{after}: &{after} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, after in zip("abcdefghi", "bcdefghij")
 )
@@ -63,7 +63,10 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         "policy: {options: &a {b: *a}}\n",
         WITHOUT_LINE.format("it is more than 32 levels deep"),
     ),
-    "anchors that multiply": (LAUGHS, WITHOUT_LINE.format("it has more than 100000 values")),
+    "anchors that multiply": (
+        BILLION_LAUGHS,
+        WITHOUT_LINE.format("it has more than 100000 values"),
+    ),
     "too deep": (f"hardware: {'[' * 600}\n", WITHOUT_LINE.format("it is nested too deeply")),
     "half a character": (
         'hardware: "\\ud800"\n',
@@ -181,7 +184,7 @@ def recipe(tmp_path: Path) -> Path:
 def test_files(case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, expected = FILES[case]
     recipe.write_bytes(content if isinstance(content, bytes) else (BASE + content).encode())
-    assert sentence(capsys, "run", recipe, "--run-dir", tmp_path / "run") == expected.replace(
+    assert error_message(capsys, "run", recipe, "--run-dir", tmp_path / "run") == expected.replace(
         "FILE", str(recipe)
     )
     assert not (tmp_path / "run").exists()
@@ -192,7 +195,7 @@ def test_arguments(
     case: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, expected = ARGUMENTS[case]
-    assert sentence(
+    assert error_message(
         capsys, "run", recipe, "--run-dir", tmp_path / "run", *arguments
     ) == expected.replace("FILE", str(recipe))
     assert not (tmp_path / "run").exists()
@@ -201,31 +204,31 @@ def test_arguments(
 def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names that are no recipes."""
     assert (
-        sentence(capsys, "run", tmp_path)
+        error_message(capsys, "run", tmp_path)
         == f"recipe {tmp_path} is a folder: name a file in it, or a run directory with --run-dir"
     )
-    assert sentence(capsys, "run", "quikstart").startswith(
+    assert error_message(capsys, "run", "quikstart").startswith(
         "recipe 'quikstart' is neither a file nor a shipped recipe ("
     )
-    assert sentence(capsys, "run", "a" * 300).startswith(
+    assert error_message(capsys, "run", "a" * 300).startswith(
         f"recipe '{'a' * 300}' is neither a file nor a shipped recipe ("
     )
-    assert sentence(capsys, "run") == (
+    assert error_message(capsys, "run") == (
         "there is no recipe: name a file or a shipped recipe (pocl run quickstart), or a --run-dir "
         "that holds a recipe.yaml"
     )
     assert (
-        sentence(capsys, "run", recipe, "--ranks", 0)
+        error_message(capsys, "run", recipe, "--ranks", 0)
         == "recipe field launch.ranks=0: input should be greater than or equal to 1"
     )
     for shard in ("2/1", "1/1", "1", "²/3", "-1/2", "a/b"):
         assert (
-            sentence(capsys, "score", recipe, f"--shard={shard}")
+            error_message(capsys, "score", recipe, f"--shard={shard}")
             == f"--shard {shard}: write I/N with I from 0 to N-1, for example 2/8"
         )
 
 
-def test_a_plugin_with_an_error_of_its_own(
+def test_a_plugin_that_raises_an_error(
     recipe: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -237,7 +240,7 @@ def test_a_plugin_with_an_error_of_its_own(
         ("dividing_plugin", "1/0\n", "ZeroDivisionError: division by zero"),
     ):
         (tmp_path / f"{name}.py").write_text(text)
-        message = sentence(capsys, "run", recipe, f"plugins=[{name}]")
+        message = error_message(capsys, "run", recipe, f"plugins=[{name}]")
         assert (
             message == f"recipe field plugins: module '{name}' cannot be imported ({fault}): fix it"
         )

@@ -1,7 +1,6 @@
-"""Whatever a recipe or a data file contains, reading it soon returns a result or raises an error of
-our own.
+"""Reading any recipe or data file quickly returns a result or raises RecipeError or DataError.
 
-POCL_FUZZ=20000 runs that many examples of each test instead of 200.
+POCL_FUZZ=20000 runs that fuzz_settings examples of each test instead of 200.
 """
 
 from __future__ import annotations
@@ -29,12 +28,14 @@ from pocl_ds.errors import DataError, RecipeError
 EXAMPLES = int(os.environ.get("POCL_FUZZ", "200"))
 # Seconds of CPU time for one example; the machine may be busy with other work.
 MAX_SECONDS = 5.0
-many = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+fuzz_settings = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 SHIPPED = dump_recipe(load_recipe("quickstart"))
 FULL = yaml.safe_load(SHIPPED)
-# Texts that YAML reads as something else.
-MARKS = [
+# Texts with a special meaning in YAML.
+YAML_FRAGMENTS = [
     *"{}[]'\"#%`=~é\ud7ff",
     *("yes", "null", ".nan", ".inf", "1e999", "2024-13-45", "\\ud800"),
     *(
@@ -57,8 +58,10 @@ MARKS = [
     ),
     *("0x" + "f" * 99, "9" * 5000, "[" * 400, "{a: " * 200, "a: &a [*a, *a]\n"),
 ]
-text_of_yaml = st.lists(st.sampled_from(MARKS) | st.text(max_size=6), max_size=8).map("".join)
-plain = st.recursive(
+yaml_texts = st.lists(st.sampled_from(YAML_FRAGMENTS) | st.text(max_size=6), max_size=8).map(
+    "".join
+)
+plain_values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
@@ -86,7 +89,7 @@ def names(tree: Any, before: str = "") -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder where each example overwrites the one before."""
+    """The folder where each example overwrites the previous one."""
     return tmp_path_factory.mktemp("fuzz")
 
 
@@ -115,32 +118,35 @@ def read_recipe(content: str | bytes, folder: Path, overrides: list[str] | None 
         assert load_recipe(str(path)) == recipe
 
 
-@many
-@given(content=st.binary(max_size=60) | st.text(max_size=60) | text_of_yaml)
+@fuzz_settings
+@given(content=st.binary(max_size=60) | st.text(max_size=60) | yaml_texts)
 def test_a_recipe_of_anything(content: str | bytes, folder: Path) -> None:
     read_recipe(content, folder)
 
 
-@many
-@given(tree=plain | st.dictionaries(st.sampled_from([*FULL, "plugin"]), plain, max_size=4))
+@fuzz_settings
+@given(
+    tree=plain_values
+    | st.dictionaries(st.sampled_from([*FULL, "plugin"]), plain_values, max_size=4)
+)
 def test_a_recipe_of_any_tree(tree: Any, folder: Path) -> None:
     if isinstance(tree, dict):
         tree.pop("plugins", None)
     read_recipe(yaml.safe_dump(tree, allow_unicode=True), folder)
 
 
-@many
-@given(start=st.integers(0, len(SHIPPED)), length=st.integers(0, 40), put=text_of_yaml)
-def test_a_recipe_with_a_hole(start: int, length: int, put: str, folder: Path) -> None:
-    read_recipe(SHIPPED[:start] + put + SHIPPED[start + length :], folder)
+@fuzz_settings
+@given(start=st.integers(0, len(SHIPPED)), length=st.integers(0, 40), inserted=yaml_texts)
+def test_a_recipe_with_a_hole(start: int, length: int, inserted: str, folder: Path) -> None:
+    read_recipe(SHIPPED[:start] + inserted + SHIPPED[start + length :], folder)
 
 
-@many
+@fuzz_settings
 @given(
     words=st.lists(
         st.tuples(
             st.sampled_from(names(FULL)) | st.text(max_size=6),
-            text_of_yaml | st.from_type(float).map(str),
+            yaml_texts | st.from_type(float).map(str),
         ),
         min_size=1,
         max_size=3,
@@ -157,7 +163,7 @@ LINES = "".join(
     json.dumps(record) + "\n"
     for record in (RECORD, {**RECORD, "id": 7, "output": ["d", "e"]}, {**RECORD, "id": None})
 )
-values = st.recursive(
+json_values = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
@@ -169,7 +175,9 @@ values = st.recursive(
     ),
     max_leaves=6,
 )
-fields = st.sampled_from([*itertools.chain.from_iterable(FIELD_NAMES.values()), "role", "content"])
+fields = st.sampled_from(
+    [*itertools.chain.from_iterable(FIELD_NAMES.json_values()), "role", "content"]
+)
 
 
 def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:
@@ -181,7 +189,7 @@ def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -
         sample.to_json().encode(), sample.prompt_key, sample.id.encode()
 
 
-@many
+@fuzz_settings
 @given(
     content=st.binary(max_size=80) | st.text(max_size=80).map(str.encode),
     ending=st.sampled_from(["jsonl", "json", "parquet"]),
@@ -190,11 +198,11 @@ def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
     read_data(content, ending, folder)
 
 
-@many
+@fuzz_settings
 @given(
     start=st.integers(0, len(LINES)),
     length=st.integers(0, 30),
-    put=st.binary(max_size=6)
+    inserted=st.binary(max_size=6)
     | st.sampled_from(
         [
             b"\n",
@@ -211,14 +219,17 @@ def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
         ]
     ),
 )
-def test_lines_with_a_hole(start: int, length: int, put: bytes, folder: Path) -> None:
-    read_data(LINES[:start].encode() + put + LINES[start + length :].encode(), "jsonl", folder)
+def test_lines_with_a_hole(start: int, length: int, inserted: bytes, folder: Path) -> None:
+    read_data(LINES[:start].encode() + inserted + LINES[start + length :].encode(), "jsonl", folder)
 
 
-@many
+@fuzz_settings
 @given(
     records=st.lists(
-        values | st.dictionaries(fields, values, max_size=5) | st.just(RECORD) | st.just(CHAT),
+        json_values
+        | st.dictionaries(fields, json_values, max_size=5)
+        | st.just(RECORD)
+        | st.just(CHAT),
         max_size=4,
     ),
     ending=st.sampled_from(["jsonl", "json"]),
@@ -244,9 +255,9 @@ def table() -> bytes:
     return buffer.getvalue()
 
 
-@many
+@fuzz_settings
 @given(data=st.data())
 def test_a_table_with_a_hole(data: st.DataObject, table: bytes, folder: Path) -> None:
     start = data.draw(st.integers(0, len(table)))
-    put, length = data.draw(st.binary(max_size=4)), data.draw(st.sampled_from([0, 1, 4, 60]))
-    read_data(table[:start] + put + table[start + length :], "parquet", folder)
+    inserted, length = data.draw(st.binary(max_size=4)), data.draw(st.sampled_from([0, 1, 4, 60]))
+    read_data(table[:start] + inserted + table[start + length :], "parquet", folder)

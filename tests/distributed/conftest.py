@@ -1,4 +1,4 @@
-"""What tests share that make this process a rank."""
+"""A fixture for tests that make this process a rank."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from deepspeed.utils import groups
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[None]:
-    """DeepSpeed makes this process a rank: what starts processes later must not find it so, nor the
-    next such tests its group.
+def single_rank() -> Iterator[None]:
+    """Restore the environment and destroy the process group after tests in which DeepSpeed makes
+    this process a rank: later tests must not inherit them.
     """
-    before = dict(os.environ)
+    environment = dict(os.environ)
     yield
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(environment)
     if dist.is_initialized():
         dist.destroy_process_group()
         groups._WORLD_GROUP = None

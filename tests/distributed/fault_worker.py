@@ -48,10 +48,10 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
         tracking=TrackingConfig(tensorboard=False),
     )
     plan = single_stage_plan(np.arange(12), steps=6, batch_size=12, temperature=1.0, sft_ratio=0.3)
-    odd = distributed.rank() == 1
+    is_faulty_rank = distributed.rank() == 1
     training = TrainingRun(
         run.train,
-        "other" if odd and fault == "recipe" else "one",
+        "other" if is_faulty_rank and fault == "recipe" else "one",
         "train",
         plan,
         np.arange(12),
@@ -66,9 +66,9 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
     trainer = build_trainer(run, training)
     micro_batches = trainer.data.micro_batches
 
-    def strange(lengths: Any) -> Any:
-        strange.calls += 1  # type: ignore[attr-defined]
-        if odd and strange.calls > 2:  # type: ignore[attr-defined]
+    def faulty_micro_batches(lengths: Any) -> Any:
+        faulty_micro_batches.calls += 1  # type: ignore[attr-defined]
+        if is_faulty_rank and faulty_micro_batches.calls > 2:  # type: ignore[attr-defined]
             if fault == "skip":
                 return micro_batches(lengths)[1:]
             if fault == "sleep":
@@ -77,8 +77,8 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
                 os._exit(9)
         return micro_batches(lengths)
 
-    strange.calls = 0  # type: ignore[attr-defined]
-    trainer.data.micro_batches = strange  # type: ignore[method-assign]
+    faulty_micro_batches.calls = 0  # type: ignore[attr-defined]
+    trainer.data.micro_batches = faulty_micro_batches  # type: ignore[method-assign]
     trainer.run()
 
 

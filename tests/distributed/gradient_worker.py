@@ -1,5 +1,5 @@
-"""Ranks of test_gradients: the trainer's own step over a batch for each case, gradients against
-plain float64 PyTorch.
+"""Ranks of test_gradients: compare the gradients of one trainer step with those of plain float64
+PyTorch, for each case.
 
     launch/train.sh --ranks R --module gradient_worker CASES.json OUT.json
 """
@@ -43,7 +43,7 @@ WEIGHTS = (3.0, 1.0)  # of two teachers
 
 
 class Recorder(DeepSpeedEngine):
-    """An engine that keeps the step's gradients instead of using them."""
+    """An engine that records the gradients of a step and does not apply them."""
 
     gradients: dict[str, torch.Tensor]
 
@@ -56,8 +56,8 @@ class Recorder(DeepSpeedEngine):
 
 
 def write_split(folder: Path) -> list[tuple[int, list[int]]]:
-    """12 samples of unlike lengths, one of them without a loss token; the longest shares a batch
-    with the shortest.
+    """Write 12 samples of different lengths, one of them without a loss token. The longest is
+    in one batch with the shortest.
     """
     source = np.random.default_rng(0)
     samples = [
@@ -80,7 +80,7 @@ def write_split(folder: Path) -> list[tuple[int, list[int]]]:
 
 
 def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
-    """Gradients of one step, whole, on every rank."""
+    """Gradients of one step, gathered on every rank."""
     train = TrainConfig(
         batch_size=12, micro_batch_size=case["micro"], micro_batch_tokens=case.get("tokens")
     )
@@ -89,12 +89,11 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         "teacher_zero3", dtype="float32", ranks=ranks, micro_batch_size=1
     )
     config = ds_config.resolve_student("student_zero3", train=train, dtype="float32", ranks=ranks)
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = (
-        0  # nothing whole by accident
-    )
+    # Shard also the smallest parameters.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     ids = VocabMap(SIZE)
     teachers = []
-    for path in (case["teacher"], *case.get("others", ())):
+    for path in (case["teacher"], *case.get("ensemble", ())):
         with sharded_loading(frozen):
             teachers.append(
                 OnlineTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids)
@@ -136,17 +135,17 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
 def plain_gradients(
     case: dict[str, Any], samples: list[tuple[int, list[int]]]
 ) -> dict[str, torch.Tensor]:
-    """The same in one process, float64, a sample at a time, every logit, autograd through all."""
+    """The same gradients in one process: float64, one sample at a time, full logits, autograd."""
     student: Any = load_model(case["student"], dropout=0.0).double().train()
     teachers: list[Any] = [
-        load_model(path).double() for path in (case["teacher"], *case.get("others", ()))
+        load_model(path).double() for path in (case["teacher"], *case.get("ensemble", ()))
     ]
     shares = [weight / sum(WEIGHTS) for weight in WEIGHTS] if len(teachers) > 1 else [1.0]
     total = sum(len(ids) - max(prompt, 1) for prompt, ids in samples)
     for prompt, tokens in samples:
         ids = torch.tensor([tokens])
         with torch.no_grad():
-            answers = [
+            tempered_logits = [
                 teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TEMPERATURE
                 for teacher in teachers
             ]
@@ -154,7 +153,7 @@ def plain_gradients(
                 TEMPERATURE
                 * sum(
                     share * logits.softmax(-1)
-                    for share, logits in zip(shares, answers, strict=True)
+                    for share, logits in zip(shares, tempered_logits, strict=True)
                 ).log()
             )
         logits = student(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE]
@@ -172,7 +171,7 @@ def plain_gradients(
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:
-    """The largest error of each case, relative to the largest gradient."""
+    """Write the largest error of each case, relative to the largest gradient."""
     start_deepspeed()
     errors = []
     with tempfile.TemporaryDirectory() as name:

@@ -1,6 +1,4 @@
-"""What engines set up around DeepSpeed: timeouts of process groups, and buffers that stay in
-float32.
-"""
+"""Settings of the engines: timeouts of process groups, and buffers that stay in float32."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.models.load import load_model
 from pocl_ds.runtime.distributed import PROCESS_GROUP_TIMEOUT
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = pytest.mark.usefixtures("single_rank")
 
 
 def group_timeouts() -> set[timedelta]:
@@ -39,7 +37,7 @@ def group_timeouts() -> set[timedelta]:
 @pytest.mark.parametrize("hang_timeout_seconds", [1800.0, 9e9])
 @pytest.mark.parametrize("name", ["torch", "student_zero3", "student_zero2"])
 def test_ranks_wait_longer_than_the_watchdog(name: str, hang_timeout_seconds: float) -> None:
-    """In every group: DeepSpeed makes its own after it has loaded the teacher."""
+    """In every group: DeepSpeed creates further groups after it has loaded the teacher."""
     start_deepspeed()
     frozen = resolve_teacher("teacher_zero3", dtype="float32", ranks=2, micro_batch_size=1)
     assert frozen is not None
@@ -106,7 +104,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_sharded_models_buffers_are_those_of_a_whole_one(
+def test_buffers_of_a_sharded_model_equal_those_of_a_complete_one(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
     """Rotary frequencies, and what a model itself keeps in float32 (DeepSeek's routing bias)."""
@@ -134,8 +132,8 @@ def test_a_sharded_models_buffers_are_those_of_a_whole_one(
         assert buffers[name].dtype == buffer.dtype and buffers[name].equal(buffer), name
 
 
-def test_a_students_positions_are_those_of_its_export(tiny_llama: Path) -> None:
-    """Also if a ds_config names what else stays in float32, or nothing."""
+def test_logits_of_a_sharded_student_equal_those_of_its_export(tiny_llama: Path) -> None:
+    """Also if a ds_config names further modules that stay in float32, or none."""
     start_deepspeed()
     train = TrainConfig(batch_size=1, micro_batch_size=1)
     config = resolve_student("student_zero3", train=train, dtype="bfloat16", ranks=1)

@@ -1,5 +1,5 @@
-"""ZeRO-3 ranks give the gradients of one plain process over the union batch, whatever the ranks and
-micro-batches.
+"""ZeRO-3 ranks compute the gradients of one plain process over the global batch, for any number of
+ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from command_line import ROOT, environment
 
 # A covering set: every pair of values of (micro-batch, layout, rows of a chunk, tied,
-# checkpointing) stands in some case.
+# checkpointing) occurs in a case.
 SHAPES: list[dict[str, Any]] = [
     {
         "micro": 1,
@@ -76,7 +76,7 @@ SHAPES: list[dict[str, Any]] = [
         "model": "tied",
         "checkpointing": False,
         "loss": "fkl",
-        "others": ["gpt2"],
+        "ensemble": ["gpt2"],
     },
 ]
 
@@ -96,7 +96,7 @@ def test_gradients(
         dict(shape) for shape in SHAPES if 12 % (ranks * shape["micro"]) == 0 or "tokens" in shape
     ]
     for shape in shapes:
-        shape["others"] = [str(models[name]) for name in shape.get("others", [])]
+        shape["ensemble"] = [str(models[name]) for name in shape.get("ensemble", [])]
     cases = [
         {**shape, "student": str(models[shape["model"]]), "teacher": str(teachers[shape["model"]])}
         for shape in shapes
@@ -115,7 +115,7 @@ def test_gradients(
         str(tmp_path / "out.json"),
     ]
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    found = subprocess.run(
+    process = subprocess.run(
         command,
         text=True,
         capture_output=True,
@@ -127,7 +127,7 @@ def test_gradients(
             "PYTHONPATH": paths,
         },
     )
-    assert found.returncode == 0, found.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     errors = json.loads((tmp_path / "out.json").read_text())
     assert len(errors) == len(cases) > 5
     worst = max(zip(errors, range(len(errors)), strict=True))

@@ -28,7 +28,7 @@ from pocl_ds.training.trainer import StepResult, Trainer
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.run_dir import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = pytest.mark.usefixtures("single_rank")
 ENGINES = ["torch", "student_zero3", "student_zero2"]
 
 

@@ -1,6 +1,4 @@
-"""DeepSpeed's own checkpoints are read with nothing but data allowed; one that a stranger changed
-is refused.
-"""
+"""DeepSpeed's checkpoints are loaded as data only; a checkpoint that contains code is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 from command_line import ROOT
 
 
-def test_a_checkpoint_of_a_stranger(tmp_path: Path) -> None:
+def test_a_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     command = [
         "bash",
@@ -24,12 +22,12 @@ def test_a_checkpoint_of_a_stranger(tmp_path: Path) -> None:
         "--module",
         "untrusted_worker",
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "PYTHONPATH": paths, "POCL_PYTHON": sys.executable},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "read as data" in done.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "read as data" in process.stdout

@@ -1,4 +1,4 @@
-"""One rank that saves DeepSpeed's checkpoints, reads them again, and then as a stranger left them.
+"""One rank that saves DeepSpeed's checkpoints, loads them, inserts code and loads them again.
 
 launch/train.sh --ranks 1 --module untrusted_worker FOLDER
 """
@@ -21,6 +21,8 @@ from pocl_ds.errors import ArtifactError
 
 
 class Trap:
+    """Creates a folder when it is unpickled."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -28,13 +30,13 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def refused(function: Callable[..., None], *arguments: Path) -> None:
+def assert_refused(function: Callable[..., None], *arguments: Path) -> None:
     try:
         function(*arguments)
     except ArtifactError as error:
         assert "mkdir" in str(error) and "none of its code was run" in str(error)
     else:
-        raise AssertionError(f"{function.__name__} took it")
+        raise AssertionError(f"{function.__name__} accepted the checkpoint")
 
 
 def check(name: str, dtype: str, folder: Path) -> None:
@@ -59,9 +61,9 @@ def check(name: str, dtype: str, folder: Path) -> None:
         engine.load(converted, resharded=True)
     file = next(path for path in files if "optim" in path.name)
     torch.save({**torch.load(file, weights_only=False), "more": Trap(sprung)}, file)
-    refused(engine.load, saved)
+    assert_refused(engine.load, saved)
     if reshards:
-        refused(engine.reshard, saved, folder / "again")
+        assert_refused(engine.reshard, saved, folder / "again")
     assert not sprung.exists()
 
 

@@ -1,5 +1,5 @@
-"""An evaluation as a user starts it, with two engines side by side and a folder of benchmarks, and
-the commands that read its results.
+"""An evaluation through the command line, with two generation engines and a folder of benchmarks,
+and the commands that read its results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def finished(
         },
     )
     run = str(folder / "run")
-    # In this process: a process of its own takes seconds to start.
+    # In this process: a separate one takes seconds to start.
     for step in ("preprocess", "init-student", "rank", "plan"):
         assert main([step, str(recipe), "--run-dir", run]) == 0
     pocl("train", "--run-dir", run)
@@ -91,5 +91,5 @@ def test_commands_that_read_a_run(finished: Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_shard_without_a_model_is_refused(finished: Path) -> None:
-    done = pocl("evaluate", "--run-dir", str(finished), "--shard", "0/2", check=False)
-    assert done.returncode == 2 and done.stderr.strip().endswith("add --model")
+    process = pocl("evaluate", "--run-dir", str(finished), "--shard", "0/2", check=False)
+    assert process.returncode == 2 and process.stderr.strip().endswith("add --model")

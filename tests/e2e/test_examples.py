@@ -1,4 +1,4 @@
-"""The programs in examples/ and the notebook in docs/ run as they are, on public names alone."""
+"""The programs in examples/ and the notebook in docs/ run unchanged and use only public names."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MAX_LINES = 150
 
 
 def run_example(name: str, *arguments: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=900,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 def private_imports(source: str) -> list[str]:
@@ -72,7 +72,7 @@ def test_custom_schedule() -> None:
 
 @pytest.mark.slow
 def test_distill_minimal() -> None:
-    """Two epochs a stage: the student comes closer to its teacher."""
+    """With two epochs per stage the student comes closer to its teacher."""
     output = run_example("distill_minimal.py")
     match = re.search(r"KL to the teacher .*: ([\d.]+) -> ([\d.]+) nats", output)
     assert match and float(match[2]) < float(match[1]) / 1.5
@@ -85,8 +85,8 @@ def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    shown = "".join(
+    output_text = "".join(
         output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
         for output in notebook.cells[-1].outputs
     )
-    assert "student" in shown and "teacher" in shown
+    assert "student" in output_text and "teacher" in output_text

@@ -38,11 +38,9 @@ FAMILIES = list(tiny_models.FAMILIES)
 
 
 def run_worker(name: str, runs: list[Path], folder: Path, *, processes: int) -> None:
-    """family_worker over some runs: as ranks together, or in processes that share the runs between
-    them.
-    """
+    """Run family_worker over some runs: as ranks, or in processes that share the runs."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    where = {
+    variables = {
         **environment(),
         "POCL_PYTHON": sys.executable,
         "POCL_LOG_DIR": str(folder / "logs"),
@@ -65,9 +63,9 @@ def run_worker(name: str, runs: list[Path], folder: Path, *, processes: int) -> 
         ]
     started = [
         subprocess.Popen(
-            one, env=where, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        for one in commands
+        for command in commands
     ]
     for process in started:
         output = process.communicate(timeout=800)[0]
@@ -76,7 +74,7 @@ def run_worker(name: str, runs: list[Path], folder: Path, *, processes: int) -> 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The finished run directory of each family, and beside it the folders teacher, student and
+    """The finished run directory of each family. Next to it are the folders teacher, student and
     other (a third model).
     """
     run_of_family, folder = {}, tmp_path_factory.mktemp("families")
@@ -118,14 +116,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @torch.no_grad()
 def logits(folder: Path, ids: list[int]) -> torch.Tensor:
-    """The logits of transformers for a sequence, without those after its last token: [T - 1, V]."""
+    """Logits of transformers for all tokens of a sequence but the first: [T - 1, V]."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     values: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0, :-1].float()
     return values
 
 
-def of_tokens(log_probs: torch.Tensor, ids: list[int], start: int) -> torch.Tensor:
-    """[T - start]: those of the tokens from `start` on."""
+def token_log_probs(log_probs: torch.Tensor, ids: list[int], start: int) -> torch.Tensor:
+    """Log-probabilities [T - start] of the tokens from `start` on, from those of all ids."""
     return log_probs[start - 1 :].gather(1, torch.tensor(ids[start:])[:, None])[:, 0]
 
 
@@ -141,7 +139,7 @@ def test_scores_equal_those_of_transformers(name: str, runs: dict[str, Path]) ->
     for line in lines[:3]:
         (row,) = split.rows_of([line["id"]])
         ids, start = split.tokens(row).tolist(), int(split.prompt_tokens[row])
-        expected = -of_tokens(
+        expected = -token_log_probs(
             logits(runs[name].parent / "student", ids).log_softmax(-1), ids, start
         ).mean()
         assert line["cross_entropy"] == pytest.approx(float(expected), abs=1e-4)
@@ -151,7 +149,9 @@ def test_scores_equal_those_of_transformers(name: str, runs: dict[str, Path]) ->
 def test_the_loss_equals_that_of_full_logits_online_and_cached(
     name: str, runs: dict[str, Path]
 ) -> None:
-    """The first step's KD a token, forward KL at temperature 1; then all steps and the weights."""
+    """Compare the first step's KD loss per token (forward KL at temperature 1), then all steps and
+    the weights.
+    """
     run = runs[name]
     split, plan = TokenizedSplit.open(run / "data", "train"), load_plan(run / "plan" / "plan.json")
     rows = np.load(run / "ranking" / "order.npy")[Sampler(plan, seed=42).batch(0)]
@@ -159,11 +159,11 @@ def test_the_loss_equals_that_of_full_logits_online_and_cached(
     for row in rows:
         ids, start = split.tokens(row).tolist(), int(split.prompt_tokens[row])
         teacher, student = (
-            logits(run.parent / who, ids).log_softmax(-1)[start - 1 :]
-            for who in ("teacher", "student")
+            logits(run.parent / model, ids).log_softmax(-1)[start - 1 :]
+            for model in ("teacher", "student")
         )
         kd.append((teacher.exp() * (teacher - student)).sum(-1))
-    steps = {way: read_metrics(run / way / "metrics.jsonl") for way in ("online", "train")}
+    steps = {name: read_metrics(run / name / "metrics.jsonl") for name in ("online", "train")}
     assert plan.stages[0].temperature == 1 and len(steps["online"]) == 4
     assert steps["online"][0]["kd_loss"] == pytest.approx(float(torch.cat(kd).mean()), rel=1e-5)
     for online, cached in zip(*steps.values(), strict=True):
@@ -171,33 +171,36 @@ def test_the_loss_equals_that_of_full_logits_online_and_cached(
             assert online[key] == cached[key]
         for key in ("loss", "kd_loss", "sft_loss"):
             assert online[key] == pytest.approx(cached[key], rel=2e-5)
-    weights = [load_file(run / way / "final" / "model.safetensors") for way in steps]
+    weights = [load_file(run / name / "final" / "model.safetensors") for name in steps]
     assert weights[0].keys() == weights[1].keys()
-    # Adam makes a step of lr = 1e-3 of any gradient's sign, also where that is rounding: a few
-    # weights differ by a part of it.
-    assert max(float((weights[0][one] - weights[1][one]).abs().max()) for one in weights[0]) < 2e-4
+    # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
+    # a few weights differ by a part of that.
+    errors = [float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]]
+    assert max(errors) < 2e-4
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_export_agrees_in_vllm_transformers_and_the_trainer(
     name: str, runs: dict[str, Path]
 ) -> None:
-    """Also after vLLM loaded the weights of another model of the family, as in a rollout."""
+    """They also agree after vLLM has loaded the weights of another model, as in a rollout."""
     run = runs[name]
-    task, found = (json.loads((run / file).read_text()) for file in ("task.json", "reloaded.json"))
+    task, reloaded = (
+        json.loads((run / file).read_text()) for file in ("task.json", "reloaded.json")
+    )
     model = load_model(str(run / "export"), attention=PER_SAMPLE)
-    for place, (ids, start) in enumerate(zip(task["sequences"], task["starts"], strict=True)):
+    for index, (ids, start) in enumerate(zip(task["sequences"], task["starts"], strict=True)):
         exported, other = (
             logits(folder, ids).log_softmax(-1) for folder in (run / "export", run.parent / "other")
         )
         assert (exported - other).abs().max() > 0.05
-        for name_, expected in (("exported", exported), ("loaded", other)):
+        for weights, expected in (("exported", exported), ("loaded", other)):
             np.testing.assert_allclose(
-                found[name_][place], of_tokens(expected, ids, start), atol=1e-4
+                reloaded[weights][index], token_log_probs(expected, ids, start), atol=1e-4
             )
         with torch.no_grad():
             states = hidden_states(
                 model, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
             )[0, :-1]
-            ours = output_head(model).logits(states).log_softmax(-1)
-        np.testing.assert_allclose(ours, exported, atol=1e-5)
+            actual = output_head(model).logits(states).log_softmax(-1)
+        np.testing.assert_allclose(actual, exported, atol=1e-5)

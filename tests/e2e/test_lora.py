@@ -67,7 +67,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_result_is_a_plain_model_and_resuming_changes_nothing(
     planned: Path, tmp_path: Path
 ) -> None:
-    """A generator with merged weights writes the responses; each optimizer step compares its
+    """A generator with merged weights generates the responses; each optimizer step compares its
     probabilities with the student's.
     """
     initial = Path(read_models(RunDirectory(planned))["student"])

@@ -1,5 +1,5 @@
-"""Every policy on two ranks with tiny models: stopped, resumed and equal to an uninterrupted run;
-also for the baseline.
+"""Every policy on two ranks with tiny models: a training that is stopped and resumed equals an
+uninterrupted one. Also the baseline.
 """
 
 from __future__ import annotations
@@ -82,11 +82,13 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned_cross_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a teacher that has another tokenizer."""
     tokenizer = tiny_models.make_sentencepiece_tokenizer()
-    return plan_without_sft(tmp_path_factory.mktemp("apart"), "loss.name=alm", tokenizer=tokenizer)
+    return plan_without_sft(
+        tmp_path_factory.mktemp("two-tokenizers"), "loss.name=alm", tokenizer=tokenizer
+    )
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_a_policy_from_its_plan_to_its_weights(
+def test_a_resumed_training_of_a_policy_equals_an_uninterrupted_one(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     cross_tokenizer = name.startswith("uld")
@@ -94,19 +96,17 @@ def test_a_policy_from_its_plan_to_its_weights(
     run, overrides = Path(shutil.copytree(planned, tmp_path / "run")), POLICIES[name]
     if name in ("seqkd", "mixture"):
         pocl("generate-teacher", "--run-dir", str(run), *overrides)
-        ours, data = (
+        response_ids, data_ids = (
             np.load(run / folder / "train.ids.npy") for folder in ("teacher_responses", "data")
         )
         lines = [
             (run / folder / "train.jsonl").read_text().splitlines()
             for folder in ("teacher_responses", "data")
         ]
-        assert ours.tolist() == data.tolist()
-        for one, other in zip(*(map(json.loads, part) for part in lines), strict=True):
-            assert (
-                one["instruction"] == other["instruction"]
-                and one["references"] != other["references"]
-            )
+        assert response_ids.tolist() == data_ids.tolist()
+        for response, sample in zip(*(map(json.loads, part) for part in lines), strict=True):
+            assert response["instruction"] == sample["instruction"]
+            assert response["references"] != sample["references"]
     stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
     pocl("train", "--run-dir", str(run), *overrides)
     steps = records(run)
@@ -146,12 +146,12 @@ def test_a_policy_from_its_plan_to_its_weights(
     assert weights[0] == weights[1]
 
 
-def test_alm_from_its_plan_to_the_report(planned_cross_tokenizer: Path, tmp_path: Path) -> None:
+def test_a_run_with_alm(planned_cross_tokenizer: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(planned_cross_tokenizer, tmp_path / "run"))
-    found = pocl("run", "--run-dir", str(run))
+    process = pocl("run", "--run-dir", str(run))
     assert (
-        "each read their own tokens: " in found.stderr
-        and "without the teacher's and a KL" in found.stderr
+        "each read their own tokens: " in process.stderr
+        and "without the teacher's and a KL" in process.stderr
     )
     for training in ("train", "baseline"):
         steps = records(run, training)
@@ -164,36 +164,37 @@ def test_alm_from_its_plan_to_the_report(planned_cross_tokenizer: Path, tmp_path
     assert models["student"]["loss"] > 0 and "kl" not in models["student"]
 
 
-def test_two_tokenizers_need_a_loss_across_tokenizers(
+def test_two_tokenizers_need_a_cross_tokenizer_loss(
     planned_cross_tokenizer: Path, tmp_path: Path
 ) -> None:
     recipe = planned_cross_tokenizer / "recipe.yaml"
-    found = pocl(
+    process = pocl(
         "preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), "loss.name=fkl", check=False
     )
-    assert found.returncode == 2
-    assert "different tokenizers" in found.stderr and "loss.name=alm or uld" in found.stderr
+    assert process.returncode == 2
+    assert "different tokenizers" in process.stderr and "loss.name=alm or uld" in process.stderr
     overrides = [
         "loss.name=sft",
         "policy.name=seqkd",
         "baseline.enabled=false",
         "student.heal_steps=2",
     ]
-    found = pocl(
+    process = pocl(
         "preprocess", str(recipe), "--run-dir", str(tmp_path / "run"), *overrides, check=False
     )
     assert (
-        found.returncode == 2 and "student.heal_steps=2 heals by plain distillation" in found.stderr
-    ), found.stderr
+        process.returncode == 2
+        and "student.heal_steps=2 heals by plain distillation" in process.stderr
+    ), process.stderr
 
 
 @pytest.mark.vllm
 def test_vllm_generates_next_to_the_ranks_with_their_weights(planned: Path, tmp_path: Path) -> None:
-    """Its log-probabilities are compared with the student's after each weight transfer: a run that
-    ends has passed that check.
+    """Training compares vLLM's log-probabilities with the student's after each weight transfer: a
+    training that finishes has passed that check.
     """
     run = Path(shutil.copytree(planned, tmp_path / "run"))
-    found = pocl(
+    process = pocl(
         "train",
         "--run-dir",
         str(run),
@@ -202,7 +203,7 @@ def test_vllm_generates_next_to_the_ranks_with_their_weights(planned: Path, tmp_
         "policy.sync_weights_every=4",
         "loss.name=jsd",
     )
-    assert "vllm generates the student's responses" in found.stderr
+    assert "vllm generates the student's responses" in process.stderr
     steps = records(run)
     assert len(steps) == STEPS and all(record["on_policy"] for record in steps)
     assert [record["staleness_steps"] for record in steps] == [step % 4 for step in range(STEPS)]

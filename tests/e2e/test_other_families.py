@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from refusals import sentence
+from refusals import error_message
 from tiny_runs import records, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def test_unsupported_models_are_refused_before_anything_is_scored(
     run, pair = tmp_path / "run", tmp_path / "pair.yaml"
     attention = ["teacher.attn_implementation=sdpa", "student.attn_implementation=eager"]
     for family, other in zip(("starcoder2", "bloom"), reversed(attention), strict=True):
-        message = sentence(
+        message = error_message(
             capsys, "init-student", recipe, "--run-dir", run, "loss.fused=false", other
         )
         assert message == (
@@ -81,12 +81,12 @@ def test_unsupported_models_are_refused_before_anything_is_scored(
             "which may need their mask: set their attn_implementation=eager, or sdpa if they have "
             "it"
         )
-    message = sentence(capsys, "init-student", recipe, "--run-dir", run, *attention)
+    message = error_message(capsys, "init-student", recipe, "--run-dir", run, *attention)
     assert message.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
     assert "set loss.fused=false, with which" in message
     student = {"model": str(tiny_models.llama(tmp_path / "known"))}
     pair.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "student": student}))
-    message = sentence(
+    message = error_message(
         capsys,
         "init-student",
         pair,
@@ -107,7 +107,7 @@ def first_divergence(run: Path) -> float:
         .eval()
         for name in ("teacher", "student")
     ]
-    found = []
+    divergences = []
     for row in np.load(run / "ranking" / "order.npy")[Sampler(plan, seed=42).batch(0)]:
         ids, start = (
             torch.from_numpy(split.tokens(row).astype(np.int64))[None],
@@ -118,8 +118,8 @@ def first_divergence(run: Path) -> float:
                 (model(input_ids=ids).logits[0, start - 1 : -1] / 1.5).log_softmax(-1)
                 for model in models
             )
-        found.append((log_p.exp() * (log_p - log_q)).sum(-1) * 1.5**2)
-    return float(torch.cat(found).mean())
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1) * 1.5**2)
+    return float(torch.cat(divergences).mean())
 
 
 def test_unknown_heads_are_trained_without_the_fused_head(

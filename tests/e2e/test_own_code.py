@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 @pytest.mark.usefixtures("modules_of_models")
 def test_a_run_of_models_with_custom_code(tmp_path: Path) -> None:
-    teacher = tiny_models.with_code(tiny_models.llama(tmp_path / "teacher", layers=3))
-    student = tiny_models.with_code(tiny_models.llama(tmp_path / "student", layers=2, seed=1))
+    teacher = tiny_models.add_custom_code(tiny_models.llama(tmp_path / "teacher", layers=3))
+    student = tiny_models.add_custom_code(tiny_models.llama(tmp_path / "student", layers=2, seed=1))
     recipe = write_recipe(
         tmp_path,
         teacher,
@@ -32,7 +32,7 @@ def test_a_run_of_models_with_custom_code(tmp_path: Path) -> None:
     pocl("run", str(recipe), "--run-dir", str(tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["models"]
     assert results["student"]["kl"] > 0 and results["teacher"]["loss"] > 0
-    assert all((tmp_path / "run" / "export" / name).is_file() for name in tiny_models.OWN)
+    assert all((tmp_path / "run" / "export" / name).is_file() for name in tiny_models.CUSTOM_CODE)
     exported = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "export", trust_remote_code=True
     )

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny_runs import write_recipe
 
 from pocl_ds.bench import overhead
-from pocl_ds.runtime.tracking import read_metrics
+from pocl_ds.runtime.metrics import read_metrics
 
 
 def training_steps(run: Path) -> list[dict[str, Any]]:
@@ -33,12 +33,12 @@ def training_steps(run: Path) -> list[dict[str, Any]]:
         "stage",
         "epoch",
         "loss",
-        "kd",
-        "ce",
+        "kd_loss",
+        "sft_loss",
         "temperature",
         "sft_ratio",
         "lr",
-        "tokens",
+        "loss_tokens",
         "sample_ids_digest",
     )
     return [
@@ -112,23 +112,25 @@ def test_files_have_the_permissions_of_the_umask(finished: Path) -> None:
 
 def test_a_second_run_finds_every_step_finished(finished: Path) -> None:
     before = (finished / "train" / "manifest.json").stat().st_mtime_ns
-    done = pocl("run", "--run-dir", str(finished))
-    assert done.stderr.count("already finished") == 9
+    process = pocl("run", "--run-dir", str(finished))
+    assert process.stderr.count("already finished") == 9
     assert (finished / "train" / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_a_run_directory_of_another_recipe_is_refused(finished: Path) -> None:
-    done = pocl("run", "--run-dir", str(finished), "ranking.k=10", check=False)
-    assert done.returncode == 2 and "ranking.k" in done.stderr and "--run-dir" in done.stderr
-    assert "Traceback" not in done.stderr
+    process = pocl("run", "--run-dir", str(finished), "ranking.k=10", check=False)
+    assert (
+        process.returncode == 2 and "ranking.k" in process.stderr and "--run-dir" in process.stderr
+    )
+    assert "Traceback" not in process.stderr
 
 
 @pytest.fixture(scope="module")
-def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def without_dropout(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without dropout. Dropout masks depend on the rank; without them, every number of ranks
     computes the same.
     """
-    folder = tmp_path_factory.mktemp("undropped")
+    folder = tmp_path_factory.mktemp("without-dropout")
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     recipe["student"] |= {
         "heal_steps": 0,
@@ -155,24 +157,24 @@ def undropped(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_other_engines_ranks_and_micro_batches_give_the_same_result(
-    undropped: Path, tmp_path: Path, change: list[str]
+    without_dropout: Path, tmp_path: Path, change: list[str]
 ) -> None:
-    other = untrained_copy(undropped, tmp_path / "run")
+    other = untrained_copy(without_dropout, tmp_path / "run")
     pocl("train", "--run-dir", str(other), *change)
-    runs = [undropped, other]
+    runs = [without_dropout, other]
     for actual, expected in zip(training_steps(runs[0]), training_steps(runs[1]), strict=True):
         assert actual.pop("loss") == pytest.approx(expected.pop("loss"), rel=2e-5)
-        assert actual.pop("kd") == pytest.approx(expected.pop("kd"), rel=2e-5)
-        assert actual.pop("ce") == pytest.approx(expected.pop("ce"), rel=2e-5)
+        assert actual.pop("kd_loss") == pytest.approx(expected.pop("kd_loss"), rel=2e-5)
+        assert actual.pop("sft_loss") == pytest.approx(expected.pop("sft_loss"), rel=2e-5)
         assert actual == expected
     left, right = weights(runs[0]), weights(runs[1])
     assert left.keys() == right.keys()
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
 
 
-def test_a_cached_teacher_gives_the_same_training(undropped: Path, tmp_path: Path) -> None:
-    """Cached hidden states replace the teacher's layers; a lost shard is written again, alone."""
-    run = untrained_copy(undropped, tmp_path / "run")
+def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_path: Path) -> None:
+    """Cached hidden states replace the teacher's layers; only a missing shard is written again."""
+    run = untrained_copy(without_dropout, tmp_path / "run")
     words = ("--run-dir", str(run), "teacher.mode=cached_hidden_states", "teacher_cache.shards=3")
     missing = pocl("train", *words, check=False)
     assert (
@@ -196,13 +198,13 @@ def test_a_cached_teacher_gives_the_same_training(undropped: Path, tmp_path: Pat
     assert {name for name in before if before[name] != after[name]} == {"train-00001-of-00003.bin"}
     shutil.move(run / "teacher_cache", tmp_path / "teacher_cache")
     shutil.copytree(tmp_path / "teacher_cache", run / "teacher_cache")
-    done = pocl("train", *words)
-    assert "the teacher is on disk" in done.stderr
-    for actual, expected in zip(training_steps(run), training_steps(undropped), strict=True):
-        for name in ("loss", "kd", "ce"):
+    process = pocl("train", *words)
+    assert "the teacher is on disk" in process.stderr
+    for actual, expected in zip(training_steps(run), training_steps(without_dropout), strict=True):
+        for name in ("loss", "kd_loss", "sft_loss"):
             assert actual.pop(name) == pytest.approx(expected.pop(name), rel=2e-6)
         assert actual == expected
-    left, right = weights(undropped), weights(run)
+    left, right = weights(without_dropout), weights(run)
     # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
     # a few weights differ by a part of that.
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
@@ -210,47 +212,54 @@ def test_a_cached_teacher_gives_the_same_training(undropped: Path, tmp_path: Pat
     damaged = untrained_copy(run, tmp_path / "damaged")
     path = damaged / "teacher_cache" / "train-00002-of-00003.bin"
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    done = pocl("train", "--run-dir", str(damaged), check=False)
+    process = pocl("train", "--run-dir", str(damaged), check=False)
     assert (
-        done.returncode == 2
-        and f"{path} is damaged at row" in done.stderr
-        and "Traceback" not in done.stderr
+        process.returncode == 2
+        and f"{path} is damaged at row" in process.stderr
+        and "Traceback" not in process.stderr
     )
     path.write_bytes(path.read_bytes()[:-4])
-    done = pocl("train", "--run-dir", str(damaged), check=False)
+    process = pocl("train", "--run-dir", str(damaged), check=False)
     assert (
-        done.returncode == 2 and "is missing, or not what `pocl cache-teacher` wrote" in done.stderr
+        process.returncode == 2
+        and "is missing, or not what `pocl cache-teacher` wrote" in process.stderr
     )
 
 
-def test_a_teacher_cached_as_top_k_logits(undropped: Path, tmp_path: Path) -> None:
-    run = untrained_copy(undropped, tmp_path / "run")
+def test_a_teacher_cached_as_top_k_logits(without_dropout: Path, tmp_path: Path) -> None:
+    run = untrained_copy(without_dropout, tmp_path / "run")
     words = ("--run-dir", str(run), "teacher.mode=cached_topk", "teacher_cache.top_k=16")
     log = pocl("cache-teacher", *words).stderr
     info = json.loads((run / "teacher_cache" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "cached_topk" and [loss["temperature"] for loss in info["lost"]] == [
+    assert info["mode"] == "cached_topk" and [
+        loss["temperature"] for loss in info["truncation"]
+    ] == [
         1.0,
         2.0,
     ]
-    assert 0 < info["lost"][0]["mass"] < info["lost"][1]["mass"] < 1 and all(
-        loss["kl"] > 0 for loss in info["lost"]
+    assert 0 < info["truncation"][0]["mass"] < info["truncation"][1]["mass"] < 1 and all(
+        loss["kl"] > 0 for loss in info["truncation"]
     )
-    assert "the 16 largest leave out a mass of" in log
+    assert "the top 16 leave out a probability of" in log
     pocl("train", *words)
-    steps, reference = training_steps(run), training_steps(undropped)
+    steps, reference = training_steps(run), training_steps(without_dropout)
     assert len(steps) == len(reference)
-    assert steps[0]["ce"] == pytest.approx(reference[0]["ce"], rel=1e-6)
-    assert 0 < steps[0]["kd"] < reference[0]["kd"]  # over fewer tokens
+    assert steps[0]["sft_loss"] == pytest.approx(reference[0]["sft_loss"], rel=1e-6)
+    assert 0 < steps[0]["kd_loss"] < reference[0]["kd_loss"]  # over fewer tokens
 
 
-def test_a_teacher_that_does_not_fit_the_disk_stays_online(undropped: Path, tmp_path: Path) -> None:
-    run = untrained_copy(undropped, tmp_path / "run")
+def test_a_teacher_that_does_not_fit_the_disk_stays_online(
+    without_dropout: Path, tmp_path: Path
+) -> None:
+    run = untrained_copy(without_dropout, tmp_path / "run")
     words = ("--run-dir", str(run), "teacher.mode=auto", "teacher_cache.max_disk_gb=0.000001")
     log = pocl("cache-teacher", *words).stderr
     info = json.loads((run / "teacher_cache" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "online" and "they do not fit" in info["why"] and info["why"] in log
+    assert (
+        info["mode"] == "online" and "they do not fit" in info["reason"] and info["reason"] in log
+    )
     assert "the teacher is sharded over the ranks" in pocl("train", *words).stderr
-    for actual, expected in zip(training_steps(run), training_steps(undropped), strict=True):
+    for actual, expected in zip(training_steps(run), training_steps(without_dropout), strict=True):
         assert actual == expected
 
 
@@ -267,14 +276,14 @@ def test_the_overhead_of_scoring_is_reported(finished: Path) -> None:
 
 @pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (2, 3), (1, 2), (4, 2)])
 def test_a_training_resumes_on_another_number_of_ranks(
-    undropped: Path, tmp_path: Path, ranks_before: int, ranks_after: int
+    without_dropout: Path, tmp_path: Path, ranks_before: int, ranks_after: int
 ) -> None:
     """It resumes from a checkpoint in the middle of a stage and an epoch, and gives the result of a
     training that had this number of ranks from the start.
     """
-    source = undropped
+    source = without_dropout
     if ranks_before != 2:
-        source = untrained_copy(undropped, tmp_path / "before")
+        source = untrained_copy(without_dropout, tmp_path / "before")
         pocl(
             "train",
             "--run-dir",
@@ -294,17 +303,17 @@ def test_a_training_resumes_on_another_number_of_ranks(
     for path in (run / "train" / "checkpoints").glob("step-*"):
         if int(path.name.removeprefix("step-")) > 4:
             shutil.rmtree(path)
-    done = pocl(
+    process = pocl(
         "train", "--run-dir", str(run), f"launch.ranks={ranks_after}", "train.micro_batch_tokens=96"
     )
-    assert f"was written by {ranks_before} ranks: converting it for {ranks_after}" in done.stderr
+    assert f"was written by {ranks_before} ranks: converting it for {ranks_after}" in process.stderr
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] == 4
-    for actual, expected in zip(training_steps(run), training_steps(undropped), strict=True):
+    for actual, expected in zip(training_steps(run), training_steps(without_dropout), strict=True):
         assert actual.pop("loss") == pytest.approx(expected.pop("loss"), rel=1e-5)
-        assert actual.pop("kd") == pytest.approx(expected.pop("kd"), rel=1e-5)
-        assert actual.pop("ce") == pytest.approx(expected.pop("ce"), rel=1e-5)
+        assert actual.pop("kd_loss") == pytest.approx(expected.pop("kd_loss"), rel=1e-5)
+        assert actual.pop("sft_loss") == pytest.approx(expected.pop("sft_loss"), rel=1e-5)
         assert actual == expected
-    left, right = weights(undropped), weights(run)
+    left, right = weights(without_dropout), weights(run)
     # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
     # a few weights differ by a part of that.
     assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4

@@ -1,5 +1,5 @@
-"""Full-vocabulary distillation across two families on their real tables: GPT-2 teachers, an OPT
-student.
+"""Full-vocabulary distillation between two families with their real vocabularies: GPT-2 teachers
+and an OPT student.
 """
 
 from __future__ import annotations
@@ -22,12 +22,10 @@ def tokenizer(folder: Path, eos: str) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    made.pre_tokenizer, made.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos, pad_token=eos)
+    bpe = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=eos, pad_token=eos)
 
 
 @pytest.fixture
@@ -100,17 +98,15 @@ def first_divergence(run: Path) -> float:
         for name in ("student", "teacher0")
     ]
     common = [token for token in names[0] if token in names[1] and token != "<|endoftext|>"]
-    left, right = (
-        [names[0][token] for token in [*common, "</s>"]],
-        [names[1][token] for token in [*common, "<|endoftext|>"]],
-    )
-    number = dict(zip(left, right, strict=True))
+    student_ids = [names[0][token] for token in [*common, "</s>"]]
+    teacher_ids = [names[1][token] for token in [*common, "<|endoftext|>"]]
+    teacher_id_of = dict(zip(student_ids, teacher_ids, strict=True))
     order = np.load(run / "ranking" / "order.npy")
     index, tokens = (
         np.load(run / "data" / "train.index.npy"),
         np.fromfile(run / "data" / "train.tokens.bin", np.uint32),
     )
-    first = json.loads((run / "train" / "metrics.jsonl").read_text().splitlines()[0])
+    first_record = json.loads((run / "train" / "metrics.jsonl").read_text().splitlines()[0])
     from pocl_ds.curriculum.plan_step import load_plan
     from pocl_ds.curriculum.sampler import Sampler
 
@@ -119,19 +115,20 @@ def first_divergence(run: Path) -> float:
     for row in rows:
         start, prompt, size = (int(value) for value in index[row])
         ids = torch.from_numpy(tokens[start : start + size].astype(np.int64))[None]
-        mapped = torch.tensor([[number[int(token)] for token in ids[0]]])
+        mapped = torch.tensor([[teacher_id_of[int(token)] for token in ids[0]]])
         with torch.no_grad():
             log_q = (
-                student(input_ids=ids).logits[0, prompt - 1 : -1][:, left] / temperature
+                student(input_ids=ids).logits[0, prompt - 1 : -1][:, student_ids] / temperature
             ).log_softmax(-1)
             distributions = [
                 (
-                    teacher(input_ids=mapped).logits[0, prompt - 1 : -1][:, right] / temperature
+                    teacher(input_ids=mapped).logits[0, prompt - 1 : -1][:, teacher_ids]
+                    / temperature
                 ).softmax(-1)
                 for teacher in teachers
             ]
         p = 0.75 * distributions[0] + 0.25 * distributions[1]
         total += float((p * (p.log() - log_q)).sum()) * temperature**2
         count += size - prompt
-    assert count == first["loss_tokens"]
+    assert count == first_record["loss_tokens"]
     return total / count

@@ -27,11 +27,11 @@ NOT_IN_THE_WHEEL = {
 
 
 def run_command(*words: str | Path, **options: object) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [str(word) for word in words], text=True, capture_output=True, timeout=120, **options
     )  # type: ignore
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stdout
 
 
 @pytest.fixture(scope="module")

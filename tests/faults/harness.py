@@ -83,8 +83,8 @@ class Kill:
 
 
 def prepare(folder: Path) -> Path:
-    """The recipe of a small run with dropout, three stages, and an asynchronous checkpoint every
-    third optimizer step.
+    """Write the recipe of a small run with dropout, three stages, and an asynchronous checkpoint
+    every third optimizer step.
     """
     teacher = tiny_models.llama(folder / "teacher", tied=False, seed=1)
     student = tiny_models.llama(folder / "student")
@@ -158,13 +158,13 @@ def send_kill(pid: int) -> None:
 def records(run: Path) -> list[dict[str, Any]]:
     """The metrics of the training's optimizer steps, without fields that depend on the clock."""
     path = run / "train" / "metrics.jsonl"
-    found = []
+    step_records = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
             if record["kind"] == "step":
-                found.append({key: record[key] for key in COMPARED_FIELDS})
-    return found
+                step_records.append({key: record[key] for key in COMPARED_FIELDS})
+    return step_records
 
 
 def durations(log: str) -> dict[str, float]:
@@ -182,9 +182,11 @@ def finished_steps(log: str) -> list[str]:
 
 def targets(source: random.Random, count: int) -> list[str]:
     """Workflow steps in which to kill a run, in order; half of the kills hit the training."""
-    others = [name for name in WORKFLOW_STEPS if name != "train"]
-    drawn = ["train" if source.random() < 0.5 else source.choice(others) for _ in range(count)]
-    return sorted(drawn, key=WORKFLOW_STEPS.index)
+    other_steps = [name for name in WORKFLOW_STEPS if name != "train"]
+    sampled = [
+        "train" if source.random() < 0.5 else source.choice(other_steps) for _ in range(count)
+    ]
+    return sorted(sampled, key=WORKFLOW_STEPS.index)
 
 
 def attempt(
@@ -203,17 +205,15 @@ def attempt(
     child = start(recipe, run, log)
     begin = time.monotonic()
     while_training = target == "train" and source.random() < 0.5
-    before, recorded = (
-        WORKFLOW_STEPS[: WORKFLOW_STEPS.index(target)] if target else [],
-        len(records(run)),
-    )
+    earlier_steps = WORKFLOW_STEPS[: WORKFLOW_STEPS.index(target)] if target else []
+    recorded = len(records(run))
     moment = None
     while moment is None or time.monotonic() < moment:
         if child.poll() is not None:
             if child.returncode:
                 raise RuntimeError(f"the run failed without a kill:\n{log.read_text()[-3000:]}")
             return None
-        if target and moment is None and set(before) <= set(finished_steps(log.read_text())):
+        if target and moment is None and set(earlier_steps) <= set(finished_steps(log.read_text())):
             if not while_training:
                 moment = time.monotonic() + source.uniform(0.0, max(step_seconds[target], 1.0))
             elif len(records(run)) != recorded:  # this attempt has recorded a step
@@ -238,7 +238,7 @@ def resumed_step(log: str, recorded: int) -> int | None:
 
 def differences(run: Path, reference: Path) -> list[str]:
     """Names of the results that differ."""
-    found = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
+    differing = [] if records(run) == records(reference) else ["train/metrics.jsonl"]
     patterns = (
         "train/final/model.safetensors",
         "models/heal/final/model.safetensors",
@@ -255,8 +255,8 @@ def differences(run: Path, reference: Path) -> list[str]:
                 not (run / path).is_file()
                 or (run / path).read_bytes() != (reference / path).read_bytes()
             ):
-                found.append(str(path))
-    return found
+                differing.append(str(path))
+    return differing
 
 
 def main(kills: int, seed: int, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""One rank that saves a ZeRO-3 checkpoint, converts it, and takes the same step from both.
+"""One rank that saves a ZeRO-3 checkpoint, converts it, and runs the same step from both.
 
 launch/train.sh --ranks 1 --module reshard_worker FOLDER
 """
@@ -25,7 +25,7 @@ def step(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path) -> None:
-    """Both steps come to the same weights."""
+    """Assert that a step from either checkpoint gives the same weights."""
     start_deepspeed()
     train = TrainConfig(batch_size=2, micro_batch_size=2)
     module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))

@@ -1,5 +1,5 @@
-"""What only a GPU can show: the same equalities in bfloat16 on its kernels, and the bars of time
-and memory.
+"""Checks that need a GPU: accuracy in bfloat16, limits of time and memory, vLLM's sleep mode, and
+conversion of checkpoints.
 """
 
 from __future__ import annotations
@@ -77,55 +77,55 @@ def test_the_fused_head_in_bfloat16_is_nearer_to_float64_than_the_plain_form(nam
     assert (leaf.grad.double() - exact).norm() <= (gradients[torch.bfloat16] - exact).norm() * 1.02
 
 
-def test_the_bars_of_time_and_memory() -> None:
-    """8192 tokens x 128,256 ids x 4096 in 60 ms and 11 GB on an H100: what Liger's chunked loss
-    sets.
+def test_time_and_memory_of_the_fused_head() -> None:
+    """8192 tokens x 128,256 ids x 4096 take at most 60 ms and 11 GB on an H100, the figures of
+    Liger's chunked loss.
     """
     if "H100" not in torch.cuda.get_device_name() and "H200" not in torch.cuda.get_device_name():
-        pytest.skip(f"the bars are an H100's, this is {torch.cuda.get_device_name()}")
+        pytest.skip(f"the limits are those of an H100, this is {torch.cuda.get_device_name()}")
     (table,) = bench_loss.run([8192, 128_256, 4096], print, rounds=5)
     assert table[0].extra_mib < 11 * 1000
     assert statistics.median(table[0].seconds) < 0.060
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_a_rollouts_engine_gives_its_memory_back_between_writes(
-    level: int, tiny_llama: Path
-) -> None:
+def test_a_rollout_engine_frees_its_memory_between_rollouts(level: int, tiny_llama: Path) -> None:
     """It also generates with its earlier weights (level 1) or with new ones (both levels)."""
     pytest.importorskip("vllm")
     config = GenerationConfig(gpu_memory_utilization=0.3, max_num_seqs=8)
-    writer = SubprocessGenerator(
+    generator = SubprocessGenerator(
         str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level
     )
     try:
-        assert writer.sleep_level == level
+        assert generator.sleep_level == level
         weights = {
             name: value.detach() for name, value in load_model(str(tiny_llama)).named_parameters()
         }
-        sequence, awake = list(range(2, 60)), torch.cuda.mem_get_info()[0]
-        writer.load_weights(weights)
-        first = writer.log_probs([sequence], [5])[0]
-        written = writer.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
-        writer.sleep()
-        freed = torch.cuda.mem_get_info()[0] - awake
+        sequence, free_before = list(range(2, 60)), torch.cuda.mem_get_info()[0]
+        generator.load_weights(weights)
+        log_probs = generator.log_probs([sequence], [5])[0]
+        responses = generator.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
+        generator.sleep()
+        freed = torch.cuda.mem_get_info()[0] - free_before
         assert freed > 0.2 * torch.cuda.mem_get_info()[1]
         if level == 1:
-            np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
-            writer.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
-            writer.sleep()
-        writer.load_weights({name: value * 1.5 for name, value in weights.items()})
-        assert np.abs(writer.log_probs([sequence], [5])[0] - first).max() > 1e-2
-        writer.load_weights(weights)
-        np.testing.assert_allclose(writer.log_probs([sequence], [5])[0], first, atol=1e-3)
-        assert writer.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0)) == written
+            np.testing.assert_allclose(
+                generator.log_probs([sequence], [5])[0], log_probs, atol=1e-3
+            )
+            generator.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
+            generator.sleep()
+        generator.load_weights({name: value * 1.5 for name, value in weights.items()})
+        assert np.abs(generator.log_probs([sequence], [5])[0] - log_probs).max() > 1e-2
+        generator.load_weights(weights)
+        np.testing.assert_allclose(generator.log_probs([sequence], [5])[0], log_probs, atol=1e-3)
+        assert generator.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0)) == responses
     finally:
-        writer.close()
+        generator.close()
 
 
 @pytest.mark.parametrize("loss", ["fkl", "alm"])
-def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_path: Path) -> None:
-    """The mask of ids without a token, and of ALM the groups of a batch: DeepSpeed moves none of
+def test_buffers_of_a_sharded_model_are_on_its_gpu(loss: str, tmp_path: Path) -> None:
+    """The mask of ids without a token, and the spans of a batch with ALM: DeepSpeed does not move
     them.
     """
     teacher = tiny_models.llama(tmp_path / "teacher", tied=False, seed=1, rows=400)
@@ -137,22 +137,22 @@ def test_what_lies_beside_a_sharded_models_weights_is_on_its_gpu(loss: str, tmp_
         max_train_samples=32,
         teacher={"dtype": "bfloat16"},
         student={"dtype": "bfloat16"},
-        rank={"strategy": "random"},
+        ranking={"strategy": "random"},
         curriculum={"num_subsets": 1, "epochs_per_stage": 1},
         loss={"name": loss},
         launch={"ranks": 1},
     )
     run = tmp_path / "run"
-    for stage in ("preprocess", "init-student", "rank", "plan", "train"):
-        said = pocl(stage, str(recipe), "--run-dir", str(run)).stderr
-    assert loss == "alm" or "without a token on both sides masked" in said
+    for step in ("preprocess", "init-student", "rank", "plan", "train"):
+        log = pocl(step, str(recipe), "--run-dir", str(run)).stderr
+    assert loss == "alm" or "without a token on both sides masked" in log
     losses = [record["loss"] for record in records(run)]
     assert len(losses) == 4 and all(np.isfinite(losses))
 
 
-def test_a_run_on_fewer_gpus_goes_on(tmp_path: Path) -> None:
-    """Its fused Adam reads the converted counters on the GPU. A process of its own: DeepSpeed makes
-    it a rank.
+def test_a_run_resumes_on_fewer_gpus(tmp_path: Path) -> None:
+    """Fused Adam reads the converted step counters on the GPU. This needs a separate process,
+    because DeepSpeed makes it a rank.
     """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(Path(__file__).parent)])
     command = [

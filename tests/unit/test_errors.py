@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refusals import sentence
+from refusals import error_message
 
 from pocl_ds.errors import memory_fault
 from pocl_ds.workflow import pipeline
@@ -61,7 +61,7 @@ def test_a_step_whose_memory_ran_out_names_what_it_follows_from(
     monkeypatch.setitem(STEP, step, dataclasses.replace(STEP[step], run=full))
     words = ["--model", "student"] if step == "evaluate" else []
     monkeypatch.setattr(pipeline, "check_sample_counts", lambda run, recipe: None)
-    said = sentence(capsys, step, "quickstart", "--run-dir", tmp_path / "run", *words)
+    said = error_message(capsys, step, "quickstart", "--run-dir", tmp_path / "run", *words)
     assert (
         said.startswith(f"memory ran out ({FOUND})")
         and "finished work is kept" in said

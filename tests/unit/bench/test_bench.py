@@ -1,4 +1,4 @@
-"""The benchmarks run, and show what the documentation promises, at small sizes."""
+"""The benchmarks run at small sizes and show the properties that the documentation states."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_texts_have_the_length_and_repeat() -> None:
     assert [len(text.split()) for text in rouge.texts(3, 17, seed=1)] == [17] * 3
 
 
-def test_scale_prints_a_row_a_size_and_stays_small() -> None:
+def test_scale_prints_a_row_per_size_and_needs_little_memory() -> None:
     lines: list[str] = []
     small, large = scale.run([1000, "100_000"], lines.append)
     assert large["samples"] == 100_000
@@ -51,7 +51,7 @@ def test_scale_prints_a_row_a_size_and_stays_small() -> None:
     assert sum(line.split()[:1] in (["1000"], ["100000"]) for line in lines) == 2
 
 
-def test_loss_says_the_same_for_all_and_ours_is_small() -> None:
+def test_contenders_compute_the_same_loss_and_full_logits_need_more_memory() -> None:
     lines: list[str] = []
     (table,) = loss.run([600, 8000, 16], lines.append, rounds=1)
     fused, plain = table[:2]
@@ -69,12 +69,12 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
         "__kwdefaults__",
         {**fused_head.loss_sums.__kwdefaults__, "chunk_bytes": 16 << 20},
     )
-    few, many = (
+    small, large = (
         loss.run([tokens, 8000, 16], lambda _: None, rounds=1)[0][0].extra_mib
         for tokens in (1000, 16_000)
     )
     # 15,000 more tokens in the plain form: 480 MB for one side's logits alone.
-    assert many - few < 12
+    assert large - small < 12
 
 
 def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,18 +95,17 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
         step.run(["C"])
 
 
-def test_checkpoint_says_what_a_save_costs() -> None:
+def test_checkpoint_measures_every_part() -> None:
     lines: list[str] = []
     results = checkpoint.run(["tiny"], lines.append)
     assert all(results[part] for part in ("step", "save", "stall", "complete", "load", "convert"))
-    assert (
-        12 <= results["bytes_per_parameter"] < 40
-    )  # weights and two moments in float32; tiny files have heads
+    # Weights and two moments in float32, and the overhead of small files.
+    assert 12 <= results["bytes_per_parameter"] < 40
     with pytest.raises(RecipeError, match="there is no workload"):
         checkpoint.run(["C"])
 
 
-def test_teacher_prints_steps_a_whole_run_and_reads() -> None:
+def test_teacher_measures_steps_runs_and_reads() -> None:
     lines: list[str] = []
     results = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
     assert list(results["steps"]) == [label for label, *_ in teacher.CONTENDERS]
@@ -134,7 +133,7 @@ def test_rollout_prints_both_backends() -> None:
         rollout.run(["C"])
 
 
-def test_estimate_predicts_what_a_rank_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate_predicts_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models: a rank needs nearly as much without them, so this only shows that both sides are
     measured.
     """
@@ -151,7 +150,7 @@ def test_estimate_predicts_what_a_rank_needs(monkeypatch: pytest.MonkeyPatch) ->
         estimate.run(["C"])
 
 
-def test_overhead_wants_a_finished_run(tmp_path: Path) -> None:
+def test_overhead_needs_a_finished_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="the directory of a finished run"):
         overhead.run([])
     with pytest.raises(ArtifactError, match="holds no finished training"):
@@ -172,8 +171,8 @@ def test_flops_of_a_workload_are_those_that_torch_counts() -> None:
     total = 0.0
     for shape, passes in ((work.teacher, 1), (work.student, 3)):
         model = LlamaForCausalLM(LlamaConfig(**shape))
-        for prompt, whole in work.lengths:
-            ids = torch.zeros(1, whole, dtype=torch.long)
+        for prompt, length in work.lengths:
+            ids = torch.zeros(1, length, dtype=torch.long)
             with FlopCounterMode(display=False) as counter:
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[
                     0, max(prompt, 1) - 1 : -1
@@ -185,6 +184,8 @@ def test_flops_of_a_workload_are_those_that_torch_counts() -> None:
 
 @pytest.mark.parametrize("arguments", [["many"], ["0"], ["-5"], ["1e6"]])
 @pytest.mark.parametrize("module", [rouge, scale])
-def test_what_is_not_a_number_is_one_sentence(module: ModuleType, arguments: list[str]) -> None:
+def test_an_argument_that_is_not_a_number_is_refused(
+    module: ModuleType, arguments: list[str]
+) -> None:
     with pytest.raises(RecipeError, match="whole numbers"):
         module.run(arguments)

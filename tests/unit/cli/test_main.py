@@ -45,7 +45,8 @@ def test_one_shard_of_cache_teacher_stays_one_shard(
     )
     run = tmp_path / "run"
     for shard in ("0/4", "1/4"):
-        with (run / ".lock").open("w") if run.exists() else nullcontext() as handle, restored_signals():
+        lock = (run / ".lock").open("w") if run.exists() else nullcontext()
+        with lock as handle, restored_signals():
             if handle:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             assert (

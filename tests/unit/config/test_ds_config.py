@@ -91,7 +91,7 @@ def test_a_teacher_is_not_sharded_if_there_is_nothing_to_shard() -> None:
     assert resolve("teacher_zero3", 2) and resolve("teacher_zero3_offload", 1)
 
 
-def test_resolving_leaves_the_file_alone() -> None:
+def test_resolving_does_not_change_the_file() -> None:
     before = load_ds_config("student_zero3")
     resolve_student("student_zero3", train=TRAIN, dtype="float32", ranks=2)
     assert load_ds_config("student_zero3") == before
@@ -132,7 +132,7 @@ def test_a_contradiction_is_named(
         assert word in str(caught.value)
 
 
-def test_a_value_that_agrees_is_kept(tmp_path: Path) -> None:
+def test_a_value_that_agrees_with_the_recipe_is_accepted(tmp_path: Path) -> None:
     name = write(tmp_path, "student_zero3", gradient_clipping=0.5, optimizer__params__lr=3e-4)
     assert resolve_student(name, train=TRAIN, dtype="float32", ranks=1)["gradient_clipping"] == 0.5
 

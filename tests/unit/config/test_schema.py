@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def changed(**values: Any) -> dict[str, Any]:
+def recipe_tree(**values: Any) -> dict[str, Any]:
     """The base recipe with other values; `a__b` is field b of section a."""
     tree = copy.deepcopy(BASE)
     for path, value in values.items():
@@ -39,59 +39,65 @@ def changed(**values: Any) -> dict[str, Any]:
 
 
 BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
-    (changed(trian={}), ("trian", "did you mean train?")),
-    (changed(train__batchsize=8), ("train.batchsize", "did you mean batch_size?")),
-    (changed(student__prune__layers="1"), ("student.prune.layers", "drop_layers")),
-    (changed(student__lora={"r": 0}), ("student.lora.r=0", "greater than or equal to 1")),
-    (changed(student__lora={"dropout": 1}), ("student.lora.dropout=1", "less than 1")),
-    (changed(student__lora={"width": 8}), ("student.lora.width", "use one of r, alpha")),
+    (recipe_tree(trian={}), ("trian", "did you mean train?")),
+    (recipe_tree(train__batchsize=8), ("train.batchsize", "did you mean batch_size?")),
+    (recipe_tree(student__prune__layers="1"), ("student.prune.layers", "drop_layers")),
+    (recipe_tree(student__lora={"r": 0}), ("student.lora.r=0", "greater than or equal to 1")),
+    (recipe_tree(student__lora={"dropout": 1}), ("student.lora.dropout=1", "less than 1")),
+    (recipe_tree(student__lora={"width": 8}), ("student.lora.width", "use one of r, alpha")),
     (
-        changed(student__lora={"target_modules": ""}),
+        recipe_tree(student__lora={"target_modules": ""}),
         ("student.lora.target_modules=''", "write each name once"),
     ),
-    (changed(student__lora={"target_modules": []}), ("student.lora.target_modules", "at least 1")),
     (
-        changed(student__lora={"target_modules": "q_proj, q_proj"}),
+        recipe_tree(student__lora={"target_modules": []}),
+        ("student.lora.target_modules", "at least 1"),
+    ),
+    (
+        recipe_tree(student__lora={"target_modules": "q_proj, q_proj"}),
         ("student.lora.target_modules", "write each name once"),
     ),
     (
-        changed(student__lora={"target_modules": ["all-linear", "q_proj"]}),
+        recipe_tree(student__lora={"target_modules": ["all-linear", "q_proj"]}),
         ("student.lora.target_modules", "write it alone"),
     ),
-    (changed(student=None), ("student", "section")),
+    (recipe_tree(student=None), ("student", "section")),
     ({"name": "x", "data": DATA, "teacher": {"model": "t"}}, ("student", "missing", "add it")),
     (
         {"name": "x", "teacher": {"model": "t"}, "student": {"model": "s"}},
         ("data", "missing", "add it"),
     ),
-    (changed(data={}), ("data.source", "missing", "add it")),
-    (changed(teacher__model=None), ("teacher.model=None", "string")),
-    (changed(train__batch_size="many"), ("train.batch_size='many'", "integer")),
-    (changed(train__batch_size=0), ("train.batch_size=0", "greater than or equal to 1")),
-    (changed(train__batch_size=True), ("train.batch_size=True", "number")),
+    (recipe_tree(data={}), ("data.source", "missing", "add it")),
+    (recipe_tree(teacher__model=None), ("teacher.model=None", "string")),
+    (recipe_tree(train__batch_size="many"), ("train.batch_size='many'", "integer")),
+    (recipe_tree(train__batch_size=0), ("train.batch_size=0", "greater than or equal to 1")),
+    (recipe_tree(train__batch_size=True), ("train.batch_size=True", "number")),
     (
-        changed(train__batch_size=10),
+        recipe_tree(train__batch_size=10),
         ("train.batch_size=10", "train.micro_batch_size=8", "launch.ranks=1", "change one"),
     ),
-    (changed(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
-    (changed(train__lr=float("nan")), ("train.lr", "finite")),
-    (changed(train__lr=1e-8), ("train.min_lr=1e-07", "train.lr=1e-08")),
-    (changed(train__lr_restart="linear"), ("train.lr_restart='linear'", "per_stage", "never")),
-    (changed(curriculum__temperature=[0, 2]), ("curriculum.temperature", "greater than 0")),
-    (changed(curriculum__temperature=[1.0]), ("curriculum.temperature", "missing")),
-    (changed(curriculum__sft_ratio=[1.5, 0]), ("curriculum.sft_ratio", "less than or equal to 1")),
+    (recipe_tree(launch__ranks=3), ("train.batch_size=64", "launch.ranks=3", "change one")),
+    (recipe_tree(train__lr=float("nan")), ("train.lr", "finite")),
+    (recipe_tree(train__lr=1e-8), ("train.min_lr=1e-07", "train.lr=1e-08")),
+    (recipe_tree(train__lr_restart="linear"), ("train.lr_restart='linear'", "per_stage", "never")),
+    (recipe_tree(curriculum__temperature=[0, 2]), ("curriculum.temperature", "greater than 0")),
+    (recipe_tree(curriculum__temperature=[1.0]), ("curriculum.temperature", "missing")),
     (
-        changed(train__engine="torch", student__dtype="bfloat16"),
+        recipe_tree(curriculum__sft_ratio=[1.5, 0]),
+        ("curriculum.sft_ratio", "less than or equal to 1"),
+    ),
+    (
+        recipe_tree(train__engine="torch", student__dtype="bfloat16"),
         ("train.engine=torch", "bfloat16", "train.engine=deepspeed"),
     ),
     (
-        changed(curriculum__num_subsets=5, data__max_train_samples=4),
+        recipe_tree(curriculum__num_subsets=5, data__max_train_samples=4),
         ("curriculum.num_subsets=5", "data.max_train_samples=4", "fewer subsets"),
     ),
-    (changed(loss__name="kl"), ("loss", "'kl'", "did you mean")),
-    (changed(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),
-    (changed(loss={"name": "fkl", "options": {"beta": 0.1}}), ("fkl", "'beta'", "no options")),
-    (changed(loss__name="sft"), ("loss.name=sft", "teacher")),
+    (recipe_tree(loss__name="kl"), ("loss", "'kl'", "did you mean")),
+    (recipe_tree(loss={"name": "jsd", "options": {"skew": 0.1}}), ("jsd", "'skew'", "beta")),
+    (recipe_tree(loss={"name": "fkl", "options": {"beta": 0.1}}), ("fkl", "'beta'", "no options")),
+    (recipe_tree(loss__name="sft"), ("loss.name=sft", "teacher")),
     ({"name": "x", "data": DATA, "student": {"model": "s"}}, ("loss.name=fkl", "teacher.model")),
     (
         {
@@ -113,58 +119,60 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("train.warmup_steps=3 is not less than the 3 steps", "heal longer"),
     ),
     (
-        changed(prompt__max_prompt_tokens=512),
+        recipe_tree(prompt__max_prompt_tokens=512),
         ("max_prompt_tokens=512", "max_length=512", "smaller"),
     ),
-    (changed(student__prune__drop_layers="ten"), ("student.prune.drop_layers='ten'", "10-19")),
+    (recipe_tree(student__prune__drop_layers="ten"), ("student.prune.drop_layers='ten'", "10-19")),
     (
-        changed(data__validation_fraction=0.6, data__test_fraction=0.5),
+        recipe_tree(data__validation_fraction=0.6, data__test_fraction=0.5),
         ("validation_fraction", "less than 1"),
     ),
-    (changed(evaluate__temperature=0), ("temperature=0", "one seed")),
-    (changed(evaluate__seeds=[1, 1]), ("seed", "once")),
-    (changed(evaluate__seeds=[]), ("evaluate.seeds", "at least 1")),
-    (changed(name="a/b"), ("name='a/b'", "pattern")),
+    (recipe_tree(evaluate__temperature=0), ("temperature=0", "one seed")),
+    (recipe_tree(evaluate__seeds=[1, 1]), ("seed", "once")),
+    (recipe_tree(evaluate__seeds=[]), ("evaluate.seeds", "at least 1")),
+    (recipe_tree(name="a/b"), ("name='a/b'", "pattern")),
     (
-        changed(policy={"name": "gkd", "lmbda": 1.5}),
+        recipe_tree(policy={"name": "gkd", "lmbda": 1.5}),
         ("policy.lmbda=1.5", "less than or equal to 1"),
     ),
     (
-        changed(policy={"name": "gkd", "lmbda": -0.1}),
+        recipe_tree(policy={"name": "gkd", "lmbda": -0.1}),
         ("policy.lmbda=-0.1", "greater than or equal to 0"),
     ),
-    (changed(policy__name="gkd"), ("policy.name=gkd", "curriculum.sft_ratio=[0, 0]")),
+    (recipe_tree(policy__name="gkd"), ("policy.name=gkd", "curriculum.sft_ratio=[0, 0]")),
     (
-        changed(
+        recipe_tree(
             policy__name="gkd", curriculum__sft_ratio=[0, 0], teacher__mode="cached_hidden_states"
         ),
         ("policy.name=gkd", "teacher.mode=online"),
     ),
     (
-        changed(policy__name="gkd", curriculum__sft_ratio=[0, 0], teacher__mode="cached_topk"),
+        recipe_tree(policy__name="gkd", curriculum__sft_ratio=[0, 0], teacher__mode="cached_topk"),
         ("policy.name=gkd", "teacher.mode=cached_topk"),
     ),
     (
-        changed(policy__name="gkd", curriculum__sft_ratio=[0, 0], baseline__enabled=True),
+        recipe_tree(policy__name="gkd", curriculum__sft_ratio=[0, 0], baseline__enabled=True),
         ("baseline.sft_ratio=0",),
     ),
     (
-        changed(policy__name="distillm", curriculum__sft_ratio=[0, 0], data__max_train_samples=99),
+        recipe_tree(
+            policy__name="distillm", curriculum__sft_ratio=[0, 0], data__max_train_samples=99
+        ),
         ("policy.replay_buffer_size=1000", "=99", "smaller"),
     ),
     (
-        changed(
+        recipe_tree(
             policy__name="distillm", curriculum__sft_ratio=[0, 0], train__validate_max_samples=0
         ),
         ("train.validate_max_samples",),
     ),
     (
-        changed(policy__name="distillm", curriculum__sft_ratio=[0, 0]),
+        recipe_tree(policy__name="distillm", curriculum__sft_ratio=[0, 0]),
         ("policy.name=distillm", "train.validate_every_n_steps=null", "a number"),
     ),
-    (changed(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
+    (recipe_tree(policy__name="seqkd"), ("policy.name=seqkd", "loss.name=sft")),
     (
-        changed(policy__name="seqkd", loss__name="sft", teacher__mode="cached_topk"),
+        recipe_tree(policy__name="seqkd", loss__name="sft", teacher__mode="cached_topk"),
         ("policy.name=seqkd", "teacher.mode=cached_topk"),
     ),
     (
@@ -178,73 +186,73 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("gkd", "teacher.model"),
     ),
     (
-        changed(policy={"name": "mixture", "shares": {"student": 0.5}}),
+        recipe_tree(policy={"name": "mixture", "shares": {"student": 0.5}}),
         ("policy.shares", "sum to 1"),
     ),
     (
-        changed(policy={"name": "mixture", "shares": {"data": 0, "student": 1}}),
+        recipe_tree(policy={"name": "mixture", "shares": {"data": 0, "student": 1}}),
         ("policy.name=mixture", "curriculum.sft_ratio=[0, 0]"),
     ),
     (
-        changed(
+        recipe_tree(
             policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
             teacher__mode="cached_topk",
         ),
         ("policy.shares.teacher=1", "teacher.mode=online"),
     ),
     (
-        changed(
+        recipe_tree(
             policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
             teacher__ensemble=[{"model": "o"}],
         ),
         ("policy.shares.teacher=1", "teacher.ensemble", "remove the ensemble"),
     ),
     (
-        changed(train={"validate_max_samples": 0, "checkpoint": {"keep_best": True}}),
+        recipe_tree(train={"validate_max_samples": 0, "checkpoint": {"keep_best": True}}),
         ("keep_best", "set train.validate_max_samples"),
     ),
-    (changed(policy__name="dagger"), ("policy.name='dagger'", "use one of off, gkd")),
+    (recipe_tree(policy__name="dagger"), ("policy.name='dagger'", "use one of off, gkd")),
     (
-        changed(teacher__mode="cached"),
+        recipe_tree(teacher__mode="cached"),
         ("teacher.mode='cached'", "'cached_hidden_states'", "did you mean cached_topk?"),
     ),
     (
-        changed(loss__name="alm", teacher__mode="cached_topk"),
+        recipe_tree(loss__name="alm", teacher__mode="cached_topk"),
         ("loss.name=alm", "teacher.mode=online"),
     ),
     (
-        changed(loss__fused=False, teacher__mode="cached_hidden_states"),
+        recipe_tree(loss__fused=False, teacher__mode="cached_hidden_states"),
         ("loss.fused=false", "teacher.mode=online"),
     ),
     (
-        changed(loss__name="uld", teacher__ensemble=[{"model": "o"}]),
+        recipe_tree(loss__name="uld", teacher__ensemble=[{"model": "o"}]),
         ("teacher.ensemble", "loss.name=uld"),
     ),
     (
-        changed(teacher__mode="cached_hidden_states", teacher__ensemble=[{"model": "o"}]),
+        recipe_tree(teacher__mode="cached_hidden_states", teacher__ensemble=[{"model": "o"}]),
         ("teacher.mode=cached_hidden_states", "teacher.ensemble"),
     ),
     (
-        changed(teacher__ensemble=[{"model": "o", "weight": 0}]),
+        recipe_tree(teacher__ensemble=[{"model": "o", "weight": 0}]),
         ("teacher.ensemble.0.weight=0", "greater than"),
     ),
     (
-        changed(teacher__quantization="int4"),
+        recipe_tree(teacher__quantization="int4"),
         ("teacher.quantization='int4'", "bnb_8bit", "bnb_4bit"),
     ),
     (
-        changed(teacher__quantization="bnb_4bit"),
+        recipe_tree(teacher__quantization="bnb_4bit"),
         ("quantization=bnb_4bit", "teacher_zero3", "set teacher.ds_config=null"),
     ),
     (
-        changed(
+        recipe_tree(
             policy__name="seqkd",
             loss__name="sft",
             teacher={"model": "t", "ds_config": None, "quantization": "bnb_8bit"},
         ),
         ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit"),
     ),
-    (changed(teacher_cache__top_k=0), ("teacher_cache.top_k=0", "greater than")),
+    (recipe_tree(teacher_cache__top_k=0), ("teacher_cache.top_k=0", "greater than")),
 ]
 
 
@@ -350,7 +358,7 @@ def test_quantization_changes_the_fingerprints(mode: str) -> None:
     all_digests = [
         fingerprints(
             check_recipe(
-                changed(
+                recipe_tree(
                     teacher__ds_config=None, teacher__mode=mode, teacher__quantization=quantization
                 )
             )
@@ -432,10 +440,10 @@ def test_an_unknown_name_lists_the_shipped_ones() -> None:
 
 
 def test_runtime_only_fields_are_not_semantic() -> None:
-    one = TrainConfig(batch_size=8, micro_batch_size=2)
-    other = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every_n_steps": 7})  # type: ignore[arg-type]
-    assert semantic_fields(one) == semantic_fields(other)
-    assert semantic_fields(one) != semantic_fields(
+    train = TrainConfig(batch_size=8, micro_batch_size=2)
+    changed = TrainConfig(batch_size=8, micro_batch_size=4, checkpoint={"every_n_steps": 7})  # type: ignore[arg-type]
+    assert semantic_fields(train) == semantic_fields(changed)
+    assert semantic_fields(train) != semantic_fields(
         TrainConfig(batch_size=8, micro_batch_size=2, lr=1.0)
     )
     recipe = Recipe.model_validate(BASE)

@@ -1,4 +1,4 @@
-"""YAML values are read as people mean them, and written values are read back unchanged."""
+"""Numbers with an exponent are numbers, and written values are read back unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation tells the truth: every field, command, code block and link in it exists."""
+"""The documentation is correct: its fields, commands and links exist, its code blocks are valid."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _faults(check: Callable[[Page], list[str]]) -> str:
     return "\n".join(fault for page in _pages() for fault in check(page))
 
 
-# --- What the pages say -------------------------------------------------------------------------
+# --- Checks of the pages -------------------------------------------------------------------------
 
 
 def test_yaml_blocks_are_accepted_by_the_reader() -> None:
@@ -100,13 +100,13 @@ def test_readme_is_short() -> None:
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     assert "<math" in (tmp_path / "method" / "index.html").read_text(encoding="utf-8")
     assert "train.lr" in (tmp_path / "reference" / "recipe" / "index.html").read_text("utf-8")
 
@@ -246,17 +246,19 @@ def test_a_citation_of_a_missing_equation_is_found() -> None:
     assert len(checks.check_citations(source, "x.py", range(1, 28))) == 2
 
 
-def test_a_message_that_no_code_says_is_found() -> None:
-    page = Page("bad.md", "### `it … does not exist`\n\n### `nobody … says this`\n")
+def test_a_quoted_message_that_does_not_exist_is_found() -> None:
+    page = Page("bad.md", "### `it … does not exist`\n\n### `no such … message`\n")
     faults = checks.check_messages(page, ["data file … does not exist: check it …"])
-    assert len(faults) == 1 or "nobody" in faults[-1]
+    assert len(faults) == 1 or "no such" in faults[-1]
 
 
 def test_a_command_without_an_example_is_found() -> None:
     generator = load_generator()
-    silent = SimpleNamespace(help="Do it.", epilog=None, params=[], hidden=False)
-    shown = SimpleNamespace(help="Do it.", epilog="Example: pocl b x", params=[], hidden=False)
-    commands = list(generator.walk_commands(SimpleNamespace(commands={"a": silent, "b": shown})))
+    undocumented = SimpleNamespace(help="Do it.", epilog=None, params=[], hidden=False)
+    documented = SimpleNamespace(help="Do it.", epilog="Example: pocl b x", params=[], hidden=False)
+    commands = list(
+        generator.walk_commands(SimpleNamespace(commands={"a": undocumented, "b": documented}))
+    )
     assert [command.example for command in commands] == ["", "pocl b x"]
 
 

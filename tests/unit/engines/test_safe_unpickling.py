@@ -1,4 +1,4 @@
-"""What a library unpickles: data comes through, code does not run."""
+"""Unpickling by a library inside `data_only`: data is loaded, code does not run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from pocl_ds.errors import ArtifactError
 
 
 class Known:
-    """A class of the library's own."""
+    """A class that the library pickles and `data_only` allows."""
 
 
 class Trap:
+    """Creates a folder when it is unpickled."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -29,7 +31,7 @@ class Trap:
 
 
 def careless(path: Path) -> Any:
-    """As DeepSpeed loads."""
+    """Load a file as DeepSpeed does."""
     return torch.load(path, weights_only=False)
 
 
@@ -42,7 +44,7 @@ class Stage(Enum):
         return getattr, (Stage, self.name)
 
 
-def test_a_member_of_an_enumeration_comes_through_whatever_python_wrote_it(tmp_path: Path) -> None:
+def test_a_member_of_an_enumeration_is_loaded_for_every_python_version(tmp_path: Path) -> None:
     torch.save(Stage.WEIGHTS, tmp_path / "file")
     with pytest.raises(ArtifactError, match="getattr"), data_only(tmp_path, Stage):
         careless(tmp_path / "file")
@@ -52,21 +54,23 @@ def test_a_member_of_an_enumeration_comes_through_whatever_python_wrote_it(tmp_p
         assert careless(tmp_path / "file") is Stage.WEIGHTS
 
 
-def test_data_comes_through(tmp_path: Path) -> None:
+def test_data_is_loaded(tmp_path: Path) -> None:
     torch.save(
         {"x": torch.ones(2), "n": 3, "known": Known(), "order": collections.OrderedDict(a=1)},
         tmp_path / "file",
     )
     with data_only(tmp_path, Known):
-        found = careless(tmp_path / "file")
+        loaded = careless(tmp_path / "file")
     assert (
-        found["n"] == 3
-        and isinstance(found["known"], Known)
-        and torch.equal(found["x"], torch.ones(2))
+        loaded["n"] == 3
+        and isinstance(loaded["known"], Known)
+        and torch.equal(loaded["x"], torch.ones(2))
     )
     assert FORCE_VARIABLE not in os.environ
     with (
-        pytest.raises(ArtifactError, match=r"contains more than data \([\w.]+\.Known\); none of its code"),
+        pytest.raises(
+            ArtifactError, match=r"contains more than data \([\w.]+\.Known\); none of its code"
+        ),
         data_only(tmp_path),
     ):
         careless(tmp_path / "file")
@@ -97,7 +101,7 @@ def test_code_does_not_run(tmp_path: Path, elsewhere: bool) -> None:
     assert (tmp_path / "sprung").exists(), "the trap itself works"
 
 
-def test_another_fault_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE_VARIABLE, "0")
     with pytest.raises(FileNotFoundError), data_only(tmp_path):
         careless(tmp_path / "missing")

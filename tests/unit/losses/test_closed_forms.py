@@ -1,4 +1,4 @@
-"""Closed forms against the divergences they stand for: values, and gradients by autograd in
+"""Closed forms against the functions of `divergences`: values, and gradients by autograd in
 float64.
 """
 
@@ -67,7 +67,7 @@ def by_autograd(
     ]
     log_p, log_q = (side.masked_fill(masked, MASKED) for side in sides)
     value = DIVERGENCES[name](log_p, log_q, **options)
-    constant = not value.requires_grad  # skl with skew = 1 does not ask the student
+    constant = not value.requires_grad  # skl with skew = 1 does not depend on the student
     return value.detach(), torch.zeros_like(leaf) if constant else torch.autograd.grad(
         value.sum(), leaf
     )[0]

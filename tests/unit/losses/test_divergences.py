@@ -94,9 +94,9 @@ def test_values_equal_the_formula(
 @pytest.mark.parametrize("name", [*NAMES, "sft"])
 def test_every_token_has_its_own_value(name: str) -> None:
     z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
-    alone = [divergence(name, z_p[i : i + 1], z_q[i : i + 1], temperature=1.3) for i in range(6)]
+    separate = [divergence(name, z_p[i : i + 1], z_q[i : i + 1], temperature=1.3) for i in range(6)]
     assert torch.allclose(
-        divergence(name, z_p, z_q, temperature=1.3), torch.cat(alone), rtol=1e-9, atol=1e-12
+        divergence(name, z_p, z_q, temperature=1.3), torch.cat(separate), rtol=1e-9, atol=1e-12
     )
 
 
@@ -122,7 +122,7 @@ def test_temperature_is_one_by_default_and_its_square_can_be_turned_off(name: st
 @pytest.mark.parametrize(
     ("kind", "working"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
 )
-def test_sft_asks_no_teacher(kind: torch.dtype, working: torch.dtype) -> None:
+def test_sft_does_not_use_the_teacher(kind: torch.dtype, working: torch.dtype) -> None:
     value = divergence("sft", torch.empty(5, 0), torch.randn(5, 20).to(kind))
     assert value.tolist() == [0.0] * 5 and value.dtype == working
 
@@ -138,7 +138,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_where_both_agree_and_never_negative(name: str) -> None:
+def test_zero_for_equal_distributions_and_never_negative(name: str) -> None:
     torch.manual_seed(0)
     z = torch.randn(64, 50)
     assert divergence(name, z, z).abs().max() < 1e-5
@@ -184,7 +184,7 @@ def test_ids_masked_on_both_sides_add_exactly_nothing(name: str) -> None:
     assert (wide_q.grad[:, 20:] == 0).all()
 
 
-def test_limits_that_connect_them() -> None:
+def test_limits_of_options_equal_other_divergences() -> None:
     z_p, z_q = torch.randn(2, 6, 25, dtype=torch.float64)
     value = lambda name, **options: divergence(name, z_p, z_q, **options)  # noqa: E731
     assert torch.equal(value("jsd", beta=0.0), value("fkl"))

@@ -90,13 +90,13 @@ def test_alm_compares_whether_a_span_is_written() -> None:
     torch.testing.assert_close(losses.alm(log_q, log_p, temperature=2.0), 4 * expected.mean())
 
 
-def test_forward_kl_is_one_formula() -> None:
+def test_the_truncation_error_is_a_forward_kl() -> None:
     """The error of cached top-k records is a forward KL too."""
     teacher, codec = logits(7, 30), TopKCodec(4, 30, (1.0,))
     records = codec.encode(teacher)
     ids, stored = codec.decode(records, 1.0)
-    rest = stored[:, -1:] - torch.log(torch.tensor(30.0 - 4))
-    spread = rest.expand(7, 30).scatter(-1, ids, stored[:, :-1])
+    other_id = stored[:, -1:] - torch.log(torch.tensor(30.0 - 4))
+    spread = other_id.expand(7, 30).scatter(-1, ids, stored[:, :-1])
     log_p = teacher.float().log_softmax(-1)
     expected = fkl(log_p, spread).sum()
     torch.testing.assert_close(codec.truncation_error(teacher, records)[0, 1].float(), expected)

@@ -83,8 +83,8 @@ def test_equals_the_plain_form(
     sft_ratio: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Masked ids, ids that the teacher numbers otherwise, biases, scales and caps, in chunks and
-    blocks of any size.
+    """Masked ids, other ids of the teacher, biases, scales and caps, in chunks and blocks of any
+    size.
     """
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     student, teacher, hidden, teacher_hidden, labels = heads(
@@ -150,7 +150,7 @@ def test_the_squared_temperature_can_be_turned_off(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 @pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
-def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
+def test_an_ensemble_equals_one_teacher_with_the_mean_of_their_probabilities(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
@@ -166,15 +166,15 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
         VocabMap(38, torch.arange(38) == 37),
         LossTerms(name, temperature=1.6, sft_ratio=0.3),
     )
-    answers = [
-        ids.teacher_logits(one, states).div(1.6).softmax(-1)
-        for one, states in ((teacher, teacher_hidden), (other, other_hidden))
+    probabilities = [
+        ids.teacher_logits(member, states).div(1.6).softmax(-1)
+        for member, states in ((teacher, teacher_hidden), (other, other_hidden))
     ]
-    one = OutputHead(nn.Parameter(torch.eye(38, dtype=torch.float64)), None, 1.0, None)
-    mean = (0.75 * answers[0] + 0.25 * answers[1]).clamp(min=1e-300).log() * 1.6
+    identity = OutputHead(nn.Parameter(torch.eye(38, dtype=torch.float64)), None, 1.0, None)
+    mean = (0.75 * probabilities[0] + 0.25 * probabilities[1]).clamp(min=1e-300).log() * 1.6
     leaves = [p for p in (hidden.requires_grad_(), student.weight, student.bias) if p is not None]
     expected = loss_sums(
-        hidden, student, labels, terms, vocab=ids, teacher_hidden=mean, teacher_head=one
+        hidden, student, labels, terms, vocab=ids, teacher_hidden=mean, teacher_head=identity
     )
     mixture, states = (
         HeadMixture((teacher, other), (0.75, 0.25)),
@@ -194,10 +194,10 @@ def test_several_teachers_are_one_that_has_the_mean_of_their_probabilities(
 
 @pytest.mark.parametrize("name", [*DIVERGENCES, "sft"])
 @pytest.mark.parametrize("sizes", [(5, 2), (100, 100)])
-def test_models_that_keep_their_head_give_logits(
+def test_logits_of_models_that_apply_their_own_head(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are used unchanged, and those beyond the ids that take part get no gradient."""
+    """They are used unchanged, and logits beyond the ids that take part get no gradient."""
     monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 23, 40, generator=source, dtype=torch.float64)
@@ -210,9 +210,9 @@ def test_models_that_keep_their_head_give_logits(
         OutputHead(nn.Parameter(torch.eye(40, dtype=torch.float64)), None, 1.0, None),
     )
     expected = plain(student.requires_grad_(), eye, labels, terms, ids, teacher, eye)
-    itself = OutputHead(None, None, 1.0, None, 40)
+    no_head = OutputHead(None, None, 1.0, None, 40)
     actual = loss_sums(
-        student, itself, labels, terms, vocab=ids, teacher_hidden=teacher, teacher_head=itself
+        student, no_head, labels, terms, vocab=ids, teacher_hidden=teacher, teacher_head=no_head
     )
     expected_gradients, gradients = (
         torch.autograd.grad(total[0], student) for total in (expected, actual)
@@ -297,7 +297,7 @@ def test_no_loss_tokens_still_touch_every_parameter() -> None:
 
 @pytest.mark.parametrize("name", ["fkl", "akl"])
 def test_no_gradient_is_computed_under_no_grad(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses are the same without."""
+    """The losses are the same as with gradients."""
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float32, bias=True, scale=0.5, cap=7.0
     )
@@ -372,8 +372,8 @@ def test_a_second_backward_is_refused() -> None:
         total.backward()
 
 
-class Module:
-    """A head as a module: it masks an id, and a teacher numbers the others otherwise."""
+class ModuleCase:
+    """A `LossHead` with a masked id and a teacher with other ids, and its inputs."""
 
     def __init__(self) -> None:
         self.student, self.teacher, self.hidden, self.teacher_hidden, self.labels = heads(
@@ -396,7 +396,7 @@ class Module:
 
 
 def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
-    case = Module()
+    case = ModuleCase()
     expected = loss_sums(
         case.hidden,
         case.student,
@@ -414,17 +414,22 @@ def test_the_module_gives_the_losses_of_its_head_and_ids() -> None:
         case.losses("rkl")
 
 
-def test_the_modules_parameters_are_the_heads_and_its_masks_move_but_are_not_saved() -> None:
-    case = Module()
+def test_the_module_has_the_parameters_of_its_head_and_masks_that_are_not_saved() -> None:
+    case = ModuleCase()
     assert case.module.weight is case.student.weight and case.module.bias is case.student.bias
-    apart = LossHead(case.student, VocabMap(40, teacher_masked=torch.arange(44) == 43), case.budget)
-    for module, masks in ((case.module, {"masked", "teacher_ids"}), (apart, {"teacher_masked"})):
+    cross_tokenizer_module = LossHead(
+        case.student, VocabMap(40, teacher_masked=torch.arange(44) == 43), case.budget
+    )
+    for module, masks in (
+        (case.module, {"masked", "teacher_ids"}),
+        (cross_tokenizer_module, {"teacher_masked"}),
+    ):
         assert {name for name, _ in module.named_buffers()} == masks
         assert set(module.state_dict()) == {"weight", "bias"}
 
 
-def test_over_all_ids_is_the_softmax_of_generation_and_it_ends() -> None:
-    case = Module()
+def test_over_all_ids_covers_every_row_within_its_block_only() -> None:
+    case = ModuleCase()
     full = torch.nn.functional.cross_entropy(
         case.student.logits(case.hidden), case.labels, reduction="sum"
     )

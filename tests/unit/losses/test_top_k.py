@@ -1,5 +1,5 @@
-"""Top-k records: they hold the k largest probabilities, the loss over them is the loss over k + 1
-outcomes, and their error is measured.
+"""Top-k records: the k largest probabilities, the loss over k + 1 outcomes, and the truncation
+error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pocl_ds.losses.top_k import MAX_IDS, TopKCodec
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
-TAUS = (1.0, 4 / 3, 5 / 3, 2.0)
+TEMPERATURES = (1.0, 4 / 3, 5 / 3, 2.0)
 
 
 def logits_of(tokens: int, size: int, seed: int, spread: float, masked: int = 0) -> Tensor:
@@ -41,14 +41,14 @@ def logits_of(tokens: int, size: int, seed: int, spread: float, masked: int = 0)
     spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]),
     masked=st.integers(0, 3),
 )
-def test_a_record_holds_the_largest_and_the_rest(
+def test_a_record_holds_the_largest_probabilities_and_the_mass_of_all_others(
     tokens: int, size: int, k: int, seed: int, spread: float, masked: int
 ) -> None:
     k = min(k, size - masked)
-    logits, codec = logits_of(tokens, size, seed, spread, masked), TopKCodec(k, size, TAUS)
+    logits, codec = logits_of(tokens, size, seed, spread, masked), TopKCodec(k, size, TEMPERATURES)
     records = codec.encode(logits)
     assert records.dtype == torch.uint8 and records.shape == (tokens, codec.bytes)
-    for temperature in TAUS:
+    for temperature in TEMPERATURES:
         ids, log_p = codec.decode(records, temperature)
         exact = torch.log_softmax(logits / temperature, -1)
         largest = logits.topk(k, -1).values
@@ -56,21 +56,20 @@ def test_a_record_holds_the_largest_and_the_rest(
             logits.gather(-1, ids), largest
         )
         span = largest[:, :1] - largest[:, -1:]
-        step = (
-            span / 65_535 / temperature + 1e-5 + 1e-6 * largest.abs().max()
-        )  # half a step either way, and float32
+        # Half a quantization step in either direction, and rounding in float32.
+        step = span / 65_535 / temperature + 1e-5 + 1e-6 * largest.abs().max()
         assert bool(((log_p[:, :-1] - exact.gather(-1, ids)).abs() <= step).all())
-        rest = exact.scatter(-1, ids, -math.inf).exp().sum(-1)
-        assert torch.allclose(log_p[:, -1].double().exp(), rest, atol=2e-4)
+        other_mass = exact.scatter(-1, ids, -math.inf).exp().sum(-1)
+        assert torch.allclose(log_p[:, -1].double().exp(), other_mass, atol=2e-4)
         assert torch.allclose(log_p.exp().sum(-1), torch.ones(tokens))
 
 
 def test_a_record_is_small() -> None:
-    assert TopKCodec(64, 151_936, TAUS).bytes <= 300  # of logits: 303,872 in bfloat16
-    assert TopKCodec(64, 50_257, TAUS).bytes < TopKCodec(64, 151_936, TAUS).bytes
+    assert TopKCodec(64, 151_936, TEMPERATURES).bytes <= 300  # of logits: 303,872 in bfloat16
+    assert TopKCodec(64, 50_257, TEMPERATURES).bytes < TopKCodec(64, 151_936, TEMPERATURES).bytes
 
 
-def over_outcomes(
+def loss_over_outcomes(
     hidden: Tensor,
     head: OutputHead,
     labels: Tensor,
@@ -79,14 +78,14 @@ def over_outcomes(
     codec: TopKCodec,
     records: Tensor,
 ) -> Any:
-    """The loss over k ids and any other, written down plainly."""
+    """The loss over k ids and any other, by autograd over the complete logits."""
     logits = torch.nn.functional.linear(hidden, head.weight, head.bias)[:, : ids.size] * head.scale
     logits = ids.mask(head.soft_cap * torch.tanh(logits / head.soft_cap))
     stored, log_p = codec.decode(records, terms.temperature)
     q = torch.softmax(logits / terms.temperature, -1)
     top = q.gather(-1, stored)
-    others = q.scatter(-1, stored, 0.0).sum(-1, keepdim=True)
-    log_q = torch.cat([top, others], -1).log()
+    other_mass = q.scatter(-1, stored, 0.0).sum(-1, keepdim=True)
+    log_q = torch.cat([top, other_mass], -1).log()
     options = divergence_options(terms.name, terms.options)
     kd = DIVERGENCES[terms.name](log_p.double(), log_q, **options).sum() * terms.temperature**2
     ce = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
@@ -97,7 +96,7 @@ def over_outcomes(
 @pytest.mark.parametrize("temperature", [1.0, 5 / 3])
 @pytest.mark.parametrize("sft_ratio", [0.0, 0.3])
 @pytest.mark.parametrize("sizes", [(3, 2), (100, 100)])
-def test_the_loss_is_that_over_k_and_the_rest(
+def test_the_loss_covers_k_ids_and_any_other(
     name: str,
     temperature: float,
     sft_ratio: float,
@@ -115,12 +114,12 @@ def test_the_loss_is_that_over_k_and_the_rest(
     masked[[3, 37]] = True
     ids, codec, labels = (
         VocabMap(38, masked),
-        TopKCodec(6, 38, TAUS),
+        TopKCodec(6, 38, TEMPERATURES),
         torch.randint(4, 37, (11,), generator=source),
     )
     records = codec.encode(ids.mask(3 * draw(11, 38)))
     terms = LossTerms(name, temperature=temperature, sft_ratio=sft_ratio)
-    expected = over_outcomes(hidden, head, labels, terms, ids, codec, records)
+    expected = loss_over_outcomes(hidden, head, labels, terms, ids, codec, records)
     leaves = [hidden, head.weight, head.bias]
     expected_gradients = torch.autograd.grad(expected[0], leaves)
     actual = loss_sums(
@@ -133,8 +132,8 @@ def test_the_loss_is_that_over_k_and_the_rest(
         assert torch.allclose(value, reference.detach(), rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("temperature", TAUS)
-def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: float) -> None:
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_divergence_grows_with_k_up_to_the_full_one(temperature: float) -> None:
     source = torch.Generator().manual_seed(2)
     hidden, labels = (
         torch.randn(9, 8, generator=source),
@@ -169,16 +168,16 @@ def test_all_ids_kept_is_the_whole_divergence_and_fewer_never_more(temperature: 
                 teacher_head=codec,
             )[1]
         )
-        for codec in (TopKCodec(k, 30, TAUS) for k in (1, 4, 12, 30))
+        for codec in (TopKCodec(k, 30, TEMPERATURES) for k in (1, 4, 12, 30))
     ]
     assert stored == sorted(stored) and stored[0] < 0.9 * float(full)
     assert stored[-1] == pytest.approx(float(full), rel=1e-4)
 
 
-def test_truncation_error_is_that_of_the_definition() -> None:
-    logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopKCodec(5, 50, TAUS)
+def test_truncation_error_equals_its_definition() -> None:
+    logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopKCodec(5, 50, TEMPERATURES)
     actual = codec.truncation_error(logits, codec.encode(logits))
-    for temperature, (mass, divergence) in zip(TAUS, actual.tolist(), strict=True):
+    for temperature, (mass, divergence) in zip(TEMPERATURES, actual.tolist(), strict=True):
         p = torch.softmax(logits / temperature, -1)
         stored = logits.topk(5, -1).indices
         even = (1 - p.gather(-1, stored).sum(-1)) / (46 - 5)
@@ -189,11 +188,11 @@ def test_truncation_error_is_that_of_the_definition() -> None:
         )
 
 
-def test_what_cannot_be_encoded_is_refused() -> None:
+def test_unsupported_sizes_and_temperatures_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"teacher_cache\.top_k=64 is more than the 40 ids"):
-        TopKCodec(64, 50, TAUS).validate(40)
+        TopKCodec(64, 50, TEMPERATURES).validate(40)
     with pytest.raises(RecipeError, match="mode=cached_hidden_states"):
-        TopKCodec(64, MAX_IDS + 1, TAUS).validate(MAX_IDS)
+        TopKCodec(64, MAX_IDS + 1, TEMPERATURES).validate(MAX_IDS)
     codec = TopKCodec(2, 10, (1.0,))
     with pytest.raises(RecipeError, match=r"hold temperature 1, not 1\.5"):
         codec.decode(codec.encode(torch.randn(3, 10)), 1.5)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import own_signals, sentence
+from refusals import error_message, restored_signals
 from synthetic_run import SyntheticRun
 
 from pocl_ds.cli.main import main
@@ -199,13 +199,13 @@ def test_the_command_accepts_one_run_or_several(
         "pocl_ds.cli.pipeline.run_step_command",
         lambda name, words, run_dir, dry_run: steps.append((name, words, run_dir)) or 0,
     )
-    with own_signals():
+    with restored_signals():
         assert main(["report", "--run-dir", str(run), "report.max_items=3"]) == 0
         assert main(["report", "quickstart"]) == 0
     assert steps == [("report", ["report.max_items=3"], run), ("report", ["quickstart"], None)]
     other = shutil.copytree(run, tmp_path / "b")
     several = ["--run-dir", str(run), "--run-dir", str(other)]
-    with own_signals():
+    with restored_signals():
         assert main(["report", *several, "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").is_file() and len(steps) == 2
     for invalid in (
@@ -213,4 +213,4 @@ def test_the_command_accepts_one_run_or_several(
         [*several, "--dry-run"],
         ["--run-dir", str(run), "--force"],
     ):
-        assert "several runs" in sentence(capsys, "report", *invalid)
+        assert "several runs" in error_message(capsys, "report", *invalid)

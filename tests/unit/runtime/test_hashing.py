@@ -25,7 +25,7 @@ def test_the_smallest_hashes_are_selected_in_the_order_of_the_input(
 
 
 @given(st.lists(st.integers(0, 5), max_size=20), st.integers(0, 20))
-def test_equal_keys_are_taken_in_their_order(keys: list[int], limit: int) -> None:
+def test_equal_keys_are_selected_in_order(keys: list[int], limit: int) -> None:
     expected = sorted(sorted(range(len(keys)), key=lambda row: (keys[row], row))[:limit])
     assert rows_of_smallest(keys, limit) == expected
 

@@ -83,30 +83,30 @@ def test_an_error_that_cannot_be_printed_changes_no_exit_code(case: str, tmp_pat
     """For example, if the rank's log is on a full disk."""
     program, code = ENDINGS[case]
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", f"import os, pathlib, sys, time\n{program}", str(tmp_path)],
             stderr=full,
             timeout=60,
         )
-    assert done.returncode == code
+    assert process.returncode == code
 
 
 @pytest.mark.parametrize("words", [["run", "quickstart", "--dry-run"], ["bench", "list"]])
 def test_a_full_disk_of_stdout_is_one_sentence(words: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", "pocl_ds.cli.main", *words],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             timeout=60,
         )
-    assert done.returncode == 2
-    said = (
+    assert process.returncode == 2
+    message = (
         "the disk of an output is full (No space left on device): free some space and run the same "
         "command again; finished work is kept"
     )
-    assert done.stderr == f"pocl {words[0]}: {said}\n"
+    assert process.stderr == f"pocl {words[0]}: {message}\n"
 
 
 @pytest.mark.parametrize(
@@ -129,15 +129,15 @@ def import_module(*_):
 run_setup.open_run_directory = import_module
 sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", sys.argv[1]]))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program, "nowhere"],
         text=True,
         capture_output=True,
         timeout=60,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    assert done.returncode == 130 and "Traceback" not in done.stderr
-    assert done.stderr.endswith(f"{INTERRUPTED}\n")
+    assert process.returncode == 130 and "Traceback" not in process.stderr
+    assert process.stderr.endswith(f"{INTERRUPTED}\n")
 
 
 def test_ctrl_c_in_a_destructor_is_sent_again() -> None:
@@ -156,7 +156,7 @@ def work(*_):
 run_setup.open_run_directory = work
 sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", "nowhere"]))
 """
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program],
         text=True,
         capture_output=True,
@@ -164,14 +164,14 @@ sys.exit(cli.main(["preprocess", "quickstart", "--run-dir", "nowhere"]))
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert (
-        done.returncode == 130
-        and "ZeroDivisionError" in done.stderr
-        and "KeyboardInterrupt" not in done.stderr
+        process.returncode == 130
+        and "ZeroDivisionError" in process.stderr
+        and "KeyboardInterrupt" not in process.stderr
     )
-    assert done.stderr.endswith(f"{INTERRUPTED}\n")
+    assert process.stderr.endswith(f"{INTERRUPTED}\n")
 
 
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0"}])
-def test_the_exit_code_is_kept(environment: dict[str, str]) -> None:
+def test_exit_process_exits_with_its_code(environment: dict[str, str]) -> None:
     out, _ = (child := start(**environment)).communicate(timeout=20)
     assert child.returncode == 7 and out == "ready\ncleaned up\n"

@@ -56,7 +56,7 @@ def test_slow_work_has_seconds_per_unit(lines: list[str]) -> None:
 
 
 class Terminal:
-    """A pseudo-terminal as stderr, and what was written to it."""
+    """A pseudo-terminal as stderr, and the text that was written to it."""
 
     def __init__(self) -> None:
         self.main, side = os.openpty()
@@ -116,7 +116,7 @@ def test_a_terminal_that_cannot_be_redrawn_gets_lines(monkeypatch: pytest.Monkey
     assert "train  2/2 steps" in screen.text and "\x1b" not in screen.text
 
 
-def test_a_terminal_that_is_gone_ends_nothing(
+def test_progress_survives_a_closed_terminal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     main, side = os.openpty()

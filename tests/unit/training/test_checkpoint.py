@@ -1,6 +1,4 @@
-"""Checkpoints: what is kept, what is written in the background, and what a failed or damaged one
-costs.
-"""
+"""Checkpoints: retention, saves in the background, and failed or damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from pocl_ds.workflow.manifest import MANIFEST, read_manifest
 
 
 class Engine:
-    """One file with a number in it; a gate holds the writer back, a fault stops it."""
+    """Saves one number. The writer waits for `gate` and raises `fault`, if it is set."""
 
     def __init__(self) -> None:
         self.value, self.loaded = 0, 0
@@ -31,14 +29,14 @@ class Engine:
         self.copied: list[bool] = []
 
     def snapshot(self, directory: Path, *, copy: bool) -> Any:
-        taken = self.value
+        value = self.value
         self.copied.append(copy)
 
         def write() -> list[Path]:
             assert self.gate.wait(20)
             if self.fault:
                 raise self.fault
-            (directory / "weights").write_text(str(taken))
+            (directory / "weights").write_text(str(value))
             return [directory / "weights"]
 
         return write
@@ -59,14 +57,14 @@ def checkpoints(folder: Path, **config: Any) -> Checkpoints:
 
 
 def save(
-    store: Checkpoints, engine: Any, step: int, *, last: bool = False, loss: float | None = None
+    store: Checkpoints, engine: Any, step: int, *, is_final: bool = False, loss: float | None = None
 ) -> None:
     engine.value = step
-    store.save(step, engine, is_final=last, validation_loss=loss)
+    store.save(step, engine, is_final=is_final, validation_loss=loss)
 
 
 @pytest.mark.parametrize(
-    ("config", "left"),
+    ("config", "retained"),
     [
         ({"keep_last": 1}, [9]),
         ({"keep_last": 3}, [7, 8, 9]),
@@ -75,35 +73,38 @@ def save(
         ({"keep_last": 1, "keep_every_n_steps": 3, "keep_best": True}, [3, 5, 6, 9]),
     ],
 )
-def test_retention(config: dict[str, Any], left: list[int], tmp_path: Path) -> None:
+def test_retention(config: dict[str, Any], retained: list[int], tmp_path: Path) -> None:
     store, engine = checkpoints(tmp_path, **config), Engine()
     losses = {2: 4.0, 5: 3.0, 7: 3.5}
     for step in range(1, 10):
         save(store, engine, step, loss=losses.get(step))
-    assert store.steps() == left
-    found = read_manifest(tmp_path / "checkpoints" / f"step-{left[-1]:08d}")
-    assert found and found.info == {"step": 9} and set(found.files) == {"weights", "trainer.json"}
+    assert store.steps() == retained
+    manifest = read_manifest(tmp_path / "checkpoints" / f"step-{retained[-1]:08d}")
+    assert (
+        manifest
+        and manifest.info == {"step": 9}
+        and set(manifest.files) == {"weights", "trainer.json"}
+    )
 
 
-def test_a_save_in_the_background_has_no_name_before_it_is_whole(tmp_path: Path) -> None:
+def test_a_background_save_gets_its_name_when_it_is_complete(tmp_path: Path) -> None:
     store, engine = checkpoints(tmp_path, async_save=True), Engine()
     engine.gate.clear()
     save(store, engine, 1)
     assert store.is_writing and store.steps() == []
-    engine.value = 77  # training goes on
+    engine.value = 77  # training continues
     threading.Timer(0.2, engine.gate.set).start()
     store.finalize_async_save()  # waits
     assert not store.is_writing and store.steps() == [1]
     assert (tmp_path / "checkpoints" / "step-00000001" / "weights").read_text() == "1"
     save(store, engine, 2)
-    save(
-        store, engine, 3, last=True
-    )  # the last one is not left to a thread, and the one before is sealed first
+    # A final save completes the previous one and does not use a thread.
+    save(store, engine, 3, is_final=True)
     assert store.steps() == [2, 3] and engine.copied == [True, True, False]
     store.finalize_async_save()
 
 
-def test_what_fails_in_the_background_is_said_later(
+def test_a_failed_background_save_is_reported_when_it_is_finalized(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, engine = checkpoints(tmp_path, async_save=True), Engine()
@@ -131,7 +132,7 @@ def test_a_defect_in_the_background_is_not_swallowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "reason"),
     [
         (OSError(28, "No space left on device"), "rank 0: No space left on device;"),
         (OSError("the disk went away"), "rank 0: the disk went away;"),
@@ -139,23 +140,23 @@ def test_a_defect_in_the_background_is_not_swallowed(tmp_path: Path) -> None:
             RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
             "rank 0: no space left on the disk;",
         ),
-        (ArtifactError("the folder is not ours"), "rank 0: the folder is not ours;"),
+        (ArtifactError("the folder is foreign"), "rank 0: the folder is foreign;"),
     ],
 )
-def test_a_second_failure_in_a_row_or_the_last_chance_ends_the_run(
-    fault: Exception, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_second_failure_in_a_row_or_a_failed_final_save_ends_the_run(
+    fault: Exception, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, engine = checkpoints(tmp_path), Engine()
-    for step in (1, 2, 3, 4):  # those that succeed lie between
+    for step in (1, 2, 3, 4):  # every second save succeeds
         engine.fault = fault if step % 2 else None
         save(store, engine, step)
         assert store.steps() == list(range(2, step + 1, 2))
     assert (
-        f"step 1 could not be saved to {tmp_path / 'checkpoints'} ({told} there is no checkpoint "
+        f"step 1 could not be saved to {tmp_path / 'checkpoints'} ({reason} there is no checkpoint "
         f"yet): training" in caplog.text
     )
     assert (
-        f"({told} the newest checkpoint is that of step 2): training continues, and stops if "
+        f"({reason} the newest checkpoint is that of step 2): training continues, and stops if "
         f"the next save fails too" in caplog.text
     )
     assert {record.name for record in caplog.records} == {"pocl_ds"}
@@ -167,11 +168,11 @@ def test_a_second_failure_in_a_row_or_the_last_chance_ends_the_run(
     ):
         save(store, engine, 6)
     with pytest.raises(ResourceError, match="step 7 could not be saved"):
-        save(checkpoints(tmp_path), engine, 7, last=True)
+        save(checkpoints(tmp_path), engine, 7, is_final=True)
     assert store.steps() == [2, 4]
 
 
-def test_a_place_that_cannot_be_made_is_told_as_other_faults(
+def test_a_directory_that_cannot_be_created_is_a_failed_save(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
@@ -180,10 +181,10 @@ def test_a_place_that_cannot_be_made_is_told_as_other_faults(
     with pytest.raises(
         ResourceError, match="step 1 could not be saved .*there is no checkpoint yet"
     ):
-        save(checkpoints(tmp_path), Engine(), 1, last=True)
+        save(checkpoints(tmp_path), Engine(), 1, is_final=True)
 
 
-def test_a_seal_that_fails_is_a_save_that_failed(
+def test_a_manifest_that_cannot_be_written_is_a_failed_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, engine = checkpoints(tmp_path), Engine()
@@ -209,7 +210,7 @@ def test_a_seal_that_fails_is_a_save_that_failed(
     assert store.steps() == [1] and not list((tmp_path / "checkpoints").glob("*.partial"))
 
 
-def test_a_checkpoint_that_cannot_be_read_is_passed_over(
+def test_an_unreadable_checkpoint_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, engine = checkpoints(tmp_path), Engine()
@@ -226,14 +227,14 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(
     assert "it cannot be read (Input/output error)" in caplog.text
 
 
-def test_a_defect_is_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+def test_a_defect_is_not_reported_as_a_full_disk(tmp_path: Path) -> None:
     engine = Engine()
     engine.fault = RuntimeError("a defect")
     with pytest.raises(RuntimeError, match="^a defect$"):
         save(checkpoints(tmp_path), engine, 1)
 
 
-def test_other_ranks_write_their_files_and_leave_the_rest_to_rank_zero(
+def test_other_ranks_write_only_their_own_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -243,12 +244,12 @@ def test_other_ranks_write_their_files_and_leave_the_rest_to_rank_zero(
         tmp_path / "checkpoints" / "step-00000001.partial",
     )
     partial.mkdir(parents=True)
-    (partial / "theirs").touch()
+    (partial / "rank-0-file").touch()
     save(store, engine, 1)
     engine.fault = OSError(28, "No space left on device")
     save(store, engine, 1)
     assert (
-        sorted(path.name for path in partial.iterdir()) == ["theirs", "weights"]
+        sorted(path.name for path in partial.iterdir()) == ["rank-0-file", "weights"]
         and store.steps() == []
     )
 
@@ -256,33 +257,34 @@ def test_other_ranks_write_their_files_and_leave_the_rest_to_rank_zero(
 def test_a_checkpoint_of_other_ranks_is_converted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The original stays; what was made of it goes with the next save."""
+    """The original stays; the next save removes the converted checkpoint."""
     caplog.set_level(logging.INFO)
-    store, engine, made = checkpoints(tmp_path), Engine(), tmp_path / "checkpoints" / "resharded"
+    store, engine = checkpoints(tmp_path), Engine()
+    resharded = tmp_path / "checkpoints" / "resharded"
     monkeypatch.setenv("WORLD_SIZE", "2")
     engine.value = 7
     store.save(7, engine, is_final=False, policy_state={"phi": 0.5})  # type: ignore[arg-type]
     assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.resharded == [False]  # type: ignore[arg-type]
     monkeypatch.setenv("WORLD_SIZE", "1")
-    for again in (False, True):
-        if again:
-            (made / "left").touch()  # of a conversion that was cut short
+    for is_repeated in (False, True):
+        if is_repeated:
+            (resharded / "partial").touch()  # from an interrupted conversion
         assert checkpoints(tmp_path).load(engine) == (7, {"phi": 0.5}) and engine.loaded == 7  # type: ignore[arg-type]
-        assert [path.name for path in made.iterdir()] == ["weights"]
+        assert [path.name for path in resharded.iterdir()] == ["weights"]
     assert (
         engine.resharded == [False, True, True]
         and "was written by 2 ranks: converting it for 1" in caplog.text
     )
     engine.fault = OSError(28, "No space left on device")
-    with pytest.raises(ResourceError, match=f"the disk is full while writing {made}"):
+    with pytest.raises(ResourceError, match=f"the disk is full while writing {resharded}"):
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
     engine.fault = None
     assert store.steps() == [7]
     save(store, engine, 8)
-    assert store.steps() == [7, 8] and not made.exists()
+    assert store.steps() == [7, 8] and not resharded.exists()
 
 
-def test_a_damaged_one_does_not_push_out_the_whole_one(
+def test_a_damaged_checkpoint_does_not_replace_an_intact_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -290,8 +292,8 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(
     save(store, engine, 10)
     save(store, engine, 20)
     (tmp_path / "checkpoints" / "step-00000020" / "weights").write_text("21")
-    again = checkpoints(tmp_path, keep_last=1)
-    assert again.load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
+    resumed = checkpoints(tmp_path, keep_last=1)
+    assert resumed.load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
     assert (
         "resuming from step 10, 10 steps run again; the damaged files stay as *.damaged"
         in caplog.text
@@ -299,12 +301,12 @@ def test_a_damaged_one_does_not_push_out_the_whole_one(
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged")] == [
         "step-00000020.damaged"
     ]
-    save(again, engine, 15)
-    assert again.steps() == [15] and not list((tmp_path / "checkpoints").glob("*.damaged"))
+    save(resumed, engine, 15)
+    assert resumed.steps() == [15] and not list((tmp_path / "checkpoints").glob("*.damaged"))
 
 
 @pytest.mark.parametrize("text", ["", '{"stage": "checkpoint"'])
-def test_a_damaged_manifest_is_damage_as_any_other(
+def test_a_damaged_manifest_makes_a_damaged_checkpoint(
     text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, engine = checkpoints(tmp_path, keep_last=2, keep_best=True), Engine()
@@ -314,11 +316,11 @@ def test_a_damaged_manifest_is_damage_as_any_other(
     assert checkpoints(tmp_path).load(engine) == (10, {}) and engine.loaded == 10  # type: ignore[arg-type]
     assert "step-00000020 is damaged (manifest.json is missing or damaged)" in caplog.text
     (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").write_text(text)
-    save(store, engine, 30, loss=3.0)  # what is kept is decided by the manifests that can be read
+    save(store, engine, 30, loss=3.0)  # retention uses the readable manifests
     assert store.steps() == [10, 30]
 
 
-def test_one_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_program_is_refused_and_not_changed(tmp_path: Path) -> None:
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 10)
     save(store, engine, 20)
@@ -329,33 +331,34 @@ def test_one_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> Non
     assert store.steps() == [10, 20]
 
 
-def test_a_checkpoint_has_its_name_when_its_data_is_on_the_disk(
+def test_a_checkpoint_gets_its_name_after_its_data_is_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A node that dies takes with it what its file system has not written: a name must not be there
-    before.
+    """A node that dies loses data that its file system has not written: files are synchronized
+    before the rename.
     """
-    written: set[str] = set()
+    synced: set[str] = set()
     sync, rename = os.fsync, os.replace
-    named: list[set[str]] = []
+    synced_before_rename: list[set[str]] = []
 
-    def seen(handle: int) -> None:
-        written.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+    def record_sync(handle: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         sync(handle)
 
-    def renamed(source: Path, target: Path) -> None:
+    def record_rename(source: Path, target: Path) -> None:
         if Path(target).name == "step-00000001":
-            named.append(set(written))
+            synced_before_rename.append(set(synced))
         rename(source, target)
 
-    monkeypatch.setattr(os, "fsync", seen)
-    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_rename)
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 1)
-    assert len(named) == 1 and {"weights", "step-00000001.partial"} <= named[0]
+    assert len(synced_before_rename) == 1
+    assert {"weights", "step-00000001.partial"} <= synced_before_rename[0]
 
 
-def test_a_damaged_one_that_cannot_be_set_aside_is_named(
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, engine = checkpoints(tmp_path), Engine()
@@ -374,7 +377,7 @@ def test_a_damaged_one_that_cannot_be_set_aside_is_named(
         checkpoints(tmp_path).load(engine)  # type: ignore[arg-type]
 
 
-def test_where_nothing_was_saved_training_starts(
+def test_training_starts_at_step_0_without_a_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -385,7 +388,7 @@ def test_where_nothing_was_saved_training_starts(
     assert f"removing {leftover}, an incomplete checkpoint of an interrupted save" in caplog.text
 
 
-def test_one_of_another_dtype_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_dtype_is_refused(tmp_path: Path) -> None:
     """With student.dtype=auto the dtype depends on the machine, and not on the fingerprint."""
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 1)
@@ -398,7 +401,7 @@ def test_one_of_another_dtype_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fingerprint", ["e", "g", ""])
-def test_one_of_another_recipe_is_refused(tmp_path: Path, fingerprint: str) -> None:
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path, fingerprint: str) -> None:
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 1)
     other = Checkpoints(store.directory, store.config, fingerprint=fingerprint)
@@ -410,7 +413,7 @@ def test_one_of_another_recipe_is_refused(tmp_path: Path, fingerprint: str) -> N
     assert store.steps() == [1]
 
 
-def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_damaged_checkpoints_alone_are_refused_and_not_changed(tmp_path: Path) -> None:
     store, engine = checkpoints(tmp_path), Engine()
     save(store, engine, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "weights").write_text("")
@@ -422,8 +425,8 @@ def test_none_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checkpoints").rglob("*")) == before
 
 
-def test_a_step_is_saved_over_what_stands_in_its_name(tmp_path: Path) -> None:
-    """As where a damaged checkpoint of a later step was left, and training comes there again."""
+def test_a_save_replaces_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    """It happens if training resumes from an earlier checkpoint and reaches that step again."""
     store, engine = checkpoints(tmp_path, keep_last=2), Engine()
     save(store, engine, 10)
     (tmp_path / "checkpoints" / "step-00000010" / "manifest.json").write_text("")

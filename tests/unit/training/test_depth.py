@@ -1,4 +1,4 @@
-"""How deep the way is from a training step to the formula of a divergence."""
+"""Number of frames between a training step and the formula of a divergence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MAX_FRAMES = 5
 
 
 class TopKTeacher:
-    """A teacher whose cached top-k records are made on the spot."""
+    """A teacher that encodes top-k records from the logits of an online teacher."""
 
     def __init__(self, teacher: OnlineTeacher) -> None:
         self.teacher, self.codec = teacher, TopKCodec(K, SIZE, (1.0,))

@@ -26,8 +26,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the Hub, offline, with two revisions of one model."""
     cache = tmp_path / "hub" / "models--org--name"
     for number, (name, revision) in enumerate((("main", "a" * 40), ("step1000", "b" * 40))):
-        made = tiny_models.llama(tmp_path / name, layers=1, seed=number)
-        shutil.copytree(made, cache / "snapshots" / revision)
+        model = tiny_models.llama(tmp_path / name, layers=1, seed=number)
+        shutil.copytree(model, cache / "snapshots" / revision)
         (cache / "refs").mkdir(exist_ok=True)
         (cache / "refs" / name).write_text(revision)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache.parent))
@@ -35,7 +35,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache
 
 
-def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_path: Path) -> None:
+def test_later_steps_read_the_pinned_revision(hub: Path, tmp_path: Path) -> None:
     """Scoring, training and evaluation know only the path: another revision under the same name
     would not be noticed.
     """
@@ -59,7 +59,7 @@ def test_a_revision_of_the_hub_is_what_every_later_stage_reads(hub: Path, tmp_pa
     assert json.loads((run.models / "models.json").read_text())["teacher"] is None
 
 
-def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path) -> None:
+def test_a_missing_revision_is_refused(hub: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match=r"the revision step2000 of org/name cannot be loaded .*: check the name"
     ):
@@ -68,7 +68,7 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path)
         )
     folder = str(hub / "snapshots" / ("a" * 40))
     assert resolve_pinned_model(StudentConfig.model_validate({"model": "org/name"})) == folder, (
-        "what is the newest now, for good"
+        "the newest revision is pinned"
     )
     assert (
         resolve_pinned_model(
@@ -78,7 +78,7 @@ def test_a_revision_that_is_not_there_is_one_sentence(hub: Path, tmp_path: Path)
     )
 
 
-def test_a_branch_that_moves_while_a_run_lasts_changes_nothing(
+def test_a_branch_that_moves_during_a_run_does_not_change_the_models(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`pocl preprocess` records the revision of each name before weights are downloaded; later

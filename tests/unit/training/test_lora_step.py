@@ -1,5 +1,5 @@
-"""Steps that train only adapters equal those of plain PyTorch and peft; checkpoints hold nothing
-else.
+"""Steps that train only adapters equal those of plain PyTorch and peft; checkpoints hold only
+adapters.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def build_engine(folder: Path) -> TorchEngine:
     return TorchEngine(Student(model, VocabMap(SIZE), chunk_bytes=1 << 20).train(), TRAIN)
 
 
-def run(engine: TorchEngine, teacher: Any, first: int = 0) -> None:
-    for step in range(first, STEPS):
+def run(engine: TorchEngine, teacher: Any) -> None:
+    for step in range(STEPS):
         batch = batch_of(tokens(step))
         with torch.no_grad():
             hidden = batch.at_loss_positions(hidden_states(teacher, *batch.inputs))

@@ -13,7 +13,7 @@ from pocl_ds.errors import ResourceError
 from pocl_ds.training import memory_check
 
 
-def needed(
+def required_gigabytes(
     student: Path,
     teacher: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -55,20 +55,32 @@ def needed(
     return float(match.group(1))
 
 
-def test_a_whole_teacher_counts_on_every_rank(
+def test_a_teacher_that_is_not_sharded_counts_on_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher = tmp_path / "s", tmp_path / "t"
-    assert needed(student, teacher, monkeypatch) == 20 + 2 * 8 + 20
-    assert needed(student, teacher, monkeypatch, teacher_sharded=False) == 20 + 2 * 8 + 2 * 20
-    assert needed(student, teacher, monkeypatch, async_save=True) == 20 + 12 + 2 * 8 + 20
-    assert needed(student, teacher, monkeypatch, rollout_worker=True) == 20 + 2 * (8 + 4) + 20
+    assert required_gigabytes(student, teacher, monkeypatch) == 20 + 2 * 8 + 20
     assert (
-        needed(student, teacher, monkeypatch, rollout_worker=True, saved_rollout_weights=True)
+        required_gigabytes(student, teacher, monkeypatch, teacher_sharded=False)
+        == 20 + 2 * 8 + 2 * 20
+    )
+    assert (
+        required_gigabytes(student, teacher, monkeypatch, async_save=True) == 20 + 12 + 2 * 8 + 20
+    )
+    assert (
+        required_gigabytes(student, teacher, monkeypatch, rollout_worker=True)
+        == 20 + 2 * (8 + 4) + 20
+    )
+    assert (
+        required_gigabytes(
+            student, teacher, monkeypatch, rollout_worker=True, saved_rollout_weights=True
+        )
         == 20 + 2 * (8 + 4) + 4 + 20
     )
     assert (
-        needed(student, teacher, monkeypatch, student_sharded=False, teacher_sharded=False)
+        required_gigabytes(
+            student, teacher, monkeypatch, student_sharded=False, teacher_sharded=False
+        )
         == 2 * 20 + 2 * 20
     )
 
@@ -78,10 +90,10 @@ def test_only_adapters_have_gradients_and_moments(
 ) -> None:
     student, teacher = tmp_path / "s", tmp_path / "t"
     lora = LoraConfig(r=100)  # 0.1 of 1 thousand million
-    assert needed(student, teacher, monkeypatch, lora=lora) == pytest.approx(
+    assert required_gigabytes(student, teacher, monkeypatch, lora=lora) == pytest.approx(
         4 + 2 + 4 + 2 * (4 + 0.8) + 20
     )
-    with_worker = needed(
+    with_worker = required_gigabytes(
         student, teacher, monkeypatch, lora=lora, async_save=True, rollout_worker=True
     )
     assert with_worker == pytest.approx(4 + 2 + 1.2 + 4 + 2 * (4 + 0.8 + 4) + 20)
@@ -89,11 +101,13 @@ def test_only_adapters_have_gradients_and_moments(
 
 def test_a_quantized_teacher_takes_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = tmp_path / "s", tmp_path / "t"
-    gigabytes = needed(student, teacher, monkeypatch, teacher_sharded=False, quantized=0.5)
+    gigabytes = required_gigabytes(
+        student, teacher, monkeypatch, teacher_sharded=False, quantized=0.5
+    )
     assert gigabytes == 20 + 2 * 8 + 2 * (4 * 0.5 + 1 * 4)
 
 
-def test_what_fits_passes(
+def test_a_training_that_fits_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
 ) -> None:
     model = ModelSource(model=str(tiny_llama))

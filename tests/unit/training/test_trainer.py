@@ -1,4 +1,4 @@
-"""The training loop around a student that is one number: validation, stops, resumes."""
+"""The training loop with a student that is one number: validation, signals, resuming."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ STEPS = 6
 
 
 class Split:
-    """Sample r is its prompt r and a response of one token."""
+    """Sample r has the prompt r and a response of one token."""
 
     def __init__(self, name: str, ids: list[str]) -> None:
-        self.name, self.ids = name, np.array([one.encode() for one in ids], "S")
+        self.name, self.ids = name, np.array([name.encode() for name in ids], "S")
         self.prompt_tokens, self.total_tokens = (
             np.full(len(ids), 1, np.int64),
             np.full(len(ids), 2, np.int64),
@@ -51,15 +51,15 @@ class Split:
 
 
 class Engine:
-    """Its loss is the number of its steps; `at` is called before a step is taken."""
+    """The loss is the number of steps. `callbacks[step]` is called before that step."""
 
-    def __init__(self, at: dict[int, Any] | None = None) -> None:
-        self.module, self.steps, self.at = torch.nn.Linear(1, 1), 0, at or {}
-        self.looked_at: list[int] = []  # rows of validation samples, in order
+    def __init__(self, callbacks: dict[int, Any] | None = None) -> None:
+        self.module, self.steps, self.callbacks = torch.nn.Linear(1, 1), 0, callbacks or {}
+        self.validated_rows: list[int] = []  # in order
 
     def forward(self, batch: Any, *_: Any) -> Any:
         if not self.module.training:
-            self.looked_at += batch.rows
+            self.validated_rows += batch.rows
         loss = torch.tensor(float(self.steps) * len(batch.labels))
         return loss, torch.tensor(0.0), loss
 
@@ -67,7 +67,7 @@ class Engine:
         pass
 
     def step(self, lr: float) -> float:
-        self.at.get(self.steps, int)()
+        self.callbacks.get(self.steps, int)()
         self.steps += 1
         return 1.0
 
@@ -82,7 +82,7 @@ class Engine:
         self.steps = int((directory / "weights").read_text())
 
 
-class Listener(OffPolicy):
+class RecordingPolicy(OffPolicy):
     """Records the validation losses."""
 
     def __init__(self, adaptive: bool) -> None:
@@ -133,25 +133,27 @@ def validations(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == "validation"]
 
 
-@pytest.mark.parametrize(("adaptive", "looked_at"), [(True, [0, 2, 4, 6]), (False, [2, 4, 6])])
+@pytest.mark.parametrize(
+    ("adaptive", "validated_steps"), [(True, [0, 2, 4, 6]), (False, [2, 4, 6])]
+)
 @pytest.mark.parametrize("stop", [None, 0, 2, 3])
 def test_an_adaptive_policy_knows_the_loss_before_the_first_step(
-    adaptive: bool, looked_at: list[int], stop: int | None, tmp_path: Path
+    adaptive: bool, validated_steps: list[int], stop: int | None, tmp_path: Path
 ) -> None:
-    """Once, also where a run was stopped: what it is compared with later is that of the student
-    before any step.
+    """It gets this loss once, also if the training is stopped: later losses are compared with
+    that of the untrained student.
     """
-    policy = Listener(adaptive)
+    policy = RecordingPolicy(adaptive)
     if stop is not None:
-        at = {stop: lambda: signal.raise_signal(signal.SIGTERM)}
+        callbacks = {stop: lambda: signal.raise_signal(signal.SIGTERM)}
         with pytest.raises(Interrupted):
-            trainer(tmp_path, Engine(at), Listener(adaptive)).run()
+            trainer(tmp_path, Engine(callbacks), RecordingPolicy(adaptive)).run()
     trainer(tmp_path, Engine(), policy).run()
-    assert policy.losses == looked_at
-    assert [record["step"] for record in validations(tmp_path)] == looked_at
+    assert policy.losses == validated_steps
+    assert [record["step"] for record in validations(tmp_path)] == validated_steps
 
 
-def test_what_was_said_before_a_first_checkpoint_is_not_said_twice(tmp_path: Path) -> None:
+def test_validations_before_the_first_checkpoint_are_not_recorded_twice(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
@@ -159,32 +161,32 @@ def test_what_was_said_before_a_first_checkpoint_is_not_said_twice(tmp_path: Pat
         raise Killed
 
     with pytest.raises(Killed):
-        trainer(tmp_path, Engine({2: kill}), Listener(True)).run()
+        trainer(tmp_path, Engine({2: kill}), RecordingPolicy(True)).run()
     assert [record["step"] for record in validations(tmp_path)] == [0, 2]
-    trainer(tmp_path, Engine(), policy := Listener(True)).run()
+    trainer(tmp_path, Engine(), policy := RecordingPolicy(True)).run()
     assert policy.losses == [0, 2, 4, 6]
     assert [record["step"] for record in validations(tmp_path)] == [0, 2, 4, 6]
 
 
-def test_validation_looks_at_all_kinds_and_always_at_the_same(
+def test_validation_uses_samples_of_all_sources_and_always_the_same(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file may be sorted by source; another order, seed or moment changes nothing."""
+    """A file may be sorted by source; its order, the seed and the step do not change the choice."""
     names = [f"{kind}-{number}" for kind in "abcd" for number in range(100)]
-    chosen = []
+    selections = []
     for seed in range(2):
         engine, folder = Engine(), tmp_path / str(seed)
         with caplog.at_level(logging.INFO, "pocl_ds"):
-            trainer(folder, engine, Listener(False), names, seed).run()
-        looks = np.array(engine.looked_at).reshape(3, 64)
-        chosen += [sorted(names[row] for row in look) for look in looks]
+            trainer(folder, engine, RecordingPolicy(False), names, seed).run()
+        validations_rows = np.array(engine.validated_rows).reshape(3, 64)
+        selections += [sorted(names[row] for row in rows) for rows in validations_rows]
         assert all(
             record["samples"] == 64 and record["total_samples"] == 400
             for record in validations(folder)
         )
         random.Random(0).shuffle(names)
-    assert all(one == chosen[0] for one in chosen)
-    assert all(8 <= sum(name.startswith(kind) for name in chosen[0]) <= 24 for kind in "abcd")
+    assert all(selection == selections[0] for selection in selections)
+    assert all(8 <= sum(name.startswith(kind) for name in selections[0]) <= 24 for kind in "abcd")
     assert (
         "train: validation uses 64 of 400 samples, chosen by the hash of their ids" in caplog.text
     )
