@@ -89,8 +89,8 @@ def submit(
         list[str] | None,
         typer.Argument(
             metavar="RECIPE|FIELD=VALUE",
-            help="Recipes (files or shipped names) and overrides. Each of several recipes gets "
-            "its own run directory below --run-dir.",
+            help="Submit these recipes (files or shipped names), with these overrides. Each of "
+            "several recipes gets its own run directory below --run-dir.",
             show_default=False,
             autocompletion=complete_recipe,
         ),
@@ -221,7 +221,7 @@ def logs(
     job: Annotated[
         str | None,
         typer.Argument(
-            metavar="JOB", help="Job to show. Default: the newest log.", show_default=False
+            metavar="JOB", help="Show this job. Default: the newest log.", show_default=False
         ),
     ] = None,
     rank: Annotated[
@@ -272,7 +272,9 @@ def profile_show(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="File or name of the profile.", autocompletion=complete_profile
+            metavar="NAME",
+            help="Show this profile: a file or a name.",
+            autocompletion=complete_profile,
         ),
     ],
 ) -> int:

@@ -80,7 +80,7 @@ RecipeArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="RECIPE",
-        help="Recipe file, or the name of a shipped recipe (see `pocl recipes`). "
+        help="Use this recipe: a file, or the name of a shipped recipe (see `pocl recipes`). "
         "Default: the recipe.yaml of the run directory.",
         show_default=False,
         autocompletion=_complete_recipe_or_field,
@@ -90,7 +90,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FIELD=VALUE",
-        help="Overrides of recipe fields, such as train.lr=1e-4. They may appear anywhere.",
+        help="Override recipe fields, as in train.lr=1e-4; overrides may appear anywhere.",
         show_default=False,
         autocompletion=complete_field,
     ),

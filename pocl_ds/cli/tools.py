@@ -79,7 +79,7 @@ def study(
         str,
         typer.Argument(
             metavar="STUDY",
-            help="Study file, or the name of a study in launch/studies/.",
+            help="Run this study: a file, or the name of a study in launch/studies/.",
             autocompletion=complete_study,
         ),
     ],

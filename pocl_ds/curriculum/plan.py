@@ -1,4 +1,4 @@
-"""The plan: from an order of samples, easiest first, to stages. Independent of ranks.
+"""The plan divides an order of samples, easiest first, into stages. It is independent of ranks.
 
 A stage is a slice of the order. With baby_step, stage i trains on subsets 0 to i; with one_pass, on
 subset i alone.

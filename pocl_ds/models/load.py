@@ -190,8 +190,8 @@ def load_model(
         attention: implementation; None is sdpa, or eager for a family without sdpa and for a model
             that caps its attention scores (Gemma 2), which sdpa would ignore.
         dropout: set every dropout rate of the configuration; None keeps them.
-        quantization: the recipe's teacher.quantization; a quantized model is on this rank's device
-            from the start.
+        quantization: the recipe's teacher.quantization; a quantized model is loaded directly
+            onto this rank's device.
 
     Raises:
         ModelError: the model cannot be loaded, or the folder lacks weights, which
@@ -228,7 +228,7 @@ def load_model(
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         raise ModelError(
             f"the weights of {path} lack {problems[0]}{more}, or have it in another shape: the "
-            "folder is not a complete causal language model, get it again"
+            "folder is not a complete causal language model, download it again"
         )
     return cast(PreTrainedModel, model)
 
@@ -284,7 +284,7 @@ def _reason_and_remedy(path: str, error: Exception) -> tuple[str, str]:
     )
     if unreadable:
         return (
-            f"{', '.join(unreadable)} may not be read",
+            f"{', '.join(unreadable)} cannot be read",
             "change the permissions of that folder's files",
         )
     if isinstance(error, pickle.UnpicklingError):

@@ -23,7 +23,7 @@ ADAPTER = "default"  # peft's name of the only adapter
 
 
 def require_peft() -> None:
-    """Raise ResourceError where peft is not installed."""
+    """Raise ResourceError if peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise ResourceError(
             "student.lora needs the package peft, which is not installed: pip install "
@@ -42,7 +42,7 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
     targets: ends of names (`q_proj`, `self_attn.q_proj`), or `all-linear` for all but the head.
     Raises RecipeError for a target that names no linear module, the head or the embeddings.
     """
-    # All linear modules but the head.
+    # Find all linear modules but the head.
     head = model.get_output_embeddings()
     linear = {
         name: module
@@ -51,7 +51,7 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
     }
     if targets == (ALL_LINEAR,):
         return linear
-    # Those that the targets name.
+    # Select the modules that the targets name.
     selected: dict[str, Any] = {}
     for target in targets:
         named = {
@@ -75,7 +75,7 @@ def target_linear_modules(model: Any, targets: tuple[str, ...]) -> dict[str, Any
 
 
 def _short_names(names: Iterable[str]) -> list[str]:
-    """The last parts of module names (`q_proj`), each once."""
+    """The last parts of module names (`q_proj`), without duplicates."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 

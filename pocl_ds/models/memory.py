@@ -72,15 +72,17 @@ class StudentState:
 
 
 def student_state_bytes(
-    parameters: float, trained: float, dtype: str, *, sharded: bool
+    parameters: float, trainable: float, dtype: str, *, sharded: bool
 ) -> StudentState:
-    """Bytes of the state of a student with `parameters`, of which `trained` have gradients.
+    """Bytes of the state of a student with `parameters`, of which `trainable` have gradients.
 
     Gradients are summed over micro-batches in float32. The optimizer holds two moments, and a
     float32 copy of the weights: in mixed precision, and under ZeRO-3 also in float32 (flat copy).
     """
     copies = 3 if dtype != "float32" or sharded else 2
-    return StudentState(parameter_bytes(parameters, dtype), 4.0 * trained, 4.0 * copies * trained)
+    return StudentState(
+        parameter_bytes(parameters, dtype), 4.0 * trainable, 4.0 * copies * trainable
+    )
 
 
 def frozen_weight_bytes(
@@ -109,7 +111,7 @@ def training_memory(
     *,
     gloo: bool = False,
 ) -> dict[str, float]:
-    """Bytes of one rank in an optimizer step, by what holds them.
+    """Bytes of one rank at the peak of an optimizer step, itemized by name.
 
     Args:
         lengths: tokens of each sample of a micro-batch.
@@ -122,7 +124,7 @@ def training_memory(
     memory |= _student_memory(student, setup, ranks, lengths, activations)
     memory |= _head_memory(student, setup, loss_tokens)
     if setup.sharded and not setup.offload_student:
-        # DeepSpeed copies the gradients into a flat buffer.
+        # During the update ZeRO-3 holds the gradients once more, as one flat tensor.
         memory["student: gradient of the update"] = 4.0 * student.trainable_parameters / ranks
     if teacher is not None:
         memory |= _teacher_memory(teacher, setup, ranks, lengths)

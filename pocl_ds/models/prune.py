@@ -32,7 +32,7 @@ def parse_layers(text: str) -> list[int]:
 def prune_layers(model: Any, layers: list[int]) -> Any:
     """Remove the given layers from the model, in place, and return it.
 
-    The other layers keep their weights and order. Their `layer_idx` (place in the key-value cache)
+    The other layers keep their weights and order. Their `layer_idx` (index in the key-value cache)
     and the configuration are updated. Raises ModelError if a layer does not exist, or none remain.
     """
     config = model.config
