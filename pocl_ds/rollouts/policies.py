@@ -56,7 +56,7 @@ class Policy(Protocol):
         """Record the validation loss, in nats per token."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must store, as values that JSON can hold."""
+        """The state for a checkpoint, as values that JSON can hold."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -162,9 +162,9 @@ class DistiLLM:
         return replayed, np.arange(len(replayed))
 
     def observe_validation_loss(self, loss: float) -> None:
-        """See `Policy`. The first loss, before the first step, is the reference, and then each loss
-        that counted as a rise: a loss that stays high counts once. The authors' release does the
-        same.
+        """See `Policy`. The reference is the loss before the first step, and later the most recent
+        loss that counted as a rise. So a loss that stays high counts once, as in the authors'
+        release.
         """
         if self.reference_loss is None:
             self.reference_loss = loss
