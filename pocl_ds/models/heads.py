@@ -53,7 +53,7 @@ class OutputHead:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of the hidden states."""
         return self.rows if self.weight is None else _full_shape(self.weight)[1]
 
     def logits(self, hidden: torch.Tensor, size: int | None = None) -> torch.Tensor:
@@ -123,8 +123,8 @@ def hidden_states(
     packed: dict[str, Any] = {}
     if lengths is not None:
         packed = {"position_ids": position_ids, "samples": PackedSamples(lengths, input_ids.device)}
-    part = model.base_model if split else model
-    output = part(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
+    module = model.base_model if split else model
+    output = module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
     return output.last_hidden_state if split else output.logits
 
 

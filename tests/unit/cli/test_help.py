@@ -74,7 +74,7 @@ def test_each_command_has_a_sentence_and_an_example(
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_each_option_has_a_help_text_in_the_imperative(name: str) -> None:
+def test_each_option_has_a_help_sentence(name: str) -> None:
     for parameter in COMMANDS[name].params:
         text = getattr(parameter, "help", None) or ""
         assert text.endswith("."), (parameter.name, text)
