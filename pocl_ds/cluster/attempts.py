@@ -1,9 +1,9 @@
-"""Attempts of a job, and the decision after each one. Pure rules over one file a job; standard
-library only.
+"""Attempts of a job, and the decision after each one. Pure functions over one file per job; only
+the standard library.
 
-A job that was told to stop, or lost its node, is requeued as long as it makes progress; a preempted
-job is always requeued. A crash is retried once: the same error at the same place is a bug that no
-restart fixes.
+A job that got a stop signal or lost its node is requeued as long as it makes progress; a preempted
+job is always requeued. A crash is retried once: the same error at the same optimizer step is a bug
+that a restart does not fix.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Attempt:
     # Optimizer steps recorded by its end; by its start if its end is unknown.
     progress: int = 0
     error: str = ""
-    stop_reason: str = ""  # why it was told to stop: a signal's name, or preemption
+    stop_reason: str = ""  # why the job had to stop: a signal's name, or preemption
     unfit_nodes: list[str] = field(default_factory=list)
     outcome: str = ""
     reason: str = ""  # of the outcome
@@ -92,7 +92,7 @@ def decide(
         return Decision(FAILED, attempt.error or fallback)
 
     # A crash with the same error at the same place as before is not retried.
-    told_to_stop = attempt.code in (EXIT_RESUME, EXIT_UNFIT_NODE) or bool(attempt.stop_reason)
+    was_stopped = attempt.code in (EXIT_RESUME, EXIT_UNFIT_NODE) or bool(attempt.stop_reason)
     repeated = [
         other
         for other in previous
@@ -102,7 +102,7 @@ def decide(
         and other.progress == attempt.progress
         and error_signature(other.error) == error_signature(attempt.error)
     ]
-    if not told_to_stop and repeated:
+    if not was_stopped and repeated:
         return Decision(
             FAILED,
             f"the same error at the same place as in attempt {repeated[-1].number}: "
@@ -110,7 +110,7 @@ def decide(
         )
     cause = attempt.error or (
         f"stopped by {attempt.stop_reason or 'a signal'}"
-        if told_to_stop
+        if was_stopped
         else f"exit code {attempt.code}"
     )
     if ended_by_slurm:
@@ -128,13 +128,13 @@ def decide(
     if attempt.code == EXIT_UNFIT_NODE:
         return Decision(RETRY, f"{cause}; the job moves to other nodes")
     return Decision(
-        RETRY, f"{cause}; the job {'continues' if told_to_stop else 'gets one more attempt'}"
+        RETRY, f"{cause}; the job {'continues' if was_stopped else 'gets one more attempt'}"
     )
 
 
 def excluded_nodes(attempts: Sequence[Attempt]) -> list[str]:
     """Nodes that a job avoids: unfit ones, and nodes on which one-node attempts ended twice without
-    a record and without being told to stop.
+    a record and without a stop signal.
     """
     unfit = {node for attempt in attempts for node in attempt.unfit_nodes}
     lost = [

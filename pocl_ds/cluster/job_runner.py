@@ -119,8 +119,8 @@ class Job:
         for number, command in enumerate(self.spec["commands"]):
             is_last = number + 1 == len(self.spec["commands"])
             array = self.spec["array"]
-            own = array[int(self.task or 0)] if array and is_last else []
-            commands.append(([], [*command["arguments"], *own], command["ranks"]))
+            task_arguments = array[int(self.task or 0)] if array and is_last else []
+            commands.append(([], [*command["arguments"], *task_arguments], command["ranks"]))
         for number, (options, arguments, ranks) in enumerate(commands):
             if self.attempt.stop_reason:
                 return EXIT_RESUME
@@ -183,8 +183,8 @@ class Job:
         return environment
 
     def _wait(self, child: subprocess.Popen[bytes]) -> int:
-        """Wait for a command's end; record early that the job was told to stop, since SLURM may
-        kill it before its end. Returns the exit code.
+        """Wait for a command's end; record a stop signal early, since SLURM may kill the
+        job before its end. Returns the exit code.
         """
         recorded = ""
         while True:
@@ -208,16 +208,16 @@ class Job:
         """
         failures = [record for record in records if record["code"] not in (0, EXIT_RESUME)]
         if failures:
-            first = failures[0]
+            failure = failures[0]
             self.attempt.error = (
-                first["error"]
-                or f"{first['rank']} on {first['node']} exited with code {first['code']}"
+                failure["error"]
+                or f"{failure['rank']} on {failure['node']} exited with code {failure['code']}"
             )
             self.attempt.unfit_nodes = sorted(
                 {record["node"] for record in failures if record["code"] == EXIT_UNFIT_NODE}
             )
-            self._print_tail(first["rank"])
-            return int(first["code"])
+            self._print_tail(failure["rank"])
+            return int(failure["code"])
         if code == 0:
             return 0
         if not self.attempt.stop_reason and job_state.preempted(self.id):
@@ -292,14 +292,14 @@ class Job:
         if self.task is not None:
             options.append(f"--array={self.task}")
         script = str(self.folder / "jobs" / f"{self.spec['name']}.sbatch")
-        new = scheduler.retry_while_unreachable(lambda: scheduler.submit(script, options))
+        new_id = scheduler.retry_while_unreachable(lambda: scheduler.submit(script, options))
         with (self.folder / "jobs" / f"{self.spec['name']}.ids").open("a") as stream:
-            stream.write(f"{new}\n")
+            stream.write(f"{new_id}\n")
         for name in self.spec["successors"]:
             for job_id in (self.folder / "jobs" / f"{name}.ids").read_text().split():
                 for waiting in scheduler.live_jobs([job_id]):
-                    scheduler.add_dependency(waiting.array, new)
-        print_line(f"{self.label}: job {new} continues without {', '.join(nodes)}")
+                    scheduler.add_dependency(waiting.array, new_id)
+        print_line(f"{self.label}: job {new_id} continues without {', '.join(nodes)}")
         return 0
 
 

@@ -1,8 +1,8 @@
-"""The check before a job's first command: is every node as the profile promises, and do the nodes
-reach each other?
+"""The check before a job's first command: does every node have what the profile promises, and can
+the nodes reach each other?
 
-It runs over all ranks of the job. A node with a fault of its own ends its ranks with EXIT_UNFIT_NODE, so that
-the job can continue without it; a fault of every node ends the job with one sentence.
+It runs over all ranks of the job. Ranks of an unfit node exit with EXIT_UNFIT_NODE, so that the job
+can continue without this node; a fault that all nodes share ends the job with one sentence.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ ALL_REDUCE_ROUNDS = 3
 
 
 def inspect_node(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
-    """What this rank finds on its node. `faults`: sentences; `own_fault`: whether one of them is
-    this node's alone, whatever the other nodes find.
+    """This rank's report on its node, which every rank gathers.
+
+    `faults` are sentences; `node_fault` says whether one of them concerns this node alone, even if
+    all nodes report it.
 
     token: name of a file that rank 0 has just written to the run directory.
     """
@@ -76,7 +78,7 @@ def inspect_node(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[st
     return {
         "node": node_name(),
         "faults": faults,
-        "own_fault": gpus.state == machine_checks.FAIL,
+        "node_fault": gpus.state == machine_checks.FAIL,
         "clock": clock,
         "recipe": recipe,
         "versions": package_versions(),
@@ -112,8 +114,8 @@ def check_device(gpus: int) -> None:
 
 
 def check_interfaces() -> None:
-    """Raise ResourceError if this node lacks the profile's network interface. Other nodes would
-    wait for it in vain and look faulty.
+    """Raise ResourceError if this node lacks the profile's network interface. Otherwise the
+    other nodes would wait for it and look faulty.
     """
     names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     with_address = {
@@ -211,8 +213,8 @@ def preflight(run: RunDirectory, spec: dict[str, Any]) -> tuple[int, str]:
         _log_success(reports, len(nodes), start)
         return 0, ""
     sentence = "; ".join(f"{node}: {fault}" for node, fault in faults.items())
-    own_fault = len(nodes) == 1 and any(report["own_fault"] for report in reports)
-    if set(faults) == set(nodes) and not own_fault:
+    node_fault = len(nodes) == 1 and any(report["node_fault"] for report in reports)
+    if set(faults) == set(nodes) and not node_fault:
         return 2, sentence
     # Ranks of fit nodes exit with 0: on any other code srun would kill the faulty ones too early.
     return (EXIT_UNFIT_NODE, sentence) if node_name() in faults else (0, "")

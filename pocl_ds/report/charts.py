@@ -23,7 +23,7 @@ Column = tuple[str, str, str, list[int]]  # label, color, column of the metrics,
 MAX_POINTS = 4000  # of a curve
 MAX_DOTS = 30_000  # of the scatter plot
 BINS = 40  # of a histogram
-# Dash patterns of runs, so that curves that coincide can be told apart.
+# Dash patterns of runs, which distinguish curves that coincide.
 DASHES: list[list[int]] = [[], [9, 4], [3, 3], [9, 3, 3, 3]]
 CROSS_ENTROPY, ROUGE_L = "cross-entropy (nats per token)", "ROUGE-L ×100"
 SCHEDULED = ("temperature", "sft_ratio")  # constant within a stage

@@ -135,7 +135,7 @@ def _tiles(summary: RunSummary) -> str:
     # Results: the student's value, and for comparison those of the initial student and the teacher.
     benchmark = mark_benchmark(summary.main_benchmark, summary.results or {})
     tiles = []
-    for label, value, before, of_teacher, digits in (
+    for label, value, initial_value, teacher_value, digits in (
         (f"ROUGE-L, {benchmark}", rouge(student), rouge(initial), rouge(teacher), 1),
         (
             "held-out loss, nats/token",
@@ -148,8 +148,8 @@ def _tiles(summary: RunSummary) -> str:
     ):
         if value is not None:
             context = [
-                f"{format_number(number, digits)} {word}"
-                for number, word in ((before, "before"), (of_teacher, "teacher"))
+                f"{format_number(number, digits)} {name}"
+                for number, name in ((initial_value, "before"), (teacher_value, "teacher"))
                 if number is not None
             ]
             tiles.append((label, format_number(value, digits), " · ".join(context)))

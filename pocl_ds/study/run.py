@@ -1,7 +1,7 @@
 """Running a study's cells: reuse what another cell has finished, run or submit the rest.
 
-A step's fingerprint covers everything that its result follows from. Where two cells have the same
-fingerprint, a finished step of one is also the other's: the scores of one student, a teacher's
+A step's fingerprint covers everything that its result depends on. If a step has one
+fingerprint in two cells, both can use the same result: the scores of one student, a teacher's
 cached outputs, a baseline.
 """
 
@@ -94,7 +94,7 @@ def ready_cells(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
     unfinished cell.
     """
     ready: list[Cell] = []
-    under_way: set[tuple[str, str]] = set()  # expensive steps of earlier cells
+    pending_steps: set[tuple[str, str]] = set()  # expensive steps of earlier cells
     for cell in cells:
         if is_finished(folder, cell):
             continue
@@ -105,9 +105,9 @@ def ready_cells(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
             for step in cell.steps
             if step.expensive and not finished[step.name]
         }
-        if not expensive & under_way:
+        if not expensive & pending_steps:
             ready.append(cell)
-        under_way |= expensive
+        pending_steps |= expensive
     return ready
 
 

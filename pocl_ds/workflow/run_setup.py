@@ -102,10 +102,10 @@ def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:
 def _check_finished_steps(run: RunDirectory, recipe: Recipe) -> None:
     """Raise ArtifactError if a finished step has a fingerprint that differs from the recipe's."""
     recorded = load_recipe(str(run.recipe))
-    old, new = fingerprints(recorded), fingerprints(recipe)
+    old_fingerprints, new_fingerprints = fingerprints(recorded), fingerprints(recipe)
     for step in STEPS:
         digest = finished_fingerprint(step, run)
-        if step.describes_training or digest in (None, new[step.name]):
+        if step.describes_training or digest in (None, new_fingerprints[step.name]):
             continue
         changed = ", ".join(differing_fields(recorded.model_dump(), recipe.model_dump()))
         raise ArtifactError(
@@ -113,7 +113,7 @@ def _check_finished_steps(run: RunDirectory, recipe: Recipe) -> None:
             f"(changed: {changed or input_digests.changed_file(recipe)}): choose another "
             "--run-dir, or undo the change"
         )
-    if old != new:
+    if old_fingerprints != new_fingerprints:
         log.info("the recipe changed for unfinished steps; writing %s again", run.recipe)
 
 

@@ -1,4 +1,4 @@
-"""The fields and files of a recipe that the result of each step follows from.
+"""The fields and files of a recipe that the result of each step depends on.
 
 A step's fingerprint is a digest of these plain values and of the fingerprints of the steps that it
 depends on. A value that is missing here lets an outdated result pass for a current one; a value too
@@ -57,7 +57,7 @@ def cache_teacher_inputs(recipe: Recipe) -> list[Any]:
 
 
 def generate_teacher_inputs(recipe: Recipe) -> list[Any]:
-    """The teacher, the policy, and what its sampling follows from."""
+    """The teacher, the policy, and the seed and backend of its sampling."""
     from pocl_ds.config import semantic_fields
 
     return [
@@ -128,7 +128,7 @@ def evaluate_inputs(recipe: Recipe) -> list[Any]:
 
 
 def export_inputs(recipe: Recipe) -> None:
-    """Nothing: an export follows from the evaluation alone."""
+    """None: an export depends only on the evaluation."""
 
 
 def report_inputs(recipe: Recipe) -> Any:

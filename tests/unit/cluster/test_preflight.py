@@ -19,7 +19,7 @@ def node_report(node: str, **fields: Any) -> dict[str, Any]:
     defaults = {
         "node": node,
         "faults": [],
-        "own_fault": False,
+        "node_fault": False,
         "notes": [],
         "clock": 100.0,
         "recipe": "r",
@@ -167,13 +167,15 @@ def test_ranks_of_fit_nodes_exit_with_0(tmp_path: Path, monkeypatch: pytest.Monk
     """srun kills all ranks once one fails: the unfit node's would die before they record why."""
     RunDirectory(tmp_path).recipe.write_text("x")
     other = node_report("n2", faults=["7 of 8 promised GPUs are visible"])
-    monkeypatch.setattr("pocl_ds.runtime.distributed.gather_objects", lambda mine: [mine, other])
+    monkeypatch.setattr(
+        "pocl_ds.runtime.distributed.gather_objects", lambda report: [report, other]
+    )
     spec = {"name": "report", "gpus_per_node": 0, "keep_last": 2, "lora": False}
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (0, "")
     monkeypatch.setenv("SLURMD_NODENAME", "n2")  # SLURM's name of the node, not the host's
     monkeypatch.setattr(
         "pocl_ds.runtime.distributed.gather_objects",
-        lambda mine: [{**other, "node": "n1", "faults": []}, other],
+        lambda _report: [{**other, "node": "n1", "faults": []}, other],
     )
     assert preflight.preflight(RunDirectory(tmp_path), spec) == (
         EXIT_UNFIT_NODE,

@@ -90,8 +90,10 @@ def test_options_come_before_the_first_command(tmp_path: Path) -> None:
     )
     train = text["train"].splitlines()
     options = [line.removeprefix("#SBATCH ") for line in train if line.startswith("#SBATCH")]
-    first = next(number for number, line in enumerate(train) if line and not line.startswith("#"))
-    assert not any(line.startswith("#SBATCH") for line in train[first:]), (
+    first_command = next(
+        number for number, line in enumerate(train) if line and not line.startswith("#")
+    )
+    assert not any(line.startswith("#SBATCH") for line in train[first_command:]), (
         "sbatch ignores options after a command"
     )
     for option in (

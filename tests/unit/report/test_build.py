@@ -363,10 +363,10 @@ def test_ten_thousand_samples_stay_under_ten_megabytes(synthetic: Any) -> None:
     synthetic.evaluation(items=3000, extra="x" * 2000)
     manifest, html, _ = make_report(synthetic)
     page = Page(html)
-    shown = len(page.data["samples"]["ids"])
+    num_samples = len(page.data["samples"]["ids"])
     assert len(html.encode()) < 10_000_000
-    assert 1000 < shown < 10_000 and manifest.info["samples"] == shown
-    assert f"{shown:,} of 12,000 samples, evenly spaced along the ranking" in page.text
+    assert 1000 < num_samples < 10_000 and manifest.info["samples"] == num_samples
+    assert f"{num_samples:,} of 12,000 samples, evenly spaced along the ranking" in page.text
     assert f"Items: {len(page.data['items'][0]['ids']):,} of 3,000 of test" in page.text
     assert (
         page.data["samples"]["positions"][0] == 0
@@ -431,10 +431,10 @@ def test_jobs_attempts_and_memory_are_shown(synthetic: Any) -> None:
 
 def test_the_report_is_reused_until_the_run_changes(synthetic: Any) -> None:
     synthetic.data()
-    first, _, _ = make_report(synthetic)
+    manifest, _, _ = make_report(synthetic)
     path = synthetic.run.report / "report.html"
     before = path.stat().st_mtime_ns
-    assert make_report(synthetic)[0] == first and path.stat().st_mtime_ns == before
+    assert make_report(synthetic)[0] == manifest and path.stat().st_mtime_ns == before
     synthetic.evaluation()
     assert "17.80" in make_report(synthetic)[1]
     changed = path.stat().st_mtime_ns
@@ -475,12 +475,12 @@ def test_an_error_leaves_the_old_page(synthetic: Any, monkeypatch: pytest.Monkey
 
 def test_examples_do_not_depend_on_the_order_of_a_file(synthetic: Any) -> None:
     synthetic.evaluation()
-    shown = re.findall(r"does \((\d+)\)", make_report(synthetic)[2])
+    numbers = re.findall(r"does \((\d+)\)", make_report(synthetic)[2])
     for path in synthetic.run.evaluation.rglob("*.jsonl"):
         lines = path.read_text().splitlines()
         path.write_text("\n".join(reversed(lines)) + "\n")
     shutil.rmtree(synthetic.run.report)
-    assert re.findall(r"does \((\d+)\)", make_report(synthetic)[2]) == shown and len(shown) == 3
+    assert re.findall(r"does \((\d+)\)", make_report(synthetic)[2]) == numbers and len(numbers) == 3
 
 
 def test_no_examples_and_one_seed(synthetic: Any) -> None:

@@ -42,20 +42,18 @@ def ranked(name: str, order: list[int], tokens: list[int] | None = None) -> Rank
 @given(Values)
 def test_ranks_share_the_mean_of_ties(values: list[int]) -> None:
     expected = [
-        sum(other < one for other in values) + (values.count(one) - 1) / 2 for one in values
+        sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values
     ]
     assert ranks(np.array(values, float)).tolist() == expected
 
 
 @settings(deadline=None)
 @given(st.permutations(range(9)), st.permutations(range(9)))
-def test_spearman_without_ties_follows_from_squared_differences(
-    one: list[int], other: list[int]
-) -> None:
-    squares = sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
-    correlation = spearman(np.array(one, float), np.array(other, float))
+def test_spearman_without_ties_follows_from_squared_differences(x: list[int], y: list[int]) -> None:
+    squares = sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
+    correlation = spearman(np.array(x, float), np.array(y, float))
     assert correlation == pytest.approx(1 - 6 * squares / (9 * (81 - 1)))
-    assert spearman(np.array(one, float), np.exp(np.array(other, float))) == pytest.approx(
+    assert spearman(np.array(x, float), np.exp(np.array(y, float))) == pytest.approx(
         correlation
     )  # depends on ranks alone
 
@@ -68,30 +66,31 @@ def test_spearman_of_constants_is_nan() -> None:
 def test_the_partial_correlation_removes_a_common_cause() -> None:
     source = np.random.default_rng(0)
     length = source.normal(size=4000)
-    one, other = length + source.normal(size=4000), length + source.normal(size=4000)
-    correlation = spearman(one, other)
+    x, y = length + source.normal(size=4000), length + source.normal(size=4000)
+    correlation = spearman(x, y)
     assert correlation > 0.4
-    assert (
-        abs(partial_correlation(correlation, spearman(one, length), spearman(other, length))) < 0.05
-    )
+    assert abs(partial_correlation(correlation, spearman(x, length), spearman(y, length))) < 0.05
     assert math.isnan(partial_correlation(1.0, 1.0, 1.0))
 
 
 def test_agreement_uses_the_common_samples() -> None:
-    one = ranked("one", [0, 1, 2, 3, 9, 4, 5, 6, 7])  # only this run has s9
-    other = ranked("other", [1, 0, 2, 3, 4, 5, 8, 7, 6])  # only this run has s8
-    agreement = measure_agreement(one, other, 4)
+    a = ranked("a", [0, 1, 2, 3, 9, 4, 5, 6, 7])  # only this run has s9
+    b = ranked("b", [1, 0, 2, 3, 4, 5, 8, 7, 6])  # only this run has s8
+    agreement = measure_agreement(a, b, 4)
     assert agreement.samples == 8
     assert (
         agreement.same_subset == 1.0 and agreement.hardest_subset == 1.0
-    )  # only places within a subset changed
+    )  # positions change only within a subset
     assert agreement.difficulty == pytest.approx(1 - 6 * 4 / (8 * 63))
-    reversed_ = measure_agreement(one, ranked("reversed", [7, 6, 5, 4, 3, 2, 1, 0]), 4)
-    assert reversed_.difficulty == -1 and reversed_.same_subset == reversed_.hardest_subset == 0
+    reversed_agreement = measure_agreement(a, ranked("reversed", [7, 6, 5, 4, 3, 2, 1, 0]), 4)
+    assert (
+        reversed_agreement.difficulty == -1
+        and reversed_agreement.same_subset == reversed_agreement.hardest_subset == 0
+    )
     assert math.isnan(agreement.given_length)  # all have the same length
-    with pytest.raises(ArtifactError, match="one and far have 0 samples in common"):
+    with pytest.raises(ArtifactError, match="a and far have 0 samples in common"):
         measure_agreement(
-            one, RankedSamples("far", np.array([b"x"]), *(np.zeros(1),) * 2, np.ones(1, int)), 4
+            a, RankedSamples("far", np.array([b"x"]), *(np.zeros(1),) * 2, np.ones(1, int)), 4
         )
 
 
@@ -99,8 +98,10 @@ def test_a_ranking_by_length_is_reported() -> None:
     lines = difficulty_lines([ranked("long", list(range(8)), list(range(8)))], 4)
     assert lines[-1] == "long: its ranking is largely by length (+1.00 with the response's tokens)"
     assert not any("by chance" in line for line in lines)
-    both = difficulty_lines([ranked("a", list(range(8))), ranked("b", list(range(8)))], 4)
-    assert any("4 subsets (by chance 25%)" in line for line in both) and both[-1].split()[-2:] == [
+    lines = difficulty_lines([ranked("a", list(range(8))), ranked("b", list(range(8)))], 4)
+    assert any("4 subsets (by chance 25%)" in line for line in lines) and lines[-1].split()[
+        -2:
+    ] == [
         "100%",
         "100%",
     ]
