@@ -73,12 +73,8 @@ def score_training_samples(
     Raises RecipeError if the shard does not exist, or a plugin's metric gives no numbers;
     ArtifactError, DataError, ModelError or ResourceError if data or model cannot be used.
     """
-    if shard is not None and not 0 <= shard < config.shards:
-        raise RecipeError(
-            f"shard {shard} does not exist: score.shards={config.shards}, choose 0 to "
-            f"{config.shards - 1}"
-        )
     # Find the shards to score.
+    _check_shard(shard, config.shards)
     discard_stale(run, fingerprint)
     pending = [
         s for s in unfinished_shards(run, config, fingerprint) if shard is None or s == shard
@@ -115,6 +111,13 @@ def score_training_samples(
         generator.close()
     if not unfinished_shards(run, config, fingerprint):
         discard_other_divisions(run, config.shards)
+
+
+def _check_shard(shard: int | None, count: int) -> None:
+    if shard is not None and not 0 <= shard < count:
+        raise RecipeError(
+            f"shard {shard} does not exist: score.shards={count}, choose 0 to {count - 1}"
+        )
 
 
 class _ShardScorer:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
+import pocl_ds.models.load  # noqa: F401  # registers the attention `per_sample`
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import ModelError
 from pocl_ds.losses.token_losses import LossTerms
