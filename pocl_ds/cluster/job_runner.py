@@ -154,8 +154,8 @@ class Job:
             self._signal_ranks()
         code = self._wait(self.child)
 
-        # A preflight in which whole nodes stayed silent has found them unfit. If a rank failed,
-        # however, srun has killed the others, and silence means nothing.
+        # Nodes without a single record in the preflight are unfit. If a rank failed, however, srun
+        # has killed the other ranks, and a missing record proves nothing.
         records = read_exit_records(exits)
         if name == "preflight" and code and not self.attempt.stop_reason:
             silent = sorted(set(self.attempt.nodes) - {record["node"] for record in records})
@@ -231,7 +231,7 @@ class Job:
             {f"rank-{rank}" for rank in range(ranks)} - {record["rank"] for record in records}
         )
         cause = "it was killed, often because memory ran out, or its node failed"
-        if code == USER_ERROR:  # it exited by itself, and would have said why
+        if code == USER_ERROR:  # it exited by itself, without a record of its error
             cause = f"it could not write why, so the disk of {self.run} may be full"
         self.attempt.error = (
             f"{', '.join(silent[:4]) or 'a rank'} ended without a record (exit code {code}): "

@@ -88,7 +88,7 @@ def measure_held_out_loss(
     if teacher and TEACHER in paths:
         _warn_of_other_teacher(teacher)
 
-    # Find out whether there is anything to do.
+    # Stop if there is nothing to measure, or the result is up to date.
     test_split = TokenizedSplit.open(run.data, TEST_SPLIT)
     benchmarks = external_benchmarks(run, config)
     if not len(test_split) and not benchmarks:

@@ -64,7 +64,7 @@ Prompts follow the template `{prompt_template}` and have at most {max_prompt_tok
 def model_card(run: RunDirectory, recipe_yaml: str, parameters: int) -> str:
     """The README.md of an export: front matter as the Hub reads it, then Markdown.
 
-    A part whose artifact the run lacks says that it is missing.
+    Sections whose results the run lacks say that they are missing.
     """
     from huggingface_hub import ModelCardData
 

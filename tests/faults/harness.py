@@ -176,7 +176,7 @@ def durations(log: str) -> dict[str, float]:
 
 
 def finished_steps(log: str) -> list[str]:
-    """The workflow steps that an attempt finished, or found finished."""
+    """The workflow steps that were finished before or during an attempt."""
     return re.findall(r"^\S+ ([\w-]+): (?:already )?finished", log, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs on a real SLURM cluster. Preempted, requeued, timed-out and moved runs end with the
+"""Complete runs on a real SLURM cluster. Preempted, requeued, timed-out and moved runs end with the
 same student as an undisturbed one.
 """
 
@@ -162,7 +162,7 @@ def submit_changed(cluster: Cluster, run: Path, folder: Path, line: str, **field
 def test_a_preempted_timed_out_run_that_lost_a_node(
     cluster: Cluster, undisturbed: Path, folder: Path
 ) -> None:
-    """A whole run with slow optimizer steps. Disturbing its training costs time alone."""
+    """A complete run with slow optimizer steps. An interruption of its training costs only time."""
     run = folder / "disturbed"
     run.mkdir()
     shutil.copy(undisturbed / "recipe.yaml", run)

@@ -34,17 +34,18 @@ CRASH = {"code": 1, "error": "IndexError: at 0x7f00", "progress": 7}
 
 
 def test_a_crash_is_retried_once() -> None:
-    first, second = attempt(1, **CRASH), attempt(2, **{**CRASH, "error": "IndexError: at 0x7fab"})
-    assert decide([], first, max_attempts=5).outcome == RETRY
-    decision = decide([first], second, max_attempts=5)
+    crash = attempt(1, **CRASH)
+    repeated_crash = attempt(2, **{**CRASH, "error": "IndexError: at 0x7fab"})
+    assert decide([], crash, max_attempts=5).outcome == RETRY
+    decision = decide([crash], repeated_crash, max_attempts=5)
     assert decision.outcome == FAILED and "as in attempt 1" in decision.reason
 
 
 def test_another_error_or_another_place_is_retried() -> None:
-    first = attempt(1, **CRASH)
-    assert decide([first], attempt(2, **{**CRASH, "progress": 9}), max_attempts=5).outcome == RETRY
+    crash = attempt(1, **CRASH)
+    assert decide([crash], attempt(2, **{**CRASH, "progress": 9}), max_attempts=5).outcome == RETRY
     assert (
-        decide([first], attempt(2, **{**CRASH, "error": "KeyError: 3"}), max_attempts=5).outcome
+        decide([crash], attempt(2, **{**CRASH, "error": "KeyError: 3"}), max_attempts=5).outcome
         == RETRY
     )
 

@@ -39,10 +39,10 @@ def test_an_error_in_a_profile_is_one_sentence(
 ) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(fields))
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(RecipeError) as exc_info:
         load_profile(str(path))
-    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), (
-        caught.value
+    assert all(word in str(exc_info.value) for word in words) and "\n" not in str(exc_info.value), (
+        exc_info.value
     )
 
 

@@ -199,11 +199,11 @@ def test_field_names_can_be_set(run: RunDirectory, make_config: MakeConfig, tmp_
 def test_a_key_in_place_of_its_variable_is_not_shown() -> None:
     from pydantic import ValidationError
 
-    with pytest.raises(ValidationError) as caught:
+    with pytest.raises(ValidationError) as exc_info:
         EvaluateConfig.model_validate(
             {"judge": {"base_url": "http://h/v1", "model": "m", "api_key_env": "sk-secret-1"}}
         )
-    message = validation_message(caught.value, "recipe field", EvaluateConfig)
+    message = validation_message(exc_info.value, "recipe field", EvaluateConfig)
     assert "api_key_env is not the name" in message and "secret" not in message
 
 

@@ -146,9 +146,9 @@ def test_different_settings_are_an_error_unless_forced(
 ) -> None:
     a = ComparedModel(make_run("a", {"student": {"dolly": scores(0)}}), "student", "A")
     b = ComparedModel(make_run("b", {"student": {"dolly": scores(0.05)}}, **change), "student", "B")
-    with pytest.raises(ArtifactError, match="--force") as caught:
+    with pytest.raises(ArtifactError, match="--force") as exc_info:
         compare_models(a, b)
-    assert word in str(caught.value)
+    assert word in str(exc_info.value)
     comparison = compare_models(a, b, force=True)
     assert len(comparison.differences) == 1 and word in comparison.differences[0]
     assert any(

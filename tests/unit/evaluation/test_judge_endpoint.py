@@ -58,12 +58,12 @@ def test_endpoint_errors_are_one_sentence_without_the_key(
     ]
     for reply, message in replies:
         server.reply = reply
-        with pytest.raises(PoclError) as caught:
+        with pytest.raises(PoclError) as exc_info:
             judge_answers(answered, settings, ["student"])
         assert (
-            message in str(caught.value)
-            and KEY not in str(caught.value)
-            and "\n" not in str(caught.value)
+            message in str(exc_info.value)
+            and KEY not in str(exc_info.value)
+            and "\n" not in str(exc_info.value)
         )
     assert not other_server.requests and server.requests[0]["key"] == f"Bearer {KEY}"
     other_server.http.shutdown()

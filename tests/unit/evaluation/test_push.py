@@ -99,9 +99,9 @@ def test_an_error_of_the_hub_is_one_sentence_without_the_token(
     folder: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "fault", OSError(f"403 for Bearer {TOKEN}\nat line 2"))
-    with pytest.raises(ResourceError, match="refuses o/n") as caught:
+    with pytest.raises(ResourceError, match="refuses o/n") as exc_info:
         push(folder, "o/n", private=False, dry_run=False)
-    assert TOKEN not in str(caught.value) and "\n" not in str(caught.value)
+    assert TOKEN not in str(exc_info.value) and "\n" not in str(exc_info.value)
 
 
 @pytest.mark.parametrize(

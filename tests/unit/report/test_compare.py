@@ -118,7 +118,7 @@ OTHER_TEACHER = ["teacher.model=T", "teacher.revision=r"]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "changes", "message", "both"),
+    ("overrides", "changes", "message", "marks_loss"),
     [
         ([], {}, "", False),
         ([], {"text": "[]", "tokens": "u"}, "a and b have different test splits.", True),
@@ -146,7 +146,7 @@ OTHER_TEACHER = ["teacher.model=T", "teacher.revision=r"]
     ],
 )
 def test_losses_that_are_not_comparable_are_marked(
-    overrides: list[str], changes: dict[str, Any], message: str, both: bool, tmp_path: Path
+    overrides: list[str], changes: dict[str, Any], message: str, marks_loss: bool, tmp_path: Path
 ) -> None:
     """Nats per token depend on texts and tokenizer, KL also on the teacher."""
     runs = [
@@ -155,7 +155,7 @@ def test_losses_that_are_not_comparable_are_marked(
     ]
     text = compare_runs(runs).read_text(encoding="utf-8")
     assert message in text and "ROUGE-L, test ⚠" not in text
-    assert ("held-out loss (nats/token) ⚠</th>" in text) == both and (
+    assert ("held-out loss (nats/token) ⚠</th>" in text) == marks_loss and (
         "KL to teacher (nats/token) ⚠</th>" in text
     ) == bool(message)
 
@@ -179,9 +179,9 @@ def test_folders_that_are_not_runs_are_errors(tmp_path: Path) -> None:
 
 
 def test_runs_of_the_same_name_are_shown_with_their_paths(tmp_path: Path) -> None:
-    first, second = write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")
-    text = compare_runs([first, second], tmp_path / "page.html").read_text(encoding="utf-8")
-    assert str(first) in text and str(second) in text
+    run_a, run_b = write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run")
+    text = compare_runs([run_a, run_b], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert str(run_a) in text and str(run_b) in text
 
 
 def test_recipe_differences_are_the_fields_that_differ() -> None:

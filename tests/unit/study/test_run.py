@@ -1,4 +1,4 @@
-"""Running a study: what cells reuse from one another, and what is submitted."""
+"""Running a study: results that cells share, and jobs that are submitted."""
 
 from __future__ import annotations
 
@@ -176,6 +176,6 @@ def test_a_failing_cell_ends_the_study(
 ) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(study_run, "run_process", lambda command: started.append(command) or code)
-    with pytest.raises(error, match=words) as caught:
+    with pytest.raises(error, match=words) as exc_info:
         run_cells(tmp_path, read_cells(tree, tmp_path))
-    assert len(started) == 1 and caught.value.exit_code == (code if error is Interrupted else 2)
+    assert len(started) == 1 and exc_info.value.exit_code == (code if error is Interrupted else 2)

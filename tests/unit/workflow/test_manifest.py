@@ -92,13 +92,13 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 )
 def test_a_damaged_manifest_raises(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ArtifactError) as caught:
+    with pytest.raises(ArtifactError) as exc_info:
         read_manifest(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path / 'manifest.json'} {words}")
+    assert str(exc_info.value).startswith(f"{tmp_path / 'manifest.json'} {words}")
 
 
 def test_the_manifest_schema_stays_readable(tmp_path: Path) -> None:
-    """Whoever changes these names must raise SCHEMA, since old runs are read too."""
+    """Raise SCHEMA if these names change, since old runs are read too."""
     tree: dict[str, Any] = {
         "step": "data",
         "fingerprint": "f",

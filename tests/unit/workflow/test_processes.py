@@ -34,16 +34,16 @@ def test_a_signal_reaches_all_children() -> None:
 @pytest.mark.parametrize(
     "code", ["time.sleep(60)", "signal.signal(15, lambda *_: sys.exit(0)); time.sleep(60)"]
 )
-def test_a_signal_that_no_child_answers_reaches_our_handler(code: str) -> None:
-    """A child that is starting has no handler yet, and one that is exiting has none any more."""
+def test_a_signal_that_no_child_handles_reaches_the_parent(code: str) -> None:
+    """A child that is starting has no handler yet, and a child that is exiting has lost it."""
 
     class OurHandlerError(Exception):
         pass
 
-    def our_handler(*_: object) -> None:
+    def parent_handler(*_: object) -> None:
         raise OurHandlerError
 
-    before = signal.signal(signal.SIGTERM, our_handler)
+    before = signal.signal(signal.SIGTERM, parent_handler)
     try:
         timer = threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         timer.start()
@@ -51,7 +51,7 @@ def test_a_signal_that_no_child_answers_reaches_our_handler(code: str) -> None:
             run_processes(
                 [[sys.executable, "-c", f"import signal, sys, time; {code}"]] * 2, [{}] * 2
             )
-        assert signal.getsignal(signal.SIGTERM) is our_handler
+        assert signal.getsignal(signal.SIGTERM) is parent_handler
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -105,7 +105,7 @@ def test_ctrl_c_during_the_start_of_python(
     assert ranks or not output.err
 
 
-def test_children_ignore_a_signal_that_we_ignore() -> None:
+def test_children_ignore_a_signal_that_the_parent_ignores() -> None:
     """A shell starts background jobs with Ctrl-C ignored; the running step must not end there."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -120,6 +120,6 @@ def test_children_ignore_a_signal_that_we_ignore() -> None:
 def test_a_killed_child_raises_interrupted() -> None:
     with pytest.raises(
         Interrupted, match="ended by SIGKILL, often because memory ran out"
-    ) as caught:
+    ) as exc_info:
         run_processes([[sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]], [{}])
-    assert caught.value.exit_code == 137
+    assert exc_info.value.exit_code == 137
