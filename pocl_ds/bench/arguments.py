@@ -11,16 +11,17 @@ from pocl_ds.errors import RecipeError
 def parse_integers(
     arguments: Sequence[int | str], unit: str, *, minimum: int = 1
 ) -> tuple[int, ...]:
-    """Parse the arguments as integers. Raises RecipeError for one that is not an integer of at least
-    `minimum`.
+    """Parse the arguments as integers.
+
+    Raises RecipeError for one that is not an integer of at least `minimum`.
     """
     numbers = []
     for argument in arguments:
         text = str(argument).replace("_", "")
         if not (text.isascii() and text.isdigit()) or int(text) < minimum:
             raise RecipeError(
-                f"{argument!r} is not a number of {unit}: give whole numbers of at least {minimum}, "
-                f"as in 1000 10_000"
+                f"{argument!r} is not a number of {unit}: give whole numbers of at least "
+                f"{minimum}, as in 1000 10_000"
             )
         numbers.append(int(text))
     return tuple(numbers)

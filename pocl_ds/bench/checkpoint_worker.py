@@ -112,9 +112,9 @@ def _build_trainer(work: Workload, folder: Path, steps: int) -> Trainer:
     return build_trainer(run, training)
 
 
-def _time_steps(trainer: Trainer, first: int, count: int) -> list[float]:
+def _time_steps(trainer: Trainer, start: int, count: int) -> list[float]:
     """Seconds of some optimizer steps."""
-    positions = map(trainer.schedule.sampler.position, range(first, first + count))
+    positions = map(trainer.schedule.sampler.position, range(start, start + count))
     return [trainer.train_step(position).record["seconds"] for position in positions]
 
 

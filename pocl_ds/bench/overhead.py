@@ -1,9 +1,9 @@
-"""Cost of scoring, ranking and planning relative to plain distillation with as many sample visits, in seconds
-and FLOPs, of a finished run.
+"""Cost of scoring, ranking and planning relative to plain distillation with as many sample visits,
+in seconds and FLOPs, of a finished run.
 
-These steps come on top of the training; the schedules of a stage cost nothing.
-Seconds are those of the steps; FLOPs follow from the models' configurations and the run's own
-tokens.
+These steps come on top of the training; the schedules of temperature and SFT ratio cost nothing.
+Seconds come from the manifests and metrics; FLOPs follow from the models' configurations and the
+run's tokens.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@ def _print_backend(backend: str, steps: list[dict[str, Any]], out: Callable[[str
 
 
 def _end_responses_early(work: Workload, model: Path) -> None:
-    """Let one id in MEAN_LENGTH end a response: a model with random weights samples all ids with about the same
-    probability.
+    """Make one id in MEAN_LENGTH an EOS token: a model with random weights samples all ids with
+    about the same probability.
     """
     size = int(work.student["vocab_size"])
     stops = np.random.default_rng(0).choice(

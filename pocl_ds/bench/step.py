@@ -68,7 +68,7 @@ def run(
     TRL, `--switches` for the settings of a recipe in place of the other contenders. Raises
     RecipeError for an unknown workload.
     """
-    words = [word for word in arguments if word != "--switches"]
+    words = [argument for argument in arguments if argument != "--switches"]
     names, trl = _parse(words)
     if trl and torch.cuda.is_available():
         raise RecipeError(

@@ -112,7 +112,7 @@ def _main(arguments: list[str]) -> tuple[int, str]:
             raise
         step = STEP.get(command)
         hint = step.out_of_memory_hint if step else "use a machine with more memory"
-        return 2, _explain(program, f"memory ran out ({fault}): finished work is kept; {hint}")
+        return 2, _explain(program, f"memory ran out ({fault}): finished work is saved; {hint}")
     except OSError as error:
         return _file_fault(error, program)
     except KeyboardInterrupt:
@@ -174,7 +174,7 @@ def _interrupted(program: str) -> tuple[int, str]:
     from pocl_ds.runtime.process_exit import print_error
 
     print_error(
-        f"{program}: interrupted; finished work is kept; run the same command again to continue"
+        f"{program}: interrupted; finished work is saved; run the same command again to continue"
     )
     return 130, "interrupted"
 

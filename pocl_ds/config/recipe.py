@@ -1,6 +1,6 @@
 """The recipe: one validated, frozen object that defines a run.
 
-Each section has a file of its own in this folder. Fields marked `runtime_only` change how a run is
+Each section has its own file in this folder. Fields marked `runtime_only` change how a run is
 executed (ranks, shards, logging), not what it computes: changing them never invalidates finished
 steps. All other fields enter the fingerprints of the workflow steps. This module does not import
 torch.

@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     def represent_str(self, data: str) -> ScalarNode:
-        # PyYAML writes these line separators as they are and reads them as a line break.
+        # PyYAML writes these line separators unchanged and reads them as a line break.
         style = '"' if any(letter in data for letter in "\r\x85\u2028\u2029") else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 

@@ -1,7 +1,7 @@
 """Functions of both engines for a module's parameters and an optimizer's state.
 
-They do not depend on how parameters are sharded: `gather` opens a block within which some parameters
-are complete on every rank.
+They do not depend on how parameters are sharded: `gather` opens a block within which some
+parameters are complete on every rank.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Output head and loss as one function: from hidden states at loss positions to loss sums, one
 chunk of logits at a time.
 
-The complete logits [tokens, ids] of teacher and student are never in memory. The gradients of a chunk
-in its hidden states and in the head are computed in the forward pass, while its logits are in
-memory, and the backward pass only returns them (docs/method.md, eq. 27; the technique of Liger
-Kernel, arXiv 2410.10989). A plain loop over chunks would save nothing, since autograd keeps every
-chunk until the backward pass.
+The complete logits [tokens, ids] of teacher and student are never in memory. The gradients of a
+chunk in its hidden states and in the head are computed in the forward pass, while its logits are
+in memory, and the backward pass only returns them (docs/method.md, eq. 27; the technique of Liger
+Kernel, arXiv 2410.10989). A plain loop over chunks would save nothing, because autograd stores
+every chunk until the backward pass.
 
 Shapes: n loss tokens, d width of the student, d' of the teacher, v ids that take part.
 """

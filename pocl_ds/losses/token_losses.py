@@ -127,8 +127,8 @@ class Buffers:
 class BlockLoss:
     """The loss of a block of tokens.
 
-    head, teacher_head: bias, scale and soft cap of the products of hidden states and weights;
-    teacher_head is None if the loss has no divergence. options: of the divergence, with its defaults.
+    head, teacher_head: bias, scale and soft cap of the products; teacher_head is None if
+    the loss has no divergence. options: of the divergence, with its defaults.
     """
 
     terms: LossTerms

@@ -12,7 +12,7 @@ MIN_RELATIVE_RISE = 0.2  # ... and by this share of the median
 
 
 class LossSpikes:
-    """Detects a loss that jumps (not one that drifts), by the median of the stage's recent losses."""
+    """Detects losses that jump above the median of the recent losses of the stage."""
 
     def __init__(self) -> None:
         self._stage: int | None = None

@@ -100,7 +100,7 @@ def _drop_records_after(path: Path, step: int) -> None:
 def _open_tensorboard(directory: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    # The next `add_scalar` raises the error of a full disk again, and it becomes one sentence there.
+    # The next `add_scalar` raises the error of a full disk again, and reports it in one sentence.
     # Without this hook Python would also print the traceback of TensorBoard's thread.
     threading.excepthook = partial(_ignore_full_disk, threading.excepthook)
     return SummaryWriter(str(directory), purge_step=step + 1 if step else 0)

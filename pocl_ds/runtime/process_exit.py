@@ -98,7 +98,7 @@ def _exit_for_resume(number: int, _frame: Any) -> None:
     for other in SIGNALS:  # a second signal must not interrupt the clean-up
         signal.signal(other, signal.SIG_IGN)
     name = signal.Signals(number).name
-    print_error(f"pocl: {name}: stopped; finished work is kept; run the same command to continue")
+    print_error(f"pocl: {name}: stopped; finished work is saved; run the same command to continue")
     raise SystemExit(EXIT_RESUME)
 
 
@@ -154,7 +154,7 @@ def record_exit(code: int, error: str = "") -> None:
 
 def read_exit_records(folder: Path) -> list[dict[str, Any]]:
     """The exit records in a folder, by time: `rank` (as in "rank-0"), `code`, `error`, `time`,
-    `node`. A record that was cut short is left out.
+    `node`. Incomplete records are skipped.
     """
     records = []
     for path in folder.glob("*.json"):

@@ -199,7 +199,7 @@ def _write_result(
     info: dict[str, Any],
     fingerprint: str,
 ) -> None:
-    """Write models.json and the manifest, which lists the student's files if they are in the run."""
+    """Write models.json and the manifest, with the student's files if they are in the run."""
     paths = {
         "teacher": teacher_paths[0] if teacher_paths else None,
         "other_teachers": teacher_paths[1:],

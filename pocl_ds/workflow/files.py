@@ -56,7 +56,7 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
         if error.errno in DISK_FULL:
             raise ResourceError(
                 f"the disk is full while writing {path}: free some space and run the same command "
-                "again; finished work is kept"
+                "again; finished work is saved"
             ) from error
         if error.errno in NO_PERMISSION:
             raise ArtifactError(
@@ -87,7 +87,7 @@ def _raise_if_disk_full(path: Path, error: Exception) -> None:
         message = " ".join(str(error).split())[:200]
         raise ResourceError(
             f"the disk is full while writing {path} ({message}): free some space and run the same "
-            "command again; finished work is kept"
+            "command again; finished work is saved"
         ) from error
 
 
@@ -99,7 +99,7 @@ def describe_file_error(error: OSError) -> str | None:
     if error.filename is None and error.errno in DISK_FULL:
         return (
             f"the disk of an output is full ({error.strerror}): free some space and run the same "
-            "command again; finished work is kept"
+            "command again; finished work is saved"
         )
     explained = (*DISK_FULL, *NO_PERMISSION, *NAME_CONFLICT, errno.EIO, errno.ESTALE)
     if error.filename is None or error.errno not in explained:

@@ -67,7 +67,7 @@ def run_processes(
     if killed_by and not code:
         raise Interrupted(
             f"a process of this step was ended by {signal.Signals(killed_by).name}, often because "
-            "memory ran out: finished work is kept; run the same command again to continue",
+            "memory ran out: finished work is saved; run the same command again to continue",
             exit_code=128 + killed_by,
         )
     return code

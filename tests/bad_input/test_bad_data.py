@@ -84,7 +84,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "json",
         '{"a": 1}',
         (),
-        "data file FILE must hold a list of records: convert it, or use .jsonl for one record a "
+        "data file FILE must hold a list of records: convert it, or use .jsonl for one record per "
         "line",
     ),
     "an empty list": ("json", "[]", (), "FILE holds no samples: check that it is the right file"),

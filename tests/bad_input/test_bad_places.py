@@ -226,7 +226,7 @@ def open_folder() -> Iterator[Path]:
 def test_without_permission(
     recipe: Path, open_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Root has every permission, so the commands run as the user `nobody`."""
+    """Root has all permissions, so the commands run as the user `nobody`."""
     if os.geteuid():
         pytest.skip("only root can become nobody")
     closed, data, text = open_folder / "closed", open_folder / "d.jsonl", open_folder / "r.yaml"

@@ -175,9 +175,7 @@ json_values = st.recursive(
     ),
     max_leaves=6,
 )
-fields = st.sampled_from(
-    [*itertools.chain.from_iterable(FIELD_NAMES.json_values()), "role", "content"]
-)
+fields = st.sampled_from([*itertools.chain.from_iterable(FIELD_NAMES.values()), "role", "content"])
 
 
 def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:

@@ -167,9 +167,15 @@ def test_other_engines_ranks_and_micro_batches_give_the_same_result(
         assert actual.pop("kd_loss") == pytest.approx(expected.pop("kd_loss"), rel=2e-5)
         assert actual.pop("sft_loss") == pytest.approx(expected.pop("sft_loss"), rel=2e-5)
         assert actual == expected
-    left, right = weights(runs[0]), weights(runs[1])
-    assert left.keys() == right.keys()
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
+    actual_weights, expected_weights = weights(runs[0]), weights(runs[1])
+    assert actual_weights.keys() == expected_weights.keys()
+    assert (
+        max(
+            float((actual_weights[name] - expected_weights[name]).abs().max())
+            for name in actual_weights
+        )
+        < 2e-4
+    )
 
 
 def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_path: Path) -> None:
@@ -204,10 +210,16 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
         for name in ("loss", "kd_loss", "sft_loss"):
             assert actual.pop(name) == pytest.approx(expected.pop(name), rel=2e-6)
         assert actual == expected
-    left, right = weights(without_dropout), weights(run)
+    actual_weights, expected_weights = weights(without_dropout), weights(run)
     # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
     # a few weights differ by a part of that.
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
+    assert (
+        max(
+            float((actual_weights[name] - expected_weights[name]).abs().max())
+            for name in actual_weights
+        )
+        < 2e-4
+    )
 
     damaged = untrained_copy(run, tmp_path / "damaged")
     path = damaged / "teacher_cache" / "train-00002-of-00003.bin"
@@ -313,10 +325,16 @@ def test_a_training_resumes_on_another_number_of_ranks(
         assert actual.pop("kd_loss") == pytest.approx(expected.pop("kd_loss"), rel=1e-5)
         assert actual.pop("sft_loss") == pytest.approx(expected.pop("sft_loss"), rel=1e-5)
         assert actual == expected
-    left, right = weights(without_dropout), weights(run)
+    actual_weights, expected_weights = weights(without_dropout), weights(run)
     # Adam turns any gradient into an update of about lr = 1e-3, also one that is a rounding error:
     # a few weights differ by a part of that.
-    assert max(float((left[name] - right[name]).abs().max()) for name in left) < 2e-4
+    assert (
+        max(
+            float((actual_weights[name] - expected_weights[name]).abs().max())
+            for name in actual_weights
+        )
+        < 2e-4
+    )
     assert not (run / "train" / "checkpoints" / "resharded").exists()
 
 

@@ -61,9 +61,9 @@ def test_a_step_whose_memory_ran_out_names_what_it_follows_from(
     monkeypatch.setitem(STEP, step, dataclasses.replace(STEP[step], run=full))
     words = ["--model", "student"] if step == "evaluate" else []
     monkeypatch.setattr(pipeline, "check_sample_counts", lambda run, recipe: None)
-    said = error_message(capsys, step, "quickstart", "--run-dir", tmp_path / "run", *words)
+    message = error_message(capsys, step, "quickstart", "--run-dir", tmp_path / "run", *words)
     assert (
-        said.startswith(f"memory ran out ({FOUND})")
-        and "finished work is kept" in said
-        and said.endswith(remedy)
+        message.startswith(f"memory ran out ({FOUND})")
+        and "finished work is saved" in message
+        and message.endswith(remedy)
     )

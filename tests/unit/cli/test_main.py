@@ -176,7 +176,7 @@ def test_ctrl_c_while_the_command_line_is_read(
         assert main(["run", "quickstart"]) == 130
     assert (
         capsys.readouterr().err
-        == "pocl: interrupted; finished work is kept; run the same command again to continue\n"
+        == "pocl: interrupted; finished work is saved; run the same command again to continue\n"
     )
 
 

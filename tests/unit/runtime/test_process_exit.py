@@ -55,7 +55,7 @@ def test_a_signal_before_training_exits_with_the_resume_code(
     )
 
 
-INTERRUPTED = "interrupted; finished work is kept; run the same command again to continue"
+INTERRUPTED = "interrupted; finished work is saved; run the same command again to continue"
 ENDINGS = {
     "a refusal": (
         "from pocl_ds.cli.main import main; sys.exit(main(['run', 'no such recipe']))",
@@ -104,7 +104,7 @@ def test_a_full_disk_of_stdout_is_one_sentence(words: list[str]) -> None:
     assert process.returncode == 2
     message = (
         "the disk of an output is full (No space left on device): free some space and run the same "
-        "command again; finished work is kept"
+        "command again; finished work is saved"
     )
     assert process.stderr == f"pocl {words[0]}: {message}\n"
 

@@ -138,7 +138,7 @@ LOST_REMEDY = (
         (
             errno.EDQUOT,
             ResourceError,
-            "free some space and run the same command again; finished work is kept",
+            "free some space and run the same command again; finished work is saved",
         ),
         (errno.EACCES, ArtifactError, "choose another --run-dir or change its permissions"),
         (errno.EROFS, ArtifactError, "choose another --run-dir or change its permissions"),
