@@ -223,9 +223,9 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
     if path := os.environ.get("POCL_MOMENTS"):
         Path(path).write_text("\n".join(f"== {name}\n{text}" for name, text in moments.items()))
     assert cluster.state(cluster.job(run, "report")) == "COMPLETED"
-    found = attempts(run, "train")
-    assert [attempt["stop_reason"] for attempt in found[:2]] == ["preemption", "SIGUSR2"]
-    assert found[2]["end"] is None and found[3]["outcome"] == "done"
+    records = attempts(run, "train")
+    assert [attempt["stop_reason"] for attempt in records[:2]] == ["preemption", "SIGUSR2"]
+    assert records[2]["end"] is None and records[3]["outcome"] == "done"
     assert "retry" not in moments["end"] and moments["training"].count("waits for") >= 2
     assert_equal(run, undisturbed)
 
@@ -253,10 +253,10 @@ def test_preemption_without_a_grace_time_is_no_failure(
         cluster.until(lambda urgent=urgent: cluster.state(urgent) == "COMPLETED", "the urgent job")
     cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
     cluster.pocl("cancel", "--run-dir", str(run))
-    found = attempts(run, "train")
-    assert len(found) == 3 and found[2]["outcome"] == "done"
-    assert not any(Attempt(**record).counts_against_job for record in found[:2])
-    assert found[1]["progress"] >= 10
+    records = attempts(run, "train")
+    assert len(records) == 3 and records[2]["outcome"] == "done"
+    assert not any(Attempt(**record).counts_against_job for record in records[:2])
+    assert records[1]["progress"] >= 10
     assert_equal(run, undisturbed)
 
 
@@ -321,8 +321,8 @@ def test_a_repeated_crash_ends_the_run(cluster: Cluster, undisturbed: Path, fold
         lambda: cluster.state(cluster.job(run, "report")) == "CANCELLED",
         "the cancellation of the others",
     )
-    found = attempts(run, "train")
-    assert [attempt["outcome"] for attempt in found] == ["retry", "failed"]
+    records = attempts(run, "train")
+    assert [attempt["outcome"] for attempt in records] == ["retry", "failed"]
     output = cluster.pocl("status", "--run-dir", str(run)).stdout
     assert "the same error at the same place as in attempt 1: IndexError: a bug" in output
     rows = {line.split()[0]: line for line in output.splitlines()[1:4]}
@@ -353,7 +353,7 @@ def test_the_launcher_uses_all_nodes_of_an_allocation(
         "train",
     ]
     where = {**cluster.environment, "POCL_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "eth0"}
-    done = subprocess.run(
+    process = subprocess.run(
         [*words, "--run-dir", str(run)],
         cwd=ROOT,
         env=where,
@@ -361,7 +361,7 @@ def test_the_launcher_uses_all_nodes_of_an_allocation(
         text=True,
         timeout=200,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert process.returncode == 0, process.stderr[-2000:]
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["ranks"] == 2
     assert_equal(run, undisturbed)
 
@@ -455,9 +455,9 @@ def test_an_unfit_node_is_excluded(cluster: Cluster, undisturbed: Path, folder: 
         cluster.until(lambda: cluster.job(run, "train") != first, "another job in its place")
         release(cluster, run)
         cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
-        found = attempts(run, "train")
-        assert found[0]["unfit_nodes"] == ["n2"] and "n2" in found[0]["reason"]
-        assert sorted(found[1]["nodes"]) == ["n1", "n3"]
+        records = attempts(run, "train")
+        assert records[0]["unfit_nodes"] == ["n2"] and "n2" in records[0]["reason"]
+        assert sorted(records[1]["nodes"]) == ["n1", "n3"]
         cluster.until(
             lambda: cluster.state(cluster.job(run, "evaluate")) in ("RUNNING", "COMPLETED"),
             "the job that waited for both",

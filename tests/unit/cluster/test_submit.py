@@ -64,10 +64,10 @@ def test_names_and_values_are_quoted(name: str, value: str, tmp_path: Path) -> N
     line = next(line for line in text.splitlines() if "pocl_ds.cluster.job_runner" in line)
     assert shlex.split(line.removesuffix("&"))[-2:] == [str(run.resolve()), "train"]
     export = text[text.index("export VALUE=") : text.index("# SLURM signals")]
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", "-c", f'{export}\nprintf %s "$VALUE"'], capture_output=True, cwd=tmp_path
     )
-    assert done.stdout.decode() == value
+    assert process.stdout.decode() == value
 
 
 def test_options_come_before_the_first_command(tmp_path: Path) -> None:
@@ -136,10 +136,10 @@ def test_a_failing_line_of_the_setup_is_reported(tmp_path: Path) -> None:
     text = scripts(submission(tmp_path / "run", setup=lines))["train"]
     script = tmp_path / "script"
     script.write_text(f'{text[: text.index("# SLURM signals")]}\nfalse\nprintf %s "$VALUE"')
-    done = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path)
+    process = subprocess.run(["bash", str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert (
-        done.stderr == "pocl: setup: exit code 3 of: module load cuda; the job continues\n"
-        and done.stdout == "here"
+        process.stderr == "pocl: setup: exit code 3 of: module load cuda; the job continues\n"
+        and process.stdout == "here"
     )
 
 
@@ -166,8 +166,8 @@ def test_shellcheck_accepts_the_scripts(tmp_path: Path) -> None:
     ).items():
         path = tmp_path / f"{name}.sh"
         path.write_text(text)
-        done = subprocess.run([checker, str(path)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+        process = subprocess.run([checker, str(path)], capture_output=True, text=True)
+        assert process.returncode == 0, process.stdout
 
 
 def test_a_run_directory_with_special_characters_is_refused(tmp_path: Path) -> None:

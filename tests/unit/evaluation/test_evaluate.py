@@ -62,12 +62,12 @@ def test_only_unfinished_answers_are_generated_again(
     config = make_config()
     generate(run, config, prompt, "student")
     folder = run.evaluation / "student"
-    first, second = (folder / f"test-seed{seed}.jsonl" for seed in (10, 20))
-    modified, texts = first.stat().st_mtime_ns, second.read_text()
-    (folder / f"{second.name}.manifest.json").unlink()  # as a killed process leaves it
+    finished, unfinished = (folder / f"test-seed{seed}.jsonl" for seed in (10, 20))
+    modified, texts = finished.stat().st_mtime_ns, unfinished.read_text()
+    (folder / f"{unfinished.name}.manifest.json").unlink()  # as a killed process leaves it
     generate(run, config, prompt, "student")
-    assert first.stat().st_mtime_ns == modified
-    assert second.read_text() == texts  # the same seed gives the same answers
+    assert finished.stat().st_mtime_ns == modified
+    assert unfinished.read_text() == texts  # the same seed gives the same answers
 
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")

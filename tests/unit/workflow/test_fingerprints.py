@@ -67,7 +67,7 @@ def test_enabling_a_baseline_changes_no_training() -> None:
 
 def test_a_fingerprint_covers_the_text_of_templates(tmp_path: Path) -> None:
     """Users edit templates and judge prompts between two calls."""
-    for name, field, first in (
+    for name, field, step in (
         ("t.jinja", "prompt.template", "preprocess"),
         ("j.jinja", "evaluate.judge.prompt_template", "evaluate"),
     ):
@@ -76,9 +76,7 @@ def test_a_fingerprint_covers_the_text_of_templates(tmp_path: Path) -> None:
         for text in ("{{ instruction }}", "{{ instruction }}", "Say: {{ instruction }}"):
             path.write_text(text)
             digests.append(
-                fingerprints(override_recipe(check_recipe(BASE), [*judge, f"{field}={path}"]))[
-                    first
-                ]
+                fingerprints(override_recipe(check_recipe(BASE), [*judge, f"{field}={path}"]))[step]
             )
         assert digests[0] == digests[1] != digests[2]
 
@@ -150,12 +148,12 @@ def test_a_fingerprint_covers_the_text_of_plugins(
 def test_only_numeric_settings_of_a_ds_config_enter_a_fingerprint(tmp_path: Path) -> None:
     words = [f"student.ds_config={tmp_path / 'ds.json'}"]
     digests = []
-    for more in (
+    for ds_settings in (
         {},
         {"zero_optimization": {"step": 3}},
         {"data_types": {"grad_accum_dtype": "bf16"}},
     ):
-        (tmp_path / "ds.json").write_text(json.dumps(more))
+        (tmp_path / "ds.json").write_text(json.dumps(ds_settings))
         digests.append(fingerprints(override_recipe(check_recipe(BASE), words))["train"])
     assert digests[0] == digests[1] != digests[2]
 
@@ -187,9 +185,9 @@ def test_results_that_describe_a_removed_training_are_unfinished(tmp_path: Path)
         finished_steps(run, recipe)[name] for name in ("train", "evaluate", "export", "report")
     )
     (run.train / "manifest.json").unlink()
-    done = finished_steps(run, recipe)
-    assert done["plan"] and not any(
-        done[name] for name in ("train", "evaluate", "export", "report")
+    finished = finished_steps(run, recipe)
+    assert finished["plan"] and not any(
+        finished[name] for name in ("train", "evaluate", "export", "report")
     )
 
 
