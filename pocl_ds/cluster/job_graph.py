@@ -79,7 +79,7 @@ def pipeline_jobs(
 def _all_jobs(
     recipe: Recipe, profile: Profile, finished: Mapping[str, bool], nodes: int, tasks: int
 ) -> list[JobSpec]:
-    """Every job of the table; one that has nothing to do has no commands."""
+    """Every job of the table; a job whose steps are all finished has no commands."""
     threads = recipe.launch.threads_per_rank
     rank_resources: dict[str, Any] = {
         "nodes": nodes,

@@ -43,7 +43,7 @@ ALL_REDUCE_ROUNDS = 3
 def inspect_node(run: RunDirectory, spec: dict[str, Any], token: str) -> dict[str, Any]:
     """This rank's report on its node, which every rank gathers.
 
-    `faults` are sentences; `node_fault` says whether one of them concerns this node alone, even if
+    `faults` are sentences; `node_fault` is true if one of them concerns this node alone, even if
     all nodes report it.
 
     token: name of a file that rank 0 has just written to the run directory.

@@ -85,7 +85,7 @@ def available() -> bool:
     return all(shutil.which(name) for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo"))
 
 
-def call(*words: str, stdin: str | None = None) -> str:
+def call(*arguments: str, stdin: str | None = None) -> str:
     """Run a command of SLURM and return its output. Raises ResourceError with its error message."""
     # Hide the variables of a surrounding job.
     environment = {
@@ -95,7 +95,7 @@ def call(*words: str, stdin: str | None = None) -> str:
     }
     try:
         process = subprocess.run(
-            words,
+            arguments,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_SECONDS,
@@ -104,11 +104,11 @@ def call(*words: str, stdin: str | None = None) -> str:
         )
     except FileNotFoundError:
         raise ResourceError(
-            f"{words[0]} was not found: use a login node of a SLURM cluster, or `pocl run` here"
+            f"{arguments[0]} was not found: use a login node of a SLURM cluster, or `pocl run` here"
         ) from None
     except subprocess.TimeoutExpired:
         raise ResourceError(
-            f"{words[0]} did not answer for {TIMEOUT_SECONDS} s: check the controller with "
+            f"{arguments[0]} did not answer for {TIMEOUT_SECONDS} s: check the controller with "
             "`scontrol ping`"
         ) from None
 
@@ -116,7 +116,7 @@ def call(*words: str, stdin: str | None = None) -> str:
     if process.returncode:
         message = " ".join((process.stderr or process.stdout).split())
         raise ResourceError(
-            f"{words[0]} failed ({message}): change the profile, or ask the cluster's admins"
+            f"{arguments[0]} failed ({message}): change the profile, or ask the cluster's admins"
         )
     return process.stdout or " ".join(process.stderr.split())  # --test-only answers on stderr
 
@@ -182,7 +182,7 @@ def final_states(ids: Sequence[str]) -> dict[str, str]:
     """Final states by job id from the accounting; empty on a cluster without it."""
     if not ids or not shutil.which("sacct"):
         return {}
-    words = [
+    arguments = [
         "sacct",
         "--noheader",
         "--allocations",
@@ -191,7 +191,7 @@ def final_states(ids: Sequence[str]) -> dict[str, str]:
         "--format=JobID,State",
     ]
     try:
-        process = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        process = subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return {}
     lines = [line.split("|") for line in process.stdout.splitlines() if process.returncode == 0]

@@ -2,7 +2,7 @@
 Significance Tests for Machine Translation Evaluation"; docs/method.md, eq. 26).
 
 An item's score is its mean over seeds. Items are drawn with replacement, the same ones for A and B.
-The interval says how far the difference would move with other items of the same kind, not how far
+The interval shows how far the difference would move with other items of the same kind, not how far
 another training would move it. Pure functions from arrays to numbers.
 
 Shapes: n items, s seeds.

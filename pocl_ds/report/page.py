@@ -191,7 +191,7 @@ def _results(summary: RunSummary, recipe: dict[str, Any]) -> str:
     model_rows = "".join(f'<tr class="m-{model}">{row_cells(cells)}</tr>' for model, cells in rows)
     notes = [*footnotes(summary.results), *kl_footnotes(summary.results, recipe)]
     notes.append(
-        f"{results_note(summary.results)} The interval is a bootstrap over items: it says how far "
+        f"{results_note(summary.results)} The interval is a bootstrap over items: it shows how far "
         "other items would move the mean."
     )
     # All measures, one row per benchmark and model.
