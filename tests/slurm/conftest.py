@@ -10,7 +10,7 @@ import pytest
 from slurm_cluster import SCRIPT, Cluster
 
 
-def obstacle() -> str:
+def skip_reason() -> str:
     """Why no cluster can start here; empty if one can."""
     if os.geteuid() != 0:
         return "starting a SLURM cluster needs root"
@@ -18,15 +18,19 @@ def obstacle() -> str:
         ["unshare", "--net", "--mount", "--uts", "true"], capture_output=True
     ).returncode:
         return "root may not create namespaces on this machine"
-    done = subprocess.run(
+    process = subprocess.run(
         ["bash", str(SCRIPT), "install"], capture_output=True, text=True, timeout=600
     )
-    return f"SLURM could not be installed: {done.stderr.strip()[-200:]}" if done.returncode else ""
+    return (
+        f"SLURM could not be installed: {process.stderr.strip()[-200:]}"
+        if process.returncode
+        else ""
+    )
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if reason := obstacle():
+    if reason := skip_reason():
         pytest.skip(reason)
     slurm = Cluster()
     slurm.script("down")

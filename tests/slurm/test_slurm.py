@@ -167,7 +167,7 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
     run.mkdir()
     shutil.copy(undisturbed / "recipe.yaml", run)
     submit_changed(cluster, run, folder, "time.sleep(0.5)")
-    moments = {}
+    status_outputs = {}
 
     def wait_for_steps(more: int) -> None:
         before = recorded_steps(run)
@@ -184,7 +184,7 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
         )
 
     wait_for_steps(6)
-    moments["training"] = cluster.pocl("status", "--run-dir", str(run)).stdout
+    status_outputs["training"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     urgent = cluster.call(
         "sbatch",
         "--parsable",
@@ -195,7 +195,7 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
         "--wrap=sleep 3",
     ).strip()
     cluster.until(lambda: cluster.state(urgent) == "COMPLETED", "the urgent job")
-    moments["preempted"] = cluster.pocl("status", "--run-dir", str(run)).stdout
+    status_outputs["preempted"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     wait_for_attempt_after(1)
     wait_for_steps(6)
     # One minute is SLURM's smallest limit; the signal, 60 s before it, comes at once.
@@ -206,7 +206,7 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
     cluster.call(
         "scontrol", "update", f"JobId={cluster.job(run, 'train')}", "TimeLimit=30", check=False
     )
-    moments["timed out"] = cluster.pocl("status", "--run-dir", str(run)).stdout
+    status_outputs["timed out"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     wait_for_attempt_after(2)
     wait_for_steps(6)
     cluster.script(
@@ -219,14 +219,18 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
     cluster.script("up")
     wait_for_attempt_after(3)
     cluster.until(lambda: is_finished(run), "the end")
-    moments["end"] = cluster.pocl("status", "--run-dir", str(run)).stdout
+    status_outputs["end"] = cluster.pocl("status", "--run-dir", str(run)).stdout
     if path := os.environ.get("POCL_MOMENTS"):
-        Path(path).write_text("\n".join(f"== {name}\n{text}" for name, text in moments.items()))
+        Path(path).write_text(
+            "\n".join(f"== {name}\n{text}" for name, text in status_outputs.items())
+        )
     assert cluster.state(cluster.job(run, "report")) == "COMPLETED"
     records = attempts(run, "train")
     assert [attempt["stop_reason"] for attempt in records[:2]] == ["preemption", "SIGUSR2"]
     assert records[2]["end"] is None and records[3]["outcome"] == "done"
-    assert "retry" not in moments["end"] and moments["training"].count("waits for") >= 2
+    assert (
+        "retry" not in status_outputs["end"] and status_outputs["training"].count("waits for") >= 2
+    )
     assert_equal(run, undisturbed)
 
 
@@ -297,8 +301,8 @@ def test_a_killed_array_task_is_retried_alone(
     cluster.until(lambda: len(attempts(run, "score-1")) == 1, "the start of the second shard")
     pids = ""
     while not pids:
-        words = f"pocl.py pocl_ds.cli.main score --shard 1/2 --run-dir {run}"
-        pids = subprocess.run(["pgrep", "-f", words], capture_output=True, text=True).stdout
+        pattern = f"pocl.py pocl_ds.cli.main score --shard 1/2 --run-dir {run}"
+        pids = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout
     subprocess.run(["kill", "-9", *pids.split()], check=True)
     cluster.until(lambda: (run / "plan" / "manifest.json").is_file(), "the plan")
     assert [attempt["outcome"] for attempt in attempts(run, "score-1")] == ["retry", "done"]
@@ -342,7 +346,7 @@ def test_the_launcher_uses_all_nodes_of_an_allocation(
 ) -> None:
     """Inside `salloc`, launch/train.sh spreads the ranks over the nodes."""
     run = planned_copy(undisturbed, folder / "allocated")
-    words = [
+    command = [
         "salloc",
         "--nodes=2",
         "--ntasks-per-node=1",
@@ -352,11 +356,15 @@ def test_the_launcher_uses_all_nodes_of_an_allocation(
         "2",
         "train",
     ]
-    where = {**cluster.environment, "POCL_PYTHON": sys.executable, "GLOO_SOCKET_IFNAME": "eth0"}
+    environment = {
+        **cluster.environment,
+        "POCL_PYTHON": sys.executable,
+        "GLOO_SOCKET_IFNAME": "eth0",
+    }
     process = subprocess.run(
-        [*words, "--run-dir", str(run)],
+        [*command, "--run-dir", str(run)],
         cwd=ROOT,
-        env=where,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=200,
@@ -378,7 +386,7 @@ def test_several_recipes_are_submitted_as_several_runs(
         .replace("name: tiny", "name: other")
         .replace("strategy: fusion", "strategy: random")
     )
-    twice = cluster.pocl(
+    duplicate = cluster.pocl(
         "submit",
         str(recipe),
         str(recipe),
@@ -388,7 +396,11 @@ def test_several_recipes_are_submitted_as_several_runs(
         str(study),
         check=False,
     )
-    assert twice.returncode == 2 and "give each its own name" in twice.stderr and not study.exists()
+    assert (
+        duplicate.returncode == 2
+        and "give each its own name" in duplicate.stderr
+        and not study.exists()
+    )
     output = cluster.pocl(
         "submit", str(recipe), str(other), "--profile", PROFILE, "--run-dir", str(study)
     ).stdout
@@ -448,11 +460,11 @@ def test_a_run_on_a_full_disk_fails_and_resumes_later(
 def test_an_unfit_node_is_excluded(cluster: Cluster, undisturbed: Path, folder: Path) -> None:
     run = planned_copy(undisturbed, folder / "unfit")
     cluster.pocl("submit", "--profile", held_profile(folder), "--run-dir", str(run))
-    first = cluster.job(run, "train")
+    original_job = cluster.job(run, "train")
     cluster.script("hide", "n2", str(run))
     try:
         release(cluster, run)
-        cluster.until(lambda: cluster.job(run, "train") != first, "another job in its place")
+        cluster.until(lambda: cluster.job(run, "train") != original_job, "another job in its place")
         release(cluster, run)
         cluster.until(lambda: (run / "train" / "manifest.json").is_file(), "the end of training")
         records = attempts(run, "train")
@@ -489,13 +501,16 @@ def python_for_nobody(cluster: Cluster) -> tuple[str, dict[str, str]]:
             "-c",
             "import torch, deepspeed, pocl_ds.cli.main",
         ]
-        where = {
+        full_environment = {
             **cluster.environment,
             **environment,
             "DS_ACCELERATOR": "cpu",
             "HOME": "/nonexistent",
         }
-        if subprocess.run(command, cwd=ROOT, env=where, capture_output=True).returncode == 0:
+        if (
+            subprocess.run(command, cwd=ROOT, env=full_environment, capture_output=True).returncode
+            == 0
+        ):
             return python, environment
     pytest.skip("user nobody can run no Python with these packages: only root may read them")
 

@@ -1,4 +1,4 @@
-"""The jobs of a run: which there are, how many nodes they have, and after which others."""
+"""The jobs of a run, with their nodes and dependencies."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ FINISHED = st.fixed_dictionaries({name: st.booleans() for name in STEP_NAMES})
 
 
 @given(FINISHED, st.booleans(), st.booleans())
-def test_finished_steps_are_skipped_and_the_order_is_kept(
+def test_finished_steps_are_skipped_and_jobs_stay_in_order(
     finished: dict[str, bool], baseline: bool, random: bool
 ) -> None:
     configured = recipe(
