@@ -1,7 +1,7 @@
 """Paths of files that are shipped with the code, and the folder for caches.
 
 A checkout, and the copy of the code that jobs run, have `launch/`, `ds_configs/` and `slurm/`
-beside the package; a wheel has them inside it, because folders with such names do not belong in
+next to the package; a wheel has them inside it, because folders with such names do not belong in
 site-packages.
 """
 

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run SLURM's tests first: they mostly wait, so the other worker computes meanwhile.
 
     Tests that run vLLM on a CPU are skipped on the CUDA stack, whose vLLM needs a GPU;
-    `launch/test.sh` shows GPUs to tests/gpu alone.
+    `launch/test.sh` shows GPUs only to tests/gpu.
     """
     items.sort(key=lambda item: "slurm" not in item.path.parts)
     try:
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def log_as_imported() -> Iterator[None]:
-    """Reset the package's log to its state after import, whatever an earlier test set up."""
+    """Reset the package's log to its state after import, so that tests are independent."""
     log = logging.getLogger("pocl_ds")
     handlers, propagate, level = log.handlers[:], log.propagate, log.level
     log.handlers[:], log.propagate = [], True

@@ -291,11 +291,15 @@ def _save(
 
 
 CUSTOM_CODE = {
-    "own_config.py": "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n   "
-    " model_type = 'own'\n",
-    "own_model.py": "from transformers import LlamaForCausalLM\n\nfrom .own_config import "
-    "OwnConfig\n\n\n"
-    "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n",
+    "custom_config.py": (
+        "from transformers import LlamaConfig\n\n\n"
+        "class CustomConfig(LlamaConfig):\n    model_type = 'custom'\n"
+    ),
+    "custom_model.py": (
+        "from transformers import LlamaForCausalLM\n\n"
+        "from .custom_config import CustomConfig\n\n\n"
+        "class CustomModel(LlamaForCausalLM):\n    config_class = CustomConfig\n"
+    ),
 }
 
 
@@ -303,11 +307,11 @@ def add_custom_code(folder: Path) -> Path:
     """Turn a LLaMA's folder into one of a family that only its custom code defines."""
     tree = json.loads((folder / "config.json").read_text())
     tree |= {
-        "model_type": "own",
-        "architectures": ["OwnModel"],
+        "model_type": "custom",
+        "architectures": ["CustomModel"],
         "auto_map": {
-            "AutoConfig": "own_config.OwnConfig",
-            "AutoModelForCausalLM": "own_model.OwnModel",
+            "AutoConfig": "custom_config.CustomConfig",
+            "AutoModelForCausalLM": "custom_model.CustomModel",
         },
     }
     (folder / "config.json").write_text(json.dumps(tree))

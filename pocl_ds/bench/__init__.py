@@ -1,4 +1,4 @@
-"""Benchmarks that anyone can repeat: `pocl bench NAME`."""
+"""Reproducible benchmarks: `pocl bench NAME`."""
 
 # Name -> module with a function `run(arguments, out)`, and one sentence for `pocl bench list`.
 BENCHMARKS = {
@@ -13,7 +13,7 @@ BENCHMARKS = {
     ),
     "teacher": (
         "pocl_ds.bench.teacher",
-        "Cached against online teacher: a step, a whole run, reads from disk.",
+        "Cached against online teacher: a step, a complete run, reads from disk.",
     ),
     "rollout": (
         "pocl_ds.bench.rollout",
@@ -29,7 +29,7 @@ BENCHMARKS = {
     ),
     "checkpoint": (
         "pocl_ds.bench.checkpoint",
-        "Time of saving, at once and in the background, loading and converting.",
+        "Time of synchronous and asynchronous saves, of loading and converting a checkpoint.",
     ),
     "scale": (
         "pocl_ds.bench.scale",

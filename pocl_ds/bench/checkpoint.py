@@ -1,4 +1,4 @@
-"""Cost of checkpoints: how long a save stops training, at once and in the background, loading,
+"""Cost of checkpoints: how long synchronous and asynchronous saves stop training, loading,
 conversion, bytes.
 
 The student has 99 million parameters (workload A of `pocl bench step`) on two ZeRO-3 ranks.
@@ -52,11 +52,11 @@ def _rows(times: dict[str, Any]) -> list[tuple[str, str, str]]:
     during_save = times["step_during_save"]
     slowdown = "" if during_save is None else f"{during_save / times['step']:.2f}"
     return [
-        ("save at once", f"{save:.2f} s", "training waits"),
+        ("synchronous save", f"{save:.2f} s", "training waits"),
         (
-            "save in the background",
+            "asynchronous save",
             f"{stall:.2f} s",
-            f"training waits: {100 * stall / save:.0f}% of a save at once",
+            f"training waits: {100 * stall / save:.0f}% of a synchronous save",
         ),
         (
             "  until complete",

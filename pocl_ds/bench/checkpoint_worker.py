@@ -44,11 +44,11 @@ def main(work: Workload, folder: Path, steps: int, out: Path) -> None:
     parameters = sum(full_shape(parameter).numel() for parameter in engine.module.parameters())
     step_seconds = _time_steps(trainer, 0, steps)
 
-    # Saves at once: training waits for the whole save.
+    # Synchronous saves: training waits for the complete save.
     at_once = Checkpoints(directory, CheckpointConfig(keep_last=9), fingerprint="bench")
     save_seconds = [_time(partial(at_once.save, step, engine, is_final=False)) for step in (1, 2)]
 
-    # Saves in the background: training waits for the copy and for the completion.
+    # Asynchronous saves: training waits for the copy and for the completion.
     config = CheckpointConfig(keep_last=9, async_save=True)
     background = Checkpoints(directory, config, fingerprint="bench")
     stall_seconds, steps_during_save, complete_seconds = [], [], []

@@ -65,10 +65,10 @@ def run(
     the peak memory in MiB.
 
     arguments: names of workloads (A and B by default), `--trl PYTHON` for an interpreter that has
-    TRL, `--switches` for the settings of a recipe in place of the other contenders. Raises
+    TRL, `--settings` for the settings of a recipe in place of the other contenders. Raises
     RecipeError for an unknown workload.
     """
-    words = [argument for argument in arguments if argument != "--switches"]
+    words = [argument for argument in arguments if argument != "--settings"]
     names, trl = _parse(words)
     if trl and torch.cuda.is_available():
         raise RecipeError(

@@ -1,5 +1,5 @@
-"""Cached against online teacher: an optimizer step with cached hidden states beside SFT and the
-online teacher, and a complete run.
+"""Cached against online teacher: an optimizer step with cached hidden states compared with SFT and
+the online teacher, and a complete run.
 
 SmolLM2-135M into its 20-layer student (workload A of `pocl bench step`), plain PyTorch, one
 process. A complete run has POCL's four stages over four batches; with a cached teacher it includes

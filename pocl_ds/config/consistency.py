@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # Options of built-in losses that must be between 0 and 1. An option of a plugin may be any finite
-# number, whatever its name.
+# number.
 UNIT_INTERVAL_OPTIONS = {"jsd": ("beta",), "skl": ("skew",), "srkl": ("skew",), "akl": ("mu",)}
 
 

@@ -148,7 +148,7 @@ class LoraConfig(Section):
 
 
 class StudentConfig(ModelConfig):
-    """The model that learns. DeepSpeed keeps float32 master weights, whatever `dtype` is."""
+    """The model that is trained. DeepSpeed keeps float32 master weights for every `dtype`."""
 
     ds_config: str = Field(
         "student_zero3",

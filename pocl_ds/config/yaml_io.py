@@ -103,7 +103,8 @@ def parse_yaml(text: str) -> Any:
         root = yaml.load(text, _Loader)  # noqa: S506 -- a stricter SafeLoader
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    # Aliases are shared objects: a few lines may stand for billions of values, or for themselves.
+    # Aliases are shared objects: a few lines may expand to billions of values, or contain
+    # themselves.
     pending, count = [(root, 0)], 0
     while pending:
         value, depth = pending.pop()

@@ -122,7 +122,7 @@ class DeepSpeedEngine:
         if path is None:
             raise ArtifactError(
                 f"DeepSpeed found no checkpoint in {directory}: remove it, and training resumes "
-                f"from the one before"
+                f"from the previous one"
             )
         if resharded:
             deepspeed_private.repair_universal_load(self.engine, self.weight_decays)

@@ -45,7 +45,7 @@ def data_only(directory: Path, *classes: type) -> Iterator[None]:
         raise ArtifactError(
             f"the checkpoint {directory} contains more than data "
             f"({name[1] if name else 'a damaged pickle'}); none of its code was run. Remove it, "
-            f"and training resumes from the checkpoint before"
+            f"and training resumes from the previous checkpoint"
         ) from None
     finally:
         if previous is None:

@@ -26,7 +26,7 @@ class CrossTokenizerTeacher:
     """A teacher that reads the same text in its own tokens: hidden states and the head that turns
     them into logits over the teacher's own ids.
 
-    The fused head refers to the teacher's tokens by index; -1 stands for none.
+    The fused head refers to the teacher's tokens by index; -1 means none.
     """
 
     hidden: Tensor  # [m, width]
@@ -36,8 +36,8 @@ class CrossTokenizerTeacher:
     view: TeacherView
 
     def log_probs(self, rows: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        """Log-probabilities [rows, v'] at the teacher tokens with these indices, -inf where an id
-        stands for no token.
+        """Log-probabilities [rows, v'] at the teacher tokens with these indices, -inf for ids
+        without a token.
         """
         logits = self.vocab.student_logits(self.head, self.hidden[rows])
         return torch.log_softmax(logits.to(dtype).div_(temperature), -1)
@@ -48,7 +48,7 @@ def paired_teacher_tokens(batch: Batch, view: TeacherView, *, by_position: bool)
     text: [n] int64, -1 for none.
 
     Those are the first tokens of each span. by_position pairs the i-th tokens of both responses
-    instead, whatever text precedes them, and leaves out the rest of the longer response, as the
+    instead, regardless of their text, and ignores the end of the longer response, as the
     paper of `uld` does.
     """
     if by_position:

@@ -193,7 +193,7 @@ class SpanLoss:
 
 @dataclass(frozen=True)
 class FusedLossInputs:
-    """What the fused loss needs besides the tensors that get a gradient."""
+    """Inputs of the fused loss other than the tensors that get a gradient."""
 
     head: OutputHead
     labels: Tensor

@@ -37,7 +37,7 @@ def assigns_secret(line: str) -> bool:
 
 def redact(text: str) -> str:
     """The text with *** for secrets of this process's environment, passwords in addresses, and
-    whatever looks like a token.
+    strings that look like tokens.
     """
     for value in _secret_values():
         text = text.replace(value, REDACTED)
@@ -60,7 +60,7 @@ def find_secret(tree: Any, path: str = "") -> str | None:
 
 def _secret_values() -> list[str]:
     """Values of secret variables, the longest first, since one may contain another. The path of a
-    key file is no secret.
+    key file is not a secret.
     """
     values = {
         value

@@ -73,7 +73,7 @@ def memory_metrics() -> dict[str, float]:
     if own_device.type == "cpu":
         return {"memory_gib": peak_host_bytes() / 2**30}
     metrics = {"memory_gib": torch.cuda.max_memory_allocated(own_device) / 2**30}
-    # Without nvidia-ml-py, and on a MIG slice, there is no utilization: each raises another error.
+    # torch raises different errors without nvidia-ml-py and on a MIG slice.
     with contextlib.suppress(Exception):
         metrics["gpu_busy"] = float(torch.cuda.utilization(own_device))
     return metrics

@@ -26,7 +26,7 @@ class _RedactingFormatter(logging.Formatter):
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Lines on the current sys.stderr, which a progress bar replaces while it is shown.
 
-    A terminal that is gone and a full disk raise no error here: they must not end a run.
+    A closed terminal and a full disk raise no error here: they must not end a run.
     """
 
     def __init__(self) -> None:

@@ -125,8 +125,8 @@ class Progress:
 class _Bar:
     """One bar of the display, which all bars of a process share: a terminal has only one.
 
-    The display ends with its last bar. An error of writing ends it at once, since a terminal that
-    is gone must not end a run.
+    The display ends with its last bar. A write error ends it at once, because a closed terminal
+    must not end a run.
     """
 
     _display: Bars | None = None
@@ -136,7 +136,7 @@ class _Bar:
 
     @classmethod
     def open(cls, label: str, total: int) -> _Bar | None:
-        """A new bar; None if stderr is no terminal, or one that cannot be redrawn."""
+        """A new bar; None if stderr is not a terminal, or cannot be redrawn."""
         if not sys.stderr.isatty():
             return None
         try:

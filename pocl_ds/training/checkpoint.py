@@ -5,7 +5,7 @@ digests, immediately or in the background. When all ranks are done the manifest 
 directory gets its final name, and only then are older checkpoints removed. A directory with a
 final name is therefore always complete.
 
-Random numbers, samples and schedules depend on the step alone (see `curriculum.sampler` and
+Random numbers, samples and schedules depend only on the step (see `curriculum.sampler` and
 `seeding`), so the state is the engine's shards, one number, and the state of the policy and the
 rollout worker.
 """
@@ -107,8 +107,8 @@ class Checkpoints:
         is_final: no later save follows, so this one is not written in the background.
 
         After a first failure the run logs an error and continues to the next save. A second failure
-        in a row, or a failure of the final save, raises ResourceError on all ranks. The checkpoint
-        before stays in either case.
+        in a row, or a failure of the final save, raises ResourceError on all ranks. The previous
+        checkpoint stays in either case.
         """
         self.finalize_async_save()
         partial = self.step_directory(step).with_suffix(PARTIAL)
@@ -287,7 +287,7 @@ class Checkpoints:
         for leftover in self.directory.glob(f"*{PARTIAL}"):
             log.info("removing %s, an incomplete checkpoint of an interrupted save", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
-        # The newest checkpoint whose files are intact; damaged ones are passed over.
+        # The newest checkpoint whose files are intact; damaged ones are skipped.
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             # Verify the files of the checkpoint against its manifest.
@@ -295,7 +295,7 @@ class Checkpoints:
             manifest, faults = _verify(path)
             if faults or manifest is None:
                 problem = "; ".join(faults)
-                log.warning("checkpoint %s is damaged (%s): trying the one before", path, problem)
+                log.warning("checkpoint %s is damaged (%s): trying the previous one", path, problem)
                 damaged.append(path)
                 continue
             if manifest.fingerprint != self.fingerprint:

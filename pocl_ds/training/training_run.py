@@ -61,7 +61,7 @@ class TrainingRun:
         return self.loss.name in CROSS_TOKENIZER_LOSSES
 
     def with_resolved_dtypes(self) -> TrainingRun:
-        """The same training, with the dtypes that `auto` stands for on this machine."""
+        """The same training, with `auto` dtypes resolved for this machine."""
         # The plain engine has no float32 master weights: its student trains in float32.
         plain = self.train.engine == "torch"
         dtype = "float32" if plain else resolve_dtype(self.student.dtype)

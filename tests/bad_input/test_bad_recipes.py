@@ -48,7 +48,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         f"recipe field seed={1 << 63}: input should be less than 9223372036854776000",
     ),
     "a tag of nothing": ("seed: !!int\n", ON_LINE_5.format("'' is not of the type of its tag")),
-    "a tag that lies": (
+    "a tag of another type": (
         "seed: !!int abc\n",
         ON_LINE_5.format("'abc' is not of the type of its tag"),
     ),
@@ -59,7 +59,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         ON_LINE_5.format(TAG.format("python/object/apply:os.system")),
     ),
     "a document too many": ("---\nname: y\n", ON_LINE_5.format("but found another document")),
-    "an anchor that holds itself": (
+    "an anchor that contains itself": (
         "policy: {options: &a {b: *a}}\n",
         WITHOUT_LINE.format("it is more than 32 levels deep"),
     ),
@@ -115,7 +115,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         "recipe field curriculum: epochs_per_stage has 2 numbers and num_subsets=4: write one "
         "number for each stage, or one for all",
     ),
-    "an option that is no number": (
+    "an option that is not a number": (
         "loss: {name: jsd, options: {beta: .nan}}\n",
         "recipe: loss.options of jsd: beta=nan must be a finite number",
     ),
@@ -202,7 +202,7 @@ def test_arguments(
 
 
 def test_names(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names that are no recipes."""
+    """Names that do not refer to a recipe."""
     assert (
         error_message(capsys, "run", tmp_path)
         == f"recipe {tmp_path} is a folder: name a file in it, or a run directory with --run-dir"

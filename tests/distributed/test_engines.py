@@ -107,7 +107,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_buffers_of_a_sharded_model_equal_those_of_a_complete_one(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
-    """Rotary frequencies, and what a model itself keeps in float32 (DeepSeek's routing bias)."""
+    """Rotary frequencies, and weights that a model keeps in float32 (DeepSeek's routing bias)."""
     if dtype == "float16" and not get_accelerator().is_fp16_supported():
         pytest.skip("DeepSpeed supports no float16 on this machine's device")
     start_deepspeed()

@@ -47,7 +47,7 @@ def test_scale_prints_a_row_per_size_and_needs_little_memory() -> None:
     small, large = scale.run([1000, "100_000"], lines.append)
     assert large["samples"] == 100_000
     assert large["rank"] + large["plan"] + large["first_batch"] + large["resumed_batch"] < 20
-    assert large["peak_mib"] - small["peak_mib"] < 120  # some 250 bytes a sample, and noise
+    assert large["peak_mib"] - small["peak_mib"] < 120  # about 250 bytes per sample, and noise
     assert sum(line.split()[:1] in (["1000"], ["100000"]) for line in lines) == 2
 
 
@@ -86,8 +86,8 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = [row for label, row in results.items() if label != "floor"]
     assert all(row["min"] <= row["median"] <= row["max"] and row["peak_mib"] > 100 for row in timed)
     monkeypatch.setattr(step, "SETTINGS", step.SETTINGS[:1])
-    switched = step.run(["tiny", "--switches"], lines.append, rounds=1, steps=1)["tiny"]
-    assert [label for label in switched if label != "floor"] == [
+    with_settings = step.run(["tiny", "--settings"], lines.append, rounds=1, steps=1)["tiny"]
+    assert [label for label in with_settings if label != "floor"] == [
         "pocl, ZeRO-3, 1 rank",
         *(label for label, *_ in step.SETTINGS),
     ]

@@ -55,7 +55,7 @@ def test_a_full_disk_names_the_metrics_file(tmp_path: Path) -> None:
 def test_tensorboard_reports_a_full_disk_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The error of its thread is raised by the next write, and not printed besides."""
+    """The next write raises the error of TensorBoard's thread, and no traceback is printed."""
     monkeypatch.setattr(threading, "excepthook", lambda fault: printed.append(fault.exc_value))
     printed: list[object] = []
     writer = MetricsWriter(
