@@ -16,6 +16,6 @@ def test_killed_runs_end_equal() -> None:
         "--seed",
         "1",
     ]
-    process = subprocess.run(command, text=True, capture_output=True, timeout=390)
+    process = subprocess.run(command, text=True, capture_output=True, timeout=840)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
     assert "0 of them with another result" in process.stdout
