@@ -205,7 +205,7 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
     shutil.move(run / "teacher_cache", tmp_path / "teacher_cache")
     shutil.copytree(tmp_path / "teacher_cache", run / "teacher_cache")
     process = pocl("train", *words)
-    assert "the teacher is on disk" in process.stderr
+    assert "the teacher's outputs are cached" in process.stderr
     for actual, expected in zip(training_steps(run), training_steps(without_dropout), strict=True):
         for name in ("loss", "kd_loss", "sft_loss"):
             assert actual.pop(name) == pytest.approx(expected.pop(name), rel=2e-6)
@@ -234,7 +234,7 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
     process = pocl("train", "--run-dir", str(damaged), check=False)
     assert (
         process.returncode == 2
-        and "is missing, or not what `pocl cache-teacher` wrote" in process.stderr
+        and "is missing or not what `pocl cache-teacher` wrote" in process.stderr
     )
 
 
