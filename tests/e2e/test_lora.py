@@ -76,7 +76,7 @@ def test_the_result_is_a_plain_model_and_resuming_changes_nothing(
         Path(shutil.copytree(planned, tmp_path / name)) for name in ("run", "stopped", "fewer")
     )
     log = pocl("train", "--run-dir", str(run)).stderr
-    assert "million parameters are trained (rank 4, alpha 16, on q_proj, down_proj)" in log
+    assert "million parameters are trained (r 4, alpha 16, on q_proj, down_proj)" in log
     final, steps = run / "train" / "final", records(run)
     assert len(steps) == 6 and 0 < sum(record["on_policy"] for record in steps) < 6
     assert_only_target_modules_differ(initial, final)

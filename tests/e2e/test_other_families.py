@@ -83,7 +83,7 @@ def test_unsupported_models_are_refused_before_anything_is_scored(
         )
     message = error_message(capsys, "init-student", recipe, "--run-dir", run, *attention)
     assert message.startswith("models of the family 'bloom' are not supported: use one of cohere, ")
-    assert "set loss.fused=false, with which" in message
+    assert "set loss.fused=false, so that" in message
     student = {"model": str(tiny_models.llama(tmp_path / "known"))}
     pair.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), "student": student}))
     message = error_message(
