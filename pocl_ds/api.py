@@ -15,6 +15,7 @@ from pocl_ds.errors import DataError, ModelError, StepFailedError
 from pocl_ds.workflow.files import atomic_directory, atomic_write, read_json
 from pocl_ds.workflow.pipeline import run_pipeline
 from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import check_is_run_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,6 +100,7 @@ def distill(
         PosixPath('runs/llama/export')
     """
     directory = RunDirectory(output_dir)
+    check_is_run_directory(directory)  # before inputs are written into it
     tree: dict[str, Any] = {
         "name": re.sub(r"[^A-Za-z0-9._-]+", "-", directory.path.resolve().name).strip("-._")
         or "run",

@@ -41,7 +41,7 @@ def lock_run_directory(run: RunDirectory) -> Iterator[int]:
     a folder that holds something else.
     """
     path = run.path / ".lock"
-    _check_is_run_directory(run)
+    check_is_run_directory(run)
     with explain_disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -72,7 +72,7 @@ def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
         )
     if run.recipe.is_file():
         _check_finished_steps(run, recipe)
-    _check_is_run_directory(run)
+    check_is_run_directory(run)
     if recipe.train.tracking.wandb and not finished_steps(run, recipe)["train"]:
         check_wandb()
     with atomic_write(run.recipe) as stream:
@@ -117,7 +117,7 @@ def _check_finished_steps(run: RunDirectory, recipe: Recipe) -> None:
         log.info("the recipe changed for unfinished steps; writing %s again", run.recipe)
 
 
-def _check_is_run_directory(run: RunDirectory) -> None:
+def check_is_run_directory(run: RunDirectory) -> None:
     """Raise ArtifactError for a folder that holds something else, before anything is written."""
     if run.recipe.is_file() or not run.path.is_dir():
         return

@@ -89,6 +89,13 @@ def test_faults_are_one_sentence(tmp_path: Path, tiny_llama: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_something_else_stays_untouched(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(PoclError, match="not empty and holds no recipe"):
+        distill(teacher=str(tiny_llama), student=str(tiny_llama), data=RECORDS, output_dir=tmp_path)
+    assert not (tmp_path / "inputs").exists()
+
+
 def test_a_recipe_by_its_shipped_name(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="neither a file nor a shipped recipe"):
         run("quickstrt", tmp_path / "run")
