@@ -40,7 +40,14 @@ class RecipeError(PoclError, ValueError):
 
 
 class DataError(PoclError, ValueError):
-    """A data file, a record in it, or a dataset on the Hub cannot be used."""
+    """A data file, a record in it, or a dataset on the Hub cannot be used.
+
+    reason: a few words that all errors of one kind share, to count them by.
+    """
+
+    def __init__(self, message: str, *, reason: str = "other") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ModelError(PoclError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from refusals import error_message
 
-from pocl_ds.errors import memory_fault
+from pocl_ds.errors import DataError, memory_fault
 from pocl_ds.workflow import pipeline
 from pocl_ds.workflow.steps import STEP
 
@@ -67,3 +68,9 @@ def test_a_step_whose_memory_ran_out_names_what_it_follows_from(
         and "finished work is saved" in message
         and message.endswith(remedy)
     )
+
+
+def test_a_data_error_keeps_its_reason_across_processes() -> None:
+    error = pickle.loads(pickle.dumps(DataError("x.jsonl line 1: no", reason="empty text")))
+    assert (str(error), error.reason) == ("x.jsonl line 1: no", "empty text")
+    assert DataError("x").reason == "other"
