@@ -56,10 +56,39 @@ NonNegativeFloat = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
 TopP = Annotated[Float, Field(gt=0, le=1)]
 
-RecordFormat: TypeAlias = Literal["auto", "alpaca", "prompt", "messages"]
-RecordFields: TypeAlias = dict[
-    Literal["id", "instruction", "input", "output", "prompt", "messages"], str
+
+def _reject_shared_columns(fields: dict[str, str | None]) -> dict[str, str | None]:
+    """A validator: no two fields of a mapping name one column."""
+    fields_by_name: dict[str, str] = {}
+    for field, name in fields.items():
+        if name and (other := fields_by_name.setdefault(name, field)) != field:
+            raise ValueError(
+                f"{other} and {field} both name {name!r}: a column serves one field, so remove one "
+                "of them"
+            )
+    return fields
+
+
+RecordFormat: TypeAlias = Literal["auto", "alpaca", "prompt", "messages", "text"]
+RecordField: TypeAlias = Literal[
+    "id",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "messages",
+    "text",
+    "system",
+    "history",
+    "tools",
+    "reasoning",
+    "label",
+    "weight",
 ]
+RecordFields: TypeAlias = Annotated[
+    dict[RecordField, str | None], AfterValidator(_reject_shared_columns)
+]
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 ModelName: TypeAlias = Literal["teacher", "initial", "student", "baseline"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -67,10 +96,12 @@ Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_AUTO = "`auto`: bfloat16 on GPUs, float32 on CPUs."
 FORMAT_DESCRIPTION = (
     "Form of the records: `alpaca` (instruction, input, output), `prompt` (prompt, output), "
-    "`messages` (a conversation), or `auto` to recognize it from the first record."
+    "`messages` (a conversation), `text` (a text without a prompt), or `auto` to recognize each "
+    "record by itself."
 )
 FIELDS_DESCRIPTION = (
-    "Maps the fields of a record to their names in the file, as in `{output: answer}`."
+    "Maps the fields of a record to their names or paths in the file, as in `{output: answer}` or "
+    "`{output: answers.text.0}`; `null` ignores a field."
 )
 TOP_P_DESCRIPTION = (
     "Nucleus sampling: sample from the most probable tokens whose probabilities sum to `top_p`; "

@@ -2,19 +2,106 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pocl_ds.config.base import (
     FIELDS_DESCRIPTION,
     FORMAT_DESCRIPTION,
+    RUNTIME_ONLY,
+    Float,
     Fraction,
     Positive,
     RecordFields,
     RecordFormat,
+    Role,
     Section,
 )
+
+
+# Endings of data files, and of compressed ones (`x.jsonl.gz`); upper case is the same.
+TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow")
+COMPRESSED_ENDINGS = (".gz", ".bz2", ".xz", ".zst")
+HeldOutSplit: TypeAlias = Literal["validation", "test"]
+HELD_OUT_SPLITS: tuple[HeldOutSplit, ...] = ("validation", "test")
+DOCUMENTATION = "documentation"  # the source that needs no file
+HUB_SPLIT_DESCRIPTION = (
+    "Split of a Hugging Face dataset, or of a local file or folder that holds several splits."
+)
+
+
+def _check_source(value: Any) -> Any:
+    names = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(names, (list, tuple))
+        or not names
+        or not all(isinstance(name, str) and name.strip() for name in names)
+    ):
+        raise ValueError("name a file, a folder, a pattern, a Hub dataset, or a list of files")
+    return value
+
+
+def _check_weight(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(
+            "a weight is above 0 and at most 1, since no sample is used twice: lower the weights "
+            "of the other sources instead"
+        )
+    return value
+
+
+# A validator before the union, so that a wrong value gives one sentence.
+Source: TypeAlias = Annotated[str | tuple[str, ...], BeforeValidator(_check_source)]
+Weight: TypeAlias = Annotated[Float, AfterValidator(_check_weight)]
+
+
+class SourceConfig(Section):
+    """One source of a mixture (`data.sources`)."""
+
+    source: Source = Field(description="Data of this source, as in `data.source`.")
+    name: Annotated[str, Field(pattern=r"^\S(.*\S)?$")] | None = Field(
+        None,
+        description="Name of the source in logs and reports; `null` for the name of the file "
+        "without its ending, or of the Hugging Face dataset.",
+    )
+    weight: Weight = Field(
+        1.0,
+        description="Fraction of this source's samples that is used, above 0 and at most 1: of n "
+        "samples, round(weight x n), chosen by a hash of their ids. Sources therefore contribute "
+        "in proportion to weight x size.",
+    )
+    max_samples: Positive | None = Field(
+        None,
+        description="Maximum number of samples of this source, applied after `weight` and chosen "
+        "by the same hash; `null` for no maximum.",
+    )
+    format: RecordFormat = Field("auto", description=FORMAT_DESCRIPTION)
+    fields: RecordFields = Field(default_factory=dict, description=FIELDS_DESCRIPTION)
+    hub_subset: str | None = Field(
+        None, description="Configuration name (subset) of a Hugging Face dataset."
+    )
+    hub_split: str = Field("train", description=HUB_SPLIT_DESCRIPTION)
+    hub_revision: str | None = Field(
+        None, description="Revision of a Hugging Face dataset: a branch, tag or commit."
+    )
+
+    @property
+    def label(self) -> str:
+        """The source's name, or the one that follows from its file, folder or Hub dataset."""
+        if self.name is not None:
+            return self.name
+        source = self.source if isinstance(self.source, str) else self.source[0]
+        path = PurePath(source)
+        endings = (*DATA_ENDINGS, *COMPRESSED_ENDINGS)
+        if not source.startswith(("/", ".", "~")) and path.suffix.lower() not in endings:
+            return source
+        while path.suffix.lower() in endings:
+            path = path.with_suffix("")
+        return re.sub(r"[-_.]*[*?\[].*", "", path.name) or path.parent.name or source
 
 
 class DocumentationConfig(Section):
@@ -33,14 +120,38 @@ class DocumentationConfig(Section):
 class DataConfig(Section):
     """Where the instruction data comes from, and how it is split."""
 
-    source: str = Field(
-        description="Training data: a .jsonl, .json or .parquet file, the name of a Hugging Face "
-        "dataset, or `documentation` for the built-in corpus of docstrings."
+    source: Source | None = Field(
+        None,
+        description="Training data: a file (.jsonl, .json, .csv, .tsv, .parquet or .arrow, text "
+        "files also compressed as .gz, .bz2, .xz or .zst), a list of files, a pattern such as "
+        "`data/*.jsonl`, a folder of files or one of `save_to_disk`, the name of a Hugging Face "
+        "dataset, or `documentation` for the built-in corpus of docstrings.",
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="A mixture of several sources, each with its own weight, limit and fields, "
+        "instead of `source`.",
     )
     hub_subset: str | None = Field(
         None, description="Configuration name (subset) of a Hugging Face dataset."
     )
-    hub_split: str = Field("train", description="Split of a Hugging Face dataset.")
+    hub_split: str = Field("train", description=HUB_SPLIT_DESCRIPTION)
+    hub_validation_split: str | None = Field(
+        None,
+        description="Split with the validation samples, of `validation` if that is set, else of "
+        "`source`; `null` reads `hub_split` of `validation`.",
+    )
+    hub_test_split: str | None = Field(
+        None,
+        description="Split with the test samples, of `test` if that is set, else of `source`; "
+        "`null` reads `hub_split` of `test`.",
+    )
+    streaming: bool = Field(
+        False,
+        description="Read a Hugging Face dataset as it downloads, without a copy on disk; files "
+        "are always read in pieces.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
     hub_revision: str | None = Field(
         None,
         description="Revision of a Hugging Face dataset: a branch, tag or commit. A commit makes "
@@ -48,17 +159,34 @@ class DataConfig(Section):
     )
     format: RecordFormat = Field("auto", description=FORMAT_DESCRIPTION)
     fields: RecordFields = Field(default_factory=dict, description=FIELDS_DESCRIPTION)
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="Maps other names of roles in conversations to `system`, `developer`, `user`, "
+        "`assistant` or `tool`, as in `{narrator: system}`.",
+    )
+    train_on: Literal["all_turns", "last_turn"] = Field(
+        "all_turns",
+        description="Turns of the assistant that train: all of a conversation, or the last one.",
+    )
     on_invalid: Literal["error", "skip"] = Field(
         "error",
-        description="What to do with records that have no usable response, such as an empty "
-        "output: stop with an error, or skip and count them.",
+        description="What to do with records that cannot be used, such as one with an empty "
+        "output: stop with an error, or skip and count them by reason.",
     )
-    validation: str | None = Field(
+    duplicate_ids: Literal["error", "suffix"] = Field(
+        "error",
+        description="What to do with an id that occurred before: an error, or a suffix (`id-1`, "
+        "`id-2`). `fields.id: null` ignores the ids of the records.",
+    )
+    validation: Source | None = Field(
         None,
-        description="File with validation samples; `null` holds out a fraction of `source`.",
+        description="Validation data, in any form of `source`; `null` holds out a fraction of the "
+        "training data, unless `hub_validation_split` is set.",
     )
-    test: str | None = Field(
-        None, description="File with test samples; `null` holds out a fraction of `source`."
+    test: Source | None = Field(
+        None,
+        description="Test data, in any form of `source`; `null` holds out a fraction of the "
+        "training data, unless `hub_test_split` is set.",
     )
     validation_fraction: Fraction = Field(
         0.05,
@@ -87,3 +215,68 @@ class DataConfig(Section):
                 "less than 1"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> DataConfig:
+        if self.source is None and not self.sources:
+            raise ValueError("data.source is missing: add it, or data.sources with several")
+        if self.source is not None and self.sources:
+            raise ValueError("data.source and data.sources are both set: remove one of them")
+        for split in HELD_OUT_SPLITS:
+            self._check_held_out_split(split)
+        if not self.sources:
+            return self
+        if self.validation is None and self.test is None:
+            defaults = type(self).model_fields
+            for name in ("format", "fields", "hub_subset", "hub_split", "hub_revision"):
+                if getattr(self, name) != defaults[name].get_default(call_default_factory=True):
+                    raise ValueError(
+                        f"data.{name} has no effect beside data.sources: set {name} in each of "
+                        "them"
+                    )
+        labels = [source.label for source in self.sources]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"data.sources has two sources of the name {label!r}: give each a name"
+                )
+        return self
+
+    def _check_held_out_split(self, split: HeldOutSplit) -> None:
+        hub_split = getattr(self, f"hub_{split}_split")
+        if hub_split is None or getattr(self, split) is not None:
+            return
+        if self.sources:
+            raise ValueError(
+                f"data.hub_{split}_split={hub_split} is a split of data.source, and the recipe has "
+                f"data.sources: name its dataset as data.{split}"
+            )
+        if hub_split == self.hub_split:
+            raise ValueError(
+                f"data.hub_{split}_split and data.hub_split are both {hub_split!r}: name another "
+                f"split for {split}"
+            )
+
+    @property
+    def training_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources of the training data: those of `sources`, or `source` alone."""
+        return self.sources or (self._section(self.source, self.hub_split),)
+
+    def held_out_source(self, split: HeldOutSplit) -> SourceConfig | None:
+        """The source of the validation or test data; None if they are a fraction of the training
+        data.
+        """
+        source, hub_split = getattr(self, split), getattr(self, f"hub_{split}_split")
+        if source is None and hub_split is None:
+            return None
+        return self._section(source or self.source, hub_split or self.hub_split)
+
+    def _section(self, source: Any, hub_split: str) -> SourceConfig:
+        return SourceConfig(
+            source=source,
+            format=self.format,
+            fields=self.fields,
+            hub_subset=self.hub_subset,
+            hub_split=hub_split,
+            hub_revision=self.hub_revision,
+        )

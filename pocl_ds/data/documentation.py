@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pocl_ds.config import DocumentationConfig
-from pocl_ds.data.records import Sample
+from pocl_ds.data.conversation import Sample
 from pocl_ds.errors import DataError
 
 QUESTION_TEMPLATES = {
@@ -92,7 +92,7 @@ def extract_documentation_samples(config: DocumentationConfig) -> Iterator[Sampl
             digest = hashlib.sha256(name.encode()).hexdigest()
             templates = QUESTION_TEMPLATES[kind]
             question = templates[int(digest[:8], 16) % len(templates)].format(name=name)
-            yield Sample(digest[:16], question, "", (answer,))
+            yield Sample.from_instruction(digest[:16], question, answer)
 
 
 def first_paragraph(docstring: str) -> str:

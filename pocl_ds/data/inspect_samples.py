@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import read_manifest

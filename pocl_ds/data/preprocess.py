@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import DataConfig, PromptConfig
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.documentation import extract_documentation_samples
 from pocl_ds.data.key_table import KeyTable
-from pocl_ds.data.records import MIN_WORDS_OF_LONG_TEXT, Sample, long_text_key, read_sample_file
+from pocl_ds.data.records import MIN_WORDS_OF_LONG_TEXT, long_text_key
 from pocl_ds.data.sources import read_samples
 from pocl_ds.data.tokenized import SampleTokenizer, TokenizationCounts, write_tokenized_split
 from pocl_ds.errors import DataError

@@ -1,8 +1,7 @@
-"""Instruction samples from records of any common format.
+"""Samples from records of any common form, with counts of everything that is not used.
 
-Formats: Alpaca and Dolly records (`instruction`, `input` or `context`, `output` or `response`),
-prompt and completion, chat messages (`messages` or ShareGPT's `conversations`). The first record
-decides the format, and the log names it.
+record_formats.py recognizes a record's form, messages.py reads its turns, field_names.py finds its
+fields, and sample_ids.py gives it an id.
 """
 
 from __future__ import annotations
@@ -11,66 +10,42 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeAlias
 
-from pocl_ds.data.key_table import KeyTable
-from pocl_ds.errors import ArtifactError, DataError
+from pocl_ds.data.conversation import Sample
+from pocl_ds.data.field_names import (
+    FIELD_NAMES,
+    METADATA_FIELDS,
+    FieldMapping,
+    MappedRecord,
+    is_empty,
+)
+from pocl_ds.data.messages import TurnReader
+from pocl_ds.data.record_formats import Conversation, read_conversation
+from pocl_ds.data.sample_ids import SampleIds
+from pocl_ds.errors import DataError
 
 log = logging.getLogger("pocl_ds")
 
-MAX_ID_BYTES = 128
 MIN_WORDS_OF_LONG_TEXT = 10  # two samples do not share a text of so many words by chance
-MAX_LISTED_FIELDS = 20  # in an error message
-# Canonical field names, and the names that common data sets use for them, most specific first.
-FIELD_NAMES = {
-    "id": ("id",),
-    "instruction": ("instruction", "question"),
-    "input": ("input", "context"),
-    "output": ("output", "response", "answer", "completion"),
-    "prompt": ("prompt",),
-    "messages": ("messages", "conversations"),
-}
-SYSTEM_FIELDS = ("system", "system_prompt")
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+MAX_COUNTED_NAMES = 1000  # different names of unused fields, beyond which they are counted as one
+MAX_LOGGED_NAMES = 20
 OnInvalid: TypeAlias = Callable[[DataError], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """An instruction with its references, of which the first is the training response."""
+@dataclass
+class RecordCounts:
+    """What the records of one source hold, and what of it is not used."""
 
-    id: str
-    instruction: str
-    input: str
-    references: tuple[str, ...]
-    history: tuple[tuple[str, str], ...] = ()  # earlier turns, as (role, content)
-    ended: bool = True  # false if the first reference was cut off, so that no EOS may follow it
-
-    def to_json(self) -> str:
-        """The sample as one line of a sample file."""
-        tree = asdict(self)
-        if self.ended:
-            del tree["ended"]
-        return json.dumps(tree, ensure_ascii=False)
-
-    @property
-    def prompt_key(self) -> str:
-        """sha256 of the prompt's content; samples that share it are never in two splits."""
-        prompt = json.dumps([self.history, self.instruction, self.input], ensure_ascii=False)
-        return hashlib.sha256(prompt.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class _RecordFields:
-    """The content of one record."""
-
-    instruction: str
-    input: str
-    references: tuple[str, ...]
-    history: tuple[tuple[str, str], ...] = ()
+    records: int = 0
+    formats: dict[str, int] = field(default_factory=dict)  # with the fields in use -> records
+    unused_fields: dict[str, int] = field(default_factory=dict)  # name -> records
+    unused_message_keys: dict[str, int] = field(default_factory=dict)  # name -> turns
+    invalid: dict[str, int] = field(default_factory=dict)  # reason -> records
+    dropped_turns: int = 0  # after the last turn that trains
+    renamed_ids: int = 0  # duplicates with data.duplicate_ids=suffix
 
 
 def long_text_key(text: str) -> int | None:
@@ -84,288 +59,198 @@ def long_text_key(text: str) -> int | None:
 def samples_from_records(
     records: Iterable[tuple[str, Any]],
     source: str,
-    format: str,
-    fields: Mapping[str, str],
+    format: str = "auto",
+    fields: Mapping[str, str | None] | None = None,
+    *,
     setting: str = "data.fields",
+    roles: Mapping[str, str] | None = None,
+    train_on: str = "all_turns",
+    duplicate_ids: str = "error",
     on_invalid: OnInvalid | None = None,
+    counts: RecordCounts | None = None,
 ) -> Iterator[Sample]:
     """Turn (place, record) pairs into samples; a place is `FILE line N`.
 
-    fields: canonical field name -> the name in the records, where they differ. setting: the recipe
-    field of that mapping, for error messages. on_invalid: receives the error of a record without
-    usable content, which is then skipped. A sample keeps the id of its record, or gets a hash of
-    its content. Raises DataError, which names the place and the remedy.
+    A record that its file's reader could not parse is a DataError in its place. format: `auto` to
+    recognize each record by itself, or a key of RECORD_FORMATS. fields: canonical field name ->
+    name or path in the records, where they differ; None to ignore the field. setting: the recipe
+    field of that mapping, for error messages. roles, train_on, duplicate_ids: see the recipe's
+    section `data`. on_invalid: receives the error of a record that cannot be used, which is then
+    skipped. counts: receives what the records hold; give each source its own.
+
+    Logs the forms and the counts of what is not used at the end. Raises DataError, which names the
+    place and the remedy.
     """
-    reader: _RecordReader | None = None
-    ids, content_counts = KeyTable(), KeyTable()
+    counts = RecordCounts() if counts is None else counts
+    reader = _RecordReader(
+        format, FieldMapping(fields or {}, setting), roles or {}, train_on, counts
+    )
+    ids = SampleIds(duplicate_ids, f"{setting}.id")
+    first_error: DataError | None = None
+    samples = 0
     for place, record in records:
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{place}: a record must be an object with named fields, found "
-                f"{type(record).__name__}"
-            )
-        # The first record decides the format.
-        if reader is None:
-            _check_field_mapping(record, place, fields, setting)
-            reader = _RecordReader(record, place, format, fields, setting)
-            log.info("%s: records of format %s", source, reader.description())
-            if ignored := reader.ignored_system_field(record):
-                log.warning(
-                    "%s: the field %s is ignored: make it a turn of `messages` if models are to "
-                    "see it",
-                    source,
-                    ignored,
-                )
-        # Read the content, and skip a record without any.
+        counts.records += 1
         try:
-            content = reader.read(record, place)
-            parts = [content.history, content.instruction, content.input, content.references]
-            encoded = _encode(json.dumps(parts, ensure_ascii=False), place)
+            own_id, conversation = reader.read(record, place)
+            sample = _make_sample(own_id, conversation, ids, place)
         except DataError as error:
+            counts.invalid[error.reason] = counts.invalid.get(error.reason, 0) + 1
             if on_invalid is None:
                 raise
             on_invalid(error)
+            first_error = first_error or error
             continue
-        record_id = record.get(reader.names["id"])
-        if record_id is None or record_id == "":
-            sample_id = _content_id(encoded, content_counts)
-        else:
-            sample_id = _unique_id(record_id, place, ids)
-        yield Sample(
-            sample_id, content.instruction, content.input, content.references, content.history
-        )
-    if reader is None:
+        samples += 1
+        counts.renamed_ids = ids.renamed
+        yield sample
+    reader.check_mapped_fields(source)
+    if not counts.records:
         raise DataError(f"{source} holds no samples: check that it is the right file")
-
-
-def read_sample_file(path: Path) -> Iterator[Sample]:
-    """Read a jsonl file of `Sample.to_json` lines. Raises ArtifactError if it is damaged."""
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                tree = json.loads(line)
-                history = tuple((role, content) for role, content in tree["history"])
-                sample = Sample(
-                    tree["id"],
-                    tree["instruction"],
-                    tree["input"],
-                    tuple(tree["references"]),
-                    history,
-                    tree.get("ended", True),
-                )
-            except (ValueError, KeyError, TypeError):
-                raise ArtifactError(
-                    f"{path} line {number} is damaged: remove its folder and run its step again"
-                ) from None
-            yield sample
+    if not samples:
+        raise DataError(
+            f"{source}: none of its {counts.records:,} records can be used; the first: "
+            f"{first_error}"
+        )
+    _log_counts(source, counts, reader.ignored)
 
 
 class _RecordReader:
-    """Reads records of one format."""
+    """Reads the records of one source, and counts what is not used."""
 
     def __init__(
         self,
-        record: dict[str, Any],
-        place: str,
         format: str,
-        fields: Mapping[str, str],
-        setting: str,
+        mapping: FieldMapping,
+        roles: Mapping[str, str],
+        train_on: str,
+        counts: RecordCounts,
     ) -> None:
-        self.setting, self.mapped = setting, frozenset(fields)
-        self.names = {field: _name_in_record(record, field, fields) for field in FIELD_NAMES}
-        recognized = self._recognize(record) if format == "auto" else format
-        if recognized is None:
-            needs = ", or ".join(" and ".join(form.required) for form in RECORD_FORMATS.values())
+        self.format, self.mapping, self.train_on = format, mapping, train_on
+        self.counts = counts
+        self.turns = TurnReader(roles, lambda key: _count(counts.unused_message_keys, key))
+        self.example: dict[str, Any] | None = None
+        # Fields whose reading the mapping forbids need no warning.
+        self.ignored = {name for field in mapping.ignored for name in FIELD_NAMES.get(field, ())}
+
+    def read(self, record: Any, place: str) -> tuple[Any, Conversation]:
+        """The record's own id and its content. Raises DataError if it cannot be used."""
+        if isinstance(record, DataError):
+            raise record
+        if not isinstance(record, dict):
             raise DataError(
-                f"{place}: no known record format (fields: {_list_fields(record)}): it needs "
-                f"{needs}; map other names with {setting}, as in {setting}.output=answer"
+                f"{place}: a record must be an object with named fields, found "
+                f"{type(record).__name__}",
+                reason="not an object",
             )
-        self.format = recognized
-
-    def _recognize(self, record: dict[str, Any]) -> str | None:
-        return next(
-            (name for name, form in RECORD_FORMATS.items() if self.names[form.fields[0]] in record),
-            None,
-        )
-
-    def description(self) -> str:
-        """The format and the field names in use, for the log."""
-        names = ", ".join(self.names[field] for field in RECORD_FORMATS[self.format].fields)
-        return f"{self.format} ({names})"
-
-    def ignored_system_field(self, record: dict[str, Any]) -> str | None:
-        """Name of a system prompt that this format has no place for."""
-        if self.format == "messages":
-            return None
-        used = set(self.names.values())
-        return next((name for name in SYSTEM_FIELDS if record.get(name) and name not in used), None)
-
-    def read(self, record: dict[str, Any], place: str) -> _RecordFields:
-        """The content of a record. Raises DataError if a field is missing or has another type."""
-        return RECORD_FORMATS[self.format].read(self, record, place)
-
-    def read_alpaca(self, record: dict[str, Any], place: str) -> _RecordFields:
-        """Read an instruction with an optional input."""
-        instruction = self._text(record, "instruction", place)
-        if "input" not in self.mapped:  # records may name the input differently, or lack it
-            names = (name for name in FIELD_NAMES["input"] if record.get(name))
-            self.names["input"] = next(names, self.names["input"])
-        has_input = record.get(self.names["input"]) is not None
-        input_text = self._text(record, "input", place) if has_input else ""
-        return _RecordFields(instruction, input_text, self._references(record, place))
-
-    def read_prompt(self, record: dict[str, Any], place: str) -> _RecordFields:
-        """Read a prompt and its completion."""
-        prompt = self._text(record, "prompt", place)
-        return _RecordFields(prompt, "", self._references(record, place))
-
-    def read_messages(self, record: dict[str, Any], place: str) -> _RecordFields:
-        """Read turns, of which the last answered one becomes the sample."""
-        if self.names["messages"] not in record:
+        self.example = record if self.example is None else self.example
+        self.mapping.note_fields(record)
+        mapped = MappedRecord(record, place, self.mapping)
+        try:
+            own_id = mapped.get("id")
+            name, conversation = read_conversation(mapped, self.format, self.turns, self.train_on)
+        except RecursionError:
             raise DataError(
-                f"{place}: there is no field {self.names['messages']!r} (fields: "
-                f"{_list_fields(record)}): add it, or name the one that holds the turns with "
-                f"{self.setting}.messages"
-            )
-        value = record[self.names["messages"]]
-        turns = [_read_turn(turn, place) for turn in (value if isinstance(value, list) else [])]
-        # Drop the turns after the last answer.
-        while turns and turns[-1][0] != "assistant":
-            turns.pop()
-        answered = len(turns) >= 2 and turns[-2][0] == "user"
-        if not answered or not all(text.strip() for _, text in turns[-2:]):
-            raise DataError(
-                f"{place}: messages must hold a user's turn answered by the assistant: fix or "
-                "remove the record"
-            )
-        return _RecordFields(turns[-2][1], "", (turns[-1][1],), tuple(turns[:-2]))
+                f"{place} is nested too deeply: fix or remove the record",
+                reason="nested too deeply",
+            ) from None
+        self._count_fields(name, mapped)
+        self.counts.dropped_turns += conversation.dropped_turns
+        return own_id, conversation
 
-    def _references(self, record: dict[str, Any], place: str) -> tuple[str, ...]:
-        output = record.get(self.names["output"])
-        if output is None:
-            raise DataError(
-                f"{place}: there is no field {self.names['output']!r} (fields: "
-                f"{_list_fields(record)}): add it, or name the one that holds the answer with "
-                f"{self.setting}.output"
-            )
-        references = tuple(output) if isinstance(output, list) else (output,)
-        if not references or not all(isinstance(text, str) and text.strip() for text in references):
-            raise DataError(
-                f"{place}: {self.names['output']} must be text or a list of texts, none empty: fix "
-                "or remove it"
-            )
-        return references
+    def check_mapped_fields(self, source: str) -> None:
+        """Raise DataError if no record has a field that the mapping names."""
+        if self.example is not None:
+            fields = {**self.example, **self.counts.unused_fields}
+            self.mapping.check_all_found(source, fields)
 
-    def _text(self, record: dict[str, Any], field: str, place: str) -> str:
-        value = record.get(self.names[field])
-        if isinstance(value, str) and (value.strip() or field == "input"):
-            return value
-        if value is None:
-            problem = "nothing"
-        else:
-            problem = "an empty text" if isinstance(value, str) else type(value).__name__
-        raise DataError(
-            f"{place}: field {self.names[field]!r} must be text, found {problem}: fix or remove "
-            "the record"
-        )
+    def _count_fields(self, format: str, record: MappedRecord) -> None:
+        _count(self.counts.formats, self._form(format, tuple(record.used.items())))
+        for name, value in record.record.items():
+            if name not in record.used and not is_empty(value):
+                _count(self.counts.unused_fields, str(name)[:80])
+
+    @staticmethod
+    @lru_cache(maxsize=1000)
+    def _form(format: str, used: tuple[tuple[str, str], ...]) -> str:
+        """A format with the fields in use, as in `alpaca (instruction, output)`."""
+        order = [*FIELD_NAMES]
+        in_order = sorted(used, key=lambda item: order.index(item[1]))
+        return f"{format} ({', '.join(name for name, field in in_order if field != 'id')})"
 
 
-@dataclass(frozen=True)
-class _RecordFormat:
-    """A record format. A record that has the first of `fields` is of this format."""
-
-    fields: tuple[str, ...]
-    read: Callable[[_RecordReader, dict[str, Any], str], _RecordFields]
-    optional: tuple[str, ...] = ()
-
-    @property
-    def required(self) -> list[str]:
-        """Fields that every record must have."""
-        return [name for name in self.fields if name not in self.optional]
-
-
-# In order of recognition: a format whose first field also occurs in another one comes after that.
-RECORD_FORMATS = {
-    "messages": _RecordFormat(("messages",), _RecordReader.read_messages),
-    "alpaca": _RecordFormat(
-        ("instruction", "input", "output"), _RecordReader.read_alpaca, optional=("input",)
-    ),
-    "prompt": _RecordFormat(("prompt", "output"), _RecordReader.read_prompt),
-}
-
-
-def _read_turn(turn: Any, place: str) -> tuple[str, str]:
-    """Role and content of one message."""
-    role = content = None
-    if isinstance(turn, dict):
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise DataError(
-            f"{place}: each message needs a role and a text content: fix or remove the record"
-        )
-    return ROLES.get(role, role), content
-
-
-def _content_id(encoded: bytes, counts: KeyTable) -> str:
-    """An id from a record's content; exact duplicates are numbered."""
-    sample_id = hashlib.sha256(encoded).hexdigest()[:16]
-    key = int(sample_id, 16)
-    duplicates = counts.put(key, counts.get(key) + 1)
-    return f"{sample_id}-{duplicates}" if duplicates else sample_id
-
-
-def _unique_id(value: Any, place: str, ids: KeyTable) -> str:
-    """The record's own id. Raises DataError if it is invalid or occurred before."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise DataError(
-            f"{place}: an id must be a text or a whole number, found {type(value).__name__}: fix "
-            "it or leave it out"
-        )
-    sample_id = str(value)
-    if len(_encode(sample_id, place)) > MAX_ID_BYTES or "\n" in sample_id or "\0" in sample_id:
-        raise DataError(
-            f"{place}: an id must be at most {MAX_ID_BYTES} bytes without line breaks: shorten it "
-            "or leave it out"
-        )
-    unit, _, number = place.rpartition(" ")  # FILE line N
-    key = int(hashlib.sha256(sample_id.encode()).hexdigest()[:16], 16)
-    if earlier := ids.put(key, int(number)):
-        raise DataError(
-            f"{place}: id {sample_id!r} also occurs at {unit} {earlier}: make ids unique, or leave "
-            "them out"
-        )
-    return sample_id
-
-
-def _name_in_record(record: dict[str, Any], field: str, fields: Mapping[str, str]) -> str:
-    if field in fields:
-        return fields[field]
-    return next((name for name in FIELD_NAMES[field] if name in record), FIELD_NAMES[field][0])
-
-
-def _list_fields(record: dict[str, Any]) -> str:
-    """The field names of a record, at most MAX_LISTED_FIELDS."""
-    omitted = len(record) - MAX_LISTED_FIELDS
-    more = f" and {omitted} more" if omitted > 0 else ""
-    return ", ".join(str(name)[:80] for name in islice(record, MAX_LISTED_FIELDS)) + more
-
-
-def _check_field_mapping(
-    record: dict[str, Any], place: str, fields: Mapping[str, str], setting: str
-) -> None:
-    """Raise DataError if a mapped field is missing, since a misspelled `input` would be ignored."""
-    for field, name in fields.items():
-        if name not in record:
-            raise DataError(
-                f"{place}: there is no field {name!r}, which {setting}.{field} names (fields: "
-                f"{_list_fields(record)}): correct {setting}"
-            )
-
-
-def _encode(text: str, place: str) -> bytes:
+def _make_sample(own_id: Any, conversation: Conversation, ids: SampleIds, place: str) -> Sample:
+    """The sample of a record's content. Raises DataError if its texts or id are not valid."""
+    content = [
+        [message.to_template() for message in conversation.messages],
+        conversation.input,
+        conversation.other_references,
+        conversation.tools,
+    ]
     try:
-        return text.encode()
+        encoded = json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"{place}: a text holds half a character (a lone surrogate): fix or remove the record"
+            f"{place}: a text holds half a character (a lone surrogate): fix or remove the record",
+            reason="half a character",
         ) from None
+    except (TypeError, ValueError):
+        raise DataError(
+            f"{place}: its tools or tool calls hold a value that JSON does not have: fix or remove "
+            "the record",
+            reason="not JSON",
+        ) from None
+    return Sample(
+        ids.sample_id(own_id, encoded, place),
+        tuple(conversation.messages),
+        conversation.input,
+        conversation.other_references,
+        conversation.tools,
+        place=place.rsplit("/", 1)[-1],
+    )
+
+
+def _count(table: dict[str, int], name: str) -> None:
+    if name not in table and len(table) >= MAX_COUNTED_NAMES:
+        name = "(other names)"
+    table[name] = table.get(name, 0) + 1
+
+
+def _log_counts(source: str, counts: RecordCounts, ignored: set[str]) -> None:
+    """Log the forms of a source's records, and what of them is not used."""
+    forms = "; ".join(f"{number:,} of format {name}" for name, number in counts.formats.items())
+    log.info("%s: %s records: %s", source, f"{counts.records:,}", forms)
+    harmless = METADATA_FIELDS | ignored
+    for level, is_harmless in ((logging.INFO, True), (logging.WARNING, False)):
+        names = {
+            name: number
+            for name, number in counts.unused_fields.items()
+            if (name in harmless) == is_harmless
+        }
+        if names:
+            log.log(level, "%s: %s", source, _unused_sentence(names, counts.records, "records"))
+    if keys := counts.unused_message_keys:
+        log.warning("%s: %s", source, _unused_sentence(keys, None, "turns"))
+    if counts.dropped_turns:
+        log.warning(
+            "%s: %s turns after the last turn that trains are dropped",
+            source,
+            f"{counts.dropped_turns:,}",
+        )
+    if counts.renamed_ids:
+        log.warning(
+            "%s: %s ids occurred before: they have a suffix now", source, f"{counts.renamed_ids:,}"
+        )
+
+
+def _unused_sentence(names: Mapping[str, int], total: int | None, unit: str) -> str:
+    """`123 of 4,000 records have the field 'topic', which is not used`."""
+    kind = "field" if unit == "records" else "key"
+    of = f" of {total:,}" if total is not None else ""
+    parts = [
+        f"{number:,}{of} {unit} have the {kind} {name!r}"
+        for name, number in list(names.items())[:MAX_LOGGED_NAMES]
+    ]
+    if omitted := len(names) - MAX_LOGGED_NAMES:
+        parts += [f"others have {omitted:,} more"] if omitted > 0 else []
+    verb = "which is not used" if len(names) == 1 else "which are not used"
+    return f"{', '.join(parts)}, {verb}"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pocl_ds.data.records import OnInvalid, Sample, samples_from_records
+from pocl_ds.data.conversation import Sample
+from pocl_ds.data.records import OnInvalid, RecordCounts, samples_from_records
 from pocl_ds.errors import DataError
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -18,12 +19,16 @@ def read_samples(
     source: str,
     *,
     format: str = "auto",
-    fields: Mapping[str, str] | None = None,
+    fields: Mapping[str, str | None] | None = None,
+    roles: Mapping[str, str] | None = None,
+    train_on: str = "all_turns",
+    duplicate_ids: str = "error",
     hub_subset: str | None = None,
     hub_split: str = "train",
     hub_revision: str | None = None,
     setting: str = "data.fields",
     on_invalid: OnInvalid | None = None,
+    counts: RecordCounts | None = None,
 ) -> Iterator[Sample]:
     """Read samples from a .jsonl, .json or .parquet file, or from a data set on the Hub.
 
@@ -40,7 +45,18 @@ def read_samples(
         raise DataError(f"data file {source} {problem}: give a {suffixes} file or a Hub name")
     else:
         records = _hub_records(source, hub_subset, hub_split, hub_revision)
-    yield from samples_from_records(records, source, format, fields or {}, setting, on_invalid)
+    yield from samples_from_records(
+        records,
+        source,
+        format,
+        fields,
+        setting=setting,
+        roles=roles,
+        train_on=train_on,
+        duplicate_ids=duplicate_ids,
+        on_invalid=on_invalid,
+        counts=counts,
+    )
 
 
 def _file_records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pocl_ds.data.records import Sample
+from pocl_ds.data.conversation import Sample
 from pocl_ds.errors import DataError, ModelError, RecipeError
 
 # The Stanford Alpaca template, which MiniLLM and the POCL release use.

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.config import PromptConfig
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.generated import count_loss_tokens
-from pocl_ds.data.records import Sample
 from pocl_ds.data.templates import load_template
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.workflow.files import save_array

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import PromptConfig, ScoreConfig
 from pocl_ds.curriculum.ranking import tied_fraction
-from pocl_ds.data.records import read_sample_file
+from pocl_ds.data.conversation import read_sample_file
 from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
 from pocl_ds.difficulty.rank import MAX_TIED_FRACTION
 from pocl_ds.difficulty.shards import (

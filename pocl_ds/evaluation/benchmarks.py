@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from pocl_ds.config import BenchmarkConfig, EvaluateConfig
-from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.sources import read_samples
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.runtime.hashing import select_by_hash

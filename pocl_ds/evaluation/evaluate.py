@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, semantic_fields
-from pocl_ds.data.records import Sample
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.tokenized import SampleTokenizer
 from pocl_ds.evaluation.answers import (
     answer_settings,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pocl_ds.config import EvaluateConfig, GenerationConfig
 from pocl_ds.curriculum.micro_batches import token_budget_batches
 from pocl_ds.data.batches import Batch, collate
-from pocl_ds.data.records import Sample
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluation.benchmarks import TEST_SPLIT

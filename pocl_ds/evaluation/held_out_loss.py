@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, semantic_fields
 from pocl_ds.data.batches import Batch
-from pocl_ds.data.records import Sample
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.evaluation.benchmarks import TEST_SPLIT, external_benchmarks
 from pocl_ds.evaluation.evaluated_models import TEACHER, ModelLoader, model_identity

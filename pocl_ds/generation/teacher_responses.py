@@ -20,7 +20,7 @@ from pocl_ds.config import (
     StudentConfig,
     TeacherConfig,
 )
-from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.tokenized import SampleTokenizer, write_tokenized_split
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, SamplingParams, decode_response

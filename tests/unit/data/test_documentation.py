@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pocl_ds.config import DocumentationConfig
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.documentation import extract_documentation_samples, first_paragraph
-from pocl_ds.data.records import Sample
 from pocl_ds.errors import DataError
 
 

@@ -14,7 +14,7 @@ import tiny_models
 
 from pocl_ds.config import DataConfig, PromptConfig
 from pocl_ds.data import preprocess
-from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import DataError
 from pocl_ds.workflow.manifest import MANIFEST, damaged_files, read_manifest

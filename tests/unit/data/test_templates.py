@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tokenizers import processors
 
 from pocl_ds.config import PromptConfig
-from pocl_ds.data.records import Sample
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.templates import load_template
 from pocl_ds.errors import DataError, ModelError, RecipeError
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.batches import collate
+from pocl_ds.data.conversation import Sample
 from pocl_ds.data.generated import GeneratedBatch
-from pocl_ds.data.records import Sample
 from pocl_ds.data.retokenize import TeacherRetokenizer
 from pocl_ds.data.token_alignment import common_spans, token_bytes
 from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from pocl_ds.config import PromptConfig
-from pocl_ds.data.records import Sample, read_sample_file
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, in_chunks, write_tokenized_split
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 
