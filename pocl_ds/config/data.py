@@ -21,7 +21,6 @@ from pocl_ds.config.base import (
     Section,
 )
 
-
 # Endings of data files, and of compressed ones (`x.jsonl.gz`); upper case is the same.
 TEXT_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_ENDINGS = (*TEXT_ENDINGS, ".parquet", ".arrow")
@@ -231,8 +230,7 @@ class DataConfig(Section):
             for name in ("format", "fields", "hub_subset", "hub_split", "hub_revision"):
                 if getattr(self, name) != defaults[name].get_default(call_default_factory=True):
                     raise ValueError(
-                        f"data.{name} has no effect beside data.sources: set {name} in each of "
-                        "them"
+                        f"data.{name} has no effect beside data.sources: set {name} in each of them"
                     )
         labels = [source.label for source in self.sources]
         for label in labels:
