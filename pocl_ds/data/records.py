@@ -193,7 +193,7 @@ def _make_sample(own_id: Any, conversation: Conversation, ids: SampleIds, place:
             f"{place}: a text holds half a character (a lone surrogate): fix or remove the record",
             reason="half a character",
         ) from None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise DataError(
             f"{place}: its tools or tool calls hold a value that JSON does not have: fix or remove "
             "the record",
@@ -218,39 +218,46 @@ def _count(table: dict[str, int], name: str) -> None:
 def _log_counts(source: str, counts: RecordCounts, ignored: set[str]) -> None:
     """Log the forms of a source's records, and what of them is not used."""
     forms = "; ".join(f"{number:,} of format {name}" for name, number in counts.formats.items())
-    log.info("%s: %s records: %s", source, f"{counts.records:,}", forms)
+    log.info("%s: %s: %s", source, _number(counts.records, "record"), forms)
     harmless = METADATA_FIELDS | ignored
-    for level, is_harmless in ((logging.INFO, True), (logging.WARNING, False)):
-        names = {
-            name: number
-            for name, number in counts.unused_fields.items()
-            if (name in harmless) == is_harmless
-        }
-        if names:
-            log.log(level, "%s: %s", source, _unused_sentence(names, counts.records, "records"))
-    if keys := counts.unused_message_keys:
-        log.warning("%s: %s", source, _unused_sentence(keys, None, "turns"))
+    for names, total, unit in (
+        (counts.unused_fields, counts.records, "record"),
+        (counts.unused_message_keys, None, "turn"),
+    ):
+        for level, group in (
+            (logging.INFO, {name: n for name, n in names.items() if name in harmless}),
+            (logging.WARNING, {name: n for name, n in names.items() if name not in harmless}),
+        ):
+            if group:
+                log.log(level, "%s: %s", source, _unused_sentence(group, total, unit))
     if counts.dropped_turns:
         log.warning(
-            "%s: %s turns after the last turn that trains are dropped",
+            "%s: %s after the last turn that trains dropped",
             source,
-            f"{counts.dropped_turns:,}",
+            _number(counts.dropped_turns, "turn"),
         )
     if counts.renamed_ids:
         log.warning(
-            "%s: %s ids occurred before: they have a suffix now", source, f"{counts.renamed_ids:,}"
+            "%s: %s of an id that occurred before: got a suffix",
+            source,
+            _number(counts.renamed_ids, "record"),
         )
 
 
 def _unused_sentence(names: Mapping[str, int], total: int | None, unit: str) -> str:
     """`123 of 4,000 records have the field 'topic', which is not used`."""
-    kind = "field" if unit == "records" else "key"
-    of = f" of {total:,}" if total is not None else ""
-    parts = [
-        f"{number:,}{of} {unit} have the {kind} {name!r}"
-        for name, number in list(names.items())[:MAX_LOGGED_NAMES]
-    ]
-    if omitted := len(names) - MAX_LOGGED_NAMES:
-        parts += [f"others have {omitted:,} more"] if omitted > 0 else []
+    kind = "field" if unit == "record" else "key"
+    parts = []
+    for name, number in list(names.items())[:MAX_LOGGED_NAMES]:
+        subject = (
+            _number(number, unit) if total is None else f"{number:,} of {_number(total, unit)}"
+        )
+        parts.append(f"{subject} {'has' if number == 1 else 'have'} the {kind} {name!r}")
+    if len(names) > MAX_LOGGED_NAMES:
+        parts.append(f"and {len(names) - MAX_LOGGED_NAMES:,} other names occur")
     verb = "which is not used" if len(names) == 1 else "which are not used"
     return f"{', '.join(parts)}, {verb}"
+
+
+def _number(number: int, unit: str) -> str:
+    return f"{number:,} {unit}" if number == 1 else f"{number:,} {unit}s"

@@ -1,348 +1,228 @@
-"""Files of every format give equal samples, and an error names file, line and remedy."""
+"""Mapped fields, counts of what is not used, invalid records, and sample files."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from record_reading import GOOD, QA, TURNS, counts_of, read, read_error, read_one
 
-from pocl_ds.config import RecordFields, RecordFormat
-from pocl_ds.data.records import (
-    FIELD_NAMES,
-    RECORD_FORMATS,
-    Sample,
-    read_sample_file,
-    samples_from_records,
-)
+from pocl_ds.config import DataConfig
+from pocl_ds.data.conversation import read_sample_file
+from pocl_ds.data.records import MAX_COUNTED_NAMES, RecordCounts
 from pocl_ds.data.sources import read_samples
 from pocl_ds.errors import DataError
 
-GOOD = {"instruction": "Add.", "input": "1 2", "output": "3"}
 
+class TestFieldMapping:
+    def test_mapped_fields(self) -> None:
+        record = {"q": "Q", "ctx": "C", "answers": ["A", "B"], "key": 7}
+        fields = {"instruction": "q", "input": "ctx", "output": "answers", "id": "key"}
+        sample = read_one(record, fields=fields)
+        assert sample.id == "7" and sample.input == "C" and sample.references == ("A", "B")
 
-def jsonl(folder: Path, *records: Any, name: str = "data.jsonl") -> str:
-    path = folder / name
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return str(path)
+    def test_a_mapped_field_decides_the_format(self) -> None:
+        record = {"instruction": "Answer.", "question": "Q", "answer": "A"}
+        counts = RecordCounts()
+        sample = read_one(record, fields={"prompt": "question"}, counts=counts)
+        assert list(sample.messages) == QA and counts.unused_fields == {"instruction": 1}
 
-
-def read_error(source: str, **options: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        list(read_samples(source, **options))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.mark.parametrize(
-    ("record", "instruction", "given_input", "reference"),
-    [
-        (GOOD, "Add.", "1 2", "3"),
-        (
-            {"instruction": "Add.", "context": "1 2", "response": "3", "category": "qa"},
-            "Add.",
-            "1 2",
-            "3",
-        ),
-        ({"prompt": "Add 1 2.", "completion": "3"}, "Add 1 2.", "", "3"),
-        (
-            {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
-            "Q",
-            "",
-            "A",
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-            "Q",
-            "",
-            "A",
-        ),
-        ({"instruction": "Add.", "input": None, "output": "3"}, "Add.", "", "3"),
-    ],
-)
-def test_known_formats_are_recognized(
-    tmp_path: Path, record: dict[str, Any], instruction: str, given_input: str, reference: str
-) -> None:
-    (sample,) = read_samples(jsonl(tmp_path, record))
-    assert (sample.instruction, sample.input, sample.references) == (
-        instruction,
-        given_input,
-        (reference,),
-    )
-
-
-def test_every_format_and_field_of_the_recipe_is_implemented() -> None:
-    assert {"auto", *RECORD_FORMATS} == set(get_args(RecordFormat))
-    assert set(FIELD_NAMES) == set(get_args(get_args(RecordFields)[0]))
-    assert all(set(form.fields) <= set(FIELD_NAMES) for form in RECORD_FORMATS.values())
-
-
-def test_log_names_the_format(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    source = jsonl(tmp_path, {"instruction": "a", "context": "", "response": "b"})
-    with caplog.at_level(logging.INFO, "pocl_ds"):
-        list(read_samples(source))
-    assert "records of format alpaca (instruction, context, response)" in caplog.text
-
-
-def test_earlier_turns_become_history(tmp_path: Path) -> None:
-    turns = [
-        ("system", "Be brief."),
-        ("user", "One?"),
-        ("assistant", "1"),
-        ("user", "Two?"),
-        ("assistant", "2"),
-        ("user", "Bye"),
-    ]
-    source = jsonl(
-        tmp_path, {"messages": [{"role": role, "content": text} for role, text in turns]}
-    )
-    (sample,) = read_samples(source)
-    # The unanswered turn is dropped.
-    assert sample.instruction == "Two?" and sample.references == ("2",)
-    assert sample.history == tuple(turns[:3])
-
-
-def test_mapped_fields_and_several_references(tmp_path: Path) -> None:
-    record = {"q": "Q", "ctx": "C", "answers": ["A", "B"], "key": 7}
-    fields = {"instruction": "q", "input": "ctx", "output": "answers", "id": "key"}
-    assert list(read_samples(jsonl(tmp_path, record), fields=fields)) == [
-        Sample("7", "Q", "C", ("A", "B"))
-    ]
-
-
-def test_json_parquet_and_jsonl_give_equal_samples(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    records = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(2500)]
-    lines = list(read_samples(jsonl(tmp_path, *records)))
-    (tmp_path / "array.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-    (tmp_path / "wrapped.json").write_text(
-        json.dumps({"version": 1, "data": records}), encoding="utf-8"
-    )
-    pq.write_table(pa.Table.from_pylist(records), tmp_path / "table.parquet")
-    for name in ("array.json", "wrapped.json", "table.parquet"):
-        assert list(read_samples(str(tmp_path / name))) == lines
-
-
-def test_byte_order_mark_and_blank_lines_are_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text("\ufeff" + json.dumps(GOOD) + "\n\n  \n" + json.dumps(GOOD), encoding="utf-8")
-    assert len(list(read_samples(str(path)))) == 2
-
-
-def test_line_separators_inside_a_string_do_not_end_a_line(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(
-        json.dumps({**GOOD, "output": "a\u2028b\x85c"}, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    (sample,) = read_samples(str(path))
-    assert sample.references == ("a\u2028b\x85c",)
-
-
-def test_jsonl_is_read_line_by_line(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(GOOD) + "\nbroken\n", encoding="utf-8")
-    samples = read_samples(str(path))
-    assert next(samples).references == ("3",)  # before line 2, which is invalid
-    with pytest.raises(DataError, match="line 2"):
-        next(samples)
-
-
-class TestIds:
-    def test_ids_come_from_the_record_or_its_content(self, tmp_path: Path) -> None:
-        with_id, without_id = read_samples(jsonl(tmp_path, {**GOOD, "id": "é/1"}, GOOD))
-        assert with_id.id == "é/1"
-        assert len(without_id.id) == 16 and int(without_id.id, 16) >= 0
-
-    def test_duplicates_get_numbered_ids(self, tmp_path: Path) -> None:
-        original, other, duplicate, second_duplicate = read_samples(
-            jsonl(tmp_path, GOOD, {**GOOD, "output": "4"}, GOOD, GOOD)
-        )
-        assert (duplicate.id, second_duplicate.id) == (f"{original.id}-1", f"{original.id}-2")
-        assert other.id != original.id
-
-    def test_content_ids_do_not_depend_on_the_order_of_the_file(self, tmp_path: Path) -> None:
-        records = [{**GOOD, "output": str(n % 5)} for n in range(12)]
-        in_order = {sample.id: sample for sample in read_samples(jsonl(tmp_path, *records))}
-        reversed_order = {
-            sample.id: sample for sample in read_samples(jsonl(tmp_path, *reversed(records)))
+    def test_paths(self) -> None:
+        record = {"q": "Q", "meta": {"id": "k"}, "answers": [{"text": "A"}], "a.b": "C"}
+        fields = {
+            "instruction": "q",
+            "id": "meta.id",
+            "output": "answers.0.text",
+            "input": "a.b",
         }
-        assert in_order == reversed_order and len(in_order) == 12
+        counts = RecordCounts()
+        sample = read_one(record, fields=fields, counts=counts)
+        assert (sample.id, sample.input) == ("k", "C") and list(sample.messages) == QA
+        assert counts.unused_fields == {}
+        assert counts.formats == {"alpaca (q, a.b, answers)": 1}
 
-    def test_error_names_a_repeated_id_and_both_lines(self, tmp_path: Path) -> None:
-        message = read_error(
-            jsonl(tmp_path, {**GOOD, "id": "x"}, {**GOOD, "id": "y"}, {**GOOD, "id": "x"})
-        )
-        assert "'x'" in message and "line 1" in message and "line 3" in message
+    @pytest.mark.parametrize("path", ["answers.1", "answers.0.x", "answers.x", "answer", "q.0"])
+    def test_a_path_that_leads_nowhere(self, path: str) -> None:
+        record = {"q": "Q", "answers": [{"text": "A"}]}
+        fields = {"instruction": "q", "output": path}
+        message = read_error(record, reason="missing field", fields=fields)
+        assert f"line 1: there is no field {path!r}, which data.fields.output names" in message
 
-    @pytest.mark.parametrize("name", ["a\nb", "a\0b", "é" * 65, True, [1], 1.5])
-    def test_invalid_ids_are_refused(self, tmp_path: Path, name: Any) -> None:
-        assert "line 1" in read_error(jsonl(tmp_path, {**GOOD, "id": name}))
+    def test_a_required_field_may_be_absent_in_some_records(self) -> None:
+        errors: list[DataError] = []
+        fields = {"instruction": "q", "output": "a"}
+        records = [{"q": "Q", "a": "A"}, {"q": "Q"}, {"a": "A", "input": "Q"}]
+        samples = read(*records, fields=fields, on_invalid=errors.append)
+        assert len(samples) == 1
+        assert [error.reason for error in errors] == ["missing field"] * 2
 
-    def test_longest_allowed_id_is_accepted(self, tmp_path: Path) -> None:
-        (sample,) = read_samples(jsonl(tmp_path, {**GOOD, "id": "é" * 64}))
-        assert sample.id == "é" * 64
-
-
-class TestBadInput:
-    def test_missing_and_empty_files(self, tmp_path: Path) -> None:
-        assert "does not exist" in read_error(str(tmp_path / "missing.jsonl"))
-        (tmp_path / "empty.jsonl").touch()
-        assert "empty.jsonl is empty" in read_error(str(tmp_path / "empty.jsonl"))
-        (tmp_path / "blank.jsonl").write_text("\n\n")
-        assert "holds no samples" in read_error(str(tmp_path / "blank.jsonl"))
-        (tmp_path / "none.json").write_text("[]")
-        assert "holds no samples" in read_error(str(tmp_path / "none.json"))
-        assert "is a folder" in read_error(str(tmp_path))
-        (tmp_path / "data.csv").write_text("a,b")
-        assert "unknown file type" in read_error(str(tmp_path / "data.csv"))
-
-    def test_error_of_invalid_json_names_file_and_line(self, tmp_path: Path) -> None:
-        path = tmp_path / "data.jsonl"
-        path.write_text(
-            (json.dumps(GOOD) + "\n") * 6 + '{"instruction": "a", \n' + json.dumps(GOOD),
-            encoding="utf-8",
-        )
-        message = read_error(str(path))
-        assert f"{path} line 7 is not valid JSON" in message and "fix that line" in message
-        (tmp_path / "data.json").write_text('[\n{"instruction": "a",\n "output": }\n]')
-        assert "line 3 column" in read_error(str(tmp_path / "data.json"))
-        (tmp_path / "lines.json").write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n")
-        assert ".jsonl" in read_error(str(tmp_path / "lines.json"))
-
-    @pytest.mark.parametrize("line", ["[" * 100_000, '{"instruction": ' + "9" * 5000 + "}"])
-    def test_json_beyond_the_parsers_limits_is_an_error(self, tmp_path: Path, line: str) -> None:
-        (tmp_path / "data.jsonl").write_text(line)
-        assert "line 1" in read_error(str(tmp_path / "data.jsonl"))
-
-    def test_error_of_a_missing_output_names_fields_and_remedy(self, tmp_path: Path) -> None:
-        message = read_error(jsonl(tmp_path, GOOD, {"instruction": "a", "text": "b"}))
-        assert (
-            "line 2" in message
-            and "instruction, text" in message
-            and "data.fields.output" in message
+    @pytest.mark.parametrize("field", ["id", "input", "system"])
+    def test_a_mapped_field_that_no_record_has(self, field: str) -> None:
+        message = read_error(GOOD, {**GOOD, "late": 1}, reason="missing field", fields={field: "x"})
+        assert message == (
+            f"dir/x.jsonl: no record has the field 'x', which data.fields.{field} names (fields: "
+            f"{', '.join([*GOOD, 'late'])}): correct data.fields"
         )
 
-    def test_error_of_an_unknown_format_names_fields_and_remedy(self, tmp_path: Path) -> None:
-        message = read_error(jsonl(tmp_path, {"q": "a", "a": "b"}))
-        assert "line 1" in message and "q, a" in message and "data.fields" in message
+    def test_a_recipe_maps_a_column_once(self) -> None:
+        with pytest.raises(ValidationError, match="instruction and input both name 'q'"):
+            DataConfig(source="x.jsonl", fields={"instruction": "q", "input": "q"})
+        fields = DataConfig(source="x.jsonl", fields={"id": None, "system": None}).fields
+        assert fields == {"id": None, "system": None}
 
-    @pytest.mark.parametrize("field", ["id", "instruction", "input", "output"])
-    def test_error_names_a_missing_mapped_field(self, tmp_path: Path, field: str) -> None:
-        message = read_error(jsonl(tmp_path, GOOD), fields={field: "contxt"})
-        assert "'contxt'" in message and f"data.fields.{field}" in message
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"instruction": 3},
-            {"instruction": None},
-            {"instruction": " "},
-            {"input": 3},
-            {"output": 3},
-            {"output": ""},
-            {"output": " "},
-            {"output": []},
-            {"output": ["a", ""]},
-            {"output": ["a", 1]},
-            {"output": None},
-            {"instruction": "\ud800"},
-            {"output": "\ud800"},
-            {"id": "\ud800"},
-        ],
-    )
-    def test_values_other_than_text_are_refused(
-        self, tmp_path: Path, change: dict[str, Any]
+class TestUnusedFields:
+    def test_unused_fields_are_counted_over_all_records(
+        self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        assert "line 2" in read_error(jsonl(tmp_path, GOOD, {**GOOD, **change}))
-
-    @pytest.mark.parametrize("record", [[1], "text", 5, None])
-    def test_records_other_than_objects_are_refused(self, tmp_path: Path, record: Any) -> None:
-        assert "line 1" in read_error(jsonl(tmp_path, record))
+        caplog.set_level(logging.INFO)
+        records: list[Any] = [GOOD] * 1200 + [{**GOOD, "options": ["a"], "source": "web"}] * 34
+        counts = counts_of(*records, {**GOOD, "options": [], "images": None, "choices": "b"})
+        assert counts.unused_fields == {"options": 34, "source": 34, "choices": 1}
+        logged = [(record.levelname, record.getMessage()) for record in caplog.records[1:]]
+        assert logged == [
+            (
+                "INFO",
+                "dir/x.jsonl: 34 of 1,235 records have the field 'source', which is not used",
+            ),
+            (
+                "WARNING",
+                "dir/x.jsonl: 34 of 1,235 records have the field 'options', 1 of 1,235 records has "
+                "the field 'choices', which are not used",
+            ),
+        ]
 
     @pytest.mark.parametrize(
-        "turns",
+        ("record", "unused"),
         [
-            "text",
-            [],
-            [{"role": "user", "content": "a"}],
-            [{"role": "assistant", "content": "a"}],
-            ["a", "b"],
-            [{"role": "user", "content": None}, {"role": "assistant", "content": "a"}],
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}],
-            [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}],
-            [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}],
+            ({"instruction": "I", "question": "Q", "output": "A"}, "question"),
+            ({"question": "Q", "options": ["a", "b"], "answer": "A"}, "options"),
+            ({"messages": TURNS, "input": "I"}, "input"),
+            ({"messages": TURNS, "history": [["a", "b"]]}, "history"),
+            ({"messages": TURNS, "images": ["x.png"]}, "images"),
+            ({"messages": TURNS, "chosen": "a", "rejected": "b"}, "chosen"),
         ],
     )
-    def test_conversations_without_an_answer_are_refused(self, tmp_path: Path, turns: Any) -> None:
-        assert "line 1" in read_error(jsonl(tmp_path, {"messages": turns}))
+    def test_fields_with_content_are_warned_of(
+        self, record: dict[str, Any], unused: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        read(record)
+        assert f"1 of 1 record has the field '{unused}'" in caplog.text
 
-    def test_error_names_the_field_that_a_requested_format_lacks(self, tmp_path: Path) -> None:
-        assert "data.fields.messages" in read_error(jsonl(tmp_path, GOOD), format="messages")
+    def test_a_field_that_the_recipe_ignores_needs_no_warning(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        read({**GOOD, "system": "x"}, fields={"system": None})
+        assert not caplog.records
 
-    def test_invalid_utf8_and_parquet_are_errors(self, tmp_path: Path) -> None:
-        (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n\xe9\n")
-        assert "UTF-8" in read_error(str(tmp_path / "latin.jsonl"))
-        (tmp_path / "data.parquet").write_bytes(b"PAR0" * 8)
-        assert "Parquet" in read_error(str(tmp_path / "data.parquet"))
+    def test_unused_keys_of_turns_are_counted(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+        turns = [{**turn, "channel": "final", "timestamp": 3} for turn in TURNS]
+        counts = counts_of({"messages": turns})
+        assert counts.unused_message_keys == {"channel": 2, "timestamp": 2}
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert warnings == ["dir/x.jsonl: 2 turns have the key 'channel', which is not used"]
 
-    def test_unreachable_hub_data_set_is_an_error(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import datasets
+    def test_many_names_take_little_memory(self, caplog: pytest.LogCaptureFixture) -> None:
+        counts = counts_of(*({**GOOD, f"k{n}": "x"} for n in range(MAX_COUNTED_NAMES + 5)))
+        assert len(counts.unused_fields) == MAX_COUNTED_NAMES + 1
+        assert counts.unused_fields["(other names)"] == 5
+        assert "and 981 other names occur, which are not used" in caplog.text
 
-        def unreachable(name: str, subset: str | None, *, split: str, revision: str | None) -> None:
-            raise ConnectionError(f"Couldn't reach {name}\nsecond line")
+    def test_counts_are_written_as_json(self) -> None:
+        counts = counts_of({**GOOD, "id": "a", "x": 1}, {**GOOD, "id": "a"}, duplicate_ids="suffix")
+        assert json.loads(json.dumps(asdict(counts))) == {
+            "records": 2,
+            "formats": {"alpaca (instruction, input, output)": 2},
+            "unused_fields": {"x": 1},
+            "unused_message_keys": {},
+            "invalid": {},
+            "dropped_turns": 0,
+            "renamed_ids": 1,
+        }
 
-        monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        message = read_error("someone/some-set", hub_split="train")
-        assert "'someone/some-set'" in message and "network" in message and ".jsonl" in message
 
-    def test_hub_data_set_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import datasets
+class TestInvalidRecords:
+    def test_every_error_of_a_record_can_be_skipped(self) -> None:
+        errors: list[DataError] = []
+        counts = RecordCounts()
+        unparsed = DataError("dir/x.jsonl line 9 is not valid JSON", reason="not JSON")
+        records = [
+            [],
+            {"q": "a"},
+            {**GOOD, "output": ""},
+            {**GOOD, "output": ""},
+            {**GOOD, "id": "a"},
+            {**GOOD, "id": "a"},
+            {**GOOD, "id": True},
+            {"messages": [*TURNS, {"role": "narrator", "content": "a"}]},
+            unparsed,
+        ]
+        samples = read(*records, on_invalid=errors.append, counts=counts)
+        assert [sample.id for sample in samples] == ["a"]
+        assert counts.invalid == {
+            "not an object": 1,
+            "unknown format": 1,
+            "empty text": 2,
+            "duplicate id": 1,
+            "invalid id": 1,
+            "unknown role": 1,
+            "not JSON": 1,
+        }
+        assert [error.reason for error in errors[:3]] == [*counts.invalid][:3]
+        assert errors[-1] is unparsed
 
-        def load_dataset(name: str, subset: str | None, *, split: str, revision: str | None) -> Any:
-            assert (name, subset, split, revision) == (
-                "someone/some-set",
-                "small",
-                "test",
-                "a1b2c3",
-            )
-            return datasets.Dataset.from_list([GOOD, {**GOOD, "output": "4"}])
+    def test_a_source_of_invalid_records_is_an_error(self) -> None:
+        message = read_error([], "a", reason="other", on_invalid=lambda error: None)
+        assert message.startswith("dir/x.jsonl: none of its 2 records can be used; the first: dir/")
 
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        samples = list(
-            read_samples(
-                "someone/some-set", hub_subset="small", hub_split="test", hub_revision="a1b2c3"
-            )
-        )
-        assert [sample.references for sample in samples] == [("3",), ("4",)]
+    def test_a_source_without_records_is_an_error(self) -> None:
+        assert "holds no samples" in read_error(reason="other")
+
+
+def test_content_ids_do_not_depend_on_the_order_of_the_records() -> None:
+    records = [{**GOOD, "output": str(n % 5)} for n in range(12)]
+
+    def ids(records: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
+        return {(sample.id, sample.response.content) for sample in read(*records)}
+
+    assert ids(records) == ids(reversed(records)) and len(ids(records)) == 12
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(str.strip)
-
-
-RECORDS = st.fixed_dictionaries(
+FLAT = st.fixed_dictionaries(
     {"instruction": TEXT, "input": st.just("") | TEXT, "output": TEXT | st.lists(TEXT, min_size=1)}
+)
+CHAT = st.lists(st.tuples(TEXT, TEXT, st.booleans()), min_size=1, max_size=3).map(
+    lambda pairs: {
+        "messages": [
+            turn
+            for question, answer, trains in pairs
+            for turn in (
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer, "weight": int(trains)},
+            )
+        ]
+    }
 )
 
 
-@given(st.lists(RECORDS, max_size=8))
+@given(st.lists(FLAT | CHAT, max_size=8))
 def test_sample_files_round_trip(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
 ) -> None:
-    def numbered_records() -> Iterator[tuple[str, Any]]:
-        yield from (
-            (f"here record {number}", record) for number, record in enumerate([GOOD, *records], 1)
-        )
-
-    samples = list(samples_from_records(numbered_records(), "here", "auto", {}))
+    samples = read(GOOD, *records, on_invalid=lambda error: None)
     assert len({sample.id for sample in samples}) == len(samples)
+    assert all(sample.response.role == "assistant" for sample in samples)
+    assert all(sample.response.train for sample in samples)
     path = tmp_path_factory.mktemp("lines") / "train.jsonl"
     path.write_text("".join(sample.to_json() + "\n" for sample in samples), encoding="utf-8")
     assert list(read_sample_file(path)) == samples
@@ -356,45 +236,3 @@ def test_real_files_load(shared_data: Path) -> None:
     assert counts["train.jsonl"] == 11_027
     assert counts["eval_dolly500.jsonl"] == 500 and counts["eval_sni_11plus.jsonl"] == 1_694
     assert len(counts) >= 7
-
-
-def test_records_may_name_their_input_differently(tmp_path: Path) -> None:
-    """Data sets leave empty fields out, so the first record cannot decide the input's name."""
-    source = jsonl(
-        tmp_path,
-        {"instruction": "a", "output": "b"},
-        {"instruction": "c", "context": "IN", "output": "d"},
-        {"instruction": "e", "input": "", "context": "THERE", "output": "f"},
-        {**GOOD, "context": None},
-    )
-    assert [sample.input for sample in read_samples(source)] == ["", "IN", "THERE", "1 2"]
-    mapped = jsonl(
-        tmp_path,
-        {"instruction": "a", "passage": "X", "context": "no", "output": "b"},
-        name="mapped.jsonl",
-    )
-    assert [sample.input for sample in read_samples(mapped, fields={"input": "passage"})] == ["X"]
-
-
-def test_warning_names_an_ignored_system_field(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    list(
-        read_samples(
-            jsonl(tmp_path, {"system_prompt": "Be brief.", "question": "a", "response": "b"})
-        )
-    )
-    assert "the field system_prompt is ignored" in caplog.text
-    caplog.clear()
-    list(read_samples(jsonl(tmp_path, {"system_prompt": "", **GOOD})))
-    assert "is ignored" not in caplog.text
-
-
-def test_truncated_reference_round_trips(tmp_path: Path) -> None:
-    truncated, complete = Sample("a", "b", "", ("c",), ended=False), Sample("d", "e", "", ("f",))
-    path = tmp_path / "train.jsonl"
-    path.write_text(f"{truncated.to_json()}\n{complete.to_json()}\n")
-    assert (
-        list(read_sample_file(path)) == [truncated, complete] and "ended" not in complete.to_json()
-    )
