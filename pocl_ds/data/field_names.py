@@ -9,6 +9,7 @@ from typing import Any
 from pocl_ds.errors import DataError
 
 MAX_LISTED_FIELDS = 20  # in an error message
+MAX_REMEMBERED_COLUMNS = 1000  # sets of columns whose fields are known without a search
 # Canonical field names, and the names that common data sets use for them, most specific first.
 FIELD_NAMES = {
     "id": ("id",),
@@ -58,6 +59,22 @@ class FieldMapping:
             if field not in fields
         }
         self._absent = dict(self.mapped)
+        self._present: dict[tuple[str, ...], dict[str, list[str]]] = {}
+
+    def present_names(self, record: Mapping[str, Any]) -> dict[str, list[str]]:
+        """The names of a record that automatically serve a field, for each field that has any."""
+        columns = tuple(record)
+        present = self._present.get(columns)
+        if present is None:
+            if len(self._present) >= MAX_REMEMBERED_COLUMNS:
+                self._present.clear()
+            present = {
+                field: found
+                for field, names in self.automatic.items()
+                if (found := [name for name in names if name in record])
+            }
+            self._present[columns] = present
+        return present
 
     def note_fields(self, record: Mapping[str, Any]) -> None:
         """Note which mapped fields a record has."""
@@ -85,32 +102,43 @@ class MappedRecord:
     def __init__(self, record: Mapping[str, Any], place: str, mapping: FieldMapping) -> None:
         self.record, self.place, self.mapping = record, place, mapping
         self.used: dict[str, str] = {}
+        self._present = mapping.present_names(record)
 
     def name(self, field: str) -> str:
         """The record's name for a field; its most common one if the record has none."""
         if field in self.mapping.mapped:
             return self.mapping.mapped[field]
-        names = self.mapping.automatic.get(field, ())
-        present = [name for name in names if name in self.record]
-        filled = (name for name in present if not is_empty(self.record[name]))
-        return next(filled, next(iter((*present, *names)), field))
+        present = self._present.get(field)
+        if not present:
+            return next(iter(self.mapping.automatic.get(field, ())), field)
+        if len(present) > 1:
+            return next((n for n in present if not is_empty(self.record[n])), present[0])
+        return present[0]
 
     def peek(self, field: str) -> Any:
         """The value of a field, None if the record lacks it; the field does not count as used."""
         if field in self.mapping.mapped:
             return plain_value(_find(self.record, self.mapping.mapped[field])[1], self.place)
-        if field not in self.mapping.automatic:
+        if field not in self._present:
             return None
-        return plain_value(self.record.get(self.name(field)), self.place)
+        return plain_value(self.record[self.name(field)], self.place)
 
     def get(self, field: str) -> Any:
         """The value of a field, None if the record lacks it."""
-        name = self.name(field)
-        if name in self.record:
-            self.used[name] = field
-        elif (column := name.partition(".")[0]) in self.record:
-            self.used[column] = field
+        if field in self._present:
+            self.used[self.name(field)] = field
+        elif field in self.mapping.mapped:
+            name = self.mapping.mapped[field]
+            column = name if name in self.record else name.partition(".")[0]
+            if column in self.record:
+                self.used[column] = field
         return self.peek(field)
+
+    def has_column(self, field: str) -> bool:
+        """True if the record has a field, though perhaps an empty one."""
+        if field in self.mapping.mapped:
+            return _find(self.record, self.mapping.mapped[field])[0]
+        return field in self._present
 
     def has(self, field: str) -> bool:
         """True if a field holds anything."""

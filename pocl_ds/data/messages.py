@@ -115,6 +115,8 @@ class _Turn:
     def message(self) -> Message:
         """The message of this turn."""
         content = plain_value(self._take(CONTENT_KEYS), self.where)
+        if len(self.used) == len(self.keys) and isinstance(content, str) and self.role != CALL:
+            return Message(self.role, content)  # the usual turn has nothing else
         trains = self._trains()
         name = self._text("name")
         if self.role == CALL:
@@ -141,13 +143,18 @@ class _Turn:
 
     def _take(self, names: tuple[str, ...]) -> Any:
         """The value of the first of some keys that is filled, or else is not null."""
-        filled = (name for name in names if not is_empty(self.keys.get(name)))
-        present = (name for name in names if self.keys.get(name) is not None)
-        name = next(filled, None) or next(present, None)
-        if name is None:
+        chosen = None
+        for name in names:
+            value = self.keys.get(name)
+            if not is_empty(value):
+                chosen = name
+                break
+            if value is not None and chosen is None:
+                chosen = name
+        if chosen is None:
             return None
-        self.used.add(name)
-        return self.keys[name]
+        self.used.add(chosen)
+        return self.keys[chosen]
 
     def _text(self, name: str) -> str:
         value = self._take((name,))

@@ -80,7 +80,7 @@ def recognize(record: MappedRecord) -> str:
         return "text"
     # For a message that names the empty field.
     for name, form in RECORD_FORMATS.items():
-        if name != "text" and record.name(form.fields[0]) in record.record:
+        if name != "text" and record.has_column(form.fields[0]):
             return name
     setting = record.mapping.setting
     needs = ", or ".join(" and ".join(form.required) for form in RECORD_FORMATS.values())
@@ -157,7 +157,7 @@ def _read_question(record: MappedRecord, turns: TurnReader, field: str) -> Conve
         prompt = [replace(m, train=False) if m.role == ASSISTANT else m for m in prompt]
     else:
         question = record.text(field)
-        may_lack = field not in record.mapping.mapped or name in record.record
+        may_lack = field not in record.mapping.mapped or record.has_column(field)
         if question is None and input_text and may_lack:
             question, input_text = input_text, ""
         if question is None:

@@ -21,7 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
-from pocl_ds.data.records import FIELD_NAMES, RECORD_FORMATS, Sample
+from pocl_ds.data.conversation import ASSISTANT, ROLES, Sample
+from pocl_ds.data.field_names import FIELD_NAMES
+from pocl_ds.data.messages import ROLE_NAMES
+from pocl_ds.data.record_formats import RECORD_FORMATS
 from pocl_ds.data.sources import read_samples
 from pocl_ds.errors import DataError, RecipeError
 
@@ -175,7 +178,21 @@ json_values = st.recursive(
     ),
     max_leaves=6,
 )
-fields = st.sampled_from([*itertools.chain.from_iterable(FIELD_NAMES.values()), "role", "content"])
+fields = st.sampled_from([*itertools.chain.from_iterable(FIELD_NAMES.values()), "chosen"])
+turn_keys = st.sampled_from(
+    [
+        *("role", "from", "content", "value", "tool_calls", "function_call"),
+        "weight",
+        "train",
+        "name",
+    ]
+)
+texts = st.sampled_from(["a", '{"name": "f", "arguments": {}}', "[]", ""])
+turns = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from([*ROLE_NAMES])}, optional={"content": texts})
+    | st.dictionaries(turn_keys, json_values | texts | st.sampled_from(ROLES), max_size=4),
+    max_size=4,
+)
 
 
 def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:
@@ -183,8 +200,11 @@ def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -
     path.write_bytes(content)
     samples = within_time(lambda: list(read_samples(str(path), format=format)), DataError)
     for sample in samples or []:
-        assert isinstance(sample, Sample) and sample.id and all(sample.references)
-        sample.to_json().encode(), sample.prompt_key, sample.id.encode()
+        assert isinstance(sample, Sample) and sample.id and all(sample.other_references)
+        assert sample.response.role == ASSISTANT and sample.response.train
+        assert sample.response.content or sample.response.tool_calls
+        assert Sample.from_json(sample.to_json()).to_json() == sample.to_json()
+        sample.to_json().encode(), sample.id.encode()
 
 
 @fuzz_settings
@@ -225,7 +245,8 @@ def test_lines_with_a_hole(start: int, length: int, inserted: bytes, folder: Pat
 @given(
     records=st.lists(
         json_values
-        | st.dictionaries(fields, json_values, max_size=5)
+        | st.dictionaries(fields, json_values | texts | turns, max_size=5)
+        | st.fixed_dictionaries({"messages": turns}, optional={"tools": json_values})
         | st.just(RECORD)
         | st.just(CHAT),
         max_size=4,

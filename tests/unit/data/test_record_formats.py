@@ -289,6 +289,12 @@ class TestOtherForms:
             "data.fields, as in data.fields.output=answer"
         )
 
+    def test_an_ignored_field_does_not_decide_the_format(self) -> None:
+        fields = {"messages": None}
+        record = {"messages": TURNS, "prompt": "Q", "answer": "A"}
+        assert list(read_one(record, fields=fields).messages) == QA
+        assert read_error({"messages": TURNS}, reason="unknown format", fields=fields)
+
     def test_a_requested_format_that_lacks_its_field(self) -> None:
         message = read_error(GOOD, reason="missing field", format="messages")
         assert "no field 'messages'" in message and "data.fields.messages" in message

@@ -120,8 +120,10 @@ class TestUnusedFields:
     def test_a_field_that_the_recipe_ignores_needs_no_warning(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        read({**GOOD, "system": "x"}, fields={"system": None})
+        counts = counts_of({**GOOD, "system": "x"}, fields={"system": None})
         assert not caplog.records
+        assert counts.unused_fields == {"system": 1}
+        assert counts.formats == {"alpaca (instruction, input, output)": 1}
 
     def test_unused_keys_of_turns_are_counted(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.INFO)
