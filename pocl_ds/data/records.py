@@ -66,6 +66,7 @@ def samples_from_records(
     roles: Mapping[str, str] | None = None,
     train_on: str = "all_turns",
     duplicate_ids: str = "error",
+    ids: SampleIds | None = None,
     on_invalid: OnInvalid | None = None,
     counts: RecordCounts | None = None,
 ) -> Iterator[Sample]:
@@ -75,8 +76,9 @@ def samples_from_records(
     recognize each record by itself, or a key of RECORD_FORMATS. fields: canonical field name ->
     name or path in the records, where they differ; None to ignore the field. setting: the recipe
     field of that mapping, for error messages. roles, train_on, duplicate_ids: see the recipe's
-    section `data`. on_invalid: receives the error of a record that cannot be used, which is then
-    skipped. counts: receives what the records hold; give each source its own.
+    section `data`. ids: the table of ids that several sources share, instead of duplicate_ids.
+    on_invalid: receives the error of a record that cannot be used, which is then skipped. counts:
+    receives what the records hold; give each source its own.
 
     Logs the forms and the counts of what is not used at the end. Raises DataError, which names the
     place and the remedy.
@@ -85,7 +87,8 @@ def samples_from_records(
     reader = _RecordReader(
         format, FieldMapping(fields or {}, setting), roles or {}, train_on, counts
     )
-    ids = SampleIds(duplicate_ids, f"{setting}.id")
+    ids = SampleIds(duplicate_ids, f"{setting}.id") if ids is None else ids
+    renamed_before = ids.renamed
     first_error: DataError | None = None
     samples = 0
     for place, record in records:
@@ -101,7 +104,7 @@ def samples_from_records(
             first_error = first_error or error
             continue
         samples += 1
-        counts.renamed_ids = ids.renamed
+        counts.renamed_ids = ids.renamed - renamed_before
         yield sample
     reader.check_mapped_fields(source)
     if not counts.records:

@@ -18,6 +18,7 @@ from record_reading import GOOD, QA, TURNS, counts_of, read, read_error, read_on
 from pocl_ds.config import DataConfig
 from pocl_ds.data.conversation import read_sample_file
 from pocl_ds.data.records import MAX_COUNTED_NAMES, RecordCounts
+from pocl_ds.data.sample_ids import SampleIds
 from pocl_ds.data.sources import read_samples
 from pocl_ds.errors import DataError
 
@@ -188,6 +189,14 @@ class TestInvalidRecords:
 
     def test_a_source_without_records_is_an_error(self) -> None:
         assert "holds no samples" in read_error(reason="other")
+
+
+def test_several_sources_share_a_table_of_ids() -> None:
+    ids = SampleIds("suffix", "data.fields.id")
+    counts = [RecordCounts(), RecordCounts()]
+    read({**GOOD, "id": "a"}, {**GOOD, "id": "a"}, ids=ids, counts=counts[0])
+    (sample,) = read({**GOOD, "id": "a"}, ids=ids, counts=counts[1])
+    assert sample.id == "a-2" and [count.renamed_ids for count in counts] == [1, 1]
 
 
 def test_content_ids_do_not_depend_on_the_order_of_the_records() -> None:
