@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pocl_ds.config import GenerationConfig, PromptConfig
 from pocl_ds.curriculum.micro_batches import token_budget_batches
 from pocl_ds.data.records import samples_from_records
-from pocl_ds.data.tokenized import SampleTokenizer
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.errors import DataError
 from pocl_ds.metrics.rouge import rouge_l, rouge_l_many
 
@@ -87,7 +87,7 @@ def score_samples(
         records: of any format that `data.format` knows, such as `{"instruction", "output"}`,
             `{"prompt", "completion"}` or `{"messages"}`; the output may be a list of references.
         template: `alpaca`, `chat`, `plain`, or a .jinja file.
-        max_prompt_tokens: a longer prompt keeps its first tokens.
+        max_prompt_tokens: a longer prompt loses earlier turns, then parts of its texts.
         max_new_tokens: of a generated response.
         max_length: tokens of prompt and reference; a longer reference is cut.
         max_batch_tokens: tokens of a batch, padding included.
@@ -107,7 +107,9 @@ def score_samples(
     prompt = PromptConfig(
         template=template, max_prompt_tokens=max_prompt_tokens, max_length=max_length
     )
-    tokenized = [SampleTokenizer(tokenizer, prompt).tokenize(sample) for sample in samples]
+    sample_tokenizer = SampleTokenizer(tokenizer, prompt, keep_all=True)
+    samples = [sample_tokenizer.clean(sample) for sample in samples]
+    tokenized = [sample_tokenizer.tokenize(sample) for sample in samples]
     sequences = [sample.ids for sample in tokenized]
     prompt_tokens = [sample.prompt_tokens for sample in tokenized]
 
@@ -115,7 +117,14 @@ def score_samples(
     prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
     responses = _generate(model, tokenizer, prompts, max_new_tokens, max_batch_tokens)
     rouge = rouge_l_many(responses, [sample.references for sample in samples])
-    log_probs = _log_probs(model, sequences, prompt_tokens, max_batch_tokens)
+    masks = [np.concatenate([[False], sample.loss_mask[1:]]) for sample in tokenized]
+    starts = [int(np.argmax(mask)) for mask in masks]
+    log_probs = [
+        values[mask[start:]]
+        for values, mask, start in zip(
+            _log_probs(model, sequences, starts, max_batch_tokens), masks, starts, strict=True
+        )
+    ]
     return [
         SampleScore(
             id=sample.id,

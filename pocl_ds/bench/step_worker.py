@@ -35,6 +35,7 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
+from pocl_ds.data.split_writer import save_split
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.models.load import load_model
 from pocl_ds.runtime import distributed
@@ -197,14 +198,8 @@ def write_split(work: Workload, folder: Path, copies: int = 1) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     samples = [sample for batch in random_samples(work, copies) for sample in batch]
     for name, rows in (("train", samples), ("validation", [])):
-        sizes = np.array([len(ids) for _, ids in rows], np.int64)
-        starts, prompts = np.cumsum(sizes) - sizes, [prompt for prompt, _ in rows]
-        index = np.stack([starts, np.array(prompts, np.int64), sizes], 1)
-        np.save(folder / f"{name}.index.npy", index.reshape(-1, 3))
-        ids = np.array([f"s{i}".encode() for i in range(len(rows))], "S8")
-        np.save(folder / f"{name}.ids.npy", ids)
-        tokens = np.array([token for _, ids in rows for token in ids], np.uint32)
-        tokens.tofile(folder / f"{name}.tokens.bin")
+        names = [f"s{i}" for i in range(len(rows))]
+        save_split(folder, name, names, [ids for _, ids in rows], [prompt for prompt, _ in rows])
 
 
 def time_plain_loop(

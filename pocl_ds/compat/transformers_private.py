@@ -68,3 +68,57 @@ def renumber_layers(layers: Sequence[nn.Module]) -> None:
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
+
+
+def render_with_generation_blocks(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    options: Mapping[str, Any],
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and the start and end of each `{% generation %}` block in it, in
+    characters.
+
+    `apply_chat_template(return_assistant_tokens_mask=True)` is public, but gives only the mask of
+    the tokens, from which neighbouring turns cannot be told apart.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, blocks = render_jinja_template(
+        conversations=[list(messages)],
+        tools=tools,
+        chat_template=tokenizer.get_chat_template(None, tools),
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, **options},
+    )
+    return str(texts[0]), [(int(start), int(end)) for start, end in blocks[0]]
+
+
+def rotary_modules(model: Any) -> list[nn.Module]:
+    """The modules of a model that compute rotary embeddings with frequencies that depend on the
+    positions of the batch: those whose forward transformers wraps in `dynamic_rope_update`.
+
+    They share no class; what they share is `rope_type`, a name or a name for each type of layer.
+    """
+    modules = []
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        names = list(rope_type.values()) if isinstance(rope_type, dict) else [rope_type]
+        if any(name == "longrope" or "dynamic" in str(name) for name in names):
+            modules.append(module)
+    return modules
+
+
+def reset_rotary_module(module: Any) -> None:
+    """Let a rotary module forget the longest sequence it has seen (`max_seq_len_cached`, also by
+    type of layer), so that dynamic NTK scaling starts from its own frequencies.
+
+    A forward pass over a short sequence resets it too, but not one of exactly the module's limit.
+    """
+    names = list(module.rope_type) if isinstance(module.rope_type, dict) else [None]
+    for name in names:
+        prefix = f"{name}_" if name else ""
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+        original = getattr(module, f"{prefix}original_inv_freq")
+        inv_freq = getattr(module, f"{prefix}inv_freq")
+        module.register_buffer(f"{prefix}inv_freq", original.to(inv_freq.device), persistent=False)

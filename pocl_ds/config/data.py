@@ -177,6 +177,12 @@ class DataConfig(Section):
         description="What to do with an id that occurred before: an error, or a suffix (`id-1`, "
         "`id-2`). `fields.id: null` ignores the ids of the records.",
     )
+    special_tokens_in_text: Literal["allow", "escape", "drop"] = Field(
+        "allow",
+        description="What to do with texts that contain a special token of the tokenizer, such as "
+        "`</s>` or `<|im_end|>`: `allow` reads it as the token, `escape` as ordinary characters, "
+        "`drop` leaves the sample out. The number of such samples is logged.",
+    )
     validation: Source | None = Field(
         None,
         description="Validation data, in any form of `source`; `null` holds out a fraction of the "
@@ -203,6 +209,18 @@ class DataConfig(Section):
     )
     max_test_samples: Positive | None = Field(
         None, description="Maximum number of test samples, chosen by hash; `null` for all."
+    )
+    decontaminate: Literal["none", "count", "train", "test"] = Field(
+        "count",
+        description="What to do with samples of training and of `test`, `validation` or a "
+        "benchmark that share 13 words in a row: `none` does not look for them, `count` counts "
+        "them, `train` leaves them out of training, `test` leaves them out of test and "
+        "validation.",
+    )
+    num_workers: Positive | None = Field(
+        None,
+        description="Number of processes that tokenize; `null` for one per core, at most 16.",
+        json_schema_extra=RUNTIME_ONLY,
     )
     documentation: DocumentationConfig = DocumentationConfig()
 

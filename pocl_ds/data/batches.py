@@ -81,18 +81,17 @@ class TeacherView:
 def collate(
     dataset: TokenizedDataset,
     rows: Sequence[int] | NDArray[np.int64],
-    pad_id: int,
     *,
     packed: bool = False,
 ) -> Batch:
     """Build a batch of some rows of a dataset, padded or packed.
 
-    Without rows the batch is a single token without a loss, so that a model can still run on it.
+    Padding is id 0, which every model has a row for: masks come from lengths, so its id has no
+    effect. Without rows the batch is a single token without a loss, so that a model can still run
+    on it.
     """
     indices = np.asarray(rows, np.int64)
     lengths = np.asarray(dataset.total_tokens[indices], np.int64)
-    # Token 0 has no hidden state before it, so it is never a label, even if a prompt is empty.
-    prompt_tokens = np.maximum(np.asarray(dataset.prompt_tokens[indices], np.int64), 1)
 
     # One entry per token: its sample, its column within the sample, its id.
     sample = np.repeat(np.arange(len(indices)), lengths)
@@ -102,13 +101,15 @@ def collate(
         if len(indices)
         else sample
     )
-    is_label = column >= prompt_tokens[sample]
+    # Token 0 has no hidden state before it, so it is never a label.
+    masks = [dataset.loss_mask(int(row)) for row in indices]
+    is_label = np.concatenate(masks) & (column > 0) if masks else sample.astype(np.bool_)
 
     # Write the tokens to their places in the batch.
     width = int(lengths.max(initial=1))
     flat_index = np.arange(len(sample)) if packed else sample * width + column
     shape = (1, max(len(sample), 1)) if packed else (max(len(indices), 1), width)
-    input_ids = np.full(shape, pad_id, np.int64)
+    input_ids = np.zeros(shape, np.int64)
     input_ids.reshape(-1)[flat_index] = tokens
     mask = np.zeros(shape, np.int64)
     mask.reshape(-1)[flat_index] = 1

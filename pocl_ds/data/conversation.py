@@ -62,7 +62,8 @@ class Sample:
     tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of the tools that a model may call
     source: str = ""  # name of the data source, where a recipe has several
     place: str = ""  # file and line of the record, for messages
-    ended: bool = True  # false if the response was cut off, so that no end of turn may follow it
+    verbatim: bool = False  # the response is what a model wrote after the prompt
+    ended: bool = True  # false if such a response was cut off: no end of turn may follow it
 
     @classmethod
     def from_instruction(
@@ -97,15 +98,24 @@ class Sample:
         """The sample as error messages name it: its id, and its file and line."""
         return f"sample {self.id} ({self.place})" if self.place else f"sample {self.id}"
 
+    def with_reference(self, text: str) -> Sample:
+        """The sample with one of its references as the training response."""
+        response = replace(self.response, content=text)
+        return replace(self, messages=(*self.prompt, response), other_references=())
+
     def with_response(self, text: str, *, ended: bool = True) -> Sample:
-        """The sample with another training response as its only reference."""
-        messages = (*self.messages[:-1], Message(ASSISTANT, text))
-        return replace(self, messages=messages, other_references=(), ended=ended)
+        """The sample with a model's response as its only reference and the only turn that trains.
+
+        ended: whether the model ended the response.
+        """
+        prompt = (replace(message, train=False) for message in self.prompt)
+        messages = (*prompt, Message(ASSISTANT, text))
+        return replace(self, messages=messages, other_references=(), verbatim=True, ended=ended)
 
     def to_json(self) -> str:
         """The sample as one line of a sample file."""
         tree: dict[str, Any] = {"id": self.id, "messages": [m.to_tree() for m in self.messages]}
-        for name in ("input", "other_references", "tools", "source", "place"):
+        for name in ("input", "other_references", "tools", "source", "place", "verbatim"):
             if value := getattr(self, name):
                 tree[name] = value
         if not self.ended:

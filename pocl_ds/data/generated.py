@@ -15,7 +15,7 @@ class TokenizedDataset(Protocol):
 
     name: str
     ids: NDArray[np.bytes_]  # sample ids, [samples]
-    prompt_tokens: NDArray[np.int64]  # [samples]
+    prompt_tokens: NDArray[np.int64]  # before the last response: [samples]
     total_tokens: NDArray[np.int64]  # prompt and response, [samples]
 
     def __len__(self) -> int: ...
@@ -27,19 +27,13 @@ class TokenizedDataset(Protocol):
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """Token ids of prompt and response of one sample: [total_tokens]."""
 
+    def loss_mask(self, row: int) -> NDArray[np.bool_]:
+        """Which tokens of one sample train: [total_tokens]. Token 0 is never a label, even if it
+        is marked, since no hidden state is before it.
+        """
+
     def prompt_source(self, row: int) -> tuple[str, int]:
         """The split, and the row of that split, that holds the prompt of sample `row`."""
-
-
-def count_loss_tokens(
-    total_tokens: NDArray[np.int64], prompt_tokens: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Number of loss tokens of samples of these lengths: [samples].
-
-    Token 0 has no hidden state before it, so it is never a label.
-    """
-    counts: NDArray[np.int64] = total_tokens - np.maximum(prompt_tokens, 1)
-    return counts
 
 
 @dataclass
@@ -64,14 +58,14 @@ class GeneratedBatch:
         rows: NDArray[np.int64],
         responses: Sequence[Sequence[int]],
         *,
-        eos_id: int,
+        end_of_turn_id: int,
         max_length: int,
         allowed: NDArray[np.bool_],
     ) -> GeneratedBatch:
         """Join the prompts of `rows` with their responses.
 
         A response is cut where prompt and response exceed `max_length` tokens, and before the
-        first id that `allowed` [vocabulary] excludes from the loss. An empty response becomes EOS.
+        first id that `allowed` [vocabulary] excludes from the loss. An empty response becomes the end of its turn.
         """
         prompt_tokens, sequences = np.asarray(split.prompt_tokens[rows], np.int64), []
         for row, prompt_length, response in zip(rows, prompt_tokens, responses, strict=True):
@@ -80,7 +74,7 @@ class GeneratedBatch:
                 (tokens >= len(allowed)) | ~allowed[np.minimum(tokens, len(allowed) - 1)]
             )
             tokens = tokens[: disallowed[0]] if len(disallowed) else tokens
-            tokens = tokens if len(tokens) else np.array([eos_id])
+            tokens = tokens if len(tokens) else np.array([end_of_turn_id])
             prompt = np.asarray(split.tokens(int(row))[:prompt_length])
             sequences.append(np.concatenate([prompt, tokens]).astype(np.uint32))
         return cls(np.asarray(rows), np.asarray(split.ids[rows]), prompt_tokens, sequences)
@@ -91,7 +85,12 @@ class GeneratedBatch:
     @property
     def loss_tokens(self) -> NDArray[np.int64]:
         """See `TokenizedDataset`."""
-        return count_loss_tokens(self.total_tokens, self.prompt_tokens)
+        counts: NDArray[np.int64] = self.total_tokens - np.maximum(self.prompt_tokens, 1)
+        return counts
+
+    def loss_mask(self, row: int) -> NDArray[np.bool_]:
+        """See `TokenizedDataset`."""
+        return np.arange(int(self.total_tokens[row])) >= int(self.prompt_tokens[row])
 
     def tokens(self, row: int) -> NDArray[np.uint32]:
         """See `TokenizedDataset`."""

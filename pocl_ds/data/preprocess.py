@@ -1,54 +1,49 @@
-"""The step `preprocess`: from the data source to three tokenized splits.
+"""The step `preprocess`: from the data sources to three tokenized splits.
 
-The hash of a sample's *prompt* decides its split, and whether a limited selection includes it. So
-neither depends on the order of a file, and samples with the same prompt are never in two splits.
-Paraphrases of one prompt may be; the step counts the references of the other splits that training
-responses repeat.
+The hash of the first prompt of a conversation decides its split, and whether a limited selection
+includes it (see `splits`). So neither depends on the order of a file, and no prompt of test or
+validation is a prompt of training. Paraphrases of one prompt may be: near-duplicates, and
+references that are also training responses, are counted.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pocl_ds.config import DataConfig, PromptConfig
-from pocl_ds.data.conversation import Sample, read_sample_file
-from pocl_ds.data.documentation import extract_documentation_samples
-from pocl_ds.data.key_table import KeyTable
-from pocl_ds.data.records import MIN_WORDS_OF_LONG_TEXT, long_text_key
-from pocl_ds.data.sources import read_samples
-from pocl_ds.data.tokenized import SampleTokenizer, TokenizationCounts, write_tokenized_split
+from pocl_ds.data.conversation import Sample
+from pocl_ds.data.held_out_overlap import Overlap, find_overlap, log_overlap
+from pocl_ds.data.read_sources import InvalidSamples, SourceReader, mixture_names
+from pocl_ds.data.sample_spool import SPLITS, SampleSpool
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.splits import smallest_rows
+from pocl_ds.data.tokenize_splits import (
+    TEACHER_DIRECTORY,
+    SplitResult,
+    SplitTokenizer,
+    log_split,
+    save_split_array,
+)
+from pocl_ds.data.tokenize_workers import default_num_workers
 from pocl_ds.errors import DataError
-from pocl_ds.runtime.hashing import rows_of_smallest
-from pocl_ds.workflow.files import atomic_directory
+from pocl_ds.workflow.files import atomic_directory, write_json
 from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
+__all__ = ["HELD_OUT", "SPLITS", "TEACHER_DIRECTORY", "preprocess"]
 HELD_OUT = ("validation", "test")
-SPLITS = ("train", *HELD_OUT)
-TEACHER_DIRECTORY = "teacher"  # in data/: the splits in the tokens of another tokenizer
-
-
-@dataclass
-class InvalidRecords:
-    """Counts records without usable content, which data.on_invalid skips or refuses."""
-
-    mode: str
-    count: int = 0
-    first_error: str = ""
-
-    def __call__(self, error: DataError) -> None:
-        """Count one record, or raise DataError with data.on_invalid=error."""
-        if self.mode == "error":
-            raise DataError(f"{error}; data.on_invalid=skip leaves out every such record") from None
-        self.first_error = self.first_error or str(error)
-        self.count += 1
+# Reads the benchmarks of a recipe: samples by name, and why others cannot be read.
+ReadBenchmarks: TypeAlias = Callable[[], tuple[Mapping[str, Sequence[Sample]], Mapping[str, str]]]
 
 
 def preprocess(
@@ -59,12 +54,16 @@ def preprocess(
     fingerprint: str,
     teacher_tokenizer: Any = None,
     commits: Mapping[str, str] | None = None,
+    *,
+    teacher_prompt: PromptConfig | None = None,
+    read_benchmarks: ReadBenchmarks | None = None,
 ) -> Manifest:
     """Read, split and tokenize the data into data/, which appears complete or not at all.
 
     teacher_tokenizer: also write the training and validation splits in its tokens, row by row, to
-    data/teacher. commits: commit of each model on the Hub, which the manifest records for later
-    steps. Raises DataError if no training samples remain.
+    data/teacher, with the prompts of teacher_prompt. commits: commit of each model on the Hub,
+    which the manifest records for later steps. read_benchmarks: reads what the models will be
+    evaluated on, to compare with training. Raises DataError if no training samples remain.
     """
     manifest = read_manifest(run.data)
     if (
@@ -74,203 +73,128 @@ def preprocess(
     ):
         return manifest
     start = time.monotonic()
-    with atomic_directory(run.data) as folder:
-        # Assign every sample of the source to a split.
-        invalid = InvalidRecords(data.on_invalid)
-        sample_files = _split_samples(data, folder, invalid)
-        if invalid.count:
-            log.warning(
-                "skipped %d records without usable content; the first: %s",
-                invalid.count,
-                invalid.first_error,
+    options = {"special_tokens_in_text": data.special_tokens_in_text}
+    student = SampleTokenizer(tokenizer, prompt, **options)
+    teacher = None
+    if teacher_tokenizer is not None:
+        # The teacher gets every sample that the student gets.
+        teacher_prompt = (teacher_prompt or prompt).model_copy(update={"overlong": "truncate_text"})
+        teacher = SampleTokenizer(teacher_tokenizer, teacher_prompt, keep_all=True, **options)
+    invalid = InvalidSamples(data.on_invalid)
+    num_workers = data.num_workers or default_num_workers()
+
+    with atomic_directory(run.data) as folder, SampleSpool(folder / ".samples") as spool:
+        # Assign every sample of the sources to a split, and limit the splits.
+        reader = SourceReader(data, student.render_prompt, spool, invalid, num_workers)
+        reader.read()
+        rows = _select_rows(spool, data)
+
+        # Compare training with what is held out.
+        benchmarks, unreadable = read_benchmarks() if read_benchmarks else ({}, {})
+        overlap = find_overlap(
+            spool,
+            rows,
+            benchmarks,
+            near_duplicates=data.decontaminate != "none",
+            num_workers=num_workers,
+        )
+        log_overlap(overlap, rows, data.decontaminate)
+        for name, reason in unreadable.items():
+            log.warning("benchmark %s is not compared with the training data: %s", name, reason)
+        rows, removed = _decontaminate(rows, overlap, data.decontaminate)
+
+        # Tokenize the splits.
+        split_tokenizer = SplitTokenizer(student, teacher, invalid, num_workers)
+        results = _write_splits(split_tokenizer, spool, rows, folder, mixture_names(data))
+        invalid.log()
+        if not results["train"].counts.samples:
+            raise DataError(
+                f"{_source_field(data)} leaves no training samples (data.validation_fraction, "
+                "data.test_fraction, data.decontaminate, prompt.overlong): change these or give "
+                "more data"
             )
-
-        # Limit and tokenize the splits.
-        counts = _tokenize_splits(sample_files, data, SampleTokenizer(tokenizer, prompt), folder)
-        if teacher_tokenizer is not None:
-            teacher_prompt = prompt.model_copy(update={"overlong": "truncate"})
-            _tokenize_for_teacher(folder, SampleTokenizer(teacher_tokenizer, teacher_prompt))
-
         info = {
-            "source": data.source,
-            "splits": {split: asdict(count) for split, count in counts.items()},
+            "source": [source.label for source in data.training_sources],
+            "records": {name: asdict(counts) for name, counts in reader.counts.items()},
+            "omitted_prompts": reader.omitted,
+            "splits": {split: result.info() for split, result in results.items()},
             "tokenizer": tokenizer.name_or_path,
-            "pad_id": tokenizer.pad_token_id,
             "eos_id": tokenizer.eos_token_id,
+            "end_of_turn_ids": student.end_of_turn_ids,
             "vocabulary": len(tokenizer),
-            "invalid_records": invalid.count,
+            "invalid_records": invalid.reasons.total(),
+            "invalid_reasons": dict(invalid.reasons),
             "commits": dict(commits or {}),
-            "references_in_training": _count_references_in_training(folder),
+            "near_duplicates": overlap.near_duplicates(),
+            "removed_near_duplicates": removed,
+            "unreadable_benchmarks": dict(unreadable),
+            "references_in_training": {
+                split: overlap.references_in_training()[split] for split in HELD_OUT
+            },
             "seconds": time.monotonic() - start,
         }
+        spool.remove()
         return write_manifest(folder, "preprocess", fingerprint, info=info)
 
 
-def _tokenize_splits(
-    sample_files: dict[str, Path], data: DataConfig, tokenizer: SampleTokenizer, folder: Path
-) -> dict[str, TokenizationCounts]:
-    """Tokenize the samples of each split, at most data.max_*_samples, and remove their files."""
-    counts = {}
-    for split in SPLITS:
-        limit = getattr(data, f"max_{split}_samples")
-        counts[split] = write_tokenized_split(
-            _select_samples(sample_files[split], limit), tokenizer, folder, split
-        )
-        sample_files[split].unlink()
-        log.info(
-            "%s: %d samples, %d tokens, %d of them responses; %d truncated, %d dropped",
-            split,
-            counts[split].samples,
-            counts[split].tokens,
-            counts[split].response_tokens,
-            counts[split].truncated,
-            counts[split].dropped,
-        )
-    if not counts["train"].samples:
-        raise DataError(
-            f"data.source={data.source} leaves no training samples (data.validation_fraction, "
-            "data.test_fraction, prompt.overlong): change these or give more data"
-        )
-    return counts
+def _source_field(data: DataConfig) -> str:
+    return f"data.source={data.source}" if data.source else "data.sources"
 
 
-def _tokenize_for_teacher(folder: Path, tokenizer: SampleTokenizer) -> None:
-    """Write the same samples in the tokens of a teacher with another tokenizer."""
-    directory = folder / TEACHER_DIRECTORY
-    directory.mkdir()
-    for split in ("train", "validation"):
-        samples = read_sample_file(folder / f"{split}.jsonl")
-        write_tokenized_split(samples, tokenizer, directory, split, texts=False)
+def _select_rows(spool: SampleSpool, data: DataConfig) -> dict[str, NDArray[np.int64]]:
+    """Rows of each split, at most data.max_*_samples."""
+    keys, ties = spool.selection_keys, spool.ties
+    return {
+        split: smallest_rows(spool.rows(split), keys, ties, getattr(data, f"max_{split}_samples"))
+        for split in SPLITS
+    }
 
 
-def _split_samples(data: DataConfig, folder: Path, invalid: InvalidRecords) -> dict[str, Path]:
-    """Write the samples of each split to one file, in the order of the source.
-
-    A prompt in a test or validation file of the recipe is omitted from the other splits.
+def _decontaminate(
+    rows: dict[str, NDArray[np.int64]], overlap: Overlap, mode: str
+) -> tuple[dict[str, NDArray[np.int64]], dict[str, int]]:
+    """The rows without near-duplicates on the side that data.decontaminate names, and how many
+    were removed.
     """
-    sample_files = {split: folder / f".{split}.samples" for split in SPLITS}
-    streams = {split: path.open("w", encoding="utf-8") for split, path in sample_files.items()}
-    reserved_prompts: set[str] = set()
-    omitted = dict.fromkeys(SPLITS, 0)
-    # Files for test and validation come first, so that their prompts are known.
-    sources = (("test", data.test), ("validation", data.validation), (None, data.source))
-    try:
-        for reserved_split, source in sources:
-            prompts: set[str] = set()
-            for sample in _read_source(source, data, invalid) if source else ():
-                split = reserved_split or _assign_split(sample, data)
-                if sample.prompt_key in reserved_prompts:
-                    omitted[split] += 1
-                    continue
-                streams[split].write(sample.to_json() + "\n")
-                if reserved_split:
-                    prompts.add(sample.prompt_key)
-            reserved_prompts |= prompts
-    finally:
-        for stream in streams.values():
-            stream.close()
-
-    # Warn about omitted samples.
-    for split, prompt_source in (
-        ("train", "a validation or test"),
-        ("validation", "a test"),
-        ("test", "a validation"),
-    ):
-        if omitted[split]:
+    duplicates = {
+        "train": {"train": overlap.training_rows},
+        "test": {split: overlap.items[split].near_duplicates for split in HELD_OUT},
+    }.get(mode, {})
+    removed = {}
+    for split, places in duplicates.items():
+        if places is not None and len(places):
+            rows = {**rows, split: np.delete(rows[split], places)}
+            removed[split] = len(places)
             log.warning(
-                "%d %s samples have the prompt of %s sample: left out of %s",
-                omitted[split],
-                "training" if split == "train" else split,
-                prompt_source,
-                "training" if split == "train" else split,
-            )
-    return sample_files
-
-
-def _count_references_in_training(folder: Path) -> dict[str, dict[str, int]]:
-    """For validation and test: samples with a long reference, and how many of these have one that
-    is also a training response.
-
-    Such samples occur where a source asks one question in several wordings. Memory grows with the
-    references of these two splits, not with training.
-    """
-    # The number of a key is 1, or 2 if a training response has the same key.
-    held_out = KeyTable()
-    for split in HELD_OUT:
-        for sample in read_sample_file(folder / f"{split}.jsonl"):
-            for key in _long_text_keys(sample.references):
-                held_out.put(key, 1)
-    for sample in read_sample_file(folder / "train.jsonl") if len(held_out) else ():
-        for key in _long_text_keys(sample.references[:1]):  # the training response
-            if held_out.get(key):
-                held_out.put(key, 2)
-
-    counts = {}
-    for split in HELD_OUT:
-        samples = with_long_reference = in_training = 0
-        for sample in read_sample_file(folder / f"{split}.jsonl"):
-            keys = _long_text_keys(sample.references)
-            samples += 1
-            with_long_reference += bool(keys)
-            in_training += any(held_out.get(key) == 2 for key in keys)
-        counts[split] = {"with_long_reference": with_long_reference, "in_training": in_training}
-        if in_training:
-            log.warning(
-                "%s: %d of %d samples (%.1f%%) have a reference of %d words or more that is also a "
-                "training response, ignoring case and white space (%d have a reference that long): "
-                "their scores may reflect memorization",
+                "%s: %s samples are left out (data.decontaminate=%s)",
                 split,
-                in_training,
-                samples,
-                100 * in_training / samples,
-                MIN_WORDS_OF_LONG_TEXT,
-                with_long_reference,
+                f"{len(places):,}",
+                mode,
             )
-    return counts
+    return rows, removed
 
 
-def _long_text_keys(texts: Iterable[str]) -> list[int]:
-    return [key for text in texts if (key := long_text_key(text)) is not None]
-
-
-def _read_source(source: str, data: DataConfig, invalid: InvalidRecords) -> Iterator[Sample]:
-    if source == "documentation":
-        return extract_documentation_samples(data.documentation)
-    return read_samples(
-        source,
-        format=data.format,
-        fields={str(field): name for field, name in data.fields.items()},
-        hub_subset=data.hub_subset,
-        hub_split=data.hub_split,
-        hub_revision=data.hub_revision,
-        on_invalid=invalid,
-    )
-
-
-def _assign_split(sample: Sample, data: DataConfig) -> str:
-    """The split of a sample, from the hash of its prompt.
-
-    A split for which the recipe names a file gets nothing from the source.
-    """
-    position = int(sample.prompt_key[:13], 16) / 16**13
-    test = 0.0 if data.test else data.test_fraction
-    validation = 0.0 if data.validation else data.validation_fraction
-    if position < test:
-        return "test"
-    return "validation" if position < test + validation else "train"
-
-
-def _select_samples(path: Path, limit: int | None) -> Iterator[Sample]:
-    """At most `limit` samples of a file, those with the smallest hashes, in the file's order.
-
-    Reads the file twice, so that the samples are never all in memory.
-    """
-    if limit is None:
-        yield from read_sample_file(path)
-        return
-    # The first half of the hash decided the split, so the selection uses the second half.
-    keys = ((sample.prompt_key[16:], sample.id) for sample in read_sample_file(path))
-    selected = set(rows_of_smallest(keys, limit))
-    for row, sample in enumerate(read_sample_file(path)):
-        if row in selected:
-            yield sample
+def _write_splits(
+    tokenizer: SplitTokenizer,
+    spool: SampleSpool,
+    rows: Mapping[str, NDArray[np.int64]],
+    folder: Path,
+    sources: Sequence[str],
+) -> dict[str, SplitResult]:
+    """Tokenize the splits. sources: names of the sources of a mixture."""
+    results: dict[str, SplitResult] = {}
+    held_out_prompts = np.empty(0, np.uint64)
+    # Cutting can make prompts of two splits equal, so training comes last and does without them.
+    for split in ("test", "validation", "train"):
+        result = tokenizer.write(spool, rows[split], folder, split, held_out_prompts)
+        prompts = result.prompt_hashes
+        held_out_prompts = np.union1d(held_out_prompts, prompts[prompts != 0])
+        save_split_array(folder, f"{split}.prompt_keys", spool.keys[result.rows])
+        if sources:
+            save_split_array(folder, f"{split}.sources", spool.sources[result.rows])
+        results[split] = result
+    if sources:
+        write_json(folder / "sources.json", list(sources))
+    for split in SPLITS:
+        log_split(split, results[split].counts)
+    return {split: results[split] for split in SPLITS}

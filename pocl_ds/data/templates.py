@@ -1,17 +1,20 @@
-"""Prompt templates: from a sample to the text and the token ids of its prompt."""
+"""Prompt templates by name: `alpaca`, `plain`, `chat`, or a .jinja file."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pocl_ds.data.conversation import Sample
+from pocl_ds.config import PromptConfig
+from pocl_ds.data.chat_template import ChatTemplate
+from pocl_ds.data.conversation import ASSISTANT, DEVELOPER, SYSTEM, USER, Sample
+from pocl_ds.data.rendered import PromptTemplate, RenderedConversation
+from pocl_ds.data.thoughts import join_thought, split_thought
 from pocl_ds.errors import DataError, ModelError, RecipeError
 
 # The Stanford Alpaca template, which MiniLLM and the POCL release use.
@@ -27,129 +30,134 @@ ALPACA_WITHOUT_INPUT = (
 )
 
 
-# Llama 3's template writes today's date into the prompt unless the caller passes a date, and others
-# read the clock. A prompt must not change between scoring and evaluation, so all templates get the
-# default date of Llama's templates.
-TEMPLATE_DATE = datetime(2024, 7, 26)
+def load_template(tokenizer: Any, config: PromptConfig) -> PromptTemplate:
+    """Load the recipe's prompt template for a tokenizer.
 
-
-class PromptTemplate(Protocol):
-    """Turns a sample into a prompt."""
-
-    def render(self, sample: Sample) -> str:
-        """The prompt as text."""
-
-    def token_ids(self, sample: Sample) -> list[int]:
-        """The prompt's token ids, special tokens included, not truncated."""
-
-    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """`token_ids` of many samples, tokenized together."""
-
-
-def load_template(
-    name: str, tokenizer: Any, options: Mapping[str, Any] | None = None
-) -> PromptTemplate:
-    """Load the template `alpaca`, `chat`, `plain`, or a .jinja file.
-
-    options: variables for a tokenizer's chat template. Raises ModelError if the tokenizer has no
-    chat template, RecipeError if the file is missing or invalid.
+    Raises ModelError if the tokenizer has no chat template, RecipeError if the file is missing or
+    invalid.
     """
+    name = config.template
     if name == "chat":
         if not getattr(tokenizer, "chat_template", None):
             raise ModelError(
                 "prompt.template=chat, but the tokenizer has no chat template: use alpaca, plain "
                 "or a .jinja file"
             )
-        return _ChatTemplate(tokenizer, options or {})
+        return ChatTemplate(
+            tokenizer,
+            config.chat_template_kwargs,
+            reasoning=config.reasoning,
+            system_message=config.system_message,
+        )
     if name == "alpaca":
-        return _TextTemplate(tokenizer, _render_alpaca)
+        return TextTemplate(config, _render_alpaca)
     if name == "plain":
-        return _TextTemplate(tokenizer, _render_plain)
-    return _TextTemplate(tokenizer, _load_jinja_renderer(name))
+        return TextTemplate(config, _render_plain)
+    return TextTemplate(config, _load_jinja_renderer(name, tokenizer), shows_conversation=True)
 
 
-class _TextTemplate:
-    """A template that renders text, to which the tokenizer adds its own BOS."""
+class TextTemplate:
+    """A template that renders a prompt as text, to which the tokenizer adds its own BOS.
 
-    def __init__(self, tokenizer: Any, format_sample: Callable[[Sample], str]) -> None:
-        self.tokenizer, self.format_sample = tokenizer, format_sample
+    The response follows the prompt, and EOS ends it.
+    """
 
-    def render(self, sample: Sample) -> str:
-        return self.format_sample(sample)
+    end_of_turn: str | None = None
 
-    def token_ids(self, sample: Sample) -> list[int]:
-        return self.token_ids_batch([sample])[0]
+    def __init__(
+        self,
+        config: PromptConfig,
+        format_prompt: Callable[[Sample, str], str],
+        *,
+        shows_conversation: bool = False,
+    ) -> None:
+        """format_prompt: text of a sample's prompt, from the sample and its instruction.
+        shows_conversation: the template can show system text, earlier turns and tools.
+        """
+        self.config, self.format_prompt = config, format_prompt
+        self.shows_conversation = shows_conversation
 
-    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
-        texts = [self.render(sample) for sample in samples]
-        prompts: list[list[int]] = self.tokenizer(texts)["input_ids"]
-        for ids in prompts:
-            # Some tokenizers append EOS, but the response still has to follow.
-            if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id:
-                ids.pop()
-        return prompts
+    def render_prompt(self, sample: Sample) -> str:
+        """See `PromptTemplate`."""
+        if not self.shows_conversation:
+            self._check_single_turn(sample)
+        return self.format_prompt(sample, self._instruction(sample))
 
-
-class _ChatTemplate:
-    """The tokenizer's own chat template, which adds every special token itself."""
-
-    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
-        self.tokenizer = tokenizer
-        self.options = {
-            "date_string": TEMPLATE_DATE.strftime("%d %b %Y"),
-            "strftime_now": TEMPLATE_DATE.strftime,
-            **options,
-        }
-
-    def render(self, sample: Sample) -> str:
-        request = f"{sample.instruction}\n\n{sample.input}" if sample.input else sample.instruction
-        messages = [
-            {"role": role, "content": content}
-            for role, content in (*sample.history, ("user", request))
-        ]
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **self.options
-                )
-            )
-        # A template is a program, so any exception may occur.
-        except Exception as error:
-            raise DataError(
-                f"sample {sample.id}: the chat template refuses its messages ({error}): fix or "
-                "remove it"
-            ) from None
-
-    def token_ids(self, sample: Sample) -> list[int]:
-        return self.token_ids_batch([sample])[0]
-
-    def token_ids_batch(self, samples: Sequence[Sample]) -> list[list[int]]:
-        texts = [self.render(sample) for sample in samples]
-        prompts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return prompts
-
-
-def _render_alpaca(sample: Sample) -> str:
-    _refuse_history(sample, "alpaca")
-    template = ALPACA_WITH_INPUT if sample.input else ALPACA_WITHOUT_INPUT
-    return template.format(instruction=sample.instruction, input=sample.input)
-
-
-def _render_plain(sample: Sample) -> str:
-    _refuse_history(sample, "plain")
-    return f"{sample.instruction}\n{sample.input}" if sample.input else sample.instruction
-
-
-def _refuse_history(sample: Sample, template: str) -> None:
-    if sample.history:
-        raise DataError(
-            f"sample {sample.id} has {len(sample.history)} earlier turns, which "
-            f"prompt.template={template} cannot show: use prompt.template=chat or a .jinja file"
+    def render(self, sample: Sample) -> RenderedConversation:
+        """See `PromptTemplate`."""
+        prompt, response = self.render_prompt(sample), self._response(sample)
+        return RenderedConversation(
+            prompt + response,
+            len(prompt),
+            ((len(prompt), len(prompt) + len(response)),),
+            append_eos=sample.ended,
+            add_special_tokens=True,
+            expected=(response.strip(),),
         )
 
+    def _instruction(self, sample: Sample) -> str:
+        if self.config.system_message != "first_user_turn":
+            return sample.instruction
+        return "\n\n".join([*_system_texts(sample), sample.instruction])
 
-def _load_jinja_renderer(name: str) -> Callable[[Sample], str]:
-    """The function that renders a sample with a .jinja file."""
+    def _response(self, sample: Sample) -> str:
+        if sample.verbatim:
+            return sample.response.content
+        thought, content = split_thought(sample.response)
+        if sample.response.tool_calls:
+            raise DataError(
+                f"{sample.label}: its response is a tool call, which "
+                f"prompt.template={self.config.template} cannot show: use prompt.template=chat"
+            )
+        if self.config.reasoning == "drop":
+            return content
+        if sample.response.reasoning_content and self.config.reasoning == "template":
+            raise DataError(
+                f"{sample.label}: prompt.template={self.config.template} has no place for "
+                "reasoning_content: set prompt.reasoning=inline to write it as "
+                "<think>...</think>, or drop"
+            )
+        if sample.response.reasoning_content:
+            return join_thought(thought, content)
+        return sample.response.content
+
+    def _check_single_turn(self, sample: Sample) -> None:
+        """Raise DataError if the sample has turns or tools that the template cannot show."""
+        template = self.config.template
+        if _system_texts(sample) and self.config.system_message == "system_turn":
+            raise DataError(
+                f"{sample.label} has a system text, which prompt.template={template} cannot show: "
+                "use prompt.template=chat, or set prompt.system_message to first_user_turn or drop"
+            )
+        earlier = [turn for turn in sample.prompt if turn.role not in (SYSTEM, DEVELOPER)][:-1]
+        if earlier:
+            raise DataError(
+                f"{sample.label} has {len(earlier)} earlier turns, which prompt.template="
+                f"{template} cannot show: use prompt.template=chat or a .jinja file"
+            )
+        if sample.tools:
+            raise DataError(
+                f"{sample.label} has tools, which prompt.template={template} cannot show: use "
+                "prompt.template=chat, or set data.fields.tools=null to train without them"
+            )
+
+
+def _system_texts(sample: Sample) -> list[str]:
+    texts = (turn.content for turn in sample.prompt if turn.role in (SYSTEM, DEVELOPER))
+    return [text for text in texts if text]
+
+
+def _render_alpaca(sample: Sample, instruction: str) -> str:
+    template = ALPACA_WITH_INPUT if sample.input else ALPACA_WITHOUT_INPUT
+    return template.format(instruction=instruction, input=sample.input)
+
+
+def _render_plain(sample: Sample, instruction: str) -> str:
+    return f"{instruction}\n{sample.input}" if sample.input else instruction
+
+
+def _load_jinja_renderer(name: str, tokenizer: Any) -> Callable[[Sample, str], str]:
+    """The function that renders a sample's prompt with a .jinja file."""
     path = Path(os.path.expanduser(name))
     if path.suffix != ".jinja":
         raise RecipeError(f"prompt.template={name!r}: use alpaca, chat, plain, or a .jinja file")
@@ -173,18 +181,27 @@ def _load_jinja_renderer(name: str) -> Callable[[Sample], str]:
             f"prompt.template {name} line {error.lineno} is not valid Jinja ({error.message}): "
             "fix it"
         ) from None
+    tokens = {key: getattr(tokenizer, key, None) or "" for key in ("bos_token", "eos_token")}
 
-    def render(sample: Sample) -> str:
-        history = [{"role": role, "content": content} for role, content in sample.history]
+    def render(sample: Sample, instruction: str) -> str:
+        messages = [turn.to_template() for turn in sample.prompt]
+        last_user = max((i for i, turn in enumerate(sample.prompt) if turn.role == USER), default=0)
+        history = [turn for turn in messages[:last_user] if turn["role"] in (USER, ASSISTANT)]
         try:
             return template.render(
-                instruction=sample.instruction, input=sample.input, history=history
+                instruction=instruction,
+                input=sample.input,
+                history=history,
+                system="\n\n".join(_system_texts(sample)),
+                messages=messages,
+                tools=list(sample.tools),
+                **tokens,
             )
         except Exception as error:  # a template is a program
             reason = str(error) or type(error).__name__
             raise DataError(
-                f"sample {sample.id}: prompt.template {name} fails ({reason}): its variables are "
-                "instruction, input and history"
+                f"{sample.label}: prompt.template {name} fails ({reason}): its variables are "
+                "instruction, input, history, system, messages, tools, bos_token and eos_token"
             ) from None
 
     return render

@@ -68,7 +68,7 @@ def score_training_samples(
     """Score the unfinished shards, or one of them, with one engine.
 
     `rouge_l` compares the student's response with the references (docs/method.md, eq. 1).
-    `cross_entropy` is its mean negative log-likelihood of the first reference (eq. 2).
+    `cross_entropy` is its mean negative log-likelihood of the tokens that train (eq. 2).
 
     Raises RecipeError if the shard does not exist, or a plugin's metric gives no numbers;
     ArtifactError, DataError, ModelError or ResourceError if data or model cannot be used.
@@ -90,6 +90,7 @@ def score_training_samples(
 
     # Load the student, and score shard by shard.
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, revision=revision)
+    check_tokenizer(run, tokenizer)
     generator = open_generator(
         model_path,
         config.generation,
@@ -101,7 +102,7 @@ def score_training_samples(
         alternative="score.generation.backend=transformers",
     )
     try:
-        scorer = _ShardScorer(run, config, split, generator, int(tokenizer.eos_token_id))
+        scorer = _ShardScorer(run, config, split, generator)
         total = sum(len(shard_rows(len(split), number, config.shards)) for number in pending)
         with Progress(total, "samples", STEP) as progress:
             for number in pending:
@@ -129,10 +130,9 @@ class _ShardScorer:
         config: ScoreConfig,
         split: TokenizedSplit,
         generator: Generator,
-        eos_id: int,
     ) -> None:
         self.run, self.config, self.split = run, config, split
-        self.generator, self.eos_id = generator, eos_id
+        self.generator = generator
         # Samples whose value another sample of the same shard has too.
         self.num_tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
         self.num_scored = 0
@@ -231,7 +231,7 @@ class _ShardScorer:
     def _run_model(
         self, rows: range, report: ProgressCallback
     ) -> tuple[list[str], list[NDArray[np.float32]]]:
-        """Responses to the prompts of some rows, and log-probabilities of their references."""
+        """Responses to the prompts of some rows, and log-probabilities of their trained tokens."""
         sequences = [[int(token) for token in self.split.tokens(row)] for row in rows]
         prompt_tokens = [int(self.split.prompt_tokens[row]) for row in rows]
         sampling = SamplingParams(
@@ -243,11 +243,22 @@ class _ShardScorer:
         )
         prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
         responses = self.generator.generate(prompts, sampling, report)
-        if not self.config.count_eos:  # a truncated reference has no EOS to leave out
-            sequences = [ids[:-1] if ids[-1] == self.eos_id else ids for ids in sequences]
         # A sample counts as finished once its response exists, so this only refreshes the display.
-        log_probs = self.generator.log_probs(sequences, prompt_tokens, lambda _: report(0))
-        return responses, log_probs
+        masks = [self._scored_tokens(row) for row in rows]
+        starts = [int(np.argmax(mask)) if mask.any() else len(mask) for mask in masks]
+        log_probs = self.generator.log_probs(sequences, starts, lambda _: report(0))
+        return responses, [
+            values[mask[start:]]
+            for values, mask, start in zip(log_probs, masks, starts, strict=True)
+        ]
+
+    def _scored_tokens(self, row: int) -> NDArray[np.bool_]:
+        """Which tokens of a sample enter its cross-entropy: those that train, [total_tokens]."""
+        mask = np.array(self.split.loss_mask(row))
+        mask[0] = False  # no hidden state is before it
+        if not self.config.count_eos:
+            mask &= ~np.isin(self.split.tokens(row), self.generator.stop_token_ids)
+        return mask
 
     def _samples(self, rows: range) -> Iterator[tuple[str, list[str]]]:
         """Id and references of each row. Raises ArtifactError if data/train's files disagree."""

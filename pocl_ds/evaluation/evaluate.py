@@ -16,7 +16,7 @@ from typing import Any
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, semantic_fields
 from pocl_ds.data.conversation import Sample
-from pocl_ds.data.tokenized import SampleTokenizer
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.evaluation.answers import (
     answer_settings,
     answers_file,
@@ -31,7 +31,7 @@ from pocl_ds.evaluation.benchmarks import (
     count_seen_in_training,
     external_benchmarks,
 )
-from pocl_ds.evaluation.evaluated_models import model_identity
+from pocl_ds.evaluation.evaluated_models import TEACHER, model_identity
 from pocl_ds.evaluation.held_out_loss import HELD_OUT_LOSS
 from pocl_ds.evaluation.judge import summarize_verdicts
 from pocl_ds.generation.backends import open_generator
@@ -84,6 +84,7 @@ def generate_answers(
     """
     check_benchmark_names(config.benchmarks)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    check_tokenizer(run, tokenizer, owner="teacher" if model == TEACHER else "student")
     samples = {name: benchmark_samples(run, config, name) for name in config.benchmarks}
 
     # Find the files of this shard that are missing or were generated differently.
@@ -271,12 +272,12 @@ class _AnswerWriter:
     ) -> None:
         self.config, self.settings = config, settings
         self.benchmark, self.samples = benchmark, samples
-        self.prompt_texts = [tokenizer.template.render(sample) for sample in samples]
+        self.prompt_texts = [tokenizer.render_prompt(sample) for sample in samples]
         self.prompts, self.cut_prompts = tokenizer.tokenize_prompts(samples)
         if self.cut_prompts:
             log.warning(
-                "benchmark %s, %s: %d of %d prompts are cut to prompt.max_prompt_tokens=%d, so "
-                "their ends are missing: raise it",
+                "benchmark %s, %s: %d of %d prompts are longer than prompt.max_prompt_tokens=%d, and "
+                "lost earlier turns or parts of their texts: raise it",
                 benchmark,
                 model,
                 self.cut_prompts,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from pocl_ds.config import PromptConfig
-from pocl_ds.data.tokenized import SampleTokenizer
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.errors import ArtifactError
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
+from pocl_ds.models.load import embedding_rows, load_model, load_model_config, load_tokenizer
 from pocl_ds.models.vocab import VocabMap, VocabularyAlignment, align_vocabularies
 from pocl_ds.runtime.distributed import device
 from pocl_ds.workflow.run_dir import RunDirectory, read_models
@@ -79,13 +79,12 @@ class ModelLoader:
     def vocabulary_rows(self, name: str) -> int:
         """Rows of the model's embedding."""
         config = load_model_config(self.paths[name], trust_remote_code=name in self.trusted)
-        return int(config.get_text_config(decoder=True).vocab_size)
+        return embedding_rows(config)
 
     def sample_tokenizer(self, prompt: PromptConfig) -> SampleTokenizer:
         """The students' tokenizer, as for data/test; it cuts long references and drops none."""
         return SampleTokenizer(
-            self.tokenizer((self.students or [TEACHER])[0]),
-            prompt.model_copy(update={"overlong": "truncate"}),
+            self.tokenizer((self.students or [TEACHER])[0]), prompt, keep_all=True
         )
 
     def shared_ids(self) -> VocabMap:

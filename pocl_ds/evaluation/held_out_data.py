@@ -14,7 +14,9 @@ from pocl_ds.config import EvaluateConfig, GenerationConfig
 from pocl_ds.curriculum.micro_batches import token_budget_batches
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.conversation import Sample
-from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.split_writer import write_tokenized_split
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, DataError, ModelError
 from pocl_ds.evaluation.benchmarks import TEST_SPLIT
 from pocl_ds.models.vocab import VocabMap
@@ -43,10 +45,9 @@ class HeldOutSet:
         benchmark: str | None,
         split: TokenizedSplit,
         rows: Sequence[int],
-        pad_id: int,
         generation: GenerationConfig,
     ) -> None:
-        self.benchmark, self.split, self.pad_id = benchmark, split, pad_id
+        self.benchmark, self.split = benchmark, split
         self.label = "the test split" if benchmark is None else f"benchmark {benchmark}"
         self.rows: NDArray[np.int64] = np.array(rows, np.int64)
         self.loss_tokens = int(np.maximum(split.loss_tokens[self.rows], 0).sum())
@@ -63,7 +64,7 @@ class HeldOutSet:
 
     def __iter__(self) -> Iterator[Batch]:
         for members in self._batches:
-            yield collate(self.split, self.rows[members], self.pad_id).to(device())
+            yield collate(self.split, self.rows[members]).to(device())
 
     def check_token_ids(self, ids: VocabMap) -> None:
         """Check that teacher and student share every id of the responses, and that the teacher can
@@ -100,18 +101,17 @@ def read_held_out_sets(
         ArtifactError: the run has no finished data.
         DataError: a set has no token that a loss is computed for.
     """
-    manifest = read_manifest(run.data)
-    if manifest is None:
+    if read_manifest(run.data) is None:
         raise ArtifactError(f"{run.data} has no finished data: run `pocl preprocess` first")
-    pad_id, sets = int(manifest.info["pad_id"]), list[HeldOutSet]()
+    sets = list[HeldOutSet]()
     test_split = TokenizedSplit.open(run.data, TEST_SPLIT)
     if len(test_split):
         rows: Sequence[int] = select_by_hash(test_split.ids, config.max_samples)
-        sets.append(HeldOutSet(None, test_split, rows, pad_id, config.generation))
+        sets.append(HeldOutSet(None, test_split, rows, config.generation))
     for number, (name, samples) in enumerate(benchmarks.items()):
         split = _tokenize_references(name, samples, tokenizer, folder, str(number))
         rows = range(len(split))
-        sets.append(HeldOutSet(name, split, rows, pad_id, config.generation))
+        sets.append(HeldOutSet(name, split, rows, config.generation))
     return sets
 
 
@@ -123,9 +123,7 @@ def _tokenize_references(
     split: str,
 ) -> TokenizedSplit:
     single = (
-        replace(sample, references=(reference,))
-        for sample in samples
-        for reference in sample.references
+        sample.with_reference(reference) for sample in samples for reference in sample.references
     )
     counts = write_tokenized_split(single, tokenizer, folder, split, texts=False)
     if counts.truncated:

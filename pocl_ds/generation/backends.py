@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from pocl_ds.config import GenerationConfig
@@ -37,12 +38,14 @@ def open_generator(
     revision: str | None = None,
     alternative: str = "generation.backend=transformers",
     sleep_level: int = 0,
+    end_of_turn_ids: Sequence[int] = (),
 ) -> Generator:
     """Load a model for generation. Close it after use. One backend never replaces the other.
 
     max_length: tokens of the longest sequence, prompt and response together. threads: CPU threads
     of the backend; None keeps torch's number. alternative: the recipe setting that does not need
-    vLLM, for messages. sleep_level: see `VllmGenerator`. Raises ModelError if the model has fewer
+    vLLM, for messages. sleep_level: see `VllmGenerator`. end_of_turn_ids: ids that end a response,
+    besides those that tokenizer and model name. Raises ModelError if the model has fewer
     positions than `max_length`, ResourceError if the backend's package is missing.
     """
     # Check everything that can be refused before loading weights.
@@ -73,6 +76,7 @@ def open_generator(
             revision=revision,
             alternative=alternative,
             sleep_level=sleep_level,
+            end_of_turn_ids=end_of_turn_ids,
         )
     from pocl_ds.generation.transformers_backend import TransformersGenerator
 
@@ -84,4 +88,5 @@ def open_generator(
         threads=threads,
         trust_remote_code=trust_remote_code,
         revision=revision,
+        end_of_turn_ids=end_of_turn_ids,
     )

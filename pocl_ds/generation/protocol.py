@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pocl_ds.data.chat_template import find_end_of_turn
 from pocl_ds.runtime.hashing import GOLDEN_GAMMA, splitmix64
 
 # Odd, so that the requests of a workload start from different states.
@@ -98,16 +99,21 @@ class Generator(Protocol):
         ...
 
 
-def find_stop_token_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Ids that end a response, ascending: the tokenizer's EOS and those of the model's generation
-    settings (LLaMA has several).
+def find_stop_token_ids(
+    tokenizer: Any, generation_config: Any, end_of_turn_ids: Sequence[int] = ()
+) -> list[int]:
+    """Ids that end a response, ascending: the tokenizer's EOS, the end of a turn of its chat
+    template, those of the model's generation settings (LLaMA has several), and `end_of_turn_ids`.
     """
     configured = getattr(generation_config, "eos_token_id", None)
     if configured is None:
         configured = []
     elif not isinstance(configured, list):
         configured = [configured]
-    return sorted({int(tokenizer.eos_token_id), *map(int, configured)})
+    end_of_turn = find_end_of_turn(tokenizer)
+    template_ids = [tokenizer.convert_tokens_to_ids(end_of_turn)] if end_of_turn else []
+    ids = (tokenizer.eos_token_id, *template_ids, *configured, *end_of_turn_ids)
+    return sorted(set(map(int, ids)))
 
 
 def decode_response(tokenizer: Any, ids: Sequence[int], stop_token_ids: Sequence[int]) -> str:

@@ -11,7 +11,6 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 from pocl_ds.config import (
     GenerationConfig,
@@ -21,7 +20,8 @@ from pocl_ds.config import (
     TeacherConfig,
 )
 from pocl_ds.data.conversation import Sample, read_sample_file
-from pocl_ds.data.tokenized import SampleTokenizer, write_tokenized_split
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.split_writer import write_tokenized_split
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, SamplingParams, decode_response
 from pocl_ds.models.load import load_tokenizer, resolve_model
@@ -63,7 +63,8 @@ def generate_teacher_responses(
     student_tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
     )
-    truncate_config = prompt.model_copy(update={"overlong": "truncate"})
+    check_tokenizer(run, teacher_tokenizer, owner="teacher")
+    check_tokenizer(run, student_tokenizer)
 
     # Generate the responses, and tokenize them for the student.
     generator = open_generator(
@@ -76,15 +77,15 @@ def generate_teacher_responses(
         revision=teacher.revision,
         alternative="score.generation.backend=transformers",
     )
-    tokenizer = SampleTokenizer(teacher_tokenizer, truncate_config)
+    tokenizer = SampleTokenizer(teacher_tokenizer, prompt, keep_all=True)
     chunk_size = BATCHES_PER_CALL * generation.max_num_seqs
     try:
         with atomic_directory(run.teacher_responses) as folder:
             samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size)
             counts = write_tokenized_split(
-                samples, SampleTokenizer(student_tokenizer, truncate_config), folder, "train"
+                samples, SampleTokenizer(student_tokenizer, prompt, keep_all=True), folder, "train"
             )
-            info: dict[str, float] = {"samples": counts.samples, "tokens": counts.response_tokens}
+            info: dict[str, float] = {"samples": counts.samples, "tokens": counts.loss_tokens}
             info["seconds"] = time.monotonic() - start
             write_manifest(folder, STEP, fingerprint, info=info)
     finally:
@@ -93,7 +94,7 @@ def generate_teacher_responses(
         "%s: %d responses, %.1f tokens on average",
         STEP,
         counts.samples,
-        counts.response_tokens / max(counts.samples, 1),
+        counts.loss_tokens / max(counts.samples, 1),
     )
 
 
@@ -126,7 +127,7 @@ def _answer_samples(
                 ended = bool(ids) and ids[-1] in generator.stop_token_ids
                 truncated += not ended
                 text = decode_response(tokenizer.tokenizer, ids, generator.stop_token_ids)
-                yield replace(sample, references=(text,), ended=ended)
+                yield sample.with_response(text, ended=ended)
             first_index += len(chunk)
     if truncated:
         log.info(

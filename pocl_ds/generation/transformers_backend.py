@@ -6,6 +6,7 @@ Shapes: B sequences, T positions, V vocabulary entries.
 from __future__ import annotations
 
 import gc
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ from pocl_ds.generation.protocol import (
 from pocl_ds.models.load import load_model
 from pocl_ds.models.log_probs import pad_sequences, response_log_probs
 from pocl_ds.models.quiet import quiet
+from pocl_ds.models.rope import DYNAMIC, LONGROPE, length_dependence, reset_frequencies
 from pocl_ds.runtime import distributed
 
 
@@ -52,6 +54,7 @@ class TransformersGenerator:
         threads: int | None = None,
         trust_remote_code: bool = False,
         revision: str | None = None,
+        end_of_turn_ids: Sequence[int] = (),
     ) -> None:
         """See `open_generator`. model: its path, or a loaded model, which stays on its device."""
         self.previous_threads = torch.get_num_threads()
@@ -64,9 +67,12 @@ class TransformersGenerator:
             )
             self.model = loaded.to(distributed.device())
         self.model.eval()
+        self.rope = length_dependence(self.model.config)
         self.config, self.tokenizer, self.max_length = config, tokenizer, max_length
         self.processed_tokens, self.sleep_level = 0, 0
-        self.stop_token_ids = find_stop_token_ids(tokenizer, self.model.generation_config)
+        self.stop_token_ids = find_stop_token_ids(
+            tokenizer, self.model.generation_config, end_of_turn_ids
+        )
         # Ignore the model's own decoding settings, such as a repetition penalty.
         self.model.generation_config = DecodingConfig()
 
@@ -95,8 +101,12 @@ class TransformersGenerator:
         limits = [min(sampling.max_new_tokens, self.max_length - len(prompt)) for prompt in prompts]
         responses: list[list[int]] = [[]] * len(prompts)
         on_progress(sum(limit <= 0 for limit in limits))  # no room for a response
-        for limit in sorted({limit for limit in limits if limit > 0}, reverse=True):
-            indices = [index for index, own_limit in enumerate(limits) if own_limit == limit]
+        groups = defaultdict(list)
+        for index, limit in enumerate(limits):
+            if limit > 0:
+                groups[limit, self._rope_group(len(prompts[index]), limit)].append(index)
+        for limit, rope_group in sorted(groups, reverse=True):
+            indices = groups[limit, rope_group]
             lengths = [len(prompts[index]) + limit for index in indices]
             for batch in self._batches(lengths):
                 batch_indices = [indices[place] for place in batch]
@@ -107,6 +117,26 @@ class TransformersGenerator:
                     responses[index] = response
         return responses
 
+    def _rope_group(self, prompt_length: int, limit: int) -> int:
+        """Prompts of the same group may share a batch, see `models.rope`: 0, all remain short; -1,
+        all are long; else the length of the prompt, so that all grow longer at the same step.
+        """
+        rope = self.rope
+        if rope is None or prompt_length + limit <= rope.boundary:
+            return 0
+        return -1 if rope.rope_type == LONGROPE and prompt_length > rope.boundary else prompt_length
+
+    def _phases(self, prompt_length: int, limit: int) -> list[int]:
+        """The new tokens of each call of `generate`. A sequence that grows beyond the boundary of
+        LongRoPE continues in a second call, which computes the keys of all its tokens again with
+        the long factors; `generate` of transformers 5.19 would lose them.
+        """
+        if self.rope is None or self.rope.rope_type != LONGROPE:
+            return [limit]
+        # The next token after a sequence of `boundary` tokens is predicted with short factors.
+        short = self.rope.boundary + 1 - prompt_length
+        return [short, limit - short] if 0 < short < limit else [limit]
+
     def _generate_batch(
         self,
         indices: Sequence[int],
@@ -116,28 +146,59 @@ class TransformersGenerator:
         on_progress: ProgressCallback,
     ) -> list[list[int]]:
         """Generate responses to the prompts at `indices`, in this order."""
+        # Sample by the arg max of scores plus noise, with one random generator per prompt.
+        noise = [
+            torch.Generator(self.model.device).manual_seed(sampling.request_seed(index))
+            for index in indices
+        ]
+        responses: list[list[int]] = [[] for _ in indices]
+        rows = list(range(len(indices)))
+        for tokens in self._phases(max(len(prompts[index]) for index in indices), max_new_tokens):
+            reporter = _ProgressReporter(
+                self.stop_token_ids, len(rows), self.model.device, on_progress
+            )
+            sequences = [[*prompts[indices[row]], *responses[row]] for row in rows]
+            generators = [noise[row] for row in rows]
+            decoded = self._decode(sequences, tokens, sampling, generators, reporter)
+            for row, response in zip(rows, decoded, strict=True):
+                responses[row] += response
+            rows = [row for row in rows if responses[row][-1] not in self.stop_token_ids]
+            if not rows:
+                break
+        on_progress(len(rows))  # those that reached the limit of new tokens
+        self.processed_tokens += sum(map(len, responses))
+        return responses
+
+    def _decode(
+        self,
+        sequences: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        noise: Sequence[torch.Generator],
+        reporter: StoppingCriteria,
+    ) -> list[list[int]]:
+        """New tokens after each sequence, up to its first stop id."""
+        # With dynamic NTK scaling every length has its own frequencies, for all keys.
+        longest = max(map(len, sequences)) + max_new_tokens
+        is_dynamic = self.rope is not None and self.rope.rope_type == DYNAMIC
+        keeps_keys = self.rope is None or not is_dynamic or longest <= self.rope.boundary
         decoding = DecodingConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=self.stop_token_ids,
-            pad_token_id=self.stop_token_ids[0],
-            use_cache=True,
+            pad_token_id=0,  # any row of the embedding: padding is masked, and cut after a stop id
+            use_cache=keeps_keys,
         )
-        ids, mask = pad_sequences(
-            [prompts[index] for index in indices], self.model.device, pad_left=True
-        )
-
-        # Sample by the arg max of scores plus noise, with one random generator per prompt.
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            seeds = [sampling.request_seed(index) for index in indices]
-            processors.append(_GumbelNoise(seeds, self.model.device))
+            processors.append(_GumbelNoise(noise))
 
         # Decode; the criteria report progress after each token.
-        reporter = _ProgressReporter(self.stop_token_ids, len(indices), ids.device, on_progress)
+        ids, mask = pad_sequences(sequences, self.model.device, pad_left=True)
+        reset_frequencies(self.model)
         with quiet():
             output = self.model.generate(
                 input_ids=ids,
@@ -146,15 +207,12 @@ class TransformersGenerator:
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([reporter]),
             )
-        reporter.finish()
 
         # Cut the padding after each response's first stop id.
         responses = []
         for response in output[:, ids.shape[1] :].tolist():
             stops = (n + 1 for n, token in enumerate(response) if token in self.stop_token_ids)
-            length = next(stops, len(response))
-            responses.append(response[:length])
-            self.processed_tokens += length
+            responses.append(response[: next(stops, len(response))])
         return responses
 
     @torch.no_grad()
@@ -218,10 +276,6 @@ class _ProgressReporter(StoppingCriteria):
         self._report(int(self.stopped.sum()))
         return torch.zeros_like(self.stopped)
 
-    def finish(self) -> None:
-        """Report the sequences that reached the limit of new tokens."""
-        self._report(len(self.stopped))
-
     def _report(self, finished: int) -> None:
         self.on_progress(finished - self.reported)
         self.reported = finished
@@ -235,8 +289,8 @@ class _GumbelNoise(LogitsProcessor):
     depend on the other prompts of its batch.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self.generators = generators
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         shape, device = scores.shape[1:], scores.device

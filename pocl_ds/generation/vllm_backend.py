@@ -83,6 +83,7 @@ class VllmGenerator:
         revision: str | None = None,
         alternative: str = "generation.backend=transformers",
         sleep_level: int = 0,
+        end_of_turn_ids: Sequence[int] = (),
     ) -> None:
         """See `open_generator`. Raises ResourceError if vLLM cannot be imported or opened, or if
         this process belongs to a process group; ModelError for a family in `WRONG_ON_CPU` on a CPU.
@@ -102,7 +103,7 @@ class VllmGenerator:
         # Prepare the process: vLLM reads its environment when it is imported.
         self.tokenizer, self.model_config, self.processed_tokens = tokenizer, model_config, 0
         self.stop_token_ids = find_stop_token_ids(
-            tokenizer, _generation_config(model_path, revision)
+            tokenizer, _generation_config(model_path, revision), end_of_turn_ids
         )
         _prepare_environment(model_config, config, max_length)
         self.vllm = _import_vllm(alternative)

@@ -88,7 +88,7 @@ class RolloutWorker:
         tokenizer = load_tokenizer(
             self.model_path, trust_remote_code=self.student.trust_remote_code
         )
-        self.pad_id, self.eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+        self.eos_id = int(tokenizer.eos_token_id)
         self.allowed = self.vocab.allowed
         self.module: Any = self.engine.module
         self.on_gpu = distributed.device().type == "cuda"
@@ -130,7 +130,7 @@ class RolloutWorker:
             self.dataset,
             rows,
             all_responses,
-            eos_id=self.eos_id,
+            end_of_turn_id=self.eos_id,
             max_length=self.max_length,
             allowed=self.allowed,
         )
@@ -222,7 +222,7 @@ class RolloutWorker:
         ResourceError on all ranks if they differ by more than rounding.
         """
         # The student's cross-entropy, summed over the response.
-        batch = collate(self.dataset, [row], self.pad_id).to(distributed.device())
+        batch = collate(self.dataset, [row]).to(distributed.device())
         self.module.eval()
         with self.module.loss_head.over_all_ids():
             _, _, cross_entropy = self.engine.forward(batch, LossTerms("sft"))

@@ -22,6 +22,7 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.data.tokenized import SPLIT_FILES
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import PoclError
 from pocl_ds.runtime import distributed
@@ -38,7 +39,7 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
     if distributed.rank() == 0:
         run.data.mkdir(parents=True)
         write_split(run.data)
-        for part in ("ids.npy", "index.npy", "tokens.bin"):
+        for part in SPLIT_FILES:
             (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
     distributed.barrier()
     train = TrainConfig(

@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from pocl_ds.config import LossConfig, TrainConfig, ds_config
 from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
+from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading, start_deepspeed
 from pocl_ds.losses import divergence, fused_head
@@ -65,17 +66,8 @@ def write_split(folder: Path) -> list[tuple[int, list[int]]]:
         for _ in range(11)
     ]
     samples.append((5, source.integers(2, SIZE, 5).tolist()))
-    sizes = np.array([len(ids) for _, ids in samples], np.int64)
-    index = np.stack(
-        [np.cumsum(sizes) - sizes, np.array([prompt for prompt, _ in samples]), sizes], 1
-    )
-    np.save(folder / "train.index.npy", index)
-    np.save(
-        folder / "train.ids.npy", np.array([f"s{i}".encode() for i in range(len(samples))], "S8")
-    )
-    np.array([token for _, ids in samples for token in ids], np.uint32).tofile(
-        folder / "train.tokens.bin"
-    )
+    names = [f"s{i}" for i in range(len(samples))]
+    save_split(folder, "train", names, [ids for _, ids in samples], [n for n, _ in samples])
     return samples
 
 
@@ -114,7 +106,6 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         TokenizedSplit.open(folder, "train"),
         np.arange(12),
         None,
-        1,
         Layout(case["packed"], 0.0),
         train.micro_batch_size,
         train.micro_batch_tokens,

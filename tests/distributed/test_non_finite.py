@@ -20,6 +20,7 @@ from pocl_ds.config import (
     TrainConfig,
 )
 from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.data.tokenized import SPLIT_FILES
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import NumericalError
 from pocl_ds.losses.fused_head import LossSums
@@ -36,7 +37,7 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
     """A training of three steps of two micro-batches each."""
     run.data.mkdir(parents=True)
     write_split(run.data)
-    for part in ("ids.npy", "index.npy", "tokens.bin"):
+    for part in SPLIT_FILES:
         (run.data / f"validation.{part}").write_bytes((run.data / f"train.{part}").read_bytes())
     kind = "torch" if engine == "torch" else "deepspeed"
     train = TrainConfig(

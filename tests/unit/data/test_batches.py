@@ -6,30 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.config import PromptConfig
 from pocl_ds.data.batches import collate
-from pocl_ds.data.conversation import Sample
-from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
+from pocl_ds.data.split_writer import save_split
+from pocl_ds.data.tokenized import TokenizedSplit
 
 
 def write_split(folder: Path, samples: list[tuple[list[int], int]]) -> TokenizedSplit:
     """Write a split with these ids and prompt lengths."""
-    starts = np.cumsum([0, *(len(ids) for ids, _ in samples)])[:-1]
-    index = [
-        (start, prompt, len(ids)) for start, (ids, prompt) in zip(starts, samples, strict=True)
-    ]
-    np.save(folder / "train.index.npy", np.array(index, np.int64))
-    np.save(
-        folder / "train.ids.npy", np.array([f"s{n}".encode() for n in range(len(samples))], "S8")
-    )
-    np.concatenate([np.array(ids, np.uint32) for ids, _ in samples]).tofile(
-        folder / "train.tokens.bin"
-    )
+    names = [f"s{n}" for n in range(len(samples))]
+    save_split(folder, "train", names, [ids for ids, _ in samples], [n for _, n in samples])
     return TokenizedSplit.open(folder, "train")
 
 
@@ -38,7 +27,7 @@ def test_loss_positions_of_three_tokens(tmp_path: Path) -> None:
     predicts EOS, and nothing else counts.
     """
     split = write_split(tmp_path, [([5, 7, 0], 1), ([5, 6, 7, 0], 2)])
-    batch = collate(split, [0, 1], pad_id=0)
+    batch = collate(split, [0, 1])
     assert batch.input_ids.tolist() == [[5, 7, 0, 0], [5, 6, 7, 0]]
     assert batch.attention_mask.tolist() == [
         [1, 1, 1, 0],
@@ -59,23 +48,22 @@ SAMPLES = st.lists(
 )
 
 
-@given(SAMPLES, st.integers(0, 9), st.randoms(use_true_random=False))
+@given(SAMPLES, st.randoms(use_true_random=False))
 @settings(max_examples=150, deadline=None)
 def test_collate_equals_a_plain_reference(
     tmp_path_factory: pytest.TempPathFactory,
     samples: list[tuple[list[int], int]],
-    pad_id: int,
     random: object,
 ) -> None:
     split = write_split(tmp_path_factory.mktemp("batch"), samples)
     rows = list(range(len(samples)))
     random.shuffle(rows)  # type: ignore[attr-defined]
-    batch = collate(split, np.array(rows), pad_id)
+    batch = collate(split, np.array(rows))
     width = max(len(ids) for ids, _ in samples)
     positions, labels, sample_numbers = [], [], []
     for place, row in enumerate(rows):
         ids, prompt = samples[row]
-        assert batch.input_ids[place].tolist() == ids + [pad_id] * (width - len(ids))
+        assert batch.input_ids[place].tolist() == ids + [0] * (width - len(ids))
         assert batch.attention_mask[place].tolist() == [1] * len(ids) + [0] * (width - len(ids))
         for token in range(prompt, len(ids)):
             positions.append(place * width + token - 1)
@@ -105,7 +93,7 @@ def test_packed_holds_the_same_tokens_without_padding(
     split = write_split(tmp_path_factory.mktemp("packed"), samples)
     rows = list(range(len(samples)))
     random.shuffle(rows)  # type: ignore[attr-defined]
-    packed, padded = collate(split, rows, 0, packed=True), collate(split, rows, 0)
+    packed, padded = collate(split, rows, packed=True), collate(split, rows)
     assert packed.attention_mask is None and packed.position_ids is not None
     assert packed.input_ids[0].tolist() == [token for row in rows for token in samples[row][0]]
     assert packed.lengths == tuple(len(samples[row][0]) for row in rows) and padded.lengths is None
@@ -122,34 +110,26 @@ def test_packed_holds_the_same_tokens_without_padding(
         )  # of the same sample
 
 
-def test_pad_that_is_eos_changes_nothing_but_the_padding(tmp_path: Path) -> None:
-    tokenizer = tiny_models.make_tokenizer()
-    samples = [Sample(f"s{n}", "Say it.", "", ("word " * n,)) for n in range(1, 6)]
-    write_tokenized_split(
-        iter(samples), SampleTokenizer(tokenizer, PromptConfig(template="plain")), tmp_path, "train"
-    )
-    split = TokenizedSplit.open(tmp_path, "train")
-    padded_with_eos, padded_with_pad = (
-        collate(split, range(5), pad) for pad in (tokenizer.eos_token_id, tokenizer.pad_token_id)
-    )
-    for name in ("attention_mask", "positions", "labels", "sample_of_token"):
-        assert torch.equal(getattr(padded_with_eos, name), getattr(padded_with_pad, name))
-    # Each sample's EOS is a label once.
-    assert (padded_with_eos.labels == tokenizer.eos_token_id).sum() == 5
-    assert len(padded_with_eos.labels) == int((split.total_tokens - split.prompt_tokens).sum())
+def test_an_eos_that_is_the_padding_is_a_label(tmp_path: Path) -> None:
+    """The EOS of these samples is id 0, which is also the padding: lengths tell them apart."""
+    samples = [([5, *[6] * n, 0], 1) for n in range(1, 6)]
+    batch = collate(write_split(tmp_path, samples), range(5))
+    assert (batch.labels == 0).sum() == 5
+    assert len(batch.labels) == sum(len(ids) - 1 for ids, _ in samples)
+    assert batch.attention_mask.sum() == sum(len(ids) for ids, _ in samples)
 
 
 def test_batch_without_rows_has_no_loss(tmp_path: Path) -> None:
     for packed in (False, True):
-        batch = collate(write_split(tmp_path, [([1, 2], 1)]), [], 7, packed=packed)
-        assert batch.input_ids.tolist() == [[7]] and batch.rows == ()
+        batch = collate(write_split(tmp_path, [([1, 2], 1)]), [], packed=packed)
+        assert batch.input_ids.tolist() == [[0]] and batch.rows == ()
         assert len(batch.positions) == len(batch.labels) == len(batch.sample_of_token) == 0
         assert batch.lengths == ((1,) if packed else None)
         assert batch.attention_mask is None if packed else batch.attention_mask.tolist() == [[1]]
 
 
 def test_batch_is_copied_to_a_device(tmp_path: Path) -> None:
-    on_device = collate(write_split(tmp_path, [([1, 2, 3], 1)]), [0], 0).to(torch.device("meta"))
+    on_device = collate(write_split(tmp_path, [([1, 2, 3], 1)]), [0]).to(torch.device("meta"))
     names = ("input_ids", "attention_mask", "positions", "labels", "sample_of_token")
     assert {getattr(on_device, name).device.type for name in names} == {"meta"}
     assert on_device.rows == (0,)

@@ -16,6 +16,7 @@ import pytest
 
 from pocl_ds.config import RankingConfig, registry
 from pocl_ds.curriculum.ranking import DifficultyRanking, rank_by_difficulty
+from pocl_ds.data.split_writer import save_split
 from pocl_ds.difficulty import rank as rank_step
 from pocl_ds.difficulty.rank import MAX_TIED_FRACTION, write_ranking
 from pocl_ds.errors import ArtifactError, DataError
@@ -32,9 +33,7 @@ def _expected(rows: list[Row], **options: Any) -> DifficultyRanking:
 
 def write_split(run: RunDirectory, ids: list[str]) -> None:
     run.data.mkdir(parents=True)
-    np.save(run.data / "train.ids.npy", np.array([name.encode() for name in ids]))
-    np.save(run.data / "train.index.npy", np.array([(i, 0, 1) for i in range(len(ids))], np.int64))
-    np.zeros(len(ids), np.uint32).tofile(run.data / "train.tokens.bin")
+    save_split(run.data, "train", ids, [[0]] * len(ids), [0] * len(ids))
 
 
 def write_shard(

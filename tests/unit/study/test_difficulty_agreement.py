@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocl_ds.data.split_writer import save_split
 from pocl_ds.errors import ArtifactError
 from pocl_ds.study.difficulty_agreement import (
     RankedSamples,
@@ -113,11 +114,7 @@ def test_a_ranked_run_is_read_in_its_order(tmp_path: Path) -> None:
         read_ranked_samples(run, "a")
     for folder in (run.data, run.ranking):
         folder.mkdir(parents=True)
-    np.save(run.data / "train.ids.npy", np.array([b"x", b"y", b"z"]))
-    np.save(
-        run.data / "train.index.npy", np.array([[0, 2, 5], [5, 1, 3], [8, 1, 9]])
-    )  # start, prompt, total
-    np.arange(17, dtype=np.uint32).tofile(run.data / "train.tokens.bin")
+    save_split(run.data, "train", ["x", "y", "z"], [[1] * 5, [1] * 3, [1] * 9], [2, 1, 1])
     np.save(run.ranking / "order.npy", np.array([2, 0, 1]))
     table = {"id": ["z", "x", "y"], "rouge_l": [0.9, 0.5, 0.1], "cross_entropy": [1.0, 2.0, 3.0]}
     pq.write_table(pa.table({"id": table["id"]}), run.ranking / "ranking.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, ResourceError
 from pocl_ds.teachers.cache import STEP, CacheShard, TeacherCache
@@ -21,11 +23,10 @@ FINGERPRINT = "f" * 64
 
 def write_split(folder: Path, sizes: list[tuple[int, int]]) -> TokenizedSplit:
     """Write a split of samples with these numbers of (prompt, response) tokens."""
-    totals = np.array([sum(size) for size in sizes], np.int64)
-    index = np.stack([np.cumsum(totals) - totals, [prompt for prompt, _ in sizes], totals], 1)
-    np.save(folder / "train.index.npy", index.astype(np.int64))
-    np.save(folder / "train.ids.npy", np.array([f"s{i}".encode() for i in range(len(sizes))], "S8"))
-    np.arange(totals.sum(), dtype=np.uint32).tofile(folder / "train.tokens.bin")
+    tokens = itertools.count()
+    sequences = [list(itertools.islice(tokens, sum(size))) for size in sizes]
+    names = [f"s{i}" for i in range(len(sizes))]
+    save_split(folder, "train", names, sequences, [prompt for prompt, _ in sizes])
     return TokenizedSplit.open(folder, "train")
 
 

@@ -1,0 +1,278 @@
+"""From text to token ids, with the place of every token in the text."""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from pocl_ds.data.conversation import Message, Sample
+
+# A character of a private plane stands for each special token that is ordinary text, so that a
+# template cannot confuse it with its own tokens.
+FIRST_PLACEHOLDER = 0xF0000
+_PLACEHOLDER = re.compile("[\U000f0000-\U000fffff]")
+MAX_GAP = 16  # characters that a tokenizer may leave without a token, such as white space
+
+
+class EncodedText(Protocol):
+    """The tokens of a text."""
+
+    ids: list[int]
+
+    def tokens_before(self, position: int) -> tuple[int, bool]:
+        """How many tokens lie before a character, and whether a token begins exactly there."""
+
+    def ends_inside_character(self, count: int) -> bool:
+        """Whether the first `count` tokens end within the bytes of a character."""
+
+    def span(self, token: int) -> tuple[int, int]:
+        """Start and end of a token in the text, in characters; equal if it has no text."""
+
+
+class TextEncoder:
+    """Encodes texts with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        tokens = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._special_tokens = tokens
+        self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+        self._adds_bos = self._has_bos()
+
+    def contains_special_token(self, text: str) -> bool:
+        """Whether a text contains the text of a special token."""
+        return self._special.search(text) is not None
+
+    def escape(self, text: str) -> str:
+        """The text with a placeholder for each special token that it contains."""
+        return self._special.sub(
+            lambda match: chr(FIRST_PLACEHOLDER + self._special_tokens.index(match[0])), text
+        )
+
+    def unescape(self, text: str) -> str:
+        """The text that `escape` was given."""
+        return _PLACEHOLDER.sub(lambda match: self._token_of(match[0]), text)
+
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[EncodedText]:
+        """Encode texts. A placeholder becomes the ordinary tokens of its special token.
+
+        add_special_tokens: add the tokenizer's BOS, unless the text begins with it, but no EOS.
+        """
+        results: list[EncodedText | None] = [None] * len(texts)
+        plain: dict[bool, list[int]] = {True: [], False: []}
+        for index, text in enumerate(texts):
+            add = add_special_tokens and not self._begins_with_bos(text)
+            if not text.isascii() and _PLACEHOLDER.search(text):
+                results[index] = self._encode_pieces(text, add)
+            else:
+                plain[add].append(index)
+        for add, indices in plain.items():
+            encoded = self._encode_plain([texts[index] for index in indices], add)
+            for index, result in zip(indices, encoded, strict=True):
+                results[index] = result
+        return [result for result in results if result is not None]
+
+    def _encode_plain(self, texts: list[str], add_special_tokens: bool) -> list[EncodedText]:
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            texts,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        ids, encodings = batch["input_ids"], batch.encodings
+        if encodings is None:  # a tokenizer in Python, which gives no offsets
+            return [
+                _PrefixEncoding(self, text, list(row), add_special_tokens)
+                for text, row in zip(texts, ids, strict=True)
+            ]
+        eos_id = self.tokenizer.eos_token_id
+        return [
+            _FastEncoding(text, row, encoding, eos_id)
+            for text, row, encoding in zip(texts, ids, encodings, strict=True)
+        ]
+
+    def _encode_pieces(self, text: str, add_special_tokens: bool) -> EncodedText:
+        """Encode the text between placeholders, and each placeholder as ordinary text."""
+        ids: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+
+        position = 0
+        for match in [*_PLACEHOLDER.finditer(text), None]:
+            end = match.start() if match else len(text)
+            if piece := text[position:end]:
+                part = self._encode_part(piece, None if position else add_special_tokens)
+                spans = [part.span(number) for number in range(len(part.ids))]
+                ids += part.ids
+                starts += [position + start for start, _ in spans]
+                ends += [position + end for _, end in spans]
+            if match:
+                literal = self._encode_literal(self._token_of(match[0]))
+                ids += literal
+                starts += [match.start()] * len(literal)
+                ends += [match.end()] * len(literal)
+                position = match.end()
+        return _PieceEncoding(ids, starts, ends)
+
+    def _encode_part(self, piece: str, add_special_tokens: bool | None) -> EncodedText:
+        """Encode a piece of a text; None: one that does not begin the text, so that a
+        SentencePiece tokenizer must not put a space before it.
+        """
+        if add_special_tokens is not None:
+            return self._encode_plain([piece], add_special_tokens)[0]
+        lead = str(self.tokenizer.eos_token)
+        encoded = self._encode_plain([lead + piece], add_special_tokens=False)[0]
+        return _PieceEncoding(
+            encoded.ids[1:],
+            [encoded.span(n)[0] - len(lead) for n in range(1, len(encoded.ids))],
+            [encoded.span(n)[1] - len(lead) for n in range(1, len(encoded.ids))],
+        )
+
+    def _encode_literal(self, token: str) -> list[int]:
+        """A special token's text as ordinary tokens."""
+        for lead in ("a", ""):  # no space of a SentencePiece tokenizer before the text
+            batch = self.tokenizer(
+                lead + token, add_special_tokens=False, split_special_tokens=True
+            )
+            ids: list[int] = list(batch["input_ids"])
+            lead_ids: list[int] = self.tokenizer(lead, add_special_tokens=False)["input_ids"]
+            if lead_ids == ids[: len(lead_ids)]:
+                return ids[len(lead_ids) :]
+        return ids
+
+    def _token_of(self, placeholder: str) -> str:
+        number = ord(placeholder) - FIRST_PLACEHOLDER
+        return self._special_tokens[number] if number < len(self._special_tokens) else placeholder
+
+    def _has_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+
+    def _begins_with_bos(self, text: str) -> bool:
+        return self._adds_bos and text.startswith(str(self.tokenizer.bos_token))
+
+
+def escape_sample(encoder: TextEncoder, sample: Sample) -> Sample:
+    """The sample with placeholders for the special tokens in its texts."""
+
+    def escape(message: Message) -> Message:
+        return replace(
+            message,
+            content=encoder.escape(message.content),
+            reasoning_content=encoder.escape(message.reasoning_content),
+        )
+
+    return replace(
+        sample,
+        messages=tuple(map(escape, sample.messages)),
+        input=encoder.escape(sample.input),
+    )
+
+
+def sample_texts(sample: Sample) -> list[str]:
+    """The texts of a sample that a template shows."""
+    texts = [sample.input]
+    for message in sample.messages:
+        texts += [message.content, message.reasoning_content]
+    return texts
+
+
+class _FastEncoding:
+    """The tokens of a tokenizer of the library `tokenizers`, which knows their offsets."""
+
+    def __init__(self, text: str, ids: list[int], encoding: Any, eos_id: int | None) -> None:
+        self.text, self.ids, self.encoding = text, ids, encoding
+        # Some tokenizers append EOS, which is not part of the text.
+        while len(ids) > 1 and ids[-1] == eos_id and not self._has_text(len(ids) - 1):
+            ids.pop()
+
+    def _has_text(self, token: int) -> bool:
+        start, end = self.span(token)
+        return end > start
+
+    def span(self, token: int) -> tuple[int, int]:
+        """See `EncodedText`."""
+        start, end = self.encoding.token_to_chars(token) or (0, 0)
+        return int(start), int(end)
+
+    def tokens_before(self, position: int) -> tuple[int, bool]:
+        """See `EncodedText`."""
+        # The first token that covers this character or a later one.
+        token = None
+        for place in range(position, min(position + MAX_GAP, len(self.text))):
+            token = self.encoding.char_to_token(place)
+            if token is not None:
+                break
+        if token is None:
+            return len(self.ids), True
+        before = self.span(token - 1) if token else (0, 0)
+        gap = before[0] < before[1] < position
+        return token, self.span(token)[0] >= position and not gap
+
+    def ends_inside_character(self, count: int) -> bool:
+        """See `EncodedText`."""
+        if not 0 < count < len(self.ids):
+            return False
+        return self.span(count - 1)[1] > self.span(count)[0] < self.span(count)[1]
+
+
+class _PrefixEncoding:
+    """The tokens of a tokenizer without offsets: tokenizing a prefix says where it ends."""
+
+    def __init__(
+        self, encoder: TextEncoder, text: str, ids: list[int], add_special_tokens: bool
+    ) -> None:
+        self.encoder, self.text, self.ids = encoder, text, ids
+        self.add_special_tokens = add_special_tokens
+        if len(ids) > 1 and add_special_tokens and ids[-1] == encoder.tokenizer.eos_token_id:
+            ids.pop()
+
+    def tokens_before(self, position: int) -> tuple[int, bool]:
+        """See `EncodedText`."""
+        if position >= len(self.text):
+            return len(self.ids), True
+        prefix = self.encoder._encode_plain([self.text[:position]], self.add_special_tokens)[0].ids
+        common = 0
+        for one, other in zip(prefix, self.ids, strict=False):
+            if one != other:
+                break
+            common += 1
+        return common, common == len(prefix)
+
+    def ends_inside_character(self, count: int) -> bool:
+        """See `EncodedText`."""
+        if not 0 < count < len(self.ids):
+            return False
+        return str(self.encoder.tokenizer.decode(self.ids[:count])).endswith("\ufffd")
+
+    def span(self, token: int) -> tuple[int, int]:
+        """See `EncodedText`."""
+        decode = self.encoder.tokenizer.decode
+        return len(decode(self.ids[:token])), len(decode(self.ids[: token + 1]))
+
+
+class _PieceEncoding:
+    """Tokens with their offsets in lists."""
+
+    def __init__(self, ids: list[int], starts: list[int], ends: list[int]) -> None:
+        self.ids, self.starts, self.ends = ids, starts, ends
+
+    def tokens_before(self, position: int) -> tuple[int, bool]:
+        """See `EncodedText`."""
+        token = bisect.bisect_right(self.ends, position)
+        if token == len(self.ids):
+            return token, True
+        return token, self.starts[token] >= position
+
+    def ends_inside_character(self, count: int) -> bool:
+        """See `EncodedText`."""
+        return 0 < count < len(self.ids) and self.ends[count - 1] > self.starts[count]
+
+    def span(self, token: int) -> tuple[int, int]:
+        """See `EncodedText`."""
+        return self.starts[token], self.ends[token]
