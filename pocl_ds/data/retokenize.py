@@ -81,9 +81,8 @@ class TeacherRetokenizer:
         rows = np.arange(len(sequences))
         sample_ids = np.asarray(dataset.ids[np.array(batch.rows, np.int64)])
         retokenized = GeneratedBatch(rows, sample_ids, np.array(prompt_tokens, np.int64), sequences)
-        pad_id = self.teacher_tokenizer.pad_token_id
         view = TeacherView(
-            collate(retokenized, rows, pad_id, packed=self.packed),
+            collate(retokenized, rows, packed=self.packed),
             _concatenate(student_spans),
             _concatenate(teacher_spans),
             num_spans,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import pickle
 import re
@@ -33,6 +34,8 @@ from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.quantization import quantization_arguments
 from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime.distributed import device
+
+log = logging.getLogger("pocl_ds")
 
 # Every model is loaded through this module, so that transformers knows the attention by its name.
 AttentionInterface.register(PER_SAMPLE, per_sample)
@@ -131,11 +134,7 @@ def resolve_pinned_model(config: ModelSource) -> str:
 def load_tokenizer(
     path: str, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """Load the tokenizer of a model. A tokenizer without a padding token pads with EOS.
-
-    This is safe, since masks come from lengths, never from ids. Raises ModelError, also if the
-    tokenizer has no EOS.
-    """
+    """Load the tokenizer of a model. Raises ModelError, also if the tokenizer has no EOS."""
     with _explain_load_errors(path, "tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision
@@ -145,8 +144,6 @@ def load_tokenizer(
             f"the tokenizer of {path} has no EOS token, so a response would never end: "
             "set eos_token in its tokenizer_config.json"
         )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -166,9 +163,28 @@ def load_model_config(
 ) -> Any:
     """Load a model's configuration (transformers PretrainedConfig). Raises ModelError."""
     with _explain_load_errors(path, "configuration"), quiet():
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, revision=revision
         )
+    _drop_padding_beyond_rows(path, config)
+    return config
+
+
+def _drop_padding_beyond_rows(path: str, config: Any) -> None:
+    """Unset a padding id that the embedding has no row for: transformers cannot build such a model,
+    and padding is masked, so it needs no id of its own.
+    """
+    text_config = config.get_text_config(decoder=True)
+    padding, rows = text_config.pad_token_id, getattr(text_config, "vocab_size", None)
+    if padding is None or rows is None or padding < rows:
+        return
+    log.warning(
+        "%s: pad_token_id=%d in config.json is beyond the %d rows of the embedding, and is ignored",
+        path,
+        padding,
+        rows,
+    )
+    text_config.pad_token_id = config.pad_token_id = None
 
 
 def load_model(
@@ -241,6 +257,13 @@ def set_dropout(config: Any, dropout: float) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_number and name.endswith(("dropout", "pdrop")):
             setattr(config, name, dropout)
+
+
+def embedding_rows(config: Any) -> int:
+    """Rows of a model's embedding, also of a language model inside a multimodal one: every id that
+    the model reads is below it.
+    """
+    return int(config.get_text_config(decoder=True).vocab_size)
 
 
 def max_positions(config: Any) -> int | None:

@@ -242,7 +242,7 @@ def _load_tokenizers(
 ) -> tuple[Any, Any, int, int]:
     """Both tokenizers, and the rows of both heads."""
     # Loads transformers, which users with tokenizers in memory do not need.
-    from pocl_ds.models.load import load_model_config, load_tokenizer
+    from pocl_ds.models.load import embedding_rows, load_model_config, load_tokenizer
 
     sides = ((teacher, teacher_path), (student, student_path))
     tokenizers = [
@@ -253,7 +253,7 @@ def _load_tokenizers(
         load_model_config(path, trust_remote_code=side.trust_remote_code, revision=side.revision)
         for side, path in sides
     ]
-    rows = [int(config.get_text_config(decoder=True).vocab_size) for config in configs]
+    rows = [embedding_rows(config) for config in configs]
     return tokenizers[0], tokenizers[1], rows[0], rows[1]
 
 

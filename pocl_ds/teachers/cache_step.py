@@ -83,7 +83,7 @@ def cache_teacher(
     if codec:
         info = {"mode": "cached_topk", "top_k": asdict(codec)}
     if unfinished:
-        writer = CacheWriter(run, teacher, student, (path, student_path), vocab, codec, config)
+        writer = CacheWriter(run, teacher, path, vocab, codec, config)
         info |= writer.write(splits, shards, unfinished, usage, fingerprint)
     distributed.barrier()
     if distributed.rank() == 0:

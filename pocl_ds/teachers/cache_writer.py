@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from numpy.typing import NDArray
 
-from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig, ds_config
+from pocl_ds.config import TeacherCacheConfig, TeacherConfig, ds_config
 from pocl_ds.curriculum.micro_batches import assign_by_tokens
 from pocl_ds.data.batches import collate
 from pocl_ds.data.tokenized import TokenizedSplit
@@ -22,7 +22,7 @@ from pocl_ds.errors import ResourceError
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import supports_packing
-from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.models.load import load_model
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import Progress
@@ -49,13 +49,12 @@ class CacheWriter:
         self,
         run: RunDirectory,
         teacher: TeacherConfig,
-        student: StudentConfig,
-        paths: tuple[str, str],
+        path: str,
         vocab: VocabMap,
         codec: TopKCodec | None,
         config: TeacherCacheConfig,
     ) -> None:
-        """paths: of teacher and student. codec: None caches hidden states."""
+        """path: of the teacher. codec: None caches hidden states."""
         # Load the teacher, in shards if ZeRO-3 is configured.
         teacher_ds_config = ds_config.resolve_teacher(
             teacher.ds_config,
@@ -65,12 +64,9 @@ class CacheWriter:
         )
         if teacher_ds_config:
             start_deepspeed()
-        tokenizer = load_tokenizer(
-            paths[1], trust_remote_code=student.trust_remote_code, revision=student.revision
-        )
         with sharded_loading(teacher_ds_config):
             model = load_model(
-                paths[0],
+                path,
                 dtype=teacher.dtype,
                 attention=teacher.attn_implementation,
                 dropout=None,
@@ -79,7 +75,7 @@ class CacheWriter:
                 quantization=teacher.quantization,
             )
         self.teacher = OnlineTeacher(model, teacher_ds_config, vocab)
-        self.packed, self.pad_id = supports_packing(model), tokenizer.pad_token_id
+        self.packed = supports_packing(model)
         self.run, self.mode, self.codec, self.config = run, teacher.mode, codec, config
 
     def write(
@@ -133,7 +129,7 @@ class CacheWriter:
         split = splits[0]
         lengths, rank_batches = self._assign_rows(split, range(len(split)))
         own_rows = rank_batches[distributed.rank()][0]
-        batch = collate(split, own_rows, self.pad_id, packed=self.packed).to(distributed.device())
+        batch = collate(split, own_rows, packed=self.packed).to(distributed.device())
         seconds = 0.0
         for _ in range(2):
             distributed.synchronize_ranks()
@@ -253,7 +249,7 @@ class CacheWriter:
         the truncation. A rank without rows runs one token that is not stored, as ZeRO-3 needs all
         ranks.
         """
-        batch = collate(split, rows, self.pad_id, packed=self.packed).to(distributed.device())
+        batch = collate(split, rows, packed=self.packed).to(distributed.device())
         outputs = self.teacher.outputs(batch)
         if self.codec:
             outputs = self._encode(self.codec, outputs, truncation)

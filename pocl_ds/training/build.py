@@ -34,7 +34,13 @@ from pocl_ds.generation.backends import check_backend
 from pocl_ds.generation.subprocess_generator import ALTERNATIVE
 from pocl_ds.losses.fused_head import chunk_sizes
 from pocl_ds.models.heads import supports_packing
-from pocl_ds.models.load import load_model, load_model_config, load_tokenizer, max_positions
+from pocl_ds.models.load import (
+    embedding_rows,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    max_positions,
+)
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
@@ -100,9 +106,6 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
 
     # Load the teacher, then the student.
     teacher = _build_teacher(run, training, splits, vocab, teacher_ds_config)
-    tokenizer = load_tokenizer(
-        training.student_path, trust_remote_code=training.student.trust_remote_code
-    )
     engine = _build_engine(training, vocab)
     student: Any = engine.module
     teacher_models = _online_models(teacher)
@@ -113,9 +116,9 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
         training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
     layout = choose_layout(training.train, sampler, lengths, [student.model, *teacher_models])
-    data = _training_data(training, splits, layout, tokenizer.pad_token_id)
+    data = _training_data(training, splits, layout)
     if training.cross_tokenizer:
-        data.retokenizer = _retokenizer(run, training, teacher_models[0], tokenizer)
+        data.retokenizer = _retokenizer(run, training, teacher_models[0])
     schedule = TrainingSchedule(training.plan, sampler, training.train)
     return Trainer(
         TrainingModels(engine, teacher),
@@ -133,14 +136,11 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
     )
 
 
-def _training_data(
-    training: TrainingRun, splits: _Splits, layout: Layout, pad_id: int
-) -> TrainingData:
+def _training_data(training: TrainingRun, splits: _Splits, layout: Layout) -> TrainingData:
     return TrainingData(
         splits.train,
         training.order,
         splits.validation if len(splits.validation) else None,
-        pad_id,
         layout,
         training.train.micro_batch_size,
         training.train.micro_batch_tokens,
@@ -176,10 +176,13 @@ def _cannot_generate(rows: NDArray[np.int64], position: SamplerPosition) -> Gene
 
 
 def _retokenizer(
-    run: RunDirectory, training: TrainingRun, teacher_model: Any, tokenizer: Any
+    run: RunDirectory, training: TrainingRun, teacher_model: Any
 ) -> TeacherRetokenizer:
     """Adds the teacher's tokens to batches, for a teacher with another tokenizer."""
     assert training.teacher is not None
+    tokenizer = load_tokenizer(
+        training.student_path, trust_remote_code=training.student.trust_remote_code
+    )
     teacher_tokenizer = load_tokenizer(
         training.teacher_paths[0],
         trust_remote_code=training.teacher.trust_remote_code,
@@ -227,7 +230,7 @@ def _memory_demand(
     longest = int(splits.train.total_tokens.max(initial=1))
     micro_batch_tokens = train.micro_batch_tokens or train.micro_batch_size * longest
     config = read_model_config(training.student_path, student)
-    logit_bytes = LOGIT_BYTES * int(config.vocab_size) * micro_batch_tokens
+    logit_bytes = LOGIT_BYTES * embedding_rows(config) * micro_batch_tokens
     teachers = [
         (source, _quantized_weight_bytes(source, training.teacher))
         for source in training.online_teachers
@@ -251,7 +254,7 @@ def _align_vocabularies(training: TrainingRun, *, teacher_is_sharded: bool) -> V
     """Which ids take part in the softmax of both sides."""
     if training.teacher is None:
         config = read_model_config(training.student_path, training.student)
-        return VocabMap(int(config.vocab_size))
+        return VocabMap(embedding_rows(config))
     align = separate_vocabularies if training.cross_tokenizer else align_teacher_vocabularies
     sources = [training.teacher, *training.teacher.ensemble]
     alignment = align(

@@ -23,7 +23,6 @@ class TrainingData:
     train: TokenizedSplit
     order: NDArray[np.int64]
     validation: TokenizedSplit | None
-    pad_id: int
     layout: Layout
     micro_batch_size: int
     micro_batch_tokens: int | None = None  # replaces micro_batch_size
@@ -62,7 +61,7 @@ class TrainingData:
         """Rows of a dataset as tensors on this rank's device. Without rows the batch is one token
         that does not count in the loss.
         """
-        batch = collate(dataset, rows, self.pad_id, packed=self.layout.packed)
+        batch = collate(dataset, rows, packed=self.layout.packed)
         if self.retokenizer:
             batch = self.retokenizer(dataset, batch)
         return batch.to(distributed.device())

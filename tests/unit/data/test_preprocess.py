@@ -231,7 +231,7 @@ def test_manifest_counts_samples_and_tokens(
     assert info["splits"]["train"]["tokens"] == int(
         TokenizedSplit.open(folder, "train").total_tokens.sum()
     )
-    assert (info["pad_id"], info["eos_id"], info["vocabulary"]) == (1, 0, len(TOKENIZER))
+    assert (info["eos_id"], info["vocabulary"]) == (0, len(TOKENIZER))
     assert (
         "tokenizer" in info and "train: 61 samples" in caplog.text and "1 truncated" in caplog.text
     )

@@ -126,11 +126,11 @@ def test_teacher_view_equals_the_teachers_tokenization(
         BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=packed
     )
     rows = [2, 0, 1]
-    batch = retokenizer(split, collate(split, rows, 1, packed=packed))
+    batch = retokenizer(split, collate(split, rows, packed=packed))
     assert batch.teacher_view is not None
     teacher_batch, expected = (
         batch.teacher_view.batch,
-        collate(teacher_split, rows, 0, packed=packed),
+        collate(teacher_split, rows, packed=packed),
     )
     assert (
         teacher_batch.input_ids.tolist() == expected.input_ids.tolist()
@@ -177,7 +177,7 @@ def test_tokens_beyond_the_teachers_limit_have_no_span(
     retokenizer = TeacherRetokenizer(
         BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=longest, packed=False
     )
-    batch = retokenizer(split, collate(split, [3], 1))
+    batch = retokenizer(split, collate(split, [3]))
     assert batch.teacher_view is not None
     student_spans, teacher_spans = (
         batch.teacher_view.student_spans,
@@ -201,7 +201,7 @@ def test_generated_responses_and_empty_batches_are_retokenized(
     generated = GeneratedBatch.from_responses(
         split, np.array([1]), [partial], eos_id=0, max_length=99, allowed=np.ones(400, bool)
     )
-    batch = retokenizer(generated, collate(generated, [0], 1))
+    batch = retokenizer(generated, collate(generated, [0]))
     assert batch.teacher_view is not None
     size = int(teacher_split.prompt_tokens[1])
     assert (
@@ -212,7 +212,7 @@ def test_generated_responses_and_empty_batches_are_retokenized(
         batch.teacher_view.student_spans.tolist() == [0, -1, -1]
         and batch.teacher_view.teacher_spans[0] == 0
     )
-    empty = retokenizer(split, collate(split, [], 1))
+    empty = retokenizer(split, collate(split, []))
     assert (
         empty.teacher_view is not None
         and not len(empty.teacher_view.batch.labels)
@@ -228,7 +228,7 @@ def test_first_token_after_an_empty_prompt_has_no_span(split: TokenizedSplit) ->
         "train": SimpleNamespace(tokens=lambda row: np.empty(0, np.uint32), prompt_tokens=[0])
     }
     batch = TeacherRetokenizer(BYTE_LEVEL, SENTENCE_PIECE, prompts, max_length=None, packed=False)(
-        generated, collate(generated, [0], 1)
+        generated, collate(generated, [0])
     )
     assert batch.teacher_view is not None
     student_spans, teacher_spans = (

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from transformers import LlamaConfig, LlavaConfig
 
 from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models.gguf import find_package_file, models_folder
 from pocl_ds.models.load import (
+    embedding_rows,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -227,12 +229,26 @@ def test_tokenizer_without_eos(tiny_llama: Path, tmp_path: Path) -> None:
         load_tokenizer(folder)
 
 
-def test_tokenizer_without_padding_pads_with_eos(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = copy_and_edit(
-        tiny_llama, tmp_path / "m", "tokenizer_config.json", lambda tree: tree.pop("pad_token")
+def test_a_padding_id_beyond_the_rows_is_ignored(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers could not build the embedding of such a model."""
+    folder = str(
+        copy_and_edit(
+            tiny_llama, tmp_path / "m", "config.json", lambda tree: tree.update(pad_token_id=320)
+        )
     )
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    ids = torch.tensor([[5, 6, 7]])
+    expected = load_model(str(tiny_llama))(ids).logits
+    assert torch.equal(load_model(folder)(ids).logits, expected)
+    assert load_model_config(folder).pad_token_id is None
+    assert "pad_token_id=320 in config.json is beyond the 320 rows" in caplog.text
+
+
+def test_rows_of_a_model_inside_a_multimodal_one() -> None:
+    text = LlamaConfig(vocab_size=77, hidden_size=8, num_attention_heads=2)
+    config = LlavaConfig(text_config=text)
+    assert embedding_rows(config) == 77 and embedding_rows(text) == 77
 
 
 def test_unreadable_files_are_errors(tiny_llama: Path, tmp_path: Path) -> None:
