@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -19,6 +19,8 @@ from pocl_ds.config.base import (
 )
 from pocl_ds.config.generation import GenerationConfig
 from pocl_ds.config.registry import METRICS
+
+RougeTokenizer: TypeAlias = Literal["auto", "rouge_score", "unicode_words", "characters"]
 
 
 class ScoreConfig(Section):
@@ -43,5 +45,12 @@ class ScoreConfig(Section):
         (),
         description="Further difficulty metrics to compute besides ROUGE-L and cross-entropy: "
         "names that a plugin registers with `pocl_ds.plugins.metric`.",
+    )
+    rouge_tokenizer: RougeTokenizer = Field(
+        "auto",
+        description="What ROUGE-L compares, here and in `evaluate`: `rouge_score` (stemmed words "
+        "of a-z and 0-9, as the package rouge-score), `unicode_words` (words of any script that "
+        "writes spaces), `characters` (single letters and digits, for Chinese, Japanese or Thai), "
+        "or `auto` to choose by the letters of the references.",
     )
     shards: Positive = Field(1, description=SHARDS_DESCRIPTION, json_schema_extra=RUNTIME_ONLY)
