@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from pocl_ds.config import PromptConfig, ScoreConfig
 from pocl_ds.curriculum.ranking import tied_fraction
 from pocl_ds.data.conversation import read_sample_file
+from pocl_ds.data.reference_sample import sample_training_references
 from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
-from pocl_ds.difficulty.rank import MAX_TIED_FRACTION
 from pocl_ds.difficulty.shards import (
     discard_other_divisions,
     discard_stale,
@@ -30,10 +30,12 @@ from pocl_ds.difficulty.shards import (
     shard_manifest,
     unfinished_shards,
 )
+from pocl_ds.difficulty.ties import ZeroCounts, count_zeros, tie_warning
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, ProgressCallback, SamplingParams
 from pocl_ds.metrics.rouge import rouge_l_many
+from pocl_ds.metrics.rouge_tokenizer import AUTO, choose_rouge_tokenizer
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import atomic_write
@@ -87,10 +89,10 @@ def score_training_samples(
             f"score.shards={config.shards} is more than the {len(split)} training samples: make "
             "fewer shards"
         )
+    rouge_tokenizer = _choose_tokenizer(run, config)
 
     # Load the student, and score shard by shard.
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, revision=revision)
-    check_tokenizer(run, tokenizer)
     generator = open_generator(
         model_path,
         config.generation,
@@ -102,7 +104,7 @@ def score_training_samples(
         alternative="score.generation.backend=transformers",
     )
     try:
-        scorer = _ShardScorer(run, config, split, generator)
+        scorer = _ShardScorer(run, config, split, rouge_tokenizer, generator)
         total = sum(len(shard_rows(len(split), number, config.shards)) for number in pending)
         with Progress(total, "samples", STEP) as progress:
             for number in pending:
@@ -121,6 +123,15 @@ def _check_shard(shard: int | None, count: int) -> None:
         )
 
 
+def _choose_tokenizer(run: RunDirectory, config: ScoreConfig) -> str:
+    """The tokenizer of ROUGE-L. `auto` depends on the training data alone, so all shards agree."""
+    if config.rouge_tokenizer != AUTO:
+        return config.rouge_tokenizer
+    choice = choose_rouge_tokenizer(sample_training_references(run))
+    log.info("score: ROUGE-L uses the tokenizer %s", choice)
+    return choice.name
+
+
 class _ShardScorer:
     """Scores shards with one generator, and counts ties over all of them."""
 
@@ -129,13 +140,16 @@ class _ShardScorer:
         run: RunDirectory,
         config: ScoreConfig,
         split: TokenizedSplit,
+        rouge_tokenizer: str,
         generator: Generator,
     ) -> None:
         self.run, self.config, self.split = run, config, split
+        self.rouge_tokenizer = rouge_tokenizer
         self.generator = generator
         # Samples whose value another sample of the same shard has too.
         self.num_tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
         self.num_scored = 0
+        self.zeros = ZeroCounts()
 
     def score_shard(self, shard: int, fingerprint: str, progress: Progress) -> None:
         """Write the scores of one shard, then its manifest."""
@@ -146,7 +160,7 @@ class _ShardScorer:
         (self.run.scores / manifest).unlink(missing_ok=True)
         rows = shard_rows(len(self.split), shard, shards)
         start, tokens = time.monotonic(), self.generator.processed_tokens
-        samples = self._samples(rows)
+        samples, self.shard_zeros = self._samples(rows), ZeroCounts()
         metrics: dict[str, list[float]] = {"rouge_l": [], "cross_entropy": []}
         means: dict[str, float] = {}  # of the chunks so far, for the progress line
 
@@ -177,7 +191,10 @@ class _ShardScorer:
             "samples_per_second": round(len(rows) / seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1),
             "tied_fraction": tied_fractions,
+            "rouge_tokenizer": self.rouge_tokenizer,
+            "rouge_l_zeros": self.shard_zeros.to_info(),
         }
+        self.zeros += self.shard_zeros
         self.num_scored += len(rows)
         for name, fraction in tied_fractions.items():
             self.num_tied[name] += fraction * len(rows)
@@ -205,7 +222,8 @@ class _ShardScorer:
         responses, log_probs = self._run_model(rows, report)
         ids = [sample_id for sample_id, _ in samples]
         references = [texts for _, texts in samples]
-        rouge = rouge_l_many(responses, references).tolist()
+        rouge = rouge_l_many(responses, references, rouge_tokenizer=self.rouge_tokenizer).tolist()
+        self.shard_zeros += count_zeros(rouge, responses, references, self.rouge_tokenizer)
         plugin_metrics = {
             name: _metric_values(name, ids, responses, references, log_probs)
             for name in self.config.metrics
@@ -275,15 +293,15 @@ class _ShardScorer:
     def warn_about_ties(self) -> None:
         """Warn about a metric if so many values within shards tie that its ranks mean little."""
         for name, num_tied in self.num_tied.items():
-            fraction = num_tied / self.num_scored
-            if fraction > MAX_TIED_FRACTION:
-                log.warning(
-                    "score: %.0f%% of the values of %s are tied, so its ranks mean little: heal "
-                    "the student longer (student.heal_steps) or rank by the other metric "
-                    "(ranking.strategy)",
-                    100 * fraction,
-                    name,
-                )
+            message = tie_warning(
+                name,
+                num_tied / self.num_scored,
+                self.num_scored,
+                self.zeros,
+                self.rouge_tokenizer,
+            )
+            if message:
+                log.warning("score: %s", message)
 
 
 def _metric_values(

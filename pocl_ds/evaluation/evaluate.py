@@ -31,7 +31,7 @@ from pocl_ds.evaluation.benchmarks import (
     count_seen_in_training,
     external_benchmarks,
 )
-from pocl_ds.evaluation.evaluated_models import TEACHER, model_identity
+from pocl_ds.evaluation.evaluated_models import model_identity
 from pocl_ds.evaluation.held_out_loss import HELD_OUT_LOSS
 from pocl_ds.evaluation.judge import summarize_verdicts
 from pocl_ds.generation.backends import open_generator
@@ -84,7 +84,6 @@ def generate_answers(
     """
     check_benchmark_names(config.benchmarks)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    check_tokenizer(run, tokenizer, owner="teacher" if model == TEACHER else "student")
     samples = {name: benchmark_samples(run, config, name) for name in config.benchmarks}
 
     # Find the files of this shard that are missing or were generated differently.

@@ -63,8 +63,6 @@ def generate_teacher_responses(
     student_tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
     )
-    check_tokenizer(run, teacher_tokenizer, owner="teacher")
-    check_tokenizer(run, student_tokenizer)
 
     # Generate the responses, and tokenize them for the student.
     generator = open_generator(
