@@ -103,6 +103,18 @@ def tiny_opt(models_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_longrope(models_folder: Path) -> Path:
+    """Folder of a tiny Phi-3 with LongRoPE, whose original context is 64 tokens."""
+    return tiny_models.longrope(models_folder / "longrope")
+
+
+@pytest.fixture(scope="session")
+def tiny_dynamic_ntk(models_folder: Path) -> Path:
+    """Folder of a tiny LLaMA with dynamic NTK scaling from 64 tokens on."""
+    return tiny_models.dynamic_ntk(models_folder / "dynamic-ntk")
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real data and tokenizers: POCL_TEST_DATA, or `shared/data` next to the checkout."""
     named = os.environ.get("POCL_TEST_DATA")

@@ -231,6 +231,50 @@ def opt(
     )
 
 
+def longrope(folder: Path) -> Path:
+    """Phi-3 with LongRoPE: other frequencies for sequences of more than 64 tokens."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 16,
+        "long_factor": [1.0 + index / 2 for index in range(16)],
+        "original_max_position_embeddings": 64,
+    }
+    decoder = {name: value for name, value in _DECODER.items() if name != "initializer_range"}
+    return _save(
+        folder,
+        Phi3ForCausalLM,
+        Phi3Config,
+        0,
+        None,
+        chat=True,
+        **decoder,
+        num_hidden_layers=2,
+        original_max_position_embeddings=64,
+        rope_parameters=rope,
+    )
+
+
+def dynamic_ntk(folder: Path) -> Path:
+    """LLaMA with dynamic NTK scaling: own frequencies for each length of more than 64 tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    decoder = {name: value for name, value in _DECODER.items() if name != "initializer_range"}
+    return _save(
+        folder,
+        LlamaForCausalLM,
+        LlamaConfig,
+        0,
+        None,
+        chat=True,
+        **{**decoder, "max_position_embeddings": 64},
+        num_hidden_layers=2,
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+    )
+
+
 def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
     """A model of `FAMILIES` with random biases and norms: zeros and ones would hide mistakes."""
     import torch

@@ -21,6 +21,7 @@ from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.compat.transformers_private import attn_implementation, is_quantized
 from pocl_ds.errors import ModelError
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, PackedSamples
+from pocl_ds.models.rope import frequencies_by_sample
 
 # The factor of each family's logits. OPT's projection and the final norm of every family belong to
 # the backbone. A test compares every family with its model's own logits.
@@ -112,7 +113,7 @@ def hidden_states(
     """Last hidden states [B, T, D] after the final norm, without logits and without a cache.
 
     Row t predicts token t + 1. The backbone runs through its own forward, so that ZeRO-3's hooks
-    fire.
+    fire. A sample's states do not depend on the length of its batch mates (see `models.rope`).
 
     Args:
         input_ids, attention_mask: [B, T], padded on the right.
@@ -124,7 +125,10 @@ def hidden_states(
     if lengths is not None:
         packed = {"position_ids": position_ids, "samples": PackedSamples(lengths, input_ids.device)}
     module = model.base_model if split else model
-    output = module(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed)
+    with frequencies_by_sample(model, attention_mask, lengths):
+        output = module(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
+        )
     return output.last_hidden_state if split else output.logits
 
 

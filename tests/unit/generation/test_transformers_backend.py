@@ -77,7 +77,7 @@ def test_a_response_depends_on_its_own_seed_only(tiny_llama: Path) -> None:
 def test_noise_draws_from_the_distribution() -> None:
     """20,000 draws of three outcomes: frequencies within four standard errors."""
     probabilities = torch.tensor([0.6, 0.3, 0.1])
-    noise = _GumbelNoise([3], torch.device("cpu"))
+    noise = _GumbelNoise([torch.Generator().manual_seed(3)])
     draws = torch.cat(
         [noise(torch.empty(0), probabilities.log()[None]).argmax(-1) for _ in range(20_000)]
     )
@@ -89,7 +89,7 @@ def test_noise_draws_from_the_distribution() -> None:
 
 
 def test_a_masked_token_is_never_drawn() -> None:
-    noise = _GumbelNoise([0], torch.device("cpu"))
+    noise = _GumbelNoise([torch.Generator().manual_seed(0)])
     scores = torch.tensor([[0.0, -torch.inf]])
     assert all(int(noise(torch.empty(0), scores).argmax()) == 0 for _ in range(200))
 
