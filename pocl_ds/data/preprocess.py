@@ -73,13 +73,15 @@ def preprocess(
     ):
         return manifest
     start = time.monotonic()
-    options = {"special_tokens_in_text": data.special_tokens_in_text}
-    student = SampleTokenizer(tokenizer, prompt, **options)
+    policy = data.special_tokens_in_text
+    student = SampleTokenizer(tokenizer, prompt, special_tokens_in_text=policy)
     teacher = None
     if teacher_tokenizer is not None:
         # The teacher gets every sample that the student gets.
         teacher_prompt = (teacher_prompt or prompt).model_copy(update={"overlong": "truncate_text"})
-        teacher = SampleTokenizer(teacher_tokenizer, teacher_prompt, keep_all=True, **options)
+        teacher = SampleTokenizer(
+            teacher_tokenizer, teacher_prompt, special_tokens_in_text=policy, keep_all=True
+        )
     invalid = InvalidSamples(data.on_invalid)
     num_workers = data.num_workers or default_num_workers()
 
@@ -156,12 +158,12 @@ def _decontaminate(
     """The rows without near-duplicates on the side that data.decontaminate names, and how many
     were removed.
     """
-    duplicates = {
+    by_mode: dict[str, dict[str, NDArray[np.int64] | None]] = {
         "train": {"train": overlap.training_rows},
         "test": {split: overlap.items[split].near_duplicates for split in HELD_OUT},
-    }.get(mode, {})
+    }
     removed = {}
-    for split, places in duplicates.items():
+    for split, places in by_mode.get(mode, {}).items():
         if places is not None and len(places):
             rows = {**rows, split: np.delete(rows[split], places)}
             removed[split] = len(places)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.config.data import SourceConfig
 from pocl_ds.data.conversation import Sample
 from pocl_ds.data.records import OnInvalid, RecordCounts, samples_from_records
 from pocl_ds.errors import DataError
@@ -34,17 +35,7 @@ def read_samples(
 
     Arguments: see `samples_from_records`. Raises DataError, which names file, line and remedy.
     """
-    path = Path(os.path.expanduser(source))
-    suffixes = ", ".join(FILE_SUFFIXES)
-    if os.path.isdir(path):
-        raise DataError(f"data file {source} is a folder: name a {suffixes} file in it")
-    if path.suffix in FILE_SUFFIXES:
-        records = _file_records(path)
-    elif (exists := os.path.exists(path)) or source.startswith(("/", ".", "~")):
-        problem = "has an unknown file type" if exists else "does not exist"
-        raise DataError(f"data file {source} {problem}: give a {suffixes} file or a Hub name")
-    else:
-        records = _hub_records(source, hub_subset, hub_split, hub_revision)
+    records = _source_records(source, hub_subset, hub_split, hub_revision)
     yield from samples_from_records(
         records,
         source,
@@ -57,6 +48,29 @@ def read_samples(
         on_invalid=on_invalid,
         counts=counts,
     )
+
+
+def read_source_records(
+    source: SourceConfig, *, streaming: bool = False, setting: str = "data"
+) -> Iterator[tuple[str, Any]]:
+    """The (place, record) pairs of one source. Raises DataError."""
+    for name in [source.source] if isinstance(source.source, str) else source.source:
+        yield from _source_records(name, source.hub_subset, source.hub_split, source.hub_revision)
+
+
+def _source_records(
+    source: str, hub_subset: str | None, hub_split: str, hub_revision: str | None
+) -> Iterator[tuple[str, Any]]:
+    path = Path(os.path.expanduser(source))
+    suffixes = ", ".join(FILE_SUFFIXES)
+    if os.path.isdir(path):
+        raise DataError(f"data file {source} is a folder: name a {suffixes} file in it")
+    if path.suffix in FILE_SUFFIXES:
+        return _file_records(path)
+    if (exists := os.path.exists(path)) or source.startswith(("/", ".", "~")):
+        problem = "has an unknown file type" if exists else "does not exist"
+        raise DataError(f"data file {source} {problem}: give a {suffixes} file or a Hub name")
+    return _hub_records(source, hub_subset, hub_split, hub_revision)
 
 
 def _file_records(path: Path) -> Iterator[tuple[str, Any]]:

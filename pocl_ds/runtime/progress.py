@@ -29,7 +29,7 @@ class Progress:
             progress.advance(64, rouge=0.1)
 
     Args:
-        total: number of units, for example of samples.
+        total: number of units, for example of samples; None if it is unknown.
         unit: name of the units in the plural.
         label: name of the work, for example the workflow step.
         done: units that were finished before, for example in an earlier attempt.
@@ -39,7 +39,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         unit: str,
         label: str,
         *,
@@ -93,11 +93,13 @@ class Progress:
     def line(self) -> str:
         """The state as one line: `score  64/256 samples  12.00 samples/s  ETA 16 s  rouge 0.1`."""
         rate = self.rate
-        seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
         metrics = "".join(f"  {name} {format_value(value)}" for name, value in self.metrics.items())
         speed = f"{rate:.2f} {self.unit}/s"
         if 0 < rate < 0.1:
             speed = f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}"
+        if self.total is None:
+            return f"{self.label}  {self.done} {self.unit}  {speed}{metrics}"
+        seconds_left = (self.total - self.done) / rate if rate > 0 else float("inf")
         return (
             f"{self.label}  {self.done}/{self.total} {self.unit}  {speed}  "
             f"ETA {format_duration(seconds_left)}{metrics}"
@@ -135,7 +137,7 @@ class _Bar:
         self.task = task
 
     @classmethod
-    def open(cls, label: str, total: int) -> _Bar | None:
+    def open(cls, label: str, total: int | None) -> _Bar | None:
         """A new bar; None if stderr is not a terminal, or cannot be redrawn."""
         if not sys.stderr.isatty():
             return None
