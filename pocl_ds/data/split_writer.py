@@ -187,7 +187,7 @@ def save_split(
             np.uint32
         ),
         loss_mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
-        truncated=0,
+        truncated=np.zeros(len(ids), np.bool_),
         dropped=0,
         events={},
     )

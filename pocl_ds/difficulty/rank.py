@@ -18,14 +18,14 @@ from pocl_ds.config import RankingConfig
 from pocl_ds.config.registry import METRICS
 from pocl_ds.curriculum.ranking import id_as_text, random_order, rank_by_difficulty, tied_fraction
 from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.difficulty.ties import ZeroCounts, tie_warning
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.files import atomic_write, save_array
-from pocl_ds.workflow.manifest import Manifest, finished_manifest, write_manifest
+from pocl_ds.workflow.manifest import Manifest, finished_manifest, read_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
-MAX_TIED_FRACTION = 1 / 3  # of a metric's values; above it, the metric's ranks mean little
 LINES_PER_CHUNK = 100_000  # of a score file, joined together
 
 
@@ -57,7 +57,10 @@ def write_ranking(
         "rouge_l": tied_fraction(rouge_l),
         "cross_entropy": tied_fraction(cross_entropy),
     }
-    _warn_about_ties(tied_fractions)
+    rouge_tokenizer, zeros = _read_score_info(run)
+    for name, fraction in tied_fractions.items():
+        if message := tie_warning(name, fraction, len(split), zeros, rouge_tokenizer):
+            log.warning("rank: %s", message)
 
     ranking = rank_by_difficulty(
         rouge_l,
@@ -81,6 +84,7 @@ def write_ranking(
         "strategy": config.strategy,
         "reverse": config.reverse,
         "tied_fraction": tied_fractions,
+        "rouge_tokenizer": rouge_tokenizer,
         "mean_rouge_l": float(rouge_l.mean()),
         "mean_cross_entropy": float(cross_entropy.mean()),
     }
@@ -89,16 +93,6 @@ def write_ranking(
     log.info(message, len(split), config.strategy, *means)
     info["seconds"] = time.monotonic() - start
     return _write_files(run, ranking.order, split, columns, info, fingerprint)
-
-
-def _warn_about_ties(tied_fractions: dict[str, float]) -> None:
-    for metric, fraction in tied_fractions.items():
-        if fraction > MAX_TIED_FRACTION:
-            log.warning(
-                "%s is degenerate: %.0f%% of its values are tied, so its ranks mean little",
-                metric,
-                100 * fraction,
-            )
 
 
 def _write_files(
@@ -151,6 +145,17 @@ def _join_scores(
             "`pocl score`"
         )
     return columns
+
+
+def _read_score_info(run: RunDirectory) -> tuple[str, ZeroCounts]:
+    """The tokenizer of ROUGE-L, and why values are 0, from the manifests of the scores."""
+    rouge_tokenizer, zeros = "", ZeroCounts()
+    for path in _complete_shards(run.scores):
+        manifest = read_manifest(run.scores, f"{path.name}.manifest.json")
+        assert manifest is not None  # of a complete shard
+        rouge_tokenizer = manifest.info["rouge_tokenizer"]
+        zeros += ZeroCounts.from_info(manifest.info)
+    return rouge_tokenizer, zeros
 
 
 def _complete_shards(scores: Path) -> list[Path]:

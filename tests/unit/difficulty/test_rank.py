@@ -18,7 +18,8 @@ from pocl_ds.config import RankingConfig, registry
 from pocl_ds.curriculum.ranking import DifficultyRanking, rank_by_difficulty
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.difficulty import rank as rank_step
-from pocl_ds.difficulty.rank import MAX_TIED_FRACTION, write_ranking
+from pocl_ds.difficulty.rank import write_ranking
+from pocl_ds.difficulty.ties import MAX_TIED_FRACTION, ZeroCounts
 from pocl_ds.errors import ArtifactError, DataError
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -37,7 +38,14 @@ def write_split(run: RunDirectory, ids: list[str]) -> None:
 
 
 def write_shard(
-    run: RunDirectory, rows: list[Row], shard: int, shards: int, *, finished: bool = True
+    run: RunDirectory,
+    rows: list[Row],
+    shard: int,
+    shards: int,
+    *,
+    finished: bool = True,
+    zeros: ZeroCounts = ZeroCounts(),
+    rouge_tokenizer: str = "rouge_score",
 ) -> Path:
     run.scores.mkdir(exist_ok=True)
     path = run.scores / f"shard-{shard:05d}-of-{shards:05d}.jsonl"
@@ -49,7 +57,14 @@ def write_shard(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
     )
     if finished:
-        write_manifest(run.scores, "score", "f", files=[path], name=path.name + ".manifest.json")
+        write_manifest(
+            run.scores,
+            "score",
+            "f",
+            files=[path],
+            name=path.name + ".manifest.json",
+            info={"rouge_tokenizer": rouge_tokenizer, "rouge_l_zeros": zeros.to_info()},
+        )
     return path
 
 
@@ -150,6 +165,7 @@ def test_warning_names_a_degenerate_metric(
         [(name, 0.0 if i % 2 else i / 1000, entropy) for i, (name, _, entropy) in enumerate(rows)],
         0,
         1,
+        zeros=ZeroCounts(no_overlap=30),
     )
     manifest = _rank(run)
     assert 0 <= manifest.info["seconds"] < 60
@@ -160,7 +176,24 @@ def test_warning_names_a_degenerate_metric(
     warnings = [
         record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
     ]
-    assert len(warnings) == 1 and "rouge_l is degenerate" in warnings[0]
+    assert warnings == [
+        "rank: 50% of the values of rouge_l are tied, so its ranks mean little: the student's "
+        "responses to 30 of 60 samples share nothing with the references: heal the student longer "
+        "(student.heal_steps), or rank by another metric (ranking.strategy)"
+    ]
+
+
+def test_ties_from_a_tokenizer_that_sees_no_reference_name_it(
+    run: RunDirectory, rows: list[Row], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counts of all shards are added."""
+    unseen = [(name, 0.0, entropy) for name, _, entropy in rows]
+    for shard in range(2):
+        zeros = ZeroCounts(unseen_references=30)
+        write_shard(run, unseen[shard::2], shard, 2, zeros=zeros)
+    assert _rank(run).info["rouge_tokenizer"] == "rouge_score"
+    assert "the references of 60 of 60 samples have no letter a-z" in caplog.text
+    assert "heal" not in caplog.text
 
 
 def test_a_third_of_ties_gives_no_warning(
@@ -174,7 +207,7 @@ def test_a_third_of_ties_gives_no_warning(
     )
     assert (
         _rank(run).info["tied_fraction"]["rouge_l"] == MAX_TIED_FRACTION
-        and "degenerate" not in caplog.text
+        and "tied" not in caplog.text
     )
 
 
