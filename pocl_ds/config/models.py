@@ -168,8 +168,8 @@ class StudentConfig(ModelConfig):
     )
     dropout: Fraction | None = Field(
         None,
-        description="Dropout probability of every dropout layer in training; `null` keeps the "
-        "model's own values.",
+        description="Dropout probability of every dropout layer in training, which also turns "
+        "layer dropping (`layerdrop`) off; `null` keeps the model's own values.",
     )
     activation_checkpointing: bool = Field(
         False,

@@ -55,6 +55,7 @@ LOAD_ERRORS = (
     pickle.UnpicklingError,
 )
 Source = TypeVar("Source", bound=ModelSource)
+LAYER_DROPPING = "layerdrop"  # how names of a configuration end: `layerdrop`, `decoder_layerdrop`
 CUSTOM_CODE_MESSAGE = "contains custom code"  # in the error of transformers
 
 
@@ -205,7 +206,8 @@ def load_model(
         dtype: name of a torch dtype, or `auto` (see `resolve_dtype`).
         attention: implementation; None is sdpa, or eager for a family without sdpa and for a model
             that caps its attention scores (Gemma 2), which sdpa would ignore.
-        dropout: set every dropout rate of the configuration; None keeps them.
+        dropout: set every dropout rate of the configuration, and skip no layers in training; None
+            keeps the configuration.
         quantization: the recipe's teacher.quantization; a quantized model is loaded directly
             onto this rank's device.
 
@@ -251,12 +253,41 @@ def load_model(
 
 def set_dropout(config: Any, dropout: float) -> None:
     """Set every dropout rate of a configuration (`attention_dropout`, `resid_pdrop`, ...), in
-    place.
+    place, and turn layer dropping off.
     """
-    for name, value in config.to_dict().items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and name.endswith(("dropout", "pdrop")):
-            setattr(config, name, dropout)
+    for section in (config, config.get_text_config(decoder=True)):
+        for name in _numbers(section):
+            if name.endswith(("dropout", "pdrop")):
+                setattr(section, name, dropout)
+            elif name.endswith(LAYER_DROPPING):
+                setattr(section, name, 0.0)
+
+
+def check_layer_dropping(path: str, config: Any, dropout: float | None) -> None:
+    """Raise ModelError if a student would skip whole layers at random in training: ranks that skip
+    different ones wait for each other under ZeRO-3.
+
+    dropout: student.dropout; a number turns layer dropping off.
+    """
+    if dropout is not None:
+        return
+    for section in (config, config.get_text_config(decoder=True)):
+        for name, value in _numbers(section).items():
+            if value and name.endswith(LAYER_DROPPING):
+                raise ModelError(
+                    f"{path} has {name}={value:g} in its config.json, so training would skip whole "
+                    "layers at random, different ones on each rank: set student.dropout (0 for "
+                    "none), which turns layer dropping off"
+                )
+
+
+def _numbers(config: Any) -> dict[str, float]:
+    """The fields of a configuration that are numbers."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def embedding_rows(config: Any) -> int:

@@ -18,7 +18,12 @@ from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import ModelError
 from pocl_ds.models.attention import check_attention
 from pocl_ds.models.heads import check_family
-from pocl_ds.models.load import load_tokenizer, max_positions, resolve_pinned_model
+from pocl_ds.models.load import (
+    check_layer_dropping,
+    load_tokenizer,
+    max_positions,
+    resolve_pinned_model,
+)
 from pocl_ds.models.lora import check_adapters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_quantized_teacher, check_student_is_not_quantized
@@ -103,6 +108,7 @@ def _check_models(
     """Check quantization, heads, attention and positions. Only configurations are read."""
     student_config = read_model_config(student_path, student)
     check_student_is_not_quantized(student, student_config)
+    check_layer_dropping(student_path, student_config, student.dropout)
     all_configs: dict[str, Any] = {student_path: student_config}
     # The attention and configuration of every model that runs in training.
     trained: list[tuple[str, Any]] = [(student.attn_implementation, student_config)]

@@ -21,6 +21,7 @@ from pocl_ds.config import ModelConfig
 from pocl_ds.errors import ModelError
 from pocl_ds.models.gguf import find_package_file, models_folder
 from pocl_ds.models.load import (
+    check_layer_dropping,
     embedding_rows,
     load_model,
     load_model_config,
@@ -304,6 +305,22 @@ def test_dropout_reaches_every_rate(tiny_gpt2: Path, tiny_opt: Path) -> None:
     assert not torch.equal(unchanged(ids).logits, unchanged(ids).logits)
     config = load_model(str(tiny_opt), dropout=0.25).config
     assert (config.dropout, config.attention_dropout) == (0.25, 0.25)
+
+
+def test_layer_dropping_is_turned_off_or_refused(tiny_opt: Path, tmp_path: Path) -> None:
+    """Ranks that skip different layers wait for each other under ZeRO-3."""
+    folder = copy_and_edit(
+        tiny_opt, tmp_path / "m", "config.json", lambda tree: tree.update(layerdrop=0.9)
+    )
+    ids = torch.arange(3, 20)[None]
+    student = load_model(folder, dropout=0.0).train()
+    assert student.config.layerdrop == 0
+    assert torch.equal(student(ids).logits, load_model(str(tiny_opt))(ids).logits)
+    config = load_model_config(folder)
+    check_layer_dropping(folder, config, 0.1)
+    check_layer_dropping(str(tiny_opt), load_model_config(str(tiny_opt)), None)
+    with pytest.raises(ModelError, match=r"has layerdrop=0.9 in its config.json.* student.dropout"):
+        check_layer_dropping(folder, config, None)
 
 
 def test_dtype_and_positions(tiny_gpt2: Path, tiny_opt: Path) -> None:
