@@ -180,7 +180,7 @@ class SourceReader:
             return extract_documentation_samples(data.documentation)
         return samples_from_records(
             read_source_records(source, streaming=data.streaming, setting=setting),
-            source.label,
+            source.source if isinstance(source.source, str) else source.label,
             source.format,
             {str(field): name for field, name in source.fields.items()},
             setting="data.fields" if setting == "data" else f"{setting}.fields",

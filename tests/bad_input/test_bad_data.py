@@ -30,15 +30,13 @@ VALID_LINES = lines(RECORDS)
 BROKEN_LINES = VALID_LINES.splitlines(keepends=True)
 BROKEN_LINES[6] = '{"instruction": "Say 6.", "output": \n'
 FORMAT_HINT = (
-    "it needs messages, or instruction and output, or prompt and output; map other names with "
-    "data.fields, as in "
-    "data.fields.output=answer"
+    "it needs messages, or instruction and output, or prompt and output, or text; map other names "
+    "with data.fields, as in data.fields.output=answer"
 )
 NOT_UTF8 = "data file FILE is not UTF-8 (invalid start byte): convert it"
 NO_TRAINING_SAMPLES = (
     "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, "
-    "prompt.overlong): change "
-    "these or give more data"
+    "data.decontaminate, prompt.overlong): change these or give more data"
 )
 
 SKIP_HINT = "; data.on_invalid=skip leaves out every such record"
@@ -71,7 +69,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         json.dumps(RECORDS),
         (),
-        "FILE line 1: a record must be an object with named fields, found list",
+        "FILE line 1: a record must be an object with named fields, found list" + SKIP_HINT,
     ),
     "lines in .json": (
         "json",
@@ -113,8 +111,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         lines([{"instruction": "a", "output": " "}]),
         (),
-        "FILE line 1: output must be text or a list of texts, none empty: fix or remove it"
-        + SKIP_HINT,
+        "FILE line 1: field 'output' is empty: fix or remove the record" + SKIP_HINT,
     ),
     "a list as instruction": (
         "jsonl",
@@ -127,27 +124,43 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         lines([{"id": "x", **record} for record in RECORDS]),
         (),
-        "FILE line 2: id 'x' also occurs at FILE line 1: make ids unique, or leave them out",
+        "FILE line 2: id 'x' also occurs at FILE line 1: make ids unique, or set "
+        "data.duplicate_ids=suffix to number them or data.fields.id=null to ignore them"
+        + SKIP_HINT,
     ),
     "unknown names": (
         "jsonl",
         lines([{"a\nb": 1, "c\x1b[2J": 2}]),
         (),
-        f"FILE line 1: no known record format (fields: a b, c\\x1b[2J): {FORMAT_HINT}",
+        f"FILE line 1: no known record format (fields: a b, c\\x1b[2J): {FORMAT_HINT}{SKIP_HINT}",
     ),
     "many names": (
         "jsonl",
         lines([{f"k{i}": 1 for i in range(500)}]),
         (),
         f"FILE line 1: no known record format (fields: {', '.join(f'k{i}' for i in range(20))} "
-        f"and 480 more): {FORMAT_HINT}",
+        f"and 480 more): {FORMAT_HINT}{SKIP_HINT}",
     ),
     "a mapped name that is not there": (
         "jsonl",
         VALID_LINES,
         ("data.fields.output=ans",),
         "FILE line 1: there is no field 'ans', which data.fields.output names (fields: "
-        "instruction, output): correct data.fields",
+        "instruction, output): correct data.fields, or fix or remove the record" + SKIP_HINT,
+    ),
+    "a mapped name of an optional field that is not there": (
+        "jsonl",
+        VALID_LINES,
+        ("data.fields.input=ctx",),
+        "FILE: no record has the field 'ctx', which data.fields.input names (fields: instruction, "
+        "output): correct data.fields",
+    ),
+    "an unknown role": (
+        "jsonl",
+        lines([{"messages": [{"role": "narrator", "content": "a"}]}]),
+        (),
+        "FILE line 1: turn 1 of messages has the unknown role 'narrator': map it to one of system, "
+        "developer, user, assistant, tool with data.roles" + SKIP_HINT,
     ),
     "all too long": (
         "jsonl",
