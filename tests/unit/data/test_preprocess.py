@@ -4,16 +4,20 @@ remains.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 
 from pocl_ds.config import DataConfig, PromptConfig
-from pocl_ds.data import preprocess
+from pocl_ds.data import preprocess, read_sources, tokenize_splits
 from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import DataError
@@ -42,7 +46,10 @@ def preprocess_file(
     run = RunDirectory(folder)
     preprocess.preprocess(run, DataConfig(source=source, **options), prompt, TOKENIZER, "f" * 64)
     return {
-        split: list(read_sample_file(run.data / f"{split}.jsonl")) for split in preprocess.SPLITS
+        split: [
+            replace(sample, place="") for sample in read_sample_file(run.data / f"{split}.jsonl")
+        ]
+        for split in preprocess.SPLITS
     }
 
 
@@ -76,6 +83,107 @@ def test_more_data_moves_no_sample_to_another_split(tmp_path: Path) -> None:
     many = preprocess_file(tmp_path / "b", write_jsonl(tmp_path / "b.jsonl", records(400)))
     for split in preprocess.SPLITS:
         assert {s.id for s in few[split]} <= {s.id for s in many[split]}
+
+
+def prompt_tokens(folder: Path, split: str) -> set[bytes]:
+    """The prompts of a split, as token ids."""
+    tokens = TokenizedSplit.open(folder, split)
+    return {
+        tokens.tokens(row)[: int(tokens.prompt_tokens[row])].tobytes() for row in range(len(tokens))
+    }
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize("form", ["composed", "decomposed"])
+def test_prompts_that_render_alike_are_in_one_split(
+    tmp_path: Path, template: str, form: str
+) -> None:
+    """The input may stand in the instruction, and accents may be characters of their own."""
+    separator = "\n\n" if template == "chat" else "\n"
+    rows = []
+    for n in range(60):
+        question, text = f"Résumez le texte {n}.", f"Voilà le texte numéro {n}."
+        merged = question + separator + text
+        if form == "decomposed":
+            merged = unicodedata.normalize("NFD", merged)
+        rows.append({"instruction": question, "input": text, "output": f"Bref {n}."})
+        rows.append({"instruction": merged, "output": f"Encore plus bref {n}."})
+    run = RunDirectory(tmp_path / "run")
+    preprocess.preprocess(
+        run,
+        DataConfig(
+            source=write_jsonl(tmp_path / "all.jsonl", rows),
+            validation_fraction=0.2,
+            test_fraction=0.3,
+        ),
+        PromptConfig(template=template, max_prompt_tokens=128, max_length=256),
+        tiny_models.make_tokenizer(chat=True),
+        "f" * 64,
+    )
+    questions = {
+        split: {
+            unicodedata.normalize("NFC", sample.instruction).split("\n")[0]
+            for sample in read_sample_file(run.data / f"{split}.jsonl")
+        }
+        for split in preprocess.SPLITS
+    }
+    assert all(questions.values()) and len(set().union(*questions.values())) == 60
+    for one, other in itertools.combinations(preprocess.SPLITS, 2):
+        assert not questions[one] & questions[other]
+        assert not prompt_tokens(run.data, one) & prompt_tokens(run.data, other)
+
+
+def test_a_conversation_that_begins_with_a_test_prompt_is_not_in_training(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Say 3."},
+        {"role": "assistant", "content": "It is 3."},
+        {"role": "user", "content": "And twice?"},
+        {"role": "assistant", "content": "It is 6."},
+    ]
+    other = [{**turns[0], "content": "Say 4."}, *turns[1:]]
+    run = RunDirectory(tmp_path / "run")
+    preprocess.preprocess(
+        run,
+        DataConfig(
+            source=write_jsonl(tmp_path / "all.jsonl", [{"messages": turns}, {"messages": other}]),
+            test=write_jsonl(tmp_path / "t.jsonl", [{"instruction": "Say 3.", "output": "3"}]),
+            validation_fraction=0,
+        ),
+        PromptConfig(template="chat", max_prompt_tokens=128, max_length=256),
+        tiny_models.make_tokenizer(chat=True),
+        "f" * 64,
+    )
+    (sample,) = read_sample_file(run.data / "train.jsonl")
+    assert sample.messages[0].content == "Say 4."
+
+
+def test_prompts_that_become_equal_by_cutting_are_counted_and_not_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A long input is cut at its end, so that inputs with one beginning become one prompt."""
+    rows = [
+        {"instruction": "Sum up.", "input": "word " * 60 + f"end {n}", "output": f"sum {n}"}
+        for n in range(40)
+    ]
+    run = RunDirectory(tmp_path / "run")
+    manifest = preprocess.preprocess(
+        run,
+        DataConfig(
+            source=write_jsonl(tmp_path / "all.jsonl", [*rows, *records(20)]),
+            validation_fraction=0,
+            test_fraction=0.3,
+            decontaminate="none",
+        ),
+        PromptConfig(template="plain", max_prompt_tokens=64, max_length=128),
+        TOKENIZER,
+        "f" * 64,
+    )
+    cut = manifest.info["splits"]["test"]["events"]["same_prompt_when_cut"]
+    left_out = manifest.info["splits"]["train"]["events"]["prompt_in_held_out"]
+    assert cut > 2 and left_out == 40 - cut
+    assert f"test: {cut} of " in caplog.text
+    assert "have, after cutting, the same prompt as another sample" in caplog.text
+    assert not prompt_tokens(run.data, "train") & prompt_tokens(run.data, "test")
 
 
 def test_equal_prompts_are_in_one_split(tmp_path: Path) -> None:
@@ -120,7 +228,7 @@ def test_test_and_validation_share_no_prompt(
     )
     splits = preprocess_file(tmp_path / "a", source, test=test_file, validation_fraction=0.3)
     prompts = {
-        split: {sample.prompt_key for sample in samples} for split, samples in splits.items()
+        split: {sample.instruction for sample in samples} for split, samples in splits.items()
     }
     assert len(prompts["test"]) == 100 and len(prompts["train"]) + len(prompts["validation"]) == 200
     assert (
@@ -129,11 +237,11 @@ def test_test_and_validation_share_no_prompt(
     )
     assert len(prompts["validation"]) > 20
     assert (
-        "24 validation samples have the prompt of a test sample: left out of validation"
+        "34 validation samples have the prompt of a test sample: left out of validation"
         in caplog.text
     )
     assert (
-        "76 training samples have the prompt of a validation or test sample: left out of training"
+        "66 training samples have the prompt of a validation or test sample: left out of training"
         in caplog.text
     )
     splits = preprocess_file(
@@ -205,11 +313,11 @@ def test_references_in_training_are_counted(
 
 def test_limit_selects_across_the_split(tmp_path: Path) -> None:
     """The samples of a limited split have hashes all over the range of the split."""
-    splits = preprocess_file(
+    preprocess_file(
         tmp_path / "run", write_jsonl(tmp_path / "all.jsonl", records(2000)), max_train_samples=100
     )
-    places = sorted(int(sample.prompt_key[:8], 16) / 2**32 for sample in splits["train"])
-    assert places[0] < 0.2 and places[-1] > 0.9
+    places = np.sort(np.load(tmp_path / "run" / "data" / "train.prompt_keys.npy") / 2**64)
+    assert len(places) == 100 and places[0] < 0.2 and places[-1] > 0.9
 
 
 def test_manifest_counts_samples_and_tokens(
@@ -227,7 +335,9 @@ def test_manifest_counts_samples_and_tokens(
         and not damaged_files(folder, manifest)
     )
     info = manifest.info
-    assert info["splits"]["train"]["samples"] == 61 and info["splits"]["train"]["truncated"] == 1
+    train = info["splits"]["train"]
+    assert train["samples"] == 61 and train["truncated"] == 1
+    assert train["events"] == {"response_truncated": 1}
     assert info["splits"]["train"]["tokens"] == int(
         TokenizedSplit.open(folder, "train").total_tokens.sum()
     )
@@ -241,7 +351,14 @@ def test_manifest_counts_samples_and_tokens(
             *(
                 f"{split}.{part}"
                 for split in preprocess.SPLITS
-                for part in ("jsonl", "tokens.bin", "index.npy", "ids.npy")
+                for part in (
+                    "jsonl",
+                    "tokens.bin",
+                    "loss_mask.bin",
+                    "index.npy",
+                    "ids.npy",
+                    "prompt_keys.npy",
+                )
             ),
         ]
     )
@@ -255,8 +372,10 @@ def test_finished_result_is_reused_and_damaged_result_is_rewritten(
     calls = []
     monkeypatch.setattr(
         preprocess,
-        "_split_samples",
-        lambda *arguments, real=preprocess._split_samples: calls.append(1) or real(*arguments),
+        "find_overlap",
+        lambda *arguments, real=preprocess.find_overlap, **options: (
+            calls.append(1) or real(*arguments, **options)
+        ),
     )
     assert preprocess_file(tmp_path / "run", source) == expected and not calls
     (tmp_path / "run" / "data" / "train.tokens.bin").unlink()
@@ -282,14 +401,16 @@ def test_invalid_records_are_an_error_or_skipped(
     ):
         preprocess_file(tmp_path / "error", source)
     assert preprocess_file(tmp_path / "skip", source, on_invalid="skip") == expected
-    assert "skipped 4 records without usable content; the first: " in caplog.text
+    assert "skipped 4 records that cannot be used (" in caplog.text
     manifest = read_manifest(tmp_path / "skip" / "data")
     assert manifest is not None and manifest.info["invalid_records"] == 4
+    assert sum(manifest.info["invalid_reasons"].values()) == 4
+    assert manifest.info["records"]["part"]["invalid"] == manifest.info["invalid_reasons"]
     with (tmp_path / "part.jsonl").open("a") as stream:
         stream.write('{"instruction": "cut')
     with pytest.raises(DataError, match="line 45 is not valid JSON"):
         preprocess_file(tmp_path / "broken", source, on_invalid="skip")
-    with pytest.raises(DataError, match="leaves no training samples"):
+    with pytest.raises(DataError, match="none of its 1 records can be used; the first: "):
         preprocess_file(
             tmp_path / "none",
             write_jsonl(tmp_path / "none.jsonl", [{"instruction": "Say it.", "output": ""}]),
@@ -320,7 +441,7 @@ def test_ctrl_c_leaves_no_partial_result(tmp_path: Path, monkeypatch: pytest.Mon
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preprocess, "write_tokenized_split", interrupted)
+    monkeypatch.setattr(tokenize_splits, "tokenize_chunk", interrupted)
     with pytest.raises(KeyboardInterrupt):
         preprocess_file(tmp_path / "run", write_jsonl(tmp_path / "all.jsonl", records(50)))
     assert list((tmp_path / "run").iterdir()) == []
@@ -330,9 +451,11 @@ def test_documentation_source_needs_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        preprocess,
+        read_sources,
         "extract_documentation_samples",
-        lambda config: (Sample(f"d{n}", f"Explain {n}.", "", ("It does.",)) for n in range(90)),
+        lambda config: (
+            Sample.from_instruction(f"d{n}", f"Explain {n}.", "It does.") for n in range(90)
+        ),
     )
     splits = preprocess_file(tmp_path / "run", "documentation")
     assert sum(map(len, splits.values())) == 90
@@ -342,6 +465,7 @@ def test_real_data_is_tokenized(tmp_path: Path, shared_data: Path) -> None:
     splits = preprocess_file(
         tmp_path / "run",
         str(shared_data / "eval_sni_11plus.jsonl"),
+        prompt=PromptConfig(template="alpaca", max_prompt_tokens=2048, max_length=4096),
         test=str(shared_data / "eval_dolly500.jsonl"),
     )
     assert len(splits["test"]) == 500 and len(splits["train"]) + len(splits["validation"]) == 1694
