@@ -33,6 +33,7 @@ from pocl_ds.data.tokenize_splits import (
     save_split_array,
 )
 from pocl_ds.data.tokenize_workers import default_num_workers
+from pocl_ds.data.tokenizer_digest import tokenizer_digests
 from pocl_ds.errors import DataError
 from pocl_ds.workflow.files import atomic_directory, write_json
 from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest, write_manifest
@@ -123,6 +124,8 @@ def preprocess(
             "tokenizer": tokenizer.name_or_path,
             "eos_id": tokenizer.eos_token_id,
             "end_of_turn_ids": student.end_of_turn_ids,
+            "tokenizers": {"student": tokenizer_digests(tokenizer)}
+            | ({"teacher": tokenizer_digests(teacher_tokenizer)} if teacher else {}),
             "vocabulary": len(tokenizer),
             "invalid_records": invalid.reasons.total(),
             "invalid_reasons": dict(invalid.reasons),
