@@ -11,19 +11,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal
 
 from pocl_ds.compat.transformers_private import render_with_generation_blocks
 from pocl_ds.data.conversation import ASSISTANT, DEVELOPER, SYSTEM, USER, Message, Sample
 from pocl_ds.data.rendered import RenderedConversation, Span
+from pocl_ds.data.template_probes import TemplateProbes
+from pocl_ds.data.text_encoding import special_tokens
 from pocl_ds.data.thoughts import (
     closes_thought,
     join_thought,
     open_thought,
     split_thought,
 )
+from pocl_ds.data.turn_spans import TurnFinder
 from pocl_ds.errors import DataError, ModelError
 
 # Llama 3's template writes today's date into the prompt unless the caller passes a date, and others
@@ -31,35 +34,9 @@ from pocl_ds.errors import DataError, ModelError
 # default date of Llama's templates.
 TEMPLATE_DATE = datetime(2024, 7, 26)
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-PROBE_QUESTION, PROBE_ANSWER = "PROBEQUESTION", "PROBEANSWER"
-PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe_tool",
-        "description": "Probe.",
-        "parameters": {"type": "object", "properties": {}, "required": []},
-    },
-}
 
 Reasoning = Literal["template", "inline", "drop"]
 SystemMessage = Literal["system_turn", "first_user_turn", "drop"]
-
-
-@dataclass(frozen=True)
-class _TurnEnd:
-    """How the template ends an assistant's turn."""
-
-    text: str  # after the content, through the token that ends the turn; empty if there is none
-    token: str  # that token
-
-
-@dataclass(frozen=True)
-class _TurnSpan:
-    """Ends of a turn in characters: of its content, and of its end token."""
-
-    content_end: int
-    end: int
-    has_end: bool
 
 
 class ChatTemplate:
@@ -83,13 +60,13 @@ class ChatTemplate:
         template = tokenizer.chat_template
         texts = template.values() if isinstance(template, dict) else [template]
         self.marks_responses = any(GENERATION_BLOCK.search(text) for text in texts)
-        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self.turn_end = self._probe_turn_end()
+        special = re.compile("|".join(map(re.escape, special_tokens(tokenizer))) or r"(?!)")
+        self._probes = TemplateProbes(self._apply_raw, special)
+        self.turn_end = self._probes.turn_end()
         ends = dict.fromkeys([self.turn_end.token, tokenizer.eos_token])
         self._ends = re.compile("|".join(re.escape(end) for end in ends if end))
-        self.developer_role = DEVELOPER if self._shows_developer_role() else SYSTEM
-        self._shows_tools: bool | None = None  # unknown until a sample has tools
+        self._turns = TurnFinder(self._apply, self._ends, special)
+        self.developer_role = DEVELOPER if self._probes.shows_developer_role() else SYSTEM
 
     @property
     def end_of_turn(self) -> str | None:
@@ -113,9 +90,10 @@ class ChatTemplate:
             response, empty_thought = messages[-1].content + end, False
         else:
             complete, blocks = self._apply_complete(sample, messages)
-            if blocks and complete.startswith(prompt):
+            if blocks and complete.startswith(prompt) and _shows_thought(messages[-1], complete):
                 return self._render_blocks(sample, messages, prompt, complete, blocks)
-            response, empty_thought = self._response_text(sample, messages[-1], prompt, complete)
+            response, empty_thought = self._response_text(sample, messages, prompt, complete)
+            _check_calls(sample, messages[-1], len(messages), response)
         start, text = len(prompt), prompt + response
         trained = (*self._earlier_turns(sample, messages, prompt), (start, len(text)))
         ends = self._ends.search(response[-len(self.turn_end.text) :]) if response else None
@@ -164,14 +142,20 @@ class ChatTemplate:
                 return rest
         return rest
 
+    def _trees(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages as the template reads them."""
+        trees = [message.to_template() for message in messages]
+        for tree in trees:
+            if "tool_calls" in tree and self._probes.takes_arguments_as_text:
+                tree["tool_calls"] = [_with_arguments_as_text(call) for call in tree["tool_calls"]]
+        return trees
+
     # The template's text.
 
     def _apply(self, sample: Sample, messages: Sequence[Message], *, generation: bool) -> str:
         try:
             return self._apply_raw(
-                [message.to_template() for message in messages],
-                list(sample.tools) or None,
-                generation=generation,
+                self._trees(messages), list(sample.tools) or None, generation=generation
             )
         # A template is a program, so any exception may occur.
         except Exception as error:
@@ -207,10 +191,9 @@ class ChatTemplate:
         """The whole conversation's text, and the template's generation blocks."""
         if not self.marks_responses:
             return self._apply(sample, messages, generation=False), []
-        trees = [message.to_template() for message in messages]
         try:
             return render_with_generation_blocks(
-                self.tokenizer, trees, list(sample.tools) or None, self.options
+                self.tokenizer, self._trees(messages), list(sample.tools) or None, self.options
             )
         except Exception as error:
             reason = str(error) or type(error).__name__
@@ -228,58 +211,12 @@ class ChatTemplate:
                     f"{sample.label}: the chat template leaves out the text of turn {number} "
                     f"({message.role}): remove that turn, or use another prompt.template"
                 )
-            for call in message.tool_calls:
-                name = str(call.get("function", call).get("name", ""))
-                if name not in text:
-                    raise DataError(
-                        f"{sample.label}: the chat template leaves out the tool call {name!r} of "
-                        f"turn {number}: use a tokenizer whose template shows tool calls, or leave "
-                        "out such samples"
-                    )
-        if sample.tools and not self._knows_tools():
+            _check_calls(sample, message, number, text)
+        if sample.tools and not self._probes.shows_tools:
             raise DataError(
                 f"{sample.label}: the chat template does not show tools: use a tokenizer whose "
                 "template does, or set data.fields.tools=null to train without them"
             )
-
-    # Probes of the template, once.
-
-    def _probe(self, messages: list[dict[str, Any]], tools: Any = None) -> str | None:
-        try:
-            return self._apply_raw(messages, tools, generation=False)
-        except Exception:  # a template is a program
-            return None
-
-    def _probe_turn_end(self) -> _TurnEnd:
-        """How the template ends an assistant's turn. Raises ModelError if it renders no answer."""
-        question = {"role": USER, "content": PROBE_QUESTION}
-        answer = {"role": ASSISTANT, "content": PROBE_ANSWER}
-        text = self._probe([question, answer])
-        if text is None or PROBE_ANSWER not in text:
-            # Errors of a single conversation are reported with its sample; without any answer in
-            # the text, nothing can be trained.
-            if text is not None:
-                raise ModelError(
-                    "prompt.template=chat: the tokenizer's chat template leaves out the "
-                    "assistant's answer: use another template"
-                )
-            return _TurnEnd("", "")
-        tail = text.rpartition(PROBE_ANSWER)[2]
-        match = self._special.search(tail)
-        if not match:
-            return _TurnEnd("", "")
-        return _TurnEnd(tail[: match.end()], match[0])
-
-    def _shows_developer_role(self) -> bool:
-        developer = {"role": DEVELOPER, "content": PROBE_ANSWER}
-        text = self._probe([developer, {"role": USER, "content": PROBE_QUESTION}])
-        return text is not None and PROBE_ANSWER in text
-
-    def _knows_tools(self) -> bool:
-        if self._shows_tools is None:
-            text = self._probe([{"role": USER, "content": PROBE_QUESTION}], [PROBE_TOOL])
-            self._shows_tools = text is not None and "probe_tool" in text
-        return self._shows_tools
 
     # The parts that train.
 
@@ -298,15 +235,31 @@ class ChatTemplate:
                 f"{sample.label}: the chat template marks {len(blocks)} generation blocks for "
                 f"{len(turns)} assistant turns: fix the template or remove the sample"
             )
-        trained = [block for turn, block in zip(turns[:-1], blocks[:-1], strict=True) if turn.train]
-        start, end = blocks[-1]
+        trained = [
+            self._block_with_end(complete, block)
+            for turn, block in zip(turns, blocks, strict=True)
+            if turn.train or turn is turns[-1]
+        ]
+        start, end = trained.pop()
+        response = complete[max(start, len(prompt)) : end]
+        turn_end = self._turns.find_end(response, split_thought(messages[-1])[1])
+        if turn_end.has_token:  # without a line break after it
+            end = max(start, len(prompt)) + turn_end.end
+        _check_calls(sample, messages[-1], len(messages), response)
         return RenderedConversation(
             complete[:end],
             len(prompt),
             (*trained, (max(start, len(prompt)), end)),
-            append_eos=not self.end_of_turn,
+            append_eos=not turn_end.has_token,
             expected=self._expected(messages),
         )
+
+    def _block_with_end(self, complete: str, block: Span) -> Span:
+        """A generation block through the token that ends the turn, where that follows the block."""
+        start, end = block
+        if self.turn_end.token and complete.startswith(self.turn_end.token, end):
+            return start, end + len(self.turn_end.token)
+        return block
 
     def _expected(self, messages: Sequence[Message]) -> tuple[str, ...]:
         """The content of each turn that trains; its text must decode back to it."""
@@ -314,25 +267,23 @@ class ChatTemplate:
         return tuple(split_thought(message)[1].strip() for message in (*turns, messages[-1]))
 
     def _response_text(
-        self, sample: Sample, message: Message, prompt: str, complete: str
+        self, sample: Sample, messages: Sequence[Message], prompt: str, complete: str
     ) -> tuple[str, bool]:
         """The last response's text after the prompt, through the end of its turn, and whether an
         empty thought was added.
         """
+        message = messages[-1]
         thought, content = split_thought(message)
         continues = complete.startswith(prompt)
-        if continues:
-            region = complete[len(prompt) :]
-            if not thought or thought.strip() in region:
-                return region[: self._turn_span(region, content).end], False
+        if continues and _shows_thought(message, complete[len(prompt) :]):
+            return self._through_end(complete[len(prompt) :], content), False
 
         # The template drops the thought, or asks for one that it does not show.
         if tags := open_thought(prompt):
             before = prompt[: prompt.rindex(tags.opening)]
             answer = content + self.turn_end.text
             if complete.startswith(before):  # as the template itself renders the answer
-                region = complete[len(before) :]
-                answer = region[: self._turn_span(region, content).end]
+                answer = self._through_end(complete[len(before) :], content).lstrip("\n")
             return join_thought(thought, answer, tags), not thought
         if closes_thought(prompt):
             if thought:
@@ -346,6 +297,12 @@ class ChatTemplate:
             if not message.tool_calls:
                 return content + self.turn_end.text, False
         if not continues:
+            # The template renders the prompt differently once it is answered.
+            start = self._turns.find_start(
+                sample, messages, len(messages) - 1, complete, generation=False
+            )
+            if start is not None and _shows_thought(message, complete[start:]):
+                return self._through_end(complete[start:], content), False
             raise DataError(
                 f"{sample.label}: the chat template's text with the response does not continue "
                 "the prompt: use another prompt.template, or leave out the sample",
@@ -360,6 +317,9 @@ class ChatTemplate:
         # A thought within the content is text that the model writes itself.
         return message.content + self.turn_end.text, False
 
+    def _through_end(self, turn: str, content: str) -> str:
+        return turn[: self._turns.find_end(turn, content).end]
+
     def _earlier_turns(
         self, sample: Sample, messages: Sequence[Message], prompt: str
     ) -> list[Span]:
@@ -368,68 +328,20 @@ class ChatTemplate:
         for index, message in enumerate(messages[:-1]):
             if message.role != ASSISTANT or not message.train:
                 continue
-            start = self._turn_start(sample, messages, index, prompt)
-            _, content = split_thought(message)
-            turn = self._turn_span(prompt[start:], content)
-            end = start + turn.end
-            if start < 0 or content.strip() not in prompt[start:end]:
+            start = self._turns.find_start(sample, messages[:-1], index, prompt, generation=True)
+            content = split_thought(message)[1]
+            end = (
+                start + self._turns.find_end(prompt[start:], content).end
+                if start is not None
+                else 0
+            )
+            if start is None or content.strip() not in prompt[start:end]:
                 raise DataError(
                     f"{sample.label}: assistant turn {index + 1} cannot be found in the chat "
                     "template's text: set data.train_on=last_turn, or leave out the sample"
                 )
             spans.append((start, end))
         return spans
-
-    def _turn_start(
-        self, sample: Sample, messages: Sequence[Message], index: int, prompt: str
-    ) -> int:
-        """Where the text of an assistant turn begins in the prompt; -1 if it is not found."""
-        if index:
-            asked = self._apply(sample, messages[:index], generation=True)
-            if prompt.startswith(asked):
-                return len(asked)
-        # Templates may render the earlier part of a longer conversation differently, as without
-        # thoughts or tools. Then the turn follows the contents before it.
-        position = 0
-        for message in messages[:index]:
-            content = split_thought(message)[1].strip()
-            found = prompt.find(content, position)
-            if found < 0:
-                return -1
-            position = found + len(content)
-        header = ""
-        if index:
-            before = self._apply(sample, messages[:index], generation=False)
-            header = asked[len(before) :] if asked.startswith(before) else ""
-            if opened := open_thought(header):
-                header = header[: header.rindex(opened.opening)]
-        if header:
-            found = prompt.find(header, position)
-            return found + len(header) if found >= 0 else -1
-        return prompt.find(split_thought(messages[index])[1].strip(), position)
-
-    def _turn_span(self, region: str, content: str) -> _TurnSpan:
-        """Where a turn that begins a text ends: after its content, and after its end token."""
-        content = content.strip()
-        found = region.find(content)
-        content_end = found + len(content) if found >= 0 else 0
-        match = self._ends.search(region, content_end)
-        if match is None:
-            # Another special token may end this kind of turn, as <|eom_id|> after a tool call.
-            match = next(
-                (
-                    m
-                    for m in self._special.finditer(region, content_end)
-                    if not region[m.end() :].strip()
-                ),
-                None,
-            )
-        if match is None:
-            end = content_end or len(region.rstrip())
-            return _TurnSpan(end, end, has_end=False)
-        if not content:
-            content_end = match.start()
-        return _TurnSpan(max(content_end, 0), match.end(), has_end=True)
 
 
 def find_end_of_turn(tokenizer: Any) -> str | None:
@@ -442,6 +354,27 @@ def find_end_of_turn(tokenizer: Any) -> str | None:
         return ChatTemplate(tokenizer, {}).end_of_turn
     except ModelError:  # a template that shows no answer
         return None
+
+
+def _shows_thought(message: Message, text: str) -> bool:
+    return split_thought(message)[0].strip() in text
+
+
+def _check_calls(sample: Sample, message: Message, number: int, text: str) -> None:
+    """Raise DataError if a text leaves out a tool call of a message."""
+    for call in message.tool_calls:
+        name = str(call["function"]["name"])
+        if name not in text:
+            raise DataError(
+                f"{sample.label}: the chat template leaves out the tool call {name!r} of turn "
+                f"{number}: use a tokenizer whose template shows tool calls, or leave out such "
+                "samples"
+            )
+
+
+def _with_arguments_as_text(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _shown_as_json(content: str, text: str) -> bool:

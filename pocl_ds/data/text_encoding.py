@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pocl_ds.data.conversation import Message, Sample
 
 # A character of a private plane stands for each special token that is ordinary text, so that a
-# template cannot confuse it with its own tokens.
+# template cannot confuse it with its own tokens. Texts that use this plane are escaped too.
 FIRST_PLACEHOLDER = 0xF0000
 _PLACEHOLDER = re.compile("[\U000f0000-\U000fffff]")
 MAX_GAP = 16  # characters that a tokenizer may leave without a token, such as white space
@@ -32,14 +32,24 @@ class EncodedText(Protocol):
         """Start and end of a token in the text, in characters; equal if it has no text."""
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """The texts of all special tokens, longest first.
+
+    `all_special_tokens` has only those with a role such as EOS. Others are marked in the vocabulary
+    alone, as `<|eot_id|>` in Llama 3's base models and `<|end|>` in Phi-3's.
+    """
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*tokenizer.all_special_tokens, *added}, key=lambda text: (-len(text), text))
+
+
 class TextEncoder:
     """Encodes texts with one tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        tokens = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._special_tokens = tokens
-        self._special = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    def __init__(self, tokenizer: Any, *, escapes: bool = False) -> None:
+        """escapes: the texts to encode went through `escape`."""
+        self.tokenizer, self.escapes = tokenizer, escapes
+        self._literals = special_tokens(tokenizer)  # what the placeholders stand for
+        self._special = re.compile("|".join(map(re.escape, self._literals)) or r"(?!)")
         self._adds_bos = self._has_bos()
 
     def contains_special_token(self, text: str) -> bool:
@@ -48,13 +58,17 @@ class TextEncoder:
 
     def escape(self, text: str) -> str:
         """The text with a placeholder for each special token that it contains."""
-        return self._special.sub(
-            lambda match: chr(FIRST_PLACEHOLDER + self._special_tokens.index(match[0])), text
-        )
+        text = _PLACEHOLDER.sub(self._placeholder, text)
+        return self._special.sub(self._placeholder, text)
+
+    def _placeholder(self, match: re.Match[str]) -> str:
+        if match[0] not in self._literals:
+            self._literals.append(match[0])
+        return chr(FIRST_PLACEHOLDER + self._literals.index(match[0]))
 
     def unescape(self, text: str) -> str:
         """The text that `escape` was given."""
-        return _PLACEHOLDER.sub(lambda match: self._token_of(match[0]), text)
+        return _PLACEHOLDER.sub(lambda match: self._literal_of(match[0]), text)
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[EncodedText]:
         """Encode texts. A placeholder becomes the ordinary tokens of its special token.
@@ -65,7 +79,7 @@ class TextEncoder:
         plain: dict[bool, list[int]] = {True: [], False: []}
         for index, text in enumerate(texts):
             add = add_special_tokens and not self._begins_with_bos(text)
-            if not text.isascii() and _PLACEHOLDER.search(text):
+            if self.escapes and not text.isascii() and _PLACEHOLDER.search(text):
                 results[index] = self._encode_pieces(text, add)
             else:
                 plain[add].append(index)
@@ -112,7 +126,7 @@ class TextEncoder:
                 starts += [position + start for start, _ in spans]
                 ends += [position + end for _, end in spans]
             if match:
-                literal = self._encode_literal(self._token_of(match[0]))
+                literal = self._encode_literal(self._literal_of(match[0]))
                 ids += literal
                 starts += [match.start()] * len(literal)
                 ends += [match.end()] * len(literal)
@@ -125,16 +139,20 @@ class TextEncoder:
         """
         if add_special_tokens is not None:
             return self._encode_plain([piece], add_special_tokens)[0]
-        lead = str(self.tokenizer.eos_token)
-        encoded = self._encode_plain([lead + piece], add_special_tokens=False)[0]
+        for lead in ("a", str(self.tokenizer.eos_token)):
+            encoded = self._encode_plain([lead + piece], add_special_tokens=False)[0]
+            first, exact = encoded.tokens_before(len(lead))
+            if exact:
+                break
+        spans = [encoded.span(number) for number in range(first, len(encoded.ids))]
         return _PieceEncoding(
-            encoded.ids[1:],
-            [encoded.span(n)[0] - len(lead) for n in range(1, len(encoded.ids))],
-            [encoded.span(n)[1] - len(lead) for n in range(1, len(encoded.ids))],
+            encoded.ids[first:],
+            [start - len(lead) for start, _ in spans],
+            [end - len(lead) for _, end in spans],
         )
 
     def _encode_literal(self, token: str) -> list[int]:
-        """A special token's text as ordinary tokens."""
+        """The ordinary tokens of a special token's text."""
         for lead in ("a", ""):  # no space of a SentencePiece tokenizer before the text
             batch = self.tokenizer(
                 lead + token, add_special_tokens=False, split_special_tokens=True
@@ -145,9 +163,8 @@ class TextEncoder:
                 return ids[len(lead_ids) :]
         return ids
 
-    def _token_of(self, placeholder: str) -> str:
-        number = ord(placeholder) - FIRST_PLACEHOLDER
-        return self._special_tokens[number] if number < len(self._special_tokens) else placeholder
+    def _literal_of(self, placeholder: str) -> str:
+        return self._literals[ord(placeholder) - FIRST_PLACEHOLDER]
 
     def _has_bos(self) -> bool:
         bos = self.tokenizer.bos_token_id

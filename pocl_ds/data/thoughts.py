@@ -25,6 +25,9 @@ TAGS = tuple(
         ("[THINK]", "[/THINK]"),
     )
 )
+_EMPTY = re.compile(
+    "|".join(rf"{re.escape(tags.opening)}\s*{re.escape(tags.closing)}\s*\Z" for tags in TAGS)
+)
 _CLOSED = re.compile("(" + "|".join(re.escape(tags.closing) for tags in TAGS) + r")\s*\Z")
 
 
@@ -70,3 +73,8 @@ def open_thought(prompt: str) -> ThoughtTags | None:
 def closes_thought(prompt: str) -> bool:
     """Whether a prompt ends with a thought that is already closed."""
     return _CLOSED.search(prompt) is not None
+
+
+def without_closed_thought(prompt: str) -> str:
+    """A prompt without the empty thought with which it ends."""
+    return _EMPTY.sub("", prompt)
