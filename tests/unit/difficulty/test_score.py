@@ -19,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocl_ds.config import GenerationConfig, PromptConfig, ScoreConfig, registry
+from pocl_ds.data.conversation import Sample, read_sample_file
+from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import shard_rows
 from pocl_ds.difficulty import score as score_step
 from pocl_ds.difficulty.score import score_training_samples
@@ -42,43 +44,36 @@ TEXTS = [
 
 
 def make_run(
-    folder: Path, tokenizer: Any, *, samples: int = SAMPLES, empty: bool = False
+    folder: Path,
+    tokenizer: Any,
+    *,
+    samples: int = SAMPLES,
+    empty: bool = False,
+    texts: list[str] = TEXTS,
 ) -> RunDirectory:
     """Write a data directory by hand; the last sample is truncated, so it has no EOS."""
     run = RunDirectory(folder)
     run.data.mkdir(parents=True)
-    ids: list[bytes] = []
-    index: list[tuple[int, int, int]] = []
-    tokens: list[int] = []
-    lines: list[dict[str, Any]] = []
+    ids: list[str] = []
+    sequences: list[list[int]] = []
+    prompt_tokens: list[int] = []
+    lines: list[str] = []
     for row in range(samples):
-        name = f"s{row * 7 % 13:02d}-{row}"
-        answer = TEXTS[row % len(TEXTS)]
+        answer = texts[row % len(texts)]
+        sample = Sample.from_instruction(
+            f"s{row * 7 % 13:02d}-{row}", "", answer, other_references=("another one",)
+        )
         prompt = tokenizer(f"Explain number {row}." * (1 + row % 3)).input_ids[
             : PROMPT.max_prompt_tokens
         ]
         response = [] if empty else tokenizer(answer).input_ids
-        complete = (
-            prompt
-            + response
-            + ([] if row == samples - 1 and not empty else [tokenizer.eos_token_id])
-        )
-        index.append((len(tokens), len(prompt), len(complete)))
-        tokens += complete
-        ids.append(name.encode())
-        lines.append(
-            {
-                "id": name,
-                "instruction": "",
-                "input": "",
-                "references": [answer, "another one"],
-                "history": [],
-            }
-        )
-    (run.data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    np.array(tokens, np.uint32).tofile(run.data / "train.tokens.bin")
-    np.save(run.data / "train.index.npy", np.array(index, np.int64))
-    np.save(run.data / "train.ids.npy", np.array(ids))
+        ids.append(sample.id)
+        prompt_tokens.append(len(prompt))
+        truncated = row == samples - 1 and not empty
+        sequences.append([*prompt, *response, *([] if truncated else [tokenizer.eos_token_id])])
+        lines.append(sample.to_json() + "\n")
+    save_split(run.data, "train", ids, sequences, prompt_tokens)
+    (run.data / "train.jsonl").write_text("".join(lines))
     return run
 
 
@@ -113,11 +108,13 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
     run = make_run(tmp_path, tokenizer)
     run_score(run, tiny_llama, config())
     scores = read_scores(run, 1)
-    lines = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()]
+    samples = list(read_sample_file(run.data / "train.jsonl"))
     index = np.load(run.data / "train.index.npy")
     tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
-    assert [record["id"] for record in scores] == [line["id"] for line in lines]
-    for record, line, (start, prompt_tokens, total) in zip(scores, lines, index, strict=True):
+    assert [record["id"] for record in scores] == [sample.id for sample in samples]
+    for record, sample, (start, prompt_tokens, total, _) in zip(
+        scores, samples, index, strict=True
+    ):
         ids = torch.from_numpy(tokens[start : start + total])[None]
         with torch.no_grad():
             loss = torch.nn.functional.cross_entropy(
@@ -129,7 +126,7 @@ def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None
         assert record["response"] == tokenizer.decode(
             output[0, prompt_tokens:], skip_special_tokens=True
         )
-        assert record["rouge_l"] == rouge_l(record["response"], line["references"])
+        assert record["rouge_l"] == rouge_l(record["response"], sample.references)
     manifest = read_manifest(run.scores, shard_manifest(run, 0, 1))
     assert manifest is not None
     assert manifest.fingerprint == "f"
@@ -147,7 +144,7 @@ def test_eos_can_be_excluded_as_in_the_release(tiny_gpt2: Path, tmp_path: Path) 
     assert all(with_eos["tokens"] == without["tokens"] + 1 for with_eos, without in pairs[:-1])
     index = np.load(run.data / "train.index.npy")
     tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
-    for (with_eos, without), (start, _, total) in zip(pairs[:-1], index, strict=False):
+    for (with_eos, without), (start, _, total, _) in zip(pairs[:-1], index, strict=False):
         ids = torch.from_numpy(tokens[start : start + total])[None]
         with torch.no_grad():
             end = -float(model(ids).logits[0, -2].log_softmax(-1)[tokenizer.eos_token_id])
@@ -205,11 +202,11 @@ def test_kill_keeps_finished_shards_and_no_partial_ones(
     monkeypatch.setattr(score_step, "ROUNDS_PER_CHUNK", 0)
     calls = []
 
-    def interrupted_rouge_l(*arguments: Any) -> Any:
+    def interrupted_rouge_l(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:  # in the middle of the second shard
             raise KeyboardInterrupt
-        return original(*arguments)
+        return original(*arguments, **options)
 
     original = score_step.rouge_l_many
     monkeypatch.setattr(score_step, "rouge_l_many", interrupted_rouge_l)
@@ -265,6 +262,36 @@ def test_degenerate_metric_warns(
     assert len(warnings) == 1
     assert "rouge_l" in warnings[0]
     assert "student.heal_steps" in warnings[0]
+
+
+CHINESE = ["北京是中国的首都。", "上海是一座大城市。很大。", "广州在南方。", "成都以熊猫闻名。"]
+
+
+def test_every_shard_decides_on_the_same_tokenizer(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)), texts=CHINESE)
+    lines = (run.data / "train.jsonl").read_text().replace("another one", "另一个")
+    (run.data / "train.jsonl").write_text(lines)
+    caplog.set_level(logging.INFO, "pocl_ds")
+    for shard in range(3):
+        run_score(run, tiny_llama, config(3), shard=shard)
+        manifest = read_manifest(run.scores, shard_manifest(run, shard, 3))
+        assert manifest is not None and manifest.info["rouge_tokenizer"] == "characters"
+        assert manifest.info["rouge_l_zeros"]["unseen_references"] == 0
+    message = "tokenizer characters: 22 references have on average 0.0% of their letters in words"
+    assert caplog.text.count(message) == 3
+
+
+def test_references_that_the_tokenizer_does_not_see_are_the_cause(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)), texts=CHINESE)
+    lines = (run.data / "train.jsonl").read_text().replace("another one", "另一个")
+    (run.data / "train.jsonl").write_text(lines)
+    run_score(run, tiny_llama, config(2, rouge_tokenizer="rouge_score"))
+    assert "the references of 11 of 11 samples have no letter a-z" in caplog.text
+    assert "heal_steps" not in caplog.text
 
 
 def test_errors_name_their_cause(tiny_llama: Path, tmp_path: Path) -> None:
