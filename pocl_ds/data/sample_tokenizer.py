@@ -74,7 +74,7 @@ class SampleTokenizer:
             )
         self.tokenizer, self.config = tokenizer, config
         self.template = load_template(tokenizer, config)
-        self.encoder = TextEncoder(tokenizer)
+        self.encoder = TextEncoder(tokenizer, escapes=special_tokens_in_text == "escape")
         self.special_tokens_in_text, self.keep_all = special_tokens_in_text, keep_all
         self.counts: Counter[str] = Counter()  # of EVENTS
         end = self.template.end_of_turn
@@ -206,6 +206,9 @@ class SampleTokenizer:
             return sample
         return escape_sample(self.encoder, sample)
 
+    def _unescaped(self, text: str) -> str:
+        return self.encoder.unescape(text) if self.encoder.escapes else text
+
     def _render_or_none(
         self, sample: Sample, on_invalid: OnInvalidSample | None
     ) -> tuple[Sample, RenderedConversation | None]:
@@ -214,7 +217,7 @@ class SampleTokenizer:
             self.counts["special_tokens_in_text"] += 1
             if self.special_tokens_in_text == "drop":
                 return sample, None
-            sample = self._escaped(sample)
+        sample = self._escaped(sample)
         try:
             return sample, self.render(sample)
         except DataError as error:
@@ -336,7 +339,7 @@ class SampleTokenizer:
             expected = conversation.expected if conversation else ()
             trained = _normalize(text)
             self.counts["altered_text"] += any(
-                _normalize(self.encoder.unescape(part)) not in trained for part in expected
+                _normalize(self._unescaped(part)) not in trained for part in expected
             )
 
     def _refuse_empty_prompt(self, sample: Sample) -> None:
