@@ -104,8 +104,8 @@ def _check_preferences(record: MappedRecord) -> None:
     chosen, rejected = (record.record.get(name) for name in PREFERENCE_FIELDS)
     if record.has("output") or is_empty(chosen) or is_empty(rejected):
         return
-    if is_turn_list(chosen):
-        first = dict(chosen[0]) if isinstance(chosen, list) else {}
+    if isinstance(chosen, list) and is_turn_list(chosen):
+        first = chosen[0] if isinstance(chosen[0], dict) else {}
         field = "output" if first.get("role", first.get("from")) in ANSWERING else "messages"
     else:
         has_question = any(record.has(name) for name in ("instruction", "prompt", "input"))
@@ -171,7 +171,6 @@ def _read_question(record: MappedRecord, turns: TurnReader, field: str) -> Conve
 def _read_answer(record: MappedRecord, turns: TurnReader) -> tuple[list[Message], tuple[str, ...]]:
     """The messages of an answer, and other texts that are as good."""
     value, name = record.get("output"), record.name("output")
-    reasoning = record.text("reasoning") or ""
     if is_empty(value):
         raise record.missing("output", "the answer")
     if is_turn_list(value):
@@ -183,6 +182,7 @@ def _read_answer(record: MappedRecord, turns: TurnReader) -> tuple[list[Message]
                 reason="answer with its prompt",
             )
         return messages, ()
+    reasoning = record.text("reasoning") or ""
     if not isinstance(value, list):
         text = record.text("output")
         return [Message(ASSISTANT, text or "", reasoning)], ()

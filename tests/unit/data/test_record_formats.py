@@ -160,6 +160,11 @@ class TestConversations:
         mixed = [{"prompt": TURNS[:1], "completion": "A"}, {"prompt": "Q", "completion": TURNS[1:]}]
         assert [list(sample.messages) for sample in read(*mixed)] == [QA, QA]
 
+    def test_fields_that_only_texts_have_are_counted(self) -> None:
+        turns = {"prompt": TURNS[:1], "completion": TURNS[1:]}
+        counts = counts_of({**turns, "history": [["a", "b"]], "reasoning_content": "Hm."})
+        assert counts.unused_fields == {"history": 1, "reasoning_content": 1}
+
     def test_a_completion_with_its_prompt_is_refused(self) -> None:
         message = read_error({"prompt": "Q", "completion": TURNS}, reason="answer with its prompt")
         assert "data.fields.messages" in message

@@ -239,6 +239,23 @@ def test_sample_files_round_trip(
     assert list(read_sample_file(path)) == samples
 
 
+@given(CHAT)
+def test_every_turn_is_read_or_counted(record: dict[str, Any]) -> None:
+    turns = record["messages"]
+    trained = [n for n, turn in enumerate(turns) if turn.get("weight")]
+    counts = RecordCounts()
+    samples = read(record, GOOD, counts=counts, on_invalid=lambda error: None)
+    if not trained:
+        assert len(samples) == 1 and counts.invalid == {"no turn trains": 1}
+        return
+    messages = samples[0].messages
+    assert [(m.role, m.content) for m in messages] == [
+        (turn["role"], turn["content"]) for turn in turns[: len(messages)]
+    ]
+    assert [n for n, m in enumerate(messages) if m.role == "assistant" and m.train] == trained
+    assert counts.dropped_turns == len(turns) - len(messages)
+
+
 def test_real_files_load(shared_data: Path) -> None:
     counts = {
         path.name: len({sample.id for sample in read_samples(str(path))})
