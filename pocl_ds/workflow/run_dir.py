@@ -45,6 +45,11 @@ class RunDirectory:
         return self.path / "recipe.yaml"
 
     @property
+    def input_digests(self) -> Path:
+        """Digests of the files that the recipe names."""
+        return self.path / "input_digests.json"
+
+    @property
     def inputs(self) -> Path:
         """Models and records that were passed to `pocl_ds.distill` in memory."""
         return self.path / "inputs"

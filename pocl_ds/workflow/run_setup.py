@@ -16,10 +16,16 @@ from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.metrics import check_wandb
-from pocl_ds.workflow import input_digests
 from pocl_ds.workflow.checks import check_ds_configs
-from pocl_ds.workflow.files import atomic_write, explain_disk_errors, lock_file
+from pocl_ds.workflow.files import (
+    atomic_write,
+    explain_disk_errors,
+    lock_file,
+    read_json,
+    write_json,
+)
 from pocl_ds.workflow.finished import finished_fingerprint, finished_steps
+from pocl_ds.workflow.input_digests import changed_inputs, described_inputs
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.steps import STEPS, fingerprints
 
@@ -77,6 +83,7 @@ def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
         check_wandb()
     with atomic_write(run.recipe) as stream:
         stream.write(dump_recipe(recipe))
+    write_json(run.input_digests, described_inputs(recipe))
 
 
 def open_run_directory(run: RunDirectory, recipe: Recipe) -> None:
@@ -107,11 +114,13 @@ def _check_finished_steps(run: RunDirectory, recipe: Recipe) -> None:
         digest = finished_fingerprint(step, run)
         if step.describes_training or digest in (None, new_fingerprints[step.name]):
             continue
-        changed = ", ".join(differing_fields(recorded.model_dump(), recipe.model_dump()))
+        fields = differing_fields(recorded.model_dump(), recipe.model_dump())
+        digests = read_json(run.input_digests) if run.input_digests.is_file() else {}
+        changed = [*fields, *changed_inputs(digests, recipe, same_fields=not fields)]
         raise ArtifactError(
             f"run directory {run.path} holds the finished step {step.name!r} of another recipe "
-            f"(changed: {changed or input_digests.changed_file(recipe)}): choose another "
-            "--run-dir, or undo the change"
+            f"(changed: {', '.join(changed) or 'the content of a file that the recipe names'}): "
+            "choose another --run-dir, or undo the change"
         )
     if old_fingerprints != new_fingerprints:
         log.info("the recipe changed for unfinished steps; writing %s again", run.recipe)

@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_ds.errors import ModelError, PoclError, RecipeError
 from pocl_ds.workflow.step_inputs import caches_teacher, evaluated_models, teacher_temperatures
 
 if TYPE_CHECKING:
-    from pocl_ds.config import EvaluateConfig, Recipe, StudentConfig, TeacherConfig
+    from pocl_ds.config import (
+        EvaluateConfig,
+        ModelSource,
+        Recipe,
+        StudentConfig,
+        TeacherConfig,
+    )
     from pocl_ds.workflow.run_dir import RunDirectory
     from pocl_ds.workflow.steps import StepRequest
 
@@ -92,6 +98,24 @@ def _pinned_models(recipe: Recipe, run: RunDirectory) -> tuple[StudentConfig, Te
     return _models_at_commits(recipe, manifest.info["commits"] if manifest else {})
 
 
+def _check_tokenizer(
+    run: RunDirectory, path: str, source: ModelSource, owner: Literal["student", "teacher"]
+) -> None:
+    """Check that the step reads and writes text as the token ids were made.
+
+    path: folder or Hub name. Raises ModelError.
+    """
+    from pocl_ds.data.tokenizer_digest import check_tokenizer
+    from pocl_ds.models.load import load_tokenizer
+
+    def load() -> Any:
+        return load_tokenizer(
+            path, trust_remote_code=source.trust_remote_code, revision=source.revision
+        )
+
+    check_tokenizer(run, load, owner)
+
+
 def run_init_student(
     recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
 ) -> None:
@@ -116,6 +140,7 @@ def run_cache_teacher(
 ) -> None:
     """Cache the teacher's outputs. Raises RecipeError for an online teacher."""
     from pocl_ds.curriculum.plan import mean_sample_visits
+    from pocl_ds.models.load import resolve_model
     from pocl_ds.teachers.cache_step import cache_teacher
     from pocl_ds.teachers.mode_selection import TeacherUsage
 
@@ -126,6 +151,7 @@ def run_cache_teacher(
         )
     student, teacher = _pinned_models(recipe, run)
     assert teacher is not None
+    _check_tokenizer(run, resolve_model(student), student, "student")
     # The baseline visits the samples as often as the curriculum does.
     curriculum = recipe.curriculum
     trainings = 2 if recipe.baseline.enabled else 1
@@ -148,6 +174,7 @@ def run_generate_teacher(
 ) -> None:
     """Generate the teacher's responses. Raises RecipeError if the policy does not use them."""
     from pocl_ds.generation.teacher_responses import generate_teacher_responses
+    from pocl_ds.models.load import resolve_model
 
     if recipe.teacher is None or not recipe.policy.uses_teacher_responses:
         raise RecipeError(
@@ -156,6 +183,8 @@ def run_generate_teacher(
         )
     student, teacher = _pinned_models(recipe, run)
     assert teacher is not None
+    _check_tokenizer(run, resolve_model(student), student, "student")
+    _check_tokenizer(run, resolve_model(teacher), teacher, "teacher")
     generate_teacher_responses(
         run,
         teacher=teacher,
@@ -174,11 +203,13 @@ def run_score(recipe: Recipe, run: RunDirectory, fingerprint: str, request: Step
     from pocl_ds.difficulty.score import score_training_samples
     from pocl_ds.workflow.run_dir import read_models
 
+    student_path = read_models(run)["student"]
+    _check_tokenizer(run, student_path, recipe.student, "student")
     score_training_samples(
         run,
         recipe.score,
         recipe.prompt,
-        model_path=read_models(run)["student"],
+        model_path=student_path,
         fingerprint=fingerprint,
         shard=request.shard_index,
         threads=recipe.launch.threads_per_rank,
@@ -216,8 +247,13 @@ def run_baseline(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
 
 def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: bool) -> None:
     from pocl_ds.training.run_training import train_student
+    from pocl_ds.workflow.run_dir import read_models
     from pocl_ds.workflow.steps import fingerprints
 
+    models = read_models(run)
+    _check_tokenizer(run, models["student"], recipe.student, "student")
+    if recipe.teacher and recipe.cross_tokenizer:
+        _check_tokenizer(run, models["teacher"], recipe.teacher, "teacher")
     train_student(
         run,
         teacher_cache=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,
@@ -238,7 +274,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     judge, and write the results of all models.
     """
     from pocl_ds.evaluation.evaluate import RESULTS, generate_answers, summarize_results
-    from pocl_ds.evaluation.evaluated_models import model_path
+    from pocl_ds.evaluation.evaluated_models import TEACHER, model_path
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
 
@@ -248,12 +284,17 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
 
     # The answers of one model are one process's work, since a process has one generation engine.
     if request.model:
+        path = model_path(run, request.model)
+        if request.model == TEACHER and recipe.teacher:
+            _check_tokenizer(run, path, recipe.teacher, "teacher")
+        else:
+            _check_tokenizer(run, path, recipe.student, "student")
         generate_answers(
             run,
             _requested_part(recipe.evaluate, request),
             recipe.prompt,
             model=request.model,
-            path=model_path(run, request.model),
+            path=path,
             threads=recipe.launch.threads_per_rank,
             shard=request.shard or (0, 1),
             trust_remote_code=request.model in trusted,

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pocl_ds.config import Recipe
+    from collections.abc import Mapping
+
+    from pocl_ds.config import ModelSource, Recipe
 
 
 def preprocess_inputs(recipe: Recipe) -> list[Any]:
@@ -24,11 +26,23 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
     return [
         semantic_fields(recipe.data),
         semantic_fields(recipe.prompt),
-        recipe.student.model,
-        recipe.student.revision,
-        input_digests.data_files(recipe),
-        [teacher.model, teacher.revision] if teacher else None,
+        list(input_digests.data_files(recipe).values()),
+        list(input_digests.template_file(recipe).values()),
+        _tokenizer_inputs(recipe.student),
+        _tokenizer_inputs(teacher) if teacher else None,
     ]
+
+
+def _tokenizer_inputs(source: ModelSource) -> list[Any]:
+    """Name and revision of a model, and its files without the weights."""
+    from pocl_ds.workflow import input_digests
+
+    return [source.model, source.revision, _named(input_digests.tokenizer_files(source))]
+
+
+def _named(digests: Mapping[str, list[Any]]) -> list[Any]:
+    """Names of files with their digests; their folder may move."""
+    return [[path.rpartition("/")[2], *digest] for path, digest in digests.items()]
 
 
 def init_student_inputs(recipe: Recipe) -> list[Any]:
@@ -45,7 +59,7 @@ def init_student_inputs(recipe: Recipe) -> list[Any]:
         ]
     return [
         semantic_fields(recipe.student),
-        input_digests.model_files([recipe.student]),
+        _named(input_digests.model_files(recipe.student)),
         teacher_inputs(recipe),
         healing,
     ]
@@ -73,7 +87,7 @@ def score_inputs(recipe: Recipe) -> list[Any]:
     from pocl_ds.config import semantic_fields
     from pocl_ds.workflow import input_digests
 
-    return [semantic_fields(recipe.score), input_digests.plugin_files(recipe)]
+    return [semantic_fields(recipe.score), _named(input_digests.plugin_files(recipe))]
 
 
 def rank_inputs(recipe: Recipe) -> list[Any]:
@@ -81,7 +95,11 @@ def rank_inputs(recipe: Recipe) -> list[Any]:
     from pocl_ds.config import semantic_fields
     from pocl_ds.workflow import input_digests
 
-    return [semantic_fields(recipe.ranking), recipe.seed, input_digests.plugin_files(recipe)]
+    return [
+        semantic_fields(recipe.ranking),
+        recipe.seed,
+        _named(input_digests.plugin_files(recipe)),
+    ]
 
 
 def plan_inputs(recipe: Recipe) -> list[Any]:
@@ -103,7 +121,7 @@ def train_inputs(recipe: Recipe) -> list[Any]:
         semantic_fields(recipe.policy),
         recipe.seed,
         top_k_inputs(recipe),
-        input_digests.plugin_files(recipe),
+        _named(input_digests.plugin_files(recipe)),
         [ds_config.numeric_settings(name) for name in ds_configs],
     ]
 
@@ -116,14 +134,18 @@ def baseline_inputs(recipe: Recipe) -> list[Any]:
 
 
 def evaluate_inputs(recipe: Recipe) -> list[Any]:
-    """Section `evaluate`, the models that it names, and the files of its benchmarks."""
+    """Section `evaluate`, the models that it names, the files of its benchmarks, and the tokenizer
+    of ROUGE-L.
+    """
     from pocl_ds.config import semantic_fields
     from pocl_ds.workflow import input_digests
 
     return [
         semantic_fields(recipe.evaluate),
+        recipe.score.rouge_tokenizer,
         evaluated_models(recipe),
-        input_digests.evaluation_files(recipe),
+        list(input_digests.benchmark_files(recipe).values()),
+        list(input_digests.judge_template_file(recipe).values()),
     ]
 
 
@@ -146,7 +168,8 @@ def teacher_inputs(recipe: Recipe) -> list[Any] | None:
     teacher = recipe.teacher
     if teacher is None:
         return None
-    return [semantic_fields(teacher), input_digests.model_files([teacher, *teacher.ensemble])]
+    models = [teacher, *teacher.ensemble]
+    return [semantic_fields(teacher), [_named(input_digests.model_files(m)) for m in models]]
 
 
 def top_k_inputs(recipe: Recipe) -> list[Any] | None:

@@ -19,7 +19,7 @@ from pocl_ds.cli.main import main
 
 RECORDS = [{"instruction": f"Say {i}.", "output": f"It is {i}."} for i in range(40)]
 # Files that a refused step leaves in an empty run directory.
-FILES_AFTER_REFUSAL = {".lock", "recipe.yaml", "logs/preprocess.log"}
+FILES_AFTER_REFUSAL = {".lock", "recipe.yaml", "input_digests.json", "logs/preprocess.log"}
 
 
 def lines(records: list[dict[str, Any]]) -> str:

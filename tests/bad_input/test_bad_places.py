@@ -180,7 +180,8 @@ def test_run_directories(case: str, run: Path, capsys: pytest.CaptureFixture[str
         capsys, command, "--run-dir", run, *(word.replace("RUN", str(run)) for word in words)
     )
     assert message == expected.replace("RUN", str(run))
-    assert files_below(run) - {"recipe.yaml", ".lock", f"logs/{command}.log"} == set(contents)
+    written = {"recipe.yaml", "input_digests.json", ".lock", f"logs/{command}.log"}
+    assert files_below(run) - written == set(contents)
     assert {name: (run / name).read_bytes() for name in contents} == contents
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,200 @@ def test_a_fingerprint_covers_the_files_of_a_model_folder(name: str, tmp_path: P
             "train",
             "evaluate",
         }
+
+
+WEIGHTS_AND_CODE = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "modeling_own.py",
+    "trainer_state.json",
+)
+TOKENIZER_PARTS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "qwen.tiktoken",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
+    "generation_config.json",
+    "tokenization_own.py",
+)
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS_AND_CODE, *TOKENIZER_PARTS])
+def test_the_token_ids_depend_on_the_tokenizer_and_not_on_the_weights(
+    name: str, tmp_path: Path
+) -> None:
+    """Weights that are trained again do not make the data tokenize again."""
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    recipe = override_recipe(check_recipe(BASE), [f"student.model={tmp_path}"])
+    digests = []
+    for text in ("one", "one", "two"):
+        path.write_text(text)
+        os.utime(path, ns=(len(digests), len(digests)))
+        digests.append(fingerprints(recipe))
+    assert digests[0] == digests[1]
+    expected = set(STEP_NAMES) - {"generate-teacher"}
+    if name in WEIGHTS_AND_CODE:
+        expected -= {"preprocess", "cache-teacher"}
+    differing = {step for step in STEP_NAMES if digests[1][step] != digests[2][step]}
+    assert differing - {"generate-teacher"} == expected
+    path.unlink()
+    assert fingerprints(recipe)["init-student"] != digests[2]["init-student"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes_ids"),
+    [
+        ({"eos_token_id": [0, 2]}, True),
+        ({"model_type": "qwen2"}, True),
+        ({"tokenizer_class": "GPT2Tokenizer"}, True),
+        ({"hidden_size": 8}, False),
+    ],
+)
+def test_some_fields_of_a_model_configuration_choose_its_tokenizer(
+    fields: dict[str, Any], changes_ids: bool, tmp_path: Path
+) -> None:
+    recipe = override_recipe(check_recipe(BASE), [f"student.model={tmp_path}"])
+    digests = []
+    for extra in ({}, fields):
+        tree = {"model_type": "llama", "eos_token_id": 0, "hidden_size": 4, **extra}
+        (tmp_path / "config.json").write_text(json.dumps(tree))
+        digests.append(fingerprints(recipe))
+    assert (digests[0]["preprocess"] != digests[1]["preprocess"]) == changes_ids
+    assert digests[0]["init-student"] != digests[1]["init-student"]
+    (tmp_path / "config.json").write_text("[")  # `preprocess` says what is wrong with it
+    assert fingerprints(recipe)["preprocess"] not in (digests[0]["preprocess"], None)
+
+
+def test_the_token_ids_depend_on_a_teacher_that_reads_its_own(tmp_path: Path) -> None:
+    """A teacher with the student's vocabulary reads the student's ids."""
+    path = tmp_path / "tokenizer.json"
+    for name, expected in (("fkl", False), ("uld", True)):
+        words = [f"teacher.model={tmp_path}", f"loss.name={name}"]
+        digests = []
+        for text in ("one", "two"):
+            path.write_text(text)
+            digests.append(fingerprints(override_recipe(check_recipe(BASE), words))["preprocess"])
+        assert (digests[0] != digests[1]) == expected
+
+
+def test_a_package_of_models_counts_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = override_recipe(check_recipe(BASE), ["student.model=package://some_models/m.gguf"])
+    digests = []
+    for version in ("1", "2"):
+        monkeypatch.setattr(input_digests.metadata, "version", lambda name, v=version: [name, v])
+        digests.append(fingerprints(recipe))
+    assert digests[0]["preprocess"] != digests[1]["preprocess"]
+
+
+@pytest.mark.parametrize("source", ["DIR/*.jsonl", "DIR", "[DIR/a.jsonl, DIR/b.jsonl]"])
+def test_every_file_of_a_source_counts(source: str, tmp_path: Path) -> None:
+    words = [f"data.source={source.replace('DIR', str(tmp_path))}"]
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}")
+    before = fingerprints(override_recipe(check_recipe(BASE), words))["preprocess"]
+    (tmp_path / "b.jsonl").write_text("[]")
+    assert fingerprints(override_recipe(check_recipe(BASE), words))["preprocess"] != before
+
+
+def test_many_files_of_a_source_share_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of a thousand shards must not take a thousand times as long as one file."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(bytes(4 << 20))
+    read = []
+    monkeypatch.setattr(input_digests, "FULL_DIGEST_BYTES", 8 << 20)
+    monkeypatch.setattr(
+        input_digests, "_sampled_digest", lambda *arguments: read.append(arguments[-1])
+    )
+    for files in (1, 2, 3, 1000):
+        content_digest(path, files=files)
+    assert read == [None, None, input_digests.BLOCK_COUNT // 3, 2]
+
+
+def finished_run(recipe: Recipe, path: Path, steps: Sequence[str]) -> RunDirectory:
+    """A run directory in which these steps are finished."""
+    run = RunDirectory(path)
+    record_recipe(run, recipe)
+    for step in STEPS:
+        if step.name in steps:
+            step.directory(run).mkdir(parents=True)
+            write_manifest(step.directory(run), step.name, fingerprints(recipe)[step.name])
+    return run
+
+
+@pytest.mark.parametrize(
+    ("file", "steps", "change"),
+    [
+        ("student/chat_template.jinja", ("preprocess",), "the tokenizer or chat template of the "),
+        ("student/tokenizer.json", ("preprocess",), "the tokenizer or chat template of the "),
+        ("student/tokenizer_config.json", ("init-student",), "the tokenizer or chat template of "),
+        ("student/model.safetensors", ("preprocess",), None),
+        ("student/model.safetensors", ("preprocess", "init-student"), "the weights or config"),
+        ("teacher/chat_template.jinja", ("preprocess",), None),
+        ("teacher/chat_template.jinja", ("train",), "the tokenizer or chat template of the teach"),
+        ("d.jsonl", ("preprocess",), "the data ("),
+        ("judge.jinja", ("train",), None),
+    ],
+)
+def test_the_refusal_names_what_changed(
+    file: str, steps: Sequence[str], change: str | None, tmp_path: Path
+) -> None:
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+    for name in ("d.jsonl", "judge.jinja", file):
+        (tmp_path / name).write_text("one")
+    words = [
+        f"data.source={tmp_path / 'd.jsonl'}",
+        f"student.model={tmp_path / 'student'}",
+        f"teacher.model={tmp_path / 'teacher'}",
+        "evaluate.judge={base_url: 'http://x', model: m}",
+        f"evaluate.judge.prompt_template={tmp_path / 'judge.jinja'}",
+    ]
+    recipe = override_recipe(check_recipe(BASE), words)
+    run = finished_run(recipe, tmp_path / "run", steps)
+    record_recipe(run, recipe)
+    (tmp_path / file).write_text("two")
+    if change is None:
+        record_recipe(run, recipe)
+        return
+    with pytest.raises(ArtifactError) as caught:
+        record_recipe(run, recipe)
+    assert f"holds the finished step {steps[-1]!r} of another recipe (changed: {change}" in str(
+        caught.value
+    )
+    assert f" ({tmp_path / file}))" in str(caught.value)
+    # A changed field is named beside the file, and both can be undone.
+    with pytest.raises(ArtifactError, match=r"\(changed: seed, the "):
+        record_recipe(run, override_recipe(recipe, ["seed=7"]))
+    (tmp_path / file).write_text("one")
+    record_recipe(run, recipe)
+
+
+def test_a_new_file_in_a_model_folder_is_named(tmp_path: Path) -> None:
+    """`chat_template.jinja` takes the place of the template in tokenizer_config.json."""
+    (tmp_path / "m").mkdir()
+    recipe = override_recipe(check_recipe(BASE), [f"student.model={tmp_path / 'm'}"])
+    run = finished_run(recipe, tmp_path / "run", ("preprocess",))
+    (tmp_path / "m" / "chat_template.jinja").write_text("")
+    with pytest.raises(
+        ArtifactError, match=r"of the student \(.*/m/chat_template.jinja\)\): choose"
+    ):
+        record_recipe(run, recipe)
+    run.input_digests.write_text("[]")
+    with pytest.raises(
+        ArtifactError, match=r"\(changed: the content of a file that the recipe nam"
+    ):
+        record_recipe(run, recipe)
 
 
 def test_a_change_in_the_middle_of_a_large_file_is_detected(
