@@ -91,6 +91,7 @@ def summarize_answers(
         "rouge_l": statistics.fmean(rouge),
         "rouge_l_deviation": statistics.stdev(rouge) if len(rouge) > 1 else None,
         "rouge_l_by_seed": rouge,
+        "rouge_tokenizer": infos[0]["settings"]["rouge_tokenizer"],
         "exact_match": statistics.fmean(exact),
         "words": statistics.fmean(len(text.split()) for text in all_responses),
         "repetition_rate": statistics.fmean(repetition_rate(text) for text in all_responses),

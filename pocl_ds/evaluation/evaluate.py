@@ -34,9 +34,11 @@ from pocl_ds.evaluation.benchmarks import (
 from pocl_ds.evaluation.evaluated_models import model_identity
 from pocl_ds.evaluation.held_out_loss import HELD_OUT_LOSS
 from pocl_ds.evaluation.judge import summarize_verdicts
+from pocl_ds.evaluation.rouge_tokenizers import benchmark_rouge_tokenizers, tokenizer_footnote
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, SamplingParams
 from pocl_ds.metrics.rouge import rouge_l
+from pocl_ds.metrics.rouge_tokenizer import AUTO
 from pocl_ds.metrics.text import exact_match
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
@@ -62,6 +64,7 @@ def generate_answers(
     *,
     model: str,
     path: str,
+    rouge_tokenizer: str = AUTO,
     threads: int | None = None,
     shard: tuple[int, int] = (0, 1),
     trust_remote_code: bool = False,
@@ -73,6 +76,7 @@ def generate_answers(
 
     Args:
         path: folder or Hub name of the model.
+        rouge_tokenizer: of ROUGE-L; `auto` decides by benchmark, see `rouge_tokenizers`.
         shard: (I, N) for part I of N of all (benchmark, seed) pairs; parts have about as many
             answers.
         trust_remote_code: run Python code that comes with the model.
@@ -87,7 +91,13 @@ def generate_answers(
     samples = {name: benchmark_samples(run, config, name) for name in config.benchmarks}
 
     # Find the files of this shard that are missing or were generated differently.
-    settings = {**answer_settings(prompt, config), "dtype": resolve_dtype(config.generation.dtype)}
+    common = {**answer_settings(prompt, config), "dtype": resolve_dtype(config.generation.dtype)}
+    settings = {
+        name: {**common, "rouge_tokenizer": tokenizer}
+        for name, tokenizer in benchmark_rouge_tokenizers(
+            run, config, samples, rouge_tokenizer
+        ).items()
+    }
     fingerprints = _fingerprints(path, config, prompt, settings, samples)
     pairs = select_shard({pair: len(samples[pair[0]]) for pair in fingerprints}, *shard)
     pending = [pair for pair in pairs if not _is_finished(run, model, pair, fingerprints[pair])]
@@ -97,7 +107,7 @@ def generate_answers(
     # Tokenize the prompts before the engine takes the memory.
     sample_tokenizer = SampleTokenizer(tokenizer, prompt)
     writers = {
-        name: _AnswerWriter(sample_tokenizer, config, settings, name, model, samples[name])
+        name: _AnswerWriter(sample_tokenizer, config, settings[name], name, model, samples[name])
         for name in dict.fromkeys(name for name, _ in pending)
     }
     generator = open_generator(
@@ -227,6 +237,8 @@ def _footnotes(entries: Sequence[dict[str, Any]]) -> list[str]:
         footnotes.append(f"{counts} of {items} prompts cut by prompt.max_prompt_tokens")
     if seen_count := entries[0].get("seen_in_training"):
         footnotes.append(f"{seen_count} of {items} items seen in training")
+    if footnote := tokenizer_footnote(entries[0]["rouge_tokenizer"]):
+        footnotes.append(footnote)
     return footnotes
 
 
@@ -234,18 +246,19 @@ def _fingerprints(
     path: str,
     config: EvaluateConfig,
     prompt: PromptConfig,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, Mapping[str, Any]],
     samples: Mapping[str, Sequence[Sample]],
 ) -> dict[BenchmarkSeed, str]:
-    """Everything that answers depend on, by benchmark and seed."""
+    """Everything that answers depend on, by benchmark and seed. settings: by benchmark."""
     common = [
         model_identity(path),
         semantic_fields(config.generation),
         semantic_fields(prompt),
-        settings,
     ]
     return {
-        (name, seed): fingerprint([*common, seed, [item.to_json() for item in items]])
+        (name, seed): fingerprint(
+            [*common, settings[name], seed, [item.to_json() for item in items]]
+        )
         for name, items in samples.items()
         for seed in config.seeds
     }
@@ -316,7 +329,9 @@ class _AnswerWriter:
                 for sample, prompt_text, response in zip(
                     self.samples[part], self.prompt_texts[part], responses, strict=True
                 ):
-                    record = _answer_record(sample, prompt_text, response)
+                    record = _answer_record(
+                        sample, prompt_text, response, self.settings["rouge_tokenizer"]
+                    )
                     stream.write(json.dumps(record, ensure_ascii=False) + "\n")
         seconds, tokens = time.monotonic() - start, generator.processed_tokens - tokens_before
         info = {
@@ -340,7 +355,9 @@ class _AnswerWriter:
         )
 
 
-def _answer_record(sample: Sample, prompt_text: str, response: str) -> dict[str, Any]:
+def _answer_record(
+    sample: Sample, prompt_text: str, response: str, rouge_tokenizer: str
+) -> dict[str, Any]:
     """An item's line in a file of answers. Scores are between 0 and 1."""
     return {
         "id": sample.id,
@@ -349,6 +366,6 @@ def _answer_record(sample: Sample, prompt_text: str, response: str) -> dict[str,
         "input": sample.input,
         "response": response,
         "references": sample.references,
-        "rouge_l": rouge_l(response, sample.references),
+        "rouge_l": rouge_l(response, sample.references, rouge_tokenizer=rouge_tokenizer),
         "exact_match": exact_match(response, sample.references),
     }

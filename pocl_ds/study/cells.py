@@ -173,6 +173,7 @@ def _check_evaluations(name: str, cells: list[Cell]) -> None:
         evaluations.append(
             [
                 answer_settings(cell.recipe.prompt, evaluate),
+                cell.recipe.score.rouge_tokenizer,
                 {**semantic_fields(evaluate), "models": None},
             ]
         )

@@ -295,6 +295,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
             recipe.prompt,
             model=request.model,
             path=path,
+            rouge_tokenizer=recipe.score.rouge_tokenizer,
             threads=recipe.launch.threads_per_rank,
             shard=request.shard or (0, 1),
             trust_remote_code=request.model in trusted,

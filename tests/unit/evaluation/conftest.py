@@ -162,7 +162,7 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
                 "tokens": 60,
                 "generation_seconds": 2.0,
                 "cut_prompts": 0,
-                "settings": {},
+                "settings": {"rouge_tokenizer": "rouge_score"},
             },
         )
     return run
