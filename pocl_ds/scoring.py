@@ -78,6 +78,7 @@ def score_samples(
     max_new_tokens: int = 256,
     max_length: int = 512,
     max_batch_tokens: int = 8192,
+    rouge_tokenizer: str = "auto",
 ) -> list[SampleScore]:
     """Score samples by a model's greedy responses and by its cross-entropy of the references.
 
@@ -91,6 +92,8 @@ def score_samples(
         max_new_tokens: of a generated response.
         max_length: tokens of prompt and reference; a longer reference is cut.
         max_batch_tokens: tokens of a batch, padding included.
+        rouge_tokenizer: `rouge_score`, `unicode_words`, `characters`, or `auto` to choose the one
+            that suits the references.
 
     Returns:
         One score per record, in the order of the records.
@@ -116,7 +119,8 @@ def score_samples(
     # Generate responses, and compare them with the references.
     prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
     responses = _generate(model, tokenizer, prompts, max_new_tokens, max_batch_tokens)
-    rouge = rouge_l_many(responses, [sample.references for sample in samples])
+    references = [sample.references for sample in samples]
+    rouge = rouge_l_many(responses, references, rouge_tokenizer=rouge_tokenizer)
     masks = [np.concatenate([[False], sample.loss_mask[1:]]) for sample in tokenized]
     starts = [int(np.argmax(mask)) for mask in masks]
     log_probs = [

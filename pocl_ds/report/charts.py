@@ -79,7 +79,8 @@ def difficulty_charts(summary: RunSummary) -> list[Chart]:
     ranking = summary.ranking
     if ranking is None or not len(ranking.rouge_l):
         return []
-    names = subset_names(ranking)
+    names, name = subset_names(ranking), ranking.rouge_tokenizer
+    tokens = "" if name == "rouge_score" else f" Compared by {name.replace('_', ' ')}."
     return [
         _scatter_chart(ranking, names),
         _histogram(
@@ -96,7 +97,7 @@ def difficulty_charts(summary: RunSummary) -> list[Chart]:
             100 * ranking.rouge_l,
             ranking.bounds,
             names,
-            note="Of the initial student's response; higher is easier.",
+            note="Of the initial student's response; higher is easier." + tokens,
         ),
     ]
 

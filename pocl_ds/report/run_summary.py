@@ -70,6 +70,7 @@ class DifficultyRanking:
     cross_entropy: Floats
     bounds: list[int]  # subset i is [bounds[i], bounds[i + 1])
     end_labels: tuple[str, str] = ("easiest", "hardest")  # of the first and the last subset
+    rouge_tokenizer: str = "rouge_score"
 
 
 @dataclass
@@ -245,7 +246,8 @@ def _read_ranking(
     )
     stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge_l)]
     end_labels = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
-    return DifficultyRanking(rouge_l, cross_entropy, [0, *stops], end_labels)
+    rouge_tokenizer = info.get("rouge_tokenizer", "rouge_score")  # a random order has none
+    return DifficultyRanking(rouge_l, cross_entropy, [0, *stops], end_labels, rouge_tokenizer)
 
 
 def _read_manifests(run: RunDirectory) -> dict[str, Manifest]:

@@ -77,3 +77,11 @@ def test_errors_name_the_sample(model: Any, tokenizer: Any) -> None:
         cross_entropy(model, [[1, 2], [3, 4]], [1, 2])
     with pytest.raises(DataError, match="records, number 1: there is no field 'output'"):
         score_samples(model, tokenizer, [{"instruction": "Say one."}])
+
+
+def test_the_tokenizer_of_rouge_l_follows_the_references(model: Any, tokenizer: Any) -> None:
+    records = [{"instruction": "Say it.", "output": "北京是中国的首都。"}]
+    (score,) = score_samples(model, tokenizer, records, max_new_tokens=4)
+    expected = rouge_l(score.response, ["北京是中国的首都。"], rouge_tokenizer="characters")
+    assert score.rouge_l == expected
+    assert rouge_l("北京是首都", ["北京是首都"], rouge_tokenizer="auto") == 1.0

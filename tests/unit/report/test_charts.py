@@ -104,6 +104,14 @@ def test_the_scatter_chart_is_thinned_with_a_note(monkeypatch: pytest.MonkeyPatc
     assert "100 of 1,000 samples are shown" in scatter["note"]
 
 
+def test_another_tokenizer_than_that_of_rouge_score_is_in_the_note() -> None:
+    values = np.linspace(0, 1, 10)
+    for name, expected in (("rouge_score", False), ("unicode_words", True)):
+        ranking = DifficultyRanking(values, values, [0, 5, 10], rouge_tokenizer=name)
+        note = charts.difficulty_charts(RunSummary({}, ranking=ranking))[-1]["note"]
+        assert ("Compared by unicode words." in note) == expected
+
+
 def test_curves_of_runs_are_overlaid() -> None:
     columns = {
         name: np.full(4, np.nan)
