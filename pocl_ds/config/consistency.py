@@ -27,6 +27,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_loss_options(recipe)
     _check_teacher(recipe)
     _check_teacher_mode(recipe)
+    _check_teacher_template(recipe)
     _check_teacher_responses(recipe)
     _check_on_policy(recipe)
     _check_distillm(recipe)
@@ -147,6 +148,22 @@ def _check_teacher_mode(recipe: Recipe) -> None:
             "teacher.ensemble mixes distributions over one vocabulary, and "
             f"loss.name={loss} does not use one: remove teacher.ensemble"
         )
+
+
+def _check_teacher_template(recipe: Recipe) -> None:
+    """What a teacher with its own prompts and the student's vocabulary excludes."""
+    teacher = recipe.teacher
+    if teacher is None or not recipe.needs_shared_vocabulary or recipe.teacher_template != "own":
+        return
+    problem = None
+    if teacher.mode != "online":
+        problem = f"teacher.mode={teacher.mode} caches outputs for the student's: set it to online"
+    elif teacher.ensemble:
+        problem = "teacher.ensemble has one prompt for all: remove it"
+    elif recipe.data.train_on != "last_turn":
+        problem = "earlier turns train in the student's alone: set data.train_on=last_turn"
+    if problem:
+        raise ValueError(f"teacher.template=own gives the teacher its own prompts, and {problem}")
 
 
 def _check_teacher_responses(recipe: Recipe) -> None:

@@ -78,6 +78,12 @@ class TeacherConfig(ModelConfig):
         description="Further teachers with the same vocabulary. The student learns from the "
         "weighted mean of all teachers' distributions.",
     )
+    template: Literal["student", "own"] | None = Field(
+        None,
+        description="Whose chat template and BOS the teacher's prompts have: `student`, so that "
+        "both models read the same text, or its `own`, as the teacher was trained. `null` is "
+        "`student` where the models share a vocabulary, and `own` where they do not.",
+    )
     quantization: Literal["none", "bnb_8bit", "bnb_4bit"] = Field(
         "none",
         description="Quantize the teacher's linear layers except its output head with "

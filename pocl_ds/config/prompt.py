@@ -24,7 +24,8 @@ class PromptConfig(Section):
         description="Variables passed to the chat template, as in `{enable_thinking: false}`.",
     )
     max_prompt_tokens: Positive = Field(
-        256, description="Maximum prompt length in tokens; `overlong` says how longer ones are handled."
+        256,
+        description="Maximum prompt length in tokens; `overlong` says how longer ones are handled.",
     )
     max_length: Positive = Field(
         512, description="Maximum length of prompt and response together, in tokens."

@@ -8,7 +8,7 @@ torch.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -87,6 +87,19 @@ class Recipe(Section):
     def cross_tokenizer(self) -> bool:
         """Whether the loss compares models with different tokenizers."""
         return self.loss.name in CROSS_TOKENIZER_LOSSES
+
+    @property
+    def teacher_template(self) -> Literal["student", "own"]:
+        """Whose chat template writes the teacher's prompts."""
+        if self.teacher is None or self.teacher.template is None:
+            return "student" if self.needs_shared_vocabulary else "own"
+        return self.teacher.template
+
+    @property
+    def teacher_has_own_prompts(self) -> bool:
+        """Whether the data is also written as the teacher reads it."""
+        own = self.needs_shared_vocabulary and self.teacher_template == "own"
+        return self.teacher is not None and (self.cross_tokenizer or own)
 
     @property
     def needs_shared_vocabulary(self) -> bool:

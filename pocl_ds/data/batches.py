@@ -34,6 +34,7 @@ class Batch:
     rows: tuple[int, ...]  # of the split
     split: str  # name of the split
     teacher_view: TeacherView | None = None  # for a teacher with another tokenizer
+    teacher_batch: Batch | None = None  # for a teacher with its own prompts: the same loss tokens
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
@@ -44,6 +45,16 @@ class Batch:
         """Select from hidden states [B, T, d] those that predict a loss token: [n, d]."""
         return hidden.flatten(0, 1).index_select(0, self.positions)
 
+    def of_sample(self, sample: int) -> Batch:
+        """The same batch with the loss tokens of one of its samples only."""
+        own = self.sample_of_token == sample
+        return replace(
+            self,
+            positions=self.positions[own],
+            labels=self.labels[own],
+            sample_of_token=self.sample_of_token[own],
+        )
+
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -53,7 +64,8 @@ class Batch:
             if isinstance(value, Tensor)
         }
         teacher_view = self.teacher_view.to(device) if self.teacher_view else None
-        return replace(self, **on_device, teacher_view=teacher_view)
+        teacher_batch = self.teacher_batch.to(device) if self.teacher_batch else None
+        return replace(self, **on_device, teacher_view=teacher_view, teacher_batch=teacher_batch)
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,11 @@ def collate(
     rows: Sequence[int] | NDArray[np.int64],
     *,
     packed: bool = False,
+    last_responses: bool = False,
 ) -> Batch:
     """Build a batch of some rows of a dataset, padded or packed.
+
+    last_responses: the loss tokens are those of each sample's last response, whatever trains.
 
     Padding is id 0, which every model has a row for: masks come from lengths, so its id has no
     effect. Without rows the batch is a single token without a loss, so that a model can still run
@@ -102,8 +117,12 @@ def collate(
         else sample
     )
     # Token 0 has no hidden state before it, so it is never a label.
-    masks = [dataset.loss_mask(int(row)) for row in indices]
-    is_label = np.concatenate(masks) & (column > 0) if masks else sample.astype(np.bool_)
+    if last_responses:
+        prompt_tokens = np.asarray(dataset.prompt_tokens[indices], np.int64)
+        is_label = column >= np.maximum(prompt_tokens, 1)[sample]
+    else:
+        masks = [dataset.loss_mask(int(row)) for row in indices]
+        is_label = np.concatenate(masks) & (column > 0) if masks else sample.astype(np.bool_)
 
     # Write the tokens to their places in the batch.
     width = int(lengths.max(initial=1))

@@ -65,7 +65,8 @@ class GeneratedBatch:
         """Join the prompts of `rows` with their responses.
 
         A response is cut where prompt and response exceed `max_length` tokens, and before the
-        first id that `allowed` [vocabulary] excludes from the loss. An empty response becomes the end of its turn.
+        first id that `allowed` [vocabulary] excludes from the loss. An empty response becomes the
+        end of its turn.
         """
         prompt_tokens, sequences = np.asarray(split.prompt_tokens[rows], np.int64), []
         for row, prompt_length, response in zip(rows, prompt_tokens, responses, strict=True):

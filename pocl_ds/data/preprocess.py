@@ -57,13 +57,15 @@ def preprocess(
     commits: Mapping[str, str] | None = None,
     *,
     teacher_prompt: PromptConfig | None = None,
+    teacher_end_ids: Sequence[int] = (),
     read_benchmarks: ReadBenchmarks | None = None,
 ) -> Manifest:
     """Read, split and tokenize the data into data/, which appears complete or not at all.
 
     teacher_tokenizer: also write the training and validation splits in its tokens, row by row, to
-    data/teacher, with the prompts of teacher_prompt. commits: commit of each model on the Hub,
-    which the manifest records for later steps. read_benchmarks: reads what the models will be
+    data/teacher, with the prompts of teacher_prompt. teacher_end_ids: the student's ids of the
+    tokens that end a teacher's turns, which end the student's too. commits: commit of each model on
+    the Hub, which the manifest records for later steps. read_benchmarks: reads what the models will be
     evaluated on, to compare with training. Raises DataError if no training samples remain.
     """
     manifest = read_manifest(run.data)
@@ -123,7 +125,7 @@ def preprocess(
             "splits": {split: result.info() for split, result in results.items()},
             "tokenizer": tokenizer.name_or_path,
             "eos_id": tokenizer.eos_token_id,
-            "end_of_turn_ids": student.end_of_turn_ids,
+            "end_of_turn_ids": list(dict.fromkeys([*student.end_of_turn_ids, *teacher_end_ids])),
             "tokenizers": {"student": tokenizer_digests(tokenizer)}
             | ({"teacher": tokenizer_digests(teacher_tokenizer)} if teacher else {}),
             "vocabulary": len(tokenizer),

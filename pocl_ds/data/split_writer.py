@@ -73,23 +73,33 @@ def tokenize_chunk(
     samples: Sequence[Sample],
     tokenizer: SampleTokenizer,
     on_invalid: OnInvalidSample | None = None,
+    *,
+    lines: Sequence[str] = (),
 ) -> TokenizedChunk:
-    """Tokenize samples together. on_invalid: see `SampleTokenizer.tokenize_many`."""
+    """Tokenize samples together.
+
+    on_invalid: see `SampleTokenizer.tokenize_many`. lines: `Sample.to_json` of each, if it is known
+    already.
+    """
     tokenizer.counts.clear()
-    samples = [tokenizer.clean(sample) for sample in samples]
-    pairs = zip(samples, tokenizer.tokenize_many(samples, on_invalid), strict=True)
-    included = [(sample, tokens) for sample, tokens in pairs if tokens is not None]
+    cleaned = [tokenizer.clean(sample) for sample in samples]
+    results = tokenizer.tokenize_many(cleaned, on_invalid)
+    included = [(cleaned[n], tokens) for n, tokens in enumerate(results) if tokens is not None]
     rows, start = [], 0
     for _, tokens in included:
         # Token 0 has no hidden state before it, so it is never a label.
-        loss_tokens = int(tokens.loss_mask[1:].sum())
+        loss_tokens = int(np.count_nonzero(tokens.loss_mask[1:]))
         rows.append((start, tokens.prompt_tokens, len(tokens.ids), loss_tokens))
         start += len(tokens.ids)
     names = [sample.id.encode() for sample, _ in included]
     token_arrays = [np.asarray(tokens.ids, np.uint32) for _, tokens in included]
     masks = [tokens.loss_mask for _, tokens in included]
     return TokenizedChunk(
-        lines=[sample.to_json() for sample, _ in included],
+        lines=[
+            lines[n] if lines and cleaned[n] is samples[n] else cleaned[n].to_json()
+            for n, tokens in enumerate(results)
+            if tokens is not None
+        ],
         ids=np.array(names, "S") if names else np.empty(0, "S1"),
         index=np.array(rows, np.int64).reshape(-1, INDEX_COLUMNS),
         tokens=np.concatenate(token_arrays) if masks else np.empty(0, np.uint32),
@@ -183,9 +193,7 @@ def save_split(
         lines=[],
         ids=np.array([name.encode() for name in ids], "S") if ids else np.empty(0, "S1"),
         index=np.stack([starts, prompts, lengths, lengths - np.maximum(prompts, 1)], 1),
-        tokens=np.concatenate([np.asarray(s, np.uint32) for s in sequences] or [[]]).astype(
-            np.uint32
-        ),
+        tokens=np.array([token for sequence in sequences for token in sequence], np.uint32),
         loss_mask=np.concatenate(masks) if masks else np.empty(0, np.bool_),
         truncated=np.zeros(len(ids), np.bool_),
         dropped=0,

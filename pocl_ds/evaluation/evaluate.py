@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.metrics.rouge_tokenizer import AUTO
 from pocl_ds.metrics.text import exact_match
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.load import load_tokenizer
+from pocl_ds.models.load import embedding_rows, load_model_config, load_tokenizer
+from pocl_ds.models.token_checks import check_sequences
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import atomic_write, read_json, write_json
 from pocl_ds.workflow.manifest import MANIFEST, fingerprint, read_manifest, write_manifest
@@ -65,6 +67,8 @@ def generate_answers(
     model: str,
     path: str,
     rouge_tokenizer: str = AUTO,
+    chat_template: str | None = None,
+    end_of_turn_ids: Sequence[int] = (),
     threads: int | None = None,
     shard: tuple[int, int] = (0, 1),
     trust_remote_code: bool = False,
@@ -77,6 +81,8 @@ def generate_answers(
     Args:
         path: folder or Hub name of the model.
         rouge_tokenizer: of ROUGE-L; `auto` decides by benchmark, see `rouge_tokenizers`.
+        chat_template: asks the model in place of its own.
+        end_of_turn_ids: ids that end an answer, besides those that tokenizer and model name.
         shard: (I, N) for part I of N of all (benchmark, seed) pairs; parts have about as many
             answers.
         trust_remote_code: run Python code that comes with the model.
@@ -88,6 +94,8 @@ def generate_answers(
     """
     check_benchmark_names(config.benchmarks)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     samples = {name: benchmark_samples(run, config, name) for name in config.benchmarks}
 
     # Find the files of this shard that are missing or were generated differently.
@@ -98,7 +106,8 @@ def generate_answers(
             run, config, samples, rouge_tokenizer
         ).items()
     }
-    fingerprints = _fingerprints(path, config, prompt, settings, samples)
+    asked = [chat_template, sorted(end_of_turn_ids)]
+    fingerprints = _fingerprints(path, config, prompt, asked, settings, samples)
     pairs = select_shard({pair: len(samples[pair[0]]) for pair in fingerprints}, *shard)
     pending = [pair for pair in pairs if not _is_finished(run, model, pair, fingerprints[pair])]
     if not pending:
@@ -110,6 +119,9 @@ def generate_answers(
         name: _AnswerWriter(sample_tokenizer, config, settings[name], name, model, samples[name])
         for name in dict.fromkeys(name for name, _ in pending)
     }
+    own_rows = {path: embedding_rows(load_model_config(path, trust_remote_code=trust_remote_code))}
+    for name, writer in writers.items():
+        check_sequences(writer.prompts, tokenizer, own_rows, f"a prompt of benchmark {name}")
     generator = open_generator(
         path,
         config.generation,
@@ -118,6 +130,7 @@ def generate_answers(
         threads=threads,
         trust_remote_code=trust_remote_code,
         alternative="evaluate.generation.backend=transformers",
+        end_of_turn_ids=end_of_turn_ids,
     )
 
     # Write one file after the other.
@@ -246,18 +259,22 @@ def _fingerprints(
     path: str,
     config: EvaluateConfig,
     prompt: PromptConfig,
+    asked: Sequence[Any],
     settings: Mapping[str, Mapping[str, Any]],
     samples: Mapping[str, Sequence[Sample]],
 ) -> dict[BenchmarkSeed, str]:
-    """Everything that answers depend on, by benchmark and seed. settings: by benchmark."""
+    """Everything that answers depend on, by benchmark and seed. asked: how the model is asked
+    beyond its own template; settings: by benchmark.
+    """
     common = [
         model_identity(path),
         semantic_fields(config.generation),
         semantic_fields(prompt),
+        *asked,
     ]
     return {
         (name, seed): fingerprint(
-            [*common, settings[name], seed, [item.to_json() for item in items]]
+            [*common, settings[name], seed, [replace(item, place="").to_json() for item in items]]
         )
         for name, items in samples.items()
         for seed in config.seeds
@@ -288,8 +305,8 @@ class _AnswerWriter:
         self.prompts, self.cut_prompts = tokenizer.tokenize_prompts(samples)
         if self.cut_prompts:
             log.warning(
-                "benchmark %s, %s: %d of %d prompts are longer than prompt.max_prompt_tokens=%d, and "
-                "lost earlier turns or parts of their texts: raise it",
+                "benchmark %s, %s: %d of %d prompts are longer than prompt.max_prompt_tokens=%d, "
+                "and lost earlier turns or parts of their texts: raise it",
                 benchmark,
                 model,
                 self.cut_prompts,

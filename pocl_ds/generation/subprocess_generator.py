@@ -61,9 +61,11 @@ class SubprocessGenerator:
         device: str | None,
         sleep_level: int = 0,
         trust_remote_code: bool = False,
+        end_of_turn_ids: Sequence[int] = (),
     ) -> None:
         """device: the GPU that the child shares with this process, as in CUDA_VISIBLE_DEVICES.
         sleep_level: see `VllmGenerator`; the attribute holds the level that this machine supports.
+        end_of_turn_ids: see `open_generator`.
         """
         # The child's environment: not a rank, one GPU, its own number of threads.
         environment = {
@@ -86,7 +88,14 @@ class SubprocessGenerator:
         self.connection = Connection(parent_socket.detach())
         self.processed_tokens = 0
         self.sleep_level, self.stop_token_ids = self._call(
-            "open", model_path, config, max_length, threads, sleep_level, trust_remote_code
+            "open",
+            model_path,
+            config,
+            max_length,
+            threads,
+            sleep_level,
+            trust_remote_code,
+            list(end_of_turn_ids),
         )
 
     def generate(
@@ -237,6 +246,7 @@ def _open(
     threads: int,
     sleep_level: int,
     trust_remote_code: bool,
+    end_of_turn_ids: Sequence[int],
 ) -> Any:
     from pocl_ds.generation.backends import open_generator
     from pocl_ds.models.load import load_tokenizer
@@ -250,6 +260,7 @@ def _open(
         trust_remote_code=trust_remote_code,
         alternative=ALTERNATIVE,
         sleep_level=sleep_level,
+        end_of_turn_ids=end_of_turn_ids,
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Literal
 
 from pocl_ds.config import (
     GenerationConfig,
@@ -24,7 +25,8 @@ from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.data.split_writer import write_tokenized_split
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, SamplingParams, decode_response
-from pocl_ds.models.load import load_tokenizer, resolve_model
+from pocl_ds.models.load import load_teacher_tokenizer, load_tokenizer, resolve_model
+from pocl_ds.models.token_checks import check_sequences, read_embedding_rows
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import atomic_directory
 from pocl_ds.workflow.manifest import finished_manifest, write_manifest
@@ -42,6 +44,7 @@ def generate_teacher_responses(
     teacher: TeacherConfig,
     student: StudentConfig,
     prompt: PromptConfig,
+    template: Literal["student", "own"],
     policy: PolicyConfig,
     generation: GenerationConfig,
     seed: int,
@@ -50,21 +53,21 @@ def generate_teacher_responses(
 ) -> None:
     """Write teacher_responses/, whose split `train` has the rows of data/train.
 
-    generation: the engine's settings, those of scoring. Does nothing if the step is finished.
+    template: whose chat template asks the teacher. generation: the engine's settings, those of
+    scoring. Does nothing if the step is finished.
     """
     if finished_manifest(run.teacher_responses, fingerprint):
         return
 
     # Load both tokenizers. Overlong samples are cut, never dropped, so that the rows stay the same.
     start, path, student_path = time.monotonic(), resolve_model(teacher), resolve_model(student)
-    teacher_tokenizer = load_tokenizer(
-        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
-    )
     student_tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
     )
+    teacher_tokenizer = load_teacher_tokenizer(path, teacher, student_tokenizer, template)
 
     # Generate the responses, and tokenize them for the student.
+    rows = read_embedding_rows([(teacher, path)])
     generator = open_generator(
         path,
         generation.model_copy(update={"dtype": teacher.dtype}),
@@ -79,7 +82,7 @@ def generate_teacher_responses(
     chunk_size = BATCHES_PER_CALL * generation.max_num_seqs
     try:
         with atomic_directory(run.teacher_responses) as folder:
-            samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size)
+            samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size, rows)
             counts = write_tokenized_split(
                 samples, SampleTokenizer(student_tokenizer, prompt, keep_all=True), folder, "train"
             )
@@ -103,8 +106,12 @@ def _answer_samples(
     policy: PolicyConfig,
     seed: int,
     chunk_size: int,
+    rows: Mapping[str, int],
 ) -> Iterator[Sample]:
-    """The training samples with the teacher's response as their reference."""
+    """The training samples with the teacher's response as their reference.
+
+    rows: rows of the teacher's embedding, by its path.
+    """
     path = run.data / "train.jsonl"
     total = sum(1 for _ in read_sample_file(path))
     samples, first_index, truncated = read_sample_file(path), 0, 0
@@ -119,6 +126,7 @@ def _answer_samples(
                 first_index=first_index,
             )
             prompts = [tokenizer.tokenize_prompt(sample) for sample in chunk]
+            check_sequences(prompts, tokenizer.tokenizer, rows, "a prompt of the teacher")
             responses = generator.generate_ids(prompts, sampling, progress.advance)
             # Yield them as references, and count those that the token limit cut.
             for sample, ids in zip(chunk, responses, strict=True):

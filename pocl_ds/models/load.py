@@ -13,7 +13,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -23,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 
@@ -146,6 +147,29 @@ def load_tokenizer(
             "set eos_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def load_teacher_tokenizer(
+    path: str, teacher: ModelSource, student_tokenizer: Any, template: Literal["student", "own"]
+) -> Any:
+    """Load a teacher's tokenizer, with the student's chat template if `template` is `student`.
+    Raises ModelError.
+    """
+    tokenizer = load_tokenizer(
+        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
+    )
+    if template == "student":
+        tokenizer.chat_template = student_tokenizer.chat_template
+    return tokenizer
+
+
+def load_generation_config(path: str, revision: str | None = None) -> Any:
+    """A model's generation settings (transformers GenerationConfig), or None if it has none."""
+    try:
+        with quiet():
+            return GenerationConfig.from_pretrained(path, revision=revision or "main")
+    except OSError:
+        return None
 
 
 def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,20 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import GenerationConfig, PolicyConfig, StudentConfig
 from pocl_ds.curriculum.sampler import SamplerPosition
-from pocl_ds.data.batches import collate
 from pocl_ds.data.generated import GeneratedBatch, TokenizedDataset
 from pocl_ds.data.tokenized import shard_rows
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.errors import ResourceError
+from pocl_ds.generation.backends import longest_sequence
+from pocl_ds.generation.invariance import check_generator, choose_rows
 from pocl_ds.generation.protocol import Generator, SamplingParams
 from pocl_ds.generation.subprocess_generator import SubprocessGenerator
-from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.models.batch_invariance import GPU_TOLERANCE, TOLERANCE
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.models.lora import merge_adapters
 from pocl_ds.models.vocab import VocabMap
+from pocl_ds.rollouts.student_log_probs import student_log_probs
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import LOG_INTERVAL, Progress
 
@@ -42,12 +44,6 @@ log = logging.getLogger("pocl_ds")
 
 WEIGHTS_FILE = "rollout_weights.pt"  # in a checkpoint
 NO_WEIGHTS = -1  # `weights_step` of a generator without weights
-# Largest accepted difference in nats between the generator's and the trainer's log-probability of a
-# response, by the student's dtype: (per token, per response). Short responses need the second, as
-# their rounding errors do not average out. Logits near 26 are 0.125 apart in bfloat16.
-TOLERANCE = {"float32": (1e-3, 0.0), "bfloat16": (0.1, 0.5), "float16": (0.1, 0.5)}
-# On a GPU vLLM's attention multiplies float32 as TF32.
-GPU_TOLERANCE = {**TOLERANCE, "float32": (1e-2, 0.05)}
 # For the log: what an engine on the rank's GPU does between rollouts, by its sleep level.
 SLEEP_NOTES = {
     0: "; this machine's engine cannot sleep, so it keeps its GPU memory between rollouts",
@@ -78,9 +74,13 @@ class RolloutWorker:
     vocab: VocabMap
     seed: int
     max_length: int  # tokens of a prompt and its response
+    end_of_turn_ids: Sequence[int] = ()  # see `open_generator`; the first ends an empty response
     stats: RolloutStats = field(default_factory=RolloutStats)
     generator: Generator | None = None
     weights_step: int = NO_WEIGHTS  # the optimizer step whose weights the generator has
+    invariance: dict[str, Any] | None = (
+        None  # what `check_generator` found before the first rollout
+    )
     # The generator's weights on rank 0, for checkpoints; empty if every step brings new ones.
     saved_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -88,10 +88,13 @@ class RolloutWorker:
         tokenizer = load_tokenizer(
             self.model_path, trust_remote_code=self.student.trust_remote_code
         )
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.end_of_turn_ids = list(self.end_of_turn_ids) or [int(tokenizer.eos_token_id)]
         self.allowed = self.vocab.allowed
         self.module: Any = self.engine.module
         self.on_gpu = distributed.device().type == "cuda"
+        # The generator allows no more than the data needs: vLLM's limit changes LongRoPE's factors.
+        longest = longest_sequence(self.dataset, self.config.max_new_tokens)
+        self.generator_length = min(self.max_length, longest)
 
     def generate(self, rows: NDArray[np.int64], position: SamplerPosition) -> GeneratedBatch:
         """Generate the student's responses to the prompts of some rows; the result is the same on
@@ -130,7 +133,7 @@ class RolloutWorker:
             self.dataset,
             rows,
             all_responses,
-            end_of_turn_id=self.eos_id,
+            end_of_turn_id=self.end_of_turn_ids[0],
             max_length=self.max_length,
             allowed=self.allowed,
         )
@@ -210,34 +213,28 @@ class RolloutWorker:
         del weights
         self.weights_step = step
         self._check_weights(int(rows[np.argmax(self.dataset.loss_tokens[rows])]))
+        if self.invariance is None:
+            self._check_batch_invariance()
 
     def _sync_due(self, step: int) -> bool:
         """Whether the generator needs new weights before it generates at a step."""
         interval = self.config.sync_weights_every
         return self.weights_step == NO_WEIGHTS or step // interval != self.weights_step // interval
 
-    @torch.no_grad()
     def _check_weights(self, row: int) -> None:
         """Compare the generator's log-probability of a row's response with the student's. Raises
         ResourceError on all ranks if they differ by more than rounding.
         """
-        # The student's cross-entropy, summed over the response.
-        batch = collate(self.dataset, [row]).to(distributed.device())
-        self.module.eval()
-        with self.module.loss_head.over_all_ids():
-            _, _, cross_entropy = self.engine.forward(batch, LossTerms("sft"))
-        self.module.train()
-        student_nats = float(cross_entropy)
-
-        # The generator's cross-entropy.
+        (student,) = student_log_probs(self.engine, self.dataset, [row])
         tokens = [int(token) for token in self.dataset.tokens(row)]
         start = max(1, int(self.dataset.prompt_tokens[row]))
         with distributed.raise_on_all_ranks("compare the rollout generator with the student"):
             (log_probs,) = self._open_generator().log_probs([tokens], [start])
             generator_nats = -float(np.sum(log_probs, dtype=np.float64))
+            student_nats = -float(student[0])
             tolerances = GPU_TOLERANCE if self.on_gpu else TOLERANCE
             per_token, per_response = tolerances[resolve_dtype(self.student.dtype)]
-            tolerance = per_token * max(1, batch.labels.numel()) + per_response
+            tolerance = per_token * max(1, len(tokens) - start) + per_response
             if not abs(generator_nats - student_nats) <= tolerance:  # also true for a NaN
                 raise ResourceError(
                     f"the cross-entropy of a response is {generator_nats:.4f} nats in the rollout "
@@ -245,6 +242,25 @@ class RolloutWorker:
                     "student: the generator did not load the new weights; set "
                     "policy.rollout_backend=transformers"
                 )
+
+    def _check_batch_invariance(self) -> None:
+        """Check before the first rollout, on a few samples, that the generator's log-probabilities
+        do not depend on the batch and are those of the student. Raises ModelError on all ranks.
+        """
+        rows = choose_rows(self.dataset, self._generation_config(), seed=self.seed)
+        student = [student_log_probs(self.engine, self.dataset, [row])[0] for row in rows]
+        backend = self.config.rollout_backend
+        other = "transformers" if backend == "vllm" else "vllm"
+        with distributed.raise_on_all_ranks("check the rollout generator"):
+            self.invariance = check_generator(
+                f"rollouts: the student in {backend}",
+                self._open_generator(),
+                self.dataset,
+                rows,
+                dtype=resolve_dtype(self.student.dtype),
+                remedy=f"set policy.max_num_seqs=1 or policy.rollout_backend={other}",
+                reference=("the trainer", lambda places: [student[place] for place in places]),
+            )
 
     @property
     def _sleep_level(self) -> int:
@@ -258,13 +274,7 @@ class RolloutWorker:
     def _open_generator(self) -> Generator:
         """The generator, opened at the first call."""
         if self.generator is None:
-            settings = GenerationConfig(
-                backend="vllm" if self.config.rollout_backend == "vllm" else "transformers",
-                max_num_seqs=self.config.max_num_seqs,
-                gpu_memory_utilization=self.config.gpu_memory_utilization,
-                dtype=self.student.dtype,
-            )
-            generator = self.generator = self._make_generator(settings)
+            generator = self.generator = self._make_generator(self._generation_config())
             note = ""
             if self.on_gpu and isinstance(generator, SubprocessGenerator):
                 note = SLEEP_NOTES[generator.sleep_level]
@@ -276,6 +286,14 @@ class RolloutWorker:
             )
         return self.generator
 
+    def _generation_config(self) -> GenerationConfig:
+        return GenerationConfig(
+            backend="vllm" if self.config.rollout_backend == "vllm" else "transformers",
+            max_num_seqs=self.config.max_num_seqs,
+            gpu_memory_utilization=self.config.gpu_memory_utilization,
+            dtype=self.student.dtype,
+        )
+
     def _make_generator(self, settings: GenerationConfig) -> Generator:
         trust_remote_code = self.student.trust_remote_code
         threads = torch.get_num_threads()
@@ -284,11 +302,12 @@ class RolloutWorker:
             return SubprocessGenerator(
                 self.model_path,
                 settings,
-                max_length=self.max_length,
+                max_length=self.generator_length,
                 threads=threads,
                 trust_remote_code=trust_remote_code,
                 device=_visible_device(index) if self.on_gpu else None,
                 sleep_level=self._sleep_level,
+                end_of_turn_ids=self.end_of_turn_ids,
             )
         from pocl_ds.generation.transformers_backend import TransformersGenerator
 
@@ -296,9 +315,10 @@ class RolloutWorker:
             self.model_path,
             settings,
             load_tokenizer(self.model_path, trust_remote_code=trust_remote_code),
-            max_length=self.max_length,
+            max_length=self.generator_length,
             threads=threads,
             trust_remote_code=trust_remote_code,
+            end_of_turn_ids=self.end_of_turn_ids,
         )
 
 

@@ -78,6 +78,8 @@ class OnlineTeacher:
         """See `Teacher`."""
         if batch.teacher_view:
             own_batch = batch.teacher_view.batch
+        elif batch.teacher_batch:
+            own_batch = batch.teacher_batch
         else:
             own_batch = replace(batch, input_ids=self.vocab.teacher_inputs(batch.input_ids))
         hidden: Tensor = self.engine.forward(own_batch)

@@ -25,12 +25,16 @@ from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.data.generated import GeneratedBatch
 from pocl_ds.data.preprocess import TEACHER_DIRECTORY
 from pocl_ds.data.retokenize import TeacherRetokenizer
+from pocl_ds.data.teacher_prompts import TeacherPrompts
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.engines.torch_engine import TorchEngine
-from pocl_ds.errors import ModelError
-from pocl_ds.generation.backends import check_backend
+from pocl_ds.generation.backends import (
+    check_backend,
+    check_length_dependence,
+    longest_sequence,
+)
 from pocl_ds.generation.subprocess_generator import ALTERNATIVE
 from pocl_ds.losses.fused_head import chunk_sizes
 from pocl_ds.models.heads import supports_packing
@@ -43,6 +47,7 @@ from pocl_ds.models.load import (
 )
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
+from pocl_ds.models.token_checks import check_split, rows_by_reader
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
 from pocl_ds.rollouts.policies import POLICIES
 from pocl_ds.rollouts.rollout import RolloutWorker
@@ -94,14 +99,13 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
     training = training.with_resolved_dtypes()
     splits = _Splits.open(run, training)
     if training.policy.on_policy:
-        check_backend(training.policy.rollout_backend, ALTERNATIVE)
+        _check_rollout_backend(training, splits.train)
 
     # Check memory, vocabularies and tokens before a model is loaded.
     teacher_ds_config = _teacher_ds_config(training)
     check_memory(_memory_demand(training, splits, teacher_is_sharded=bool(teacher_ds_config)))
     vocab = _align_vocabularies(training, teacher_is_sharded=bool(teacher_ds_config))
-    for split in filter(None, (splits.train, splits.validation, splits.teacher_responses)):
-        _check_tokens(split, vocab)
+    _check_tokens(training, splits, vocab)
     _check_chunk_memory(training, vocab)
 
     # Load the teacher, then the student.
@@ -118,7 +122,12 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
     layout = choose_layout(training.train, sampler, lengths, [student.model, *teacher_models])
     data = _training_data(training, splits, layout)
     if training.cross_tokenizer:
-        data.retokenizer = _retokenizer(run, training, teacher_models[0])
+        data.teacher_reader = _retokenizer(run, training, teacher_models[0])
+    elif training.teacher_has_own_prompts and teacher_models:
+        packed = supports_packing(teacher_models[0])
+        data.teacher_reader = TeacherPrompts(
+            _teacher_splits(run), vocab.teacher_inputs, packed=packed
+        )
     schedule = TrainingSchedule(training.plan, sampler, training.train)
     return Trainer(
         TrainingModels(engine, teacher),
@@ -133,6 +142,19 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
             dtype=training.student.dtype,
         ),
         TrainingMonitor(training.directory, training.label, training.train),
+    )
+
+
+def _check_rollout_backend(training: TrainingRun, train: TokenizedSplit) -> None:
+    """Raise ResourceError or ModelError if the student's rollouts cannot use their backend."""
+    policy = training.policy
+    check_backend(policy.rollout_backend, ALTERNATIVE)
+    check_length_dependence(
+        policy.rollout_backend,
+        training.student_path,
+        read_model_config(training.student_path, training.student),
+        min(training.max_length, longest_sequence(train, policy.max_new_tokens)),
+        ALTERNATIVE,
     )
 
 
@@ -164,6 +186,7 @@ def _response_source(
         vocab,
         training.seed,
         training.max_length,
+        training.end_of_turn_ids,
     )
     policy = policy_class(training.policy, worker.generate, training.seed)
     return ResponseSource(policy, worker)
@@ -188,31 +211,35 @@ def _retokenizer(
         trust_remote_code=training.teacher.trust_remote_code,
         revision=training.teacher.revision,
     )
-    directory = run.data / TEACHER_DIRECTORY
-    prompts = {name: TokenizedSplit.open(directory, name) for name in ("train", "validation")}
     return TeacherRetokenizer(
         tokenizer,
         teacher_tokenizer,
-        prompts,
+        _teacher_splits(run),
         max_length=max_positions(teacher_model.config),
         packed=supports_packing(teacher_model),
     )
 
 
-def _check_tokens(split: TokenizedSplit, vocab: VocabMap) -> None:
-    """Raise ModelError if a response holds a token that takes no part in the softmax, since its
-    loss would be infinite, or a prompt one that the teacher cannot read.
-    """
+def _teacher_splits(run: RunDirectory) -> dict[str, TokenizedSplit]:
+    """The data as the teacher reads it."""
+    directory = run.data / TEACHER_DIRECTORY
+    return {name: TokenizedSplit.open(directory, name) for name in ("train", "validation")}
+
+
+def _check_tokens(training: TrainingRun, splits: _Splits, vocab: VocabMap) -> None:
+    """Raise ModelError on all ranks for a token that the models cannot read or do not share."""
+    teachers: list[tuple[ModelSource, str]] = []
+    if training.teacher and not training.cross_tokenizer:
+        sources = (training.teacher, *training.teacher.ensemble)
+        teachers = list(zip(sources, training.teacher_paths, strict=True))
     with distributed.raise_on_all_ranks("check the tokens"):
         if distributed.rank() == 0:
-            disallowed = split.find_disallowed_token(vocab.allowed, prompts=vocab.teacher_readable)
-            if disallowed is not None:
-                row, token = disallowed
-                raise ModelError(
-                    f"sample {split.ids[row].decode()} holds token id {token}, which teacher and "
-                    f"student do not share: choose a pair that shares its tokens, or remove the "
-                    f"sample"
-                )
+            rows = rows_by_reader(vocab, (training.student, training.student_path), teachers)
+            tokenizer = load_tokenizer(
+                training.student_path, trust_remote_code=training.student.trust_remote_code
+            )
+            for split in filter(None, (splits.train, splits.validation, splits.teacher_responses)):
+                check_split(split, vocab, tokenizer, rows)
 
 
 def _check_chunk_memory(training: TrainingRun, vocab: VocabMap) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,6 @@ from numpy.typing import NDArray
 from pocl_ds.curriculum.micro_batches import assign_by_tokens, assign_micro_batches
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.generated import TokenizedDataset
-from pocl_ds.data.retokenize import TeacherRetokenizer
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed
 from pocl_ds.training.layout import Layout
@@ -26,7 +26,8 @@ class TrainingData:
     layout: Layout
     micro_batch_size: int
     micro_batch_tokens: int | None = None  # replaces micro_batch_size
-    retokenizer: TeacherRetokenizer | None = None  # for a teacher with another tokenizer
+    # Adds what the teacher reads, for one with another tokenizer or with its own prompts.
+    teacher_reader: Callable[[TokenizedDataset, Batch], Batch] | None = None
     # The training samples with the teacher's responses, if the policy uses them.
     teacher_responses: TokenizedSplit | None = None
 
@@ -62,6 +63,6 @@ class TrainingData:
         that does not count in the loss.
         """
         batch = collate(dataset, rows, packed=self.layout.packed)
-        if self.retokenizer:
-            batch = self.retokenizer(dataset, batch)
+        if self.teacher_reader:
+            batch = self.teacher_reader(dataset, batch)
         return batch.to(distributed.device())

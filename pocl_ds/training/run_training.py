@@ -25,6 +25,7 @@ from pocl_ds.curriculum.plan_step import build_baseline_plan, load_plan
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.errors import ArtifactError
+from pocl_ds.generation.end_of_turn import recorded_end_ids, with_end_ids
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.models.lora import count_trainable_parameters, merge_adapters
 from pocl_ds.runtime import distributed
@@ -84,6 +85,7 @@ def train_student(
         seed=seed,
         policy=policy,
         max_length=prompt.max_length,
+        end_of_turn_ids=tuple(recorded_end_ids(run)),
         teacher_responses=run.teacher_responses if policy.uses_teacher_responses else None,
         teacher_cache=teacher_cache,
     )
@@ -160,7 +162,8 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
             model.config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if model.can_generate() and model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
+                settings = with_end_ids(model.generation_config, training.end_of_turn_ids)
+                settings.save_pretrained(folder)
 
 
 def _write_manifest(training: TrainingRun, trainer: Trainer, *, seconds: float) -> None:

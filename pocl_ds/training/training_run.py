@@ -39,6 +39,8 @@ class TrainingRun:
     seed: int
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     max_length: int = 512  # tokens of a prompt and the response that the student generates
+    # Ids that end the student's turns, besides those that its tokenizer and settings name.
+    end_of_turn_ids: tuple[int, ...] = ()
     # The tokenized split with the teacher's responses, if the policy uses them.
     teacher_responses: Path | None = None
     # Fingerprint of the teacher cache; None for an online teacher.
@@ -59,6 +61,11 @@ class TrainingRun:
     def cross_tokenizer(self) -> bool:
         """Whether the loss compares models with different tokenizers."""
         return self.loss.name in CROSS_TOKENIZER_LOSSES
+
+    @property
+    def teacher_has_own_prompts(self) -> bool:
+        """Whether a teacher with the student's vocabulary reads its own prompts."""
+        return bool(self.teacher and self.teacher.template == "own") and not self.cross_tokenizer
 
     def with_resolved_dtypes(self) -> TrainingRun:
         """The same training, with `auto` dtypes resolved for this machine."""

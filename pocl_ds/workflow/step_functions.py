@@ -31,18 +31,34 @@ log = logging.getLogger("pocl_ds")
 def run_preprocess(
     recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
 ) -> None:
-    """Tokenize the data, after checking that student and teacher can share a vocabulary.
+    """Tokenize the data, after checking the recipe against the models' configurations and
+    tokenizers.
 
-    Raises ModelError if the loss or the healing needs one vocabulary and the tokenizers differ.
+    Raises ModelError if the loss or the healing needs one vocabulary and the tokenizers differ, or
+    a model cannot read the tokens or the lengths that the recipe produces.
     """
     from pocl_ds.data.preprocess import preprocess
-    from pocl_ds.models.load import load_tokenizer, resolve_commits, resolve_model
+    from pocl_ds.generation.end_of_turn import find_teacher_end_ids
+    from pocl_ds.models.load import (
+        load_generation_config,
+        load_teacher_tokenizer,
+        load_tokenizer,
+        resolve_commits,
+        resolve_model,
+    )
+    from pocl_ds.workflow.model_checks import check_model_configs
+    from pocl_ds.workflow.token_checks import (
+        check_data_tokens,
+        check_template_tokens,
+        tell_teacher_prompts,
+    )
 
     # Pin the models of the Hub to their commits; later steps load the same ones.
     commits = resolve_commits(
         [recipe.student, *([recipe.teacher, *recipe.teacher.ensemble] if recipe.teacher else [])]
     )
     student, teacher = _models_at_commits(recipe, commits)
+    check_model_configs(recipe, student, teacher)
     student_path, teacher_tokenizer = resolve_model(student), None
     tokenizer = load_tokenizer(
         student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
@@ -67,14 +83,30 @@ def run_preprocess(
                 "set it to 0"
             ) from None
 
-    # Losses across tokenizers need the data in the teacher's tokens as well.
-    if teacher and recipe.cross_tokenizer:
-        teacher_tokenizer = load_tokenizer(
-            resolve_model(teacher),
-            trust_remote_code=teacher.trust_remote_code,
-            revision=teacher.revision,
-        )
-    preprocess(run, recipe.data, recipe.prompt, tokenizer, fingerprint, teacher_tokenizer, commits)
+    # A teacher with another tokenizer, or with its own prompts, needs the data as it reads them.
+    teacher_end_ids: list[int] = []
+    if teacher:
+        path, template = resolve_model(teacher), recipe.teacher_template
+        own_tokenizer = load_teacher_tokenizer(path, teacher, tokenizer, template)
+        teacher_tokenizer = own_tokenizer if recipe.teacher_has_own_prompts else None
+        if recipe.needs_shared_vocabulary:
+            settings = load_generation_config(path, teacher.revision)
+            teacher_end_ids = find_teacher_end_ids(own_tokenizer, settings, tokenizer)
+        tell_teacher_prompts(recipe, path, teacher, tokenizer)
+
+    # Check the tokens of the template before the data are encoded, and those of the data after.
+    check_template_tokens(recipe, student, teacher)
+    preprocess(
+        run,
+        recipe.data,
+        recipe.prompt,
+        tokenizer,
+        fingerprint,
+        teacher_tokenizer,
+        commits,
+        teacher_end_ids=teacher_end_ids,
+    )
+    check_data_tokens(run, recipe, student, teacher)
 
 
 def _models_at_commits(
@@ -96,6 +128,21 @@ def _pinned_models(recipe: Recipe, run: RunDirectory) -> tuple[StudentConfig, Te
 
     manifest = read_manifest(run.data)
     return _models_at_commits(recipe, manifest.info["commits"] if manifest else {})
+
+
+def _checked_models(
+    recipe: Recipe, run: RunDirectory
+) -> tuple[StudentConfig, TeacherConfig | None]:
+    """`_pinned_models`, after the checks of `preprocess`, since other fields of the recipe may have
+    changed after that step.
+    """
+    from pocl_ds.workflow.model_checks import check_model_configs
+    from pocl_ds.workflow.token_checks import check_data_tokens
+
+    student, teacher = _pinned_models(recipe, run)
+    check_model_configs(recipe, student, teacher)
+    check_data_tokens(run, recipe, student, teacher)
+    return student, teacher
 
 
 def _check_tokenizer(
@@ -122,7 +169,7 @@ def run_init_student(
     """Download, prune and heal the student."""
     from pocl_ds.training.init_student import init_student
 
-    student, teacher = _pinned_models(recipe, run)
+    student, teacher = _checked_models(recipe, run)
     init_student(
         run,
         student=student,
@@ -130,7 +177,6 @@ def run_init_student(
         train=recipe.train,
         loss=recipe.loss,
         seed=recipe.seed,
-        max_length=recipe.prompt.max_length,
         fingerprint=fingerprint,
     )
 
@@ -149,7 +195,7 @@ def run_cache_teacher(
             "recipe field teacher.mode is online: an online teacher is not cached; set it to "
             "cached_hidden_states, cached_topk or auto"
         )
-    student, teacher = _pinned_models(recipe, run)
+    student, teacher = _checked_models(recipe, run)
     assert teacher is not None
     _check_tokenizer(run, resolve_model(student), student, "student")
     # The baseline visits the samples as often as the curriculum does.
@@ -181,7 +227,7 @@ def run_generate_teacher(
             f"recipe field policy.name is {recipe.policy.name}: only seqkd and mixture train on "
             "the teacher's responses"
         )
-    student, teacher = _pinned_models(recipe, run)
+    student, teacher = _checked_models(recipe, run)
     assert teacher is not None
     _check_tokenizer(run, resolve_model(student), student, "student")
     _check_tokenizer(run, resolve_model(teacher), teacher, "teacher")
@@ -190,6 +236,7 @@ def run_generate_teacher(
         teacher=teacher,
         student=student,
         prompt=recipe.prompt,
+        template=recipe.teacher_template,
         policy=recipe.policy,
         generation=recipe.score.generation,
         seed=recipe.seed,
@@ -203,6 +250,7 @@ def run_score(recipe: Recipe, run: RunDirectory, fingerprint: str, request: Step
     from pocl_ds.difficulty.score import score_training_samples
     from pocl_ds.workflow.run_dir import read_models
 
+    _checked_models(recipe, run)
     student_path = read_models(run)["student"]
     _check_tokenizer(run, student_path, recipe.student, "student")
     score_training_samples(
@@ -269,6 +317,18 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
     )
 
 
+def _answer_template(recipe: Recipe, run: RunDirectory) -> str | None:
+    """The chat template that asks the teacher for answers, as in training; None for its own."""
+    from pocl_ds.models.load import load_tokenizer
+    from pocl_ds.workflow.run_dir import read_models
+
+    if recipe.teacher_template == "own":
+        return None
+    path, trust = read_models(run)["student"], recipe.student.trust_remote_code
+    template: str | None = load_tokenizer(path, trust_remote_code=trust).chat_template
+    return template
+
+
 def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
     """Generate one model's answers; or, without `request.model`, measure the held-out loss, run the
     judge, and write the results of all models.
@@ -277,6 +337,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     from pocl_ds.evaluation.evaluated_models import TEACHER, model_path
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
+    from pocl_ds.generation.end_of_turn import recorded_end_ids
 
     models = evaluated_models(recipe)
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
@@ -296,6 +357,8 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
             model=request.model,
             path=path,
             rouge_tokenizer=recipe.score.rouge_tokenizer,
+            chat_template=_answer_template(recipe, run) if request.model == TEACHER else None,
+            end_of_turn_ids=() if request.model == TEACHER else recorded_end_ids(run),
             threads=recipe.launch.threads_per_rank,
             shard=request.shard or (0, 1),
             trust_remote_code=request.model in trusted,

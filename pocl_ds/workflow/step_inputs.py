@@ -22,7 +22,9 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
     from pocl_ds.workflow import input_digests
 
     # The teacher's tokenizer matters only where it differs from the student's.
-    teacher = recipe.teacher if recipe.cross_tokenizer else None
+    # With one vocabulary, the tokens that end the teacher's turns end the student's too.
+    reads = recipe.teacher_has_own_prompts or recipe.needs_shared_vocabulary
+    teacher = recipe.teacher if reads else None
     return [
         semantic_fields(recipe.data),
         semantic_fields(recipe.prompt),
@@ -30,6 +32,7 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
         list(input_digests.template_file(recipe).values()),
         _tokenizer_inputs(recipe.student),
         _tokenizer_inputs(teacher) if teacher else None,
+        recipe.teacher_template if teacher else None,
     ]
 
 
