@@ -22,7 +22,13 @@ from pocl_ds.data.conversation import Sample
 from pocl_ds.data.prompt_fitting import fit_prompt, without_text
 from pocl_ds.data.rendered import RenderedConversation
 from pocl_ds.data.templates import load_template
-from pocl_ds.data.text_encoding import EncodedText, TextEncoder, escape_sample, sample_texts
+from pocl_ds.data.text_encoding import (
+    EncodedText,
+    TextEncoder,
+    escape_sample,
+    sample_texts,
+    special_tokens,
+)
 from pocl_ds.errors import DataError, ModelError
 
 SpecialTokensInText = Literal["allow", "escape", "drop"]
@@ -86,6 +92,7 @@ class SampleTokenizer:
                 ]
             )
         )
+        self._special_ids = set(tokenizer.convert_tokens_to_ids(special_tokens(tokenizer)))
         ends = [end, tokenizer.eos_token]
         pattern = "|".join(re.escape(text) for text in ends if text)
         self._trailing_end = re.compile(rf"\s*(?:(?:{pattern})\s*)+\Z")
@@ -298,7 +305,9 @@ class SampleTokenizer:
         ids = list(encoded.ids)
         mask = np.zeros(len(ids) + 1, np.bool_)
         for start, end in rendered.trained[:-1]:
-            first = encoded.tokens_before(start)[0]
+            first, exact = encoded.tokens_before(start)
+            if not exact and ids[first] in self._special_ids:  # it took white space of the turn
+                first += 1
             last, exact = encoded.tokens_before(end)
             mask[first : last + (not exact)] = True
         start, _ = rendered.trained[-1]

@@ -144,6 +144,12 @@ def test_a_saved_tokenizer_gives_the_same(family: str, tmp_path: Path) -> None:
     assert ours.loss_mask.tolist() == theirs.loss_mask.tolist()
 
 
+def test_a_special_token_that_takes_the_white_space_of_an_answer_does_not_train() -> None:
+    """Phi-3's tokens take the white space after them, also that with which an answer begins."""
+    messages = (TWO_TURNS[0], Message("assistant", " It is 0."), *TWO_TURNS[2:])
+    assert tokenize("phi3", messages).trained == ANSWERS["phi3"]
+
+
 class TestTools:
     @pytest.mark.parametrize("family", TOOL_ANSWERS)
     def test_calls_results_and_answers(self, family: str) -> None:
