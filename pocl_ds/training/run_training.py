@@ -30,6 +30,7 @@ from pocl_ds.models.load import load_tokenizer
 from pocl_ds.models.lora import count_trainable_parameters, merge_adapters
 from pocl_ds.runtime import distributed
 from pocl_ds.training.build import build_trainer
+from pocl_ds.training.invariance import check_models
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import atomic_directory, remove_partial_directories, write_json
@@ -131,9 +132,12 @@ def run_training(run: RunDirectory, training: TrainingRun) -> None:
         distributed.device_name(),
     )
     trainer = build_trainer(run, training)
+    invariance = check_models(training, trainer.models, trainer.data)
     trainer.run()
     write_final_model(training, trainer.models.engine)
-    _write_manifest(training, trainer, seconds=stopwatch.lap())
+    if trainer.responses.rollout and trainer.responses.rollout.invariance:
+        invariance["rollouts"] = trainer.responses.rollout.invariance
+    _write_manifest(training, trainer, invariance, seconds=stopwatch.lap())
     distributed.barrier()
 
 
@@ -166,7 +170,9 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
                 settings.save_pretrained(folder)
 
 
-def _write_manifest(training: TrainingRun, trainer: Trainer, *, seconds: float) -> None:
+def _write_manifest(
+    training: TrainingRun, trainer: Trainer, invariance: dict[str, Any], *, seconds: float
+) -> None:
     peak_memory = distributed.peak_memory()
     if distributed.rank() != 0:
         return
@@ -185,6 +191,7 @@ def _write_manifest(training: TrainingRun, trainer: Trainer, *, seconds: float) 
         "padding_share": round(layout.padding_share, 4),
         "resumed_at": trainer.first_step,
         "skipped_steps": trainer.non_finite.skipped,
+        "batch_invariance": invariance,
     }
     files = [p for p in sorted((training.directory / "final").rglob("*")) if p.is_file()]
     write_manifest(training.directory, training.label, training.fingerprint, info=info, files=files)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pocl_ds.config import PolicyConfig, StudentConfig, TrainConfig
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.engines.torch_engine import TorchEngine
-from pocl_ds.errors import ResourceError
+from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.transformers_backend import TransformersGenerator
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
@@ -162,7 +162,8 @@ def test_the_tolerance_of_the_weight_check(
     monkeypatch.setattr(
         split, "tokens", lambda row: np.arange(2, 2 + split.total_tokens[row]).astype(np.uint32)
     )
-    rollout.dataset, rollout.max_length, rollout.on_gpu = split, 200, on_gpu
+    rollout.dataset, rollout.generator_length, rollout.on_gpu = split, 200, on_gpu
+    rollout.invariance = {}  # checked before
     scored_tokens, log_probs = [], TransformersGenerator.log_probs
 
     def shifted(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
@@ -177,6 +178,50 @@ def test_the_tolerance_of_the_weight_check(
         with pytest.raises(ResourceError, match="the generator did not load the new weights"):
             generate(rollout, 0)
     assert scored_tokens == [tokens]
+
+
+@pytest.mark.parametrize("others", ["batch mates", "the trainer"])
+def test_a_generator_that_depends_on_others_ends_the_run(
+    others: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first rollout, on some samples of the data, and once."""
+    rollout, log_probs = make_worker(tiny_llama), TransformersGenerator.log_probs
+    generate(rollout, 0)
+    assert rollout.invariance is not None and rollout.invariance["samples"] == 4
+    assert rollout.invariance["largest_difference"] < 1e-5
+
+    def broken(self: TransformersGenerator, sequences: Any, starts: Any) -> Any:
+        shift = 0.01 * (len(sequences) - 1 if others == "batch mates" else 1)
+        return [value + shift for value in log_probs(self, sequences, starts)]
+
+    monkeypatch.setattr(TransformersGenerator, "log_probs", broken)
+    second = make_worker(tiny_llama)
+    monkeypatch.setattr(second, "_check_weights", lambda row: None)
+    place = "a batch of 4" if others == "batch mates" else "the trainer"
+    with pytest.raises(
+        ModelError,
+        match=rf"^rollouts: the student in transformers: the cross-entropy of sample s\d "
+        rf"\(6 response tokens\) is [\d.]+ nats alone and [\d.]+ in {place}, 0.0[13]00 nats "
+        r"a token apart, where rounding in float32 explains 0.0010: set policy.max_num_seqs=1 or "
+        r"policy.rollout_backend=vllm$",
+    ):
+        generate(second, 0)
+
+
+def test_the_weights_are_compared_on_the_last_response(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if earlier turns train too."""
+    split = Split()
+    monkeypatch.setattr(split, "loss_mask", lambda row: np.ones(10, bool), raising=False)
+    rollout = make_worker(tiny_llama)
+    rollout.dataset = split
+    generate(rollout, 0)
+
+
+def test_the_generator_allows_what_the_data_needs(tiny_llama: Path) -> None:
+    """A limit of vLLM that no sequence needs would change LongRoPE's factors."""
+    assert make_worker(tiny_llama).generator_length == 4 + 12  # a prompt, and a new response
 
 
 def test_a_resumed_generator_gets_the_weights_that_it_had(tiny_llama: Path, tmp_path: Path) -> None:
@@ -240,6 +285,7 @@ def test_the_engine_sleeps_between_rollouts(
     rollout.config = rollout.config.model_copy(update={"rollout_backend": "vllm"})
     monkeypatch.setattr(rollout, "on_gpu", True)
     monkeypatch.setattr(rollout, "_check_weights", lambda row: None)
+    monkeypatch.setattr(rollout, "_check_batch_invariance", lambda: None)
     monkeypatch.setattr(rollout, "_make_generator", lambda settings: generator)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     generate(rollout, 0)
@@ -272,6 +318,7 @@ def test_only_a_long_rollout_logs_its_progress(
 
     generator.generate_ids = generate_ids
     monkeypatch.setattr(worker, "_check_weights", lambda row: None)
+    monkeypatch.setattr(worker, "_check_batch_invariance", lambda: None)
     monkeypatch.setattr(worker, "_make_generator", lambda settings: generator)
     generate(worker, 3)
     progress = [line for line in caplog.messages if line.startswith("rollout of step 4")]
