@@ -36,6 +36,12 @@ class TokenizedDataset(Protocol):
         """The split, and the row of that split, that holds the prompt of sample `row`."""
 
 
+def runs_of(mask: NDArray[np.bool_]) -> list[slice]:
+    """The runs of true values in a mask [n], in order."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
 @dataclass
 class GeneratedBatch:
     """Responses that a model generated for prompts of a split, in memory (a `TokenizedDataset`)."""

@@ -65,8 +65,8 @@ def preprocess(
     teacher_tokenizer: also write the training and validation splits in its tokens, row by row, to
     data/teacher, with the prompts of teacher_prompt. teacher_end_ids: the student's ids of the
     tokens that end a teacher's turns, which end the student's too. commits: commit of each model on
-    the Hub, which the manifest records for later steps. read_benchmarks: reads what the models will be
-    evaluated on, to compare with training. Raises DataError if no training samples remain.
+    the Hub, which the manifest records for later steps. read_benchmarks: reads what the models will
+    be evaluated on, to compare with training. Raises DataError if no training samples remain.
     """
     manifest = read_manifest(run.data)
     if (
@@ -125,6 +125,7 @@ def preprocess(
             "splits": {split: result.info() for split, result in results.items()},
             "tokenizer": tokenizer.name_or_path,
             "eos_id": tokenizer.eos_token_id,
+            "teacher_end_of_turn_ids": teacher.end_of_turn_ids if teacher else [],
             "end_of_turn_ids": list(dict.fromkeys([*student.end_of_turn_ids, *teacher_end_ids])),
             "tokenizers": {"student": tokenizer_digests(tokenizer)}
             | ({"teacher": tokenizer_digests(teacher_tokenizer)} if teacher else {}),

@@ -4,8 +4,9 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import codecs
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds.data.batches import Batch, TeacherView, collate
-from pocl_ds.data.generated import GeneratedBatch, TokenizedDataset
+from pocl_ds.data.generated import TokenizedDataset, runs_of
+from pocl_ds.data.text_encoding import TextEncoder
 from pocl_ds.data.token_alignment import common_spans, token_bytes
 from pocl_ds.data.tokenized import TokenizedSplit
 
@@ -21,8 +23,8 @@ from pocl_ds.data.tokenized import TokenizedSplit
 class TeacherRetokenizer:
     """Adds to a batch the view of a teacher with another tokenizer.
 
-    Responses are decoded to text and tokenized again. Prompts come from splits that were tokenized
-    before training with the teacher's own template.
+    The last response is decoded to text and tokenized again. Prompts, with the earlier turns that
+    train, come from splits that were tokenized before training with the teacher's own template.
     """
 
     def __init__(
@@ -31,118 +33,182 @@ class TeacherRetokenizer:
         teacher_tokenizer: Any,
         prompts: Mapping[str, TokenizedSplit],
         *,
+        student_end_ids: Sequence[int],
+        teacher_end_ids: Sequence[int],
         max_length: int | None,
         packed: bool,
     ) -> None:
-        """prompts: the teacher's tokenized splits by name; max_length: longest sequence that the
-        teacher reads, None for no limit; packed: see `collate`.
+        """prompts: the teacher's tokenized splits by name; student_end_ids, teacher_end_ids: ids
+        that end a turn, the teacher's first one ends its responses; max_length: longest sequence
+        that the teacher reads, None for no limit; packed: see `collate`.
         """
-        self.student_tokenizer, self.teacher_tokenizer = student_tokenizer, teacher_tokenizer
+        self.encoder = TextEncoder(teacher_tokenizer)
         self.student_bytes = token_bytes(student_tokenizer)
         self.teacher_bytes = token_bytes(teacher_tokenizer)
+        self.student_end_ids, self.teacher_end_ids = student_end_ids, teacher_end_ids
         self.prompts, self.max_length, self.packed = prompts, max_length, packed
 
     def __call__(self, dataset: TokenizedDataset, batch: Batch) -> Batch:
         """The batch, made from rows of `dataset`, with its `teacher_view`."""
-        sequences: list[NDArray[np.uint32]] = []
-        prompt_tokens: list[int] = []
-        student_spans, teacher_spans, num_spans = [], [], 0
+        sequences: list[_Sequence] = []
+        student_spans: list[NDArray[np.int64]] = []
+        num_spans = 0
         for row in batch.rows:
-            # The teacher's tokens of prompt and response.
-            tokens, student_prompt_length = dataset.tokens(row), int(dataset.prompt_tokens[row])
-            split, prompt_row = dataset.prompt_source(row)
-            teacher_split = self.prompts[split]
-            prompt = teacher_split.tokens(prompt_row)[
-                : int(teacher_split.prompt_tokens[prompt_row])
-            ]
-            response, student_span, teacher_span = self._retokenize(tokens[student_prompt_length:])
-            response, student_span, teacher_span = self._truncate(
-                response, student_span, teacher_span, len(prompt)
-            )
-
-            # The first token of a sequence is never a label, so its span cannot be compared.
-            if not student_prompt_length or not len(prompt):
-                student_span, teacher_span = (
-                    np.where(side == 0, -1, side) for side in (student_span, teacher_span)
-                )
-            student_spans.append(
-                np.where(student_span < 0, -1, student_span + num_spans)[
-                    int(not student_prompt_length) :
-                ]
-            )
-            teacher_spans.append(
-                np.where(teacher_span < 0, -1, teacher_span + num_spans)[int(not len(prompt)) :]
-            )
-            num_spans += _last_span(student_span, teacher_span) + 1
-            sequences.append(np.concatenate([prompt, response]).astype(np.uint32))
-            prompt_tokens.append(len(prompt))
+            student, teacher = self._pair(dataset, row)
+            for side in (student, teacher):
+                side.spans[side.spans >= 0] += num_spans
+            num_spans = max(num_spans, student.num_spans, teacher.num_spans)
+            student_spans.append(student.label_spans)
+            sequences.append(teacher)
 
         # Collate the teacher's sequences in the order of the batch.
-        rows = np.arange(len(sequences))
-        sample_ids = np.asarray(dataset.ids[np.array(batch.rows, np.int64)])
-        retokenized = GeneratedBatch(rows, sample_ids, np.array(prompt_tokens, np.int64), sequences)
         view = TeacherView(
-            collate(retokenized, rows, packed=self.packed),
+            collate(_TeacherSequences(sequences), range(len(sequences)), packed=self.packed),
             _concatenate(student_spans),
-            _concatenate(teacher_spans),
+            _concatenate([sequence.label_spans for sequence in sequences]),
             num_spans,
         )
         return replace(batch, teacher_view=view)
 
-    def _truncate(
-        self,
-        response: NDArray[np.int64],
-        student_span: NDArray[np.int64],
-        teacher_span: NDArray[np.int64],
-        prompt_length: int,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Cut a response to what the teacher can read, and drop the spans that the cut breaks."""
-        if self.max_length is None:
-            return response, student_span, teacher_span
-        limit = self.max_length - prompt_length
-        cut_spans, response, teacher_span = (
-            teacher_span[limit:],
-            response[:limit],
-            teacher_span[:limit],
+    def _pair(self, dataset: TokenizedDataset, row: int) -> tuple[_Sequence, _Sequence]:
+        """The tokens of one sample as both sides read them, with the spans of their labels."""
+        # The prompts of both sides, and the last response in the teacher's tokens.
+        split, prompt_row = dataset.prompt_source(row)
+        own = self.prompts[split]
+        prompt_length, own_length = (
+            int(lengths[index])
+            for lengths, index in ((dataset.prompt_tokens, row), (own.prompt_tokens, prompt_row))
         )
-        student_span, teacher_span = (
-            np.where(np.isin(side, cut_spans), -1, side) for side in (student_span, teacher_span)
-        )
-        return response, student_span, teacher_span
+        tokens = np.asarray(dataset.tokens(row), np.int64)
+        response = self._retokenize(tokens[prompt_length:])
+        own_tokens = np.concatenate([own.tokens(prompt_row)[:own_length], response])
+        student = _Sequence(tokens, np.array(dataset.loss_mask(row)))
+        teacher_mask = np.zeros(len(own_tokens), np.bool_)
+        teacher = _Sequence(own_tokens.astype(np.int64), teacher_mask)
 
-    def _retokenize(
-        self, ids: NDArray[np.uint32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The teacher's ids of a response, and the span of each student and teacher token.
+        # Earlier turns pair from the last one back, since a prompt loses its earliest turns first.
+        earlier = runs_of(student.mask[:prompt_length])
+        own_earlier = runs_of(own.loss_mask(prompt_row)[:own_length])
+        pairs = list(zip(reversed(earlier), reversed(own_earlier), strict=False))[::-1]
+        last = (slice(prompt_length, len(tokens)), slice(own_length, len(own_tokens)))
+        next_span = 0
+        for part, own_part in [*pairs, last]:
+            spans, own_spans = self._align(tokens[part], teacher.tokens[own_part])
+            student.spans[part] = np.where(spans < 0, -1, spans + next_span)
+            teacher.spans[own_part] = np.where(own_spans < 0, -1, own_spans + next_span)
+            teacher.mask[own_part] = True
+            next_span = max(student.num_spans, teacher.num_spans)
+        student.spans[~student.mask] = -1
 
-        The EOS tokens of both sides share a separate span.
+        # Drop the spans of tokens that are no labels, and of those that the teacher cannot read.
+        beyond = teacher.truncate(self.max_length)
+        for side in (student, teacher):
+            beyond = np.append(beyond, side.spans[:1])
+        for side in (student, teacher):
+            side.spans[np.isin(side.spans, beyond)] = -1
+        return student, teacher
+
+    def _retokenize(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The teacher's ids of a response, with the end of its turn if the response has one.
+
+        Bytes of an incomplete character at the end have no text, and so no ids.
         """
-        # Decode the response without its EOS, and let the teacher tokenize the text.
-        has_eos = len(ids) > 0 and int(ids[-1]) == self.student_tokenizer.eos_token_id
-        pieces = [
-            self.student_bytes[token] if token < len(self.student_bytes) else b""
-            for token in ids[: len(ids) - int(has_eos)]
-        ]
-        text = b"".join(pieces).decode(errors="replace")
-        teacher_ids: list[int] = self.teacher_tokenizer(text, add_special_tokens=False)["input_ids"]
-        student_span, teacher_span = common_spans(
-            pieces, [self.teacher_bytes[token] for token in teacher_ids]
+        end = _first_index(ids, self.student_end_ids)
+        text_bytes = b"".join(_pieces(ids[:end], self.student_bytes))
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(text_bytes)
+        teacher_ids = self.encoder.encode_continuation(text).ids if text else []
+        if end < len(ids):
+            teacher_ids = [*teacher_ids, self.teacher_end_ids[0]]
+        return np.array(teacher_ids, np.int64)
+
+    def _align(
+        self, ids: NDArray[np.int64], teacher_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The span of each student and teacher token of one turn, from 0; -1 for none.
+
+        The tokens that end the turn share a separate span, if the last tokens before them end at
+        the same byte.
+        """
+        end = _first_index(ids, self.student_end_ids)
+        teacher_end = _first_index(teacher_ids, self.teacher_end_ids)
+        spans, teacher_spans = (np.full(len(side), -1, np.int64) for side in (ids, teacher_ids))
+        spans[:end], teacher_spans[:teacher_end] = common_spans(
+            _pieces(ids[:end], self.student_bytes),
+            _pieces(teacher_ids[:teacher_end], self.teacher_bytes),
         )
-
-        # Both EOS tokens share a span if the last tokens of both sides end at the same byte.
-        if has_eos:
-            teacher_ids = [*teacher_ids, self.teacher_tokenizer.eos_token_id]
-            same_end = (student_span[-1:] >= 0).all() and (teacher_span[-1:] >= 0).all()
-            eos_span = _last_span(student_span, teacher_span) + 1 if same_end else -1
-            student_span, teacher_span = (
-                np.append(student_span, eos_span),
-                np.append(teacher_span, eos_span),
-            )
-        return np.array(teacher_ids, np.int64), student_span, teacher_span
+        same_end = (spans[:end][-1:] >= 0).all() and (teacher_spans[:teacher_end][-1:] >= 0).all()
+        if same_end and end < len(ids) and teacher_end < len(teacher_ids):
+            last = max(spans.max(initial=-1), teacher_spans.max(initial=-1)) + 1
+            spans[end] = teacher_spans[teacher_end] = last
+        return spans, teacher_spans
 
 
-def _last_span(student_span: NDArray[np.int64], teacher_span: NDArray[np.int64]) -> int:
-    return int(max(student_span.max(initial=-1), teacher_span.max(initial=-1)))
+@dataclass
+class _Sequence:
+    """The tokens of one sample, which of them train, and the span of each."""
+
+    tokens: NDArray[np.int64]
+    mask: NDArray[np.bool_]
+    spans: NDArray[np.int64] = field(init=False)  # -1 for none
+
+    def __post_init__(self) -> None:
+        self.spans = np.full(len(self.tokens), -1, np.int64)
+
+    @property
+    def num_spans(self) -> int:
+        """The largest span plus 1."""
+        return int(self.spans.max(initial=-1)) + 1
+
+    @property
+    def label_spans(self) -> NDArray[np.int64]:
+        """The spans of the labels: the tokens that train, without token 0."""
+        return self.spans[1:][self.mask[1:]]
+
+    def truncate(self, length: int | None) -> NDArray[np.int64]:
+        """Cut the sequence to a length, and return the spans of the tokens that were cut."""
+        cut = self.spans[length:] if length is not None else self.spans[:0]
+        self.tokens, self.mask = self.tokens[:length], self.mask[:length]
+        self.spans = self.spans[:length]
+        return cut
+
+
+class _TeacherSequences:
+    """The teacher's sequences of a batch (a `TokenizedDataset`)."""
+
+    name = "teacher"
+
+    def __init__(self, sequences: Sequence[_Sequence]) -> None:
+        self.sequences = sequences
+        self.ids = np.zeros(len(sequences), "S1")
+        self.total_tokens = np.array([len(s.tokens) for s in sequences], np.int64)
+        self.prompt_tokens = np.zeros(len(sequences), np.int64)
+        self.loss_tokens = np.array([len(s.label_spans) for s in sequences], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def tokens(self, row: int) -> NDArray[np.uint32]:
+        """See `TokenizedDataset`."""
+        return self.sequences[row].tokens.astype(np.uint32)
+
+    def loss_mask(self, row: int) -> NDArray[np.bool_]:
+        """See `TokenizedDataset`."""
+        return self.sequences[row].mask
+
+    def prompt_source(self, row: int) -> tuple[str, int]:
+        """See `TokenizedDataset`."""
+        return self.name, row
+
+
+def _pieces(ids: NDArray[np.int64], tokens: Sequence[bytes]) -> list[bytes]:
+    """The bytes of each id; an id without a token has none."""
+    return [tokens[token] if token < len(tokens) else b"" for token in ids]
+
+
+def _first_index(ids: NDArray[np.int64], wanted: Sequence[int]) -> int:
+    """Index of the first of the wanted ids, or the length."""
+    found = np.flatnonzero(np.isin(ids, wanted))
+    return int(found[0]) if len(found) else len(ids)
 
 
 def _concatenate(spans: list[NDArray[np.int64]]) -> torch.Tensor:

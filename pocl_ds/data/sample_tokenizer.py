@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.conversation import Sample
+from pocl_ds.data.generated import runs_of
 from pocl_ds.data.prompt_fitting import fit_prompt, without_text
 from pocl_ds.data.rendered import RenderedConversation
 from pocl_ds.data.templates import load_template
@@ -96,11 +97,15 @@ class SampleTokenizer:
         ends = [end, tokenizer.eos_token]
         pattern = "|".join(re.escape(text) for text in ends if text)
         self._trailing_end = re.compile(rf"\s*(?:(?:{pattern})\s*)+\Z")
+        self._end_texts = tuple(text for text in ends if text)
 
     # Texts.
 
     def clean(self, sample: Sample) -> Sample:
         """The sample without the text of an end token at the end of its references."""
+        # Most texts do not end so, and the pattern is slow to find that out.
+        if not any(text.rstrip().endswith(self._end_texts) for text in sample.references):
+            return sample
         references = [self._trailing_end.sub("", text) for text in sample.references]
         if tuple(references) == sample.references:
             return sample
@@ -275,8 +280,8 @@ class SampleTokenizer:
             prompt = self.encoder.encode(texts, rendered.add_special_tokens)[0]
             if prompt.ids != encoded.ids[:count]:
                 self.counts["boundary_split"] += 1
-                texts = [rendered.text[rendered.prompt_length :]]
-                response = self.encoder.encode(texts, add_special_tokens=False)[0]
+                text = rendered.text[rendered.prompt_length :]
+                response = self.encoder.encode_continuation(text)
                 count = len(prompt.ids)
                 encoded = _JoinedEncoding(prompt, response, rendered.prompt_length)
         if not count:  # nothing would predict the first token of the response
@@ -336,7 +341,7 @@ class SampleTokenizer:
         spans: list[list[int]] = []
         for row, result in enumerate(results):
             if result is not None and not result.truncated:
-                for run in _runs(result.loss_mask):
+                for run in runs_of(result.loss_mask):
                     rows.append(row)
                     spans.append(result.ids[run])
         decoded = dict.fromkeys(rows, "")
@@ -392,12 +397,6 @@ class _JoinedEncoding:
             return self.prompt.span(token)
         start, end = self.response.span(token - len(self.prompt.ids))
         return start + self.boundary, end + self.boundary
-
-
-def _runs(mask: NDArray[np.bool_]) -> list[slice]:
-    """The runs of true values."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    return [slice(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def _normalize(text: str) -> str:

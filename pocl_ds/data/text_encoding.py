@@ -49,11 +49,14 @@ class TextEncoder:
         """escapes: the texts to encode went through `escape`."""
         self.tokenizer, self.escapes = tokenizer, escapes
         self._literals = special_tokens(tokenizer)  # what the placeholders stand for
+        self._first_letters = {token[0] for token in self._literals if token}
         self._special = re.compile("|".join(map(re.escape, self._literals)) or r"(?!)")
         self._adds_bos = self._has_bos()
 
     def contains_special_token(self, text: str) -> bool:
         """Whether a text contains the text of a special token."""
+        if not any(letter in text for letter in self._first_letters):  # much faster
+            return False
         return self._special.search(text) is not None
 
     def escape(self, text: str) -> str:
@@ -120,27 +123,30 @@ class TextEncoder:
         for match in [*_PLACEHOLDER.finditer(text), None]:
             end = match.start() if match else len(text)
             if piece := text[position:end]:
-                part = self._encode_part(piece, None if position else add_special_tokens)
+                if position:
+                    part = self.encode_continuation(piece)
+                else:
+                    part = self._encode_plain([piece], add_special_tokens)[0]
                 spans = [part.span(number) for number in range(len(part.ids))]
                 ids += part.ids
                 starts += [position + start for start, _ in spans]
                 ends += [position + end for _, end in spans]
             if match:
-                literal = self._encode_literal(self._literal_of(match[0]))
+                begins = add_special_tokens if match.start() == 0 else None
+                literal = self._encode_literal(self._literal_of(match[0]), begins)
                 ids += literal
                 starts += [match.start()] * len(literal)
                 ends += [match.end()] * len(literal)
                 position = match.end()
         return _PieceEncoding(ids, starts, ends)
 
-    def _encode_part(self, piece: str, add_special_tokens: bool | None) -> EncodedText:
-        """Encode a piece of a text; None: one that does not begin the text, so that a
-        SentencePiece tokenizer must not put a space before it.
+    def encode_continuation(self, text: str) -> EncodedText:
+        """Encode a text that follows another one, so that a SentencePiece tokenizer puts no space
+        before it.
         """
-        if add_special_tokens is not None:
-            return self._encode_plain([piece], add_special_tokens)[0]
-        for lead in ("a", str(self.tokenizer.eos_token)):
-            encoded = self._encode_plain([lead + piece], add_special_tokens=False)[0]
+        # The first lead that shares no token with the text.
+        for lead in ("\n", "a", str(self.tokenizer.eos_token)):
+            encoded = self._encode_plain([lead + text], add_special_tokens=False)[0]
             first, exact = encoded.tokens_before(len(lead))
             if exact:
                 break
@@ -151,8 +157,16 @@ class TextEncoder:
             [end - len(lead) for _, end in spans],
         )
 
-    def _encode_literal(self, token: str) -> list[int]:
-        """The ordinary tokens of a special token's text."""
+    def _encode_literal(self, token: str, begins: bool | None) -> list[int]:
+        """The ordinary tokens of a special token's text. begins: whether the tokenizer adds its BOS
+        to a text that begins with it; None within a text.
+        """
+        if begins is not None:
+            return list(
+                self.tokenizer(token, add_special_tokens=begins, split_special_tokens=True)[
+                    "input_ids"
+                ]
+            )
         for lead in ("a", ""):  # no space of a SentencePiece tokenizer before the text
             batch = self.tokenizer(
                 lead + token, add_special_tokens=False, split_special_tokens=True

@@ -30,6 +30,7 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.engines.torch_engine import TorchEngine
+from pocl_ds.errors import ArtifactError
 from pocl_ds.generation.backends import (
     check_backend,
     check_length_dependence,
@@ -65,6 +66,7 @@ from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
+from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -203,6 +205,10 @@ def _retokenizer(
 ) -> TeacherRetokenizer:
     """Adds the teacher's tokens to batches, for a teacher with another tokenizer."""
     assert training.teacher is not None
+    manifest = read_manifest(run.data)
+    if manifest is None:
+        raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
+    info = manifest.info
     tokenizer = load_tokenizer(
         training.student_path, trust_remote_code=training.student.trust_remote_code
     )
@@ -215,6 +221,8 @@ def _retokenizer(
         tokenizer,
         teacher_tokenizer,
         _teacher_splits(run),
+        student_end_ids=info["end_of_turn_ids"],
+        teacher_end_ids=info["teacher_end_of_turn_ids"],
         max_length=max_positions(teacher_model.config),
         packed=supports_packing(teacher_model),
     )

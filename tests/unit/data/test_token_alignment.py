@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from pocl_ds.config import PromptConfig
 from pocl_ds.data.batches import collate
-from pocl_ds.data.conversation import Sample
-from pocl_ds.data.generated import GeneratedBatch
+from pocl_ds.data.conversation import Message, Sample
+from pocl_ds.data.generated import GeneratedBatch, runs_of
 from pocl_ds.data.retokenize import TeacherRetokenizer
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.split_writer import write_tokenized_split
 from pocl_ds.data.token_alignment import common_spans, token_bytes
-from pocl_ds.data.tokenized import SampleTokenizer, TokenizedSplit, write_tokenized_split
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ModelError
 
 BYTE_LEVEL, SENTENCE_PIECE = (
@@ -94,7 +96,7 @@ def test_other_kinds_of_tokenizers_are_refused() -> None:
 
 
 SAMPLES = [
-    Sample(f"s{i}", f"Explain {i}.", "", (text,))
+    Sample.from_instruction(f"s{i}", f"Explain {i}.", text)
     for i, text in enumerate(["the quick brown fox", "Sum of 你好 and é!", "x", "steps " * 30])
 ]
 
@@ -114,6 +116,10 @@ def split(tmp_path: Path) -> TokenizedSplit:
     return TokenizedSplit.open(tmp_path, "train")
 
 
+ENDS = {
+    "student_end_ids": [BYTE_LEVEL.eos_token_id],
+    "teacher_end_ids": [SENTENCE_PIECE.eos_token_id],
+}
 PROMPT = PromptConfig(template="chat", max_prompt_tokens=64, max_length=128)
 
 
@@ -123,7 +129,7 @@ def test_teacher_view_equals_the_teachers_tokenization(
 ) -> None:
     teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
     retokenizer = TeacherRetokenizer(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=packed
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=packed, **ENDS
     )
     rows = [2, 0, 1]
     batch = retokenizer(split, collate(split, rows, packed=packed))
@@ -175,7 +181,12 @@ def test_tokens_beyond_the_teachers_limit_have_no_span(
     teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
     longest = int(teacher_split.prompt_tokens[3]) + 10
     retokenizer = TeacherRetokenizer(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=longest, packed=False
+        BYTE_LEVEL,
+        SENTENCE_PIECE,
+        {"train": teacher_split},
+        max_length=longest,
+        packed=False,
+        **ENDS,
     )
     batch = retokenizer(split, collate(split, [3]))
     assert batch.teacher_view is not None
@@ -194,12 +205,12 @@ def test_generated_responses_and_empty_batches_are_retokenized(
 ) -> None:
     teacher_split = TokenizedSplit.open(tmp_path / "teacher", "train")
     retokenizer = TeacherRetokenizer(
-        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=False
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": teacher_split}, max_length=None, packed=False, **ENDS
     )
     # The response ends within a character.
     partial = BYTE_LEVEL("a你", add_special_tokens=False)["input_ids"][:-1]
     generated = GeneratedBatch.from_responses(
-        split, np.array([1]), [partial], eos_id=0, max_length=99, allowed=np.ones(400, bool)
+        split, np.array([1]), [partial], end_of_turn_id=0, max_length=99, allowed=np.ones(400, bool)
     )
     batch = retokenizer(generated, collate(generated, [0]))
     assert batch.teacher_view is not None
@@ -225,11 +236,15 @@ def test_first_token_after_an_empty_prompt_has_no_span(split: TokenizedSplit) ->
     texts = [np.array([*ids, 0], np.uint32)]
     generated = GeneratedBatch(np.array([0]), np.array([b"s0"]), np.array([0]), texts)
     prompts: Any = {
-        "train": SimpleNamespace(tokens=lambda row: np.empty(0, np.uint32), prompt_tokens=[0])
+        "train": SimpleNamespace(
+            tokens=lambda row: np.empty(0, np.uint32),
+            prompt_tokens=[0],
+            loss_mask=lambda row: np.empty(0, np.bool_),
+        )
     }
-    batch = TeacherRetokenizer(BYTE_LEVEL, SENTENCE_PIECE, prompts, max_length=None, packed=False)(
-        generated, collate(generated, [0])
-    )
+    batch = TeacherRetokenizer(
+        BYTE_LEVEL, SENTENCE_PIECE, prompts, max_length=None, packed=False, **ENDS
+    )(generated, collate(generated, [0]))
     assert batch.teacher_view is not None
     student_spans, teacher_spans = (
         batch.teacher_view.student_spans,
@@ -241,3 +256,43 @@ def test_first_token_after_an_empty_prompt_has_no_span(split: TokenizedSplit) ->
     assert 0 not in student_spans.tolist() and set(
         student_spans[student_spans >= 0].tolist()
     ) == set(teacher_spans[teacher_spans >= 0].tolist())
+
+
+def test_earlier_turns_pair_with_the_teachers(tmp_path: Path) -> None:
+    """Every turn that trains has spans, also where one side lost its earliest turns."""
+    turns = [
+        Message(role, text)
+        for number in range(3)
+        for role, text in (("user", f"Question {number}?"), ("assistant", f"the fox {number}"))
+    ]
+    sample = Sample("s", tuple(turns))
+    (tmp_path / "teacher").mkdir()
+    teacher_prompt = PROMPT.model_copy(update={"max_prompt_tokens": 60})
+    for tokenizer, prompt, folder in (
+        (BYTE_LEVEL, PROMPT.model_copy(update={"max_prompt_tokens": 100}), tmp_path),
+        (SENTENCE_PIECE, teacher_prompt, tmp_path / "teacher"),
+    ):
+        samples = SampleTokenizer(tokenizer, prompt, keep_all=True)
+        write_tokenized_split([sample], samples, folder, "train")
+    split = TokenizedSplit.open(tmp_path, "train")
+    own = TokenizedSplit.open(tmp_path / "teacher", "train")
+    assert len(runs_of(split.loss_mask(0))) == 3 and len(runs_of(own.loss_mask(0))) == 2
+    retokenizer = TeacherRetokenizer(
+        BYTE_LEVEL, SENTENCE_PIECE, {"train": own}, max_length=None, packed=False, **ENDS
+    )
+    batch = retokenizer(split, collate(split, [0]))
+    view = batch.teacher_view
+    assert view is not None
+    texts = {
+        span: b"".join(
+            cached_token_bytes(BYTE_LEVEL)[token]
+            for token in batch.labels[view.student_spans == span].tolist()
+        )
+        for span in sorted(set(view.student_spans.tolist()) - {-1})
+    }
+    assert b"".join(texts.values()) == b"the fox 1the fox 2<|endoftext|>"
+    unpaired = batch.labels[view.student_spans == -1].tolist()
+    assert BYTE_LEVEL.decode(unpaired) == "the fox 0"
+    paired = view.student_spans[view.student_spans >= 0].tolist()
+    assert paired == sorted(paired)
+    assert set(paired) == set(view.teacher_spans.tolist()) - {-1}
