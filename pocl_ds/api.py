@@ -80,7 +80,7 @@ def distill(
         teacher: Hub name, folder, .gguf file, or a model in memory with its `teacher_tokenizer`.
         student: the same, with its `student_tokenizer`.
         data: Hub name, file, or records (a list of dicts or a `datasets.Dataset`) in one of the
-            formats of docs/data-formats.md.
+            formats of docs/data.md.
         output_dir: the run directory. Models and records in memory are written below `inputs/`.
         fields: recipe fields, with `__` between section and field: `train__lr=2e-5`,
             `curriculum__num_subsets=3`. docs/reference/recipe.md lists them.

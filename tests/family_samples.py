@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def tokenize(
     variables: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
-    tokenizer = family_tokenizer(family)
+    tokenizer = _tokenizer(family)
     variables = variables or {}
     config = PromptConfig(
         template="chat",
@@ -107,6 +108,11 @@ def tokenize(
         tokenizer.apply_chat_template(trees[:-1], add_generation_prompt=True, **render),
         samples.counts,
     )
+
+
+@cache
+def _tokenizer(family: str) -> Any:
+    return family_tokenizer(family)
 
 
 def trained_texts(tokenizer: Any, sample: TokenizedSample) -> list[str]:

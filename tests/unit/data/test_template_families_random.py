@@ -66,7 +66,7 @@ def visible(text: str) -> str:
 
 
 @given(st.sampled_from(sorted(FAMILIES)), st.lists(TEXT, min_size=2, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_texts(family: str, texts: list[str]) -> None:
     texts = texts[: len(texts) // 2 * 2]
     roles = ("user", "assistant")
@@ -88,7 +88,7 @@ def test_any_texts(family: str, texts: list[str]) -> None:
     TEXT,
     st.dictionaries(TEXT, st.one_of(TEXT, st.integers(), st.none(), st.lists(TEXT))),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_tool_results_and_arguments(family: str, text: str, arguments: dict[str, Any]) -> None:
     call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
     messages = (
