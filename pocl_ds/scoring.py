@@ -100,8 +100,13 @@ def score_samples(
 
     Raises:
         DataError: a record has no known format, or a text is missing.
-        ModelError: the tokenizer has no EOS, or the model's family is not supported.
+        ModelError: the tokenizer has no EOS, a token is beyond the rows of the model's embedding,
+            or the model's family is not supported.
     """
+    # transformers is loaded only when a model is scored.
+    from pocl_ds.models.load import embedding_rows
+    from pocl_ds.models.token_checks import check_sequences
+
     # Tokenize prompts and references.
     numbered_records = (
         (f"records, number {number}", dict(record)) for number, record in enumerate(records, 1)
@@ -117,6 +122,8 @@ def score_samples(
     prompt_tokens = [sample.prompt_tokens for sample in tokenized]
 
     # Generate responses, and compare them with the references.
+    rows = {"the model": embedding_rows(model.config)}
+    check_sequences(sequences, tokenizer, rows, "a sample")
     prompts = [ids[:length] for ids, length in zip(sequences, prompt_tokens, strict=True)]
     responses = _generate(model, tokenizer, prompts, max_new_tokens, max_batch_tokens)
     references = [sample.references for sample in samples]

@@ -81,6 +81,11 @@ class ModelLoader:
         config = load_model_config(self.paths[name], trust_remote_code=name in self.trusted)
         return embedding_rows(config)
 
+    def rows_by_reader(self, ids: VocabMap) -> dict[str, int]:
+        """Rows of the models that read the students' ids as they are."""
+        names = self.students if ids.teacher_ids is not None else self.paths
+        return {self.paths[name]: self.vocabulary_rows(name) for name in names}
+
     def sample_tokenizer(self, prompt: PromptConfig) -> SampleTokenizer:
         """The students' tokenizer, as for data/test; it cuts long references and drops none."""
         return SampleTokenizer(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from pocl_ds.data.conversation import Sample
 from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.data.split_writer import write_tokenized_split
 from pocl_ds.data.tokenized import TokenizedSplit
-from pocl_ds.errors import ArtifactError, DataError, ModelError
+from pocl_ds.errors import ArtifactError, DataError
 from pocl_ds.evaluation.benchmarks import TEST_SPLIT
+from pocl_ds.models.token_checks import SHARE_A_TOKENIZER, check_split
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime.distributed import device
 from pocl_ds.runtime.hashing import select_by_hash
@@ -66,23 +67,22 @@ class HeldOutSet:
         for members in self._batches:
             yield collate(self.split, self.rows[members]).to(device())
 
-    def check_token_ids(self, ids: VocabMap) -> None:
-        """Check that teacher and student share every id of the responses, and that the teacher can
-        read every id of the prompts; otherwise a loss would be infinite.
+    def check_token_ids(self, ids: VocabMap, tokenizer: Any, rows: Mapping[str, int]) -> None:
+        """Check that teacher and student share every id of the responses, and can read every id of
+        the prompts: see `check_split`.
 
         Raises:
             ModelError: an id is not shared; the message names the sample.
         """
-        disallowed = self.split.find_disallowed_token(
-            ids.allowed, prompts=ids.teacher_readable, rows=self.rows
+        check_split(
+            self.split,
+            ids,
+            tokenizer,
+            rows,
+            label=f"{self.label}: ",
+            members=self.rows,
+            remedy=SHARE_A_TOKENIZER,
         )
-        if disallowed is not None:
-            row, token = disallowed
-            raise ModelError(
-                f"{self.label}: sample {self.split.ids[row].decode()} holds token id {token}, "
-                "which teacher and student do not share: choose models that share a tokenizer, or "
-                "set evaluate.held_out_loss=false"
-            )
 
 
 def read_held_out_sets(

@@ -220,8 +220,9 @@ def _measure(
             folder = Path(temporary)
             tokenizer = models.sample_tokenizer(prompt)
             sets = read_held_out_sets(run, config, tokenizer, benchmarks, folder)
+            rows = models.rows_by_reader(ids)
             for held_out in sets:
-                held_out.check_token_ids(ids)
+                held_out.check_token_ids(ids, tokenizer.tokenizer, rows)
             losses = _measure_models(folder, models, sets, ids)
     info["samples"] = sum(len(held_out.rows) for held_out in sets if held_out.benchmark is None)
     info["ids"] = int(ids.allowed.sum())

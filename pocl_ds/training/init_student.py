@@ -15,15 +15,9 @@ from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import permutation
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
-from pocl_ds.errors import ModelError
 from pocl_ds.models.attention import check_attention
 from pocl_ds.models.heads import check_family
-from pocl_ds.models.load import (
-    check_layer_dropping,
-    load_tokenizer,
-    max_positions,
-    resolve_pinned_model,
-)
+from pocl_ds.models.load import load_tokenizer, resolve_pinned_model
 from pocl_ds.models.lora import check_adapters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_quantized_teacher, check_student_is_not_quantized
@@ -50,14 +44,12 @@ def init_student(
     train: TrainConfig,
     loss: LossConfig,
     seed: int,
-    max_length: int,
     fingerprint: str,
 ) -> None:
     """Download the models, check that they can be trained together, prune and heal the student. All
     ranks call it.
 
-    max_length: tokens of a prompt and its response, which every model must be able to read. Raises
-    ModelError for models that cannot be used.
+    Raises ModelError for models that cannot be used.
     """
     if finished_manifest(run.models, fingerprint):
         return
@@ -69,7 +61,7 @@ def init_student(
     sources = (teacher, *teacher.ensemble) if teacher else ()
     teacher_paths = tuple(resolve_pinned_model(source) for source in sources)
     student_path = resolve_pinned_model(student)
-    _check_models(teacher, teacher_paths, student, student_path, loss, max_length)
+    _check_models(teacher, teacher_paths, student, student_path, loss)
     info: dict[str, Any] = {}
     if student.prune:
         pruned = run.models / "pruned"
@@ -103,28 +95,18 @@ def _check_models(
     student: StudentConfig,
     student_path: str,
     loss: LossConfig,
-    max_length: int,
 ) -> None:
-    """Check quantization, heads, attention and positions. Only configurations are read."""
+    """Check quantization, heads and attention. Only configurations are read."""
     student_config = read_model_config(student_path, student)
     check_student_is_not_quantized(student, student_config)
-    check_layer_dropping(student_path, student_config, student.dropout)
-    all_configs: dict[str, Any] = {student_path: student_config}
     # The attention and configuration of every model that runs in training.
     trained: list[tuple[str, Any]] = [(student.attn_implementation, student_config)]
     if teacher:
         for path, source in zip(teacher_paths, (teacher, *teacher.ensemble), strict=True):
-            config = all_configs[path] = read_model_config(path, source)
+            config = read_model_config(path, source)
             check_quantized_teacher(teacher, config)
             if loss.name != "sft":
                 trained.append((teacher.attn_implementation, config))
-    for path, config in all_configs.items():
-        positions = max_positions(config)
-        if positions is not None and max_length > positions:
-            raise ModelError(
-                f"prompt.max_length={max_length} is more than the {positions} positions of {path}: "
-                f"lower it"
-            )
     for attention, config in trained:
         check_attention(attention, config)
         if loss.fused:

@@ -24,6 +24,17 @@ def check_ds_configs(recipe: Recipe) -> None:
         )
 
 
+def check_most_samples(recipe: Recipe) -> None:
+    """Raise RecipeError if the training that the recipe describes needs more samples than its data
+    section allows, before the data are read and counted.
+    """
+    data = recipe.data
+    if data.max_train_samples is not None:
+        _check_training_samples(recipe, data.max_train_samples)
+    if data.held_out_source("validation") is None and not data.validation_fraction:
+        _check_validation_samples(recipe, 0)
+
+
 def check_sample_counts(run: RunDirectory, recipe: Recipe) -> None:
     """Raise RecipeError if the data that `preprocess` counted is too small for the training that
     the recipe describes. Does nothing before `preprocess` has finished.
@@ -31,8 +42,25 @@ def check_sample_counts(run: RunDirectory, recipe: Recipe) -> None:
     manifest = read_manifest(run.data)
     if manifest is None:
         return
-    splits, train, policy = manifest.info["splits"], recipe.train, recipe.policy
-    samples = int(splits["train"]["samples"])
+    splits = manifest.info["splits"]
+    _check_training_samples(recipe, int(splits["train"]["samples"]))
+    _check_validation_samples(recipe, int(splits["validation"]["samples"]))
+
+
+def _check_validation_samples(recipe: Recipe, samples: int) -> None:
+    """Raise RecipeError if a choice follows the validation loss and there are no samples for it."""
+    is_distillm = recipe.policy.name == "distillm"
+    if (is_distillm or recipe.train.checkpoint.keep_best) and not samples:
+        field = "policy.name=distillm" if is_distillm else "train.checkpoint.keep_best"
+        raise RecipeError(
+            f"{field} follows the validation loss, and the data has no validation samples: raise "
+            "data.validation_fraction, or name a file in data.validation"
+        )
+
+
+def _check_training_samples(recipe: Recipe, samples: int) -> None:
+    """Raise RecipeError if so many training samples are too few."""
+    train, policy = recipe.train, recipe.policy
     plan = plan_from_config(range(samples), recipe.curriculum, batch_size=train.batch_size)
 
     # The learning rate must finish its warm-up, in each stage or in the whole run.
@@ -50,15 +78,13 @@ def check_sample_counts(run: RunDirectory, recipe: Recipe) -> None:
             "healing needs one full batch; lower it"
         )
 
-    # Some choices follow the validation loss.
-    is_distillm = policy.name == "distillm"
-    if (is_distillm or train.checkpoint.keep_best) and not splits["validation"]["samples"]:
-        field = "policy.name=distillm" if is_distillm else "train.checkpoint.keep_best"
+    # Each shard of the scores needs a sample, and the policy enough steps and samples.
+    if recipe.ranking.strategy != "random" and recipe.score.shards > samples:
         raise RecipeError(
-            f"{field} follows the validation loss, and the data has no validation samples: raise "
-            "data.validation_fraction, or name a file in data.validation"
+            f"score.shards={recipe.score.shards} is more than the {samples} training samples: make "
+            "fewer shards"
         )
-    interval = train.validate_every_n_steps
+    is_distillm, interval = policy.name == "distillm", train.validate_every_n_steps
     if is_distillm and interval and interval >= plan.total_steps:
         raise RecipeError(
             f"train.validate_every_n_steps={interval} is not reached in the {plan.total_steps} "

@@ -57,6 +57,8 @@ def run_in_process(
     if name not in UNCHECKED_STEPS:
         check_sample_counts(run, recipe)
     STEP[name].run(recipe, run, fingerprints(recipe)[name], request or StepRequest())
+    if name == "preprocess":
+        check_sample_counts(run, recipe)
 
 
 def run_step(

@@ -16,7 +16,7 @@ from pocl_ds.config import Recipe
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.metrics import check_wandb
-from pocl_ds.workflow.checks import check_ds_configs
+from pocl_ds.workflow.checks import check_ds_configs, check_most_samples
 from pocl_ds.workflow.files import (
     atomic_write,
     explain_disk_errors,
@@ -71,6 +71,7 @@ def record_recipe(run: RunDirectory, recipe: Recipe) -> None:
     that change no result. Raises ArtifactError if a finished step belongs to another recipe.
     """
     check_ds_configs(recipe)
+    check_most_samples(recipe)
     if pattern := sorted(set(str(run.path.absolute())) & set("*?[")):
         raise ArtifactError(
             f"{run.path.absolute()} contains {pattern[0]!r}, which DeepSpeed treats as a pattern "

@@ -48,7 +48,6 @@ def test_later_steps_read_the_pinned_revision(hub: Path, tmp_path: Path) -> None
         teacher=None,
         train=TrainConfig(),
         loss=sft,
-        max_length=8,
         seed=0,
         fingerprint="f",
     )

@@ -9,7 +9,7 @@ import pytest
 
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
-from pocl_ds.workflow.checks import check_sample_counts
+from pocl_ds.workflow.checks import check_most_samples, check_sample_counts
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -117,3 +117,48 @@ def test_a_warmup_longer_than_a_stage_or_the_run_raises(tmp_path: Path) -> None:
         RecipeError, match="train.warmup_steps=20 never ends in the 20 optimizer steps of the run"
     ):
         check(20, "never")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"train": {"batch_size": 8, "warmup_steps": 40}},
+            "train.warmup_steps=40 never ends in the 16 optimizer steps",
+        ),
+        ({"curriculum": {"num_subsets": 9}}, "stage 0 has 7 samples, fewer than train.batch_size"),
+        ({"score": {"shards": 65}}, "score.shards=65 is more than the 64 training samples"),
+        (
+            {
+                "data": {"source": "d.jsonl", "validation_fraction": 0},
+                "train": {"batch_size": 8, "checkpoint": {"keep_best": True}},
+            },
+            "train.checkpoint.keep_best follows the validation loss",
+        ),
+    ],
+)
+def test_too_few_samples_are_refused_before_the_data_are_read(
+    fields: dict[str, Any], message: str
+) -> None:
+    """data.max_train_samples bounds the samples of every run."""
+    tree: dict[str, Any] = {
+        "name": "r",
+        "data": {"source": "d.jsonl", "max_train_samples": 64},
+        "student": {"model": "m"},
+        "teacher": {"model": "t"},
+        "train": {"batch_size": 8},
+    }
+    check_most_samples(Recipe.model_validate(tree))
+    with pytest.raises(RecipeError, match=message):
+        check_most_samples(Recipe.model_validate({**tree, **fields}))
+
+
+def test_samples_that_are_not_counted_yet_are_not_refused() -> None:
+    tree = {
+        "name": "r",
+        "data": {"source": "d.jsonl"},
+        "student": {"model": "m"},
+        "teacher": {"model": "t"},
+        "train": {"batch_size": 8, "warmup_steps": 10_000},
+    }
+    check_most_samples(Recipe.model_validate(tree))
