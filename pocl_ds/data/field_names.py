@@ -51,10 +51,12 @@ class FieldMapping:
         self.setting = setting
         self.mapped = {field: name for field, name in fields.items() if name}
         self.ignored = [field for field, name in fields.items() if not name]
-        # A column that a mapping takes serves no other field.
-        taken = {part for name in self.mapped.values() for part in (name, name.partition(".")[0])}
+        # A mapped column serves no other field.
+        mapped_columns = {
+            part for name in self.mapped.values() for part in (name, name.partition(".")[0])
+        }
         self.automatic = {
-            field: tuple(name for name in names if name not in taken)
+            field: tuple(name for name in names if name not in mapped_columns)
             for field, names in FIELD_NAMES.items()
             if field not in fields
         }
@@ -69,9 +71,9 @@ class FieldMapping:
             if len(self._present) >= MAX_REMEMBERED_COLUMNS:
                 self._present.clear()
             present = {
-                field: found
+                field: columns_of_field
                 for field, names in self.automatic.items()
-                if (found := [name for name in names if name in record])
+                if (columns_of_field := [name for name in names if name in record])
             }
             self._present[columns] = present
         return present
@@ -83,7 +85,7 @@ class FieldMapping:
                 field: name for field, name in self._absent.items() if not _find(record, name)[0]
             }
 
-    def check_all_found(self, source: str, example: Mapping[str, Any]) -> None:
+    def check_all_present(self, source: str, example: Mapping[str, Any]) -> None:
         """Raise DataError if no record had a mapped field: it would be ignored silently.
 
         example: a record, whose fields the message lists.

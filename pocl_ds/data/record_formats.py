@@ -100,7 +100,7 @@ def _holds_only_text(record: MappedRecord) -> bool:
 
 
 def _check_preferences(record: MappedRecord) -> None:
-    """Refuse a pair of answers, unless a mapping says which of them to learn."""
+    """Refuse a pair of answers, unless a mapping names the one to learn."""
     chosen, rejected = (record.record.get(name) for name in PREFERENCE_FIELDS)
     if record.has("output") or is_empty(chosen) or is_empty(rejected):
         return
@@ -118,7 +118,7 @@ def _check_preferences(record: MappedRecord) -> None:
 
 
 def _check_marks(record: MappedRecord) -> None:
-    """Refuse a record whose own mark says that it is a bad answer, or weighs otherwise."""
+    """Refuse a record that is marked as a bad answer, or has a weight other than 1."""
     setting = record.mapping.setting
     label = record.peek("label")
     if isinstance(label, bool):
@@ -164,8 +164,8 @@ def _read_question(record: MappedRecord, turns: TurnReader, field: str) -> Conve
             raise record.missing(field, "the question")
         prompt = [*_read_history(record), Message(USER, question)]
     prompt = _with_system(prompt, record)
-    answer, others = _read_answer(record, turns)
-    return Conversation([*prompt, *answer], input_text, others, _read_tools(record))
+    answer, references = _read_answer(record, turns)
+    return Conversation([*prompt, *answer], input_text, references, _read_tools(record))
 
 
 def _read_answer(record: MappedRecord, turns: TurnReader) -> tuple[list[Message], tuple[str, ...]]:
@@ -270,14 +270,14 @@ def _end_conversation(
             "remove the record",
             reason="no turn of a user",
         )
-    kept = messages[: end + 1]
+    conversation = messages[: end + 1]
     if train_on == "last_turn":
-        last = last_assistant(kept)
-        kept = [
+        last = last_assistant(conversation)
+        conversation = [
             replace(m, train=False) if m.role == ASSISTANT and index != last else m
-            for index, m in enumerate(kept)
+            for index, m in enumerate(conversation)
         ]
-    return kept, len(messages) - len(kept)
+    return conversation, len(messages) - len(conversation)
 
 
 # In order of recognition.

@@ -164,7 +164,7 @@ class _RecordReader:
         """Raise DataError if no record has a field that the mapping names."""
         if self.example is not None:
             fields = {**self.example, **self.counts.unused_fields}
-            self.mapping.check_all_found(source, fields)
+            self.mapping.check_all_present(source, fields)
 
     def _count_fields(self, format: str, record: MappedRecord) -> None:
         _count(self.counts.formats, self._form(format, tuple(record.used.items())))
