@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.models.batch_invariance import check_batch_invariance, choose_samples
-from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.rollouts.student_log_probs import student_log_probs
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.invariance import check_teacher, teacher_dtype
@@ -30,7 +29,7 @@ def check_models(
 
     Returns what the manifest records. Raises ModelError on all ranks if they differ.
     """
-    rows = _choose_rows(training, data)
+    training, rows = training.with_resolved_dtypes(), _choose_rows(training, data)
     info = {"student": _check_student(training, models, data, rows)}
     teacher = models.teacher
     teachers: Sequence[Any] = (
@@ -74,7 +73,7 @@ def _check_student(
             [split.ids[row].decode() for row in rows],
             [int(split.total_tokens[row] - split.prompt_tokens[row]) for row in rows],
             log_probs,
-            dtype=resolve_dtype(training.student.dtype),
+            dtype=training.student.dtype,
             on_gpu=distributed.device().type == "cuda",
             remedy="set student.attn_implementation=eager, or train.micro_batch_size=1 without "
             "train.micro_batch_tokens",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batch_dependence import make_batch_dependent
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ from pocl_ds.data.tokenized import shard_rows
 from pocl_ds.difficulty import score as score_step
 from pocl_ds.difficulty.score import score_training_samples
 from pocl_ds.difficulty.shards import shard_file, shard_manifest, unfinished_shards
-from pocl_ds.errors import ArtifactError, DataError, RecipeError
+from pocl_ds.errors import ArtifactError, DataError, ModelError, RecipeError
 from pocl_ds.metrics.rouge import rouge_l
 from pocl_ds.models.load import load_model, load_tokenizer
 from pocl_ds.workflow.manifest import read_manifest
@@ -100,6 +101,47 @@ def test_shards_hold_every_row_once(samples: int, shards: int) -> None:
     rows = [shard_rows(samples, shard, shards) for shard in range(shards)]
     assert [row for part in rows for row in part] == list(range(samples))
     assert max(map(len, rows)) - min(map(len, rows)) <= 1
+
+
+def test_a_model_that_depends_on_its_batch_is_not_scored(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, load_tokenizer(str(tiny_llama)))
+    make_batch_dependent(monkeypatch)
+    with pytest.raises(
+        ModelError,
+        match=r"^score: the student in transformers: the cross-entropy of sample \S+ \(\d+ "
+        r"response tokens\) is [\d.]+ nats alone and [\d.]+ in a batch of 4, [\d.]+ nats a token "
+        r"apart, where rounding in float32 explains 0.0010: set score.generation.max_num_seqs=1$",
+    ):
+        run_score(run, tiny_llama, config())
+    assert not list(run.scores.glob("*.jsonl"))
+
+    # Samples that run alone have no batch to depend on.
+    alone = GenerationConfig(backend="transformers", max_num_seqs=1)
+    run_score(run, tiny_llama, config(generation=alone))
+    manifest = read_manifest(run.scores, shard_manifest(run, 0, 1))
+    assert manifest and manifest.info["batch_invariance"] == {"samples": 0}
+
+
+def test_a_longrope_model_scores_each_sample_as_alone(tiny_longrope: Path, tmp_path: Path) -> None:
+    """Samples on both sides of the original context of 64 tokens, in batches of four."""
+    texts = [" ".join(["the sum of the values"] * count) for count in (1, 12, 3, 7)]
+    run = make_run(tmp_path, load_tokenizer(str(tiny_longrope)), texts=texts)
+    run_score(run, tiny_longrope, config())
+    index = np.load(run.data / "train.index.npy")
+    tokens = np.fromfile(run.data / "train.tokens.bin", np.uint32).astype(np.int64)
+    lengths, model = index[:, 2], load_model(str(tiny_longrope))
+    assert lengths.min() < 64 < lengths.max()
+    for record, (start, prompt_tokens, total, _) in zip(read_scores(run, 1), index, strict=True):
+        ids = torch.from_numpy(tokens[start : start + total])[None]
+        with torch.no_grad():
+            logits = model(ids).logits[0, prompt_tokens - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, prompt_tokens:])
+        assert record["cross_entropy"] == pytest.approx(float(loss), abs=1e-5)
+    manifest = read_manifest(run.scores, shard_manifest(run, 0, 1))
+    assert manifest and manifest.info["batch_invariance"]["samples"] == 4
+    assert manifest.info["batch_invariance"]["largest_difference"] < 1e-5
 
 
 def test_scores_are_those_of_the_model(tiny_llama: Path, tmp_path: Path) -> None:
@@ -365,6 +407,7 @@ def test_vllm_scores_as_transformers(tiny_llama: Path, tmp_path: Path) -> None:
     manifest = read_manifest(run.scores, shard_manifest(run, 0, 2))
     assert manifest is not None
     assert manifest.info["backend"] == "vllm"
+    assert manifest.info["batch_invariance"]["largest_difference"] < 1e-4  # also to transformers
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.generation.subprocess_generator import SubprocessGenerator
 from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.models.log_probs import response_log_probs
 
 pytestmark = pytest.mark.vllm
 
@@ -38,7 +39,8 @@ task = json.load(open(sys.argv[1]))
 tokenizer = load_tokenizer(task["model"])
 threads = torch.get_num_threads()
 config = GenerationConfig(max_num_seqs=4)
-generator = open_generator(task["model"], config, tokenizer, max_length=512, threads=1)
+length = task.get("max_length", 512)
+generator = open_generator(task["model"], config, tokenizer, max_length=length, threads=1)
 prompts, greedy, sampled = task["prompts"], task["greedy"], task["sampled"]
 progress, scored = [], []
 result = {
@@ -132,6 +134,44 @@ def test_same_log_probs_and_greedy_text(
     assert result["sampled"] == result["alone"]
     assert result["sampled"] != result["greedy"]
     assert result["state_remains"] is False
+
+
+def test_longrope_up_to_the_original_context(tiny_longrope: Path, tmp_path: Path) -> None:
+    """The engine's limit is one token more than the longest sequence, and yet every sequence has
+    the short factors.
+    """
+    draw = np.random.default_rng(0)
+    sequences = [[int(token) for token in draw.integers(2, 300, size)] for size in (64, 30)]
+    task = {
+        "model": str(tiny_longrope),
+        "prompts": [sequence[:20] for sequence in sequences],
+        "sequences": sequences,
+        "starts": [1, 1],
+        "greedy": GREEDY,
+        "sampled": SAMPLED,
+        "max_length": 64,
+    }
+    result, model = run_in_engine(task, tmp_path), load_model(str(tiny_longrope))
+    expected = response_log_probs(model, sequences, [1, 1], [np.array([0]), np.array([1])])
+    for values, reference_values in zip(result["log_probs"], expected, strict=True):
+        np.testing.assert_allclose(values, reference_values, atol=1e-4)
+
+
+def test_longrope_beyond_the_original_context_is_refused(tiny_longrope: Path) -> None:
+    with pytest.raises(
+        ModelError,
+        match="changes its LongRoPE factors after 64 tokens, but sequences of 65 tokens are "
+        "requested, for which vLLM would compute the shorter ones with the long factors too: set "
+        "score.generation.backend=transformers, or lower prompt.max_length, or "
+        "prompt.max_prompt_tokens and max_new_tokens, to 64 tokens in all$",
+    ):
+        open_generator(
+            str(tiny_longrope),
+            GenerationConfig(),
+            None,
+            max_length=65,
+            alternative="score.generation.backend=transformers",
+        )
 
 
 def test_the_engine_refuses_a_rank(tiny_llama: Path) -> None:
