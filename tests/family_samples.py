@@ -80,7 +80,7 @@ def tokenize(
     variables: dict[str, Any] | None = None,
     **options: Any,
 ) -> Result:
-    tokenizer = _tokenizer(family)
+    tokenizer = cached_tokenizer(family)
     variables = variables or {}
     config = PromptConfig(
         template="chat",
@@ -111,7 +111,8 @@ def tokenize(
 
 
 @cache
-def _tokenizer(family: str) -> Any:
+def cached_tokenizer(family: str) -> Any:
+    """The tokenizer of a family, which callers must not change."""
     return family_tokenizer(family)
 
 

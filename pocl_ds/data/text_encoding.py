@@ -113,8 +113,11 @@ class TextEncoder:
             for text, row, encoding in zip(texts, ids, encodings, strict=True)
         ]
 
-    def _encode_pieces(self, text: str, add_special_tokens: bool) -> EncodedText:
-        """Encode the text between placeholders, and each placeholder as ordinary text."""
+    def _encode_pieces(self, text: str, add_special_tokens: bool | None) -> EncodedText:
+        """Encode the text between placeholders, and each placeholder as ordinary text.
+
+        add_special_tokens: None for a text that follows another one.
+        """
         ids: list[int] = []
         starts: list[int] = []
         ends: list[int] = []
@@ -123,8 +126,8 @@ class TextEncoder:
         for match in [*_PLACEHOLDER.finditer(text), None]:
             end = match.start() if match else len(text)
             if piece := text[position:end]:
-                if position:
-                    part = self.encode_continuation(piece)
+                if position or add_special_tokens is None:
+                    part = self._encode_plain_continuation(piece)
                 else:
                     part = self._encode_plain([piece], add_special_tokens)[0]
                 spans = [part.span(number) for number in range(len(part.ids))]
@@ -144,6 +147,11 @@ class TextEncoder:
         """Encode a text that follows another one, so that a SentencePiece tokenizer puts no space
         before it.
         """
+        if self.escapes and _PLACEHOLDER.search(text):
+            return self._encode_pieces(text, None)
+        return self._encode_plain_continuation(text)
+
+    def _encode_plain_continuation(self, text: str) -> EncodedText:
         # The first lead that shares no token with the text.
         for lead in ("\n", "a", str(self.tokenizer.eos_token)):
             encoded = self._encode_plain([lead + text], add_special_tokens=False)[0]

@@ -6,12 +6,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from chat_families import FAMILIES, family_tokenizer
-from family_samples import CALL, OTHER_ANSWERS, TOOLS, assert_template_ids, tokenize
+import pytest
+from chat_families import FAMILIES
+from family_samples import (
+    CALL,
+    OTHER_ANSWERS,
+    TOOLS,
+    assert_template_ids,
+    cached_tokenizer,
+    tokenize,
+    trained_texts,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pocl_ds.data.conversation import Message
+from pocl_ds.config import PromptConfig
+from pocl_ds.data.conversation import Message, Sample
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.text_encoding import special_tokens
 
 # What each family writes for an answer. Templates that trim a content have `trimmed`.
 WRITTEN = {
@@ -103,6 +115,62 @@ def test_any_tool_results_and_arguments(family: str, text: str, arguments: dict[
     if not result.counts["boundary_split"]:
         assert_template_ids(result)
     assert len(result.trained) == 3 and "It rains." in result.trained[1]
-    first = family_tokenizer(family).decode(result.sample.ids).index(result.trained[0].strip())
+    first = cached_tokenizer(family).decode(result.sample.ids).index(result.trained[0].strip())
     assert "weather" in result.trained[0] and first > 0
     assert visible(text) in visible(result.trained[2])
+
+
+@given(st.sampled_from(sorted(FAMILIES)), st.lists(TEXT, max_size=4), st.integers(20, 120))
+@settings(max_examples=100, deadline=None)
+def test_a_prompt_that_is_cut_keeps_its_question_and_the_templates_end(
+    family: str, texts: list[str], limit: int
+) -> None:
+    question, answer = Message("user", "Which one of the two?"), Message("assistant", "This one.")
+    roles = ("user", "assistant")
+    early = [Message(roles[i % 2], text * 3) for i, text in enumerate(texts[: len(texts) // 2 * 2])]
+    system = [] if family == "gemma2" else [Message("system", "Be brief. " * 8)]
+    sample = Sample("s", (*system, *early, question, answer))
+    tokenizer = cached_tokenizer(family)
+    config = PromptConfig(template="chat", max_prompt_tokens=limit, max_length=limit + 100)
+    samples = SampleTokenizer(tokenizer, config)
+    (tokenized,) = samples.tokenize_many([sample])
+    if tokenized is None:
+        assert samples.counts["overlong_dropped"] == 1
+        return
+    complete = tokenize(family, sample.messages)
+    size = complete.sample.prompt_tokens
+    if size <= limit:
+        assert tokenized.ids == complete.sample.ids
+        return
+    prompt = tokenized.ids[: tokenized.prompt_tokens]
+    shown = visible(tokenizer.decode(complete.prompt))
+    end = shown[shown.rindex(visible(question.content)) :]
+    assert len(prompt) <= limit and tokenized.truncated
+    assert visible(tokenizer.decode(prompt)).endswith(end)
+    assert trained_texts(tokenizer, tokenized)[-1] == complete.trained[-1]
+    assert samples.counts["history_truncated"] or samples.counts["text_truncated"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_special_tokens_in_texts_can_be_escaped(family: str) -> None:
+    tokenizer = cached_tokenizer(family)
+    names = [name for name in special_tokens(tokenizer) if name != "<unk>"]
+    config = PromptConfig(template="chat", max_prompt_tokens=4000, max_length=8000)
+    counts = {}
+    for text in (f"a {' b '.join(names)} c", "a b c"):
+        messages = (
+            Message("user", text),
+            Message("assistant", text),
+            Message("user", text),
+            Message("assistant", text),
+        )
+        samples = SampleTokenizer(tokenizer, config, special_tokens_in_text="escape")
+        tokenized = samples.tokenize(Sample("s", messages))
+        special = set(tokenizer.convert_tokens_to_ids(names))
+        counts[text] = [token for token in tokenized.ids if token in special]
+        trained = trained_texts(tokenizer, tokenized)
+        assert len(trained) == 2 and all(visible(text) in visible(part) for part in trained)
+        assert samples.counts["special_tokens_in_text"] == (text != "a b c")
+        assert not samples.counts["altered_text"]
+    first, second = counts.values()
+    assert first == second
