@@ -23,6 +23,7 @@ PROBE_CONVERSATIONS = (
     [("system", "Be brief."), ("user", "One?")],
     [("user", "One?"), ("assistant", "Two."), ("user", " Three?\n"), ("assistant", "Four.")],
 )
+CHAT_TEMPLATE = "chat template"  # the name of a part
 # Not among the rules of a fast tokenizer: settings of a batch, and what its vocabulary covers.
 LEFT_OUT = ("padding", "truncation", "added_tokens")
 
@@ -42,18 +43,23 @@ def tokenizer_digests(tokenizer: Any) -> dict[str, str]:
         "vocabulary": [sorted(tokenizer.get_vocab().items()), sorted(added.items())],
         "rules": [_rules(tokenizer), tokenizer.convert_ids_to_tokens(probe)],
         "special tokens": special,
-        "chat template": [tokenizer.chat_template, _rendered_probes(tokenizer)],
+        CHAT_TEMPLATE: [tokenizer.chat_template, _rendered_probes(tokenizer)],
     }
     return {name: _sha256(value) for name, value in parts.items()}
 
 
 def check_tokenizer(
-    run: RunDirectory, load: Callable[[], Any], owner: Literal["student", "teacher"]
+    run: RunDirectory,
+    load: Callable[[], Any],
+    owner: Literal["student", "teacher"],
+    *,
+    own_template: bool = True,
 ) -> None:
     """Check that a model's tokenizer is the one that `preprocess` made the token ids with.
 
-    load: called unless the tokenizer made none, as that of most teachers. Raises ModelError that
-    names what changed.
+    load: called unless the tokenizer made none, as that of most teachers. own_template: false if
+    the model read prompts by the chat template of another one. Raises ModelError that names what
+    changed.
     """
     manifest = read_manifest(run.data)
     recorded = manifest.info.get("tokenizers", {}).get(owner) if manifest else None
@@ -61,6 +67,8 @@ def check_tokenizer(
         return
     tokenizer = load()
     digests = tokenizer_digests(tokenizer)
+    if not own_template:
+        del digests[CHAT_TEMPLATE]
     changed = [name for name, digest in digests.items() if recorded.get(name) != digest]
     if changed:
         raise ModelError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,6 +95,32 @@ def benchmark_samples(run: RunDirectory, config: EvaluateConfig, name: str) -> l
     return [samples[row] for row in rows]
 
 
+def skip_empty_test_split(
+    run: RunDirectory, config: EvaluateConfig, *, warn: bool = True
+) -> EvaluateConfig:
+    """The evaluation without the test split if that has no items, and a warning that says so.
+
+    An evaluation without any benchmark has no results. Raises ArtifactError if the run has no
+    finished data.
+    """
+    path = run.data / f"{TEST_SPLIT}.jsonl"
+    if not path.is_file():
+        raise ArtifactError(f"{run.data} has no finished data: run `pocl preprocess` first")
+    others = {name: b for name, b in config.benchmarks.items() if b.source != TEST_SPLIT}
+    empty = [name for name in config.benchmarks if name not in others]
+    if path.stat().st_size or not empty:
+        return config
+    if warn:
+        left_out = f"benchmark {', '.join(empty)} is left out of the evaluation"
+        nothing = "there is nothing to evaluate, and the student is exported without results"
+        log.warning(
+            "the data has no test samples, so %s: raise data.test_fraction, name a file in "
+            "data.test, or another benchmark in evaluate.benchmarks",
+            left_out if others else nothing,
+        )
+    return config.model_copy(update={"benchmarks": others})
+
+
 def external_benchmarks(run: RunDirectory, config: EvaluateConfig) -> dict[str, list[Sample]]:
     """The items of every benchmark but the test split, by name. Raises as `benchmark_samples`."""
     return {
@@ -103,6 +130,12 @@ def external_benchmarks(run: RunDirectory, config: EvaluateConfig) -> dict[str, 
     }
 
 
+def _prompt_key(sample: Sample) -> str:
+    """The texts of a sample's prompt, alike for every way to divide them into fields."""
+    texts = [*(message.content for message in sample.prompt), sample.input]
+    return unicodedata.normalize("NFC", " ".join(" ".join(texts).split()))
+
+
 def count_seen_in_training(
     run: RunDirectory, benchmarks: Mapping[str, Sequence[Sample]]
 ) -> dict[str, int]:
@@ -110,11 +143,11 @@ def count_seen_in_training(
 
     Logs a warning, since a model may know their answers by heart. Reads data/train.jsonl once.
     """
-    keys = {name: [s.prompt_key for s in samples] for name, samples in benchmarks.items()}
+    keys = {name: [_prompt_key(s) for s in samples] for name, samples in benchmarks.items()}
     benchmark_keys = {key for names_keys in keys.values() for key in names_keys}
     seen_keys = set[str]()
     if benchmark_keys:
-        training_keys = (s.prompt_key for s in read_sample_file(run.data / "train.jsonl"))
+        training_keys = (_prompt_key(s) for s in read_sample_file(run.data / "train.jsonl"))
         seen_keys = {key for key in training_keys if key in benchmark_keys}
     counts = {
         name: sum(key in seen_keys for key in names_keys) for name, names_keys in keys.items()

@@ -162,6 +162,8 @@ def _results(run: RunDirectory) -> str:
     if read_manifest(run.evaluation) is None:
         return "This model was not evaluated."
     results = read_json(run.evaluation / "results.json")
+    if not any(entry["benchmarks"] for entry in results["models"].values()):
+        return "This model was not evaluated: the data had no test samples."
     seeds = len(results["seeds"])
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ", one seed"
     return (

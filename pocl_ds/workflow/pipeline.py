@@ -13,6 +13,7 @@ import time
 
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
+from pocl_ds.evaluation.benchmarks import skip_empty_test_split
 from pocl_ds.resources import LAUNCHER, module_command
 from pocl_ds.runtime.logs import log_to_file
 from pocl_ds.workflow.checks import check_sample_counts
@@ -27,6 +28,7 @@ log = logging.getLogger("pocl_ds")
 
 # Steps that do not depend on the size of the data, or that count it themselves.
 UNCHECKED_STEPS = ("preprocess", "evaluate", "export", "report")
+SIGNAL_CODES = 128  # exit codes from here on: a signal ended the step
 
 
 def run_pipeline(recipe: Recipe, run: RunDirectory, *, until: str = STEP_NAMES[-1]) -> int:
@@ -39,15 +41,30 @@ def run_pipeline(recipe: Recipe, run: RunDirectory, *, until: str = STEP_NAMES[-
         record_recipe(run, recipe)
         log_to_file(run.logs / "run.log")
         finished = finished_steps(run, recipe)
-        for step in enabled_steps(recipe, until):
+        steps = enabled_steps(recipe, until)
+        for step in steps:
             if finished[step.name]:
                 log.info("%s: already finished", step.name)
+                if step.name == "preprocess" and not finished["evaluate"]:
+                    skip_empty_test_split(run, recipe.evaluate)  # warns
                 continue
             start = time.monotonic()
             if code := run_step(step.name, run, recipe, lock):
+                if step.name == "evaluate" and STEP["export"] in steps and code < SIGNAL_CODES:
+                    _export_unevaluated(run, recipe, lock)
                 return code
             log.info("%s: finished in %.0f s", step.name, time.monotonic() - start)
     return 0
+
+
+def _export_unevaluated(run: RunDirectory, recipe: Recipe, lock: int) -> None:
+    """Export the student although its evaluation failed. The next `pocl run` repeats both."""
+    log.warning(
+        "the evaluation failed: exporting the student without its results; once the evaluation "
+        "works, `pocl run --run-dir %s` repeats both",
+        run.path,
+    )
+    run_step("export", run, recipe, lock)
 
 
 def run_in_process(
@@ -59,6 +76,7 @@ def run_in_process(
     STEP[name].run(recipe, run, fingerprints(recipe)[name], request or StepRequest())
     if name == "preprocess":
         check_sample_counts(run, recipe)
+        skip_empty_test_split(run, recipe.evaluate)  # warns
 
 
 def run_step(
@@ -89,7 +107,7 @@ def run_step(
 
     # An evaluation generates the answers of each model first, then collects them.
     command = [*module_command("pocl_ds.cli.main"), *arguments]
-    if name == "evaluate":
+    if name == "evaluate" and skip_empty_test_split(run, recipe.evaluate, warn=False).benchmarks:
         for model in evaluated_models(recipe):
             if code := _run_engines([*command, "--model", model], recipe, lock):
                 return code

@@ -118,10 +118,11 @@ def _check_finished_steps(run: RunDirectory, recipe: Recipe) -> None:
         fields = differing_fields(recorded.model_dump(), recipe.model_dump())
         digests = read_json(run.input_digests) if run.input_digests.is_file() else {}
         changed = [*fields, *changed_inputs(digests, recipe, same_fields=not fields)]
+        # Nothing of the recipe differs: another release has other fingerprints.
         raise ArtifactError(
             f"run directory {run.path} holds the finished step {step.name!r} of another recipe "
-            f"(changed: {', '.join(changed) or 'the content of a file that the recipe names'}): "
-            "choose another --run-dir, or undo the change"
+            f"(changed: {', '.join(changed) or 'the version of pocl_ds'}): choose another "
+            "--run-dir, or undo the change"
         )
     if old_fingerprints != new_fingerprints:
         log.info("the recipe changed for unfinished steps; writing %s again", run.recipe)

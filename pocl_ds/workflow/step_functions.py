@@ -38,6 +38,7 @@ def run_preprocess(
     a model cannot read the tokens or the lengths that the recipe produces.
     """
     from pocl_ds.data.preprocess import preprocess
+    from pocl_ds.evaluation.local_benchmarks import read_local_benchmarks
     from pocl_ds.generation.end_of_turn import find_teacher_end_ids
     from pocl_ds.models.load import (
         load_generation_config,
@@ -105,6 +106,7 @@ def run_preprocess(
         teacher_tokenizer,
         commits,
         teacher_end_ids=teacher_end_ids,
+        read_benchmarks=lambda: read_local_benchmarks(recipe.evaluate),
     )
     check_data_tokens(run, recipe, student, teacher)
 
@@ -146,7 +148,11 @@ def _checked_models(
 
 
 def _check_tokenizer(
-    run: RunDirectory, path: str, source: ModelSource, owner: Literal["student", "teacher"]
+    recipe: Recipe,
+    run: RunDirectory,
+    path: str,
+    source: ModelSource,
+    owner: Literal["student", "teacher"] = "student",
 ) -> None:
     """Check that the step reads and writes text as the token ids were made.
 
@@ -160,7 +166,8 @@ def _check_tokenizer(
             path, trust_remote_code=source.trust_remote_code, revision=source.revision
         )
 
-    check_tokenizer(run, load, owner)
+    own_template = owner == "student" or recipe.teacher_template == "own"
+    check_tokenizer(run, load, owner, own_template=own_template)
 
 
 def run_init_student(
@@ -197,7 +204,7 @@ def run_cache_teacher(
         )
     student, teacher = _checked_models(recipe, run)
     assert teacher is not None
-    _check_tokenizer(run, resolve_model(student), student, "student")
+    _check_tokenizer(recipe, run, resolve_model(student), student)
     # The baseline visits the samples as often as the curriculum does.
     curriculum = recipe.curriculum
     trainings = 2 if recipe.baseline.enabled else 1
@@ -229,8 +236,8 @@ def run_generate_teacher(
         )
     student, teacher = _checked_models(recipe, run)
     assert teacher is not None
-    _check_tokenizer(run, resolve_model(student), student, "student")
-    _check_tokenizer(run, resolve_model(teacher), teacher, "teacher")
+    _check_tokenizer(recipe, run, resolve_model(student), student)
+    _check_tokenizer(recipe, run, resolve_model(teacher), teacher, "teacher")
     generate_teacher_responses(
         run,
         teacher=teacher,
@@ -252,7 +259,7 @@ def run_score(recipe: Recipe, run: RunDirectory, fingerprint: str, request: Step
 
     _checked_models(recipe, run)
     student_path = read_models(run)["student"]
-    _check_tokenizer(run, student_path, recipe.student, "student")
+    _check_tokenizer(recipe, run, student_path, recipe.student)
     score_training_samples(
         run,
         recipe.score,
@@ -299,9 +306,9 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
     from pocl_ds.workflow.steps import fingerprints
 
     models = read_models(run)
-    _check_tokenizer(run, models["student"], recipe.student, "student")
-    if recipe.teacher and recipe.cross_tokenizer:
-        _check_tokenizer(run, models["teacher"], recipe.teacher, "teacher")
+    _check_tokenizer(recipe, run, models["student"], recipe.student)
+    if recipe.teacher:
+        _check_tokenizer(recipe, run, models["teacher"], recipe.teacher, "teacher")
     train_student(
         run,
         teacher_cache=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,
@@ -314,6 +321,7 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
         prompt=recipe.prompt,
         baseline=recipe.baseline if baseline else None,
         fingerprint=fingerprint,
+        float32_weights=recipe.export.dtype == "float32" and not baseline,
     )
 
 
@@ -333,6 +341,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     """Generate one model's answers; or, without `request.model`, measure the held-out loss, run the
     judge, and write the results of all models.
     """
+    from pocl_ds.evaluation.benchmarks import skip_empty_test_split
     from pocl_ds.evaluation.evaluate import RESULTS, generate_answers, summarize_results
     from pocl_ds.evaluation.evaluated_models import TEACHER, model_path
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
@@ -340,19 +349,27 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     from pocl_ds.generation.end_of_turn import recorded_end_ids
 
     models = evaluated_models(recipe)
+    # A message of each model's process would repeat that of the last one.
+    config = skip_empty_test_split(
+        run,
+        _requested_part(recipe.evaluate, request),
+        warn=request.model is None or request.benchmark is not None,
+    )
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
     trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
 
     # The answers of one model are one process's work, since a process has one generation engine.
     if request.model:
+        if not config.benchmarks:
+            return
         path = model_path(run, request.model)
         if request.model == TEACHER and recipe.teacher:
-            _check_tokenizer(run, path, recipe.teacher, "teacher")
+            _check_tokenizer(recipe, run, path, recipe.teacher, "teacher")
         else:
-            _check_tokenizer(run, path, recipe.student, "student")
+            _check_tokenizer(recipe, run, path, recipe.student)
         generate_answers(
             run,
-            _requested_part(recipe.evaluate, request),
+            config,
             recipe.prompt,
             model=request.model,
             path=path,
@@ -366,7 +383,7 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
         return
     measure_held_out_loss(
         run,
-        recipe.evaluate,
+        config,
         recipe.prompt,
         {name: model_path(run, name) for name in models},
         teacher=recipe.teacher,
@@ -376,12 +393,12 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
 
     # Without the judge's endpoint the other results are still written; the step stays unfinished.
     try:
-        judge_answers(run, recipe.evaluate, models)
+        judge_answers(run, config, models)
     except PoclError:
-        summarize_results(run, recipe.evaluate.model_copy(update={"judge": None}), models)
+        summarize_results(run, config.model_copy(update={"judge": None}), models)
         log.info("evaluate: wrote %s without the judge's verdicts", run.evaluation / RESULTS)
         raise
-    summarize_results(run, recipe.evaluate, models, fingerprint=fingerprint)
+    summarize_results(run, config, models, fingerprint=fingerprint)
 
 
 def _requested_part(config: EvaluateConfig, request: StepRequest) -> EvaluateConfig:
@@ -405,15 +422,25 @@ def _requested_part(config: EvaluateConfig, request: StepRequest) -> EvaluateCon
 
 
 def run_export(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
-    """Export the student and print where to."""
+    """Export the student and print where to.
+
+    An export before the evaluation is unfinished: after the evaluation it gets its results.
+    """
     from pocl_ds.config.recipe_file import dump_recipe
     from pocl_ds.evaluation.export import export
+    from pocl_ds.workflow import manifest
+    from pocl_ds.workflow.steps import fingerprints
+
+    evaluation = fingerprints(recipe)["evaluate"]
+    if manifest.finished_manifest(run.evaluation, evaluation) is None:
+        fingerprint = manifest.fingerprint([fingerprint, "not evaluated"])
 
     folder = export(
         run,
         out=request.out,
         recipe_yaml=dump_recipe(recipe),
         fingerprint=fingerprint,
+        config=recipe.export,
         trust_remote_code=recipe.student.trust_remote_code,
     )
     print(f"student  {folder}")

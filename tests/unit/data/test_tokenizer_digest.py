@@ -147,3 +147,5 @@ def test_another_tokenizer_than_that_of_the_token_ids_raises(tmp_path: Path) -> 
         ),
     ):
         check_tokenizer(run, lambda: load_tokenizer(str(folder)), "student")
+    with pytest.raises(ModelError, match=r"\(changed: vocabulary\): put"):
+        check_tokenizer(run, lambda: load_tokenizer(str(folder)), "student", own_template=False)

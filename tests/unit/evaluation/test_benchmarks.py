@@ -13,11 +13,12 @@ import pytest
 from pocl_ds.config import EvaluateConfig
 from pocl_ds.config.recipe_file import validation_message
 from pocl_ds.config.registry import BENCHMARKS
-from pocl_ds.errors import DataError
+from pocl_ds.errors import ArtifactError, DataError
 from pocl_ds.evaluation.benchmarks import (
     KNOWN_BENCHMARKS,
     benchmark_samples,
     count_seen_in_training,
+    skip_empty_test_split,
 )
 from pocl_ds.evaluation.evaluate import select_shard
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -227,3 +228,23 @@ def test_shards_are_complete_disjoint_and_even() -> None:
         loads = [sum(sizes[key] for key in shard) for shard in shards]
         assert max(loads) <= max(1000, sum(sizes.values()) / count * 4 / 3)
     assert select_shard(sizes, 0, 1) == list(sizes)
+
+
+def test_an_empty_test_split_is_left_out_with_a_warning(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path)
+    own = str(write_items(tmp_path / "own.jsonl", [{"instruction": "Say 1.", "output": "1"}]))
+    alone, beside = make_config(), make_config(benchmarks={"own": own, "held_out": "test"})
+    with pytest.raises(ArtifactError, match="has no finished data: run `pocl preprocess` first"):
+        skip_empty_test_split(run, alone)
+    run.data.mkdir()
+    (run.data / "test.jsonl").write_text("")
+    assert skip_empty_test_split(run, alone, warn=False).benchmarks == {}
+    assert caplog.text == ""
+    assert skip_empty_test_split(run, alone).benchmarks == {}
+    assert "no test samples, so there is nothing to evaluate, and the student is" in caplog.text
+    assert list(skip_empty_test_split(run, beside).benchmarks) == ["own"]
+    assert "no test samples, so benchmark held_out is left out of the evaluation: " in caplog.text
+    (run.data / "test.jsonl").write_text("{}\n")
+    assert skip_empty_test_split(run, beside) is beside

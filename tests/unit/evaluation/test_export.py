@@ -19,7 +19,7 @@ from pocl_ds.evaluation import export as export_module
 from pocl_ds.evaluation.export import export
 from pocl_ds.evaluation.model_card import model_card
 from pocl_ds.workflow.files import write_json
-from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.manifest import read_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -47,8 +47,6 @@ def test_a_model_with_a_tied_head_is_exported(
 ) -> None:
     shutil.rmtree(run.train / "final")
     shutil.copytree(tiny_gpt2, run.train / "final")
-    from pocl_ds.workflow.manifest import write_manifest
-
     files = [path for path in (run.train / "final").iterdir() if path.is_file()]
     write_manifest(run.train, "train", "t", info={"steps": 5}, files=files)
     folder = export(run, out=None, recipe_yaml=recipe, fingerprint="x")
@@ -206,6 +204,18 @@ def test_the_model_card_names_the_method(
     ]
     assert all(text in card for text in expected), card
     assert not any(text in card for text in unexpected), card
+
+
+def test_the_model_card_says_that_there_were_no_test_samples(
+    run: RunDirectory, recipe: str
+) -> None:
+    results = {"seeds": [1], "footnotes": {}, "models": {"student": {"benchmarks": {}}}}
+    card = model_card(run, recipe, 1000)
+    assert "## Results\n\nThis model was not evaluated.\n" in card
+    write_json(run.evaluation / "results.json", results)
+    write_manifest(run.evaluation, "evaluate", "f")
+    card = model_card(run, recipe, 1000)
+    assert "## Results\n\nThis model was not evaluated: the data had no test samples.\n" in card
 
 
 def test_a_file_added_to_an_export_is_not_deleted(run: RunDirectory, recipe: str) -> None:

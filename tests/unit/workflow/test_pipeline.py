@@ -1,8 +1,9 @@
-"""Engines side by side: which GPUs or cores each one gets."""
+"""The steps in order, and engines side by side: which GPUs or cores each one gets."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,10 @@ import torch
 from pocl_ds.config import Recipe
 from pocl_ds.errors import RecipeError
 from pocl_ds.workflow import pipeline
+from pocl_ds.workflow.manifest import write_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
+from pocl_ds.workflow.run_setup import record_recipe
+from pocl_ds.workflow.steps import STEP_NAMES, STEPS, fingerprints
 
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
@@ -79,3 +84,55 @@ def test_engines_without_gpus_share_the_cores(
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     run_engines(recipe(3))
     assert calls[0][1] == [{"OMP_NUM_THREADS": "2"}] * 3
+
+
+@pytest.fixture
+def finished_training(tmp_path: Path) -> tuple[RunDirectory, Recipe]:
+    """A run whose evaluation is next, without test samples."""
+    tree = {**recipe(1).model_dump(mode="json"), "ranking": {"strategy": "random"}}
+    run, config = RunDirectory(tmp_path / "run"), Recipe.model_validate(tree)
+    record_recipe(run, config)
+    for step in STEPS[: STEP_NAMES.index("evaluate")]:
+        step.directory(run).mkdir()
+        write_manifest(step.directory(run), step.name, fingerprints(config)[step.name])
+    (run.data / "test.jsonl").touch()
+    return run, config
+
+
+@pytest.mark.parametrize("code", [0, 2, 143])
+def test_a_failed_evaluation_costs_no_export(
+    code: int,
+    finished_training: tuple[RunDirectory, Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    started: list[str] = []
+
+    def run_step(name: str, *_arguments: Any) -> int:
+        started.append(name)
+        return code if name == "evaluate" else 0
+
+    monkeypatch.setattr(pipeline, "run_step", run_step)
+    run, config = finished_training
+    expected = {0: ["evaluate", "export", "report"], 2: ["evaluate", "export"], 143: ["evaluate"]}
+    assert pipeline.run_pipeline(config, run) == code
+    assert started == expected[code]  # a signal ends the pipeline
+    assert ("exporting the student without its results" in caplog.text) == (code == 2)
+    assert pipeline.run_pipeline(config, run, until="evaluate") == code
+    assert started[-1] == "evaluate"
+
+
+def test_a_missing_test_split_is_told_before_training(
+    finished_training: tuple[RunDirectory, Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also if `preprocess` ran on another day."""
+    warned: list[bool] = []
+    monkeypatch.setattr(
+        pipeline, "run_step", lambda *_: warned.append("no test samples" in caplog.text) or 0
+    )
+    run, config = finished_training
+    (run.train / "manifest.json").unlink()
+    assert pipeline.run_pipeline(config, run, until="train") == 0
+    assert warned == [True]
