@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -204,21 +204,45 @@ def escape_sample(encoder: TextEncoder, sample: Sample) -> Sample:
             message,
             content=encoder.escape(message.content),
             reasoning_content=encoder.escape(message.reasoning_content),
+            tool_calls=tuple(_escape_tree(encoder, call) for call in message.tool_calls),
         )
 
     return replace(
         sample,
         messages=tuple(map(escape, sample.messages)),
         input=encoder.escape(sample.input),
+        tools=tuple(_escape_tree(encoder, tool) for tool in sample.tools),
     )
 
 
 def sample_texts(sample: Sample) -> list[str]:
     """The texts of a sample that a template shows."""
-    texts = [sample.input]
+    texts = [sample.input, *_tree_texts(list(sample.tools))]
     for message in sample.messages:
         texts += [message.content, message.reasoning_content]
+        texts += _tree_texts(list(message.tool_calls))
     return texts
+
+
+def _escape_tree(encoder: TextEncoder, tree: Any) -> Any:
+    """A JSON value with its texts escaped."""
+    if isinstance(tree, str):
+        return encoder.escape(tree)
+    if isinstance(tree, dict):
+        return {encoder.escape(key): _escape_tree(encoder, tree[key]) for key in tree}
+    return [_escape_tree(encoder, item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _tree_texts(tree: Any) -> Iterator[str]:
+    """The texts of a JSON value."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for item in tree:
+            yield from _tree_texts(item)
 
 
 class _FastEncoding:

@@ -174,3 +174,27 @@ def test_special_tokens_in_texts_can_be_escaped(family: str) -> None:
         assert not samples.counts["altered_text"]
     first, second = counts.values()
     assert first == second
+
+
+@pytest.mark.parametrize("family", ["llama3_1", "qwen2_5", "qwen3", "mistral"])
+def test_special_tokens_in_tools_and_calls_can_be_escaped(family: str) -> None:
+    tokenizer = cached_tokenizer(family)
+    names = special_tokens(tokenizer)
+    config = PromptConfig(template="chat", max_prompt_tokens=4000, max_length=8000)
+    counts = []
+    for text in ("a", " ".join(names)):
+        function = {"name": "weather", "arguments": {"city": [text], text: 1}}
+        messages = (
+            Message("user", "Weather?"),
+            Message("assistant", "", tool_calls=({**CALL, "function": function},)),
+        )
+        tool = {"type": "function", "function": {"name": "weather", "description": text}}
+        samples = SampleTokenizer(tokenizer, config, special_tokens_in_text="escape")
+        tokenized = samples.tokenize(Sample("s", messages, tools=(tool,)))
+        special = set(tokenizer.convert_tokens_to_ids(names))
+        counts.append([token for token in tokenized.ids if token in special])
+        (trained,) = trained_texts(tokenizer, tokenized)
+        assert trained.count(text) >= 2 and samples.counts["special_tokens_in_text"] == (
+            text != "a"
+        )
+    assert counts[0] == counts[1]
