@@ -14,6 +14,7 @@ from pocl_ds.config.baseline import BaselineConfig
 from pocl_ds.config.curriculum import CurriculumConfig
 from pocl_ds.config.data import DataConfig, DocumentationConfig
 from pocl_ds.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig
+from pocl_ds.config.export import ExportConfig
 from pocl_ds.config.generation import GenerationConfig
 from pocl_ds.config.launch import LaunchConfig
 from pocl_ds.config.loss import LossConfig
@@ -45,6 +46,7 @@ __all__ = [
     "DocumentationConfig",
     "EnsembleTeacherConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "GenerationConfig",
     "Int",
     "JudgeConfig",

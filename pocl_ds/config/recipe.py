@@ -18,6 +18,7 @@ from pocl_ds.config.consistency import check_consistency
 from pocl_ds.config.curriculum import CurriculumConfig
 from pocl_ds.config.data import DataConfig
 from pocl_ds.config.evaluation import EvaluateConfig
+from pocl_ds.config.export import ExportConfig
 from pocl_ds.config.launch import LaunchConfig
 from pocl_ds.config.loss import LossConfig
 from pocl_ds.config.models import StudentConfig, TeacherConfig
@@ -70,6 +71,7 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     baseline: BaselineConfig = BaselineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     report: ReportConfig = ReportConfig()
     launch: LaunchConfig = LaunchConfig()
 

@@ -27,6 +27,7 @@ from pocl_ds.config import TrainConfig
 from pocl_ds.engines.parameters import (
     copy_to_cpu,
     frozen_names,
+    full_master_state_dict,
     full_state_dict,
     iterate_parameters,
     keep_in_place,
@@ -149,6 +150,17 @@ class DeepSpeedEngine:
     def gathered_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """See `Engine`."""
         return full_state_dict(module, gather_parameters if self.zero_stage == 3 else keep_in_place)
+
+    def gathered_master_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """See `Engine`."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gather = gather_parameters if self.zero_stage == 3 else keep_in_place
+        return full_master_state_dict(
+            module,
+            gather,
+            lambda weight: safe_get_full_fp32_param(weight) if weight.requires_grad else None,
+        )
 
     def gathered_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pocl_ds.compat.deepspeed_private import full_shape
-from pocl_ds.errors import ArtifactError
+from pocl_ds.errors import ArtifactError, RecipeError
 from pocl_ds.runtime import distributed
 
 Gather: TypeAlias = Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]]
+ReadMaster: TypeAlias = Callable[[nn.Parameter], Tensor | None]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -102,13 +103,44 @@ def full_state_dict(module: nn.Module, gather: Gather) -> dict[str, Tensor]:
         with gather([parameter]):
             if is_writer:
                 state[name] = parameter.detach().cpu().clone()
+    return state | _persistent_buffers(module) if is_writer else state
+
+
+def full_master_state_dict(
+    module: nn.Module, gather: Gather, read_master: ReadMaster
+) -> dict[str, Tensor]:
+    """See `Engine.gathered_master_state_dict`. All ranks call `read_master` together.
+
+    Raises RecipeError if it is None for a trained parameter of a lower precision.
+    """
+    state: dict[str, Tensor] = {}
+    is_writer = distributed.rank() == 0
+    for name, parameter in module.named_parameters():
+        master = read_master(parameter)
+        if master is None and parameter.requires_grad and parameter.dtype != torch.float32:
+            raise RecipeError(
+                f"export.dtype=float32, and the optimizer has no master weight of {name}: set "
+                "student.ds_config to one of zero_stage 2 or 3, or export.dtype=auto"
+            )
+        with gather([parameter]) if master is None else contextlib.nullcontext():
+            if is_writer:
+                weight = parameter if master is None else master
+                state[name] = weight.detach().float().cpu().clone()
     if is_writer:
-        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        persistent = set(module.state_dict()) - parameters
-        for name, buffer in module.named_buffers():
-            if name in persistent:
-                state[name] = buffer.detach().cpu().clone()
+        for name, buffer in _persistent_buffers(module).items():
+            state[name] = buffer.float() if buffer.is_floating_point() else buffer
     return state
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers that a state dict holds."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    persistent = set(module.state_dict()) - parameters
+    return {
+        name: buffer.detach().cpu().clone()
+        for name, buffer in module.named_buffers()
+        if name in persistent
+    }
 
 
 def keep_in_place(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:

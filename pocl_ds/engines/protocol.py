@@ -57,6 +57,11 @@ class Engine(Protocol):
     def gathered_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """The full weights of a part of the module, on the CPU of rank 0; empty on other ranks."""
 
+    def gathered_master_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """Like `gathered_state_dict`, in float32: the optimizer's master weights, and the values of
+        parameters without one.
+        """
+
     def gathered_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The full parameters of a part of the module, one after another, as copies on every rank;
         tied ones once.

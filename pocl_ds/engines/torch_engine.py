@@ -15,6 +15,7 @@ from pocl_ds.config import TrainConfig
 from pocl_ds.engines.parameters import (
     copy_to_cpu,
     frozen_names,
+    full_master_state_dict,
     full_state_dict,
     iterate_parameters,
     keep_in_place,
@@ -98,6 +99,10 @@ class TorchEngine:
     def gathered_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
         """See `Engine`."""
         return full_state_dict(module, keep_in_place)
+
+    def gathered_master_state_dict(self, module: nn.Module) -> dict[str, Tensor]:
+        """See `Engine`. This engine updates the weights themselves."""
+        return full_master_state_dict(module, keep_in_place, lambda _: None)
 
     def gathered_parameters(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """See `Engine`."""

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from pocl_ds.config import ExportConfig
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation.model_card import model_card
 from pocl_ds.models.quiet import quiet
@@ -49,6 +50,7 @@ def export(
     out: Path | None,
     recipe_yaml: str,
     fingerprint: str,
+    config: ExportConfig | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write train/final with a model card to `out` (default: export/ of the run) and check it.
@@ -59,8 +61,9 @@ def export(
         The exported folder.
 
     Raises:
-        ArtifactError: training is unfinished, a weight differs from the trainer's (the message
-            names it), or `out` holds files that are not an export.
+        ArtifactError: training is unfinished or wrote no master weights for export.dtype=float32,
+            a weight differs from the trainer's (the message names it), or `out` holds files that
+            are not an export.
     """
     target = (out or run.export).expanduser().resolve()
     existing = _earlier_export(target)
@@ -74,6 +77,8 @@ def export(
     start = time.monotonic()
     source = run.train / "final"
     _check_source(run, source)
+    if config is not None and config.dtype == "float32":
+        _check_master_weights(run, source)
     with atomic_directory(target) as folder:
         _copy(source, folder)
         check_weights(source, folder)
@@ -180,6 +185,18 @@ def _check_source(run: RunDirectory, source: Path) -> None:
         )
     if not any(source.glob("*.safetensors")):
         raise ArtifactError(f"{source} holds no safetensors: train again")
+
+
+def _check_master_weights(run: RunDirectory, source: Path) -> None:
+    """Check that training wrote float32 weights."""
+    for key, path in _keys(source).items():
+        dtype = _tensor(path, key).dtype
+        if dtype.is_floating_point and dtype != torch.float32:
+            raise ArtifactError(
+                f"export.dtype=float32 needs the master weights, and {source} holds "
+                f"{str(dtype).removeprefix('torch.')}: remove {run.train / MANIFEST} and run "
+                "`pocl train`, which writes them from its last checkpoint"
+            )
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -5,10 +5,12 @@ to the end of the plan and write the student as a Hugging Face folder.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import save_torch_state_dict
 
 from pocl_ds.compat.transformers_private import save_custom_code
@@ -53,11 +55,13 @@ def train_student(
     seed: int,
     fingerprint: str,
     teacher_cache: str | None = None,
+    float32_weights: bool = False,
 ) -> None:
     """Train through the stages of the plan, or with `baseline` without a curriculum. All ranks
     call it.
 
     teacher_cache: fingerprint of the cached teacher outputs; None for an online teacher.
+    float32_weights: write the optimizer's master weights to `final/`.
     """
     # SFT needs no teacher; with teacher.mode=auto the cache may be empty.
     models = read_models(run)
@@ -89,6 +93,7 @@ def train_student(
         end_of_turn_ids=tuple(recorded_end_ids(run)),
         teacher_responses=run.teacher_responses if policy.uses_teacher_responses else None,
         teacher_cache=teacher_cache,
+        float32_weights=float32_weights,
     )
     run_training(run, training)
 
@@ -147,7 +152,13 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
     """
     module: Any = engine.module
     model = module.model
-    state = engine.gathered_state_dict(model)
+    config = copy.deepcopy(model.config)
+    if training.float32_weights:
+        state = engine.gathered_master_state_dict(model)
+        for section in (config, config.get_text_config(decoder=True)):
+            section.dtype = torch.float32
+    else:
+        state = engine.gathered_state_dict(model)
     if training.student.lora:
         state = merge_adapters(model, state)
     tokenizer = load_tokenizer(
@@ -163,7 +174,7 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
             folder = stack.enter_context(atomic_directory(final))
             save_torch_state_dict(state, folder, metadata={"format": "pt"})
             save_custom_code(model, folder)
-            model.config.save_pretrained(folder)
+            config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if model.can_generate() and model.generation_config is not None:
                 settings = with_end_ids(model.generation_config, training.end_of_turn_ids)

@@ -41,6 +41,7 @@ class TrainingRun:
     max_length: int = 512  # tokens of a prompt and the response that the student generates
     # Ids that end the student's turns, besides those that its tokenizer and settings name.
     end_of_turn_ids: tuple[int, ...] = ()
+    float32_weights: bool = False  # write the master weights instead of those of the forward pass
     # The tokenized split with the teacher's responses, if the policy uses them.
     teacher_responses: Path | None = None
     # Fingerprint of the teacher cache; None for an online teacher.

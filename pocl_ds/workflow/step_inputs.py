@@ -152,8 +152,11 @@ def evaluate_inputs(recipe: Recipe) -> list[Any]:
     ]
 
 
-def export_inputs(recipe: Recipe) -> None:
-    """None: an export depends only on the evaluation."""
+def export_inputs(recipe: Recipe) -> Any:
+    """Section `export`."""
+    from pocl_ds.config import semantic_fields
+
+    return semantic_fields(recipe.export)
 
 
 def report_inputs(recipe: Recipe) -> Any:

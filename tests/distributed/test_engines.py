@@ -146,3 +146,42 @@ def test_logits_of_a_sharded_student_equal_those_of_its_export(tiny_llama: Path)
         engine: Any = DeepSpeedEngine(model, train, config)
         with torch.no_grad():
             assert engine.forward(ids).logits.equal(unsharded(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["student_zero3", "student_zero2"])
+def test_master_weights_are_those_of_the_optimizer(name: str, tiny_llama: Path) -> None:
+    """They are gathered from its float32 partition, and the weights of the forward pass are their
+    roundings; frozen weights have no master.
+    """
+    start_deepspeed()
+    train = TrainConfig(batch_size=1, micro_batch_size=1, max_grad_norm=100)
+    config = resolve_student(name, train=train, dtype="bfloat16", ranks=1)
+    with sharded_loading(config):
+        model: Any = load_model(str(tiny_llama), dtype="bfloat16").train()
+    frozen = "model.layers.0.mlp.up_proj.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    engine: Any = DeepSpeedEngine(model, train, config)
+    ids = torch.randint(2, 300, (1, 30), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        engine.backward(engine.forward(ids, labels=ids).loss, normalizer=1, is_last=True)
+        engine.step(1e-4)
+    master, rounded = engine.gathered_master_state_dict(model), engine.gathered_state_dict(model)
+    assert master.keys() == rounded.keys()
+    assert {weight.dtype for weight in master.values()} == {torch.float32}
+    for key, weight in rounded.items():
+        assert weight.dtype == torch.bfloat16 and weight.equal(master[key].bfloat16()), key
+    assert master[frozen].equal(rounded[frozen].float())
+
+    # The optimizer's partition holds the same numbers, besides padding.
+    optimizer = engine.engine.optimizer
+    groups = (
+        optimizer.fp32_partitioned_groups_flat
+        if name == "student_zero3"
+        else optimizer.single_partition_of_fp32_groups
+    )
+    expected = torch.cat([group.detach().flatten() for group in groups]).sort().values
+    trained = [weight.flatten() for key, weight in master.items() if key != frozen]
+    values = torch.cat(trained).sort().values
+    assert len(expected) - len(values) < 64
+    assert set(values.tolist()) - {0.0} == set(expected.tolist()) - {0.0}
+    assert not values.equal(values.bfloat16().float()), "nothing was lost by rounding"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pocl_ds.config import ExportConfig
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.errors import ArtifactError
 from pocl_ds.evaluation import export as export_module
@@ -292,3 +293,20 @@ def test_weights_that_do_not_match_config_json(run: RunDirectory, tmp_path: Path
         match=r"is torch\.float16 instead of torch\.float32 once loaded: check torch_dtype",
     ):
         export_module.check_loads(folder)
+
+
+def test_float32_needs_the_master_weights(run: RunDirectory, recipe: str) -> None:
+    """An export of rounded weights as float32 would only look more precise."""
+    config = ExportConfig(dtype="float32")
+    file = run.train / "final" / "model.safetensors"
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+    export(run, out=None, recipe_yaml=recipe, fingerprint="x", config=config)
+    rounded = {key: tensor.bfloat16() for key, tensor in load_file(file).items()}
+    save_file(rounded, file, metadata={"format": "pt"})
+    files = [path for path in (run.train / "final").iterdir() if path.is_file()]
+    write_manifest(run.train, "train", "t", info={"steps": 5}, files=files)
+    with pytest.raises(
+        ArtifactError,
+        match=r"final holds bfloat16: remove .*train/manifest.json and run `pocl train`",
+    ):
+        export(run, out=None, recipe_yaml=recipe, fingerprint="y", config=config)
