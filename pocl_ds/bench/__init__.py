@@ -31,6 +31,10 @@ BENCHMARKS = {
         "pocl_ds.bench.checkpoint",
         "Time of synchronous and asynchronous saves, of loading and converting a checkpoint.",
     ),
+    "data": (
+        "pocl_ds.bench.data",
+        "Records per second and memory of `pocl preprocess`, beside `datasets.map`.",
+    ),
     "scale": (
         "pocl_ds.bench.scale",
         "Time and memory of ranking, planning and sampling for 10k to 10M samples.",

@@ -226,7 +226,7 @@ def log_overlap(overlap: Overlap, rows: Mapping[str, NDArray[np.int64]], mode: s
             remedy = {
                 "count": "data.decontaminate=train leaves these training samples out",
                 "train": "those training samples are left out",
-                "test": "left out" if name in rows else "data.decontaminate=test keeps benchmarks",
+                "test": "they are left out" if name in rows else "they stay in the benchmark",
             }[mode]
             log.warning(
                 "%s: %d of %d samples (%.1f%%) share 13 words in a row with one of training: %s",

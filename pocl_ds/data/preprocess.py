@@ -76,32 +76,54 @@ def preprocess(
     ):
         return manifest
     start = time.monotonic()
-    policy = data.special_tokens_in_text
-    student = SampleTokenizer(tokenizer, prompt, special_tokens_in_text=policy)
+    student = SampleTokenizer(tokenizer, prompt, special_tokens_in_text=data.special_tokens_in_text)
     teacher = None
     if teacher_tokenizer is not None:
         # The teacher gets every sample that the student gets.
-        teacher_prompt = (teacher_prompt or prompt).model_copy(update={"overlong": "truncate_text"})
         teacher = SampleTokenizer(
-            teacher_tokenizer, teacher_prompt, special_tokens_in_text=policy, keep_all=True
+            teacher_tokenizer,
+            (teacher_prompt or prompt).model_copy(update={"overlong": "truncate_text"}),
+            special_tokens_in_text=data.special_tokens_in_text,
+            keep_all=True,
         )
+    with atomic_directory(run.data) as folder:
+        info = {
+            "source": [source.label for source in data.training_sources],
+            "tokenizer": tokenizer.name_or_path,
+            "eos_id": tokenizer.eos_token_id,
+            "end_of_turn_ids": list(dict.fromkeys([*student.end_of_turn_ids, *teacher_end_ids])),
+            "teacher_end_of_turn_ids": teacher.end_of_turn_ids if teacher else [],
+            "tokenizers": {"student": tokenizer_digests(tokenizer)}
+            | ({"teacher": tokenizer_digests(teacher_tokenizer)} if teacher else {}),
+            "vocabulary": len(tokenizer),
+            "commits": dict(commits or {}),
+            **_write_data(data, folder, student, teacher, read_benchmarks),
+            "seconds": time.monotonic() - start,
+        }
+        return write_manifest(folder, "preprocess", fingerprint, info=info)
+
+
+def _write_data(
+    data: DataConfig,
+    folder: Path,
+    student: SampleTokenizer,
+    teacher: SampleTokenizer | None,
+    read_benchmarks: ReadBenchmarks | None,
+) -> dict[str, Any]:
+    """Write the splits, and return what the manifest records of them."""
     invalid = InvalidSamples(data.on_invalid)
     num_workers = data.num_workers or default_num_workers()
-
-    with atomic_directory(run.data) as folder, SampleSpool(folder / ".samples") as spool:
+    with SampleSpool(folder / ".samples") as spool:
         # Assign every sample of the sources to a split, and limit the splits.
         reader = SourceReader(data, student.render_prompt, spool, invalid, num_workers)
         reader.read()
         rows = _select_rows(spool, data)
 
         # Compare training with what is held out.
-        benchmarks, unreadable = read_benchmarks() if read_benchmarks else ({}, {})
+        compared = data.decontaminate != "none"
+        benchmarks, unreadable = read_benchmarks() if read_benchmarks and compared else ({}, {})
         overlap = find_overlap(
-            spool,
-            rows,
-            benchmarks,
-            near_duplicates=data.decontaminate != "none",
-            num_workers=num_workers,
+            spool, rows, benchmarks, near_duplicates=compared, num_workers=num_workers
         )
         log_overlap(overlap, rows, data.decontaminate)
         for name, reason in unreadable.items():
@@ -111,38 +133,26 @@ def preprocess(
         # Tokenize the splits.
         split_tokenizer = SplitTokenizer(student, teacher, invalid, num_workers)
         results = _write_splits(split_tokenizer, spool, rows, folder, mixture_names(data))
-        invalid.log()
-        if not results["train"].counts.samples:
-            raise DataError(
-                f"{_source_field(data)} leaves no training samples (data.validation_fraction, "
-                "data.test_fraction, data.decontaminate, prompt.overlong): change these or give "
-                "more data"
-            )
-        info = {
-            "source": [source.label for source in data.training_sources],
-            "records": {name: asdict(counts) for name, counts in reader.counts.items()},
-            "omitted_prompts": reader.omitted,
-            "splits": {split: result.info() for split, result in results.items()},
-            "tokenizer": tokenizer.name_or_path,
-            "eos_id": tokenizer.eos_token_id,
-            "teacher_end_of_turn_ids": teacher.end_of_turn_ids if teacher else [],
-            "end_of_turn_ids": list(dict.fromkeys([*student.end_of_turn_ids, *teacher_end_ids])),
-            "tokenizers": {"student": tokenizer_digests(tokenizer)}
-            | ({"teacher": tokenizer_digests(teacher_tokenizer)} if teacher else {}),
-            "vocabulary": len(tokenizer),
-            "invalid_records": invalid.reasons.total(),
-            "invalid_reasons": dict(invalid.reasons),
-            "commits": dict(commits or {}),
-            "near_duplicates": overlap.near_duplicates(),
-            "removed_near_duplicates": removed,
-            "unreadable_benchmarks": dict(unreadable),
-            "references_in_training": {
-                split: overlap.references_in_training()[split] for split in HELD_OUT
-            },
-            "seconds": time.monotonic() - start,
-        }
-        spool.remove()
-        return write_manifest(folder, "preprocess", fingerprint, info=info)
+    invalid.log()
+    if not results["train"].counts.samples:
+        raise DataError(
+            f"{_source_field(data)} leaves no training samples (data.validation_fraction, "
+            "data.test_fraction, data.decontaminate, prompt.overlong): change these or give "
+            "more data"
+        )
+    return {
+        "records": {name: asdict(counts) for name, counts in reader.counts.items()},
+        "invalid_records": invalid.reasons.total(),
+        "invalid_reasons": dict(invalid.reasons),
+        "omitted_prompts": reader.omitted,
+        "near_duplicates": overlap.near_duplicates(),
+        "removed_near_duplicates": removed,
+        "unreadable_benchmarks": dict(unreadable),
+        "references_in_training": {
+            split: overlap.references_in_training()[split] for split in HELD_OUT
+        },
+        "splits": {split: result.info() for split, result in results.items()},
+    }
 
 
 def _source_field(data: DataConfig) -> str:

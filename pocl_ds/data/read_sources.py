@@ -144,7 +144,7 @@ class SourceReader:
         number: int = 0,
     ) -> None:
         """Read one source. split: of all its samples; None for that of their prompts."""
-        counts = self.counts[split or source.label] = RecordCounts()
+        counts = self.counts[setting if split else source.label] = RecordCounts()
         samples = self._samples(source, setting, ids, counts)
         if len(self.data.training_sources) > 1 and split is None:
             samples = (replace(sample, source=source.label) for sample in samples)

@@ -37,10 +37,6 @@ class SampleSpool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Delete the file; the arrays stay."""
         self._stream.close()
         self.path.unlink(missing_ok=True)
 

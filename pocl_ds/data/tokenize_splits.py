@@ -154,7 +154,7 @@ def tokenize_lines(
     """Tokenize the samples of these lines. An error of a template leaves its sample out."""
     errors: list[DataError] = []
     samples = list(map(Sample.from_json, lines))
-    chunk = tokenize_chunk(samples, tokenizer, lambda sample, error: errors.append(error))
+    chunk = tokenize_chunk(samples, tokenizer, lambda _, error: errors.append(error), lines=lines)
     places = _places(samples, chunk.ids)
     teacher_chunk = None
     if teacher is not None:
@@ -165,11 +165,12 @@ def tokenize_lines(
         chunk, places = chunk.select(kept), places[kept]
     prompt_hashes = np.zeros(len(places), np.uint64)
     cut_prompts = np.zeros(len(places), np.uint64)
-    for number, place in enumerate(places):
-        start, prompt_tokens = chunk.index[number, :2]
+    data = chunk.tokens.tobytes()
+    rows = zip(places.tolist(), chunk.index[:, :2].tolist(), chunk.truncated.tolist())
+    for number, (place, (start, prompt_tokens), truncated) in enumerate(rows):
         if samples[place].prompt:
-            prompt_hashes[number] = _hash(chunk.tokens[start : start + prompt_tokens].tobytes())
-            if chunk.truncated[number]:
+            prompt_hashes[number] = _hash(data[4 * start : 4 * (start + prompt_tokens)])
+            if truncated:
                 text = tokenizer.render_prompt(samples[place])
                 cut_prompts[number] = _hash(text.encode(errors="surrogatepass"))
     return TokenizedLines(chunk, teacher_chunk, places, prompt_hashes, cut_prompts, errors)

@@ -33,7 +33,19 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
         _tokenizer_inputs(recipe.student),
         _tokenizer_inputs(teacher) if teacher else None,
         recipe.teacher_template if teacher else None,
+        _decontamination_inputs(recipe),
     ]
+
+
+def _decontamination_inputs(recipe: Recipe) -> list[Any] | None:
+    """The benchmarks, where training does without their near-duplicates."""
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    if recipe.data.decontaminate != "train":
+        return None
+    sources = {name: semantic_fields(b) for name, b in recipe.evaluate.benchmarks.items()}
+    return [sources, list(input_digests.benchmark_files(recipe).values())]
 
 
 def _tokenizer_inputs(source: ModelSource) -> list[Any]:

@@ -386,7 +386,7 @@ def test_finished_result_is_reused_and_damaged_result_is_rewritten(
 def test_invalid_records_are_an_error_or_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A damaged line stays an error, also where empty records are skipped."""
+    """A damaged line counts as a record that cannot be used."""
     rows: list[Any] = records(40)
     expected = preprocess_file(tmp_path / "valid", write_jsonl(tmp_path / "valid.jsonl", rows))
     rows[3:3] = [
@@ -408,8 +408,11 @@ def test_invalid_records_are_an_error_or_skipped(
     assert manifest.info["records"]["part"]["invalid"] == manifest.info["invalid_reasons"]
     with (tmp_path / "part.jsonl").open("a") as stream:
         stream.write('{"instruction": "cut')
-    with pytest.raises(DataError, match="line 45 is not valid JSON"):
-        preprocess_file(tmp_path / "broken", source, on_invalid="skip")
+    with pytest.raises(DataError, match="line 1: there is no field 'output'"):
+        preprocess_file(tmp_path / "broken", source)
+    assert preprocess_file(tmp_path / "broken", source, on_invalid="skip") == expected
+    manifest = read_manifest(tmp_path / "broken" / "data")
+    assert manifest is not None and manifest.info["invalid_records"] == 5
     with pytest.raises(DataError, match="none of its 1 records can be used; the first: "):
         preprocess_file(
             tmp_path / "none",
@@ -438,7 +441,7 @@ def test_failure_keeps_the_earlier_result(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_no_partial_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tokenize_splits, "tokenize_chunk", interrupted)
