@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pocl_ds.data.conversation import Sample
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -52,14 +53,13 @@ class SyntheticRun:
         with samples_file.open("w") as data, shard.open("w") as scores:
             for i in range(samples):
                 text = texts[i % len(texts)] if texts else ""
-                record = {
-                    "id": f"s{i}",
-                    "instruction": f"Say what sample {i} is about. {text}",
-                    "input": text,
-                    "references": [f"It is about {i}. {text}"],
-                    "history": [],
-                }
-                data.write(json.dumps(record) + "\n")
+                sample = Sample.from_instruction(
+                    f"s{i}",
+                    f"Say what sample {i} is about. {text}",
+                    f"It is about {i}. {text}",
+                    input=text,
+                )
+                data.write(sample.to_json() + "\n")
                 scored = {
                     "id": f"s{i}",
                     "rouge_l": 0.1,

@@ -100,15 +100,17 @@ def skip_empty_test_split(
 ) -> EvaluateConfig:
     """The evaluation without the test split if that has no items, and a warning that says so.
 
-    An evaluation without any benchmark has no results. Raises ArtifactError if the run has no
-    finished data.
+    An evaluation without any benchmark has no results. Raises ArtifactError if the test split is a
+    benchmark and the run has no finished data.
     """
+    others = {name: b for name, b in config.benchmarks.items() if b.source != TEST_SPLIT}
+    empty = [name for name in config.benchmarks if name not in others]
+    if not empty:
+        return config
     path = run.data / f"{TEST_SPLIT}.jsonl"
     if not path.is_file():
         raise ArtifactError(f"{run.data} has no finished data: run `pocl preprocess` first")
-    others = {name: b for name, b in config.benchmarks.items() if b.source != TEST_SPLIT}
-    empty = [name for name in config.benchmarks if name not in others]
-    if path.stat().st_size or not empty:
+    if path.stat().st_size:
         return config
     if warn:
         left_out = f"benchmark {', '.join(empty)} is left out of the evaluation"

@@ -16,6 +16,7 @@ from command_line import pocl
 from tiny_runs import computed, records, stop_after, write_recipe
 
 from pocl_ds.config import registry
+from pocl_ds.data.conversation import read_sample_file
 
 POLICIES = {
     "gkd": [
@@ -99,14 +100,14 @@ def test_a_resumed_training_of_a_policy_equals_an_uninterrupted_one(
         response_ids, data_ids = (
             np.load(run / folder / "train.ids.npy") for folder in ("teacher_responses", "data")
         )
-        lines = [
-            (run / folder / "train.jsonl").read_text().splitlines()
+        parts = [
+            read_sample_file(run / folder / "train.jsonl")
             for folder in ("teacher_responses", "data")
         ]
         assert response_ids.tolist() == data_ids.tolist()
-        for response, sample in zip(*(map(json.loads, part) for part in lines), strict=True):
-            assert response["instruction"] == sample["instruction"]
-            assert response["references"] != sample["references"]
+        for response, sample in zip(*parts, strict=True):
+            assert response.instruction == sample.instruction
+            assert response.references != sample.references
     stopped = Path(shutil.copytree(run, tmp_path / "stopped"))
     pocl("train", "--run-dir", str(run), *overrides)
     steps = records(run)

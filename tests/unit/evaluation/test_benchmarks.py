@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from pocl_ds.config import EvaluateConfig
 from pocl_ds.config.recipe_file import validation_message
 from pocl_ds.config.registry import BENCHMARKS
+from pocl_ds.data.conversation import read_sample_file
 from pocl_ds.errors import ArtifactError, DataError
 from pocl_ds.evaluation.benchmarks import (
     KNOWN_BENCHMARKS,
@@ -157,9 +159,9 @@ def test_a_failed_download_is_an_error_of_one_sentence(
 def test_items_seen_in_training_are_counted(
     run: RunDirectory, make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trained = [json.loads(line) for line in (run.data / "train.jsonl").read_text().splitlines()][:3]
+    trained = list(islice(read_sample_file(run.data / "train.jsonl"), 3))
     items = [
-        {"instruction": item["instruction"], "input": item["input"], "output": "another answer"}
+        {"instruction": item.instruction, "input": item.input, "output": "another answer"}
         for item in trained
     ]
     path = write_items(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig
+from pocl_ds.data.conversation import read_sample_file
 from pocl_ds.data.tokenized import TokenizedSplit
-from pocl_ds.errors import PoclError
+from pocl_ds.errors import ModelError, PoclError
 from pocl_ds.evaluation import evaluate, held_out_loss
 from pocl_ds.evaluation.answers import answer_settings
 from pocl_ds.evaluation.evaluated_models import model_path
@@ -41,13 +43,13 @@ def test_answers_are_scored_and_have_the_ids_of_their_items(
     run: RunDirectory, make_config: MakeConfig, prompt: PromptConfig
 ) -> None:
     generate(run, make_config(), prompt, "student")
-    samples = {record["id"]: record for record in records(run.data / "test.jsonl")}
+    samples = {sample.id: sample for sample in read_sample_file(run.data / "test.jsonl")}
     by_seed = [records(run.evaluation / "student" / f"test-seed{seed}.jsonl") for seed in (10, 20)]
     for answers in by_seed:
         assert len(answers) == 6
         for record in answers:
-            assert record["references"] == samples[record["id"]]["references"]
-            assert samples[record["id"]]["instruction"] in record["prompt"]
+            assert record["references"] == list(samples[record["id"]].references)
+            assert samples[record["id"]].instruction in record["prompt"]
             assert record["rouge_l"] == rouge_l(record["response"], record["references"])
     assert [r["id"] for r in by_seed[0]] == [r["id"] for r in by_seed[1]]
     assert [r["response"] for r in by_seed[0]] != [r["response"] for r in by_seed[1]]
@@ -142,16 +144,16 @@ def test_references_of_a_benchmark_are_measured_like_the_test_split(
     run: RunDirectory, make_config: MakeConfig, prompt: PromptConfig, tmp_path: Path
 ) -> None:
     """A benchmark with the items of the test split has its numbers; each reference counts."""
-    items = [json.loads(line) for line in (run.data / "test.jsonl").read_text().splitlines()]
+    items = list(read_sample_file(run.data / "test.jsonl"))
     for name, second_reference in (("same", []), ("twice", ["another text"])):
         (tmp_path / f"{name}.jsonl").write_text(
             "".join(
                 json.dumps(
                     {
-                        "id": item["id"],
-                        "instruction": item["instruction"],
-                        "input": item["input"],
-                        "output": [*item["references"], *second_reference],
+                        "id": item.id,
+                        "instruction": item.instruction,
+                        "input": item.input,
+                        "output": [*item.references, *second_reference],
                     }
                 )
                 + "\n"
@@ -287,9 +289,9 @@ def test_cut_and_seen_prompts_are_warnings_and_footnotes(
         evaluate.log, "warning", lambda text, *values: warnings.append(text % values)
     )
     path = tmp_path / "mine.jsonl"
-    trained = json.loads((run.data / "train.jsonl").read_text().splitlines()[0])
+    trained = next(read_sample_file(run.data / "train.jsonl"))
     prompts = [
-        (trained["instruction"], trained["input"]),
+        (trained.instruction, trained.input),
         ("Never asked.", ""),
         ("word " * 400, ""),
     ]
@@ -302,8 +304,8 @@ def test_cut_and_seen_prompts_are_warnings_and_footnotes(
     config = make_config(benchmarks={"test": "test", "mine": str(path)}, held_out_loss=False)
     generate(run, config, prompt, "student")
     assert warnings == [
-        "benchmark mine, student: 1 of 3 prompts are cut to prompt.max_prompt_tokens=300, "
-        "so their ends are missing: raise it"
+        "benchmark mine, student: 1 of 3 prompts are longer than prompt.max_prompt_tokens=300, "
+        "and lost earlier turns or parts of their texts: raise it"
     ]
     info = read_manifest(run.evaluation / "student", "mine-seed20.jsonl.manifest.json").info  # type: ignore[union-attr]
     assert info["cut_prompts"] == 1
@@ -385,3 +387,20 @@ def test_a_template_file_is_identified_by_its_text(
                 answer_settings(PromptConfig(template=name), EvaluateConfig())["template"]
             )
         assert templates[0] != templates[1]
+
+
+def test_a_prompt_with_a_token_beyond_the_rows_is_refused_before_the_model_is_loaded(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of a benchmark may hold a token that no sample of the training data held."""
+    model = shutil.copytree(model_path(run, "student"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    tokenizer.save_pretrained(model)
+    (tmp_path / "b.jsonl").write_text('{"instruction": "Say <|extra|>.", "output": "Yes"}\n')
+    monkeypatch.setattr(evaluate, "open_generator", None)
+    config = EvaluateConfig.model_validate({"benchmarks": {"b": str(tmp_path / "b.jsonl")}})
+    with pytest.raises(
+        ModelError, match=r"^a prompt of benchmark b holds token id 320 \('<\|extra\|>'\), and the"
+    ):
+        evaluate.generate_answers(run, config, PromptConfig(), model="student", path=str(model))

@@ -46,6 +46,9 @@ class Split:
     def tokens(self, row: int) -> NDArray[np.uint32]:
         return np.array([5, row, 6, 0], np.uint32)
 
+    def loss_mask(self, row: int) -> NDArray[np.bool_]:
+        return np.arange(int(self.total_tokens[row])) >= int(self.prompt_tokens[row])
+
     def prompt_source(self, row: int) -> tuple[str, int]:
         return self.name, row
 
@@ -65,7 +68,7 @@ class FakeGenerator:
             SPLIT,
             rows,
             [[10 + position.step, 0]] * len(rows),
-            eos_id=0,
+            end_of_turn_id=0,
             max_length=9,
             allowed=np.ones(500, bool),
         )
@@ -287,7 +290,7 @@ def test_a_response_is_cut_at_the_limit_and_at_a_disallowed_id() -> None:
         SPLIT,
         rows,
         [[7, 8, 0], [7, 40, 8, 0], [40, 0], [9] * 20],
-        eos_id=0,
+        end_of_turn_id=0,
         max_length=6,
         allowed=allowed,
     )

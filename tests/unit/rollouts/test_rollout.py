@@ -44,6 +44,9 @@ class Split:
     def tokens(self, row: int) -> NDArray[np.uint32]:
         return np.random.default_rng(row).integers(2, SIZE, 10).astype(np.uint32)
 
+    def loss_mask(self, row: int) -> NDArray[np.bool_]:
+        return np.arange(int(self.total_tokens[row])) >= int(self.prompt_tokens[row])
+
     def prompt_source(self, row: int) -> tuple[str, int]:
         return self.name, row
 

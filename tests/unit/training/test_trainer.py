@@ -49,6 +49,9 @@ class Split:
     def tokens(self, row: int) -> NDArray[np.uint32]:
         return np.array([row, 0], np.uint32)
 
+    def loss_mask(self, row: int) -> NDArray[np.bool_]:
+        return np.arange(int(self.total_tokens[row])) >= int(self.prompt_tokens[row])
+
 
 class Engine:
     """The loss is the number of steps. `callbacks[step]` is called before that step."""
