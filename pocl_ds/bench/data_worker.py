@@ -23,7 +23,7 @@ def preprocess_records(source: Path, tokenizer: Any, processes: int, work: Path)
     preprocess(RunDirectory(work / "run"), data, PROMPT, tokenizer, "0" * 64)
 
 
-def map_records(source: Path, tokenizer: Any, processes: int, work: Path, *, mask: bool) -> None:
+def map_records(source: Path, tokenizer: Any, processes: int, work: Path, *, mask: bool) -> Any:
     """Render and tokenize with `datasets.map`."""
     import datasets
 
@@ -51,7 +51,7 @@ def map_records(source: Path, tokenizer: Any, processes: int, work: Path, *, mas
     records = datasets.load_dataset(
         "json", data_files=str(source), split="train", cache_dir=str(work)
     )
-    records.map(
+    return records.map(
         tokenize,
         batched=True,
         num_proc=processes if processes > 1 else None,

@@ -24,6 +24,7 @@ from pocl_ds.data.held_out_overlap import Overlap, find_overlap, log_overlap
 from pocl_ds.data.read_sources import InvalidSamples, SourceReader, mixture_names
 from pocl_ds.data.sample_spool import SPLITS, SampleSpool
 from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.split_sources import SplitSources
 from pocl_ds.data.splits import smallest_rows
 from pocl_ds.data.tokenize_splits import (
     TEACHER_DIRECTORY,
@@ -35,7 +36,7 @@ from pocl_ds.data.tokenize_splits import (
 from pocl_ds.data.tokenize_workers import default_num_workers
 from pocl_ds.data.tokenizer_digest import tokenizer_digests
 from pocl_ds.errors import DataError
-from pocl_ds.workflow.files import atomic_directory, write_json
+from pocl_ds.workflow.files import atomic_directory
 from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -209,10 +210,8 @@ def _write_splits(
         held_out_prompts = np.union1d(held_out_prompts, prompts[prompts != 0])
         save_split_array(folder, f"{split}.prompt_keys", spool.keys[result.rows])
         if sources:
-            save_split_array(folder, f"{split}.sources", spool.sources[result.rows])
+            SplitSources(tuple(sources), spool.sources[result.rows]).write(folder, split)
         results[split] = result
-    if sources:
-        write_json(folder / "sources.json", list(sources))
     for split in SPLITS:
         log_split(split, results[split].counts)
     return {split: results[split] for split in SPLITS}

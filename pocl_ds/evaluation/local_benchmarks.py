@@ -17,6 +17,8 @@ from pocl_ds.evaluation.benchmarks import (
     benchmark_file,
 )
 
+HUB_DATASET = "is a dataset of the Hub, which the evaluation loads"
+
 
 def read_local_benchmarks(
     config: EvaluateConfig,
@@ -47,7 +49,8 @@ def _read(benchmark: BenchmarkConfig, folder: str | None, name: str) -> list[Sam
     else:
         source = benchmark.source
         if not local_files(source):
-            raise DataError(f"{source} is a dataset of the Hub, which the evaluation loads")
+            problem = "does not exist" if source.startswith(("/", ".", "~")) else HUB_DATASET
+            raise DataError(f"{source} {problem}")
     items = read_samples(
         source,
         format=benchmark.format,

@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny_models
 
 from pocl_ds.config import DataConfig, PromptConfig
 from pocl_ds.data import preprocess, tokenize_workers
 from pocl_ds.data.conversation import Sample, read_sample_file
+from pocl_ds.data.split_sources import read_split_sources
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import DataError
 from pocl_ds.workflow.manifest import MANIFEST, Manifest
@@ -100,17 +100,26 @@ def test_a_mixture_has_shares_limits_and_names(tmp_path: Path) -> None:
         tmp_path / "run",
         DataConfig(sources=sources, validation_fraction=0.1, test_fraction=0.1),
     )
-    names = json.loads((folder / "sources.json").read_text())
-    assert names == ["a", "second", "c"]
     totals: Counter[str] = Counter()
     for split in preprocess.SPLITS:
-        codes = np.load(folder / f"{split}.sources.npy")
+        sources_of = read_split_sources(folder, split)
+        assert sources_of is not None and sources_of.names == ("a", "second", "c")
         samples = list(read_sample_file(folder / f"{split}.jsonl"))
-        assert [names[code] for code in codes] == [sample.source for sample in samples]
+        names = [sample.source for sample in samples]
+        assert [sources_of.name_of(row) for row in range(len(samples))] == names
+        for name in set(names):
+            assert [names[row] for row in sources_of.rows_of(name)] == [name] * names.count(name)
         assert len(TokenizedSplit.open(folder, split)) == len(samples)
         totals.update(sample.source for sample in samples)
     assert totals == {"a": 50, "second": 30, "c": 1}
     assert manifest.info["records"]["second"]["records"] == 200
+
+
+def test_one_source_has_no_files_of_sources(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "all.jsonl", records(20))
+    folder, _ = run_preprocess(tmp_path / "run", DataConfig(source=source))
+    assert read_split_sources(folder, "train") is None
+    assert not list(folder.glob("*sources*"))
 
 
 def test_equal_records_of_two_sources_have_two_ids(tmp_path: Path) -> None:
