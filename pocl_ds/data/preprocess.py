@@ -213,5 +213,5 @@ def _write_splits(
             SplitSources(tuple(sources), spool.sources[result.rows]).write(folder, split)
         results[split] = result
     for split in SPLITS:
-        log_split(split, results[split].counts)
+        log_split(split, results[split])
     return {split: results[split] for split in SPLITS}

@@ -47,9 +47,11 @@ class InvalidSamples:
     def __call__(self, error: DataError) -> None:
         """Count one record, or raise DataError with data.on_invalid=error."""
         if self.mode == "error":
-            raise DataError(
-                f"{error}; data.on_invalid=skip leaves out every such record", reason=error.reason
-            ) from None
+            remedy = "; data.on_invalid=skip leaves out every such record"
+            message = str(error)
+            if "data.on_invalid" not in message:
+                message += remedy
+            raise DataError(message, reason=error.reason) from None
         self.first_error = self.first_error or str(error)
         self.reasons[error.reason] += 1
 
@@ -63,6 +65,12 @@ class InvalidSamples:
                 reasons,
                 self.first_error,
             )
+
+
+def template_error(error: DataError) -> DataError:
+    """The error of a template for one sample, with a reason to count it by."""
+    reason = "refused by the template" if error.reason == "other" else error.reason
+    return DataError(str(error), reason=reason)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ def hash_samples(lines: Sequence[str], render_prompt: RenderPrompt) -> SampleHas
         try:
             key = split_key(sample, render_prompt)
         except DataError as error:
-            hashes.errors[number] = error
+            hashes.errors[number] = template_error(error)
             hashes.hashes.append((0, 0, 0))
             continue
         tie = hashlib.sha256(sample.id.encode()).digest()

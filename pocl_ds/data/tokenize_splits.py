@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.data.conversation import Sample
-from pocl_ds.data.read_sources import MIN_PROGRESS_SECONDS, InvalidSamples
+from pocl_ds.data.read_sources import MIN_PROGRESS_SECONDS, InvalidSamples, template_error
 from pocl_ds.data.sample_spool import SampleSpool
 from pocl_ds.data.sample_tokenizer import EVENTS, SampleTokenizer
 from pocl_ds.data.split_writer import (
@@ -153,13 +153,17 @@ def tokenize_lines(
 ) -> TokenizedLines:
     """Tokenize the samples of these lines. An error of a template leaves its sample out."""
     errors: list[DataError] = []
+
+    def on_invalid(_: Sample, error: DataError) -> None:
+        errors.append(template_error(error))
+
     samples = list(map(Sample.from_json, lines))
-    chunk = tokenize_chunk(samples, tokenizer, lambda _, error: errors.append(error), lines=lines)
+    chunk = tokenize_chunk(samples, tokenizer, on_invalid, lines=lines)
     places = _places(samples, chunk.ids)
     teacher_chunk = None
     if teacher is not None:
         shared = [samples[place] for place in places]
-        teacher_chunk = tokenize_chunk(shared, teacher, lambda _, error: errors.append(error))
+        teacher_chunk = tokenize_chunk(shared, teacher, on_invalid)
         kept = np.zeros(len(shared), bool)
         kept[_places(shared, teacher_chunk.ids)] = True
         chunk, places = chunk.select(kept), places[kept]
@@ -212,8 +216,9 @@ def save_split_array(folder: Path, name: str, values: NDArray[Any]) -> None:
         save_array(stream, values)
 
 
-def log_split(split: str, counts: TokenizationCounts) -> None:
+def log_split(split: str, result: SplitResult) -> None:
     """Log the size of a split, and what was cut or left out."""
+    counts = result.counts
     total = counts.samples + counts.dropped
     log.info(
         "%s: %s samples, %s tokens, %s of them train; %s truncated, %s dropped",
@@ -229,12 +234,17 @@ def log_split(split: str, counts: TokenizationCounts) -> None:
             )
         ),
     )
-    for name, count in counts.events.items():
+    _log_events(split, counts.events, total)
+    _log_events(f"{split} as the teacher reads it", result.teacher_events, total)
+
+
+def _log_events(label: str, events: Mapping[str, int], total: int) -> None:
+    for name, count in events.items():
         warn = name in WARN_EVENTS or count > WARN_SHARE * total
         log.log(
             logging.WARNING if warn else logging.INFO,
             "%s: %s of %s samples (%.1f%%) %s",
-            split,
+            label,
             f"{count:,}",
             f"{total:,}",
             100 * count / total,

@@ -224,7 +224,7 @@ def system_records() -> list[dict[str, Any]]:
 
 def test_an_error_of_the_template_names_the_line(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "some.jsonl", system_records())
-    with pytest.raises(DataError, match=r"some.jsonl line 6\).*data.on_invalid=skip leaves out"):
+    with pytest.raises(DataError, match=r"some.jsonl line 6\).*data.on_invalid=skip"):
         run_preprocess(tmp_path / "run", DataConfig(source=source), tokenizer=refusing_tokenizer())
 
 
@@ -241,7 +241,7 @@ def test_samples_that_the_template_refuses_are_skipped_and_counted(
     assert len(instructions(folder)) == 10
     assert manifest.info["invalid_records"] == 2
     assert manifest.info["records"]["some"]["invalid"] == manifest.info["invalid_reasons"]
-    assert "skipped 2 records that cannot be used" in caplog.text
+    assert "skipped 2 records that cannot be used (2 refused by the template)" in caplog.text
     assert "line 6" in caplog.text
 
 
