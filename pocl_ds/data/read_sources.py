@@ -187,7 +187,15 @@ class SourceReader:
         if source.source == DOCUMENTATION:
             return extract_documentation_samples(data.documentation)
         return samples_from_records(
-            read_source_records(source, streaming=data.streaming, setting=setting),
+            read_source_records(
+                source,
+                streaming=data.streaming,
+                needs_split=any(
+                    source is self._held_out[split] and getattr(data, f"hub_{split}_split")
+                    for split in HELD_OUT_SPLITS
+                ),
+                setting=setting,
+            ),
             source.source if isinstance(source.source, str) else source.label,
             source.format,
             {str(field): name for field, name in source.fields.items()},

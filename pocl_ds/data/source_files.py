@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from pocl_ds.config.data import COMPRESSED_ENDINGS, DATA_ENDINGS, TEXT_ENDINGS
+from pocl_ds.config.data import COMPRESSED_ENDINGS, DATA_ENDINGS, HELD_OUT_SPLITS, TEXT_ENDINGS
 from pocl_ds.errors import DataError
 
 Name = TypeVar("Name", bound=str)
@@ -103,9 +103,17 @@ def choose_split(names: Collection[Name], wanted: str, owner: str, setting: str 
         if SPLIT_OF_KEYWORD.get(name.lower(), name) == meaning:
             return name
     raise DataError(
-        f"{owner} holds the splits {', '.join(names)}, and not {wanted!r}: set {setting}.hub_split "
-        "(or hub_validation_split, hub_test_split) to one of them"
+        f"{owner} holds the splits {', '.join(names)}, and not {wanted!r}: set "
+        f"{_split_field(setting)} to one of them"
     )
+
+
+def _split_field(setting: str) -> str:
+    """The recipe field that names the split of a section such as `data` or `data.test`."""
+    for split in HELD_OUT_SPLITS:
+        if setting in (f"data.{split}", f"data.hub_{split}_split"):
+            return f"data.hub_{split}_split"
+    return f"{setting}.hub_split"
 
 
 def _files_of_name(name: str, split: str, needs_split: bool, setting: str) -> list[Path] | None:

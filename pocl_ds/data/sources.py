@@ -1,23 +1,98 @@
-"""Data sources: records of files and of data sets on the Hub."""
+"""Data sources: (place, record) pairs of files, folders and datasets on the Hub.
+
+A place is `FILE line N`, `FILE row N` or `NAME record N`; its last word is the number.
+"""
 
 from __future__ import annotations
 
-import json
+import bz2
+import gzip
+import io
+import logging
+import lzma
 import os
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from pocl_ds.config.data import SourceConfig
 from pocl_ds.data.conversation import Sample
+from pocl_ds.data.json_records import json_records
 from pocl_ds.data.records import OnInvalid, RecordCounts, samples_from_records
+from pocl_ds.data.source_files import data_ending, source_files
+from pocl_ds.data.table_records import (
+    arrow_records,
+    csv_records,
+    hub_records,
+    parquet_records,
+    saved_records,
+)
 from pocl_ds.errors import DataError
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+log = logging.getLogger("pocl_ds")
+
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+def read_records(
+    source: str | Sequence[str],
+    *,
+    hub_subset: str | None = None,
+    hub_split: str = "train",
+    hub_revision: str | None = None,
+    streaming: bool = False,
+    needs_split: bool = False,
+    setting: str = "data",
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) for each record of a source, in bounded memory.
+
+    source: a file, a list of files, a pattern, a folder, or the name of a dataset on the Hub. A
+    record that cannot be parsed comes as a DataError in its place, so that it can be skipped.
+    hub_split: also the split of a local file or folder that holds several. needs_split: refuse a
+    local source without splits, which is otherwise read whole. streaming: read a dataset of the Hub
+    as it downloads. setting: the section of the recipe, for messages.
+
+    Raises DataError, with file and remedy, if a whole file cannot be read.
+    """
+    files = source_files(source, hub_split, needs_split=needs_split, setting=setting)
+    if files is None:
+        name = source if isinstance(source, str) else source[0]
+        yield from hub_records(name, hub_subset, hub_split, hub_revision, streaming=streaming)
+        return
+    if len(files) > 1:
+        log.info("reading %d files, from %s to %s", len(files), files[0], files[-1])
+    for path in files:
+        if path.is_dir():
+            yield from saved_records(path, hub_split, needs_split=needs_split, setting=setting)
+        else:
+            # Only a name for the split, or the file itself, can tell what is in it.
+            inner = needs_split and len(files) == 1 and str(path) == os.path.expanduser(str(source))
+            yield from _file_records(path, hub_split, needs_split=inner, setting=setting)
+
+
+def read_source_records(
+    source: SourceConfig,
+    *,
+    streaming: bool = False,
+    needs_split: bool = False,
+    setting: str = "data",
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, record) for each record of a section of the recipe. See `read_records`."""
+    return read_records(
+        source.source,
+        hub_subset=source.hub_subset,
+        hub_split=source.hub_split,
+        hub_revision=source.hub_revision,
+        streaming=streaming,
+        needs_split=needs_split,
+        setting=setting,
+    )
 
 
 def read_samples(
-    source: str,
+    source: str | Sequence[str],
     *,
     format: str = "auto",
     fields: Mapping[str, str | None] | None = None,
@@ -27,18 +102,27 @@ def read_samples(
     hub_subset: str | None = None,
     hub_split: str = "train",
     hub_revision: str | None = None,
+    streaming: bool = False,
     setting: str = "data.fields",
     on_invalid: OnInvalid | None = None,
     counts: RecordCounts | None = None,
 ) -> Iterator[Sample]:
-    """Read samples from a .jsonl, .json or .parquet file, or from a data set on the Hub.
+    """Read the samples of a source.
 
-    Arguments: see `samples_from_records`. Raises DataError, which names file, line and remedy.
+    Arguments: see `read_records` and `samples_from_records`. Raises DataError, which names file,
+    line and remedy.
     """
-    records = _source_records(source, hub_subset, hub_split, hub_revision)
-    yield from samples_from_records(
-        records,
+    records = read_records(
         source,
+        hub_subset=hub_subset,
+        hub_split=hub_split,
+        hub_revision=hub_revision,
+        streaming=streaming,
+        setting=setting.rpartition(".")[0],
+    )
+    return samples_from_records(
+        records,
+        source if isinstance(source, str) else ", ".join(source),
         format,
         fields,
         setting=setting,
@@ -50,114 +134,52 @@ def read_samples(
     )
 
 
-def read_source_records(
-    source: SourceConfig, *, streaming: bool = False, setting: str = "data"
+def _file_records(
+    path: Path, split: str, *, needs_split: bool, setting: str
 ) -> Iterator[tuple[str, Any]]:
-    """The (place, record) pairs of one source. Raises DataError."""
-    for name in [source.source] if isinstance(source.source, str) else source.source:
-        yield from _source_records(name, source.hub_subset, source.hub_split, source.hub_revision)
-
-
-def _source_records(
-    source: str, hub_subset: str | None, hub_split: str, hub_revision: str | None
-) -> Iterator[tuple[str, Any]]:
-    path = Path(os.path.expanduser(source))
-    suffixes = ", ".join(FILE_SUFFIXES)
-    if os.path.isdir(path):
-        raise DataError(f"data file {source} is a folder: name a {suffixes} file in it")
-    if path.suffix in FILE_SUFFIXES:
-        return _file_records(path)
-    if (exists := os.path.exists(path)) or source.startswith(("/", ".", "~")):
-        problem = "has an unknown file type" if exists else "does not exist"
-        raise DataError(f"data file {source} {problem}: give a {suffixes} file or a Hub name")
-    return _hub_records(source, hub_subset, hub_split, hub_revision)
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    if not os.path.isfile(path):
-        problem = "is not a file" if os.path.exists(path) else "does not exist"
-        raise DataError(f"data file {path} {problem}: check the path")
-    if path.stat().st_size == 0:
-        raise DataError(f"data file {path} is empty: check that it is the right file")
+    """Records of one data file. Raises DataError if it cannot be read."""
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet_records(path)
-        elif path.suffix == ".json":
-            yield from _json_records(path)
+        if path.stat().st_size == 0:
+            raise DataError(f"data file {path} is empty: check that it is the right file")
+        ending = data_ending(path)
+        if needs_split and ending not in (".json", ".jsonl", ".ndjson"):
+            raise DataError(
+                f"data file {path} holds no split {split!r}: name a file for each split instead "
+                "(data.source, data.validation, data.test)"
+            )
+        if ending == ".parquet":
+            yield from parquet_records(path)
+        elif ending == ".arrow":
+            yield from arrow_records(path)
         else:
-            yield from _jsonl_records(path)
+            with _open_text_file(path) as stream:
+                if ending in (".csv", ".tsv"):
+                    yield from csv_records(path, stream, is_tsv=ending == ".tsv")
+                else:
+                    yield from json_records(
+                        path, stream, split, needs_split=needs_split, setting=setting
+                    )
     except UnicodeDecodeError as error:
         raise DataError(f"data file {path} is not UTF-8 ({error.reason}): convert it") from None
-    except OSError as error:
-        raise DataError(
-            f"data file {path} cannot be read ({error.strerror or error}): check it"
-        ) from None
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"data file {path} cannot be read ({reason}): check it") from None
 
 
-def _jsonl_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as stream:  # some files begin with a byte-order mark
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                place = f"{path} line {number}"
-                yield place, _parse_json(line.rstrip(), place, "fix that line")
+def _open_text_file(path: Path) -> BinaryIO:
+    """A buffered stream of a file's bytes, decompressed. Raises DataError for UTF-16."""
+    suffix = path.suffix.lower()
+    stream: Any
+    if suffix in OPEN:
+        stream = OPEN[suffix](path, "rb")
+    elif suffix == ".zst":
+        import pyarrow as pa
 
-
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    remedy = "fix it, or rename it to .jsonl if it holds one record per line"
-    tree = _parse_json(path.read_text(encoding="utf-8-sig"), f"data file {path}", remedy)
-    if isinstance(tree, dict):  # {"data": [...]} and the like
-        lists = [value for value in tree.values() if isinstance(value, list)]
-        tree = lists[0] if len(lists) == 1 else None
-    if not isinstance(tree, list):
-        raise DataError(
-            f"data file {path} must hold a list of records: convert it, or use .jsonl for one "
-            "record per line"
-        )
-    for number, record in enumerate(tree, 1):
-        yield f"{path} record {number}", record
-
-
-def _parse_json(text: str, place: str, remedy: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if error.lineno > 1 else ""
-        raise DataError(
-            f"{place} is not valid JSON ({error.msg} at {line}column {error.colno}): {remedy}"
-        ) from None
-    except (RecursionError, ValueError):
-        raise DataError(
-            f"{place} is nested too deeply or holds too long a number: fix or remove the record"
-        ) from None
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", record
-    except pa.ArrowInvalid as error:
-        raise DataError(f"data file {path} is not a Parquet file ({error}): check it") from None
-
-
-def _hub_records(
-    name: str, subset: str | None, split: str, revision: str | None
-) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:  # the library raises many unrelated types
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"data set {name!r} (subset {subset}, split {split!r}, revision {revision or 'main'}) "
-            f"cannot be loaded ({type(error).__name__}: {reason}): check the name and the network, "
-            "or give a .jsonl file"
-        ) from None
-    for number, record in enumerate(dataset, 1):
-        yield f"{name} record {number}", record
+        stream = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")
+    else:
+        stream = path.open("rb", buffering=0)
+    buffered = io.BufferedReader(stream, 1 << 20)
+    if buffered.peek(2)[:2] in UTF16_MARKS:
+        buffered.close()
+        raise DataError(f"data file {path} is not UTF-8 (it is UTF-16): convert it")
+    return cast(BinaryIO, buffered)

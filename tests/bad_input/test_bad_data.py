@@ -27,19 +27,18 @@ def lines(records: list[dict[str, Any]]) -> str:
 
 
 VALID_LINES = lines(RECORDS)
+SKIP_HINT = "; data.on_invalid=skip leaves out every such record"
 BROKEN_LINES = VALID_LINES.splitlines(keepends=True)
 BROKEN_LINES[6] = '{"instruction": "Say 6.", "output": \n'
 FORMAT_HINT = (
     "it needs messages, or instruction and output, or prompt and output, or text; map other names "
     "with data.fields, as in data.fields.output=answer"
 )
-NOT_UTF8 = "data file FILE is not UTF-8 (invalid start byte): convert it"
+ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
 NO_TRAINING_SAMPLES = (
     "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, "
     "data.decontaminate, prompt.overlong): change these or give more data"
 )
-
-SKIP_HINT = "; data.on_invalid=skip leaves out every such record"
 
 # File type and content (None: no file), further arguments, and the error message.
 DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
@@ -55,43 +54,91 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         "".join(BROKEN_LINES),
         (),
-        "FILE line 7 is not valid JSON (Expecting value at column 36): fix that line",
+        "FILE line 7 is not valid JSON (Expecting value at column 36): fix that line" + SKIP_HINT,
     ),
     "zero bytes at the end": (
         "jsonl",
         VALID_LINES + "\0\0\n",
         (),
-        "FILE line 41 is not valid JSON (Expecting value at column 1): fix that line",
+        "FILE line 41 is not valid JSON (Expecting value at column 1): fix that line" + SKIP_HINT,
     ),
-    "UTF-16": ("jsonl", VALID_LINES.encode("utf-16"), (), NOT_UTF8),
-    "gzip": ("jsonl", gzip.compress(VALID_LINES.encode()), (), NOT_UTF8),
-    "a list in .jsonl": (
+    "UTF-16": (
         "jsonl",
-        json.dumps(RECORDS),
+        VALID_LINES.encode("utf-16"),
         (),
-        "FILE line 1: a record must be an object with named fields, found list" + SKIP_HINT,
+        "data file FILE is not UTF-8 (it is UTF-16): convert it",
     ),
-    "lines in .json": (
+    "gzip": (
+        "jsonl",
+        gzip.compress(VALID_LINES.encode()),
+        (),
+        "FILE line 1 is not UTF-8 (invalid start byte): convert the file" + SKIP_HINT,
+    ),
+    "half a gzip": (
+        "jsonl.gz",
+        gzip.compress(VALID_LINES.encode())[:-9],
+        (),
+        "data file FILE cannot be read (Compressed file ended before the end-of-stream marker was "
+        "reached): check it",
+    ),
+    "a list of numbers": (
+        "jsonl",
+        "[1, 2]",
+        (),
+        "FILE record 1: a record must be an object with named fields, found int" + SKIP_HINT,
+    ),
+    "a comma after each record": (
+        "jsonl",
+        VALID_LINES.replace("}\n", "},\n"),
+        (),
+        "FILE line 1 ends with a comma: remove it, or make the file a list in brackets" + SKIP_HINT,
+    ),
+    "a list without its end": (
         "json",
+        json.dumps(RECORDS, indent=1)[:-2],
+        (),
+        "data file FILE is not valid JSON (Expecting ',' or ']' at line 161 column 3): fix it",
+    ),
+    "several lists": (
+        "json",
+        json.dumps({"easy": RECORDS, "hard": RECORDS}),
+        (),
+        "data file FILE holds several lists of records (easy, hard): write the one to read into a "
+        "file of its own",
+    ),
+    "splits": (
+        "json",
+        json.dumps({"train": RECORDS, "test": RECORDS}),
+        ("data.hub_validation_split=dev",),
+        "data file FILE holds the splits train, test, and not 'dev': set data.hub_validation_split "
+        "to one of them",
+    ),
+    "no splits": (
+        "jsonl",
         VALID_LINES,
-        (),
-        "data file FILE is not valid JSON (Extra data at line 2 column 1): fix it, or "
-        "rename it to .jsonl if it holds one record per line",
+        ("data.hub_test_split=test",),
+        "data file FILE holds no split 'test': name a file for each split instead (data.source, "
+        "data.validation, data.test)",
     ),
-    "an object in .json": (
-        "json",
-        '{"a": 1}',
+    "a row with too many cells": (
+        "csv",
+        "instruction,output\nAdd 1, 2.,3\n",
         (),
-        "data file FILE must hold a list of records: convert it, or use .jsonl for one record per "
-        "line",
+        "FILE line 2: the row has 3 cells, and the header 2: quote cells that contain a separator "
+        "or a line break" + SKIP_HINT,
+    ),
+    "a column twice": (
+        "tsv",
+        "output\toutput\n1\t2\n",
+        (),
+        "FILE line 1: the header has 'output' twice: rename a column",
     ),
     "an empty list": ("json", "[]", (), "FILE holds no samples: check that it is the right file"),
     "another ending": (
-        "csv",
+        "txt",
         "a,b\n",
         (),
-        "data file FILE has an unknown file type: give a .jsonl, .json, .parquet file or a Hub "
-        "name",
+        f"data file FILE has an unknown file type: give a {ENDINGS} file or a Hub name",
     ),
     "half a Parquet file": (
         "parquet",
@@ -171,7 +218,7 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     "all held out": (
         "jsonl",
         lines(RECORDS[:1]),
-        ("data.test_fraction=0.98", "data.validation_fraction=0"),
+        ("data.test_fraction=0.999999", "data.validation_fraction=0"),
         NO_TRAINING_SAMPLES,
     ),
 }
@@ -232,7 +279,13 @@ def test_sources_that_are_no_data_file(
     for source, expected in (
         (
             tmp_path / "folder.jsonl",
-            "data file SOURCE is a folder: name a .jsonl, .json, .parquet file in it",
+            f"data folder SOURCE holds no {ENDINGS} file: check the path",
+        ),
+        (tmp_path / "*.csv", "no data file matches SOURCE: check the pattern"),
+        (
+            f"[{tmp_path / 'valid.jsonl'}, org/name]",
+            "data file org/name does not exist: check the path; datasets of the Hub are sources of "
+            "their own in data.sources",
         ),
         ("~no-such-user/x.jsonl", "data file SOURCE does not exist: check the path"),
         (f"/{'a' * 300}.jsonl", "data file SOURCE does not exist: check the path"),
