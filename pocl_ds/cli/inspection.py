@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -192,15 +192,39 @@ def inspect(
         ),
     ] = None,
     n: Annotated[int, typer.Option(help="Show this many samples, spread evenly.")] = 5,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Also show the tokens, and which of them train.")
+    ] = False,
 ) -> int:
-    """Show samples as the models see them, by subset of the difficulty ranking."""
+    """Show samples as conversations or as tokens, by subset of the difficulty ranking."""
     from pocl_ds.data.inspect_samples import format_samples
     from pocl_ds.runtime.logs import setup_logging
 
     setup_logging()
-    samples = format_samples(existing_run(run_dir), split=split, subset=subset, count=n)
+    run = existing_run(run_dir)
+    tokenizer = _student_tokenizer(run) if tokens else None
+    samples = format_samples(run, split=split, subset=subset, count=n, tokenizer=tokenizer)
     print("\n\n".join(samples))
     return 0
+
+
+def _student_tokenizer(run: RunDirectory) -> Any:
+    """The tokenizer that made the token ids of a run. Raises ModelError if it has changed."""
+    from pocl_ds.config.recipe_file import load_recipe
+    from pocl_ds.data.tokenizer_digest import check_tokenizer
+    from pocl_ds.models.load import load_tokenizer, pin_to_commit, resolve_model
+    from pocl_ds.workflow.manifest import read_manifest
+
+    manifest = read_manifest(run.data)
+    student = load_recipe(str(run.recipe)).student
+    student = pin_to_commit(student, manifest.info["commits"] if manifest else {})
+    tokenizer = load_tokenizer(
+        resolve_model(student),
+        trust_remote_code=student.trust_remote_code,
+        revision=student.revision,
+    )
+    check_tokenizer(run, lambda: tokenizer, "student")
+    return tokenizer
 
 
 def compare_difficulty(
