@@ -63,13 +63,16 @@ def read_records(
         return
     if len(files) > 1:
         log.info("reading %d files, from %s to %s", len(files), files[0], files[-1])
+    # The split of a file below a folder is in its name; that of another is in the file.
+    names = [source] if isinstance(source, str) else source
+    in_folder = any(os.path.isdir(os.path.expanduser(name)) for name in names)
     for path in files:
         if path.is_dir():
             yield from saved_records(path, hub_split, needs_split=needs_split, setting=setting)
         else:
-            # Only a name for the split, or the file itself, can tell what is in it.
-            inner = needs_split and len(files) == 1 and str(path) == os.path.expanduser(str(source))
-            yield from _file_records(path, hub_split, needs_split=inner, setting=setting)
+            yield from _file_records(
+                path, hub_split, needs_split=needs_split and not in_folder, setting=setting
+            )
 
 
 def read_source_records(

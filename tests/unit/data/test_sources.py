@@ -255,7 +255,8 @@ class TestFiles:
     def test_files_without_splits(self, name: str) -> None:
         source = str(CONTAINERS / name)
         assert read(source, hub_split="test") == RECORDS
-        assert "'test'" in read_error(source, hub_split="test", needs_split=True)
+        for names in (source, [source], f"{CONTAINERS}/./{name[:-1]}?"):
+            assert "'test'" in read_error(names, hub_split="test", needs_split=True)
 
     def test_missing_and_unusable_files(self, tmp_path: Path) -> None:
         for name in ("none.jsonl", "none.csv.gz", "none"):
