@@ -39,10 +39,7 @@ class LengthDependence:
 
 
 def length_dependence(config: Any) -> LengthDependence | None:
-    """How the frequencies of a model's configuration depend on length; None if they do not.
-
-    If its layers differ, the smallest boundary counts.
-    """
+    """How the frequencies of a model's configuration depend on length; None if they do not."""
     text = config.get_text_config(decoder=True)
     parameters = getattr(text, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
@@ -53,8 +50,10 @@ def length_dependence(config: Any) -> LengthDependence | None:
             found.append(LengthDependence(LONGROPE, int(entry["original_max_position_embeddings"])))
         elif DYNAMIC in rope_type:
             found.append(LengthDependence(DYNAMIC, int(text.max_position_embeddings)))
-    # Layers of both types behave like the one with a group per length.
-    return min(found, key=lambda each: (each.boundary, each.rope_type), default=None)
+    if len(set(found)) < 2:
+        return found[0] if found else None
+    # Layers that differ: a group per length is right for each of them.
+    return LengthDependence(DYNAMIC, min(each.boundary for each in found))
 
 
 @contextlib.contextmanager

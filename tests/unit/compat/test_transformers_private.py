@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -76,3 +77,21 @@ def test_layers_index_the_cache_by_their_position(tiny_llama: Path) -> None:
     output = model.generate(ids, max_new_tokens=3, do_sample=False)
     cached = model(output[:, :-1], use_cache=True)
     assert len(cached.past_key_values) == 1
+
+
+@pytest.mark.parametrize("name", ["tiny_longrope", "tiny_dynamic_ntk"])
+def test_rotary_modules_with_frequencies_by_length(
+    name: str, tiny_llama: Path, request: pytest.FixtureRequest
+) -> None:
+    """The module forgets a long sequence: its frequencies are again those of short ones."""
+    model: Any = load_model(str(request.getfixturevalue(name)))
+    module = model.model.rotary_emb
+    assert transformers_private.rotary_modules(model) == [module]
+    assert transformers_private.rotary_modules(load_model(str(tiny_llama))) == []
+    original = module.inv_freq.clone()
+    with torch.no_grad():
+        model(torch.arange(2, 102)[None])
+    assert not torch.equal(module.inv_freq, original)
+    transformers_private.reset_rotary_module(module)
+    assert torch.equal(module.inv_freq, original)
+    assert module.max_seq_len_cached == model.config.max_position_embeddings

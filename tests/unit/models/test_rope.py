@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, PhimoeConfig, PhimoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from pocl_ds.config import GenerationConfig
 from pocl_ds.generation.protocol import SamplingParams
@@ -183,6 +189,42 @@ def test_mixture_of_experts_with_scales_by_length() -> None:
             torch.testing.assert_close(row[: len(sample)], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_layers_with_different_frequencies() -> None:
+    """Gemma 3 has a rotary embedding for each type of layer."""
+    rope = {
+        "full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        max_position_embeddings=32,
+        sliding_window=64,
+        initializer_range=0.3,
+        layer_types=list(rope),
+        rope_parameters=rope,
+    )
+    assert length_dependence(config) == LengthDependence("dynamic", 32)
+    torch.manual_seed(0)
+    state = Gemma3ForCausalLM(config).state_dict()
+    samples = [[int(token) for token in torch.randint(97, (size,))] for size in (60, 10, 40, 24)]
+    ids, mask = pad_sequences(samples, torch.device("cpu"))
+    together, *alone = (Gemma3ForCausalLM(config).eval() for _ in range(1 + len(samples)))
+    for model in (together, *alone):
+        model.load_state_dict(state)
+    with torch.no_grad():
+        logits = hidden_states(together, ids, mask, split=False)
+        for row, sample, model in zip(logits, samples, alone, strict=True):
+            expected = model(torch.tensor([sample])).logits[0]
+            torch.testing.assert_close(row[: len(sample)], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -200,6 +242,23 @@ def test_groups_of_equal_frequencies() -> None:
     lengths = (1, 64, 65, 66)
     assert [LengthDependence("longrope", 64).group(length) for length in lengths] == [0, 0, 1, 1]
     assert [LengthDependence("dynamic", 64).group(length) for length in lengths] == [0, 0, 65, 66]
+
+
+def test_layers_of_both_kinds_have_a_group_for_each_length() -> None:
+    config = Gemma3TextConfig(
+        max_position_embeddings=32,
+        rope_parameters={
+            "full_attention": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+            "sliding_attention": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 128,
+                "long_factor": [4.0] * 128,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    )
+    assert length_dependence(config) == LengthDependence("dynamic", 16)
 
 
 def test_a_model_keeps_no_hook(tiny_longrope: Path) -> None:
