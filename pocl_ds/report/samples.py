@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.data.conversation import Sample
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -46,18 +47,18 @@ def read_sample_rows(run: RunDirectory, max_rows: int, max_bytes: int) -> Sample
     # Read the samples at evenly spaced positions of the ranking.
     order = np.load(run.ranking / "order.npy", mmap_mode="r")
     positions = evenly_spaced(len(order), max_rows)
-    records = _read_rows(run.data / "train.jsonl", {int(order[i]) for i in positions})
-    records_by_position = {int(i): records[int(order[i])] for i in positions}
-    responses = _read_responses(run.scores, {r["id"] for r in records_by_position.values()})
+    samples = _read_rows(run.data / "train.jsonl", {int(order[i]) for i in positions})
+    samples_by_position = {int(i): samples[int(order[i])] for i in positions}
+    responses = _read_responses(run.scores, {s.id for s in samples_by_position.values()})
     rows = [
         SampleRow(
             position,
-            record["id"],
-            truncate(_prompt_text(record)),
-            truncate(record["references"][0]),
-            responses.get(record["id"]),
+            sample.id,
+            truncate(_prompt_text(sample)),
+            truncate(sample.response.content),
+            responses.get(sample.id),
         )
-        for position, record in records_by_position.items()
+        for position, sample in samples_by_position.items()
     ]
     # Reduce them, still evenly spaced, until they fit.
     sizes = np.array(
@@ -100,8 +101,8 @@ def parse_lines(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def _read_rows(path: Path, rows: set[int]) -> dict[int, dict[str, Any]]:
-    """Row -> record, of these rows of a file."""
+def _read_rows(path: Path, rows: set[int]) -> dict[int, Sample]:
+    """Row -> sample, of these rows of a file."""
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl preprocess`")
     with path.open(encoding="utf-8") as stream:
@@ -111,7 +112,16 @@ def _read_rows(path: Path, rows: set[int]) -> dict[int, dict[str, Any]]:
             f"{path} has fewer samples than ranking/order.npy: run `pocl preprocess` and "
             "`pocl rank` again"
         )
-    return dict(zip(lines, parse_lines(path, iter(lines.values())), strict=True))
+    return {row: _parse_sample(path, row, line) for row, line in lines.items()}
+
+
+def _parse_sample(path: Path, row: int, line: str) -> Sample:
+    try:
+        return Sample.from_json(line)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} line {row + 1} is damaged ({error}): run the step that writes it again"
+        ) from None
 
 
 def _read_responses(scores: Path, ids: set[str]) -> dict[str, str]:
@@ -128,7 +138,9 @@ def _read_responses(scores: Path, ids: set[str]) -> dict[str, str]:
     return responses
 
 
-def _prompt_text(record: dict[str, Any]) -> str:
-    """History, instruction and input as one text."""
-    turns = [f"{role}: {content}" for role, content in record["history"]]
-    return "\n\n".join(filter(None, [*turns, record["instruction"], record["input"]]))
+def _prompt_text(sample: Sample) -> str:
+    """The turns of the prompt and the input as one text; the only turn without its role."""
+    turns = [f"{message.role}: {message.content}" for message in sample.prompt]
+    if len(turns) == 1:
+        turns = [sample.prompt[0].content]
+    return "\n\n".join(filter(None, [*turns, sample.input]))
