@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import pickle
@@ -203,13 +204,19 @@ def _drop_padding_beyond_rows(path: str, config: Any) -> None:
     padding, rows = text_config.pad_token_id, getattr(text_config, "vocab_size", None)
     if padding is None or rows is None or padding < rows:
         return
+    _warn_of_padding(path, padding, rows)
+    text_config.pad_token_id = config.pad_token_id = None
+
+
+@functools.cache
+def _warn_of_padding(path: str, padding: int, rows: int) -> None:
+    """Warn once per process: a configuration is read many times."""
     log.warning(
         "%s: pad_token_id=%d in config.json is beyond the %d rows of the embedding, and is ignored",
         path,
         padding,
         rows,
     )
-    text_config.pad_token_id = config.pad_token_id = None
 
 
 def load_model(

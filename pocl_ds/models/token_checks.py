@@ -117,11 +117,11 @@ def warn_of_tokens_beyond_rows(tokenizer: Any, rows: Mapping[str, int]) -> None:
         if beyond:
             names = ", ".join(map(repr, beyond[:NAMED_TOKENS]))
             log.warning(
-                "%d tokens of the tokenizer are beyond the %d rows of the embedding of %s (%s%s): "
-                "a text that holds one is refused",
-                len(beyond),
+                "tokens beyond the %d rows of the embedding of %s: %d (%s%s); a text that holds "
+                "one is refused",
                 count,
                 model,
+                len(beyond),
                 names,
                 ", ..." if len(beyond) > NAMED_TOKENS else "",
             )

@@ -395,12 +395,13 @@ def test_a_prompt_with_a_token_beyond_the_rows_is_refused_before_the_model_is_lo
     """A text of a benchmark may hold a token that no sample of the training data held."""
     model = shutil.copytree(model_path(run, "student"), tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    tokens = [f"<|{number}|>" for number in range(200)]  # more than the model has empty rows
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     tokenizer.save_pretrained(model)
-    (tmp_path / "b.jsonl").write_text('{"instruction": "Say <|extra|>.", "output": "Yes"}\n')
+    (tmp_path / "b.jsonl").write_text('{"instruction": "Say <|199|>.", "output": "Yes"}\n')
     monkeypatch.setattr(evaluate, "open_generator", None)
     config = EvaluateConfig.model_validate({"benchmarks": {"b": str(tmp_path / "b.jsonl")}})
     with pytest.raises(
-        ModelError, match=r"^a prompt of benchmark b holds token id 320 \('<\|extra\|>'\), and the"
+        ModelError, match=r"^a prompt of benchmark b holds token id \d+ \('<\|199\|>'\), and the"
     ):
         evaluate.generate_answers(run, config, PromptConfig(), model="student", path=str(model))

@@ -75,5 +75,5 @@ def test_unused_tokens_beyond_the_rows_are_counted(caplog: pytest.LogCaptureFixt
         warn_of_tokens_beyond_rows(TOKENIZER, {"small": 310})
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "10 tokens of the tokenizer are beyond the 310 rows of the embedding of small ("
+        "tokens beyond the 310 rows of the embedding of small: 10 ("
     )

@@ -93,5 +93,6 @@ def test_padding_beyond_the_rows_is_read_by_nothing(
         with restored_signals():
             assert main([command, str(recipe), "--run-dir", str(tmp_path / "run")]) == 0
     log = (tmp_path / "run" / "logs" / "preprocess.log").read_text()
-    assert f"1 tokens of the tokenizer are beyond the {ROWS} rows of the embedding" in log
+    assert log.count(f"tokens beyond the {ROWS} rows of the embedding of") == 2
+    assert log.count("student: 1 ('[PAD]'); a text that holds one is refused") == 1
     assert len(list((tmp_path / "run" / "scores").glob("*.jsonl"))) == 2
