@@ -31,12 +31,6 @@ from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.errors import ArtifactError
-from pocl_ds.generation.backends import (
-    check_backend,
-    check_length_dependence,
-    longest_sequence,
-)
-from pocl_ds.generation.subprocess_generator import ALTERNATIVE
 from pocl_ds.losses.fused_head import chunk_sizes
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import (
@@ -61,7 +55,7 @@ from pocl_ds.training.layout import Layout, choose_layout
 from pocl_ds.training.memory_check import MemoryDemand, check_memory
 from pocl_ds.training.models import NoTeacher, TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
-from pocl_ds.training.responses import ResponseSource
+from pocl_ds.training.responses import ResponseSource, check_rollout_backend
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
 from pocl_ds.training.trainer import Trainer
@@ -101,7 +95,7 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
     training = training.with_resolved_dtypes()
     splits = _Splits.open(run, training)
     if training.policy.on_policy:
-        _check_rollout_backend(training, splits.train)
+        check_rollout_backend(training, splits.train)
 
     # Check memory, vocabularies and tokens before a model is loaded.
     teacher_ds_config = _teacher_ds_config(training)
@@ -144,19 +138,6 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
             dtype=training.student.dtype,
         ),
         TrainingMonitor(training.directory, training.label, training.train),
-    )
-
-
-def _check_rollout_backend(training: TrainingRun, train: TokenizedSplit) -> None:
-    """Raise ResourceError or ModelError if the student's rollouts cannot use their backend."""
-    policy = training.policy
-    check_backend(policy.rollout_backend, ALTERNATIVE)
-    check_length_dependence(
-        policy.rollout_backend,
-        training.student_path,
-        read_model_config(training.student_path, training.student),
-        min(training.max_length, longest_sequence(train, policy.max_new_tokens)),
-        ALTERNATIVE,
     )
 
 

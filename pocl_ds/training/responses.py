@@ -11,10 +11,18 @@ from numpy.typing import NDArray
 
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.data.generated import TokenizedDataset
+from pocl_ds.generation.backends import (
+    check_backend,
+    check_length_dependence,
+    longest_sequence,
+)
+from pocl_ds.generation.subprocess_generator import ALTERNATIVE
+from pocl_ds.models.load import load_model_config
 from pocl_ds.rollouts.policies import BatchRequest, Policy
 from pocl_ds.rollouts.rollout import RolloutStats, RolloutWorker
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.schedule import TrainingSchedule
+from pocl_ds.training.training_run import TrainingRun
 
 
 class ResponseSource:
@@ -69,3 +77,20 @@ class ResponseSource:
         """Close the worker."""
         if self.rollout:
             self.rollout.close()
+
+
+def check_rollout_backend(training: TrainingRun, train: TokenizedDataset) -> None:
+    """Raise ResourceError or ModelError if the student's rollouts cannot use their backend."""
+    policy, student = training.policy, training.student
+    check_backend(policy.rollout_backend, ALTERNATIVE)
+    check_length_dependence(
+        policy.rollout_backend,
+        training.student_path,
+        load_model_config(
+            training.student_path,
+            trust_remote_code=student.trust_remote_code,
+            revision=student.revision,
+        ),
+        min(training.max_length, longest_sequence(train, policy.max_new_tokens)),
+        ALTERNATIVE,
+    )
