@@ -17,7 +17,7 @@ from pocl_ds.data.json_document import JsonDocument, beyond_limits
 from pocl_ds.data.json_trees import records_of_object
 from pocl_ds.errors import DataError
 
-MAX_FIRST_LINE_BYTES = 1 << 26  # a longer first line is read as a document, in pieces
+MAX_FIRST_LINE_BYTES = 1 << 24  # a longer first line is read as a document, in pieces
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 

@@ -20,6 +20,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pocl_ds.config.data import COMPRESSED_ENDINGS, DATA_ENDINGS
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.data.conversation import ASSISTANT, ROLES, Sample
 from pocl_ds.data.field_names import FIELD_NAMES
@@ -196,7 +197,7 @@ turns = st.lists(
 
 
 def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -> None:
-    path = folder / f"d.{ending}"
+    path = folder / f"d.{ending.removeprefix('.')}"
     path.write_bytes(content)
     samples = within_time(lambda: list(read_samples(str(path), format=format)), DataError)
     for sample in samples or []:
@@ -210,7 +211,7 @@ def read_data(content: bytes, ending: str, folder: Path, format: str = "auto") -
 @fuzz_settings
 @given(
     content=st.binary(max_size=80) | st.text(max_size=80).map(str.encode),
-    ending=st.sampled_from(["jsonl", "json", "parquet"]),
+    ending=st.sampled_from([*DATA_ENDINGS, *(f".jsonl{ending}" for ending in COMPRESSED_ENDINGS)]),
 )
 def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
     read_data(content, ending, folder)
@@ -236,9 +237,12 @@ def test_data_of_anything(content: bytes, ending: str, folder: Path) -> None:
             b"null,",
         ]
     ),
+    ending=st.sampled_from(["jsonl", "json", "csv", "tsv"]),
 )
-def test_lines_with_a_hole(start: int, length: int, inserted: bytes, folder: Path) -> None:
-    read_data(LINES[:start].encode() + inserted + LINES[start + length :].encode(), "jsonl", folder)
+def test_lines_with_a_hole(
+    start: int, length: int, inserted: bytes, ending: str, folder: Path
+) -> None:
+    read_data(LINES[:start].encode() + inserted + LINES[start + length :].encode(), ending, folder)
 
 
 @fuzz_settings
