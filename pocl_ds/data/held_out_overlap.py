@@ -13,6 +13,7 @@ from pocl_ds.data.conversation import Sample
 from pocl_ds.data.near_duplicates import HitCollector, OverlapTable, hash_runs, sample_texts
 from pocl_ds.data.records import MIN_WORDS_OF_LONG_TEXT, long_text_key
 from pocl_ds.data.sample_spool import SampleSpool
+from pocl_ds.data.split_writer import SAMPLES_PER_CHUNK, in_chunks
 from pocl_ds.data.tokenize_workers import chunks_of_lines, map_chunks
 from pocl_ds.runtime.progress import Progress
 
@@ -170,14 +171,20 @@ def _add_items(
 ) -> HeldOutItems:
     """Add the hashes of held-out samples to both tables."""
     items = HeldOutItems(name, start, 0)
-    for sample in samples:
-        owner = start + items.samples
-        items.samples += 1
+    for chunk in in_chunks(samples, SAMPLES_PER_CHUNK):
+        numbered = list(enumerate(chunk, start + items.samples))
+        items.samples += len(chunk)
         if near_duplicates:
-            runs.add(*hash_runs((owner, text) for text in sample_texts(sample)))
-        keys = [key for text in sample.references if (key := long_text_key(text)) is not None]
-        items.with_long_reference += bool(keys)
-        references.add(np.array(keys, np.uint64), np.full(len(keys), owner, np.int64))
+            runs.add(*hash_runs((n, text) for n, sample in numbered for text in sample_texts(sample)))
+        keys = [
+            (n, key)
+            for n, sample in numbered
+            for text in sample.references
+            if (key := long_text_key(text)) is not None
+        ]
+        owners = np.array([n for n, _ in keys], np.int64)
+        references.add(np.array([key for _, key in keys], np.uint64), owners)
+        items.with_long_reference += len(np.unique(owners))
     return items
 
 
