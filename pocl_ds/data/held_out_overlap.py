@@ -175,7 +175,9 @@ def _add_items(
         numbered = list(enumerate(chunk, start + items.samples))
         items.samples += len(chunk)
         if near_duplicates:
-            runs.add(*hash_runs((n, text) for n, sample in numbered for text in sample_texts(sample)))
+            runs.add(
+                *hash_runs((n, text) for n, sample in numbered for text in sample_texts(sample))
+            )
         keys = [
             (n, key)
             for n, sample in numbered
