@@ -23,7 +23,7 @@ from pocl_ds.data.conversation import Sample
 from pocl_ds.data.held_out_overlap import Overlap, find_overlap, log_overlap
 from pocl_ds.data.read_sources import InvalidSamples, SourceReader, mixture_names
 from pocl_ds.data.sample_spool import SPLITS, SampleSpool
-from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.sample_tokenizer import EVENTS, SampleTokenizer
 from pocl_ds.data.split_sources import SplitSources
 from pocl_ds.data.splits import smallest_rows
 from pocl_ds.data.tokenize_splits import (
@@ -136,10 +136,12 @@ def _write_data(
         results = _write_splits(split_tokenizer, spool, rows, folder, mixture_names(data))
     invalid.log()
     if not results["train"].counts.samples:
+        events = results["train"].counts.events
+        dropped = "; ".join(f"{count} {EVENTS[name]}" for name, count in events.items())
         raise DataError(
-            f"{_source_field(data)} leaves no training samples (data.validation_fraction, "
-            "data.test_fraction, data.decontaminate, prompt.overlong): change these or give "
-            "more data"
+            f"{_source_field(data)} leaves no training samples{dropped and f' ({dropped})'}: change "
+            "data.validation_fraction, data.test_fraction, data.decontaminate or prompt.overlong, "
+            "raise prompt.max_prompt_tokens, or give more data"
         )
     return {
         "records": {name: asdict(counts) for name, counts in reader.counts.items()},

@@ -100,6 +100,7 @@ class TextEncoder:
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
+            verbose=False,  # the limits of the recipe apply, not those of the tokenizer
         )
         ids, encodings = batch["input_ids"], batch.encodings
         if encodings is None:  # a tokenizer in Python, which gives no offsets

@@ -36,8 +36,9 @@ FORMAT_HINT = (
 )
 ENDINGS = ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"
 NO_TRAINING_SAMPLES = (
-    "data.source=FILE leaves no training samples (data.validation_fraction, data.test_fraction, "
-    "data.decontaminate, prompt.overlong): change these or give more data"
+    "data.source=FILE leaves no training samples: change data.validation_fraction, "
+    "data.test_fraction, data.decontaminate or prompt.overlong, raise prompt.max_prompt_tokens, or "
+    "give more data"
 )
 
 # File type and content (None: no file), further arguments, and the error message.
