@@ -40,7 +40,7 @@ NUM_PROCESSES = (1, 2)
 # about 200 tokens together.
 QUESTION_WORDS, ANSWER_WORDS, SHARD_RECORDS = 74, 100, 10_000
 VOCABULARY = 8000
-SAMPLE_SECONDS = 0.1  # between two measurements of memory
+SAMPLE_SECONDS = 0.25  # between two measurements of memory
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -58,11 +58,12 @@ def run(
     sizes, tokenizer = _parse(arguments)
     out(
         f"{os.cpu_count() or 1} cores; {rounds} rounds in turn, medians (min..max); memory: the "
-        "peak of all processes together, shared pages counted once"
+        "peak of all processes together, shared pages counted once; CPU: the time of all "
+        "processes for a record, which other work on the machine affects less"
     )
     out(
         f"{'records':>9}  {'contender':<15}  {'processes':>9}  {'records/s':>24}  "
-        f"{'of map':>18}  {'peak':>9}"
+        f"{'of map':>18}  {'CPU':>7}  {'peak':>9}"
     )
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="pocl-bench-") as folder_name:
@@ -78,7 +79,7 @@ def run(
                 out(
                     f"{size:>9}  {row['contender']:<15}  {row['processes']:>9}  "
                     f"{_spread(row['rates'], '.0f'):>24}  {_spread(row['of_map'], '.2f'):>18}  "
-                    f"{row['peak_mib']:>5.0f} MiB"
+                    f"{row['cpu_us']:>4.0f} us  {row['peak_mib']:>5.0f} MiB"
                 )
     return rows
 
@@ -142,15 +143,17 @@ def _measure_size(
 ) -> list[dict[str, Any]]:
     """A row for each contender and number of processes."""
     rates: dict[tuple[str, int], list[float]] = defaultdict(list)
+    cpu_times: dict[tuple[str, int], list[float]] = defaultdict(list)
     peaks: dict[tuple[str, int], float] = defaultdict(float)
     for _ in range(rounds):
         for processes in NUM_PROCESSES:
             for contender in CONTENDERS:
                 work = folder / "work"
                 work.mkdir()
-                seconds, peak = _run_worker(contender, processes, source, tokenizer, work)
+                seconds, cpu, peak = _run_worker(contender, processes, source, tokenizer, work)
                 shutil.rmtree(work)
                 rates[contender, processes].append(size / seconds)
+                cpu_times[contender, processes].append(1e6 * cpu / size)
                 peaks[contender, processes] = max(peaks[contender, processes], peak)
     return [
         {
@@ -159,6 +162,7 @@ def _measure_size(
             "processes": processes,
             "rates": values,
             "of_map": [a / b for a, b in zip(values, rates[MAP, processes], strict=True)],
+            "cpu_us": min(cpu_times[contender, processes]),
             "peak_mib": peaks[contender, processes],
         }
         for (contender, processes), values in rates.items()
@@ -167,8 +171,10 @@ def _measure_size(
 
 def _run_worker(
     contender: str, processes: int, source: Path, tokenizer: Path, work: Path
-) -> tuple[float, float]:
-    """Seconds of the work, without imports, and peak memory of all its processes in MiB."""
+) -> tuple[float, float, float]:
+    """Seconds and CPU seconds of the work, without imports, and peak memory of all its processes
+    in MiB.
+    """
     arguments = [contender, str(processes), str(source), str(tokenizer), str(work)]
     with (work / "stdout").open("w+") as stdout:
         process = subprocess.Popen(
@@ -184,7 +190,8 @@ def _run_worker(
         stdout.seek(0)
         if process.returncode:
             raise RuntimeError(f"{contender} failed with exit code {process.returncode}")
-        return float(stdout.read().split()[-1]), peak
+        seconds, cpu = stdout.read().split()[-2:]
+        return float(seconds), float(cpu), peak
 
 
 def _memory_mib(parent: psutil.Process) -> float:

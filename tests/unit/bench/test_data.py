@@ -47,6 +47,7 @@ def test_table_has_a_row_for_each_contender(
         "_run_worker",
         lambda contender, processes, *_: (
             seconds[contender] * (1 + next(rounds) // 6) / processes,
+            3.0,
             100.0,
         ),
     )
@@ -54,6 +55,7 @@ def test_table_has_a_row_for_each_contender(
     rows = data.run(["200", "--tokenizer", str(tmp_path)], lines.append, rounds=2)
     assert len(rows) == 6 and len(lines) == 8
     for row in rows:
+        assert row["cpu_us"] == 1e6 * 3.0 / 200
         assert row["of_map"] == [1 / seconds[row["contender"]]] * 2
         assert row["rates"] == [
             200 * row["processes"] / seconds[row["contender"]] / n for n in (1, 2)
