@@ -57,6 +57,7 @@ DEEPSEEK = (
     *("<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"),
     *("<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
 )
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>")
 FAMILIES = {
     "llama2": ChatFamily("llama", "</s>", "<s>", adds_bos=True),
     "llama3": ChatFamily(
@@ -123,6 +124,7 @@ FAMILIES = {
     "smollm3": ChatFamily("byte_level", "<|im_end|>", pad="<|im_end|>", special=CHATML),
     "generation_blocks": ChatFamily("byte_level", "<|im_end|>", special=CHATML),
     "chatml": ChatFamily("byte_level", "<|im_end|>", special=CHATML),
+    "harmony": ChatFamily("byte_level", "<|return|>", pad="<|endoftext|>", special=HARMONY),
     "zephyr": ChatFamily("llama", "</s>", "<s>", "</s>", adds_bos=True),
     "vicuna": ChatFamily("llama", "</s>", "<s>", "<unk>", adds_bos=True),
     "text_only": ChatFamily("byte_level", "<|endoftext|>", "<|endoftext|>"),

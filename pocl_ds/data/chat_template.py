@@ -96,12 +96,13 @@ class ChatTemplate:
             _check_calls(sample, messages[-1], len(messages), response)
         start, text = len(prompt), prompt + response
         trained = (*self._earlier_turns(sample, messages, prompt), (start, len(text)))
-        ends = self._ends.search(response[-len(self.turn_end.text) :]) if response else None
+        # Another token may end a call.
+        has_end = self._turns.has_end(response, of_call=bool(messages[-1].tool_calls))
         return RenderedConversation(
             text,
             start,
             trained,
-            append_eos=sample.ended and ends is None,
+            append_eos=sample.ended and not has_end,
             empty_thought=empty_thought,
             expected=self._expected(messages),
         )
@@ -330,11 +331,9 @@ class ChatTemplate:
                 continue
             start = self._turns.find_start(sample, messages[:-1], index, prompt, generation=True)
             content = split_thought(message)[1]
-            end = (
-                start + self._turns.find_end(prompt[start:], content).end
-                if start is not None
-                else 0
-            )
+            end = 0
+            if start is not None:
+                end = self._turns.find_earlier_end(sample, messages[:-1], index, prompt, start)
             if start is None or content.strip() not in prompt[start:end]:
                 raise DataError(
                     f"{sample.label}: assistant turn {index + 1} cannot be found in the chat "

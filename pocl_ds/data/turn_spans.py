@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pocl_ds.data.conversation import Message, Sample
-from pocl_ds.data.thoughts import open_thought, without_closed_thought
+from pocl_ds.data.thoughts import open_thought, split_thought, without_closed_thought
 
 MARKER = "PROBEMARKER"  # stands for a message's content
 
@@ -75,6 +75,56 @@ class TurnFinder:
                 return next(found_at, None)
         return None
 
+    def find_earlier_end(
+        self,
+        sample: Sample,
+        messages: Sequence[Message],
+        index: int,
+        text: str,
+        start: int,
+    ) -> int:
+        """Where turn `index`, which begins at `start`, ends in the prompt of `messages`.
+
+        Other turns follow, and a template may end this one with another token than a last answer.
+        """
+        message = messages[index]
+        content = split_thought(message)[1].strip()
+        if content and not message.tool_calls:
+            found = text.find(content, start)
+            match = self.ends.match(text, found + len(content)) if found >= 0 else None
+            if match:
+                return match.end()
+
+        # As the template renders the turn where it is the last.
+        turns = messages[: index + 1]
+        alone = self.render(sample, turns, generation=False)
+        begin = self.find_start(sample, turns, index, alone, generation=False)
+        if begin is not None:
+            turn_end = self.find_end(alone[begin:], content)
+            turn = alone[begin : begin + turn_end.end]
+            if turn_end.has_token and text.startswith(turn, start):
+                return start + len(turn)
+
+        # The first special token after the content, before the next message.
+        turn = text[start : self._next_content(sample, messages, index, text)]
+        if content and content in turn and not message.tool_calls:
+            content_end = turn.index(content) + len(content)
+            between = self.special.search(turn, content_end)
+            only_space = between is not None and not turn[content_end : between.start()].strip()
+            return start + (between.end() if between and only_space else content_end)
+        return start + self.find_end(turn, content).end
+
+    def _next_content(
+        self, sample: Sample, messages: Sequence[Message], index: int, text: str
+    ) -> int | None:
+        """Where the content of the message after a turn begins; None if unknown."""
+        if index + 1 == len(messages):
+            return None
+        marked = list(messages)
+        marked[index + 1] = replace(messages[index + 1], content=MARKER)
+        before, marker, _ = self.render(sample, marked, generation=True).partition(MARKER)
+        return len(before) if marker and text.startswith(before) else None
+
     def find_end(self, turn: str, content: str) -> TurnEnd:
         """Where a turn ends: with the token after its content.
 
@@ -91,6 +141,11 @@ class TurnFinder:
         if match is None:
             return TurnEnd(content_end or len(turn.rstrip()), has_token=False)
         return TurnEnd(match.end(), has_token=True)
+
+    def has_end(self, turn: str, *, of_call: bool) -> bool:
+        """Whether a turn's text ends with a token that ends turns. of_call: any special token."""
+        pattern = self.special if of_call else self.ends
+        return any(match.end() == len(turn) for match in pattern.finditer(turn))
 
 
 def _variants(between: str) -> Iterator[str]:

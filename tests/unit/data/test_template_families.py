@@ -53,6 +53,10 @@ ANSWERS = {
     "smollm3": ["<|im_start|>assistant\nIt is 0.<|im_end|>\n", "It is 1.<|im_end|>"],
     "generation_blocks": ["It is 0.<|im_end|>", "It is 1.<|im_end|>"],
     "chatml": ["It is 0.<|im_end|>", "It is 1.<|im_end|>"],
+    "harmony": [
+        "<|channel|>final<|message|>It is 0.<|end|>",
+        "<|channel|>final<|message|>It is 1.<|return|>",
+    ],
     "zephyr": ["It is 0.</s>", "It is 1.</s>"],
     "vicuna": [" It is 0.</s>", " It is 1.</s>"],
     "text_only": ["It is 0.\n\n", "It is 1.<|endoftext|>"],  # `.` and the line breaks are one token
@@ -83,6 +87,11 @@ TOOL_ANSWERS = {
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}, "id": "call00001"}]</s>',
         " It rains.</s>",
         " A coat.</s>",
+    ],
+    "harmony": [
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>',
+        "<|channel|>final<|message|>It rains.<|end|>",
+        "<|channel|>final<|message|>A coat.<|return|>",
     ],
     "deepseek_r1_distill": [  # its template shows no tools, but calls and results
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
@@ -150,6 +159,13 @@ def test_a_special_token_that_takes_the_white_space_of_an_answer_does_not_train(
     assert tokenize("phi3", messages).trained == ANSWERS["phi3"]
 
 
+def test_the_text_of_eos_within_an_answer_does_not_end_it() -> None:
+    answer = "It writes <|endoftext|> and goes on."
+    messages = (TWO_TURNS[0], Message("assistant", answer))
+    assert tokenize("text_only", messages).trained == [f"{answer}<|endoftext|>"]
+    assert tokenize("qwen2_5_base", messages).trained == [f"{answer}<|im_end|>"]
+
+
 class TestTools:
     @pytest.mark.parametrize("family", TOOL_ANSWERS)
     def test_calls_results_and_answers(self, family: str) -> None:
@@ -162,7 +178,7 @@ class TestTools:
         shown = result.tokenizer.decode(result.prompt)
         assert "3 C, rain" in shown and ("Weather of a city." in shown) == bool(tools)
 
-    @pytest.mark.parametrize("family", ["llama3_1", "qwen2_5", "qwen2_5_base", "qwen3", "mistral"])
+    @pytest.mark.parametrize("family", [name for name in TOOL_ANSWERS if "deep" not in name])
     def test_a_call_as_the_response(self, family: str) -> None:
         result = tokenize(family, WITH_TOOLS[:2], TOOLS)
         expected = TOOL_ANSWERS[family][0]

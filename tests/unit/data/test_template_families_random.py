@@ -43,6 +43,7 @@ WRITTEN = {
     "smollm3": "{content}<|im_end|>",
     "generation_blocks": "{content}<|im_end|>",
     "chatml": "{content}<|im_end|>",
+    "harmony": "<|channel|>final<|message|>{content}<|end|>",
     "zephyr": "{content}</s>",
     "vicuna": " {trimmed}</s>",
     "text_only": "{content}",
@@ -63,6 +64,8 @@ def written(family: str, content: str, *, last: bool) -> str:
     text = WRITTEN[family].format(content=content, trimmed=content.strip())
     if last and family == "text_only":
         text += "<|endoftext|>"
+    if last and family == "harmony":
+        text = f"{text.removesuffix('<|end|>')}<|return|>"
     if last and family == "qwen3":
         text = f"<think>\n\n</think>\n\n{text.lstrip(chr(10))}"
     if last and family == "deepseek_r1_distill":
