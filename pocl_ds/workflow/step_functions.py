@@ -8,10 +8,9 @@ nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pocl_ds.errors import ModelError, PoclError, RecipeError
+from pocl_ds.errors import PoclError, RecipeError
 from pocl_ds.workflow.step_inputs import caches_teacher, evaluated_models, teacher_temperatures
 
 if TYPE_CHECKING:
@@ -28,108 +27,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("pocl_ds")
 
 
-def run_preprocess(
-    recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
-) -> None:
-    """Tokenize the data, after checking the recipe against the models' configurations and
-    tokenizers.
-
-    Raises ModelError if the loss or the healing needs one vocabulary and the tokenizers differ, or
-    a model cannot read the tokens or the lengths that the recipe produces.
-    """
-    from pocl_ds.data.preprocess import preprocess
-    from pocl_ds.evaluation.local_benchmarks import read_local_benchmarks
-    from pocl_ds.generation.end_of_turn import find_teacher_end_ids
-    from pocl_ds.models.load import (
-        load_generation_config,
-        load_teacher_tokenizer,
-        load_tokenizer,
-        resolve_commits,
-        resolve_model,
-    )
-    from pocl_ds.workflow.model_checks import check_model_configs
-    from pocl_ds.workflow.token_checks import (
-        check_data_tokens,
-        check_template_tokens,
-        tell_teacher_prompts,
-    )
-
-    # Pin the models of the Hub to their commits; later steps load the same ones.
-    commits = resolve_commits(
-        [recipe.student, *([recipe.teacher, *recipe.teacher.ensemble] if recipe.teacher else [])]
-    )
-    student, teacher = _models_at_commits(recipe, commits)
-    check_model_configs(recipe, student, teacher)
-    student_path, teacher_tokenizer = resolve_model(student), None
-    tokenizer = load_tokenizer(
-        student_path, trust_remote_code=student.trust_remote_code, revision=student.revision
-    )
-
-    # Compare the vocabularies now: a mismatch must not surface after hours of scoring.
-    if teacher and recipe.needs_shared_vocabulary:
-        from pocl_ds.models.vocab import IncompatibleTokenizers, align_teacher_vocabularies
-
-        try:
-            align_teacher_vocabularies(
-                [(source, resolve_model(source)) for source in (teacher, *teacher.ensemble)],
-                student,
-                student_path,
-            )
-        except IncompatibleTokenizers:
-            if recipe.loss.name != "sft":
-                raise
-            raise ModelError(
-                f"student.heal_steps={recipe.student.heal_steps} heals by plain distillation, "
-                "which needs one vocabulary, and teacher and student have different tokenizers: "
-                "set it to 0"
-            ) from None
-
-    # A teacher with another tokenizer, or with its own prompts, needs the data as it reads them.
-    teacher_end_ids: list[int] = []
-    if teacher:
-        path, template = resolve_model(teacher), recipe.teacher_template
-        own_tokenizer = load_teacher_tokenizer(path, teacher, tokenizer, template)
-        teacher_tokenizer = own_tokenizer if recipe.teacher_has_own_prompts else None
-        if recipe.needs_shared_vocabulary:
-            settings = load_generation_config(path, teacher.revision)
-            teacher_end_ids = find_teacher_end_ids(own_tokenizer, settings, tokenizer)
-        tell_teacher_prompts(recipe, path, teacher, tokenizer)
-
-    # Check the tokens of the template before the data are encoded, and those of the data after.
-    check_template_tokens(recipe, student, teacher)
-    preprocess(
-        run,
-        recipe.data,
-        recipe.prompt,
-        tokenizer,
-        fingerprint,
-        teacher_tokenizer,
-        commits,
-        teacher_end_ids=teacher_end_ids,
-        read_benchmarks=lambda: read_local_benchmarks(recipe.evaluate),
-    )
-    check_data_tokens(run, recipe, student, teacher)
-
-
-def _models_at_commits(
-    recipe: Recipe, commits: Mapping[str, str]
-) -> tuple[StudentConfig, TeacherConfig | None]:
-    """Student and teacher with their revisions pinned to commits."""
-    from pocl_ds.models.load import pin_to_commit
-
-    teacher = recipe.teacher
-    if teacher:
-        ensemble = tuple(pin_to_commit(member, commits) for member in teacher.ensemble)
-        teacher = pin_to_commit(teacher, commits).model_copy(update={"ensemble": ensemble})
-    return pin_to_commit(recipe.student, commits), teacher
-
-
 def _pinned_models(recipe: Recipe, run: RunDirectory) -> tuple[StudentConfig, TeacherConfig | None]:
     """Student and teacher at the commits that the step `preprocess` recorded."""
     from pocl_ds.workflow.manifest import read_manifest
+    from pocl_ds.workflow.preprocess_step import models_at_commits
 
     manifest = read_manifest(run.data)
-    return _models_at_commits(recipe, manifest.info["commits"] if manifest else {})
+    return models_at_commits(recipe, manifest.info["commits"] if manifest else {})
 
 
 def _checked_models(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pocl_ds.workflow import step_functions, step_inputs
+from pocl_ds.workflow import preprocess_step, step_functions, step_inputs
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -129,7 +129,7 @@ STEPS: tuple[Step, ...] = (
         "preprocess",
         summary="Read, split and tokenize the instruction data.",
         example="pocl preprocess my.yaml --run-dir runs/x data.source=my.jsonl",
-        run=step_functions.run_preprocess,
+        run=preprocess_step.run_preprocess,
         inputs=step_inputs.preprocess_inputs,
         job=JobShape("init-student"),
     ),
