@@ -56,7 +56,7 @@ def test_first_paragraph(docstring: str, paragraph: str) -> None:
 def test_extracts_a_known_function(stdlib: list[Sample]) -> None:
     (sample,) = [sample for sample in stdlib if "`textwrap.dedent`" in sample.instruction]
     assert sample.references == ("Remove any common leading whitespace from every line in `text`.",)
-    assert sample.input == "" and sample.history == ()
+    assert sample.input == "" and len(sample.messages) == 2
 
 
 def test_samples_are_many_clean_and_unique(stdlib: list[Sample]) -> None:
