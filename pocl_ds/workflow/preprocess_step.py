@@ -26,7 +26,7 @@ def run_preprocess(
     a model cannot read the tokens or the lengths that the recipe produces.
     """
     from pocl_ds.data.preprocess import preprocess
-    from pocl_ds.evaluation.benchmarks import read_local_benchmarks
+    from pocl_ds.evaluation.local_benchmarks import read_local_benchmarks
     from pocl_ds.models.load import load_tokenizer, resolve_commits, resolve_model
     from pocl_ds.workflow.model_checks import check_model_configs
     from pocl_ds.workflow.token_checks import check_data_tokens, check_template_tokens
