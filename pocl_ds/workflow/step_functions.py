@@ -161,8 +161,8 @@ def run_score(recipe: Recipe, run: RunDirectory, fingerprint: str, request: Step
     from pocl_ds.difficulty.score import score_training_samples
     from pocl_ds.workflow.run_dir import read_models
 
-    _checked_models(recipe, run)
     student_path = read_models(run)["student"]
+    _checked_models(recipe, run)
     _check_tokenizer(recipe, run, student_path, recipe.student)
     score_training_samples(
         run,

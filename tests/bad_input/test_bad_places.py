@@ -48,7 +48,7 @@ def run(recipe: Path, tmp_path: Path) -> Path:
         folder / "data",
         "preprocess",
         fingerprints(parsed)["preprocess"],
-        info={"splits": {"train": {"samples": 500}}},
+        info={"splits": {"train": {"samples": 500}, "validation": {"samples": 20}}},
     )
     return folder
 
