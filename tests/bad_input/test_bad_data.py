@@ -352,7 +352,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "half a configuration": (
         lambda model: (model / "config.json").write_text("{"),
-        LOAD_ERROR.format("tokenizer"),
+        LOAD_ERROR.format("configuration"),
         "is not a valid JSON file): check the files in that folder",
     ),
     "another family": (

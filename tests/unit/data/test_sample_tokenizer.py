@@ -64,7 +64,7 @@ def test_ids_are_those_of_the_whole_text(
     assert samples.tokenize_prompt(sample) == prompt_ids == tokenized.ids[: len(prompt_ids)]
     assert tokenized.prompt_tokens == len(prompt_ids)
     if samples.counts["boundary_split"]:
-        response = tokenizer(answer, add_special_tokens=False)["input_ids"]
+        response = samples.encoder.encode_continuation(answer).ids
         assert tokenized.ids == [*prompt_ids, *response, tokenizer.eos_token_id]
     else:
         whole = tokenizer(prompt + answer)["input_ids"]
