@@ -26,6 +26,14 @@ class Message:
     tool_call_id: str = ""  # of the call that a tool message answers
     train: bool = True  # false: an assistant's turn without a loss
 
+    @property
+    def text(self) -> str:
+        """The content, and the tool calls as JSON: what ROUGE-L compares with a response."""
+        calls = [
+            json.dumps(call.get("function", call), ensure_ascii=False) for call in self.tool_calls
+        ]
+        return "\n".join(filter(None, [self.content, *calls]))
+
     def to_template(self) -> dict[str, Any]:
         """The message as a chat template reads it, without empty optional keys."""
         message: dict[str, Any] = {"role": self.role, "content": self.content}
@@ -86,7 +94,7 @@ class Sample:
     @property
     def references(self) -> tuple[str, ...]:
         """Texts that count as correct answers; the first is the training response."""
-        return (self.messages[-1].content, *self.other_references)
+        return (self.messages[-1].text, *self.other_references)
 
     @property
     def instruction(self) -> str:
@@ -100,7 +108,9 @@ class Sample:
 
     def with_reference(self, text: str) -> Sample:
         """The sample with one of its references as the training response."""
-        response = replace(self.response, content=text)
+        response = self.response
+        if text != response.text:
+            response = replace(response, content=text, reasoning_content="", tool_calls=())
         return replace(self, messages=(*self.prompt, response), other_references=())
 
     def with_response(self, text: str, *, ended: bool = True) -> Sample:

@@ -139,8 +139,8 @@ def _write_data(
         events = results["train"].counts.events
         dropped = "; ".join(f"{count} {EVENTS[name]}" for name, count in events.items())
         raise DataError(
-            f"{_source_field(data)} leaves no training samples{dropped and f' ({dropped})'}: change "
-            "data.validation_fraction, data.test_fraction, data.decontaminate or prompt.overlong, "
+            f"{_source_field(data)} leaves no training samples{dropped and f' ({dropped})'}: "
+            "change data.validation_fraction, data.test_fraction, data.decontaminate or prompt.overlong, "
             "raise prompt.max_prompt_tokens, or give more data"
         )
     return {

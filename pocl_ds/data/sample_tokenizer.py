@@ -103,19 +103,16 @@ class SampleTokenizer:
 
     def clean(self, sample: Sample) -> Sample:
         """The sample without the text of an end token at the end of its references."""
+        texts = (sample.response.content, *sample.other_references)
         # Most texts do not end so, and the pattern is slow to find that out.
-        if not any(text.rstrip().endswith(self._end_texts) for text in sample.references):
+        if not any(text.rstrip().endswith(self._end_texts) for text in texts):
             return sample
-        references = [self._trailing_end.sub("", text) for text in sample.references]
-        if tuple(references) == sample.references:
+        content, *others = (self._trailing_end.sub("", text) for text in texts)
+        if (content, *others) == texts:
             return sample
         self.counts["end_token_removed"] += 1
-        response = replace(sample.response, content=references[0])
-        return replace(
-            sample,
-            messages=(*sample.prompt, response),
-            other_references=tuple(references[1:]),
-        )
+        response = replace(sample.response, content=content)
+        return replace(sample, messages=(*sample.prompt, response), other_references=tuple(others))
 
     def render_prompt(self, sample: Sample) -> str:
         """The text that asks for the sample's last response. Raises DataError."""
