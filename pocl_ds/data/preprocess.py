@@ -140,8 +140,8 @@ def _write_data(
         dropped = "; ".join(f"{count} {EVENTS[name]}" for name, count in events.items())
         raise DataError(
             f"{_source_field(data)} leaves no training samples{dropped and f' ({dropped})'}: "
-            "change data.validation_fraction, data.test_fraction, data.decontaminate or prompt.overlong, "
-            "raise prompt.max_prompt_tokens, or give more data"
+            "change data.validation_fraction, data.test_fraction, data.decontaminate or "
+            "prompt.overlong, raise prompt.max_prompt_tokens, or give more data"
         )
     return {
         "records": {name: asdict(counts) for name, counts in reader.counts.items()},

@@ -212,7 +212,10 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
         "jsonl",
         VALID_LINES,
         ("prompt.overlong=drop", "prompt.max_prompt_tokens=1", "prompt.max_length=2"),
-        NO_TRAINING_SAMPLES,
+        NO_TRAINING_SAMPLES.replace(
+            "samples:",
+            "samples (36 were left out, because their prompt or response is too long):",
+        ),
     ),
     "all held out": (
         "jsonl",
