@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pocl_ds.config import RankingConfig
 from pocl_ds.config.registry import METRICS
 from pocl_ds.curriculum.ranking import id_as_text, random_order, rank_by_difficulty, tied_fraction
+from pocl_ds.data.split_sources import read_split_sources
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.difficulty.ties import ZeroCounts, tie_warning
 from pocl_ds.errors import ArtifactError
@@ -35,7 +36,8 @@ def write_ranking(
     """Write ranking/order.npy and ranking/ranking.parquet, if they are not there already.
 
     order.npy holds rows of data/train, easiest first; the table has the scores and ranks in that
-    order. Raises ArtifactError if scores are missing or damaged, DataError if one is not finite.
+    order, and the source of each sample of a mixture. Raises ArtifactError if scores are missing or
+    damaged, DataError if one is not finite.
     """
     if manifest := finished_manifest(run.ranking, fingerprint):
         return manifest
@@ -106,11 +108,38 @@ def _write_files(
     """Write the order, a table in that order, and the manifest. columns: by row of data/train."""
     ids = pa.array(np.asarray(split.ids)[order], pa.binary()).cast(pa.string())
     table = pa.table({"id": ids, **{name: values[order] for name, values in columns.items()}})
+    if sources := read_split_sources(run.data, "train"):
+        numbers = sources.numbers[order]
+        names = pa.DictionaryArray.from_arrays(pa.array(numbers, pa.int32()), list(sources.names))
+        table = table.append_column("source", names)
+        info["sources"] = _places_of_sources(numbers, sources.names)
     with atomic_write(run.ranking / "ranking.parquet", "wb") as stream:
         pq.write_table(table, stream)
     with atomic_write(run.ranking / "order.npy", "wb") as stream:
         save_array(stream, order)
     return write_manifest(run.ranking, "rank", fingerprint, info={"samples": len(order), **info})
+
+
+def _places_of_sources(
+    numbers: NDArray[np.uint16], names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Samples and mean place of each source of a mixture, from 0 (easiest) to 1 (hardest).
+
+    numbers: the source of each sample in the order of the ranking, [samples].
+    """
+    places = np.linspace(0, 1, len(numbers))
+    summary: dict[str, dict[str, float]] = {}
+    for number, name in enumerate(names):
+        own = places[numbers == number]
+        if len(own):
+            summary[name] = {"samples": len(own), "mean_place": float(own.mean())}
+            log.info(
+                "rank: %d samples of source %s, at place %.2f on average (0: easiest, 1: hardest)",
+                len(own),
+                name,
+                own.mean(),
+            )
+    return summary
 
 
 def _join_scores(
