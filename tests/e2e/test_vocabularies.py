@@ -113,7 +113,7 @@ def first_divergence(run: Path) -> float:
     rows = order[Sampler(load_plan(run / "plan" / "plan.json"), 42).batch(0)]
     total, count = 0.0, 0
     for row in rows:
-        start, prompt, size = (int(value) for value in index[row])
+        start, prompt, size = (int(value) for value in index[row][:3])
         ids = torch.from_numpy(tokens[start : start + size].astype(np.int64))[None]
         mapped = torch.tensor([[teacher_id_of[int(token)] for token in ids[0]]])
         with torch.no_grad():
