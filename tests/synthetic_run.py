@@ -59,7 +59,7 @@ class SyntheticRun:
                     f"It is about {i}. {text}",
                     input=text,
                 )
-                data.write(sample.to_json() + "\n")
+                data.write(json.dumps(json.loads(sample.to_json())) + "\n")  # ASCII
                 scored = {
                     "id": f"s{i}",
                     "rouge_l": 0.1,

@@ -38,6 +38,7 @@ from pocl_ds.generation.invariance import check_generator, choose_rows, transfor
 from pocl_ds.generation.protocol import Generator, ProgressCallback, SamplingParams
 from pocl_ds.metrics.rouge import rouge_l_many
 from pocl_ds.metrics.rouge_tokenizer import AUTO, choose_rouge_tokenizer
+from pocl_ds.models.batch_invariance import LogProbs
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.runtime.progress import Progress
@@ -94,8 +95,15 @@ def score_training_samples(
         )
     rouge_tokenizer = _choose_tokenizer(run, config)
 
-    # Load the student, and score shard by shard.
+    # A few log-probabilities to compare the engine with, before vLLM is opened.
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code, revision=revision)
+    rows, reference = choose_rows(split, config.generation, seed=0), None
+    if rows and config.generation.backend != "transformers":
+        reference = transformers_reference(
+            model_path, split, rows, trust_remote_code=trust_remote_code, revision=revision
+        )
+
+    # Load the student, and score shard by shard.
     generator = open_generator(
         model_path,
         config.generation,
@@ -111,8 +119,7 @@ def score_training_samples(
         end_of_turn_ids=recorded_end_ids(run),
     )
     try:
-        reference_options = {"trust_remote_code": trust_remote_code, "revision": revision}
-        invariance = _check_student(config, split, generator, model_path, reference_options)
+        invariance = _check_student(config, split, generator, rows, reference)
         scorer = _ShardScorer(run, config, split, rouge_tokenizer, generator, invariance)
         total = sum(len(shard_rows(len(split), number, config.shards)) for number in pending)
         with Progress(total, "samples", STEP) as progress:
@@ -136,14 +143,13 @@ def _check_student(
     config: ScoreConfig,
     split: TokenizedSplit,
     generator: Generator,
-    model_path: str,
-    reference_options: dict[str, Any],
+    rows: list[int],
+    reference: tuple[str, LogProbs] | None,
 ) -> dict[str, Any]:
     """Check on a few samples that scores depend neither on the batch nor on the backend."""
-    backend, rows = config.generation.backend, choose_rows(split, config.generation, seed=0)
-    reference, remedy = None, "set score.generation.max_num_seqs=1"
-    if rows and backend != "transformers":
-        reference = transformers_reference(model_path, split, rows, **reference_options)
+    backend = config.generation.backend
+    remedy = "set score.generation.max_num_seqs=1"
+    if backend != "transformers":
         remedy = "set score.generation.backend=transformers"
     return check_generator(
         f"score: the student in {backend}",

@@ -83,6 +83,8 @@ def transformers_reference(
 ) -> tuple[str, LogProbs] | None:
     """The log-probabilities of the last responses under transformers, in float32 on the CPU, to
     compare another backend with. None if they would take longer than some seconds.
+
+    Call it before vLLM is opened, which replaces classes of transformers for some families.
     """
     config = load_model_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
     sequences, prompt_tokens = _sequences(dataset, rows)
@@ -94,16 +96,11 @@ def transformers_reference(
     ):
         return None
     model = load_model(model_path, trust_remote_code=trust_remote_code, revision=revision)
-
-    def log_probs(places: Sequence[int]) -> list[NDArray[np.float32]]:
-        return response_log_probs(
-            model,
-            [sequences[place] for place in places],
-            [prompt_tokens[place] for place in places],
-            [np.arange(len(places))],
-        )
-
-    return "transformers", log_probs
+    values = [
+        response_log_probs(model, [ids], [start], [np.arange(1)])[0]
+        for ids, start in zip(sequences, prompt_tokens, strict=True)
+    ]
+    return "transformers", lambda places: [values[place] for place in places]
 
 
 def _sequences(dataset: TokenizedDataset, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:
