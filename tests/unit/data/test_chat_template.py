@@ -5,6 +5,7 @@ tests/unit/data/test_template_families.py compares the templates of model famili
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +51,7 @@ THREE_TURNS = (
 )
 
 
+@functools.cache
 def chat_tokenizer(template: str = CHATML) -> Any:
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
