@@ -96,14 +96,15 @@ def _teacher_side(recipe: Recipe, teacher: TeacherConfig, tokenizer: Any) -> tup
     )
     from pocl_ds.workflow.token_checks import tell_teacher_prompts
 
+    # The ids do not depend on the loss, so that another loss can use the same data.
     path = resolve_model(teacher)
-    own_tokenizer = load_teacher_tokenizer(path, teacher, tokenizer, recipe.teacher_template)
+    own_tokenizer = load_teacher_tokenizer(path, teacher, tokenizer, "own")
+    settings = load_generation_config(path, teacher.revision)
+    end_ids = find_teacher_end_ids(own_tokenizer, settings, tokenizer)
     tell_teacher_prompts(recipe, path, teacher, tokenizer)
-    end_ids: list[int] = []
-    if recipe.needs_shared_vocabulary:
-        settings = load_generation_config(path, teacher.revision)
-        end_ids = find_teacher_end_ids(own_tokenizer, settings, tokenizer)
-    return (own_tokenizer if recipe.teacher_has_own_prompts else None), end_ids
+    if not recipe.teacher_has_own_prompts:
+        return None, end_ids
+    return load_teacher_tokenizer(path, teacher, tokenizer, recipe.teacher_template), end_ids
 
 
 def models_at_commits(

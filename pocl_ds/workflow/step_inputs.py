@@ -21,10 +21,8 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
     from pocl_ds.config import semantic_fields
     from pocl_ds.workflow import input_digests
 
-    # The teacher's tokenizer matters only where it differs from the student's.
-    # With one vocabulary, the tokens that end the teacher's turns end the student's too.
-    reads = recipe.teacher_has_own_prompts or recipe.needs_shared_vocabulary
-    teacher = recipe.teacher if reads else None
+    # The tokens that end the teacher's turns end the student's too.
+    teacher = recipe.teacher
     return [
         semantic_fields(recipe.data),
         semantic_fields(recipe.prompt),
@@ -32,7 +30,7 @@ def preprocess_inputs(recipe: Recipe) -> list[Any]:
         list(input_digests.template_file(recipe).values()),
         _tokenizer_inputs(recipe.student),
         _tokenizer_inputs(teacher) if teacher else None,
-        recipe.teacher_template if teacher else None,
+        recipe.teacher_template if recipe.teacher_has_own_prompts else None,
         _decontamination_inputs(recipe),
     ]
 
