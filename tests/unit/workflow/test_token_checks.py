@@ -75,7 +75,7 @@ def test_a_text_with_a_token_beyond_the_rows_is_refused_before_scoring(
             + "\n"
             for i in range(60)
         )
-    for command in ("preprocess", "init-student", "score"):
+    for command in ("preprocess", "init-student"):
         message = error_message(capsys, command, recipe, "--run-dir", tmp_path / "run")
         assert message.startswith("sample bad")
         assert f"holds token id {ROWS} ('<|extra|>'), and the embedding of" in message
@@ -89,7 +89,7 @@ def test_padding_beyond_the_rows_is_read_by_nothing(
     tokenizer = larger_tokenizer(tiny_models.CHAT_TEMPLATE, pad_token="[PAD]")
     assert tokenizer.pad_token_id == ROWS
     recipe = small_recipe(tmp_path, *pair(tmp_path, tokenizer))
-    for command in ("preprocess", "init-student", "score"):
+    for command in ("preprocess", "init-student"):
         with restored_signals():
             assert main([command, str(recipe), "--run-dir", str(tmp_path / "run")]) == 0
     log = (tmp_path / "run" / "logs" / "preprocess.log").read_text()
