@@ -89,7 +89,7 @@ def test_padding_beyond_the_rows_is_read_by_nothing(
     tokenizer = larger_tokenizer(tiny_models.CHAT_TEMPLATE, pad_token="[PAD]")
     assert tokenizer.pad_token_id == ROWS
     recipe = small_recipe(tmp_path, *pair(tmp_path, tokenizer))
-    for command in ("preprocess", "init-student"):
+    for command in ("preprocess", "init-student", "score"):
         with restored_signals():
             assert main([command, str(recipe), "--run-dir", str(tmp_path / "run")]) == 0
     log = (tmp_path / "run" / "logs" / "preprocess.log").read_text()
