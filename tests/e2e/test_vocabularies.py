@@ -42,10 +42,10 @@ def run(shared_data: Path, tmp_path: Path) -> Path:
         "name": "across",
         "data": {
             "source": str(shared_data / "train.jsonl"),
-            "max_train_samples": 24,
+            "max_train_samples": 32,
             "max_validation_samples": 4,
         },
-        "prompt": {"max_prompt_tokens": 64, "max_length": 96},
+        "prompt": {"max_prompt_tokens": 250, "max_length": 320},
         "teacher": {
             "model": str(tmp_path / "teacher0"),
             "weight": 3.0,
