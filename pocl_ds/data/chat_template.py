@@ -160,11 +160,7 @@ class ChatTemplate:
             )
         # A template is a program, so any exception may occur.
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise DataError(
-                f"{sample.label}: the chat template refuses its messages ({reason}): "
-                f"{self._refusal_remedy(messages)}"
-            ) from None
+            raise self._refusal(sample, messages, error) from None
 
     def _apply_raw(self, messages: list[dict[str, Any]], tools: Any, *, generation: bool) -> str:
         return str(
@@ -177,14 +173,18 @@ class ChatTemplate:
             )
         )
 
-    def _refusal_remedy(self, messages: Sequence[Message]) -> str:
-        has_system = any(message.role in (SYSTEM, DEVELOPER) for message in messages)
+    def _refusal(self, sample: Sample, messages: Sequence[Message], error: Exception) -> DataError:
+        """What to tell of a conversation that the template refuses."""
         remedy = "fix or remove it, or leave out such samples with data.on_invalid=skip"
+        has_system = any(message.role in (SYSTEM, DEVELOPER) for message in messages)
         if has_system and self.system_message == "system_turn":
-            return (
+            remedy = (
                 f"set prompt.system_message=first_user_turn if it refuses the role; else {remedy}"
             )
-        return remedy
+        reason = str(error) or type(error).__name__
+        return DataError(
+            f"{sample.label}: the chat template refuses its messages ({reason}): {remedy}"
+        )
 
     def _apply_complete(
         self, sample: Sample, messages: Sequence[Message]
@@ -197,11 +197,7 @@ class ChatTemplate:
                 self.tokenizer, self._trees(messages), list(sample.tools) or None, self.options
             )
         except Exception as error:
-            reason = str(error) or type(error).__name__
-            raise DataError(
-                f"{sample.label}: the chat template refuses its messages ({reason}): "
-                f"{self._refusal_remedy(messages)}"
-            ) from None
+            raise self._refusal(sample, messages, error) from None
 
     def _check_prompt(self, sample: Sample, messages: Sequence[Message], text: str) -> None:
         """Raise DataError if the template leaves out a message's content or the tools."""

@@ -57,14 +57,13 @@ def preprocess(
     teacher_tokenizer: Any = None,
     commits: Mapping[str, str] | None = None,
     *,
-    teacher_prompt: PromptConfig | None = None,
     teacher_end_ids: Sequence[int] = (),
     read_benchmarks: ReadBenchmarks | None = None,
 ) -> Manifest:
     """Read, split and tokenize the data into data/, which appears complete or not at all.
 
     teacher_tokenizer: also write the training and validation splits in its tokens, row by row, to
-    data/teacher, with the prompts of teacher_prompt. teacher_end_ids: the student's ids of the
+    data/teacher. teacher_end_ids: the student's ids of the
     tokens that end a teacher's turns, which end the student's too. commits: commit of each model on
     the Hub, which the manifest records for later steps. read_benchmarks: reads what the models will
     be evaluated on, to compare with training. Raises DataError if no training samples remain.
@@ -83,7 +82,7 @@ def preprocess(
         # The teacher gets every sample that the student gets.
         teacher = SampleTokenizer(
             teacher_tokenizer,
-            (teacher_prompt or prompt).model_copy(update={"overlong": "truncate_text"}),
+            prompt.model_copy(update={"overlong": "truncate_text"}),
             special_tokens_in_text=data.special_tokens_in_text,
             keep_all=True,
         )

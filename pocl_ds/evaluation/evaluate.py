@@ -17,7 +17,7 @@ from typing import Any
 
 from pocl_ds.config import EvaluateConfig, PromptConfig, semantic_fields
 from pocl_ds.data.conversation import Sample
-from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.sample_tokenizer import SampleTokenizer, SpecialTokensInText
 from pocl_ds.evaluation.answers import (
     answer_settings,
     answers_file,
@@ -67,6 +67,7 @@ def generate_answers(
     model: str,
     path: str,
     rouge_tokenizer: str = AUTO,
+    special_tokens_in_text: SpecialTokensInText = "allow",
     chat_template: str | None = None,
     end_of_turn_ids: Sequence[int] = (),
     threads: int | None = None,
@@ -81,6 +82,7 @@ def generate_answers(
     Args:
         path: folder or Hub name of the model.
         rouge_tokenizer: of ROUGE-L; `auto` decides by benchmark, see `rouge_tokenizers`.
+        special_tokens_in_text: `data.special_tokens_in_text`, as for training.
         chat_template: asks the model in place of its own.
         end_of_turn_ids: ids that end an answer, besides those that tokenizer and model name.
         shard: (I, N) for part I of N of all (benchmark, seed) pairs; parts have about as many
@@ -106,7 +108,7 @@ def generate_answers(
             run, config, samples, rouge_tokenizer
         ).items()
     }
-    asked = [chat_template, sorted(end_of_turn_ids)]
+    asked = [chat_template, sorted(end_of_turn_ids), special_tokens_in_text]
     fingerprints = _fingerprints(path, config, prompt, asked, settings, samples)
     pairs = select_shard({pair: len(samples[pair[0]]) for pair in fingerprints}, *shard)
     pending = [pair for pair in pairs if not _is_finished(run, model, pair, fingerprints[pair])]
@@ -114,7 +116,9 @@ def generate_answers(
         return
 
     # Tokenize the prompts before the engine takes the memory.
-    sample_tokenizer = SampleTokenizer(tokenizer, prompt)
+    sample_tokenizer = SampleTokenizer(
+        tokenizer, prompt, special_tokens_in_text=special_tokens_in_text
+    )
     writers = {
         name: _AnswerWriter(sample_tokenizer, config, settings[name], name, model, samples[name])
         for name in dict.fromkeys(name for name, _ in pending)

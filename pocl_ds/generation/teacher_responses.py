@@ -21,7 +21,7 @@ from pocl_ds.config import (
     TeacherConfig,
 )
 from pocl_ds.data.conversation import Sample, read_sample_file
-from pocl_ds.data.sample_tokenizer import SampleTokenizer
+from pocl_ds.data.sample_tokenizer import SampleTokenizer, SpecialTokensInText
 from pocl_ds.data.split_writer import write_tokenized_split
 from pocl_ds.generation.backends import open_generator
 from pocl_ds.generation.protocol import Generator, SamplingParams, decode_response
@@ -45,6 +45,7 @@ def generate_teacher_responses(
     student: StudentConfig,
     prompt: PromptConfig,
     template: Literal["student", "own"],
+    special_tokens_in_text: SpecialTokensInText = "allow",
     policy: PolicyConfig,
     generation: GenerationConfig,
     seed: int,
@@ -78,14 +79,20 @@ def generate_teacher_responses(
         revision=teacher.revision,
         alternative="score.generation.backend=transformers",
     )
-    tokenizer = SampleTokenizer(teacher_tokenizer, prompt, keep_all=True)
+    tokenizer = SampleTokenizer(
+        teacher_tokenizer, prompt, special_tokens_in_text=special_tokens_in_text, keep_all=True
+    )
     chunk_size = BATCHES_PER_CALL * generation.max_num_seqs
     try:
         with atomic_directory(run.teacher_responses) as folder:
             samples = _answer_samples(run, tokenizer, generator, policy, seed, chunk_size, rows)
-            counts = write_tokenized_split(
-                samples, SampleTokenizer(student_tokenizer, prompt, keep_all=True), folder, "train"
+            student_samples = SampleTokenizer(
+                student_tokenizer,
+                prompt,
+                special_tokens_in_text=special_tokens_in_text,
+                keep_all=True,
             )
+            counts = write_tokenized_split(samples, student_samples, folder, "train")
             info: dict[str, float] = {"samples": counts.samples, "tokens": counts.loss_tokens}
             info["seconds"] = time.monotonic() - start
             write_manifest(folder, STEP, fingerprint, info=info)

@@ -101,7 +101,7 @@ def _teacher_side(recipe: Recipe, teacher: TeacherConfig, tokenizer: Any) -> tup
     own_tokenizer = load_teacher_tokenizer(path, teacher, tokenizer, "own")
     settings = load_generation_config(path, teacher.revision)
     end_ids = find_teacher_end_ids(own_tokenizer, settings, tokenizer)
-    tell_teacher_prompts(recipe, path, teacher, tokenizer)
+    tell_teacher_prompts(recipe, own_tokenizer, tokenizer)
     if not recipe.teacher_has_own_prompts:
         return None, end_ids
     return load_teacher_tokenizer(path, teacher, tokenizer, recipe.teacher_template), end_ids

@@ -135,13 +135,11 @@ def _probe_ids(tokenizer: Any, prompt: PromptConfig) -> list[int]:
         return []
 
 
-def tell_teacher_prompts(
-    recipe: Recipe, path: str, teacher: TeacherConfig, student_tokenizer: Any
-) -> None:
-    """Log what the teacher reads where its own template or BOS differs from the student's."""
-    tokenizer = load_tokenizer(
-        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
-    )
+def tell_teacher_prompts(recipe: Recipe, tokenizer: Any, student_tokenizer: Any) -> None:
+    """Log what the teacher reads where its own template or BOS differs from the student's.
+
+    tokenizer: the teacher's.
+    """
     uses_template = recipe.prompt.template == "chat"
     if uses_template and not getattr(tokenizer, "chat_template", None):
         difference = "the teacher's tokenizer has no chat template"
