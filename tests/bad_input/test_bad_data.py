@@ -69,13 +69,13 @@ DATA: dict[str, tuple[str, str | bytes | None, tuple[str, ...], str]] = {
     ),
     "gzip": (
         "jsonl",
-        gzip.compress(VALID_LINES.encode()),
+        gzip.compress(VALID_LINES.encode(), mtime=0),
         (),
         "FILE line 1 is not UTF-8 (invalid start byte): convert the file" + SKIP_HINT,
     ),
     "half a gzip": (
         "jsonl.gz",
-        gzip.compress(VALID_LINES.encode())[:-9],
+        gzip.compress(VALID_LINES.encode(), mtime=0)[:-9],
         (),
         "data file FILE cannot be read (Compressed file ended before the end-of-stream marker was "
         "reached): check it",
