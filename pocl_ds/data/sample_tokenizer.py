@@ -342,7 +342,7 @@ class SampleTokenizer:
                     rows.append(row)
                     spans.append(result.ids[run])
         decoded = dict.fromkeys(rows, "")
-        texts = self.tokenizer.batch_decode(spans, skip_special_tokens=False) if spans else []
+        texts = self.encoder.decode(spans)
         for row, text in zip(rows, texts, strict=True):
             decoded[row] += text
         for row, text in decoded.items():

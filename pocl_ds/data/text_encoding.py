@@ -92,6 +92,13 @@ class TextEncoder:
                 results[index] = result
         return [result for result in results if result is not None]
 
+    def decode(self, sequences: Sequence[list[int]]) -> list[str]:
+        """The texts of sequences of token ids, special tokens included."""
+        if self.tokenizer.is_fast:  # without the conversions of transformers, twice as fast
+            backend = self.tokenizer.backend_tokenizer
+            return list(backend.decode_batch(sequences, skip_special_tokens=False))
+        return list(self.tokenizer.batch_decode(sequences, skip_special_tokens=False))
+
     def _encode_plain(self, texts: list[str], add_special_tokens: bool) -> list[EncodedText]:
         if not texts:
             return []
