@@ -20,6 +20,7 @@ from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.quantization import check_quantized_teacher
+from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
 from pocl_ds.models.vocab import VocabMap, align_model_vocabularies
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.cache import STEP, CacheShard
@@ -42,14 +43,15 @@ def cache_teacher(
     usage: TeacherUsage,
     fingerprint: str,
     shard: int | None = None,
+    load: ModelLoader = load_recipe_model,
 ) -> None:
     """Write teacher_cache/: the teacher's outputs at the loss tokens of the training and validation
     samples, and its head. Finished shards are not written again.
 
     All ranks call it together; each computes its share of a shard. shard: write only this shard of
-    each split. With teacher.mode=auto the ranks first measure whether a cache saves time. Raises
-    RecipeError for a shard that does not exist or a `top_k` that is too large, ResourceError for a
-    full disk.
+    each split. load: reads the weights of the teacher. With teacher.mode=auto the ranks first
+    measure whether a cache saves time. Raises RecipeError for a shard that does not exist or a
+    `top_k` that is too large, ResourceError for a full disk.
     """
     # Return if the step is finished, and check the settings.
     manifest = read_manifest(run.teacher_cache)
@@ -83,7 +85,7 @@ def cache_teacher(
     if codec:
         info = {"mode": "cached_topk", "top_k": asdict(codec)}
     if unfinished:
-        writer = CacheWriter(run, teacher, path, vocab, codec, config)
+        writer = CacheWriter(run, teacher, path, vocab, codec, config, load)
         info |= writer.write(splits, shards, unfinished, usage, fingerprint)
     distributed.barrier()
     if distributed.rank() == 0:

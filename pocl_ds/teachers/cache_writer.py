@@ -23,7 +23,7 @@ from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.batch_invariance import choose_samples
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import supports_packing
-from pocl_ds.models.load import load_model
+from pocl_ds.models.recipe_model import ModelLoader
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import Progress
@@ -55,8 +55,9 @@ class CacheWriter:
         vocab: VocabMap,
         codec: TopKCodec | None,
         config: TeacherCacheConfig,
+        load: ModelLoader,
     ) -> None:
-        """path: of the teacher. codec: None caches hidden states."""
+        """path: of the teacher. codec: None caches hidden states. load: see `build_trainer`."""
         # Load the teacher, in shards if ZeRO-3 is configured.
         teacher_ds_config = ds_config.resolve_teacher(
             teacher.ds_config,
@@ -67,15 +68,7 @@ class CacheWriter:
         if teacher_ds_config:
             start_deepspeed()
         with sharded_loading(teacher_ds_config):
-            model = load_model(
-                path,
-                dtype=teacher.dtype,
-                attention=teacher.attn_implementation,
-                dropout=None,
-                trust_remote_code=teacher.trust_remote_code,
-                revision=teacher.revision,
-                quantization=teacher.quantization,
-            )
+            model = load(path, teacher, None)
         self.teacher = OnlineTeacher(model, teacher_ds_config, vocab)
         self.packed = supports_packing(model)
         self.run, self.mode, self.codec, self.config = run, teacher.mode, codec, config

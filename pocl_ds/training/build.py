@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from pocl_ds.config import (
     EnsembleTeacherConfig,
     ModelSource,
-    StudentConfig,
     TeacherConfig,
     ds_config,
 )
@@ -35,13 +34,13 @@ from pocl_ds.losses.fused_head import chunk_sizes
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import (
     embedding_rows,
-    load_model,
     load_model_config,
     load_tokenizer,
     max_positions,
 )
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
+from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
 from pocl_ds.models.token_checks import check_split, rows_by_reader
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
 from pocl_ds.rollouts.policies import POLICIES
@@ -86,8 +85,12 @@ class _Splits:
         return cls(TokenizedSplit.open(run.data, "train"), validation, generated)
 
 
-def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
+def build_trainer(
+    run: RunDirectory, training: TrainingRun, load: ModelLoader = load_recipe_model
+) -> Trainer:
     """Load models and data of a training. All ranks call it together.
+
+    load: reads the weights of a model; `pocl bench` makes random ones in its place.
 
     Raises ResourceError if memory or a package is missing, ModelError for models that do not fit
     together, RecipeError for settings that these models do not support.
@@ -105,8 +108,8 @@ def build_trainer(run: RunDirectory, training: TrainingRun) -> Trainer:
     _check_chunk_memory(training, vocab)
 
     # Load the teacher, then the student.
-    teacher = _build_teacher(run, training, splits, vocab, teacher_ds_config)
-    engine = _build_engine(training, vocab)
+    teacher = _build_teacher(run, training, splits, vocab, teacher_ds_config, load)
+    engine = _build_engine(training, vocab, load)
     student: Any = engine.module
     teacher_models = _online_models(teacher)
 
@@ -305,6 +308,7 @@ def _build_teacher(
     splits: _Splits,
     vocab: VocabMap,
     teacher_ds_config: dict[str, Any] | None,
+    load: ModelLoader,
 ) -> Teacher | NoTeacher:
     """The cached teacher, the online teacher, the ensemble of several, or none."""
     config = training.teacher
@@ -322,7 +326,7 @@ def _build_teacher(
             update={"revision": source.revision, "trust_remote_code": source.trust_remote_code}
         )
         with sharded_loading(teacher_ds_config):
-            model = load_from_config(path, source_config, None)
+            model = load(path, source_config, None)
             teachers.append(
                 OnlineTeacher(model, teacher_ds_config, vocab, split=training.loss.fused)
             )
@@ -342,7 +346,7 @@ def _online_models(teacher: Teacher | NoTeacher) -> list[Any]:
     return [member.model for member in teachers if isinstance(member, OnlineTeacher)]
 
 
-def _build_engine(training: TrainingRun, vocab: VocabMap) -> Engine:
+def _build_engine(training: TrainingRun, vocab: VocabMap, load: ModelLoader) -> Engine:
     """The student in its engine, sharded from the start if DeepSpeed runs it."""
     student, train = training.student, training.train
     uses_deepspeed = train.engine == "deepspeed"
@@ -350,7 +354,7 @@ def _build_engine(training: TrainingRun, vocab: VocabMap) -> Engine:
         student.ds_config, train=train, dtype=student.dtype, ranks=distributed.world_size()
     )
     with sharded_loading(config if uses_deepspeed else None):
-        model = load_from_config(training.student_path, student, student.dropout)
+        model = load(training.student_path, student, student.dropout)
     if student.lora:
         log.info("%s", add_adapters(model, student.lora, training.seed))
     if student.activation_checkpointing:
@@ -362,21 +366,6 @@ def _build_engine(training: TrainingRun, vocab: VocabMap) -> Engine:
         split=training.loss.fused,
     ).train()
     return DeepSpeedEngine(module, train, config) if uses_deepspeed else TorchEngine(module, train)
-
-
-def load_from_config(
-    path: str, config: StudentConfig | TeacherConfig, dropout: float | None
-) -> Any:
-    """Load the model in a folder with the dtype, attention and quantization of the recipe."""
-    return load_model(
-        path,
-        dtype=config.dtype,
-        attention=config.attn_implementation,
-        dropout=dropout,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-        quantization=config.quantization if isinstance(config, TeacherConfig) else "none",
-    )
 
 
 def read_model_config(path: str, source: ModelSource) -> Any:

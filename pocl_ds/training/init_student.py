@@ -22,8 +22,9 @@ from pocl_ds.models.lora import check_adapters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_quantized_teacher, check_student_is_not_quantized
 from pocl_ds.models.quiet import quiet
+from pocl_ds.models.recipe_model import load_recipe_model
 from pocl_ds.runtime import distributed
-from pocl_ds.training.build import load_from_config, read_model_config
+from pocl_ds.training.build import read_model_config
 from pocl_ds.training.run_training import run_training
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import atomic_directory, remove_partial_directories, write_json
@@ -117,7 +118,7 @@ def _prune(source: str, target: Path, student: StudentConfig) -> dict[str, Any]:
     """Write the student without some of its layers. Returns the entries for the manifest."""
     assert student.prune is not None
     layers = parse_layers(student.prune.drop_layers)
-    model = load_from_config(source, student, None)
+    model = load_recipe_model(source, student)
     parameters_before = sum(p.numel() for p in model.parameters())
     model = prune_layers(model, layers)
     parameters_after = sum(p.numel() for p in model.parameters())

@@ -1,0 +1,30 @@
+"""Load a model as a recipe describes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from pocl_ds.config import StudentConfig, TeacherConfig
+from pocl_ds.models.load import load_model
+
+# (path, section of the recipe, dropout) -> model. `pocl bench gpu` makes random weights instead.
+ModelLoader: TypeAlias = Callable[[str, StudentConfig | TeacherConfig, float | None], Any]
+
+
+def load_recipe_model(
+    path: str, config: StudentConfig | TeacherConfig, dropout: float | None = None
+) -> Any:
+    """Load the model in a folder with the dtype, attention and quantization of the recipe.
+
+    dropout: as `load_model` takes it. Raises ModelError.
+    """
+    return load_model(
+        path,
+        dtype=config.dtype,
+        attention=config.attn_implementation,
+        dropout=dropout,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+        quantization=config.quantization if isinstance(config, TeacherConfig) else "none",
+    )
