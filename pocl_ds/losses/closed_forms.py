@@ -100,6 +100,42 @@ def srkl(
     return value
 
 
+def ab(log_p: Tensor, log_q: Tensor, buffer: Buffer, *, ab_alpha: float, ab_beta: float) -> Tensor:
+    """Alpha-beta divergence, docs/method.md, eq. 18: g = (q^(a + b) - p^a q^b) / a, and in the
+    limit of a = 0 q^b (log q - log p).
+    """
+    a, b = ab_alpha, ab_beta
+    if a == 0:
+        value, g = _alpha_zero(log_p, log_q, buffer, b)
+    else:
+        # As a log(p / q) + (a + b) log q, in which MASKED cancels where a + b is 0.
+        cross = torch.sub(log_p, log_q, out=buffer(0)).mul_(a).add_(log_q, alpha=a + b).exp_()
+        power = torch.mul(log_q, a + b, out=buffer(1)).exp_()
+        if b == 0:
+            terms = log_p.sub_(log_q).mul_(a).sub_(1).mul_(cross).add_(power).div_(a * a)
+        elif a + b == 0:
+            terms = log_p.sub_(log_q).mul_(-a).add_(cross).sub_(1).div_(a * a)
+        else:
+            teacher_power = log_p.mul_(a + b).exp_()
+            terms = teacher_power.mul_(a / (a + b)).add_(power, alpha=b / (a + b))
+            terms.sub_(cross).div_(a * b)
+        value, g = terms.sum(-1), power.sub_(cross).div_(a)
+    log_q.exp_().mul_(g.sum(-1, keepdim=True))
+    torch.sub(g, log_q, out=log_q)
+    return value
+
+
+def _alpha_zero(log_p: Tensor, log_q: Tensor, buffer: Buffer, b: float) -> tuple[Tensor, Tensor]:
+    """The alpha-beta divergence at a = 0, and g in buffer(0)."""
+    g = torch.sub(log_q, log_p, out=buffer(0))
+    if b == 0:
+        return torch.mul(g, g, out=buffer(1)).sum(-1) / 2, g
+    power = torch.mul(log_q, b, out=buffer(1)).exp_()
+    g.mul_(power)
+    terms = log_p.mul_(b).exp_().sub_(power).add_(g, alpha=b)
+    return terms.sum(-1) / b**2, g
+
+
 def _log_(mixture: Tensor) -> Tensor:
     """The logarithm, in place. It stays finite where both parts underflowed; they multiply it by
     0.
@@ -108,5 +144,5 @@ def _log_(mixture: Tensor) -> Tensor:
 
 
 CLOSED_FORMS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (fkl, rkl, tvd, jsd, skl, srkl)
+    function.__name__: function for function in (fkl, rkl, tvd, jsd, skl, srkl, ab)
 }

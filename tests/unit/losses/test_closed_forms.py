@@ -24,6 +24,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         for skew in (0.0, 0.6, 1.0)
         for detach in (False, True)
     ),
+    *(("ab", {"ab_alpha": a, "ab_beta": b}) for a, b in ((1.0, 0.0), (0.0, 0.5), (0.0, 0.0))),
+]
+# They grow with p / q or q / p beyond any number, so that distant distributions overflow.
+UNBOUNDED: list[tuple[str, dict[str, Any]]] = [
+    ("ab", {"ab_alpha": a, "ab_beta": b}) for a, b in ((0.4, -0.4), (-0.2, 0.7), (1.5, -0.5))
 ]
 
 
@@ -73,8 +78,13 @@ def by_autograd(
     )[0]
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
-@pytest.mark.parametrize("spread", [0.3, 3.0, 40.0])
+@pytest.mark.parametrize(
+    ("name", "options", "spread"),
+    [
+        *((*case, spread) for case in CASES for spread in (0.3, 3.0, 40.0)),
+        *((*case, 0.3) for case in UNBOUNDED),
+    ],
+)
 @pytest.mark.parametrize(("kind", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
 def test_value_and_gradient(
     name: str, options: dict[str, Any], spread: float, kind: torch.dtype, tolerance: float
@@ -102,7 +112,7 @@ def test_huge_logits_stay_finite(name: str, options: dict[str, Any]) -> None:
     assert value.isfinite().all() and log_q.isfinite().all() and (value >= -1e-5).all()
 
 
-@pytest.mark.parametrize(("name", "options"), CASES)
+@pytest.mark.parametrize(("name", "options"), [*CASES, *UNBOUNDED])
 def test_no_memory_is_allocated_besides_the_buffers(name: str, options: dict[str, Any]) -> None:
     log_p, log_q = (side.log_softmax(-1) for side in logits(3.0, torch.float32))
     buffers = buffers_like(log_p)
