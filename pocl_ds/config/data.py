@@ -202,7 +202,10 @@ class DataConfig(Section):
         0.05, description="Fraction of `source` held out for testing, chosen by the same hash."
     )
     max_train_samples: Positive | None = Field(
-        None, description="Maximum number of training samples, chosen by hash; `null` for all."
+        None,
+        description="Maximum number of training samples, chosen by hash before their tokens are "
+        "counted: samples that `prompt.overlong` leaves out are not replaced by others; `null` for "
+        "all.",
     )
     max_validation_samples: Positive | None = Field(
         None, description="Maximum number of validation samples, chosen by hash; `null` for all."

@@ -113,6 +113,11 @@ class Sample:
             response = replace(response, content=text, reasoning_content="", tool_calls=())
         return replace(self, messages=(*self.prompt, response), other_references=())
 
+    def with_last_turn_trained(self) -> Sample:
+        """The sample with a loss on its last response alone."""
+        prompt = (replace(message, train=False) for message in self.prompt)
+        return replace(self, messages=(*prompt, replace(self.response, train=True)))
+
     def with_response(self, text: str, *, ended: bool = True) -> Sample:
         """The sample with a model's response as its only reference and the only turn that trains.
 

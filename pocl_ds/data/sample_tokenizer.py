@@ -70,7 +70,8 @@ class SampleTokenizer:
         special_tokens_in_text: SpecialTokensInText = "allow",
         keep_all: bool = False,
     ) -> None:
-        """keep_all: leave out no sample for its length; a question that is too long is cut.
+        """keep_all: leave out no sample: a question that is too long is cut, and special tokens
+        are escaped where samples with them would be dropped.
 
         Raises ModelError if the tokenizer has no EOS token.
         """
@@ -81,6 +82,8 @@ class SampleTokenizer:
             )
         self.tokenizer, self.config = tokenizer, config
         self.template = load_template(tokenizer, config)
+        if keep_all and special_tokens_in_text == "drop":
+            special_tokens_in_text = "escape"
         self.encoder = TextEncoder(tokenizer, escapes=special_tokens_in_text == "escape")
         self.special_tokens_in_text, self.keep_all = special_tokens_in_text, keep_all
         self.counts: Counter[str] = Counter()  # of EVENTS

@@ -6,6 +6,7 @@ Each file has a manifest, which records how the answers were generated.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -73,7 +74,7 @@ def summarize_answers(
     Returns:
         Values by name. distinct_1 and distinct_2 are computed over all answers of a seed, then
         averaged over seeds. answer_tokens is the mean length with EOS; tokens_per_second leaves
-        out everything but generation.
+        out everything but generation. sources: see `summarize_sources`.
     """
     rouge = [100 * statistics.fmean(r["rouge_l"] for r in records) for records in records_by_seed]
     exact = [
@@ -101,4 +102,26 @@ def summarize_answers(
         "cut_prompts": max(info["cut_prompts"] for info in infos),
         "answer_tokens": tokens / len(all_responses),
         "tokens_per_second": tokens / max(seconds, 1e-9),
+        **summarize_sources(records_by_seed),
+    }
+
+
+def summarize_sources(
+    records_by_seed: Sequence[Sequence[dict[str, Any]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Items and mean ROUGE-L in percent of each source of a mixture (`data.sources`), as `sources`;
+    empty if the items have no source.
+    """
+    scores: dict[str, list[float]] = {}
+    for record in itertools.chain.from_iterable(records_by_seed):
+        if "source" in record:
+            scores.setdefault(record["source"], []).append(record["rouge_l"])
+    if not scores:
+        return {}
+    seeds = len(records_by_seed)
+    return {
+        "sources": {
+            name: {"samples": len(values) // seeds, "rouge_l": 100 * statistics.fmean(values)}
+            for name, values in sorted(scores.items())
+        }
     }

@@ -382,6 +382,7 @@ def _answer_record(
     """An item's line in a file of answers. Scores are between 0 and 1."""
     return {
         "id": sample.id,
+        **({"source": sample.source} if sample.source else {}),
         "prompt": prompt_text,
         "instruction": sample.instruction,
         "input": sample.input,

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pocl_ds.config import PromptConfig
-from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.errors import ArtifactError
 from pocl_ds.models.attention import FAMILIES, PER_SAMPLE
 from pocl_ds.models.load import embedding_rows, load_model, load_model_config, load_tokenizer
@@ -85,12 +83,6 @@ class ModelLoader:
         """Rows of the models that read the students' ids as they are."""
         names = self.students if ids.teacher_ids is not None else self.paths
         return {self.paths[name]: self.vocabulary_rows(name) for name in names}
-
-    def sample_tokenizer(self, prompt: PromptConfig) -> SampleTokenizer:
-        """The students' tokenizer, as for data/test; it cuts long references and drops none."""
-        return SampleTokenizer(
-            self.tokenizer((self.students or [TEACHER])[0]), prompt, keep_all=True
-        )
 
     def shared_ids(self) -> VocabMap:
         """The ids that all models share, so that every number is over the same ids.

@@ -17,9 +17,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,10 +26,11 @@ from torch import Tensor
 from pocl_ds.config import EvaluateConfig, PromptConfig, TeacherConfig, semantic_fields
 from pocl_ds.data.batches import Batch
 from pocl_ds.data.conversation import Sample
+from pocl_ds.data.sample_tokenizer import SpecialTokensInText
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.evaluation.benchmarks import TEST_SPLIT, external_benchmarks
 from pocl_ds.evaluation.evaluated_models import TEACHER, ModelLoader, model_identity
-from pocl_ds.evaluation.held_out_data import HeldOutSet, read_held_out_sets
+from pocl_ds.evaluation.held_out_data import HeldOutReader, HeldOutSet
 from pocl_ds.losses.divergences import fkl, log_probabilities
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import (
@@ -63,6 +63,8 @@ def measure_held_out_loss(
     paths: Mapping[str, str],
     *,
     teacher: TeacherConfig | None = None,
+    teacher_template: Literal["student", "own"] = "student",
+    special_tokens_in_text: SpecialTokensInText = "allow",
     threads: int | None = None,
     trusted: Collection[str] = (),
 ) -> None:
@@ -77,6 +79,8 @@ def measure_held_out_loss(
     Args:
         paths: model (`teacher`, `initial`, `student`, `baseline`) -> folder or Hub name.
         teacher: as the recipe has it, for a warning if training uses another teacher.
+        teacher_template: whose template writes the prompts that the teacher reads, as in training.
+        special_tokens_in_text: `data.special_tokens_in_text`, as for training.
         trusted: the models whose own Python code may run.
 
     Raises:
@@ -93,7 +97,8 @@ def measure_held_out_loss(
     benchmarks = external_benchmarks(run, config)
     if not len(test_split) and not benchmarks:
         return
-    expected = _fingerprint(config, prompt, paths, test_split, benchmarks)
+    texts = teacher_template, special_tokens_in_text
+    expected = _fingerprint(config, prompt, texts, paths, test_split, benchmarks)
     manifest_name = f"{HELD_OUT_LOSS}.manifest.json"
     manifest = read_manifest(run.evaluation, manifest_name)
     is_current = manifest is not None and manifest.fingerprint == expected
@@ -105,7 +110,9 @@ def measure_held_out_loss(
     start = time.monotonic()
     if threads is not None:
         torch.set_num_threads(threads)
-    losses, info = _measure(run, config, prompt, paths, benchmarks, trusted)
+    models = ModelLoader(dict(paths), resolve_dtype(config.generation.dtype), trusted)
+    reader = HeldOutReader(run, config, prompt, benchmarks, special_tokens_in_text)
+    losses, info = _measure(run, models, reader, own_prompts=teacher_template == "own")
     write_json(run.evaluation / HELD_OUT_LOSS, losses)
     write_manifest(
         run.evaluation,
@@ -170,6 +177,7 @@ def _warn_of_other_teacher(teacher: TeacherConfig) -> None:
 def _fingerprint(
     config: EvaluateConfig,
     prompt: PromptConfig,
+    texts: tuple[str, str],
     paths: Mapping[str, str],
     test_split: TokenizedSplit,
     benchmarks: Mapping[str, Sequence[Sample]],
@@ -180,6 +188,7 @@ def _fingerprint(
             {model: model_identity(path) for model, path in paths.items()},
             resolve_dtype(config.generation.dtype),
             semantic_fields(prompt),
+            texts,
             [bytes(test_split.ids[row]).decode() for row in rows],
             {name: [sample.to_json() for sample in items] for name, items in benchmarks.items()},
         ]
@@ -187,18 +196,14 @@ def _fingerprint(
 
 
 def _measure(
-    run: RunDirectory,
-    config: EvaluateConfig,
-    prompt: PromptConfig,
-    paths: Mapping[str, str],
-    benchmarks: Mapping[str, Sequence[Sample]],
-    trusted: Collection[str],
+    run: RunDirectory, models: ModelLoader, reader: HeldOutReader, *, own_prompts: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of held_out_loss.json, and what its manifest records."""
+    """The content of held_out_loss.json, and what its manifest records.
+
+    own_prompts: the teacher reads prompts of its own template.
+    """
     # Find the ids that all models share; leave out a teacher that splits text differently.
     info: dict[str, Any] = {}
-    dtype = resolve_dtype(config.generation.dtype)
-    models = ModelLoader(dict(paths), dtype, trusted)
     try:
         ids = models.shared_ids()
     except IncompatibleTokenizers:
@@ -207,8 +212,8 @@ def _measure(
             "without a KL to the teacher"
         )
         info["kl"] = False
-        students = {name: path for name, path in paths.items() if name != TEACHER}
-        models = ModelLoader(students, dtype, trusted)
+        students = {name: path for name, path in models.paths.items() if name != TEACHER}
+        models = ModelLoader(students, models.dtype, models.trusted)
         ids = models.shared_ids()
 
     with explain_disk_errors(run.evaluation):
@@ -218,11 +223,7 @@ def _measure(
             shutil.rmtree(abandoned, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=run.evaluation) as temporary:
             folder = Path(temporary)
-            tokenizer = models.sample_tokenizer(prompt)
-            sets = read_held_out_sets(run, config, tokenizer, benchmarks, folder)
-            rows = models.rows_by_reader(ids)
-            for held_out in sets:
-                held_out.check_token_ids(ids, tokenizer.tokenizer, rows)
+            sets = reader.read(models, ids, folder, own_prompts=own_prompts)
             losses = _measure_models(folder, models, sets, ids)
     info["samples"] = sum(len(held_out.rows) for held_out in sets if held_out.benchmark is None)
     info["ids"] = int(ids.allowed.sum())
@@ -295,9 +296,8 @@ def _run_teacher(
             torch.inference_mode(),
             Progress(len(held_out.rows), "samples", f"{held_out.label}, teacher") as progress,
         ):
-            for batch in held_out:
-                teacher_batch = replace(batch, input_ids=ids.teacher_inputs(batch.input_ids))
-                hidden = _loss_states(model, teacher_batch)
+            for batch in held_out.teacher_batches(ids):
+                hidden = _loss_states(model, batch)
                 states[start : start + len(hidden)] = hidden.to(states.device)
                 start += len(hidden)
                 progress.advance(len(batch.rows))

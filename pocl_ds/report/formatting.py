@@ -88,7 +88,7 @@ def about_rows(summary: RunSummary, recipe: dict[str, Any]) -> list[tuple[str, s
     rows = [
         ("student", field("student", "model")),
         ("teacher", field("teacher", "model")),
-        ("data", field("data", "source")),
+        ("data", field("data", "source") or _source_names(field("data", "sources"))),
         ("loss", field("loss", "name")),
         ("policy", field("policy", "name")),
         ("ranking", field("ranking", "strategy")),
@@ -111,6 +111,49 @@ def about_rows(summary: RunSummary, recipe: dict[str, Any]) -> list[tuple[str, s
         node_hours, restarts = summary.history.node_hours, summary.history.restarts
         rows.append(("jobs", f"{node_hours:.2f} node hours, {restarts} restarts"))
     return [(label, str(value)) for label, value in rows if value]
+
+
+def _source_names(sources: Sequence[Mapping[str, Any]] | None) -> str:
+    """The sources of a mixture, with their weights."""
+    return ", ".join(
+        str(source.get("name") or source.get("source"))
+        + (f" × {source['weight']:g}" if source.get("weight", 1) != 1 else "")
+        for source in sources or ()
+    )
+
+
+def source_rows(summary: RunSummary) -> tuple[list[str], list[list[str]]]:
+    """Header, and a row for each source of a mixture: training samples, their mean place in the
+    ranking, and each model's ROUGE-L on the source's items of the test split.
+    """
+    rank = summary.manifests.get("rank")
+    places = rank.info.get("sources", {}) if rank else {}
+    models = summary.results["models"] if summary.results else {}
+    scores = {
+        model: benchmark["sources"]
+        for model, entry in models.items()
+        for benchmark in entry["benchmarks"].values()
+        if "sources" in benchmark
+    }
+    models_shown = [model for model in MODEL_LABELS if model in scores]
+    header = ["source", "training samples", "mean place"]
+    if scores:
+        header += ["test items", *(f"ROUGE-L, {MODEL_LABELS[model]}" for model in models_shown)]
+    rows = []
+    for name in dict.fromkeys([*places, *(name for items in scores.values() for name in items)]):
+        place = places.get(name)
+        cells = [
+            name,
+            f"{place['samples']:,}" if place else ABSENT,
+            format_number(place and place["mean_place"], 2),
+        ]
+        entries = [scores[model].get(name) for model in models_shown]
+        if scores:
+            items = next((entry["samples"] for entry in entries if entry), None)
+            cells.append(ABSENT if items is None else f"{items:,}")
+        cells += [format_number(entry and entry["rouge_l"], 2) for entry in entries]
+        rows.append(cells)
+    return header, rows
 
 
 def results_rows(results: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:

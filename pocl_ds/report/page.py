@@ -38,6 +38,7 @@ from pocl_ds.report.formatting import (
     plan_rows,
     results_note,
     results_rows,
+    source_rows,
     training_sentence,
 )
 from pocl_ds.report.items import BenchmarkItems
@@ -69,12 +70,7 @@ def html_page(summary: RunSummary, *, name: str, recipe_yaml: str) -> str:
             _about(summary, recipe),
             _results(summary, recipe),
             _curriculum(summary, chart_figures(visits, len(difficulty) + len(training))),
-            section(
-                "Difficulty",
-                chart_figures(difficulty, 0),
-                anchor="difficulty",
-                note="How hard each sample is for the initial student, and its subset.",
-            ),
+            _difficulty(summary, chart_figures(difficulty, 0)),
             _samples(summary),
             section(
                 "Training",
@@ -229,6 +225,15 @@ def _curriculum(summary: RunSummary, figures: str) -> str:
         note=f"Scheduler {summary.plan['scheduler']}, {summary.plan['batch_size']} samples per "
         "optimizer step.",
     )
+
+
+def _difficulty(summary: RunSummary, figures: str) -> str:
+    header, rows = source_rows(summary)
+    note = "How hard each sample is for the initial student, and its subset."
+    if rows:
+        note += " The mean place is 0 for the easiest and 1 for the hardest samples."
+    table = html_table(header, html_rows(rows), caption="sources") if rows else ""
+    return section("Difficulty", table, figures, anchor="difficulty", note=note)
 
 
 def _samples(summary: RunSummary) -> str:

@@ -293,6 +293,8 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
         recipe.prompt,
         {name: model_path(run, name) for name in models},
         teacher=recipe.teacher,
+        teacher_template=recipe.teacher_template,
+        special_tokens_in_text=recipe.data.special_tokens_in_text,
         threads=recipe.launch.threads_per_rank,
         trusted=trusted,
     )

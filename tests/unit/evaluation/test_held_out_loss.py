@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pocl_ds.config import EvaluateConfig, PromptConfig
+from pocl_ds.data.conversation import read_sample_file
+from pocl_ds.data.sample_tokenizer import SampleTokenizer
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import RecipeError
 from pocl_ds.evaluation import held_out_loss
@@ -17,6 +23,7 @@ from pocl_ds.evaluation.evaluated_models import model_path
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime.hashing import select_by_hash
+from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
 
@@ -76,3 +83,96 @@ def test_samples_are_chosen_by_hash_and_temporary_files_are_removed(
 def test_benchmark_names_must_be_file_names(name: str) -> None:
     with pytest.raises(RecipeError, match=r"evaluate\.benchmarks"):
         check_benchmark_names([name])
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_teacher_with_its_own_prompts_reads_them(
+    run: RunDirectory,
+    make_config: Callable[..., EvaluateConfig],
+    prompt: PromptConfig,
+    tmp_path: Path,
+) -> None:
+    """Against float64 over full logits: the student's prompt in the student, and in the teacher the
+    prompt of its own template, with the same response.
+    """
+    teacher = tmp_path / "own"
+    shutil.copytree(model_path(run, "teacher"), teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(teacher)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"instruction": "q", "output": "an answer"}))
+    paths = {"teacher": str(teacher), "initial": model_path(run, "initial")}
+    chat = prompt.model_copy(update={"template": "chat"})
+    student_tokenizer = AutoTokenizer.from_pretrained(paths["initial"])
+    student_tokenizer.chat_template = CHAT_TEMPLATE.replace("<", "[")
+    initial = tmp_path / "initial"
+    shutil.copytree(paths["initial"], initial)
+    student_tokenizer.save_pretrained(initial)
+    paths["initial"] = str(initial)
+    config = make_config(max_samples=4, benchmarks={"b": str(tmp_path / "b.jsonl")})
+    held_out_loss.measure_held_out_loss(run, config, chat, paths, teacher_template="own")
+    losses = read_json(run.evaluation / "held_out_loss.json")
+
+    own = SampleTokenizer(tokenizer, chat)
+    split = TokenizedSplit.open(run.data, "test")
+    samples = list(read_sample_file(run.data / "test.jsonl"))
+    models = [
+        AutoModelForCausalLM.from_pretrained(paths[name]).double().eval()
+        for name in ("initial", "teacher")
+    ]
+    kl, count = 0.0, 0
+    for row in select_by_hash(split.ids, 4):
+        start = int(split.prompt_tokens[row])
+        response = split.tokens(row)[start:].astype("int64").tolist()
+        prompts = [split.tokens(row)[:start].tolist(), own.tokenize_prompt(samples[row])]
+        with torch.no_grad():
+            q, p = (
+                model(torch.tensor([ids + response])).logits[0, len(ids) - 1 : -1, :320]
+                for model, ids in zip(models, prompts, strict=True)
+            )
+        q, p = q.log_softmax(-1), p.log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum())
+        count += len(response)
+    assert losses["initial"]["tokens"] == count
+    assert losses["initial"]["kl"] == pytest.approx(kl / count, rel=1e-5)
+    assert losses["initial"]["benchmarks"]["b"]["kl"] > 0
+
+    # The student's prompts are another measurement, so the result is not reused.
+    held_out_loss.measure_held_out_loss(run, config, chat, paths)
+    of_student = read_json(run.evaluation / "held_out_loss.json")["initial"]
+    assert of_student["loss"] == pytest.approx(losses["initial"]["loss"], rel=1e-6)
+    assert of_student["kl"] != pytest.approx(kl / count, rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["escape", "drop"])
+def test_special_tokens_in_references_are_ordinary_text(
+    mode: str,
+    run: RunDirectory,
+    make_config: Callable[..., EvaluateConfig],
+    prompt: PromptConfig,
+    tmp_path: Path,
+) -> None:
+    """No item is dropped, and the text of EOS inside a reference costs more than one token."""
+    path = model_path(run, "initial")
+    eos = AutoTokenizer.from_pretrained(path).eos_token
+    (tmp_path / "b.jsonl").write_text(
+        json.dumps({"instruction": "q", "output": f"one {eos} two"}) + "\n"
+    )
+    config = make_config(benchmarks={"b": str(tmp_path / "b.jsonl")})
+    tokens = []
+    for setting in ("allow", mode):
+        held_out_loss.measure_held_out_loss(
+            run,
+            config,
+            prompt,
+            {"initial": path},
+            special_tokens_in_text=setting,  # type: ignore[arg-type]
+        )
+        losses = read_json(run.evaluation / "held_out_loss.json")
+        tokens.append(losses["initial"]["benchmarks"]["b"]["tokens"])
+    assert tokens[1] > tokens[0]
