@@ -114,8 +114,11 @@ def _build_trainer(work: Workload, folder: Path, steps: int) -> Trainer:
 
 def _time_steps(trainer: Trainer, start: int, count: int) -> list[float]:
     """Seconds of some optimizer steps."""
-    positions = map(trainer.schedule.sampler.position, range(start, start + count))
-    return [trainer.train_step(position).record["seconds"] for position in positions]
+    seconds = []
+    for position in map(trainer.schedule.sampler.position, range(start, start + count)):
+        trainer.train_step(position)
+        seconds.append(trainer.finish_step()["seconds"])
+    return seconds
 
 
 def _time(action: Callable[[], object]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pocl_ds.config.base import (
     RUNTIME_ONLY,
@@ -144,5 +144,20 @@ class TrainConfig(Section):
         "to `train/logs/` and the run ends.",
         json_schema_extra=RUNTIME_ONLY,
     )
+    profile_steps: tuple[Positive, Positive] | None = Field(
+        None,
+        description="First and last optimizer step, as in `[10, 12]`, of which rank 0 writes a "
+        "trace of torch.profiler and its largest entries to `train/profile/`.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _check_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(
+                f"the first step {steps[0]} comes after the last step {steps[1]}: exchange them"
+            )
+        return steps

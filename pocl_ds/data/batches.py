@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,8 @@ class Batch:
     split: str  # name of the split
     teacher_view: TeacherView | None = None  # for a teacher with another tokenizer
     teacher_batch: Batch | None = None  # for a teacher with its own prompts: the same loss tokens
+    # Of a cached teacher, see `Teacher.outputs`; read together with the batch.
+    teacher_outputs: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
@@ -53,19 +56,22 @@ class Batch:
             positions=self.positions[own],
             labels=self.labels[own],
             sample_of_token=self.sample_of_token[own],
+            teacher_outputs=None if self.teacher_outputs is None else self.teacher_outputs[own],
         )
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with a function applied to each of its tensors."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        mapped: dict[str, Any] = {
+            name: function(value) if isinstance(value, Tensor) else value.map_tensors(function)
+            for name, value in values.items()
+            if isinstance(value, (Tensor, TeacherView, Batch))
+        }
+        return replace(self, **mapped)
 
     def to(self, device: torch.device) -> Batch:
         """Copy the batch to a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        on_device = {
-            name: value.to(device, non_blocking=True)
-            for name, value in values.items()
-            if isinstance(value, Tensor)
-        }
-        teacher_view = self.teacher_view.to(device) if self.teacher_view else None
-        teacher_batch = self.teacher_batch.to(device) if self.teacher_batch else None
-        return replace(self, **on_device, teacher_view=teacher_view, teacher_batch=teacher_batch)
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -80,13 +86,13 @@ class TeacherView:
     teacher_spans: Tensor  # [m] int64: the same for the teacher's loss tokens
     num_spans: int
 
-    def to(self, device: torch.device) -> TeacherView:
-        """Copy the view to a device."""
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> TeacherView:
+        """See `Batch`."""
         return replace(
             self,
-            batch=self.batch.to(device),
-            student_spans=self.student_spans.to(device),
-            teacher_spans=self.teacher_spans.to(device),
+            batch=self.batch.map_tensors(function),
+            student_spans=function(self.student_spans),
+            teacher_spans=function(self.teacher_spans),
         )
 
 

@@ -70,16 +70,18 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss_sum * (self.ranks / normalizer), scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> float | Tensor:
         """See `Engine`. DeepSpeed itself skips an update with a non-finite gradient, and then still
-        reports the norm of the step before.
+        reports the norm of the step before. Its decision is the one point of an optimizer step at
+        which the host waits for the GPU.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
         if not self.engine.was_step_applied():
             return math.inf
-        return float(self.engine.get_global_grad_norm())
+        norm: float | Tensor = self.engine.get_global_grad_norm()
+        return norm
 
     def restart_optimizer(self) -> None:
         """See `Engine`."""

@@ -28,11 +28,11 @@ class Engine(Protocol):
         of an optimizer step.
         """
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> float | Tensor:
         """Clip the gradients, update the weights with this learning rate, clear the gradients.
 
-        Returns the gradient norm before clipping. If that is not finite, neither weights nor
-        optimizer change.
+        Returns the gradient norm before clipping, a number or a tensor of one on the device. If it
+        is not finite, neither weights nor optimizer change.
         """
 
     def restart_optimizer(self) -> None:

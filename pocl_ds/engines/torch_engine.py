@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,13 +52,14 @@ class TorchEngine:
             for parameter in self.parameters:
                 dist.all_reduce(parameter.grad)
 
-    def step(self, lr: float) -> float:
-        """See `Engine`."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+    def step(self, lr: float) -> Tensor:
+        """See `Engine`. The fused optimizer skips the update on the device itself."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if math.isfinite(norm):
-            self.optimizer.step()
+        # The argument that a GradScaler sets: 1 changes neither weights nor moments nor step count.
+        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

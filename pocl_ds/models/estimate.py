@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from pocl_ds.models.cost import ModelShape, kv_cache_bytes, parameter_bytes
 from pocl_ds.models.memory import LIVE_PARAMETERS, TrainingSetup
+from pocl_ds.models.peak_flops import PEAK_FLOPS
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Device:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Device("h200-141g", 141e9, 989e12, 4.8e12, 450e9, 2.5e9),
-        Device("h100-80g", 80e9, 989e12, 3.35e12, 450e9, 2.5e9),
-        Device("a100-80g", 80e9, 312e12, 2.0e12, 300e9, 2.0e9),
-        Device("a100-40g", 40e9, 312e12, 1.55e12, 300e9, 2.0e9),
-        Device("l40s-48g", 48e9, 362e12, 0.86e12, 32e9, 2.0e9),
-        Device("a6000-48g", 48e9, 155e12, 0.77e12, 32e9, 2.0e9),
-        Device("rtx4090-24g", 24e9, 165e12, 1.0e12, 25e9, 2.0e9),
+        Device("h200-141g", 141e9, PEAK_FLOPS["H200"], 4.8e12, 450e9, 2.5e9),
+        Device("h100-80g", 80e9, PEAK_FLOPS["H100"], 3.35e12, 450e9, 2.5e9),
+        Device("a100-80g", 80e9, PEAK_FLOPS["A100"], 2.0e12, 300e9, 2.0e9),
+        Device("a100-40g", 40e9, PEAK_FLOPS["A100"], 1.55e12, 300e9, 2.0e9),
+        Device("l40s-48g", 48e9, PEAK_FLOPS["L40S"], 0.86e12, 32e9, 2.0e9),
+        Device("a6000-48g", 48e9, PEAK_FLOPS["RTX A6000"], 0.77e12, 32e9, 2.0e9),
+        Device("rtx4090-24g", 24e9, PEAK_FLOPS["RTX 4090"], 1.0e12, 25e9, 2.0e9),
     )
 }
 

@@ -49,6 +49,12 @@ class Policy(Protocol):
         before the first step.
         """
 
+    @property
+    def stateless(self) -> bool:
+        """Whether a batch depends on its request alone. If so, the trainer selects batches ahead of
+        time, in another thread.
+        """
+
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """Select what the step trains on: a dataset and as many of its rows as were requested."""
 
@@ -66,6 +72,7 @@ class OffPolicy:
     """Trains on the responses of the dataset."""
 
     adaptive = False
+    stateless = True
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
@@ -87,6 +94,8 @@ class GKD(OffPolicy):
     arXiv 2306.13649; docs/method.md, eq. 24).
     """
 
+    stateless = False  # the responses depend on the student's weights
+
     def __init__(self, config: PolicyConfig, generate: GenerateResponses, seed: int) -> None:
         self.config, self.generate, self.seed = config, generate, seed
 
@@ -105,6 +114,7 @@ class ResponseMixture(OffPolicy):
 
     def __init__(self, config: PolicyConfig, generate: GenerateResponses, seed: int) -> None:
         self.shares, self.generate, self.seed = config.shares, generate, seed
+        self.stateless = self.shares.student == 0
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
@@ -137,6 +147,7 @@ class DistiLLM:
     reference_loss: float | None = None  # the validation loss that the next one is compared with
     buffer: GeneratedBatch | None = field(default=None, repr=False)
     adaptive = True
+    stateless = False
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -137,6 +137,23 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
+def gather_vectors(values: torch.Tensor) -> torch.Tensor:
+    """Every rank's vector [n] of the same length and device, in order of rank: [ranks, n]. One
+    collective, and the host does not wait for it on a GPU.
+    """
+    if not dist.is_initialized():
+        return values[None]
+    gathered = values.new_empty(dist.get_world_size(), len(values))
+    dist.all_gather(list(gathered), values)
+    return gathered
+
+
+def digest_number(values: Mapping[str, Any]) -> float:
+    """A hash of values as a number that float64 holds exactly."""
+    digest = hashlib.sha256(repr(sorted(values.items())).encode()).digest()
+    return float(int.from_bytes(digest[:6], "big"))  # 48 bits
+
+
 def assert_ranks_agree(values: Mapping[str, Any]) -> None:
     """Check that all ranks have the same values, for example the batch that they train on next.
 
@@ -146,12 +163,17 @@ def assert_ranks_agree(values: Mapping[str, Any]) -> None:
     if not dist.is_initialized():
         return
     # Compare a hash: its maximum equals its minimum only if all ranks have the same.
-    digest = hashlib.sha256(repr(sorted(values.items())).encode()).digest()
-    number = float(int.from_bytes(digest[:6], "big"))  # 48 bits are exact in float64
+    number = digest_number(values)
     maxima = torch.tensor([number, -number], dtype=torch.float64, device=device())
     dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
-    if maxima[0] == -maxima[1]:
-        return
+    if maxima[0] != -maxima[1]:
+        raise_disagreement(values)
+
+
+def raise_disagreement(values: Mapping[str, Any]) -> NoReturn:
+    """Raise DisagreementError with a rank whose values differ. All ranks call it, after they have
+    seen different hashes.
+    """
     # Find a rank that differs from the majority, and the values in which it does.
     values_of_ranks = gather_objects(dict(values))
     majority = Counter(map(repr, values_of_ranks)).most_common(1)[0][0]

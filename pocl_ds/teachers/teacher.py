@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
+from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.engines.frozen_model import FrozenModel, TeacherBackbone
 from pocl_ds.errors import ArtifactError
 from pocl_ds.losses.token_losses import TeacherHead
@@ -38,9 +39,9 @@ from pocl_ds.workflow.files import read_json
 class Teacher(Protocol):
     """The source of the target distributions. All ranks call every method together."""
 
-    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
-        """Check that the outputs of these rows of a split are available. Raises ArtifactError on
-        all ranks if those of any rank are not.
+    def find_damage(self, split: str, rows: NDArray[np.int64]) -> str | None:
+        """A sentence about the first of these rows of a split whose outputs are not available, or
+        None. No other rank takes part, and it may run in another thread.
         """
 
     def outputs(self, batch: Batch) -> Tensor:
@@ -71,7 +72,7 @@ class OnlineTeacher:
         self._head = output_head(model) if split else identity_head(model)
         self.engine = FrozenModel(TeacherBackbone(model, split=split), ds_config)
 
-    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+    def find_damage(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`. A model can read any row."""
 
     def outputs(self, batch: Batch) -> Tensor:
@@ -102,7 +103,7 @@ class TeacherEnsemble:
         self.teachers = tuple(teachers)
         self.weights = tuple(weight / sum(weights) for weight in weights)
 
-    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+    def find_damage(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`. Models can read any row."""
 
     def outputs(self, batch: Batch) -> Tensor:
@@ -141,21 +142,40 @@ class CachedTeacher:
             parameters["weight"], parameters.get("bias"), settings["scale"], settings["soft_cap"]
         )
 
-    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+    def find_damage(self, split: str, rows: NDArray[np.int64]) -> str | None:
         """See `Teacher`."""
-        damage = self.cache.find_damage(split, rows)
-        flag = torch.tensor([damage is not None], dtype=torch.int32, device=distributed.device())
-        # Reduce one number first, and send the message only if there is damage.
-        if distributed.all_sum(flag).item():
-            with distributed.raise_on_all_ranks("read the teacher cache"):
-                if damage:
-                    raise ArtifactError(damage)
+        return self.cache.find_damage(split, rows)
+
+    def read(self, dataset: TokenizedDataset, batch: Batch) -> Batch:
+        """The batch, made from rows of `dataset`, with its cached outputs on the host."""
+        return replace(batch, teacher_outputs=self.cache.read(dataset.name, batch.rows))
 
     def outputs(self, batch: Batch) -> Tensor:
-        """See `Teacher`."""
+        """See `Teacher`. They are read now, unless the batch brings them."""
+        if batch.teacher_outputs is not None:
+            return batch.teacher_outputs
         return self.cache.read(batch.split, batch.rows).to(distributed.device())
 
     @contextlib.contextmanager
     def head(self) -> Iterator[OutputHead | TopKCodec]:
         """See `Teacher`."""
         yield self._head
+
+
+def verify_damage(damage: str | None) -> None:
+    """Raise ArtifactError on all ranks if the teacher's outputs are damaged on any rank; all ranks
+    call it together, each with what `Teacher.find_damage` returned.
+    """
+    flag = torch.tensor([damage is not None], dtype=torch.int32, device=distributed.device())
+    # Reduce one number first, and send the message only if there is damage.
+    if distributed.all_sum(flag).item():
+        raise_damage(damage)
+
+
+def raise_damage(damage: str | None) -> None:
+    """Raise ArtifactError on a rank with damage, and ResourceError on the others. All ranks call it
+    together.
+    """
+    with distributed.raise_on_all_ranks("read the teacher cache"):
+        if damage:
+            raise ArtifactError(damage)

@@ -31,6 +31,7 @@ from pocl_ds.engines.protocol import Engine
 from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.errors import ArtifactError
 from pocl_ds.losses.fused_head import chunk_sizes
+from pocl_ds.models.attention_choice import log_kernel
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import (
     embedding_rows,
@@ -59,6 +60,7 @@ from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
+from pocl_ds.training.utilization import measure_utilization
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -118,10 +120,15 @@ def build_trainer(
     sampler = Sampler(
         training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
-    layout = choose_layout(training.train, sampler, lengths, [student.model, *teacher_models])
+    models = [student.model, *teacher_models]
+    layout = choose_layout(training.train, sampler, lengths, models)
+    for model in models if layout.packed else ():
+        log_kernel(model, distributed.device())
     data = _training_data(training, splits, layout)
     if training.cross_tokenizer:
         data.teacher_reader = _retokenizer(run, training, teacher_models[0])
+    elif isinstance(teacher, CachedTeacher):
+        data.teacher_reader = teacher.read
     elif training.teacher_has_own_prompts and teacher_models:
         packed = supports_packing(teacher_models[0])
         data.teacher_reader = TeacherPrompts(
@@ -141,6 +148,7 @@ def build_trainer(
             dtype=training.student.dtype,
         ),
         TrainingMonitor(training.directory, training.label, training.train),
+        measure_utilization(training),
     )
 
 

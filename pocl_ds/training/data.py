@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pocl_ds.curriculum.micro_batches import assign_by_tokens, assign_micro_batches
@@ -14,6 +18,15 @@ from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed
 from pocl_ds.training.layout import Layout
+from pocl_ds.training.prefetch import DeviceCopier, Prefetcher
+
+
+@dataclass(frozen=True)
+class StagedBatch:
+    """A batch whose copy to the device has started, and the event after which it is complete."""
+
+    batch: Batch
+    copied: torch.cuda.Event | None
 
 
 @dataclass
@@ -26,10 +39,12 @@ class TrainingData:
     layout: Layout
     micro_batch_size: int
     micro_batch_tokens: int | None = None  # replaces micro_batch_size
-    # Adds what the teacher reads, for one with another tokenizer or with its own prompts.
+    # Adds what the teacher reads, for one with another tokenizer, with its own prompts, or cached.
     teacher_reader: Callable[[TokenizedDataset, Batch], Batch] | None = None
     # The training samples with the teacher's responses, if the policy uses them.
     teacher_responses: TokenizedSplit | None = None
+    # Batches of training and validation may be made at once, and tokenizers are not made for that.
+    _reader_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """This rank's micro-batches of a global batch with these lengths in tokens, as indices into
@@ -62,7 +77,28 @@ class TrainingData:
         """Rows of a dataset as tensors on this rank's device. Without rows the batch is one token
         that does not count in the loss.
         """
+        return self.receive(self.stage(dataset, rows))
+
+    def batches(
+        self, dataset: TokenizedDataset, row_groups: Sequence[NDArray[np.int64]]
+    ) -> Iterator[Batch]:
+        """The `batch` of each group of rows, made while earlier ones are used."""
+        prefetcher = Prefetcher(self.stage(dataset, rows) for rows in row_groups)
+        with contextlib.closing(prefetcher):
+            yield from map(self.receive, prefetcher)
+
+    def stage(self, dataset: TokenizedDataset, rows: NDArray[np.int64]) -> StagedBatch:
+        """Make a batch, and start its copy to this rank's device; may run in another thread."""
         batch = collate(dataset, rows, packed=self.layout.packed)
         if self.teacher_reader:
-            batch = self.teacher_reader(dataset, batch)
-        return batch.to(distributed.device())
+            with self._reader_lock:
+                batch = self.teacher_reader(dataset, batch)
+        return StagedBatch(*self._copier.start(batch))
+
+    def receive(self, staged: StagedBatch) -> Batch:
+        """The batch, which the current stream may use."""
+        return self._copier.finish(staged.batch, staged.copied)
+
+    @cached_property
+    def _copier(self) -> DeviceCopier:
+        return DeviceCopier(distributed.device())

@@ -17,7 +17,7 @@ from pocl_ds.teachers.teacher import Teacher
 class NoTeacher:
     """Takes the place of the teacher if the loss has no divergence (SFT)."""
 
-    def verify(self, split: str, rows: NDArray[np.int64]) -> None:
+    def find_damage(self, split: str, rows: NDArray[np.int64]) -> None:
         """See `Teacher`. There is nothing to check."""
 
     def outputs(self, batch: Batch) -> None:

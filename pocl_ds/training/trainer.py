@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import time
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pocl_ds.config import LossConfig
 from pocl_ds.curriculum.sampler import SamplerPosition
-from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.runtime import distributed
+from pocl_ds.teachers.teacher import raise_damage, verify_damage
 from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
 from pocl_ds.training.non_finite import NonFiniteSteps
+from pocl_ds.training.profiling import StepProfiler
 from pocl_ds.training.responses import ResponseSource
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.seeding import seed_micro_batch
+from pocl_ds.training.step_batches import StepBatches, StepPlan
+from pocl_ds.training.step_exchange import StepExchange, StepOutcome
+from pocl_ds.training.step_timer import ROLLOUT, StepTimer
+from pocl_ds.training.utilization import Utilization
 from pocl_ds.training.validation import Validator
 from pocl_ds.workflow.manifest import package_versions
 
 log = logging.getLogger("pocl_ds")
 
 
-class StepResult(NamedTuple):
-    """The metrics of an optimizer step, and whether a signal asked any rank to stop."""
+@dataclass(frozen=True)
+class RunningStep:
+    """An optimizer step that was started, and what its metrics need once it is complete."""
 
-    record: dict[str, Any]
-    stopping: bool
+    plan: StepPlan
+    lr: float
+    micro_batch_sums: list[Tensor]  # the loss sum of each micro-batch of this rank
+    exchange: StepExchange
+    timer: StepTimer
+    ahead: StepPlan | None  # of the step that the exchange compares
 
 
 class Trainer:
@@ -44,7 +51,8 @@ class Trainer:
 
     models: student and teacher. data: samples and their batches. schedule: stages, learning
     rate and intervals. loss: section `loss` of the recipe. responses: responses that a step trains
-    on. checkpoints: saving and loading of state. monitor: metrics, progress, signals.
+    on. checkpoints: saving and loading of state. monitor: metrics, progress, signals. utilization:
+    of the GPU's peak; None without a GPU whose peak is known.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class Trainer:
         responses: ResponseSource,
         checkpoints: Checkpoints,
         monitor: TrainingMonitor,
+        utilization: Utilization | None = None,
     ) -> None:
         self.models, self.data, self.schedule, self.loss = models, data, schedule, loss
         self.responses, self.checkpoints, self.monitor = responses, checkpoints, monitor
@@ -64,7 +73,16 @@ class Trainer:
             models, data, loss, monitor, max_samples=train.validate_max_samples
         )
         self.non_finite = NonFiniteSteps(monitor.directory, allowed=train.max_non_finite_steps)
+        self.batches = StepBatches(responses, schedule, data, models)
+        self.profiler = StepProfiler(monitor.directory / "profile", train.profile_steps)
+        self.utilization, self.device = utilization, distributed.device()
+        # On a GPU the metrics of a step are read while the next one runs, so that the GPU never
+        # waits for the host. A rollout waits for it anyway.
+        self.reads_late = self.device.type == "cuda" and self.batches.works_ahead
         self.first_step = 0  # optimizer steps before this process resumed
+        self.stopping = False  # a signal asked any rank to stop
+        self.record: dict[str, Any] = {}  # metrics of the newest finished step
+        self._running: RunningStep | None = None
 
     def run(self) -> None:
         """Train from the newest checkpoint to the end of the plan.
@@ -87,6 +105,8 @@ class Trainer:
         with (
             contextlib.closing(self.responses),
             monitor.running(first_step=done, total_steps=total),
+            contextlib.closing(self.batches),
+            contextlib.closing(self.profiler),
         ):
             self.non_finite.skipped = monitor.skipped_steps()
             self.validator.log_selection()
@@ -102,77 +122,114 @@ class Trainer:
                 if schedule.restarts_optimizer(position):
                     self.models.engine.restart_optimizer()
 
-                record, stopping = self.train_step(position)
-                monitor.log_step(record, num_stages=len(schedule.plan.stages))
+                with self.profiler.step(step + 1):
+                    self.train_step(position)
+
+                validates, saves = (
+                    schedule.validates_after(position),
+                    schedule.saves_after(position),
+                )
+                if validates or saves or self.stopping:
+                    self.finish_step()
 
                 validation_loss = None
-                if schedule.validates_after(position):
+                if validates:
                     validation_loss = self._validate(stage=position.stage, step=step + 1)
 
-                if stopping or schedule.saves_after(position):
-                    is_final = stopping or step + 1 == total
+                if saves or self.stopping:
+                    is_final = self.stopping or step + 1 == total
                     self._save(step + 1, validation_loss, is_final=is_final)
 
-                if stopping and step + 1 < total:
+                if self.stopping and step + 1 < total:
                     raise monitor.interruption(step + 1, total)
 
-    def train_step(self, position: SamplerPosition) -> StepResult:
-        """One optimizer step over the global batch. All ranks call it together."""
-        start = time.monotonic()
-        models, terms = self.models, self._loss_terms(position)
+    def train_step(self, position: SamplerPosition) -> None:
+        """Run one optimizer step over the global batch; `finish_step` gives its metrics. All ranks
+        call it together.
+        """
+        models, terms, timer = self.models, self._loss_terms(position), StepTimer(self.device)
 
         # Select the global batch, and this rank's micro-batches of it. The loss is a mean over the
         # loss tokens of the whole batch, which every rank can count.
-        dataset, rows = self.responses.select_batch(position, self.schedule, self.data)
-        lengths = np.asarray(dataset.total_tokens[rows], np.int64)
-        loss_tokens = int(dataset.loss_tokens[rows].sum())
-        micro_batches = [rows[members] for members in self.data.micro_batches(lengths)]
-
-        # Ranks that do different things would hang; detect it before the first forward.
-        self._assert_same_step(position, len(micro_batches), int(lengths.sum()), loss_tokens)
-        models.teacher.verify(dataset.name, np.concatenate(micro_batches))
+        with timer.measure("data" if self.batches.works_ahead else ROLLOUT):
+            plan = self.batches.select(position)
+        self._check_new_plans()
+        count, loss_tokens = len(plan.micro_batches), plan.loss_tokens
 
         # Forward and backward, one micro-batch at a time. The teacher's head is gathered after its
         # body has run: a tied head is the body's embedding, which ZeRO-3 releases at that point.
-        sums, totals = torch.zeros(3, dtype=torch.float64, device=distributed.device()), []
-        for number, micro_batch in enumerate(micro_batches):
+        sums, totals = torch.zeros(3, dtype=torch.float64, device=self.device), []
+        batches = self.batches.micro_batches(plan)
+        for number in range(count):
             seed_micro_batch(self.schedule.seed, position.step, number)
-            batch = self.data.batch(dataset, micro_batch)
-            teacher_outputs = models.teacher.outputs(batch)
-            with models.teacher.head() as teacher_head:
-                total, kd, ce = models.engine.forward(batch, terms, teacher_outputs, teacher_head)
-            del teacher_outputs  # backward does not need them
-            is_last = number + 1 == len(micro_batches)
-            models.engine.backward(total, normalizer=loss_tokens, is_last=is_last)
+            with timer.measure("data"):
+                batch = next(batches)
+            with timer.measure("teacher"):
+                teacher_outputs = models.teacher.outputs(batch)
+            with timer.measure("student"):
+                with models.teacher.head() as teacher_head:
+                    total, kd, ce = models.engine.forward(
+                        batch, terms, teacher_outputs, teacher_head
+                    )
+                del teacher_outputs  # backward does not need them
+                is_last = number + 1 == count
+                models.engine.backward(total, normalizer=loss_tokens, is_last=is_last)
             totals.append(total.detach())
             sums += torch.stack([total.detach(), kd, ce])
 
-        # Sum the losses over ranks; the same reduction decides whether all ranks stop.
-        sums, stopping = self._reduce(sums)
-        loss, kd_loss, sft_loss = (float(value) / loss_tokens for value in sums)
+        # While the GPU computes, finish the step before: if its loss was not finite, or the ranks
+        # differ, the run stops before another update.
+        self.finish_step()
 
         # Clip the gradients and update the weights. A step that is not finite changes nothing.
         lr = self.schedule.learning_rate(position)
-        grad_norm = models.engine.step(lr)
-        pieces = [
-            (dataset.ids[micro_batch], total)
-            for micro_batch, total in zip(micro_batches, totals, strict=True)
-        ]
-        if skipped := self.non_finite.check(loss, grad_norm, position, pieces):
-            return StepResult(skipped, stopping)
+        with timer.measure("optimizer"):
+            grad_norm = models.engine.step(lr)
 
-        record = self._record(
-            position,
-            dataset,
-            rows,
-            seconds=time.monotonic() - start,
-            loss=loss,
-            kd_loss=kd_loss,
-            sft_loss=sft_loss,
-            lr=lr,
-            grad_norm=grad_norm,
+        # Sum the losses over ranks, agree on stopping, and compare what a later step trains on:
+        # ranks that do different things would hang there.
+        ahead = self.batches.plan_ahead(position)
+        exchange = StepExchange(
+            sums,
+            grad_norm,
+            stopping=self.monitor.stop.number is not None,
+            is_writing=self.checkpoints.is_writing,
+            is_damaged=ahead is not None and ahead.damage is not None,
+            facts=self._facts(ahead),
         )
-        return StepResult(record, stopping)
+        timer.stop()
+        self._running = RunningStep(plan, lr, totals, exchange, timer, ahead)
+        if not self.reads_late:
+            self.finish_step()
+
+    def finish_step(self) -> dict[str, Any]:
+        """Wait for the step that was started last, log its metrics and return them. All ranks call
+        it together. Does nothing if that step is finished.
+        """
+        step, self._running = self._running, None
+        if step is None:
+            return self.record
+        step.timer.wait()
+        outcome = step.exchange.read()
+        self.stopping = self.stopping or outcome.stopping
+        # A background save that all ranks have finished is completed here.
+        if not outcome.is_writing:
+            self.checkpoints.finalize_async_save()
+
+        loss = outcome.total_sum / step.plan.loss_tokens
+        pieces = [
+            (step.plan.dataset.ids[rows], total)
+            for rows, total in zip(step.plan.micro_batches, step.micro_batch_sums, strict=True)
+        ]
+        skipped = self.non_finite.check(loss, outcome.grad_norm, step.plan.position, pieces)
+        self.record = skipped or self._record(step, outcome)
+        self.monitor.log_step(self.record, num_stages=len(self.schedule.plan.stages))
+
+        if not outcome.ranks_agree:
+            distributed.raise_disagreement(self._facts(step.ahead))
+        if outcome.is_damaged:
+            raise_damage(step.ahead.damage if step.ahead else None)
+        return self.record
 
     def _loss_terms(self, position: SamplerPosition) -> LossTerms:
         """The loss of a step, with the temperature and SFT ratio of its stage."""
@@ -185,44 +242,36 @@ class Trainer:
             dict(self.loss.options),
         )
 
-    def _record(
-        self,
-        position: SamplerPosition,
-        dataset: TokenizedDataset,
-        rows: NDArray[np.int64],
-        *,
-        seconds: float,
-        **values: float,
-    ) -> dict[str, Any]:
+    def _record(self, step: RunningStep, outcome: StepOutcome) -> dict[str, Any]:
         """The metrics of a step. Losses are in nats per token."""
-        stage = self.schedule.stage(position)
-        on_policy = dataset is not self.data.train
-        return {
+        plan, seconds = step.plan, step.timer.seconds
+        stage, loss_tokens = self.schedule.stage(plan.position), plan.loss_tokens
+        tokens_per_second = int(plan.lengths.sum()) / seconds
+        on_policy = plan.dataset is not self.data.train
+        record = {
             "kind": "step",
-            "step": position.step + 1,
-            "stage": position.stage,
-            "epoch": position.epoch,
-            **values,
+            "step": plan.position.step + 1,
+            "stage": plan.position.stage,
+            "epoch": plan.position.epoch,
+            "loss": outcome.total_sum / loss_tokens,
+            "kd_loss": outcome.kd_sum / loss_tokens,
+            "sft_loss": outcome.sft_sum / loss_tokens,
+            "lr": step.lr,
+            "grad_norm": outcome.grad_norm,
             "temperature": stage.temperature,
             "sft_ratio": stage.sft_ratio,
-            "loss_tokens": int(dataset.loss_tokens[rows].sum()),
-            "tokens_per_second": int(np.sum(dataset.total_tokens[rows], dtype=np.int64)) / seconds,
+            "loss_tokens": loss_tokens,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_rank": tokens_per_second / distributed.world_size(),
             "seconds": seconds,
-            "sample_ids_digest": _digest(dataset.ids[rows]),
+            **step.timer.breakdown(),
+            "sample_ids_digest": plan.ids_digest,
             **self.responses.metrics(on_policy=on_policy, step_seconds=seconds),
             **distributed.memory_metrics(),
         }
-
-    def _reduce(self, sums: Tensor) -> tuple[Tensor, bool]:
-        """Sum over ranks, and whether a signal reached any of them. A background save that all
-        ranks have finished is completed here.
-        """
-        flags = [self.monitor.stop.number is not None, self.checkpoints.is_writing]
-        reduced = distributed.all_sum(torch.cat([sums, sums.new_tensor(flags)])).cpu()
-        stopping, writing = (bool(flag) for flag in reduced[-2:])
-        if not writing:
-            self.checkpoints.finalize_async_save()
-        return reduced[:-2], stopping
+        if self.utilization:
+            record["mfu"] = self.utilization.of_step(plan.lengths, loss_tokens, seconds)
+        return record
 
     def _validate(self, *, stage: int, step: int) -> float | None:
         """Log the validation loss after `step` optimizer steps and pass it to the policy; None if
@@ -259,22 +308,21 @@ class Trainer:
             }
         )
 
-    def _assert_same_step(
-        self, position: SamplerPosition, micro_batches: int, tokens: int, loss_tokens: int
-    ) -> None:
-        distributed.assert_ranks_agree(
-            {
-                "step": position.step,
-                "stage": position.stage,
-                "micro-batches": micro_batches,
-                "tokens": tokens,
-                "loss tokens": loss_tokens,
-                "teacher": self.models.has_teacher,
-                "temperature": self.schedule.stage(position).temperature,
-            }
-        )
+    def _check_new_plans(self) -> None:
+        """Check that all ranks train on the same in steps that no exchange has compared: the first
+        ones, and with on-policy data every step.
+        """
+        plans, self.batches.unchecked = self.batches.unchecked, []
+        for plan in plans:
+            distributed.assert_ranks_agree(self._facts(plan))
+            verify_damage(plan.damage)
 
-
-def _digest(ids: NDArray[np.bytes_]) -> str:
-    """A short digest of a batch's sample ids in order: equal runs show equal digests."""
-    return hashlib.sha256(b"\n".join(ids.tolist())).hexdigest()[:16]
+    def _facts(self, plan: StepPlan | None) -> dict[str, Any]:
+        """What must be equal on all ranks before a step; empty without one."""
+        if plan is None:
+            return {}
+        return {
+            **plan.facts(),
+            "teacher": self.models.has_teacher,
+            "temperature": self.schedule.stage(plan.position).temperature,
+        }

@@ -12,6 +12,7 @@ from pocl_ds.config import LossConfig
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.hashing import select_by_hash
+from pocl_ds.teachers.teacher import verify_damage
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
@@ -58,15 +59,14 @@ class Validator:
         # Every rank runs the same number of forward passes.
         lengths = np.asarray(split.total_tokens[self.rows], np.int64)
         batches = [self.rows[members] for members in self.data.validation_batches(lengths)]
-        self.models.teacher.verify(split.name, np.concatenate(batches))
+        verify_damage(self.models.teacher.find_damage(split.name, np.concatenate(batches)))
 
         # Sum divergence, cross-entropy and tokens over this rank's batches.
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
         self.models.engine.module.eval()
-        for rows in batches:
+        for batch in self.data.batches(split, batches):
             self.monitor.report_alive()
-            batch = self.data.batch(split, rows)
             outputs = self.models.teacher.outputs(batch)
             with self.models.teacher.head() as head:
                 _, kd, ce = self.models.engine.forward(batch, terms, outputs, head)

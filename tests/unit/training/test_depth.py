@@ -44,7 +44,7 @@ class TopKTeacher:
     def __init__(self, teacher: OnlineTeacher) -> None:
         self.teacher, self.codec = teacher, TopKCodec(K, SIZE, (1.0,))
 
-    def verify(self, split: str, rows: Any) -> None:
+    def find_damage(self, split: str, rows: Any) -> None:
         pass
 
     def outputs(self, batch: Any) -> torch.Tensor:

@@ -1,0 +1,164 @@
+"""What the next optimizer steps train on, made ahead of time where the policy allows it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.curriculum.sampler import SamplerPosition
+from pocl_ds.data.batches import Batch
+from pocl_ds.data.generated import TokenizedDataset
+from pocl_ds.training.data import StagedBatch, TrainingData
+from pocl_ds.training.models import TrainingModels
+from pocl_ds.training.prefetch import Prefetcher
+from pocl_ds.training.responses import ResponseSource
+from pocl_ds.training.schedule import TrainingSchedule
+
+# The ranks compare what they train on so many optimizer steps before they do.
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The global batch of one optimizer step, and this rank's part of it."""
+
+    position: SamplerPosition
+    dataset: TokenizedDataset
+    rows: NDArray[np.int64]  # of the dataset: the global batch
+    micro_batches: tuple[NDArray[np.int64], ...]  # rows of this rank
+    damage: str | None = None  # why the teacher's outputs of this rank's rows are not available
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sample of the global batch."""
+        return np.asarray(self.dataset.total_tokens[self.rows], np.int64)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Loss tokens of the global batch."""
+        return int(self.dataset.loss_tokens[self.rows].sum())
+
+    @property
+    def ids_digest(self) -> str:
+        """A short digest of the sample ids in order: equal runs show equal digests."""
+        ids = self.dataset.ids[self.rows].tolist()
+        return hashlib.sha256(b"\n".join(ids)).hexdigest()[:16]
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal on all ranks: ranks that do different things would hang."""
+        return {
+            "step": self.position.step,
+            "stage": self.position.stage,
+            "micro-batches": len(self.micro_batches),
+            "tokens": int(self.lengths.sum()),
+            "loss tokens": self.loss_tokens,
+        }
+
+
+class StepBatches:
+    """The plans and micro-batches of consecutive optimizer steps.
+
+    With a stateless policy a background thread makes, for each step, its micro-batches and then the
+    plan of the step that comes `STEPS_AHEAD` later. It may start at any step, as after a resume.
+    With another policy the batch of a step is known only when it begins, and the thread makes the
+    micro-batches of that step alone.
+    """
+
+    def __init__(
+        self,
+        responses: ResponseSource,
+        schedule: TrainingSchedule,
+        data: TrainingData,
+        models: TrainingModels,
+    ) -> None:
+        self.responses, self.schedule = responses, schedule
+        self.data, self.models = data, models
+        self.works_ahead = responses.policy.stateless
+        # Plans that no rank has compared with the others yet.
+        self.unchecked: list[StepPlan] = []
+        self._plans: deque[StepPlan] = deque()  # of the next steps
+        self._items: Prefetcher[StepPlan | StagedBatch] | None = None
+
+    def select(self, position: SamplerPosition) -> StepPlan:
+        """The plan of a step, which becomes the current one."""
+        if not self.works_ahead:
+            self.close()
+            plan = self._plan(position)
+            self.unchecked = [plan]
+            self._items = Prefetcher(map(self.data.stage, *_of_each(plan)))
+            return plan
+        if not self._plans or self._plans[0].position != position:
+            self._start(position)
+        return self._plans.popleft()
+
+    def micro_batches(self, plan: StepPlan) -> Iterator[Batch]:
+        """The micro-batches of the current plan on this rank's device."""
+        for _ in plan.micro_batches:
+            staged = next(self._prefetched)
+            assert isinstance(staged, StagedBatch)
+            yield self.data.receive(staged)
+
+    def plan_ahead(self, position: SamplerPosition) -> StepPlan | None:
+        """The plan of the step `STEPS_AHEAD` after the current one, whose micro-batches are used
+        up; None if there is no such step or its batch is not known yet.
+        """
+        if not self.works_ahead or position.step + STEPS_AHEAD >= self.schedule.total_steps:
+            return None
+        plan = next(self._prefetched)
+        assert isinstance(plan, StepPlan)
+        self._plans.append(plan)
+        return plan
+
+    def close(self) -> None:
+        """End the background thread."""
+        if self._items is not None:
+            self._items.close()
+        self._items = None
+        self._plans.clear()
+
+    @property
+    def _prefetched(self) -> Prefetcher[StepPlan | StagedBatch]:
+        assert self._items is not None, "no step was selected"
+        return self._items
+
+    def _start(self, position: SamplerPosition) -> None:
+        """Start the thread at a step."""
+        self.close()
+        self._items = Prefetcher(self._make_items(position.step))
+        last = min(position.step + STEPS_AHEAD, self.schedule.total_steps)
+        for _ in range(position.step, last):
+            plan = next(self._items)
+            assert isinstance(plan, StepPlan)
+            self._plans.append(plan)
+        self.unchecked = list(self._plans)
+
+    def _make_items(self, first: int) -> Iterator[StepPlan | StagedBatch]:
+        """The plans of the first steps; then for each step its micro-batches and a later plan."""
+        total, position = self.schedule.total_steps, self.schedule.sampler.position
+        plans: deque[StepPlan] = deque()
+        for step in range(first, total + STEPS_AHEAD):
+            if step >= first + STEPS_AHEAD:
+                current = plans.popleft()
+                yield from map(self.data.stage, *_of_each(current))
+            if step < total:
+                plans.append(self._plan(position(step)))
+                yield plans[-1]
+
+    def _plan(self, position: SamplerPosition) -> StepPlan:
+        """Select the batch of a step, and divide it into micro-batches."""
+        dataset, rows = self.responses.select_batch(position, self.schedule, self.data)
+        lengths = np.asarray(dataset.total_tokens[rows], np.int64)
+        micro_batches = tuple(rows[members] for members in self.data.micro_batches(lengths))
+        damage = self.models.teacher.find_damage(dataset.name, np.concatenate(micro_batches))
+        return StepPlan(position, dataset, rows, micro_batches, damage)
+
+
+def _of_each(plan: StepPlan) -> tuple[list[TokenizedDataset], tuple[NDArray[np.int64], ...]]:
+    """The arguments of `TrainingData.stage` for each micro-batch."""
+    return [plan.dataset] * len(plan.micro_batches), plan.micro_batches

@@ -1,0 +1,102 @@
+"""Model FLOPs utilization (MFU): the arithmetic that a step needs, as a fraction of what the GPUs
+could do in its time.
+
+Activation checkpointing computes some of it twice; that does not count.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocl_ds.errors import PoclError
+from pocl_ds.models.cost import ModelShape, model_shape
+from pocl_ds.models.estimate import step_flops
+from pocl_ds.models.load import load_model_config
+from pocl_ds.models.memory import TrainingSetup
+from pocl_ds.models.peak_flops import peak_flops
+from pocl_ds.runtime import distributed
+from pocl_ds.training.training_run import TrainingRun
+
+log = logging.getLogger("pocl_ds")
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Computes the utilization of a training's optimizer steps.
+
+    teachers: shapes of the teachers; of an ensemble, each reads every token.
+    """
+
+    student: ModelShape
+    teachers: Sequence[ModelShape]
+    setup: TrainingSetup
+    peak: float  # FLOP per second of all ranks
+
+    def flops(self, lengths: NDArray[np.int64], loss_tokens: int) -> float:
+        """FLOPs of a step over samples of these lengths. A teacher with a tokenizer of its own is
+        counted with the student's tokens.
+        """
+        sizes = lengths.tolist()
+        student = step_flops(self.student, None, self.setup, sizes, loss_tokens)
+        with_teachers = [
+            step_flops(self.student, teacher, self.setup, sizes, loss_tokens)
+            for teacher in self.teachers
+        ]
+        return student + sum(total - student for total in with_teachers)
+
+    def of_step(self, lengths: NDArray[np.int64], loss_tokens: int, seconds: float) -> float:
+        """The utilization, between 0 and 1."""
+        return self.flops(lengths, loss_tokens) / (seconds * self.peak)
+
+
+def measure_utilization(training: TrainingRun) -> Utilization | None:
+    """The utilization of a training with resolved dtypes on this machine; None, with a line in the
+    log, where the peak is not known: on CPUs, on other cards, and in float32.
+    """
+    device, dtype = distributed.device_name(), training.student.dtype
+    peak = peak_flops(device)
+    if peak is None or dtype == "float32":
+        log.info(
+            "%s: no MFU in the metrics: the peak of %s in %s is not known",
+            training.label,
+            device,
+            dtype,
+        )
+        return None
+    try:
+        student = model_shape(
+            load_model_config(
+                training.student_path,
+                trust_remote_code=training.student.trust_remote_code,
+                revision=training.student.revision,
+            ),
+            training.student.lora,
+        )
+        teachers = [_teacher_shape(training, path) for path in training.teacher_paths]
+    except PoclError as error:
+        log.info("%s: no MFU in the metrics: %s", training.label, error)
+        return None
+    setup = TrainingSetup(1, teacher_mode=_teacher_mode(training))
+    log.info("%s: MFU is relative to %.0f TFLOP/s of %s", training.label, peak / 1e12, device)
+    return Utilization(student, teachers, setup, peak * distributed.world_size())
+
+
+def _teacher_shape(training: TrainingRun, path: str) -> ModelShape:
+    assert training.teacher is not None
+    return model_shape(
+        load_model_config(path, trust_remote_code=training.teacher.trust_remote_code)
+    )
+
+
+def _teacher_mode(training: TrainingRun) -> str:
+    """The mode in the words of `TrainingSetup`."""
+    if training.teacher is None:
+        return "none"
+    if training.teacher_cache is None:
+        return "online"
+    return "cached_topk" if training.teacher.mode == "cached_topk" else "cached_hidden_states"
