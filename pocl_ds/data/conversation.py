@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,14 +151,21 @@ class Sample:
         )
 
 
-def read_sample_file(path: Path) -> Iterator[Sample]:
-    """Read a jsonl file of `Sample.to_json` lines. Raises ArtifactError if it is damaged."""
+def read_sample_file(path: Path, rows: Container[int] | None = None) -> Iterator[Sample]:
+    """Read a jsonl file of `Sample.to_json` lines, or the given rows of it, in their order.
+
+    Lines of other rows are not parsed. Raises ArtifactError if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: run `pocl preprocess` first")
     with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
+        for row, line in enumerate(stream):
+            if rows is not None and row not in rows:
+                continue
             try:
                 sample = Sample.from_json(line)
             except (ValueError, KeyError, TypeError):
                 raise ArtifactError(
-                    f"{path} line {number} is damaged: remove its folder and run its step again"
+                    f"{path} line {row + 1} is damaged: remove its folder and run its step again"
                 ) from None
             yield sample

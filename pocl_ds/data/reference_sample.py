@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from pocl_ds.data.conversation import Sample
+from pocl_ds.data.conversation import read_sample_file
 from pocl_ds.errors import ArtifactError
 from pocl_ds.runtime.hashing import select_by_hash
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -22,20 +20,6 @@ def sample_training_references(run: RunDirectory) -> list[str]:
     path = run.data / "train.ids.npy"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl preprocess` first")
-    rows = select_by_hash(np.load(path, mmap_mode="r"), NUM_SAMPLES)
-    return [text for sample in _samples_of_rows(run, rows) for text in sample.references]
-
-
-def _samples_of_rows(run: RunDirectory, rows: list[int]) -> Iterator[Sample]:
-    """The samples of some rows of data/train.jsonl; only their lines are parsed."""
-    path, wanted = run.data / "train.jsonl", set(rows)
-    with path.open(encoding="utf-8") as stream:
-        for row, line in enumerate(stream):
-            if row in wanted:
-                try:
-                    sample = Sample.from_json(line)
-                except (ValueError, KeyError, TypeError):
-                    raise ArtifactError(
-                        f"{path} line {row + 1} is damaged: run `pocl preprocess` again"
-                    ) from None
-                yield sample
+    rows = set(select_by_hash(np.load(path, mmap_mode="r"), NUM_SAMPLES))
+    samples = read_sample_file(run.data / "train.jsonl", rows)
+    return [text for sample in samples for text in sample.references]

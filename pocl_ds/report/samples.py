@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.data.conversation import Sample
+from pocl_ds.data.conversation import Sample, read_sample_file
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -103,25 +103,13 @@ def parse_lines(path: Path, lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 def _read_rows(path: Path, rows: set[int]) -> dict[int, Sample]:
     """Row -> sample, of these rows of a file."""
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing: run `pocl preprocess`")
-    with path.open(encoding="utf-8") as stream:
-        lines = {row: line for row, line in enumerate(stream) if row in rows}
-    if len(lines) < len(rows):
+    samples = list(read_sample_file(path, rows))
+    if len(samples) < len(rows):
         raise ArtifactError(
             f"{path} has fewer samples than ranking/order.npy: run `pocl preprocess` and "
             "`pocl rank` again"
         )
-    return {row: _parse_sample(path, row, line) for row, line in lines.items()}
-
-
-def _parse_sample(path: Path, row: int, line: str) -> Sample:
-    try:
-        return Sample.from_json(line)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} line {row + 1} is damaged ({error}): run the step that writes it again"
-        ) from None
+    return dict(zip(sorted(rows), samples))
 
 
 def _read_responses(scores: Path, ids: set[str]) -> dict[str, str]:

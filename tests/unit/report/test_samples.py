@@ -28,5 +28,5 @@ def test_a_conversation_shows_who_says_what(tmp_path: Path) -> None:
     assert hard.prompt == "system: Be brief.\n\nuser: One?\n\nassistant: 1.\n\nuser: Two?"
     assert (easy.prompt, easy.reference, easy.response) == ("Say.\n\nx", "It.", None)
     path.write_text('{"id": "a"}\n{"id": "b"}\n')
-    with pytest.raises(ArtifactError, match="train.jsonl line 1 is damaged .'messages'.: run the"):
+    with pytest.raises(ArtifactError, match="train.jsonl line 1 is damaged: remove"):
         read_sample_rows(run, 2, 10_000)
