@@ -211,7 +211,26 @@ def recipe_page() -> str:
         if section.fields:
             lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
             lines += [_row(section, entry) for entry in section.fields]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_ds_config_lines()]) + "\n"
+
+
+def _ds_config_lines() -> list[str]:
+    """The shipped DeepSpeed configurations, and when to use each."""
+    from pocl_ds.config.ds_config import shipped_descriptions
+
+    rows = shipped_descriptions().items()
+    return [
+        "",
+        "## DeepSpeed configurations {#ds-configs}",
+        "",
+        "Values of `student.ds_config` and `teacher.ds_config`. Each is a file in `ds_configs/`;",
+        "the path of a file of your own works too. `auto` in a file is filled in from the recipe,",
+        "the model's hidden size and the number of ranks of a node.",
+        "",
+        "| name | when to use it |",
+        "|---|---|",
+        *(_table_row((f"`{name}`", description)) for name, description in rows),
+    ]
 
 
 def _row(section: RecipeSection, entry: RecipeField) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ NUMERIC_KEYS = (
     "gradient_predivide_factor",
     "sparse_gradients",
 )
+DESCRIPTION = "description"  # in a shipped file: when to use it; for people only
+# Parameters of a decoder block per squared hidden size: four matrices of attention, and an MLP of
+# four times the width or three matrices of 8/3. ZeRO-3 gathers so much ahead of time.
+BLOCK_MATRICES = 12
+# Parameters of up to so many hidden vectors, norms and biases, stay on every rank.
+PERSISTENT_VECTORS = 10
+# A recipe is checked before its models are read, when any size will do.
+UNREAD_HIDDEN_SIZE = 1024
 # Path in the JSON -> (value, the recipe's field that it comes from).
 Values = dict[tuple[str, ...], tuple[Any, str]]
 
@@ -50,6 +59,7 @@ def load_ds_config(name: str) -> dict[str, Any]:
         raise RecipeError(f"ds_config {path} is not valid JSON ({error}): fix the file") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"ds_config {path} must be an object: start from one in {DS_CONFIGS}")
+    tree.pop(DESCRIPTION, None)
     for section in ("zero_optimization", "optimizer", "bf16", "fp16"):
         if not isinstance(tree.get(section, {}), dict):
             raise RecipeError(
@@ -58,11 +68,43 @@ def load_ds_config(name: str) -> dict[str, Any]:
     return tree
 
 
-def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ZeroSizes:
+    """What the sizes of ZeRO-3's buffers and groups follow from.
+
+    hidden_size: of the model; ranks_per_node: of this run, None for one node.
+    """
+
+    hidden_size: int = UNREAD_HIDDEN_SIZE
+    ranks_per_node: int | None = None
+
+    def values(self, ranks: int) -> dict[str, int]:
+        """Value of each key of zero_optimization that may be "auto"."""
+        nodes = ranks // self.ranks_per_node if self.ranks_per_node else 1
+        is_hierarchical = nodes > 1 and nodes * (self.ranks_per_node or 0) == ranks
+        return {
+            "stage3_prefetch_bucket_size": BLOCK_MATRICES * self.hidden_size**2,
+            "stage3_param_persistence_threshold": PERSISTENT_VECTORS * self.hidden_size,
+            # On one node, and on nodes with different numbers of ranks, 1: no second copy.
+            "zero_hpz_partition_size": (self.ranks_per_node or 1) if is_hierarchical else 1,
+        }
+
+
+def shipped_descriptions() -> dict[str, str]:
+    """Name of each shipped configuration, and when to use it."""
+    return {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))[DESCRIPTION]
+        for path in sorted(DS_CONFIGS.glob("*.json"))
+    }
+
+
+def resolve_student(
+    name: str, *, train: TrainConfig, dtype: str, ranks: int, sizes: ZeroSizes = ZeroSizes()
+) -> dict[str, Any]:
     """The student's configuration without "auto".
 
     dtype: the name of a torch dtype; with "auto" (not known yet) the dtype that the file enables.
-    Raises RecipeError if the file and the recipe contradict each other.
+    sizes: of the student. Raises RecipeError if the file and the recipe contradict each other.
     """
     dtype = _dtype_of_file(name) if dtype == "auto" else dtype
     if dtype == "float16":
@@ -78,7 +120,7 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
         ("optimizer", "params", "eps"): (train.eps, "train.eps"),
         ("optimizer", "params", "weight_decay"): (train.weight_decay, "train.weight_decay"),
     }
-    tree = _fill(name, values, ranks)
+    tree = _fill(name, values, ranks, sizes)
     optimizer = tree.get("optimizer", {}).get("type")
     if optimizer != "AdamW":
         raise RecipeError(
@@ -94,10 +136,15 @@ def resolve_student(name: str, *, train: TrainConfig, dtype: str, ranks: int) ->
 
 
 def resolve_teacher(
-    name: str | None, *, dtype: str, ranks: int, micro_batch_size: int
+    name: str | None,
+    *,
+    dtype: str,
+    ranks: int,
+    micro_batch_size: int,
+    sizes: ZeroSizes = ZeroSizes(),
 ) -> dict[str, Any] | None:
     """The frozen teacher's configuration without "auto", or None if every rank holds a complete
-    copy.
+    copy. sizes: of the teacher.
 
     That is the case if `name` is None, and on a single rank, which has nothing to shard,
     unless parameters are offloaded. Raises RecipeError if the file has an optimizer, or another
@@ -110,7 +157,7 @@ def resolve_teacher(
         ("bf16", "enabled"): (dtype == "bfloat16", "teacher.dtype"),
         ("fp16", "enabled"): (dtype == "float16", "teacher.dtype"),
     }
-    tree = _fill(name, values, ranks)
+    tree = _fill(name, values, ranks, sizes)
     for key in ("optimizer", "scheduler"):
         if key in tree:
             raise RecipeError(
@@ -158,13 +205,16 @@ def _batch_values(micro_batch_size: int, ranks: int) -> Values:
     }
 
 
-def _fill(name: str, values: Values, ranks: int) -> dict[str, Any]:
-    """The file with the recipe's values in place of "auto" and of missing ones."""
+def _fill(name: str, values: Values, ranks: int, sizes: ZeroSizes) -> dict[str, Any]:
+    """The file with the recipe's values in place of "auto" and of missing ones, and with the sizes
+    in place of "auto".
+    """
     tree = copy.deepcopy(load_ds_config(name))
     zero = tree.get("zero_optimization", {})
     # On one rank, contiguous gradients would only copy every gradient into a bucket and back.
     if zero.get("contiguous_gradients") == "auto":
         zero["contiguous_gradients"] = ranks > 1
+    zero.update({key: n for key, n in sizes.values(ranks).items() if zero.get(key) == "auto"})
     for path, (value, field) in values.items():
         node: Any = tree
         for depth, part in enumerate(path[:-1], 1):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pocl_ds.config import StudentConfig, TeacherConfig
-from pocl_ds.models.load import load_model
+from pocl_ds.config import ModelSource, StudentConfig, TeacherConfig
+from pocl_ds.config.ds_config import ZeroSizes
+from pocl_ds.models.load import load_model, load_model_config
+from pocl_ds.runtime import distributed
 
 # (path, section of the recipe, dropout) -> model. `pocl bench gpu` makes random weights instead.
 ModelLoader: TypeAlias = Callable[[str, StudentConfig | TeacherConfig, float | None], Any]
@@ -28,3 +30,12 @@ def load_recipe_model(
         revision=config.revision,
         quantization=config.quantization if isinstance(config, TeacherConfig) else "none",
     )
+
+
+def zero_sizes(path: str, source: ModelSource) -> ZeroSizes:
+    """What the buffers of ZeRO-3 follow from, for the model in a folder."""
+    config = load_model_config(
+        path, trust_remote_code=source.trust_remote_code, revision=source.revision
+    )
+    hidden_size = int(config.get_text_config(decoder=True).hidden_size)
+    return ZeroSizes(hidden_size, distributed.ranks_per_node())

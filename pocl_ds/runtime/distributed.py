@@ -37,6 +37,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_per_node() -> int | None:
+    """Number of ranks on this node, from the launcher's environment; None if it does not say."""
+    value = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(value) if value else None
+
+
 def device_type() -> str:
     """ "cuda" if this machine has a GPU and DS_ACCELERATOR does not exclude it, else "cpu"."""
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"

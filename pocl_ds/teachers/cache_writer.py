@@ -23,7 +23,7 @@ from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.batch_invariance import choose_samples
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import supports_packing
-from pocl_ds.models.recipe_model import ModelLoader
+from pocl_ds.models.recipe_model import ModelLoader, zero_sizes
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import Progress
@@ -64,6 +64,7 @@ class CacheWriter:
             dtype=resolve_dtype(teacher.dtype),
             ranks=distributed.world_size(),
             micro_batch_size=1,
+            sizes=zero_sizes(path, teacher),
         )
         if teacher_ds_config:
             start_deepspeed()

@@ -41,7 +41,7 @@ from pocl_ds.models.load import (
 )
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
-from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
+from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model, zero_sizes
 from pocl_ds.models.token_checks import check_split, rows_by_reader
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
 from pocl_ds.rollouts.policies import POLICIES
@@ -307,6 +307,7 @@ def _teacher_ds_config(training: TrainingRun) -> dict[str, Any] | None:
         dtype=training.teacher.dtype,
         ranks=distributed.world_size(),
         micro_batch_size=training.train.micro_batch_size,
+        sizes=zero_sizes(training.teacher_paths[0], training.teacher),
     )
 
 
@@ -359,7 +360,11 @@ def _build_engine(training: TrainingRun, vocab: VocabMap, load: ModelLoader) -> 
     student, train = training.student, training.train
     uses_deepspeed = train.engine == "deepspeed"
     config = ds_config.resolve_student(
-        student.ds_config, train=train, dtype=student.dtype, ranks=distributed.world_size()
+        student.ds_config,
+        train=train,
+        dtype=student.dtype,
+        ranks=distributed.world_size(),
+        sizes=zero_sizes(training.student_path, student),
     )
     with sharded_loading(config if uses_deepspeed else None):
         model = load(training.student_path, student, student.dropout)

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import get_zero_config
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.config.ds_config import load_ds_config, resolve_student, resolve_teacher
+from pocl_ds.config.ds_config import (
+    ZeroSizes,
+    load_ds_config,
+    resolve_student,
+    resolve_teacher,
+    shipped_descriptions,
+)
 from pocl_ds.errors import RecipeError
-from pocl_ds.resources import DS_CONFIGS
 
 TRAIN = TrainConfig(
     batch_size=32,
@@ -38,18 +44,59 @@ def write(folder: Path, name: str, **changes: Any) -> str:
     return str(file)
 
 
-def test_five_configurations_are_shipped() -> None:
-    shipped = {path.stem for path in DS_CONFIGS.glob("*.json")}
-    assert shipped == {
-        "student_zero3",
-        "student_zero3_offload",
-        "student_zero2",
-        "teacher_zero3",
-        "teacher_zero3_offload",
-    }
+STUDENTS = [
+    "student_zero2",
+    "student_zero3",
+    "student_zero3_nodes",
+    "student_zero3_offload",
+    "student_zero3_overlap",
+]
+TEACHERS = ["teacher_zero3", "teacher_zero3_offload", "teacher_zero3_overlap"]
 
 
-@pytest.mark.parametrize("name", ["student_zero3", "student_zero3_offload", "student_zero2"])
+def test_every_shipped_configuration_says_when_to_use_it() -> None:
+    descriptions = shipped_descriptions()
+    assert sorted(descriptions) == STUDENTS + TEACHERS
+    assert all(text.endswith(".") for text in descriptions.values())
+    assert "description" not in load_ds_config("student_zero3")
+
+
+@pytest.mark.parametrize("name", STUDENTS + TEACHERS)
+def test_deepspeed_accepts_every_shipped_configuration(name: str) -> None:
+    """Each key of its ZeRO section, resolved for two nodes of two ranks, is one that DeepSpeed
+    knows, with a value that it takes.
+    """
+    sizes, dtype = ZeroSizes(hidden_size=64, ranks_per_node=2), "bfloat16"
+    tree = (
+        resolve_student(name, train=TRAIN, dtype=dtype, ranks=4, sizes=sizes)
+        if name in STUDENTS
+        else resolve_teacher(name, dtype=dtype, ranks=4, micro_batch_size=4, sizes=sizes)
+    )
+    assert tree is not None
+    zero = get_zero_config(tree)  # an unknown key is an error
+    assert zero.stage == (2 if name == "student_zero2" else 3)
+    if name == "student_zero3_nodes":
+        assert zero.zero_hpz_partition_size == 2
+    if name.endswith(("nodes", "overlap")):
+        assert zero.overlap_comm and zero.prefetch_bucket_size == 12 * 64**2
+        assert zero.param_persistence_threshold == 640
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_per_node", "group"), [(8, 4, 4), (4, 4, 1), (1, 1, 1), (7, 4, 1), (8, None, 1)]
+)
+def test_weights_are_copied_within_nodes_only_if_there_are_several(
+    ranks: int, ranks_per_node: int | None, group: int
+) -> None:
+    """And not if the nodes have different numbers of ranks, which DeepSpeed refuses."""
+    sizes = ZeroSizes(ranks_per_node=ranks_per_node)
+    tree = resolve_student(
+        "student_zero3_nodes", train=TRAIN, dtype="bfloat16", ranks=ranks, sizes=sizes
+    )
+    assert tree["zero_optimization"]["zero_hpz_partition_size"] == group
+
+
+@pytest.mark.parametrize("name", STUDENTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_student_configuration_is_complete(name: str, dtype: str, ranks: int) -> None:
@@ -216,7 +263,7 @@ def test_a_teacher_needs_zero_stage_3(tmp_path: Path) -> None:
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="teacher_zero3_offload: check the name"):
+    with pytest.raises(RecipeError, match="teacher_zero3_overlap: check the name"):
         load_ds_config("no_such")
     for text, word in (("{", "fix"), ("[1]", "object"), ("", "fix")):
         file = tmp_path / "broken.json"
