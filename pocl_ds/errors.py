@@ -116,3 +116,15 @@ def memory_fault(error: Exception) -> str | None:
     matches = (re.search(pattern, message, re.IGNORECASE) for pattern in patterns)
     details = [match[1] for match in matches if match]
     return ", ".join(details) or message[:200] or "the error has no details"
+
+
+def compile_fault(error: Exception) -> str | None:
+    """What torch.compile says of a failed compilation, in one line; None for other errors.
+
+    The classes are compared by name, since this module does not import torch.
+    """
+    bases = {base.__name__ for base in type(error).__mro__}
+    if not bases & {"TorchDynamoException", "TritonError"}:
+        return None
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:200].rstrip(".") for line in lines if line), type(error).__name__)

@@ -43,8 +43,9 @@ class ModelConfig(ModelSource):
     dtype: Dtype = Field("auto", description=f"Data type of the forward pass. {DTYPE_AUTO}")
     attn_implementation: Literal["per_sample", "sdpa", "eager"] = Field(
         "per_sample",
-        description="Attention in training: `per_sample` calls torch's fused kernels once per "
-        "sample and needs no mask; `sdpa` and `eager` are the model's own, with masks.",
+        description="Attention in training: `per_sample` needs no mask, as fused kernels compute "
+        "the samples of a micro-batch separately; `sdpa` and `eager` are the model's own, with "
+        "masks.",
     )
 
 

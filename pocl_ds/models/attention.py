@@ -2,8 +2,8 @@
 
 transformers separates the samples of a packed row with a mask over the whole row. That costs n
 times the work for n samples, and prevents the use of torch's fastest kernels. Padding on the right
-needs no mask either, since no real token attends to its right. So this attention only passes
-`is_causal` to torch's kernels.
+needs no mask either, since no real token attends to its right. So padded rows only pass `is_causal`
+to torch's kernels, and packed rows go to a kernel of variable length (see `attention_choice`).
 
 Shapes: B rows, T positions, H heads, G heads of keys and values, d width of a head.
 """
@@ -11,8 +11,6 @@ Shapes: B rows, T positions, H heads, G heads of keys and values, d width of a h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pocl_ds.errors import ModelError
+from pocl_ds.models.attention_choice import ONE_BY_ONE, PADDED, AttentionCall, kernel_for
+from pocl_ds.models.attention_kernels import PACKED_KERNELS, ScoreSettings
+from pocl_ds.models.packed_samples import PackedSamples
 
 PER_SAMPLE = "per_sample"
 # Families (`model_type`) for which a test compares it with the model's own attention. Another
@@ -40,23 +41,6 @@ FAMILIES = (
     "cohere",
     "cohere2",
 )
-
-
-@dataclass(frozen=True)
-class PackedSamples:
-    """The samples of a packed row, by their lengths. Models pass it down to `per_sample`."""
-
-    lengths: tuple[int, ...]
-    device: torch.device
-
-    @cached_property
-    def padded_positions(self) -> Tensor:
-        """Where each token would be if the samples were padded to the longest: [T] int64."""
-        longest = max(self.lengths)
-        positions = [
-            torch.arange(length) + number * longest for number, length in enumerate(self.lengths)
-        ]
-        return torch.cat(positions).to(self.device, non_blocking=True)
 
 
 def per_sample(
@@ -96,18 +80,10 @@ def per_sample(
     if key.shape[2] != query.shape[2]:
         raise ValueError("attn_implementation=per_sample is for training: generate with sdpa")
 
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return _attend(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2)
-
-    if samples is None or len(samples.lengths) == 1:
-        return attend(query, key, value).contiguous(), None
-    if _prefers_small_calls(query.device):
-        pieces = zip(
-            *(side.split(samples.lengths, dim=2) for side in (query, key, value)), strict=True
-        )
-        return torch.cat([attend(*piece) for piece in pieces], dim=1), None
-    padded = attend(_pad(query, samples), _pad(key, samples), _pad(value, samples))
-    return padded.flatten(0, 1).index_select(0, samples.padded_positions)[None], None
+    settings = ScoreSettings(scaling, softcap, sliding_window, dropout)
+    if samples is None:
+        return _attend(query, key, value, settings).contiguous(), None
+    return _attend_packed(query, key, value, samples, settings), None
 
 
 def check_attention(attention: str | None, config: Any) -> None:
@@ -120,14 +96,33 @@ def check_attention(attention: str | None, config: Any) -> None:
         )
 
 
-def _prefers_small_calls(device: torch.device) -> bool:
-    """CPUs are faster with a call for each sample, GPUs with one call over padded samples."""
-    return device.type == "cpu"
+# torch.compile would compile again for other lengths.
+@torch.compiler.disable
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, settings: ScoreSettings
+) -> Tensor:
+    """Causal attention within each sample of a packed row: [1, T, H, d]."""
+    call = AttentionCall(
+        query.device.type, query.dtype, query.shape[-1], settings.soft_cap, settings.dropout
+    )
+    kernel = kernel_for(call)
+    if kernel in PACKED_KERNELS:
+        return PACKED_KERNELS[kernel](query, key, value, samples, settings)
+    if len(samples.lengths) == 1:
+        return _attend(query, key, value, settings).contiguous()
+    if kernel == ONE_BY_ONE:
+        pieces = [side.split(samples.lengths, dim=2) for side in (query, key, value)]
+        outputs = [_attend(q, k, v, settings) for q, k, v in zip(*pieces, strict=True)]
+        return torch.cat(outputs, dim=1)
+    assert kernel == PADDED, kernel
+    q, k, v = (_pad(side, samples) for side in (query, key, value))
+    padded = _attend(q, k, v, settings)
+    return padded.flatten(0, 1).index_select(0, samples.padded_positions)[None]
 
 
 def _pad(side: Tensor, samples: PackedSamples) -> Tensor:
     """A packed row [1, N, T, d] as one row for each sample: [samples, N, longest, d]."""
-    count, longest = len(samples.lengths), max(samples.lengths)
+    count, longest = len(samples.lengths), samples.longest
     rows = side[0].transpose(0, 1)  # [T, N, d]
     padded = rows.new_zeros(count * longest, *rows.shape[1:]).index_copy(
         0, samples.padded_positions, rows
@@ -135,39 +130,32 @@ def _pad(side: Tensor, samples: PackedSamples) -> Tensor:
     return padded.unflatten(0, (count, longest)).transpose(1, 2)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention [B, H, T, d]. window: tokens that a token attends to, itself included."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, settings: ScoreSettings) -> Tensor:
+    """Causal attention of each row: [B, T, H, d]."""
     length, grouped = query.shape[2], key.shape[1] != query.shape[1]
+    scale, window = settings.scale, settings.window
     band = None
     if window is not None and window < length:
         causal = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         band = causal.triu(1 - window)
-    if softcap is None:
+    if settings.soft_cap is None:
         return functional.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=band,
             is_causal=band is None,
-            dropout_p=dropout,
-            scale=scaling,
+            dropout_p=settings.dropout,
+            scale=scale,
             enable_gqa=grouped,
-        )
-    # torch has no kernel that caps scores (Gemma 2) with softcap * tanh(scores / softcap).
+        ).transpose(1, 2)
+    # This function of torch cannot cap scores, as Gemma 2 does.
     if grouped:
         key, value = (
             side.repeat_interleave(query.shape[1] // side.shape[1], dim=1) for side in (key, value)
         )
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / settings.soft_cap) * settings.soft_cap
     visible = (
         band
         if band is not None
@@ -176,4 +164,5 @@ def _attend(
     weights = scores.masked_fill(~visible, -math.inf).softmax(
         -1, dtype=torch.promote_types(query.dtype, torch.float32)
     )
-    return functional.dropout(weights.to(query.dtype), dropout) @ value
+    output = functional.dropout(weights.to(query.dtype), settings.dropout) @ value
+    return output.transpose(1, 2)

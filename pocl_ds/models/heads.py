@@ -20,7 +20,8 @@ from torch.nn import functional
 from pocl_ds.compat.deepspeed_private import full_shape
 from pocl_ds.compat.transformers_private import attn_implementation, is_quantized
 from pocl_ds.errors import ModelError
-from pocl_ds.models.attention import FAMILIES, PER_SAMPLE, PackedSamples
+from pocl_ds.models.attention import FAMILIES, PER_SAMPLE
+from pocl_ds.models.packed_samples import PackedSamples
 from pocl_ds.models.rope import frequencies_by_sample
 
 # The factor of each family's logits. OPT's projection and the final norm of every family belong to

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from model_families import FAMILIES, make_model
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 import pocl_ds.models.load  # noqa: F401  # registers the attention `per_sample`
 from pocl_ds.data.batches import Batch
@@ -14,6 +15,7 @@ from pocl_ds.errors import ModelError
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models import attention
 from pocl_ds.models.attention import PER_SAMPLE
+from pocl_ds.models.attention_choice import ONE_BY_ONE, PADDED
 from pocl_ds.models.heads import (
     LOGIT_SCALES,
     OutputHead,
@@ -23,58 +25,6 @@ from pocl_ds.models.heads import (
 )
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.training.student import Student
-
-BASE = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: list[tuple[str, dict[str, Any]]] = [
-    ("llama", {"tie_word_embeddings": True}),
-    ("llama", {"tie_word_embeddings": False}),
-    ("qwen2", {}),
-    ("qwen3", {}),
-    ("mistral", {}),
-    ("gemma", {}),
-    ("gemma2", {"final_logit_softcapping": 3.0}),
-    ("phi", {}),
-    ("phi3", {}),
-    ("gpt_neox", {}),
-    ("granite", {"logits_scaling": 8.0}),
-    ("cohere", {"logit_scale": 0.0625}),
-    ("cohere2", {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"]}),
-    ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    (
-        "opt",
-        {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "init_std": 0.3},
-    ),
-    (
-        "opt",
-        {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "init_std": 0.3},
-    ),
-]
-
-
-def make_model(family: str, extra: dict[str, Any]) -> Any:
-    common = {} if family == "gpt2" else BASE
-    fields = {"vocab_size": 97, "initializer_range": 0.3, **common, **extra}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # Zero biases and unit norms would hide a mistake.
-            if name.endswith("bias") or "norm" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
 
 
 @pytest.mark.parametrize(
@@ -93,17 +43,17 @@ def test_head_equals_the_models_logits(family: str, extra: dict[str, Any]) -> No
     torch.testing.assert_close(results, expected[mask.bool()], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "one call"])
+@pytest.mark.parametrize("kernel", [ONE_BY_ONE, PADDED], ids=["one by one", "one call"])
 @pytest.mark.parametrize(
     ("family", "extra"), FAMILIES, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_per_sample_attention_equals_the_models(
-    family: str, extra: dict[str, Any], one_by_one: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, extra: dict[str, Any], kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded and packed, values and gradients, against the model's eager attention with its masks;
     also with learned positions, sliding windows and capped scores.
     """
-    monkeypatch.setattr(attention, "_prefers_small_calls", lambda device: one_by_one)
+    monkeypatch.setattr(attention, "kernel_for", lambda call: kernel)
     if family in ("mistral", "phi3", "gemma2", "cohere2", "qwen2"):
         extra = {"sliding_window": 4, **extra} | (
             {"attn_logit_softcapping": 1.5} if family == "gemma2" else {}
