@@ -132,7 +132,14 @@ class SyntheticRun:
                     "grad_norm": 1.0,
                     "loss_tokens": 200,
                     "tokens_per_second": 410 + 30 * noise[step - 1, 0],
+                    "tokens_per_second_per_rank": 205.0,
                     "seconds": 1.0,
+                    "data_seconds": 0.02,
+                    "teacher_seconds": 0.3,
+                    "student_seconds": 0.5,
+                    "optimizer_seconds": 0.1,
+                    "wait_seconds": 0.08,
+                    "mfu": 0.41,
                     "sample_ids_digest": "0" * 16,
                 }
                 stream.write(json.dumps(record) + "\n")

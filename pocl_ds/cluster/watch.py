@@ -136,6 +136,8 @@ def _training_lines(view: RunView, width: int) -> list[str]:
         f"temperature {record['temperature']:.2f}  SFT ratio {record['sft_ratio']:.2f}  "
         f"lr {record['lr']:.2e}  gradient norm {record['grad_norm']:.3f}"
     )
+    if "student_seconds" in record:
+        lines.append(_step_parts(record))
     if "memory_gib" in record:
         resources = [f"memory {record['memory_gib']:.1f} GiB (rank 0)"]
         if "gpu_busy" in record:
@@ -144,6 +146,16 @@ def _training_lines(view: RunView, width: int) -> list[str]:
             resources.append(f"generation {100 * record['rollout_share']:.0f}% of a step")
         lines.append(", ".join(resources))
     return lines
+
+
+def _step_parts(record: dict[str, Any]) -> str:
+    """The parts of an optimizer step in percent, and MFU if it is known."""
+    parts = ", ".join(
+        f"{part} {100 * record[f'{part}_seconds'] / record['seconds']:.0f}%"
+        for part in ("data", "teacher", "student", "optimizer", "wait")
+    )
+    utilization = f", MFU {100 * record['mfu']:.0f}%" if "mfu" in record else ""
+    return f"of a step: {parts}{utilization}"
 
 
 def _newest_log(run: RunDirectory, step: str) -> Path | None:

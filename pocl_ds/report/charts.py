@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.report.run_summary import DifficultyRanking, RunSummary, TrainingCurves
+from pocl_ds.report.run_summary import STEP_PARTS, DifficultyRanking, RunSummary, TrainingCurves
 from pocl_ds.report.samples import evenly_spaced
 
 Floats = NDArray[np.floating[Any]]
@@ -68,9 +68,11 @@ def training_charts(summary: RunSummary) -> list[Chart]:
         ("grad_norm", "Gradient norm", "gradient norm", "Before clipping."),
         ("lr", "Learning rate", "learning rate", ""),
         ("tokens_per_second", "Throughput", "tokens per second", ""),
+        ("mfu", "MFU", "share of the GPUs' peak", "Model FLOPs utilization."),
     ):
         series = _series(steps, [(label, "accent", column, [])])
         charts.append(_line_chart(title, label, series, bands, from_zero=True, note=note))
+    charts.append(_step_time_chart(steps, bands))
     return [chart for chart in charts if chart["series"]]
 
 
@@ -257,6 +259,18 @@ def _series(steps: Mapping[str, Floats], columns: Sequence[Column]) -> list[Char
         for label, color, column, dash in columns
         if np.isfinite(steps[column]).any()
     ]
+
+
+def _step_time_chart(steps: Mapping[str, Floats], bands: Bands) -> Chart:
+    """The seconds of a step's parts."""
+    columns: list[Column] = [
+        (column.removesuffix("_seconds"), f"r{i}", column, DASHES[i % len(DASHES)])
+        for i, column in enumerate(STEP_PARTS)
+    ]
+    note = "wait is the rest of a step: other ranks, and on a GPU the time without work."
+    return _line_chart(
+        "Time of a step", "seconds", _series(steps, columns), bands, from_zero=True, note=note
+    )
 
 
 def _validation_chart(

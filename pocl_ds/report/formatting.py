@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from pocl_ds.metrics.footnotes import mark_benchmark
 from pocl_ds.report.history import StepCost
-from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
+from pocl_ds.report.run_summary import MODEL_LABELS, STEP_PARTS, RunSummary
 from pocl_ds.runtime.formatting import format_duration
 from pocl_ds.runtime.loss_spikes import LossSpikes
 
@@ -287,7 +289,25 @@ def training_sentence(summary: RunSummary) -> str:
     text = f"{info['steps']:,} optimizer steps on {ranks}. Micro-batches were {padding}."
     if info.get("skipped_steps"):
         text += f" {info['skipped_steps']} steps were skipped because of non-finite values."
-    return text + _spike_sentence(summary)
+    return text + _speed_sentence(summary) + _spike_sentence(summary)
+
+
+def _speed_sentence(summary: RunSummary) -> str:
+    """Tokens per second of a rank, MFU, and the parts of a step, each the median of all steps."""
+    if summary.curves is None:
+        return ""
+    steps = summary.curves.steps
+    seconds = {column: np.median(steps[column]) for column in ("seconds", *STEP_PARTS)}
+    rate = np.median(steps["tokens_per_second_per_rank"])
+    if not np.isfinite([rate, *seconds.values()]).all():
+        return ""  # an older run
+    parts = ", ".join(
+        f"{column.removesuffix('_seconds')} {100 * seconds[column] / seconds['seconds']:.0f}%"
+        for column in STEP_PARTS
+    )
+    mfu = np.median(steps["mfu"])
+    utilization = f" at {100 * mfu:.0f}% MFU" if np.isfinite(mfu) else ""
+    return f" A rank processed {rate:,.0f} tokens per second{utilization}; of a step: {parts}."
 
 
 def plan_rows(

@@ -27,6 +27,10 @@ from pocl_ds.workflow.manifest import Manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 Floats = NDArray[np.float64]
+# Columns of metrics.jsonl with the seconds of the parts of a step.
+STEP_PARTS = tuple(
+    f"{part}_seconds" for part in ("data", "teacher", "student", "optimizer", "wait")
+)
 # Columns of metrics.jsonl that the report shows. Losses are in nats per token.
 COLUMNS = (
     "step",
@@ -39,6 +43,10 @@ COLUMNS = (
     "lr",
     "grad_norm",
     "tokens_per_second",
+    "tokens_per_second_per_rank",
+    "mfu",
+    "seconds",
+    *STEP_PARTS,
 )
 # Model -> its label, in the order of tables and examples.
 MODEL_LABELS = {

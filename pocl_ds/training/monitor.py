@@ -110,6 +110,8 @@ class TrainingMonitor:
                     record["loss"],
                 )
             display |= {"loss": record["loss"], "tokens/s": record["tokens_per_second"]}
+            if "mfu" in record:
+                display["MFU"] = f"{100 * record['mfu']:.0f}%"
         if self._progress:
             self._progress.advance(1, **display)
 
