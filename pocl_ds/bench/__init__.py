@@ -11,6 +11,10 @@ BENCHMARKS = {
         "pocl_ds.bench.step",
         "Time and memory of an optimizer step against full logits, SFT, TRL and the floor.",
     ),
+    "gpu": (
+        "pocl_ds.bench.gpu.run",
+        "Everything that matters on one GPU, in at most 8 minutes (launch/gpu.sh).",
+    ),
     "teacher": (
         "pocl_ds.bench.teacher",
         "Cached against online teacher: a step, a complete run, reads from disk.",

@@ -9,21 +9,19 @@ reset first.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pocl_ds.bench.arguments import parse_integers
+from pocl_ds.bench.peak_memory import peak_bytes, reset_peak
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
@@ -33,7 +31,13 @@ from pocl_ds.runtime.distributed import device
 
 # tokens, ids, width
 CPU_SHAPES = ((256, 49_152, 576), (1024, 49_152, 576), (512, 151_936, 256), (2048, 151_936, 256))
-GPU_SHAPES = ((2048, 49_152, 576), (8192, 49_152, 576), (8192, 128_256, 4096))
+# Heads of SmolLM2-135M, OPT-1.3B and Gemma 3 1B, and one as wide as that of Llama 8B.
+GPU_SHAPES = (
+    (8192, 49_152, 576),
+    (8192, 50_272, 2048),
+    (8192, 262_144, 1152),
+    (8192, 128_256, 4096),
+)
 ROUNDS = 5
 
 Contender = Callable[[Tensor, nn.Parameter, Tensor, nn.Parameter, Tensor], Tensor]
@@ -49,6 +53,27 @@ class Row:
     seconds: list[float]
     extra_mib: float
     loss: float
+
+
+class Inputs(NamedTuple):
+    """Hidden states [tokens, width] and heads [ids, width] of both sides, and labels [tokens]."""
+
+    hidden: Tensor
+    weight: nn.Parameter
+    teacher_hidden: Tensor
+    teacher_weight: nn.Parameter
+    labels: Tensor
+
+
+def draw_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Inputs:
+    """Random inputs of a shape (tokens, ids, width), always the same."""
+    tokens, size, width = shape
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *sizes: torch.randn(*sizes, generator=generator, device=device).to(dtype)  # noqa: E731
+    hidden, teacher_hidden = draw(tokens, width), draw(tokens, width)
+    weight, teacher_weight = (nn.Parameter(draw(size, width) / width**0.5) for _ in range(2))
+    labels = torch.randint(0, size, (tokens,), generator=generator, device=device)
+    return Inputs(hidden, weight, teacher_hidden, teacher_weight, labels)
 
 
 def run(
@@ -94,19 +119,14 @@ def contenders() -> dict[str, Contender]:
 def _measure(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, rounds: int
 ) -> list[Row]:
-    tokens, size, width = shape
-    generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *sizes: torch.randn(*sizes, generator=generator, device=device).to(dtype)  # noqa: E731
-    hidden, teacher_hidden = draw(tokens, width), draw(tokens, width)
-    weight, teacher_weight = (nn.Parameter(draw(size, width) / width**0.5) for _ in range(2))
-    labels = torch.randint(0, size, (tokens,), generator=generator, device=device)
+    hidden, weight, teacher_hidden, teacher_weight, labels = draw_inputs(shape, dtype, device)
     rows = {name: Row(name, [], 0.0, 0.0) for name in contenders()}
     # The first round warms up and measures the memory, the others the time.
     for round_number in range(rounds + 1):
         for name, contender in contenders().items():
             hidden.grad = weight.grad = None
             leaf = hidden.detach().requires_grad_()
-            before = _reset_peak(device) if round_number == 0 else 0
+            before = reset_peak(device) if round_number == 0 else 0
             start = time.perf_counter()
             loss = contender(leaf, weight, teacher_hidden, teacher_weight, labels)
             loss.backward()
@@ -114,7 +134,7 @@ def _measure(
             if round_number:
                 rows[name].seconds.append(time.perf_counter() - start)
             else:
-                rows[name].extra_mib = (_peak_bytes(device) - before) / 2**20
+                rows[name].extra_mib = (peak_bytes(device) - before) / 2**20
             del loss, leaf
     return list(rows.values())
 
@@ -164,30 +184,3 @@ def _liger() -> Contender | None:
     return lambda hidden, weight, teacher_hidden, teacher_weight, labels: loss(
         hidden, weight, teacher_hidden, teacher_weight.detach(), labels
     )
-
-
-def _reset_peak(device: torch.device) -> int:
-    """Bytes in use; the peak is measured from here."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    # Return freed memory to the system, or a later contender could use it unseen.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _process_bytes("VmRSS")
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-    return _process_bytes("VmHWM")
-
-
-def _process_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")

@@ -94,7 +94,7 @@ def _print_table(
 ) -> None:
     floor = flops(work) / statistics.median(rates)
     out(
-        f"\n{work.name}: {sum(tokens for _, tokens in work.lengths)} tokens per step, "
+        f"\n{work.name}: {work.tokens} tokens per step, "
         f"{work.loss_tokens} loss tokens; matrix products at {min(rates) / 1e9:.0f}.."
         f"{max(rates) / 1e9:.0f} GFLOP/s, floor at their median {floor:.2f} s"
     )

@@ -13,7 +13,6 @@ transformers), `idle` (ranks that have joined and hold no model).
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pocl_ds.bench.peak_memory import peak_bytes, reset_peak
 from pocl_ds.bench.workloads import WORKLOADS, Workload, random_samples
 from pocl_ds.config import (
     CheckpointConfig,
@@ -37,19 +37,27 @@ from pocl_ds.config import (
 from pocl_ds.curriculum.plan import Plan, single_stage_plan
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
-from pocl_ds.models.load import load_model
+from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.runtime.metrics import read_metrics
 from pocl_ds.teachers.cache_step import cache_teacher
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.training.build import build_trainer
+from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
 SFT_RATIO, LR = 0.3, 1e-4
+
+
+class NoCheckpoints(Checkpoints):
+    """Checkpoints of a training whose end is not needed."""
+
+    def save(self, *_: Any, **__: Any) -> None:
+        """Write nothing."""
 
 
 def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> None:
@@ -60,11 +68,7 @@ def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> N
     else:
         time_steps = time_trainer if variant.startswith(("zero3", "torch")) else time_plain_loop
         seconds, losses = time_steps(variant, work, folder, steps + 1)
-    if distributed.device().type == "cuda":
-        own_peak = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    peaks = distributed.gather_objects(own_peak)
+    peaks = distributed.gather_objects(peak_bytes(distributed.device()) / 2**20)
     if distributed.rank() == 0:
         result = {
             "seconds": seconds[1:],
@@ -76,32 +80,52 @@ def main(variant: str, work: Workload, folder: Path, steps: int, out: Path) -> N
 
 
 def time_trainer(
-    variant: str, work: Workload, folder: Path, steps: int
+    variant: str,
+    work: Workload,
+    folder: Path,
+    steps: int,
+    load: ModelLoader = load_recipe_model,
 ) -> tuple[list[float], list[float]]:
-    """Seconds and losses of this package's trainer, as `pocl train` runs it."""
+    """Seconds and losses of this package's trainer, as `pocl train` runs it. The peak memory is
+    measured from the point where the data and a cached teacher's outputs are on disk.
+    """
     run = RunDirectory(folder / f"run-{variant}-{distributed.world_size()}")
     samples = len(work.lengths)
     plan = single_stage_plan(
         np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=SFT_RATIO
     )
-    prepare_training(variant, work, folder, run, plan)().run()
+    build = prepare_training(variant, work, folder, run, plan, load=load)
+    reset_peak(distributed.device())
+    trainer = build()
+    saves = trainer.checkpoints
+    trainer.checkpoints = NoCheckpoints(
+        saves.directory, saves.config, fingerprint=saves.fingerprint, dtype=saves.dtype
+    )
+    trainer.run()
     records = read_metrics(run.train / "metrics.jsonl") if distributed.rank() == 0 else []
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 
 
 def prepare_training(
-    variant: str, work: Workload, folder: Path, run: RunDirectory, plan: Plan, copies: int = 1
+    variant: str,
+    work: Workload,
+    folder: Path,
+    run: RunDirectory,
+    plan: Plan,
+    copies: int = 1,
+    load: ModelLoader = load_recipe_model,
 ) -> Callable[[], Trainer]:
     """Write the data and, for a cached teacher, its outputs. The returned function builds the
     trainer.
 
-    copies: how often the workload's samples are in the data, each time with other tokens.
+    copies: how often the workload's samples are in the data, each time with other tokens. load:
+    see `build_trainer`.
     """
     # Data, models and ranks.
     if distributed.rank() == 0:
         write_split(work, run.data, copies)
     engine, _, setting = variant.partition("+")
-    student, teacher = _model_configs(folder, setting)
+    student, teacher = model_configs(folder, setting)
     if engine == "zero3":
         start_deepspeed()
         distributed.barrier()
@@ -115,6 +139,7 @@ def prepare_training(
             config=TeacherCacheConfig(),
             usage=TeacherUsage(1.0),
             fingerprint=teacher_cache,
+            load=load,
         )
     training = describe_training(
         run,
@@ -125,7 +150,7 @@ def prepare_training(
         _train_config(engine, setting, len(work.lengths)),
         teacher_cache=teacher_cache,
     )
-    return lambda: build_trainer(run, training)
+    return lambda: build_trainer(run, training, load)
 
 
 def describe_training(
@@ -159,7 +184,8 @@ def describe_training(
     )
 
 
-def _model_configs(folder: Path, setting: str) -> tuple[StudentConfig, TeacherConfig]:
+def model_configs(folder: Path, setting: str) -> tuple[StudentConfig, TeacherConfig]:
+    """The sections `student` and `teacher` of a recipe. setting: what follows a variant's `+`."""
     attention = setting if setting in ("sdpa", "eager") else "per_sample"
     common = {"dtype": model_dtype(), "attn_implementation": attention}
     student = {
@@ -203,16 +229,22 @@ def write_split(work: Workload, folder: Path, copies: int = 1) -> None:
 
 
 def time_plain_loop(
-    variant: str, work: Workload, folder: Path, steps: int
+    variant: str,
+    work: Workload,
+    folder: Path,
+    steps: int,
+    load: ModelLoader = load_recipe_model,
 ) -> tuple[list[float], list[float]]:
     """Seconds and losses of a straightforward loop: padded, with every logit of both models at
     once.
     """
-    device, dtype = distributed.device(), model_dtype()
-    student: Any = load_model(str(folder / "student"), dtype=dtype).to(device).train()
+    device = distributed.device()
+    reset_peak(device)
+    student_config, teacher_config = model_configs(folder, "sdpa")
+    student = load(student_config.model, student_config, None).to(device).train()
     teacher: Any = None
     if variant == "full":
-        teacher = load_model(str(folder / "teacher"), dtype=dtype).to(device)
+        teacher = load(teacher_config.model, teacher_config, None).to(device)
         teacher.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0.01)
     ids, mask, labels = (tensor.to(device) for tensor in _padded_batch(work))

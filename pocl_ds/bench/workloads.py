@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pocl_ds.runtime.distributed import device
 
@@ -28,9 +28,25 @@ class Workload:
     """Two models and a batch. lengths: (prompt tokens, all tokens) of each sample."""
 
     name: str
-    teacher: Mapping[str, Any]  # LlamaConfig
+    teacher: Mapping[str, Any]  # fields of the family's configuration
     student: Mapping[str, Any]
     lengths: tuple[tuple[int, int], ...]
+    family: str = "llama"
+
+    @property
+    def configs(self) -> tuple[Any, Any]:
+        """Configurations of the teacher and the student."""
+        ids = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 2}
+        teacher, student = (
+            AutoConfig.for_model(self.family, **shape, **ids)
+            for shape in (self.teacher, self.student)
+        )
+        return teacher, student
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, without padding."""
+        return sum(total for _, total in self.lengths)
 
     @property
     def loss_tokens(self) -> int:
@@ -116,6 +132,18 @@ def random_samples(work: Workload, steps: int, seed: int = 0) -> list[list[tuple
 
 def write_models(work: Workload, folder: Path) -> tuple[Path, Path]:
     """Write the teacher and the student, each with a tokenizer that has one word per id."""
+    paths = write_configs(work, folder)
+    for seed, (path, config) in enumerate(zip(paths, work.configs, strict=True)):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return paths
+
+
+def write_configs(work: Workload, folder: Path) -> tuple[Path, Path]:
+    """Write the configuration and the tokenizer of the teacher and the student, without weights.
+
+    The tokenizer has one word per id.
+    """
     words = {f"w{i}": i for i in range(work.student["vocab_size"])}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")),
@@ -124,11 +152,8 @@ def write_models(work: Workload, folder: Path) -> tuple[Path, Path]:
         unk_token="w0",
     )
     paths = folder / "teacher", folder / "student"
-    for seed, (path, shape) in enumerate(zip(paths, (work.teacher, work.student), strict=True)):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(
-            LlamaConfig(**shape, bos_token_id=1, eos_token_id=1, pad_token_id=2)
-        ).save_pretrained(path)
+    for path, config in zip(paths, work.configs, strict=True):
+        config.save_pretrained(path)
         tokenizer.save_pretrained(path)
     return paths
 
