@@ -72,7 +72,11 @@ class OffPolicy:
     """Trains on the responses of the dataset."""
 
     adaptive = False
-    stateless = True
+
+    @property
+    def stateless(self) -> bool:
+        """See `Policy`. A subclass that selects batches itself says so for itself."""
+        return type(self).select_batch is OffPolicy.select_batch
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
@@ -94,8 +98,6 @@ class GKD(OffPolicy):
     arXiv 2306.13649; docs/method.md, eq. 24).
     """
 
-    stateless = False  # the responses depend on the student's weights
-
     def __init__(self, config: PolicyConfig, generate: GenerateResponses, seed: int) -> None:
         self.config, self.generate, self.seed = config, generate, seed
 
@@ -114,7 +116,11 @@ class ResponseMixture(OffPolicy):
 
     def __init__(self, config: PolicyConfig, generate: GenerateResponses, seed: int) -> None:
         self.shares, self.generate, self.seed = config.shares, generate, seed
-        self.stateless = self.shares.student == 0
+
+    @property
+    def stateless(self) -> bool:
+        """See `Policy`."""
+        return self.shares.student == 0
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""

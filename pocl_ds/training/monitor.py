@@ -43,7 +43,9 @@ class StopSignal:
             raise KeyboardInterrupt
         self.number = number
         name = signal.Signals(number).name
-        log.warning("%s: training saves a checkpoint after this step and stops", name)
+        log.warning(
+            "%s: training stops after this optimizer step or the next, with a checkpoint", name
+        )
 
 
 class TrainingMonitor:

@@ -31,8 +31,6 @@ SAMPLES, BATCH, STEPS = 24, 8, 7
 class LatePolicy(OffPolicy):
     """A policy whose batch is known only when its step begins, as with the student's responses."""
 
-    stateless = False
-
     def __init__(self) -> None:
         self.selected: list[int] = []
 
