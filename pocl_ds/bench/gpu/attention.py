@@ -106,10 +106,7 @@ def masked_attention(shape: Shape, device: torch.device) -> Attention:
     mask = visible_tokens(shape, device)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=True
-        )
-        return output.transpose(1, 2)
+        return _torch_attention(query, key, value, mask).transpose(1, 2)
 
     return attend
 
@@ -127,18 +124,24 @@ def padded_attention(shape: Shape, device: torch.device) -> Attention:
         return pad_sequence(list(samples), batch_first=True).transpose(1, 2)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = functional.scaled_dot_product_attention(
-            pad(query),
-            pad(key),
-            pad(value),
-            attn_mask=band,
-            is_causal=band is None,
-            enable_gqa=True,
-        )
+        output = _torch_attention(pad(query), pad(key), pad(value), band)
         rows = [row[:, :length] for row, length in zip(output, shape.lengths, strict=True)]
         return torch.cat(rows, dim=1).transpose(0, 1)[None]
 
     return attend
+
+
+def _torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, or with a mask in its place. Torch's fast kernels that take a mask have no
+    groups of heads, so keys and values are repeated, as transformers does it.
+    """
+    if mask is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (side.repeat_interleave(groups, dim=1) for side in (key, value))
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def visible_tokens(shape: Shape, device: torch.device) -> Tensor:

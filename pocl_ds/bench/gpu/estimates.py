@@ -1,4 +1,4 @@
-"""What `pocl estimate` predicts for a step that is measured: memory, FLOPs and seconds."""
+"""What `pocl estimate` predicts for a step that is measured: memory and FLOPs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from pocl_ds.bench.workloads import Workload, gemm_rate
 from pocl_ds.models.cost import activation_bytes, model_shape
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.estimate import GPUS, Device, step_flops
+from pocl_ds.models.estimate import step_flops
 from pocl_ds.models.memory import TrainingSetup, training_memory
+from pocl_ds.models.peak_flops import peak_flops as card_peak_flops
 from pocl_ds.runtime import distributed
 
 UTILIZATION = 0.4  # of the peak, as `pocl estimate` assumes
@@ -24,7 +25,6 @@ class StepEstimate:
 
     memory: float
     flops: float
-    seconds: float
 
 
 def estimate_step(work: Workload, teacher_mode: str) -> StepEstimate:
@@ -49,13 +49,7 @@ def estimate_step(work: Workload, teacher_mode: str) -> StepEstimate:
         student, teacher, setup, 1, lengths, work.loss_tokens, activations, base=0.0
     )
     flops = step_flops(student, teacher, setup, lengths, work.loss_tokens)
-    return StepEstimate(sum(memory.values()), flops, flops / (UTILIZATION * peak_flops()))
-
-
-def known_card(name: str) -> Device | None:
-    """The card of `pocl estimate` whose model is in a name such as NVIDIA H100 80GB HBM3."""
-    words = name.lower().replace("-", " ").split()
-    return next((gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in words), None)
+    return StepEstimate(sum(memory.values()), flops)
 
 
 @functools.cache
@@ -63,5 +57,5 @@ def peak_flops() -> float:
     """FLOP/s of this machine's peak as its maker states it; where it is not known, those that its
     matrix products reach.
     """
-    card = known_card(distributed.device_name())
-    return card.flops if card else gemm_rate(torch.get_num_threads())
+    peak = card_peak_flops(distributed.device_name())
+    return peak or gemm_rate(torch.get_num_threads())

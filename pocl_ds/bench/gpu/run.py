@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pocl_ds.bench.gpu.machine import describe_machine
-from pocl_ds.bench.gpu.parts import PARTS, TOTAL_SECONDS, Part, select_parts
+from pocl_ds.bench.gpu.parts import PARTS, Part, select_parts
 from pocl_ds.bench.gpu.runner import load_results, run_parts, unfinished_parts
 from pocl_ds.bench.gpu.tables import results_page
 from pocl_ds.errors import RecipeError
@@ -71,7 +71,7 @@ def run(
         out("no GPU is visible: this is a dry run on the CPU, with tiny shapes")
     if selected is None:
         selected = unfinished_parts(parts, load_results(request.output), machine)
-    results = run_parts(selected, request.output, machine, out, total_seconds=TOTAL_SECONDS)
+    results = run_parts(selected, request.output, machine, out)
     page = results_page(results, parts)
     with atomic_write(request.output / PAGE) as file:
         file.write(page)

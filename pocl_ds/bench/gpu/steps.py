@@ -1,8 +1,9 @@
 """Part `steps-PAIR`: optimizer steps of distillation at real shapes with random weights, beside
 SFT, plain full logits and TRL's GKD trainer.
 
-On a GPU each contender has a process of its own, which imports while the one before it computes. A
-dry run measures all of them in one process. This process imports no torch, so as to start at once.
+On a GPU each contender has a process of its own, which imports, and computes the estimate, while
+the one before it measures. A dry run measures all of them in one process. This process imports no
+torch, so as to start at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pocl_ds.bench.gpu.rows import RowWriter, read_rows
 from pocl_ds.resources import module_command
 
 WORKER = "pocl_ds.bench.gpu.steps_worker"
-LIMIT_SECONDS = 30  # of a contender on a GPU, so that the others have their turn
+LIMIT_SECONDS = 40  # of a contender on a GPU, so that the others have their turn
 # Variant -> label, in the order of their importance.
 CONTENDERS = {
     "zero3": "pocl, online teacher",
@@ -49,7 +50,7 @@ def main(rows: RowWriter, pair: str) -> None:
 def start_worker(
     rows_path: Path, folder: Path, pair: str, variants: Sequence[str]
 ) -> subprocess.Popen[str]:
-    """Start a process that imports, and measures when it reads a line."""
+    """Start a process that prepares what needs no GPU, and measures when it reads a line."""
     command = [*module_command(WORKER), str(rows_path), str(folder), pair, *variants]
     return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env=dict(os.environ))
 

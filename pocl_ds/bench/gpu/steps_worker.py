@@ -1,4 +1,4 @@
-"""Measures contenders of a part `steps-PAIR`, one after another, once it reads a line.
+"""Measures contenders of a part `steps-PAIR`, one after another, once it has read a line.
 
     launch/pocl.py pocl_ds.bench.gpu.steps_worker ROWS FOLDER PAIR VARIANT...
 
@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.integrations import unset_hf_deepspeed_config
 
-from pocl_ds.bench.gpu.estimates import estimate_step, peak_flops
+from pocl_ds.bench.gpu.estimates import UTILIZATION, StepEstimate, estimate_step, peak_flops
 from pocl_ds.bench.gpu.pairs import find_pair
 from pocl_ds.bench.gpu.rows import Row, RowWriter, require_package
 from pocl_ds.bench.gpu.steps import CONTENDERS
@@ -33,7 +33,7 @@ from pocl_ds.models.quiet import quiet
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.logs import setup_logging
 
-WARM_UP_STEPS, STEPS = 2, 5
+WARM_UP_STEPS, STEPS = 2, 4
 DRY_RUN_STEPS = 2
 TEACHER_MODES = {"zero3": "online", "zero3+cached": "cached_hidden_states", "zero3+sft": "none"}
 
@@ -58,8 +58,10 @@ def random_model(
         ).eval()
 
 
-def measure_contender(variant: str, work: Workload, folder: Path, steps: int) -> Row:
-    """Seconds, throughput and memory of a contender's steps, and the estimates of the first two."""
+def measure_contender(
+    variant: str, work: Workload, folder: Path, steps: int, expected: StepEstimate
+) -> Row:
+    """Seconds, throughput and memory of a contender's steps, and their ratios to the estimate."""
     mode, losses = TEACHER_MODES.get(variant), list[float]()
     if variant == "trl":
         seconds = time_trl(work, folder, WARM_UP_STEPS + steps)
@@ -71,7 +73,6 @@ def measure_contender(variant: str, work: Workload, folder: Path, steps: int) ->
             variant, work, folder, WARM_UP_STEPS + steps, load=random_model
         )
     peak, seconds = peak_bytes(distributed.device()), seconds[WARM_UP_STEPS:]
-    expected = estimate_step(work, mode or "online")
     tokens_per_second = work.tokens / statistics.median(seconds)
     row = {
         "seconds": seconds,
@@ -83,11 +84,11 @@ def measure_contender(variant: str, work: Workload, folder: Path, steps: int) ->
         "mfu": expected.flops / statistics.median(seconds) / peak_flops(),
     }
     if mode:  # `pocl estimate` is about this package
+        estimated_seconds = expected.flops / (UTILIZATION * peak_flops())
         row |= {
             "estimated_bytes": expected.memory,
             "memory_ratio": peak / expected.memory,
-            "estimated_tokens_per_second": work.tokens / expected.seconds,
-            "speed_ratio": tokens_per_second * expected.seconds / work.tokens,
+            "speed_ratio": tokens_per_second * estimated_seconds / work.tokens,
         }
     return row
 
@@ -116,8 +117,13 @@ def main(rows: RowWriter, folder: Path, pair: str, variants: list[str]) -> None:
             paths = write_configs(work, folder)
         for path in paths:  # a folder without a file of weights is no model
             (path / "model.safetensors").touch()
+    # Wait for the turn, with everything done that needs no GPU.
+    expected = {
+        variant: estimate_step(work, TEACHER_MODES.get(variant, "online")) for variant in variants
+    }
+    sys.stdin.readline()
     for variant in variants:
-        measurement = partial(measure_contender, variant, work, folder, steps)
+        measurement = partial(measure_contender, variant, work, folder, steps, expected[variant])
         rows.measure({"name": CONTENDERS[variant]}, measurement)
         for finished in folder.glob("run-*"):
             shutil.rmtree(finished)
@@ -126,5 +132,4 @@ def main(rows: RowWriter, folder: Path, pair: str, variants: list[str]) -> None:
 if __name__ == "__main__":
     setup_logging(0, world_size=1)
     path, directory, pair_name, *names = sys.argv[1:]
-    sys.stdin.readline()
     main(RowWriter(Path(path)), Path(directory), pair_name, names)
