@@ -24,7 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from pocl_ds.bench.gpu.pairs import instruction_lengths
 from pocl_ds.bench.gpu.rows import NotAvailable, Row, RowWriter
 from pocl_ds.bench.peak_memory import peak_bytes, reset_peak
-from pocl_ds.models.attention import PackedSamples, per_sample
+from pocl_ds.models.attention import per_sample
+from pocl_ds.models.attention_choice import AttentionCall, kernel_for
+from pocl_ds.models.packed_samples import PackedSamples
 from pocl_ds.runtime import distributed
 
 ROUNDS = 10
@@ -180,7 +182,15 @@ def measure_attention(
             seconds.append(time.perf_counter() - start)
         elif round_number:
             extra_bytes = peak_bytes(device) - before
-    return {"seconds": seconds, "extra_bytes": extra_bytes, "error": error(attend, sides, shape)}
+    row = {
+        "seconds": seconds,
+        "extra_bytes": extra_bytes,
+        "error_norm": error(attend, sides, shape),
+    }
+    if contender is packed_attention:
+        call = AttentionCall(device.type, dtype, shape.width, shape.softcap)
+        row["kernel"] = kernel_for(call)
+    return row
 
 
 def draw_sides(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -28,9 +28,9 @@ def _part(name: str, title: str, limit_seconds: int, module: str, *arguments: st
 
 
 PARTS = (
-    _part("conformance", "Conformance in bfloat16", 45, "conformance"),
+    _part("conformance", "Conformance in bfloat16", 40, "conformance"),
     _part("loss", "Output head and divergence", 35, "loss"),
-    _part("attention", "Attention on packed rows", 20, "attention"),
+    _part("attention", "Attention on packed rows", 30, "attention"),
     *(
         _part(f"steps-{pair}", f"Optimizer steps: {title}", limit_seconds, "steps", pair)
         for pair, title, limit_seconds in (
@@ -41,7 +41,7 @@ PARTS = (
         )
     ),
     _part("pipeline", "A whole run", 50, "pipeline"),
-    _part("vllm", "vLLM: scoring, rollouts, sleep and new weights", 50, "vllm_engine"),
+    _part("vllm", "vLLM: scoring, rollouts, sleep and new weights", 45, "vllm_engine"),
 )
 
 

@@ -123,7 +123,8 @@ COLUMNS: dict[str, Columns] = {
     "attention": (
         ("ms", _milliseconds),
         ("extra GiB", _gib("extra_bytes")),
-        ("error", _number("error", ".1e")),
+        ("error", _number("error_norm", ".1e")),
+        ("kernel", _text("kernel")),
     ),
     "steps": (
         ("ms a step", _milliseconds),

@@ -223,7 +223,10 @@ def test_the_gradient_error_of_a_loss(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_every_attention_has_the_exact_result(tmp_path: Path) -> None:
     attention.main(rows := RowWriter(tmp_path / "rows.jsonl"), rounds=1)
     measured = [row for row in read_rows(rows.path) if "skipped" not in row]
-    assert len(measured) == 7 and all(row["error"] < 1e-5 for row in measured)
+    assert len(measured) == 7 and all(row["error_norm"] < 1e-5 for row in measured)
+    result = {"status": "ok", "machine": MACHINE, "rows": read_rows(rows.path)}
+    page = tables.results_page({"parts": {"attention": result}})
+    assert "failed" not in page and "each sample |" in page  # the kernel
     # Attention across samples, without a window, or without a cap differs.
     sides = attention.draw_sides(attention.DRY_RUN_SHAPES[0], torch.float32, torch.device("cpu"))
     plain = attention.DRY_RUN_SHAPES[0]
