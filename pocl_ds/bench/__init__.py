@@ -7,6 +7,10 @@ BENCHMARKS = {
         "pocl_ds.bench.loss",
         "Time and memory of output head and divergence against full logits and Liger.",
     ),
+    "kernels": (
+        "pocl_ds.bench.kernels",
+        "Registers, spills and, on a GPU, time of the loss kernel; compiling needs no GPU.",
+    ),
     "step": (
         "pocl_ds.bench.step",
         "Time and memory of an optimizer step against full logits, SFT, TRL and the floor.",

@@ -31,12 +31,19 @@ from pocl_ds.losses.cross_tokenizer import (
 from pocl_ds.losses.divergences import compute_dtype, divergence_options
 from pocl_ds.losses.head_products import HeadGradients, TeacherProducts
 from pocl_ds.losses.token_losses import (
-    BlockLoss,
     Buffers,
+    EagerLoss,
+    LogitLoss,
     LossTerms,
     TeacherHead,
     block_rows,
     row_bytes,
+)
+from pocl_ds.losses.triton_loss import (
+    TritonLoss,
+    kernel_obstacle,
+    log_implementation,
+    padded_size,
 )
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -66,20 +73,24 @@ def chunk_sizes(
     dtype: torch.dtype,
     device: torch.device,
     teachers: int = 1,
+    in_kernel: bool = False,
 ) -> ChunkSizes:
     """The chunk and block sizes that fit a memory budget, for the divergence of this name over
-    `size` ids. dtype: of the hidden states.
+    `size` ids. dtype: of the hidden states. in_kernel: the loss runs in a Triton kernel, which
+    needs no buffers and takes a chunk as one block.
 
     Raises RecipeError if the budget does not hold one row.
     """
     working = compute_dtype(dtype)
-    logit_bytes = (1 + teachers) * size * dtype.itemsize
-    buffer_bytes = row_bytes(name, size, working)
+    logit_bytes = (1 + teachers) * (padded_size(size) if in_kernel else size) * dtype.itemsize
+    buffer_bytes = 0 if in_kernel else row_bytes(name, size, working)
     if chunk_bytes < logit_bytes + buffer_bytes:
         raise RecipeError(
             f"loss.chunk_memory_mb: {chunk_bytes} bytes do not hold one token over {size} ids; "
             f"give at least {logit_bytes + buffer_bytes} bytes"
         )
+    if in_kernel:
+        return ChunkSizes(chunk_bytes // logit_bytes, chunk_bytes // logit_bytes)
     # Blocks get at most half of the budget: large chunks make fast matrix products.
     block = max(1, min(block_rows(size, working, device), chunk_bytes // 2 // buffer_bytes))
     return ChunkSizes((chunk_bytes - block * buffer_bytes) // logit_bytes or 1, block)
@@ -203,6 +214,7 @@ class FusedLossInputs:
     teacher_hidden: Tensor | None
     teacher_head: TeacherHead | None
     sizes: ChunkSizes
+    in_kernel: bool  # whether the loss runs in a Triton kernel
     spans: SpanLoss | None
     grad_enabled: bool  # in an autograd.Function's forward gradients are always off
 
@@ -218,35 +230,51 @@ class FusedLossInputs:
         teacher_head: TeacherHead | None,
         chunk_bytes: int,
     ) -> FusedLossInputs:
-        """Check the arguments and choose the chunk sizes. See `loss_sums`."""
+        """Check the arguments, choose how the loss is computed, and the chunk sizes. See
+        `loss_sums`.
+        """
+        options = divergence_options(terms.name, terms.options)
+        if terms.name != "sft" and teacher_head is None:
+            raise RecipeError(f"loss.name={terms.name} needs a teacher")
+        # ALM becomes a weighted cross-entropy, which needs no teacher in the chunks.
+        in_spans = terms.name == "alm" and isinstance(teacher_head, CrossTokenizerTeacher)
+        chunk_head = None if terms.name == "sft" or in_spans else teacher_head
+        obstacle = kernel_obstacle(terms.name, options, hidden, chunk_head)
+        log_implementation(terms.name, obstacle)
         # Chunks must fit the wider head and every teacher.
         widest, teachers = vocab.size, 1
         if isinstance(teacher_head, CrossTokenizerTeacher):
             widest = max(vocab.size, teacher_head.vocab.size)
         if isinstance(teacher_head, HeadMixture):
             teachers = len(teacher_head.heads)
-        sizes = chunk_sizes(terms.name, widest, chunk_bytes, hidden.dtype, hidden.device, teachers)
-        options = divergence_options(terms.name, terms.options)
-        if terms.name != "sft" and teacher_head is None:
-            raise RecipeError(f"loss.name={terms.name} needs a teacher")
-        # ALM becomes a weighted cross-entropy, which needs no teacher in the chunks.
+        sizes = chunk_sizes(
+            terms.name, widest, chunk_bytes, hidden.dtype, hidden.device, teachers, obstacle is None
+        )
         spans = None
-        if terms.name == "alm" and isinstance(teacher_head, CrossTokenizerTeacher):
+        if in_spans and isinstance(teacher_head, CrossTokenizerTeacher):
             spans = _span_loss(hidden, head, labels, terms, vocab, teacher_head, sizes)
-        if terms.name == "sft" or spans is not None:
-            teacher_hidden = teacher_head = None
         return cls(
             head,
             labels,
             terms,
             options,
             vocab,
-            teacher_hidden,
-            teacher_head,
+            None if chunk_head is None else teacher_hidden,
+            chunk_head,
             sizes,
+            obstacle is None,
             spans,
             torch.is_grad_enabled(),
         )
+
+    def logit_loss(self, block_size: int, dtype: torch.dtype, *, need_gradient: bool) -> LogitLoss:
+        """What computes the loss of up to `block_size` tokens. dtype: of the computation."""
+        arguments = (self.terms, self.options, self.vocab, self.head)
+        if self.in_kernel:
+            assert self.teacher_head is None or isinstance(self.teacher_head, OutputHead)
+            return TritonLoss(*arguments, self.teacher_head, need_gradient)
+        buffers = Buffers(block_size, self.vocab.size, dtype, self.labels.device)
+        return EagerLoss(*arguments, self.teacher_head, buffers, need_gradient)
 
 
 def _span_loss(
@@ -261,7 +289,8 @@ def _span_loss(
     """A first pass over the logits, for the probabilities of spans that each token's gradient
     needs.
     """
-    rows = max(1, sizes.chunk // 2)
+    # Beside the logits there are a copy in float32 and its logarithms.
+    rows = max(1, sizes.chunk // 3)
     student_log_probs = label_log_probs(
         hidden, labels, lambda part: vocab.student_logits(head, part), rows
     )
@@ -303,17 +332,10 @@ class FusedHeadLoss(torch.autograd.Function):
         block_size = min(inputs.sizes.block, rows)
         needs_grad = [inputs.grad_enabled and flag for flag in ctx.needs_input_grad[:3]]
         gradients = HeadGradients(hidden, weight, bias, size, needs_grad)
-        products = hidden.new_empty(rows, size)
-        teacher_products = TeacherProducts(inputs.teacher_head, inputs.vocab, rows, hidden)
-        block_loss = BlockLoss(
-            inputs.terms,
-            inputs.options,
-            inputs.vocab,
-            inputs.head,
-            inputs.teacher_head,
-            Buffers(block_size, size, dtype, hidden.device),
-            need_gradient=any(needs_grad),
-        )
+        stride = padded_size(size) if inputs.in_kernel else size
+        products = hidden.new_empty(rows, stride)[:, :size]
+        teacher_products = TeacherProducts(inputs.teacher_head, inputs.vocab, rows, stride, hidden)
+        logit_loss = inputs.logit_loss(block_size, dtype, need_gradient=any(needs_grad))
 
         sums = hidden.new_zeros(2, dtype=dtype)
         for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
@@ -326,7 +348,7 @@ class FusedHeadLoss(torch.autograd.Function):
             token_weights = None if spans is None else spans.token_weights[chunk]
             for start in range(0, len(student), block_size):
                 block = slice(start, start + block_size)
-                sums += block_loss(
+                sums += logit_loss(
                     student[block],
                     None if teacher is None else teacher[block],
                     labels[chunk][block],

@@ -21,9 +21,10 @@ class TeacherProducts:
     """
 
     def __init__(
-        self, head: TeacherHead | None, vocab: VocabMap, rows: int, hidden: Tensor
+        self, head: TeacherHead | None, vocab: VocabMap, rows: int, stride: int, hidden: Tensor
     ) -> None:
-        self.head, self.vocab = head, vocab
+        """rows: of a chunk; stride: numbers from one row of products to the next, at least v."""
+        self.head, self.vocab, self.stride = head, vocab, stride
         if isinstance(head, HeadMixture):
             self.buffer = self._allocate(hidden, head.heads[0], rows, len(head.heads))
         elif isinstance(head, OutputHead):
@@ -31,7 +32,7 @@ class TeacherProducts:
 
     def _allocate(self, hidden: Tensor, head: OutputHead, *rows: int) -> Tensor:
         dtype = hidden.dtype if head.weight is None else head.weight.dtype
-        return hidden.new_empty(*rows, self.vocab.size, dtype=dtype)
+        return hidden.new_empty(*rows, self.stride, dtype=dtype)[..., : self.vocab.size]
 
     def __call__(self, states: Tensor) -> Tensor:
         if isinstance(self.head, OutputHead):
@@ -93,7 +94,14 @@ def _add_product(accumulated: Tensor, gradient: Tensor, hidden: Tensor, *, overw
     """accumulated += gradient^T hidden in the accumulator's dtype; with overwrite, = instead of
     +=.
     """
-    if accumulated.dtype != gradient.dtype:
+    if accumulated.dtype != gradient.dtype and gradient.is_cuda:
+        # cuBLAS multiplies in bfloat16 and adds in float32, without a product of its own.
+        dtype, product = accumulated.dtype, (gradient.T, hidden)
+        if overwrite:
+            torch.mm(*product, out_dtype=dtype, out=accumulated)
+        else:
+            torch.addmm(accumulated, *product, out_dtype=dtype, out=accumulated)
+    elif accumulated.dtype != gradient.dtype:
         product = torch.mm(gradient.T, hidden)
         _ = accumulated.copy_(product) if overwrite else accumulated.add_(product)
     elif overwrite:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -123,9 +123,30 @@ class Buffers:
         return self(number, len(values)).copy_(values)
 
 
+class LogitLoss(Protocol):
+    """The loss of n tokens from the products of hidden states and heads.
+
+    `EagerLoss` computes every loss, block by block, and is the reference. `TritonLoss` computes
+    a complete chunk on a GPU.
+    """
+
+    def __call__(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor, token_weights: Tensor | None
+    ) -> Tensor:
+        """Sums over n tokens of the divergence (times `kd_factor`) and of the cross-entropy: [2].
+
+        student: [n, v] products of hidden states and the head's weight. They are overwritten:
+        with need_gradient by the gradient of the total loss in the products, in their own type.
+        teacher: [n, v] products; [n, teachers, v] for a `HeadMixture`; [n, bytes] records for a
+        `TopKCodec`; [n] token indices for a `CrossTokenizerTeacher`. token_weights: [n]; the
+        gradient is then that of a cross-entropy with a weight for each token.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class BlockLoss:
-    """The loss of a block of tokens.
+class EagerLoss:
+    """The loss of a block of tokens in PyTorch operations, as `LogitLoss`.
 
     head, teacher_head: bias, scale and soft cap of the products; teacher_head is None if
     the loss has no divergence. options: of the divergence, with its defaults.
@@ -142,14 +163,7 @@ class BlockLoss:
     def __call__(
         self, student: Tensor, teacher: Tensor | None, labels: Tensor, token_weights: Tensor | None
     ) -> Tensor:
-        """Sums over n tokens of the divergence (times `kd_factor`) and of the cross-entropy: [2].
-
-        student: [n, v] products of hidden states and the head's weight. They are overwritten:
-        with need_gradient by the gradient of the total loss in the products, in their own type.
-        teacher: [n, v] products; [n, teachers, v] for a `HeadMixture`; [n, bytes] records for a
-        `TopKCodec`; [n] token indices for a `CrossTokenizerTeacher`. token_weights: [n]; the
-        gradient is then that of a cross-entropy with a weight for each token.
-        """
+        """See `LogitLoss`."""
         terms, buffers, rows = self.terms, self.buffers, len(student)
 
         # Logits, and log q at temperature 1 for the cross-entropy.

@@ -1,0 +1,235 @@
+"""The loss kernel in Triton's interpreter against float64.
+
+Triton reads TRITON_INTERPRET when a kernel is imported, so these tests need a process of their own:
+`test_triton_loss.py` runs them, and `TRITON_INTERPRET=1 pytest` with this file does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pocl_ds.config.registry import LOSSES
+from pocl_ds.losses import divergence, fused_head
+from pocl_ds.losses.closed_forms import CLOSED_FORMS
+from pocl_ds.losses.divergences import divergence_options
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.token_losses import Buffers, EagerLoss, LossTerms
+from pocl_ds.losses.triton_loss import TritonLoss, padded_size
+from pocl_ds.models.heads import OutputHead
+from pocl_ds.models.vocab import VocabMap
+
+BLOCK = 32
+# Every branch of the kernel: its name and options.
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("sft", {}),
+    *((name, {}) for name in CLOSED_FORMS),
+    ("jsd", {"beta": 0.0}),
+    ("jsd", {"beta": 1.0}),
+    ("skl", {"skew": 1.0}),
+    ("srkl", {"skew": 0.0}),
+    ("srkl", {"skew": 0.6, "detach_mixture": True}),
+    *(
+        ("ab", {"ab_alpha": a, "ab_beta": b})
+        for a, b in ((0.5, 0.0), (0.0, 0.5), (0.0, 0.0), (0.4, -0.4), (-0.2, 0.7))
+    ),
+]
+
+
+def logits_of(head: OutputHead, products: Tensor) -> Tensor:
+    """Out of place, so that autograd passes through it."""
+    scaled = products * head.scale
+    return scaled if head.soft_cap is None else head.soft_cap * (scaled / head.soft_cap).tanh()
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits of a chunk and the loss to compute from them."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+    masked: Tensor | None
+    terms: LossTerms
+    heads: tuple[OutputHead, OutputHead]
+
+    @property
+    def size(self) -> int:
+        return self.student.shape[1]
+
+    def arguments(self) -> tuple[Any, ...]:
+        student, teacher = self.heads
+        options = divergence_options(self.terms.name, self.terms.options)
+        vocab = VocabMap(self.size, self.masked)
+        return self.terms, options, vocab, student, None if self.terms.name == "sft" else teacher
+
+    def run(self, loss: Any, logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Sums, and what the loss leaves in the student's logits."""
+        logits = self.student.clone() if logits is None else logits
+        teacher = None if self.terms.name == "sft" else self.teacher.clone()
+        return loss(logits, teacher, self.labels, None).double(), logits
+
+    def in_triton(self, **settings: Any) -> tuple[Tensor, Tensor]:
+        return self.run(TritonLoss(*self.arguments(), True, block=BLOCK, warps=1, **settings))
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """Sums and gradient in float64, by autograd through the formulas of the method."""
+        leaf, terms = self.student.double().requires_grad_(), self.terms
+        z_q, z_p = (
+            self._masked(logits_of(head, side))
+            for head, side in zip(self.heads, (leaf, self.teacher.double()), strict=True)
+        )
+        ce = nn.functional.cross_entropy(z_q, self.labels, reduction="sum")
+        settings = {
+            "temperature": terms.temperature,
+            "reduction": "sum",
+            "scale_by_temperature_squared": terms.scale_by_temperature_squared,
+        }
+        kd = divergence(terms.name, z_q, z_p, **settings, **terms.options)
+        (terms.ce_weight * ce + (1 - terms.ce_weight) * kd).backward()
+        assert leaf.grad is not None
+        return torch.stack([kd, ce]).detach(), leaf.grad
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        return logits if self.masked is None else logits.masked_fill(self.masked, -torch.inf)
+
+
+@st.composite
+def cases(draw: st.DrawFn, name: str, options: dict[str, Any]) -> Case:
+    """Any temperature, SFT ratio, head and mask; sizes beside multiples of the block. Hypothesis
+    begins with the first of each list, which asks most of the kernel.
+    """
+    choose = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    size, rows = choose(3 * BLOCK + 1, 2 * BLOCK - 7, BLOCK, BLOCK - 1), choose(2, 1)
+    source = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sides, heads = [], []
+    for offset in (0.0, 50.0):  # a softmax does not see it, unless a soft cap follows
+        cap = choose(9.0, None, 30.0)
+        products = torch.randn(rows, size, generator=source) * choose(2.0, 0.1, 3.0)
+        # The largest logit grows from block to block.
+        products += choose(4.0, 0.0) * torch.linspace(-1, 1, size) + (0.0 if cap else offset)
+        sides.append(products.to(choose(torch.float32, torch.bfloat16, torch.float16)))
+        heads.append(OutputHead(None, None, choose(0.7, 1.0, 1.5), cap, size))
+    masked, labels = None, torch.randint(0, size, (rows,), generator=source)
+    if choose(True, False):
+        masked = torch.rand(size, generator=source) < 0.2
+        masked[: choose(BLOCK, 0)] = True  # the first block may have no id
+        masked[-1] = False
+        labels[:] = size - 1
+    terms = LossTerms(
+        name, choose(1.7, 1.0, 0.6), choose(0.3, 0.0, 1.0), choose(False, True), options
+    )
+    return Case(sides[0], sides[1], labels, masked, terms, (heads[0], heads[1]))
+
+
+def example(name: str, kind: torch.dtype, rows: int = 2, size: int = 2 * BLOCK + 5) -> Case:
+    source = torch.Generator().manual_seed(4)
+    sides = (torch.randn(rows, size, generator=source) * 3 for _ in range(2))
+    student, teacher = (side.to(kind) for side in sides)
+    masked, labels = torch.arange(size) % 7 == 3, torch.full((rows,), 5)
+    head = OutputHead(None, None, 1.0, None, size)
+    terms = LossTerms(name, 1.7, 0.0 if name == "sft" else 0.3)
+    return Case(student, teacher, labels, masked, terms, (head, head))
+
+
+@pytest.mark.parametrize(("name", "options"), FORMS)
+@given(data=st.data())
+@settings(max_examples=3, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+def test_sums_and_gradient_equal_float64(
+    name: str, options: dict[str, Any], data: st.DataObject
+) -> None:
+    case = data.draw(cases(name, options))
+    expected_sums, expected = case.expected()
+    sums, gradient = case.in_triton()
+    assert gradient.dtype == case.student.dtype
+    assert torch.allclose(sums, expected_sums, rtol=1e-4, atol=1e-4)
+    # The arithmetic is float32; a narrower type rounds its result.
+    rounding = 0.0 if gradient.dtype == torch.float32 else torch.finfo(gradient.dtype).eps
+    size = max(1.0, float(expected.abs().max()))
+    assert torch.allclose(gradient.double(), expected, rtol=1e-4 + rounding, atol=2e-5 * size)
+    if case.masked is not None:
+        assert (gradient[:, case.masked] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["sft", *CLOSED_FORMS])
+def test_the_error_in_bfloat16_is_no_larger_than_that_of_the_eager_form(name: str) -> None:
+    """The interpreter cuts bits off where a GPU rounds, so the kernel's result is rounded here."""
+    case = example(name, torch.bfloat16, rows=3)
+    _, expected = case.expected()
+    buffers = Buffers(3, case.size, torch.float32, torch.device("cpu"))
+    _, eager = case.run(EagerLoss(*case.arguments(), buffers, True))
+    _, exact = replace(case, student=case.student.float()).in_triton()
+    gradient = exact.bfloat16()
+    error = lambda actual: float((actual.double() - expected).norm())  # noqa: E731
+    assert error(gradient) <= 1.01 * error(eager)
+
+
+@pytest.mark.parametrize("name", ["rkl", "jsd"])
+def test_a_token_has_the_same_bits_in_every_chunk(name: str) -> None:
+    case = example(name, torch.float32, rows=3)
+    _, together = case.in_triton()
+    last = slice(2, 3)
+    alone = replace(
+        case, student=case.student[last], teacher=case.teacher[last], labels=case.labels[last]
+    )
+    assert torch.equal(alone.in_triton()[1], together[last])
+
+
+@pytest.mark.parametrize("name", ["sft", "fkl", "tvd"])
+def test_without_a_gradient_the_sums_are_the_same_and_logits_stay(name: str) -> None:
+    case = example(name, torch.float32)
+    sums, logits = case.run(TritonLoss(*case.arguments(), False, block=BLOCK))
+    assert torch.equal(sums, case.in_triton()[0]) and torch.equal(logits, case.student)
+
+
+def test_padded_rows_and_weights_of_tokens() -> None:
+    """The columns between rows hold anything; the gradient is that of a weighted cross-entropy."""
+    case, weights = example("sft", torch.float32), torch.tensor([0.3, -2.0])
+    padded = torch.full((2, padded_size(case.size)), torch.nan)
+    padded[:, : case.size] = case.student
+    logits = padded[:, : case.size]
+    loss = TritonLoss(*case.arguments(), True, block=BLOCK)
+    loss(logits, None, case.labels, weights)
+    leaf = case.student.double().requires_grad_()
+    assert case.masked is not None
+    log_q = leaf.masked_fill(case.masked, -torch.inf).log_softmax(-1)
+    (weights.double() * -log_q[torch.arange(2), case.labels]).sum().backward()
+    assert leaf.grad is not None
+    assert torch.allclose(logits.double(), leaf.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "chunk_bytes"), [("srkl", 2000), ("rkl", 1 << 20)])
+def test_the_fused_head_over_the_kernel_equals_its_eager_form(
+    name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bias, scale, soft cap, a masked id, other ids of the teacher and chunks of five tokens."""
+    source = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=source)  # noqa: E731
+    head = OutputHead(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0)
+    teacher = OutputHead(nn.Parameter(draw(44, 12)), None, 1.0, None)
+    vocab = VocabMap(38, torch.arange(38) == 37, torch.randperm(44, generator=source)[:38])
+    hidden, teacher_hidden = draw(7, 8).requires_grad_(), draw(7, 12)
+    labels = torch.randint(0, 37, (7,), generator=source)
+    results = []
+    for obstacle in ("the test compares", None):
+        monkeypatch.setattr(fused_head, "kernel_obstacle", lambda *_, text=obstacle: text)
+        sums = loss_sums(
+            hidden,
+            head,
+            labels,
+            LossTerms(name, 1.6, 0.3, options=LOSSES[name]),
+            vocab=vocab,
+            teacher_hidden=teacher_hidden,
+            teacher_head=teacher,
+            chunk_bytes=chunk_bytes if obstacle is None else 1 << 20,
+        )
+        leaves = [leaf for leaf in (hidden, head.weight, head.bias) if leaf is not None]
+        results.append([*sums, *torch.autograd.grad(3 * sums[0], leaves)])
+    for eager, actual in zip(*results, strict=True):
+        assert torch.allclose(actual, eager.detach(), rtol=1e-4, atol=2e-5)
