@@ -53,7 +53,7 @@ def _part_section(part: Part, result: Mapping[str, Any]) -> str:
     lines = [f"### {part.title}"]
     if result["status"] not in ("ok", "skipped"):
         lines.append(f"**{result['status']}**: {escape_markdown(result['reason'])}.")
-    rows = result["rows"]
+    rows = summarize_tests(result["rows"]) if part.name == "conformance" else result["rows"]
     for group in dict.fromkeys(row.get("group") for row in rows):
         group_rows = [row for row in rows if row.get("group") == group]
         if group:
@@ -62,6 +62,27 @@ def _part_section(part: Part, result: Mapping[str, Any]) -> str:
     if not rows:
         lines.append("No row was measured.")
     return "\n\n".join(lines)
+
+
+def summarize_tests(rows: Sequence[Row]) -> list[Row]:
+    """A row for each test function: how many of its cases passed. Failed cases keep their rows, and
+    a function without a case that ran keeps its first one.
+    """
+    summary: list[Row] = [row for row in rows if "error" in row]
+    functions: dict[str, list[Row]] = {}
+    for row in rows:
+        if "error" not in row:
+            functions.setdefault(row["name"].partition("[")[0], []).append(row)
+    for name, cases in functions.items():
+        passed = [row for row in cases if "skipped" not in row]
+        if not passed:
+            summary.append({**cases[0], "name": name})
+            continue
+        skipped = f", {len(cases) - len(passed)} skipped" if len(passed) < len(cases) else ""
+        outcome = f"{len(passed)} passed{skipped}"
+        duration = sum(row["duration"] for row in passed)
+        summary.append({"name": name, "outcome": outcome, "duration": duration})
+    return summary
 
 
 def _table(columns: Columns, rows: Sequence[Row]) -> str:

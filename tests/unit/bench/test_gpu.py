@@ -181,6 +181,23 @@ def test_the_page_shows_every_kind_of_row() -> None:
     assert "say nothing about a GPU" in tables.results_page(dry)
 
 
+def test_the_page_counts_the_cases_of_a_test() -> None:
+    rows = [
+        {"name": "test_a[x]", "outcome": "passed", "duration": 1.0},
+        {"name": "test_a[y]", "outcome": "passed", "duration": 2.0},
+        {"name": "test_a[z]", "outcome": "failed", "duration": 9.0, "error": "assert 1 > 2"},
+        {"name": "test_b[x]", "outcome": "skipped", "duration": 0.0, "skipped": "no vllm"},
+        {"name": "test_a[w]", "outcome": "skipped", "duration": 0.0, "skipped": "no"},
+    ]
+    result = {"status": "failed", "reason": "exit code 1", "machine": MACHINE, "rows": rows}
+    page = tables.results_page({"parts": {"conformance": result}})
+    assert page.splitlines()[-3:] == [
+        r"| test\_a\[z\] | failed: assert 1 &gt; 2 |  |",
+        r"| test\_a | 2 passed, 1 skipped | 3.0 |",
+        r"| test\_b | skipped: no vllm |  |",
+    ]
+
+
 def test_a_fault_of_one_measurement_is_a_row(tmp_path: Path) -> None:
     rows = RowWriter(tmp_path / "rows.jsonl")
 
