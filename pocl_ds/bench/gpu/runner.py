@@ -9,6 +9,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,13 +103,15 @@ def run_part(
     rows_path, log = directory / f"{part.name}.rows.jsonl", directory / f"{part.name}.log"
     rows_path.unlink(missing_ok=True)
     start, mark = time.monotonic(), secrets.token_hex(8)
-    with log.open("w", encoding="utf-8") as file:
+    # Temporary files of a part that is stopped would stay: models with random weights are large.
+    scratch = tempfile.TemporaryDirectory(prefix="pocl-bench-", ignore_cleanup_errors=True)
+    with scratch, log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             [*module_command(part.module), str(rows_path), *part.arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**environment, MARK: mark},
+            env={**environment, MARK: mark, "TMPDIR": scratch.name},
             start_new_session=True,
         )
         try:

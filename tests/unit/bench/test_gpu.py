@@ -37,7 +37,7 @@ MACHINE = {
 # A part that behaves as its argument says. `hangs` starts a process in another session that ignores
 # TERM and outlives its parent.
 FAKE_PART = """
-import subprocess, sys, time
+import subprocess, sys, tempfile, time
 from pathlib import Path
 from pocl_ds.bench.gpu.rows import RowWriter
 
@@ -50,7 +50,7 @@ if behavior == "hangs":
         ["bash", "-c", "trap '' TERM; echo up; sleep 60"], start_new_session=True, stdout=-1
     )
     child.stdout.readline()
-    rows.write({"name": "x", "pid": child.pid})
+    rows.write({"name": "x", "pid": child.pid, "folder": tempfile.mkdtemp()})
     time.sleep(60)
 rows.write({"name": "x", "outcome": "passed", "duration": 1.0})
 if behavior == "fails":
@@ -87,7 +87,7 @@ def test_a_fault_or_a_limit_of_one_part_leaves_the_others(tmp_path: Path) -> Non
     # Rows from before the fault count, and nothing of the part is left.
     (row,) = by_name["hangs"]["rows"]
     assert not psutil.pid_exists(row["pid"]) or not runner.is_alive(psutil.Process(row["pid"]))
-    assert by_name["hangs"]["seconds"] < 30
+    assert by_name["hangs"]["seconds"] < 30 and not Path(row["folder"]).parent.exists()
     assert by_name["fails"]["rows"] == by_name["works"]["rows"] != []
     assert runner.load_results(tmp_path / "out") == results
     assert "the reason" in (tmp_path / "out" / "conformance-fails.log").read_text()
