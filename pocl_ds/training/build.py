@@ -22,22 +22,16 @@ from pocl_ds.config import (
 )
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.data.generated import GeneratedBatch
-from pocl_ds.data.preprocess import TEACHER_DIRECTORY
-from pocl_ds.data.retokenize import TeacherRetokenizer
-from pocl_ds.data.teacher_prompts import TeacherPrompts
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.engines.torch_engine import TorchEngine
-from pocl_ds.errors import ArtifactError
 from pocl_ds.losses.fused_head import chunk_sizes
 from pocl_ds.models.attention_choice import log_kernel
-from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import (
     embedding_rows,
     load_model_config,
     load_tokenizer,
-    max_positions,
 )
 from pocl_ds.models.lora import add_adapters
 from pocl_ds.models.quantization import bytes_per_weight
@@ -58,10 +52,10 @@ from pocl_ds.training.monitor import TrainingMonitor
 from pocl_ds.training.responses import ResponseSource, check_rollout_backend
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.student import Student
+from pocl_ds.training.teacher_reader import build_teacher_reader
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.training.utilization import measure_utilization
-from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -125,15 +119,7 @@ def build_trainer(
     for model in models if layout.packed else ():
         log_kernel(model, distributed.device())
     data = _training_data(training, splits, layout)
-    if training.cross_tokenizer:
-        data.teacher_reader = _retokenizer(run, training, teacher_models[0])
-    elif isinstance(teacher, CachedTeacher):
-        data.teacher_reader = teacher.read
-    elif training.teacher_has_own_prompts and teacher_models:
-        packed = supports_packing(teacher_models[0])
-        data.teacher_reader = TeacherPrompts(
-            _teacher_splits(run), vocab.teacher_inputs, packed=packed
-        )
+    data.teacher_reader = build_teacher_reader(run, training, teacher, teacher_models, vocab)
     schedule = TrainingSchedule(training.plan, sampler, training.train)
     return Trainer(
         TrainingModels(engine, teacher),
@@ -190,40 +176,6 @@ def _cannot_generate(rows: NDArray[np.int64], position: SamplerPosition) -> Gene
     raise RuntimeError(
         f"an off-policy policy requested responses of the student at step {position.step}"
     )
-
-
-def _retokenizer(
-    run: RunDirectory, training: TrainingRun, teacher_model: Any
-) -> TeacherRetokenizer:
-    """Adds the teacher's tokens to batches, for a teacher with another tokenizer."""
-    assert training.teacher is not None
-    manifest = read_manifest(run.data)
-    if manifest is None:
-        raise ArtifactError(f"{run.data} holds no finished data: run `pocl preprocess` first")
-    info = manifest.info
-    tokenizer = load_tokenizer(
-        training.student_path, trust_remote_code=training.student.trust_remote_code
-    )
-    teacher_tokenizer = load_tokenizer(
-        training.teacher_paths[0],
-        trust_remote_code=training.teacher.trust_remote_code,
-        revision=training.teacher.revision,
-    )
-    return TeacherRetokenizer(
-        tokenizer,
-        teacher_tokenizer,
-        _teacher_splits(run),
-        student_end_ids=info["end_of_turn_ids"],
-        teacher_end_ids=info["teacher_end_of_turn_ids"],
-        max_length=max_positions(teacher_model.config),
-        packed=supports_packing(teacher_model),
-    )
-
-
-def _teacher_splits(run: RunDirectory) -> dict[str, TokenizedSplit]:
-    """The data as the teacher reads it."""
-    directory = run.data / TEACHER_DIRECTORY
-    return {name: TokenizedSplit.open(directory, name) for name in ("train", "validation")}
 
 
 def _check_tokens(training: TrainingRun, splits: _Splits, vocab: VocabMap) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed
 from pocl_ds.training.layout import Layout
 from pocl_ds.training.prefetch import DeviceCopier, Prefetcher
+
+# A batch made from rows of a dataset -> the same with what the teacher reads.
+TeacherReader: TypeAlias = Callable[[TokenizedDataset, Batch], Batch]
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class TrainingData:
     micro_batch_size: int
     micro_batch_tokens: int | None = None  # replaces micro_batch_size
     # Adds what the teacher reads, for one with another tokenizer, with its own prompts, or cached.
-    teacher_reader: Callable[[TokenizedDataset, Batch], Batch] | None = None
+    teacher_reader: TeacherReader | None = None
     # The training samples with the teacher's responses, if the policy uses them.
     teacher_responses: TokenizedSplit | None = None
     # Batches of training and validation may be made at once, and tokenizers are not made for that.
