@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> tuple[int, str]:
     """Exit code, and the sentence that explains a code other than 0."""
-    from pocl_ds.errors import PoclError, memory_fault
+    from pocl_ds.errors import PoclError, compile_fault, memory_fault
     from pocl_ds.runtime.process_exit import was_interrupted
 
     # Complete words for the shell, or find the command.
@@ -108,6 +108,8 @@ def _main(arguments: list[str]) -> tuple[int, str]:
             return _interrupted(program)
         return error.exit_code, _explain(program, str(error))
     except (RuntimeError, MemoryError) as error:
+        if (fault := compile_fault(error)) is not None:
+            return 2, _explain(program, f"torch.compile failed ({fault}): set train.compile=none")
         if (fault := memory_fault(error)) is None:
             raise
         step = STEP.get(command)

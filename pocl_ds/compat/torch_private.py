@@ -54,3 +54,12 @@ def set_compile_disabled(disabled: bool) -> bool:
     previous: bool = torch._dynamo.config.disable
     torch._dynamo.config.disable = disabled
     return previous
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Let `torch.compile` keep at least so many variants of a function before it stops compiling
+    it.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)

@@ -101,6 +101,13 @@ class TrainConfig(Section):
         "row without padding. `auto` chooses the cheaper.",
         json_schema_extra=RUNTIME_ONLY,
     )
+    compile: Literal["none", "layers"] = Field(
+        "none",
+        description="`layers` compiles each decoder layer of both models with torch.compile, "
+        "which needs Triton on GPUs and a C++ compiler on CPUs. The first optimizer steps take "
+        "longer.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
     lr: PositiveFloat = Field(1e-4, description="Peak learning rate of AdamW.")
     min_lr: NonNegativeFloat = Field(
         1e-7, description="Learning rate at the end of the cosine decay."

@@ -257,6 +257,15 @@ def sharded_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
             del reference
 
 
+def gather_as_one(module: nn.Module) -> None:
+    """Let ZeRO-3 gather all parameters of a module before its forward, rather than those of each
+    submodule before the submodule's. Call it before DeepSpeed shards or wraps the module.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    set_z3_leaf_module(module, True)
+
+
 @contextlib.contextmanager
 def gather_parameters(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within the block sharded parameters are complete on every rank."""

@@ -75,7 +75,7 @@ def model_shape(config: Any, lora: LoraConfig | None = None) -> ModelShape:
     check_family(config.model_type)
     model = empty_model(config)
     head = output_head(model)
-    blocks = _blocks(model)
+    blocks = decoder_layers(model)
     linear_maps = [
         module
         for module in model.modules()
@@ -182,8 +182,8 @@ def _add_fake_adapters(model: Any, lora: LoraConfig) -> list[nn.Parameter]:
     return adapters
 
 
-def _blocks(model: Any) -> list[nn.Module]:
-    """The layers: the longest list of modules."""
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers of a model: its longest list of modules."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=lambda modules: len(list(modules))))
 

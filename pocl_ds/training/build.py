@@ -44,6 +44,7 @@ from pocl_ds.runtime import distributed
 from pocl_ds.teachers.cache import TeacherCache
 from pocl_ds.teachers.teacher import CachedTeacher, OnlineTeacher, Teacher, TeacherEnsemble
 from pocl_ds.training.checkpoint import Checkpoints
+from pocl_ds.training.compilation import compile_layers
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout, choose_layout
 from pocl_ds.training.memory_check import MemoryDemand, check_memory
@@ -288,6 +289,7 @@ def _build_teacher(
         )
         with sharded_loading(teacher_ds_config):
             model = load(path, source_config, None)
+            compile_layers(model, training.train)
             teachers.append(
                 OnlineTeacher(model, teacher_ds_config, vocab, split=training.loss.fused)
             )
@@ -324,6 +326,7 @@ def _build_engine(training: TrainingRun, vocab: VocabMap, load: ModelLoader) -> 
         log.info("%s", add_adapters(model, student.lora, training.seed))
     if student.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model, train)
     module = Student(
         model,
         vocab.to(distributed.device()),  # DeepSpeed moves no buffers of a model that it shards

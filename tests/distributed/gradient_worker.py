@@ -29,7 +29,9 @@ from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts.policies import OffPolicy
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.teacher import OnlineTeacher, TeacherEnsemble
+from pocl_ds.training import compilation
 from pocl_ds.training.checkpoint import Checkpoints
+from pocl_ds.training.compilation import compile_layers
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.layout import Layout
 from pocl_ds.training.models import TrainingModels
@@ -74,8 +76,12 @@ def write_split(folder: Path) -> list[tuple[int, list[int]]]:
 def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Tensor]:
     """Gradients of one step, gathered on every rank."""
     train = TrainConfig(
-        batch_size=12, micro_batch_size=case["micro"], micro_batch_tokens=case.get("tokens")
+        batch_size=12,
+        micro_batch_size=case["micro"],
+        micro_batch_tokens=case.get("tokens"),
+        compile=case.get("compile", "none"),
     )
+    compilation.BACKEND = "aot_eager"  # the same graphs, without a C++ compiler
     ranks = distributed.world_size()
     frozen = ds_config.resolve_teacher(
         "teacher_zero3", dtype="float32", ranks=ranks, micro_batch_size=1
@@ -87,14 +93,15 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
     teachers = []
     for path in (case["teacher"], *case.get("ensemble", ())):
         with sharded_loading(frozen):
-            teachers.append(
-                OnlineTeacher(load_model(path, attention=PER_SAMPLE, dropout=0.0), frozen, ids)
-            )
+            model = load_model(path, attention=PER_SAMPLE, dropout=0.0)
+            compile_layers(model, train)
+            teachers.append(OnlineTeacher(model, frozen, ids))
     teacher = TeacherEnsemble(teachers, WEIGHTS) if len(teachers) > 1 else teachers[0]
     with sharded_loading(config):
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model, train)
     module = Student(model, ids, chunk_bytes=1 << 20).train()
     fused_head.chunk_sizes = lambda *_: fused_head.ChunkSizes(case["rows"], 2)
     engine = Recorder(module, train, config)

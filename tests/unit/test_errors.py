@@ -11,7 +11,7 @@ import pytest
 import torch
 from refusals import error_message
 
-from pocl_ds.errors import DataError, memory_fault
+from pocl_ds.errors import DataError, compile_fault, memory_fault
 from pocl_ds.workflow import pipeline
 from pocl_ds.workflow.steps import STEP
 
@@ -40,6 +40,12 @@ def test_faults_of_memory_and_others() -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     )
     assert memory_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_faults_of_torch_compile_and_others() -> None:
+    error = torch._dynamo.exc.TorchDynamoException("\nno C++ compiler here.\nmore")
+    assert compile_fault(error) == "no C++ compiler here"
+    assert compile_fault(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 @pytest.mark.parametrize(
