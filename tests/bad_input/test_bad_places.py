@@ -148,8 +148,9 @@ RUNS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...], str]] = {
         lambda run: None,
         ("run", "student.ds_config=none"),
         "ds_config 'none' is neither a file nor one of "
-        "student_zero2, student_zero3, student_zero3_offload, teacher_zero3, "
-        "teacher_zero3_offload: check the name",
+        "student_zero2, student_zero3, student_zero3_nodes, student_zero3_offload, "
+        "student_zero3_overlap, teacher_zero3, teacher_zero3_offload, teacher_zero3_overlap: check "
+        "the name",
     ),
     "half a ds_config": (
         overwrite_file("logs/ds.json", "{"),
