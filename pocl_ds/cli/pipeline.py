@@ -194,7 +194,7 @@ def run_step_command(
         open_run_directory(run, recipe)
         if shard and step.needs_ranks(recipe):  # shards run concurrently: none locks the directory
             return run_step(name, run, recipe, shard=shard)
-        # An evaluation runs one process per model, and then one for the table.
+        # An evaluation may run one process per model, and then one for the table.
         if step.needs_ranks(recipe) or (name == "evaluate" and not request.model):
             with lock_run_directory(run) as lock:
                 return run_step(name, run, recipe, lock)

@@ -1,7 +1,7 @@
 """Running the steps in order: which are finished, and how an unfinished one runs.
 
 `pocl run` runs the table of steps from top to bottom. Steps that need ranks go through
-launch/train.sh. An evaluation runs one process for each model, since a process has one generation
+launch/train.sh. An evaluation with vLLM runs one process for each model, since a process has one
 engine.
 """
 
@@ -21,7 +21,7 @@ from pocl_ds.workflow.finished import finished_steps
 from pocl_ds.workflow.processes import run_process, run_processes
 from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.run_setup import lock_run_directory, record_recipe
-from pocl_ds.workflow.step_inputs import evaluated_models
+from pocl_ds.workflow.step_inputs import engine_needs_own_process, evaluated_models
 from pocl_ds.workflow.steps import STEP, STEP_NAMES, StepRequest, enabled_steps, fingerprints
 
 log = logging.getLogger("pocl_ds")
@@ -105,9 +105,13 @@ def run_step(
             launcher += ["--threads", str(recipe.launch.threads_per_rank)]
         return run_process([*launcher, *arguments], lock)
 
-    # An evaluation generates the answers of each model first, then collects them.
+    # Engines generate the answers of each model first, then the step itself collects them.
     command = [*module_command("pocl_ds.cli.main"), *arguments]
-    if name == "evaluate" and skip_empty_test_split(run, recipe.evaluate, warn=False).benchmarks:
+    if (
+        name == "evaluate"
+        and engine_needs_own_process(recipe)
+        and skip_empty_test_split(run, recipe.evaluate, warn=False).benchmarks
+    ):
         for model in evaluated_models(recipe):
             if code := _run_engines([*command, "--model", model], recipe, lock):
                 return code

@@ -11,7 +11,12 @@ import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from pocl_ds.errors import PoclError, RecipeError
-from pocl_ds.workflow.step_inputs import caches_teacher, evaluated_models, teacher_temperatures
+from pocl_ds.workflow.step_inputs import (
+    caches_teacher,
+    engine_needs_own_process,
+    evaluated_models,
+    teacher_temperatures,
+)
 
 if TYPE_CHECKING:
     from pocl_ds.config import (
@@ -243,15 +248,14 @@ def _answer_template(recipe: Recipe, run: RunDirectory) -> str | None:
 
 
 def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
-    """Generate one model's answers; or, without `request.model`, measure the held-out loss, run the
-    judge, and write the results of all models.
+    """Generate one model's answers; or, without `request.model`, those of all models that no other
+    process generates, measure the held-out loss, run the judge, and write the results.
     """
     from pocl_ds.evaluation.benchmarks import skip_empty_test_split
-    from pocl_ds.evaluation.evaluate import RESULTS, generate_answers, summarize_results
-    from pocl_ds.evaluation.evaluated_models import TEACHER, model_path
+    from pocl_ds.evaluation.evaluate import RESULTS, summarize_results
+    from pocl_ds.evaluation.evaluated_models import model_path
     from pocl_ds.evaluation.held_out_loss import measure_held_out_loss
     from pocl_ds.evaluation.judge import judge_answers
-    from pocl_ds.generation.end_of_turn import recorded_end_ids
 
     models = evaluated_models(recipe)
     # A message of each model's process would repeat that of the last one.
@@ -263,29 +267,12 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
     trusted = {"initial", "student", "baseline"} if recipe.student.trust_remote_code else set[str]()
     trusted |= {"teacher"} if recipe.teacher and recipe.teacher.trust_remote_code else set()
 
-    # The answers of one model are one process's work, since a process has one generation engine.
+    own_models = [] if engine_needs_own_process(recipe) else models
+    for model in [request.model] if request.model else own_models:
+        if config.benchmarks:
+            shard = request.shard or (0, 1)
+            _generate_answers(recipe, run, config, model, shard, trust=model in trusted)
     if request.model:
-        if not config.benchmarks:
-            return
-        path = model_path(run, request.model)
-        if request.model == TEACHER and recipe.teacher:
-            _check_tokenizer(recipe, run, path, recipe.teacher, "teacher")
-        else:
-            _check_tokenizer(recipe, run, path, recipe.student)
-        generate_answers(
-            run,
-            config,
-            recipe.prompt,
-            model=request.model,
-            path=path,
-            special_tokens_in_text=recipe.data.special_tokens_in_text,
-            rouge_tokenizer=recipe.score.rouge_tokenizer,
-            chat_template=_answer_template(recipe, run) if request.model == TEACHER else None,
-            end_of_turn_ids=() if request.model == TEACHER else recorded_end_ids(run),
-            threads=recipe.launch.threads_per_rank,
-            shard=request.shard or (0, 1),
-            trust_remote_code=request.model in trusted,
-        )
         return
     measure_held_out_loss(
         run,
@@ -307,6 +294,41 @@ def run_evaluate(recipe: Recipe, run: RunDirectory, fingerprint: str, request: S
         log.info("evaluate: wrote %s without the judge's verdicts", run.evaluation / RESULTS)
         raise
     summarize_results(run, config, models, fingerprint=fingerprint)
+
+
+def _generate_answers(
+    recipe: Recipe,
+    run: RunDirectory,
+    config: EvaluateConfig,
+    model: str,
+    shard: tuple[int, int],
+    *,
+    trust: bool,
+) -> None:
+    """Generate one model's answers, or a shard of them. trust: its own Python code may run."""
+    from pocl_ds.evaluation.evaluate import generate_answers
+    from pocl_ds.evaluation.evaluated_models import TEACHER, model_path
+    from pocl_ds.generation.end_of_turn import recorded_end_ids
+
+    path = model_path(run, model)
+    if model == TEACHER and recipe.teacher:
+        _check_tokenizer(recipe, run, path, recipe.teacher, "teacher")
+    else:
+        _check_tokenizer(recipe, run, path, recipe.student)
+    generate_answers(
+        run,
+        config,
+        recipe.prompt,
+        model=model,
+        path=path,
+        special_tokens_in_text=recipe.data.special_tokens_in_text,
+        rouge_tokenizer=recipe.score.rouge_tokenizer,
+        chat_template=_answer_template(recipe, run) if model == TEACHER else None,
+        end_of_turn_ids=() if model == TEACHER else recorded_end_ids(run),
+        threads=recipe.launch.threads_per_rank,
+        shard=shard,
+        trust_remote_code=trust,
+    )
 
 
 def _requested_part(config: EvaluateConfig, request: StepRequest) -> EvaluateConfig:

@@ -219,3 +219,11 @@ def evaluated_models(recipe: Recipe) -> list[str]:
     if recipe.baseline.enabled and "baseline" not in names:
         names.append("baseline")
     return [name for name in names if name != "baseline" or recipe.baseline.enabled]
+
+
+def engine_needs_own_process(recipe: Recipe) -> bool:
+    """Whether the answers of each model are generated in a process of their own: a process has one
+    engine of vLLM, and several engines run side by side.
+    """
+    evaluate = recipe.evaluate
+    return evaluate.generation.backend == "vllm" or evaluate.data_parallel_size > 1

@@ -20,10 +20,10 @@ from pocl_ds.workflow.steps import STEP_NAMES, STEPS, fingerprints
 Calls = list[tuple[list[list[str]], list[dict[str, str]]]]
 
 
-def recipe(processes: int, tensor_parallel: int = 1) -> Recipe:
+def recipe(processes: int, tensor_parallel: int = 1, backend: str = "vllm") -> Recipe:
     evaluate = {
         "data_parallel_size": processes,
-        "generation": {"tensor_parallel_size": tensor_parallel},
+        "generation": {"tensor_parallel_size": tensor_parallel, "backend": backend},
         "models": ["student"],
     }
     return Recipe.model_validate(
@@ -84,6 +84,29 @@ def test_engines_without_gpus_share_the_cores(
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     run_engines(recipe(3))
     assert calls[0][1] == [{"OMP_NUM_THREADS": "2"}] * 3
+
+
+@pytest.mark.parametrize(
+    ("backend", "models"), [("vllm", [["--model", "student"], []]), ("transformers", [[]])]
+)
+def test_engines_of_vllm_alone_have_their_own_processes(
+    backend: str,
+    models: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last process collects the answers, and with transformers generates them first."""
+    run, started = RunDirectory(tmp_path / "run"), list[list[str]]()
+    run.data.mkdir(parents=True)
+    (run.data / "test.jsonl").write_text("{}\n")
+    monkeypatch.setattr(
+        pipeline, "run_process", lambda command, lock=None: started.append(command) or 0
+    )
+    assert pipeline.run_step("evaluate", run, recipe(1, backend=backend)) == 0
+    arguments = ["evaluate", "--run-dir", str(run.path)]
+    assert [command[command.index("evaluate") :] for command in started] == [
+        [*arguments, *words] for words in models
+    ]
 
 
 @pytest.fixture
