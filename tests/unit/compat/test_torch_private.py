@@ -69,10 +69,8 @@ def test_a_decorated_function_is_not_compiled_while_disabled() -> None:
         torch_private.set_compile_disabled(before)
 
 
-def test_the_limit_of_recompilations_is_raised_and_never_lowered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    for limit in (50, 20):
-        torch_private.raise_recompile_limit(limit)
-        assert torch._dynamo.config.recompile_limit == 50
+def test_the_limit_of_recompilations_is_raised_and_never_lowered() -> None:
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for limit in (50, 20):
+            torch_private.raise_recompile_limit(limit)
+            assert torch._dynamo.config.recompile_limit == 50
