@@ -78,6 +78,11 @@ def test_extra_memory_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of each kind: a process of its own takes most of the time."""
+    kinds = ("torch+cached", "zero3", "sft", "full")
+    chosen = tuple(row for row in step.CONTENDERS if row[1] in kinds and row[2] == 1)
+    assert len(chosen) == len(kinds)
+    monkeypatch.setattr(step, "CONTENDERS", chosen)
     lines: list[str] = []
     results = step.run(["tiny"], lines.append, rounds=1, steps=1)["tiny"]
     assert [label for label in results if label != "floor"] == [
@@ -85,14 +90,21 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     timed = [row for label, row in results.items() if label != "floor"]
     assert all(row["min"] <= row["median"] <= row["max"] and row["peak_mib"] > 100 for row in timed)
-    monkeypatch.setattr(step, "SETTINGS", step.SETTINGS[:1])
-    with_settings = step.run(["tiny", "--settings"], lines.append, rounds=1, steps=1)["tiny"]
-    assert [label for label in with_settings if label != "floor"] == [
-        "pocl, ZeRO-3, 1 rank",
-        *(label for label, *_ in step.SETTINGS),
-    ]
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
         step.run(["C"])
+
+
+def test_settings_are_compared_with_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def measure(work: object, contenders: step.Contenders, *_: object) -> None:
+        measured.extend(label for label, *_ in contenders)
+        raise InterruptedError
+
+    monkeypatch.setattr(step, "measure_in_turn", measure)
+    with pytest.raises(InterruptedError):
+        step.run(["tiny", "--settings"], lambda _: None)
+    assert measured == ["pocl, ZeRO-3, 1 rank", *(label for label, *_ in step.SETTINGS)]
 
 
 def test_checkpoint_measures_every_part() -> None:
