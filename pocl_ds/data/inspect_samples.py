@@ -59,9 +59,7 @@ def format_samples(
 
     places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
     shown_rows = [int(rows[place]) for place in places]
-    samples = {
-        row: sample for row, sample in enumerate(read_sample_file(path)) if row in set(shown_rows)
-    }
+    samples = dict(zip(sorted(shown_rows), read_sample_file(path, set(shown_rows))))
     texts = [_format_sample(samples[row], captions.get(row, "")) for row in shown_rows]
     if tokenizer is None:
         return texts

@@ -25,6 +25,7 @@ from pocl_ds.data.rendered import RenderedConversation
 from pocl_ds.data.templates import load_template
 from pocl_ds.data.text_encoding import (
     EncodedText,
+    JoinedEncoding,
     TextEncoder,
     escape_sample,
     sample_texts,
@@ -283,7 +284,7 @@ class SampleTokenizer:
                 text = rendered.text[rendered.prompt_length :]
                 response = self.encoder.encode_continuation(text)
                 count = len(prompt.ids)
-                encoded = _JoinedEncoding(prompt, response, rendered.prompt_length)
+                encoded = JoinedEncoding(prompt, response, rendered.prompt_length)
         if not count:  # nothing would predict the first token of the response
             self._refuse_empty_prompt(sample)
         return count, encoded
@@ -371,32 +372,6 @@ class SampleTokenizer:
             f"{'' if total is None else ' or prompt.max_length'}, or set prompt.overlong",
             reason="too long",
         )
-
-
-class _JoinedEncoding:
-    """A prompt and a response that were encoded apart."""
-
-    def __init__(self, prompt: EncodedText, response: EncodedText, boundary: int) -> None:
-        self.prompt, self.response, self.boundary = prompt, response, boundary
-        self.ids = [*prompt.ids, *response.ids]
-
-    def tokens_before(self, position: int) -> tuple[int, bool]:
-        """See `EncodedText`."""
-        if position < self.boundary:
-            return self.prompt.tokens_before(position)
-        count, exact = self.response.tokens_before(position - self.boundary)
-        return len(self.prompt.ids) + count, exact
-
-    def ends_inside_character(self, count: int) -> bool:
-        """See `EncodedText`."""
-        return self.response.ends_inside_character(count - len(self.prompt.ids))
-
-    def span(self, token: int) -> tuple[int, int]:
-        """See `EncodedText`."""
-        if token < len(self.prompt.ids):
-            return self.prompt.span(token)
-        start, end = self.response.span(token - len(self.prompt.ids))
-        return start + self.boundary, end + self.boundary
 
 
 def _normalize(text: str) -> str:

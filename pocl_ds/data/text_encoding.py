@@ -347,3 +347,29 @@ class _PieceEncoding:
     def span(self, token: int) -> tuple[int, int]:
         """See `EncodedText`."""
         return self.starts[token], self.ends[token]
+
+
+class JoinedEncoding:
+    """A prompt and a response that were encoded apart."""
+
+    def __init__(self, prompt: EncodedText, response: EncodedText, boundary: int) -> None:
+        self.prompt, self.response, self.boundary = prompt, response, boundary
+        self.ids = [*prompt.ids, *response.ids]
+
+    def tokens_before(self, position: int) -> tuple[int, bool]:
+        """See `EncodedText`."""
+        if position < self.boundary:
+            return self.prompt.tokens_before(position)
+        count, exact = self.response.tokens_before(position - self.boundary)
+        return len(self.prompt.ids) + count, exact
+
+    def ends_inside_character(self, count: int) -> bool:
+        """See `EncodedText`."""
+        return self.response.ends_inside_character(count - len(self.prompt.ids))
+
+    def span(self, token: int) -> tuple[int, int]:
+        """See `EncodedText`."""
+        if token < len(self.prompt.ids):
+            return self.prompt.span(token)
+        start, end = self.response.span(token - len(self.prompt.ids))
+        return start + self.boundary, end + self.boundary

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pocl_ds.config import EvaluateConfig, GenerationConfig, PromptConfig
@@ -70,8 +69,8 @@ class HeldOutSet:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for members in self._batches:
-            yield collate(self.split, self.rows[members]).to(device())
+        for batch in self._collated():
+            yield batch.to(device())
 
     def teacher_batches(self, ids: VocabMap) -> Iterator[Batch]:
         """The same batches in the teacher's ids, with its own prompts where it has them."""
@@ -80,13 +79,19 @@ class HeldOutSet:
             own_prompts = TeacherPrompts(
                 {self.split.name: self.teacher_prompts}, ids.teacher_inputs, packed=False
             )
-        for batch in self:
+        for batch in self._collated():
             if own_prompts is None:
+                batch = batch.to(device())
                 yield replace(batch, input_ids=ids.teacher_inputs(batch.input_ids))
             else:
-                own = own_prompts(self.split, batch.to(torch.device("cpu"))).teacher_batch
+                own = own_prompts(self.split, batch).teacher_batch
                 assert own is not None
                 yield own.to(device())
+
+    def _collated(self) -> Iterator[Batch]:
+        """The batches on the host."""
+        for members in self._batches:
+            yield collate(self.split, self.rows[members])
 
     def check_token_ids(self, ids: VocabMap, tokenizer: Any, rows: Mapping[str, int]) -> None:
         """Check that teacher and student share every id of the responses, and can read every id of

@@ -227,18 +227,37 @@ def test_arguments_of_kernels_of_variable_length(
     """The kernels themselves need a GPU; tests/gpu runs them."""
 
     def varlen_attn(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-        *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool,
-    ) -> Tensor:  # fmt: skip
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None,
+        window_size: tuple[int, int],
+        enable_gqa: bool,
+    ) -> Tensor:
         assert (cu_q is cu_k, max_q, max_k, enable_gqa) == (True, 204, 204, True)
         settings = ScoreSettings(scale)
         return variable_length_attention(q, k, v, cu_q, settings, window_size)
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-        *, dropout_p: float, softmax_scale: float | None, causal: bool,
-        window_size: tuple[int, int], softcap: float,
-    ) -> Tensor:  # fmt: skip
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        dropout_p: float,
+        softmax_scale: float | None,
+        causal: bool,
+        window_size: tuple[int, int],
+        softcap: float,
+    ) -> Tensor:
         assert (cu_q is cu_k, max_q, max_k, causal, dropout_p) == (True, 204, 204, True, 0.0)
         settings = ScoreSettings(softmax_scale, softcap or None)
         return variable_length_attention(q, k, v, cu_q, settings, window_size)
