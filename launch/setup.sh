@@ -206,7 +206,9 @@ echo "setup: installing the ${stack^^} stack ($reason); the log is ${log#"$here"
 prepare_uv
 [ "$stack" = cuda ] || log_step "torch $torch, CPU build" install_cpu_torch
 [ "$stack" = cpu ] || ensure_compiler
-log_step "pinned packages ($extras), and pocl_ds itself" uv_install -e ".[$extras]"
+# Bytecode is compiled here, once: where the environment forbids Python to write it, or .venv is read-only on the nodes, each rank
+# would compile 3,500 modules at its start.
+log_step "pinned packages ($extras), and pocl_ds itself" uv_install --compile-bytecode -e ".[$extras]"
 log_step "first import of torch, transformers, deepspeed" env PYTHONWARNINGS=ignore \
   "$venv/bin/python" -c 'import torch, transformers, deepspeed, datasets, pocl_ds.config'
 [ "$stack" = cpu ] || ensure_gpu_works

@@ -21,6 +21,7 @@ phase setup bash launch/setup.sh --dev --quickstart || exit "$exit_code"
 
 export PATH=$here/.venv/bin:$PATH TORCH_EXTENSIONS_DIR=$here/.cache/torch_extensions
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # the tests start hundreds of processes, and each would compile this package again
 
 phase format ruff format --check .
 phase lint ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
 import subprocess
@@ -77,6 +79,12 @@ class Cluster:
             if reason == "BeginTime":
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
+    def has_failed(self) -> bool:
+        """Whether the newest attempt of a job of the last submitted run failed for good."""
+        files = self.run.glob("cluster/attempts/*.jsonl") if self.run else []
+        lines = [path.read_text().splitlines() for path in files]
+        return any(json.loads(line[-1])["outcome"] == "failed" for line in lines if line)
+
     def newest_logs(self) -> str:
         """The ends of the newest logs of the last submitted run."""
         logs = (
@@ -87,12 +95,17 @@ class Cluster:
         return "".join(f"\n==> {path}\n{path.read_text()[-1000:]}" for path in logs[-4:])
 
     def until(self, condition: Callable[[], object], what: str, seconds: float = 400) -> None:
-        """Wait for a condition, and start requeued jobs meanwhile. Raises AssertionError."""
-        deadline = time.monotonic() + seconds
+        """Wait for a condition, and start requeued jobs meanwhile. Raises AssertionError, soon if a
+        job of the newest run has failed for good: what is awaited can then only be its aftermath.
+        """
+        start = time.monotonic()
+        failed_since = math.inf
         while not condition():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            failed_since = min(failed_since, now) if self.has_failed() else math.inf
+            if now - start > seconds or now - failed_since > 60:
                 raise AssertionError(
-                    f"waited {seconds:.0f} s for "
+                    f"waited {now - start:.0f} s for "
                     f"{what}:\n{self.call('squeue', '-a')}{self.newest_logs()}"
                 )
             self.start_requeued()

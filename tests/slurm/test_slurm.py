@@ -166,7 +166,7 @@ def test_a_preempted_timed_out_run_that_lost_a_node(
     run = folder / "disturbed"
     run.mkdir()
     shutil.copy(undisturbed / "recipe.yaml", run)
-    submit_changed(cluster, run, folder, "time.sleep(0.5)")
+    submit_changed(cluster, run, folder, "import time; time.sleep(0.5)")
     status_outputs = {}
 
     def wait_for_steps(more: int) -> None:
@@ -239,7 +239,9 @@ def test_preemption_without_a_grace_time_is_no_failure(
 ) -> None:
     """SIGTERM, then SIGKILL after five seconds (KillWait), once before the first optimizer step."""
     run = planned_copy(undisturbed, folder / "abrupt")
-    submit_changed(cluster, run, folder, "time.sleep(0.3)", partition="abrupt", attempts=1)
+    submit_changed(
+        cluster, run, folder, "import time; time.sleep(0.3)", partition="abrupt", attempts=1
+    )
     for number, before in ((1, 0), (2, 10)):
         cluster.until(
             lambda number=number: len(attempts(run, "train")) == number, f"attempt {number}"
@@ -268,7 +270,7 @@ def test_a_run_that_is_requeued_cancelled_and_resumed(
     cluster: Cluster, undisturbed: Path, folder: Path
 ) -> None:
     run = planned_copy(undisturbed, folder / "requeued")
-    submit_changed(cluster, run, folder, "time.sleep(0.1)")
+    submit_changed(cluster, run, folder, "import time; time.sleep(0.1)")
     refused = cluster.pocl("submit", "--profile", PROFILE, "--run-dir", str(run), check=False)
     assert refused.returncode == 2 and "wait or run" in refused.stderr
     cluster.until(lambda: recorded_steps(run) >= 6, "six optimizer steps")
