@@ -92,6 +92,11 @@ class PolicyConfig(Section):
         description="Copy the trained weights to the generation engine every so many optimizer "
         "steps.",
     )
+    staleness: Literal[0, 1] = Field(
+        0,
+        description="`0`: the student generates the responses of an optimizer step before that "
+        "step. `1`: it generates them one step earlier, and vLLM does so while that step trains.",
+    )
     max_num_seqs: Positive = Field(
         64,
         description="Maximum number of sequences that are generated at the same time.",

@@ -49,7 +49,12 @@ RANK_VARIABLES = (
 
 
 class SubprocessGenerator:
-    """See `protocol.Generator`. The child opens the model when this object is made."""
+    """See `protocol.Generator`. The child opens the model when this object is made.
+
+    One thread at a time may call it; `close` may interrupt a call of another thread.
+    """
+
+    _in_call = False  # the child has not answered yet
 
     def __init__(
         self,
@@ -154,9 +159,13 @@ class SubprocessGenerator:
         self._call("sleep")
 
     def close(self) -> None:
-        """End the process."""
+        """End the process. A call that another thread waits for raises ResourceError there."""
         if self.process.poll() is None:
-            self.connection.close()
+            # A child that computes does not notice that its connection is closed.
+            if self._in_call:
+                self.process.terminate()
+            else:
+                self.connection.close()
             try:
                 self.process.wait(timeout=30)
             except subprocess.TimeoutExpired:
@@ -168,6 +177,7 @@ class SubprocessGenerator:
         """Call a method of the child's generator. Raises ResourceError with the child's message, or
         if the child has ended.
         """
+        self._in_call = True
         try:
             self.connection.send((method, arguments))
             kind, value = self.connection.recv()
@@ -180,6 +190,8 @@ class SubprocessGenerator:
                 f"the process that generates the student's responses ended with code {code} "
                 f"({error}): its error message is above; {ALTERNATIVE} works without it"
             ) from None
+        finally:
+            self._in_call = False
         if kind == "error":
             raise ResourceError(value)
         return value

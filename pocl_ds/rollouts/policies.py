@@ -58,6 +58,12 @@ class Policy(Protocol):
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """Select what the step trains on: a dataset and as many of its rows as were requested."""
 
+    def will_generate(self, request: BatchRequest) -> bool:
+        """Whether the student will generate responses for the step after the current one. With
+        `policy.staleness: 1` they are generated while the current step trains. If `select_batch`
+        then needs responses that were not expected, it waits for them.
+        """
+
     def observe_validation_loss(self, loss: float) -> None:
         """Record the validation loss, in nats per token."""
 
@@ -82,6 +88,10 @@ class OffPolicy:
         """See `Policy`."""
         return request.dataset, request.rows
 
+    def will_generate(self, request: BatchRequest) -> bool:
+        """See `Policy`."""
+        return False
+
     def observe_validation_loss(self, loss: float) -> None:
         """See `Policy`."""
 
@@ -103,10 +113,14 @@ class GKD(OffPolicy):
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
-        if uniform_draw(self.seed, request.position.step, 0) >= self.config.lmbda:
+        if not self.will_generate(request):
             return request.dataset, request.rows
         generated = self.generate(request.rows, request.position)
         return generated, np.arange(len(generated))
+
+    def will_generate(self, request: BatchRequest) -> bool:
+        """See `Policy`."""
+        return uniform_draw(self.seed, request.position.step, 0) < self.config.lmbda
 
 
 class ResponseMixture(OffPolicy):
@@ -124,15 +138,23 @@ class ResponseMixture(OffPolicy):
 
     def select_batch(self, request: BatchRequest) -> tuple[TokenizedDataset, Rows]:
         """See `Policy`."""
+        source = self._draw_source(request)
+        if source == "student":
+            generated = self.generate(request.rows, request.position)
+            return generated, np.arange(len(generated))
+        if source == "teacher" and request.teacher_responses is not None:
+            return request.teacher_responses, request.rows
+        return request.dataset, request.rows
+
+    def will_generate(self, request: BatchRequest) -> bool:
+        """See `Policy`."""
+        return self._draw_source(request) == "student"
+
+    def _draw_source(self, request: BatchRequest) -> str:
         edges = np.cumsum([self.shares.data, self.shares.student, self.shares.teacher])
         draw = uniform_draw(self.seed, request.position.step, 0)
         source = int(np.searchsorted(edges / edges[-1], draw, side="right"))
-        if source == 1:
-            generated = self.generate(request.rows, request.position)
-            return generated, np.arange(len(generated))
-        if source == 2 and request.teacher_responses is not None:
-            return request.teacher_responses, request.rows
-        return request.dataset, request.rows
+        return ("data", "student", "teacher")[source]
 
 
 @dataclass
@@ -159,15 +181,11 @@ class DistiLLM:
         """See `Policy`."""
         # Train on the dataset's responses with probability 1 - phi.
         step, count = request.position.step, len(request.rows)
-        draw = uniform_draw(self.seed, step, 0)
-        if draw >= self.phi:
+        if uniform_draw(self.seed, step, 0) >= self.phi:
             return request.dataset, request.rows
 
         # Generate new responses, and add them to the buffer.
-        candidates = self._buffer_rows_of_stage(request)
-        buffer_full = self.buffer is not None and len(self.buffer) >= self.config.replay_buffer_size
-        generate_new = draw < self.phi * (1 - step / request.total_steps)
-        if not buffer_full or generate_new or len(candidates) < count:
+        if self.will_generate(request):
             generated = self.generate(request.rows, request.position)
             self._add_to_buffer(generated)
             return generated, np.arange(len(generated))
@@ -175,8 +193,22 @@ class DistiLLM:
         # Or replay responses to the stage's prompts from the buffer.
         assert self.buffer is not None
         generator = np.random.default_rng([self.seed, step, 1])
+        candidates = self._buffer_rows_of_stage(request)
         replayed = self.buffer.select(np.sort(generator.choice(candidates, count, replace=False)))
         return replayed, np.arange(len(replayed))
+
+    def will_generate(self, request: BatchRequest) -> bool:
+        """See `Policy`. A validation between this call and the step only raises phi, which never
+        turns a step with new responses into another one.
+        """
+        step, draw = request.position.step, uniform_draw(self.seed, request.position.step, 0)
+        if draw >= self.phi:
+            return False
+        if self.buffer is None or len(self.buffer) < self.config.replay_buffer_size:
+            return True
+        if draw < self.phi * (1 - step / request.total_steps):
+            return True
+        return len(self._buffer_rows_of_stage(request)) < len(request.rows)
 
     def observe_validation_loss(self, loss: float) -> None:
         """See `Policy`. The reference is the loss before the first step, and later the most recent

@@ -5,6 +5,10 @@ next to the rank, or transformers in the rank's process. The generator receives 
 weights every `policy.sync_weights_every` steps. After each transfer the log-probability of the
 batch's longest response is compared with the trainer's, to detect a generator that did not load all
 new weights.
+
+With `policy.staleness: 1` the responses of a step are requested before the step that precedes it
+trains, with the weights of that moment. vLLM generates them while that step trains; transformers,
+which shares the process, before. So both train on the same kind of responses.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.models.lora import merge_adapters
 from pocl_ds.models.vocab import VocabMap
+from pocl_ds.rollouts.pending import PendingRollout, Responses, start_generation
 from pocl_ds.rollouts.student_log_probs import student_log_probs
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import LOG_INTERVAL, Progress
@@ -50,14 +55,24 @@ SLEEP_NOTES = {
     1: "; the engine sleeps between rollouts, with its weights in host memory",
     2: "; the engine sleeps between rollouts and drops its weights",
 }
+# For the log: when the responses of a step are generated, with policy.staleness=1.
+AHEAD_NOTES = {
+    "vllm": "; it generates the responses of a step while the step before trains, and keeps its "
+    "memory meanwhile",
+    "transformers": "; it generates the responses of a step before the previous step trains, "
+    "which saves no time: only rollout_backend=vllm generates while a step trains",
+}
 
 
 @dataclass
 class RolloutStats:
-    """Time and size of one step's rollout."""
+    """Time and size of one step's rollout. With `policy.staleness: 1` most of its `seconds` may
+    belong to the step before.
+    """
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # of weight transfer and generation
     weight_sync_seconds: float = 0.0  # part of `seconds`: weight transfer and comparison
+    wait_seconds: float = 0.0  # that the step waited for its own rollout and for starting the next
     tokens: int = 0  # generated, over all ranks
     staleness_steps: int = 0  # optimizer steps since the generator got its weights
 
@@ -83,6 +98,7 @@ class RolloutWorker:
     )
     # The generator's weights on rank 0, for checkpoints; empty if every step brings new ones.
     saved_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    ahead: PendingRollout | None = None  # the responses of the next step
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(
@@ -97,75 +113,132 @@ class RolloutWorker:
         self.generator_length = min(self.max_length, longest)
 
     def generate(self, rows: NDArray[np.int64], position: SamplerPosition) -> GeneratedBatch:
-        """Generate the student's responses to the prompts of some rows; the result is the same on
-        all ranks. A response depends only on seed, step and its index in `rows`.
+        """Generate the student's responses to the prompts of some rows, or take those that
+        `generate_ahead` requested; the result is the same on all ranks. A response depends only on
+        seed, step, its index in `rows`, and the generator's weights.
+        """
+        start = time.monotonic()
+        rollout = self._take_ahead(rows, position.step)
+        if rollout is None:
+            rollout = self._start(rows, position.step, now=position.step, in_background=False)
+        responses = rollout.collect()
+        generated = GeneratedBatch.from_responses(
+            self.dataset,
+            rows,
+            responses,
+            end_of_turn_id=self.end_of_turn_ids[0],
+            max_length=self.max_length,
+            allowed=self.allowed,
+        )
+        self.stats = RolloutStats(
+            seconds=rollout.weight_sync_seconds + rollout.seconds,
+            weight_sync_seconds=rollout.weight_sync_seconds,
+            wait_seconds=time.monotonic() - start,
+            tokens=sum(map(len, responses)),
+            staleness_steps=rollout.staleness_steps,
+        )
+        return generated
+
+    def generate_ahead(self, rows: NDArray[np.int64], position: SamplerPosition) -> None:
+        """Request the responses of the next step, which is at `position`, before the current one
+        trains. `generate` takes them.
+        """
+        start = time.monotonic()
+        self._take_ahead(rows, position.step)
+        self.ahead = self._start(
+            rows,
+            position.step,
+            now=position.step - 1,
+            in_background=self.config.rollout_backend == "vllm",
+        )
+        self.stats.wait_seconds += time.monotonic() - start
+
+    def _take_ahead(self, rows: NDArray[np.int64], step: int) -> PendingRollout | None:
+        """The responses that were requested for a step; others are dropped."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or ahead.answers(rows, step):
+            return ahead
+        log.warning(
+            "the policy did not use the responses that were generated for step %d", ahead.step + 1
+        )
+        ahead.collect()  # the generator answers one call at a time
+        return None
+
+    def _start(
+        self, rows: NDArray[np.int64], step: int, *, now: int, in_background: bool
+    ) -> PendingRollout:
+        """Start this rank's share of the responses of a step.
+
+        now: the step that trains next; its weights generate.
         """
         start = time.monotonic()
         # Give the GPU memory that torch caches to the engine, which wakes up now.
         if self.on_gpu and self.config.rollout_backend == "vllm":
             torch.cuda.empty_cache()
-        self._sync_weights(position.step, rows)
-        weight_sync_seconds = time.monotonic() - start
+        self._sync_weights(now, rows)
+        with distributed.raise_on_all_ranks("open the rollout generator"):
+            generator = self._open_generator()
+        rollout = PendingRollout(
+            step, rows, step - self.weights_step, weight_sync_seconds=time.monotonic() - start
+        )
+        if self._sleep_level == 2:
+            self.weights_step = NO_WEIGHTS
 
-        # Generate this rank's share of the responses.
         share = shard_rows(len(rows), distributed.rank(), distributed.world_size())
         prompts = [self._prompt_ids(int(rows[place])) for place in share]
         sampling = SamplingParams(
             self.config.temperature,
             self.config.top_p,
             self.config.max_new_tokens,
-            seed=self.seed * 1_000_003 + position.step,
+            seed=self.seed * 1_000_003 + step,
             first_index=share.start,
         )
-        responses: list[list[int]] = []
-        with distributed.raise_on_all_ranks("generate the student's responses"):
-            generator = self._open_generator()
-            label = f"rollout of step {position.step + 1}"
-            with Progress(len(prompts), "responses", label, min_seconds=LOG_INTERVAL) as progress:
+
+        def generate_share() -> Responses:
+            # In the background only the training shows its progress.
+            with Progress(
+                len(prompts),
+                "responses",
+                f"rollout of step {step + 1}",
+                silent=in_background,
+                min_seconds=LOG_INTERVAL,
+            ) as progress:
                 responses = generator.generate_ids(prompts, sampling, progress.advance)
             generator.sleep()
+            return responses
 
-        # Join the shares of all ranks.
-        all_responses = [
-            response for shard in distributed.gather_objects(responses) for response in shard
-        ]
-        generated = GeneratedBatch.from_responses(
-            self.dataset,
-            rows,
-            all_responses,
-            end_of_turn_id=self.end_of_turn_ids[0],
-            max_length=self.max_length,
-            allowed=self.allowed,
-        )
-        self.stats = RolloutStats(
-            seconds=time.monotonic() - start,
-            weight_sync_seconds=weight_sync_seconds,
-            tokens=sum(map(len, all_responses)),
-            staleness_steps=position.step - self.weights_step,
-        )
-        if self._sleep_level == 2:
-            self.weights_step = NO_WEIGHTS
-        return generated
+        rollout.task = start_generation(generate_share, in_background=in_background)
+        return rollout
 
     def snapshot(self, step: int) -> Callable[[Path], list[Path]]:
-        """Return a function that saves the generator's weights into a checkpoint's folder, and
-        returns the files it wrote: none if the generator gets new weights at `step` anyway.
+        """Return a function that saves the generator's weights and the responses of the next step
+        into a checkpoint's folder, and returns the files it wrote. It saves no weights if the
+        generator gets new ones at `step` anyway.
 
-        Rank 0 alone calls the function, possibly later.
+        All ranks call this method, and wait until the responses are complete. Rank 0 alone calls
+        the function, possibly later.
         """
-        weights_step = self.weights_step
+        weights_step, ahead = self.weights_step, self.ahead
         weights = {} if self._sync_due(step) else self.saved_weights
+        if ahead is not None:
+            ahead.collect()
 
         def save(folder: Path) -> list[Path]:
-            if not weights:
-                return []
-            torch.save({"step": weights_step, "weights": weights}, folder / WEIGHTS_FILE)
-            return [folder / WEIGHTS_FILE]
+            paths = []
+            if weights:
+                paths.append(folder / WEIGHTS_FILE)
+                torch.save({"step": weights_step, "weights": weights}, paths[0])
+            if ahead is not None:
+                paths.append(ahead.save(folder))
+            return paths
 
         return save
 
     def restore(self, folder: Path) -> None:
-        """Give the generator the weights that it had when the checkpoint in `folder` was saved."""
+        """Give the generator the weights, and the next step the responses, that they had when the
+        checkpoint in `folder` was saved.
+        """
+        self.ahead = PendingRollout.load(folder)
         if not (folder / WEIGHTS_FILE).is_file():
             return
         with distributed.raise_on_all_ranks("restore the weights of the rollout generator"):
@@ -177,9 +250,11 @@ class RolloutWorker:
         self.saved_weights = state["weights"] if distributed.rank() == 0 else {}
 
     def close(self) -> None:
-        """Close the generator."""
+        """Close the generator, also while it generates."""
         if self.generator is not None:
             self.generator.close()
+        if self.ahead is not None:
+            self.ahead.wait()
 
     def _prompt_ids(self, row: int) -> list[int]:
         length = int(self.dataset.prompt_tokens[row])
@@ -265,9 +340,9 @@ class RolloutWorker:
     @property
     def _sleep_level(self) -> int:
         """See `VllmGenerator`. The engine may drop its weights if it gets new ones before every
-        rollout.
+        rollout. It does not sleep if it generates while a step trains.
         """
-        if self.config.rollout_backend != "vllm" or not self.on_gpu:
+        if self.config.rollout_backend != "vllm" or not self.on_gpu or self.config.staleness:
             return 0
         return 2 if self.config.sync_weights_every == 1 else 1
 
@@ -276,7 +351,9 @@ class RolloutWorker:
         if self.generator is None:
             generator = self.generator = self._make_generator(self._generation_config())
             note = ""
-            if self.on_gpu and isinstance(generator, SubprocessGenerator):
+            if self.config.staleness:
+                note = AHEAD_NOTES[self.config.rollout_backend]
+            elif self.on_gpu and isinstance(generator, SubprocessGenerator):
                 note = SLEEP_NOTES[generator.sleep_level]
             log.info(
                 "%s generates the student's responses, and gets its weights every %d steps%s",

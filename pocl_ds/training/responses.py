@@ -36,16 +36,17 @@ class ResponseSource:
     ) -> tuple[TokenizedDataset, NDArray[np.int64]]:
         """The dataset that a step trains on, and its rows: those that the curriculum selects, with
         responses that the policy selects.
+
+        With `policy.staleness: 1` this also starts the student's responses of the next step, with
+        the weights of now.
         """
-        request = BatchRequest(
-            position,
-            schedule.total_steps,
-            data.train,
-            np.asarray(data.order[schedule.sampler.batch(position.step)]),
-            lambda: schedule.stage_rows(position, data.order),
-            data.teacher_responses,
-        )
-        return self.policy.select_batch(request)
+        batch = self.policy.select_batch(_batch_request(position, schedule, data))
+        next_step = position.step + 1
+        if self.rollout and self.rollout.config.staleness and next_step < schedule.total_steps:
+            request = _batch_request(schedule.sampler.position(next_step), schedule, data)
+            if self.policy.will_generate(request):
+                self.rollout.generate_ahead(request.rows, request.position)
+        return batch
 
     def metrics(self, *, on_policy: bool, step_seconds: float) -> dict[str, Any]:
         """Metrics of a step whose policy may use the student's responses; empty for other
@@ -57,19 +58,20 @@ class ResponseSource:
         return {
             "on_policy": on_policy,
             "rollout_seconds": stats.seconds,
+            "rollout_wait_seconds": stats.wait_seconds,
             "weight_sync_seconds": stats.weight_sync_seconds,
             "rollout_tokens": stats.tokens,
             "staleness_steps": stats.staleness_steps,
-            "rollout_share": stats.seconds / step_seconds,
+            "rollout_share": stats.wait_seconds / step_seconds,
             "rollout_tokens_per_second": stats.tokens / stats.seconds if stats.seconds else 0.0,
         }
 
     def snapshot(self, step: int) -> Callable[[Path], list[Path]] | None:
-        """A function that saves the worker's weights in a checkpoint; None without a worker."""
+        """A function that saves the worker's state in a checkpoint; None without a worker."""
         return self.rollout.snapshot(step) if self.rollout else None
 
     def restore(self, checkpoint: Path) -> None:
-        """Give the worker the weights that it had when a checkpoint was saved."""
+        """Give the worker the state that it had when a checkpoint was saved."""
         if self.rollout:
             self.rollout.restore(checkpoint)
 
@@ -77,6 +79,19 @@ class ResponseSource:
         """Close the worker."""
         if self.rollout:
             self.rollout.close()
+
+
+def _batch_request(
+    position: SamplerPosition, schedule: TrainingSchedule, data: TrainingData
+) -> BatchRequest:
+    return BatchRequest(
+        position,
+        schedule.total_steps,
+        data.train,
+        np.asarray(data.order[schedule.sampler.batch(position.step)]),
+        lambda: schedule.stage_rows(position, data.order),
+        data.teacher_responses,
+    )
 
 
 def check_rollout_backend(training: TrainingRun, train: TokenizedDataset) -> None:

@@ -282,6 +282,31 @@ def test_ranks_agree_and_a_resume_changes_nothing(name: str, stop: int) -> None:
     assert select_batches(ranks[2], range(stop, 50)) == expected[stop:]
 
 
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_expected_responses_are_used(name: str) -> None:
+    """Also if the validation loss rises in between. Only such a rise needs responses that were not
+    expected.
+    """
+    shares = SharesConfig(data=0.4, student=0.3, teacher=0.3)
+    config = PolicyConfig(
+        name=name, shares=shares, replay_buffer_size=8, phi_step=0.1, loss_tolerance=0
+    )
+    generator = FakeGenerator()
+    policy: Any = POLICIES[name](config, generator, 3)
+    expected, unexpected_after_validation = set(), set()
+    for step in range(100):
+        policy.select_batch(request(step))
+        if policy.will_generate(request(step + 1)):
+            expected.add(step + 1)
+        if step % 5 == 4:
+            policy.observe_validation_loss(2.0 + step)
+            unexpected_after_validation.add(step + 1)
+    expected -= {100}
+    assert expected <= set(generator.calls)
+    assert set(generator.calls) - expected <= {0} | unexpected_after_validation
+    assert bool(expected) == registry.POLICIES[name]
+
+
 def test_a_response_is_cut_at_the_limit_and_at_a_disallowed_id() -> None:
     allowed = np.ones(50, bool)
     allowed[40] = False
