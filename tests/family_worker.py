@@ -60,7 +60,7 @@ def reload(run: Path) -> None:
     log_probs = {}
     for name in ("exported", "loaded"):
         if name == "loaded":
-            generator.load_weights({key: value.detach() for key, value in other.named_parameters()})
+            generator.load_weights((key, value.detach()) for key, value in other.named_parameters())
         log_probs[name] = [
             values.tolist() for values in generator.log_probs(task["sequences"], task["starts"])
         ]

@@ -6,10 +6,12 @@ tests/unit/compat/test_torch_private.py fails when one of them changes.
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed import distributed_c10d
+
+_HANDLE_DEVICE = 6  # the place of the GPU's number among the arguments of `rebuild_cuda_tensor`
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,6 +43,31 @@ def fake_tensors() -> FakeTensorMode:
 def storage_id(storage: torch.UntypedStorage) -> int:
     """The identity of a tensor's memory: views share it. `data_ptr` is 0 for all fake tensors."""
     return storage._cdata
+
+
+def share_cuda_tensor(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """A CUDA IPC handle of a tensor that another process may open once, as picklable values.
+
+    Public is only sending a tensor through `torch.multiprocessing`, whose receiver looks for the
+    GPU under the sender's number; a process that sees one GPU calls it 0. The tensor must live
+    until the receiver has dropped it. Raises RuntimeError if its memory cannot be shared.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    arguments: tuple[Any, ...] = reduce_tensor(tensor)[1]
+    return arguments
+
+
+def open_cuda_tensor(handle: tuple[Any, ...], device: torch.device) -> torch.Tensor:
+    """The tensor of another process, without a copy. device: the GPU that holds it, as this process
+    numbers it.
+    """
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    arguments = list(handle)
+    arguments[_HANDLE_DEVICE] = 0 if device.index is None else device.index
+    tensor: torch.Tensor = rebuild_cuda_tensor(*arguments)
+    return tensor
 
 
 def set_compile_disabled(disabled: bool) -> bool:

@@ -97,6 +97,13 @@ class PolicyConfig(Section):
         description="`0`: the student generates the responses of an optimizer step before that "
         "step. `1`: it generates them one step earlier, and vLLM does so while that step trains.",
     )
+    weight_transfer: Literal["auto", "file"] = Field(
+        "auto",
+        description="How weights reach vLLM. `auto`: on a GPU by CUDA IPC handles, without a copy "
+        "in host memory, and on CPUs through a file in shared memory. `file`: always through a "
+        "file.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
     max_num_seqs: Positive = Field(
         64,
         description="Maximum number of sequences that are generated at the same time.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -71,9 +71,9 @@ class Generator(Protocol):
         """Like `generate`, but return token ids, with the stop id that ended a response."""
         ...
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace the model's weights. Keys are the parameter names of the transformers model; of
-        tied parameters one name is enough.
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace the model's weights, which are read one after the other. Names are those of the
+        parameters of the transformers model; of tied parameters the first one is enough.
         """
         ...
 

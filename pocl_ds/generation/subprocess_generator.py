@@ -3,11 +3,13 @@ already has.
 
     python -m pocl_ds.generation.subprocess_generator FD     started by `SubprocessGenerator` only
 
-The two processes communicate over a socket pair; weights pass through a file in shared memory.
+The two processes communicate over a socket pair. Weights pass through a file in shared memory, or
+on a GPU through a buffer that both processes see (`weight_buckets`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -15,12 +17,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -29,6 +32,12 @@ from torch import Tensor
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import PoclError, ResourceError
 from pocl_ds.generation.protocol import ProgressCallback, SamplingParams, ignore_progress
+from pocl_ds.generation.weight_buckets import (
+    Bucket,
+    WeightTransfer,
+    pack_buckets,
+    unpack_buckets,
+)
 from pocl_ds.resources import module_command
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,6 +63,7 @@ class SubprocessGenerator:
     One thread at a time may call it; `close` may interrupt a call of another thread.
     """
 
+    device = torch.device("cuda")  # of the weights, with weight_transfer="cuda_ipc"
     _in_call = False  # the child has not answered yet
 
     def __init__(
@@ -65,11 +75,13 @@ class SubprocessGenerator:
         threads: int,
         device: str | None,
         sleep_level: int = 0,
+        weight_transfer: WeightTransfer = "file",
         trust_remote_code: bool = False,
         end_of_turn_ids: Sequence[int] = (),
     ) -> None:
         """device: the GPU that the child shares with this process, as in CUDA_VISIBLE_DEVICES.
         sleep_level: see `VllmGenerator`; the attribute holds the level that this machine supports.
+        weight_transfer: `cuda_ipc` needs weights on that GPU, which is torch's current one.
         end_of_turn_ids: see `open_generator`.
         """
         # The child's environment: not a rank, one GPU, its own number of threads.
@@ -91,7 +103,7 @@ class SubprocessGenerator:
                 start_new_session=True,
             )
         self.connection = Connection(parent_socket.detach())
-        self.processed_tokens = 0
+        self.processed_tokens, self.weight_transfer = 0, weight_transfer
         self.sleep_level, self.stop_token_ids = self._call(
             "open",
             model_path,
@@ -138,15 +150,23 @@ class SubprocessGenerator:
         )
         return values
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `protocol.Generator`."""
-        size = sum(value.numel() * value.element_size() for value in weights.values())
+        if self.weight_transfer == "file":
+            self._write_weights(weights)
+            return
+        with contextlib.closing(pack_buckets(weights, self.device)) as buckets:
+            self._call("load_buckets", buckets=buckets)
+        torch.cuda.ipc_collect()  # frees the buffer, which the child has closed
+
+    def _write_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights}
+        size = sum(value.numel() * value.element_size() for value in tensors.values())
         handle, name = tempfile.mkstemp(
             prefix="pocl-weights-", suffix=".safetensors", dir=_weights_directory(size)
         )
         os.close(handle)
         try:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
             save_file(tensors, name)
             self._call("load_weights", name)
         except SafetensorError:  # another rank has filled the directory meanwhile
@@ -172,17 +192,24 @@ class SubprocessGenerator:
                 self.process.kill()
 
     def _call(
-        self, method: str, *arguments: Any, on_progress: ProgressCallback = ignore_progress
+        self,
+        method: str,
+        *arguments: Any,
+        on_progress: ProgressCallback = ignore_progress,
+        buckets: Iterator[Bucket] = iter(()),
     ) -> Any:
-        """Call a method of the child's generator. Raises ResourceError with the child's message, or
-        if the child has ended.
+        """Call a method of the child's generator. buckets: for a child that asks for them. Raises
+        ResourceError with the child's message, or if the child has ended.
         """
         self._in_call = True
         try:
             self.connection.send((method, arguments))
             kind, value = self.connection.recv()
-            while kind == "progress":
-                on_progress(value)
+            while kind in ("progress", "bucket"):
+                if kind == "progress":
+                    on_progress(value)
+                else:
+                    self.connection.send(next(buckets, None))
                 kind, value = self.connection.recv()
         except (EOFError, OSError, pickle.PickleError) as error:
             code = self.process.wait(timeout=30)
@@ -221,7 +248,7 @@ def _no_space(size: int) -> ResourceError:
 
 def serve(connection: Connection) -> None:
     """Answer calls until the parent closes the connection. Answers are (kind, value): any number of
-    "progress", then "result" or "error".
+    "progress", or of "bucket", which asks for the next one; then "result" or "error".
     """
     generator: Any = None
     while True:
@@ -236,19 +263,34 @@ def serve(connection: Connection) -> None:
                 generator = _open(*arguments)
                 value: Any = generator.sleep_level, generator.stop_token_ids
             elif method == "load_weights":
-                value = generator.load_weights(load_file(arguments[0]))
+                value = generator.load_weights(load_file(arguments[0]).items())
+            elif method == "load_buckets":
+                value = generator.load_weights(_receive_weights(connection))
             elif method == "sleep":
                 value = generator.sleep()
             else:
                 value = getattr(generator, method)(
                     *arguments, lambda finished: connection.send(("progress", finished))
                 )
+        except EOFError:
+            break
         except PoclError as error:
             connection.send(("error", str(error)))
         else:
             connection.send(("result", value))
     if generator is not None:
         generator.close()
+
+
+def _receive_weights(connection: Connection) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the buckets that the parent sends when it is asked for them."""
+
+    def receive() -> Bucket | None:
+        connection.send(("bucket", None))
+        bucket: Bucket | None = connection.recv()
+        return bucket
+
+    return unpack_buckets(receive, torch.device("cuda", 0))
 
 
 def _open(

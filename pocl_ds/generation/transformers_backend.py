@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -216,10 +216,16 @@ class TransformersGenerator:
         return responses
 
     @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """See `protocol.Generator`."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(weights[name])
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See `protocol.Generator`. Raises KeyError if a parameter is missing."""
+        parameters = dict(self.model.named_parameters())
+        missing = set(parameters)
+        for name, weight in weights:
+            if name in missing:
+                parameters[name].copy_(weight)
+                missing.discard(name)
+        if missing:
+            raise KeyError(f"there are no new weights of {sorted(missing)[0]}")
 
     @torch.inference_mode()
     def log_probs(

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,7 +163,7 @@ class VllmGenerator:
         self.processed_tokens += sum(map(len, responses))
         return responses
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See `protocol.Generator`.
 
         A tied head is passed under its own name too: otherwise the engine's loader keeps the
@@ -173,13 +173,14 @@ class VllmGenerator:
         # Wake up only the weights: loading needs memory that the key-value cache would take.
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        named_weights = dict(weights)
         (modules,) = self.llm.apply_model(_module_names)
-        for head, embedding in tied_parameters(self.model_config).items():
-            if head.rpartition(".")[0] in modules:
-                named_weights.setdefault(head, named_weights[embedding])
+        tied_heads = {
+            embedding: head
+            for head, embedding in tied_parameters(self.model_config).items()
+            if head.rpartition(".")[0] in modules
+        }
         self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(named_weights.items())}
+            "reload_weights", kwargs={"weights_iterator": _with_tied_heads(weights, tied_heads)}
         )
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
@@ -249,6 +250,23 @@ class VllmGenerator:
             raise RuntimeError("the engine dropped its weights to sleep: call load_weights first")
         self.llm.wake_up()
         self.asleep = False
+
+
+def _with_tied_heads(
+    weights: Iterable[tuple[str, Tensor]], tied_heads: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass weights on, and at their end those of tied heads that were not among them.
+
+    tied_heads: names of heads by those of their embeddings.
+    """
+    missing: dict[str, Tensor] = {}
+    names: set[str] = set()
+    for name, weight in weights:
+        names.add(name)
+        if name in tied_heads:
+            missing[tied_heads[name]] = weight
+        yield name, weight
+    yield from ((name, weight) for name, weight in missing.items() if name not in names)
 
 
 def _dtype(config: GenerationConfig) -> str:

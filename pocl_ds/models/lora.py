@@ -7,7 +7,7 @@ file imports peft.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from pocl_ds.errors import RecipeError, ResourceError
 from pocl_ds.models.load import empty_model
 
 ADAPTER = "default"  # peft's name of the only adapter
+# The weights of a layer with an adapter: its own, A and B.
+ADAPTED_WEIGHTS = ("base_layer.weight", f"lora_A.{ADAPTER}.weight", f"lora_B.{ADAPTER}.weight")
 
 
 def require_peft() -> None:
@@ -132,22 +134,36 @@ def count_trainable_parameters(module: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def merge_adapters(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def merge_adapters(
+    model: Any, weights: Iterable[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
     """Merge the adapters into the weights: W + alpha / r · B A, under the names without adapters.
 
-    model: the model with adapters. weights: its full state by name, which this function modifies;
-    empty on ranks that hold none.
+    model: the model with adapters. weights: its full state as names and tensors, in the model's
+    order; none on ranks that hold none. The tensors are modified, and those of one layer at a time
+    are held.
     """
-    if not weights:
-        return weights
     layers = dict(_lora_layers(model))
-    for name, layer in layers.items():
-        down, up = (weights.pop(f"{name}.lora_{side}.{ADAPTER}.weight") for side in "AB")
-        update = up.float() @ down.float()
-        update = (update.T if layer.fan_in_fan_out else update) * layer.scaling[ADAPTER]
-        base = weights[f"{name}.base_layer.weight"]
-        base.copy_(base.float() + update)  # rounded once, if weights are not float32
-    return {_name_without_adapter(name, layers): tensor for name, tensor in weights.items()}
+    held: dict[str, Tensor] = {}  # since the first weight of a layer that is not complete
+    incomplete: set[str] = set()  # layers
+    for name, tensor in weights:
+        held[name] = tensor
+        layer_name = _adapted_layer(name)
+        if layer_name in layers:
+            names = [f"{layer_name}.{part}" for part in ADAPTED_WEIGHTS]
+            if all(name in held for name in names):
+                base, down, up = held[names[0]], held.pop(names[1]), held.pop(names[2])
+                layer = layers[layer_name]
+                update = up.float() @ down.float()
+                update = (update.T if layer.fan_in_fan_out else update) * layer.scaling[ADAPTER]
+                base.copy_(base.float() + update)  # rounded once, if weights are not float32
+                incomplete.discard(layer_name)
+            else:
+                incomplete.add(layer_name)
+        if not incomplete:
+            for held_name, held_tensor in held.items():
+                yield _name_without_adapter(held_name, layers), held_tensor
+            held.clear()
 
 
 def _lora_layers(model: Any) -> list[tuple[str, Any]]:
@@ -156,6 +172,14 @@ def _lora_layers(model: Any) -> list[tuple[str, Any]]:
     return [
         (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     ]
+
+
+def _adapted_layer(name: str) -> str:
+    """The layer whose weight, A or B a parameter is; empty if it is none of them."""
+    for part in ADAPTED_WEIGHTS:
+        if name.endswith(f".{part}"):
+            return name.removesuffix(f".{part}")
+    return ""
 
 
 def _name_without_adapter(name: str, layers: dict[str, Any]) -> str:

@@ -14,7 +14,6 @@ which shares the process, before. So both train on the same kind of responses.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,14 +33,15 @@ from pocl_ds.errors import ResourceError
 from pocl_ds.generation.backends import longest_sequence
 from pocl_ds.generation.invariance import check_generator, choose_rows
 from pocl_ds.generation.protocol import Generator, SamplingParams
-from pocl_ds.generation.subprocess_generator import SubprocessGenerator
 from pocl_ds.models.batch_invariance import GPU_TOLERANCE, TOLERANCE
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_tokenizer
 from pocl_ds.models.lora import merge_adapters
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts.pending import PendingRollout, Responses, start_generation
+from pocl_ds.rollouts.student_generator import describe_idle_time, make_generator
 from pocl_ds.rollouts.student_log_probs import student_log_probs
+from pocl_ds.rollouts.weight_transfer import copy_to_host, send_weights
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.progress import LOG_INTERVAL, Progress
 
@@ -49,19 +49,6 @@ log = logging.getLogger("pocl_ds")
 
 WEIGHTS_FILE = "rollout_weights.pt"  # in a checkpoint
 NO_WEIGHTS = -1  # `weights_step` of a generator without weights
-# For the log: what an engine on the rank's GPU does between rollouts, by its sleep level.
-SLEEP_NOTES = {
-    0: "; this machine's engine cannot sleep, so it keeps its GPU memory between rollouts",
-    1: "; the engine sleeps between rollouts, with its weights in host memory",
-    2: "; the engine sleeps between rollouts and drops its weights",
-}
-# For the log: when the responses of a step are generated, with policy.staleness=1.
-AHEAD_NOTES = {
-    "vllm": "; it generates the responses of a step while the step before trains, and keeps its "
-    "memory meanwhile",
-    "transformers": "; it generates the responses of a step before the previous step trains, "
-    "which saves no time: only rollout_backend=vllm generates while a step trains",
-}
 
 
 @dataclass
@@ -99,6 +86,8 @@ class RolloutWorker:
     # The generator's weights on rank 0, for checkpoints; empty if every step brings new ones.
     saved_weights: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     ahead: PendingRollout | None = None  # the responses of the next step
+    # The response of the latest `_check_weights`: tokens, its start, and its nats in the generator.
+    checked: tuple[list[int], int, float] | None = None
 
     def __post_init__(self) -> None:
         tokenizer = load_tokenizer(
@@ -175,7 +164,8 @@ class RolloutWorker:
         # Give the GPU memory that torch caches to the engine, which wakes up now.
         if self.on_gpu and self.config.rollout_backend == "vllm":
             torch.cuda.empty_cache()
-        self._sync_weights(now, rows)
+        if not self._sync_weights(now, rows):
+            self._check_awake()
         with distributed.raise_on_all_ranks("open the rollout generator"):
             generator = self._open_generator()
         rollout = PendingRollout(
@@ -244,7 +234,7 @@ class RolloutWorker:
         with distributed.raise_on_all_ranks("restore the weights of the rollout generator"):
             state = torch.load(folder / WEIGHTS_FILE, map_location="cpu", weights_only=True)
             generator = self._open_generator()
-            generator.load_weights(state["weights"])
+            generator.load_weights(state["weights"].items())
             generator.sleep()
         self.weights_step = int(state["step"])
         self.saved_weights = state["weights"] if distributed.rank() == 0 else {}
@@ -260,36 +250,30 @@ class RolloutWorker:
         length = int(self.dataset.prompt_tokens[row])
         return [int(token) for token in self.dataset.tokens(row)[:length]]
 
-    def _sync_weights(self, step: int, rows: NDArray[np.int64]) -> None:
+    def _sync_weights(self, step: int, rows: NDArray[np.int64]) -> bool:
         """Give the generator the student's weights, unless it has some from the current interval of
-        `sync_weights_every` steps.
+        `sync_weights_every` steps. Returns whether it did.
         """
         if not self._sync_due(step):
-            return
+            return False
         with distributed.raise_on_all_ranks("open the rollout generator"):
             generator = self._open_generator()
 
-        # Gather the weights. Another process gets them through host memory.
-        to_host = self.config.rollout_backend == "vllm"
-        weights = {
-            name: weight.cpu() if to_host else weight
-            for name, weight in self.engine.gathered_parameters(self.module.model)
-        }
+        # Gather the weights one after the other; keep a copy for checkpoints if later steps use the
+        # same weights.
+        weights = self.engine.gathered_parameters(self.module.model)
         if self.student.lora:
             weights = merge_adapters(self.module.model, weights)
-
-        # Transfer them, and keep a copy for checkpoints if later steps use the same weights.
+        self.saved_weights = {}
+        if self.config.sync_weights_every > 1 and distributed.rank() == 0:
+            weights = copy_to_host(weights, self.saved_weights)
         with distributed.raise_on_all_ranks("send the student's weights to the rollout generator"):
-            generator.load_weights(weights)
-        needs_copy = self.config.sync_weights_every > 1 and distributed.rank() == 0
-        self.saved_weights = (
-            {name: weight.cpu() for name, weight in weights.items()} if needs_copy else {}
-        )
-        del weights
+            send_weights(generator, weights)
         self.weights_step = step
         self._check_weights(int(rows[np.argmax(self.dataset.loss_tokens[rows])]))
         if self.invariance is None:
             self._check_batch_invariance()
+        return True
 
     def _sync_due(self, step: int) -> bool:
         """Whether the generator needs new weights before it generates at a step."""
@@ -304,12 +288,9 @@ class RolloutWorker:
         tokens = [int(token) for token in self.dataset.tokens(row)]
         start = max(1, int(self.dataset.prompt_tokens[row]))
         with distributed.raise_on_all_ranks("compare the rollout generator with the student"):
-            (log_probs,) = self._open_generator().log_probs([tokens], [start])
-            generator_nats = -float(np.sum(log_probs, dtype=np.float64))
+            generator_nats, tolerance = self._generator_nats(tokens, start)
             student_nats = -float(student[0])
-            tolerances = GPU_TOLERANCE if self.on_gpu else TOLERANCE
-            per_token, per_response = tolerances[resolve_dtype(self.student.dtype)]
-            tolerance = per_token * max(1, len(tokens) - start) + per_response
+            self.checked = tokens, start, generator_nats
             if not abs(generator_nats - student_nats) <= tolerance:  # also true for a NaN
                 raise ResourceError(
                     f"the cross-entropy of a response is {generator_nats:.4f} nats in the rollout "
@@ -317,6 +298,33 @@ class RolloutWorker:
                     "student: the generator did not load the new weights; set "
                     "policy.rollout_backend=transformers"
                 )
+
+    def _check_awake(self) -> None:
+        """After sleep level 1, compare the generator's log-probability of a response with that from
+        before it slept, which was compared with the student's. Raises ResourceError on all ranks.
+        """
+        if self._sleep_level != 1 or self.checked is None:
+            return
+        tokens, start, nats_before = self.checked
+        with distributed.raise_on_all_ranks("check that the rollout generator kept its weights"):
+            nats, tolerance = self._generator_nats(tokens, start)
+            if not abs(nats - nats_before) <= tolerance:
+                raise ResourceError(
+                    f"the cross-entropy of a response was {nats_before:.4f} nats in the rollout "
+                    f"generator before it slept, and is {nats:.4f} after it woke up: it lost its "
+                    "weights; set policy.sync_weights_every=1 or "
+                    "policy.rollout_backend=transformers"
+                )
+
+    def _generator_nats(self, tokens: list[int], start: int) -> tuple[float, float]:
+        """The cross-entropy of the tokens from `start` on in the generator, in nats, and how far
+        rounding may move it.
+        """
+        (log_probs,) = self._open_generator().log_probs([tokens], [start])
+        tolerances = GPU_TOLERANCE if self.on_gpu else TOLERANCE
+        per_token, per_response = tolerances[resolve_dtype(self.student.dtype)]
+        tolerance = per_token * max(1, len(tokens) - start) + per_response
+        return -float(np.sum(log_probs, dtype=np.float64)), tolerance
 
     def _check_batch_invariance(self) -> None:
         """Check before the first rollout, on a few samples, that the generator's log-probabilities
@@ -350,16 +358,11 @@ class RolloutWorker:
         """The generator, opened at the first call."""
         if self.generator is None:
             generator = self.generator = self._make_generator(self._generation_config())
-            note = ""
-            if self.config.staleness:
-                note = AHEAD_NOTES[self.config.rollout_backend]
-            elif self.on_gpu and isinstance(generator, SubprocessGenerator):
-                note = SLEEP_NOTES[generator.sleep_level]
             log.info(
                 "%s generates the student's responses, and gets its weights every %d steps%s",
                 self.config.rollout_backend,
                 self.config.sync_weights_every,
-                note,
+                describe_idle_time(self.config, generator, on_gpu=self.on_gpu),
             )
         return self.generator
 
@@ -372,34 +375,13 @@ class RolloutWorker:
         )
 
     def _make_generator(self, settings: GenerationConfig) -> Generator:
-        trust_remote_code = self.student.trust_remote_code
-        threads = torch.get_num_threads()
-        if settings.backend == "vllm":
-            index = distributed.device().index or 0
-            return SubprocessGenerator(
-                self.model_path,
-                settings,
-                max_length=self.generator_length,
-                threads=threads,
-                trust_remote_code=trust_remote_code,
-                device=_visible_device(index) if self.on_gpu else None,
-                sleep_level=self._sleep_level,
-                end_of_turn_ids=self.end_of_turn_ids,
-            )
-        from pocl_ds.generation.transformers_backend import TransformersGenerator
-
-        return TransformersGenerator(
-            self.model_path,
+        return make_generator(
+            self.config,
             settings,
-            load_tokenizer(self.model_path, trust_remote_code=trust_remote_code),
+            self.student,
+            self.model_path,
             max_length=self.generator_length,
-            threads=threads,
-            trust_remote_code=trust_remote_code,
             end_of_turn_ids=self.end_of_turn_ids,
+            sleep_level=self._sleep_level,
+            on_gpu=self.on_gpu,
         )
-
-
-def _visible_device(index: int) -> str:
-    """A GPU of this process, as CUDA_VISIBLE_DEVICES of a child process must name it."""
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return names[index] if index < len(names) else str(index)

@@ -160,7 +160,7 @@ def write_final_model(training: TrainingRun, engine: Engine) -> None:
     else:
         state = engine.gathered_state_dict(model)
     if training.student.lora:
-        state = merge_adapters(model, state)
+        state = dict(merge_adapters(model, state.items()))
     tokenizer = load_tokenizer(
         training.student_path, trust_remote_code=training.student.trust_remote_code
     )

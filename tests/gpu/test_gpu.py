@@ -21,6 +21,7 @@ from pocl_ds.bench import loss as bench_loss
 from pocl_ds.config import GenerationConfig
 from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.generation.subprocess_generator import SubprocessGenerator
+from pocl_ds.generation.weight_buckets import WeightTransfer
 from pocl_ds.losses import divergence
 from pocl_ds.losses.divergences import DIVERGENCES
 from pocl_ds.losses.fused_head import loss_sums
@@ -88,21 +89,33 @@ def test_time_and_memory_of_the_fused_head() -> None:
     assert statistics.median(table[0].seconds) < 0.060
 
 
+@pytest.mark.parametrize("weight_transfer", ["file", "cuda_ipc"])
 @pytest.mark.parametrize("level", [1, 2])
-def test_a_rollout_engine_frees_its_memory_between_rollouts(level: int, tiny_llama: Path) -> None:
-    """It also generates with its earlier weights (level 1) or with new ones (both levels)."""
+def test_a_rollout_engine_frees_its_memory_between_rollouts(
+    level: int, weight_transfer: WeightTransfer, tiny_llama: Path
+) -> None:
+    """It also generates with its earlier weights (level 1) or with new ones (both levels), which
+    arrive through a file or by CUDA IPC handles.
+    """
     pytest.importorskip("vllm")
     config = GenerationConfig(gpu_memory_utilization=0.3, max_num_seqs=8)
     generator = SubprocessGenerator(
-        str(tiny_llama), config, max_length=128, threads=4, device="0", sleep_level=level
+        str(tiny_llama),
+        config,
+        max_length=128,
+        threads=4,
+        device="0",
+        sleep_level=level,
+        weight_transfer=weight_transfer,
     )
     try:
         assert generator.sleep_level == level
         weights = {
-            name: value.detach() for name, value in load_model(str(tiny_llama)).named_parameters()
+            name: value.detach().cuda()
+            for name, value in load_model(str(tiny_llama)).named_parameters()
         }
         sequence, free_before = list(range(2, 60)), torch.cuda.mem_get_info()[0]
-        generator.load_weights(weights)
+        generator.load_weights(weights.items())
         log_probs = generator.log_probs([sequence], [5])[0]
         responses = generator.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
         generator.sleep()
@@ -114,9 +127,9 @@ def test_a_rollout_engine_frees_its_memory_between_rollouts(level: int, tiny_lla
             )
             generator.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0))
             generator.sleep()
-        generator.load_weights({name: value * 1.5 for name, value in weights.items()})
+        generator.load_weights((name, value * 1.5) for name, value in weights.items())
         assert np.abs(generator.log_probs([sequence], [5])[0] - log_probs).max() > 1e-2
-        generator.load_weights(weights)
+        generator.load_weights(weights.items())
         np.testing.assert_allclose(generator.log_probs([sequence], [5])[0], log_probs, atol=1e-3)
         assert generator.generate_ids([[5, 6, 7]], SamplingParams(0.0, 1.0, 8, seed=0)) == responses
     finally:

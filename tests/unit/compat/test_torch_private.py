@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.multiprocessing import reductions
 
 from pocl_ds.compat import torch_private
 
@@ -74,3 +76,16 @@ def test_the_limit_of_recompilations_is_raised_and_never_lowered() -> None:
         for limit in (50, 20):
             torch_private.raise_recompile_limit(limit)
             assert torch._dynamo.config.recompile_limit == 50
+
+
+def test_a_shared_tensor_is_opened_under_the_number_of_its_gpu_in_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which needs the place of that number among the arguments."""
+    names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
+    assert names[torch_private._HANDLE_DEVICE] == "storage_device"
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *arguments: arguments)
+    for device, number in (("cuda", 0), ("cuda:2", 2)):
+        opened = list(torch_private.open_cuda_tensor(tuple(names), torch.device(device)))
+        assert opened.pop(torch_private._HANDLE_DEVICE) == number
+        assert opened == [name for name in names if name != "storage_device"]

@@ -29,6 +29,7 @@ class RecordingGenerator(SubprocessGenerator):
 
     def __init__(self) -> None:
         self.sent: list[tuple[Path, dict[str, torch.Tensor]]] = []
+        self.weight_transfer = "file"
 
     def _call(self, method: str, *arguments: Any, **_: Any) -> None:
         assert method == "load_weights"
@@ -52,7 +53,7 @@ def test_weights_pass_through_shared_memory_if_it_has_room(free_bytes: dict[Path
     memory, disk = free_bytes
     for folder in (memory, disk):
         generator = RecordingGenerator()
-        generator.load_weights(WEIGHTS)
+        generator.load_weights(WEIGHTS.items())
         ((path, weights),) = generator.sent
         assert (
             path.parent == folder
@@ -80,10 +81,10 @@ def test_no_room_for_weights_is_one_sentence(
     with monkeypatch.context() as patch:
         patch.setattr(subprocess_generator, "save_file", raise_disk_full)
         with pytest.raises(ResourceError, match=sentence):
-            RecordingGenerator().load_weights(WEIGHTS)
+            RecordingGenerator().load_weights(WEIGHTS.items())
     free_bytes.update(dict.fromkeys(free_bytes, SIZE))
     with pytest.raises(ResourceError, match=sentence):
-        RecordingGenerator().load_weights(WEIGHTS)
+        RecordingGenerator().load_weights(WEIGHTS.items())
     assert list(memory.iterdir()) == list(disk.iterdir()) == []
 
 

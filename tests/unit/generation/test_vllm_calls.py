@@ -188,7 +188,7 @@ def test_a_sleeping_engine_wakes_for_each_call(
     """
     generator = open_with_fake_engine(tiny_llama, level, monkeypatch)
     for _ in range(2):
-        generator.load_weights({"model.embed_tokens.weight": torch.zeros(1)})
+        generator.load_weights([("model.embed_tokens.weight", torch.zeros(1))])
         generator.log_probs([[7, 8]], [1])
         assert generator.generate_ids([[7]], SamplingParams(*SAMPLED)) == [[5, 0]]
         generator.sleep()
@@ -229,3 +229,18 @@ def test_a_sleeping_engine_wakes_for_each_call(
         ],
     }
     assert FakeEngine.calls == expected[level]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["embedding", "layer"], ["embedding", "layer", "head"]),
+        (["embedding", "head", "layer"], ["embedding", "head", "layer"]),
+    ],
+)
+def test_a_tied_head_is_loaded_once(names: list[str], expected: list[str]) -> None:
+    weights = [(name, torch.tensor(float(len(name)))) for name in names]
+    loaded = list(vllm_backend._with_tied_heads(iter(weights), {"embedding": "head"}))
+    assert [name for name, _ in loaded] == expected
+    if "head" not in names:
+        assert loaded[-1][1] is weights[0][1]

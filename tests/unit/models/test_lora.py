@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_merge_equals_that_of_peft(family: str, request: pytest.FixtureRequest) 
         == adapter_parameters(load_model(str(folder)), config)
         > 0
     )
-    merged = merge_adapters(model, weights(model))
+    merged = dict(merge_adapters(model, weights(model).items()))
     # peft's wrapper around the same base and adapters.
     modules = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     settings = peft.LoraConfig(
@@ -71,7 +72,25 @@ def test_merge_equals_that_of_peft(family: str, request: pytest.FixtureRequest) 
     torch.testing.assert_close(
         loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4
     )
-    assert merge_adapters(model, {}) == {}  # a rank without weights
+    assert list(merge_adapters(model, [])) == []  # a rank without weights
+
+
+def test_the_merge_holds_one_layer_at_a_time(tiny_gpt2: Path) -> None:
+    """When a weight arrives, no more is taken than the rest of its layer: weight, bias, A and B."""
+    model = with_adapters(tiny_gpt2, LoraConfig(r=2))
+    state, taken = weights(model), list[str]()
+
+    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in state.items():
+            taken.append(name)
+            yield name, weight
+
+    arrived = 0
+    for _ in merge_adapters(model, gathered()):
+        arrived += 1
+        adapters = sum("lora_" in name for name in taken)
+        assert len(taken) - adapters - arrived <= 1  # a bias
+    assert arrived == len(state) - sum("lora_" in name for name in state)
 
 
 def test_the_merge_rounds_once(tiny_llama: Path) -> None:
@@ -83,7 +102,9 @@ def test_the_merge_rounds_once(tiny_llama: Path) -> None:
         @ layer.lora_A["default"].weight.float()
         * layer.scaling["default"]
     )
-    merged_weight = merge_adapters(model, weights(model))["model.layers.0.mlp.up_proj.weight"]
+    merged_weight = dict(merge_adapters(model, weights(model).items()))[
+        "model.layers.0.mlp.up_proj.weight"
+    ]
     assert torch.equal(merged_weight, (layer.base_layer.weight.float() + change).bfloat16())
 
 

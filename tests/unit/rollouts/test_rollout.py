@@ -4,7 +4,7 @@ them over a resume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.transformers_backend import TransformersGenerator
 from pocl_ds.rollouts.rollout import WEIGHTS_FILE
 
+Weights = Iterable[tuple[str, Tensor]]
+
 
 @pytest.fixture
 def transfers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -26,9 +28,10 @@ def transfers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     load_weights = TransformersGenerator.load_weights
 
-    def counting_load_weights(self: TransformersGenerator, weights: Mapping[str, Tensor]) -> None:
-        sizes.append(len(weights))
-        load_weights(self, weights)
+    def counting_load_weights(self: TransformersGenerator, weights: Weights) -> None:
+        named_weights = dict(weights)
+        sizes.append(len(named_weights))
+        load_weights(self, named_weights.items())
 
     monkeypatch.setattr(TransformersGenerator, "load_weights", counting_load_weights)
     return sizes
@@ -65,7 +68,7 @@ def test_a_generator_that_keeps_an_old_weight_ends_the_run(
     monkeypatch.setattr(
         TransformersGenerator,
         "load_weights",
-        lambda self, weights: load_weights(self, {**weights, name: old_weight}),
+        lambda self, weights: load_weights(self, {**dict(weights), name: old_weight}.items()),
     )
     generate(rollout, 1)  # the old weight is still the current one
     update_student(rollout)
@@ -205,7 +208,7 @@ class Level2Generator:
     def __init__(self) -> None:
         self.calls: list[str] = []
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Weights) -> None:
         self.calls.append("load_weights")
 
     def generate_ids(
@@ -240,6 +243,52 @@ def test_the_engine_sleeps_between_rollouts(
     torch.save({"step": 0, "weights": {}}, tmp_path / WEIGHTS_FILE)
     rollout.restore(tmp_path)
     assert generator.calls[-2:] == ["load_weights", "sleep"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "change", "lost"), [(4, 0.0, False), (4, 0.1, True), (1, 0.1, False)]
+)
+def test_an_engine_that_woke_up_has_the_weights_that_it_had(
+    interval: int,
+    change: float,
+    lost: bool,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At level 1 it is compared with itself before it slept. At level 2 it gets the student's
+    weights before each rollout, and is compared with the student.
+    """
+    rollout = make_worker(tiny_llama, interval=interval)
+    rollout.config, settings = (
+        rollout.config.model_copy(update={"rollout_backend": "vllm"}),
+        rollout._generation_config(),
+    )
+    make_generator = rollout._make_generator
+
+    def open_generator(_: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(rollout, "config", make_worker(tiny_llama).config)
+            return make_generator(settings)
+
+    @torch.no_grad()
+    def sleep(self: TransformersGenerator) -> None:
+        next(self.model.parameters()).add_(change)
+
+    monkeypatch.setattr(rollout, "on_gpu", True)
+    monkeypatch.setattr(rollout, "_make_generator", open_generator)
+    monkeypatch.setattr(TransformersGenerator, "sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    generate(rollout, 0)
+    update_student(rollout)
+    if lost:
+        with pytest.raises(
+            ResourceError,
+            match=r"was [\d.]+ nats in the rollout generator before it slept, and is [\d.]+ after "
+            r"it woke up: it lost its weights; set policy.sync_weights_every=1",
+        ):
+            generate(rollout, 1)
+    else:
+        generate(rollout, 1)
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(1, 0), (4, 2)])
