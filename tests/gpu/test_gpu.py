@@ -163,6 +163,49 @@ def test_buffers_of_a_sharded_model_are_on_its_gpu(loss: str, tmp_path: Path) ->
     assert len(losses) == 4 and all(np.isfinite(losses))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        ([], ["by CUDA IPC handles", "sleeps between rollouts and drops its weights"]),
+        (
+            ["policy.sync_weights_every=2"],
+            ["by CUDA IPC handles", "with its weights in host memory"],
+        ),
+        (["policy.staleness=1"], ["by CUDA IPC handles", "while the step before trains"]),
+        (["policy.weight_transfer=file"], ["through a file in shared memory"]),
+    ],
+)
+def test_a_training_on_the_students_responses(
+    overrides: list[str], notes: list[str], tmp_path: Path
+) -> None:
+    """Its log-probabilities in vLLM equal the trainer's after each transfer, and after vLLM slept
+    with its weights: otherwise the training stops.
+    """
+    pytest.importorskip("vllm")
+    teacher = tiny_models.llama(tmp_path / "teacher", layers=3)
+    student = tiny_models.llama(tmp_path / "student", layers=2, seed=1)
+    recipe = write_recipe(
+        tmp_path,
+        teacher,
+        student,
+        max_train_samples=32,
+        ranking={"strategy": "random"},
+        curriculum={"num_subsets": 1, "epochs_per_stage": 1, "sft_ratio": [0, 0]},
+        policy={"name": "gkd", "lmbda": 1.0, "max_new_tokens": 6},
+        loss={"name": "jsd"},
+        launch={"ranks": 1},
+    )
+    run = tmp_path / "run"
+    for step in ("preprocess", "init-student", "rank", "plan", "train"):
+        log = pocl(step, str(recipe), "--run-dir", str(run), *overrides).stderr
+    assert all(note in log for note in notes), log
+    steps = records(run)
+    assert len(steps) == 4 and all(record["on_policy"] for record in steps)
+    interval, staleness = (f"policy.{name}" in " ".join(overrides) for name in ("sync", "stale"))
+    expected = [0, 1, 0, 1] if interval else [0, 1, 1, 1] if staleness else [0] * 4
+    assert [record["staleness_steps"] for record in steps] == expected
+
+
 def test_a_run_resumes_on_fewer_gpus(tmp_path: Path) -> None:
     """Fused Adam reads the converted step counters on the GPU. This needs a separate process,
     because DeepSpeed makes it a rank.
