@@ -66,12 +66,12 @@ def test_parameters_arrive_in_order_and_equal(
 ) -> None:
     """Of every dtype and shape, also one that is larger than a bucket."""
     buckets = pack_buckets(WEIGHTS.items(), CPU, bucket_bytes=bucket_bytes)
-    seen: list[int] = []
+    counted: list[int] = []
 
     def receive() -> Any:
         bucket = next(buckets, None)
         if bucket is not None:
-            seen.append(len(bucket.tensors))
+            counted.append(len(bucket.tensors))
             assert all(tensor.start % ALIGNMENT == 0 for tensor in bucket.tensors)
         return bucket
 
@@ -80,22 +80,22 @@ def test_parameters_arrive_in_order_and_equal(
     for name, weight in WEIGHTS.items():
         assert arrived[name].dtype == weight.dtype and arrived[name].shape == weight.shape
         assert torch.equal(arrived[name], weight)
-    assert [len(buffer) for buffer in buffers] == sizes and seen == counts
+    assert [len(buffer) for buffer in buffers] == sizes and counted == counts
 
 
 def test_only_a_bucket_and_one_parameter_are_held(buffers: list[Tensor]) -> None:
     """The next parameter is gathered while a bucket is full, and no further one."""
-    taken: list[str] = []
+    requested: list[str] = []
 
-    def gathered() -> Iterator[tuple[str, Tensor]]:
+    def gather() -> Iterator[tuple[str, Tensor]]:
         for number in range(12):
-            taken.append(str(number))
+            requested.append(str(number))
             yield str(number), torch.full((8,), number, dtype=torch.float32)  # 32 bytes
 
-    buckets = pack_buckets(gathered(), CPU, bucket_bytes=96)
+    buckets = pack_buckets(gather(), CPU, bucket_bytes=96)
     for number in range(4):
         bucket = next(buckets)
-        assert len(bucket.tensors) == 3 and len(taken) == min(12, 3 * number + 4)
+        assert len(bucket.tensors) == 3 and len(requested) == min(12, 3 * number + 4)
     assert next(buckets, None) is None and len(buffers) == 1
 
 
@@ -202,11 +202,11 @@ def test_after_an_error_all_parameters_are_still_gathered(
     connected: ConnectedGenerator, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other ranks gather them too, and would wait. The generator continues to answer."""
-    weights, taken = new_weights(tiny_llama), []
+    weights, requested = new_weights(tiny_llama), []
 
-    def gathered() -> Iterator[tuple[str, Tensor]]:
+    def gather() -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.items():
-            taken.append(name)
+            requested.append(name)
             yield name, weight
 
     def fail(self: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -216,6 +216,6 @@ def test_after_an_error_all_parameters_are_still_gathered(
     with monkeypatch.context() as patch:
         patch.setattr(TransformersGenerator, "load_weights", fail)
         with pytest.raises(ResourceError, match="no memory for new weights"):
-            send_weights(connected, gathered())
-    assert taken == list(weights)
+            send_weights(connected, gather())
+    assert requested == list(weights)
     assert greedy(connected)

@@ -76,20 +76,20 @@ def test_merge_equals_that_of_peft(family: str, request: pytest.FixtureRequest) 
 
 
 def test_the_merge_holds_one_layer_at_a_time(tiny_gpt2: Path) -> None:
-    """When a weight arrives, no more is taken than the rest of its layer: weight, bias, A and B."""
+    """When a weight arrives, only the rest of its layer was requested: weight, bias, A, B."""
     model = with_adapters(tiny_gpt2, LoraConfig(r=2))
-    state, taken = weights(model), list[str]()
+    state, requested = weights(model), list[str]()
 
-    def gathered() -> Iterator[tuple[str, torch.Tensor]]:
+    def gather() -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in state.items():
-            taken.append(name)
+            requested.append(name)
             yield name, weight
 
     arrived = 0
-    for _ in merge_adapters(model, gathered()):
+    for _ in merge_adapters(model, gather()):
         arrived += 1
-        adapters = sum("lora_" in name for name in taken)
-        assert len(taken) - adapters - arrived <= 1  # a bias
+        adapters = sum("lora_" in name for name in requested)
+        assert len(requested) - adapters - arrived <= 1  # a bias
     assert arrived == len(state) - sum("lora_" in name for name in state)
 
 
