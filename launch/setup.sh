@@ -198,7 +198,7 @@ except RuntimeError as error:
 extras=$stack
 for group in "${missing_groups[@]}"; do
   case $group in
-    dev) extras+=,dev,docs,lora ;;
+    dev) extras+=,dev,docs,lora,trl ;;
     quickstart) extras+=,quickstart ;;
   esac
 done

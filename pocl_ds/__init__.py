@@ -4,7 +4,8 @@
 
 `distill` takes models and data and returns the paths and metrics of the finished run; `run` does
 the same for a recipe. The parts work alone, without a run directory: `pocl_ds.losses`,
-`pocl_ds.curriculum`, `pocl_ds.scoring` and `pocl_ds.models.vocab`.
+`pocl_ds.curriculum`, `pocl_ds.scoring` and `pocl_ds.models.vocab`. `pocl_ds.integrations` brings
+the curriculum into the trainers of transformers and TRL.
 """
 
 from __future__ import annotations

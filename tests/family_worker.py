@@ -1,6 +1,7 @@
 """Workflow steps that test_families runs in separate processes, for several runs in turn.
 
 python family_worker.py score RUN...       score each run with its own vLLM engine
+python family_worker.py until-train RUN... each run in this process
 python family_worker.py reload RUN...      the exported student in vLLM, then other weights
 launch/train.sh --ranks R --module family_worker train RUN...
 """
@@ -41,6 +42,12 @@ def train(run: Path) -> None:
     if distributed.rank() == 0:
         step("export", run)
     distributed.barrier()
+
+
+def until_train(run: Path) -> None:
+    """Run every step up to the training."""
+    for name in ("preprocess", "init-student", "rank", "plan", "train"):
+        step(name, run)
 
 
 def reload(run: Path) -> None:
@@ -85,11 +92,12 @@ TASKS: dict[str, Callable[[Path], None]] = {
     "score": lambda run: step("score", run),
     "train": train,
     "reload": reload,
+    "until-train": until_train,
 }
 
 if __name__ == "__main__":
     collect = gc.collect
-    if sys.argv[1] != "train":
+    if sys.argv[1] in ("score", "reload"):
         speed_up_vllm()
     for run in sys.argv[2:]:
         TASKS[sys.argv[1]](Path(run))

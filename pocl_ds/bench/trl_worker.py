@@ -13,11 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-
-try:
-    from trl.experimental.gkd import GKDConfig, GKDTrainer
-except ImportError:
-    from trl import GKDConfig, GKDTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
 
 Samples = list[tuple[int, list[int]]]  # prompt tokens, and the ids of prompt and response
 PAD, IGNORED = 2, -100

@@ -12,6 +12,7 @@ Everything here works with plain lists and numpy arrays, without a run directory
         rows = ranking.order[sampler.batch(step)]  # train on these samples at stage.temperature
 """
 
+from pocl_ds.curriculum.data_sampler import CurriculumSampler
 from pocl_ds.curriculum.micro_batches import assign_micro_batches, token_budget_batches
 from pocl_ds.curriculum.plan import Plan, Stage, build_plan, single_stage_plan
 from pocl_ds.curriculum.ranking import DifficultyRanking, rank_by_difficulty, tied_fraction
@@ -19,6 +20,7 @@ from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.curriculum.schedules import learning_rate, stage_values
 
 __all__ = [
+    "CurriculumSampler",
     "DifficultyRanking",
     "Plan",
     "Sampler",

@@ -70,6 +70,14 @@ def test_custom_schedule() -> None:
     assert re.search(r"^ +3 +36 +8 +1\.500 +1\.500$", output, re.MULTILINE)
 
 
+def test_trl_trainer() -> None:
+    pytest.importorskip("trl")
+    steps = re.findall(
+        r"stage (\d)  temperature (\S+)  SFT ratio (\S+)", run_example("trl_trainer.py")
+    )
+    assert steps == [("1", "1.0", "0.3")] * 2 + [("2", "2.0", "0.0")] * 4
+
+
 @pytest.mark.slow
 def test_distill_minimal() -> None:
     """With two epochs per stage the student comes closer to its teacher."""
