@@ -123,7 +123,7 @@ def _registered_names() -> dict[str, list[str]]:
     return {
         "loss.name": list(registry.LOSSES),
         "policy.name": list(registry.POLICIES),
-        "ranking.strategy": list(registry.STRATEGIES),
+        "ranking.strategy": [*registry.STRATEGIES, registry.FILE_STRATEGY],
     }
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocl_ds.config.registry import LOSSES
+from pocl_ds.config.registry import FILE_STRATEGY, LOSSES
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -31,6 +31,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_teacher_responses(recipe)
     _check_on_policy(recipe)
     _check_distillm(recipe)
+    _check_ranking(recipe)
 
 
 def _check_batches(recipe: Recipe) -> None:
@@ -54,6 +55,20 @@ def _check_batches(recipe: Recipe) -> None:
         raise ValueError(
             f"curriculum.num_subsets={subsets} is more than data.max_train_samples={samples}: "
             "use fewer subsets"
+        )
+
+
+def _check_ranking(recipe: Recipe) -> None:
+    """The strategy and where its scores come from."""
+    strategy, scores = recipe.ranking.strategy, recipe.ranking.scores
+    if strategy == FILE_STRATEGY and scores is None:
+        raise ValueError(
+            "ranking.strategy=difficulty reads the column `difficulty` of a file: name it in "
+            "ranking.scores"
+        )
+    if strategy == "random" and scores is not None:
+        raise ValueError(
+            f"ranking.scores={scores} is not used by ranking.strategy=random: remove one of them"
         )
 
 

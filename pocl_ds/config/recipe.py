@@ -86,6 +86,11 @@ class Recipe(Section):
         return self
 
     @property
+    def scores_samples(self) -> bool:
+        """Whether the student answers and scores the training samples."""
+        return self.ranking.strategy != "random" and self.ranking.scores is None
+
+    @property
     def cross_tokenizer(self) -> bool:
         """Whether the loss compares models with different tokenizers."""
         return self.loss.name in CROSS_TOKENIZER_LOSSES

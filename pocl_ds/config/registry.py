@@ -34,6 +34,8 @@ POLICIES: dict[str, bool] = {
 }
 # Ranking strategies (`difficulty/rank.py`).
 STRATEGIES = ["fusion", "rouge_l", "cross_entropy", "random"]
+# The strategy that orders by the column of this name in `ranking.scores`.
+FILE_STRATEGY = "difficulty"
 # Difficulty metrics besides ROUGE-L and cross-entropy (`difficulty/score.py`). Each is a ranking
 # strategy as well.
 METRICS: list[str] = []

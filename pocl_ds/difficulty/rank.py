@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.config import RankingConfig
-from pocl_ds.config.registry import METRICS
+from pocl_ds.config.registry import FILE_STRATEGY, METRICS
 from pocl_ds.curriculum.ranking import id_as_text, random_order, rank_by_difficulty, tied_fraction
 from pocl_ds.data.split_sources import read_split_sources
 from pocl_ds.data.tokenized import TokenizedSplit
+from pocl_ds.difficulty.score_files import read_score_file, score_columns
 from pocl_ds.difficulty.ties import ZeroCounts, tie_warning
 from pocl_ds.errors import ArtifactError
 from pocl_ds.workflow.files import atomic_write, save_array
@@ -37,7 +38,7 @@ def write_ranking(
 
     order.npy holds rows of data/train, easiest first; the table has the scores and ranks in that
     order, and the source of each sample of a mixture. Raises ArtifactError if scores are missing or
-    damaged, DataError if one is not finite.
+    damaged, DataError if one is not finite or `ranking.scores` is no such file.
     """
     if manifest := finished_manifest(run.ranking, fingerprint):
         return manifest
@@ -51,15 +52,45 @@ def write_ranking(
         info = {"strategy": "random", "seconds": time.monotonic() - start}
         return _write_files(run, order, split, {}, info, fingerprint)
 
+    # A file's own measure of difficulty is ranked alone.
+    score_file = None if config.scores is None else Path(config.scores).expanduser()
+    if score_file is not None and config.strategy == FILE_STRATEGY:
+        (difficulty,) = read_score_file(score_file, split, score_columns(FILE_STRATEGY))
+        unknown = np.zeros(len(split))
+        ranking = rank_by_difficulty(
+            unknown,
+            unknown,
+            split.ids,
+            strategy=FILE_STRATEGY,
+            reverse=config.reverse,
+            metrics={FILE_STRATEGY: difficulty},
+        )
+        log.info("ranked %d samples by the difficulty in %s", len(split), score_file)
+        info = {
+            "strategy": FILE_STRATEGY,
+            "reverse": config.reverse,
+            "scores": str(score_file),
+            "tied_fraction": {FILE_STRATEGY: tied_fraction(difficulty)},
+            "seconds": time.monotonic() - start,
+        }
+        return _write_files(
+            run, ranking.order, split, {FILE_STRATEGY: difficulty}, info, fingerprint
+        )
+
     # Join the scores, and warn about a metric with many equal values.
     metric_names = [config.strategy] if config.strategy in METRICS else []
-    rouge_l, cross_entropy, *values = _join_scores(run, split, metric_names)
+    if score_file is not None:
+        names = score_columns(config.strategy)
+        rouge_l, cross_entropy, *values = read_score_file(score_file, split, names)
+    else:
+        rouge_l, cross_entropy, *values = _join_scores(run, split, metric_names)
     metrics = dict(zip(metric_names, values, strict=True))
     tied_fractions = {
         "rouge_l": tied_fraction(rouge_l),
         "cross_entropy": tied_fraction(cross_entropy),
     }
-    rouge_tokenizer, zeros = _read_score_info(run)
+    # A file does not say how its ROUGE-L was computed.
+    rouge_tokenizer, zeros = _read_score_info(run) if score_file is None else ("", ZeroCounts())
     for name, fraction in tied_fractions.items():
         if message := tie_warning(name, fraction, len(split), zeros, rouge_tokenizer):
             log.warning("rank: %s", message)
@@ -74,7 +105,7 @@ def write_ranking(
         seed=seed,
         metrics=metrics,
     )
-    columns = {
+    columns: dict[str, NDArray[Any]] = {
         "rouge_l": rouge_l,
         "cross_entropy": cross_entropy,
         "rank_rouge_l": ranking.rank_rouge_l,
@@ -86,7 +117,7 @@ def write_ranking(
         "strategy": config.strategy,
         "reverse": config.reverse,
         "tied_fraction": tied_fractions,
-        "rouge_tokenizer": rouge_tokenizer,
+        **({"scores": str(score_file)} if score_file else {"rouge_tokenizer": rouge_tokenizer}),
         "mean_rouge_l": float(rouge_l.mean()),
         "mean_cross_entropy": float(cross_entropy.mean()),
     }

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pocl_ds.config.registry import FILE_STRATEGY
 from pocl_ds.config.yaml_io import dump_yaml, parse_yaml
 from pocl_ds.evaluation.tables import markdown_table
 from pocl_ds.workflow.files import read_json
@@ -119,7 +120,7 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
     has_curriculum = len(plan["stages"]) > 1
     is_pocl = (
         plan["scheduler"] == "baby_step"
-        and ranking["strategy"] != "random"
+        and ranking["strategy"] not in ("random", FILE_STRATEGY)
         and not ranking["reverse"]
     )
     curriculum = (
@@ -193,6 +194,8 @@ def _order(ranking: dict[str, Any]) -> str:
     if ranking["strategy"] == "random":
         return "in random order"
     hardest_first = ", hardest first" if ranking["reverse"] else ""
+    if ranking["strategy"] == FILE_STRATEGY:
+        return f"by a difficulty that was computed elsewhere{hardest_first}"
     return f"by `{ranking['strategy']}` difficulty{hardest_first}"
 
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.config import ReportConfig
+from pocl_ds.config.registry import FILE_STRATEGY
 from pocl_ds.errors import ArtifactError
 from pocl_ds.report.history import JobHistory, StepCost, read_job_history, read_step_costs
 from pocl_ds.report.items import BenchmarkItems, Item, read_benchmark_items
@@ -227,6 +228,11 @@ def _read_difficulty(
     if info.get("strategy") == "random":
         summary.missing.append(
             "The order is random: no sample was scored, so difficulty is not shown."
+        )
+    elif info.get("strategy") == FILE_STRATEGY:
+        summary.missing.append(
+            "The order follows the difficulty in a file (ranking.scores): no sample was scored, so "
+            "ROUGE-L and cross-entropy are not shown."
         )
     else:
         summary.ranking = _read_ranking(run, summary.plan, info)

@@ -79,7 +79,7 @@ def _check_training_samples(recipe: Recipe, samples: int) -> None:
         )
 
     # Each shard of the scores needs a sample, and the policy enough steps and samples.
-    if recipe.ranking.strategy != "random" and recipe.score.shards > samples:
+    if recipe.scores_samples and recipe.score.shards > samples:
         raise RecipeError(
             f"score.shards={recipe.score.shards} is more than the {samples} training samples: make "
             "fewer shards"

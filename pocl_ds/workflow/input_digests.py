@@ -106,6 +106,11 @@ def judge_template_file(recipe: Recipe) -> Digests:
     return _file_digests([judge.prompt_template] if judge else [])
 
 
+def score_file(recipe: Recipe) -> Digests:
+    """Digest of the file that ranking.scores names."""
+    return _file_digests([recipe.ranking.scores])
+
+
 def plugin_files(recipe: Recipe) -> Digests:
     """Digests of the recipe's plugin modules, which reading the recipe has imported."""
     return _file_digests(

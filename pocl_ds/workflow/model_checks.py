@@ -46,7 +46,7 @@ def _needed_positions(
     yield f"prompt.max_length={prompt.max_length}", prompt.max_length
     new_tokens: dict[str, int] = {}
     if source is student:
-        if recipe.ranking.strategy != "random":
+        if recipe.scores_samples:
             new_tokens["score.max_new_tokens"] = recipe.score.max_new_tokens
         if set(evaluated_models(recipe)) - {"teacher"}:
             new_tokens["evaluate.max_new_tokens"] = evaluate.max_new_tokens

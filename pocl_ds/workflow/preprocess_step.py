@@ -6,6 +6,7 @@ Imports of libraries are inside the functions, as in `step_functions`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocl_ds.errors import ModelError
@@ -26,6 +27,7 @@ def run_preprocess(
     a model cannot read the tokens or the lengths that the recipe produces.
     """
     from pocl_ds.data.preprocess import preprocess
+    from pocl_ds.difficulty.score_files import check_score_file, score_columns
     from pocl_ds.evaluation.local_benchmarks import read_local_benchmarks
     from pocl_ds.models.load import load_tokenizer, resolve_commits, resolve_model
     from pocl_ds.workflow.model_checks import check_model_configs
@@ -48,6 +50,11 @@ def run_preprocess(
         if recipe.needs_shared_vocabulary:
             _check_vocabularies(recipe, student, student_path, teacher)
         teacher_tokenizer, teacher_end_ids = _teacher_side(recipe, teacher, tokenizer)
+
+    # A file of scores must have the columns that the ranking will read.
+    if recipe.ranking.scores is not None:
+        columns = score_columns(recipe.ranking.strategy)
+        check_score_file(Path(recipe.ranking.scores).expanduser(), columns)
 
     # Check the tokens of the template before the data are encoded, and those of the data after.
     check_template_tokens(recipe, student, teacher)

@@ -104,14 +104,15 @@ def score_inputs(recipe: Recipe) -> list[Any]:
 
 
 def rank_inputs(recipe: Recipe) -> list[Any]:
-    """Section `ranking`, the seed, and the rankings of the user's plugins."""
+    """Section `ranking`, the seed, the rankings of the user's plugins, and the file of scores."""
     from pocl_ds.config import semantic_fields
     from pocl_ds.workflow import input_digests
 
     return [
-        semantic_fields(recipe.ranking),
+        {**semantic_fields(recipe.ranking), "scores": None},
         recipe.seed,
         _named(input_digests.plugin_files(recipe)),
+        [digest for _, *digest in _named(input_digests.score_file(recipe))],
     ]
 
 

@@ -183,7 +183,7 @@ STEPS: tuple[Step, ...] = (
             "score", gpus=_generation_gpus, array=lambda recipe: _shards(recipe.score.shards)
         ),
         dependencies=("preprocess", "init-student"),
-        enabled=lambda recipe: recipe.ranking.strategy != "random",
+        enabled=lambda recipe: recipe.scores_samples,
         options=("shard",),
         shards_field="score.shards",
         expensive=True,

@@ -53,6 +53,7 @@ POLICIES = {
         "loss.name=uld",
     ],
 }
+BASELINES = ("gkd", "distillm")  # the policies whose baseline trains too
 STEPS = 18  # epochs of 2 and of 4 steps, 3 of each
 
 
@@ -113,8 +114,9 @@ def test_a_resumed_training_of_a_policy_equals_an_uninterrupted_one(
     pocl("train", "--run-dir", str(run), *overrides)
     steps = records(run)
     assert len(steps) == STEPS
-    pocl("baseline", "--run-dir", str(run))
-    assert len(records(run, "baseline")) == STEPS
+    if name in BASELINES:
+        pocl("baseline", "--run-dir", str(run))
+        assert len(records(run, "baseline")) == STEPS
     assert all(record["sft_ratio"] == 0 for record in steps)
     if cross_tokenizer:
         assert all(record["kd_loss"] > 0 for record in steps)
