@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocl_ds.config.registry import FILE_STRATEGY, LOSSES
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, FILE_STRATEGY, LOSSES
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
+    from pocl_ds.config.loss import DivergenceConfig
 
 
 # Options of built-in losses that must be between 0 and 1. An option of a plugin may be any finite
@@ -25,6 +26,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_batches(recipe)
     _check_training(recipe)
     _check_loss_options(recipe)
+    _check_writers(recipe)
     _check_teacher(recipe)
     _check_teacher_mode(recipe)
     _check_teacher_template(recipe)
@@ -109,15 +111,40 @@ def option_problem(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 def _check_loss_options(recipe: Recipe) -> None:
-    """Types and ranges of the loss's options."""
-    name, defaults = recipe.loss.name, LOSSES[recipe.loss.name]
-    for option, value in recipe.loss.options.items():
-        is_flag = isinstance(defaults[option], bool)
-        if isinstance(value, bool) is not is_flag:
-            expected = "true or false" if is_flag else "a number"
-            raise ValueError(f"loss.options.{option}={value} of {name} must be {expected}")
-    if problem := option_problem(name, {**defaults, **recipe.loss.options}):
-        raise ValueError(f"loss.options of {problem}")
+    """Types and ranges of the options of all divergences."""
+    named: dict[str, DivergenceConfig] = {"loss": recipe.loss}
+    for writer, divergence in recipe.loss.by_writer.items():
+        named[f"loss.by_writer.{writer}"] = divergence
+    for field, divergence in named.items():
+        name, defaults = divergence.name, LOSSES[divergence.name]
+        for option, value in divergence.options.items():
+            is_flag = isinstance(defaults[option], bool)
+            if isinstance(value, bool) is not is_flag:
+                expected = "true or false" if is_flag else "a number"
+                raise ValueError(f"{field}.options.{option}={value} of {name} must be {expected}")
+        if problem := option_problem(name, {**defaults, **divergence.options}):
+            raise ValueError(f"{field}.options of {problem}")
+
+
+def _check_writers(recipe: Recipe) -> None:
+    """Divergences by writer, and the writers that the policy has."""
+    policy = recipe.policy
+    writers = {
+        "student": policy.on_policy and (policy.name != "mixture" or policy.shares.student > 0),
+        "teacher": policy.uses_teacher_responses,
+    }
+    for writer, divergence in recipe.loss.by_writer.items():
+        if not writers[writer]:
+            raise ValueError(
+                f"loss.by_writer.{writer} is never used, since policy.name={policy.name} "
+                f"trains on no responses of the {writer}: remove it, or choose another policy"
+            )
+        for name in (recipe.loss.name, divergence.name):
+            if name == "sft" or name in CROSS_TOKENIZER_LOSSES:
+                raise ValueError(
+                    f"loss.by_writer.{writer} chooses among divergences over one vocabulary, and "
+                    f"{name} is none: remove loss.by_writer, or name a divergence such as skl"
+                )
 
 
 def _check_teacher(recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,8 +15,11 @@ _OPTIONS = "; ".join(
 )
 
 
-class LossConfig(Section):
-    """The divergence between teacher and student (docs/method.md, eq. 9 to 21)."""
+Writer = Literal["data", "student", "teacher"]  # who wrote the responses of an optimizer step
+
+
+class DivergenceConfig(Section):
+    """A loss by name, with its options."""
 
     name: str = Field(
         "fkl",
@@ -24,13 +27,35 @@ class LossConfig(Section):
         "cross-entropy with the reference, without a teacher; `uld` and `alm` distil between "
         "different tokenizers. Plugins can register more.",
     )
+    options: dict[str, float | bool] = Field(
+        default_factory=dict, description=f"Options of the divergence. {_OPTIONS}."
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> DivergenceConfig:
+        if self.name not in LOSSES:
+            raise ValueError(f"there is no loss {self.name!r}: {did_you_mean(self.name, LOSSES)}")
+        for option in self.options:
+            if option not in LOSSES[self.name]:
+                known = ", ".join(LOSSES[self.name])
+                remedy = f"it has {known}" if known else "it has no options"
+                raise ValueError(f"{self.name} has no option {option!r}: {remedy}")
+        return self
+
+
+class LossConfig(DivergenceConfig):
+    """The divergence between teacher and student (docs/method.md, eq. 9 to 21)."""
+
     scale_by_temperature_squared: bool = Field(
         True,
         description="Multiply the divergence by the squared temperature, so that its gradient "
         "keeps its size at every temperature.",
     )
-    options: dict[str, float | bool] = Field(
-        default_factory=dict, description=f"Options of the divergence. {_OPTIONS}."
+    by_writer: dict[Literal["student", "teacher"], DivergenceConfig] = Field(
+        default_factory=dict,
+        description="Other divergences, with `name` and `options`, for the optimizer steps whose "
+        "responses the `student` or the `teacher` wrote, as in DistiLLM-2 (arXiv 2503.07067). "
+        "Steps of a writer that is not named, and of the data, use `loss.name`.",
     )
     fused: bool = Field(
         True,
@@ -50,13 +75,6 @@ class LossConfig(Section):
         """Memory for one chunk of logits, in bytes."""
         return int(self.chunk_memory_mb * (1 << 20))
 
-    @model_validator(mode="after")
-    def _check_names(self) -> LossConfig:
-        if self.name not in LOSSES:
-            raise ValueError(f"there is no loss {self.name!r}: {did_you_mean(self.name, LOSSES)}")
-        for option in self.options:
-            if option not in LOSSES[self.name]:
-                known = ", ".join(LOSSES[self.name])
-                remedy = f"it has {known}" if known else "it has no options"
-                raise ValueError(f"{self.name} has no option {option!r}: {remedy}")
-        return self
+    def of_writer(self, writer: Writer) -> DivergenceConfig:
+        """The divergence for responses of a writer."""
+        return self if writer == "data" else self.by_writer.get(writer, self)

@@ -199,7 +199,8 @@ def _check_chunk_memory(training: TrainingRun, vocab: VocabMap) -> None:
     """Raise RecipeError if loss.chunk_memory_mb does not hold the logits of one token."""
     teachers = max(1, len(training.online_teachers))
     chunk_bytes, device = training.loss.chunk_bytes, distributed.device()
-    chunk_sizes(training.loss.name, vocab.size, chunk_bytes, torch.float32, device, teachers)
+    for divergence in (training.loss, *training.loss.by_writer.values()):
+        chunk_sizes(divergence.name, vocab.size, chunk_bytes, torch.float32, device, teachers)
 
 
 def _memory_demand(

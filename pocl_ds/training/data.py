@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pocl_ds.config.loss import Writer
 from pocl_ds.curriculum.micro_batches import assign_by_tokens, assign_micro_batches
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.generated import TokenizedDataset
@@ -49,6 +50,12 @@ class TrainingData:
     teacher_responses: TokenizedSplit | None = None
     # Batches of training and validation may be made at once, and tokenizers are not made for that.
     _reader_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def writer_of(self, dataset: TokenizedDataset) -> Writer:
+        """Who wrote the responses of a dataset that a policy selected."""
+        if dataset is self.train:
+            return "data"
+        return "teacher" if dataset is self.teacher_responses else "student"
 
     def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """This rank's micro-batches of a global batch with these lengths in tokens, as indices into

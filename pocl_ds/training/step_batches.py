@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.config.loss import Writer
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.data.batches import Batch
 from pocl_ds.data.generated import TokenizedDataset
@@ -32,6 +33,7 @@ class StepPlan:
     dataset: TokenizedDataset
     rows: NDArray[np.int64]  # of the dataset: the global batch
     micro_batches: tuple[NDArray[np.int64], ...]  # rows of this rank
+    writer: Writer  # of the responses
     damage: str | None = None  # why the teacher's outputs of this rank's rows are not available
 
     @property
@@ -156,7 +158,8 @@ class StepBatches:
         lengths = np.asarray(dataset.total_tokens[rows], np.int64)
         micro_batches = tuple(rows[members] for members in self.data.micro_batches(lengths))
         damage = self.models.teacher.find_damage(dataset.name, np.concatenate(micro_batches))
-        return StepPlan(position, dataset, rows, micro_batches, damage)
+        writer = self.data.writer_of(dataset)
+        return StepPlan(position, dataset, rows, micro_batches, writer, damage)
 
 
 def _of_each(plan: StepPlan) -> tuple[list[TokenizedDataset], tuple[NDArray[np.int64], ...]]:

@@ -149,7 +149,7 @@ class Trainer:
         """Run one optimizer step over the global batch; `finish_step` gives its metrics. All ranks
         call it together.
         """
-        models, terms, timer = self.models, self._loss_terms(position), StepTimer(self.device)
+        models, timer = self.models, StepTimer(self.device)
 
         # Select the global batch, and this rank's micro-batches of it. The loss is a mean over the
         # loss tokens of the whole batch, which every rank can count.
@@ -157,6 +157,7 @@ class Trainer:
             plan = self.batches.select(position)
         self._check_new_plans()
         count, loss_tokens = len(plan.micro_batches), plan.loss_tokens
+        terms = self._loss_terms(plan)
 
         # Forward and backward, one micro-batch at a time. The teacher's head is gathered after its
         # body has run: a tied head is the body's embedding, which ZeRO-3 releases at that point.
@@ -233,15 +234,17 @@ class Trainer:
             raise_damage(step.ahead.damage if step.ahead else None)
         return self.record
 
-    def _loss_terms(self, position: SamplerPosition) -> LossTerms:
-        """The loss of a step, with the temperature and SFT ratio of its stage."""
-        stage = self.schedule.stage(position)
+    def _loss_terms(self, plan: StepPlan) -> LossTerms:
+        """The loss of a step: the divergence by who wrote its responses, and the temperature and
+        SFT ratio of its stage.
+        """
+        stage, divergence = self.schedule.stage(plan.position), self.loss.of_writer(plan.writer)
         return LossTerms(
-            self.loss.name,
+            divergence.name,
             stage.temperature,
             stage.sft_ratio,
             self.loss.scale_by_temperature_squared,
-            dict(self.loss.options),
+            dict(divergence.options),
         )
 
     def _record(self, step: RunningStep, outcome: StepOutcome) -> dict[str, Any]:
@@ -262,6 +265,7 @@ class Trainer:
             "grad_norm": outcome.grad_norm,
             "temperature": stage.temperature,
             "sft_ratio": stage.sft_ratio,
+            "writer": plan.writer,
             "loss_tokens": loss_tokens,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_rank": tokens_per_second / distributed.world_size(),

@@ -44,6 +44,8 @@ POLICIES = {
         "policy.shares.student=0.4",
         "policy.shares.teacher=0.3",
         "policy.rollout_backend=transformers",
+        "loss.by_writer.student.name=srkl",
+        "loss.by_writer.teacher.name=skl",
         "policy.staleness=1",
     ],
     "uld, gkd": [
@@ -120,6 +122,8 @@ def test_a_resumed_training_of_a_policy_equals_an_uninterrupted_one(
     assert all(record["sft_ratio"] == 0 for record in steps)
     if cross_tokenizer:
         assert all(record["kd_loss"] > 0 for record in steps)
+    if name == "mixture":
+        assert {record["writer"] for record in steps} == {"data", "student", "teacher"}
     if registry.POLICIES[overrides[0].removeprefix("policy.name=")]:
         on_policy = [record for record in steps if record["on_policy"]]
         assert 0 < len(on_policy) < len(steps)
