@@ -20,6 +20,7 @@ from pocl_ds.runtime.process_exit import print_error, record_exit
 # If the thread below cannot run because C code holds the interpreter, faulthandler's own timer
 # fires so many seconds later.
 FALLBACK_DELAY = 30.0
+OTHERS_SECONDS = 10.0  # that a rank waits at most before it exits, for the stacks of the others
 
 
 class Watchdog:
@@ -72,4 +73,6 @@ class Watchdog:
             )
             print_error(message)
             record_exit(EXIT_HANG, message)
+            # The launcher stops the other ranks once this one ends: let them write theirs first.
+            time.sleep(min(OTHERS_SECONDS, self.seconds / 4))
             os._exit(EXIT_HANG)
