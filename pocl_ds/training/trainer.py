@@ -14,7 +14,6 @@ from pocl_ds.config import LossConfig
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.runtime import distributed
-from pocl_ds.runtime.garbage_collection import ignore_present_objects
 from pocl_ds.teachers.teacher import raise_damage, verify_damage
 from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.training.data import TrainingData
@@ -104,7 +103,6 @@ class Trainer:
         self._assert_same_training()
 
         with (
-            ignore_present_objects(),
             contextlib.closing(self.responses),
             monitor.running(first_step=done, total_steps=total),
             contextlib.closing(self.batches),
