@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,13 @@ class CurriculumSampler:
         self._sampler = Sampler(plan, seed)
         self._drawn = 0  # rows of this rank, from the start of the plan
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """A digest of the plan and its order, and the seed: equal samplers draw equal batches."""
+        digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
+        digest.update(json.dumps(self._order.tolist()).encode())
+        return {"plan": digest.hexdigest(), "seed": self.seed}
+
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step on one rank."""
@@ -111,8 +119,7 @@ class CurriculumSampler:
     def state_dict(self) -> dict[str, Any]:
         """Where the sampler stands. Another number of ranks can continue between two steps."""
         return {
-            "plan": plan_digest(self.plan),
-            "seed": self.seed,
+            **self.identity,
             "drawn": self._drawn,
             "micro_batch_size": self.micro_batch_size,
             "world_size": self.world_size,
@@ -125,7 +132,7 @@ class CurriculumSampler:
             ArtifactError: the state is of another plan or seed, or was taken within an optimizer
                 step with other micro-batches.
         """
-        if (state["plan"], state["seed"]) != (plan_digest(self.plan), self.seed):
+        if any(state[name] != value for name, value in self.identity.items()):
             raise ArtifactError(
                 "the sampler's state belongs to another plan or seed: continue with the plan that "
                 "the checkpoint was trained with, or start from the beginning"
@@ -139,10 +146,3 @@ class CurriculumSampler:
             )
         self.start_at(step)
         self._drawn += place
-
-
-def plan_digest(plan: Plan) -> str:
-    """A SHA-256 digest of a plan and its order."""
-    digest = hashlib.sha256(json.dumps(plan.to_json(), sort_keys=True).encode())
-    digest.update(json.dumps(np.asarray(plan.stages[-1].order).tolist()).encode())
-    return digest.hexdigest()

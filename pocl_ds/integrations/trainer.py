@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
-from pocl_ds.curriculum.data_sampler import CurriculumSampler, plan_digest
+from pocl_ds.curriculum.data_sampler import CurriculumSampler
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.errors import ArtifactError, ModelError, RecipeError
 from pocl_ds.losses.divergences import divergence_options
@@ -214,8 +214,7 @@ class CurriculumTrainerMixin(Trainer):
 
     def _identity(self) -> dict[str, Any]:
         assert self.curriculum is not None
-        sampler = self.curriculum.sampler
-        return {"plan": plan_digest(sampler.plan), "seed": sampler.seed}
+        return self.curriculum.sampler.identity
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         super()._save_checkpoint(*arguments, **named)

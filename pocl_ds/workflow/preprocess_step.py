@@ -24,7 +24,8 @@ def run_preprocess(
     tokenizers.
 
     Raises ModelError if the loss or the healing needs one vocabulary and the tokenizers differ, or
-    a model cannot read the tokens or the lengths that the recipe produces.
+    a model cannot read the tokens or the lengths that the recipe produces; DataError if
+    `ranking.scores` lacks a column.
     """
     from pocl_ds.data.preprocess import preprocess
     from pocl_ds.difficulty.score_files import check_score_file, score_columns
