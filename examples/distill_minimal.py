@@ -95,7 +95,7 @@ def kl_to_teacher(teacher: nn.Module, student: nn.Module, batch: tuple[Tensor, .
 def train(
     teacher: nn.Module, student: nn.Module, samples: list[tuple[Tensor, int]], plan: Plan
 ) -> None:
-    """One optimizer step for each batch of the sampler. `samples` are in the plan's order."""
+    """One optimizer step for each batch of the sampler."""
     sampler = Sampler(plan, seed=0)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.01)
     for step in range(plan.total_steps):
@@ -134,7 +134,7 @@ def main(epochs_per_stage: int) -> None:
     print("easiest:", records[ranking.order[0]], "\nhardest:", records[ranking.order[-1]])
     # Two stages: the easier half at temperature 1, then all samples at temperature 2.
     plan = build_plan(ranking.order, num_subsets=2, epochs_per_stage=epochs_per_stage, batch_size=5)
-    samples = [tokenize(records, tokenizer)[row] for row in ranking.order]
+    samples = tokenize(records, tokenizer)
     batch = collate(samples)
     before = kl_to_teacher(teacher, student, batch)
     train(teacher, student.train(), samples, plan)

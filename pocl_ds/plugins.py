@@ -1,4 +1,5 @@
-"""Decorators that register divergences, metrics, ranking strategies and policies.
+"""Decorators that register divergences, metrics, ranking strategies, sample weights, measures of
+difficulty and policies.
 
 A recipe lists the modules that use them in `plugins`.
 
@@ -18,6 +19,16 @@ A recipe lists the modules that use them in `plugins`.
     @plugins.strategy("shortest_id_first")
     def shortest_id_first(scores):
         return sorted(range(len(scores.ids)), key=lambda row: len(scores.ids[row]))
+
+    # curriculum.sample_weights.name=half, curriculum.sample_weights.options.weight
+    @plugins.sample_weights("half", weight=0.5)
+    def half(scores, *, weight):
+        return [1 if place < 0.5 else weight for place in scores["place"]]
+
+    # curriculum.rescoring.difficulty=gap: ranks the samples anew when a stage begins
+    @plugins.difficulty("gap")
+    def gap(scores):
+        return scores["cross_entropy"] - scores["teacher_cross_entropy"]
 
     # policy.name=first_only, policy.options
     @plugins.policy("first_only", on_policy=False)
@@ -93,6 +104,36 @@ def metric(name: str) -> Callable[[Registered], Registered]:
 
     return _register(
         "metric", name, METRICS, lambda: registry.METRICS.append(name), registry.STRATEGIES
+    )
+
+
+def difficulty(name: str) -> Callable[[Registered], Registered]:
+    """Register a measure of difficulty for `curriculum.rescoring.difficulty`.
+
+    The function maps `curriculum.sample_scores.SampleScores` to one number per sample; a smaller
+    one is easier. Raises RecipeError for a name that is in use.
+    """
+    from pocl_ds.curriculum.sample_scores import DIFFICULTIES
+
+    return _register(
+        "measure of difficulty", name, DIFFICULTIES, lambda: registry.DIFFICULTIES.append(name)
+    )
+
+
+def sample_weights(name: str, **options: float) -> Callable[[Registered], Registered]:
+    """Register a rule for `curriculum.sample_weights`.
+
+    The function maps `curriculum.sample_scores.SampleScores`, and the options as keywords, to one
+    weight per sample: at least 0, and 0 leaves the sample out. options: their names and defaults.
+    Raises RecipeError for a name that is in use.
+    """
+    from pocl_ds.curriculum.sample_weights import RULES
+
+    return _register(
+        "rule for sample weights",
+        name,
+        RULES,
+        lambda: registry.SAMPLE_WEIGHTS.__setitem__(name, options),
     )
 
 

@@ -116,7 +116,7 @@ def trainer(
     )
     return Trainer(
         TrainingModels(engine, NoTeacher()),
-        TrainingData(splits[0], np.arange(4), splits[1], Layout(True, 0.0), 2),
+        TrainingData(splits[0], splits[1], Layout(True, 0.0), 2),
         TrainingSchedule(plan, Sampler(plan, seed), train),
         LossConfig(name="sft"),
         ResponseSource(policy),

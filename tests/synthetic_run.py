@@ -103,6 +103,7 @@ class SyntheticRun:
             "scheduler": "baby_step",
             "drop_last": True,
             "stages": stages,
+            "subset_ends": [stage["stop"] for stage in stages],
         }
         write_json(self.run.plan / "plan.json", tree)
         write_manifest(self.run.plan, "plan", "p" * 64)

@@ -172,7 +172,6 @@ def describe_training(
         "bench",
         "bench",
         plan,
-        np.arange(samples),
         student.model,
         student,
         (teacher.model,) if teacher else (),

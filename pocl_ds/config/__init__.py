@@ -11,7 +11,7 @@ from pocl_ds.config.base import (
     semantic_fields,
 )
 from pocl_ds.config.baseline import BaselineConfig
-from pocl_ds.config.curriculum import CurriculumConfig
+from pocl_ds.config.curriculum import CurriculumConfig, RescoringConfig, SampleWeightsConfig
 from pocl_ds.config.data import DataConfig, DocumentationConfig
 from pocl_ds.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConfig
 from pocl_ds.config.export import ExportConfig
@@ -65,6 +65,8 @@ __all__ = [
     "RecordFields",
     "RecordFormat",
     "ReportConfig",
+    "RescoringConfig",
+    "SampleWeightsConfig",
     "ScoreConfig",
     "Section",
     "SharesConfig",

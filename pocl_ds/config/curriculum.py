@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from pocl_ds.config.base import Float, Fraction, Positive, Section
+from pocl_ds.config.base import (
+    RUNTIME_ONLY,
+    Float,
+    Fraction,
+    Positive,
+    Section,
+    registered_name,
+)
+from pocl_ds.config.registry import DIFFICULTIES, SAMPLE_WEIGHTS
+from pocl_ds.errors import did_you_mean
 
 
 def _check_epochs(value: Any) -> Any:
@@ -18,6 +27,81 @@ def _check_epochs(value: Any) -> Any:
             "[10, 8, 6, 6]"
         )
     return tuple(value) if isinstance(value, list) else value
+
+
+_WEIGHT_OPTIONS = "; ".join(
+    f"`{name}`: {', '.join(f'{option}={default:g}' for option, default in options.items())}"
+    for name, options in SAMPLE_WEIGHTS.items()
+)
+# Options that are a share or a place, and so lie between 0 and 1.
+_UNIT_INTERVAL = ("easiest", "hardest", "share", "hard_share")
+
+
+class SampleWeightsConfig(Section):
+    """A weight in the loss for each sample (docs/method.md, eq. 28)."""
+
+    name: str = Field(
+        description="Rule: `pass_rate` (p^alpha (1 - p)^beta of p = ROUGE-L, as in PACED), `band` "
+        "(1 from the place `easiest` to the place `hardest` of the ranking, else 0), `stratified` "
+        "(1 for the hardest samples and for evenly spaced easier ones, else 0), `loss` (the "
+        "divergence from the teacher, to a power). A weight of 0 leaves a sample out. Plugins can "
+        "register more.",
+    )
+    options: dict[str, Float] = Field(
+        default_factory=dict, description=f"Options of the rule, with defaults. {_WEIGHT_OPTIONS}."
+    )
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> SampleWeightsConfig:
+        if self.name not in SAMPLE_WEIGHTS:
+            raise ValueError(
+                f"there is no rule {self.name!r} for sample weights: "
+                f"{did_you_mean(self.name, SAMPLE_WEIGHTS)}"
+            )
+        for option, value in self.options.items():
+            if option not in SAMPLE_WEIGHTS[self.name]:
+                known = ", ".join(SAMPLE_WEIGHTS[self.name]) or "no options"
+                raise ValueError(f"{self.name} has no option {option!r}: it has {known}")
+            if value < 0 or (option in _UNIT_INTERVAL and value > 1):
+                bounds = "between 0 and 1" if option in _UNIT_INTERVAL else "at least 0"
+                raise ValueError(f"{self.name}: {option}={value:g} must be {bounds}")
+        complete = {**SAMPLE_WEIGHTS[self.name], **self.options}
+        if self.name == "band" and complete["easiest"] >= complete["hardest"]:
+            raise ValueError(
+                f"band: easiest={complete['easiest']:g} must be below "
+                f"hardest={complete['hardest']:g}, or no sample is left"
+            )
+        if self.name == "stratified" and complete["share"] == 0:
+            raise ValueError("stratified: share=0 leaves no sample: give a share above 0")
+        return self
+
+
+class RescoringConfig(Section):
+    """The student scores and ranks the samples anew when a stage begins."""
+
+    difficulty: Annotated[str, registered_name("measure of difficulty", DIFFICULTIES)] = Field(
+        "cross_entropy",
+        description="What the samples are ranked by, small values first: the student's "
+        "`cross_entropy` of the reference, `kd_loss` (its divergence from the teacher), "
+        "`loss_ratio` (its cross-entropy divided by the teacher's), or `fusion` (reciprocal rank "
+        "fusion of the first ROUGE-L and the new cross-entropy). Plugins can register more.",
+    )
+    reverse: bool = Field(False, description="Reverse the new ranking: hardest sample first.")
+    share: Annotated[Float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Share of the samples that are scored anew at each stage, chosen by seed, "
+        "stage and sample id. The others keep their last scores.",
+    )
+    from_stage: Positive = Field(
+        2,
+        description="First stage, counted from 1, that begins with new scores. 1 scores before "
+        "any training, in place of the difficulty ranking.",
+    )
+    shards: Positive = Field(
+        8,
+        description="Parts of the samples; an interrupted rescoring repeats only unfinished ones.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
 
 
 class CurriculumConfig(Section):
@@ -54,12 +138,30 @@ class CurriculumConfig(Section):
         "from the beginning of the epoch.",
     )
 
+    sample_weights: SampleWeightsConfig | None = Field(
+        None, description="Weight of each sample in the loss; `null` weights all samples alike."
+    )
+    rescoring: RescoringConfig | None = Field(
+        None,
+        description="Rank the samples anew with the current student when a stage begins; `null` "
+        "keeps the difficulty ranking for the whole run.",
+    )
+
     @field_validator("temperature")
     @classmethod
     def _check_temperature(cls, value: tuple[float, float]) -> tuple[float, float]:
         if min(value) <= 0:
             raise ValueError("a temperature must be greater than 0, as in [1.0, 2.0]")
         return value
+
+    @model_validator(mode="after")
+    def _check_rescoring(self) -> CurriculumConfig:
+        if self.rescoring and self.rescoring.from_stage > self.num_subsets:
+            raise ValueError(
+                f"rescoring.from_stage={self.rescoring.from_stage} is after the last of "
+                f"num_subsets={self.num_subsets} stages: lower it, or remove rescoring"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_number_of_epochs(self) -> CurriculumConfig:

@@ -39,6 +39,15 @@ FILE_STRATEGY = "difficulty"
 # Difficulty metrics besides ROUGE-L and cross-entropy (`difficulty/score.py`). Each is a ranking
 # strategy as well.
 METRICS: list[str] = []
+# Measures of difficulty that the current student gives (`curriculum/sample_scores.py`).
+DIFFICULTIES = ["fusion", "cross_entropy", "kd_loss", "loss_ratio"]
+# Rules for the weights of samples (`curriculum/sample_weights.py`): name -> options with defaults.
+SAMPLE_WEIGHTS: dict[str, dict[str, float]] = {
+    "pass_rate": {"alpha": 1.0, "beta": 1.0},
+    "band": {"easiest": 0.0, "hardest": 1.0},
+    "stratified": {"share": 0.5, "hard_share": 0.5},
+    "loss": {"power": 1.0},
+}
 # Known benchmarks (`evaluation/benchmarks.py`).
 BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")
 # Value of student.lora.target_modules for every linear layer except the output head.

@@ -9,7 +9,7 @@ Everything here works with plain lists and numpy arrays, without a run directory
     sampler = Sampler(plan, seed=0)
     for step in range(plan.total_steps):
         stage = plan.stages[sampler.position(step).stage]
-        rows = ranking.order[sampler.batch(step)]  # train on these samples at stage.temperature
+        rows = sampler.batch(step)  # train on these samples at stage.temperature
 """
 
 from pocl_ds.curriculum.data_sampler import CurriculumSampler

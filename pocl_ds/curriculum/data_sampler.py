@@ -66,7 +66,6 @@ class CurriculumSampler:
             raise RecipeError(f"rank {rank} is not one of {world_size} ranks: count from 0")
         self.plan, self.seed, self.lengths = plan, seed, lengths
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
-        self._order = np.asarray(plan.stages[-1].order)
         self._sampler = Sampler(plan, seed)
         self._drawn = 0  # rows of this rank, from the start of the plan
 
@@ -74,7 +73,8 @@ class CurriculumSampler:
     def identity(self) -> dict[str, Any]:
         """A digest of the plan and its order, and the seed: equal samplers draw equal batches."""
         digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
-        digest.update(json.dumps(self._order.tolist()).encode())
+        for stage in self.plan.stages:
+            digest.update(np.asarray(stage.order, np.int64).tobytes())
         return {"plan": digest.hexdigest(), "seed": self.seed}
 
     @property
@@ -96,7 +96,7 @@ class CurriculumSampler:
 
     def micro_batches(self, step: int) -> list[list[NDArray[np.int64]]]:
         """The dataset rows of an optimizer step: [rank][micro-batch] -> [micro_batch_size]."""
-        rows = self._order[self._sampler.batch(step)]
+        rows = self._sampler.batch(step)
         lengths = np.zeros(len(rows), np.int64) if self.lengths is None else self.lengths[rows]
         places = assign_by_count(
             lengths, ranks=self.world_size, micro_batch_size=self.micro_batch_size

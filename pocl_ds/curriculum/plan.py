@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.curriculum.schedules import stage_values
-from pocl_ds.errors import ArtifactError, RecipeError
+from pocl_ds.errors import ArtifactError, DataError, RecipeError
 
 SampleOrder: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
 Epochs: TypeAlias = "int | tuple[int, ...]"  # one number for all stages, or one per stage
@@ -35,6 +35,9 @@ class Stage:
     steps_per_epoch: int  # optimizer steps
     steps: int  # optimizer steps of the stage; may end within its last epoch
     order: SampleOrder = field(repr=False, compare=False)
+    # Weight of each dataset row in the loss, [rows] float32, with mean 1 over the stage's samples;
+    # None if all are 1.
+    weights: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_samples(self) -> int:
@@ -65,8 +68,8 @@ class Plan:
         """The plan as plain values, without the order, which is stored in its own file."""
         stages = []
         for stage in self.stages:
-            tree = asdict(Stage(**{**stage.__dict__, "order": ()}))
-            stages.append({name: value for name, value in tree.items() if name != "order"})
+            tree = asdict(replace(stage, order=(), weights=None))
+            stages.append({k: v for k, v in tree.items() if k not in ("order", "weights")})
         return {
             "samples": self.stages[-1].stop,
             "batch_size": self.batch_size,
@@ -77,15 +80,56 @@ class Plan:
         }
 
     @classmethod
-    def from_json(cls, tree: dict[str, Any], order: SampleOrder) -> Plan:
-        """The inverse of `to_json`. Raises ArtifactError if the order has another length."""
+    def from_json(
+        cls,
+        tree: dict[str, Any],
+        order: SampleOrder,
+        sample_weights: NDArray[np.float32] | None = None,
+    ) -> Plan:
+        """The inverse of `to_json`. sample_weights: see `build_plan`. Raises ArtifactError if the
+        order has another length.
+        """
+        order = leave_out(order, sample_weights)
         stages = [Stage(**stage, order=order) for stage in tree["stages"]]
         if stages[-1].stop != len(order):
             raise ArtifactError(
                 f"the plan was made for {stages[-1].stop} samples and the ranking holds "
                 f"{len(order)}: remove plan/ and run `pocl plan` again"
             )
+        stages = [_with_weights(stage, sample_weights) for stage in stages]
         return cls(stages, tree["batch_size"], tree["scheduler"], tree["drop_last"])
+
+    def with_order(
+        self, index: int, order: SampleOrder, sample_weights: NDArray[np.float32] | None = None
+    ) -> Stage:
+        """Stage `index` with another order of samples. It keeps its number of optimizer steps, so
+        fewer samples mean more epochs.
+
+        order: rows, easiest first; sample_weights: see `build_plan`. Raises RecipeError if the
+        samples do not fill one batch.
+        """
+        stage, order = self.stages[index], leave_out(order, sample_weights)
+        num_subsets = len(self.stages)
+        if len(order) < num_subsets:
+            raise RecipeError(
+                f"curriculum.sample_weights keep {len(order)} samples for {num_subsets} stages: "
+                "leave fewer out"
+            )
+        start, stop = _stage_bounds(len(order), num_subsets, index, self.scheduler)
+        steps_per_epoch = _batches_per_epoch(stop - start, self.batch_size, self.drop_last)
+        if steps_per_epoch == 0:
+            raise _too_few_samples(index, stop - start, self.batch_size)
+        return _with_weights(
+            replace(
+                stage,
+                start=start,
+                stop=stop,
+                epochs=-(-stage.steps // steps_per_epoch),
+                steps_per_epoch=steps_per_epoch,
+                order=order,
+            ),
+            sample_weights,
+        )
 
 
 def build_plan(
@@ -98,6 +142,7 @@ def build_plan(
     sft_ratio: tuple[float, float] = (0.3, 0.0),
     scheduler: str = "baby_step",
     drop_last: bool = True,
+    sample_weights: NDArray[np.float32] | None = None,
 ) -> Plan:
     """Divide an order of samples into the stages of a curriculum (POCL, arXiv 2506.05695).
 
@@ -112,11 +157,15 @@ def build_plan(
         sft_ratio: weight of cross-entropy in the first and the last stage, 0 to 1.
         scheduler: `baby_step` (subsets accumulate) or `one_pass` (each subset alone).
         drop_last: drop the incomplete last batch of an epoch, else fill it up.
+        sample_weights: weight of each dataset row in the loss, [rows]; `order` then holds row
+            numbers. 0 leaves a sample out of every stage.
 
     Raises:
+        DataError: a weight is negative or not finite, or all are 0.
         RecipeError: a value is out of range, or a stage does not fill one batch.
     """
     # Check the values, and compute what changes from stage to stage.
+    order = leave_out(order, sample_weights)
     total = len(order)
     epochs = stage_epochs(num_subsets, epochs_per_stage)
     _validate(total, num_subsets, epochs, batch_size, temperature, sft_ratio, scheduler)
@@ -124,21 +173,17 @@ def build_plan(
     sft_ratios = stage_values(num_subsets, sft_ratio)
 
     # A stage is a slice of the order that ends where its subset does.
-    stages, stops = [], subset_stops(total, num_subsets)
+    stages = []
     for i in range(num_subsets):
-        start = 0 if scheduler == "baby_step" or i == 0 else stops[i - 1]
-        steps_per_epoch = _batches_per_epoch(stops[i] - start, batch_size, drop_last)
+        start, stop = _stage_bounds(total, num_subsets, i, scheduler)
+        steps_per_epoch = _batches_per_epoch(stop - start, batch_size, drop_last)
         if steps_per_epoch == 0:
-            raise RecipeError(
-                f"stage {i} has {stops[i] - start} samples, fewer than "
-                f"train.batch_size={batch_size}: make fewer subsets (curriculum.num_subsets), "
-                "smaller batches, or set curriculum.drop_last=false"
-            )
+            raise _too_few_samples(i, stop - start, batch_size)
         stages.append(
             Stage(
                 index=i,
                 start=start,
-                stop=stops[i],
+                stop=stop,
                 temperature=temperatures[i],
                 sft_ratio=sft_ratios[i],
                 epochs=epochs[i],
@@ -147,7 +192,52 @@ def build_plan(
                 order=order,
             )
         )
+    stages = [_with_weights(stage, sample_weights) for stage in stages]
     return Plan(stages, batch_size, scheduler, drop_last)
+
+
+def leave_out(order: SampleOrder, sample_weights: NDArray[np.float32] | None) -> SampleOrder:
+    """The order without the samples whose weight is 0. Raises DataError for weights that are
+    negative or not finite, and if all are 0.
+    """
+    if sample_weights is None:
+        return order
+    rows = np.asarray(order)
+    weights = sample_weights[rows]
+    valid = np.isfinite(weights) & (weights >= 0)
+    if not valid.all():
+        place = int(np.argmin(valid))
+        raise DataError(
+            f"the sample in row {rows[place]} has weight {weights[place]:g}: a weight must be a "
+            "finite number, and 0 leaves a sample out"
+        )
+    if not weights.any():
+        raise DataError("every sample has weight 0, so that none is left: keep some")
+    return rows[weights > 0]
+
+
+def _with_weights(stage: Stage, sample_weights: NDArray[np.float32] | None) -> Stage:
+    """The stage with its samples' weights, scaled to a mean of 1; None if they are all equal."""
+    if sample_weights is None:
+        return stage
+    weights = sample_weights[np.asarray(stage.sample_ids)]
+    if (weights == weights[0]).all():
+        return stage
+    mean = weights.mean(dtype=np.float64)
+    return replace(stage, weights=(sample_weights / mean).astype(np.float32))
+
+
+def _stage_bounds(total: int, num_subsets: int, index: int, scheduler: str) -> tuple[int, int]:
+    """Where the samples of a stage begin and end in an order of `total` samples."""
+    stops = subset_stops(total, num_subsets)
+    return 0 if scheduler == "baby_step" or index == 0 else stops[index - 1], stops[index]
+
+
+def _too_few_samples(stage: int, samples: int, batch_size: int) -> RecipeError:
+    return RecipeError(
+        f"stage {stage} has {samples} samples, fewer than train.batch_size={batch_size}: make "
+        "fewer subsets (curriculum.num_subsets), smaller batches, or set curriculum.drop_last=false"
+    )
 
 
 def subset_stops(total: int, num_subsets: int) -> list[int]:

@@ -7,36 +7,55 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.config import BaselineConfig, CurriculumConfig
 from pocl_ds.curriculum.plan import Plan, SampleOrder, build_plan, single_stage_plan
+from pocl_ds.curriculum.sample_scores import SampleScores, places
+from pocl_ds.curriculum.sample_weights import weigh_samples
+from pocl_ds.curriculum.stage_files import WEIGHTS, load_array, load_weights
 from pocl_ds.errors import ArtifactError
-from pocl_ds.workflow.files import read_json, write_json
+from pocl_ds.workflow.files import atomic_write, read_json, save_array, write_json
 from pocl_ds.workflow.manifest import Manifest, finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
 
+PLAN_REMEDY = "remove plan/ and run `pocl plan` again"
+
 
 def write_plan(
-    run: RunDirectory, curriculum: CurriculumConfig, *, batch_size: int, fingerprint: str
+    run: RunDirectory,
+    curriculum: CurriculumConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    fingerprint: str,
 ) -> Manifest:
-    """Write the stages of the curriculum to plan/plan.json, if they are not there already.
+    """Write the stages of the curriculum to plan/plan.json, if they are not there already, and with
+    `curriculum.sample_weights` each row's weight to plan/weights.npy.
 
-    The file holds no sample ids: a stage is a slice of ranking/order.npy. Raises RecipeError if
-    samples, subsets and batches do not fit, ArtifactError if the ranking is missing or damaged.
+    The plan holds no sample ids: a stage is a slice of ranking/order.npy, without the samples whose
+    weight is 0. Raises RecipeError if samples, subsets and batches do not fit, ArtifactError if the
+    ranking is missing or damaged.
     """
     if manifest := finished_manifest(run.plan, fingerprint):
         return manifest
-    start, order = time.monotonic(), _load_order(run)
+    start, order = time.monotonic(), load_order(run)
     if not _is_permutation(order):
         raise ArtifactError(
             f"{run.ranking / 'order.npy'} does not name every sample once: remove ranking/ and "
             "run `pocl rank`"
         )
+    # Weigh the samples, unless the student first scores them anew.
+    weights, rule, rescoring = None, curriculum.sample_weights, curriculum.rescoring
+    if rule and not (rescoring and rescoring.from_stage == 1):
+        weights = weigh_samples(read_scores(run, seed=seed), rule.name, rule.options)
+        log.info("%s", weights_line(weights, rule.name))
     # Build the stages, and log them.
-    plan = plan_from_config(order, curriculum, batch_size=batch_size)
+    plan = plan_from_config(order, curriculum, batch_size=batch_size, sample_weights=weights)
     for stage in plan.stages:
         log.info(
             "stage %d: %d samples, %d epochs, %d optimizer steps, temperature %.2f, SFT ratio %.2f",
@@ -48,9 +67,15 @@ def write_plan(
             stage.sft_ratio,
         )
     # Write the plan, then its manifest.
-    write_json(run.plan / "plan.json", plan.to_json())
+    ends = _subset_ends(order, plan, weights)
+    write_json(run.plan / "plan.json", {**plan.to_json(), "subset_ends": ends})
+    (run.plan / WEIGHTS).unlink(missing_ok=True)
+    if weights is not None:
+        with atomic_write(run.plan / WEIGHTS, "wb") as stream:
+            save_array(stream, weights)
     info = {
         "samples": len(order),
+        "left_out": 0 if weights is None else int((weights == 0).sum()),
         "steps": plan.total_steps,
         "visits": plan.total_steps * batch_size,
         "seconds": time.monotonic() - start,
@@ -58,7 +83,13 @@ def write_plan(
     return write_manifest(run.plan, "plan", fingerprint, info=info)
 
 
-def plan_from_config(order: SampleOrder, curriculum: CurriculumConfig, *, batch_size: int) -> Plan:
+def plan_from_config(
+    order: SampleOrder,
+    curriculum: CurriculumConfig,
+    *,
+    batch_size: int,
+    sample_weights: NDArray[np.float32] | None = None,
+) -> Plan:
     """`build_plan` with the values of a recipe."""
     return build_plan(
         order,
@@ -69,15 +100,16 @@ def plan_from_config(order: SampleOrder, curriculum: CurriculumConfig, *, batch_
         sft_ratio=curriculum.sft_ratio,
         scheduler=curriculum.scheduler,
         drop_last=curriculum.drop_last,
+        sample_weights=sample_weights,
     )
 
 
-def build_baseline_plan(plan: Plan, baseline: BaselineConfig) -> Plan:
+def build_baseline_plan(order: SampleOrder, plan: Plan, baseline: BaselineConfig) -> Plan:
     """Plain KD with as many optimizer steps as the curriculum: one stage over all samples, at one
     temperature and one SFT ratio.
     """
     return single_stage_plan(
-        plan.stages[-1].order,
+        order,
         steps=plan.total_steps,
         batch_size=plan.batch_size,
         temperature=baseline.temperature,
@@ -87,8 +119,46 @@ def build_baseline_plan(plan: Plan, baseline: BaselineConfig) -> Plan:
 
 
 def load_plan(path: Path) -> Plan:
-    """Load a plan with the order of its run. Raises ArtifactError if either is unusable."""
-    return Plan.from_json(read_json(path), _load_order(RunDirectory(path.parents[1])))
+    """Load the curriculum's plan with the order and the weights of its run. Raises ArtifactError if
+    one of them is unusable.
+    """
+    return Plan.from_json(
+        read_json(path),
+        load_order(RunDirectory(path.parents[1])),
+        load_weights(path.parent, PLAN_REMEDY),
+    )
+
+
+def read_scores(run: RunDirectory, *, seed: int) -> SampleScores:
+    """What ranking/ranking.parquet says of each training sample, and its place in the ranking."""
+    order, table = load_order(run), pq.read_table(run.ranking / "ranking.parquet")
+    ids = np.load(run.data / "train.ids.npy", mmap_mode="r")
+    columns = {"place": places(order)}
+    for name in table.column_names:
+        if pa.types.is_floating(table[name].type):
+            columns[name] = np.empty(len(order))
+            columns[name][order] = table[name].to_numpy()
+    return SampleScores(ids, columns, 0, seed)
+
+
+def _subset_ends(
+    order: NDArray[np.int64], plan: Plan, weights: NDArray[np.float32] | None
+) -> list[int]:
+    """Where each subset ends in the ranking, which also holds the samples that are left out."""
+    stops = [stage.stop for stage in plan.stages]
+    if weights is None:
+        return stops
+    kept = np.flatnonzero(weights[order] > 0)
+    return [*(int(kept[stop]) for stop in stops[:-1]), len(order)]
+
+
+def weights_line(weights: NDArray[np.float32], name: str) -> str:
+    """A line for the log: what a rule left out, and the range of the other weights."""
+    kept = weights[weights > 0]
+    return (
+        f"sample weights by {name}: {len(weights) - len(kept)} of {len(weights)} samples left out, "
+        f"the others from {kept.min():.3g} to {kept.max():.3g}"
+    )
 
 
 def optimizer_steps_by_stage(run: RunDirectory, training: str) -> list[int]:
@@ -97,17 +167,14 @@ def optimizer_steps_by_stage(run: RunDirectory, training: str) -> list[int]:
     return [int(stage["steps"]) for stage in read_json(path)["stages"]] if path.is_file() else []
 
 
-def _load_order(run: RunDirectory) -> NDArray[np.int64]:
+def load_order(run: RunDirectory) -> NDArray[np.int64]:
+    """The difficulty ranking: rows of the training samples, easiest first. Raises ArtifactError if
+    it is missing or damaged.
+    """
     path = run.ranking / "order.npy"
     if not path.is_file():
         raise ArtifactError(f"{path} is missing: run `pocl rank` first")
-    try:
-        order: NDArray[np.int64] = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ArtifactError(
-            f"{path} is damaged ({error}): remove ranking/ and run `pocl rank` again"
-        ) from None
-    return order
+    return load_array(path, "remove ranking/ and run `pocl rank` again")
 
 
 def _is_permutation(order: NDArray[np.int64]) -> bool:

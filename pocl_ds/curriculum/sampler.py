@@ -8,11 +8,12 @@ window moves samples between neighboring batches of an epoch only; the curriculu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pocl_ds.curriculum.plan import Plan
+from pocl_ds.curriculum.plan import Plan, Stage
 from pocl_ds.runtime.hashing import GOLDEN_GAMMA, splitmix64
 
 _KEYS_PER_BLOCK = 1 << 14  # mixed together, so that they stay in the cache
@@ -39,14 +40,21 @@ class Sampler:
     def __init__(
         self, plan: Plan, seed: int, *, lengths: NDArray[np.int64] | None = None, window: int = 1
     ) -> None:
-        """lengths: tokens of each sample in the plan's order, [samples]; required if window > 1."""
+        """lengths: tokens of each dataset row, [rows]; required if window > 1, where the plan's
+        order holds row numbers.
+        """
         if window > 1 and lengths is None:
             raise ValueError("a length window needs the lengths of the samples")
         self.plan, self.seed, self.lengths, self.window = plan, seed, lengths, window
         self._stage_ends = np.cumsum([stage.steps for stage in plan.stages])
         # The shuffle of the most recent epoch.
         self._epoch: tuple[int, int] | None = None
-        self._shuffled: NDArray[np.int64] = np.empty(0, np.int64)
+        self._shuffled: NDArray[Any] = np.empty(0, np.int64)
+
+    def replace_stage(self, stage: Stage) -> None:
+        """Use another order of samples in a stage, from now on. The stage must not have begun."""
+        self.plan.stages[stage.index] = stage
+        self._epoch = None
 
     def position(self, step: int) -> SamplerPosition:
         """Stage and epoch of a global step. Raises IndexError for a step outside the plan."""
@@ -57,8 +65,8 @@ class Sampler:
         step_in_stage = step - int(self._stage_ends[index]) + stage.steps
         return SamplerPosition(step, index, step_in_stage // stage.steps_per_epoch, step_in_stage)
 
-    def batch(self, step: int) -> NDArray[np.int64]:
-        """The samples of a step's global batch, as indices into the plan's order: [batch_size].
+    def batch(self, step: int) -> NDArray[Any]:
+        """The samples of a step's global batch, as the plan's order names them: [batch_size].
 
         With drop_last=False, samples from the start of the epoch's shuffle fill the last batch.
         Raises IndexError for a step outside the plan.
@@ -67,10 +75,10 @@ class Sampler:
         position = self.position(step)
         stage = self.plan.stages[position.stage]
         if self._epoch != (position.stage, position.epoch):
-            self._shuffled = permutation(
+            places = permutation(
                 stage.num_samples, seed=self.seed, stage=position.stage, epoch=position.epoch
             )
-            self._shuffled += stage.start
+            self._shuffled = np.asarray(stage.sample_ids)[places]
             self._epoch = (position.stage, position.epoch)
 
         batch_number = position.step_in_stage % stage.steps_per_epoch
@@ -91,7 +99,7 @@ class Sampler:
         )
         return batches[order[batch_number - window_start]]
 
-    def _consecutive_batches(self, start: int, count: int) -> NDArray[np.int64]:
+    def _consecutive_batches(self, start: int, count: int) -> NDArray[Any]:
         """The samples of `count` batches of the epoch's shuffle, from batch `start`."""
         size = self.plan.batch_size
         samples = self._shuffled[start * size : (start + count) * size]

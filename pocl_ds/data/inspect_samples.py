@@ -87,10 +87,10 @@ def _ranked_rows(run: RunDirectory, subset: int | None) -> tuple[Any, dict[int, 
                 f"{run.plan} holds no finished plan, which defines the subsets: run `pocl plan` "
                 "first"
             )
-        stops = [stage["stop"] for stage in read_json(run.plan / "plan.json")["stages"]]
-        if not 1 <= subset <= len(stops):
-            raise RecipeError(f"--subset {subset}: the plan has subsets 1 to {len(stops)}")
-        start, stop = [0, *stops][subset - 1], stops[subset - 1]
+        ends = read_json(run.plan / "plan.json")["subset_ends"]
+        if not 1 <= subset <= len(ends):
+            raise RecipeError(f"--subset {subset}: the plan has subsets 1 to {len(ends)}")
+        start, stop = [0, *ends][subset - 1], ends[subset - 1]
 
     metrics = [name for name in ("rouge_l", "cross_entropy") if name in table]
     captions = {}

@@ -137,6 +137,11 @@ class CurriculumTrainerMixin(Trainer):
                 f"{0 if rows is None else len(rows)} rows: build the plan from the scores of this "
                 "dataset"
             )
+        if any(stage.weights is not None for stage in plan.stages):
+            raise RecipeError(
+                "the plan has sample weights, which these trainers do not apply: build it without "
+                "sample_weights, or with weights of 0 and 1"
+            )
         if self._generates and any(stage.sft_ratio for stage in plan.stages):
             raise RecipeError(
                 "this trainer trains on responses that the student generates, and SFT on them "

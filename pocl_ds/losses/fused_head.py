@@ -30,6 +30,7 @@ from pocl_ds.losses.cross_tokenizer import (
 )
 from pocl_ds.losses.divergences import compute_dtype, divergence_options
 from pocl_ds.losses.head_products import HeadGradients, TeacherProducts
+from pocl_ds.losses.sample_losses import SampleLosses, SampleTerms, sample_losses
 from pocl_ds.losses.token_losses import (
     Buffers,
     EagerLoss,
@@ -162,13 +163,26 @@ class LossHead(nn.Module):
         self,
         hidden: Tensor,
         batch: Batch,
-        terms: LossTerms,
+        terms: LossTerms | SampleTerms,
         teacher_hidden: Tensor | None,
         teacher_head: TeacherHead | None,
-    ) -> LossSums:
-        """See `loss_sums`. teacher_hidden is [m, d'] if the batch has a view for a teacher with
-        another tokenizer.
+    ) -> LossSums | SampleLosses:
+        """See `loss_sums`, or `sample_losses` with `SampleTerms`. teacher_hidden is [m, d'] if the
+        batch has a view for a teacher with another tokenizer.
         """
+        if isinstance(terms, SampleTerms):
+            return sample_losses(
+                hidden,
+                OutputHead(self.weight, self.bias, self.scale, self.soft_cap, self.rows),
+                batch.labels,
+                batch.sample_of_token,
+                len(batch.rows),
+                terms,
+                vocab=VocabMap(self.size, self.masked, self.teacher_ids),
+                teacher_hidden=teacher_hidden,
+                teacher_head=teacher_head,
+                chunk_bytes=self.chunk_bytes,
+            )
         view = batch.teacher_view
         if view and isinstance(teacher_head, OutputHead) and teacher_hidden is not None:
             vocab = VocabMap(teacher_head.rows, self.teacher_masked)

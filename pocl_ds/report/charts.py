@@ -188,7 +188,7 @@ def stage_bands(curves: TrainingCurves) -> Bands:
 
 def subset_bounds(plan: Mapping[str, Any]) -> list[int]:
     """Bounds of the subsets in the ranking: subset i is [bounds[i], bounds[i + 1])."""
-    return [0, *(int(stage["stop"]) for stage in plan["stages"])]
+    return [0, *map(int, plan["subset_ends"])]
 
 
 def subset_names(ranking: DifficultyRanking) -> list[str]:

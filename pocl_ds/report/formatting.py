@@ -337,10 +337,8 @@ def mean_visits(summary: RunSummary) -> list[float] | None:
     """Mean visits of a sample of each subset."""
     if summary.plan is None or summary.sample_visits is None:
         return None
-    stops = [int(stage["stop"]) for stage in summary.plan["stages"]]
-    return [
-        float(summary.sample_visits[start:stop].mean()) for start, stop in pairwise([0, *stops])
-    ]
+    ends = summary.plan["subset_ends"]
+    return [float(summary.sample_visits[start:end].mean()) for start, end in pairwise([0, *ends])]
 
 
 def package_versions(summary: RunSummary) -> dict[str, str]:

@@ -182,14 +182,14 @@ def _read_training(run: RunDirectory, summary: RunSummary, *, seed: int, window:
     # Leave out a plan that belongs to another ranking: its subsets would be wrong.
     rank = summary.manifests.get("rank")
     if summary.plan and rank:
-        planned, ranked = summary.plan["stages"][-1]["stop"], rank.info["samples"]
+        planned, ranked = summary.plan["subset_ends"][-1], rank.info["samples"]
         if planned != ranked:
             summary.missing.append(
                 f"The plan was made for {planned} samples and the ranking has {ranked}, so stages "
                 "and subsets are not shown: run `pocl plan` again."
             )
             summary.plan = None
-    if summary.plan is not None and summary.curves is not None:
+    if summary.plan is not None and summary.curves is not None and rank:
         summary.sample_visits = count_sample_visits(
             run, summary.plan, seed=seed, window=window, steps=summary.curves.last_step
         )
@@ -258,10 +258,10 @@ def _read_ranking(
     rouge_l, cross_entropy = (
         table[name].to_numpy().astype(np.float64) for name in ("rouge_l", "cross_entropy")
     )
-    stops = [int(stage["stop"]) for stage in plan["stages"]] if plan else [len(rouge_l)]
+    ends = plan["subset_ends"] if plan else [len(rouge_l)]
     end_labels = ("hardest", "easiest") if info.get("reverse") else ("easiest", "hardest")
     rouge_tokenizer = info.get("rouge_tokenizer", "rouge_score")  # a random order has none
-    return DifficultyRanking(rouge_l, cross_entropy, [0, *stops], end_labels, rouge_tokenizer)
+    return DifficultyRanking(rouge_l, cross_entropy, [0, *ends], end_labels, rouge_tokenizer)
 
 
 def _read_manifests(run: RunDirectory) -> dict[str, Manifest]:

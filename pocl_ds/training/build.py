@@ -6,6 +6,7 @@ All checks that need no weights run before a model is loaded.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from pocl_ds.config import (
     TeacherConfig,
     ds_config,
 )
+from pocl_ds.curriculum.plan_step import read_scores
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.data.generated import GeneratedBatch
 from pocl_ds.data.tokenized import TokenizedSplit
@@ -52,6 +54,7 @@ from pocl_ds.training.models import NoTeacher, TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
 from pocl_ds.training.responses import ResponseSource, check_rollout_backend
 from pocl_ds.training.schedule import TrainingSchedule
+from pocl_ds.training.stage_ranking import StageRanking
 from pocl_ds.training.student import Student
 from pocl_ds.training.teacher_reader import build_teacher_reader
 from pocl_ds.training.trainer import Trainer
@@ -111,7 +114,7 @@ def build_trainer(
     teacher_models = _online_models(teacher)
 
     # Choose the layout of micro-batches, and assemble the data and the schedule.
-    lengths = splits.train.total_tokens[training.order]
+    lengths = np.asarray(splits.train.total_tokens, np.int64)
     sampler = Sampler(
         training.plan, training.seed, lengths=lengths, window=training.train.length_window
     )
@@ -121,9 +124,26 @@ def build_trainer(
         log_kernel(model, distributed.device())
     data = _training_data(training, splits, layout)
     data.teacher_reader = build_teacher_reader(run, training, teacher, teacher_models, vocab)
-    schedule = TrainingSchedule(training.plan, sampler, training.train)
+    rescoring = training.rescoring
+    first_ranked_stage = rescoring.from_stage - 1 if rescoring else math.inf
+    schedule = TrainingSchedule(training.plan, sampler, training.train, first_ranked_stage)
+    training_models = TrainingModels(engine, teacher)
+    monitor = TrainingMonitor(training.directory, training.label, training.train)
+    stage_ranking = None
+    if rescoring:
+        stage_ranking = StageRanking(
+            rescoring,
+            training.sample_weights,
+            read_scores(run, seed=training.seed),
+            sampler,
+            training_models,
+            data,
+            training.loss,
+            monitor,
+            fingerprint=training.fingerprint,
+        )
     return Trainer(
-        TrainingModels(engine, teacher),
+        training_models,
         data,
         schedule,
         training.loss,
@@ -134,15 +154,15 @@ def build_trainer(
             fingerprint=training.fingerprint,
             dtype=training.student.dtype,
         ),
-        TrainingMonitor(training.directory, training.label, training.train),
+        monitor,
         measure_utilization(training),
+        stage_ranking,
     )
 
 
 def _training_data(training: TrainingRun, splits: _Splits, layout: Layout) -> TrainingData:
     return TrainingData(
         splits.train,
-        training.order,
         splits.validation if len(splits.validation) else None,
         layout,
         training.train.micro_batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -36,10 +36,9 @@ class StagedBatch:
 
 @dataclass
 class TrainingData:
-    """Training and validation samples. order[i] is the row of the i-th easiest training sample."""
+    """Training and validation samples."""
 
     train: TokenizedSplit
-    order: NDArray[np.int64]
     validation: TokenizedSplit | None
     layout: Layout
     micro_batch_size: int
@@ -70,9 +69,9 @@ class TrainingData:
         )
         return assignment[distributed.rank()]
 
-    def validation_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """This rank's batches of validation samples, as large as training's micro-batches; a rank
-        may get empty ones, so that all ranks run the same number.
+    def even_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """This rank's batches of any number of samples, as large as training's micro-batches; a
+        rank may get empty ones, so that all ranks run the same number.
         """
         longest = int(lengths.max())
         budget = self.micro_batch_tokens or self.micro_batch_size * longest
@@ -98,9 +97,19 @@ class TrainingData:
         with contextlib.closing(prefetcher):
             yield from map(self.receive, prefetcher)
 
-    def stage(self, dataset: TokenizedDataset, rows: NDArray[np.int64]) -> StagedBatch:
-        """Make a batch, and start its copy to this rank's device; may run in another thread."""
+    def stage(
+        self,
+        dataset: TokenizedDataset,
+        rows: NDArray[np.int64],
+        sample_weights: NDArray[np.float32] | None = None,
+    ) -> StagedBatch:
+        """Make a batch, and start its copy to this rank's device; may run in another thread.
+
+        sample_weights: of the rows in the loss, [rows].
+        """
         batch = collate(dataset, rows, packed=self.layout.packed)
+        if sample_weights is not None:
+            batch = replace(batch, sample_weights=torch.from_numpy(sample_weights))  # type: ignore
         if self.teacher_reader:
             with self._reader_lock:
                 batch = self.teacher_reader(dataset, batch)

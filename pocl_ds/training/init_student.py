@@ -169,7 +169,6 @@ def _heal(
         fingerprint,
         "heal",
         plan,
-        order,
         student_path,
         student,
         teacher_paths,

@@ -39,7 +39,7 @@ def choose_layout(
     """The layout that the recipe names, or with `auto`: packed if the models' attention allows it.
 
     If attention covers one sample at a time, packing never costs more than padding.
-    lengths: tokens of each sample, easiest first. Raises RecipeError if the recipe asks for
+    lengths: tokens of each row, [rows]. Raises RecipeError if the recipe asks for
     packing and a model cannot keep packed samples apart.
     """
     unsupported = next((model.config for model in models if not supports_packing(model)), None)

@@ -42,7 +42,8 @@ class ResponseSource:
         """
         batch = self.policy.select_batch(_batch_request(position, schedule, data))
         next_step = position.step + 1
-        if self.rollout and self.rollout.config.staleness and next_step < schedule.total_steps:
+        is_known = next_step < schedule.known_until(position)
+        if self.rollout and self.rollout.config.staleness and is_known:
             request = _batch_request(schedule.sampler.position(next_step), schedule, data)
             if self.policy.will_generate(request):
                 self.rollout.generate_ahead(request.rows, request.position)
@@ -88,8 +89,8 @@ def _batch_request(
         position,
         schedule.total_steps,
         data.train,
-        np.asarray(data.order[schedule.sampler.batch(position.step)]),
-        lambda: schedule.stage_rows(position, data.order),
+        schedule.sampler.batch(position.step),
+        lambda: schedule.stage_rows(position),
         data.teacher_responses,
     )
 

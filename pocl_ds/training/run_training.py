@@ -9,13 +9,13 @@ import copy
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 
 from pocl_ds.compat.transformers_private import save_custom_code
 from pocl_ds.config import (
     BaselineConfig,
+    CurriculumConfig,
     LossConfig,
     PolicyConfig,
     PromptConfig,
@@ -23,7 +23,7 @@ from pocl_ds.config import (
     TeacherConfig,
     TrainConfig,
 )
-from pocl_ds.curriculum.plan_step import build_baseline_plan, load_plan
+from pocl_ds.curriculum.plan_step import build_baseline_plan, load_order, load_plan
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.errors import ArtifactError
@@ -51,6 +51,7 @@ def train_student(
     policy: PolicyConfig,
     prompt: PromptConfig,
     train: TrainConfig,
+    curriculum: CurriculumConfig,
     baseline: BaselineConfig | None,
     seed: int,
     fingerprint: str,
@@ -72,7 +73,7 @@ def train_student(
     # The stages of the plan, or one stage with as many optimizer steps.
     plan = load_plan(run.plan / "plan.json")
     if baseline:
-        plan = build_baseline_plan(plan, baseline)
+        plan = build_baseline_plan(load_order(run), plan, baseline)
         if distributed.rank() == 0:
             write_json(run.baseline / "plan.json", plan.to_json())
     training = TrainingRun(
@@ -80,7 +81,6 @@ def train_student(
         fingerprint=fingerprint,
         label="baseline" if baseline else "train",
         plan=plan,
-        order=np.load(run.ranking / "order.npy", mmap_mode="r"),
         student_path=models["student"],
         student=student,
         teacher_paths=(models["teacher"], *models["other_teachers"]) if teacher else (),
@@ -89,6 +89,8 @@ def train_student(
         train=train,
         seed=seed,
         policy=policy,
+        rescoring=None if baseline else curriculum.rescoring,
+        sample_weights=None if baseline else curriculum.sample_weights,
         max_length=prompt.max_length,
         end_of_turn_ids=tuple(recorded_end_ids(run)),
         teacher_responses=run.teacher_responses if policy.uses_teacher_responses else None,

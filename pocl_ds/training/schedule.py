@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ class TrainingSchedule:
     plan: Plan
     sampler: Sampler
     train: TrainConfig
+    # Before this stage and each later one, from 0, the student ranks the samples anew.
+    first_ranked_stage: float = math.inf
 
     @property
     def seed(self) -> int:
@@ -37,10 +40,24 @@ class TrainingSchedule:
         """The stage of a step."""
         return self.plan.stages[position.stage]
 
-    def stage_rows(self, position: SamplerPosition, order: NDArray[np.int64]) -> NDArray[np.int64]:
-        """All rows of the stage of a step. order: rows, easiest first."""
-        stage = self.stage(position)
-        return np.asarray(order[stage.start : stage.stop])
+    def stage_rows(self, position: SamplerPosition) -> NDArray[np.int64]:
+        """All rows of the stage of a step, easiest first."""
+        return np.asarray(self.stage(position).sample_ids)
+
+    def starts_ranked_stage(self, position: SamplerPosition) -> bool:
+        """Whether a step is the first one of a stage that the current student ranks."""
+        return position.step_in_stage == 0 and position.stage >= self.first_ranked_stage
+
+    def known_until(self, position: SamplerPosition) -> int:
+        """The step before which all batches are known at a step: the first step of the next stage
+        that the student ranks, or the end of the plan.
+        """
+        step = position.step - position.step_in_stage
+        for stage in self.plan.stages[position.stage :]:
+            step += stage.steps
+            if stage.index + 1 >= self.first_ranked_stage:
+                break
+        return step
 
     def learning_rate(self, position: SamplerPosition) -> float:
         """Learning rate of a step (docs/method.md, eq. 8)."""
@@ -76,4 +93,6 @@ class TrainingSchedule:
         """Whether a checkpoint is saved after a step."""
         done, config = position.step + 1, self.train.checkpoint
         is_due = done == self.total_steps or done % config.every_n_steps == 0
-        return is_due or (config.keep_best and self.ends_stage(position))
+        # An interrupted ranking continues with the weights that began it.
+        next_is_ranked = position.stage + 1 >= self.first_ranked_stage
+        return is_due or (self.ends_stage(position) and (config.keep_best or next_is_ranked))

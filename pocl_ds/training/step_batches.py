@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class StepPlan:
     rows: NDArray[np.int64]  # of the dataset: the global batch
     micro_batches: tuple[NDArray[np.int64], ...]  # rows of this rank
     writer: Writer  # of the responses
+    # Weight in the loss of each sample of each micro-batch; None if all are 1.
+    sample_weights: tuple[NDArray[np.float32], ...] | None = None
     damage: str | None = None  # why the teacher's outputs of this rank's rows are not available
 
     @property
@@ -93,7 +96,7 @@ class StepBatches:
             self.close()
             plan = self._plan(position)
             self.unchecked = [plan]
-            self._items = Prefetcher(map(self.data.stage, *_of_each(plan)))
+            self._items = Prefetcher(itertools.starmap(self.data.stage, _of_each(plan)))
             return plan
         if not self._plans or self._plans[0].position != position:
             self._start(position)
@@ -108,9 +111,10 @@ class StepBatches:
 
     def plan_ahead(self, position: SamplerPosition) -> StepPlan | None:
         """The plan of the step `STEPS_AHEAD` after the current one, whose micro-batches are used
-        up; None if there is no such step or its batch is not known yet.
+        up; None if there is no such step, or its batch is not known yet.
         """
-        if not self.works_ahead or position.step + STEPS_AHEAD >= self.schedule.total_steps:
+        end = self.schedule.known_until(position)
+        if not self.works_ahead or position.step + STEPS_AHEAD >= end:
             return None
         plan = next(self._prefetched)
         assert isinstance(plan, StepPlan)
@@ -132,23 +136,26 @@ class StepBatches:
     def _start(self, position: SamplerPosition) -> None:
         """Start the thread at a step."""
         self.close()
-        self._items = Prefetcher(self._make_items(position.step))
-        last = min(position.step + STEPS_AHEAD, self.schedule.total_steps)
+        end = self.schedule.known_until(position)
+        self._items = Prefetcher(self._make_items(position.step, end))
+        last = min(position.step + STEPS_AHEAD, end)
         for _ in range(position.step, last):
             plan = next(self._items)
             assert isinstance(plan, StepPlan)
             self._plans.append(plan)
         self.unchecked = list(self._plans)
 
-    def _make_items(self, first: int) -> Iterator[StepPlan | StagedBatch]:
-        """The plans of the first steps; then for each step its micro-batches and a later plan."""
-        total, position = self.schedule.total_steps, self.schedule.sampler.position
+    def _make_items(self, first: int, end: int) -> Iterator[StepPlan | StagedBatch]:
+        """The plans of the first steps; then for each step before `end` its micro-batches and a
+        later plan.
+        """
+        position = self.schedule.sampler.position
         plans: deque[StepPlan] = deque()
-        for step in range(first, total + STEPS_AHEAD):
+        for step in range(first, end + STEPS_AHEAD):
             if step >= first + STEPS_AHEAD:
                 current = plans.popleft()
-                yield from map(self.data.stage, *_of_each(current))
-            if step < total:
+                yield from itertools.starmap(self.data.stage, _of_each(current))
+            if step < end:
                 plans.append(self._plan(position(step)))
                 yield plans[-1]
 
@@ -157,11 +164,24 @@ class StepBatches:
         dataset, rows = self.responses.select_batch(position, self.schedule, self.data)
         lengths = np.asarray(dataset.total_tokens[rows], np.int64)
         micro_batches = tuple(rows[members] for members in self.data.micro_batches(lengths))
-        damage = self.models.teacher.find_damage(dataset.name, np.concatenate(micro_batches))
-        writer = self.data.writer_of(dataset)
-        return StepPlan(position, dataset, rows, micro_batches, writer, damage)
+        # A generated response has the weight of its prompt's sample.
+        weights, stage_weights = None, self.schedule.stage(position).weights
+        if stage_weights is not None:
+            prompts = ([dataset.prompt_source(int(row))[1] for row in m] for m in micro_batches)
+            weights = tuple(stage_weights[np.array(m, np.int64)] for m in prompts)
+        return StepPlan(
+            position,
+            dataset,
+            rows,
+            micro_batches,
+            writer=self.data.writer_of(dataset),
+            sample_weights=weights,
+            damage=self.models.teacher.find_damage(dataset.name, np.concatenate(micro_batches)),
+        )
 
 
-def _of_each(plan: StepPlan) -> tuple[list[TokenizedDataset], tuple[NDArray[np.int64], ...]]:
+def _of_each(plan: StepPlan) -> Iterator[tuple[Any, ...]]:
     """The arguments of `TrainingData.stage` for each micro-batch."""
-    return [plan.dataset] * len(plan.micro_batches), plan.micro_batches
+    for number, rows in enumerate(plan.micro_batches):
+        weights = None if plan.sample_weights is None else plan.sample_weights[number]
+        yield plan.dataset, rows, weights

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.losses.fused_head import LossHead, LossSums
+from pocl_ds.losses.sample_losses import SampleLosses, SampleTerms
 from pocl_ds.losses.token_losses import LossTerms, TeacherHead
 from pocl_ds.models.heads import hidden_states, identity_head, output_head
 from pocl_ds.models.vocab import VocabMap
@@ -35,11 +36,11 @@ class Student(nn.Module):
     def forward(
         self,
         batch: Batch,
-        terms: LossTerms,
+        terms: LossTerms | SampleTerms,
         teacher_outputs: Tensor | None = None,
         teacher_head: TeacherHead | None = None,
-    ) -> LossSums:
-        """Loss sums of one micro-batch.
+    ) -> LossSums | SampleLosses:
+        """Loss sums of one micro-batch, or with `SampleTerms` the losses of each of its samples.
 
         teacher_outputs: [loss tokens, teacher width], concatenated along the width for a
         `HeadMixture`, or records of a `TopKCodec`. For a batch with a teacher view the loss tokens
@@ -47,5 +48,7 @@ class Student(nn.Module):
         """
         hidden = hidden_states(self.model, *batch.inputs, split=self.split)
         hidden = batch.at_loss_positions(hidden)
-        sums: LossSums = self.loss_head(hidden, batch, terms, teacher_outputs, teacher_head)
+        sums: LossSums | SampleLosses = self.loss_head(
+            hidden, batch, terms, teacher_outputs, teacher_head
+        )
         return sums

@@ -24,6 +24,7 @@ from pocl_ds.training.profiling import StepProfiler
 from pocl_ds.training.responses import ResponseSource
 from pocl_ds.training.schedule import TrainingSchedule
 from pocl_ds.training.seeding import seed_micro_batch
+from pocl_ds.training.stage_ranking import StageRanking
 from pocl_ds.training.step_batches import StepBatches, StepPlan
 from pocl_ds.training.step_exchange import StepExchange, StepOutcome
 from pocl_ds.training.step_timer import ROLLOUT, StepTimer
@@ -52,7 +53,8 @@ class Trainer:
     models: student and teacher. data: samples and their batches. schedule: stages, learning
     rate and intervals. loss: section `loss` of the recipe. responses: responses that a step trains
     on. checkpoints: saving and loading of state. monitor: metrics, progress, signals. utilization:
-    of the GPU's peak; None without a GPU whose peak is known.
+    of the GPU's peak; None without a GPU whose peak is known. stage_ranking: ranks the samples anew
+    when a stage begins; None if the plan's order stays.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Trainer:
         checkpoints: Checkpoints,
         monitor: TrainingMonitor,
         utilization: Utilization | None = None,
+        stage_ranking: StageRanking | None = None,
     ) -> None:
         self.models, self.data, self.schedule, self.loss = models, data, schedule, loss
         self.responses, self.checkpoints, self.monitor = responses, checkpoints, monitor
@@ -76,6 +79,7 @@ class Trainer:
         self.batches = StepBatches(responses, schedule, data, models)
         self.profiler = StepProfiler(monitor.directory / "profile", train.profile_steps)
         self.utilization, self.device = utilization, distributed.device()
+        self.stage_ranking = stage_ranking
         # On a GPU the metrics of a step are read while the next one runs, so that the GPU never
         # waits for the host. A rollout waits for it anyway.
         self.reads_late = self.device.type == "cuda" and self.batches.works_ahead
@@ -116,9 +120,15 @@ class Trainer:
                 # An adaptive policy compares later losses with that of the untrained student.
                 self._validate(stage=0, step=0)
 
+            if self.stage_ranking and done < total:
+                self.stage_ranking.resume(schedule.sampler.position(done))
+
             for step in range(done, total):
                 monitor.report_alive()
                 position = schedule.sampler.position(step)
+                if self.stage_ranking and schedule.starts_ranked_stage(position):
+                    self.checkpoints.finalize_async_save()
+                    self.stage_ranking.begin_stage(position)
                 if schedule.restarts_optimizer(position):
                     self.models.engine.restart_optimizer()
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pocl_ds.config import (
     LossConfig,
     ModelSource,
     PolicyConfig,
+    RescoringConfig,
+    SampleWeightsConfig,
     StudentConfig,
     TeacherConfig,
     TrainConfig,
@@ -29,7 +28,6 @@ class TrainingRun:
     fingerprint: str
     label: str  # in logs and manifests
     plan: Plan
-    order: NDArray[np.int64]  # rows of the training samples, easiest first
     student_path: str
     student: StudentConfig
     teacher_paths: tuple[str, ...]  # of the teacher and of teacher.ensemble
@@ -38,6 +36,10 @@ class TrainingRun:
     train: TrainConfig
     seed: int
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    # When the student ranks the samples anew, and their weights then; None: never, for the baseline
+    # and healing.
+    rescoring: RescoringConfig | None = None
+    sample_weights: SampleWeightsConfig | None = None
     max_length: int = 512  # tokens of a prompt and the response that the student generates
     # Ids that end the student's turns, besides those that its tokenizer and settings name.
     end_of_turn_ids: tuple[int, ...] = ()

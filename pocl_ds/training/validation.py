@@ -58,7 +58,7 @@ class Validator:
             return None
         # Every rank runs the same number of forward passes.
         lengths = np.asarray(split.total_tokens[self.rows], np.int64)
-        batches = [self.rows[members] for members in self.data.validation_batches(lengths)]
+        batches = [self.rows[members] for members in self.data.even_batches(lengths)]
         verify_damage(self.models.teacher.find_damage(split.name, np.concatenate(batches)))
 
         # Sum divergence, cross-entropy and tokens over this rank's batches.

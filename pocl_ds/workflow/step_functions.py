@@ -193,7 +193,13 @@ def run_plan(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepR
     """Write the plan of the curriculum."""
     from pocl_ds.curriculum.plan_step import write_plan
 
-    write_plan(run, recipe.curriculum, batch_size=recipe.train.batch_size, fingerprint=fingerprint)
+    write_plan(
+        run,
+        recipe.curriculum,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.seed,
+        fingerprint=fingerprint,
+    )
 
 
 def run_train(recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest) -> None:
@@ -229,6 +235,7 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
         seed=recipe.seed,
         policy=recipe.policy,
         prompt=recipe.prompt,
+        curriculum=recipe.curriculum,
         baseline=recipe.baseline if baseline else None,
         fingerprint=fingerprint,
         float32_weights=recipe.export.dtype == "float32" and not baseline,

@@ -55,7 +55,6 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
         "other" if is_faulty_rank and fault == "recipe" else "one",
         "train",
         plan,
-        np.arange(12),
         student,
         StudentConfig(model=student),
         (teacher,),

@@ -111,7 +111,6 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
     sampler = Sampler(plan, 0)
     data = TrainingData(
         TokenizedSplit.open(folder, "train"),
-        np.arange(12),
         None,
         Layout(case["packed"], 0.0),
         train.micro_batch_size,

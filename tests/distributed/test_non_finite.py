@@ -57,7 +57,6 @@ def make(run: RunDirectory, teacher: Path, student: Path, engine: str, **changes
         "one",
         "train",
         plan,
-        np.arange(12),
         str(student),
         config,
         (str(teacher),),

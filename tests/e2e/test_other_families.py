@@ -108,7 +108,7 @@ def first_divergence(run: Path) -> float:
         for name in ("teacher", "student")
     ]
     divergences = []
-    for row in np.load(run / "ranking" / "order.npy")[Sampler(plan, seed=42).batch(0)]:
+    for row in Sampler(plan, seed=42).batch(0):
         ids, start = (
             torch.from_numpy(split.tokens(row).astype(np.int64))[None],
             int(split.prompt_tokens[row]),

@@ -101,7 +101,6 @@ def first_divergence(run: Path) -> float:
     student_ids = [names[0][token] for token in [*common, "</s>"]]
     teacher_ids = [names[1][token] for token in [*common, "<|endoftext|>"]]
     teacher_id_of = dict(zip(student_ids, teacher_ids, strict=True))
-    order = np.load(run / "ranking" / "order.npy")
     index, tokens = (
         np.load(run / "data" / "train.index.npy"),
         np.fromfile(run / "data" / "train.tokens.bin", np.uint32),
@@ -110,7 +109,7 @@ def first_divergence(run: Path) -> float:
     from pocl_ds.curriculum.plan_step import load_plan
     from pocl_ds.curriculum.sampler import Sampler
 
-    rows = order[Sampler(load_plan(run / "plan" / "plan.json"), 42).batch(0)]
+    rows = Sampler(load_plan(run / "plan" / "plan.json"), 42).batch(0)
     total, count = 0.0, 0
     for row in rows:
         start, prompt, size = (int(value) for value in index[row][:3])

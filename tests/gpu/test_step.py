@@ -54,9 +54,7 @@ def make_trainer(folder: Path, student: Path, teacher: Path) -> Trainer:
         TrainingModels(
             TorchEngine(module, train), OnlineTeacher(load_model(str(teacher)), None, vocab)
         ),
-        TrainingData(
-            TokenizedSplit.open(folder, "train"), np.arange(12), None, Layout(False, 0.0), 2
-        ),
+        TrainingData(TokenizedSplit.open(folder, "train"), None, Layout(False, 0.0), 2),
         TrainingSchedule(plan, Sampler(plan, 0), train),
         LossConfig(),
         ResponseSource(OffPolicy()),

@@ -1,4 +1,6 @@
-"""A plugin adds a divergence, a policy, a ranking strategy and a metric."""
+"""A plugin adds a divergence, a policy, a ranking strategy, a metric, a rule for sample weights and
+a measure of difficulty.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ import torch
 
 from pocl_ds.config import registry
 from pocl_ds.config.recipe_file import check_recipe, load_recipe
+from pocl_ds.curriculum import sample_scores, sample_weights
 from pocl_ds.curriculum.ranking import STRATEGIES, rank_by_difficulty
 from pocl_ds.difficulty import score
 from pocl_ds.errors import RecipeError
@@ -41,6 +44,14 @@ def words(responses, references, log_probs):
 def by_id(scores):
     return sorted(range(len(scores.ids)), key=lambda row: scores.ids[row])
 
+@plugins.sample_weights("half", weight=0.5)
+def half(scores, *, weight):
+    return [1 if place < 0.5 else weight for place in scores["place"]]
+
+@plugins.difficulty("gap")
+def gap(scores):
+    return scores["cross_entropy"] - scores["teacher_cross_entropy"]
+
 @plugins.policy("twice", on_policy=False)
 class Twice(OffPolicy):
     def __init__(self, config, generate, seed):
@@ -59,6 +70,10 @@ REGISTRIES: tuple[Any, ...] = (
     policies.POLICIES,
     STRATEGIES,
     score.METRICS,
+    registry.SAMPLE_WEIGHTS,
+    registry.DIFFICULTIES,
+    sample_weights.RULES,
+    sample_scores.DIFFICULTIES,
 )
 
 
@@ -183,3 +198,27 @@ def test_errors_of_plugins_are_one_sentence(plugin: str, tmp_path: Path) -> None
     STRATEGIES["by_id"] = lambda scores: np.zeros(len(scores.ids), np.int64)
     with pytest.raises(RecipeError, match="does not name every sample once"):
         rank_by_difficulty([0.1, 0.2], [1.0, 2.0], ["x", "y"], strategy="by_id")
+
+
+def test_sample_weights_and_a_measure_of_difficulty(plugin: str) -> None:
+    parsed = check_recipe(
+        recipe(
+            plugin,
+            curriculum={
+                "sample_weights": {"name": "half", "options": {"weight": 0.25}},
+                "rescoring": {"difficulty": "gap"},
+            },
+        )
+    )
+    rule, rescoring = parsed.curriculum.sample_weights, parsed.curriculum.rescoring
+    assert rule is not None and rescoring is not None
+    columns = {
+        "place": np.array([0.0, 1.0]),
+        "cross_entropy": np.array([3.0, 2.0]),
+        "teacher_cross_entropy": np.array([1.0, 1.5]),
+    }
+    scores = sample_scores.SampleScores(["a", "b"], columns)
+    weights = sample_weights.weigh_samples(scores, rule.name, rule.options)
+    assert weights.tolist() == [1.0, 0.25]
+    order = sample_scores.order_by_difficulty(scores, rescoring.difficulty)
+    assert order.tolist() == [1, 0]

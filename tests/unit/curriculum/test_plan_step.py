@@ -24,7 +24,9 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
-    manifest = write_plan(run, CurriculumConfig(epochs_per_stage=3), batch_size=16, fingerprint="f")
+    manifest = write_plan(
+        run, CurriculumConfig(epochs_per_stage=3), batch_size=16, seed=0, fingerprint="f"
+    )
     order = np.load(run.ranking / "order.npy")
     plan = load_plan(run.plan / "plan.json")
     assert plan == build_plan(order, epochs_per_stage=3, batch_size=16)
@@ -32,6 +34,7 @@ def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
     assert manifest.info.pop("seconds") >= 0 and manifest.info.pop("peak_host_bytes") > 0
     assert manifest.info == {
         "samples": 400,
+        "left_out": 0,
         "steps": plan.total_steps,
         "visits": plan.total_steps * 16,
     }
@@ -48,19 +51,21 @@ def test_plan_is_written_and_loaded_with_its_order(run: RunDirectory) -> None:
 
 
 def test_a_finished_plan_is_reused_and_another_recipe_replaces_it(run: RunDirectory) -> None:
-    write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, seed=0, fingerprint="f")
     written = (run.plan / "plan.json").stat().st_mtime_ns
-    write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(num_subsets=2), batch_size=16, seed=0, fingerprint="f")
     assert (run.plan / "plan.json").stat().st_mtime_ns == written
-    write_plan(run, CurriculumConfig(num_subsets=5), batch_size=16, fingerprint="g")
+    write_plan(run, CurriculumConfig(num_subsets=5), batch_size=16, seed=0, fingerprint="g")
     assert len(load_plan(run.plan / "plan.json").stages) == 5
 
 
 @pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
 def test_baseline_has_equally_many_visits(run: RunDirectory, scheduler: str) -> None:
-    write_plan(run, CurriculumConfig(scheduler=scheduler), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(scheduler=scheduler), batch_size=16, seed=0, fingerprint="f")
     curriculum_plan = load_plan(run.plan / "plan.json")
-    baseline = build_baseline_plan(curriculum_plan, BaselineConfig(temperature=1.5, sft_ratio=0.2))
+    baseline = build_baseline_plan(
+        np.arange(400), curriculum_plan, BaselineConfig(temperature=1.5, sft_ratio=0.2)
+    )
     (stage,) = baseline.stages
     assert (baseline.total_steps, baseline.batch_size) == (curriculum_plan.total_steps, 16)
     assert (stage.num_samples, stage.temperature, stage.sft_ratio) == (400, 1.5, 0.2)
@@ -70,12 +75,12 @@ def test_baseline_has_equally_many_visits(run: RunDirectory, scheduler: str) -> 
 def test_order_that_is_no_permutation_is_refused(run: RunDirectory, order: list) -> None:
     np.save(run.ranking / "order.npy", np.array(order))
     with pytest.raises(ArtifactError, match="every sample once"):
-        write_plan(run, CurriculumConfig(num_subsets=1), batch_size=1, fingerprint="f")
+        write_plan(run, CurriculumConfig(num_subsets=1), batch_size=1, seed=0, fingerprint="f")
     assert not (run.plan / "manifest.json").exists()
 
 
 def test_errors_of_missing_damaged_and_other_rankings(run: RunDirectory) -> None:
-    write_plan(run, CurriculumConfig(), batch_size=16, fingerprint="f")
+    write_plan(run, CurriculumConfig(), batch_size=16, seed=0, fingerprint="f")
     np.save(run.ranking / "order.npy", np.arange(399))
     with pytest.raises(ArtifactError, match="400 samples and the ranking holds 399"):
         load_plan(run.plan / "plan.json")
@@ -84,11 +89,11 @@ def test_errors_of_missing_damaged_and_other_rankings(run: RunDirectory) -> None
         load_plan(run.plan / "plan.json")
     (run.ranking / "order.npy").unlink()
     with pytest.raises(ArtifactError, match="pocl rank"):
-        write_plan(run, CurriculumConfig(), batch_size=16, fingerprint="other")
+        write_plan(run, CurriculumConfig(), batch_size=16, seed=0, fingerprint="other")
 
 
 def test_too_large_batches_are_refused(run: RunDirectory) -> None:
     with pytest.raises(
         RecipeError, match="stage 0 has 100 samples, fewer than train.batch_size=128"
     ):
-        write_plan(run, CurriculumConfig(), batch_size=128, fingerprint="f")
+        write_plan(run, CurriculumConfig(), batch_size=128, seed=0, fingerprint="f")

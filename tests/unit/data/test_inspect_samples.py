@@ -53,9 +53,7 @@ def run(tmp_path: Path) -> RunDirectory:
         run.ranking / "ranking.parquet",
     )
     write_manifest(run.ranking, "rank", "r")
-    write_json(
-        run.plan / "plan.json", {"stages": [{"start": 0, "stop": stop} for stop in (4, 8, 12)]}
-    )
+    write_json(run.plan / "plan.json", {"subset_ends": [4, 8, 12]})
     write_manifest(run.plan, "plan", "p")
     return run
 

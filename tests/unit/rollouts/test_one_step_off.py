@@ -165,7 +165,7 @@ def make_trainer(
     )
     return Trainer(
         TrainingModels(engine, NoTeacher()),
-        TrainingData(splits[0], np.arange(4), splits[1], Layout(False, 0.0), BATCH),
+        TrainingData(splits[0], splits[1], Layout(False, 0.0), BATCH),
         TrainingSchedule(plan, Sampler(plan, 3), train),
         LossConfig(name="sft"),
         ResponseSource(source, worker),

@@ -82,7 +82,7 @@ def build_trainer(folder: Path, name: str, engine: TorchEngine, teacher: Any) ->
     split: Any = GeneratedBatch(np.arange(4), ids, np.full(4, 2), texts)
     return Trainer(
         TrainingModels(engine, teacher),
-        TrainingData(split, np.arange(4), None, Layout(False, 0.0), 2),
+        TrainingData(split, None, Layout(False, 0.0), 2),
         TrainingSchedule(plan, Sampler(plan, 0), train),
         LossConfig(name=name),
         ResponseSource(OffPolicy()),

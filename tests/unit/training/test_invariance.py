@@ -56,7 +56,6 @@ def check(
         fingerprint="f",
         label="train",
         plan=single_stage_plan(rows, steps=1, batch_size=4, temperature=1.0, sft_ratio=0.0),
-        order=rows,
         student_path=str(model),
         student=StudentConfig(model=str(model)),
         teacher_paths=tuple(f"teacher-{number}" for number in range(teachers)),
@@ -65,7 +64,7 @@ def check(
         train=TrainConfig(engine="torch"),
         seed=3,
     )
-    data = TrainingData(split, rows, None, Layout(packed, 0.0), micro_batch_size)
+    data = TrainingData(split, None, Layout(packed, 0.0), micro_batch_size)
     return check_models(training, TrainingModels(TorchEngine(own, TrainConfig()), teacher), data)
 
 

@@ -53,7 +53,7 @@ def make(folder: Path, policy: OffPolicy) -> StepBatches:
     return StepBatches(
         ResponseSource(policy),
         TrainingSchedule(plan, Sampler(plan, 3), train),
-        TrainingData(split, np.arange(SAMPLES), None, Layout(False, 0.0), 2),
+        TrainingData(split, None, Layout(False, 0.0), 2),
         TrainingModels(None, NoTeacher()),  # type: ignore[arg-type]
     )
 
