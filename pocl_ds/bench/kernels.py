@@ -23,6 +23,7 @@ from pocl_ds.bench.arguments import parse_integers
 from pocl_ds.config.registry import LOSSES
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.closed_forms import CLOSED_FORMS
+from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.triton_loss import BLOCK, WARPS, KernelForm, TritonLoss, kernel_form
 from pocl_ds.models.heads import OutputHead
@@ -96,7 +97,7 @@ def compile_kernel(name: str, target: int) -> CompiledKernel:
     from pocl_ds.losses.triton_kernels import loss_kernel
 
     constants = _loss(name, 30.0).constants | {"KD_GRADIENT": name != "sft", "CE_GRADIENT": True}
-    constants["token_weights"] = None
+    constants |= {"kd_weights": None, "ce_weights": None}
     if name == "sft":
         constants["teacher_products"] = None
     types = {
@@ -185,7 +186,7 @@ def _print_times(names: Sequence[str], out: Callable[[str], None]) -> None:
             for _ in range(ROUNDS + 1):  # the first one compiles
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                loss(logits[0], logits[1] if sides == 2 else None, labels, None)
+                loss(logits[0], logits[1] if sides == 2 else None, TokenInputs(labels))
                 end.record()
                 torch.cuda.synchronize()
                 times.append(start.elapsed_time(end))

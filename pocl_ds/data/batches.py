@@ -38,6 +38,8 @@ class Batch:
     teacher_batch: Batch | None = None  # for a teacher with its own prompts: the same loss tokens
     # Of a cached teacher, see `Teacher.outputs`; read together with the batch.
     teacher_outputs: Tensor | None = None
+    # [B] float32, factor of each sample's loss; None: every sample counts once
+    sample_weights: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[int, ...] | None]:
@@ -49,7 +51,9 @@ class Batch:
         return hidden.flatten(0, 1).index_select(0, self.positions)
 
     def of_sample(self, sample: int) -> Batch:
-        """The same batch with the loss tokens of one of its samples only."""
+        """The same batch with the loss tokens of one of its samples only. It still has B samples,
+        so that `sample_weights` stay as they are.
+        """
         own = self.sample_of_token == sample
         return replace(
             self,

@@ -98,28 +98,48 @@ def alm(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
     return log_p.exp() * (log_p - log_q) + log_not_p.exp() * (log_not_p - log_not_q)
 
 
-def alm_token_weights(
+@dataclass(frozen=True)
+class SpanLoss:
+    """The ALM loss of a batch, computed before its logits are.
+
+    kd: [2], the divergence over all spans, without and with the weights of their samples.
+    token_weights: [n], with which the gradient of a weighted cross-entropy equals that of the loss.
+    """
+
+    kd: Tensor
+    token_weights: Tensor
+
+
+def alm_span_loss(
     student_log_probs: Tensor,
     teacher_log_probs: Tensor,
     view: TeacherView,
+    weights: Tensor | None,
     *,
     temperature: float,
     sft_ratio: float,
     factor: float,
-) -> tuple[Tensor, Tensor]:
-    """The divergence over all spans (a scalar), and a weight for each student token [n].
+) -> SpanLoss:
+    """The loss sft_ratio CE + (1 - sft_ratio) factor ALM over all spans.
 
-    With these weights the gradient of a weighted cross-entropy equals that of
-    sft_ratio CE + (1 - sft_ratio) factor ALM. student_log_probs, teacher_log_probs: of the label
-    tokens, [n] and [m].
+    student_log_probs, teacher_log_probs: of the label tokens, [n] and [m]. weights: [n], factor of
+    each student token's loss, equal within a sample; None: 1.
     """
     with torch.enable_grad():
         leaf = student_log_probs.detach().requires_grad_()
         log_p = _sum_by_span(teacher_log_probs, view.teacher_spans, view.num_spans)
         log_q = _sum_by_span(leaf, view.student_spans, view.num_spans)
-        kd = factor * alm(log_p, log_q, temperature).sum()
-        slope = torch.autograd.grad(kd, leaf)[0]
-    return kd.detach(), sft_ratio - (1 - sft_ratio) * slope
+        value = alm(log_p, log_q, temperature)
+        kd = weighted_kd = factor * value.sum()
+        if weights is not None:
+            # All tokens of a span have the weight of its sample.
+            index = torch.where(view.student_spans < 0, view.num_spans, view.student_spans)
+            by_span = weights.new_zeros(view.num_spans + 1).scatter_(0, index, weights)
+            weighted_kd = factor * (value * by_span[:-1]).sum()
+        slope = torch.autograd.grad(weighted_kd, leaf)[0]
+    ce_weights = sft_ratio if weights is None else sft_ratio * weights
+    sums = torch.stack([kd, weighted_kd]).detach()
+    return SpanLoss(sums, ce_weights - (1 - sft_ratio) * slope)
 
 
 def label_log_probs(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,13 +24,15 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.cross_tokenizer import (
     CrossTokenizerTeacher,
-    alm_token_weights,
+    SpanLoss,
+    alm_span_loss,
     label_log_probs,
     paired_teacher_tokens,
 )
 from pocl_ds.losses.divergences import compute_dtype, divergence_options
 from pocl_ds.losses.head_products import HeadGradients, TeacherProducts
 from pocl_ds.losses.sample_losses import SampleLosses, SampleTerms, sample_losses
+from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import (
     Buffers,
     EagerLoss,
@@ -113,6 +115,8 @@ def loss_sums(
     vocab: VocabMap,
     teacher_hidden: Tensor | None = None,
     teacher_head: TeacherHead | None = None,
+    sample_of_token: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> LossSums:
     """Loss sums over n tokens from hidden states and heads (docs/method.md, eq. 9).
@@ -120,12 +124,18 @@ def loss_sums(
     hidden: [n, d], student; labels: [n] int64, ids that take part; teacher_hidden: [n, d']
     without a gradient, concatenated along d' for a `HeadMixture`, or [n, bytes] records of a
     `TopKCodec`, or [n] token indices for a `CrossTokenizerTeacher`. n may be 0: the sums are 0
-    and every parameter of the head still gets a (zero) gradient.
+    and every parameter of the head still gets a (zero) gradient. sample_of_token: [n] int64, the
+    sample of each token, in order; None: all are of one sample. sample_weights: [B], factors of
+    the samples' losses in the total; the divergence and the cross-entropy stay without them.
 
-    Raises RecipeError if chunk_bytes does not hold one row, or if a divergence has no teacher.
+    Raises RecipeError if chunk_bytes does not hold one row, if a divergence has no teacher, or for
+    weights without one number per sample.
     """
+    tokens = TokenInputs.of_samples(
+        labels, sample_of_token, sample_weights, compute_dtype(hidden.dtype)
+    )
     inputs = FusedLossInputs.of(
-        hidden, head, labels, terms, vocab, teacher_hidden, teacher_head, chunk_bytes
+        hidden, head, tokens, terms, vocab, teacher_hidden, teacher_head, chunk_bytes
     )
     sums: LossSums = FusedHeadLoss.apply(hidden, head.weight, head.bias, inputs)
     return sums
@@ -191,11 +201,14 @@ class LossHead(nn.Module):
             )
             by_position = bool(terms.options.get("by_position"))
             teacher_hidden = paired_teacher_tokens(batch, view, by_position=by_position)
+        tokens = TokenInputs.of_samples(
+            batch.labels, batch.sample_of_token, batch.sample_weights, compute_dtype(hidden.dtype)
+        )
         # The head is assembled here: ZeRO-3 has gathered its parameters only within this forward.
         inputs = FusedLossInputs.of(
             hidden,
             OutputHead(self.weight, self.bias, self.scale, self.soft_cap, self.rows),
-            batch.labels,
+            tokens,
             terms,
             VocabMap(self.size, self.masked, self.teacher_ids),
             teacher_hidden,
@@ -207,21 +220,11 @@ class LossHead(nn.Module):
 
 
 @dataclass(frozen=True)
-class SpanLoss:
-    """The ALM loss of a batch, computed before its logits are: the divergence, and each student
-    token's weight in the cross-entropy whose gradient is the loss's.
-    """
-
-    kd: Tensor
-    token_weights: Tensor
-
-
-@dataclass(frozen=True)
 class FusedLossInputs:
     """Inputs of the fused loss other than the tensors that get a gradient."""
 
     head: OutputHead
-    labels: Tensor
+    tokens: TokenInputs
     terms: LossTerms
     options: dict[str, Any]  # of the divergence, with defaults
     vocab: VocabMap
@@ -237,7 +240,7 @@ class FusedLossInputs:
         cls,
         hidden: Tensor,
         head: OutputHead,
-        labels: Tensor,
+        tokens: TokenInputs,
         terms: LossTerms,
         vocab: VocabMap,
         teacher_hidden: Tensor | None,
@@ -266,10 +269,11 @@ class FusedLossInputs:
         )
         spans = None
         if in_spans and isinstance(teacher_head, CrossTokenizerTeacher):
-            spans = _span_loss(hidden, head, labels, terms, vocab, teacher_head, sizes)
+            spans = _span_loss(hidden, head, tokens, terms, vocab, teacher_head, sizes)
+            tokens = replace(tokens, span_weights=spans.token_weights)
         return cls(
             head,
-            labels,
+            tokens,
             terms,
             options,
             vocab,
@@ -287,14 +291,14 @@ class FusedLossInputs:
         if self.in_kernel:
             assert self.teacher_head is None or isinstance(self.teacher_head, OutputHead)
             return TritonLoss(*arguments, self.teacher_head, need_gradient)
-        buffers = Buffers(block_size, self.vocab.size, dtype, self.labels.device)
+        buffers = Buffers(block_size, self.vocab.size, dtype, self.tokens.labels.device)
         return EagerLoss(*arguments, self.teacher_head, buffers, need_gradient)
 
 
 def _span_loss(
     hidden: Tensor,
     head: OutputHead,
-    labels: Tensor,
+    tokens: TokenInputs,
     terms: LossTerms,
     vocab: VocabMap,
     teacher: CrossTokenizerTeacher,
@@ -306,7 +310,7 @@ def _span_loss(
     # Beside the logits there are a copy in float32 and its logarithms.
     rows = max(1, sizes.chunk // 3)
     student_log_probs = label_log_probs(
-        hidden, labels, lambda part: vocab.student_logits(head, part), rows
+        hidden, tokens.labels, lambda part: vocab.student_logits(head, part), rows
     )
     teacher_log_probs = label_log_probs(
         teacher.hidden,
@@ -314,15 +318,15 @@ def _span_loss(
         lambda part: teacher.vocab.student_logits(teacher.head, part),
         rows,
     )
-    kd, token_weights = alm_token_weights(
+    return alm_span_loss(
         student_log_probs,
         teacher_log_probs.to(student_log_probs.dtype),
         teacher.view,
+        tokens.weights,
         temperature=terms.temperature,
         sft_ratio=terms.sft_ratio,
         factor=terms.kd_factor,
     )
-    return SpanLoss(kd, token_weights)
 
 
 class FusedHeadLoss(torch.autograd.Function):
@@ -339,8 +343,8 @@ class FusedHeadLoss(torch.autograd.Function):
         inputs: FusedLossInputs,
     ) -> LossSums:
         """Loss sums over n tokens; the gradients stay in ctx until the backward pass."""
-        labels, spans, size = inputs.labels, inputs.spans, inputs.vocab.size
-        dtype, rows = compute_dtype(hidden.dtype), even_chunk(labels.numel(), inputs.sizes.chunk)
+        tokens, spans, size = inputs.tokens, inputs.spans, inputs.vocab.size
+        dtype, rows = compute_dtype(hidden.dtype), even_chunk(len(tokens), inputs.sizes.chunk)
 
         # Memory that all chunks share: gradients, products of both heads, buffers of the blocks.
         block_size = min(inputs.sizes.block, rows)
@@ -351,31 +355,31 @@ class FusedHeadLoss(torch.autograd.Function):
         teacher_products = TeacherProducts(inputs.teacher_head, inputs.vocab, rows, stride, hidden)
         logit_loss = inputs.logit_loss(block_size, dtype, need_gradient=any(needs_grad))
 
-        sums = hidden.new_zeros(2, dtype=dtype)
-        for chunk in (slice(i, i + rows) for i in range(0, labels.numel(), rows)):
+        sums = hidden.new_zeros(2 if tokens.weights is None else 4, dtype=dtype)
+        for chunk in (slice(i, i + rows) for i in range(0, len(tokens), rows)):
             # The products of this chunk's hidden states with the student's and the teacher's head.
             student = inputs.head.product(hidden[chunk], size, out=products[: len(hidden[chunk])])
             teacher = None
             if inputs.teacher_hidden is not None:
                 teacher = teacher_products(inputs.teacher_hidden[chunk])
             # Loss and gradient in the products, one block at a time.
-            token_weights = None if spans is None else spans.token_weights[chunk]
             for start in range(0, len(student), block_size):
                 block = slice(start, start + block_size)
                 sums += logit_loss(
                     student[block],
                     None if teacher is None else teacher[block],
-                    labels[chunk][block],
-                    None if token_weights is None else token_weights[block],
+                    tokens[chunk][block],
                 )
             # From the gradient in the products to those in hidden states and head.
             gradients.add(chunk, student, hidden[chunk])
 
         ctx.gradients = (gradients.hidden, gradients.weight, gradients.bias)
         ctx.types = tuple(None if part is None else part.dtype for part in (hidden, weight, bias))
-        kd, ce = (sums[0] if spans is None else spans.kd.to(dtype)).clone(), sums[1].clone()
-        ce_weight = inputs.terms.ce_weight
-        total = ce_weight * ce + (1 - ce_weight) * kd
+        if spans is not None:
+            sums[::2] = spans.kd[: len(sums) // 2]
+        kd, ce, ce_weight = sums[0].clone(), sums[1].clone(), inputs.terms.ce_weight
+        # The last two sums are those with weights.
+        total = ce_weight * sums[-1] + (1 - ce_weight) * sums[-2]
         ctx.mark_non_differentiable(kd, ce)
         return total, kd, ce
 

@@ -26,6 +26,7 @@ def fused_linear_distillation_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     *,
+    sample_weights: Tensor | None = None,
     divergence: str = "fkl",
     temperature: float = 1.0,
     sft_ratio: float = 0.0,
@@ -43,14 +44,15 @@ def fused_linear_distillation_loss(
     [teacher_ids, d'], teacher_bias: [teacher_ids], all without a gradient, or None for
     `divergence="sft"`. If the two heads have different numbers of rows, the ids that both have take
     part in the softmax. true_labels: [...] int64, already shifted; tokens with ignore_index do not
-    count.
+    count. Its last dimension holds the tokens of one sample. sample_weights: a factor of each
+    sample's loss, [B] for true_labels [B, T]; the mean still divides by the number of tokens.
 
     divergence and options: see `pocl_ds.losses.divergence`. reduction: mean or sum over the
     tokens that count. chunk_memory_mb: memory for logits and buffers; more is faster. Gradients
     are computed in the forward pass, so that the result allows one backward pass.
 
-    Raises RecipeError for an unknown divergence or option, a value out of range, or a memory budget
-    that does not hold one token.
+    Raises RecipeError for an unknown divergence or option, a value out of range, weights without
+    one number per sample, or a memory budget that does not hold one token.
     """
     if (teacher_input is None) != (teacher_weight is None):
         raise ValueError("give both teacher_input and teacher_weight, or neither")
@@ -58,7 +60,7 @@ def fused_linear_distillation_loss(
         raise ValueError(f"reduction={reduction!r}: choose mean or sum")
     # Select the tokens that count.
     counts = true_labels != ignore_index
-    labels = true_labels[counts]
+    labels, sample_of_token = true_labels[counts], _sample_of_token(counts)
     teacher_hidden = None if teacher_input is None else teacher_input.detach()[counts]
     # The ids that both heads have take part.
     teacher_head, ids = None, len(student_weight)
@@ -74,9 +76,17 @@ def fused_linear_distillation_loss(
         vocab=VocabMap(ids),
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
+        sample_of_token=sample_of_token,
+        sample_weights=sample_weights,
         chunk_bytes=int(chunk_memory_mb * 2**20),
     )
     return total / max(len(labels), 1) if reduction == "mean" else total
+
+
+def _sample_of_token(counts: Tensor) -> Tensor:
+    """The sample of each token that counts [n]. counts: [..., T] bool, a row for each sample."""
+    rows = counts.reshape(-1, counts.shape[-1]) if counts.ndim else counts.reshape(1, 1)
+    return rows.nonzero()[:, 0]
 
 
 class FusedLinearDistillationLoss(nn.Module):
@@ -114,6 +124,8 @@ class FusedLinearDistillationLoss(nn.Module):
         true_labels: Tensor,
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
+        *,
+        sample_weights: Tensor | None = None,
     ) -> Tensor:
         """The loss as a scalar; see `fused_linear_distillation_loss`."""
         return fused_linear_distillation_loss(
@@ -124,6 +136,7 @@ class FusedLinearDistillationLoss(nn.Module):
             true_labels,
             student_bias,
             teacher_bias,
+            sample_weights=sample_weights,
             divergence=self.divergence,
             temperature=self.temperature,
             sft_ratio=self.sft_ratio,

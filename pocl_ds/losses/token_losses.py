@@ -22,6 +22,7 @@ from torch import Tensor
 from pocl_ds.losses.closed_forms import CLOSED_FORMS
 from pocl_ds.losses.cross_tokenizer import CrossTokenizerTeacher, uld_with_gradient
 from pocl_ds.losses.divergences import DIVERGENCES, MASKED
+from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.top_k import TopKCodec, truncated_divergence
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -130,16 +131,14 @@ class LogitLoss(Protocol):
     a complete chunk on a GPU.
     """
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, token_weights: Tensor | None
-    ) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor | None, tokens: TokenInputs) -> Tensor:
         """Sums over n tokens of the divergence (times `kd_factor`) and of the cross-entropy: [2].
+        Tokens with weights: [4], the same sums and then those of weight times each.
 
         student: [n, v] products of hidden states and the head's weight. They are overwritten:
         with need_gradient by the gradient of the total loss in the products, in their own type.
         teacher: [n, v] products; [n, teachers, v] for a `HeadMixture`; [n, bytes] records for a
-        `TopKCodec`; [n] token indices for a `CrossTokenizerTeacher`. token_weights: [n]; the
-        gradient is then that of a cross-entropy with a weight for each token.
+        `TopKCodec`; [n] token indices for a `CrossTokenizerTeacher`.
         """
         ...
 
@@ -160,9 +159,7 @@ class EagerLoss:
     buffers: Buffers
     need_gradient: bool
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, token_weights: Tensor | None
-    ) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor | None, tokens: TokenInputs) -> Tensor:
         """See `LogitLoss`."""
         terms, buffers, rows = self.terms, self.buffers, len(student)
 
@@ -173,40 +170,54 @@ class EagerLoss:
             capped = buffers(1, rows).copy_(logits)
         self._mask(logits, -math.inf)
         log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))
-        ce = -log_q.gather(-1, labels[:, None]).sum()
+        ce = log_q.gather(-1, tokens.labels[:, None])[:, 0].neg_()
 
         # The divergence at the stage's temperature; its gradient takes the place of log q.
-        kd, gradient = ce.new_zeros(()), None
+        kd, gradient = ce.new_zeros(rows), None
         if teacher is not None:
             scaled_log_q = self._at_temperature(logits, log_q)
-            if isinstance(self.teacher_head, TopKCodec):
-                ids, log_p = self.teacher_head.decode(teacher, terms.temperature)
-                value, gradient = truncated_divergence(
-                    ids,
-                    log_p,
-                    scaled_log_q,
-                    terms.name,
-                    self.options,
-                    lambda: buffers(6, rows),
-                    self._need_kd_gradient,
-                )
-            elif isinstance(self.teacher_head, CrossTokenizerTeacher):
-                value, gradient = self._uld(scaled_log_q, teacher, self.teacher_head)
-            else:
-                log_p, free = self._teacher_log_probs(teacher)
-                buffer = lambda i: buffers(6, rows) if i == 2 else (logits, free)[i]  # noqa: E731
-                value = self._divergence(log_p, scaled_log_q, buffer, **self.options)
-                gradient = scaled_log_q if self._need_kd_gradient else None
-            kd = value.sum() * terms.kd_factor
+            kd, gradient = self._divergence_and_gradient(teacher, scaled_log_q, logits)
             if gradient is not None:
-                gradient.mul_((1 - terms.ce_weight) * terms.kd_factor / terms.temperature)
+                factor = (1 - terms.ce_weight) * terms.kd_factor / terms.temperature
+                gradient.mul_(
+                    factor if tokens.weights is None else factor * tokens.weights[:, None]
+                )
 
         # The gradient in the products replaces the student's products.
         if self.need_gradient:
-            gradient = self._add_ce_gradient(gradient, log_q, labels, token_weights)
+            gradient = self._add_ce_gradient(gradient, log_q, tokens)
             self._backward_through_head(gradient, capped)
             student.copy_(gradient)
-        return torch.stack([kd, ce])
+        sums = [kd.sum() * terms.kd_factor, ce.sum()]
+        if tokens.weights is not None:
+            weights = tokens.weights
+            sums += [(kd * weights).sum() * terms.kd_factor, (ce * weights).sum()]
+        return torch.stack(sums)
+
+    def _divergence_and_gradient(
+        self, teacher: Tensor, log_q: Tensor, free: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The divergence of each token [n], and its gradient in the logits whose log-softmax log_q
+        is, None if it is not needed. log_q and `free`, of the same shape, are overwritten.
+        """
+        head, rows = self.teacher_head, len(log_q)
+        if isinstance(head, TopKCodec):
+            ids, log_p = head.decode(teacher, self.terms.temperature)
+            return truncated_divergence(
+                ids,
+                log_p,
+                log_q,
+                self.terms.name,
+                self.options,
+                lambda: self.buffers(6, rows),
+                self._need_kd_gradient,
+            )
+        if isinstance(head, CrossTokenizerTeacher):
+            return self._uld(log_q, teacher, head)
+        log_p, teacher_logits = self._teacher_log_probs(teacher)
+        buffer = lambda i: self.buffers(6, rows) if i == 2 else (free, teacher_logits)[i]  # noqa: E731
+        value = self._divergence(log_p, log_q, buffer, **self.options)
+        return value, log_q if self._need_kd_gradient else None
 
     @cached_property
     def _divergence(self) -> Callable[..., Tensor]:
@@ -262,26 +273,32 @@ class EagerLoss:
     def _uld(
         self, log_q: Tensor, tokens: Tensor, teacher: CrossTokenizerTeacher
     ) -> tuple[Tensor, Tensor | None]:
-        """The ULD loss of the tokens that have a teacher token (index >= 0)."""
+        """The ULD loss of each token; 0 without a teacher token (index -1)."""
         paired = tokens >= 0
         log_p = teacher.log_probs(tokens[paired], self.terms.temperature, log_q.dtype)
-        value, slope = uld_with_gradient(log_p, log_q[paired])
+        paired_value, slope = uld_with_gradient(log_p, log_q[paired])
+        value = log_q.new_zeros(len(tokens)).masked_scatter_(paired, paired_value)
         if not self._need_kd_gradient:
             return value, None
         return value, log_q.zero_().masked_scatter_(paired[:, None], slope)
 
     def _add_ce_gradient(
-        self, gradient: Tensor | None, log_q: Tensor, labels: Tensor, token_weights: Tensor | None
+        self, gradient: Tensor | None, log_q: Tensor, tokens: TokenInputs
     ) -> Tensor:
         """Add the gradient of the cross-entropy (q, minus 1 at the label) times its weight."""
-        ce_weight, token = self.terms.ce_weight, torch.arange(len(labels), device=labels.device)
-        if token_weights is not None:
-            gradient = log_q.exp_().mul_(token_weights[:, None])
-            gradient[token, labels] -= token_weights
-        elif ce_weight > 0:
+        weight, token = (
+            tokens.ce_weight(self.terms.ce_weight),
+            torch.arange(len(log_q), device=log_q.device),
+        )
+        if isinstance(weight, Tensor):
             q = log_q.exp_()
-            gradient = q.mul_(ce_weight) if gradient is None else gradient.add_(q, alpha=ce_weight)
-            gradient[token, labels] -= ce_weight
+            scaled = weight[:, None]
+            gradient = q.mul_(scaled) if gradient is None else gradient.addcmul_(q, scaled)
+            gradient[token, tokens.labels] -= weight
+        elif weight > 0:
+            q = log_q.exp_()
+            gradient = q.mul_(weight) if gradient is None else gradient.add_(q, alpha=weight)
+            gradient[token, tokens.labels] -= weight
         assert gradient is not None, "a loss with ce_weight 0 has a divergence"
         return gradient
 

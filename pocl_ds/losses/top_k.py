@@ -148,8 +148,8 @@ def truncated_divergence(
     buffer: Callable[[], Tensor],
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Sum of the divergence over k ids and "any other" (docs/method.md, eq. 19), and its gradient
-    in the logits whose log-softmax is log_q.
+    """The divergence of each token [n] over k ids and "any other" (docs/method.md, eq. 19), and its
+    gradient in the logits whose log-softmax is log_q.
 
     ids: [n, k]; log_p: [n, k + 1]; log_q: [n, v], which the gradient overwrites; buffer: gives
     memory [n, v].
@@ -160,11 +160,11 @@ def truncated_divergence(
     outcomes = torch.cat([log_q.gather(-1, ids), log_q_other], -1)
     log_p = log_p.to(log_q.dtype)
     if not need_gradient:
-        return DIVERGENCES[name](log_p, outcomes, **options).sum(), None
+        return DIVERGENCES[name](log_p, outcomes, **options), None
     with torch.enable_grad():
         leaf = outcomes.requires_grad_()
-        value = DIVERGENCES[name](log_p, leaf, **options).sum()
-        slope = torch.autograd.grad(value, leaf)[0]
+        value = DIVERGENCES[name](log_p, leaf, **options)
+        slope = torch.autograd.grad(value.sum(), leaf)[0]
     # From outcomes to logits: d log q_i is 1 at i, d log_q_other is q_j / q_other at each other j,
     # and both are less q everywhere.
     gradient = log_q.exp_().mul_(-slope.sum(-1, keepdim=True))

@@ -32,7 +32,7 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 # Chunks begin at any token: without this the kernel would be compiled again for some of them.
-PER_TOKEN = ("labels", "token_weights", "divergences", "cross_entropies")
+PER_TOKEN = ("labels", "kd_weights", "ce_weights", "divergences", "cross_entropies")
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_TOKEN)
@@ -41,7 +41,8 @@ def loss_kernel(
     teacher_products,
     labels,
     masked,
-    token_weights,
+    kd_weights,
+    ce_weights,
     divergences,
     cross_entropies,
     student_stride,
@@ -67,9 +68,9 @@ def loss_kernel(
     """The divergence and the cross-entropy of one token, and the gradient in its products.
 
     student_products, teacher_products: [n, width]; the first `size` columns are ids, the others
-    scratch memory. labels: [n] int64. masked: [width] uint8, or None. token_weights: [n] float32,
-    or None: factors of the cross-entropy's gradient in place of ce_weight. divergences,
-    cross_entropies: [n] float32, written. kd_weight: factor of the divergence's gradient.
+    scratch memory. labels: [n] int64. masked: [width] uint8, or None. divergences,
+    cross_entropies: [n] float32, written. kd_weight, ce_weight: factors of their gradients;
+    kd_weights, ce_weights: [n] float32, one for each token in place of it, or None.
     FORM, ROW_SUM: see `triton_loss.KernelForm`.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -98,8 +99,10 @@ def loss_kernel(
     if masked is not None:
         z_label = tl.where(tl.load(masked + label) == 0, z_label, float("-inf"))
     tl.store(cross_entropies + row, log_s_one - (z_label - top_q))
-    if token_weights is not None:
-        ce_weight = tl.load(token_weights + row)
+    if kd_weights is not None:
+        kd_weight = tl.load(kd_weights + row)
+    if ce_weights is not None:
+        ce_weight = tl.load(ce_weights + row)
 
     # Further reads: the sum of g if it is still missing, then value and gradient.
     targets = (label, kd_weight, ce_weight)

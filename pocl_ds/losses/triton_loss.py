@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import LossTerms, TeacherHead
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -122,7 +123,7 @@ def launch_obstacle(device: torch.device) -> str | None:
         labels = torch.zeros(2, dtype=torch.int64, device=device)
         head = OutputHead(None, None, 1.0, None, ROW_ALIGNMENT)
         TritonLoss(LossTerms("sft"), {}, VocabMap(ROW_ALIGNMENT), head, None, True)(
-            logits, None, labels, None
+            logits, None, TokenInputs(labels)
         )
     except Exception as error:  # compilers, drivers and packages fail in their own ways
         return f"Triton does not run here ({type(error).__name__}: {error})".splitlines()[0]
@@ -161,9 +162,7 @@ class TritonLoss:
     block: int = BLOCK
     warps: int = WARPS
 
-    def __call__(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor, token_weights: Tensor | None
-    ) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor | None, tokens: TokenInputs) -> Tensor:
         """See `LogitLoss`. Columns of `student` beyond its ids, up to `padded_size`, are scratch
         memory if its rows are that far apart.
         """
@@ -175,17 +174,20 @@ class TritonLoss:
             raise ValueError("the logits of a token must be next to each other in memory")
         padded = padded_size(size)
         width = padded if min(side.stride(0) for side in sides) >= padded else size
-        weight_by_token = None if token_weights is None else token_weights.float().contiguous()
-        ce_gradient = self.need_gradient and (weight_by_token is not None or terms.ce_weight > 0)
+        kd_weight = (1.0 - terms.ce_weight) * terms.kd_factor / terms.temperature
+        kd_weights = None if tokens.weights is None else kd_weight * tokens.weights
+        ce_weight = tokens.ce_weight(terms.ce_weight)
+        ce_gradient = self.need_gradient and (isinstance(ce_weight, Tensor) or ce_weight > 0)
         kd_gradient = self.need_gradient and teacher is not None and terms.ce_weight < 1
         values = torch.empty(2, rows, dtype=torch.float32, device=student.device)
         with _current(student.device):
             loss_kernel[(rows,)](
                 student,
                 teacher,
-                labels.contiguous(),
+                tokens.labels.contiguous(),
                 self._masked,
-                weight_by_token,
+                _float32(kd_weights),
+                _float32(ce_weight) if isinstance(ce_weight, Tensor) else None,
                 values[0],
                 values[1],
                 student.stride(0),
@@ -193,15 +195,18 @@ class TritonLoss:
                 size,
                 width,
                 1.0 / terms.temperature,
-                (1.0 - terms.ce_weight) * terms.kd_factor / terms.temperature,
+                kd_weight,
                 float(terms.ce_weight),
                 **self.constants,
                 KD_GRADIENT=kd_gradient,
                 CE_GRADIENT=ce_gradient,
                 num_warps=self.warps,
             )
-        divergence, cross_entropy = values.sum(1).unbind()
-        return torch.stack([divergence * terms.kd_factor, cross_entropy])
+        sums = [values.sum(1)]
+        if tokens.weights is not None:
+            sums.append((values * tokens.weights).sum(1))
+        kd, ce = torch.stack(sums, 1)
+        return torch.stack([kd * terms.kd_factor, ce], 1).flatten()
 
     @cached_property
     def constants(self) -> dict[str, Any]:
@@ -231,6 +236,11 @@ class TritonLoss:
             return None
         padding = padded_size(self.vocab.size) - self.vocab.size
         return torch.nn.functional.pad(masked.to(torch.uint8), (0, padding), value=1)
+
+
+def _float32(values: Tensor | None) -> Tensor | None:
+    """Values as the kernel reads them."""
+    return None if values is None else values.float().contiguous()
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

@@ -109,7 +109,7 @@ class TrainingData:
         """
         batch = collate(dataset, rows, packed=self.layout.packed)
         if sample_weights is not None:
-            batch = replace(batch, sample_weights=torch.from_numpy(sample_weights))  # type: ignore
+            batch = replace(batch, sample_weights=torch.from_numpy(sample_weights))
         if self.teacher_reader:
             with self._reader_lock:
                 batch = self.teacher_reader(dataset, batch)

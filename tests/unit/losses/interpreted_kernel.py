@@ -20,6 +20,7 @@ from pocl_ds.losses import divergence, fused_head
 from pocl_ds.losses.closed_forms import CLOSED_FORMS
 from pocl_ds.losses.divergences import divergence_options
 from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import Buffers, EagerLoss, LossTerms
 from pocl_ds.losses.triton_loss import TritonLoss, padded_size
 from pocl_ds.models.heads import OutputHead
@@ -73,7 +74,7 @@ class Case:
         """Sums, and what the loss leaves in the student's logits."""
         logits = self.student.clone() if logits is None else logits
         teacher = None if self.terms.name == "sft" else self.teacher.clone()
-        return loss(logits, teacher, self.labels, None).double(), logits
+        return loss(logits, teacher, TokenInputs(self.labels)).double(), logits
 
     def in_triton(self, **settings: Any) -> tuple[Tensor, Tensor]:
         return self.run(TritonLoss(*self.arguments(), True, block=BLOCK, warps=1, **settings))
@@ -195,13 +196,33 @@ def test_padded_rows_and_weights_of_tokens() -> None:
     padded[:, : case.size] = case.student
     logits = padded[:, : case.size]
     loss = TritonLoss(*case.arguments(), True, block=BLOCK)
-    loss(logits, None, case.labels, weights)
+    loss(logits, None, TokenInputs(case.labels, span_weights=weights))
     leaf = case.student.double().requires_grad_()
     assert case.masked is not None
     log_q = leaf.masked_fill(case.masked, -torch.inf).log_softmax(-1)
     (weights.double() * -log_q[torch.arange(2), case.labels]).sum().backward()
     assert leaf.grad is not None
     assert torch.allclose(logits.double(), leaf.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sft", *CLOSED_FORMS])
+def test_weights_of_tokens_multiply_value_and_gradient(name: str) -> None:
+    case = example(name, torch.float32, rows=3)
+    weights = torch.tensor([0.0, 2.5, 1.0])
+    loss = TritonLoss(*case.arguments(), True, block=BLOCK)
+    teacher, logits = None if name == "sft" else case.teacher.clone(), case.student.clone()
+    sums = loss(logits, teacher, TokenInputs(case.labels, weights))
+    plain_sums, plain = case.in_triton()
+    assert torch.equal(sums[:2].double(), plain_sums)
+    assert torch.allclose(logits, weights[:, None] * plain, rtol=1e-5, atol=1e-7)
+    assert (logits[0] == 0).all()
+    parts = [
+        replace(case, student=side, teacher=other, labels=label).in_triton()[0]
+        for side, other, label in zip(
+            *(side.split(1) for side in (case.student, case.teacher, case.labels)), strict=True
+        )
+    ]
+    assert torch.allclose(sums[2:].double(), weights.double() @ torch.stack(parts), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "chunk_bytes"), [("srkl", 2000), ("rkl", 1 << 20)])

@@ -5,6 +5,8 @@ autograd.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,10 +105,10 @@ def direct_uld(case: Case, temperature: float, pairing: list[tuple[int, int]]) -
     return total
 
 
-def direct_alm(case: Case, temperature: float) -> Tensor:
+def direct_alm(case: Case, temperature: float, spans: Iterable[int] = range(5)) -> Tensor:
     student, teacher = (side.log_softmax(-1) for side in case.logits())
     total = torch.zeros((), dtype=torch.float64)
-    for span in range(case.translated.num_spans):
+    for span in spans:
         q = p = torch.zeros((), dtype=torch.float64)
         for token in range(len(STUDENT_SPANS)):
             q = q + student[token, case.labels[token]] if STUDENT_SPANS[token] == span else q
@@ -172,6 +174,42 @@ def test_the_module_compares_a_translated_batch_with_the_teachers_own_tokens(
     assert torch.equal(
         torch.stack(actual), torch.stack(case.actual(terms, by_position=bool(options)))
     )
+
+
+@pytest.mark.parametrize("name", ["uld", "alm"])
+@pytest.mark.parametrize("sft_ratio", [0.0, 0.3])
+def test_weights_of_samples(name: str, sft_ratio: float) -> None:
+    """The total carries them, the logged sums do not; samples 0 and 1 have 6 and 2 tokens."""
+    case, weights = Case(), (0.5, 3.0)
+    pairs = ([(0, 0), (2, 1), (3, 4), (5, 5)], [(6, 7)])
+    ce = torch.nn.functional.cross_entropy(case.logits()[0], case.labels, reduction="none")
+    ces = [ce[SAMPLES[0] == sample].sum() for sample in range(2)]
+    kds = [
+        1.7**2
+        * (
+            direct_alm(case, 1.7, (range(4), [4])[sample])
+            if name == "alm"
+            else direct_uld(case, 1.7, pairs[sample])
+        )
+        for sample in range(2)
+    ]
+    expected = sum(
+        weight * (sft_ratio * ce + (1 - sft_ratio) * kd)
+        for weight, kd, ce in zip(weights, kds, ces, strict=True)
+    )
+    module = LossHead(
+        case.student, VocabMap(20, case.ids.masked, teacher_masked=case.teacher_ids.masked), 1 << 20
+    )
+    batch, terms = replace(case.batch, sample_weights=torch.tensor(weights)), LossTerms(name, 1.7)
+    terms = replace(terms, sft_ratio=sft_ratio)
+    actual = module(case.hidden, batch, terms, case.teacher_hidden, case.teacher)
+    expected_gradients, gradients = (
+        torch.autograd.grad(total, case.leaves) for total in (expected, actual[0])
+    )
+    for value, reference in zip(
+        (*actual, *gradients), (expected, sum(kds), sum(ces), *expected_gradients), strict=True
+    ):
+        assert torch.allclose(value, reference.detach(), rtol=1e-9, atol=1e-10)  # type: ignore[union-attr]
 
 
 def test_equal_distributions_have_no_distance_in_any_order_of_ids() -> None:
