@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pocl_ds.config import TrainConfig
-from pocl_ds.curriculum.plan import single_stage_plan
+from pocl_ds.curriculum.plan import build_plan, single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.data.batches import collate
 from pocl_ds.data.split_writer import save_split
@@ -158,3 +158,36 @@ def test_a_prefetcher_makes_no_more_than_its_depth() -> None:
     prefetcher.close()
     assert made in ([0], [0, 1], [0, 1, 2])
     assert list(Prefetcher(iter("abc"))) == ["a", "b", "c"]
+
+
+def test_batches_of_a_stage_are_made_after_its_ranking(tmp_path: Path) -> None:
+    """A stage that the student ranks may get another order until its first step; nothing is made
+    ahead of that. Its weights reach the batches.
+    """
+    batches = make(tmp_path, OffPolicy())
+    plan = build_plan(np.arange(SAMPLES), num_subsets=2, epochs_per_stage=2, batch_size=4)
+    sampler = Sampler(plan, 3)
+    schedule = TrainingSchedule(plan, sampler, TrainConfig(), first_ranked_stage=1)
+    batches.schedule, batches.data.micro_batch_size = schedule, 2
+    first_stage = plan.stages[0].steps
+    weights = np.linspace(0, 1, SAMPLES, dtype=np.float32)
+    for step in range(plan.total_steps):
+        position = sampler.position(step)
+        end = first_stage if step < first_stage else plan.total_steps
+        assert schedule.known_until(position) == end
+        assert schedule.starts_ranked_stage(position) == (step == first_stage)
+        if step == first_stage:
+            # An order from hard to easy without sample 0, whose weight is 0.
+            sampler.replace_stage(plan.with_order(1, np.arange(SAMPLES)[::-1], weights))
+        selected = batches.select(position)
+        assert sorted(selected.rows) == sorted(sampler.batch(step))
+        for batch in batches.micro_batches(selected):
+            if step < first_stage:
+                assert batch.sample_weights is None
+            else:
+                assert 0 not in batch.rows and batch.sample_weights is not None
+                expected_weights = weights[list(batch.rows)] / weights[1:].mean(dtype=np.float64)
+                np.testing.assert_allclose(batch.sample_weights.numpy(), expected_weights)
+        ahead = batches.plan_ahead(position)
+        assert (ahead is not None) == (step + STEPS_AHEAD < end)
+    batches.close()
