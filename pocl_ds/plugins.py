@@ -1,14 +1,20 @@
-"""Decorators that register divergences, metrics, ranking strategies, sample weights, measures of
-difficulty and policies.
+"""Decorators that register divergences, token rules, metrics, ranking strategies, sample weights,
+measures of difficulty and policies.
 
 A recipe lists the modules that use them in `plugins`.
 
     from pocl_ds import plugins
+    from pocl_ds.losses import TokenFactors
 
     # loss.name=squares, loss.options.weight
     @plugins.divergence("squares", weight=0.5)
     def squares(log_p, log_q, *, weight):
         return weight * (log_p.exp() - log_q.exp()).square().sum(-1)
+
+    # loss.token_rule.name=wrong_answers: tokens whose label the student finds improbable
+    @plugins.token_rule("wrong_answers", below=0.5)
+    def wrong_answers(signals, *, below):
+        return TokenFactors(weight=(signals.student_label_prob < below).float())
 
     # score.metrics=[length] and ranking.strategy=length: a smaller number is easier
     @plugins.metric("length")
@@ -59,6 +65,21 @@ def divergence(name: str, **options: float | bool) -> Callable[[Registered], Reg
 
     return _register(
         "divergence", name, DIVERGENCES, lambda: registry.LOSSES.__setitem__(name, options)
+    )
+
+
+def token_rule(name: str, **options: float | bool) -> Callable[[Registered], Registered]:
+    """Register a rule for `loss.token_rule.name`.
+
+    The function maps `losses.TokenSignals` of n tokens, and the options as keywords, to
+    `TokenFactors`: a factor of the temperature, greater than 0, and a weight of the divergence, at
+    least 0, each [n] or None. They are constants for the gradient. options: their names and
+    defaults. Raises RecipeError for a name that is in use.
+    """
+    from pocl_ds.losses.token_rules import TOKEN_RULES
+
+    return _register(
+        "token rule", name, TOKEN_RULES, lambda: registry.TOKEN_RULES.__setitem__(name, options)
     )
 
 

@@ -1,5 +1,5 @@
-"""Time and extra memory of output head and divergence alone: this package, plain full logits, and
-Liger's chunked loss if it is installed.
+"""Time and extra memory of output head and divergence alone: this package without and with a token
+rule, plain full logits, and Liger's chunked loss if it is installed.
 
 Forward and backward from hidden states to the gradients of hidden states and head, forward KL at
 temperature 1. Contenders take turns in one process. Extra memory is the peak above what was
@@ -26,6 +26,7 @@ from pocl_ds.bench.peak_memory import peak_bytes, reset_peak
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.losses.token_rules import TokenRule
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime.distributed import device
@@ -113,6 +114,8 @@ def run(
 def contenders() -> dict[str, Contender]:
     """The contenders by name; Liger only if it is installed."""
     available: dict[str, Contender] = {"pocl": _fused, "plain full logits": _plain}
+    # The loss with a rule is another one: its row shows the cost of temperatures by token.
+    available["pocl, adakd"] = partial(_fused, rule=TokenRule.of("adakd", {"threshold": 0.2}))
     liger = _liger()
     if liger:
         available["Liger chunked JSD"] = liger
@@ -151,13 +154,14 @@ def _fused(
     teacher_weight: nn.Parameter,
     labels: Tensor,
     chunk_bytes: int | None = None,
+    rule: TokenRule | None = None,
 ) -> Tensor:
     budget = {} if chunk_bytes is None else {"chunk_bytes": chunk_bytes}
     total, *_ = loss_sums(
         hidden,
         OutputHead(weight, None, 1.0, None),
         labels,
-        LossTerms("fkl"),
+        LossTerms("fkl", token_rule=rule),
         vocab=VocabMap(len(weight)),
         teacher_hidden=teacher_hidden,
         teacher_head=OutputHead(teacher_weight, None, 1.0, None),

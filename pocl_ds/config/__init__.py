@@ -17,7 +17,7 @@ from pocl_ds.config.evaluation import BenchmarkConfig, EvaluateConfig, JudgeConf
 from pocl_ds.config.export import ExportConfig
 from pocl_ds.config.generation import GenerationConfig
 from pocl_ds.config.launch import LaunchConfig
-from pocl_ds.config.loss import LossConfig
+from pocl_ds.config.loss import LossConfig, TokenRuleConfig
 from pocl_ds.config.models import (
     EnsembleTeacherConfig,
     LoraConfig,
@@ -73,6 +73,7 @@ __all__ = [
     "StudentConfig",
     "TeacherCacheConfig",
     "TeacherConfig",
+    "TokenRuleConfig",
     "TrackingConfig",
     "TrainConfig",
     "semantic_fields",

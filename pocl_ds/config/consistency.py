@@ -9,7 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, FILE_STRATEGY, LOSSES
+from pocl_ds.config.registry import (
+    CROSS_TOKENIZER_LOSSES,
+    FILE_STRATEGY,
+    LOSSES,
+    TOKEN_RULES,
+)
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -20,12 +25,20 @@ if TYPE_CHECKING:
 # number.
 UNIT_INTERVAL_OPTIONS = {"jsd": ("beta",), "skl": ("skew",), "srkl": ("skew",), "akl": ("mu",)}
 
+# Ranges of the options of built-in token rules. They bound exp(strength), and centers divide.
+TOKEN_RULE_RANGES = {
+    "adakd": {"strength": (-5.0, 5.0), "center": (0.001, 1.0), "threshold": (0.0, 1.0)},
+    "entropy_weight": {"strength": (-5.0, 5.0), "center": (0.001, 100.0)},
+    "position_decay": {"end_weight": (0.0, 1.0)},
+}
+
 
 def check_consistency(recipe: Recipe) -> None:
     """Raise ValueError if fields of different sections contradict each other."""
     _check_batches(recipe)
     _check_training(recipe)
     _check_loss_options(recipe)
+    _check_token_rule(recipe)
     _check_writers(recipe)
     _check_teacher(recipe)
     _check_teacher_mode(recipe)
@@ -173,13 +186,54 @@ def _check_loss_options(recipe: Recipe) -> None:
         named[f"loss.by_writer.{writer}"] = divergence
     for field, divergence in named.items():
         name, defaults = divergence.name, LOSSES[divergence.name]
-        for option, value in divergence.options.items():
-            is_flag = isinstance(defaults[option], bool)
-            if isinstance(value, bool) is not is_flag:
-                expected = "true or false" if is_flag else "a number"
-                raise ValueError(f"{field}.options.{option}={value} of {name} must be {expected}")
+        _check_option_types(field, name, divergence.options, defaults)
         if problem := option_problem(name, {**defaults, **divergence.options}):
             raise ValueError(f"{field}.options of {problem}")
+
+
+def _check_option_types(
+    field: str, name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Whether each option is a flag or a number, as its default is."""
+    for option, value in options.items():
+        is_flag = isinstance(defaults[option], bool)
+        if isinstance(value, bool) is not is_flag:
+            expected = "true or false" if is_flag else "a number"
+            raise ValueError(f"{field}.options.{option}={value} of {name} must be {expected}")
+
+
+def token_rule_problem(name: str, options: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of a token rule's options; None if nothing is."""
+    for option, value in options.items():
+        if not math.isfinite(value):
+            return f"{name}: {option}={value:g} must be a finite number"
+        low, high = TOKEN_RULE_RANGES.get(name, {}).get(option, (-math.inf, math.inf))
+        if not low <= value <= high:
+            return f"{name}: {option}={value:g} must be between {low:g} and {high:g}"
+    return None
+
+
+def _check_token_rule(recipe: Recipe) -> None:
+    """Options of the token rule, and losses and teachers that a rule cannot work with."""
+    rule, loss = recipe.loss.token_rule, recipe.loss.name
+    if rule is None:
+        return
+    defaults = TOKEN_RULES[rule.name]
+    _check_option_types("loss.token_rule", rule.name, rule.options, defaults)
+    if problem := token_rule_problem(rule.name, {**defaults, **rule.options}):
+        raise ValueError(f"loss.token_rule.options of {problem}")
+    if loss == "sft" or loss in CROSS_TOKENIZER_LOSSES:
+        raise ValueError(
+            "loss.token_rule compares teacher and student over one vocabulary, and "
+            f"loss.name={loss} does not: remove loss.token_rule, or choose a divergence such as fkl"
+        )
+    mode = "online" if recipe.teacher is None else recipe.teacher.mode
+    if mode in ("cached_topk", "auto"):
+        may = "caches" if mode == "cached_topk" else "may cache"
+        raise ValueError(
+            f"loss.token_rule needs the teacher at the temperature of each token, and teacher.mode="
+            f"{mode} {may} it at those of the stages only: set it to cached_hidden_states or online"
+        )
 
 
 def _check_writers(recipe: Recipe) -> None:

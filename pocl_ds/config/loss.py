@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from pocl_ds.config.base import RUNTIME_ONLY, Float, Section
-from pocl_ds.config.registry import LOSSES
+from pocl_ds.config.registry import LOSSES, TOKEN_RULES
 from pocl_ds.errors import did_you_mean
 
-_OPTIONS = "; ".join(
-    f"`{name}`: {', '.join(options)}" for name, options in LOSSES.items() if options
-)
+
+def _options_by_name(registry: Mapping[str, Mapping[str, float | bool]]) -> str:
+    return "; ".join(
+        f"`{name}`: {', '.join(options)}" for name, options in registry.items() if options
+    )
+
+
+def _check_names(
+    kind: str,
+    name: str,
+    options: Mapping[str, float | bool],
+    registry: Mapping[str, Mapping[str, float | bool]],
+) -> None:
+    """Raise ValueError for a name or an option that is not in the registry."""
+    if name not in registry:
+        raise ValueError(f"there is no {kind} {name!r}: {did_you_mean(name, registry)}")
+    for option in options:
+        if option not in registry[name]:
+            known = ", ".join(registry[name])
+            remedy = f"it has {known}" if known else "it has no options"
+            raise ValueError(f"{name} has no option {option!r}: {remedy}")
 
 
 Writer = Literal["data", "student", "teacher"]  # who wrote the responses of an optimizer step
@@ -28,18 +47,31 @@ class DivergenceConfig(Section):
         "different tokenizers. Plugins can register more.",
     )
     options: dict[str, float | bool] = Field(
-        default_factory=dict, description=f"Options of the divergence. {_OPTIONS}."
+        default_factory=dict, description=f"Options of the divergence. {_options_by_name(LOSSES)}."
     )
 
     @model_validator(mode="after")
-    def _check_names(self) -> DivergenceConfig:
-        if self.name not in LOSSES:
-            raise ValueError(f"there is no loss {self.name!r}: {did_you_mean(self.name, LOSSES)}")
-        for option in self.options:
-            if option not in LOSSES[self.name]:
-                known = ", ".join(LOSSES[self.name])
-                remedy = f"it has {known}" if known else "it has no options"
-                raise ValueError(f"{self.name} has no option {option!r}: {remedy}")
+    def _check_name_and_options(self) -> DivergenceConfig:
+        _check_names("loss", self.name, self.options, LOSSES)
+        return self
+
+
+class TokenRuleConfig(Section):
+    """A rule for the temperature and the weight of each token, with its options (docs/method.md,
+    eq. 29 to 31).
+    """
+
+    name: str = Field(
+        description=f"Rule: {', '.join(f'`{name}`' for name in TOKEN_RULES)}. Plugins can register "
+        "more."
+    )
+    options: dict[str, float | bool] = Field(
+        default_factory=dict, description=f"Options of the rule. {_options_by_name(TOKEN_RULES)}."
+    )
+
+    @model_validator(mode="after")
+    def _check_name_and_options(self) -> TokenRuleConfig:
+        _check_names("token rule", self.name, self.options, TOKEN_RULES)
         return self
 
 
@@ -56,6 +88,12 @@ class LossConfig(DivergenceConfig):
         description="Other divergences, with `name` and `options`, for the optimizer steps whose "
         "responses the `student` or the `teacher` wrote, as in DistiLLM-2 (arXiv 2503.07067). "
         "Steps of a writer that is not named, and of the data, use `loss.name`.",
+    )
+    token_rule: TokenRuleConfig | None = Field(
+        None,
+        description="Gives each token its own factor of the temperature, and of the divergence, by "
+        "what teacher and student predict for it. `null`: all tokens are alike. Validation has no "
+        "rule.",
     )
     fused: bool = Field(
         True,

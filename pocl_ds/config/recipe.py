@@ -40,8 +40,8 @@ class Recipe(Section):
     )
     plugins: tuple[str, ...] = Field(
         (),
-        description="Python modules that register divergences, metrics, ranking strategies, sample "
-        "weights, measures of difficulty or policies through `pocl_ds.plugins`.",
+        description="Python modules that register divergences, token rules, metrics, ranking "
+        "strategies, sample weights, measures of difficulty or policies through `pocl_ds.plugins`.",
     )
     description: str = Field(
         "",

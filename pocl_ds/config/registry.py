@@ -23,6 +23,13 @@ LOSSES: dict[str, dict[str, float | bool]] = {
 }
 # Losses between different tokenizers.
 CROSS_TOKENIZER_LOSSES = ("uld", "alm")
+# Rules for the temperature and weight of each token (docs/method.md, eq. 29 to 31): name -> options
+# with their defaults. The functions are in `losses/token_rules.py`.
+TOKEN_RULES: dict[str, dict[str, float | bool]] = {
+    "adakd": {"strength": 0.5, "center": 0.5, "threshold": 0.0},
+    "entropy_weight": {"strength": 0.5, "center": 1.0},
+    "position_decay": {"end_weight": 0.5},
+}
 
 # Policies (`rollouts/policies.py`): name -> whether the student generates responses in training.
 POLICIES: dict[str, bool] = {

@@ -6,6 +6,8 @@
 including divergences that plugins register. - `fused_linear_distillation_loss`,
 `FusedLinearDistillationLoss`: output head and loss in one, without
   the full logits.
+- `TokenSignals`, `TokenFactors`: what a rule for the temperature and the weight of each token reads
+  and returns.
 
 Importing this package loads torch, but neither transformers nor deepspeed nor vllm. Arguments and
 reductions are described in `pocl_ds.losses.functional`.
@@ -28,9 +30,12 @@ from pocl_ds.losses.fused_linear import (
     FusedLinearDistillationLoss,
     fused_linear_distillation_loss,
 )
+from pocl_ds.losses.token_rules import TokenFactors, TokenSignals
 
 __all__ = [
     "FusedLinearDistillationLoss",
+    "TokenFactors",
+    "TokenSignals",
     "ab",
     "akl",
     "alm",

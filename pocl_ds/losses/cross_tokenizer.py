@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pocl_ds.data.batches import Batch, TeacherView
 from pocl_ds.losses.divergences import compute_dtype
+from pocl_ds.losses.token_inputs import place_in_sample
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
@@ -53,7 +54,7 @@ def paired_teacher_tokens(batch: Batch, view: TeacherView, *, by_position: bool)
     """
     if by_position:
         samples, teacher_samples = batch.sample_of_token, view.batch.sample_of_token
-        places, teacher_places = _place_in_sample(samples), _place_in_sample(teacher_samples)
+        places, teacher_places = place_in_sample(samples), place_in_sample(teacher_samples)
         width = max(len(batch.labels), len(view.batch.labels)) + 1
         index = samples.new_full((len(batch.rows) * width + 1,), -1)
         teacher_tokens = torch.arange(len(teacher_samples), device=teacher_samples.device)
@@ -175,12 +176,3 @@ def _starts_span(spans: Tensor) -> Tensor:
     """[n] bool: whether a token is the first of its span."""
     previous = torch.cat([spans.new_full((1,), -1), spans[:-1]])
     return (spans >= 0) & (spans != previous)
-
-
-def _place_in_sample(samples: Tensor) -> Tensor:
-    """[n]: the index of each loss token among those of its sample."""
-    if not len(samples):
-        return torch.arange(0, device=samples.device)
-    index = torch.arange(len(samples), device=samples.device)
-    is_start = torch.cat([samples.new_full((1,), -1), samples[:-1]]) != samples
-    return index - torch.cummax(torch.where(is_start, index, 0), 0).values

@@ -128,11 +128,13 @@ def loss_sums(
     sample of each token, in order; None: all are of one sample. sample_weights: [B], factors of
     the samples' losses in the total; the divergence and the cross-entropy stay without them.
 
-    Raises RecipeError if chunk_bytes does not hold one row, if a divergence has no teacher, or for
-    weights without one number per sample.
+    Raises RecipeError if chunk_bytes does not hold one row, if a divergence has no teacher, for
+    weights without one number per sample, or for a token rule without the teacher's logits; and
+    NumericalError for a plugin's rule whose factors are invalid.
     """
+    dtype, with_position = compute_dtype(hidden.dtype), terms.token_rule is not None
     tokens = TokenInputs.of_samples(
-        labels, sample_of_token, sample_weights, compute_dtype(hidden.dtype)
+        labels, sample_of_token, sample_weights, dtype, with_position=with_position
     )
     inputs = FusedLossInputs.of(
         hidden, head, tokens, terms, vocab, teacher_hidden, teacher_head, chunk_bytes
@@ -202,7 +204,11 @@ class LossHead(nn.Module):
             by_position = bool(terms.options.get("by_position"))
             teacher_hidden = paired_teacher_tokens(batch, view, by_position=by_position)
         tokens = TokenInputs.of_samples(
-            batch.labels, batch.sample_of_token, batch.sample_weights, compute_dtype(hidden.dtype)
+            batch.labels,
+            batch.sample_of_token,
+            batch.sample_weights,
+            compute_dtype(hidden.dtype),
+            with_position=terms.token_rule is not None,
         )
         # The head is assembled here: ZeRO-3 has gathered its parameters only within this forward.
         inputs = FusedLossInputs.of(
@@ -253,6 +259,11 @@ class FusedLossInputs:
         options = divergence_options(terms.name, terms.options)
         if terms.name != "sft" and teacher_head is None:
             raise RecipeError(f"loss.name={terms.name} needs a teacher")
+        if terms.token_rule and not isinstance(teacher_head, (OutputHead, HeadMixture)):
+            raise RecipeError(
+                f"the token rule {terms.token_rule.name} needs the logits of teachers with the "
+                f"student's tokens, which loss.name={terms.name} with this teacher does not give"
+            )
         # ALM becomes a weighted cross-entropy, which needs no teacher in the chunks.
         in_spans = terms.name == "alm" and isinstance(teacher_head, CrossTokenizerTeacher)
         chunk_head = None if terms.name == "sft" or in_spans else teacher_head
@@ -344,6 +355,7 @@ class FusedHeadLoss(torch.autograd.Function):
     ) -> LossSums:
         """Loss sums over n tokens; the gradients stay in ctx until the backward pass."""
         tokens, spans, size = inputs.tokens, inputs.spans, inputs.vocab.size
+        rule, ce_weight = inputs.terms.token_rule, inputs.terms.ce_weight
         dtype, rows = compute_dtype(hidden.dtype), even_chunk(len(tokens), inputs.sizes.chunk)
 
         # Memory that all chunks share: gradients, products of both heads, buffers of the blocks.
@@ -355,7 +367,7 @@ class FusedHeadLoss(torch.autograd.Function):
         teacher_products = TeacherProducts(inputs.teacher_head, inputs.vocab, rows, stride, hidden)
         logit_loss = inputs.logit_loss(block_size, dtype, need_gradient=any(needs_grad))
 
-        sums = hidden.new_zeros(2 if tokens.weights is None else 4, dtype=dtype)
+        sums = hidden.new_zeros(inputs.terms.num_sums(tokens), dtype=dtype)
         for chunk in (slice(i, i + rows) for i in range(0, len(tokens), rows)):
             # The products of this chunk's hidden states with the student's and the teacher's head.
             student = inputs.head.product(hidden[chunk], size, out=products[: len(hidden[chunk])])
@@ -377,9 +389,11 @@ class FusedHeadLoss(torch.autograd.Function):
         ctx.types = tuple(None if part is None else part.dtype for part in (hidden, weight, bias))
         if spans is not None:
             sums[::2] = spans.kd[: len(sums) // 2]
-        kd, ce, ce_weight = sums[0].clone(), sums[1].clone(), inputs.terms.ce_weight
-        # The last two sums are those with weights.
-        total = ce_weight * sums[-1] + (1 - ce_weight) * sums[-2]
+        if rule is not None and rule.is_checked:
+            rule.raise_invalid(sums[4:])
+        kd, ce = sums[0].clone(), sums[1].clone()
+        weighted_kd, weighted_ce = sums[:2] if len(sums) == 2 else sums[2:4]
+        total = ce_weight * weighted_ce + (1 - ce_weight) * weighted_kd
         ctx.mark_non_differentiable(kd, ce)
         return total, kd, ce
 

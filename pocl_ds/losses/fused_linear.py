@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pocl_ds.losses.divergences import divergence_options
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.losses.token_rules import TokenRule
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
@@ -31,6 +32,8 @@ def fused_linear_distillation_loss(
     temperature: float = 1.0,
     sft_ratio: float = 0.0,
     scale_by_temperature_squared: bool = True,
+    token_rule: str | None = None,
+    token_rule_options: dict[str, Any] | None = None,
     ignore_index: int = -100,
     reduction: Literal["mean", "sum"] = "mean",
     chunk_memory_mb: float = 512,
@@ -47,12 +50,14 @@ def fused_linear_distillation_loss(
     count. Its last dimension holds the tokens of one sample. sample_weights: a factor of each
     sample's loss, [B] for true_labels [B, T]; the mean still divides by the number of tokens.
 
-    divergence and options: see `pocl_ds.losses.divergence`. reduction: mean or sum over the
-    tokens that count. chunk_memory_mb: memory for logits and buffers; more is faster. Gradients
-    are computed in the forward pass, so that the result allows one backward pass.
+    divergence and options: see `pocl_ds.losses.divergence`. token_rule and token_rule_options: a
+    rule for the temperature and the weight of each token; see `losses.token_rules`. reduction: mean
+    or sum over the tokens that count. chunk_memory_mb: memory for logits and buffers; more is
+    faster. Gradients are computed in the forward pass, so that the result allows one backward pass.
 
-    Raises RecipeError for an unknown divergence or option, a value out of range, weights without
-    one number per sample, or a memory budget that does not hold one token.
+    Raises RecipeError for an unknown divergence, rule or option, a value out of range, weights
+    without one number per sample, or a memory budget that does not hold one token; NumericalError
+    for a plugin's rule whose factors are invalid.
     """
     if (teacher_input is None) != (teacher_weight is None):
         raise ValueError("give both teacher_input and teacher_weight, or neither")
@@ -72,7 +77,14 @@ def fused_linear_distillation_loss(
         student_input[counts],
         OutputHead(student_weight, student_bias, 1.0, None),
         labels,
-        LossTerms(divergence, temperature, sft_ratio, scale_by_temperature_squared, options),
+        LossTerms(
+            divergence,
+            temperature,
+            sft_ratio,
+            scale_by_temperature_squared,
+            options,
+            None if token_rule is None else TokenRule.of(token_rule, token_rule_options or {}),
+        ),
         vocab=VocabMap(ids),
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
@@ -93,7 +105,7 @@ class FusedLinearDistillationLoss(nn.Module):
     """`fused_linear_distillation_loss` with its settings fixed at construction.
 
     It has no parameters: forward gets the heads' weights. Raises RecipeError for an unknown
-    divergence or option, or a value out of range.
+    divergence, rule or option, or a value out of range.
     """
 
     def __init__(
@@ -103,6 +115,8 @@ class FusedLinearDistillationLoss(nn.Module):
         temperature: float = 1.0,
         sft_ratio: float = 0.0,
         scale_by_temperature_squared: bool = True,
+        token_rule: str | None = None,
+        token_rule_options: dict[str, Any] | None = None,
         ignore_index: int = -100,
         reduction: Literal["mean", "sum"] = "mean",
         chunk_memory_mb: float = 512,
@@ -112,6 +126,9 @@ class FusedLinearDistillationLoss(nn.Module):
         self.divergence, self.options = divergence, divergence_options(divergence, options)
         self.temperature, self.sft_ratio = temperature, sft_ratio
         self.scale_by_temperature_squared = scale_by_temperature_squared
+        self.token_rule, self.token_rule_options = token_rule, token_rule_options or {}
+        if token_rule is not None:
+            self.token_rule_options = TokenRule.of(token_rule, self.token_rule_options).options
         self.ignore_index, self.reduction = ignore_index, reduction
         self.chunk_memory_mb = chunk_memory_mb
 
@@ -141,6 +158,8 @@ class FusedLinearDistillationLoss(nn.Module):
             temperature=self.temperature,
             sft_ratio=self.sft_ratio,
             scale_by_temperature_squared=self.scale_by_temperature_squared,
+            token_rule=self.token_rule,
+            token_rule_options=self.token_rule_options,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             chunk_memory_mb=self.chunk_memory_mb,

@@ -23,6 +23,9 @@ from pocl_ds.losses.closed_forms import CLOSED_FORMS
 from pocl_ds.losses.cross_tokenizer import CrossTokenizerTeacher, uld_with_gradient
 from pocl_ds.losses.divergences import DIVERGENCES, MASKED
 from pocl_ds.losses.token_inputs import TokenInputs
+from pocl_ds.losses.token_rules import TokenRule
+from pocl_ds.losses.token_scale import TokenScale
+from pocl_ds.losses.token_signals import LogProbSignals
 from pocl_ds.losses.top_k import TopKCodec, truncated_divergence
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -43,6 +46,9 @@ TeacherHead: TypeAlias = OutputHead | HeadMixture | TopKCodec | CrossTokenizerTe
 class LossTerms:
     """The loss of one optimizer step: sft_ratio CE + (1 - sft_ratio) temperature^2 D
     (docs/method.md, eq. 9).
+
+    options: of the divergence. token_rule: temperature and weight of each token; None: all tokens
+    are alike.
     """
 
     name: str
@@ -50,6 +56,7 @@ class LossTerms:
     sft_ratio: float = 0.0
     scale_by_temperature_squared: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    token_rule: TokenRule | None = None
 
     @property
     def ce_weight(self) -> float:
@@ -60,6 +67,12 @@ class LossTerms:
     def kd_factor(self) -> float:
         """Factor of the divergence: temperature^2 unless the recipe turns it off."""
         return self.temperature**2 if self.scale_by_temperature_squared else 1.0
+
+    def num_sums(self, tokens: TokenInputs) -> int:
+        """The number of sums that a `LogitLoss` returns for these tokens."""
+        if self.token_rule is not None:
+            return 6 if self.token_rule.is_checked else 4
+        return 2 if tokens.weights is None else 4
 
 
 def row_bytes(name: str, size: int, dtype: torch.dtype) -> int:
@@ -132,8 +145,9 @@ class LogitLoss(Protocol):
     """
 
     def __call__(self, student: Tensor, teacher: Tensor | None, tokens: TokenInputs) -> Tensor:
-        """Sums over n tokens of the divergence (times `kd_factor`) and of the cross-entropy: [2].
-        Tokens with weights: [4], the same sums and then those of weight times each.
+        """Sums over n tokens [`num_sums`]: of the divergence (times temperature^2, see
+        `kd_factor`) and of the cross-entropy. If tokens have weights or a rule, the same two sums
+        with weights follow; if the rule is a plugin's, then the numbers of `count_invalid`.
 
         student: [n, v] products of hidden states and the head's weight. They are overwritten:
         with need_gradient by the gradient of the total loss in the products, in their own type.
@@ -172,33 +186,40 @@ class EagerLoss:
         log_q = torch.log_softmax(logits, -1, out=buffers(2, rows))
         ce = log_q.gather(-1, tokens.labels[:, None])[:, 0].neg_()
 
-        # The divergence at the stage's temperature; its gradient takes the place of log q.
-        kd, gradient = ce.new_zeros(rows), None
+        # The divergence at its temperature; its gradient takes the place of log q.
+        kd, gradient, signals = ce.new_zeros(rows), None, None
+        if teacher is not None and terms.token_rule is not None:
+            signals = self._signals(teacher, log_q, tokens)
+        scale = TokenScale.of(terms, tokens, signals, ce)
         if teacher is not None:
-            scaled_log_q = self._at_temperature(logits, log_q)
-            kd, gradient = self._divergence_and_gradient(teacher, scaled_log_q, logits)
+            temperature = _by_row(scale.temperature)
+            scaled_log_q = self._at_temperature(logits, log_q, temperature)
+            kd, gradient = self._divergence_and_gradient(teacher, scaled_log_q, logits, temperature)
             if gradient is not None:
-                factor = (1 - terms.ce_weight) * terms.kd_factor / terms.temperature
-                gradient.mul_(
-                    factor if tokens.weights is None else factor * tokens.weights[:, None]
-                )
+                gradient.mul_(_by_row(scale.gradient_factor(terms)))
 
         # The gradient in the products replaces the student's products.
         if self.need_gradient:
             gradient = self._add_ce_gradient(gradient, log_q, tokens)
             self._backward_through_head(gradient, capped)
             student.copy_(gradient)
-        sums = [kd.sum() * terms.kd_factor, ce.sum()]
-        if tokens.weights is not None:
-            weights = tokens.weights
-            sums += [(kd * weights).sum() * terms.kd_factor, (ce * weights).sum()]
-        return torch.stack(sums)
+        return scale.sums(torch.stack([kd, ce]), tokens, terms.num_sums(tokens))
+
+    def _signals(self, teacher: Tensor, log_q: Tensor, tokens: TokenInputs) -> LogProbSignals:
+        """What a token rule reads. Masked ids of log_q become MASKED."""
+        log_p = lambda: self._teacher_log_probs(teacher, 1.0, keep_products=True)[0]  # noqa: E731
+        buffer = lambda i: self.buffers(5 + i, len(log_q))  # noqa: E731
+        assert tokens.position is not None
+        return LogProbSignals(
+            log_p, self._mask(log_q, MASKED), tokens.labels, tokens.position, buffer
+        )
 
     def _divergence_and_gradient(
-        self, teacher: Tensor, log_q: Tensor, free: Tensor
+        self, teacher: Tensor, log_q: Tensor, free: Tensor, temperature: float | Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The divergence of each token [n], and its gradient in the logits whose log-softmax log_q
         is, None if it is not needed. log_q and `free`, of the same shape, are overwritten.
+        temperature: one number, or [n, 1].
         """
         head, rows = self.teacher_head, len(log_q)
         if isinstance(head, TopKCodec):
@@ -214,7 +235,7 @@ class EagerLoss:
             )
         if isinstance(head, CrossTokenizerTeacher):
             return self._uld(log_q, teacher, head)
-        log_p, teacher_logits = self._teacher_log_probs(teacher)
+        log_p, teacher_logits = self._teacher_log_probs(teacher, temperature)
         buffer = lambda i: self.buffers(6, rows) if i == 2 else (free, teacher_logits)[i]  # noqa: E731
         value = self._divergence(log_p, log_q, buffer, **self.options)
         return value, log_q if self._need_kd_gradient else None
@@ -232,43 +253,58 @@ class EagerLoss:
         masked = self.vocab.masked
         return values if masked is None else values.masked_fill_(masked, value)
 
-    def _at_temperature(self, logits: Tensor, log_q: Tensor) -> Tensor:
-        """log q at the stage's temperature, masked ids at MASKED; logits and possibly log_q are
+    def _at_temperature(self, logits: Tensor, log_q: Tensor, temperature: float | Tensor) -> Tensor:
+        """log q at a temperature, masked ids at MASKED; logits and possibly log_q are
         overwritten.
         """
-        temperature, rows = self.terms.temperature, len(logits)
-        if temperature != 1.0:
+        rows = len(logits)
+        if isinstance(temperature, Tensor) or temperature != 1.0:
             logits.div_(temperature)
             return self._mask(torch.log_softmax(logits, -1, out=self.buffers(5, rows)), MASKED)
         # log_q itself serves, unless the gradient of the cross-entropy still needs it.
         ce_needs_log_q = self.need_gradient and self.terms.ce_weight > 0
         return self._mask(self.buffers(5, rows).copy_(log_q) if ce_needs_log_q else log_q, MASKED)
 
-    def _teacher_log_probs(self, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """log p at the stage's temperature from products, mixed over an ensemble, masked ids at
-        MASKED; and a tensor of its shape that is free to use.
+    def _teacher_log_probs(
+        self, teacher: Tensor, temperature: float | Tensor, *, keep_products: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """log p at a temperature from products, mixed over an ensemble, masked ids at MASKED; and a
+        tensor of its shape that is free to use. keep_products: do not overwrite them.
         """
         head = self.teacher_head
         if not isinstance(head, HeadMixture):
             assert isinstance(head, OutputHead)
-            log_p, free = self._head_log_probs(head, teacher, 4)
+            log_p, free = self._head_log_probs(head, teacher, 4, temperature, keep_products)
             return self._mask(log_p, MASKED), free
-        log_p, free = self._head_log_probs(head.heads[0], teacher[:, 0], 4)
+        log_p, free = self._head_log_probs(
+            head.heads[0], teacher[:, 0], 4, temperature, keep_products
+        )
         log_p.add_(math.log(head.weights[0]))
         members = zip(teacher.unbind(1)[1:], head.heads[1:], head.weights[1:], strict=True)
         for products, member, weight in members:
-            member_log_p, free = self._head_log_probs(member, products, 6)
+            member_log_p, free = self._head_log_probs(
+                member, products, 6, temperature, keep_products
+            )
             torch.logaddexp(log_p, member_log_p.add_(math.log(weight)), out=log_p)
         return self._mask(log_p, MASKED), free
 
     def _head_log_probs(
-        self, head: OutputHead, products: Tensor, number: int
+        self,
+        head: OutputHead,
+        products: Tensor,
+        number: int,
+        temperature: float | Tensor,
+        keep_products: bool,
     ) -> tuple[Tensor, Tensor]:
         """log p of one teacher in this buffer, and a tensor of its shape that is free to use."""
-        logits = self._mask(head.scale_and_cap_(self.buffers.cast(products, 3)), -math.inf)
-        if self.terms.temperature != 1.0:
-            logits.div_(self.terms.temperature)
-        return torch.log_softmax(logits, -1, out=self.buffers(number, len(products))), logits
+        rows = len(products)
+        logits = self.buffers.cast(products, 3)
+        if keep_products and logits is products:
+            logits = self.buffers(3, rows).copy_(products)
+        logits = self._mask(head.scale_and_cap_(logits), -math.inf)
+        if isinstance(temperature, Tensor) or temperature != 1.0:
+            logits.div_(temperature)
+        return torch.log_softmax(logits, -1, out=self.buffers(number, rows)), logits
 
     def _uld(
         self, log_q: Tensor, tokens: Tensor, teacher: CrossTokenizerTeacher
@@ -311,3 +347,8 @@ class EagerLoss:
         if capped is not None and self.head.soft_cap is not None:
             # d(cap tanh(x / cap)) / dx = 1 - tanh(x / cap)^2
             gradient.mul_(capped.div_(self.head.soft_cap).square_().neg_().add_(1))
+
+
+def _by_row(value: float | Tensor) -> float | Tensor:
+    """A value for each token [n] as a factor of rows [n, 1]; one number as it is."""
+    return value[:, None] if isinstance(value, Tensor) else value

@@ -32,7 +32,14 @@ TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 # Chunks begin at any token: without this the kernel would be compiled again for some of them.
-PER_TOKEN = ("labels", "kd_weights", "ce_weights", "divergences", "cross_entropies")
+PER_TOKEN = (
+    "labels",
+    "inverse_taus",
+    "kd_weights",
+    "ce_weights",
+    "divergences",
+    "cross_entropies",
+)
 
 
 @triton.jit(do_not_specialize_on_alignment=PER_TOKEN)
@@ -41,6 +48,7 @@ def loss_kernel(
     teacher_products,
     labels,
     masked,
+    inverse_taus,
     kd_weights,
     ce_weights,
     divergences,
@@ -69,8 +77,9 @@ def loss_kernel(
 
     student_products, teacher_products: [n, width]; the first `size` columns are ids, the others
     scratch memory. labels: [n] int64. masked: [width] uint8, or None. divergences,
-    cross_entropies: [n] float32, written. kd_weight, ce_weight: factors of their gradients;
-    kd_weights, ce_weights: [n] float32, one for each token in place of it, or None.
+    cross_entropies: [n] float32, written. kd_weight, ce_weight: factors of their gradients.
+    inverse_taus, kd_weights, ce_weights: [n] float32, one for each token in place of the number of
+    that name, or None.
     FORM, ROW_SUM: see `triton_loss.KernelForm`.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -79,6 +88,8 @@ def loss_kernel(
     if FORM != "sft":
         teacher = (teacher_products + row * teacher_stride, TEACHER_SCALE, TEACHER_CAP)
     vocabulary = (masked, size, width)
+    if inverse_taus is not None:
+        inverse_tau = tl.load(inverse_taus + row)
 
     # First read: the softmax of both sides, and the sum of g where it can be accumulated.
     top_q, s_q, s_one, top_p, s_p, first, second = _softmax_sums(

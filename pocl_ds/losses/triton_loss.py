@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import LossTerms, TeacherHead
+from pocl_ds.losses.token_scale import TokenScale
+from pocl_ds.losses.token_signals import SignalValues
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
@@ -168,45 +170,74 @@ class TritonLoss:
         """
         from pocl_ds.losses.triton_kernels import loss_kernel
 
-        terms, rows, size = self.terms, len(student), self.vocab.size
-        sides = [student] if teacher is None else [student, teacher]
-        if any(side.stride(1) != 1 for side in sides):
-            raise ValueError("the logits of a token must be next to each other in memory")
-        padded = padded_size(size)
-        width = padded if min(side.stride(0) for side in sides) >= padded else size
-        kd_weight = (1.0 - terms.ce_weight) * terms.kd_factor / terms.temperature
-        kd_weights = None if tokens.weights is None else kd_weight * tokens.weights
-        ce_weight = tokens.ce_weight(terms.ce_weight)
-        ce_gradient = self.need_gradient and (isinstance(ce_weight, Tensor) or ce_weight > 0)
-        kd_gradient = self.need_gradient and teacher is not None and terms.ce_weight < 1
-        values = torch.empty(2, rows, dtype=torch.float32, device=student.device)
+        terms = self.terms
+        values = torch.empty(2, len(student), dtype=torch.float32, device=student.device)
+        signals = None
+        if teacher is not None and terms.token_rule is not None:
+            signals = self.signals(student, teacher, tokens)
+        scale = TokenScale.of(terms, tokens, signals, values)
+        kd_weight, ce_weight = scale.gradient_factor(terms), tokens.ce_weight(terms.ce_weight)
+        temperature, constants = scale.temperature, self.constants
+        if isinstance(temperature, Tensor):
+            constants = constants | {"TAU_IS_ONE": False}
         with _current(student.device):
-            loss_kernel[(rows,)](
+            loss_kernel[(len(student),)](
                 student,
                 teacher,
                 tokens.labels.contiguous(),
                 self._masked,
-                _float32(kd_weights),
-                _float32(ce_weight) if isinstance(ce_weight, Tensor) else None,
+                _by_token(1.0 / temperature),
+                _by_token(kd_weight),
+                _by_token(ce_weight),
                 values[0],
                 values[1],
-                student.stride(0),
-                0 if teacher is None else teacher.stride(0),
-                size,
-                width,
-                1.0 / terms.temperature,
-                kd_weight,
-                float(terms.ce_weight),
-                **self.constants,
-                KD_GRADIENT=kd_gradient,
-                CE_GRADIENT=ce_gradient,
+                *self._shape(student, teacher),
+                _number(1.0 / temperature),
+                _number(kd_weight),
+                _number(ce_weight),
+                **constants,
+                KD_GRADIENT=self.need_gradient and teacher is not None and terms.ce_weight < 1,
+                CE_GRADIENT=self.need_gradient and (isinstance(ce_weight, Tensor) or ce_weight > 0),
                 num_warps=self.warps,
             )
-        sums = [values.sum(1)]
-        if tokens.weights is not None:
-            sums.append((values * tokens.weights).sum(1))
-        kd, ce = torch.stack(sums, 1)
-        return torch.stack([kd * terms.kd_factor, ce], 1).flatten()
+        return scale.sums(values, tokens, terms.num_sums(tokens))
+
+    def signals(self, student: Tensor, teacher: Tensor, tokens: TokenInputs) -> SignalValues:
+        """What a token rule reads, from the products of both sides, which stay as they are."""
+        from pocl_ds.losses.signal_kernel import signal_kernel
+
+        values = torch.empty(6, len(student), dtype=torch.float32, device=student.device)
+        names = ("STUDENT_SCALE", "STUDENT_CAP", "TEACHER_SCALE", "TEACHER_CAP", "BLOCK")
+        student_stride, teacher_stride, size, width = self._shape(student, teacher)
+        with _current(student.device):
+            signal_kernel[(len(student),)](
+                student,
+                teacher,
+                tokens.labels.contiguous(),
+                self._masked,
+                values,
+                student_stride,
+                teacher_stride,
+                values.stride(0),
+                size,
+                width,
+                **{name: self.constants[name] for name in names},
+                num_warps=self.warps,
+            )
+        assert tokens.position is not None
+        return SignalValues(tokens.position, *values.unbind())
+
+    def _shape(self, student: Tensor, teacher: Tensor | None) -> tuple[int, int, int, int]:
+        """Numbers from one row to the next on both sides, ids, and columns of a row. Raises
+        ValueError for logits that a kernel cannot read.
+        """
+        sides = [student] if teacher is None else [student, teacher]
+        if any(side.stride(1) != 1 for side in sides):
+            raise ValueError("the logits of a token must be next to each other in memory")
+        size = self.vocab.size
+        padded = padded_size(size)
+        width = padded if min(side.stride(0) for side in sides) >= padded else size
+        return student.stride(0), 0 if teacher is None else teacher.stride(0), size, width
 
     @cached_property
     def constants(self) -> dict[str, Any]:
@@ -238,9 +269,14 @@ class TritonLoss:
         return torch.nn.functional.pad(masked.to(torch.uint8), (0, padding), value=1)
 
 
-def _float32(values: Tensor | None) -> Tensor | None:
-    """Values as the kernel reads them."""
-    return None if values is None else values.float().contiguous()
+def _by_token(value: float | Tensor) -> Tensor | None:
+    """A value for each token [n] as the kernel reads it; None for one number."""
+    return value.float().contiguous() if isinstance(value, Tensor) else None
+
+
+def _number(value: float | Tensor) -> float:
+    """One number as the kernel reads it; 0 in place of a value for each token."""
+    return 0.0 if isinstance(value, Tensor) else float(value)
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:

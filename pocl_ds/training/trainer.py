@@ -13,6 +13,7 @@ from torch import Tensor
 from pocl_ds.config import LossConfig
 from pocl_ds.curriculum.sampler import SamplerPosition
 from pocl_ds.losses.token_losses import LossTerms
+from pocl_ds.losses.token_rules import TokenRule
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.teacher import raise_damage, verify_damage
 from pocl_ds.training.checkpoint import Checkpoints
@@ -75,6 +76,8 @@ class Trainer:
         self.validator = Validator(
             models, data, loss, monitor, max_samples=train.validate_max_samples
         )
+        rule = loss.token_rule
+        self.token_rule = TokenRule.of(rule.name, rule.options) if rule else None
         self.non_finite = NonFiniteSteps(monitor.directory, allowed=train.max_non_finite_steps)
         self.batches = StepBatches(responses, schedule, data, models)
         self.profiler = StepProfiler(monitor.directory / "profile", train.profile_steps)
@@ -253,6 +256,7 @@ class Trainer:
             stage.sft_ratio,
             self.loss.scale_by_temperature_squared,
             dict(divergence.options),
+            self.token_rule,
         )
 
     def _record(self, step: RunningStep, outcome: StepOutcome) -> dict[str, Any]:

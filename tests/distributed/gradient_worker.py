@@ -7,6 +7,7 @@ PyTorch, for each case.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -120,7 +121,7 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         TrainingModels(engine, teacher),
         data,
         TrainingSchedule(plan, sampler, train),
-        LossConfig(name=case["loss"], chunk_memory_mb=1),
+        LossConfig(name=case["loss"], token_rule=case.get("token_rule"), chunk_memory_mb=1),
         ResponseSource(OffPolicy()),
         Checkpoints(folder / "checkpoints", train.checkpoint, fingerprint=""),
         TrainingMonitor(folder, "", train),
@@ -159,12 +160,31 @@ def plain_gradients(
             if len(logits)
             else logits.sum()
         )
-        kd = divergence(case["loss"], logits, target, temperature=TEMPERATURE, reduction="sum")
+        if "token_rule" in case:
+            kd = adakd_divergence(case, logits, target)
+        else:
+            kd = divergence(case["loss"], logits, target, temperature=TEMPERATURE, reduction="sum")
         ((SFT_RATIO * ce + (1 - SFT_RATIO) * kd) / total).backward()
     return {
         name: p.grad if p.grad is not None else torch.zeros_like(p)
         for name, p in student.named_parameters()
     }
+
+
+def adakd_divergence(
+    case: dict[str, Any], logits: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
+    """The sum of the divergence of each token at its own temperature, by the formulas."""
+    options = {"strength": 0.5, **case["token_rule"]["options"]}
+    total = logits.sum() * 0
+    for z_q, z_p in zip(logits, target, strict=True):
+        roots = [side.detach().softmax(-1).sqrt() for side in (z_q, z_p)]
+        distance = float((roots[0] - roots[1]).square().sum() / 2) ** 0.5
+        if distance >= options["threshold"]:
+            relative = math.tanh(math.log(distance / options["center"]))
+            temperature = TEMPERATURE * math.exp(-options["strength"] * relative)
+            total = total + divergence(case["loss"], z_q, z_p, temperature=temperature)
+    return total
 
 
 def main(cases: list[dict[str, Any]], out: Path) -> None:

@@ -79,6 +79,15 @@ SHAPES: list[dict[str, Any]] = [
         "loss": "fkl",
         "ensemble": ["gpt2"],
     },
+    {
+        "micro": 1,
+        "packed": True,
+        "rows": 7,
+        "model": "tied",
+        "checkpointing": False,
+        "loss": "rkl",
+        "token_rule": {"name": "adakd", "options": {"threshold": 0.2, "center": 0.3}},
+    },
     # Compiled layers, padded and packed, with and without checkpointing.
     {
         "micro": 1,

@@ -1,5 +1,5 @@
-"""A plugin adds a divergence, a policy, a ranking strategy, a metric, a rule for sample weights and
-a measure of difficulty.
+"""A plugin adds a divergence, a token rule, a policy, a ranking strategy, a metric, a rule for
+sample weights and a measure of difficulty.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pocl_ds.curriculum import sample_scores, sample_weights
 from pocl_ds.curriculum.ranking import STRATEGIES, rank_by_difficulty
 from pocl_ds.difficulty import score
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses import divergences
+from pocl_ds.losses import divergences, token_rules
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import OutputHead
@@ -30,11 +30,16 @@ from pocl_ds.rollouts import policies
 
 MODULE = """
 from pocl_ds import plugins
+from pocl_ds.losses import TokenFactors
 from pocl_ds.rollouts.policies import OffPolicy
 
 @plugins.divergence("squares", weight=0.5, beta=1.0)
 def squares(log_p, log_q, *, weight, beta):
     return beta * weight * (log_p.exp() - log_q.exp()).square().sum(-1)
+
+@plugins.token_rule("unsure", gain=1.0)
+def unsure(signals, *, gain):
+    return TokenFactors(weight=gain * (1 - signals.student_label_prob))
 
 @plugins.metric("words")
 def words(responses, references, log_probs):
@@ -63,10 +68,12 @@ class Twice(OffPolicy):
 
 REGISTRIES: tuple[Any, ...] = (
     registry.LOSSES,
+    registry.TOKEN_RULES,
     registry.POLICIES,
     registry.STRATEGIES,
     registry.METRICS,
     divergences.DIVERGENCES,
+    token_rules.TOKEN_RULES,
     policies.POLICIES,
     STRATEGIES,
     score.METRICS,
@@ -101,11 +108,15 @@ def recipe(plugin: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_recipe_uses_all_four_kinds(plugin: str) -> None:
+def test_a_recipe_uses_all_kinds(plugin: str) -> None:
     parsed = check_recipe(
         recipe(
             plugin,
-            loss={"name": "squares", "options": {"weight": 0.5, "beta": 4.0}},
+            loss={
+                "name": "squares",
+                "options": {"weight": 0.5, "beta": 4.0},
+                "token_rule": {"name": "unsure", "options": {"gain": 2.0}},
+            },
             ranking={"strategy": "words"},
             policy={"name": "twice", "options": {"times": 2}},
             score={"metrics": ["words"]},
@@ -117,12 +128,18 @@ def test_a_recipe_uses_all_four_kinds(plugin: str) -> None:
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     heads = [OutputHead(torch.nn.Parameter(draw(20, 4)), None, 1.0, None) for _ in range(2)]
     hidden, teacher_hidden = draw(5, 4).requires_grad_(), draw(5, 4)
-    # The divergence is a loss of the fused head, with its gradient.
+    # The divergence is a loss of the fused head, with its gradient, and the rule weighs it.
+    rule = parsed.loss.token_rule
+    assert rule is not None
     sums = loss_sums(
         hidden,
         heads[0],
         torch.arange(5),
-        LossTerms("squares", options=parsed.loss.options),
+        LossTerms(
+            "squares",
+            options=parsed.loss.options,
+            token_rule=token_rules.TokenRule.of(rule.name, rule.options),
+        ),
         vocab=VocabMap(20),
         teacher_hidden=teacher_hidden,
         teacher_head=heads[1],
@@ -131,8 +148,11 @@ def test_a_recipe_uses_all_four_kinds(plugin: str) -> None:
         torch.softmax(teacher_hidden @ heads[1].weight.T, -1),
         torch.softmax(hidden @ heads[0].weight.T, -1),
     )
-    expected = 2.0 * (p - q).square().sum()
-    assert float(sums[1]) == pytest.approx(float(expected))
+    value = 2.0 * (p - q).square().sum(-1)
+    weight = 2.0 * (1 - q.detach()[torch.arange(5), torch.arange(5)])
+    expected = (weight * value).sum()
+    assert float(sums[0]) == pytest.approx(float(expected))
+    assert float(sums[1]) == pytest.approx(float(value.sum()))
     (gradient,) = torch.autograd.grad(sums[0], hidden)
     assert torch.allclose(gradient, torch.autograd.grad(expected, hidden)[0])
 

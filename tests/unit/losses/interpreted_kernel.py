@@ -22,6 +22,8 @@ from pocl_ds.losses.divergences import divergence_options
 from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import Buffers, EagerLoss, LossTerms
+from pocl_ds.losses.token_rules import TokenFactors, TokenRule
+from pocl_ds.losses.token_signals import LogProbSignals
 from pocl_ds.losses.triton_loss import TritonLoss, padded_size
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -205,6 +207,46 @@ def test_padded_rows_and_weights_of_tokens() -> None:
     assert torch.allclose(logits.double(), leaf.grad, atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "options"), FORMS[1:])
+def test_a_temperature_for_each_token_equals_one_token_at_a_time(
+    name: str, options: dict[str, Any]
+) -> None:
+    """With weights of the rule and of samples beside it."""
+    case = example(name, torch.float32, rows=3)
+    case = replace(case, terms=replace(case.terms, options=options))
+    factors, weights = torch.tensor([0.5, 1.0, 1.8]), torch.tensor([2.0, 1.0, 0.25])
+
+    class Rule(TokenRule):
+        def __call__(self, *_: Any) -> TokenFactors:
+            return TokenFactors(factors, weights)
+
+    terms = replace(case.terms, token_rule=Rule("adakd", {}))
+    loss = TritonLoss(terms, *case.arguments()[1:], True, block=BLOCK)
+    logits = case.student.clone()
+    tokens = TokenInputs(case.labels, torch.tensor([1.0, 3.0, 0.5]), position=torch.zeros(3))
+    sums = loss(logits, case.teacher.clone(), tokens).double()
+    total = torch.zeros(4, dtype=torch.float64)
+    for t in range(3):
+        own = slice(t, t + 1)
+        alone = replace(
+            case,
+            student=case.student[own],
+            teacher=case.teacher[own],
+            labels=case.labels[own],
+            terms=replace(case.terms, temperature=1.7 * float(factors[t])),
+        )
+        (kd, ce), both = alone.expected()
+        _, of_ce = replace(alone, terms=replace(alone.terms, sft_ratio=1.0)).expected()
+        of_ce = alone.terms.sft_ratio * of_ce
+        sample = float(tokens.weights[t])  # type: ignore[index]
+        weight = float(weights[t])
+        total += torch.stack([kd, ce, sample * weight * kd, sample * ce])
+        expected = sample * (of_ce + weight * (both - of_ce))
+        size = max(1.0, float(expected.abs().max()))
+        assert torch.allclose(logits[own].double(), expected, rtol=1e-4, atol=2e-5 * size)
+    assert torch.allclose(sums, total, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["sft", *CLOSED_FORMS])
 def test_weights_of_tokens_multiply_value_and_gradient(name: str) -> None:
     case = example(name, torch.float32, rows=3)
@@ -225,11 +267,63 @@ def test_weights_of_tokens_multiply_value_and_gradient(name: str) -> None:
     assert torch.allclose(sums[2:].double(), weights.double() @ torch.stack(parts), rtol=1e-5)
 
 
+SIGNALS = (
+    "teacher_entropy",
+    "student_entropy",
+    "hellinger",
+    "teacher_label_prob",
+    "student_label_prob",
+    "agreement",
+)
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+def test_signals_equal_float64(data: st.DataObject) -> None:
+    case = data.draw(cases("fkl", {}))
+    loss, before = TritonLoss(*case.arguments(), True, block=BLOCK), case.student.clone()
+    tokens = TokenInputs(case.labels, position=torch.zeros(len(case.labels)))
+    actual = loss.signals(case.student, case.teacher, tokens)
+    assert torch.equal(case.student, before)
+    log_q, log_p = (
+        case._masked(logits_of(head, side.double())).log_softmax(-1)
+        for head, side in zip(case.heads, (case.student, case.teacher), strict=True)
+    )
+    log_p, log_q = (side.masked_fill(side == -torch.inf, -1e30) for side in (log_p, log_q))
+    buffers = [torch.empty_like(log_p) for _ in range(2)]
+    assert tokens.position is not None
+    expected = LogProbSignals(
+        lambda: log_p, log_q, case.labels, tokens.position, lambda number: buffers[number]
+    )
+    for name in SIGNALS:
+        # 1 - sum(sqrt(p q)) has the rounding of float32, of which the distance is the root.
+        tolerance = 2e-3 if name == "hellinger" else 2e-5
+        value, reference = getattr(actual, name).double(), getattr(expected, name)
+        assert torch.allclose(value, reference, rtol=1e-4, atol=tolerance), name
+    assert torch.allclose(actual.hellinger.double() ** 2, expected.hellinger**2, atol=1e-5)
+
+
+def test_ties_of_the_most_probable_id_take_the_lowest() -> None:
+    case = example("fkl", torch.float32, rows=2)
+    student, teacher = case.student.clone(), case.teacher.clone()
+    student[:, [4, 60]] = 20.0  # in different blocks; id 3 is masked
+    teacher[0, [4, 5]] = teacher[1, [60, 61]] = 20.0
+    tokens = TokenInputs(case.labels, position=torch.zeros(2))
+    actual = TritonLoss(*case.arguments(), True, block=BLOCK).signals(student, teacher, tokens)
+    assert actual.agreement.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("rule", [None, ("adakd", {"threshold": 0.45}), ("entropy_weight", {})])
 @pytest.mark.parametrize(("name", "chunk_bytes"), [("srkl", 2000), ("rkl", 1 << 20)])
 def test_the_fused_head_over_the_kernel_equals_its_eager_form(
-    name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    chunk_bytes: int,
+    rule: tuple[str, dict[str, Any]] | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bias, scale, soft cap, a masked id, other ids of the teacher and chunks of five tokens."""
+    """Bias, scale, soft cap, a masked id, other ids of the teacher and chunks of five tokens; with
+    a token rule also weights of samples.
+    """
     source = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=source)  # noqa: E731
     head = OutputHead(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0)
@@ -244,8 +338,16 @@ def test_the_fused_head_over_the_kernel_equals_its_eager_form(
             hidden,
             head,
             labels,
-            LossTerms(name, 1.6, 0.3, options=LOSSES[name]),
+            LossTerms(
+                name,
+                1.6,
+                0.3,
+                options=LOSSES[name],
+                token_rule=TokenRule.of(*rule) if rule else None,
+            ),
             vocab=vocab,
+            sample_of_token=torch.tensor([0, 0, 0, 1, 1, 1, 2]),
+            sample_weights=torch.tensor([0.5, 2.0, 0.0]) if rule else None,
             teacher_hidden=teacher_hidden,
             teacher_head=teacher,
             chunk_bytes=chunk_bytes if obstacle is None else 1 << 20,

@@ -43,12 +43,16 @@ def test_the_kernel_in_the_interpreter() -> None:
 
 
 def test_it_compiles_without_a_gpu() -> None:
-    """A loss that reads its logits three times, for an H100, without registers in memory."""
+    """A loss that reads its logits three times, without and with values for each token, and the
+    signals of token rules, for an H100, without registers in memory.
+    """
     pytest.importorskip("triton")
     lines: list[str] = []
     rows = kernels.run(["90"], lines.append, names=["jsd"])
-    assert [(row.name, row.target, row.spill_bytes) for row in rows] == [("jsd", 90, 0)]
-    assert 32 <= rows[0].registers <= 128 and rows[0].is_vectorized and rows[0].rounds_to_nearest
+    expected = [(name, 90, 0) for name in ("jsd", "jsd by token", "signals")]
+    assert [(row.name, row.target, row.spill_bytes) for row in rows] == expected
+    assert all(32 <= row.registers <= 128 and row.is_vectorized for row in rows)
+    assert rows[0].rounds_to_nearest and rows[1].rounds_to_nearest
     assert any(line.split()[:2] == ["jsd", "sm_90"] for line in lines)
     with pytest.raises(RecipeError, match="not a number of"):
         kernels.run(["sm_90"], lines.append)

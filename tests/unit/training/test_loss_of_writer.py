@@ -41,7 +41,7 @@ def test_the_divergence_follows_the_writer(
         np.arange(8), num_subsets=2, epochs_per_stage=1, batch_size=4, sft_ratio=(0.3, 0.1)
     )
     trainer: Any = object.__new__(Trainer)
-    trainer.loss = LOSS
+    trainer.loss, trainer.token_rule = LOSS, None
     trainer.schedule = TrainingSchedule(plan, Sampler(plan, 0), TrainConfig())
     for step, (temperature, sft_ratio) in ((0, (1.0, 0.3)), (2, (2.0, 0.1))):
         position = trainer.schedule.sampler.position(step)
