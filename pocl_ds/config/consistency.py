@@ -228,11 +228,10 @@ def _check_token_rule(recipe: Recipe) -> None:
             f"loss.name={loss} does not: remove loss.token_rule, or choose a divergence such as fkl"
         )
     mode = "online" if recipe.teacher is None else recipe.teacher.mode
-    if mode in ("cached_topk", "auto"):
-        may = "caches" if mode == "cached_topk" else "may cache"
+    if mode not in ("online", "cached_hidden_states", "auto"):
         raise ValueError(
             f"loss.token_rule needs the teacher at the temperature of each token, and teacher.mode="
-            f"{mode} {may} it at those of the stages only: set it to cached_hidden_states or online"
+            f"{mode} caches it at those of the stages: set it to cached_hidden_states or online"
         )
 
 

@@ -58,8 +58,8 @@ def train_student(
     teacher_cache: str | None = None,
     float32_weights: bool = False,
 ) -> None:
-    """Train through the stages of the plan, or with `baseline` without a curriculum. All ranks
-    call it.
+    """Train through the stages of the plan, or with `baseline` without a curriculum, rescoring,
+    sample weights and token rule. All ranks call it.
 
     teacher_cache: fingerprint of the cached teacher outputs; None for an online teacher.
     float32_weights: write the optimizer's master weights to `final/`.
@@ -74,6 +74,7 @@ def train_student(
     plan = load_plan(run.plan / "plan.json")
     if baseline:
         plan = build_baseline_plan(load_order(run), plan, baseline)
+        loss = loss.model_copy(update={"token_rule": None})
         if distributed.rank() == 0:
             write_json(run.baseline / "plan.json", plan.to_json())
     training = TrainingRun(
