@@ -16,6 +16,7 @@ import numpy as np
 
 from pocl_ds.bench.arguments import directory_argument
 from pocl_ds.config.recipe_file import load_recipe
+from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.curriculum.plan_step import load_plan
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError
@@ -105,7 +106,7 @@ def _flops(run: RunDirectory) -> dict[str, float]:
         totals["score"] = _scoring(run, student, split)
     is_cached = recipe.teacher is not None and recipe.teacher.mode in (
         "cached_hidden_states",
-        "cached_topk",
+        *RECORD_MODES,
     )
     mode = "none" if teacher is None else "cached_hidden_states" if is_cached else "online"
     setup = TrainingSetup(

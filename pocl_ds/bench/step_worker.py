@@ -138,6 +138,7 @@ def prepare_training(
             student=student,
             config=TeacherCacheConfig(),
             usage=TeacherUsage(1.0),
+            seed=0,
             fingerprint=teacher_cache,
             load=load,
         )

@@ -14,7 +14,7 @@ import torch
 from pocl_ds.config import ModelConfig, Recipe, StudentConfig
 from pocl_ds.curriculum.plan_step import plan_from_config
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.models import estimate
 from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape
 from pocl_ds.models.dtypes import resolve_dtype
@@ -32,6 +32,7 @@ from pocl_ds.models.memory import (
 )
 from pocl_ds.models.prune import parse_layers, prune_config
 from pocl_ds.models.quantization import bytes_per_weight
+from pocl_ds.teachers.codecs import build_codec
 from pocl_ds.workflow.step_inputs import teacher_temperatures
 
 # Means of the paper's 11,435 instruction samples, in tokens of GPT-2.
@@ -82,13 +83,17 @@ class Estimate:
         )
 
     @cached_property
+    def codec(self) -> RecordCodec | None:
+        """The codec of the teacher's cached records."""
+        recipe, mode = self.recipe, self.recipe.teacher.mode if self.recipe.teacher else "none"
+        temperatures = teacher_temperatures(recipe)
+        return build_codec(mode, recipe.teacher_cache, self.student.rows, temperatures)
+
+    @cached_property
     def setup(self) -> TrainingSetup:
         """The recipe's own choices about memory."""
         recipe, teacher = self.recipe, self.recipe.teacher
         mode = "none" if teacher is None else "online" if teacher.mode == "auto" else teacher.mode
-        codec = TopKCodec(
-            recipe.teacher_cache.top_k, self.student.rows, teacher_temperatures(recipe)
-        )
         return TrainingSetup(
             micro_batch_size=recipe.train.micro_batch_size,
             checkpointing=recipe.student.activation_checkpointing,
@@ -103,7 +108,7 @@ class Estimate:
             teacher_bytes_per_weight=bytes_per_weight(self.teacher_config, teacher.quantization)
             if teacher
             else None,
-            record_bytes=codec.bytes,
+            record_bytes=self.codec.bytes if self.codec else 0,
         )
 
     def activations(self, lengths: Sequence[int], checkpointing: bool) -> float:
@@ -318,11 +323,8 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
             sizes.teacher
         )
         disk += f"; the teacher's hidden states {tokens * hidden_states / GB:.2f} GB"
-        if sizes.setup.teacher_mode == "cached_topk":
-            top_k = sizes.setup.cached_bytes_per_token(sizes.teacher)
-            disk += (
-                f", its top-{sizes.recipe.teacher_cache.top_k} lists {tokens * top_k / GB:.2f} GB"
-            )
+        if sizes.codec:
+            disk += f", its {sizes.codec.label} {tokens * sizes.codec.bytes / GB:.2f} GB"
     return [*lines, "", disk]
 
 

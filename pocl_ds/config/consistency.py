@@ -13,6 +13,7 @@ from pocl_ds.config.registry import (
     CROSS_TOKENIZER_LOSSES,
     FILE_STRATEGY,
     LOSSES,
+    SAMPLED_LOSS,
     TOKEN_RULES,
 )
 
@@ -294,6 +295,12 @@ def _check_teacher_mode(recipe: Recipe) -> None:
                 f"{reason}, which teacher.mode={teacher.mode} does not cache: set "
                 "teacher.mode=online"
             )
+    if teacher.mode == "cached_sampled" and loss != SAMPLED_LOSS:
+        raise ValueError(
+            f"teacher.mode=cached_sampled estimates loss.name={SAMPLED_LOSS} without bias, since "
+            f"its gradient is linear in the teacher's probabilities, and would bias loss.name="
+            f"{loss}: set loss.name={SAMPLED_LOSS}, or teacher.mode=cached_hidden_states"
+        )
     if teacher.ensemble and not recipe.needs_shared_vocabulary:
         raise ValueError(
             "teacher.ensemble mixes distributions over one vocabulary, and "

@@ -21,6 +21,8 @@ from pocl_ds.config.base import (
 )
 from pocl_ds.config.registry import ALL_LINEAR
 
+TeacherMode = Literal["online", "cached_hidden_states", "cached_topk", "cached_sampled", "auto"]
+
 
 class ModelSource(Section):
     """Where a model comes from."""
@@ -61,12 +63,13 @@ class EnsembleTeacherConfig(ModelSource):
 class TeacherConfig(ModelConfig):
     """The model that is distilled."""
 
-    mode: Literal["online", "cached_hidden_states", "cached_topk", "auto"] = Field(
+    mode: TeacherMode = Field(
         "online",
         description="`online` runs the teacher in every optimizer step. `cached_hidden_states` "
         "runs it once and caches its last hidden states, which gives the same losses. "
-        "`cached_topk` caches the `teacher_cache.top_k` largest probabilities. `auto` chooses the "
-        "cheaper of the first two.",
+        "`cached_topk` caches the `teacher_cache.top_k` largest probabilities. `cached_sampled` "
+        "caches `teacher_cache.num_samples` ids drawn from the teacher's distribution, for an "
+        "unbiased estimate of `loss.name: fkl`. `auto` chooses the cheaper of the first two.",
         json_schema_extra=RUNTIME_ONLY,
     )
     weight: PositiveFloat = Field(

@@ -31,6 +31,11 @@ TOKEN_RULES: dict[str, dict[str, float | bool]] = {
     "position_decay": {"end_weight": 0.5},
 }
 
+# Values of teacher.mode that cache records (`teachers/codecs.py`), and the one loss that sampled
+# records support: its gradient is linear in the teacher's probabilities.
+RECORD_MODES = ("cached_topk", "cached_sampled")
+SAMPLED_LOSS = "fkl"
+
 # Policies (`rollouts/policies.py`): name -> whether the student generates responses in training.
 POLICIES: dict[str, bool] = {
     "off": False,

@@ -21,6 +21,12 @@ class TeacherCacheConfig(Section):
         description="With `teacher.mode: cached_topk`: number of largest probabilities to store "
         "per token.",
     )
+    num_samples: Positive = Field(
+        50,
+        description="With `teacher.mode: cached_sampled`: number of ids to draw from the teacher's "
+        "distribution per token, with replacement. 50 gave the authors of arXiv 2503.16870 about "
+        "12 different ids.",
+    )
     max_disk_gb: PositiveFloat | None = Field(
         None,
         description="Maximum size of the cache in GB; `null` limits it only by the free disk "

@@ -123,7 +123,7 @@ def loss_sums(
 
     hidden: [n, d], student; labels: [n] int64, ids that take part; teacher_hidden: [n, d']
     without a gradient, concatenated along d' for a `HeadMixture`, or [n, bytes] records of a
-    `TopKCodec`, or [n] token indices for a `CrossTokenizerTeacher`. n may be 0: the sums are 0
+    `RecordCodec`, or [n] token indices for a `CrossTokenizerTeacher`. n may be 0: the sums are 0
     and every parameter of the head still gets a (zero) gradient. sample_of_token: [n] int64, the
     sample of each token, in order; None: all are of one sample. sample_weights: [B], factors of
     the samples' losses in the total; the divergence and the cross-entropy stay without them.

@@ -22,11 +22,11 @@ from torch import Tensor
 from pocl_ds.losses.closed_forms import CLOSED_FORMS
 from pocl_ds.losses.cross_tokenizer import CrossTokenizerTeacher, uld_with_gradient
 from pocl_ds.losses.divergences import DIVERGENCES, MASKED
+from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_rules import TokenRule
 from pocl_ds.losses.token_scale import TokenScale
 from pocl_ds.losses.token_signals import LogProbSignals
-from pocl_ds.losses.top_k import TopKCodec, truncated_divergence
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap
 
@@ -38,8 +38,8 @@ LIVE_ROWS, LIVE_ROWS_AUTOGRAD = 7, 20
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 
 # What turns the teacher's hidden states (or cached records) into distributions: one head, the
-# heads of an ensemble, the decoder of cached top-k records, or a teacher with another tokenizer.
-TeacherHead: TypeAlias = OutputHead | HeadMixture | TopKCodec | CrossTokenizerTeacher
+# heads of an ensemble, the codec of cached records, or a teacher with another tokenizer.
+TeacherHead: TypeAlias = OutputHead | HeadMixture | RecordCodec | CrossTokenizerTeacher
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class LogitLoss(Protocol):
         student: [n, v] products of hidden states and the head's weight. They are overwritten:
         with need_gradient by the gradient of the total loss in the products, in their own type.
         teacher: [n, v] products; [n, teachers, v] for a `HeadMixture`; [n, bytes] records for a
-        `TopKCodec`; [n] token indices for a `CrossTokenizerTeacher`.
+        `RecordCodec`; [n] token indices for a `CrossTokenizerTeacher`.
         """
         ...
 
@@ -222,14 +222,13 @@ class EagerLoss:
         temperature: one number, or [n, 1].
         """
         head, rows = self.teacher_head, len(log_q)
-        if isinstance(head, TopKCodec):
-            ids, log_p = head.decode(teacher, self.terms.temperature)
-            return truncated_divergence(
-                ids,
-                log_p,
+        if isinstance(head, RecordCodec):
+            return head.divergence(
+                teacher,
                 log_q,
                 self.terms.name,
                 self.options,
+                self.terms.temperature,
                 lambda: self.buffers(6, rows),
                 self._need_kd_gradient,
             )

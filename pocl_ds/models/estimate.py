@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.models.cost import ModelShape, kv_cache_bytes, parameter_bytes
 from pocl_ds.models.memory import LIVE_PARAMETERS, TrainingSetup
 from pocl_ds.models.peak_flops import PEAK_FLOPS
@@ -148,7 +149,7 @@ def step_times(
     times = [
         _scoring_time(student, work, layout, device, flops_per_second, max_new_tokens, sequences)
     ]
-    if teacher is not None and setup.teacher_mode in ("cached_hidden_states", "cached_topk"):
+    if teacher is not None and setup.teacher_mode in ("cached_hidden_states", *RECORD_MODES):
         length, loss_tokens = max(1, round(work.tokens)), round(work.response_tokens)
         flops = work.samples * teacher.forward_flops([length], loss_tokens)
         seconds = flops / flops_per_second / layout.ranks

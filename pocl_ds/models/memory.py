@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.models.cost import ModelShape, max_gathered_parameters, parameter_bytes
 
 LIVE_PARAMETERS = 1e9  # ds_configs: stage3_max_live_parameters
@@ -31,7 +32,7 @@ class TrainingSetup:
     checkpointing: bool = False  # of activations
     offload_student: bool = False
     offload_teacher: bool = False
-    # online, cached_hidden_states, cached_topk, or none for SFT
+    # online, cached_hidden_states, one of RECORD_MODES, or none for SFT
     teacher_mode: str = "online"
     dtype: str = "bfloat16"
     teacher_dtype: str = "bfloat16"
@@ -39,7 +40,7 @@ class TrainingSetup:
     teacher_sharded: bool = True
     teacher_bytes_per_weight: float | None = None  # of linear modules, if they are quantized
     chunk_bytes: int = 512 << 20  # of logits and their buffers
-    record_bytes: int = 292  # of a loss token in the teacher cache, with cached_topk
+    record_bytes: int = 0  # of a loss token in the teacher cache, with RECORD_MODES
 
     def teacher_weights(self, teacher: ModelShape) -> float:
         """Bytes of all weights of the teacher."""
@@ -52,7 +53,7 @@ class TrainingSetup:
 
     def cached_bytes_per_token(self, teacher: ModelShape) -> float:
         """Bytes of one loss token in the teacher cache."""
-        if self.teacher_mode == "cached_topk":
+        if self.teacher_mode in RECORD_MODES:
             return self.record_bytes
         return parameter_bytes(teacher.width, self.teacher_dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,20 @@ def splitmix64(states: NDArray[np.uint64]) -> NDArray[np.uint64]:
     states = (states ^ (states >> np.uint64(30))) * _FACTOR_1
     states = (states ^ (states >> np.uint64(27))) * _FACTOR_2
     return states ^ (states >> np.uint64(31))
+
+
+def token_keys(seed: int, ids: Sequence[bytes], counts: Sequence[int]) -> NDArray[np.uint64]:
+    """A random key for each token of some samples, concatenated: [sum of counts].
+
+    A key depends on the seed, the sample's id and the token's index in it, not on the other
+    samples. counts: tokens of each sample.
+    """
+    keys = [np.empty(0, np.uint64)]
+    for name, count in zip(ids, counts, strict=True):
+        digest = hashlib.sha256(b"%d:%s" % (seed, name)).digest()
+        start = np.frombuffer(digest[:8], "<u8").astype(np.uint64)
+        keys.append(splitmix64(start + np.arange(1, count + 1, dtype=np.uint64) * GOLDEN_GAMMA))
+    return np.concatenate(keys)
 
 
 def rows_of_smallest(keys: Iterable[Any], limit: int) -> list[int]:

@@ -1,6 +1,6 @@
 """The teacher's outputs at the loss tokens, on disk: its final hidden states, from which its head
-computes the distribution at any temperature, or with teacher.mode=cached_topk records of its
-largest probabilities.
+computes the distribution at any temperature, or records of its largest or of sampled
+probabilities (`losses.record_codec`).
 
 A hidden state is stored in the teacher's dtype, as `width` numbers per token; logits would need one
 per vocabulary entry. A split is divided into shards of consecutive rows; the place of a row in its
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pocl_ds.data.tokenized import TokenizedSplit, shard_rows
 from pocl_ds.errors import ArtifactError, ResourceError
+from pocl_ds.teachers.codecs import read_codec
 from pocl_ds.workflow.files import explain_disk_errors
 from pocl_ds.workflow.manifest import Manifest, damaged_files, read_manifest
 
@@ -148,7 +149,8 @@ class TeacherCache:
                 "cache-teacher`, or set teacher.mode=online"
             )
         self.width, self.dtype = int(manifest.info["width"]), str(manifest.info["dtype"])
-        self.top_k: dict[str, Any] | None = manifest.info.get("top_k")
+        fields = manifest.info.get("codec")
+        self.codec = read_codec(manifest.info["mode"], fields) if fields else None
         self._shards: dict[str, list[tuple[CacheShard, NDArray[Any], NDArray[np.uint32]]]] = {}
         self._first_rows: dict[str, list[int]] = {}
         for split in splits:

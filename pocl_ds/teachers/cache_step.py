@@ -1,13 +1,12 @@
 """The step cache-teacher: the teacher reads each sample once, and its outputs are stored for all
-stages and epochs: hidden states, or with teacher.mode=cached_topk records of its largest
-probabilities (docs/method.md, eq. 19).
+stages and epochs: hidden states, or records of its largest or of sampled probabilities
+(docs/method.md, eq. 19 and 28).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from pocl_ds.config import StudentConfig, TeacherCacheConfig, TeacherConfig
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.load import load_model_config, resolve_model
 from pocl_ds.models.quantization import check_quantized_teacher
@@ -25,6 +24,7 @@ from pocl_ds.models.vocab import VocabMap, align_model_vocabularies
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.cache import STEP, CacheShard
 from pocl_ds.teachers.cache_writer import CacheWriter
+from pocl_ds.teachers.codecs import build_codec
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.workflow.manifest import read_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -41,6 +41,7 @@ def cache_teacher(
     student: StudentConfig,
     config: TeacherCacheConfig,
     usage: TeacherUsage,
+    seed: int,
     fingerprint: str,
     shard: int | None = None,
     load: ModelLoader = load_recipe_model,
@@ -49,9 +50,9 @@ def cache_teacher(
     samples, and its head. Finished shards are not written again.
 
     All ranks call it together; each computes its share of a shard. shard: write only this shard of
-    each split. load: reads the weights of the teacher. With teacher.mode=auto the ranks first
-    measure whether a cache saves time. Raises RecipeError for a shard that does not exist or a
-    `top_k` that is too large, ResourceError for a full disk.
+    each split. seed: of random records. load: reads the weights of the teacher. With
+    teacher.mode=auto the ranks first measure whether a cache saves time. Raises RecipeError for a
+    shard that does not exist or a `top_k` that is too large, ResourceError for a full disk.
     """
     # Return if the step is finished, and check the settings.
     manifest = read_manifest(run.teacher_cache)
@@ -66,9 +67,8 @@ def cache_teacher(
     # Divide the splits into shards, whose sizes follow from the tokenized data alone.
     splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
     vocab = VocabMap.from_alignment(align_model_vocabularies(teacher, path, student, student_path))
-    codec = None
-    if teacher.mode == "cached_topk":
-        codec = TopKCodec(config.top_k, vocab.size, usage.temperatures)
+    codec = build_codec(teacher.mode, config, vocab.size, usage.temperatures)
+    if codec:
         codec.validate(int(vocab.allowed.sum()))
     shards = _plan_shards(run, splits, config.shards, _token_layout(path, teacher, codec))
     unfinished = distributed.broadcast_object(
@@ -83,15 +83,15 @@ def cache_teacher(
     # Write the unfinished shards, and the step's manifest once all shards are finished.
     info: dict[str, Any] = {"mode": "cached_hidden_states"}
     if codec:
-        info = {"mode": "cached_topk", "top_k": asdict(codec)}
+        info = {"mode": codec.mode, "codec": vars(codec)}
     if unfinished:
-        writer = CacheWriter(run, teacher, path, vocab, codec, config, load)
+        writer = CacheWriter(run, teacher, path, vocab, codec, config, seed, load)
         info |= writer.write(splits, shards, unfinished, usage, fingerprint)
     distributed.barrier()
     if distributed.rank() == 0:
         required = [] if info["mode"] == "online" else shards
         if all(cache_shard.finished_manifest(fingerprint) for cache_shard in required):
-            _finish_cache(run, required, info, fingerprint)
+            _finish_cache(run, required, codec, info, fingerprint)
     distributed.barrier()
 
 
@@ -108,7 +108,7 @@ def _model_config(path: str, teacher: TeacherConfig) -> Any:
     )
 
 
-def _token_layout(path: str, teacher: TeacherConfig, codec: TopKCodec | None) -> tuple[int, str]:
+def _token_layout(path: str, teacher: TeacherConfig, codec: RecordCodec | None) -> tuple[int, str]:
     """Width and dtype of one token's outputs."""
     if codec:
         return codec.bytes, "uint8"
@@ -131,10 +131,14 @@ def _plan_shards(
 
 
 def _finish_cache(
-    run: RunDirectory, shards: list[CacheShard], info: dict[str, Any], fingerprint: str
+    run: RunDirectory,
+    shards: list[CacheShard],
+    codec: RecordCodec | None,
+    info: dict[str, Any],
+    fingerprint: str,
 ) -> None:
     """Write the step's manifest, and remove shards of another division. info: its `mode`; the sizes
-    are added.
+    and the error of records are added.
     """
     # Remove the shards of another division.
     current = {
@@ -163,8 +167,8 @@ def _finish_cache(
             info["bytes"] // max(tokens, 1),
             tokens,
         )
-    if info["mode"] == "cached_topk":
-        info["truncation"] = _mean_truncation(shards, info, fingerprint)
+    if codec:
+        info["error"] = _mean_error(shards, codec, info["tokens"], fingerprint)
     write_manifest(
         run.teacher_cache,
         STEP,
@@ -174,25 +178,17 @@ def _finish_cache(
     )
 
 
-def _mean_truncation(
-    shards: list[CacheShard], info: dict[str, Any], fingerprint: str
+def _mean_error(
+    shards: list[CacheShard], codec: RecordCodec, tokens: int, fingerprint: str
 ) -> list[dict[str, float]]:
-    """What top-k records omit per token, at each temperature: probability mass, and KL divergence
-    in nats (see `TopKCodec.truncation_error`).
-    """
+    """What the records lose per token, at each temperature (see `RecordCodec.error_sums`)."""
     manifests = [shard.finished_manifest(fingerprint) for shard in shards]
-    sums = np.sum([manifest.info["truncation"] for manifest in manifests if manifest], axis=0)
-    means = sums / max(info["tokens"], 1)
-    truncation = []
-    for temperature, (mass, kl) in zip(info["top_k"]["temperatures"], means.tolist(), strict=True):
-        truncation.append({"temperature": temperature, "mass": mass, "kl": kl})
-        log.info(
-            "%s: at temperature %.2f the top %d leave out a probability of %.4f and %.4f nats per "
-            "token (KL to the records, with the rest spread evenly)",
-            STEP,
-            temperature,
-            info["top_k"]["k"],
-            mass,
-            kl,
-        )
-    return truncation
+    sums = np.sum([manifest.info["error"] for manifest in manifests if manifest], axis=0)
+    errors = []
+    for temperature, means in zip(
+        codec.temperatures, (sums / max(tokens, 1)).tolist(), strict=True
+    ):
+        values, sentence = codec.describe_error(means)
+        errors.append({"temperature": temperature, **values})
+        log.info("%s: at temperature %.2f %s", STEP, temperature, sentence)
+    return errors

@@ -19,13 +19,14 @@ from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import sharded_loading, start_deepspeed
 from pocl_ds.errors import ResourceError
-from pocl_ds.losses.top_k import TopKCodec
+from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.models.batch_invariance import choose_samples
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.recipe_model import ModelLoader, zero_sizes
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.runtime import distributed
+from pocl_ds.runtime.hashing import token_keys
 from pocl_ds.runtime.progress import Progress
 from pocl_ds.teachers.cache import STEP, CacheShard
 from pocl_ds.teachers.invariance import check_teacher, teacher_dtype
@@ -41,7 +42,7 @@ from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_a
 from pocl_ds.workflow.manifest import write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
-LOGIT_BYTES = 256 << 20  # of the logits from which the top k are selected at once
+LOGIT_BYTES = 256 << 20  # of the logits that are encoded at once
 
 
 class CacheWriter:
@@ -53,11 +54,14 @@ class CacheWriter:
         teacher: TeacherConfig,
         path: str,
         vocab: VocabMap,
-        codec: TopKCodec | None,
+        codec: RecordCodec | None,
         config: TeacherCacheConfig,
+        seed: int,
         load: ModelLoader,
     ) -> None:
-        """path: of the teacher. codec: None caches hidden states. load: see `build_trainer`."""
+        """path: of the teacher. codec: None caches hidden states. seed: of random records. load:
+        see `build_trainer`.
+        """
         # Load the teacher, in shards if ZeRO-3 is configured.
         teacher_ds_config = ds_config.resolve_teacher(
             teacher.ds_config,
@@ -72,7 +76,8 @@ class CacheWriter:
             model = load(path, teacher, None)
         self.teacher = OnlineTeacher(model, teacher_ds_config, vocab)
         self.packed = supports_packing(model)
-        self.run, self.mode, self.codec, self.config = run, teacher.mode, codec, config
+        self.run, self.mode, self.config = run, teacher.mode, config
+        self.codec, self.seed = codec, seed
         self.dtype = teacher_dtype(teacher)
 
     def write(
@@ -214,13 +219,13 @@ class CacheWriter:
         _, rank_batches = self._assign_rows(split, shard.rows)
         checksums = torch.zeros(len(shard.rows), dtype=torch.int64)
         temperatures = len(self.codec.temperatures) if self.codec else 0
-        truncation = torch.zeros(temperatures, 2, dtype=torch.float64)
+        error = torch.zeros(temperatures, 2, dtype=torch.float64)
         with explain_disk_errors(shard.path):
             descriptor = os.open(shard.path, os.O_WRONLY)
             try:
                 for number, places in enumerate(rank_batches[distributed.rank()]):
                     rows = places + shard.rows.start
-                    self._write_batch(shard, split, rows, descriptor, checksums, truncation)
+                    self._write_batch(shard, split, rows, descriptor, checksums, error)
                     progress.advance(
                         sum(len(micro_batches[number]) for micro_batches in rank_batches)
                     )
@@ -233,7 +238,7 @@ class CacheWriter:
         all_checksums = distributed.all_sum(checksums.to(device)).cpu().numpy().astype(np.uint32)
         info: dict[str, Any] = {"samples": len(shard.rows), "seconds": time.monotonic() - start}
         if self.codec:
-            info["truncation"] = distributed.all_sum(truncation.to(device)).tolist()
+            info["error"] = distributed.all_sum(error.to(device)).tolist()
         distributed.barrier()
 
         # Write the checksums, then the manifest, which marks the shard as finished.
@@ -257,31 +262,40 @@ class CacheWriter:
         rows: NDArray[np.int64],
         descriptor: int,
         checksums: torch.Tensor,
-        truncation: torch.Tensor,
+        error: torch.Tensor,
     ) -> None:
         """Write the outputs of some rows after one forward pass, set their checksums, and add to
-        the truncation. A rank without rows runs one token that is not stored, as ZeRO-3 needs all
-        ranks.
+        the records' error. A rank without rows runs one token that is not stored, as ZeRO-3 needs
+        all ranks.
         """
         batch = collate(split, rows, packed=self.packed).to(distributed.device())
         outputs = self.teacher.outputs(batch)
-        if self.codec:
-            outputs = self._encode(self.codec, outputs, truncation)
         counts = torch.bincount(batch.sample_of_token.cpu(), minlength=len(rows)).tolist()
-        parts = outputs.cpu().split(counts[: len(batch.rows)])
+        if self.codec:
+            keys = token_keys(self.seed, [split.ids[row] for row in batch.rows], counts)
+            outputs = self._encode(self.codec, outputs, keys, error)
+        parts = outputs.cpu().split(counts)
         for row, part in zip(batch.rows, parts, strict=True):
             checksums[row - shard.rows.start] = shard.write(descriptor, row, part)
 
     def _encode(
-        self, codec: TopKCodec, hidden: torch.Tensor, truncation: torch.Tensor
+        self,
+        codec: RecordCodec,
+        hidden: torch.Tensor,
+        keys: NDArray[np.uint64],
+        error: torch.Tensor,
     ) -> torch.Tensor:
-        """Top-k records [n, bytes] of hidden states [n, width], a chunk of logits at a time."""
+        """Records [n, bytes] of hidden states [n, width], a chunk of logits at a time. keys: of the
+        tokens, [n].
+        """
+        rows = max(1, LOGIT_BYTES // (4 * codec.size))
         records = [torch.empty(0, codec.bytes, dtype=torch.uint8, device=hidden.device)]
         with self.teacher.head() as head:
-            for chunk in hidden.split(max(1, LOGIT_BYTES // (4 * codec.size))):
-                logits = self.teacher.vocab.teacher_logits(head, chunk)
-                records.append(codec.encode(logits))
-                truncation += codec.truncation_error(logits, records[-1]).cpu()
+            for start in range(0, len(hidden), rows):
+                chunk = slice(start, start + rows)
+                logits = self.teacher.vocab.teacher_logits(head, hidden[chunk])
+                records.append(codec.encode(logits, keys[chunk]))
+                error += codec.error_sums(logits, records[-1]).cpu()
         return torch.cat(records)
 
     def _assign_rows(

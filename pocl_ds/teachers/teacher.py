@@ -22,8 +22,8 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.engines.frozen_model import FrozenModel, TeacherBackbone
 from pocl_ds.errors import ArtifactError
+from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.losses.token_losses import TeacherHead
-from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.heads import (
     HeadMixture,
     OutputHead,
@@ -46,7 +46,7 @@ class Teacher(Protocol):
 
     def outputs(self, batch: Batch) -> Tensor:
         """The input of the head for the batch's loss tokens: final hidden states [loss tokens,
-        width], or records [loss tokens, bytes] of a `TopKCodec`. For a batch with a teacher view,
+        width], or records [loss tokens, bytes] of a `RecordCodec`. For a batch with a teacher view,
         the loss tokens are the teacher's own.
         """
 
@@ -125,9 +125,7 @@ class CachedTeacher:
 
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
-        self._head = (
-            TopKCodec(**cache.top_k) if cache.top_k else self._load_head(cache.directory / "head")
-        )
+        self._head = cache.codec or self._load_head(cache.directory / "head")
 
     def _load_head(self, folder: Path) -> OutputHead:
         """The head that `pocl cache-teacher` wrote, in the dtype of the cached hidden states."""
@@ -157,7 +155,7 @@ class CachedTeacher:
         return self.cache.read(batch.split, batch.rows).to(distributed.device())
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[OutputHead | TopKCodec]:
+    def head(self) -> Iterator[OutputHead | RecordCodec]:
         """See `Teacher`."""
         yield self._head
 

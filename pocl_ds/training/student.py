@@ -43,8 +43,8 @@ class Student(nn.Module):
         """Loss sums of one micro-batch, or with `SampleTerms` the losses of each of its samples.
 
         teacher_outputs: [loss tokens, teacher width], concatenated along the width for a
-        `HeadMixture`, or records of a `TopKCodec`. For a batch with a teacher view the loss tokens
-        are the teacher's own.
+        `HeadMixture`, or records of a `RecordCodec`. For a batch with a teacher view the loss
+        tokens are the teacher's own.
         """
         hidden = hidden_states(self.model, *batch.inputs, split=self.split)
         hidden = batch.at_loss_positions(hidden)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.errors import PoclError
 from pocl_ds.models.cost import ModelShape, model_shape
 from pocl_ds.models.estimate import step_flops
@@ -99,4 +100,5 @@ def _teacher_mode(training: TrainingRun) -> str:
         return "none"
     if training.teacher_cache is None:
         return "online"
-    return "cached_topk" if training.teacher.mode == "cached_topk" else "cached_hidden_states"
+    mode = training.teacher.mode
+    return mode if mode in RECORD_MODES else "cached_hidden_states"

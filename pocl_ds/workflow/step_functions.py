@@ -109,7 +109,7 @@ def run_cache_teacher(
     if recipe.teacher is None or not caches_teacher(recipe):
         raise RecipeError(
             "recipe field teacher.mode is online: an online teacher is not cached; set it to "
-            "cached_hidden_states, cached_topk or auto"
+            "cached_hidden_states, cached_topk, cached_sampled or auto"
         )
     student, teacher = _checked_models(recipe, run)
     assert teacher is not None
@@ -126,6 +126,7 @@ def run_cache_teacher(
         student=student,
         config=recipe.teacher_cache,
         usage=TeacherUsage(sample_visits, teacher_temperatures(recipe)),
+        seed=recipe.seed,
         fingerprint=fingerprint,
         shard=request.shard_index,
     )

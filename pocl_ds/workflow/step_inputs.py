@@ -79,8 +79,8 @@ def init_student_inputs(recipe: Recipe) -> list[Any]:
 
 
 def cache_teacher_inputs(recipe: Recipe) -> list[Any]:
-    """The teacher, and how its logits are truncated."""
-    return [teacher_inputs(recipe), top_k_inputs(recipe)]
+    """The teacher, and how records are made of its logits."""
+    return [teacher_inputs(recipe), record_inputs(recipe)]
 
 
 def generate_teacher_inputs(recipe: Recipe) -> list[Any]:
@@ -134,7 +134,7 @@ def train_inputs(recipe: Recipe) -> list[Any]:
         semantic_fields(recipe.loss),
         semantic_fields(recipe.policy),
         recipe.seed,
-        top_k_inputs(recipe),
+        record_inputs(recipe),
         _named(input_digests.plugin_files(recipe)),
         [ds_config.numeric_settings(name) for name in ds_configs],
     ]
@@ -189,13 +189,18 @@ def teacher_inputs(recipe: Recipe) -> list[Any] | None:
     return [semantic_fields(teacher), [_named(input_digests.model_files(m)) for m in models]]
 
 
-def top_k_inputs(recipe: Recipe) -> list[Any] | None:
-    """Top k and temperatures of a teacher cached as top-k logits; every other mode gives the same
+def record_inputs(recipe: Recipe) -> list[Any] | None:
+    """What decides the records of a teacher cached as records; every other mode gives the same
     losses as an online teacher.
     """
-    if recipe.teacher is None or recipe.teacher.mode != "cached_topk":
+    mode = recipe.teacher.mode if recipe.teacher else None
+    choices = {
+        "cached_topk": [recipe.teacher_cache.top_k],
+        "cached_sampled": [recipe.teacher_cache.num_samples, recipe.seed],
+    }
+    if mode not in choices:
         return None
-    return [recipe.teacher_cache.top_k, teacher_temperatures(recipe)]
+    return [mode, *choices[mode], teacher_temperatures(recipe)]
 
 
 def teacher_temperatures(recipe: Recipe) -> tuple[float, ...]:

@@ -238,26 +238,42 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
     )
 
 
-def test_a_teacher_cached_as_top_k_logits(without_dropout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "size", "sentence", "name"),
+    [
+        ("cached_topk", "top_k=16", "the top 16 leave out a probability of", "mass"),
+        ("cached_sampled", "num_samples=64", "64 draws give", "gradient_error"),
+    ],
+)
+def test_a_teacher_cached_as_records(
+    without_dropout: Path, tmp_path: Path, mode: str, size: str, sentence: str, name: str
+) -> None:
+    """A training with records of top-k or sampled logits, which resumes with the same result."""
     run = untrained_copy(without_dropout, tmp_path / "run")
-    words = ("--run-dir", str(run), "teacher.mode=cached_topk", "teacher_cache.top_k=16")
+    words = ("--run-dir", str(run), f"teacher.mode={mode}", f"teacher_cache.{size}")
     log = pocl("cache-teacher", *words).stderr
     info = json.loads((run / "teacher_cache" / "manifest.json").read_text())["info"]
-    assert info["mode"] == "cached_topk" and [
-        loss["temperature"] for loss in info["truncation"]
-    ] == [
-        1.0,
-        2.0,
-    ]
-    assert 0 < info["truncation"][0]["mass"] < info["truncation"][1]["mass"] < 1 and all(
-        loss["kl"] > 0 for loss in info["truncation"]
-    )
-    assert "the top 16 leave out a probability of" in log
+    assert info["mode"] == mode and sentence in log
+    assert [error["temperature"] for error in info["error"]] == [1.0, 2.0]
+    assert 0 < info["error"][0][name] < info["error"][1][name] < 1
     pocl("train", *words)
     steps, reference = training_steps(run), training_steps(without_dropout)
     assert len(steps) == len(reference)
     assert steps[0]["sft_loss"] == pytest.approx(reference[0]["sft_loss"], rel=1e-6)
-    assert 0 < steps[0]["kd_loss"] < reference[0]["kd_loss"]  # over fewer tokens
+    if mode == "cached_topk":
+        assert 0 < steps[0]["kd_loss"] < reference[0]["kd_loss"]  # over fewer tokens
+    else:
+        assert steps[0]["kd_loss"] == pytest.approx(reference[0]["kd_loss"], rel=0.5)
+    expected = weights(run)
+    shutil.rmtree(run / "train" / "final")
+    (run / "train" / "manifest.json").unlink()
+    for path in (run / "train" / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > 4:
+            shutil.rmtree(path)
+    pocl("train", *words)
+    actual = weights(run)
+    assert training_steps(run) == steps
+    assert all(bool((actual[key] == expected[key]).all()) for key in expected)
 
 
 def test_a_teacher_that_does_not_fit_the_disk_stays_online(

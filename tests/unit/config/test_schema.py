@@ -253,6 +253,15 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit"),
     ),
     (recipe_tree(teacher_cache__top_k=0), ("teacher_cache.top_k=0", "greater than")),
+    (recipe_tree(teacher_cache__num_samples=0), ("teacher_cache.num_samples=0", "greater than")),
+    (
+        recipe_tree(loss__name="skl", teacher__mode="cached_sampled"),
+        ("teacher.mode=cached_sampled", "linear", "loss.name=skl", "set loss.name=fkl"),
+    ),
+    (
+        recipe_tree(loss__name="alm", teacher__mode="cached_sampled"),
+        ("loss.name=alm", "teacher.mode=online"),
+    ),
 ]
 
 
@@ -353,7 +362,9 @@ def test_an_override_changes_one_of_two_places_that_share_an_alias(tmp_path: Pat
     assert recipe.teacher is not None and (recipe.teacher.model, recipe.student.model) == ("t", "s")
 
 
-@pytest.mark.parametrize("mode", ["online", "cached_hidden_states", "cached_topk", "auto"])
+@pytest.mark.parametrize(
+    "mode", ["online", "cached_hidden_states", "cached_topk", "cached_sampled", "auto"]
+)
 def test_quantization_changes_the_fingerprints(mode: str) -> None:
     all_digests = [
         fingerprints(

@@ -99,7 +99,7 @@ def test_the_truncation_error_is_a_forward_kl() -> None:
     spread = other_id.expand(7, 30).scatter(-1, ids, stored[:, :-1])
     log_p = teacher.float().log_softmax(-1)
     expected = fkl(log_p, spread).sum()
-    torch.testing.assert_close(codec.truncation_error(teacher, records)[0, 1].float(), expected)
+    torch.testing.assert_close(codec.error_sums(teacher, records)[0, 1].float(), expected)
 
 
 class Heads:

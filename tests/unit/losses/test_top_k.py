@@ -17,8 +17,9 @@ from pocl_ds.errors import RecipeError
 from pocl_ds.losses import fused_head
 from pocl_ds.losses.divergences import DIVERGENCES, divergence_options
 from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
+from pocl_ds.losses.record_codec import MAX_IDS
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.losses.top_k import MAX_IDS, TopKCodec
+from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
 
@@ -176,7 +177,7 @@ def test_the_divergence_grows_with_k_up_to_the_full_one(temperature: float) -> N
 
 def test_truncation_error_equals_its_definition() -> None:
     logits, codec = logits_of(7, 50, 6, 2.0, masked=4), TopKCodec(5, 50, TEMPERATURES)
-    actual = codec.truncation_error(logits, codec.encode(logits))
+    actual = codec.error_sums(logits, codec.encode(logits))
     for temperature, (mass, divergence) in zip(TEMPERATURES, actual.tolist(), strict=True):
         p = torch.softmax(logits / temperature, -1)
         stored = logits.topk(5, -1).indices

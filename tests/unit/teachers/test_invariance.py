@@ -45,6 +45,7 @@ def write_cache(folder: Path, model: Path, attention: Any, mode: Any) -> RunDire
         student=StudentConfig(model=str(model)),
         config=TeacherCacheConfig(),
         usage=TeacherUsage(visits_per_sample=2.0),
+        seed=0,
         fingerprint="f",
     )
     return run

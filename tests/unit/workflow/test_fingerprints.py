@@ -59,6 +59,27 @@ def test_teacher_responses_depend_on_the_generation_backend() -> None:
     assert changed(words, [*words, "score.generation.max_num_seqs=3"]) == set()
 
 
+def test_records_of_the_teacher_change_the_training() -> None:
+    sampled, top_k = ["teacher.mode=cached_sampled"], ["teacher.mode=cached_topk"]
+    for words, change in [
+        (sampled, "teacher_cache.num_samples=9"),
+        (sampled, "seed=3"),
+        (sampled, "curriculum.temperature=[1, 3]"),
+        (top_k, "teacher_cache.top_k=9"),
+        (sampled, top_k[0]),
+        (sampled, "teacher.mode=online"),
+    ]:
+        assert {"cache-teacher", "train"} <= changed(words, [*words, change])
+    for words, change in [
+        (sampled, "teacher_cache.top_k=9"),
+        (sampled, "teacher_cache.shards=9"),
+        (top_k, "teacher_cache.num_samples=9"),
+        ([], "teacher_cache.num_samples=9"),
+    ]:
+        assert changed(words, [*words, change]) == set()
+    assert "cache-teacher" not in changed(top_k, [*top_k, "seed=3"])
+
+
 def test_enabling_a_baseline_changes_no_training() -> None:
     assert changed([], ["baseline.enabled=true"]) == {"evaluate", "export", "report"}
     assert "baseline" in changed(
