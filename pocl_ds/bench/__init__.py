@@ -23,6 +23,10 @@ BENCHMARKS = {
         "pocl_ds.bench.teacher",
         "Cached against online teacher: a step, a complete run, reads from disk.",
     ),
+    "records": (
+        "pocl_ds.bench.records",
+        "Bytes of a token and error of the gradient, with top-k and with sampled logits.",
+    ),
     "rollout": (
         "pocl_ds.bench.rollout",
         "Speed of the student's responses in training, with vLLM and with transformers.",

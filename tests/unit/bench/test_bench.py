@@ -14,6 +14,7 @@ from pocl_ds.bench import (
     estimate,
     loss,
     overhead,
+    records,
     rollout,
     rouge,
     scale,
@@ -160,6 +161,19 @@ def test_estimate_predicts_the_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch)
     assert formula == pytest.approx(counted, rel=0.02)
     with pytest.raises(RecipeError, match="there is no workload 'C'"):
         estimate.run(["C"])
+
+
+def test_sampled_records_have_noise_and_top_k_records_have_bias() -> None:
+    lines: list[str] = []
+    rows = records.run(["zipf"], lines.append, size=300, tokens=12, seeds=60)
+    assert len(rows) == 6 + 12 and sum("sampled ids" in line for line in lines) == 3 + 6
+    for row in rows:
+        if "sampled" in row["records"]:
+            assert row["bias"] < 0.2 * row["error"]
+        else:
+            assert row["bias"] == row["error"]
+    with pytest.raises(RecipeError, match="choose one of random, zipf, smollm2"):
+        records.run(["normal"])
 
 
 def test_overhead_needs_a_finished_run(tmp_path: Path) -> None:
