@@ -21,7 +21,8 @@ from pocl_ds.losses.cross_tokenizer import (
     paired_teacher_tokens,
     uld_with_gradient,
 )
-from pocl_ds.losses.fused_head import ChunkSizes, LossHead, loss_sums
+from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
+from pocl_ds.losses.loss_head import LossHead
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap

@@ -12,7 +12,8 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import divergence, fused_head, token_losses
 from pocl_ds.losses.divergences import DIVERGENCES
-from pocl_ds.losses.fused_head import ChunkSizes, LossHead, chunk_sizes, loss_sums
+from pocl_ds.losses.fused_head import ChunkSizes, chunk_sizes, loss_sums
+from pocl_ds.losses.loss_head import LossHead
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap

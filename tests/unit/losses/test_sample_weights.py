@@ -16,7 +16,8 @@ from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import FusedLinearDistillationLoss, fused_head
 from pocl_ds.losses.divergences import DIVERGENCES
-from pocl_ds.losses.fused_head import ChunkSizes, LossHead, loss_sums
+from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
+from pocl_ds.losses.loss_head import LossHead
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.heads import HeadMixture

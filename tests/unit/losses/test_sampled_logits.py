@@ -49,7 +49,7 @@ def value_and_gradient(
         records, log_q, "fkl", {}, temperature, lambda: torch.empty_like(log_q), True
     )
     assert gradient is not None
-    return value, gradient
+    return value.sum(), gradient
 
 
 def estimate_of(codec: SampledCodec, records: Tensor, temperature: float) -> Tensor:
