@@ -26,7 +26,8 @@ from pocl_ds.curriculum.data_sampler import CurriculumSampler
 from pocl_ds.curriculum.plan import Plan
 from pocl_ds.errors import ArtifactError, ModelError, RecipeError
 from pocl_ds.losses.divergences import divergence_options
-from pocl_ds.losses.fused_head import DEFAULT_CHUNK_BYTES, loss_sums
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.fused_inputs import DEFAULT_CHUNK_BYTES
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import hidden_states, output_head
 from pocl_ds.models.vocab import VocabMap

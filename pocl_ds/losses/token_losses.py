@@ -194,7 +194,23 @@ class EagerLoss:
         if teacher is not None:
             temperature = _by_row(scale.temperature)
             scaled_log_q = self._at_temperature(logits, log_q, temperature)
-            kd, gradient = self._divergence_and_gradient(teacher, scaled_log_q, logits, temperature)
+            if isinstance(self.teacher_head, RecordCodec):
+                kd, gradient = self.teacher_head.divergence(
+                    teacher,
+                    scaled_log_q,
+                    terms.name,
+                    self.options,
+                    terms.temperature,
+                    lambda: buffers(6, rows),
+                    self._need_kd_gradient,
+                )
+            elif isinstance(self.teacher_head, CrossTokenizerTeacher):
+                kd, gradient = self._uld(scaled_log_q, teacher, self.teacher_head)
+            else:
+                log_p, free = self._teacher_log_probs(teacher, temperature)
+                buffer = lambda i: buffers(6, rows) if i == 2 else (logits, free)[i]  # noqa: E731
+                kd = self._divergence(log_p, scaled_log_q, buffer, **self.options)
+                gradient = scaled_log_q if self._need_kd_gradient else None
             if gradient is not None:
                 gradient.mul_(_by_row(scale.gradient_factor(terms)))
 
@@ -213,31 +229,6 @@ class EagerLoss:
         return LogProbSignals(
             log_p, self._mask(log_q, MASKED), tokens.labels, tokens.position, buffer
         )
-
-    def _divergence_and_gradient(
-        self, teacher: Tensor, log_q: Tensor, free: Tensor, temperature: float | Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """The divergence of each token [n], and its gradient in the logits whose log-softmax log_q
-        is, None if it is not needed. log_q and `free`, of the same shape, are overwritten.
-        temperature: one number, or [n, 1].
-        """
-        head, rows = self.teacher_head, len(log_q)
-        if isinstance(head, RecordCodec):
-            return head.divergence(
-                teacher,
-                log_q,
-                self.terms.name,
-                self.options,
-                self.terms.temperature,
-                lambda: self.buffers(6, rows),
-                self._need_kd_gradient,
-            )
-        if isinstance(head, CrossTokenizerTeacher):
-            return self._uld(log_q, teacher, head)
-        log_p, teacher_logits = self._teacher_log_probs(teacher, temperature)
-        buffer = lambda i: self.buffers(6, rows) if i == 2 else (free, teacher_logits)[i]  # noqa: E731
-        value = self._divergence(log_p, log_q, buffer, **self.options)
-        return value, log_q if self._need_kd_gradient else None
 
     @cached_property
     def _divergence(self) -> Callable[..., Tensor]:

@@ -28,7 +28,7 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading
 from pocl_ds.engines.protocol import Engine
 from pocl_ds.engines.torch_engine import TorchEngine
-from pocl_ds.losses.fused_head import chunk_sizes
+from pocl_ds.losses.fused_inputs import chunk_sizes
 from pocl_ds.models.attention_choice import log_kernel
 from pocl_ds.models.load import (
     embedding_rows,

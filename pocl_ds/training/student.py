@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
-from pocl_ds.losses.fused_head import LossSums
-from pocl_ds.losses.loss_head import LossHead
+from pocl_ds.losses.fused_head import LossHead, LossSums
 from pocl_ds.losses.sample_losses import SampleLosses, SampleTerms
 from pocl_ds.losses.token_losses import LossTerms, TeacherHead
 from pocl_ds.models.heads import hidden_states, identity_head, output_head

@@ -23,7 +23,7 @@ from pocl_ds.curriculum.sampler import Sampler
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import DeepSpeedEngine, sharded_loading, start_deepspeed
-from pocl_ds.losses import divergence, fused_head
+from pocl_ds.losses import divergence, fused_inputs
 from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.load import load_model
 from pocl_ds.models.vocab import VocabMap
@@ -104,7 +104,7 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compile_layers(model, train)
     module = Student(model, ids, chunk_bytes=1 << 20).train()
-    fused_head.chunk_sizes = lambda *_: fused_head.ChunkSizes(case["rows"], 2)
+    fused_inputs.chunk_sizes = lambda *_: fused_inputs.ChunkSizes(case["rows"], 2)
     engine = Recorder(module, train, config)
     plan = single_stage_plan(
         np.arange(12), steps=1, batch_size=12, temperature=TEMPERATURE, sft_ratio=SFT_RATIO

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pocl_ds.config.registry import LOSSES
-from pocl_ds.losses import divergence, fused_head
+from pocl_ds.losses import divergence, fused_inputs
 from pocl_ds.losses.closed_forms import CLOSED_FORMS
 from pocl_ds.losses.divergences import divergence_options
 from pocl_ds.losses.fused_head import loss_sums
@@ -333,7 +333,7 @@ def test_the_fused_head_over_the_kernel_equals_its_eager_form(
     labels = torch.randint(0, 37, (7,), generator=source)
     results = []
     for obstacle in ("the test compares", None):
-        monkeypatch.setattr(fused_head, "kernel_obstacle", lambda *_, text=obstacle: text)
+        monkeypatch.setattr(fused_inputs, "kernel_obstacle", lambda *_, text=obstacle: text)
         sums = loss_sums(
             hidden,
             head,

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from pocl_ds.data.batches import Batch, TeacherView
-from pocl_ds.losses import fused_head
+from pocl_ds.losses import fused_inputs
 from pocl_ds.losses.cross_tokenizer import (
     CrossTokenizerTeacher,
     alm,
     paired_teacher_tokens,
     uld_with_gradient,
 )
-from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
-from pocl_ds.losses.loss_head import LossHead
+from pocl_ds.losses.fused_head import LossHead, loss_sums
+from pocl_ds.losses.fused_inputs import ChunkSizes
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -135,7 +135,7 @@ def test_equals_the_direct_computation(
     sizes: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    monkeypatch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     case, by_position = Case(), name.endswith("position")
     aligned = [(0, 0), (2, 1), (3, 4), (5, 5), (6, 7)]
     placed = [*((i, i) for i in range(6)), (6, 7), (7, 8)]

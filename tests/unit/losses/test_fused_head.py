@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses import divergence, fused_head, token_losses
+from pocl_ds.losses import divergence, fused_inputs, token_losses
 from pocl_ds.losses.divergences import DIVERGENCES
-from pocl_ds.losses.fused_head import ChunkSizes, chunk_sizes, loss_sums
-from pocl_ds.losses.loss_head import LossHead
+from pocl_ds.losses.fused_head import LossHead, loss_sums
+from pocl_ds.losses.fused_inputs import ChunkSizes, chunk_sizes
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.models.heads import HeadMixture, OutputHead
 from pocl_ds.models.vocab import VocabMap
@@ -87,7 +87,7 @@ def test_equals_the_plain_form(
     """Masked ids, other ids of the teacher, biases, scales and caps, in chunks and blocks of any
     size.
     """
-    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    monkeypatch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float64, bias=bias, scale=scale, cap=cap
     )
@@ -154,7 +154,7 @@ def test_the_squared_temperature_can_be_turned_off(name: str) -> None:
 def test_an_ensemble_equals_one_teacher_with_the_mean_of_their_probabilities(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    monkeypatch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     student, teacher, hidden, teacher_hidden, labels = heads(
         torch.float64, bias=True, scale=0.5, cap=7.0
     )
@@ -199,7 +199,7 @@ def test_logits_of_models_that_apply_their_own_head(
     name: str, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are used unchanged, and logits beyond the ids that take part get no gradient."""
-    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    monkeypatch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 23, 40, generator=source, dtype=torch.float64)
     labels, terms = (

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pocl_ds.data.batches import Batch
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses import FusedLinearDistillationLoss, fused_head
+from pocl_ds.losses import FusedLinearDistillationLoss, fused_inputs
 from pocl_ds.losses.divergences import DIVERGENCES
-from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
-from pocl_ds.losses.loss_head import LossHead
+from pocl_ds.losses.fused_head import LossHead, loss_sums
+from pocl_ds.losses.fused_inputs import ChunkSizes
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.models.heads import HeadMixture
@@ -46,7 +46,7 @@ def test_equals_the_weighted_sum_over_complete_logits(
     alpha = terms.ce_weight
     total = (by_token * (alpha * ce + (1 - alpha) * kd)).sum()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+        patch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
         actual = case.sums(terms, torch.tensor(weights))
     assert_close(actual, (total, kd.sum(), ce.sum()))
     assert_close(case.gradients(3 * actual[0]), case.gradients(3 * total))

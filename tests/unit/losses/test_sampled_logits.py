@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses import fused_head, sampled_logits
+from pocl_ds.losses import fused_inputs, sampled_logits
 from pocl_ds.losses.divergences import DIVERGENCES, MASKED, fkl, log_probabilities
-from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.fused_inputs import ChunkSizes
 from pocl_ds.losses.record_codec import DISTANCE_STEPS, MAX_IDS
 from pocl_ds.losses.sampled_logits import SampledCodec, stratified_points
 from pocl_ds.losses.token_losses import LossTerms
@@ -208,7 +209,7 @@ def test_points_are_uniform_within_their_parts() -> None:
 def test_the_gradient_equals_that_of_the_complete_logits(
     temperature: float, sft_ratio: float, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    monkeypatch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
     head = OutputHead(nn.Parameter(draw(40, 8)), nn.Parameter(draw(40)), 0.5, 7.0)

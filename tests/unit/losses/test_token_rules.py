@@ -21,11 +21,11 @@ from pocl_ds.errors import NumericalError, RecipeError
 from pocl_ds.losses import (
     FusedLinearDistillationLoss,
     divergence,
-    fused_head,
+    fused_inputs,
     fused_linear_distillation_loss,
 )
 from pocl_ds.losses.divergences import DIVERGENCES
-from pocl_ds.losses.fused_head import ChunkSizes
+from pocl_ds.losses.fused_inputs import ChunkSizes
 from pocl_ds.losses.token_inputs import TokenInputs
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.token_rules import TOKEN_RULES, TokenFactors, TokenRule, adakd
@@ -148,7 +148,7 @@ def test_equals_complete_logits(
     terms = LossTerms(name, temperature, sft_ratio, squared, {}, TokenRule.of(*rule))
     weights = torch.tensor([0.5, 2.0, 0.0, 1.0]) if weighted else None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+        patch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
         factors = expected_factors(*rule, signals_of(case))
         assert_equals_complete_logits(case, terms, factors, weights)
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pocl_ds.errors import RecipeError
-from pocl_ds.losses import fused_head
+from pocl_ds.losses import fused_inputs
 from pocl_ds.losses.divergences import DIVERGENCES, divergence_options
-from pocl_ds.losses.fused_head import ChunkSizes, loss_sums
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.fused_inputs import ChunkSizes
 from pocl_ds.losses.record_codec import MAX_IDS
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.top_k import TopKCodec
@@ -104,7 +105,7 @@ def test_the_loss_covers_k_ids_and_any_other(
     sizes: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(fused_head, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
+    monkeypatch.setattr(fused_inputs, "chunk_sizes", lambda *_: ChunkSizes(*sizes))
     source = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
     head, hidden = (

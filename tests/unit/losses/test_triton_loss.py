@@ -18,7 +18,8 @@ from pocl_ds.config.registry import LOSSES
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses import triton_loss
 from pocl_ds.losses.closed_forms import CLOSED_FORMS
-from pocl_ds.losses.fused_head import chunk_sizes, loss_sums
+from pocl_ds.losses.fused_head import loss_sums
+from pocl_ds.losses.fused_inputs import chunk_sizes
 from pocl_ds.losses.token_losses import LossTerms
 from pocl_ds.losses.top_k import TopKCodec
 from pocl_ds.losses.triton_loss import kernel_form, kernel_obstacle, padded_size
