@@ -84,6 +84,7 @@ RecordField: TypeAlias = Literal[
     "reasoning",
     "label",
     "weight",
+    "domain",
 ]
 RecordFields: TypeAlias = Annotated[
     dict[RecordField, str | None], AfterValidator(_reject_shared_columns)

@@ -281,6 +281,15 @@ class DataConfig(Section):
         """The sources of the training data: those of `sources`, or `source` alone."""
         return self.sources or (self._section(self.source, self.hub_split),)
 
+    @property
+    def has_domains(self) -> bool:
+        """Whether samples have a domain: a field of their own (`fields.domain`), or their source
+        in a mixture.
+        """
+        sections = [*self.training_sources, *map(self.held_out_source, HELD_OUT_SPLITS)]
+        named = any(section and section.fields.get("domain") for section in sections)
+        return named or len(self.sources) > 1
+
     def held_out_source(self, split: HeldOutSplit) -> SourceConfig | None:
         """The source of the validation or test data; None if they are a fraction of the training
         data.

@@ -69,6 +69,7 @@ class Sample:
     other_references: tuple[str, ...] = ()  # answers as good as the training response
     tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of the tools that a model may call
     source: str = ""  # name of the data source, where a recipe has several
+    domain: str = ""  # what `data.fields.domain` names, else the name of the source
     place: str = ""  # file and line of the record, for messages
     verbatim: bool = False  # the response is what a model wrote after the prompt
     ended: bool = True  # false if such a response was cut off: no end of turn may follow it
@@ -130,7 +131,7 @@ class Sample:
     def to_json(self) -> str:
         """The sample as one line of a sample file."""
         tree: dict[str, Any] = {"id": self.id, "messages": [m.to_tree() for m in self.messages]}
-        for name in ("input", "other_references", "tools", "source", "place", "verbatim"):
+        for name in ("input", "other_references", "tools", "source", "domain", "place", "verbatim"):
             if value := getattr(self, name):
                 tree[name] = value
         if not self.ended:

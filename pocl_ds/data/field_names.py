@@ -25,6 +25,7 @@ FIELD_NAMES = {
     "reasoning": ("reasoning_content",),
     "label": ("label",),
     "weight": ("weight",),
+    "domain": (),  # only where a mapping names it
 }
 # Fields that describe a record, and hold nothing that a model should read.
 # fmt: off

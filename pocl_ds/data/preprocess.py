@@ -24,7 +24,7 @@ from pocl_ds.data.held_out_overlap import Overlap, find_overlap, log_overlap
 from pocl_ds.data.read_sources import InvalidSamples, SourceReader, mixture_names
 from pocl_ds.data.sample_spool import SPLITS, SampleSpool
 from pocl_ds.data.sample_tokenizer import EVENTS, SampleTokenizer
-from pocl_ds.data.split_sources import SplitSources
+from pocl_ds.data.split_sources import SplitLabels
 from pocl_ds.data.splits import smallest_rows
 from pocl_ds.data.tokenize_splits import (
     TEACHER_DIRECTORY,
@@ -133,6 +133,7 @@ def _write_data(
         # Tokenize the splits.
         split_tokenizer = SplitTokenizer(student, teacher, invalid, num_workers)
         results = _write_splits(split_tokenizer, spool, rows, folder, mixture_names(data))
+        domains = _write_domains(spool, results, folder, reader) if data.has_domains else None
     invalid.log()
     if not results["train"].counts.samples:
         events = results["train"].counts.events
@@ -154,6 +155,7 @@ def _write_data(
             split: overlap.references_in_training()[split] for split in HELD_OUT
         },
         "splits": {split: result.info() for split, result in results.items()},
+        "domains": domains,
     }
 
 
@@ -211,8 +213,22 @@ def _write_splits(
         held_out_prompts = np.union1d(held_out_prompts, prompts[prompts != 0])
         save_split_array(folder, f"{split}.prompt_keys", spool.keys[result.rows])
         if sources:
-            SplitSources(tuple(sources), spool.sources[result.rows]).write(folder, split)
+            SplitLabels(tuple(sources), spool.sources[result.rows]).write(folder, split)
         results[split] = result
     for split in SPLITS:
         log_split(split, results[split])
     return {split: results[split] for split in SPLITS}
+
+
+def _write_domains(
+    spool: SampleSpool, results: Mapping[str, SplitResult], folder: Path, reader: SourceReader
+) -> dict[str, Mapping[str, int]]:
+    """Write the domain of each sample, and return the number of samples of each domain by split."""
+    numbers, counts = spool.domains, {}
+    for split, result in results.items():
+        labels = SplitLabels(tuple(reader.domains), numbers[result.rows])
+        labels.write(folder, split, "domains")
+        counts[split] = labels.counts
+    listed = ", ".join(f"{name} {count:,}" for name, count in counts["train"].items())
+    log.info("domains of the training samples: %s", listed)
+    return counts

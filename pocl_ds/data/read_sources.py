@@ -30,6 +30,7 @@ from pocl_ds.runtime.progress import Progress
 log = logging.getLogger("pocl_ds")
 
 RenderPrompt: TypeAlias = Callable[[Sample], str]
+MAX_DOMAINS = 1000  # more are texts that were named by mistake
 MIN_PROGRESS_SECONDS = 2.0  # faster work shows no progress
 
 
@@ -78,14 +79,16 @@ class SampleHashes:
     """Of the samples of a chunk."""
 
     hashes: list[tuple[int, int, int]]  # as `SampleSpool.add` takes them; zeros for an error
+    domains: list[str]
     errors: dict[int, DataError]  # place in the chunk -> why the sample cannot be used
 
 
 def hash_samples(lines: Sequence[str], render_prompt: RenderPrompt) -> SampleHashes:
-    """Split key, selection key and hash of the id of each sample."""
-    hashes = SampleHashes([], {})
+    """Split key, selection key and hash of the id of each sample, and its domain."""
+    hashes = SampleHashes([], [], {})
     for number, line in enumerate(lines):
         sample = Sample.from_json(line)
+        hashes.domains.append(sample.domain)
         try:
             key = split_key(sample, render_prompt)
         except DataError as error:
@@ -102,7 +105,7 @@ class SourceReader:
     """Reads every source of a recipe into a `SampleSpool`.
 
     A prompt of a test or validation file is omitted from the other splits. `counts` has what the
-    records of each source hold.
+    records of each source hold, `domains` the number of each domain.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class SourceReader:
         self.invalid, self.num_workers = invalid, num_workers
         self.counts: dict[str, RecordCounts] = {}
         self.omitted = dict.fromkeys(SPLITS, 0)
+        self.domains: dict[str, int] = {}
         self._reserved: set[tuple[int, int]] = set()
         held_out = {split: data.held_out_source(split) for split in HELD_OUT_SPLITS}
         self._held_out = held_out
@@ -156,6 +160,8 @@ class SourceReader:
         samples = self._samples(source, setting, ids, counts)
         if len(self.data.training_sources) > 1 and split is None:
             samples = (replace(sample, source=source.label) for sample in samples)
+        if self.data.has_domains:
+            samples = (replace(s, domain=s.domain or source.label) for s in samples)
         render_prompt, reserved = self.render_prompt, set[tuple[int, int]]()
         with Progress(
             None, "samples", f"read {source.label}", min_seconds=MIN_PROGRESS_SECONDS
@@ -174,11 +180,21 @@ class SourceReader:
                     if hashes[:2] in self._reserved:
                         self.omitted[own_split] += 1
                         continue
-                    self.spool.add(line, own_split, number, hashes)
+                    domain = self._domain_number(result.domains[place])
+                    self.spool.add(line, own_split, number, hashes, domain)
                     if split:
                         reserved.add(hashes[:2])
                 progress.advance(len(lines))
         self._reserved |= reserved
+
+    def _domain_number(self, domain: str) -> int:
+        number = self.domains.setdefault(domain, len(self.domains))
+        if number >= MAX_DOMAINS:
+            raise DataError(
+                f"the samples have more than {MAX_DOMAINS} domains, the last one {domain!r}: let "
+                "data.fields.domain name a field with few values"
+            )
+        return number
 
     def _samples(
         self, source: SourceConfig, setting: str, ids: SampleIds, counts: RecordCounts

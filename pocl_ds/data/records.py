@@ -94,8 +94,8 @@ def samples_from_records(
     for place, record in records:
         counts.records += 1
         try:
-            own_id, conversation = reader.read(record, place)
-            sample = _make_sample(own_id, conversation, ids, place)
+            own_id, domain, conversation = reader.read(record, place)
+            sample = _make_sample(own_id, domain, conversation, ids, place)
         except DataError as error:
             counts.invalid[error.reason] = counts.invalid.get(error.reason, 0) + 1
             if on_invalid is None:
@@ -135,8 +135,8 @@ class _RecordReader:
         # Fields whose reading the mapping forbids need no warning.
         self.ignored = {name for field in mapping.ignored for name in FIELD_NAMES.get(field, ())}
 
-    def read(self, record: Any, place: str) -> tuple[Any, Conversation]:
-        """The record's own id and its content. Raises DataError if it cannot be used."""
+    def read(self, record: Any, place: str) -> tuple[Any, str, Conversation]:
+        """The record's id, its domain and its content. Raises DataError if it cannot be used."""
         if isinstance(record, DataError):
             raise record
         if not isinstance(record, dict):
@@ -149,7 +149,7 @@ class _RecordReader:
         self.mapping.note_fields(record)
         mapped = MappedRecord(record, place, self.mapping)
         try:
-            own_id = mapped.get("id")
+            own_id, domain = mapped.get("id"), mapped.text("domain") or ""
             name, conversation = read_conversation(mapped, self.format, self.turns, self.train_on)
         except RecursionError:
             raise DataError(
@@ -158,7 +158,7 @@ class _RecordReader:
             ) from None
         self._count_fields(name, mapped)
         self.counts.dropped_turns += conversation.dropped_turns
-        return own_id, conversation
+        return own_id, domain, conversation
 
     def check_mapped_fields(self, source: str) -> None:
         """Raise DataError if no record has a field that the mapping names."""
@@ -181,7 +181,9 @@ class _RecordReader:
         return f"{format} ({', '.join(name for name, field in in_order if field != 'id')})"
 
 
-def _make_sample(own_id: Any, conversation: Conversation, ids: SampleIds, place: str) -> Sample:
+def _make_sample(
+    own_id: Any, domain: str, conversation: Conversation, ids: SampleIds, place: str
+) -> Sample:
     """The sample of a record's content. Raises DataError if its texts or id are not valid."""
     content = [
         [message.to_template() for message in conversation.messages],
@@ -208,6 +210,7 @@ def _make_sample(own_id: Any, conversation: Conversation, ids: SampleIds, place:
         conversation.input,
         conversation.other_references,
         conversation.tools,
+        domain=domain.strip(),
         place=place.rsplit("/", 1)[-1],
     )
 

@@ -17,15 +17,15 @@ UNUSED = len(SPLITS)  # the code of samples that a mixture leaves out
 
 
 class SampleSpool:
-    """Lines of `Sample.to_json` on disk; split, source and hashes of each sample in memory.
+    """Lines of `Sample.to_json` on disk; split, source, domain and hashes of each in memory.
 
-    Rows are numbered in the order of `add`. Memory: 27 bytes per sample.
+    Rows are numbered in the order of `add`. Memory: 29 bytes per sample.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._stream = path.open("w", encoding="utf-8")
-        self._splits, self._sources = array("B"), array("H")
+        self._splits, self._sources, self._domains = array("B"), array("H"), array("H")
         self._keys, self._selection_keys, self._ties = array("Q"), array("Q"), array("Q")
 
     def __enter__(self) -> SampleSpool:
@@ -43,11 +43,17 @@ class SampleSpool:
     def __len__(self) -> int:
         return len(self._splits)
 
-    def add(self, line: str, split: str, source: int, hashes: tuple[int, int, int]) -> None:
-        """Append a sample. hashes: its split key, its selection key, and a hash of its id."""
+    def add(
+        self, line: str, split: str, source: int, hashes: tuple[int, int, int], domain: int = 0
+    ) -> None:
+        """Append a sample.
+
+        source, domain: their numbers. hashes: split key, selection key, and a hash of the id.
+        """
         self._stream.write(line + "\n")
         self._splits.append(SPLITS.index(split))
         self._sources.append(source)
+        self._domains.append(domain)
         for column, value in zip((self._keys, self._selection_keys, self._ties), hashes):
             column.append(value)
 
@@ -74,6 +80,11 @@ class SampleSpool:
     def sources(self) -> NDArray[np.uint16]:
         """Numbers of the sources: [samples]."""
         return np.array(self._sources, np.uint16)
+
+    @property
+    def domains(self) -> NDArray[np.uint16]:
+        """Numbers of the domains: [samples]."""
+        return np.array(self._domains, np.uint16)
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Ascending rows of a split."""

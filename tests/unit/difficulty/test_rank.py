@@ -16,7 +16,7 @@ import pytest
 
 from pocl_ds.config import RankingConfig, registry
 from pocl_ds.curriculum.ranking import DifficultyRanking, rank_by_difficulty
-from pocl_ds.data.split_sources import SplitSources
+from pocl_ds.data.split_sources import SplitLabels
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.difficulty import rank as rank_step
 from pocl_ds.difficulty.rank import write_ranking
@@ -320,7 +320,7 @@ def test_a_score_that_is_not_finite_is_named(run: RunDirectory, rows: list[Row])
 def test_the_table_has_the_sources_of_a_mixture(run: RunDirectory, rows: list[Row]) -> None:
     write_shard(run, rows, 0, 1)
     numbers = np.arange(len(rows), dtype=np.uint16) % 2
-    SplitSources(("a", "b"), numbers).write(run.data, "train")
+    SplitLabels(("a", "b"), numbers).write(run.data, "train")
     manifest = _rank(run)
     order = np.load(run.ranking / "order.npy")
     table = pq.read_table(run.ranking / "ranking.parquet").to_pydict()

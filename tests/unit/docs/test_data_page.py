@@ -41,6 +41,7 @@ CONVERSATIONS = {
         "assistant: Santiago",
     ],
     "content_parts.jsonl": [PRIME, PRIME],
+    "domains.jsonl": ["user: What is 2 + 2? | assistant: 4"],
     "loss_marks.jsonl": [
         "user: Name a prime. | assistant (-): 8 | user: That is even. | assistant: 7"
     ]
