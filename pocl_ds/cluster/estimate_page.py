@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pocl_ds.config import ModelConfig, Recipe, StudentConfig
+from pocl_ds.config import ModelSource, Recipe, StudentConfig
 from pocl_ds.curriculum.plan_step import plan_from_config
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
@@ -64,6 +64,12 @@ class Estimate:
         self.teacher: ModelShape | None = (
             model_shape(self.teacher_config) if recipe.teacher else None
         )
+        # Further teachers in memory; of those by stage only one is, the largest at the peak.
+        self.other_teachers = [model_shape(_model_config(m)) for m in _other_teachers(recipe)]
+        if self.teacher and recipe.teacher and recipe.teacher.by_stage:
+            shapes = [self.teacher, *self.other_teachers]
+            self.teacher = max(shapes, key=lambda shape: shape.parameters)
+            self.other_teachers = []
 
     @cached_property
     def work(self) -> TrainingWork:
@@ -142,16 +148,21 @@ class Estimate:
         """Bytes of one rank by their use, if all samples have the maximum length."""
         lengths = [self.work.max_length] * setup.micro_batch_size
         loss_tokens = setup.micro_batch_size * (self.work.max_length - 1)
-        return training_memory(
+        ranks = self.assumptions.layout.ranks
+        memory = training_memory(
             self.student,
             self.teacher,
             setup,
-            self.assumptions.layout.ranks,
+            ranks,
             lengths,
             loss_tokens,
             self.activations,
             self.assumptions.device.base,
         )
+        if self.other_teachers and setup.teacher_mode == "online" and not setup.offload_teacher:
+            weights = sum(setup.teacher_weights(shape) for shape in self.other_teachers)
+            memory["other teachers: weights"] = weights / (ranks if setup.teacher_sharded else 1)
+        return memory
 
     def total_memory(self, setup: TrainingSetup) -> float:
         """Bytes of one rank."""
@@ -178,7 +189,13 @@ class Estimate:
         )
 
 
-def _model_config(model: ModelConfig) -> Any:
+def _other_teachers(recipe: Recipe) -> list[ModelSource]:
+    """The models of section `teacher` besides the first, each once."""
+    sources = recipe.teacher.sources if recipe.teacher else ()
+    return list({source.label: source for source in sources}.values())[1:]
+
+
+def _model_config(model: ModelSource) -> Any:
     """A model's configuration, without the layers that the recipe prunes."""
     config = load_model_config(
         resolve_model(model), trust_remote_code=model.trust_remote_code, revision=model.revision

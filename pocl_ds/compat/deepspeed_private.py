@@ -127,6 +127,16 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def forget_module(module: nn.Module) -> None:
+    """Remove a module from the list of the modules that ZeRO-3 has hooks in: `destroy` of its
+    engine leaves it there, and its parameters would never be freed.
+    """
+    from deepspeed.runtime.zero import parameter_offload
+
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [entry for entry in stack if entry is not module]
+
+
 def checkpoint_classes() -> tuple[type, ...]:
     """The classes that DeepSpeed pickles into checkpoints besides tensors and plain values; the
     last one only in ZeRO stage 2. `torch.load` must be allowed to build them.

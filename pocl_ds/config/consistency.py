@@ -43,6 +43,7 @@ def check_consistency(recipe: Recipe) -> None:
     _check_writers(recipe)
     _check_teacher(recipe)
     _check_teacher_mode(recipe)
+    _check_teacher_routes(recipe)
     _check_teacher_template(recipe)
     _check_teacher_responses(recipe)
     _check_on_policy(recipe)
@@ -290,6 +291,8 @@ def _check_teacher_mode(recipe: Recipe) -> None:
             reason = "loss.fused=false needs the teacher's complete logits"
         elif teacher.ensemble:
             reason = "teacher.ensemble needs every teacher's logits"
+        elif teacher.routes_field and teacher.mode != "auto":
+            reason = f"{teacher.routes_field} needs the outputs of several teachers"
         if reason:
             raise ValueError(
                 f"{reason}, which teacher.mode={teacher.mode} does not cache: set "
@@ -301,10 +304,33 @@ def _check_teacher_mode(recipe: Recipe) -> None:
             f"its gradient is linear in the teacher's probabilities, and would bias loss.name="
             f"{loss}: set loss.name={SAMPLED_LOSS}, or teacher.mode=cached_hidden_states"
         )
+    if teacher.routes_field and not recipe.needs_shared_vocabulary:
+        raise ValueError(
+            f"{teacher.routes_field} chooses among teachers over one vocabulary, and "
+            f"loss.name={loss} does not use one: remove {teacher.routes_field}"
+        )
     if teacher.ensemble and not recipe.needs_shared_vocabulary:
         raise ValueError(
             "teacher.ensemble mixes distributions over one vocabulary, and "
             f"loss.name={loss} does not use one: remove teacher.ensemble"
+        )
+
+
+def _check_teacher_routes(recipe: Recipe) -> None:
+    """Stages that the curriculum does not have, and domains where no sample has one."""
+    teacher, data, stages = recipe.teacher, recipe.data, recipe.curriculum.num_subsets
+    if teacher is None:
+        return
+    for stage in teacher.by_stage:
+        if stage > stages:
+            raise ValueError(
+                f"teacher.by_stage.{stage} is a stage that the curriculum does not have: "
+                f"curriculum.num_subsets={stages} gives the stages 1 to {stages}"
+            )
+    if teacher.by_domain and not data.has_domains:
+        raise ValueError(
+            "teacher.by_domain needs the domain of each sample: name the field that holds it as "
+            "data.fields.domain, or give the domains as data.sources"
         )
 
 
@@ -316,8 +342,8 @@ def _check_teacher_template(recipe: Recipe) -> None:
     problem = None
     if teacher.mode != "online":
         problem = f"teacher.mode={teacher.mode} caches outputs for the student's: set it to online"
-    elif teacher.ensemble:
-        problem = "teacher.ensemble has one prompt for all: remove it"
+    elif teacher.ensemble or teacher.routes_field:
+        problem = f"{teacher.routes_field or 'teacher.ensemble'} has one prompt for all: remove it"
     elif recipe.data.train_on != "last_turn":
         problem = "earlier turns train in the student's alone: set data.train_on=last_turn"
     if problem:
@@ -343,10 +369,10 @@ def _check_teacher_responses(recipe: Recipe) -> None:
             f"policy.name={policy.name} generates with the unquantized teacher: remove "
             f"teacher.quantization={teacher.quantization}"
         )
-    if teacher.ensemble:
+    if others := "teacher.ensemble" if teacher.ensemble else teacher.routes_field:
         raise ValueError(
             f"policy.shares.teacher={policy.shares.teacher:g} generates with one teacher, and "
-            "teacher.ensemble names more: remove the ensemble, or set policy.shares.teacher=0"
+            f"{others} names more: remove {others}, or set policy.shares.teacher=0"
         )
     if teacher.mode == "online":
         return

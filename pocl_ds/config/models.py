@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -38,6 +38,11 @@ class ModelSource(Section):
         False, description="Run Python code that is shipped with the model."
     )
 
+    @property
+    def label(self) -> str:
+        """The model and its revision, for logs and metrics."""
+        return self.model if self.revision is None else f"{self.model}@{self.revision}"
+
 
 class ModelConfig(ModelSource):
     """A model, and how it runs in training."""
@@ -58,6 +63,16 @@ class EnsembleTeacherConfig(ModelSource):
         1.0,
         description="Weight of this teacher in the mixture, relative to the other teachers.",
     )
+
+
+def _check_stage_numbers(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    stages = [str(stage).strip().lstrip("0") for stage in value]
+    for stage in stages:
+        if stages.count(stage) > 1:
+            raise ValueError(f"stage {stage} appears twice: name one teacher for it")
+    return value
 
 
 class TeacherConfig(ModelConfig):
@@ -82,6 +97,20 @@ class TeacherConfig(ModelConfig):
         description="Further teachers with the same vocabulary. The student learns from the "
         "weighted mean of all teachers' distributions.",
     )
+    by_stage: Annotated[dict[Positive, ModelSource], BeforeValidator(_check_stage_numbers)] = Field(
+        default_factory=dict,
+        description="Other teachers for stages of the curriculum, by the stage's number from 1, "
+        "as in `{3: {model: org/larger}}` (staged teachers, arXiv 2605.11260). Only the teacher "
+        "of the current stage is in memory. Stages that are not named use `model`, and so do "
+        "healing and the baseline.",
+    )
+    by_domain: dict[Annotated[str, Field(min_length=1)], ModelSource] = Field(
+        default_factory=dict,
+        description="Other teachers for domains of the samples, by the domain's name, as in "
+        "`{math: {model: org/math}}`. A sample's domain is its field `data.fields.domain`, or "
+        "the name of its source in `data.sources`. All these teachers are in memory. Domains "
+        "that are not named use `model`.",
+    )
     template: Literal["student", "own"] | None = Field(
         None,
         description="Whose chat template and BOS the teacher's prompts have: `student`, so that "
@@ -100,6 +129,43 @@ class TeacherConfig(ModelConfig):
         "the complete teacher on every rank.",
         json_schema_extra=RUNTIME_ONLY,
     )
+
+    @property
+    def named_sources(self) -> dict[str, ModelSource]:
+        """Every model of this section by its field: `teacher`, then those of the other fields."""
+        return {
+            "teacher": self,
+            **{f"teacher.ensemble.{n}": member for n, member in enumerate(self.ensemble)},
+            **{f"teacher.by_stage.{stage}": source for stage, source in self.by_stage.items()},
+            **{f"teacher.by_domain.{name}": source for name, source in self.by_domain.items()},
+        }
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Every model of this section, the teacher itself first."""
+        return tuple(self.named_sources.values())
+
+    @property
+    def routes_field(self) -> str | None:
+        """The field that gives stages or domains teachers of their own; None without any."""
+        if self.by_stage:
+            return "teacher.by_stage"
+        return "teacher.by_domain" if self.by_domain else None
+
+    @property
+    def single_stage(self) -> TeacherConfig:
+        """The teacher of a training without the stages of the curriculum."""
+        return self.model_copy(update={"by_stage": {}})
+
+    @model_validator(mode="after")
+    def _check_one_kind_of_teachers(self) -> TeacherConfig:
+        used = [name for name in ("ensemble", "by_stage", "by_domain") if getattr(self, name)]
+        if len(used) > 1:
+            raise ValueError(
+                f"{used[0]} and {used[1]} are both set, and each decides alone which teacher a "
+                f"token has: remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_quantization(self) -> TeacherConfig:

@@ -132,6 +132,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section = tree
     *parents, leaf = key.split(".")
     for depth, parent in enumerate(parents, 1):
+        # A number as a key, as in teacher.by_stage, is no text in YAML.
+        parent = next((key for key in section if str(key) == parent), parent)
         child = section.get(parent)
         if not isinstance(child, (dict, type(None))):
             raise RecipeError(

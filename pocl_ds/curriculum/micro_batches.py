@@ -82,6 +82,59 @@ def assign_by_tokens(
     return [[groups[i] for i in largest_first[rank::ranks]] for rank in range(ranks)]
 
 
+def assign_by_teacher(
+    lengths: NDArray[np.int64],
+    teachers: NDArray[np.int64],
+    *,
+    ranks: int,
+    micro_batch_size: int,
+    micro_batch_tokens: int | None,
+    packed: bool,
+) -> tuple[MicroBatches, list[int]]:
+    """Divide a batch whose samples have several teachers into micro-batches of one teacher each.
+
+    All ranks run the same teacher in the same micro-step. A rank may get empty micro-batches, if
+    the samples of a teacher do not fill a micro-step. The teachers come in ascending order; each
+    one's samples are divided as `assign_micro_batches` divides a batch, except that with
+    `micro_batch_size` their number need not be a multiple of anything.
+
+    Args:
+        lengths: tokens of each sample of the batch, [samples].
+        teachers: number of the teacher of each sample, [samples].
+
+    Returns:
+        The assignment, and the teacher of each micro-step.
+
+    Raises:
+        ValueError: a sample is longer than `micro_batch_tokens`.
+    """
+    assignment: MicroBatches = [[] for _ in range(ranks)]
+    teacher_of_step: list[int] = []
+    for teacher in np.unique(teachers).tolist():
+        own = np.flatnonzero(teachers == teacher)
+        if micro_batch_tokens is None:
+            steps = _fill_by_count(lengths[own], ranks, micro_batch_size)
+        else:
+            steps = assign_by_tokens(
+                lengths[own], ranks=ranks, max_tokens=micro_batch_tokens, packed=packed
+            )
+        for rank, micro_batches in enumerate(steps):
+            assignment[rank] += [own[members] for members in micro_batches]
+        teacher_of_step += [int(teacher)] * len(steps[0])
+    return assignment, teacher_of_step
+
+
+def _fill_by_count(lengths: NDArray[np.int64], ranks: int, micro_batch_size: int) -> MicroBatches:
+    """`assign_by_count` for any number of samples: the last micro-step takes what is left, spread
+    over the ranks.
+    """
+    longest_first = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    places = -(-len(longest_first) // (ranks * micro_batch_size)) * ranks * micro_batch_size
+    filled = np.concatenate([longest_first, np.full(places - len(longest_first), -1, np.int64)])
+    micro_steps = filled.reshape(-1, micro_batch_size, ranks)
+    return [[members[members >= 0] for members in micro_steps[:, :, rank]] for rank in range(ranks)]
+
+
 def token_budget_batches(
     lengths: Sequence[int] | NDArray[np.int64], *, max_tokens: int, max_samples: int | None = None
 ) -> list[NDArray[np.int64]]:

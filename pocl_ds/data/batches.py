@@ -36,6 +36,7 @@ class Batch:
     split: str  # name of the split
     teacher_view: TeacherView | None = None  # for a teacher with another tokenizer
     teacher_batch: Batch | None = None  # for a teacher with its own prompts: the same loss tokens
+    teacher_number: int = 0  # which of several teachers its samples have
     # Of a cached teacher, see `Teacher.outputs`; read together with the batch.
     teacher_outputs: Tensor | None = None
     # [B] float32, factor of each sample's loss; None: every sample counts once

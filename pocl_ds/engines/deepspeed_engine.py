@@ -178,6 +178,12 @@ def shard_frozen_module(module: nn.Module, ds_config: dict[str, Any]) -> Any:
     return engine
 
 
+def release_frozen_module(engine: Any) -> None:
+    """Undo `shard_frozen_module`: without its hooks the module is freed with its last owner."""
+    engine.destroy()
+    deepspeed_private.forget_module(engine.module)
+
+
 def start_deepspeed() -> None:
     """Join the process group through DeepSpeed, once per process.
 

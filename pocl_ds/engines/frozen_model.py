@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pocl_ds.data.batches import Batch
-from pocl_ds.engines.deepspeed_engine import gather_parameters, shard_frozen_module
+from pocl_ds.engines.deepspeed_engine import (
+    gather_parameters,
+    release_frozen_module,
+    shard_frozen_module,
+)
 from pocl_ds.models.heads import hidden_states
 from pocl_ds.runtime import distributed
 
@@ -49,6 +53,11 @@ class FrozenModel:
     def forward(self, *arguments: Any) -> Any:
         """The module's forward, without a gradient."""
         return self.module(*arguments)
+
+    def close(self) -> None:
+        """Release what DeepSpeed holds of the module, so that it is freed with its last owner."""
+        if self.is_sharded:
+            release_frozen_module(self.module)
 
     def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         """Within the block these parameters are complete on every rank."""

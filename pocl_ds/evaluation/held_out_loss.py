@@ -167,6 +167,12 @@ def _warn_of_other_teacher(teacher: TeacherConfig) -> None:
             teacher.model,
             1 + len(teacher.ensemble),
         )
+    if teacher.routes_field:
+        log.warning(
+            "the KL to the teacher is computed with %s alone, while training also uses those of %s",
+            teacher.model,
+            teacher.routes_field,
+        )
     if teacher.quantization != "none":
         log.warning(
             "the teacher is evaluated without quantization, while training quantizes it to %s",

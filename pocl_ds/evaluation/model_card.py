@@ -146,6 +146,14 @@ def _origin(recipe: dict[str, Any], plan: dict[str, Any]) -> str:
 
 def _teachers(teacher: dict[str, Any]) -> str:
     ensemble = teacher.get("ensemble") or []
+    routes = {
+        f"{kind} {key}": source["model"]
+        for kind, field in (("stage", "by_stage"), ("domain", "by_domain"))
+        for key, source in (teacher.get(field) or {}).items()
+    }
+    if routes:
+        listed = ", ".join(f"`{model}` for {key}" for key, model in routes.items())
+        return f"teachers {listed} and `{teacher['model']}` for the rest"
     if not ensemble:
         return f"teacher `{teacher['model']}`"
     members = [f"`{entry['model']}` (weight {entry['weight']:g})" for entry in (teacher, *ensemble)]

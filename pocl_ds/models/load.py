@@ -173,14 +173,19 @@ def load_generation_config(path: str, revision: str | None = None) -> Any:
         return None
 
 
-def empty_model(config: Any, *, trust_remote_code: bool = False) -> Any:
+def empty_model(
+    config: Any, *, trust_remote_code: bool = False, attention: str | None = None
+) -> Any:
     """The model of a configuration on the meta device: names and shapes, without memory.
 
-    Uses a copy of the configuration, since transformers writes its attention into it.
+    Uses a copy of the configuration, since transformers writes its attention into it. attention:
+    implementation; None for the default of transformers.
     """
     with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), trust_remote_code=trust_remote_code
+            copy.deepcopy(config),
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
         )
 
 

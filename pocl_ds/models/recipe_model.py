@@ -32,10 +32,15 @@ def load_recipe_model(
     )
 
 
-def zero_sizes(path: str, source: ModelSource) -> ZeroSizes:
-    """What the buffers of ZeRO-3 follow from, for the model in a folder."""
-    config = load_model_config(
+def read_model_config(path: str, source: ModelSource) -> Any:
+    """The configuration of the model in a folder."""
+    return load_model_config(
         path, trust_remote_code=source.trust_remote_code, revision=source.revision
     )
+
+
+def zero_sizes(path: str, source: ModelSource) -> ZeroSizes:
+    """What the buffers of ZeRO-3 follow from, for the model in a folder."""
+    config = read_model_config(path, source)
     hidden_size = int(config.get_text_config(decoder=True).hidden_size)
     return ZeroSizes(hidden_size, distributed.ranks_per_node())

@@ -201,6 +201,12 @@ def kl_footnotes(results: Mapping[str, Any] | None, recipe: Mapping[str, Any]) -
             f"KL to teacher is computed with {teacher['model']} alone, while training uses a "
             f"mixture of {1 + len(teacher['ensemble'])} teachers."
         )
+    for field in ("by_stage", "by_domain"):
+        if teacher.get(field):
+            footnotes.append(
+                f"KL to teacher is computed with {teacher['model']} alone, while training also "
+                f"uses those of teacher.{field}."
+            )
     if teacher.get("quantization", "none") != "none":
         footnotes.append(
             "KL to teacher is computed without quantization, while training quantizes the teacher "

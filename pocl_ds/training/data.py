@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pocl_ds.config.loss import Writer
-from pocl_ds.curriculum.micro_batches import assign_by_tokens, assign_micro_batches
+from pocl_ds.curriculum.micro_batches import assign_by_teacher, assign_micro_batches
 from pocl_ds.data.batches import Batch, collate
 from pocl_ds.data.generated import TokenizedDataset
 from pocl_ds.data.tokenized import TokenizedSplit
@@ -47,6 +47,8 @@ class TrainingData:
     teacher_reader: TeacherReader | None = None
     # The training samples with the teacher's responses, if the policy uses them.
     teacher_responses: TokenizedSplit | None = None
+    # The teacher of each row of a split, if domains have their own: split -> [samples].
+    teacher_of_row: Mapping[str, NDArray[np.int64]] | None = None
     # Batches of training and validation may be made at once, and tokenizers are not made for that.
     _reader_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -56,32 +58,52 @@ class TrainingData:
             return "data"
         return "teacher" if dataset is self.teacher_responses else "student"
 
-    def micro_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """This rank's micro-batches of a global batch with these lengths in tokens, as indices into
-        the batch. All ranks get the same number.
-        """
-        assignment = assign_micro_batches(
-            lengths,
-            ranks=distributed.world_size(),
-            micro_batch_size=self.micro_batch_size,
-            micro_batch_tokens=self.micro_batch_tokens,
-            packed=self.layout.packed,
-        )
-        return assignment[distributed.rank()]
+    def sample_teachers(
+        self, dataset: TokenizedDataset, rows: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """Number of the teacher of each of these samples; None unless domains have their own."""
+        if self.teacher_of_row is None:
+            return None
+        places = [dataset.prompt_source(int(row)) for row in rows]
+        return np.array([self.teacher_of_row[split][row] for split, row in places], np.int64)
 
-    def even_batches(self, lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """This rank's batches of any number of samples, as large as training's micro-batches; a
-        rank may get empty ones, so that all ranks run the same number.
+    def micro_batches(
+        self, lengths: NDArray[np.int64], teachers: NDArray[np.int64] | None = None
+    ) -> tuple[list[NDArray[np.int64]], list[int]]:
+        """This rank's micro-batches of a global batch with these lengths in tokens, as indices into
+        the batch, and the teacher of each. All ranks get the same number.
+
+        teachers: what `sample_teachers` returns.
+        """
+        limits: dict[str, Any] = {
+            "ranks": distributed.world_size(),
+            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "packed": self.layout.packed,
+        }
+        if teachers is None:
+            own = assign_micro_batches(lengths, **limits)[distributed.rank()]
+            return own, [0] * len(own)
+        assignment, teacher_of_step = assign_by_teacher(lengths, teachers, **limits)
+        return assignment[distributed.rank()], teacher_of_step
+
+    def even_batches(
+        self, lengths: NDArray[np.int64], teachers: NDArray[np.int64] | None = None
+    ) -> tuple[list[NDArray[np.int64]], list[int]]:
+        """This rank's batches of any number of samples, as large as training's micro-batches, and
+        the teacher of each; a rank may get empty ones, so that all ranks run the same number.
         """
         longest = int(lengths.max())
         budget = self.micro_batch_tokens or self.micro_batch_size * longest
-        assignment = assign_by_tokens(
+        assignment, teacher_of_step = assign_by_teacher(
             lengths,
+            np.zeros(len(lengths), np.int64) if teachers is None else teachers,
             ranks=distributed.world_size(),
-            max_tokens=max(budget, longest),
+            micro_batch_size=self.micro_batch_size,
+            micro_batch_tokens=max(budget, longest),
             packed=self.layout.packed,
         )
-        return assignment[distributed.rank()]
+        return assignment[distributed.rank()], teacher_of_step
 
     def batch(self, dataset: TokenizedDataset, rows: NDArray[np.int64]) -> Batch:
         """Rows of a dataset as tensors on this rank's device. Without rows the batch is one token
@@ -90,10 +112,14 @@ class TrainingData:
         return self.receive(self.stage(dataset, rows))
 
     def batches(
-        self, dataset: TokenizedDataset, row_groups: Sequence[NDArray[np.int64]]
+        self,
+        dataset: TokenizedDataset,
+        row_groups: Sequence[NDArray[np.int64]],
+        teachers: Sequence[int],
     ) -> Iterator[Batch]:
-        """The `batch` of each group of rows, made while earlier ones are used."""
-        prefetcher = Prefetcher(self.stage(dataset, rows) for rows in row_groups)
+        """The `batch` of each group of rows and its teacher, made while earlier ones are used."""
+        groups = zip(row_groups, teachers, strict=True)
+        prefetcher = Prefetcher(self.stage(dataset, rows, teacher) for rows, teacher in groups)
         with contextlib.closing(prefetcher):
             yield from map(self.receive, prefetcher)
 
@@ -101,13 +127,14 @@ class TrainingData:
         self,
         dataset: TokenizedDataset,
         rows: NDArray[np.int64],
+        teacher: int = 0,
         sample_weights: NDArray[np.float32] | None = None,
     ) -> StagedBatch:
         """Make a batch, and start its copy to this rank's device; may run in another thread.
 
-        sample_weights: of the rows in the loss, [rows].
+        teacher: its number. sample_weights: of the rows in the loss, [rows].
         """
-        batch = collate(dataset, rows, packed=self.layout.packed)
+        batch = replace(collate(dataset, rows, packed=self.layout.packed), teacher_number=teacher)
         if sample_weights is not None:
             batch = replace(batch, sample_weights=torch.from_numpy(sample_weights))
         if self.teacher_reader:

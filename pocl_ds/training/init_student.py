@@ -22,9 +22,8 @@ from pocl_ds.models.lora import check_adapters
 from pocl_ds.models.prune import parse_layers, prune_layers
 from pocl_ds.models.quantization import check_quantized_teacher, check_student_is_not_quantized
 from pocl_ds.models.quiet import quiet
-from pocl_ds.models.recipe_model import load_recipe_model
+from pocl_ds.models.recipe_model import load_recipe_model, read_model_config
 from pocl_ds.runtime import distributed
-from pocl_ds.training.build import read_model_config
 from pocl_ds.training.run_training import run_training
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.files import atomic_directory, remove_partial_directories, write_json
@@ -59,7 +58,7 @@ def init_student(
         start_deepspeed()  # before the first collective
 
     # Download the models, and check that they can be trained before hours of scoring.
-    sources = (teacher, *teacher.ensemble) if teacher else ()
+    sources = teacher.sources if teacher else ()
     teacher_paths = tuple(resolve_pinned_model(source) for source in sources)
     student_path = resolve_pinned_model(student)
     _check_models(teacher, teacher_paths, student, student_path, loss)
@@ -103,7 +102,7 @@ def _check_models(
     # The attention and configuration of every model that runs in training.
     trained: list[tuple[str, Any]] = [(student.attn_implementation, student_config)]
     if teacher:
-        for path, source in zip(teacher_paths, (teacher, *teacher.ensemble), strict=True):
+        for path, source in zip(teacher_paths, teacher.sources, strict=True):
             config = read_model_config(path, source)
             check_quantized_teacher(teacher, config)
             if loss.name != "sft":
@@ -164,6 +163,7 @@ def _heal(
     # Forward KL, unless the tokenizers need another loss; one learning rate schedule.
     if loss.name not in CROSS_TOKENIZER_LOSSES:
         loss = LossConfig(name="fkl", chunk_memory_mb=loss.chunk_memory_mb, fused=loss.fused)
+    teacher = teacher.single_stage if teacher else None
     training = TrainingRun(
         run.models / "heal",
         fingerprint,
@@ -171,7 +171,7 @@ def _heal(
         plan,
         student_path,
         student,
-        teacher_paths,
+        teacher_paths[: len(teacher.sources)] if teacher else (),
         teacher,
         loss,
         train.model_copy(update={"lr_restart": "never"}),

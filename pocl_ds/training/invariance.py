@@ -15,6 +15,7 @@ from pocl_ds.models.batch_invariance import check_batch_invariance, choose_sampl
 from pocl_ds.rollouts.student_log_probs import student_log_probs
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.invariance import check_teacher, teacher_dtype
+from pocl_ds.teachers.routed import DomainTeachers, StageTeachers
 from pocl_ds.teachers.teacher import OnlineTeacher, TeacherEnsemble
 from pocl_ds.training.data import TrainingData
 from pocl_ds.training.models import TrainingModels
@@ -27,22 +28,33 @@ def check_models(
     """Check the log-probabilities of a few training samples under student and online teachers,
     alone and in a micro-batch. All ranks call it together.
 
+    Teachers of stages are checked when they are loaded, and added to the result then.
+
     Returns what the manifest records. Raises ModelError on all ranks if they differ.
     """
     training, rows = training.with_resolved_dtypes(), _choose_rows(training, data)
     info = {"student": _check_student(training, models, data, rows)}
     teacher = models.teacher
     teachers: Sequence[Any] = (
-        teacher.teachers if isinstance(teacher, TeacherEnsemble) else [teacher]
+        teacher.teachers if isinstance(teacher, (TeacherEnsemble, DomainTeachers)) else [teacher]
     )
 
     def batch_of(batch_rows: Sequence[int]) -> Batch:
         return data.batch(data.train, np.array(batch_rows, np.int64))
 
-    for member, path in zip(teachers, training.teacher_paths, strict=False):
-        if isinstance(member, OnlineTeacher) and training.teacher:
-            label, dtype = f"{training.label}: the teacher {path}", teacher_dtype(training.teacher)
-            info[path] = check_teacher(label, member, data.train, rows, batch_of, dtype=dtype)
+    def check(member: OnlineTeacher, path: str) -> None:
+        assert training.teacher is not None
+        label, dtype = f"{training.label}: the teacher {path}", teacher_dtype(training.teacher)
+        info[path] = check_teacher(label, member, data.train, rows, batch_of, dtype=dtype)
+
+    if isinstance(teacher, StageTeachers):
+        teacher.on_load.append(check)
+    paths: Sequence[str] = training.teacher_paths
+    if isinstance(teacher, DomainTeachers):
+        paths = [model.path for model in teacher.models]
+    for member, path in zip(teachers, paths, strict=False):
+        if isinstance(member, OnlineTeacher):
+            check(member, path)
     return info
 
 

@@ -38,6 +38,7 @@ class MemoryDemand:
     student_sharded: bool
     chunk_bytes: int  # of logits and their buffers
     async_save: bool
+    one_teacher_at_a_time: bool = False  # only the teacher of the current stage is in memory
     rollout_worker: bool = False  # every rank has one, with a copy of the student
     saved_rollout_weights: bool = False  # one rank holds the worker's weights for checkpoints
     lora: LoraConfig | None = None
@@ -55,8 +56,9 @@ class MemoryDemand:
 
         # Weights of the teachers.
         teacher_copies = ranks / total_ranks if self.teacher_sharded else ranks
-        teachers = teacher_copies * sum(
-            self._teacher_bytes(teacher, quantized) for teacher, quantized in self.teachers
+        sizes = [self._teacher_bytes(teacher, quantized) for teacher, quantized in self.teachers]
+        teachers = teacher_copies * (
+            max(sizes, default=0.0) if self.one_teacher_at_a_time else sum(sizes)
         )
 
         # On every rank: gathered weights, and gradients before they are scattered (ZeRO-3 keeps

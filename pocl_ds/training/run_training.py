@@ -77,6 +77,9 @@ def train_student(
         loss = loss.model_copy(update={"token_rule": None})
         if distributed.rank() == 0:
             write_json(run.baseline / "plan.json", plan.to_json())
+        # Its single stage is none of the curriculum's.
+        teacher = teacher.single_stage if teacher else None
+    teacher_paths = (models["teacher"], *models["other_teachers"]) if teacher else ()
     training = TrainingRun(
         directory=run.baseline if baseline else run.train,
         fingerprint=fingerprint,
@@ -84,7 +87,7 @@ def train_student(
         plan=plan,
         student_path=models["student"],
         student=student,
-        teacher_paths=(models["teacher"], *models["other_teachers"]) if teacher else (),
+        teacher_paths=teacher_paths[: len(teacher.sources)] if teacher else (),
         teacher=teacher,
         loss=loss,
         train=train,

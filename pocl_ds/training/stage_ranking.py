@@ -176,7 +176,9 @@ class StageRanking:
         """The columns of MEASURED for some rows: [rows, 3]."""
         train, models = self.data.train, self.models
         lengths = np.asarray(train.total_tokens[rows], np.int64)
-        batches = [rows[members] for members in self.data.even_batches(lengths)]
+        sample_teachers = self.data.sample_teachers(train, rows)
+        assigned, teachers = self.data.even_batches(lengths, sample_teachers)
+        batches = [rows[members] for members in assigned]
         if self.needs_teacher:
             verify_damage(models.teacher.find_damage(train.name, np.concatenate(batches)))
         terms = SampleTerms(self.loss.name, dict(self.loss.options))
@@ -186,11 +188,12 @@ class StageRanking:
         # Every rank fills in its own rows; the sum over ranks is the table.
         table = torch.zeros(len(rows), 3, dtype=torch.float64, device=distributed.device())
         models.engine.module.eval()
-        for batch in self.data.batches(train, batches):
+        for batch in self.data.batches(train, batches, teachers):
             self.monitor.report_alive()
             if self.needs_teacher:
-                outputs = models.teacher.outputs(batch)
-                with models.teacher.head() as head:
+                teacher = models.teacher_of(batch)
+                outputs = teacher.outputs(batch)
+                with teacher.head() as head:
                     losses = models.engine.forward(batch, terms, outputs, head)
             else:
                 losses = models.engine.forward(batch, terms)

@@ -38,6 +38,8 @@ class StepPlan:
     # Weight in the loss of each sample of each micro-batch; None if all are 1.
     sample_weights: tuple[NDArray[np.float32], ...] | None = None
     damage: str | None = None  # why the teacher's outputs of this rank's rows are not available
+    teachers: tuple[int, ...] = ()  # number of the teacher of each micro-batch
+    sample_teachers: NDArray[np.int64] | None = None  # of each row, if domains have their own
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -47,7 +49,12 @@ class StepPlan:
     @property
     def loss_tokens(self) -> int:
         """Loss tokens of the global batch."""
-        return int(self.dataset.loss_tokens[self.rows].sum())
+        return int(self.sample_loss_tokens.sum())
+
+    @property
+    def sample_loss_tokens(self) -> NDArray[np.int64]:
+        """Loss tokens of each sample of the global batch."""
+        return np.asarray(self.dataset.loss_tokens[self.rows], np.int64)
 
     @property
     def ids_digest(self) -> str:
@@ -63,6 +70,7 @@ class StepPlan:
             "micro-batches": len(self.micro_batches),
             "tokens": int(self.lengths.sum()),
             "loss tokens": self.loss_tokens,
+            "teachers": list(self.teachers),
         }
 
 
@@ -163,7 +171,9 @@ class StepBatches:
         """Select the batch of a step, and divide it into micro-batches."""
         dataset, rows = self.responses.select_batch(position, self.schedule, self.data)
         lengths = np.asarray(dataset.total_tokens[rows], np.int64)
-        micro_batches = tuple(rows[members] for members in self.data.micro_batches(lengths))
+        sample_teachers = self.data.sample_teachers(dataset, rows)
+        assigned, teachers = self.data.micro_batches(lengths, sample_teachers)
+        micro_batches = tuple(rows[members] for members in assigned)
         # A generated response has the weight of its prompt's sample.
         weights, stage_weights = None, self.schedule.stage(position).weights
         if stage_weights is not None:
@@ -177,6 +187,8 @@ class StepBatches:
             writer=self.data.writer_of(dataset),
             sample_weights=weights,
             damage=self.models.teacher.find_damage(dataset.name, np.concatenate(micro_batches)),
+            teachers=tuple(teachers),
+            sample_teachers=sample_teachers,
         )
 
 
@@ -184,4 +196,4 @@ def _of_each(plan: StepPlan) -> Iterator[tuple[Any, ...]]:
     """The arguments of `TrainingData.stage` for each micro-batch."""
     for number, rows in enumerate(plan.micro_batches):
         weights = None if plan.sample_weights is None else plan.sample_weights[number]
-        yield plan.dataset, rows, weights
+        yield plan.dataset, rows, plan.teachers[number], weights

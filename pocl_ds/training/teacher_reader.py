@@ -15,9 +15,9 @@ from pocl_ds.errors import ArtifactError
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import load_tokenizer, max_positions
 from pocl_ds.models.vocab import VocabMap
-from pocl_ds.teachers.teacher import CachedTeacher, Teacher
+from pocl_ds.teachers.teacher import CachedTeacher
 from pocl_ds.training.data import TeacherReader
-from pocl_ds.training.models import NoTeacher
+from pocl_ds.training.models import AnyTeacher
 from pocl_ds.training.training_run import TrainingRun
 from pocl_ds.workflow.manifest import read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -26,7 +26,7 @@ from pocl_ds.workflow.run_dir import RunDirectory
 def build_teacher_reader(
     run: RunDirectory,
     training: TrainingRun,
-    teacher: Teacher | NoTeacher,
+    teacher: AnyTeacher,
     models: Sequence[Any],
     vocab: VocabMap,
 ) -> TeacherReader | None:

@@ -121,6 +121,7 @@ class Trainer:
                 self.responses.restore(self.checkpoints.step_directory(done))
             elif self.responses.policy.adaptive:
                 # An adaptive policy compares later losses with that of the untrained student.
+                self._start_stage(0)
                 self._validate(stage=0, step=0)
 
             if self.stage_ranking and done < total:
@@ -129,6 +130,7 @@ class Trainer:
             for step in range(done, total):
                 monitor.report_alive()
                 position = schedule.sampler.position(step)
+                self._start_stage(position.stage)
                 if self.stage_ranking and schedule.starts_ranked_stage(position):
                     self.checkpoints.finalize_async_save()
                     self.stage_ranking.begin_stage(position)
@@ -178,10 +180,11 @@ class Trainer:
             seed_micro_batch(self.schedule.seed, position.step, number)
             with timer.measure("data"):
                 batch = next(batches)
+            teacher = models.teacher_of(batch)
             with timer.measure("teacher"):
-                teacher_outputs = models.teacher.outputs(batch)
+                teacher_outputs = teacher.outputs(batch)
             with timer.measure("student"):
-                with models.teacher.head() as teacher_head:
+                with teacher.head() as teacher_head:
                     total, kd, ce = models.engine.forward(
                         batch, terms, teacher_outputs, teacher_head
                     )
@@ -278,6 +281,7 @@ class Trainer:
             "temperature": stage.temperature,
             "sft_ratio": stage.sft_ratio,
             "writer": plan.writer,
+            **self.models.metrics_of_teachers(plan.position.stage, plan.sample_teachers),
             "loss_tokens": loss_tokens,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_rank": tokens_per_second / distributed.world_size(),
@@ -288,8 +292,18 @@ class Trainer:
             **distributed.memory_metrics(),
         }
         if self.utilization:
-            record["mfu"] = self.utilization.of_step(plan.lengths, loss_tokens, seconds)
+            record["mfu"] = self.utilization.of_step(
+                plan.lengths,
+                plan.sample_loss_tokens,
+                seconds,
+                self.models.teacher_numbers(plan.position.stage, plan.sample_teachers, plan.rows),
+            )
         return record
+
+    def _start_stage(self, stage: int) -> None:
+        """Load the teacher of a stage, if it has another one than the stage before."""
+        self.models.start_stage(stage)
+        self.monitor.report_alive()
 
     def _validate(self, *, stage: int, step: int) -> float | None:
         """Log the validation loss after `step` optimizer steps and pass it to the policy; None if

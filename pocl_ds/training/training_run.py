@@ -30,7 +30,7 @@ class TrainingRun:
     plan: Plan
     student_path: str
     student: StudentConfig
-    teacher_paths: tuple[str, ...]  # of the teacher and of teacher.ensemble
+    teacher_paths: tuple[str, ...]  # of `teacher.sources`
     teacher: TeacherConfig | None
     loss: LossConfig
     train: TrainConfig
@@ -51,14 +51,24 @@ class TrainingRun:
 
     @property
     def online_teachers(self) -> list[ModelSource]:
-        """The sources of the teachers that are loaded, with their resolved paths."""
+        """The sources of the teachers that are loaded, with their resolved paths. With teachers by
+        stage or by domain, each once.
+        """
         if self.teacher is None or self.teacher_cache:
             return []
-        sources = (self.teacher, *self.teacher.ensemble)
-        return [
+        teachers = [
             source.model_copy(update={"model": path})
-            for source, path in zip(sources, self.teacher_paths, strict=True)
+            for source, path in zip(self.teacher.sources, self.teacher_paths, strict=True)
         ]
+        if self.teacher.routes_field:
+            first = {path: self.teacher_paths.index(path) for path in self.teacher_paths}
+            return [teachers[place] for place in first.values()]
+        return teachers
+
+    @property
+    def teachers_of_a_token(self) -> int:
+        """How many teachers the loss of a token uses."""
+        return 1 + len(self.teacher.ensemble) if self.teacher and not self.teacher_cache else 1
 
     @property
     def cross_tokenizer(self) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.config import ModelSource
 from pocl_ds.config.registry import RECORD_MODES
 from pocl_ds.errors import PoclError
 from pocl_ds.models.cost import ModelShape, model_shape
@@ -30,7 +31,8 @@ log = logging.getLogger("pocl_ds")
 class Utilization:
     """Computes the utilization of a training's optimizer steps.
 
-    teachers: shapes of the teachers; of an ensemble, each reads every token.
+    teachers: shapes of the teachers. Those of an ensemble all read every token; of those by stage
+    or by domain each token has one.
     """
 
     student: ModelShape
@@ -38,21 +40,41 @@ class Utilization:
     setup: TrainingSetup
     peak: float  # FLOP per second of all ranks
 
-    def flops(self, lengths: NDArray[np.int64], loss_tokens: int) -> float:
-        """FLOPs of a step over samples of these lengths. A teacher with a tokenizer of its own is
-        counted with the student's tokens.
-        """
-        sizes = lengths.tolist()
-        student = step_flops(self.student, None, self.setup, sizes, loss_tokens)
-        with_teachers = [
-            step_flops(self.student, teacher, self.setup, sizes, loss_tokens)
-            for teacher in self.teachers
-        ]
-        return student + sum(total - student for total in with_teachers)
+    def flops(
+        self,
+        lengths: NDArray[np.int64],
+        loss_tokens: NDArray[np.int64],
+        sample_teachers: NDArray[np.int64] | None = None,
+    ) -> float:
+        """FLOPs of a step. A teacher with a tokenizer of its own is counted with the student's
+        tokens.
 
-    def of_step(self, lengths: NDArray[np.int64], loss_tokens: int, seconds: float) -> float:
-        """The utilization, between 0 and 1."""
-        return self.flops(lengths, loss_tokens) / (seconds * self.peak)
+        lengths, loss_tokens: of each sample. sample_teachers: number of the teacher of each sample;
+        None if every teacher reads all.
+        """
+        student = self._flops(None, lengths, loss_tokens)
+        total = student
+        for number, teacher in enumerate(self.teachers):
+            own = slice(None) if sample_teachers is None else sample_teachers == number
+            part = lengths[own], loss_tokens[own]
+            total += self._flops(teacher, *part) - self._flops(None, *part)
+        return total
+
+    def _flops(
+        self, teacher: ModelShape | None, lengths: NDArray[np.int64], loss_tokens: NDArray[np.int64]
+    ) -> float:
+        tokens = int(loss_tokens.sum())
+        return step_flops(self.student, teacher, self.setup, lengths.tolist(), tokens)
+
+    def of_step(
+        self,
+        lengths: NDArray[np.int64],
+        loss_tokens: NDArray[np.int64],
+        seconds: float,
+        sample_teachers: NDArray[np.int64] | None = None,
+    ) -> float:
+        """The utilization, between 0 and 1. Arguments: see `flops`."""
+        return self.flops(lengths, loss_tokens, sample_teachers) / (seconds * self.peak)
 
 
 def measure_utilization(training: TrainingRun) -> Utilization | None:
@@ -78,7 +100,7 @@ def measure_utilization(training: TrainingRun) -> Utilization | None:
             ),
             training.student.lora,
         )
-        teachers = [_teacher_shape(training, path) for path in training.teacher_paths]
+        teachers = [_teacher_shape(source) for source in _read_teachers(training)]
     except PoclError as error:
         log.info("%s: no MFU in the metrics: %s", training.label, error)
         return None
@@ -87,11 +109,13 @@ def measure_utilization(training: TrainingRun) -> Utilization | None:
     return Utilization(student, teachers, setup, peak * distributed.world_size())
 
 
-def _teacher_shape(training: TrainingRun, path: str) -> ModelShape:
-    assert training.teacher is not None
-    return model_shape(
-        load_model_config(path, trust_remote_code=training.teacher.trust_remote_code)
-    )
+def _read_teachers(training: TrainingRun) -> list[ModelSource]:
+    """The teachers in the order of their numbers; a cached one too."""
+    return replace(training, teacher_cache=None).online_teachers
+
+
+def _teacher_shape(source: ModelSource) -> ModelShape:
+    return model_shape(load_model_config(source.model, trust_remote_code=source.trust_remote_code))
 
 
 def _teacher_mode(training: TrainingRun) -> str:

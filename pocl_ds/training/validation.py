@@ -58,17 +58,20 @@ class Validator:
             return None
         # Every rank runs the same number of forward passes.
         lengths = np.asarray(split.total_tokens[self.rows], np.int64)
-        batches = [self.rows[members] for members in self.data.even_batches(lengths)]
+        sample_teachers = self.data.sample_teachers(split, self.rows)
+        assigned, teachers = self.data.even_batches(lengths, sample_teachers)
+        batches = [self.rows[members] for members in assigned]
         verify_damage(self.models.teacher.find_damage(split.name, np.concatenate(batches)))
 
         # Sum divergence, cross-entropy and tokens over this rank's batches.
         terms = LossTerms(self.loss.name, 1.0, 0.0, options=dict(self.loss.options))
         sums = torch.zeros(3, dtype=torch.float64, device=distributed.device())
         self.models.engine.module.eval()
-        for batch in self.data.batches(split, batches):
+        for batch in self.data.batches(split, batches, teachers):
             self.monitor.report_alive()
-            outputs = self.models.teacher.outputs(batch)
-            with self.models.teacher.head() as head:
+            teacher = self.models.teacher_of(batch)
+            outputs = teacher.outputs(batch)
+            with teacher.head() as head:
                 _, kd, ce = self.models.engine.forward(batch, terms, outputs, head)
             sums += torch.stack([kd, ce, kd.new_tensor(batch.labels.numel())])
         self.models.engine.module.train()
@@ -92,4 +95,5 @@ class Validator:
             "total_samples": len(split),
             "validation_loss": validation_loss,
             "validation_kd_loss": kd_loss,
+            **self.models.metrics_of_teachers(stage, sample_teachers),
         }

@@ -177,9 +177,7 @@ def described_inputs(recipe: Recipe) -> dict[str, Digests]:
     teacher = recipe.teacher
     models: dict[str, ModelSource] = {"student": recipe.student}
     if teacher:
-        models["teacher"] = teacher
-        for number, member in enumerate(teacher.ensemble):
-            models[f"teacher.ensemble.{number}"] = member
+        models |= teacher.named_sources
     inputs = {
         "the data": data_files(recipe),
         "the template file": template_file(recipe),

@@ -1,4 +1,6 @@
-"""Checks of a recipe against the configurations of its models, before data are encoded."""
+"""Checks of a recipe against the configurations of its models, before data are encoded, and of its
+teachers against the domains of the data.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from pocl_ds.config import ModelSource, Recipe, StudentConfig, TeacherConfig
-from pocl_ds.errors import ModelError
+from pocl_ds.data.split_sources import read_split_domains
+from pocl_ds.errors import ModelError, RecipeError
 from pocl_ds.models.load import (
     check_layer_dropping,
     load_model_config,
     max_positions,
     resolve_model,
 )
+from pocl_ds.workflow.manifest import read_manifest
+from pocl_ds.workflow.run_dir import RunDirectory
 from pocl_ds.workflow.step_inputs import evaluated_models
 
 
@@ -25,7 +30,7 @@ def check_model_configs(
     Raises ModelError.
     """
     check_layer_dropping(resolve_model(student), _read_config(student), student.dropout)
-    teachers: tuple[ModelSource, ...] = (teacher, *teacher.ensemble) if teacher else ()
+    teachers = teacher.sources if teacher else ()
     for source in (student, *teachers):
         positions = max_positions(_read_config(source))
         if positions is None:
@@ -36,6 +41,23 @@ def check_model_configs(
                     f"{fields} is more than the {positions} positions of {resolve_model(source)}: "
                     "lower it"
                 )
+
+
+def check_domains(run: RunDirectory, teacher: TeacherConfig | None) -> None:
+    """Raise RecipeError for a domain in teacher.by_domain that no training sample has. Does nothing
+    before `preprocess` has finished.
+    """
+    if teacher is None or not teacher.by_domain or read_manifest(run.data) is None:
+        return
+    domains = read_split_domains(run.data, "train")
+    counts = domains.counts if domains else {}
+    for name in teacher.by_domain:
+        if name not in counts:
+            occurring = ", ".join(f"{domain} {count:,}" for domain, count in counts.items())
+            raise RecipeError(
+                f"recipe field teacher.by_domain.{name}: no training sample has the domain "
+                f"{name!r} (domains and their samples: {occurring}): correct the name, or remove it"
+            )
 
 
 def _needed_positions(

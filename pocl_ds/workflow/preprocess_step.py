@@ -25,19 +25,18 @@ def run_preprocess(
 
     Raises ModelError if the loss or the healing needs one vocabulary and the tokenizers differ, or
     a model cannot read the tokens or the lengths that the recipe produces; DataError if
-    `ranking.scores` lacks a column.
+    `ranking.scores` lacks a column; RecipeError for a domain in `teacher.by_domain` that no
+    training sample has.
     """
     from pocl_ds.data.preprocess import preprocess
     from pocl_ds.difficulty.score_files import check_score_file, score_columns
     from pocl_ds.evaluation.local_benchmarks import read_local_benchmarks
     from pocl_ds.models.load import load_tokenizer, resolve_commits, resolve_model
-    from pocl_ds.workflow.model_checks import check_model_configs
+    from pocl_ds.workflow.model_checks import check_domains, check_model_configs
     from pocl_ds.workflow.token_checks import check_data_tokens, check_template_tokens
 
     # Pin the models of the Hub to their commits; later steps load the same ones.
-    commits = resolve_commits(
-        [recipe.student, *([recipe.teacher, *recipe.teacher.ensemble] if recipe.teacher else [])]
-    )
+    commits = resolve_commits([recipe.student, *(recipe.teacher.sources if recipe.teacher else ())])
     student, teacher = models_at_commits(recipe, commits)
     check_model_configs(recipe, student, teacher)
     student_path = resolve_model(student)
@@ -70,6 +69,7 @@ def run_preprocess(
         teacher_end_ids=teacher_end_ids,
         read_benchmarks=lambda: read_local_benchmarks(recipe.evaluate),
     )
+    check_domains(run, teacher)
     check_data_tokens(run, recipe, student, teacher)
 
 
@@ -80,7 +80,7 @@ def _check_vocabularies(
     from pocl_ds.models.load import resolve_model
     from pocl_ds.models.vocab import IncompatibleTokenizers, align_teacher_vocabularies
 
-    teachers = [(source, resolve_model(source)) for source in (teacher, *teacher.ensemble)]
+    teachers = [(source, resolve_model(source)) for source in teacher.sources]
     try:
         align_teacher_vocabularies(teachers, student, student_path)
     except IncompatibleTokenizers:
@@ -123,6 +123,11 @@ def models_at_commits(
 
     teacher = recipe.teacher
     if teacher:
-        ensemble = tuple(pin_to_commit(member, commits) for member in teacher.ensemble)
-        teacher = pin_to_commit(teacher, commits).model_copy(update={"ensemble": ensemble})
+        others: dict[str, Any] = {
+            "ensemble": tuple(pin_to_commit(member, commits) for member in teacher.ensemble)
+        }
+        for name in ("by_stage", "by_domain"):
+            routes = getattr(teacher, name).items()
+            others[name] = {key: pin_to_commit(source, commits) for key, source in routes}
+        teacher = pin_to_commit(teacher, commits).model_copy(update=others)
     return pin_to_commit(recipe.student, commits), teacher

@@ -47,11 +47,12 @@ def _checked_models(
     """`_pinned_models`, after the checks of `preprocess`, since other fields of the recipe may have
     changed after that step.
     """
-    from pocl_ds.workflow.model_checks import check_model_configs
+    from pocl_ds.workflow.model_checks import check_domains, check_model_configs
     from pocl_ds.workflow.token_checks import check_data_tokens
 
     student, teacher = _pinned_models(recipe, run)
     check_model_configs(recipe, student, teacher)
+    check_domains(run, teacher)
     check_data_tokens(run, recipe, student, teacher)
     return student, teacher
 
@@ -106,6 +107,11 @@ def run_cache_teacher(
     from pocl_ds.teachers.cache_step import cache_teacher
     from pocl_ds.teachers.mode_selection import TeacherUsage
 
+    if recipe.teacher and recipe.teacher.mode == "auto" and recipe.teacher.routes_field:
+        raise RecipeError(
+            f"recipe field teacher.mode=auto is online with {recipe.teacher.routes_field}: there "
+            "is nothing to cache"
+        )
     if recipe.teacher is None or not caches_teacher(recipe):
         raise RecipeError(
             "recipe field teacher.mode is online: an online teacher is not cached; set it to "
@@ -226,6 +232,8 @@ def _train(recipe: Recipe, run: RunDirectory, fingerprint: str, *, baseline: boo
     _check_tokenizer(recipe, run, models["student"], recipe.student)
     if recipe.teacher:
         _check_tokenizer(recipe, run, models["teacher"], recipe.teacher, "teacher")
+        if recipe.teacher.mode == "auto" and recipe.teacher.routes_field:
+            log.info("teacher.mode=auto selects online: %s is set", recipe.teacher.routes_field)
     train_student(
         run,
         teacher_cache=fingerprints(recipe)["cache-teacher"] if caches_teacher(recipe) else None,

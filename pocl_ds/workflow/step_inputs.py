@@ -178,15 +178,15 @@ def report_inputs(recipe: Recipe) -> Any:
 
 
 def teacher_inputs(recipe: Recipe) -> list[Any] | None:
-    """The teacher, and the contents of the folders that it and its ensemble are read from."""
+    """The teacher, and the contents of the folders that it and its other models are read from."""
     from pocl_ds.config import semantic_fields
     from pocl_ds.workflow import input_digests
 
     teacher = recipe.teacher
     if teacher is None:
         return None
-    models = [teacher, *teacher.ensemble]
-    return [semantic_fields(teacher), [_named(input_digests.model_files(m)) for m in models]]
+    files = [_named(input_digests.model_files(model)) for model in teacher.sources]
+    return [semantic_fields(teacher), files]
 
 
 def record_inputs(recipe: Recipe) -> list[Any] | None:
@@ -213,8 +213,13 @@ def teacher_temperatures(recipe: Recipe) -> tuple[float, ...]:
 
 
 def caches_teacher(recipe: Recipe) -> bool:
-    """Whether the recipe runs the step `cache-teacher`."""
-    return recipe.teacher is not None and recipe.teacher.mode != "online"
+    """Whether the recipe runs the step `cache-teacher`. With teachers by stage or by domain
+    teacher.mode=auto is online.
+    """
+    teacher = recipe.teacher
+    if teacher is None or teacher.mode == "online":
+        return False
+    return not (teacher.mode == "auto" and teacher.routes_field)
 
 
 def evaluated_models(recipe: Recipe) -> list[str]:

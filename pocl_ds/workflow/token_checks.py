@@ -72,7 +72,7 @@ def check_data_tokens(
     vocab = own_vocab = VocabMap(own_rows[own[1]])
     rows = own_rows
     if teacher and recipe.needs_shared_vocabulary:
-        teachers = [(source, resolve_model(source)) for source in (teacher, *teacher.ensemble)]
+        teachers = [(source, resolve_model(source)) for source in teacher.sources]
         vocab = VocabMap.from_alignment(align_teacher_vocabularies(teachers, *own))
         rows = rows_by_reader(vocab, own, teachers)
     tokenizer = _load_tokenizer(student)

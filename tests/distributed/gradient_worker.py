@@ -29,6 +29,7 @@ from pocl_ds.models.load import load_model
 from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts.policies import OffPolicy
 from pocl_ds.runtime import distributed
+from pocl_ds.teachers.routed import DomainTeachers, RoutedModel
 from pocl_ds.teachers.teacher import OnlineTeacher, TeacherEnsemble
 from pocl_ds.training import compilation
 from pocl_ds.training.checkpoint import Checkpoints
@@ -44,6 +45,9 @@ from pocl_ds.training.trainer import Trainer
 
 SIZE, TEMPERATURE, SFT_RATIO = 320, 1.5, 0.3
 WEIGHTS = (3.0, 1.0)  # of two teachers
+TEACHER_OF_ROW = (
+    np.arange(12) % 3 // 2
+)  # of two teachers by domain: every third sample has the second
 
 
 class Recorder(DeepSpeedEngine):
@@ -92,12 +96,16 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     ids = VocabMap(SIZE)
     teachers = []
-    for path in (case["teacher"], *case.get("ensemble", ())):
+    for path in (case["teacher"], *case.get("ensemble", ()), *case.get("by_domain", ())):
         with sharded_loading(frozen):
             model = load_model(path, attention=PER_SAMPLE, dropout=0.0)
             compile_layers(model, train)
             teachers.append(OnlineTeacher(model, frozen, ids))
-    teacher = TeacherEnsemble(teachers, WEIGHTS) if len(teachers) > 1 else teachers[0]
+    teacher: Any = teachers[0]
+    if case.get("ensemble"):
+        teacher = TeacherEnsemble(teachers, WEIGHTS)
+    elif case.get("by_domain"):
+        teacher = DomainTeachers(tuple(RoutedModel("", "") for _ in teachers), tuple(teachers))
     with sharded_loading(config):
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:
@@ -116,6 +124,7 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
         Layout(case["packed"], 0.0),
         train.micro_batch_size,
         train.micro_batch_tokens,
+        teacher_of_row={"train": TEACHER_OF_ROW} if case.get("by_domain") else None,
     )
     trainer = Trainer(
         TrainingModels(engine, teacher),
@@ -135,13 +144,15 @@ def plain_gradients(
 ) -> dict[str, torch.Tensor]:
     """The same gradients in one process: float64, one sample at a time, full logits, autograd."""
     student: Any = load_model(case["student"], dropout=0.0).double().train()
-    teachers: list[Any] = [
-        load_model(path).double() for path in (case["teacher"], *case.get("ensemble", ()))
+    loaded: list[Any] = [
+        load_model(path).double()
+        for path in (case["teacher"], *case.get("ensemble", ()), *case.get("by_domain", ()))
     ]
-    shares = [weight / sum(WEIGHTS) for weight in WEIGHTS] if len(teachers) > 1 else [1.0]
+    shares = [weight / sum(WEIGHTS) for weight in WEIGHTS] if case.get("ensemble") else [1.0]
     total = sum(len(ids) - max(prompt, 1) for prompt, ids in samples)
-    for prompt, tokens in samples:
+    for row, (prompt, tokens) in enumerate(samples):
         ids = torch.tensor([tokens])
+        teachers = [loaded[TEACHER_OF_ROW[row]]] if case.get("by_domain") else loaded
         with torch.no_grad():
             tempered_logits = [
                 teacher(input_ids=ids).logits[0, prompt - 1 : -1, :SIZE] / TEMPERATURE

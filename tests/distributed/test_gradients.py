@@ -88,6 +88,26 @@ SHAPES: list[dict[str, Any]] = [
         "loss": "rkl",
         "token_rule": {"name": "adakd", "options": {"threshold": 0.2, "center": 0.3}},
     },
+    # Two teachers by domain, with empty micro-batches on some ranks.
+    {
+        "micro": 2,
+        "packed": True,
+        "rows": 7,
+        "model": "tied",
+        "checkpointing": False,
+        "loss": "fkl",
+        "by_domain": ["gpt2"],
+    },
+    {
+        "micro": 1,
+        "tokens": 48,
+        "packed": False,
+        "rows": 7,
+        "model": "untied",
+        "checkpointing": True,
+        "loss": "srkl",
+        "by_domain": ["opt"],
+    },
     # Compiled layers, padded and packed, with and without checkpointing.
     {
         "micro": 1,
@@ -132,7 +152,8 @@ def test_gradients(
         and ("compile" not in shape or ranks == 2)  # each rank compiles for 15 s
     ]
     for shape in shapes:
-        shape["ensemble"] = [str(models[name]) for name in shape.get("ensemble", [])]
+        for field in ("ensemble", "by_domain"):
+            shape[field] = [str(models[name]) for name in shape.get(field, [])]
     cases = [
         {**shape, "student": str(models[shape["model"]]), "teacher": str(teachers[shape["model"]])}
         for shape in shapes

@@ -160,3 +160,17 @@ def test_zero_init_calls_a_replaceable_function_for_float32_parameters() -> None
             assert pattern.search("model.rotary_emb.inv_freq")
             assert bool(pattern.search("model.norm.weight")) == bool(setting)
     assert partition_parameters.keep_in_fp32_pattern is original
+
+
+def test_zero3_lists_the_modules_with_its_hooks() -> None:
+    from deepspeed.runtime.zero import parameter_offload
+
+    setup = inspect.getsource(parameter_offload.DeepSpeedZeRoOffload.setup_zero_stage3_hooks)
+    assert "FWD_MODULE_STACK.append(self.module)" in setup
+    module, other = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    before = list(parameter_offload.FWD_MODULE_STACK)
+    parameter_offload.FWD_MODULE_STACK += [module, other]
+    deepspeed_private.forget_module(module)
+    deepspeed_private.forget_module(module)
+    assert parameter_offload.FWD_MODULE_STACK[len(before) :] == [other]
+    deepspeed_private.forget_module(other)

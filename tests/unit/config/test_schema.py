@@ -205,7 +205,7 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             policy={"name": "mixture", "shares": {"data": 0, "teacher": 1}},
             teacher__ensemble=[{"model": "o"}],
         ),
-        ("policy.shares.teacher=1", "teacher.ensemble", "remove the ensemble"),
+        ("policy.shares.teacher=1", "teacher.ensemble", "remove teacher.ensemble"),
     ),
     (
         recipe_tree(train={"validate_max_samples": 0, "checkpoint": {"keep_best": True}}),

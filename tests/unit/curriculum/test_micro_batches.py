@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from pocl_ds.curriculum.micro_batches import (
     assign_by_count,
+    assign_by_teacher,
     assign_by_tokens,
     assign_micro_batches,
     token_budget_batches,
@@ -142,3 +145,60 @@ def test_batches_of_a_token_budget_hold_each_index_once_within_the_limits() -> N
     alone = token_budget_batches([500], max_tokens=100, max_samples=3)
     assert [batch.tolist() for batch in alone] == [[0]]  # although it exceeds the budget
     assert token_budget_batches([], max_tokens=100) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(0, 3)), min_size=1, max_size=40),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.none() | st.integers(20, 60),
+    st.booleans(),
+)
+def test_a_micro_step_has_one_teacher_on_all_ranks(
+    samples: list[tuple[int, int]], ranks: int, micro: int, tokens: int | None, packed: bool
+) -> None:
+    lengths, teachers = (np.array(column, np.int64) for column in zip(*samples, strict=True))
+    assigned, teacher_of_step = assign_by_teacher(
+        lengths,
+        teachers,
+        ranks=ranks,
+        micro_batch_size=micro,
+        micro_batch_tokens=tokens,
+        packed=packed,
+    )
+    # Equally many micro-batches on every rank, and every sample once.
+    assert [len(of_rank) for of_rank in assigned] == [len(teacher_of_step)] * ranks
+    members = [int(i) for of_rank in assigned for micro_batch in of_rank for i in micro_batch]
+    assert sorted(members) == list(range(len(samples)))
+    # One teacher in each micro-step, whose samples stay within the limit, and no empty micro-step.
+    for step, teacher in enumerate(teacher_of_step):
+        micro_batches = [of_rank[step] for of_rank in assigned]
+        assert sum(map(len, micro_batches)) > 0
+        for micro_batch in micro_batches:
+            assert (teachers[micro_batch] == teacher).all()
+            if tokens is None:
+                assert len(micro_batch) <= micro
+            else:
+                sizes = lengths[micro_batch]
+                assert (sizes.sum() if packed else len(sizes) * sizes.max(initial=0)) <= tokens
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.none() | st.just(30), st.data())
+def test_a_single_teacher_changes_no_micro_batch(
+    ranks: int, micro: int, count: int, tokens: int | None, data: st.DataObject
+) -> None:
+    size = ranks * micro * count
+    lengths = np.array(
+        data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size)), np.int64
+    )
+    limits: dict[str, Any] = {
+        "ranks": ranks,
+        "micro_batch_size": micro,
+        "micro_batch_tokens": tokens,
+        "packed": True,
+    }
+    plain = assign_micro_batches(lengths, **limits)
+    routed, teachers = assign_by_teacher(lengths, np.full(size, 2), **limits)
+    assert teachers == [2] * len(plain[0])
+    for own, other in zip(plain, routed, strict=True):
+        assert [part.tolist() for part in own] == [part.tolist() for part in other]

@@ -128,3 +128,26 @@ def test_a_training_that_fits_passes(
         async_save=False,
     )
     memory_check.check_memory(demand)
+
+
+def test_of_the_teachers_of_stages_only_the_largest_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"student": 10**9, "small": 2 * 10**9, "large": 5 * 10**9}
+    monkeypatch.setattr(memory_check, "count_parameters", lambda model: sizes[model.model])
+
+    def needed(*teachers: str, **options: bool) -> float:
+        demand = memory_check.MemoryDemand(
+            ModelSource(model="student"),
+            [(ModelSource(model=name), None) for name in teachers],
+            teacher_dtype="float32",
+            teacher_sharded=True,
+            student_sharded=True,
+            chunk_bytes=0,
+            async_save=False,
+            **options,
+        )
+        return demand.bytes_on_node(1, 1)
+
+    assert needed("small", "large", one_teacher_at_a_time=True) == needed("large")
+    assert needed("small", "large") == needed("large") + 4 * sizes["small"]

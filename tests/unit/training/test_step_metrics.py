@@ -172,11 +172,14 @@ def test_utilization_counts_forward_backward_and_the_teacher() -> None:
     shape = ModelShape("llama", 1000, 10, 800, 200, 200, 2, 20, 10, 8, 8, False)
     setup = TrainingSetup(1, teacher_mode="online")
     utilization = Utilization(shape, [shape, shape], setup, peak=1e6)
-    lengths, loss_tokens = np.array([3, 5]), 6
+    lengths, loss_tokens = np.array([3, 5]), np.array([2, 4])
     attention = 2 * 8 * sum(2 * n * (n + 1) for n in (3, 5))
-    forward = 2 * 800 * 8 + attention + 2 * 200 * loss_tokens
+    forward = 2 * 800 * 8 + attention + 2 * 200 * 6
     assert utilization.flops(lengths, loss_tokens) == (3 + 2) * forward
     assert utilization.of_step(lengths, loss_tokens, 0.5) == 5 * forward / 0.5e6
+    # Where samples have different teachers, each is read by one.
+    for teachers in ([0, 1], [1, 1]):
+        assert utilization.flops(lengths, loss_tokens, np.array(teachers)) == (3 + 1) * forward
 
 
 @pytest.mark.parametrize(
