@@ -24,6 +24,13 @@ PROFILES = ROOT / "slurm" / "profiles"
 JOB_TEMPLATE = ROOT / "slurm" / "job.sbatch.j2"
 
 
+def shipped_names(folder: Path) -> list[str]:
+    """Names of the YAML files in a shipped folder and below it, such as `methods/adakd`."""
+    return sorted(
+        path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+    )
+
+
 def module_command(module: str) -> list[str]:
     """The command that runs a module of this tree in a separate process. `python -m` would search
     the working directory first.

@@ -310,11 +310,11 @@ def show(
 def recipes() -> int:
     """List the shipped recipes with the hardware that they need."""
     from pocl_ds.config.yaml_io import read_yaml
-    from pocl_ds.resources import RECIPES
+    from pocl_ds.resources import RECIPES, shipped_names
 
     rows = [["recipe", "hardware", "description"]]
-    for path in sorted(RECIPES.glob("*.yaml")):
-        tree = read_yaml(path)
-        rows.append([path.stem, *(str(tree.get(key, "")) for key in rows[0][1:])])
+    for name in shipped_names(RECIPES):
+        tree = read_yaml(RECIPES / f"{name}.yaml")
+        rows.append([name, *(str(tree.get(key, "")) for key in rows[0][1:])])
     print_table(rows)
     return 0

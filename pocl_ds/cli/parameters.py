@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pocl_ds.resources import PROFILES, RECIPES, STUDIES
+from pocl_ds.resources import PROFILES, RECIPES, STUDIES, shipped_names
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
@@ -45,7 +45,7 @@ def complete_profile(incomplete: str) -> list[str]:
 
 
 def _complete_yaml(incomplete: str, shipped: Path) -> list[str]:
-    names = sorted(path.stem for path in shipped.glob("*.yaml"))
+    names = shipped_names(shipped)
     folder, _, prefix = incomplete.rpartition("/")
     files = []
     for path in sorted(Path(folder or ".").glob(f"{prefix}*")):

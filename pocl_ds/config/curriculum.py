@@ -117,10 +117,11 @@ class CurriculumConfig(Section):
     epochs_per_stage: Annotated[int | tuple[int, ...], BeforeValidator(_check_epochs)] = Field(
         8, description="Epochs of every stage, or a list with one number per stage."
     )
-    scheduler: Literal["baby_step", "one_pass"] = Field(
+    scheduler: Literal["baby_step", "one_pass", "all_samples"] = Field(
         "baby_step",
         description="`baby_step`: each stage adds the next subset to all earlier ones. "
-        "`one_pass`: each stage trains on its own subset alone.",
+        "`one_pass`: each stage trains on its own subset alone. `all_samples`: each stage trains "
+        "on all samples, for curricula of weights, teachers or temperatures.",
     )
     temperature: tuple[Float, Float] = Field(
         (1.0, 2.0),

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pocl_ds.config.recipe import Recipe
 from pocl_ds.config.yaml_io import dump_yaml, parse_yaml, read_yaml, yaml_fault
 from pocl_ds.errors import PoclError, RecipeError, did_you_mean, nearest_name
-from pocl_ds.resources import RECIPES
+from pocl_ds.resources import RECIPES, shipped_names
 from pocl_ds.runtime.credentials import find_secret
 
 
@@ -48,13 +48,13 @@ def recipe_path(source: str) -> Path:
     if os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return path
     shipped = RECIPES / f"{source}.yaml"
-    if os.sep not in source and os.path.isfile(shipped):
+    names = shipped_names(RECIPES)
+    if source in names:
         return shipped
     if os.path.isdir(path):
         raise RecipeError(
             f"recipe {source} is a folder: name a file in it, or a run directory with --run-dir"
         )
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     nearest = nearest_name(source, names)
     raise RecipeError(
         f"recipe {source!r} is neither a file nor a shipped recipe ({', '.join(names)}): "

@@ -1,7 +1,7 @@
 """The plan divides an order of samples, easiest first, into stages. It is independent of ranks.
 
 A stage is a slice of the order. With baby_step, stage i trains on subsets 0 to i; with one_pass, on
-subset i alone.
+subset i alone; with all_samples, on all subsets.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from pocl_ds.curriculum.schedules import stage_values
 from pocl_ds.errors import ArtifactError, DataError, RecipeError
+
+SCHEDULERS = ("baby_step", "one_pass", "all_samples")
 
 SampleOrder: TypeAlias = "Sequence[Any] | NDArray[np.int64]"  # ids or rows, easiest first
 Epochs: TypeAlias = "int | tuple[int, ...]"  # one number for all stages, or one per stage
@@ -155,7 +157,8 @@ def build_plan(
         batch_size: samples of an optimizer step, over all ranks.
         temperature: distillation temperature of the first and the last stage.
         sft_ratio: weight of cross-entropy in the first and the last stage, 0 to 1.
-        scheduler: `baby_step` (subsets accumulate) or `one_pass` (each subset alone).
+        scheduler: `baby_step` (subsets accumulate), `one_pass` (each subset alone) or
+            `all_samples`.
         drop_last: drop the incomplete last batch of an epoch, else fill it up.
         sample_weights: weight of each dataset row in the loss, [rows]; `order` then holds row
             numbers. 0 leaves a sample out of every stage.
@@ -229,6 +232,8 @@ def _with_weights(stage: Stage, sample_weights: NDArray[np.float32] | None) -> S
 
 def _stage_bounds(total: int, num_subsets: int, index: int, scheduler: str) -> tuple[int, int]:
     """Where the samples of a stage begin and end in an order of `total` samples."""
+    if scheduler == "all_samples":
+        return 0, total
     stops = subset_stops(total, num_subsets)
     return 0 if scheduler == "baby_step" or index == 0 else stops[index - 1], stops[index]
 
@@ -256,8 +261,12 @@ def mean_sample_visits(num_subsets: int, epochs_per_stage: Epochs, scheduler: st
     """How often training uses a sample, on average; samples that drop_last drops count too."""
     epochs = stage_epochs(num_subsets, epochs_per_stage)
     # Subsets of each stage, as whole numbers, so that the sum is exact.
-    subsets = (i + 1 if scheduler == "baby_step" else 1 for i in range(num_subsets))
-    return sum(map(operator.mul, epochs, subsets)) / num_subsets
+    subsets = {
+        "baby_step": range(1, num_subsets + 1),
+        "one_pass": (1,) * num_subsets,
+        "all_samples": (num_subsets,) * num_subsets,
+    }
+    return sum(map(operator.mul, epochs, subsets[scheduler])) / num_subsets
 
 
 def single_stage_plan(
@@ -330,5 +339,5 @@ def _validate(
         raise RecipeError(
             f"curriculum.sft_ratio={list(sft_ratio)}: a ratio must be between 0 and 1"
         )
-    if scheduler not in ("baby_step", "one_pass"):
-        raise RecipeError(f"curriculum.scheduler={scheduler!r}: use baby_step or one_pass")
+    if scheduler not in SCHEDULERS:
+        raise RecipeError(f"curriculum.scheduler={scheduler!r}: use {', '.join(SCHEDULERS)}")

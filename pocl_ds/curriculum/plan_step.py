@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pocl_ds.config import BaselineConfig, CurriculumConfig
-from pocl_ds.curriculum.plan import Plan, SampleOrder, build_plan, single_stage_plan
+from pocl_ds.curriculum.plan import Plan, SampleOrder, build_plan, single_stage_plan, subset_stops
 from pocl_ds.curriculum.sample_scores import SampleScores, places
 from pocl_ds.curriculum.sample_weights import weigh_samples
 from pocl_ds.curriculum.stage_files import WEIGHTS, load_array, load_weights
@@ -145,7 +145,7 @@ def _subset_ends(
     order: NDArray[np.int64], plan: Plan, weights: NDArray[np.float32] | None
 ) -> list[int]:
     """Where each subset ends in the ranking, which also holds the samples that are left out."""
-    stops = [stage.stop for stage in plan.stages]
+    stops = subset_stops(plan.stages[-1].stop, len(plan.stages))
     if weights is None:
         return stops
     kept = np.flatnonzero(weights[order] > 0)

@@ -13,9 +13,9 @@ from pocl_ds.cli.main import main
 from pocl_ds.cli.recipe_view import field_names, recipe_entries
 from pocl_ds.config.recipe_file import load_recipe
 from pocl_ds.config.yaml_io import parse_yaml
-from pocl_ds.resources import RECIPES
+from pocl_ds.resources import RECIPES, shipped_names
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+NAMES = shipped_names(RECIPES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -462,7 +462,7 @@ def test_runtime_only_fields_are_not_semantic() -> None:
     assert semantic_fields(recipe)["launch"] == {}
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_written_and_read_again_has_the_same_fingerprints(
     path: Path, tmp_path: Path
 ) -> None:

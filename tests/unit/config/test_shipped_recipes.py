@@ -9,9 +9,9 @@ import pytest
 from pocl_ds.config.ds_config import resolve_student, resolve_teacher
 from pocl_ds.config.recipe_file import dump_recipe, load_recipe
 from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, LOSSES
-from pocl_ds.resources import RECIPES
+from pocl_ds.resources import RECIPES, shipped_names
 
-NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+NAMES = shipped_names(RECIPES)
 REQUIRED = {
     "quickstart",
     "gpt2-1.5b-to-0.1b",
@@ -32,7 +32,7 @@ def test_the_required_recipes_are_shipped() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_recipe_is_valid(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    assert recipe.name == name
+    assert recipe.name == name.rpartition("/")[2]
     assert recipe.hardware
     assert recipe.description.endswith(".")
     assert "GPU" in recipe.hardware

@@ -221,3 +221,13 @@ def test_single_stage_errors(changes: dict, message: str) -> None:
             range(10),
             **{"steps": 3, "batch_size": 5, "temperature": 1.0, "sft_ratio": 0.3, **changes},
         )
+
+
+def test_all_samples_in_every_stage() -> None:
+    plan = build_plan(
+        range(10), num_subsets=3, epochs_per_stage=2, batch_size=5, scheduler="all_samples"
+    )
+    assert [(stage.start, stage.stop, stage.steps) for stage in plan.stages] == [(0, 10, 4)] * 3
+    assert [stage.temperature for stage in plan.stages] == [1.0, 1.5, 2.0]
+    assert mean_sample_visits(3, 2, "all_samples") == 6
+    assert mean_sample_visits(3, (1, 2, 3), "all_samples") == 6
