@@ -78,7 +78,8 @@ def order_by_difficulty(
     if values.shape != (len(scores.ids),) or not np.isfinite(values).all():
         raise RecipeError(
             f"curriculum.rescoring.difficulty={difficulty} did not give one finite number for each "
-            f"of {len(scores.ids)} samples: fix its function"
+            f"of {len(scores.ids)} samples: if the student has diverged, lower train.lr; otherwise "
+            "fix the measure's function"
         )
     unknown = np.zeros(len(values))
     ranking = rank_by_difficulty(

@@ -247,7 +247,6 @@ class StageRanking:
             "rank_correlation": correlation,
             "seconds": seconds,
         }
-        self.monitor.write(record)
         log.info(
             "stage %d: ranked by %s of the current student in %.1f s; rank correlation with the "
             "order before %.3f",
@@ -264,6 +263,7 @@ class StageRanking:
             info=record,
             files=[path for path in files if path.is_file()],
         )
+        self.monitor.write(record)
 
     def _is_finished(self, directory: Path, name: str) -> bool:
         manifest = read_manifest(directory, f"{name}.manifest.json")

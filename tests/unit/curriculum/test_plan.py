@@ -83,7 +83,7 @@ def test_stages_cover_the_order(
         )
 
 
-@pytest.mark.parametrize("scheduler", ["baby_step", "one_pass"])
+@pytest.mark.parametrize("scheduler", ["baby_step", "one_pass", "all_samples"])
 @pytest.mark.parametrize("epochs", [4, (5, 1, 2)])
 def test_mean_visits_equal_those_of_the_plan(scheduler: str, epochs: int | tuple[int, ...]) -> None:
     plan = build_plan(

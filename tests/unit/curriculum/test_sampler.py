@@ -34,7 +34,7 @@ def plans(draw: st.DrawFn) -> Plan:
         epochs_per_stage=draw(st.integers(1, 3)),
         batch_size=batch,
         drop_last=drop_last,
-        scheduler=draw(st.sampled_from(["baby_step", "one_pass"])),
+        scheduler=draw(st.sampled_from(["baby_step", "one_pass", "all_samples"])),
     )
 
 
