@@ -66,16 +66,17 @@ def main(fault: str, teacher: str, student: str, folder: Path) -> None:
     trainer = build_trainer(run, training)
     micro_batches = trainer.data.micro_batches
 
-    def faulty_micro_batches(lengths: Any) -> Any:
+    def faulty_micro_batches(*arguments: Any) -> Any:
         faulty_micro_batches.calls += 1  # type: ignore[attr-defined]
         if is_faulty_rank and faulty_micro_batches.calls > 2:  # type: ignore[attr-defined]
             if fault == "skip":
-                return micro_batches(lengths)[1:]
+                rows, teachers = micro_batches(*arguments)
+                return rows[1:], teachers[1:]
             if fault == "sleep":
                 time.sleep(300)
             if fault == "die":
                 os._exit(9)
-        return micro_batches(lengths)
+        return micro_batches(*arguments)
 
     faulty_micro_batches.calls = 0  # type: ignore[attr-defined]
     trainer.data.micro_batches = faulty_micro_batches  # type: ignore[method-assign]
