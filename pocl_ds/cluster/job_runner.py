@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,13 @@ class Job:
         failures = [record for record in records if record["code"] not in (0, EXIT_RESUME)]
         if failures:
             failure = failures[0]
-            self.attempt.error = (
-                failure["error"]
-                or f"{failure['rank']} on {failure['node']} exited with code {failure['code']}"
-            )
+            self.attempt.error = failure["error"] or _unexplained(failure, self.run)
             self.attempt.unfit_nodes = sorted(
-                {record["node"] for record in failures if record["code"] == EXIT_UNFIT_NODE}
+                {
+                    record["node"]
+                    for record in failures
+                    if record["code"] == EXIT_UNFIT_NODE and record["node"]
+                }
             )
             self._print_tail(failure["rank"])
             return int(failure["code"])
@@ -226,7 +228,7 @@ class Job:
         if self.attempt.stop_reason or stopped:
             return EXIT_RESUME
 
-        # Some ranks ended without a record: killed, or without space to write one.
+        # Some ranks ended without a record: killed, or without a place to write one.
         silent = sorted(
             {f"rank-{rank}" for rank in range(ranks)} - {record["rank"] for record in records}
         )
@@ -301,6 +303,16 @@ class Job:
                     scheduler.add_dependency(waiting.array, new_id)
         print_line(f"{self.label}: job {new_id} continues without {', '.join(nodes)}")
         return 0
+
+
+def _unexplained(failure: Mapping[str, Any], run: Path) -> str:
+    """A sentence about a rank that failed and recorded no error."""
+    if failure["node"]:
+        return f"{failure['rank']} on {failure['node']} exited with code {failure['code']}"
+    return (
+        f"{failure['rank']} exited with code {failure['code']} and could not write why, so the disk "
+        f"of {run} may be full"
+    )
 
 
 def progress(run: Path, name: str) -> int:

@@ -1,8 +1,9 @@
 """How a process starts and ends: its rank, signals before training can save, and exit records.
 
-Each rank writes an exit record, the small file `$POCL_EXITS/rank-R.json`. Exit codes alone cannot
-tell which rank failed first, because the launcher ends the other ranks, and each of them then exits
-with another code.
+Each rank writes an exit record, the small file `$POCL_EXITS/rank-R.CODE.json`. Exit codes alone
+cannot tell which rank failed first, because the launcher ends the other ranks, and each of them
+then exits with another code. The code is in the file's name, since a full disk may still take an
+empty file.
 """
 
 from __future__ import annotations
@@ -143,21 +144,26 @@ def record_exit(code: int, error: str = "") -> None:
     folder = os.environ.get(EXIT_RECORDS)
     if not folder:
         return
-    path = Path(folder) / f"rank-{os.environ.get('RANK', '0')}.json"
+    rank = f"rank-{os.environ.get('RANK', '0')}"
+    path = Path(folder) / f"{rank}.{code}.json"
     record = {"code": code, "error": error, "time": time.time(), "node": node_name()}
     # An error here must not hide the one that is recorded.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as stream:
-            json.dump(record, stream)
+        if not any(path.parent.glob(f"{rank}.*")):
+            with path.open("x", encoding="utf-8") as stream:
+                json.dump(record, stream)
 
 
 def read_exit_records(folder: Path) -> list[dict[str, Any]]:
     """The exit records in a folder, by time: `rank` (as in "rank-0"), `code`, `error`, `time`,
-    `node`. Incomplete records are skipped.
+    `node`. Of an incomplete record only rank, code and time are known; the others are empty.
     """
     records = []
-    for path in folder.glob("*.json"):
+    for path in folder.glob("rank-*.*.json"):
+        rank, code, _ = path.name.split(".")
+        record = {"code": int(code), "error": "", "time": path.stat().st_mtime, "node": ""}
         with contextlib.suppress(json.JSONDecodeError):
-            records.append({**json.loads(path.read_text()), "rank": path.stem})
+            record = json.loads(path.read_text())
+        records.append({**record, "rank": rank})
     return sorted(records, key=lambda record: record["time"])

@@ -63,7 +63,7 @@ def run_preflight(job: Job, code: int, ranks: dict[int, tuple[int, str]]) -> int
             "time": rank,
             "node": f"n{rank + 1}",
         }
-        (records / f"rank-{rank}.json").write_text(json.dumps(record))
+        (records / f"rank-{rank}.{rank_code}.json").write_text(json.dumps(record))
     return job._run_command(0, PREFLIGHT, ["train"], 1)
 
 
@@ -106,20 +106,33 @@ def test_nodes_are_not_blamed_for_a_node_that_failed_at_once(job: Job) -> None:
     assert job.attempt.unfit_nodes == [] and "ib0" in job.attempt.error
 
 
-def test_a_torn_record_is_ignored(job: Job) -> None:
+def test_a_torn_record_has_its_code_in_its_name(job: Job) -> None:
     records = job.run.parent / "records"
     records.mkdir()
-    (records / "rank-0.json").write_text('{"code": 75, "err')
-    (records / "rank-1.json").write_text('{"code": 75, "error": "", "time": 1.0, "node": "n2"}')
-    assert [record["rank"] for record in read_exit_records(records)] == ["rank-1"]
+    (records / "rank-0.75.json").write_text('{"code": 75, "err')
+    (records / "rank-1.2.json").write_text('{"code": 2, "error": "", "time": 1.0, "node": "n2"}')
+    read = [(r["rank"], r["code"], r["node"]) for r in read_exit_records(records)]
+    assert read == [("rank-1", 2, "n2"), ("rank-0", 75, "")]
 
 
 def test_a_rank_that_could_not_write_its_record(job: Job) -> None:
-    """Its exit code shows that it was not killed."""
+    """The file's name has its exit code, also if srun reports that of a rank which it ended."""
+    records = job.run.parent / "records"
+    records.mkdir()
+    (records / "code").write_text("75")
+    (records / "rank-0.2.json").touch()
+    (records / "rank-1.75.json").touch()
+    assert job._run_command(0, [], ["train"], 1) == 2
+    assert job.attempt.error == (
+        f"rank-0 exited with code 2 and could not write why, so the disk of {job.run} may be full"
+    )
+
+
+def test_ranks_that_could_not_create_a_record(job: Job) -> None:
+    """The exit code shows that they were not killed."""
     records = job.run.parent / "records"
     records.mkdir()
     (records / "code").write_text("2")
-    (records / "rank-1.json").touch()
     assert job._run_command(0, [], ["train"], 1) == 2
     assert job.attempt.error.endswith(
         f"(exit code 2): it could not write why, so the disk of {job.run} may be full"

@@ -180,7 +180,8 @@ def test_messages_tracebacks_and_exit_records_are_redacted(
     monkeypatch.setenv(EXIT_RECORDS, str(tmp_path))
     assert main(["run", "quickstart"]) == (2 if fault is RecipeError else 1)
     stderr = capsys.readouterr().err
-    recorded = json.loads((tmp_path / "rank-0.json").read_text())["error"]
+    (record,) = tmp_path.glob("rank-0.*.json")
+    recorded = json.loads(record.read_text())["error"]
     assert "https://***@example.org/data.jsonl refuses ***" in stderr and "refuses ***" in recorded
     assert PLANTED not in stderr + recorded
 

@@ -47,7 +47,7 @@ def test_a_signal_before_training_exits_with_the_resume_code(
     child.send_signal(number)
     out, err = child.communicate(timeout=20)
     assert child.returncode == 75 and number.name in err and "cleaned up" in out
-    record = json.loads((tmp_path / "exits" / "rank-3.json").read_text())
+    record = json.loads((tmp_path / "exits" / "rank-3.75.json").read_text())
     assert (record["code"], record["error"], record["node"]) == (
         75,
         "first record",
