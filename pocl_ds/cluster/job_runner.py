@@ -310,8 +310,8 @@ def _unexplained(failure: Mapping[str, Any], run: Path) -> str:
     if failure["node"]:
         return f"{failure['rank']} on {failure['node']} exited with code {failure['code']}"
     return (
-        f"{failure['rank']} exited with code {failure['code']} and could not write why, so the disk "
-        f"of {run} may be full"
+        f"{failure['rank']} exited with code {failure['code']} and could not write why, so the "
+        f"disk of {run} may be full"
     )
 
 
