@@ -81,12 +81,11 @@ def divergence(run: Path, step: int, student: Any, teachers: list[Path], tempera
 
     teachers: of each row of the training data.
     """
-    order = np.load(run / "ranking" / "order.npy")
     index = np.load(run / "data" / "train.index.npy")
     tokens = np.fromfile(run / "data" / "train.tokens.bin", np.uint32)
     models = {path: load(path) for path in set(teachers)}
     total, count = 0.0, 0
-    for row in order[Sampler(load_plan(run / "plan" / "plan.json"), SEED).batch(step)]:
+    for row in Sampler(load_plan(run / "plan" / "plan.json"), SEED).batch(step):
         start, prompt, size = (int(value) for value in index[row][:3])
         ids = torch.from_numpy(tokens[start : start + size].astype(np.int64))[None]
         with torch.no_grad():
