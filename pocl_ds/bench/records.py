@@ -70,8 +70,10 @@ def run(
             continue
         teacher, student = logits
         out(f"{name}: {len(teacher)} tokens over {teacher.shape[-1]} ids, {seeds} seeds")
-        out(f"  {'records':<17}{'temperatures':>13}{'bytes':>7}{'at':>6}{'error':>9}{'bias':>9}"
-            f"{'of sum':>9}")  # fmt: skip
+        out(
+            f"  {'records':<17}{'temperatures':>13}{'bytes':>7}{'at':>6}{'error':>9}{'bias':>9}"
+            f"{'of sum':>9}"
+        )
         for temperatures, measured in PLANS:
             for codec in _codecs(teacher.shape[-1], temperatures):
                 for row in measure(name, codec, teacher, student, measured, seeds):

@@ -148,16 +148,17 @@ def _subset_ends(
     stops = subset_stops(plan.stages[-1].stop, len(plan.stages))
     if weights is None:
         return stops
-    kept = np.flatnonzero(weights[order] > 0)
-    return [*(int(kept[stop]) for stop in stops[:-1]), len(order)]
+    selected = np.flatnonzero(weights[order] > 0)
+    return [*(int(selected[stop]) for stop in stops[:-1]), len(order)]
 
 
 def weights_line(weights: NDArray[np.float32], name: str) -> str:
     """A line for the log: what a rule left out, and the range of the other weights."""
-    kept = weights[weights > 0]
+    positive = weights[weights > 0]
+    left_out = len(weights) - len(positive)
     return (
-        f"sample weights by {name}: {len(weights) - len(kept)} of {len(weights)} samples left out, "
-        f"the others from {kept.min():.3g} to {kept.max():.3g}"
+        f"sample weights by {name}: {left_out} of {len(weights)} samples left out, "
+        f"the others from {positive.min():.3g} to {positive.max():.3g}"
     )
 
 

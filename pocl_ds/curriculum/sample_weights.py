@@ -42,10 +42,10 @@ def _stratified(scores: SampleScores, *, share: float, hard_share: float) -> NDA
     are evenly spaced over the rest of the ranking (DA-KD, ICML 2025).
     """
     order = np.argsort(scores["place"], kind="stable")
-    kept = max(1, round(share * len(order)))
-    hardest = round(hard_share * kept)
-    rest = len(order) - hardest
-    spaced = ((np.arange(kept - hardest) + 0.5) * rest / max(kept - hardest, 1)).astype(np.int64)
+    count = max(1, round(share * len(order)))
+    hardest = round(hard_share * count)
+    easier, rest = count - hardest, len(order) - hardest
+    spaced = ((np.arange(easier) + 0.5) * rest / max(easier, 1)).astype(np.int64)
     weights = np.zeros(len(order))
     weights[order[rest:]] = 1
     weights[order[spaced]] = 1
@@ -54,7 +54,8 @@ def _stratified(scores: SampleScores, *, share: float, hard_share: float) -> NDA
 
 def _loss(scores: SampleScores, *, power: float) -> NDArray[np.float64]:
     """The divergence from the teacher, to a power."""
-    return np.asarray(scores["kd_loss"] ** power)
+    # Rounding may leave a divergence of 0 slightly negative.
+    return np.asarray(np.maximum(scores["kd_loss"], 0) ** power)
 
 
 # Rules by name: (scores, **options) -> [samples].

@@ -22,7 +22,7 @@ def stage_directory(training: Path, stage: int) -> Path:
 def load_stage(plan: Plan, training: Path, stage: int) -> Stage:
     """The stage of a plan with the order and weights that its student gave the samples."""
     directory = stage_directory(training, stage)
-    remedy = f"remove {directory} and continue the training"
+    remedy = f"restore it, or remove {directory} and the checkpoints of stage {stage + 1}"
     order = load_array(directory / ORDER, remedy)
     return plan.with_order(stage, order, load_weights(directory, remedy))
 

@@ -1,6 +1,6 @@
 """The step cache-teacher: the teacher reads each sample once, and its outputs are stored for all
 stages and epochs: hidden states, or records of its largest or of sampled probabilities
-(docs/method.md, eq. 19 and 28).
+(docs/method.md, eq. 19 and 32).
 """
 
 from __future__ import annotations

@@ -40,7 +40,12 @@ from pocl_ds.training.data import TrainingData
 from pocl_ds.training.models import TrainingModels
 from pocl_ds.training.monitor import TrainingMonitor
 from pocl_ds.workflow.files import atomic_write, save_array
-from pocl_ds.workflow.manifest import finished_manifest, read_manifest, write_manifest
+from pocl_ds.workflow.manifest import (
+    damaged_files,
+    finished_manifest,
+    read_manifest,
+    write_manifest,
+)
 
 log = logging.getLogger("pocl_ds")
 
@@ -124,7 +129,7 @@ class StageRanking:
         count = len(scores.ids)
         if stage + 1 == self.config.from_stage or self.config.share == 1:
             return np.arange(count)
-        keys = hash_ids(scores.ids, self.scores.seed * 1_000_003 + stage)
+        keys = hash_ids(scores.ids, (self.scores.seed + (stage << 32)) % 2**64)
         chosen = np.argsort(keys, kind="stable")[: max(1, round(self.config.share * count))]
         return np.sort(chosen)
 
@@ -270,7 +275,7 @@ class StageRanking:
         return (
             manifest is not None
             and manifest.fingerprint == self.fingerprint
-            and (directory / f"{name}.npy").is_file()
+            and not damaged_files(directory, manifest, checksums=False)
         )
 
     def _raise_if_stopping(self, position: SamplerPosition) -> None:
