@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = "PLANTEDplantedPLANTEDplanted"  # must not appear in any output or file
+TWO_RANKS = ("bash", str(ROOT / "launch" / "train.sh"), "--ranks", "2", "--threads", "1")
 SECRETS = {
     name: f"{PLANTED}{name}"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "JUDGE_KEY")
@@ -49,3 +50,17 @@ def pocl(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     assert PLANTED not in process.stdout + process.stderr
     assert not check or process.returncode == 0, process.stderr[-3000:]
     return process
+
+
+def run_module(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
+    """Run a module of tests/ in a process of its own: training leaves process groups behind."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [*launcher, "--module"] if launcher else [sys.executable, "-m"]
+    process = subprocess.run(
+        [*command, name, *arguments],
+        env={**environment(), "POCL_PYTHON": sys.executable, "PYTHONPATH": paths},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,20 @@ def collate(samples: Sequence[dict[str, Any]], *, side: str = "left") -> dict[st
     }
 
 
-def make_trainer(run: Path, out: Path, **arguments: Any) -> CurriculumTrainer:
-    """A trainer with the models, plan, optimizer and learning rates of a run's recipe."""
-    recipe = load_recipe(str(run / "recipe.yaml"))
+def make_trainer(
+    run: Path, out: Path, *, adapt: Callable[[Any], Any] = lambda student: student, **arguments: Any
+) -> CurriculumTrainer:
+    """A trainer with the models, plan, optimizer and learning rates of a run's recipe. adapt:
+    changes the student.
+    """
+    # The plan holds the weights of the plugin's rule, whose name is not registered here.
+    recipe = load_recipe(str(run / "recipe.yaml"), ["plugins=[]", "curriculum.sample_weights=null"])
     train, plan = recipe.train, load_plan(run / "plan" / "plan.json")
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(path)
         for path in (recipe.student.model, recipe.teacher.model)
     )
-    split = TokenizedSplit.open(run / "data", "train")
+    student, split = adapt(student), TokenizedSplit.open(run / "data", "train")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainingArguments(
         str(out),
@@ -112,8 +117,14 @@ def make_trainer(run: Path, out: Path, **arguments: Any) -> CurriculumTrainer:
         optimizers=(optimizer, rates),
     )
     trainer.micro_batches, trainer.losses = [], []
+    assert recipe.loss.token_rule
     trainer.use_curriculum(
-        plan, seed=recipe.seed, teacher=teacher, lengths=split.total_tokens, chunk_memory_mb=1
+        plan,
+        seed=recipe.seed,
+        teacher=teacher,
+        token_rule=recipe.loss.token_rule.name,
+        lengths=split.total_tokens,
+        chunk_memory_mb=1,
     )
     return trainer
 

@@ -71,10 +71,14 @@ class CurriculumSampler:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """A digest of the plan and its order, and the seed: equal samplers draw equal batches."""
+        """A digest of the plan with its order and sample weights, and the seed: equal samplers draw
+        equal batches.
+        """
         digest = hashlib.sha256(json.dumps(self.plan.to_json(), sort_keys=True).encode())
         for stage in self.plan.stages:
             digest.update(np.asarray(stage.order, np.int64).tobytes())
+            if stage.weights is not None:
+                digest.update(stage.weights.tobytes())
         return {"plan": digest.hexdigest(), "seed": self.seed}
 
     @property
@@ -102,6 +106,15 @@ class CurriculumSampler:
             lengths, ranks=self.world_size, micro_batch_size=self.micro_batch_size
         )
         return [[rows[part] for part in of_rank] for of_rank in places]
+
+    def sample_weights(self, step: int, micro_step: int) -> NDArray[np.float32] | None:
+        """The weights of this rank's samples in the loss of a micro-batch, [micro_batch_size]; None
+        if all are 1. Their mean over the samples of the stage is 1.
+        """
+        weights = self.stage(step).weights
+        if weights is None:
+            return None
+        return weights[self.micro_batches(step)[self.rank][micro_step]]
 
     def stage(self, step: int) -> Stage:
         """The stage of an optimizer step, with its temperature and SFT ratio."""

@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from pocl_ds.curriculum.data_sampler import CurriculumSampler
 from pocl_ds.curriculum.plan import Plan
-from pocl_ds.errors import ArtifactError, ModelError, RecipeError
+from pocl_ds.errors import ArtifactError, ModelError
+from pocl_ds.integrations.checks import check_arguments, check_models, check_own_loss
+from pocl_ds.integrations.curriculum import IGNORED, Curriculum
 from pocl_ds.losses.divergences import divergence_options
-from pocl_ds.losses.fused_head import loss_sums
 from pocl_ds.losses.fused_inputs import DEFAULT_CHUNK_BYTES
 from pocl_ds.losses.token_losses import LossTerms
-from pocl_ds.models.heads import hidden_states, output_head
+from pocl_ds.losses.token_rules import TokenRule
 from pocl_ds.models.vocab import VocabMap
 
 if TYPE_CHECKING:
@@ -37,32 +36,7 @@ if TYPE_CHECKING:
 else:
     Trainer = object
 
-IGNORED = -100  # the label of a token that does not train
 STATE_FILE = "curriculum.json"  # in a checkpoint
-
-
-@dataclass
-class Curriculum:
-    """What `CurriculumTrainerMixin.use_curriculum` sets up."""
-
-    sampler: CurriculumSampler
-    teacher: Any | None
-    divergence: str
-    options: dict[str, Any]
-    scale_by_temperature_squared: bool
-    vocab: VocabMap | None
-    chunk_bytes: int
-
-    def terms(self, step: int) -> LossTerms:
-        """The loss of an optimizer step."""
-        stage = self.sampler.stage(step)
-        return LossTerms(
-            self.divergence,
-            stage.temperature,
-            stage.sft_ratio,
-            self.scale_by_temperature_squared,
-            self.options,
-        )
 
 
 class CurriculumTrainerMixin(Trainer):
@@ -72,9 +46,9 @@ class CurriculumTrainerMixin(Trainer):
     as many optimizer steps as the plan has. `resume_from_checkpoint` continues anywhere in it.
 
     With labels in the batch (`Trainer`, `SFTTrainer`, `GKDTrainer`) the loss is that of
-    `fused_linear_distillation_loss`, a mean over the loss tokens of the optimizer step, without the
-    full logits. TRL's `DistillationTrainer` generates its responses and keeps its own loss, at the
-    temperature of the stage.
+    `fused_linear_distillation_loss` with the plan's sample weights, a mean over the loss tokens of
+    the optimizer step, without the full logits. TRL's `DistillationTrainer` generates its responses
+    and keeps its own loss, at the temperature of the stage.
     """
 
     curriculum: Curriculum | None = None
@@ -88,6 +62,8 @@ class CurriculumTrainerMixin(Trainer):
         teacher: Any | None = None,
         divergence: str = "fkl",
         scale_by_temperature_squared: bool = True,
+        token_rule: str | None = None,
+        token_rule_options: dict[str, Any] | None = None,
         vocab: VocabMap | None = None,
         lengths: NDArray[np.int64] | None = None,
         chunk_memory_mb: float = DEFAULT_CHUNK_BYTES / 2**20,
@@ -100,64 +76,33 @@ class CurriculumTrainerMixin(Trainer):
             seed: of the shuffle within each epoch.
             teacher: a causal language model; by default the trainer's `teacher_model`.
             divergence, options: see `pocl_ds.losses.divergence`; `sft` needs no teacher.
+            token_rule, token_rule_options: temperature and weight of each token, see
+                `pocl_ds.losses.fused_linear_distillation_loss`.
             vocab: ids that take part; by default those that both output heads have.
             lengths: tokens of each dataset row, so that samples of similar length share a batch.
             chunk_memory_mb: memory for logits and buffers of the loss.
 
         Raises:
-            RecipeError: a setting of the trainer contradicts the plan.
+            RecipeError: a setting of the trainer contradicts the plan, or a name, option or value
+                is unknown or out of range.
             ModelError: a model whose head is unknown or sharded, or no teacher.
         """
+        # Refuse what contradicts the plan.
         args = self.args
-        if args.gradient_accumulation_steps * args.train_batch_size * args.world_size != (
-            plan.batch_size
-        ):
-            raise RecipeError(
-                f"the plan's batch_size={plan.batch_size} is not per_device_train_batch_size="
-                f"{args.per_device_train_batch_size} times gradient_accumulation_steps="
-                f"{args.gradient_accumulation_steps} times {args.world_size} processes: change one"
-            )
-        if args.max_steps > 0 and args.max_steps != plan.total_steps:
-            raise RecipeError(
-                f"max_steps={args.max_steps} contradicts the plan's {plan.total_steps} optimizer "
-                "steps: leave max_steps out"
-            )
-        for name in ("packing", "padding_free", "ignore_data_skip"):
-            if getattr(args, name, False):
-                raise RecipeError(f"{name}=True would change the plan's batches: leave it out")
-        if self.accelerator.split_batches or self.accelerator.dispatch_batches:
-            raise RecipeError(
-                "split_batches and dispatch_batches of accelerate would change the plan's "
-                "batches: leave them out"
-            )
-        rows: Any = self.train_dataset
-        needed = int(np.max(plan.stages[-1].order)) + 1
-        if rows is None or len(rows) < needed:
-            raise RecipeError(
-                f"the plan's order names dataset row {needed - 1}, and train_dataset has "
-                f"{0 if rows is None else len(rows)} rows: build the plan from the scores of this "
-                "dataset"
-            )
-        if any(stage.weights is not None for stage in plan.stages):
-            raise RecipeError(
-                "the plan has sample weights, which these trainers do not apply: build it without "
-                "sample_weights, or with weights of 0 and 1"
-            )
-        if self._generates and any(stage.sft_ratio for stage in plan.stages):
-            raise RecipeError(
-                "this trainer trains on responses that the student generates, and SFT on them "
-                "teaches nothing: build the plan with sft_ratio=(0, 0)"
-            )
+        check_arguments(self, plan)
+        if self._generates:
+            check_own_loss(plan, has_token_rule=token_rule is not None)
         teacher = teacher if teacher is not None else getattr(self, "teacher_model", None)
         if teacher is None and divergence != "sft":
             raise ModelError(
                 f"the divergence {divergence} needs a teacher: pass teacher=, or divergence='sft'"
             )
-        if teacher is not None and not self._generates:
-            teacher = teacher.eval().requires_grad_(False).to(args.device)
         if not self._generates:
-            self._check_models(teacher)
+            check_models(self, self._student, _without_adapters(teacher))
+            if teacher is not None:
+                teacher = teacher.eval().requires_grad_(False).to(args.device)
 
+        # Batches and loss.
         self.curriculum = Curriculum(
             CurriculumSampler(
                 plan,
@@ -171,6 +116,7 @@ class CurriculumTrainerMixin(Trainer):
             divergence,
             divergence_options(divergence, options),
             scale_by_temperature_squared,
+            None if token_rule is None else TokenRule.of(token_rule, token_rule_options or {}),
             vocab,
             int(chunk_memory_mb * 2**20),
         )
@@ -184,18 +130,6 @@ class CurriculumTrainerMixin(Trainer):
     def _generates(self) -> bool:
         """Whether the trainer generates its responses by itself, as `DistillationTrainer` does."""
         return hasattr(self, "_generate_and_score_completions")
-
-    def _check_models(self, teacher: Any | None) -> None:
-        """Raise ModelError for a model that the loss cannot split into backbone and head."""
-        for model in (self._student, teacher):
-            if model is not None:
-                output_head(_without_adapters(model))
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ModelError(
-                "the curriculum's loss needs complete weights on every rank, and this trainer "
-                "shards them with DeepSpeed or FSDP: train with `pocl train`, which shards both "
-                "models, or without sharding"
-            )
 
     @property
     def _student(self) -> Any:
@@ -254,8 +188,9 @@ class CurriculumTrainerMixin(Trainer):
             self.temperature = terms.temperature
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-        student = self.accelerator.unwrap_model(model)
-        total = _call_through(model, student, self._loss_sum, inputs, terms)
+        student, curriculum = self.accelerator.unwrap_model(model), self.curriculum
+        weights = curriculum.next_weights(self.state.global_step)
+        total = _call_through(model, student, self._loss_sum, inputs, terms, weights)
         count = num_items_in_batch
         if count is None:
             count = (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
@@ -264,39 +199,18 @@ class CurriculumTrainerMixin(Trainer):
             total = total * self.accelerator.num_processes  # the gradients of ranks are averaged
         return total / count
 
-    def _loss_sum(self, inputs: Mapping[str, Tensor], terms: LossTerms) -> Tensor:
-        """The sum of the loss over the loss tokens of a micro-batch."""
+    def _loss_sum(
+        self, inputs: Mapping[str, Tensor], terms: LossTerms, weights: Tensor | None
+    ) -> Tensor:
+        """See `Curriculum.loss_sum`."""
         curriculum = self.curriculum
         assert curriculum is not None
-        ids, labels = inputs["input_ids"], inputs["labels"]
-        mask = inputs.get("attention_mask")
-        ids, mask, labels = _pad_right(ids, torch.ones_like(ids) if mask is None else mask, labels)
-        trains = labels[:, 1:] != IGNORED
-        with self.accelerator.autocast():
-            hidden = hidden_states(self._student, ids, mask)[:, :-1][trains]
-        head = output_head(self._student)
-        teacher_hidden = teacher_head = None
-        rows = head.rows
-        if curriculum.teacher is not None and terms.name != "sft":
-            teacher = _without_adapters(self.accelerator.unwrap_model(curriculum.teacher))
-            teacher_head = output_head(teacher)
-            rows = min(rows, teacher_head.rows)
-            with torch.no_grad(), self.accelerator.autocast():
-                teacher_hidden = hidden_states(teacher, ids, mask)[:, :-1][trains]
-            assert teacher_head.weight is not None
-            teacher_hidden = teacher_hidden.to(teacher_head.weight.dtype)
-        assert head.weight is not None
-        total, _, _ = loss_sums(
-            hidden.to(head.weight.dtype),
-            head,
-            labels[:, 1:][trains],
-            terms,
-            vocab=(curriculum.vocab or VocabMap(rows)).to(ids.device),
-            teacher_hidden=teacher_hidden,
-            teacher_head=teacher_head,
-            chunk_bytes=curriculum.chunk_bytes,
+        teacher = curriculum.teacher
+        if teacher is not None:
+            teacher = _without_adapters(self.accelerator.unwrap_model(teacher))
+        return curriculum.loss_sum(
+            self._student, teacher, inputs, terms, weights, self.accelerator.autocast
         )
-        return total
 
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         """See `transformers.Trainer`; adds the stage and its values."""
@@ -358,10 +272,3 @@ def _call_through(
     module.forward = redirected
     result: Tensor = wrapper(*arguments)
     return result
-
-
-def _pad_right(ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Move the padding of each row to its end. All are [B, T]."""
-    order = mask.bool().long().argsort(dim=1, descending=True, stable=True)
-    ids, mask, labels = (tensor.gather(1, order) for tensor in (ids, mask, labels))
-    return ids, mask, labels.masked_fill(mask == 0, IGNORED)

@@ -78,6 +78,10 @@ def test_trl_trainer() -> None:
     assert steps == [("1", "1.0", "0.3")] * 2 + [("2", "2.0", "0.0")] * 4
 
 
+def test_lightning_trainer() -> None:
+    assert "6 of 6 optimizer steps" in run_example("lightning_trainer.py")
+
+
 @pytest.mark.slow
 def test_distill_minimal() -> None:
     """With two epochs per stage the student comes closer to its teacher."""

@@ -1,25 +1,23 @@
-"""The curriculum in the trainers of transformers and TRL, and in a plain loop: the batches, losses
-and weights of `pocl train`.
+"""The curriculum in the trainer of transformers, in Lightning and in a plain loop: the batches,
+losses and weights of `pocl train`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from command_line import ROOT, environment
+from command_line import ROOT, TWO_RANKS, run_module
 from other_trainers import Samples, collate, make_trainer
 from safetensors.torch import load_file
 from tiny_runs import write_recipe
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
 from pocl_ds.curriculum import CurriculumSampler
 from pocl_ds.curriculum.plan_step import load_plan
@@ -35,7 +33,7 @@ MICRO_BATCH_SIZE = 2
 def run(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_untied: Path
 ) -> Path:
-    """A run that trained with plain PyTorch."""
+    """A run that trained with plain PyTorch, with sample weights and a token rule."""
     folder = tmp_path_factory.mktemp("other-trainers")
     path = write_recipe(
         folder,
@@ -43,30 +41,23 @@ def run(
         tiny_llama,
         max_train_samples=24,
         ranking={"strategy": "random"},
-        curriculum={"num_subsets": 2, "epochs_per_stage": 2, "sft_ratio": [0.5, 0.2]},
+        curriculum={
+            "num_subsets": 2,
+            "epochs_per_stage": 2,
+            "sft_ratio": [0.5, 0.2],
+            "sample_weights": {"name": "hard_more"},
+        },
+        loss={"token_rule": {"name": "adakd"}},
         train={"engine": "torch", "layout": "padded", "weight_decay": 0.0, "lr_restart": "never"},
         launch={"ranks": 1},
         student={"dropout": 0.0},
     )
     run = folder / "run"
     run.mkdir()
+    path.write_text(f"plugins: [weights_plugin]\n{path.read_text()}")
     path.rename(run / "recipe.yaml")
     run_module("family_worker", "until-train", str(run))
     return run
-
-
-def run_module(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> None:
-    """Run a module of tests/ in a process of its own: training leaves process groups behind."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [*launcher, "--module"] if launcher else [sys.executable, "-m"]
-    process = subprocess.run(
-        [*command, name, *arguments],
-        env={**environment(), "POCL_PYTHON": sys.executable, "PYTHONPATH": paths},
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -109,6 +100,7 @@ def test_transformers_trains_like_pocl(workers: int, run: Path, tmp_path: Path) 
     trainer.train()
     records = metrics(run)
     assert digests(trainer.micro_batches, run) == [r["sample_ids_digest"] for r in records]
+    assert any(stage.weights is not None for stage in trainer.curriculum.sampler.plan.stages)
     losses = np.array(trainer.losses).reshape(len(records), -1).sum(1)
     np.testing.assert_allclose(losses, [record["loss"] for record in records], rtol=2e-5)
     assert_same_weights(dict(trainer.model.named_parameters()), run)
@@ -118,8 +110,7 @@ def test_transformers_trains_like_pocl(workers: int, run: Path, tmp_path: Path) 
 
 
 def test_two_ranks_train_like_one(run: Path, tmp_path: Path) -> None:
-    launcher = ("bash", str(ROOT / "launch" / "train.sh"), "--ranks", "2", "--threads", "1")
-    run_module("other_trainers", str(run), str(tmp_path), launcher=launcher)
+    run_module("other_trainers", str(run), str(tmp_path), launcher=TWO_RANKS)
     assert_same_weights(load_file(tmp_path / "weights.safetensors"), run)
     # Each rank has the micro-batches that `pocl train` would give it.
     plan, split = load_plan(run / "plan" / "plan.json"), TokenizedSplit.open(run / "data", "train")
@@ -134,6 +125,34 @@ def test_two_ranks_train_like_one(run: Path, tmp_path: Path) -> None:
         )
         actual = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert [row for _, part in actual for row in part] == list(sampler)
+
+
+def test_mixed_precision_and_adapters(run: Path, tmp_path: Path) -> None:
+    """Under bfloat16 autocast the losses are close to those of float32; a student with LoRA
+    starts with the same loss, and only its adapters change.
+    """
+    peft = pytest.importorskip("peft")
+    expected = [record["loss"] for record in metrics(run)]
+    mixed = make_trainer(run, tmp_path, bf16=True)
+    mixed.train()
+    losses = np.array(mixed.losses).reshape(len(expected), -1).sum(1)
+    assert (losses != expected).all()
+    np.testing.assert_allclose(losses, expected, rtol=0.02)
+
+    def adapt(student: Any) -> Any:
+        return peft.get_peft_model(student, peft.LoraConfig(r=4, task_type="CAUSAL_LM"))
+
+    adapted = make_trainer(run, tmp_path, adapt=adapt)
+    before = {name: value.clone() for name, value in adapted.model.named_parameters()}
+    adapted.train()
+    losses = np.array(adapted.losses).reshape(len(expected), -1).sum(1)
+    assert losses[0] == pytest.approx(expected[0], rel=2e-5)
+    changed = {
+        name
+        for name, value in adapted.model.named_parameters()
+        if not torch.equal(value, before[name])
+    }
+    assert changed == {name for name in before if "lora_" in name}
 
 
 class StopAfter(TrainerCallback):
@@ -199,6 +218,57 @@ def test_a_plain_loop_gets_the_same_batches(run: Path) -> None:
         assert seen + [batch["row"].tolist() for batch in second] == batches
 
 
+def test_lightning_gets_the_batches_of_the_plan_and_resumes(tmp_path: Path) -> None:
+    """The checkpoint is in the middle of the second stage; the weights are equal bit by bit."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    example = load_example("lightning_trainer")
+    samples = example.make_samples(32)
+    plan = example.make_plan(len(samples))
+
+    class Recording(example.Distillation):
+        def training_step(self, batch: Any, number: int) -> Any:
+            rows = [
+                next(row for row, sample in enumerate(samples) if torch.equal(sample["ids"], ids))
+                for ids in batch["ids"]
+            ]
+            self.seen.append((self.trainer.global_step, rows))
+            return super().training_step(batch, number)
+
+    def train(checkpoint: Path | None = None, **arguments: Any) -> Any:
+        sampler = CurriculumSampler(plan, seed=0, micro_batch_size=example.MICRO_BATCH)
+        module = Recording(example.make_model(2, 1), example.make_model(3, 0), sampler)
+        module.seen = []
+        trainer = example.make_trainer(plan, str(tmp_path), enable_progress_bar=False, **arguments)
+        # A checkpoint of Lightning holds more than tensors.
+        kind = {"ckpt_path": str(checkpoint), "weights_only": False} if checkpoint else {}
+        trainer.fit(module, example.make_loader(samples, sampler), **kind)
+        return module
+
+    whole = train()
+    expected = [
+        (step, part.tolist())
+        for step in range(plan.total_steps)
+        for part in whole.sampler.micro_batches(step)[0]
+    ]
+    assert whole.seen == expected and whole.sampler.stage(3).index == 1
+    saving = ModelCheckpoint(tmp_path, filename="stopped", every_n_train_steps=3)
+    stopped = train(max_steps=3, enable_checkpointing=True, callbacks=[saving])
+    resumed = train(tmp_path / "stopped.ckpt")
+    assert stopped.seen + resumed.seen == whole.seen and len(stopped.seen) == 6
+    for value, other in zip(whole.student.parameters(), resumed.student.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
+def load_example(name: str) -> Any:
+    """A program in examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_what_contradicts_a_plan_is_refused(run: Path, tmp_path: Path) -> None:
     trainer = make_trainer(run, tmp_path)
     plan = trainer.curriculum.sampler.plan
@@ -219,176 +289,10 @@ def test_what_contradicts_a_plan_is_refused(run: Path, tmp_path: Path) -> None:
     trainer.train_dataset = [trainer.train_dataset[0]] * 3
     with pytest.raises(RecipeError, match="and train_dataset has 3 rows"):
         trainer.use_curriculum(plan, teacher=teacher)
+    trainer.train_dataset = Samples(TokenizedSplit.open(run / "data", "train"))
     with pytest.raises(RecipeError, match="unknown|there is no"):
-        trainer.train_dataset = Samples(TokenizedSplit.open(run / "data", "train"))
         trainer.use_curriculum(plan, teacher=teacher, divergence="kl")
-
-
-# SFTTrainer, GKDTrainer and DistillationTrainer
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[dict[str, str]]:
-    return [
-        {"prompt": f"Say {n} and {n * n % 17}.", "completion": f" It is {n}" * (1 + n % 4)}
-        for n in range(24)
-    ]
-
-
-def trl_trainer(kind: str, models: tuple[Path, Path], texts: Any, out: Path) -> Any:
-    trl = pytest.importorskip("trl")  # needs Python 3.11
-    from datasets import Dataset as Rows
-    from transformers import AutoTokenizer
-    from trl.experimental import gkd
-
-    from pocl_ds.curriculum import build_plan
-    from pocl_ds.integrations import CurriculumTrainerMixin
-
-    common = {
-        "use_cpu": True,
-        "report_to": "none",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    }
-    bases = {
-        "sft": (trl.SFTTrainer, trl.SFTConfig, {}),
-        "gkd": (gkd.GKDTrainer, gkd.GKDConfig, {"lmbda": 0.0}),
-        "distillation": (
-            trl.DistillationTrainer,
-            trl.DistillationConfig,
-            {"max_completion_length": 4},
-        ),
-    }
-    base, config, fields = bases[kind]
-    trainer_class = type("CurriculumTrainer", (CurriculumTrainerMixin, base), {})
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    student, teacher = (AutoModelForCausalLM.from_pretrained(path) for path in models)
-    if kind == "gkd":
-        texts = [
-            {
-                "messages": [
-                    {"role": "user", "content": text["prompt"]},
-                    {"role": "assistant", "content": text["completion"]},
-                ]
-            }
-            for text in texts
-        ]
-    elif kind == "distillation":
-        texts = [{"prompt": text["prompt"]} for text in texts]
-    named = {} if kind == "sft" else {"teacher_model": teacher}
-    trainer = trainer_class(
-        model=student,
-        args=config(str(out), **common, **fields),
-        train_dataset=Rows.from_list(texts),
-        processing_class=tokenizer,
-        **named,
-    )
-    order = np.random.default_rng(0).permutation(len(texts))
-    plan = build_plan(
-        order,
-        num_subsets=2,
-        epochs_per_stage=1,
-        batch_size=4,
-        sft_ratio=(0.0, 0.0) if kind == "distillation" else (0.3, 0.0),
-    )
-    trainer.use_curriculum(plan, seed=3, **({"teacher": teacher} if kind == "sft" else {}))
-    return trainer
-
-
-@pytest.mark.parametrize("kind", ["sft", "gkd"])
-def test_trl_trains_like_a_plain_loop(
-    kind: str, texts: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
-    """Against full logits and autograd over the same batches."""
-    import tiny_models
-
-    teacher_path = tiny_models.llama(tmp_path / "teacher", seed=1)
-    trainer = trl_trainer(kind, (tiny_llama, teacher_path), texts, tmp_path / "out")
-    seen: list[tuple[int, dict[str, torch.Tensor]]] = []
-    compute = trainer.compute_loss
-
-    def record(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
-        seen.append((trainer.state.global_step, {k: v.clone() for k, v in inputs.items()}))
-        return compute(model, inputs, *rest, **named)
-
-    trainer.compute_loss = record
-    trainer.train()
-    sampler = trainer.curriculum.sampler
-    assert len(seen) == 2 * sampler.plan.total_steps
-    # The batches are those of the plan.
-    decode = trainer.processing_class.decode
-    for step, inputs in seen:
-        expected = {texts[row]["prompt"] for part in sampler.micro_batches(step)[0] for row in part}
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            text = decode(ids[mask.bool()])
-            assert any(prompt in text for prompt in expected), (text, expected)
-
-    student, teacher = (
-        AutoModelForCausalLM.from_pretrained(path).double() for path in (tiny_llama, teacher_path)
-    )
-    optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
-    for step in range(sampler.plan.total_steps):
-        stage, losses, tokens = sampler.stage(step), [], 0
-        for inputs in (inputs for number, inputs in seen if number == step):
-            for ids, mask, labels in zip(
-                inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True
-            ):
-                ids, labels = ids[mask.bool()][None], labels[mask.bool()]
-                trains = labels[1:] != -100
-                tokens += int(trains.sum())
-                logits = student(input_ids=ids).logits[0, :-1][trains]
-                with torch.no_grad():
-                    target = teacher(input_ids=ids).logits[0, :-1][trains]
-                p, q = ((x / stage.temperature).log_softmax(-1) for x in (target, logits))
-                kd = stage.temperature**2 * (p.exp() * (p - q)).sum()
-                ce = torch.nn.functional.cross_entropy(logits, labels[1:][trains], reduction="sum")
-                losses.append(stage.sft_ratio * ce + (1 - stage.sft_ratio) * kd)
-        (sum(losses) / tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    trained = dict(trainer.model.named_parameters())
-    for name, value in student.named_parameters():
-        torch.testing.assert_close(trained[name].double(), value, rtol=1e-4, atol=2e-6)
-
-
-def test_trl_generates_for_the_prompts_of_the_plan(
-    texts: Any, tiny_llama: Path, tmp_path: Path
-) -> None:
-    import tiny_models
-
-    teacher = tiny_models.llama(tmp_path / "teacher", seed=1)
-    trainer = trl_trainer("distillation", (tiny_llama, teacher), texts, tmp_path / "out")
-    seen: list[tuple[int, float, list[str]]] = []
-    generate = trainer._generate_and_score_completions
-
-    def record(inputs: Any) -> Any:
-        seen.append((trainer.state.global_step, [row["prompt"] for row in inputs]))
-        return generate(inputs)
-
-    temperatures: list[float] = []
-    compute = trainer._compute_loss
-
-    def record_temperature(*arguments: Any) -> Any:
-        temperatures.append(trainer.temperature)
-        return compute(*arguments)
-
-    trainer._generate_and_score_completions = record
-    trainer._compute_loss = record_temperature
-    trainer.train()
-    sampler = trainer.curriculum.sampler
-    assert [step for step, _ in seen] == list(range(sampler.plan.total_steps))
-    for step, prompts in seen:
-        rows = [row for part in sampler.micro_batches(step)[0] for row in part]
-        assert prompts == [texts[row]["prompt"] for row in rows]
-    assert temperatures == [
-        sampler.stage(step).temperature for step in range(sampler.plan.total_steps) for _ in "12"
-    ]
-    assert {temperatures[0], temperatures[-1]} == {1.0, 2.0}
+    with pytest.raises(RecipeError, match="adakd has no option 'strenght'"):
+        trainer.use_curriculum(
+            plan, teacher=teacher, token_rule="adakd", token_rule_options={"strenght": 1}
+        )

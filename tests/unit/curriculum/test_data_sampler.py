@@ -81,7 +81,13 @@ def test_another_number_of_ranks_continues_between_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [make_plan(seed=1), make_plan(temperature=(1.0, 3.0)), make_plan(samples=41)]
+    "other",
+    [
+        make_plan(seed=1),
+        make_plan(temperature=(1.0, 3.0)),
+        make_plan(samples=41),
+        make_plan(sample_weights=np.arange(1, 41, dtype=np.float32)),
+    ],
 )
 def test_the_state_of_another_plan_is_refused(other: Plan) -> None:
     with pytest.raises(ArtifactError, match="belongs to another plan or seed"):
@@ -98,6 +104,21 @@ def test_what_cannot_be_divided_is_refused() -> None:
         make_sampler(plan, ranks=2, rank=2)
     with pytest.raises(RecipeError, match="step 99 is outside the plan's"):
         make_sampler(plan).start_at(99)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_micro_batch_has_the_weights_of_its_samples(rank: int) -> None:
+    given = np.linspace(0.5, 2, 40, dtype=np.float32)
+    plan = make_plan(sample_weights=given)
+    sampler = make_sampler(plan, ranks=2, micro=3, rank=rank)
+    rows = np.array(list(sampler)).reshape(plan.total_steps, 2, 3)
+    for step, micro_batches in enumerate(rows):
+        stage = sampler.stage(step)
+        mean = given[stage.sample_ids].mean(dtype=np.float64)
+        for micro_step, part in enumerate(micro_batches):
+            actual = sampler.sample_weights(step, micro_step)
+            np.testing.assert_allclose(actual, given[part] / mean, rtol=1e-6)
+    assert make_sampler(make_plan()).sample_weights(0, 0) is None
 
 
 def test_the_stage_of_a_step() -> None:
