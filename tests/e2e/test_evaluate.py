@@ -13,8 +13,6 @@ from tiny_runs import write_recipe
 
 from pocl_ds.cli.main import main
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def finished(

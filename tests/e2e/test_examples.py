@@ -82,7 +82,7 @@ def test_lightning_trainer() -> None:
     assert "6 of 6 optimizer steps" in run_example("lightning_trainer.py")
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_distill_minimal() -> None:
     """With two epochs per stage the student comes closer to its teacher."""
     output = run_example("distill_minimal.py")
@@ -90,7 +90,7 @@ def test_distill_minimal() -> None:
     assert match and float(match[2]) < float(match[1]) / 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell runs; the last one shows the results of teacher and student."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -151,8 +151,10 @@ def without_dropout(finished: Path, tmp_path_factory: pytest.TempPathFactory) ->
     "change",
     [
         ["train.engine=torch", "launch.ranks=1"],
-        ["launch.ranks=1", "train.micro_batch_size=8"],
-        ["train.micro_batch_tokens=200", "train.layout=padded"],
+        pytest.param(["launch.ranks=1", "train.micro_batch_size=8"], marks=pytest.mark.weekly),
+        pytest.param(
+            ["train.micro_batch_tokens=200", "train.layout=padded"], marks=pytest.mark.weekly
+        ),
         ["student.ds_config=student_zero2", "train.layout=padded"],
     ],
 )
@@ -241,7 +243,10 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
 @pytest.mark.parametrize(
     ("mode", "size", "sentence", "name"),
     [
-        ("cached_topk", "top_k=16", "the top 16 leave out a probability of", "mass"),
+        pytest.param(
+            *("cached_topk", "top_k=16", "the top 16 leave out a probability of", "mass"),
+            marks=pytest.mark.weekly,
+        ),
         ("cached_sampled", "num_samples=64", "64 draws give", "gradient_error"),
     ],
 )
@@ -302,7 +307,10 @@ def test_the_overhead_of_scoring_is_reported(finished: Path) -> None:
     assert lines[-1].startswith("scoring, ranking and planning add")
 
 
-@pytest.mark.parametrize(("ranks_before", "ranks_after"), [(2, 1), (2, 3), (1, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks_before", "ranks_after"),
+    [*(pytest.param(*pair, marks=pytest.mark.weekly) for pair in [(2, 1), (1, 2), (4, 2)]), (2, 3)],
+)
 def test_a_training_resumes_on_another_number_of_ranks(
     without_dropout: Path, tmp_path: Path, ranks_before: int, ranks_after: int
 ) -> None:
@@ -381,7 +389,9 @@ def test_a_killed_training_resumes_with_exactly_the_same_result(
     assert json.loads((run / "train" / "manifest.json").read_text())["info"]["resumed_at"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGUSR2, marks=pytest.mark.weekly), signal.SIGTERM]
+)
 def test_a_signal_saves_a_checkpoint_and_exits_with_resume(
     finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

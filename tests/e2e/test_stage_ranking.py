@@ -89,7 +89,7 @@ def test_every_stage_draws_from_its_own_ranking(trained: Path) -> None:
     assert [s["stage"] for s in steps] == [0] * 6 + [1] * 12
 
 
-@pytest.mark.parametrize("step", [6, 9])
+@pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.weekly), 9])
 def test_a_stopped_training_equals_an_uninterrupted_one(
     step: int, planned: Path, trained: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ def test_a_study_of_two_arms(study: Path) -> None:
     assert row.split()[-2:] == ["100%", "100%"]
 
 
+@pytest.mark.weekly
 def test_the_study_script(tmp_path: Path) -> None:
     """launch/study.sh fine-tunes a teacher, distils one cell of the shipped study from it, and
     evaluates it on benchmark files.

@@ -376,6 +376,7 @@ def test_the_launcher_uses_all_nodes_of_an_allocation(
     assert_equal(run, undisturbed)
 
 
+@pytest.mark.weekly
 def test_several_recipes_are_submitted_as_several_runs(
     cluster: Cluster, recipe: Path, folder: Path
 ) -> None:
@@ -517,6 +518,7 @@ def python_for_nobody(cluster: Cluster) -> tuple[str, dict[str, str]]:
     pytest.skip("user nobody can run no Python with these packages: only root may read them")
 
 
+@pytest.mark.weekly
 def test_two_runs_of_two_users_at_the_same_time(
     cluster: Cluster, undisturbed: Path, folder: Path
 ) -> None:
@@ -553,6 +555,7 @@ def test_two_runs_of_two_users_at_the_same_time(
         cluster.pocl("cancel", "--run-dir", str(run))
 
 
+@pytest.mark.weekly
 def test_a_study_submits_waiting_cells_on_the_next_call(
     cluster: Cluster, recipe: Path, folder: Path
 ) -> None:

@@ -257,7 +257,7 @@ def vllm_server(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
             child.wait()
 
 
-@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.vllm
 def test_a_real_vllm_server_judges(
     answered: RunDirectory, vllm_server: str, monkeypatch: pytest.MonkeyPatch
