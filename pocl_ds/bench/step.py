@@ -30,6 +30,7 @@ from pocl_ds.bench.workloads import (
     write_batches,
     write_models,
 )
+from pocl_ds.config.registry import TOKEN_RULES
 from pocl_ds.errors import RecipeError
 from pocl_ds.models.quiet import quiet
 
@@ -38,8 +39,9 @@ TRL = "TRL GKD, lmbda=0"
 # Label, variant of the worker, ranks. Each contender gets all cores, divided among its ranks.
 Contenders: TypeAlias = Sequence[tuple[str, str, int]]
 ZERO3 = ("pocl, ZeRO-3, 1 rank", "zero3", 1)
+TORCH = ("pocl, plain PyTorch", "torch", 1)
 CONTENDERS: Contenders = (
-    ("pocl, plain PyTorch", "torch", 1),
+    TORCH,
     ("pocl, cached teacher", "torch+cached", 1),
     ("pocl, SFT", "torch+sft", 1),
     ZERO3,
@@ -47,11 +49,20 @@ CONTENDERS: Contenders = (
     ("SFT of the student", "sft", 1),
     ("plain full logits", "full", 1),
 )
-# Settings of a recipe, one at a time, compared with "pocl, ZeRO-3, 1 rank".
-SETTINGS: Contenders = tuple(
-    (f"pocl, ZeRO-3, {setting}", f"zero3+{setting}", 1)
-    for setting in ("checkpointing", "padded", "sdpa", "eager")
-)
+# What an option of the command compares in their place, one change at a time.
+OPTIONS: dict[str, Contenders] = {
+    "--settings": (
+        ZERO3,
+        *(
+            (f"pocl, ZeRO-3, {setting}", f"zero3+{setting}", 1)
+            for setting in ("checkpointing", "padded", "sdpa", "eager")
+        ),
+    ),
+    "--hooks": (
+        TORCH,
+        *((f"pocl, {hook}", f"torch+{hook}", 1) for hook in (*TOKEN_RULES, "sample_weights")),
+    ),
+}
 
 
 def run(
@@ -65,17 +76,18 @@ def run(
     the peak memory in MiB.
 
     arguments: names of workloads (A and B by default), `--trl PYTHON` for an interpreter that has
-    TRL, `--settings` for the settings of a recipe in place of the other contenders. Raises
-    RecipeError for an unknown workload.
+    TRL; `--settings` for the settings of a recipe, or `--hooks` for adaptive curricula, in place of
+    the other contenders. Raises RecipeError for an unknown workload.
     """
-    words = [argument for argument in arguments if argument != "--settings"]
+    words = [argument for argument in arguments if argument not in OPTIONS]
     names, trl = _parse(words)
     if trl and torch.cuda.is_available():
         raise RecipeError(
             "--trl measures TRL on a CPU in float32, and the other contenders would run on the "
             "GPU: leave it out on this machine"
         )
-    contenders = CONTENDERS if len(words) == len(arguments) else (ZERO3, *SETTINGS)
+    chosen = [OPTIONS[argument] for argument in arguments if argument in OPTIONS]
+    contenders = chosen[-1] if chosen else CONTENDERS
     out(f"{os.cpu_count() or 1} cores; {rounds} rounds of {steps} steps, medians")
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for name in names:

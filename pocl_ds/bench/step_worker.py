@@ -6,7 +6,8 @@ STEPS OUT
 
 Variants: `zero3` (this package, DeepSpeed ZeRO-3) and `torch` (this package, plain PyTorch engine),
 each also with a setting of the recipe: `zero3+checkpointing`, `zero3+padded`, `zero3+sdpa`,
-`zero3+eager`, `torch+cached` (the teacher's hidden states from disk), `torch+sft` (no teacher);
+`zero3+eager`, `torch+cached` (the teacher's hidden states from disk), `torch+sft` (no teacher), or
+with a token rule or `sample_weights`;
 `full` (all logits of both models, as research code does it), `sft` (the student alone, from
 transformers), `idle` (ranks that have joined and hold no model).
 """
@@ -31,10 +32,12 @@ from pocl_ds.config import (
     StudentConfig,
     TeacherCacheConfig,
     TeacherConfig,
+    TokenRuleConfig,
     TrackingConfig,
     TrainConfig,
 )
-from pocl_ds.curriculum.plan import Plan, single_stage_plan
+from pocl_ds.config.registry import TOKEN_RULES
+from pocl_ds.curriculum.plan import Plan, build_plan
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
@@ -91,8 +94,18 @@ def time_trainer(
     """
     run = RunDirectory(folder / f"run-{variant}-{distributed.world_size()}")
     samples = len(work.lengths)
-    plan = single_stage_plan(
-        np.arange(samples), steps=steps, batch_size=samples, temperature=1.0, sft_ratio=SFT_RATIO
+    plan = build_plan(
+        np.arange(samples),
+        num_subsets=1,
+        epochs_per_stage=steps,
+        batch_size=samples,
+        temperature=(1.0, 1.0),
+        sft_ratio=(SFT_RATIO, SFT_RATIO),
+        sample_weights=(
+            np.linspace(0.5, 1.5, samples, dtype=np.float32)
+            if variant.endswith("+sample_weights")
+            else None
+        ),
     )
     build = prepare_training(variant, work, folder, run, plan, load=load)
     reset_peak(distributed.device())
@@ -150,6 +163,7 @@ def prepare_training(
         teacher if setting != "sft" else None,
         _train_config(engine, setting, len(work.lengths)),
         teacher_cache=teacher_cache,
+        token_rule=setting if setting in TOKEN_RULES else None,
     )
     return lambda: build_trainer(run, training, load)
 
@@ -162,12 +176,17 @@ def describe_training(
     teacher: TeacherConfig | None,
     train: TrainConfig,
     seed: int = 0,
+    token_rule: str | None = None,
     **settings: Any,
 ) -> TrainingRun:
     """A training with forward KL, or without a teacher SFT, over samples in their own order.
 
-    settings: further fields of `TrainingRun`.
+    token_rule: by name, with its default options. settings: further fields of `TrainingRun`.
     """
+    loss = LossConfig(
+        name="fkl" if teacher else "sft",
+        token_rule=TokenRuleConfig(name=token_rule) if token_rule else None,
+    )
     return TrainingRun(
         run.train,
         "bench",
@@ -177,7 +196,7 @@ def describe_training(
         student,
         (teacher.model,) if teacher else (),
         teacher,
-        LossConfig(name="fkl" if teacher else "sft"),
+        loss,
         train,
         seed,
         **settings,

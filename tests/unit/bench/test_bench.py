@@ -22,6 +22,8 @@ from pocl_ds.bench import (
     teacher,
     workloads,
 )
+from pocl_ds.bench.step_worker import time_trainer
+from pocl_ds.bench.workloads import WORKLOADS, write_models
 from pocl_ds.cli.main import main
 from pocl_ds.errors import ArtifactError, RecipeError
 
@@ -95,7 +97,10 @@ def test_step_prints_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
         step.run(["C"])
 
 
-def test_settings_are_compared_with_zero3(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("option", list(step.OPTIONS))
+def test_settings_and_hooks_replace_the_contenders(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured: list[str] = []
 
     def measure(work: object, contenders: step.Contenders, *_: object) -> None:
@@ -104,8 +109,19 @@ def test_settings_are_compared_with_zero3(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(step, "measure_in_turn", measure)
     with pytest.raises(InterruptedError):
-        step.run(["tiny", "--settings"], lambda _: None)
-    assert measured == ["pocl, ZeRO-3, 1 rank", *(label for label, *_ in step.SETTINGS)]
+        step.run(["tiny", option], lambda _: None)
+    assert measured == [label for label, *_ in step.OPTIONS[option]]
+
+
+@pytest.mark.parametrize("hook", ["adakd", "sample_weights"])
+def test_a_hook_changes_the_loss(hook: str, tmp_path: Path) -> None:
+    """The benchmark trains with the hook that it names."""
+    write_models(WORKLOADS["tiny"], tmp_path)
+    losses = [
+        time_trainer(variant, WORKLOADS["tiny"], tmp_path, 1)[1]
+        for variant in ("torch", f"torch+{hook}")
+    ]
+    assert losses[0] != losses[1]
 
 
 def test_checkpoint_measures_every_part() -> None:
