@@ -132,12 +132,16 @@ def difficulty(name: str) -> Callable[[Registered], Registered]:
     """Register a measure of difficulty for `curriculum.rescoring.difficulty`.
 
     The function maps `curriculum.sample_scores.SampleScores` to one number per sample; a smaller
-    one is easier. Raises RecipeError for a name that is in use.
+    one is easier. It may read any score, so that the teacher runs too if it can give its scores.
+    Raises RecipeError for a name that is in use.
     """
     from pocl_ds.curriculum.sample_scores import DIFFICULTIES
 
     return _register(
-        "measure of difficulty", name, DIFFICULTIES, lambda: registry.DIFFICULTIES.append(name)
+        "measure of difficulty",
+        name,
+        DIFFICULTIES,
+        lambda: registry.DIFFICULTIES.__setitem__(name, None),
     )
 
 

@@ -14,7 +14,7 @@ from pocl_ds.config.base import (
     Section,
     registered_name,
 )
-from pocl_ds.config.registry import DIFFICULTIES, SAMPLE_WEIGHTS
+from pocl_ds.config.registry import DIFFICULTIES, SAMPLE_WEIGHT_SCORES, SAMPLE_WEIGHTS
 from pocl_ds.errors import did_you_mean
 
 
@@ -37,7 +37,24 @@ _WEIGHT_OPTIONS = "; ".join(
 _UNIT_INTERVAL = ("easiest", "hardest", "share", "hard_share")
 
 
-class SampleWeightsConfig(Section):
+class _ScoreReader(Section):
+    """A section that names a function of the samples' scores."""
+
+    @property
+    def scores(self) -> tuple[str, ...] | None:
+        """The scores that the function reads; None if it may read any, as a plugin's."""
+        raise NotImplementedError
+
+    def reads(self, *names: str) -> bool:
+        """Whether the function is known to read one of these scores."""
+        return self.scores is not None and not set(names).isdisjoint(self.scores)
+
+    def may_read(self, *names: str) -> bool:
+        """The same, and true for a plugin's function."""
+        return self.scores is None or self.reads(*names)
+
+
+class SampleWeightsConfig(_ScoreReader):
     """A weight in the loss for each sample (docs/method.md, eq. 28)."""
 
     name: str = Field(
@@ -50,6 +67,11 @@ class SampleWeightsConfig(Section):
     options: dict[str, Float] = Field(
         default_factory=dict, description=f"Options of the rule, with defaults. {_WEIGHT_OPTIONS}."
     )
+
+    @property
+    def scores(self) -> tuple[str, ...] | None:
+        """The scores that the rule reads; None if it may read any."""
+        return SAMPLE_WEIGHT_SCORES.get(self.name)
 
     @model_validator(mode="after")
     def _check_rule(self) -> SampleWeightsConfig:
@@ -76,7 +98,7 @@ class SampleWeightsConfig(Section):
         return self
 
 
-class RescoringConfig(Section):
+class RescoringConfig(_ScoreReader):
     """The student scores and ranks the samples anew when a stage begins."""
 
     difficulty: Annotated[str, registered_name("measure of difficulty", DIFFICULTIES)] = Field(
@@ -102,6 +124,11 @@ class RescoringConfig(Section):
         description="Parts of the samples; an interrupted rescoring repeats only unfinished ones.",
         json_schema_extra=RUNTIME_ONLY,
     )
+
+    @property
+    def scores(self) -> tuple[str, ...] | None:
+        """The scores that the measure reads; None if it may read any."""
+        return DIFFICULTIES[self.difficulty]
 
 
 class CurriculumConfig(Section):

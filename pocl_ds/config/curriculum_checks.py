@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pocl_ds.config.registry import FILE_STRATEGY
+from pocl_ds.config.registry import CROSS_TOKENIZER_LOSSES, FILE_STRATEGY, TEACHER_SCORES
 
 if TYPE_CHECKING:
     from pocl_ds.config import Recipe
+    from pocl_ds.config.curriculum import RescoringConfig, SampleWeightsConfig
+    from pocl_ds.config.loss import LossConfig
+    from pocl_ds.config.models import TeacherConfig
 
 
 def check_curriculum(recipe: Recipe) -> None:
@@ -39,16 +42,16 @@ def _check_sample_weights(recipe: Recipe) -> None:
     rule, rescoring = recipe.curriculum.sample_weights, recipe.curriculum.rescoring
     if rule is None:
         return
-    if rule.name == "loss" and (rescoring is None or rescoring.from_stage > 1):
+    field = f"curriculum.sample_weights.name={rule.name}"
+    if rule.reads(*TEACHER_SCORES) and (rescoring is None or rescoring.from_stage > 1):
         raise ValueError(
-            "curriculum.sample_weights.name=loss reads the divergence from the teacher, which the "
-            "student measures when a stage begins: set curriculum.rescoring.from_stage=1"
+            f"{field} reads the divergence from the teacher, which the student measures when a "
+            "stage begins: set curriculum.rescoring.from_stage=1"
         )
-    if rule.name == "pass_rate" and recipe.ranking.strategy in ("random", FILE_STRATEGY):
+    if rule.reads("rouge_l") and recipe.ranking.strategy in ("random", FILE_STRATEGY):
         raise ValueError(
-            "curriculum.sample_weights.name=pass_rate reads ROUGE-L, which "
-            f"ranking.strategy={recipe.ranking.strategy} does not: choose another strategy, such "
-            "as rouge_l"
+            f"{field} reads ROUGE-L, which ranking.strategy={recipe.ranking.strategy} does not: "
+            "choose another strategy, such as rouge_l"
         )
 
 
@@ -58,31 +61,48 @@ def _check_rescoring(recipe: Recipe) -> None:
     if rescoring is None:
         return
     field = f"curriculum.rescoring.difficulty={rescoring.difficulty}"
-    reads_teacher = rescoring.difficulty in ("kd_loss", "loss_ratio")
-    if reads_teacher or (rule is not None and rule.name == "loss"):
-        field = field if reads_teacher else "curriculum.sample_weights.name=loss"
-        mode = None if recipe.teacher is None else recipe.teacher.mode
-        problem = None
-        if recipe.teacher is None or recipe.loss.name == "sft" or recipe.cross_tokenizer:
-            problem = f"loss.name={recipe.loss.name} does not compare: choose a divergence"
-        elif mode not in ("online", "cached_hidden_states", "auto"):
-            problem = f"teacher.mode={mode} does not cache: set it to online"
-        if problem:
+    problem = _distribution_problem(recipe.loss, recipe.teacher)
+    readers = [(field, rescoring.reads(*TEACHER_SCORES))]
+    if rule:
+        readers.append((f"curriculum.sample_weights.name={rule.name}", rule.reads(*TEACHER_SCORES)))
+    for reader, reads_teacher in readers:
+        if problem and reads_teacher:
             raise ValueError(
-                f"{field} needs the distributions of teacher and student over one vocabulary, "
+                f"{reader} needs the distributions of teacher and student over one vocabulary, "
                 f"which {problem}"
             )
-    if rescoring.difficulty == "fusion" and recipe.ranking.strategy in ("random", FILE_STRATEGY):
+    if rescoring.reads("rouge_l") and recipe.ranking.strategy in ("random", FILE_STRATEGY):
         raise ValueError(
             f"{field} reads ROUGE-L, which ranking.strategy={recipe.ranking.strategy} does not: "
             "choose another strategy, such as fusion"
         )
-    reads_scores = rescoring.difficulty not in ("cross_entropy", "kd_loss", "loss_ratio") or (
-        rule is not None and rule.name not in ("band", "stratified", "loss")
-    )
+    reads_scores = rescoring.may_read("rouge_l") or (rule is not None and rule.may_read("rouge_l"))
     if rescoring.from_stage == 1 and recipe.scores_samples and not reads_scores:
         raise ValueError(
             f"{field} with from_stage=1 ranks the samples before any training, so "
             f"ranking.strategy={recipe.ranking.strategy} has no effect: set it to random, or "
             "from_stage=2"
         )
+
+
+def rescoring_runs_teacher(
+    rescoring: RescoringConfig,
+    weights: SampleWeightsConfig | None,
+    loss: LossConfig,
+    teacher: TeacherConfig | None,
+) -> bool:
+    """Whether the teacher runs too when the student scores the samples anew: something may read its
+    scores, and it can give them.
+    """
+    readers = [rescoring, weights] if weights else [rescoring]
+    may_read = any(reader.may_read(*TEACHER_SCORES) for reader in readers)
+    return may_read and _distribution_problem(loss, teacher) is None
+
+
+def _distribution_problem(loss: LossConfig, teacher: TeacherConfig | None) -> str | None:
+    """What keeps teacher and student from being compared over one vocabulary; None if nothing."""
+    if teacher is None or loss.name == "sft" or loss.name in CROSS_TOKENIZER_LOSSES:
+        return f"loss.name={loss.name} does not compare: choose a divergence"
+    if teacher.mode not in ("online", "cached_hidden_states", "auto"):
+        return f"teacher.mode={teacher.mode} does not cache: set it to online"
+    return None

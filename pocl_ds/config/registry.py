@@ -51,14 +51,33 @@ FILE_STRATEGY = "difficulty"
 # Difficulty metrics besides ROUGE-L and cross-entropy (`difficulty/score.py`). Each is a ranking
 # strategy as well.
 METRICS: list[str] = []
-# Measures of difficulty that the current student gives (`curriculum/sample_scores.py`).
-DIFFICULTIES = ["fusion", "cross_entropy", "kd_loss", "loss_ratio"]
-# Rules for the weights of samples (`curriculum/sample_weights.py`): name -> options with defaults.
+# Scores that the student measures when a stage begins: its cross-entropy of the reference and its
+# divergence from the teacher, and the teacher's cross-entropy; in nats per loss token. The last two
+# need the teacher. Further scores are `rouge_l` of the step `score`, and `place`: from 0 for the
+# easiest sample to 1 for the hardest.
+MEASURED_SCORES = ("cross_entropy", "kd_loss", "teacher_cross_entropy")
+TEACHER_SCORES = MEASURED_SCORES[1:]
+# Measures of difficulty that the current student gives (`curriculum/sample_scores.py`): name -> the
+# scores that it reads; None for a plugin's, which may read any.
+DIFFICULTIES: dict[str, tuple[str, ...] | None] = {
+    "fusion": ("rouge_l", "cross_entropy"),
+    "cross_entropy": ("cross_entropy",),
+    "kd_loss": ("kd_loss",),
+    "loss_ratio": ("cross_entropy", "teacher_cross_entropy"),
+}
+# Rules for the weights of samples (`curriculum/sample_weights.py`): name -> options with defaults,
+# and name -> the scores that it reads; a plugin's, which may read any, is not in the second table.
 SAMPLE_WEIGHTS: dict[str, dict[str, float]] = {
     "pass_rate": {"alpha": 1.0, "beta": 1.0},
     "band": {"easiest": 0.0, "hardest": 1.0},
     "stratified": {"share": 0.5, "hard_share": 0.5},
     "loss": {"power": 1.0},
+}
+SAMPLE_WEIGHT_SCORES: dict[str, tuple[str, ...]] = {
+    "pass_rate": ("rouge_l",),
+    "band": ("place",),
+    "stratified": ("place",),
+    "loss": ("kd_loss",),
 }
 # Known benchmarks (`evaluation/benchmarks.py`).
 BENCHMARKS = ("dolly", "self_inst", "vicuna", "sni", "unni")

@@ -1,6 +1,7 @@
 """Scores of samples by name, and the measures of difficulty that follow from them.
 
-A measure is a pure function of `SampleScores`, and small values are easy. Plugins register more.
+A measure is a pure function of `SampleScores`, and small values are easy. Plugins register more;
+`config.registry.DIFFICULTIES` has the scores that each reads.
 """
 
 from __future__ import annotations
@@ -11,21 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.config.registry import MEASURED_SCORES, TEACHER_SCORES
 from pocl_ds.curriculum.ranking import SampleIds, rank_by_difficulty
 from pocl_ds.errors import RecipeError
-
-# What the current student measures: its cross-entropy of the reference and its divergence from the
-# teacher, and the teacher's cross-entropy; in nats per loss token.
-MEASURED = ("cross_entropy", "kd_loss", "teacher_cross_entropy")
 
 
 @dataclass(frozen=True)
 class SampleScores:
     """Scores of all training samples, each [samples] in the order of the data.
 
-    columns: by name, such as `rouge_l` and `cross_entropy` of the step `score`, the columns of
-    MEASURED where the student scored the samples anew, and `place`, from 0 for the easiest sample
-    to 1 for the hardest. stage: the stage that begins, from 0.
+    columns: by name, such as `rouge_l` and `cross_entropy` of the step `score`, MEASURED_SCORES
+    where the student scored the samples anew, and `place`, from 0 for the easiest sample to 1 for
+    the hardest. stage: the stage that begins, from 0.
     """
 
     ids: SampleIds
@@ -37,8 +35,10 @@ class SampleScores:
         """A column. Raises RecipeError if it was not computed."""
         if name not in self.columns:
             remedy = "choose another rule, or another ranking.strategy"
-            if name in MEASURED:
+            if name in MEASURED_SCORES:
                 remedy = "set curriculum.rescoring.from_stage=1, which measures it"
+            if name in TEACHER_SCORES:
+                remedy += " with teacher.mode=online"
             raise RecipeError(
                 f"curriculum: stage {self.stage + 1} needs the samples' {name}, and only "
                 f"{', '.join(self.columns) or 'nothing'} is known: {remedy}"

@@ -1,8 +1,8 @@
 """Rules for the weight of each sample in the loss, and which samples are left out.
 
 A rule is a pure function of `SampleScores` and its options, and gives one weight for each sample:
-at least 0, and 0 leaves the sample out. Plugins register more; `config.registry.SAMPLE_WEIGHTS` has
-the options with their defaults.
+at least 0, and 0 leaves the sample out. Plugins register more; `config.registry` has the options
+with their defaults, and the scores that each rule reads.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds.config import ModelSource, ds_config
+from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
 from pocl_ds.curriculum.plan_step import read_scores
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.data.generated import GeneratedBatch
@@ -146,6 +147,9 @@ def build_trainer(
             data,
             training.loss,
             monitor,
+            runs_teacher=rescoring_runs_teacher(
+                rescoring, training.sample_weights, training.loss, training.teacher
+            ),
             fingerprint=training.fingerprint,
         )
     return Trainer(

@@ -20,14 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from pocl_ds.config import LossConfig, RescoringConfig, SampleWeightsConfig
+from pocl_ds.config.registry import MEASURED_SCORES
 from pocl_ds.curriculum.plan_step import weights_line
 from pocl_ds.curriculum.ranking import hash_ids
-from pocl_ds.curriculum.sample_scores import (
-    MEASURED,
-    SampleScores,
-    order_by_difficulty,
-    places,
-)
+from pocl_ds.curriculum.sample_scores import SampleScores, order_by_difficulty, places
 from pocl_ds.curriculum.sample_weights import weigh_samples
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.curriculum.stage_files import ORDER, SCORES, WEIGHTS, load_stage, stage_directory
@@ -55,7 +51,8 @@ STEP = "stage-ranking"
 class StageRanking:
     """Ranks the training samples with the current student. All ranks call every method together.
 
-    scores: what was known before training. fingerprint: of the training, which its results carry.
+    scores: what was known before training. runs_teacher: whether the teacher's scores are measured
+    too. fingerprint: of the training, which its results carry.
     """
 
     def __init__(
@@ -69,11 +66,13 @@ class StageRanking:
         loss: LossConfig,
         monitor: TrainingMonitor,
         *,
+        runs_teacher: bool,
         fingerprint: str,
     ) -> None:
         self.config, self.weights, self.scores = config, weights, scores
         self.sampler, self.models, self.data = sampler, models, data
-        self.loss, self.monitor, self.fingerprint = loss, monitor, fingerprint
+        self.loss, self.monitor = loss, monitor
+        self.runs_teacher, self.fingerprint = runs_teacher, fingerprint
 
     def directory(self, stage: int) -> Path:
         """Where the ranking of a stage, counted from 0, is written."""
@@ -163,31 +162,21 @@ class StageRanking:
                         )
         distributed.barrier()
         table = np.concatenate([np.load(directory / f"{name}.npy") for name in names])
-        columns = MEASURED if self.needs_teacher else MEASURED[:1]
+        columns = MEASURED_SCORES if self.runs_teacher else MEASURED_SCORES[:1]
         return {name: table[:, number] for number, name in enumerate(columns)}
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the measure of difficulty or the weights may read the teacher's columns."""
-        without = ("cross_entropy", "fusion")
-        rule = None if self.weights is None else self.weights.name
-        return self.models.has_teacher and (
-            self.config.difficulty not in without
-            or rule not in (None, "pass_rate", "band", "stratified")
-        )
 
     @torch.no_grad()
     def _score_part(self, rows: NDArray[np.int64], progress: Progress) -> NDArray[np.float64]:
-        """The columns of MEASURED for some rows: [rows, 3]."""
+        """The columns of MEASURED_SCORES for some rows: [rows, 3]."""
         train, models = self.data.train, self.models
         lengths = np.asarray(train.total_tokens[rows], np.int64)
         sample_teachers = self.data.sample_teachers(train, rows)
         assigned, teachers = self.data.even_batches(lengths, sample_teachers)
         batches = [rows[members] for members in assigned]
-        if self.needs_teacher:
+        if self.runs_teacher:
             verify_damage(models.teacher.find_damage(train.name, np.concatenate(batches)))
         terms = SampleTerms(self.loss.name, dict(self.loss.options))
-        if not self.needs_teacher:
+        if not self.runs_teacher:
             terms = SampleTerms("sft")
 
         # Every rank fills in its own rows; the sum over ranks is the table.
@@ -195,7 +184,7 @@ class StageRanking:
         models.engine.module.eval()
         for batch in self.data.batches(train, batches, teachers):
             self.monitor.report_alive()
-            if self.needs_teacher:
+            if self.runs_teacher:
                 teacher = models.teacher_of(batch)
                 outputs = teacher.outputs(batch)
                 with teacher.head() as head:

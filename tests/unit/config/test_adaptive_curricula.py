@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from pocl_ds.config import registry
+from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.errors import RecipeError
 
@@ -35,6 +37,43 @@ def test_a_recipe_with_both() -> None:
 
 
 RANDOM = {"ranking": {"strategy": "random"}}
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "changes", "expected"),
+    [
+        ({"rescoring": {"difficulty": "cross_entropy"}}, {}, False),
+        ({"rescoring": {"difficulty": "fusion"}}, {}, False),
+        ({"rescoring": {"difficulty": "kd_loss"}}, {}, True),
+        ({"rescoring": {"difficulty": "loss_ratio"}}, {}, True),
+        ({"rescoring": {}, "sample_weights": {"name": "band"}}, {}, False),
+        ({"rescoring": {"from_stage": 1}, "sample_weights": {"name": "loss"}}, RANDOM, True),
+        # What a plugin reads is unknown: it gets the teacher's scores if there can be any.
+        ({"rescoring": {"difficulty": "own"}}, {}, True),
+        ({"rescoring": {}, "sample_weights": {"name": "own"}}, {}, True),
+        ({"rescoring": {"difficulty": "own"}}, {"loss": {"name": "sft"}, "teacher": None}, False),
+        ({"rescoring": {"difficulty": "own"}}, {"loss": {"name": "uld"}}, False),
+        (
+            {"rescoring": {"difficulty": "own"}},
+            {"teacher": {"model": "t", "mode": "cached_topk"}},
+            False,
+        ),
+    ],
+)
+def test_the_teacher_runs_where_its_scores_may_be_read(
+    curriculum: dict[str, Any],
+    changes: dict[str, Any],
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(registry.DIFFICULTIES, "own", None)
+    monkeypatch.setitem(registry.SAMPLE_WEIGHTS, "own", {})
+    recipe = make_recipe(curriculum, **changes)
+    section = recipe.curriculum
+    runs = rescoring_runs_teacher(
+        section.rescoring, section.sample_weights, recipe.loss, recipe.teacher
+    )
+    assert runs == expected
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocl_ds.config import registry
 from pocl_ds.curriculum import build_plan
-from pocl_ds.curriculum.sample_scores import SampleScores, order_by_difficulty, places
+from pocl_ds.curriculum.sample_scores import (
+    DIFFICULTIES,
+    SampleScores,
+    order_by_difficulty,
+    places,
+)
 from pocl_ds.curriculum.sample_weights import RULES, weigh_samples
 from pocl_ds.errors import DataError, RecipeError
 
@@ -56,6 +62,38 @@ def test_a_rule_without_its_column_names_it_and_the_remedy() -> None:
         weigh_samples(scores(place=[0, 1]), "loss", {})
     with pytest.raises(RecipeError, match="needs the samples' rouge_l, and only place is known"):
         weigh_samples(scores(place=[0, 1]), "pass_rate", {})
+
+
+READERS = {
+    **{f"difficulty {name}": scores for name, scores in registry.DIFFICULTIES.items()},
+    **{f"weights {name}": scores for name, scores in registry.SAMPLE_WEIGHT_SCORES.items()},
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_the_registry_has_the_scores_that_each_function_reads(reader: str) -> None:
+    """Each runs with these scores alone, and with none of them left out."""
+    (kind, name), needed = reader.split(), READERS[reader]
+    known = {score: [0.2, 0.4, 0.6] for score in needed or ()}
+
+    def run(columns: dict[str, list[float]]) -> None:
+        arrays = {score: np.array(values) for score, values in columns.items()}
+        samples = SampleScores(["a", "b", "c"], arrays)
+        if kind == "difficulty":
+            order_by_difficulty(samples, name)
+        else:
+            weigh_samples(samples, name, {})
+
+    run(known)
+    for score in known:
+        with pytest.raises(RecipeError, match=f"needs the samples' {score}"):
+            run({other: values for other, values in known.items() if other != score})
+
+
+def test_the_tables_of_the_registry_name_the_same_functions() -> None:
+    assert registry.DIFFICULTIES.keys() == DIFFICULTIES.keys()
+    names = registry.SAMPLE_WEIGHTS.keys()
+    assert names == RULES.keys() == registry.SAMPLE_WEIGHT_SCORES.keys()
 
 
 @pytest.mark.parametrize(
