@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -207,16 +207,24 @@ def leave_out(order: SampleOrder, sample_weights: NDArray[np.float32] | None) ->
         return order
     rows = np.asarray(order)
     weights = sample_weights[rows]
+    if problem := weights_problem(weights, lambda place: f"the sample in row {rows[place]}"):
+        raise DataError(problem)
+    return rows[weights > 0]
+
+
+def weights_problem(weights: NDArray[Any], sample_name: Callable[[int], str]) -> str | None:
+    """What is wrong with the weights of samples, [samples]; None if nothing is.
+
+    sample_name: what the sentence calls the sample at an index.
+    """
     valid = np.isfinite(weights) & (weights >= 0)
     if not valid.all():
-        place = int(np.argmin(valid))
-        raise DataError(
-            f"the sample in row {rows[place]} has weight {weights[place]:g}: a weight must be a "
-            "finite number, and 0 leaves a sample out"
+        wrong = int(np.argmin(valid))
+        return (
+            f"{sample_name(wrong)} has weight {weights[wrong]:g}: a weight must be a finite "
+            "number, at least 0, and 0 leaves the sample out"
         )
-    if not weights.any():
-        raise DataError("every sample has weight 0, so that none is left: keep some")
-    return rows[weights > 0]
+    return None if weights.any() else "every sample has weight 0, so that none is left: keep some"
 
 
 def _with_weights(stage: Stage, sample_weights: NDArray[np.float32] | None) -> Stage:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocl_ds.config.registry import SAMPLE_WEIGHTS
+from pocl_ds.curriculum.plan import weights_problem
 from pocl_ds.curriculum.ranking import id_as_text
 from pocl_ds.curriculum.sample_scores import SampleScores
 from pocl_ds.errors import RecipeError
@@ -82,15 +83,10 @@ def weigh_samples(
             f"{field} gave weights of shape {list(weights.shape)} for {len(scores.ids)} samples: "
             "give one for each"
         )
-    valid = np.isfinite(weights) & (weights >= 0)
-    if not valid.all():
-        row = int(np.argmin(valid))
-        raise RecipeError(
-            f"{field} gave sample {id_as_text(scores.ids[row])} the weight {weights[row]:g}: a "
-            "weight must be a finite number, at least 0"
-        )
-    if not weights.any():
-        raise RecipeError(
-            f"{field} gave every sample the weight 0, so that none is left: keep some"
-        )
-    return weights.astype(np.float32)
+    # In the type that training uses: a number may be finite in float64 only.
+    with np.errstate(over="ignore"):
+        weights_of_loss = weights.astype(np.float32)
+    problem = weights_problem(weights_of_loss, lambda row: f"sample {id_as_text(scores.ids[row])}")
+    if problem:
+        raise RecipeError(f"{field}: {problem}")
+    return weights_of_loss

@@ -99,10 +99,11 @@ def test_the_tables_of_the_registry_name_the_same_functions() -> None:
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ([1.0, -0.5], "gave sample s1 the weight -0.5"),
-        ([float("nan"), 1.0], "gave sample s0 the weight nan"),
-        ([1.0, float("inf")], "gave sample s1 the weight inf"),
-        ([0.0, 0.0], "gave every sample the weight 0"),
+        ([1.0, -0.5], "name=loss: sample s1 has weight -0.5"),
+        ([float("nan"), 1.0], "name=loss: sample s0 has weight nan"),
+        ([1.0, float("inf")], "name=loss: sample s1 has weight inf"),
+        ([1.0, 1e300], "name=loss: sample s1 has weight inf"),  # in float32
+        ([0.0, 1e-300], "name=loss: every sample has weight 0"),
         ([1.0], "weights of shape .1. for 2 samples"),
     ],
 )
