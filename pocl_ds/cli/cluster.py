@@ -358,13 +358,8 @@ def _print_estimate(
     """Print an estimate, and write the recipe with the values that fit to `file`. Returns the exit
     code: 2 if nothing fits.
     """
-    from pocl_ds.cluster.estimate_page import (
-        Assumptions,
-        Estimate,
-        device_by_name,
-        estimate_lines,
-        fitting_overrides,
-    )
+    from pocl_ds.cluster.estimate_page import estimate_lines, fitting_overrides
+    from pocl_ds.cluster.recipe_estimate import Assumptions, Estimate, device_by_name
     from pocl_ds.config.recipe_file import dump_recipe, override_recipe
     from pocl_ds.workflow.files import atomic_write
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 
-from pocl_ds.cluster.estimate_page import Assumptions, Estimate
+from pocl_ds.cluster.recipe_estimate import Assumptions, Estimate
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.models.estimate import GPUS, ClusterLayout
 

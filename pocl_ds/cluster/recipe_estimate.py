@@ -1,0 +1,212 @@
+"""The models of a recipe on a cluster: their memory, and the samples and optimizer steps of a plan.
+The formulas are in `models/memory.py` and `models/estimate.py`, the page in `estimate_page.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pocl_ds.config import ModelSource, Recipe, StudentConfig
+from pocl_ds.curriculum.plan_step import plan_from_config
+from pocl_ds.errors import RecipeError
+from pocl_ds.losses.record_codec import RecordCodec
+from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape
+from pocl_ds.models.dtypes import resolve_dtype
+from pocl_ds.models.estimate import GPUS, ClusterLayout, Device, TrainingWork
+from pocl_ds.models.load import load_model_config, resolve_model
+from pocl_ds.models.memory import (
+    TrainingSetup,
+    find_fitting_setup,
+    training_memory,
+)
+from pocl_ds.models.prune import parse_layers, prune_config
+from pocl_ds.models.quantization import bytes_per_weight
+from pocl_ds.teachers.codecs import build_codec
+from pocl_ds.workflow.step_inputs import teacher_temperatures
+
+# Means of the paper's 11,435 instruction samples, in tokens of GPT-2.
+SAMPLES, PROMPT_TOKENS, RESPONSE_TOKENS = 11_435, 122.0, 35.0
+# Activations are measured at these two lengths; they grow linearly with the number of tokens.
+MEASURED_LENGTHS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the command line adds to the recipe."""
+
+    layout: ClusterLayout
+    device: Device
+    samples: int = SAMPLES
+    prompt_tokens: float = PROMPT_TOKENS
+    response_tokens: float = RESPONSE_TOKENS
+    utilization: float = 0.4  # share of the GPU's peak that arithmetic reaches
+
+
+class Estimate:
+    """A recipe's two models on a cluster."""
+
+    def __init__(self, recipe: Recipe, assumptions: Assumptions) -> None:
+        self.recipe, self.assumptions = recipe, assumptions
+        self.student_config = _model_config(recipe.student)
+        self.student = model_shape(self.student_config, recipe.student.lora)
+        self.teacher_config = _model_config(recipe.teacher) if recipe.teacher else None
+        self.teacher: ModelShape | None = (
+            model_shape(self.teacher_config) if recipe.teacher else None
+        )
+        # Further teachers in memory; of those by stage only one is, the largest at the peak.
+        self.other_teachers = [model_shape(_model_config(m)) for m in _other_teachers(recipe)]
+        if self.teacher and recipe.teacher and recipe.teacher.by_stage:
+            shapes = [self.teacher, *self.other_teachers]
+            self.teacher = max(shapes, key=lambda shape: shape.parameters)
+            self.other_teachers = []
+
+    @cached_property
+    def work(self) -> TrainingWork:
+        """The samples and optimizer steps of the recipe's plan."""
+        recipe, assumptions = self.recipe, self.assumptions
+        samples = min(assumptions.samples, recipe.data.max_train_samples or assumptions.samples)
+        plan = plan_from_config(
+            range(samples), recipe.curriculum, batch_size=recipe.train.batch_size
+        )
+        return TrainingWork(
+            samples,
+            assumptions.prompt_tokens,
+            assumptions.response_tokens,
+            recipe.prompt.max_length,
+            recipe.train.batch_size,
+            plan.total_steps,
+        )
+
+    @cached_property
+    def codec(self) -> RecordCodec | None:
+        """The codec of the teacher's cached records."""
+        recipe, mode = self.recipe, self.recipe.teacher.mode if self.recipe.teacher else "none"
+        temperatures = teacher_temperatures(recipe)
+        return build_codec(mode, recipe.teacher_cache, self.student.rows, temperatures)
+
+    @cached_property
+    def setup(self) -> TrainingSetup:
+        """The recipe's own choices about memory."""
+        recipe, teacher = self.recipe, self.recipe.teacher
+        mode = "none" if teacher is None else "online" if teacher.mode == "auto" else teacher.mode
+        return TrainingSetup(
+            micro_batch_size=recipe.train.micro_batch_size,
+            checkpointing=recipe.student.activation_checkpointing,
+            offload_student="offload" in recipe.student.ds_config,
+            teacher_mode=mode,
+            dtype=recipe.student.dtype,
+            offload_teacher=teacher is not None and "offload" in (teacher.ds_config or ""),
+            teacher_dtype=teacher.dtype if teacher else recipe.student.dtype,
+            sharded=recipe.train.engine == "deepspeed",
+            teacher_sharded=teacher is not None and teacher.ds_config is not None,
+            chunk_bytes=recipe.loss.chunk_bytes,
+            teacher_bytes_per_weight=bytes_per_weight(self.teacher_config, teacher.quantization)
+            if teacher
+            else None,
+            record_bytes=self.codec.bytes if self.codec else 0,
+        )
+
+    def activations(self, lengths: Sequence[int], checkpointing: bool) -> float:
+        """Bytes that a micro-batch of these lengths keeps for its backward pass."""
+        (short, short_bytes), (long, long_bytes) = self._measured_activations[checkpointing]
+        bytes_per_token = (long_bytes - short_bytes) / (long - short)
+        return short_bytes + bytes_per_token * (sum(lengths) - short)
+
+    @cached_property
+    def _measured_activations(self) -> dict[bool, list[tuple[int, int]]]:
+        """With and without checkpointing: (length, bytes) at both measured lengths."""
+        student = self.recipe.student
+
+        def measure(length: int, checkpointing: bool) -> int:
+            return activation_bytes(
+                self.student_config,
+                [length],
+                dtype=getattr(torch, resolve_dtype(student.dtype, torch.device("cuda"))),
+                attention=student.attn_implementation,
+                checkpointing=checkpointing,
+                dropout=student.dropout,
+                lora=student.lora,
+            )
+
+        return {
+            checkpointing: [(length, measure(length, checkpointing)) for length in MEASURED_LENGTHS]
+            for checkpointing in (False, True)
+        }
+
+    def memory(self, setup: TrainingSetup) -> dict[str, float]:
+        """Bytes of one rank by their use, if all samples have the maximum length."""
+        lengths = [self.work.max_length] * setup.micro_batch_size
+        loss_tokens = setup.micro_batch_size * (self.work.max_length - 1)
+        ranks = self.assumptions.layout.ranks
+        memory = training_memory(
+            self.student,
+            self.teacher,
+            setup,
+            ranks,
+            lengths,
+            loss_tokens,
+            self.activations,
+            self.assumptions.device.base,
+        )
+        if self.other_teachers and setup.teacher_mode == "online" and not setup.offload_teacher:
+            weights = sum(setup.teacher_weights(shape) for shape in self.other_teachers)
+            memory["other teachers: weights"] = weights / (ranks if setup.teacher_sharded else 1)
+        return memory
+
+    def total_memory(self, setup: TrainingSetup) -> float:
+        """Bytes of one rank."""
+        return sum(self.memory(setup).values())
+
+    def largest_setup(
+        self,
+        setup: TrainingSetup,
+        search: Callable[..., TrainingSetup | None] = find_fitting_setup,
+    ) -> TrainingSetup | None:
+        """The setup with the largest micro-batch that fits; None if none fits.
+
+        By default the search may also change checkpointing and offloading;
+        `find_largest_micro_batch` changes nothing else.
+        """
+        most = max(1, self.work.batch_size // self.assumptions.layout.ranks)
+        return search(
+            self.total_memory,
+            setup,
+            self.assumptions.device.memory,
+            most,
+            self.work.batch_size,
+            self.assumptions.layout.ranks,
+        )
+
+
+def _other_teachers(recipe: Recipe) -> list[ModelSource]:
+    """The models of section `teacher` besides the first, each once."""
+    sources = recipe.teacher.sources if recipe.teacher else ()
+    return list({source.label: source for source in sources}.values())[1:]
+
+
+def _model_config(model: ModelSource) -> Any:
+    """A model's configuration, without the layers that the recipe prunes."""
+    config = load_model_config(
+        resolve_model(model), trust_remote_code=model.trust_remote_code, revision=model.revision
+    )
+    if isinstance(model, StudentConfig) and model.prune:
+        dropped = set(parse_layers(model.prune.drop_layers))
+        layers = [layer for layer in range(config.num_hidden_layers) if layer not in dropped]
+        if not layers:
+            raise RecipeError(
+                f"student.prune.drop_layers={model.prune.drop_layers} drops every layer: drop fewer"
+            )
+        prune_config(config, layers)
+    return config
+
+
+def device_by_name(name: str) -> Device:
+    """A GPU by its name. Raises RecipeError for an unknown one."""
+    if name not in GPUS:
+        raise RecipeError(f"--gpu {name}: choose one of {', '.join(GPUS)}")
+    return GPUS[name]
