@@ -72,6 +72,8 @@ def _memory_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     if host := host_memory(sizes.student, sizes.teacher, setup, 1 / layout.nodes):
         lines.append(f"  {'host memory of each node':<32}{host / GB:>9.2f} GB")
     # Scoring.
+    if not sizes.work.scores_samples:
+        return lines
     generation = recipe.score.generation
     scoring = scoring_memory(
         sizes.student,
@@ -124,23 +126,30 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         f"{round(work.response_tokens)} of the response, on average): {flops / 1e12:,.1f} TFLOP; "
         f"each rank receives {micro_steps * traffic / GB:.2f} GB in {micro_steps} micro-steps",
         "",
-        f"{work.samples} samples, {work.steps} optimizer steps; at "
+        f"{work.samples} samples{_left_out(sizes)}, {work.steps} optimizer steps; at "
         f"{100 * assumptions.utilization:.0f}% of {device.flops / 1e12:.0f} TFLOP/s, "
         f"{layout.link(device) / GB:.0f} GB/s between ranks",
         f"  {'':<24}{'hours':>8}{'GPU hours':>11}",
     ]
 
     # Hours of the steps of a run, and of plain trainings.
-    rows = [(t.name, t.seconds, f"bound by {t.bound_by}") for t in _step_times(sizes, setup)]
+    rows = [(t.name, t.seconds, _time_note(sizes, t)) for t in _step_times(sizes, setup)]
     rows.append(("POCL in total", sum(seconds for _, seconds, _ in rows), ""))
     for name, plain in _plain_setups(setup, sizes.teacher):
         times = _step_times(sizes, plain)
-        seconds = sum(time.seconds for time in times if time.name != "score")
+        plain_times = [t for t in times if t.name not in ("score", estimate.RESCORING)]
+        seconds = sum(time.seconds for time in plain_times)
         rows.append((name, seconds, "as many sample visits, no scoring"))
     lines += [
         f"  {name:<24}{hours:>8.2f}{hours * layout.ranks:>11.1f}   {note}".rstrip()
         for name, hours, note in ((name, seconds / 3600, note) for name, seconds, note in rows)
     ]
+    rule = sizes.recipe.curriculum.sample_weights
+    if rule and sizes.has_unknown_weights:
+        lines.append(
+            f"curriculum.sample_weights.name={rule.name} may leave samples out and so shorten the "
+            "training; how many is not known before the samples are scored"
+        )
 
     # Disk space.
     disk = f"on disk: a checkpoint {checkpoint_bytes(sizes.student) / GB:.1f} GB"
@@ -153,6 +162,27 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
         if sizes.codec:
             disk += f", its {sizes.codec.label} {tokens * sizes.codec.bytes / GB:.2f} GB"
     return [*lines, "", disk]
+
+
+def _left_out(sizes: Estimate) -> str:
+    """What the weights of samples leave out, as far as that is known."""
+    weights = sizes.plan_weights
+    if weights is None or weights.all():
+        return ""
+    return f" ({int((weights == 0).sum())} of them left out by curriculum.sample_weights)"
+
+
+def _time_note(sizes: Estimate, time: estimate.StepTime) -> str:
+    """What bounds a step; of rescoring also its size, which the optimizer steps do not show."""
+    note, rescoring = f"bound by {time.bound_by}", sizes.recipe.curriculum.rescoring
+    if time.name != estimate.RESCORING or rescoring is None:
+        return note
+    stages = sizes.recipe.curriculum.num_subsets - rescoring.from_stage + 1
+    models = "student and teacher" if sizes.work.rescoring_runs_teacher else "the student"
+    return (
+        f"{note}; {time.flops / 1e12:,.1f} TFLOP of {models} over {sizes.work.rescored_samples} "
+        f"samples before {stages} {'stage' if stages == 1 else 'stages'}"
+    )
 
 
 def _step_times(sizes: Estimate, setup: TrainingSetup) -> list[estimate.StepTime]:

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pocl_ds.config import ModelSource, Recipe, StudentConfig
+from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
 from pocl_ds.curriculum.plan_step import plan_from_config
+from pocl_ds.curriculum.sample_scores import SampleScores, places
+from pocl_ds.curriculum.sample_weights import weigh_samples
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape
@@ -66,20 +71,56 @@ class Estimate:
             self.other_teachers = []
 
     @cached_property
+    def samples(self) -> int:
+        """The training samples."""
+        assumed, limit = self.assumptions.samples, self.recipe.data.max_train_samples
+        return min(assumed, limit or assumed)
+
+    @cached_property
+    def plan_weights(self) -> NDArray[np.float32] | None:
+        """The weights of the samples in the plan, [samples], if they follow from places in the
+        ranking; other rules need scores, and rescoring before the first stage changes no plan.
+        """
+        curriculum, rule = self.recipe.curriculum, self.recipe.curriculum.sample_weights
+        if rule is None or not curriculum.plan_has_weights or rule.scores != ("place",):
+            return None
+        rows = np.arange(self.samples)
+        scores = SampleScores(rows.astype(np.bytes_), {"place": places(rows)})
+        return weigh_samples(scores, rule.name, rule.options)
+
+    @property
+    def has_unknown_weights(self) -> bool:
+        """Whether the plan may leave out samples that only their scores will tell."""
+        return self.recipe.curriculum.plan_has_weights and self.plan_weights is None
+
+    @cached_property
     def work(self) -> TrainingWork:
-        """The samples and optimizer steps of the recipe's plan."""
-        recipe, assumptions = self.recipe, self.assumptions
-        samples = min(assumptions.samples, recipe.data.max_train_samples or assumptions.samples)
+        """The samples and optimizer steps of the recipe's plan, and what ranks the samples."""
+        recipe, assumptions, curriculum = self.recipe, self.assumptions, self.recipe.curriculum
         plan = plan_from_config(
-            range(samples), recipe.curriculum, batch_size=recipe.train.batch_size
+            np.arange(self.samples),
+            curriculum,
+            batch_size=recipe.train.batch_size,
+            sample_weights=self.plan_weights,
         )
+        rescoring = curriculum.rescoring
+        rescored = 0
+        if rescoring:
+            stages = range(curriculum.num_subsets)
+            rescored = sum(rescoring.samples_to_score(self.samples, stage) for stage in stages)
         return TrainingWork(
-            samples,
+            self.samples,
             assumptions.prompt_tokens,
             assumptions.response_tokens,
             recipe.prompt.max_length,
             recipe.train.batch_size,
             plan.total_steps,
+            scores_samples=recipe.scores_samples,
+            rescored_samples=rescored,
+            rescoring_runs_teacher=rescoring is not None
+            and rescoring_runs_teacher(
+                rescoring, curriculum.sample_weights, recipe.loss, recipe.teacher
+            ),
         )
 
     @cached_property

@@ -130,6 +130,13 @@ class RescoringConfig(_ScoreReader):
         """The scores that the measure reads; None if it may read any."""
         return DIFFICULTIES[self.difficulty]
 
+    def samples_to_score(self, samples: int, stage: int) -> int:
+        """How many of all samples the student scores when a stage, counted from 0, begins."""
+        if stage + 1 < self.from_stage:
+            return 0
+        first = stage + 1 == self.from_stage
+        return samples if first else max(1, round(self.share * samples))
+
 
 class CurriculumConfig(Section):
     """Subsets of the difficulty ranking, and the stages that train on them (docs/method.md,
@@ -190,6 +197,12 @@ class CurriculumConfig(Section):
                 f"num_subsets={self.num_subsets} stages: lower it, or remove rescoring"
             )
         return self
+
+    @property
+    def plan_has_weights(self) -> bool:
+        """Whether the plan weighs the samples, unless the student first scores them anew."""
+        rescoring = self.rescoring
+        return self.sample_weights is not None and not (rescoring and rescoring.from_stage == 1)
 
     @model_validator(mode="after")
     def _check_number_of_epochs(self) -> CurriculumConfig:

@@ -50,8 +50,8 @@ def write_plan(
             "run `pocl rank`"
         )
     # Weigh the samples, unless the student first scores them anew.
-    weights, rule, rescoring = None, curriculum.sample_weights, curriculum.rescoring
-    if rule and not (rescoring and rescoring.from_stage == 1):
+    weights, rule = None, curriculum.sample_weights
+    if rule and curriculum.plan_has_weights:
         weights = weigh_samples(read_scores(run, seed=seed), rule.name, rule.options)
         log.info("%s", weights_line(weights, rule.name))
     # Build the stages, and log them.

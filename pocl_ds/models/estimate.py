@@ -14,6 +14,8 @@ from pocl_ds.models.cost import ModelShape, kv_cache_bytes, parameter_bytes
 from pocl_ds.models.memory import LIVE_PARAMETERS, TrainingSetup
 from pocl_ds.models.peak_flops import PEAK_FLOPS
 
+RESCORING = "rescoring"  # the name of its StepTime; it is a part of the step train
+
 
 @dataclass(frozen=True)
 class Device:
@@ -71,6 +73,9 @@ class TrainingWork:
     max_length: int
     batch_size: int
     steps: int  # of the whole plan
+    scores_samples: bool = True  # whether the step `score` runs
+    rescored_samples: int = 0  # by the current student, over all stages that it ranks
+    rescoring_runs_teacher: bool = False
 
     @property
     def tokens(self) -> float:
@@ -80,7 +85,7 @@ class TrainingWork:
 
 @dataclass(frozen=True)
 class StepTime:
-    """The estimated time of a workflow step."""
+    """The estimated time of a workflow step, or of the rescoring between stages of training."""
 
     name: str
     seconds: float
@@ -106,24 +111,52 @@ def step_flops(
     if student.adapters:
         tokens = sum(lengths)
         total += 2.0 * tokens * (passes * student.adapters - student.matrix_parameters) - head
+    return total + _teacher_flops(teacher, setup, lengths, loss_tokens)
+
+
+def scoring_flops(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    setup: TrainingSetup,
+    lengths: Sequence[int],
+    loss_tokens: int,
+) -> float:
+    """FLOPs of the forward passes that score samples of these lengths. teacher: None if it does not
+    run.
+    """
+    total = student.forward_flops(lengths, loss_tokens) + 2.0 * student.adapters * sum(lengths)
+    return total + _teacher_flops(teacher, setup, lengths, loss_tokens)
+
+
+def _teacher_flops(
+    teacher: ModelShape | None, setup: TrainingSetup, lengths: Sequence[int], loss_tokens: int
+) -> float:
+    """FLOPs of the teacher's forward pass, or of its head alone over cached hidden states."""
     if teacher is not None and setup.teacher_mode == "online":
-        total += teacher.forward_flops(lengths, loss_tokens)
-    elif teacher is not None and setup.teacher_mode == "cached_hidden_states":
-        total += 2.0 * teacher.head_parameters * loss_tokens
-    return total
+        return teacher.forward_flops(lengths, loss_tokens)
+    if teacher is not None and setup.teacher_mode == "cached_hidden_states":
+        return 2.0 * teacher.head_parameters * loss_tokens
+    return 0.0
 
 
 def micro_step_traffic(
-    student: ModelShape, teacher: ModelShape | None, setup: TrainingSetup, ranks: int
+    student: ModelShape,
+    teacher: ModelShape | None,
+    setup: TrainingSetup,
+    ranks: int,
+    *,
+    backward: bool = True,
 ) -> float:
-    """Bytes that each rank receives in a micro-step: gathered weights, scattered gradients."""
+    """Bytes that each rank receives in a micro-step: gathered weights, scattered gradients.
+
+    backward: false for forward passes alone.
+    """
     if not setup.sharded or ranks == 1:
         return 0.0
     # ZeRO-3 gathers the weights of a small model once for forward and backward, else twice.
-    gathers = 1 if student.parameters <= LIVE_PARAMETERS else 2
-    traffic = parameter_bytes(
-        gathers * float(student.parameters) + student.trainable_parameters, setup.dtype
-    )
+    gathers = 2 if backward and student.parameters > LIVE_PARAMETERS else 1
+    gradients = student.trainable_parameters if backward else 0
+    traffic = parameter_bytes(gathers * float(student.parameters) + gradients, setup.dtype)
     if teacher is not None and setup.teacher_mode == "online" and setup.teacher_sharded:
         traffic += parameter_bytes(float(teacher.parameters), setup.teacher_dtype)
     return traffic * (ranks - 1) / ranks
@@ -141,20 +174,30 @@ def step_times(
     max_new_tokens: int,
     sequences: int,
 ) -> list[StepTime]:
-    """Times of the steps score, cache-teacher and train; the other steps are not estimated.
+    """Times of the steps score, cache-teacher and train, and apart from train that of its
+    rescoring; the other steps are not estimated.
 
     utilization: fraction of the device's peak. sequences: concurrent in generation.
     """
     flops_per_second = device.flops * (1 if setup.dtype != "float32" else 0.5) * utilization
-    times = [
-        _scoring_time(student, work, layout, device, flops_per_second, max_new_tokens, sequences)
-    ]
+    times = []
+    if work.scores_samples:
+        times.append(
+            _scoring_time(
+                student, work, layout, device, flops_per_second, max_new_tokens, sequences
+            )
+        )
     if teacher is not None and setup.teacher_mode in ("cached_hidden_states", *RECORD_MODES):
         length, loss_tokens = max(1, round(work.tokens)), round(work.response_tokens)
         flops = work.samples * teacher.forward_flops([length], loss_tokens)
         seconds = flops / flops_per_second / layout.ranks
         times.append(StepTime("cache-teacher", seconds, flops, "arithmetic"))
     times.append(_training_time(student, teacher, setup, work, layout, device, flops_per_second))
+    if work.rescored_samples:
+        scorer = teacher if work.rescoring_runs_teacher else None
+        times.append(
+            _rescoring_time(student, scorer, setup, work, layout, device, flops_per_second)
+        )
     return times
 
 
@@ -179,6 +222,28 @@ def _training_time(
     return StepTime(
         "train", work.steps * max(arithmetic_seconds, network_seconds), work.steps * flops, bound_by
     )
+
+
+def _rescoring_time(
+    student: ModelShape,
+    teacher: ModelShape | None,
+    setup: TrainingSetup,
+    work: TrainingWork,
+    layout: ClusterLayout,
+    device: Device,
+    flops_per_second: float,
+) -> StepTime:
+    """Forward passes over the samples that are scored anew, in micro-batches as large as those of
+    training. teacher: None if it does not run.
+    """
+    length, loss_tokens = max(1, round(work.tokens)), round(work.response_tokens)
+    flops = work.rescored_samples * scoring_flops(student, teacher, setup, [length], loss_tokens)
+    arithmetic_seconds = flops / flops_per_second / layout.ranks
+    micro_steps = -(-work.rescored_samples // (setup.micro_batch_size * layout.ranks))
+    traffic = micro_step_traffic(student, teacher, setup, layout.ranks, backward=False)
+    network_seconds = micro_steps * traffic / layout.link(device)
+    bound_by = "arithmetic" if arithmetic_seconds >= network_seconds else "the network"
+    return StepTime(RESCORING, max(arithmetic_seconds, network_seconds), flops, bound_by)
 
 
 def _scoring_time(

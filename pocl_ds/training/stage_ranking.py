@@ -125,12 +125,11 @@ class StageRanking:
 
     def _rows_to_score(self, stage: int, scores: SampleScores) -> NDArray[np.int64]:
         """The rows that are scored anew, ascending: all at first, then a share by a hash."""
-        count = len(scores.ids)
-        if stage + 1 == self.config.from_stage or self.config.share == 1:
+        count = self.config.samples_to_score(len(scores.ids), stage)
+        if count == len(scores.ids):
             return np.arange(count)
         keys = hash_ids(scores.ids, (self.scores.seed + (stage << 32)) % 2**64)
-        chosen = np.argsort(keys, kind="stable")[: max(1, round(self.config.share * count))]
-        return np.sort(chosen)
+        return np.sort(np.argsort(keys, kind="stable")[:count])
 
     def _score(
         self, position: SamplerPosition, rows: NDArray[np.int64]

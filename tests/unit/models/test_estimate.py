@@ -167,6 +167,42 @@ def test_slow_network_bounds_a_step() -> None:
     assert sum(time.seconds for time in cached) < 0.75 * sum(time.seconds for time in fast)
 
 
+def test_rescoring_is_forward_passes_of_the_student_and_of_a_teacher_that_runs() -> None:
+    """Per sample 160 tokens, of which 40 are loss tokens: 2 FLOPs for each weight."""
+    body, head = 160 * 2 * 1.2e9, 40 * 2 * 1e8
+    attention = 24 * 2 * 160 * 161 * 2048
+    student = body + head + attention
+    teacher = 160 * 2 * 6.4e9 + 40 * 2 * 2e8 + 32 * 2 * 160 * 161 * 4096
+    arguments: dict[str, Any] = {"utilization": 0.4, "max_new_tokens": 256, "sequences": 64}
+
+    def rescoring(mode: str, layout: ClusterLayout, **changes: Any) -> estimate.StepTime | None:
+        work = replace(WORK, **changes)
+        setup = TrainingSetup(8, teacher_mode=mode)
+        device = GPUS["h100-80g"]
+        times = estimate.step_times(SMALL, LARGE, setup, work, layout, device, **arguments)
+        return {time.name: time for time in times}.get("rescoring")
+
+    one = ClusterLayout(1, 1)
+    assert rescoring("online", one) is None
+    alone = rescoring("online", one, rescored_samples=5_000)
+    both = rescoring("online", one, rescored_samples=5_000, rescoring_runs_teacher=True)
+    cached = rescoring(
+        "cached_hidden_states", one, rescored_samples=5_000, rescoring_runs_teacher=True
+    )
+    assert alone and both and cached
+    assert alone.flops == pytest.approx(5_000 * student)
+    assert both.flops == pytest.approx(5_000 * (student + teacher))
+    assert cached.flops == pytest.approx(5_000 * (student + 40 * 2 * 2e8))
+    assert both.seconds == pytest.approx(both.flops / (0.4 * GPUS["h100-80g"].flops))
+
+    # Over a slow network the weights of both models come once for each of the 20 micro-batches.
+    slow = ClusterLayout(8, 4, 1e8)
+    bound = rescoring("online", slow, rescored_samples=5_000, rescoring_runs_teacher=True)
+    assert bound and bound.bound_by == "the network"
+    weights = 2 * (1.3e9 + 6.7e9) * 31 / 32
+    assert bound.seconds == pytest.approx(20 * weights / (1e8 / 4))
+
+
 def test_fitting_setup_changes_as_little_as_possible() -> None:
     rank_bytes = lambda setup: setup.micro_batch_size * (2.0 if setup.checkpointing else 10.0)  # noqa: E731
     setup = TrainingSetup(8)
