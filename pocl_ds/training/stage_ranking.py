@@ -219,6 +219,7 @@ class StageRanking:
 
         # Weigh them, and write order, weights, scores and the manifest.
         weights = None
+        (directory / WEIGHTS).unlink(missing_ok=True)  # of another training in this directory
         if self.weights:
             weights = weigh_samples(scores, self.weights.name, self.weights.options)
             log.info("stage %d: %s", stage + 1, weights_line(weights, self.weights.name))
