@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from pocl_ds.curriculum.stage_files import stage_directory
 from pocl_ds.data.conversation import Sample
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.manifest import write_manifest
@@ -163,6 +165,32 @@ class SyntheticRun:
                 "padding_share": 0.314,
             }
             write_manifest(self.run.train, "train", "t" * 64, info=info)
+
+    def stage_ranking(
+        self,
+        stage: int,
+        order: NDArray[np.int64],
+        weights: NDArray[np.float32] | None = None,
+        *,
+        fingerprint: str = "t" * 64,
+    ) -> None:
+        """Write the ranking of a stage, counted from 0, by the student that enters it."""
+        folder = stage_directory(self.run.train, stage)
+        folder.mkdir(parents=True)
+        np.save(folder / "order.npy", order)
+        if weights is not None:
+            np.save(folder / "weights.npy", weights)
+        info = {
+            "kind": "stage_ranking",
+            "step": 18,
+            "stage": stage,
+            "difficulty": "loss_ratio",
+            "samples": 1234,
+            "left_out": 0 if weights is None else int((weights == 0).sum()),
+            "rank_correlation": 0.8125,
+            "seconds": 75.0,
+        }
+        write_manifest(folder, "stage-ranking", fingerprint, info=info)
 
     def ranking(self, samples: int = 400) -> None:
         generator = np.random.default_rng(1)

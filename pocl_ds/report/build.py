@@ -66,12 +66,15 @@ def build_report(
 
 
 def _input_digests(summary: RunSummary) -> dict[str, str]:
-    """What identifies the state of the run: finished steps, optimizer steps, job attempts."""
+    """What identifies the state of the run: finished steps, optimizer steps, ranked stages, job
+    attempts.
+    """
     inputs = {
         step: digest([manifest.fingerprint, manifest.files])
         for step, manifest in summary.manifests.items()
     }
     inputs["steps"] = str(0 if summary.curves is None else len(summary.curves.steps["step"]))
+    inputs["ranked_stages"] = str([ranking.stage for ranking in summary.stage_rankings])
     inputs["attempts"] = str(
         [(entry["label"], entry["number"], entry["end"]) for entry in summary.history.attempts]
     )

@@ -22,6 +22,7 @@ from pocl_ds.report.formatting import (
 )
 from pocl_ds.report.items import Item
 from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
+from pocl_ds.report.stage_rankings import RANKING_NOTE, ranking_rows
 
 
 def markdown_page(summary: RunSummary, *, name: str, recipe_yaml: str, num_examples: int) -> str:
@@ -33,6 +34,8 @@ def markdown_page(summary: RunSummary, *, name: str, recipe_yaml: str, num_examp
     if summary.plan is not None:
         header, rows = plan_rows(summary.plan, mean_visits(summary))
         parts += ["## Curriculum", _table(header, rows)]
+        if summary.stage_rankings:
+            parts += [RANKING_NOTE, _table(*ranking_rows(summary.stage_rankings))]
     if training := training_sentence(summary):
         parts += ["## Training", escape_markdown(training)]
     if items := summary.examples(num_examples):

@@ -43,6 +43,7 @@ from pocl_ds.report.formatting import (
 )
 from pocl_ds.report.items import BenchmarkItems
 from pocl_ds.report.run_summary import MODEL_LABELS, RunSummary
+from pocl_ds.report.stage_rankings import RANKING_NOTE, ranking_rows
 from pocl_ds.runtime.formatting import format_duration
 
 SAMPLE_MENUS = (("subset", "Subset"), ("sort", "Order"))
@@ -217,9 +218,15 @@ def _curriculum(summary: RunSummary, figures: str) -> str:
     if summary.plan is None:
         return ""
     header, rows = plan_rows(summary.plan, mean_visits(summary))
+    rankings = ""
+    if summary.stage_rankings:
+        ranking_header, ranked = ranking_rows(summary.stage_rankings)
+        rankings = paragraph_note(RANKING_NOTE)
+        rankings += html_table(ranking_header, html_rows(ranked), caption="stage rankings")
     return section(
         "Curriculum",
         html_table(header, html_rows(rows), caption="stages"),
+        rankings,
         figures,
         anchor="curriculum",
         note=f"Scheduler {summary.plan['scheduler']}, {summary.plan['batch_size']} samples per "

@@ -23,6 +23,7 @@ from pocl_ds.report.history import JobHistory, StepCost, read_job_history, read_
 from pocl_ds.report.items import BenchmarkItems, Item, read_benchmark_items
 from pocl_ds.report.sample_visits import count_sample_visits
 from pocl_ds.report.samples import SampleRows, read_sample_rows
+from pocl_ds.report.stage_rankings import StageRankingRecord, read_stage_rankings
 from pocl_ds.workflow.files import read_json
 from pocl_ds.workflow.manifest import Manifest, read_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
@@ -94,6 +95,7 @@ class RunSummary:
     results: dict[str, Any] | None = None
     benchmarks: list[BenchmarkItems] = field(default_factory=list)  # the main one first
     samples: SampleRows | None = None
+    stage_rankings: list[StageRankingRecord] = field(default_factory=list)
     sample_visits: NDArray[np.int64] | None = None  # [samples], easiest first
     step_costs: list[StepCost] = field(default_factory=list)
     history: JobHistory = field(default_factory=lambda: JobHistory({}, []))
@@ -189,9 +191,18 @@ def _read_training(run: RunDirectory, summary: RunSummary, *, seed: int, window:
                 "and subsets are not shown: run `pocl plan` again."
             )
             summary.plan = None
+    if summary.plan is not None:
+        summary.stage_rankings = read_stage_rankings(
+            run, len(summary.plan["stages"]), summary.manifests.get("train")
+        )
     if summary.plan is not None and summary.curves is not None and rank:
         summary.sample_visits = count_sample_visits(
-            run, summary.plan, seed=seed, window=window, steps=summary.curves.last_step
+            run,
+            summary.plan,
+            seed=seed,
+            window=window,
+            steps=summary.curves.last_step,
+            ranked_stages=[ranking.stage for ranking in summary.stage_rankings],
         )
 
 

@@ -385,6 +385,35 @@ def test_samples_show_their_visits(synthetic: Any) -> None:
     assert data["samples"]["responses"][7] == "the 7 "
 
 
+def test_stages_that_the_student_ranked_are_shown(synthetic: Any) -> None:
+    synthetic.everything()
+    _, html, markdown = make_report(synthetic)
+    assert "stage rankings" not in html and "ranked by" not in markdown
+    weights = np.linspace(0.5, 2, 400, dtype=np.float32)
+    weights[:40] = 0
+    synthetic.stage_ranking(1, np.arange(400)[::-1])
+    synthetic.stage_ranking(2, np.arange(400), weights)
+    # Of another training, whose directory was used again.
+    synthetic.stage_ranking(0, np.arange(400)[::-1], fingerprint="o" * 64)
+
+    _, html, markdown = make_report(synthetic)
+    low = f"{weights[40]:.3g}"
+    rows = [
+        ["2", "loss_ratio", "1,234", "1 min 15 s", "0.812", "0", "1"],
+        ["3", "loss_ratio", "1,234", "1 min 15 s", "0.812", "40", f"{low} to 2"],
+    ]
+    table = html[html.index("stage rankings") :]
+    table = table[: table.index("</table>")]
+    assert re.findall(r'<th scope="row">(.*?)</th>', table) == ["2", "3"]
+    for stage, *cells in rows:
+        html_cells = "".join(f"<td>{cell}</td>" for cell in cells)
+        assert f'<th scope="row">{stage}</th>{html_cells}' in table
+        assert "| " + " | ".join([stage, *cells]).replace("_", "\\_") + " |" in markdown
+    # Stages 1 and 4 have the easiest samples, stages 2 and 4 the hardest ones, at least once.
+    visits = Page(html).data["samples"]["visits"]
+    assert sum(visits) == 8 * STEPS and min(visits[:40]) >= 2 and min(visits[310:]) >= 2
+
+
 def test_a_plan_of_another_ranking_is_not_shown(synthetic: Any) -> None:
     synthetic.data(300)
     synthetic.plan(400)
