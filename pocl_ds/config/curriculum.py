@@ -61,8 +61,8 @@ class SampleWeightsConfig(_ScoreReader):
         description="Rule: `pass_rate` (p^alpha (1 - p)^beta of p = ROUGE-L, as in PACED), `band` "
         "(1 from the place `easiest` to the place `hardest` of the ranking, else 0), `stratified` "
         "(1 for the hardest samples and for evenly spaced easier ones, else 0), `loss` (the "
-        "divergence from the teacher, to a power). A weight of 0 leaves a sample out. Plugins can "
-        "register more.",
+        "divergence from the teacher, measured when the stage begins, to a power). A weight of 0 "
+        "leaves a sample out. Plugins can register more.",
     )
     options: dict[str, Float] = Field(
         default_factory=dict, description=f"Options of the rule, with defaults. {_WEIGHT_OPTIONS}."

@@ -54,7 +54,9 @@ def _stratified(scores: SampleScores, *, share: float, hard_share: float) -> NDA
 
 
 def _loss(scores: SampleScores, *, power: float) -> NDArray[np.float64]:
-    """The divergence from the teacher, to a power."""
+    """The divergence from the teacher at the newest stage boundary where the sample was scored, to
+    a power.
+    """
     # Rounding may leave a divergence of 0 slightly negative.
     return np.asarray(np.maximum(scores["kd_loss"], 0) ** power)
 
