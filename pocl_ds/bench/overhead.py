@@ -66,7 +66,7 @@ def _seconds(run: RunDirectory) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for name, folder, pattern in (
         ("score", run.scores, "shard-*.manifest.json"),
-        ("cache-teacher", run.teacher_cache, "*-of-*.manifest.json"),
+        ("cache-teacher", run.teacher_cache, "*/*-of-*.manifest.json"),
     ):
         manifests = [read_manifest(path.parent, path.name) for path in sorted(folder.glob(pattern))]
         if manifests:

@@ -153,6 +153,7 @@ def prepare_training(
             usage=TeacherUsage(1.0),
             seed=0,
             fingerprint=teacher_cache,
+            model_fingerprints={"teacher": teacher_cache},
             load=load,
         )
     training = describe_training(

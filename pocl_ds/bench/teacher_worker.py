@@ -22,7 +22,7 @@ from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.runtime import distributed
 from pocl_ds.runtime.logs import setup_logging
 from pocl_ds.runtime.metrics import read_metrics
-from pocl_ds.teachers.cache import TeacherCache
+from pocl_ds.teachers.cache_plan import open_cache
 from pocl_ds.workflow.files import write_json
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -59,12 +59,12 @@ def _time_cold_reads(run: RunDirectory, samples: int) -> list[float]:
     rows, seconds = np.arange(samples), []
     for _ in range(READS):
         # Drop the files from the page cache.
-        for path in run.teacher_cache.glob("*.bin"):
+        for path in run.teacher_cache.glob("*/*.bin"):
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
-        cache = TeacherCache(run.teacher_cache, [split], fingerprint="bench")
+        cache = open_cache(run.teacher_cache, "bench", "teacher", [split])
         start = time.perf_counter()
         cache.find_damage("train", rows)
         cache.read("train", tuple(rows.tolist()))

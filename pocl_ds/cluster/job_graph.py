@@ -98,7 +98,7 @@ def _all_jobs(
         dependencies = [
             job_of[dependency]
             for step, _ in members
-            for dependency in (*step.dependencies, *step.waits_for)
+            for dependency in (*step.dependencies_of(recipe), *step.waits_for)
         ]
         # The parts of a step are computed before the job that collects them.
         if not is_parts_job:

@@ -187,7 +187,13 @@ def _progress(
     if name == "score":
         return f"{len(list(run.scores.glob('*.manifest.json')))}/{len(spec['array'])} shards"
     if name == "cache-teacher":
-        shards = list(run.teacher_cache.glob("train-*.manifest.json"))
+        # A shard is finished when that of each teacher is.
+        names = [
+            {path.name for path in folder.glob("train-*.manifest.json")}
+            for folder in run.teacher_cache.glob("*")
+            if folder.is_dir()
+        ]
+        shards = set.intersection(*names) if names else set()
         return f"{len(shards)}/{len(spec['array'])} shards"
     if name == "evaluate":
         files = [

@@ -221,8 +221,6 @@ def _check_teacher_mode(recipe: Recipe) -> None:
             reason = "loss.fused=false needs the teacher's complete logits"
         elif teacher.ensemble:
             reason = "teacher.ensemble needs every teacher's logits"
-        elif teacher.routes_field and teacher.mode != "auto":
-            reason = f"{teacher.routes_field} needs the outputs of several teachers"
         if reason:
             raise ValueError(
                 f"{reason}, which teacher.mode={teacher.mode} does not cache: set "

@@ -84,7 +84,8 @@ class TeacherConfig(ModelConfig):
         "runs it once and caches its last hidden states, which gives the same losses. "
         "`cached_topk` caches the `teacher_cache.top_k` largest probabilities. `cached_sampled` "
         "caches `teacher_cache.num_samples` ids drawn from the teacher's distribution, for an "
-        "unbiased estimate of `loss.name: fkl`. `auto` chooses the cheaper of the first two.",
+        "unbiased estimate of `loss.name: fkl`. `auto` chooses the cheaper of the first two, and "
+        "`online` with `by_stage` or `by_domain`.",
         json_schema_extra=RUNTIME_ONLY,
     )
     weight: PositiveFloat = Field(
@@ -102,14 +103,15 @@ class TeacherConfig(ModelConfig):
         description="Other teachers for stages of the curriculum, by the stage's number from 1, "
         "as in `{3: {model: org/larger}}` (staged teachers, arXiv 2605.11260). Only the teacher "
         "of the current stage is in memory. Stages that are not named use `model`, and so do "
-        "healing and the baseline.",
+        "healing and the baseline. A cache has for each teacher the samples of its stages.",
     )
     by_domain: dict[Annotated[str, Field(min_length=1)], ModelSource] = Field(
         default_factory=dict,
         description="Other teachers for domains of the samples, by the domain's name, as in "
         "`{math: {model: org/math}}`. A sample's domain is its field `data.fields.domain`, or "
-        "the name of its source in `data.sources`. All these teachers are in memory. Domains "
-        "that are not named use `model`.",
+        "the name of its source in `data.sources`. All these teachers are in memory if they are "
+        "online. A cache has each sample once, from the teacher of its domain. Domains that "
+        "are not named use `model`.",
     )
     template: Literal["student", "own"] | None = Field(
         None,
@@ -156,6 +158,13 @@ class TeacherConfig(ModelConfig):
     def single_stage(self) -> TeacherConfig:
         """The teacher of a training without the stages of the curriculum."""
         return self.model_copy(update={"by_stage": {}})
+
+    def of_source(self, source: ModelSource) -> TeacherConfig:
+        """The section of one of its models alone."""
+        own = {name: getattr(source, name) for name in ModelSource.model_fields}
+        return self.model_copy(
+            update={**own, "weight": 1.0, "ensemble": (), "by_stage": {}, "by_domain": {}}
+        )
 
     @model_validator(mode="after")
     def _check_one_kind_of_teachers(self) -> TeacherConfig:

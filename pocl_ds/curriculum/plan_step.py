@@ -129,6 +129,28 @@ def load_plan(path: Path) -> Plan:
     )
 
 
+def rows_of_stages(
+    run: RunDirectory, planned: int, stages: int, *, fingerprint: str
+) -> list[NDArray[np.int64] | None]:
+    """The training samples of each stage; None for a stage that the student ranks, which may have
+    any.
+
+    planned: number of stages before those. fingerprint: of the plan. Raises ArtifactError if the
+    plan is needed and missing, or of another recipe.
+    """
+    if not planned:
+        return [None] * stages
+    if finished_manifest(run.plan, fingerprint) is None:
+        raise ArtifactError(
+            f"{run.plan} holds no plan of this recipe, and with teacher.by_stage the cache has for "
+            "each teacher the samples of its stages: run `pocl plan` first"
+        )
+    return [
+        np.asarray(stage.sample_ids) if stage.index < planned else None
+        for stage in load_plan(run.plan / "plan.json").stages
+    ]
+
+
 def read_scores(run: RunDirectory, *, seed: int) -> SampleScores:
     """What ranking/ranking.parquet says of each training sample, and its place in the ranking."""
     order, table = load_order(run), pq.read_table(run.ranking / "ranking.parquet")

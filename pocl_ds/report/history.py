@@ -69,7 +69,7 @@ def read_step_costs(run: RunDirectory, manifests: Mapping[str, Manifest]) -> lis
     parts = {step: [manifest] for step, manifest in manifests.items()}
     # Steps that work in shards have a manifest for each shard.
     for step, folder, pattern in (
-        ("cache-teacher", run.teacher_cache, "*-of-*.manifest.json"),
+        ("cache-teacher", run.teacher_cache, "*/*-of-*.manifest.json"),
         ("score", run.scores, "shard-*.manifest.json"),
         ("generate-teacher", run.teacher_responses, "manifest.json"),
     ):

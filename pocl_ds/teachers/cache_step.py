@@ -1,12 +1,13 @@
-"""The step cache-teacher: the teacher reads each sample once, and its outputs are stored for all
-stages and epochs: hidden states, or records of its largest or of sampled probabilities
+"""The step cache-teacher: a teacher reads each of its samples once, and its outputs are stored for
+all stages and epochs: hidden states, or records of its largest or of sampled probabilities
 (docs/method.md, eq. 19 and 32).
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,17 @@ from pocl_ds.engines.deepspeed_engine import start_deepspeed
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
 from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.load import load_model_config, resolve_model
+from pocl_ds.models.load import resolve_model
 from pocl_ds.models.quantization import check_quantized_teacher
-from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model
-from pocl_ds.models.vocab import VocabMap, align_model_vocabularies
+from pocl_ds.models.recipe_model import ModelLoader, load_recipe_model, read_model_config
+from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.cache import STEP, CacheShard
+from pocl_ds.teachers.cache_plan import PlannedCache, plan_caches, prepare_caches
 from pocl_ds.teachers.cache_writer import CacheWriter
 from pocl_ds.teachers.codecs import build_codec
 from pocl_ds.teachers.mode_selection import TeacherUsage
-from pocl_ds.workflow.manifest import read_manifest, write_manifest
+from pocl_ds.workflow.manifest import MANIFEST, finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
 log = logging.getLogger("pocl_ds")
@@ -43,56 +45,84 @@ def cache_teacher(
     usage: TeacherUsage,
     seed: int,
     fingerprint: str,
+    model_fingerprints: Mapping[str, str],
     shard: int | None = None,
     load: ModelLoader = load_recipe_model,
 ) -> None:
-    """Write teacher_cache/: the teacher's outputs at the loss tokens of the training and validation
-    samples, and its head. Finished shards are not written again.
+    """Write teacher_cache/: for each teacher its outputs at the loss tokens of its training and
+    validation samples, and its head. One teacher is in memory at a time. Finished shards are not
+    written again.
 
     All ranks call it together; each computes its share of a shard. shard: write only this shard of
-    each split. seed: of random records. load: reads the weights of the teacher. With
-    teacher.mode=auto the ranks first measure whether a cache saves time. Raises RecipeError for a
-    shard that does not exist or a `top_k` that is too large, ResourceError for a full disk.
+    each split of each teacher. seed: of random records. model_fingerprints: of each teacher without
+    its samples, by its field. load: reads the weights of a teacher. With teacher.mode=auto the
+    ranks first measure whether a cache saves time. Raises RecipeError for a shard that does not
+    exist or a `top_k` that is too large, ResourceError for a full disk.
     """
     # Return if the step is finished, and check the settings.
-    manifest = read_manifest(run.teacher_cache)
-    if manifest and manifest.fingerprint == fingerprint:
+    if finished_manifest(run.teacher_cache, fingerprint):
         return
     _check_shard(shard, config.shards)
     if distributed.world_size() > 1:
         start_deepspeed()
-    path, student_path = resolve_model(teacher), resolve_model(student)
-    check_quantized_teacher(teacher, _model_config(path, teacher))
+    sources, student_path = teacher.sources, resolve_model(student)
+    paths = [resolve_model(source) for source in sources]
+    for source, path in zip(sources, paths, strict=True):
+        check_quantized_teacher(teacher, read_model_config(path, source))
 
-    # Divide the splits into shards, whose sizes follow from the tokenized data alone.
+    # Choose the samples of each teacher, and divide them into shards, whose sizes follow from the
+    # tokenized data alone.
     splits = [TokenizedSplit.open(run.data, name) for name in SPLITS]
-    vocab = VocabMap.from_alignment(align_model_vocabularies(teacher, path, student, student_path))
+    vocab = VocabMap.from_alignment(
+        align_teacher_vocabularies(list(zip(sources, paths, strict=True)), student, student_path)
+    )
     codec = build_codec(teacher.mode, config, vocab.size, usage.temperatures)
     if codec:
         codec.validate(int(vocab.allowed.sum()))
-    shards = _plan_shards(run, splits, config.shards, _token_layout(path, teacher, codec))
-    unfinished = distributed.broadcast_object(
-        [
-            cache_shard
-            for cache_shard in shards
-            if shard in (None, cache_shard.number)
-            and cache_shard.finished_manifest(fingerprint) is None
-        ]
-    )
+    caches = plan_caches(run, teacher, paths, splits, usage, model_fingerprints)
+    with distributed.raise_on_all_ranks("prepare the teacher cache"):
+        if distributed.rank() == 0:
+            prepare_caches(run, caches)
+    distributed.barrier()
+    shards = [_plan_shards(cache, splits, config.shards, codec) for cache in caches]
 
-    # Write the unfinished shards, and the step's manifest once all shards are finished.
-    info: dict[str, Any] = {"mode": "cached_hidden_states"}
-    if codec:
-        info = {"mode": codec.mode, "codec": vars(codec)}
-    if unfinished:
-        writer = CacheWriter(run, teacher, path, vocab, codec, config, seed, load)
-        info |= writer.write(splits, shards, unfinished, usage, fingerprint)
+    # Write the unfinished shards, one teacher at a time, and then the manifests.
+    mode = codec.mode if codec else "cached_hidden_states"
+    infos: list[dict[str, Any]] = []
+    for cache, own in zip(caches, shards, strict=True):
+        infos.append({"mode": mode, "codec": vars(codec)} if codec else {"mode": mode})
+        if unfinished := _unfinished_shards(cache, own, shard):
+            writer = CacheWriter(
+                cache.directory, cache.teacher, cache.model.path, vocab, codec, config, seed, load
+            )
+            every_shard = list(itertools.chain(*shards))
+            infos[-1] |= writer.write(splits, every_shard, unfinished, usage, cache.fingerprint)
+            writer.close()
     distributed.barrier()
     if distributed.rank() == 0:
-        required = [] if info["mode"] == "online" else shards
-        if all(cache_shard.finished_manifest(fingerprint) for cache_shard in required):
-            _finish_cache(run, required, codec, info, fingerprint)
+        if infos[0]["mode"] == "online":
+            write_manifest(run.teacher_cache, STEP, fingerprint, info=infos[0], files=[])
+        else:
+            for cache, own, info in zip(caches, shards, infos, strict=True):
+                _finish_cache(cache, own, codec, info)
+            _finish_step(run, caches, mode, fingerprint)
     distributed.barrier()
+
+
+def _unfinished_shards(
+    cache: PlannedCache, shards: list[CacheShard], number: int | None
+) -> list[CacheShard]:
+    """The shards that are missing, on all ranks those of rank 0. number: of the requested one."""
+    unfinished: list[CacheShard] = distributed.broadcast_object(
+        [
+            shard
+            for shard in shards
+            if number in (None, shard.number)
+            and not cache.is_finished
+            and shard.finished_manifest(cache.fingerprint) is None
+        ]
+    )
+    return unfinished
 
 
 def _check_shard(shard: int | None, count: int) -> None:
@@ -102,79 +132,97 @@ def _check_shard(shard: int | None, count: int) -> None:
         )
 
 
-def _model_config(path: str, teacher: TeacherConfig) -> Any:
-    return load_model_config(
-        path, trust_remote_code=teacher.trust_remote_code, revision=teacher.revision
-    )
-
-
-def _token_layout(path: str, teacher: TeacherConfig, codec: RecordCodec | None) -> tuple[int, str]:
-    """Width and dtype of one token's outputs."""
-    if codec:
-        return codec.bytes, "uint8"
-    # The width of the head's input; OPT projects before its head.
-    config = _model_config(path, teacher)
-    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
-    return int(width), resolve_dtype(teacher.dtype)
-
-
 def _plan_shards(
-    run: RunDirectory, splits: Sequence[TokenizedSplit], count: int, layout: tuple[int, str]
+    cache: PlannedCache, splits: Sequence[TokenizedSplit], count: int, codec: RecordCodec | None
 ) -> list[CacheShard]:
-    """All shards of all splits."""
-    run.teacher_cache.mkdir(parents=True, exist_ok=True)
+    """All shards of a teacher."""
+    width, dtype = _token_layout(cache, codec)
     return [
-        CacheShard.for_split(run.teacher_cache, split, number, count, *layout)
+        CacheShard.for_split(
+            cache.directory, split, cache.rows[split.name], number, count, width, dtype
+        )
         for split in splits
         for number in range(count)
     ]
 
 
+def _token_layout(cache: PlannedCache, codec: RecordCodec | None) -> tuple[int, str]:
+    """Width and dtype of one token's outputs."""
+    if codec:
+        return codec.bytes, "uint8"
+    # The width of the head's input; OPT projects before its head.
+    config = read_model_config(cache.model.path, cache.teacher)
+    width = getattr(config, "word_embed_proj_dim", None) or config.hidden_size
+    return int(width), resolve_dtype(cache.teacher.dtype)
+
+
 def _finish_cache(
-    run: RunDirectory,
-    shards: list[CacheShard],
-    codec: RecordCodec | None,
-    info: dict[str, Any],
-    fingerprint: str,
+    cache: PlannedCache, shards: list[CacheShard], codec: RecordCodec | None, info: dict[str, Any]
 ) -> None:
-    """Write the step's manifest, and remove shards of another division. info: its `mode`; the sizes
-    and the error of records are added.
+    """Write the manifest of a teacher's cache if its shards are finished, and remove shards of
+    another division. info: its `mode`; the sizes and the error of records are added.
     """
+    if cache.is_finished or not all(shard.finished_manifest(cache.fingerprint) for shard in shards):
+        return
     # Remove the shards of another division.
     current = {
         path.name
         for shard in shards
-        for path in (shard.path, shard.checksum_path, run.teacher_cache / shard.manifest_name)
+        for path in (shard.path, shard.checksum_path, cache.directory / shard.manifest_name)
     }
-    for path in run.teacher_cache.glob("*-of-*"):
+    for path in cache.directory.glob("*-of-*"):
         if path.name not in current:
             path.unlink()
 
     # Sum the sizes.
-    if shards:
-        tokens = int(sum(shard.offsets[-1] for shard in shards))
-        info |= {
-            "shards": shards[-1].count,
-            "width": shards[0].width,
-            "dtype": shards[0].dtype,
-            "tokens": tokens,
-            "bytes": sum(shard.bytes for shard in shards),
-        }
-        log.info(
-            "%s: %.3f GB, %d bytes for each of %d tokens",
-            STEP,
-            info["bytes"] / 1e9,
-            info["bytes"] // max(tokens, 1),
-            tokens,
-        )
+    tokens = int(sum(shard.offsets[-1] for shard in shards))
+    info |= {
+        "shards": shards[-1].count,
+        "width": shards[0].width,
+        "dtype": shards[0].dtype,
+        "tokens": tokens,
+        "bytes": sum(shard.bytes for shard in shards),
+    }
+    log.info(
+        "%s: %s: %.3f GB, %d bytes for each of %d tokens",
+        STEP,
+        cache.model.label,
+        info["bytes"] / 1e9,
+        info["bytes"] // max(tokens, 1),
+        tokens,
+    )
     if codec:
-        info["error"] = _mean_error(shards, codec, info["tokens"], fingerprint)
+        info["error"] = _mean_error(shards, codec, tokens, cache.fingerprint)
+    files = [*cache.directory.glob("*.rows.npy"), *(cache.directory / "head").glob("*")]
+    write_manifest(cache.directory, STEP, cache.fingerprint, info=info, files=sorted(files))
+
+
+def _finish_step(
+    run: RunDirectory, caches: Sequence[PlannedCache], mode: str, fingerprint: str
+) -> None:
+    """Write the step's manifest, which names the folder of each teacher, if all are finished."""
+    teachers = []
+    for cache in caches:
+        manifest = finished_manifest(cache.directory, cache.fingerprint)
+        if manifest is None:
+            return
+        teachers.append(
+            {
+                "model": cache.model.label,
+                "fields": cache.model.fields,
+                "folder": cache.directory.name,
+                "fingerprint": cache.fingerprint,
+                "samples": {split: len(rows) for split, rows in cache.rows.items()},
+                **{name: manifest.info[name] for name in ("tokens", "bytes")},
+            }
+        )
+    totals = {name: sum(entry[name] for entry in teachers) for name in ("tokens", "bytes")}
     write_manifest(
         run.teacher_cache,
         STEP,
         fingerprint,
-        info=info,
-        files=sorted((run.teacher_cache / "head").glob("*")),
+        info={"mode": mode, **totals, "teachers": teachers},
+        files=[cache.directory / MANIFEST for cache in caches],
     )
 
 

@@ -37,10 +37,10 @@ from pocl_ds.teachers.mode_selection import (
     measure_disk_rates,
     usable_bytes,
 )
+from pocl_ds.teachers.routed import free_memory
 from pocl_ds.teachers.teacher import OnlineTeacher
 from pocl_ds.workflow.files import atomic_directory, explain_disk_errors, save_array, write_json
 from pocl_ds.workflow.manifest import write_manifest
-from pocl_ds.workflow.run_dir import RunDirectory
 
 LOGIT_BYTES = 256 << 20  # of the logits that are encoded at once
 
@@ -50,7 +50,7 @@ class CacheWriter:
 
     def __init__(
         self,
-        run: RunDirectory,
+        directory: Path,
         teacher: TeacherConfig,
         path: str,
         vocab: VocabMap,
@@ -59,8 +59,8 @@ class CacheWriter:
         seed: int,
         load: ModelLoader,
     ) -> None:
-        """path: of the teacher. codec: None caches hidden states. seed: of random records. load:
-        see `build_trainer`.
+        """directory: of the teacher's cache. path: of the teacher. codec: None caches hidden
+        states. seed: of random records. load: see `build_trainer`.
         """
         # Load the teacher, in shards if ZeRO-3 is configured.
         teacher_ds_config = ds_config.resolve_teacher(
@@ -76,7 +76,7 @@ class CacheWriter:
             model = load(path, teacher, None)
         self.teacher = OnlineTeacher(model, teacher_ds_config, vocab)
         self.packed = supports_packing(model)
-        self.run, self.mode, self.config = run, teacher.mode, config
+        self.directory, self.path, self.mode, self.config = directory, path, teacher.mode, config
         self.codec, self.seed = codec, seed
         self.dtype = teacher_dtype(teacher)
 
@@ -91,11 +91,13 @@ class CacheWriter:
         """Write the unfinished shards and the head, after a check that the teacher does not depend
         on the batch. With teacher.mode=auto select a mode first. Returns both for the manifest.
         Raises ResourceError if the cache exceeds max_disk_gb.
+
+        shards: of all teachers.
         """
         # Check the teacher, select a mode, and check the size of the cache.
         selection: dict[str, Any] = {"batch_invariance": self._check_teacher(splits[0])}
         if self.mode == "auto":
-            path = self.run.teacher_cache / f"mode-{fingerprint[:16]}.json"
+            path = self.directory / f"mode-{fingerprint[:16]}.json"
             selection |= self._select_mode(splits, shards, usage, path)
             if selection["mode"] == "online":
                 return selection
@@ -118,6 +120,12 @@ class CacheWriter:
                 self._write_shard(shard, splits_by_name[shard.split], fingerprint, progress)
         return selection
 
+    def close(self) -> None:
+        """Free the teacher. The writer cannot be used any more."""
+        self.teacher.close()
+        del self.teacher
+        free_memory()
+
     def _check_teacher(self, split: TokenizedSplit) -> dict[str, Any]:
         """Check on a few samples of a split that the teacher does not depend on the batch."""
         lengths = np.asarray(split.total_tokens, np.int64)
@@ -131,7 +139,7 @@ class CacheWriter:
         def batch_of(batch_rows: Sequence[int]) -> Batch:
             return collate(split, batch_rows, packed=self.packed).to(distributed.device())
 
-        label = f"{STEP}: the teacher"
+        label = f"{STEP}: the teacher {self.path}"
         return check_teacher(label, self.teacher, split, rows, batch_of, dtype=self.dtype)
 
     def _select_mode(
@@ -146,7 +154,7 @@ class CacheWriter:
         """
         # Time a forward pass over one micro-batch per rank; the first one warms up.
         split = splits[0]
-        lengths, rank_batches = self._assign_rows(split, range(len(split)))
+        lengths, rank_batches = self._assign_rows(split, np.arange(len(split)))
         own_rows = rank_batches[distributed.rank()][0]
         batch = collate(split, own_rows, packed=self.packed).to(distributed.device())
         seconds = 0.0
@@ -160,13 +168,13 @@ class CacheWriter:
 
         def measure_costs() -> ModeCosts:
             cache_bytes = sum(shard.bytes for shard in shards)
-            write_rate, read_rate = measure_disk_rates(self.run.teacher_cache, cache_bytes)
+            write_rate, read_rate = measure_disk_rates(self.directory, cache_bytes)
             return ModeCosts(
                 tokens=sum(int(split.total_tokens.sum()) for split in splits),
                 visits_per_sample=usage.visits_per_sample,
                 forward_tokens_per_second=tokens / seconds,
                 cache_bytes=cache_bytes,
-                usable_bytes=usable_bytes(self.run.teacher_cache, self.config.max_disk_gb),
+                usable_bytes=usable_bytes(self.directory, self.config.max_disk_gb),
                 write_bytes_per_second=write_rate,
                 read_bytes_per_second=read_rate,
             )
@@ -187,7 +195,7 @@ class CacheWriter:
                 state = {"weight": head.weight.detach().to("cpu", copy=True)}
                 if head.bias is not None:
                     state["bias"] = head.bias.detach().to("cpu", copy=True)
-                with atomic_directory(self.run.teacher_cache / "head") as folder:
+                with atomic_directory(self.directory / "head") as folder:
                     save_torch_state_dict(state, folder, metadata={"format": "pt"})
                     settings = {"scale": head.scale, "soft_cap": head.soft_cap}
                     write_json(folder / "head.json", settings)
@@ -206,7 +214,7 @@ class CacheWriter:
                         if other.finished_manifest(fingerprint) is None
                     )
                     raise ResourceError(
-                        f"{error}; the unfinished shards need {missing / 1e9:.3f} GB"
+                        f"{error}; this teacher's unfinished shards need {missing / 1e9:.3f} GB"
                     ) from None
         distributed.barrier()
 
@@ -224,7 +232,7 @@ class CacheWriter:
             descriptor = os.open(shard.path, os.O_WRONLY)
             try:
                 for number, places in enumerate(rank_batches[distributed.rank()]):
-                    rows = places + shard.rows.start
+                    rows = shard.rows[places]
                     self._write_batch(shard, split, rows, descriptor, checksums, error)
                     progress.advance(
                         sum(len(micro_batches[number]) for micro_batches in rank_batches)
@@ -276,7 +284,7 @@ class CacheWriter:
             outputs = self._encode(self.codec, outputs, keys, error)
         parts = outputs.cpu().split(counts)
         for row, part in zip(batch.rows, parts, strict=True):
-            checksums[row - shard.rows.start] = shard.write(descriptor, row, part)
+            checksums[shard.place(row)] = shard.write(descriptor, row, part)
 
     def _encode(
         self,
@@ -299,10 +307,10 @@ class CacheWriter:
         return torch.cat(records)
 
     def _assign_rows(
-        self, split: TokenizedSplit, rows: range
+        self, split: TokenizedSplit, rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], list[list[NDArray[np.int64]]]]:
         """Lengths of some rows, and their micro-batches on each rank, as indices into `rows`."""
-        lengths = np.asarray(split.total_tokens[rows.start : rows.stop], np.int64)
+        lengths = np.asarray(split.total_tokens[rows], np.int64)
         rank_batches = assign_by_tokens(
             lengths,
             ranks=distributed.world_size(),

@@ -9,10 +9,13 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pocl_ds.errors import ResourceError
 from pocl_ds.workflow.files import explain_disk_errors, read_json, write_json
@@ -29,6 +32,10 @@ class TeacherUsage:
 
     visits_per_sample: float  # mean number of times that training sees a sample
     temperatures: tuple[float, ...] = (1.0,)  # those of all stages, and 1
+    # With teachers by stage: training rows of each stage, None for all samples; and whether a
+    # baseline visits all samples with the first teacher.
+    stage_rows: Sequence[NDArray[np.int64] | None] = ()
+    has_baseline: bool = False
 
 
 @dataclass(frozen=True)

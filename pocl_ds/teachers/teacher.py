@@ -93,6 +93,10 @@ class OnlineTeacher:
         with self.engine.gathered(parameters):
             yield self._head
 
+    def close(self) -> None:
+        """Release the model, so that it is freed with its last owner."""
+        self.engine.close()
+
 
 class TeacherEnsemble:
     """Several online teachers that read the same tokens; the target is the mixture of their
@@ -158,6 +162,9 @@ class CachedTeacher:
     def head(self) -> Iterator[OutputHead | RecordCodec]:
         """See `Teacher`."""
         yield self._head
+
+    def close(self) -> None:
+        """Do nothing: the cache is closed with its last owner."""
 
 
 def verify_damage(damage: str | None) -> None:

@@ -38,7 +38,7 @@ from pocl_ds.models.vocab import VocabMap
 from pocl_ds.rollouts.policies import POLICIES
 from pocl_ds.rollouts.rollout import RolloutWorker
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.routed import StageTeachers
+from pocl_ds.teachers.routed import DomainTeachers, StageTeachers
 from pocl_ds.training.checkpoint import Checkpoints
 from pocl_ds.training.compilation import compile_layers
 from pocl_ds.training.data import TrainingData
@@ -58,7 +58,6 @@ from pocl_ds.training.teachers_of_run import (
     models_for_layout,
     quantized_teachers,
     teacher_is_sharded,
-    teacher_of_rows,
 )
 from pocl_ds.training.trainer import Trainer
 from pocl_ds.training.training_run import TrainingRun
@@ -129,11 +128,19 @@ def build_trainer(
         if isinstance(teacher, StageTeachers):
             teacher.on_load.append(lambda loaded, _: log_kernel(loaded.model, distributed.device()))
     data = _training_data(training, splits, layout)
-    data.teacher_of_row = teacher_of_rows(run, training)
+    if isinstance(teacher, DomainTeachers):
+        data.teacher_of_row = teacher.model_of_row
     data.teacher_reader = build_teacher_reader(run, training, teacher, teacher_models, vocab)
     rescoring = training.rescoring
     first_ranked_stage = rescoring.from_stage - 1 if rescoring else math.inf
-    schedule = TrainingSchedule(training.plan, sampler, training.train, first_ranked_stage)
+    # Batches with cached outputs are made while the teacher of their stage is open.
+    schedule = TrainingSchedule(
+        training.plan,
+        sampler,
+        training.train,
+        first_ranked_stage,
+        prepares_next_stage=not (isinstance(teacher, StageTeachers) and training.teacher_cache),
+    )
     training_models = TrainingModels(engine, teacher)
     monitor = TrainingMonitor(training.directory, training.label, training.train)
     stage_ranking = None

@@ -35,9 +35,6 @@ def check_models(
     training, rows = training.with_resolved_dtypes(), _choose_rows(training, data)
     info = {"student": _check_student(training, models, data, rows)}
     teacher = models.teacher
-    teachers: Sequence[Any] = (
-        teacher.teachers if isinstance(teacher, (TeacherEnsemble, DomainTeachers)) else [teacher]
-    )
 
     def batch_of(batch_rows: Sequence[int]) -> Batch:
         return data.batch(data.train, np.array(batch_rows, np.int64))
@@ -49,10 +46,12 @@ def check_models(
 
     if isinstance(teacher, StageTeachers):
         teacher.on_load.append(check)
-    paths: Sequence[str] = training.teacher_paths
-    if isinstance(teacher, DomainTeachers):
-        paths = [model.path for model in teacher.models]
-    for member, path in zip(teachers, paths, strict=False):
+    members: Sequence[tuple[Any, str]] = [(teacher, path) for path in training.teacher_paths[:1]]
+    if isinstance(teacher, TeacherEnsemble):
+        members = list(zip(teacher.teachers, training.teacher_paths, strict=True))
+    elif isinstance(teacher, DomainTeachers):
+        members = [(own, teacher.models[place].path) for place, own in teacher.teachers.items()]
+    for member, path in members:
         if isinstance(member, OnlineTeacher):
             check(member, path)
     return info

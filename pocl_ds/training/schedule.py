@@ -25,6 +25,8 @@ class TrainingSchedule:
     train: TrainConfig
     # Before this stage and each later one, from 0, the student ranks the samples anew.
     first_ranked_stage: float = math.inf
+    # Whether batches may be made before their stage begins.
+    prepares_next_stage: bool = True
 
     @property
     def seed(self) -> int:
@@ -50,12 +52,12 @@ class TrainingSchedule:
 
     def known_until(self, position: SamplerPosition) -> int:
         """The step before which all batches are known at a step: the first step of the next stage
-        that the student ranks, or the end of the plan.
+        that the student ranks, or whose batches must wait for it, or the end of the plan.
         """
         step = position.step - position.step_in_stage
         for stage in self.plan.stages[position.stage :]:
             step += stage.steps
-            if stage.index + 1 >= self.first_ranked_stage:
+            if stage.index + 1 >= self.first_ranked_stage or not self.prepares_next_stage:
                 break
         return step
 

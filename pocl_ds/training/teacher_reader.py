@@ -15,6 +15,7 @@ from pocl_ds.errors import ArtifactError
 from pocl_ds.models.heads import supports_packing
 from pocl_ds.models.load import load_tokenizer, max_positions
 from pocl_ds.models.vocab import VocabMap
+from pocl_ds.teachers.routed import DomainTeachers, StageTeachers
 from pocl_ds.teachers.teacher import CachedTeacher
 from pocl_ds.training.data import TeacherReader
 from pocl_ds.training.models import AnyTeacher
@@ -35,7 +36,8 @@ def build_teacher_reader(
     """
     if training.cross_tokenizer:
         return _retokenizer(run, training, models[0])
-    if isinstance(teacher, CachedTeacher):
+    if training.teacher_cache:
+        assert isinstance(teacher, (CachedTeacher, StageTeachers, DomainTeachers))
         return teacher.read
     if training.teacher_has_own_prompts and models:
         packed = supports_packing(models[0])

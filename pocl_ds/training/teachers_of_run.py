@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pocl_ds.config import EnsembleTeacherConfig, ModelSource, TeacherConfig, ds_config
-from pocl_ds.data.split_sources import read_split_domains
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.engines.deepspeed_engine import sharded_loading
-from pocl_ds.errors import ArtifactError
 from pocl_ds.models.load import embedding_rows, empty_model
 from pocl_ds.models.quantization import bytes_per_weight
 from pocl_ds.models.recipe_model import ModelLoader, read_model_config, zero_sizes
 from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies, separate_vocabularies
 from pocl_ds.runtime import distributed
-from pocl_ds.teachers.cache import TeacherCache
-from pocl_ds.teachers.routed import DomainTeachers, RoutedModel, StageTeachers
+from pocl_ds.teachers.cache_plan import open_cache
+from pocl_ds.teachers.routed import (
+    DomainTeachers,
+    RoutedModel,
+    StageTeachers,
+    distinct_models,
+    models_of_rows,
+    models_of_stages,
+)
 from pocl_ds.teachers.teacher import CachedTeacher, OnlineTeacher, TeacherEnsemble
 from pocl_ds.training.compilation import compile_layers
 from pocl_ds.training.models import AnyTeacher, NoTeacher
@@ -39,21 +44,31 @@ class TeacherLoader:
     vocab: VocabMap
     load: ModelLoader
 
-    def __call__(self, path: str) -> OnlineTeacher:
-        """Load the teacher in a folder, with the settings of the first one. All ranks call it
-        together.
-        """
+    def __call__(self, model: RoutedModel) -> OnlineTeacher:
+        """Load a teacher, with the settings of the first one. All ranks call it together."""
         training, config = self.training, self.training.teacher
         assert config is not None
-        source = config.sources[training.teacher_paths.index(path)]
-        source_config = config.model_copy(
-            update={"revision": source.revision, "trust_remote_code": source.trust_remote_code}
-        )
-        settings = teacher_ds_config(training, path, source)
+        source = config.named_sources[model.fields[0]]
+        settings = teacher_ds_config(training, model.path, source)
         with sharded_loading(settings):
-            model = self.load(path, source_config, None)
-            compile_layers(model, training.train)
-            return OnlineTeacher(model, settings, self.vocab, split=training.loss.fused)
+            loaded = self.load(model.path, config.of_source(source), None)
+            compile_layers(loaded, training.train)
+            return OnlineTeacher(loaded, settings, self.vocab, split=training.loss.fused)
+
+
+@dataclass(frozen=True)
+class CacheOpener:
+    """Opens the cached teachers of a training. splits: those whose outputs they hold."""
+
+    directory: Path
+    fingerprint: str
+    splits: list[TokenizedSplit]
+
+    def __call__(self, model: RoutedModel) -> CachedTeacher:
+        """Open the cache of a teacher, and load its head."""
+        return CachedTeacher(
+            open_cache(self.directory, self.fingerprint, model.fields[0], self.splits)
+        )
 
 
 def align_vocabularies(training: TrainingRun) -> VocabMap:
@@ -129,86 +144,63 @@ def build_teacher(
     config = training.teacher
     if config is None:
         return NoTeacher()
+    load_online = TeacherLoader(training, vocab, load)
+    load_teacher: TeacherLoader | CacheOpener = load_online
     if training.teacher_cache:
-        cache = TeacherCache(run.teacher_cache, cached_splits, fingerprint=training.teacher_cache)
-        return CachedTeacher(cache)
-    load_teacher = TeacherLoader(training, vocab, load)
+        load_teacher = CacheOpener(run.teacher_cache, training.teacher_cache, cached_splits)
+    models = distinct_models(config, training.teacher_paths)
     if config.by_stage:
-        return _stage_teachers(training, load_teacher)
+        return _stage_teachers(models, len(training.plan.stages), load_teacher)
     if config.by_domain:
-        models = _distinct_models(training)
-        teachers = tuple(load_teacher(model.path) for model in models)
-        log.info("teachers by domain: %s", ", ".join(model.path for model in models))
-        return DomainTeachers(models, teachers)
-    teachers = tuple(load_teacher(path) for path in training.teacher_paths)
-    if len(teachers) == 1:
-        return teachers[0]
-    sources: tuple[TeacherConfig | EnsembleTeacherConfig, ...] = (config, *config.ensemble)
-    ensemble = TeacherEnsemble(teachers, [source.weight for source in sources])
-    members = zip(ensemble.weights, training.teacher_paths, strict=True)
-    log.info("teacher ensemble: %s", ", ".join(f"{weight:.2f} {path}" for weight, path in members))
+        return _domain_teachers(run, models, load_teacher)
+    if not config.ensemble:
+        return load_teacher(models[0])
+    sources = zip(config.named_sources.items(), training.teacher_paths, strict=True)
+    teachers = [
+        load_online(RoutedModel(source.label, path, (name,))) for (name, source), path in sources
+    ]
+    members: tuple[TeacherConfig | EnsembleTeacherConfig, ...] = (config, *config.ensemble)
+    ensemble = TeacherEnsemble(teachers, [source.weight for source in members])
+    weights = zip(ensemble.weights, training.teacher_paths, strict=True)
+    log.info("teacher ensemble: %s", ", ".join(f"{weight:.2f} {path}" for weight, path in weights))
     return ensemble
 
 
-def _stage_teachers(training: TrainingRun, load_teacher: TeacherLoader) -> StageTeachers:
-    config, models = training.teacher, _distinct_models(training)
-    assert config is not None
-    path_of_field = dict(zip(config.named_sources, training.teacher_paths, strict=True))
-    places = {model.path: place for place, model in enumerate(models)}
-    stages = range(1, len(training.plan.stages) + 1)
-    model_of_stage = [
-        places[path_of_field.get(f"teacher.by_stage.{stage}", training.teacher_paths[0])]
-        for stage in stages
-    ]
+def _stage_teachers(
+    models: Sequence[RoutedModel], stages: int, load_teacher: TeacherLoader | CacheOpener
+) -> StageTeachers:
+    model_of_stage = models_of_stages(models, stages)
     listed = ", ".join(
-        f"{stage} {models[place].path}" for stage, place in zip(stages, model_of_stage)
+        f"{stage} {models[place].path}" for stage, place in enumerate(model_of_stage, start=1)
     )
     log.info("teachers by stage: %s", listed)
     return StageTeachers(models, model_of_stage, load_teacher)
 
 
-def _distinct_models(training: TrainingRun) -> tuple[RoutedModel, ...]:
-    """The different teachers, the first one first. Those of one folder are one."""
-    assert training.teacher is not None
-    labels: dict[str, str] = {}
-    for path, source in zip(training.teacher_paths, training.teacher.sources, strict=True):
-        labels.setdefault(path, source.label)
-    return tuple(RoutedModel(label, path) for path, label in labels.items())
-
-
-def teacher_of_rows(
-    run: RunDirectory, training: TrainingRun
-) -> Mapping[str, NDArray[np.int64]] | None:
-    """The teacher of each training and validation sample, as its place among those of
-    `DomainTeachers`: split -> [samples]. None unless domains have their own.
-
-    Raises ArtifactError if the data has no domains.
+def _domain_teachers(
+    run: RunDirectory, models: tuple[RoutedModel, ...], load_teacher: TeacherLoader | CacheOpener
+) -> DomainTeachers:
+    """All teachers, without cached ones that no sample has. Raises ArtifactError if the data has no
+    domains.
     """
-    config = training.teacher
-    if config is None or not config.by_domain:
-        return None
-    places = {model.path: place for place, model in enumerate(_distinct_models(training))}
-    path_of_field = dict(zip(config.named_sources, training.teacher_paths, strict=True))
-    rows = {}
-    for split in ("train", "validation"):
-        domains = read_split_domains(run.data, split)
-        if domains is None:
-            raise ArtifactError(
-                f"{run.data} has no domains, which teacher.by_domain needs: run `pocl preprocess`"
-            )
-        place_of_domain = [
-            places[path_of_field.get(f"teacher.by_domain.{name}", training.teacher_paths[0])]
-            for name in domains.names
-        ]
-        rows[split] = np.array(place_of_domain, np.int64)[domains.numbers]
-    return rows
+    model_of_row = models_of_rows(models, run.data)
+    used = set(np.unique(np.concatenate(list(model_of_row.values()))).tolist())
+    teachers = {
+        number: load_teacher(model)
+        for number, model in enumerate(models)
+        if number in used or isinstance(load_teacher, TeacherLoader)
+    }
+    log.info("teachers by domain: %s", ", ".join(models[number].path for number in teachers))
+    return DomainTeachers(models, teachers, model_of_row)
 
 
 def loaded_models(teacher: AnyTeacher) -> list[Any]:
     """The models of online teachers that are loaded."""
-    teachers: Sequence[Any] = (
-        teacher.teachers if isinstance(teacher, (TeacherEnsemble, DomainTeachers)) else [teacher]
-    )
+    teachers: Sequence[Any] = [teacher]
+    if isinstance(teacher, TeacherEnsemble):
+        teachers = teacher.teachers
+    elif isinstance(teacher, DomainTeachers):
+        teachers = list(teacher.teachers.values())
     return [member.model for member in teachers if isinstance(member, OnlineTeacher)]
 
 

@@ -22,7 +22,7 @@ def finished_steps(run: RunDirectory, recipe: Recipe) -> dict[str, bool]:
             )
             continue
         upstream = not step.describes_training or all(
-            finished[name] for name in step.dependencies if STEP[name].enabled(recipe)
+            finished[name] for name in step.dependencies_of(recipe) if STEP[name].enabled(recipe)
         )
         finished[step.name] = (
             upstream and finished_manifest(step.directory(run), expected[step.name]) is not None

@@ -15,11 +15,11 @@ from pocl_ds.workflow.files import read_json
 STEP_FOLDERS = {
     "preprocess": "data",
     "init-student": "models",
-    "cache-teacher": "teacher_cache",
     "generate-teacher": "teacher_responses",
     "score": "scores",
     "rank": "ranking",
     "plan": "plan",
+    "cache-teacher": "teacher_cache",
     "train": "train",
     "baseline": "baseline",
     "evaluate": "evaluation",
@@ -66,7 +66,7 @@ class RunDirectory:
 
     @property
     def teacher_cache(self) -> Path:
-        """The teacher's cached outputs, by split and shard, and its head."""
+        """A folder for each teacher: its cached outputs, by split and shard, and its head."""
         return self.path / "teacher_cache"
 
     @property

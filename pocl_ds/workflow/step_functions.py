@@ -15,7 +15,6 @@ from pocl_ds.workflow.step_inputs import (
     caches_teacher,
     engine_needs_own_process,
     evaluated_models,
-    teacher_temperatures,
 )
 
 if TYPE_CHECKING:
@@ -101,16 +100,18 @@ def run_init_student(
 def run_cache_teacher(
     recipe: Recipe, run: RunDirectory, fingerprint: str, request: StepRequest
 ) -> None:
-    """Cache the teacher's outputs. Raises RecipeError for an online teacher."""
-    from pocl_ds.curriculum.plan import mean_sample_visits
+    """Cache the teachers' outputs. Raises RecipeError for an online teacher, ArtifactError if the
+    plan is needed and missing.
+    """
     from pocl_ds.models.load import resolve_model
     from pocl_ds.teachers.cache_step import cache_teacher
-    from pocl_ds.teachers.mode_selection import TeacherUsage
+    from pocl_ds.workflow.steps import cached_model_fingerprints
+    from pocl_ds.workflow.teacher_usage import teacher_usage
 
     if recipe.teacher and recipe.teacher.mode == "auto" and recipe.teacher.routes_field:
         raise RecipeError(
             f"recipe field teacher.mode=auto is online with {recipe.teacher.routes_field}: there "
-            "is nothing to cache"
+            "is nothing to cache; set it to cached_hidden_states for a cache"
         )
     if recipe.teacher is None or not caches_teacher(recipe):
         raise RecipeError(
@@ -120,20 +121,15 @@ def run_cache_teacher(
     student, teacher = _checked_models(recipe, run)
     assert teacher is not None
     _check_tokenizer(recipe, run, resolve_model(student), student)
-    # The baseline visits the samples as often as the curriculum does.
-    curriculum = recipe.curriculum
-    trainings = 2 if recipe.baseline.enabled else 1
-    sample_visits = trainings * mean_sample_visits(
-        curriculum.num_subsets, curriculum.epochs_per_stage, curriculum.scheduler
-    )
     cache_teacher(
         run,
         teacher=teacher,
         student=student,
         config=recipe.teacher_cache,
-        usage=TeacherUsage(sample_visits, teacher_temperatures(recipe)),
+        usage=teacher_usage(recipe, run),
         seed=recipe.seed,
         fingerprint=fingerprint,
+        model_fingerprints=cached_model_fingerprints(recipe),
         shard=request.shard_index,
     )
 

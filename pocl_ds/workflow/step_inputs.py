@@ -79,8 +79,45 @@ def init_student_inputs(recipe: Recipe) -> list[Any]:
 
 
 def cache_teacher_inputs(recipe: Recipe) -> list[Any]:
-    """The teacher, and how records are made of its logits."""
-    return [teacher_inputs(recipe), record_inputs(recipe)]
+    """The teachers, how records are made of their logits, and which samples each one has. With
+    teachers by stage that follows from the plan, which is a dependency, and from the baseline.
+    """
+    teacher = recipe.teacher
+    stages = None
+    if teacher and teacher.by_stage:
+        stages = [recipe.curriculum.num_subsets, planned_stages(recipe), recipe.baseline.enabled]
+    return [teacher_inputs(recipe), record_inputs(recipe), stages]
+
+
+def cached_model_inputs(recipe: Recipe) -> dict[str, list[Any]]:
+    """What the outputs of each teacher depend on besides the data, by the field of its model: a
+    change of one teacher leaves the outputs of the others as they are.
+    """
+    from pocl_ds.config import semantic_fields
+    from pocl_ds.workflow import input_digests
+
+    teacher = recipe.teacher
+    assert teacher is not None
+    return {
+        name: [
+            semantic_fields(teacher.of_source(source)),
+            _named(input_digests.model_files(source)),
+            record_inputs(recipe),
+        ]
+        for name, source in teacher.named_sources.items()
+    }
+
+
+def planned_stages(recipe: Recipe) -> int:
+    """How many stages have the samples of the plan, until the student ranks them anew."""
+    rescoring = recipe.curriculum.rescoring
+    return rescoring.from_stage - 1 if rescoring else recipe.curriculum.num_subsets
+
+
+def cache_teacher_dependencies(recipe: Recipe) -> tuple[str, ...]:
+    """The plan, if it decides which teacher has which samples."""
+    by_stage = caches_teacher(recipe) and recipe.teacher and recipe.teacher.by_stage
+    return ("plan",) if by_stage and planned_stages(recipe) else ()
 
 
 def generate_teacher_inputs(recipe: Recipe) -> list[Any]:

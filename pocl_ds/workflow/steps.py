@@ -29,6 +29,10 @@ def _never(_recipe: Recipe) -> bool:
     return False
 
 
+def _none(_recipe: Recipe) -> tuple[str, ...]:
+    return ()
+
+
 def _one_gpu(_recipe: Recipe) -> int:
     return 1
 
@@ -79,6 +83,8 @@ class Step:
     inputs: Callable[[Recipe], Any]  # plain values of the recipe that its result depends on
     job: JobShape
     dependencies: tuple[str, ...] = ()  # steps whose results enter its fingerprint
+    # Those that are further dependencies with some recipes.
+    further_dependencies: Callable[[Recipe], tuple[str, ...]] = _none
     # Steps that run before it and do not change its result, so that they stay out of its
     # fingerprint.
     waits_for: tuple[str, ...] = ()
@@ -98,6 +104,10 @@ class Step:
     def directory(self, run: RunDirectory) -> Path:
         """Where its result is written."""
         return run.step_directory(self.name)
+
+    def dependencies_of(self, recipe: Recipe) -> tuple[str, ...]:
+        """All steps whose results enter its fingerprint."""
+        return (*self.dependencies, *self.further_dependencies(recipe))
 
 
 def _shards(count: int) -> Arguments:
@@ -146,22 +156,6 @@ STEPS: tuple[Step, ...] = (
         out_of_memory_hint=TRAINING_HINT,
     ),
     Step(
-        "cache-teacher",
-        summary="Run the teacher once over the training set and cache its outputs.",
-        example="pocl cache-teacher --run-dir runs/x --shard 0/4",
-        run=step_functions.run_cache_teacher,
-        inputs=step_inputs.cache_teacher_inputs,
-        job=JobShape("cache-teacher", array=lambda recipe: _shards(recipe.teacher_cache.shards)),
-        dependencies=("preprocess",),
-        enabled=step_inputs.caches_teacher,
-        needs_ranks=_always,
-        options=("shard",),
-        shards_field="teacher_cache.shards",
-        expensive=True,
-        out_of_memory_hint="lower teacher_cache.max_batch_tokens, or shard the teacher with "
-        "teacher.ds_config",
-    ),
-    Step(
         "generate-teacher",
         summary="Generate the teacher's response to every training prompt (SeqKD, mixtures).",
         example="pocl generate-teacher --run-dir runs/x",
@@ -206,6 +200,23 @@ STEPS: tuple[Step, ...] = (
         inputs=step_inputs.plan_inputs,
         job=JobShape("plan", gpus=_no_gpu),
         dependencies=("rank",),
+    ),
+    Step(
+        "cache-teacher",
+        summary="Run the teacher once over the training set and cache its outputs.",
+        example="pocl cache-teacher --run-dir runs/x --shard 0/4",
+        run=step_functions.run_cache_teacher,
+        inputs=step_inputs.cache_teacher_inputs,
+        job=JobShape("cache-teacher", array=lambda recipe: _shards(recipe.teacher_cache.shards)),
+        dependencies=("preprocess",),
+        further_dependencies=step_inputs.cache_teacher_dependencies,
+        enabled=step_inputs.caches_teacher,
+        needs_ranks=_always,
+        options=("shard",),
+        shards_field="teacher_cache.shards",
+        expensive=True,
+        out_of_memory_hint="lower teacher_cache.max_batch_tokens, or shard the teacher with "
+        "teacher.ds_config",
     ),
     Step(
         "train",
@@ -298,6 +309,19 @@ def fingerprints(recipe: Recipe) -> dict[str, str]:
 
     digests: dict[str, str] = {}
     for step in STEPS:
-        upstream = [digests[name] for name in step.dependencies if STEP[name].enabled(recipe)]
+        upstream = [
+            digests[name] for name in step.dependencies_of(recipe) if STEP[name].enabled(recipe)
+        ]
         digests[step.name] = fingerprint([step.name, step.inputs(recipe), upstream])
     return digests
+
+
+def cached_model_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """The fingerprint of each teacher's outputs of any sample, by the field of its model."""
+    from pocl_ds.workflow.manifest import fingerprint
+
+    data = fingerprints(recipe)["preprocess"]
+    return {
+        name: fingerprint([data, inputs])
+        for name, inputs in step_inputs.cached_model_inputs(recipe).items()
+    }

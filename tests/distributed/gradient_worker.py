@@ -105,7 +105,8 @@ def trainer_gradients(case: dict[str, Any], folder: Path) -> dict[str, torch.Ten
     if case.get("ensemble"):
         teacher = TeacherEnsemble(teachers, WEIGHTS)
     elif case.get("by_domain"):
-        teacher = DomainTeachers(tuple(RoutedModel("", "") for _ in teachers), tuple(teachers))
+        models = tuple(RoutedModel("", "") for _ in teachers)
+        teacher = DomainTeachers(models, dict(enumerate(teachers)), {"train": TEACHER_OF_ROW})
     with sharded_loading(config):
         model = load_model(case["student"], attention=PER_SAMPLE, dropout=0.0)
     if case["checkpointing"]:

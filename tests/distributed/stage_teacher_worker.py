@@ -47,9 +47,9 @@ def main(first: str, second: str, student_path: str, out: Path) -> None:
     )
     config = ds_config.resolve_student("student_zero3", train=train, dtype="float32", ranks=ranks)
 
-    def load(path: str) -> OnlineTeacher:
+    def load(routed: RoutedModel) -> OnlineTeacher:
         with sharded_loading(frozen):
-            model = load_model(path, attention=PER_SAMPLE, dropout=0.0)
+            model = load_model(routed.path, attention=PER_SAMPLE, dropout=0.0)
             return OnlineTeacher(model, frozen, ids)
 
     with sharded_loading(config):

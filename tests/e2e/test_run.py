@@ -191,9 +191,11 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
         and "Traceback" not in missing.stderr
     )
     pocl("cache-teacher", *words)
-    before = {path.name: path.stat().st_mtime_ns for path in (run / "teacher_cache").glob("*.bin")}
+    before = {
+        path.name: path.stat().st_mtime_ns for path in (run / "teacher_cache").glob("*/*.bin")
+    }
     for name in ("manifest.json", "train-00001-of-00003.bin"):
-        (run / "teacher_cache" / name).unlink()
+        next((run / "teacher_cache").glob(f"*/{name}")).unlink()
     pocl(
         "cache-teacher",
         "--run-dir",
@@ -202,7 +204,7 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
         "--shard",
         "1/3",
     )
-    after = {path.name: path.stat().st_mtime_ns for path in (run / "teacher_cache").glob("*.bin")}
+    after = {path.name: path.stat().st_mtime_ns for path in (run / "teacher_cache").glob("*/*.bin")}
     assert {name for name in before if before[name] != after[name]} == {"train-00001-of-00003.bin"}
     shutil.move(run / "teacher_cache", tmp_path / "teacher_cache")
     shutil.copytree(tmp_path / "teacher_cache", run / "teacher_cache")
@@ -224,7 +226,7 @@ def test_a_cached_teacher_gives_the_same_training(without_dropout: Path, tmp_pat
     )
 
     damaged = untrained_copy(run, tmp_path / "damaged")
-    path = damaged / "teacher_cache" / "train-00002-of-00003.bin"
+    path = next((damaged / "teacher_cache").glob("*/train-00002-of-00003.bin"))
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     process = pocl("train", "--run-dir", str(damaged), check=False)
     assert (
@@ -257,7 +259,8 @@ def test_a_teacher_cached_as_records(
     run = untrained_copy(without_dropout, tmp_path / "run")
     words = ("--run-dir", str(run), f"teacher.mode={mode}", f"teacher_cache.{size}")
     log = pocl("cache-teacher", *words).stderr
-    info = json.loads((run / "teacher_cache" / "manifest.json").read_text())["info"]
+    (manifest,) = (run / "teacher_cache").glob("*/manifest.json")
+    info = json.loads(manifest.read_text())["info"]
     assert info["mode"] == mode and sentence in log
     assert [error["temperature"] for error in info["error"]] == [1.0, 2.0]
     assert 0 < info["error"][0][name] < info["error"][1][name] < 1

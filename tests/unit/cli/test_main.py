@@ -109,10 +109,10 @@ def test_a_dry_run_shows_what_would_run_and_does_nothing(
     assert [" ".join(line.split()) for line in steps.splitlines()] == [
         "preprocess would run",
         "init-student would run",
-        "cache-teacher would run on 2 ranks",
         "score would run",
         "rank would run",
         "plan would run",
+        "cache-teacher would run on 2 ranks",
         "train would run on 2 ranks",
     ]
     assert capsys.readouterr().out.endswith(

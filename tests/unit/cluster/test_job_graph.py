@@ -92,6 +92,12 @@ def test_the_teacher_is_cached_while_samples_are_scored() -> None:
     )
 
 
+def test_teachers_of_stages_are_cached_once_the_stages_are_known() -> None:
+    teacher = {"model": "t", "mode": "cached_hidden_states", "by_stage": {2: {"model": "u"}}}
+    graph = jobs(recipe(teacher=teacher))
+    assert graph["cache-teacher"].after == ("plan",) and graph["train"].after == ("cache-teacher",)
+
+
 def test_a_random_ranking_needs_no_scores() -> None:
     graph = jobs(recipe(ranking={"strategy": "random"}))
     assert "score" not in graph and graph["plan"].after == ("init-student",)

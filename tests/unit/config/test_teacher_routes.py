@@ -11,6 +11,7 @@ from pocl_ds.config.recipe_file import check_recipe, dump_recipe, override_recip
 from pocl_ds.config.yaml_io import parse_yaml
 from pocl_ds.errors import RecipeError
 from pocl_ds.workflow.step_inputs import caches_teacher, teacher_inputs
+from pocl_ds.workflow.steps import STEP, cached_model_fingerprints, fingerprints
 
 OTHER = {"model": "org/other"}
 MIXTURE = [{"source": "a.jsonl", "name": "math"}, {"source": "b.jsonl", "name": "chat"}]
@@ -68,6 +69,46 @@ def test_auto_is_online() -> None:
     assert not caches_teacher(make_recipe({"mode": "auto", "by_stage": {2: OTHER}}))
 
 
+@pytest.mark.parametrize("routes", [{"by_stage": {2: OTHER}}, {"by_domain": {"math": OTHER}}])
+@pytest.mark.parametrize("mode", ["cached_hidden_states", "cached_topk", "cached_sampled"])
+def test_cached_modes_are_allowed(routes: dict[str, Any], mode: str) -> None:
+    assert caches_teacher(make_recipe({"mode": mode, **routes}, loss={"name": "fkl"}))
+
+
+def test_a_changed_teacher_changes_its_own_outputs_alone() -> None:
+    routes = {2: OTHER, 3: {"model": "org/large"}}
+    before, after, baseline = (
+        cached_model_fingerprints(make_recipe({"mode": mode, "by_stage": by_stage}, **sections))
+        for mode, by_stage, sections in (
+            ("cached_hidden_states", routes, {}),
+            ("cached_hidden_states", {**routes, 3: {"model": "org/larger"}}, {}),
+            ("cached_hidden_states", routes, {"baseline": {"enabled": True}}),
+        )
+    )
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"teacher.by_stage.3"} and baseline == before
+
+
+def test_a_cache_by_stage_depends_on_the_plan() -> None:
+    step, cached = STEP["cache-teacher"], {"mode": "cached_hidden_states"}
+    by_stage = {**cached, "by_stage": {2: OTHER}}
+    assert step.dependencies_of(make_recipe(by_stage)) == ("preprocess", "plan")
+    for teacher in (cached, {**cached, "by_domain": {"math": OTHER}}, {"by_stage": {2: OTHER}}):
+        assert step.dependencies_of(make_recipe(teacher)) == ("preprocess",)
+    rescored = {"num_subsets": 3, "rescoring": {"from_stage": 2}}
+    assert "plan" in step.dependencies_of(make_recipe(by_stage, curriculum=rescored))
+    rescored["rescoring"] = {"from_stage": 1}
+    recipe = make_recipe(by_stage, curriculum=rescored, ranking={"strategy": "random"})
+    assert "plan" not in step.dependencies_of(recipe)
+
+    # The plan and the baseline decide who has which samples.
+    digests = [
+        fingerprints(make_recipe(by_stage, **sections))["cache-teacher"]
+        for sections in ({}, {"curriculum": {"num_subsets": 4}}, {"baseline": {"enabled": True}})
+    ]
+    assert len(set(digests)) == 3
+
+
 def test_sources_of_a_mixture_are_domains() -> None:
     make_recipe({"by_domain": {"math": OTHER}}, data={"sources": MIXTURE})
 
@@ -89,16 +130,6 @@ def test_sources_of_a_mixture_are_domains() -> None:
             {"by_domain": {"math": OTHER}},
             {"data": {"source": "train.jsonl"}},
             "needs the domain of each sample: name the field .* as data.fields.domain",
-        ),
-        (
-            {"by_domain": {"math": OTHER}, "mode": "cached_topk"},
-            {},
-            "by_domain needs the outputs of several teachers, which teacher.mode=cached_topk",
-        ),
-        (
-            {"by_stage": {2: OTHER}, "mode": "cached_hidden_states"},
-            {},
-            "by_stage needs the outputs of several teachers",
         ),
         ({"by_stage": {2: OTHER}}, {"loss": {"name": "uld"}}, "loss.name=uld does not use one"),
         (

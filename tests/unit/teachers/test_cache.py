@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pocl_ds.data.split_writer import save_split
 from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ArtifactError, ResourceError
-from pocl_ds.teachers.cache import STEP, CacheShard, TeacherCache
+from pocl_ds.teachers.cache import STEP, CacheShard, TeacherCache, write_rows
 from pocl_ds.workflow.manifest import write_manifest
 
 FINGERPRINT = "f" * 64
@@ -31,16 +32,25 @@ def write_split(folder: Path, sizes: list[tuple[int, int]]) -> TokenizedSplit:
 
 
 def write_cache(
-    folder: Path, split: TokenizedSplit, shards: int, dtype: str, width: int = 5
+    folder: Path,
+    split: TokenizedSplit,
+    shards: int,
+    dtype: str,
+    width: int = 5,
+    cached: NDArray[np.int64] | None = None,
 ) -> list[torch.Tensor]:
-    """Write random states of every row, in descending order of rows, as ranks may do."""
+    """Write random states of every row, or of those in `cached`, in descending order of rows, as
+    ranks may do.
+    """
     source = torch.Generator().manual_seed(3)
     states = [
         torch.randn(int(count), width, generator=source).to(getattr(torch, dtype))
         for count in split.loss_tokens
     ]
+    cached = np.arange(len(split)) if cached is None else cached
+    write_rows(folder, "train", cached)
     for number in range(shards):
-        shard = CacheShard.for_split(folder, split, number, shards, width, dtype)
+        shard = CacheShard.for_split(folder, split, cached, number, shards, width, dtype)
         shard.allocate()
         stream = os.open(shard.path, os.O_WRONLY)
         checksums = {row: shard.write(stream, row, states[row]) for row in reversed(shard.rows)}
@@ -80,9 +90,10 @@ def test_reads_return_what_was_written(
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
     split = write_split(folder, sizes)
-    states = write_cache(folder, split, shards, dtype)
+    cached = np.array(sorted(data.draw(st.sets(st.integers(0, len(sizes) - 1)))), np.int64)
+    states = write_cache(folder, split, shards, dtype, cached=cached)
     cache = TeacherCache(folder, [split], fingerprint=FINGERPRINT)
-    rows = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=6))
+    rows = data.draw(st.lists(st.sampled_from(cached.tolist()), max_size=6)) if len(cached) else []
     outputs = cache.read("train", tuple(rows))
     expected = torch.cat([states[row] for row in rows]) if rows else outputs
     assert outputs.dtype == getattr(torch, dtype) and outputs.shape == (
@@ -91,6 +102,9 @@ def test_reads_return_what_was_written(
     )
     assert torch.equal(outputs, expected)
     assert cache.find_damage("train", np.array(rows, np.int64)) is None
+    for row in sorted(set(range(len(sizes))) - set(cached.tolist())):
+        message = cache.find_damage("train", np.array([*rows, row], np.int64))
+        assert message and f"has no outputs of row {row} of train" in message
 
 
 def test_a_changed_bit_is_reported_with_its_row(tmp_path: Path) -> None:
@@ -122,7 +136,7 @@ def test_a_full_disk_shows_before_anything_is_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = write_split(tmp_path, [(2, 3)])
-    shard = CacheShard.for_split(tmp_path, split, 0, 1, 5, "float32")
+    shard = CacheShard.for_split(tmp_path, split, np.arange(1), 0, 1, 5, "float32")
 
     def raise_disk_full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -18,7 +18,7 @@ from pocl_ds.models.attention import PER_SAMPLE
 from pocl_ds.models.heads import OutputHead
 from pocl_ds.models.load import load_model
 from pocl_ds.models.log_probs import response_log_probs
-from pocl_ds.teachers.cache import TeacherCache
+from pocl_ds.teachers.cache_plan import open_cache
 from pocl_ds.teachers.cache_step import cache_teacher
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.teachers.teacher import CachedTeacher
@@ -47,6 +47,7 @@ def write_cache(folder: Path, model: Path, attention: Any, mode: Any) -> RunDire
         usage=TeacherUsage(visits_per_sample=2.0),
         seed=0,
         fingerprint="f",
+        model_fingerprints={"teacher": "f"},
     )
     return run
 
@@ -59,13 +60,13 @@ def test_a_teacher_that_depends_on_its_batch_is_not_cached(
     make_batch_dependent(monkeypatch)
     with pytest.raises(
         ModelError,
-        match=r"^cache-teacher: the teacher: the cross-entropy of sample s\d \(\d+ response "
+        match=r"^cache-teacher: the teacher \S+: the cross-entropy of sample s\d \(\d+ response "
         r"tokens\) is [\d.]+ nats alone and [\d.]+ in a batch of 4, [\d.]+ nats a token apart, "
         r"where rounding in float32 explains 0.0010: set teacher.attn_implementation=eager, or "
         r"choose another teacher$",
     ):
         write_cache(tmp_path, tiny_llama, attention, mode)
-    assert not list(RunDirectory(tmp_path).teacher_cache.glob("*.json"))
+    assert not list(RunDirectory(tmp_path).teacher_cache.glob("**/*.json"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", PER_SAMPLE])
@@ -73,13 +74,14 @@ def test_a_longrope_teacher_gives_each_sample_what_it_gives_it_alone(
     attention: str, tiny_longrope: Path, tmp_path: Path
 ) -> None:
     run = write_cache(tmp_path, tiny_longrope, attention, "cached_hidden_states")
-    manifest = read_manifest(run.teacher_cache)
+    (path,) = run.teacher_cache.glob("*/manifest.json")
+    manifest = read_manifest(path.parent)
     assert manifest and manifest.info["batch_invariance"]["samples"] == 4
     assert manifest.info["batch_invariance"]["largest_difference"] < 1e-5
 
     # The cached states give the log-probabilities of each sample alone.
     split, model = TokenizedSplit.open(run.data, "train"), load_model(str(tiny_longrope))
-    teacher = CachedTeacher(TeacherCache(run.teacher_cache, [split], fingerprint="f"))
+    teacher = CachedTeacher(open_cache(run.teacher_cache, "f", "teacher", [split]))
     for row, sequence in enumerate(sequences()):
         batch = collate(split, [row])
         with teacher.head() as head:

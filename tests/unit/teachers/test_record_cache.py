@@ -20,6 +20,7 @@ from pocl_ds.losses.sampled_logits import SampledCodec
 from pocl_ds.models.load import load_model
 from pocl_ds.runtime.hashing import token_keys
 from pocl_ds.teachers.cache import TeacherCache
+from pocl_ds.teachers.cache_plan import open_cache
 from pocl_ds.teachers.cache_step import cache_teacher
 from pocl_ds.teachers.mode_selection import TeacherUsage
 from pocl_ds.teachers.teacher import CachedTeacher
@@ -48,6 +49,7 @@ def write_cache(
         usage=TeacherUsage(1.0, TEMPERATURES),
         seed=SEED,
         fingerprint="f",
+        model_fingerprints={"teacher": "f"},
         shard=shard,
     )
     return run
@@ -56,7 +58,7 @@ def write_cache(
 def cached(run: RunDirectory) -> tuple[TeacherCache, RecordCodec, Tensor]:
     """The cache, its codec, and the records of all rows of the training split."""
     split = TokenizedSplit.open(run.data, "train")
-    cache = TeacherCache(run.teacher_cache, [split], fingerprint="f")
+    cache = open_cache(run.teacher_cache, "f", "teacher", [split])
     with CachedTeacher(cache).head() as head:
         assert isinstance(head, RecordCodec)
     return cache, head, cache.read("train", tuple(ROWS))
@@ -115,7 +117,8 @@ def test_the_manifest_and_the_log_have_what_records_lose(
 ) -> None:
     with caplog.at_level(logging.INFO, logger="pocl_ds"):
         run = write_cache(tmp_path, tiny_llama, mode, shards=2)
-    manifest = read_manifest(run.teacher_cache)
+    (path,) = run.teacher_cache.glob("*/manifest.json")
+    manifest = read_manifest(path.parent)
     assert manifest and [row.pop("temperature") for row in manifest.info["error"]] == [1.0, 2.0]
     assert all(set(row) == names and min(row.values()) > 0 for row in manifest.info["error"])
     assert f"cache-teacher: at temperature 2.00 {sentence}" in caplog.text
@@ -124,7 +127,7 @@ def test_the_manifest_and_the_log_have_what_records_lose(
 @pytest.mark.parametrize("mode", MODES)
 def test_a_damaged_record_is_found(mode: str, tiny_llama: Path, tmp_path: Path) -> None:
     run = write_cache(tmp_path, tiny_llama, mode)
-    path = run.teacher_cache / "train-00000-of-00001.bin"
+    (path,) = run.teacher_cache.glob("*/train-00000-of-00001.bin")
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)

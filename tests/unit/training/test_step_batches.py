@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,4 +191,26 @@ def test_batches_of_a_stage_are_made_after_its_ranking(tmp_path: Path) -> None:
                 np.testing.assert_allclose(batch.sample_weights.numpy(), expected_weights)
         ahead = batches.plan_ahead(position)
         assert (ahead is not None) == (step + STEPS_AHEAD < end)
+    batches.close()
+
+
+def test_batches_of_cached_teachers_of_stages_wait_for_their_stage(tmp_path: Path) -> None:
+    """Their outputs are read from the cache of their own stage's teacher."""
+    batches = make(tmp_path, OffPolicy())
+    plan = build_plan(np.arange(SAMPLES), num_subsets=3, epochs_per_stage=1, batch_size=4)
+    sampler = Sampler(plan, 3)
+    schedule = TrainingSchedule(plan, sampler, TrainConfig(), prepares_next_stage=False)
+    batches.schedule, batches.data.micro_batch_size = schedule, 2
+    begun: list[int] = []
+    batches.data.teacher_reader = lambda dataset, batch: replace(batch, teacher_number=begun[-1])
+    ends = np.cumsum([stage.steps for stage in plan.stages])
+    for step in range(plan.total_steps):
+        position = sampler.position(step)
+        begun.append(position.stage)
+        assert schedule.known_until(position) == ends[position.stage]
+        selected = batches.select(position)
+        numbers = [batch.teacher_number for batch in batches.micro_batches(selected)]
+        assert numbers == [position.stage] * len(numbers)
+        ahead = batches.plan_ahead(position)
+        assert ahead is None or ahead.position.stage == position.stage
     batches.close()
