@@ -112,7 +112,7 @@ def _alternative_lines(sizes: Estimate) -> list[str]:
 
 def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     """Arithmetic and traffic of an optimizer step, hours, and bytes on disk."""
-    assumptions, work = sizes.assumptions, sizes.work
+    assumptions, work, recipe = sizes.assumptions, sizes.work, sizes.recipe
     layout, device = assumptions.layout, assumptions.device
 
     # One optimizer step.
@@ -155,12 +155,15 @@ def _cost_lines(sizes: Estimate, setup: TrainingSetup) -> list[str]:
     disk = f"on disk: a checkpoint {checkpoint_bytes(sizes.student) / GB:.1f} GB"
     if sizes.teacher is not None:
         tokens = work.samples * work.response_tokens
-        hidden_states = replace(setup, teacher_mode="cached_hidden_states").cached_bytes_per_token(
-            sizes.teacher
+        hidden = replace(setup, teacher_mode="cached_hidden_states")
+        hidden_states = sum(
+            share * hidden.cached_bytes_per_token(shape) for shape, share in sizes.cached_shares
         )
-        disk += f"; the teacher's hidden states {tokens * hidden_states / GB:.2f} GB"
+        most = "at most " if recipe.teacher and recipe.teacher.by_domain else ""
+        disk += f"; the teacher's hidden states {most}{tokens * hidden_states / GB:.2f} GB"
         if sizes.codec:
-            disk += f", its {sizes.codec.label} {tokens * sizes.codec.bytes / GB:.2f} GB"
+            records = tokens * sizes.codec.bytes * sum(share for _, share in sizes.cached_shares)
+            disk += f", its {sizes.codec.label} {records / GB:.2f} GB"
     return [*lines, "", disk]
 
 
@@ -198,6 +201,7 @@ def _step_times(sizes: Estimate, setup: TrainingSetup) -> list[estimate.StepTime
         utilization=assumptions.utilization,
         max_new_tokens=score.max_new_tokens,
         sequences=score.generation.max_num_seqs,
+        cached_shares=sizes.cached_shares,
     )
 
 

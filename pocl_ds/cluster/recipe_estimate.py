@@ -13,14 +13,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pocl_ds.cluster.estimate_teachers import cached_shares, other_teachers
 from pocl_ds.config import ModelSource, Recipe, StudentConfig
 from pocl_ds.config.curriculum_checks import rescoring_runs_teacher
+from pocl_ds.curriculum.plan import Plan
 from pocl_ds.curriculum.plan_step import plan_from_config
 from pocl_ds.curriculum.sample_scores import SampleScores, places
 from pocl_ds.curriculum.sample_weights import weigh_samples
 from pocl_ds.errors import RecipeError
 from pocl_ds.losses.record_codec import RecordCodec
-from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape
+from pocl_ds.models.cost import ModelShape, activation_bytes, model_shape, parameter_bytes
 from pocl_ds.models.dtypes import resolve_dtype
 from pocl_ds.models.estimate import GPUS, ClusterLayout, Device, TrainingWork
 from pocl_ds.models.load import load_model_config, resolve_model
@@ -64,10 +66,10 @@ class Estimate:
             model_shape(self.teacher_config) if recipe.teacher else None
         )
         # Further teachers in memory; of those by stage only one is, the largest at the peak.
-        self.other_teachers = [model_shape(_model_config(m)) for m in _other_teachers(recipe)]
-        if self.teacher and recipe.teacher and recipe.teacher.by_stage:
-            shapes = [self.teacher, *self.other_teachers]
-            self.teacher = max(shapes, key=lambda shape: shape.parameters)
+        self.other_teachers = [model_shape(_model_config(m)) for m in other_teachers(recipe)]
+        self._teachers = [*([self.teacher] if self.teacher else []), *self.other_teachers]
+        if recipe.teacher and recipe.teacher.by_stage:
+            self.teacher = max(self._teachers, key=lambda shape: shape.parameters)
             self.other_teachers = []
 
     @cached_property
@@ -94,15 +96,24 @@ class Estimate:
         return self.recipe.curriculum.plan_has_weights and self.plan_weights is None
 
     @cached_property
+    def plan(self) -> Plan:
+        """The recipe's plan for the assumed number of samples."""
+        return plan_from_config(
+            np.arange(self.samples),
+            self.recipe.curriculum,
+            batch_size=self.recipe.train.batch_size,
+            sample_weights=self.plan_weights,
+        )
+
+    @cached_property
+    def cached_shares(self) -> list[tuple[ModelShape, float]]:
+        """See `estimate_teachers`."""
+        return cached_shares(self.recipe, self._teachers, self.plan)
+
+    @cached_property
     def work(self) -> TrainingWork:
         """The samples and optimizer steps of the recipe's plan, and what ranks the samples."""
         recipe, assumptions, curriculum = self.recipe, self.assumptions, self.recipe.curriculum
-        plan = plan_from_config(
-            np.arange(self.samples),
-            curriculum,
-            batch_size=recipe.train.batch_size,
-            sample_weights=self.plan_weights,
-        )
         rescoring = curriculum.rescoring
         rescored = 0
         if rescoring:
@@ -114,7 +125,7 @@ class Estimate:
             assumptions.response_tokens,
             recipe.prompt.max_length,
             recipe.train.batch_size,
-            plan.total_steps,
+            self.plan.total_steps,
             scores_samples=recipe.scores_samples,
             rescored_samples=rescored,
             rescoring_runs_teacher=rescoring is not None
@@ -197,6 +208,9 @@ class Estimate:
         if self.other_teachers and setup.teacher_mode == "online" and not setup.offload_teacher:
             weights = sum(setup.teacher_weights(shape) for shape in self.other_teachers)
             memory["other teachers: weights"] = weights / (ranks if setup.teacher_sharded else 1)
+        if self.other_teachers and setup.teacher_mode == "cached_hidden_states":
+            heads = sum(shape.head_parameters for shape in self.other_teachers)
+            memory["other teachers: heads"] = parameter_bytes(heads, setup.teacher_dtype)
         return memory
 
     def total_memory(self, setup: TrainingSetup) -> float:
@@ -222,12 +236,6 @@ class Estimate:
             self.work.batch_size,
             self.assumptions.layout.ranks,
         )
-
-
-def _other_teachers(recipe: Recipe) -> list[ModelSource]:
-    """The models of section `teacher` besides the first, each once."""
-    sources = recipe.teacher.sources if recipe.teacher else ()
-    return list({source.label: source for source in sources}.values())[1:]
 
 
 def _model_config(model: ModelSource) -> Any:

@@ -173,11 +173,13 @@ def step_times(
     utilization: float,
     max_new_tokens: int,
     sequences: int,
+    cached_shares: Sequence[tuple[ModelShape, float]] = (),
 ) -> list[StepTime]:
     """Times of the steps score, cache-teacher and train, and apart from train that of its
     rescoring; the other steps are not estimated.
 
-    utilization: fraction of the device's peak. sequences: concurrent in generation.
+    utilization: fraction of the device's peak. sequences: concurrent in generation. cached_shares:
+    each teacher and the fraction of the samples that it caches; by default `teacher` and all.
     """
     flops_per_second = device.flops * (1 if setup.dtype != "float32" else 0.5) * utilization
     times = []
@@ -189,7 +191,10 @@ def step_times(
         )
     if teacher is not None and setup.teacher_mode in ("cached_hidden_states", *RECORD_MODES):
         length, loss_tokens = max(1, round(work.tokens)), round(work.response_tokens)
-        flops = work.samples * teacher.forward_flops([length], loss_tokens)
+        flops = work.samples * sum(
+            share * shape.forward_flops([length], loss_tokens)
+            for shape, share in cached_shares or [(teacher, 1.0)]
+        )
         seconds = flops / flops_per_second / layout.ranks
         times.append(StepTime("cache-teacher", seconds, flops, "arithmetic"))
     times.append(_training_time(student, teacher, setup, work, layout, device, flops_per_second))

@@ -1,12 +1,14 @@
-"""The memory of several teachers in `pocl estimate`."""
+"""Several teachers in `pocl estimate`: their memory, and their part of a cache."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import tiny_models
 
+from pocl_ds.cluster.estimate_page import estimate_lines
 from pocl_ds.cluster.recipe_estimate import Assumptions, Estimate
 from pocl_ds.config.recipe_file import check_recipe
 from pocl_ds.models.estimate import GPUS, ClusterLayout
@@ -19,18 +21,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(tiny_models.llama(folder / name, layers=n)) for name, n in layers.items()}
 
 
-def teacher_weights(models: dict[str, str], model: str, **others: Any) -> float:
-    """Bytes of the weights of all teachers on one of two ranks."""
+def make_estimate(models: dict[str, str], teacher: dict[str, Any], **sections: Any) -> Estimate:
     recipe = check_recipe(
         {
             "name": "x",
             "data": {"source": "train.jsonl", "fields": {"domain": "category"}},
-            "teacher": {"model": models[model], **others},
+            "teacher": teacher,
             "student": {"model": models["student"]},
             "curriculum": {"num_subsets": 3},
+            **sections,
         }
     )
-    estimate = Estimate(recipe, Assumptions(ClusterLayout(1, 2), GPUS["h100-80g"]))
+    layout = ClusterLayout(1, 2)
+    return Estimate(recipe, Assumptions(layout, GPUS["h100-80g"], samples=3000))
+
+
+def teacher_weights(models: dict[str, str], model: str, **others: Any) -> float:
+    """Bytes of the weights of all teachers on one of two ranks."""
+    estimate = make_estimate(models, {"model": models[model], **others})
     memory = estimate.memory(estimate.setup)
     return memory["teacher: weights"] + memory.get("other teachers: weights", 0.0)
 
@@ -43,3 +51,37 @@ def test_teachers_in_memory_count_once_each(models: dict[str, str]) -> None:
     assert teacher_weights(models, "small", **by_stage) == large > small
     assert teacher_weights(models, "small", **by_domain) == small + large
     assert teacher_weights(models, "small", ensemble=[other]) == small + large
+
+
+def test_teachers_cache_the_samples_of_their_stages(models: dict[str, str]) -> None:
+    large = {"model": models["large"]}
+    teacher = {"model": models["small"], "mode": "cached_hidden_states", "by_stage": {2: large}}
+
+    def shares(**sections: Any) -> list[float]:
+        return [share for _, share in make_estimate(models, teacher, **sections).cached_shares]
+
+    small, other = make_estimate(models, {**teacher, "by_stage": {3: large}}).cached_shares
+    assert small[0].parameters < other[0].parameters and (small[1], other[1]) == (2 / 3, 1)
+    assert shares() == [1, 2 / 3]
+    one_pass = {"num_subsets": 3, "scheduler": "one_pass"}
+    assert shares(curriculum=one_pass) == [2 / 3, 1 / 3]
+    assert shares(curriculum=one_pass, baseline={"enabled": True}) == [1, 1 / 3]
+    rescored = {**one_pass, "rescoring": {"from_stage": 2}}
+    assert shares(curriculum=rescored) == [1, 1]
+
+
+def test_the_page_has_the_cache_of_all_teachers(models: dict[str, str]) -> None:
+    """Tiny models have states of one width, so the sizes are those of the shares."""
+    large, hidden = {"model": models["large"]}, {"mode": "cached_hidden_states"}
+    single = make_estimate(models, {"model": models["small"], **hidden})
+    by_stage = make_estimate(models, {"model": models["small"], **hidden, "by_stage": {2: large}})
+    by_domain = make_estimate(
+        models, {"model": models["small"], **hidden, "by_domain": {"m": large}}
+    )
+    pages = [" ".join(estimate_lines(e)[0]) for e in (single, by_stage, by_domain)]
+    sizes = [float(re.findall(r"hidden states (?:at most )?([\d.]+) GB", p)[0]) for p in pages]
+    assert sizes[1] == pytest.approx(5 / 3 * sizes[0], abs=0.01) and sizes[2] == sizes[0] > 0
+    assert "at most" in pages[2] and "at most" not in pages[0] + pages[1]
+    heads = by_domain.memory(by_domain.setup)
+    assert heads["other teachers: heads"] == heads["teacher: head"]
+    assert "other teachers: heads" not in by_stage.memory(by_stage.setup)
