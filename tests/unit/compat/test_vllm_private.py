@@ -24,7 +24,7 @@ TWO_ENGINES = """
 import gc, inspect, json, os, sys, torch
 os.environ.pop("OMP_NUM_THREADS", None)
 from pocl_ds.compat import vllm_private
-from pocl_ds.generation.vllm_backend import ENVIRONMENT
+from pocl_ds.generation.vllm_engine import ENVIRONMENT
 os.environ.update(ENVIRONMENT, VLLM_CPU_KVCACHE_SPACE="1")
 set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
 states = []

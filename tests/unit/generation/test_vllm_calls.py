@@ -16,7 +16,7 @@ from fake_clock import FakeClock
 from pocl_ds.compat import vllm_private
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ResourceError
-from pocl_ds.generation import vllm_backend
+from pocl_ds.generation import vllm_backend, vllm_engine
 from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.generation.vllm_backend import VllmGenerator
 from pocl_ds.models.load import load_model_config, load_tokenizer
@@ -88,7 +88,7 @@ def open_with_fake_engine(
         SamplingParams=lambda **options: SimpleNamespace(**options),
         TokensPrompt=dict,
     )
-    monkeypatch.setattr(vllm_backend, "_import_vllm", lambda alternative: engine)
+    monkeypatch.setattr(vllm_engine, "_import_vllm", lambda alternative: engine)
     monkeypatch.setattr(vllm_private, "supports_sleep", lambda: True)
     tokenizer, config = load_tokenizer(str(folder)), load_model_config(str(folder))
     return VllmGenerator(
@@ -168,7 +168,7 @@ def test_progress_is_logged_while_one_call_runs(
     with Progress(3, "responses", "score") as progress:
         monkeypatch.setattr(logging.getLogger("pocl_ds"), "handlers", [handler])
         responses = generator.generate_ids([[7]] * 3, SamplingParams(*SAMPLED), progress.advance)
-    generator.process_state.restore()
+    generator.engine.process_state.restore()
     assert responses == [[5, 0], [6, 0], [7, 0]]
     assert caplog.messages[:3] == [
         "score  0/3 responses  0.00 responses/s  ETA ?",
@@ -200,7 +200,7 @@ def test_a_sleeping_engine_wakes_for_each_call(
     else:
         generator.generate_ids([[7]], SamplingParams(*SAMPLED))
         generator.sleep()
-    generator.process_state.restore()
+    generator.engine.process_state.restore()
     step, sleep = ["reload_weights", "generate", "generate"], [f"sleep {level}"]
     expected = {
         0: [False, *step, *step, "generate"],

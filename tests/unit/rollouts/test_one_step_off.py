@@ -22,7 +22,7 @@ from pocl_ds.curriculum.plan import single_stage_plan
 from pocl_ds.curriculum.sampler import Sampler, SamplerPosition
 from pocl_ds.engines.torch_engine import TorchEngine
 from pocl_ds.errors import Interrupted, ResourceError
-from pocl_ds.generation import subprocess_generator
+from pocl_ds.generation import engine_process
 from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.generation.subprocess_generator import SubprocessGenerator
 from pocl_ds.generation.transformers_backend import TransformersGenerator
@@ -307,7 +307,7 @@ def test_closing_ends_a_process_in_the_middle_of_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        subprocess_generator, "module_command", lambda _: [sys.executable, "-c", BUSY_CHILD]
+        engine_process, "module_command", lambda _: [sys.executable, "-c", BUSY_CHILD]
     )
     config: Any = None
     generator = SubprocessGenerator("model", config, max_length=8, threads=1, device=None)
