@@ -37,6 +37,17 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("granite", {"logits_scaling": 8.0}),
     ("cohere", {"logit_scale": 0.0625}),
     ("cohere2", {"logit_scale": 0.25, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("mixtral", {"num_local_experts": 4}),
+    (
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    ("qwen3_moe", {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}),
     ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     (
         "opt",

@@ -77,6 +77,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Families with a mixture of experts.
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        **_DECODER,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+}
+
+
 def make_tokenizer(*, vocabulary: int = VOCABULARY, chat: bool = False) -> Any:
     """A byte-level BPE tokenizer: id 0 is EOS, 1 is padding, then the 256 bytes, then merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -276,7 +289,9 @@ def dynamic_ntk(folder: Path) -> Path:
 
 
 def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
-    """A model of `FAMILIES` with random biases and norms: zeros and ones would hide mistakes."""
+    """A model of `FAMILIES` or `MOE_FAMILIES` with random biases and norms: zeros and ones would
+    hide mistakes.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -288,7 +303,7 @@ def family(folder: Path, name: str, *, layers: int, seed: int = 0) -> Path:
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **{**FAMILIES[name], depth: layers},
+        **{**{**FAMILIES, **MOE_FAMILIES}[name], depth: layers},
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)

@@ -40,6 +40,9 @@ FAMILIES = (
     "granite",
     "cohere",
     "cohere2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
 )
 
 
