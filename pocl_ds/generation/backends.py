@@ -38,13 +38,14 @@ def longest_sequence(dataset: TokenizedDataset, max_new_tokens: int) -> int:
 def check_length_dependence(
     backend: str, model_path: str, model_config: Any, max_length: int, alternative: str
 ) -> None:
-    """Raise ModelError if vLLM would compute shorter sequences with the factors of longer ones: it
-    chooses those of LongRoPE once, by the longest sequence that it allows.
+    """Raise ModelError if vLLM would compute some sequences with the rotary factors of other
+    lengths: it chooses those of LongRoPE once, by the longest sequence that it allows, and does not
+    scale the frequencies of dynamic NTK.
     """
     rope = length_dependence(model_config)
-    if backend != "vllm" or rope is None or rope.rope_type != LONGROPE:
+    if backend != "vllm" or rope is None or max_length <= rope.boundary:
         return
-    if max_length > rope.boundary:
+    if rope.rope_type == LONGROPE:
         raise ModelError(
             f"{model_path} changes its LongRoPE factors after {rope.boundary} tokens, but "
             f"sequences of {max_length} tokens are requested, for which vLLM would compute the "
@@ -52,6 +53,12 @@ def check_length_dependence(
             f"prompt.max_length, or prompt.max_prompt_tokens and max_new_tokens, to "
             f"{rope.boundary} tokens in all"
         )
+    raise ModelError(
+        f"{model_path} scales its rotary frequencies after {rope.boundary} tokens with the length "
+        f"of each sequence, which vLLM does not, and sequences of {max_length} tokens are "
+        f"requested: set {alternative}, or lower prompt.max_length, or prompt.max_prompt_tokens "
+        f"and max_new_tokens, to {rope.boundary} tokens in all"
+    )
 
 
 def open_generator(

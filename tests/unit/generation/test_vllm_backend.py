@@ -17,10 +17,10 @@ import torch
 from pocl_ds.compat import vllm_private
 from pocl_ds.config import GenerationConfig
 from pocl_ds.errors import ModelError, ResourceError
-from pocl_ds.generation.backends import open_generator
+from pocl_ds.generation.backends import check_length_dependence, open_generator
 from pocl_ds.generation.protocol import SamplingParams
 from pocl_ds.generation.subprocess_generator import SubprocessGenerator
-from pocl_ds.models.load import load_model, load_tokenizer
+from pocl_ds.models.load import load_model, load_model_config, load_tokenizer
 from pocl_ds.models.log_probs import response_log_probs
 
 pytestmark = pytest.mark.vllm
@@ -171,6 +171,21 @@ def test_longrope_beyond_the_original_context_is_refused(tiny_longrope: Path) ->
             None,
             max_length=65,
             alternative="score.generation.backend=transformers",
+        )
+
+
+def test_dynamic_ntk_beyond_its_context_is_refused(tiny_dynamic_ntk: Path) -> None:
+    with pytest.raises(
+        ModelError,
+        match="scales its rotary frequencies after 64 tokens with the length of each sequence, "
+        "which vLLM does not, and sequences of 65 tokens are requested: set x, or lower",
+    ):
+        check_length_dependence(
+            "vllm",
+            str(tiny_dynamic_ntk),
+            load_model_config(str(tiny_dynamic_ntk)),
+            65,
+            "x",
         )
 
 
