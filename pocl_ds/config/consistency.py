@@ -226,6 +226,12 @@ def _check_teacher_mode(recipe: Recipe) -> None:
                 f"{reason}, which teacher.mode={teacher.mode} does not cache: set "
                 "teacher.mode=online"
             )
+    if recipe.teacher_cache.backend == "vllm" and teacher.quantization == "bnb_8bit":
+        raise ValueError(
+            "teacher_cache.backend=vllm quantizes to 4 bits while loading, and "
+            "teacher.quantization=bnb_8bit asks for 8: set it to bnb_4bit, or "
+            "teacher_cache.backend=transformers"
+        )
     if teacher.mode == "cached_sampled" and loss != SAMPLED_LOSS:
         raise ValueError(
             f"teacher.mode=cached_sampled estimates loss.name={SAMPLED_LOSS} without bias, since "

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pocl_ds.config.base import (
     RUNTIME_ONLY,
     SHARDS_DESCRIPTION,
+    Fraction,
     Positive,
     PositiveFloat,
     Section,
@@ -16,6 +19,22 @@ from pocl_ds.config.base import (
 class TeacherCacheConfig(Section):
     """The cache of teacher outputs, for every `teacher.mode` except `online`."""
 
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What runs the teacher: `transformers`, as in training, or `vllm`, whose "
+        "hidden states are equal up to rounding.",
+    )
+    tensor_parallel_size: Positive = Field(
+        1,
+        description="With `backend: vllm`: number of ranks whose GPUs share one model. It divides "
+        "the ranks of each node.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
+    gpu_memory_utilization: Fraction = Field(
+        0.85,
+        description="With `backend: vllm`: fraction of a GPU's memory that vLLM may use.",
+        json_schema_extra=RUNTIME_ONLY,
+    )
     top_k: Positive = Field(
         64,
         description="With `teacher.mode: cached_topk`: number of largest probabilities to store "

@@ -88,19 +88,38 @@ def transformers_reference(
     """
     config = load_model_config(model_path, trust_remote_code=trust_remote_code, revision=revision)
     sequences, prompt_tokens = _sequences(dataset, rows)
-    model = empty_model(config, trust_remote_code=trust_remote_code)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    if (
-        parameters > REFERENCE_PARAMETERS
-        or 2 * parameters * sum(map(len, sequences)) > REFERENCE_FLOP
-    ):
+    model = load_reference_model(
+        model_path,
+        config,
+        sum(map(len, sequences)),
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+    )
+    if model is None:
         return None
-    model = load_model(model_path, trust_remote_code=trust_remote_code, revision=revision)
     values = [
         response_log_probs(model, [ids], [start], [np.arange(1)])[0]
         for ids, start in zip(sequences, prompt_tokens, strict=True)
     ]
     return "transformers", lambda places: [values[place] for place in places]
+
+
+def load_reference_model(
+    model_path: str,
+    config: Any,
+    tokens: int,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """The model in float32 on the CPU, for a forward pass over so many tokens. None if that would
+    take longer than some seconds. config: that of the model.
+    """
+    model = empty_model(config, trust_remote_code=trust_remote_code)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > REFERENCE_PARAMETERS or 2 * parameters * tokens > REFERENCE_FLOP:
+        return None
+    return load_model(model_path, trust_remote_code=trust_remote_code, revision=revision)
 
 
 def _sequences(dataset: TokenizedDataset, rows: Sequence[int]) -> tuple[list[list[int]], list[int]]:

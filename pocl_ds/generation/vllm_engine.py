@@ -119,6 +119,10 @@ class VllmEngine:
                 f"the slower {self.alternative}"
             ) from error
 
+    def pooler_config(self, **fields: Any) -> Any:
+        """vLLM's settings of a pooling model."""
+        return without_warnings(importlib.import_module, "vllm.config").PoolerConfig(**fields)
+
     def close(self) -> None:
         """Stop the engine, destroy vLLM's process groups and restore the thread settings."""
         if self.llm is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 import torch
@@ -51,14 +50,13 @@ def make_generator(
     if settings.backend == "vllm":
         transfer, reason = choose_weight_transfer(config.weight_transfer, on_gpu=on_gpu)
         log.info("the student's weights reach vllm %s (%s)", TRANSFER_NOTES[transfer], reason)
-        index = distributed.device().index or 0
         return SubprocessGenerator(
             model_path,
             settings,
             max_length=max_length,
             threads=threads,
             trust_remote_code=trust_remote_code,
-            device=_visible_device(index) if on_gpu else None,
+            device=distributed.visible_devices() if on_gpu else None,
             sleep_level=sleep_level,
             weight_transfer=transfer,
             end_of_turn_ids=end_of_turn_ids,
@@ -83,9 +81,3 @@ def describe_idle_time(config: PolicyConfig, generator: Generator, *, on_gpu: bo
     if on_gpu and isinstance(generator, SubprocessGenerator):
         return SLEEP_NOTES[generator.sleep_level]
     return ""
-
-
-def _visible_device(index: int) -> str:
-    """A GPU of this process, as CUDA_VISIBLE_DEVICES of a child process must name it."""
-    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return names[index] if index < len(names) else str(index)

@@ -65,6 +65,21 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def visible_devices(count: int = 1) -> str:
+    """This rank's GPU and those that follow it, `count` in all, as CUDA_VISIBLE_DEVICES of a child
+    process must name them. Raises ResourceError if so many are not visible.
+    """
+    first = device().index or 0
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = names or [str(number) for number in range(torch.cuda.device_count())]
+    if first + count > len(names):
+        raise ResourceError(
+            f"rank {rank()} needs {count} GPUs, from its own on, and sees {len(names)}: let the "
+            "ranks of a node see all of its GPUs, or lower tensor_parallel_size"
+        )
+    return ",".join(names[first : first + count])
+
+
 def device_name() -> str:
     """Name of this rank's device, for logs: `CPU` or the GPU's model."""
     own_device = device()

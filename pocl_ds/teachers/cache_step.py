@@ -25,9 +25,10 @@ from pocl_ds.models.vocab import VocabMap, align_teacher_vocabularies
 from pocl_ds.runtime import distributed
 from pocl_ds.teachers.cache import STEP, CacheShard
 from pocl_ds.teachers.cache_plan import PlannedCache, plan_caches, prepare_caches
-from pocl_ds.teachers.cache_writer import CacheWriter
+from pocl_ds.teachers.cache_writer import fill_cache
 from pocl_ds.teachers.codecs import build_codec
 from pocl_ds.teachers.mode_selection import TeacherUsage
+from pocl_ds.teachers.state_sources import SourceFactory
 from pocl_ds.workflow.manifest import MANIFEST, finished_manifest, write_manifest
 from pocl_ds.workflow.run_dir import RunDirectory
 
@@ -88,16 +89,24 @@ def cache_teacher(
 
     # Write the unfinished shards, one teacher at a time, and then the manifests.
     mode = codec.mode if codec else "cached_hidden_states"
+    longest = max(int(split.total_tokens.max(initial=1)) for split in splits)
     infos: list[dict[str, Any]] = []
     for cache, own in zip(caches, shards, strict=True):
-        infos.append({"mode": mode, "codec": vars(codec)} if codec else {"mode": mode})
+        infos.append({"mode": mode, "backend": config.backend})
+        if codec:
+            infos[-1]["codec"] = vars(codec)
         if unfinished := _unfinished_shards(cache, own, shard):
-            writer = CacheWriter(
-                cache.directory, cache.teacher, cache.model.path, vocab, codec, config, seed, load
+            infos[-1] |= fill_cache(
+                cache.directory,
+                SourceFactory(cache.teacher, cache.model.path, vocab, config, longest, load),
+                codec,
+                splits,
+                list(itertools.chain(*shards)),
+                unfinished,
+                usage=usage,
+                seed=seed,
+                fingerprint=cache.fingerprint,
             )
-            every_shard = list(itertools.chain(*shards))
-            infos[-1] |= writer.write(splits, every_shard, unfinished, usage, cache.fingerprint)
-            writer.close()
     distributed.barrier()
     if distributed.rank() == 0:
         if infos[0]["mode"] == "online":

@@ -17,7 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocl_ds.data.tokenized import TokenizedSplit
 from pocl_ds.errors import ResourceError
+from pocl_ds.runtime import distributed
+from pocl_ds.teachers.cache import CacheShard
+from pocl_ds.teachers.state_sources import HiddenStateSource
 from pocl_ds.workflow.files import explain_disk_errors, read_json, write_json
 
 log = logging.getLogger("pocl_ds")
@@ -81,6 +85,56 @@ def select_mode(costs: ModeCosts) -> tuple[str, str]:
         f"{costs.read_bytes_per_second / 1e6:.0f} MB/s read ({sizes})"
     )
     return mode, reason
+
+
+def measure_and_select_mode(
+    source: HiddenStateSource,
+    splits: Sequence[TokenizedSplit],
+    shards: Sequence[CacheShard],
+    usage: TeacherUsage,
+    path: Path,
+    max_disk_gb: float | None,
+) -> dict[str, Any]:
+    """Select online or cached hidden states by measurements on this machine, and record the
+    selection in `path`. The result is the same on all ranks, which call it together.
+
+    source: the teacher as it runs online. shards: of the cache.
+    """
+    # Time a forward pass over one micro-batch per rank; the first one warms up.
+    split = splits[0]
+    lengths = np.asarray(split.total_tokens, np.int64)
+    rank_batches = source.assign(lengths)
+    own_rows = rank_batches[distributed.rank()][0]
+    seconds = 0.0
+    for _ in range(2):
+        distributed.synchronize_ranks()
+        start = time.perf_counter()
+        for _ in source.states(split, own_rows):
+            pass
+        distributed.synchronize_ranks()
+        seconds = time.perf_counter() - start
+    tokens = sum(int(lengths[micro_batches[0]].sum()) for micro_batches in rank_batches)
+
+    def measure_costs() -> ModeCosts:
+        cache_bytes = sum(shard.bytes for shard in shards)
+        write_rate, read_rate = measure_disk_rates(path.parent, cache_bytes)
+        return ModeCosts(
+            tokens=sum(int(split.total_tokens.sum()) for split in splits),
+            visits_per_sample=usage.visits_per_sample,
+            forward_tokens_per_second=tokens / seconds,
+            cache_bytes=cache_bytes,
+            usable_bytes=usable_bytes(path.parent, max_disk_gb),
+            write_bytes_per_second=write_rate,
+            read_bytes_per_second=read_rate,
+        )
+
+    # Rank 0 measures the disk and decides.
+    selection = None
+    with distributed.raise_on_all_ranks("select the teacher's mode"):
+        if distributed.rank() == 0:
+            selection = load_or_select_mode(path, measure_costs)
+    result: dict[str, Any] = distributed.broadcast_object(selection)
+    return result
 
 
 def load_or_select_mode(path: Path, measure_costs: Callable[[], ModeCosts]) -> dict[str, Any]:

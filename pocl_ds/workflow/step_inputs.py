@@ -79,14 +79,15 @@ def init_student_inputs(recipe: Recipe) -> list[Any]:
 
 
 def cache_teacher_inputs(recipe: Recipe) -> list[Any]:
-    """The teachers, how records are made of their logits, and which samples each one has. With
-    teachers by stage that follows from the plan, which is a dependency, and from the baseline.
+    """The teachers, the backend that they run in, how records are made of their logits, and which
+    samples each one has. With teachers by stage that follows from the plan, which is a dependency,
+    and from the baseline.
     """
     teacher = recipe.teacher
     stages = None
     if teacher and teacher.by_stage:
         stages = [recipe.curriculum.num_subsets, planned_stages(recipe), recipe.baseline.enabled]
-    return [teacher_inputs(recipe), record_inputs(recipe), stages]
+    return [teacher_inputs(recipe), recipe.teacher_cache.backend, record_inputs(recipe), stages]
 
 
 def cached_model_inputs(recipe: Recipe) -> dict[str, list[Any]]:
@@ -102,6 +103,7 @@ def cached_model_inputs(recipe: Recipe) -> dict[str, list[Any]]:
         name: [
             semantic_fields(teacher.of_source(source)),
             _named(input_digests.model_files(source)),
+            recipe.teacher_cache.backend,
             record_inputs(recipe),
         ]
         for name, source in teacher.named_sources.items()
@@ -237,7 +239,9 @@ def record_inputs(recipe: Recipe) -> list[Any] | None:
     }
     if mode not in choices:
         return None
-    return [mode, *choices[mode], teacher_temperatures(recipe)]
+    # Another backend rounds differently, so that it may draw or keep other ids.
+    backend = recipe.teacher_cache.backend
+    return [mode, *choices[mode], teacher_temperatures(recipe), backend]
 
 
 def teacher_temperatures(recipe: Recipe) -> tuple[float, ...]:

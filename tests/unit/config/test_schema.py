@@ -252,6 +252,18 @@ BAD: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ),
         ("policy.name=seqkd", "remove teacher.quantization=bnb_8bit"),
     ),
+    (
+        recipe_tree(
+            teacher={
+                "model": "t",
+                "ds_config": None,
+                "quantization": "bnb_8bit",
+                "mode": "cached_topk",
+            },
+            teacher_cache__backend="vllm",
+        ),
+        ("teacher.quantization=bnb_8bit asks for 8", "set it to bnb_4bit"),
+    ),
     (recipe_tree(teacher_cache__top_k=0), ("teacher_cache.top_k=0", "greater than")),
     (recipe_tree(teacher_cache__num_samples=0), ("teacher_cache.num_samples=0", "greater than")),
     (

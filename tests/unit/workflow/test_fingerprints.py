@@ -67,6 +67,7 @@ def test_records_of_the_teacher_change_the_training() -> None:
         (sampled, "curriculum.temperature=[1, 3]"),
         (top_k, "teacher_cache.top_k=9"),
         (sampled, top_k[0]),
+        (top_k, "teacher_cache.backend=vllm"),
         (sampled, "teacher.mode=online"),
     ]:
         assert {"cache-teacher", "train"} <= changed(words, [*words, change])
@@ -77,6 +78,10 @@ def test_records_of_the_teacher_change_the_training() -> None:
         ([], "teacher_cache.num_samples=9"),
     ]:
         assert changed(words, [*words, change]) == set()
+    # Hidden states of another backend are written again, but give the same training.
+    hidden_states = ["teacher.mode=cached_hidden_states"]
+    change = "teacher_cache.backend=vllm"
+    assert changed(hidden_states, [*hidden_states, change]) == {"cache-teacher"}
     assert "cache-teacher" not in changed(top_k, [*top_k, "seed=3"])
 
 
