@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hidden_state_child import start_child_instead
 
 from pocl_ds.bench import (
     BENCHMARKS,
@@ -134,12 +135,16 @@ def test_checkpoint_measures_every_part() -> None:
         checkpoint.run(["C"])
 
 
-def test_teacher_measures_steps_runs_and_reads() -> None:
+@pytest.mark.vllm
+def test_teacher_measures_steps_runs_reads_and_filling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the engine of vLLM computes the same states."""
+    start_child_instead(monkeypatch)
     lines: list[str] = []
     results = teacher.run(["tiny"], lines.append, rounds=1, steps=1, epochs=1)
     assert list(results["steps"]) == [label for label, *_ in teacher.CONTENDERS]
     cached = results["runs"][teacher.CACHED]
     assert cached["steps"] == 10 and cached["cache-teacher"] > 0 and len(cached["read"]) == 10
+    assert results["filling"]["ratio"] > 0 and "times as fast as transformers" in lines[-1]
     assert 0 < results["read_share"] < 1 and results["share"] > 0
     with pytest.raises(RecipeError, match="there is no workload"):
         teacher.run(["C"])
